@@ -1,0 +1,154 @@
+//! One error type for the whole program: what went wrong, where, and how to mend it.
+//!
+//! Every variant has its own exit code, so that a script can tell a broken data row from a full disk.
+
+use std::path::{Path, PathBuf};
+
+use miette::Diagnostic;
+use thiserror::Error;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong. `help` says what the user can do about it.
+#[derive(Debug, Error, Diagnostic)]
+pub enum Error {
+    /// A flag, a recipe key, or a combination of them (exit code 2, as clap's own errors).
+    #[error("{message}")]
+    #[diagnostic(code(config))]
+    Config {
+        message: String,
+        #[help]
+        help: String,
+    },
+
+    /// A record of a pairs file, named by its file and 1-based line (exit code 3).
+    #[error("{}: {message}", place(path, *line))]
+    #[diagnostic(code(data))]
+    Data {
+        path: PathBuf,
+        /// 1-based line of a JSON Lines file, or 1-based record of a JSON array.
+        line: Option<usize>,
+        message: String,
+        #[help]
+        help: String,
+    },
+
+    /// A model folder: its config, tokenizer or tensors (exit code 4).
+    #[error("{}: {message}", path.display())]
+    #[diagnostic(code(model))]
+    Model {
+        path: PathBuf,
+        message: String,
+        #[help]
+        help: String,
+    },
+
+    /// The operating system refused to read or write (exit code 5).
+    #[error("cannot {action} {}: {source}", path.display())]
+    #[diagnostic(code(io))]
+    Io {
+        path: PathBuf,
+        /// A verb phrase: `read`, `write`, `create`, `sync`, `rename`.
+        action: &'static str,
+        source: std::io::Error,
+        #[help]
+        help: String,
+    },
+
+    /// The device: absent, too old, out of memory, or a failed launch (exit code 6).
+    #[error("{message}")]
+    #[diagnostic(code(device))]
+    Device {
+        message: String,
+        #[help]
+        help: String,
+    },
+
+    /// A number that cannot be trained on: a NaN loss, an infinite gradient (exit code 7).
+    #[error("{message}")]
+    #[diagnostic(code(numerics))]
+    Numerics {
+        message: String,
+        #[help]
+        help: String,
+    },
+
+    /// Ctrl-C: the state was saved first (exit code 130).
+    #[error("interrupted; the run was saved in {} and `--resume` continues it", saved.display())]
+    #[diagnostic(code(interrupted))]
+    Interrupted { saved: PathBuf },
+}
+
+impl Error {
+    /// The process exit code of this error; distinct per variant.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Config { .. } => 2,
+            Error::Data { .. } => 3,
+            Error::Model { .. } => 4,
+            Error::Io { .. } => 5,
+            Error::Device { .. } => 6,
+            Error::Numerics { .. } => 7,
+            Error::Interrupted { .. } => 130,
+        }
+    }
+
+    pub fn config(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Config { message: message.into(), help: help.into() }
+    }
+
+    pub fn data(
+        path: &Path,
+        line: Option<usize>,
+        message: impl Into<String>,
+        help: impl Into<String>,
+    ) -> Self {
+        Error::Data { path: path.to_path_buf(), line, message: message.into(), help: help.into() }
+    }
+
+    pub fn model(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Model { path: path.to_path_buf(), message: message.into(), help: help.into() }
+    }
+
+    /// An I/O error with the advice that fits its kind (missing, read-only, full disk).
+    pub fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+        use std::io::ErrorKind;
+        let help = match source.kind() {
+            ErrorKind::NotFound => "check the path; nothing of that name exists",
+            ErrorKind::PermissionDenied => "check the permissions of the file and its folder",
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                "the disk is full: free some space or choose another --output; what was there before is untouched"
+            }
+            ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another --output",
+            _ => "what was there before is untouched",
+        };
+        Error::Io { path: path.to_path_buf(), action, source, help: help.into() }
+    }
+
+    pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Device { message: message.into(), help: help.into() }
+    }
+
+    pub fn numerics(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Numerics { message: message.into(), help: help.into() }
+    }
+}
+
+fn place(path: &Path, line: Option<usize>) -> String {
+    match line {
+        Some(line) => format!("{}:{line}", path.display()),
+        None => path.display().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_error_names_file_and_line() {
+        let error = Error::data(Path::new("pairs.jsonl"), Some(7), "no `chosen`", "add it");
+        assert_eq!(error.to_string(), "pairs.jsonl:7: no `chosen`");
+        assert_eq!(error.exit_code(), 3);
+    }
+}
