@@ -1,1 +1,4 @@
+//! The Llama model over [`crate::device::Device`].
 
+pub mod config;
+pub mod rope;
