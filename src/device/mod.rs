@@ -10,10 +10,12 @@
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
 pub mod cpu;
+mod mapped_file;
 mod select;
 
 use std::ops::Range;
 
+pub use mapped_file::MappedFile;
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 
 use crate::data::PairSpan;
