@@ -8,8 +8,11 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod generate;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+pub mod score;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -1,0 +1,5 @@
+//! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
+
+mod scorer;
+
+pub use scorer::{PairScore, Scorer};

@@ -1,0 +1,4 @@
+mod guard;
+mod trainer;
+
+pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
