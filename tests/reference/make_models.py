@@ -4,6 +4,7 @@ The folders are committed: run this only to make new ones (then `make_goldens.py
 processor may still round differently. Usage: python make_models.py
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -143,7 +144,7 @@ def main():
         if name in OLD_KEYS:
             config = json.loads((folder / "config.json").read_text())
             old = old_keys(config)
-            assert LlamaConfig.from_dict(old).rope_parameters == model.config.rope_parameters, old
+            assert LlamaConfig.from_dict(copy.deepcopy(old)).rope_parameters == model.config.rope_parameters, old
             (folder / "config_old_keys.json").write_text(json.dumps(old, indent=2) + "\n")
         print(name, sum(weight.numel() for weight in model.parameters()), "parameters")
 
