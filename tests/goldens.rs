@@ -9,8 +9,9 @@ use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::{AdamWStep, Device};
-use mmpo_fast::model::Llama;
-use mmpo_fast::objective::{Dpo, Mmpo, Objective, ReferencePair, Simpo};
+use mmpo_fast::generate::{Sampling, generate};
+use mmpo_fast::model::{Generation, Llama};
+use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{StepResult, Trainer, TrainingPair, Workload};
 use serde_json::Value;
@@ -65,29 +66,47 @@ impl Golden {
         Llama::load(Arc::clone(device), &folder, 2048).expect("weights")
     }
 
-    fn objective(&self, name: &str) -> Objective {
-        let beta = number(&self.json["beta"]);
-        let mmpo = Mmpo {
-            beta,
-            epsilon: 0.9,
-            reward_group: self.pairs.len(),
-            reward_normalize: true,
-            length_normalize: false,
-            preference_weight: 0.0,
-            entropy_weight: 0.0,
-        };
-        match name {
-            "mmpo" => Objective::Mmpo(mmpo),
-            "mmpo_length" => Objective::Mmpo(Mmpo { length_normalize: true, ..mmpo }),
-            "mmpo_preference" => Objective::Mmpo(Mmpo { preference_weight: 1.0, ..mmpo }),
-            "mmpo_entropy" => Objective::Mmpo(Mmpo { entropy_weight: beta, ..mmpo }),
-            "mmpo_raw" => Objective::Mmpo(Mmpo { reward_normalize: false, ..mmpo }),
-            "dpo" => Objective::Dpo(Dpo { beta, label_smoothing: 0.0 }),
-            "dpo_smoothing" => Objective::Dpo(Dpo { beta, label_smoothing: 0.1 }),
-            "simpo" => Objective::Simpo(Simpo { beta, gamma_beta_ratio: 1.6 }),
+    /// The objective named by `options`; the first fixture, which has none, names it by its key alone.
+    fn objective(&self, key: &str, options: &Value) -> Objective {
+        let option = |name: &str, default: f64| options[name].as_f64().unwrap_or(default);
+        let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
+        let beta = option("beta", number(&self.json["beta"]));
+        let family = options["objective"].as_str().unwrap_or(key.split('_').next().unwrap_or(key));
+        match family {
+            "mmpo" => Objective::Mmpo(Mmpo {
+                beta,
+                epsilon: 0.9,
+                reward_group: option("reward_group", self.pairs.len() as f64) as usize,
+                reward_normalize: flag("reward_normalize", true),
+                length_normalize: flag("length_normalize", key == "mmpo_length"),
+                preference_weight: option("preference_weight", 0.0),
+                entropy_weight: option("entropy_weight", 0.0),
+            }),
+            "dpo" => Objective::Dpo(Dpo { beta, label_smoothing: option("label_smoothing", 0.0) }),
+            "simpo" => Objective::Simpo(Simpo { beta, gamma_beta_ratio: option("gamma_beta_ratio", 1.6) }),
             "sft" => Objective::Sft,
             other => panic!("golden objective `{other}` is not known to this test"),
         }
+    }
+
+    /// Runs `body` with a trainer at the stored weights, and the pairs with their references.
+    fn with_trainer<D: Device>(
+        &self,
+        device: &Arc<D>,
+        objective: Objective,
+        body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
+    ) {
+        let model = self.load(device);
+        let references = score(&model, &self.pairs);
+        let pairs: Vec<TrainingPair> = self
+            .pairs
+            .iter()
+            .zip(references)
+            .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
+            .collect();
+        let workload = Workload::plan(&self.pairs, &objective, model.config.vocab_size, pairs.len(), 700);
+        let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
+        body(&mut trainer, &pairs);
     }
 }
 
@@ -145,29 +164,80 @@ fn losses_gradients_and_one_adamw_step_agree() {
 
 fn check_objective<D: Device>(golden: &Golden, device: &Arc<D>, name: &str, expected: &Value) {
     let what = format!("{} {name}", golden.name());
-    let objective = golden.objective(name);
-    let model = golden.load(device);
-    let references: Vec<ReferencePair> =
-        score(&model, &golden.pairs).iter().map(|score| score.reference()).collect();
-    let pairs: Vec<TrainingPair> = golden
-        .pairs
-        .iter()
-        .zip(references)
-        .map(|(pair, reference)| TrainingPair { pair, reference })
-        .collect();
-    let workload = Workload::plan(&golden.pairs, &objective, model.config.vocab_size, pairs.len(), 700);
-    let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
+    let objective = golden.objective(name, &expected["options"]);
+    golden.with_trainer(device, objective, |trainer, pairs| {
+        let result = trainer.accumulate_gradients(pairs, None).expect("gradients");
+        check_gradients(&what, trainer, &result, expected);
+        trainer.update(adamw(&expected["adamw"], None, 1)).expect("update");
+        check_log_probs(&what, golden, trainer, &expected["logps_after_one_step"]);
+    });
+}
 
-    let result = trainer.accumulate_gradients(&pairs, None).expect("gradients");
-    check_gradients(&what, &trainer, &result, expected);
+#[test]
+fn three_adamw_steps_agree() {
+    let device = Arc::new(CpuDevice::new(Some(2)).expect("cpu"));
+    for golden in Golden::all() {
+        for (name, expected) in golden.json["three_steps"].as_object().into_iter().flatten() {
+            let what = format!("{} {name}", golden.name());
+            let single = &golden.json["objectives"][name];
+            let objective = golden.objective(name, &single["options"]);
+            golden.with_trainer(&device, objective, |trainer, pairs| {
+                for step in 0..3 {
+                    let what = format!("{what} step {}", step + 1);
+                    let settings = adamw(&single["adamw"], expected["lr"].as_f64(), step as u32 + 1);
+                    let result = trainer.step(pairs, settings, None).expect("step");
+                    assert_close(&format!("{what} loss"), result.loss, number(&expected["losses"][step]));
+                    let norm = number(&expected["grad_norms"][step]);
+                    assert_close(&format!("{what} norm"), result.gradient_norm as f64, norm);
+                    check_log_probs(&what, &golden, trainer, &expected["logps"][step]);
+                }
+            });
+        }
+    }
+}
 
-    trainer.update(adamw(&expected["adamw"], 1)).expect("update");
-    for (index, (score, golden)) in
-        score(&trainer.model, &golden.pairs).iter().zip(array(&expected["logps_after_one_step"])).enumerate()
-    {
-        let [chosen, rejected] = after_step(golden);
-        assert_close(&format!("{what} pair {index} logp_chosen after a step"), score.logp_chosen, chosen);
-        assert_close(&format!("{what} pair {index} logp_rejected after a step"), score.logp_rejected, rejected);
+#[test]
+fn logits_and_greedy_tokens_agree() {
+    let device = Arc::new(CpuDevice::new(Some(2)).expect("cpu"));
+    for golden in Golden::all() {
+        let model = golden.load(&device);
+        let sequence = [golden.pairs[0].prompt.as_slice(), &golden.pairs[0].chosen].concat();
+        for entry in golden.json["logits"].as_array().into_iter().flatten() {
+            let position = number(&entry["position"]) as usize;
+            // Half by the prompt's forward, half token by token, so that the cache is checked too.
+            let half = position.div_ceil(2).max(1);
+            let mut generation = Generation::start(&model, &sequence[..half], 200).expect("prefill");
+            for &token in &sequence[half..=position.max(half - 1)] {
+                generation.push(token).expect("decode");
+            }
+            for (id, (&ours, golden_logit)) in generation.logits().iter().zip(array(&entry["values"])).enumerate()
+            {
+                let expected = number(golden_logit);
+                let error = (ours as f64 - expected).abs();
+                assert!(
+                    error <= RELATIVE * expected.abs().max(1.0),
+                    "{} position {position} logit {id}: ours {ours}, golden {expected}",
+                    golden.name()
+                );
+            }
+        }
+        for entry in golden.json["generate"].as_array().into_iter().flatten() {
+            let expected = ids(&entry["new_ids"]);
+            let (ours, _) = generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| ()).expect("text");
+            let ended = model.config.stop_token_ids.contains(expected.last().expect("tokens"));
+            assert_eq!(ours, expected[..expected.len() - usize::from(ended)], "{}", golden.name());
+        }
+    }
+}
+
+#[track_caller]
+fn check_log_probs<D: Device>(what: &str, golden: &Golden, trainer: &Trainer<D>, expected: &Value) {
+    let scores = score(&trainer.model, &golden.pairs);
+    assert_eq!(scores.len(), array(expected).len());
+    for (index, (score, expected)) in scores.iter().zip(array(expected)).enumerate() {
+        let what = format!("{what} pair {index}");
+        assert_close(&format!("{what} logp_chosen"), score.logp_chosen, number(&expected[0]));
+        assert_close(&format!("{what} logp_rejected"), score.logp_rejected, number(&expected[1]));
     }
 }
 
@@ -194,10 +264,10 @@ fn check_gradients<D: Device>(what: &str, trainer: &Trainer<D>, result: &StepRes
     assert_eq!(norms.len(), expected["grad_norms"].as_object().map_or(0, |norms| norms.len()));
 }
 
-fn adamw(settings: &Value, step: u32) -> AdamWStep {
+fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {
     let beta = |index: usize| number(&settings["betas"][index]) as f32;
     AdamWStep {
-        learning_rate: number(&settings["lr"]) as f32,
+        learning_rate: learning_rate.unwrap_or_else(|| number(&settings["lr"])) as f32,
         beta1: beta(0),
         beta2: beta(1),
         epsilon: number(&settings["eps"]) as f32,
@@ -206,7 +276,3 @@ fn adamw(settings: &Value, step: u32) -> AdamWStep {
     }
 }
 
-/// `[chosen, rejected]` of `logps_after_one_step`.
-fn after_step(golden: &Value) -> [f64; 2] {
-    [number(&golden[0]), number(&golden[1])]
-}
