@@ -6,7 +6,8 @@ fn the_fixture_opens() {
         println!("MMPO_FAST_FIXTURES is not set: skipped");
         return;
     };
-    let folder = mmpo_fast::checkpoint::ModelFolder::open(&std::path::Path::new(&folder).join("tiny-llama/model"));
+    let folder =
+        mmpo_fast::checkpoint::ModelFolder::open(&std::path::Path::new(&folder).join("tiny-llama/model"));
     let folder = folder.unwrap();
     folder.check_finite().unwrap();
     println!("{:?} {}", folder.fingerprint(), folder.config().to_saved_json());

@@ -2,111 +2,16 @@
 //!
 //! The meaning of each key is that of `LlamaConfig` in transformers. A key that would change the arithmetic in a way
 //! this program does not compute is refused by name; so is a key nobody here knows, unless its value (`null`, `false`,
-//! an empty list or object) asks for nothing. [`HARMLESS_KEYS`] are the keys known to leave the logits alone.
+//! an empty list or object) asks for nothing. `config_keys.rs` lists the keys known to leave the logits alone.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::device::{AttentionShape, StorageType};
 use crate::error::{Error, Result};
+use crate::model::config_keys::{Keys, MAX_LAYERS, MAX_SIZE};
 use crate::model::rope::{self, Rope};
-
-/// Keys that say nothing about the arithmetic: provenance, generation defaults, and what transformers only looks at
-/// outside the model.
-const HARMLESS_KEYS: &[&str] = &[
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_flash_attn_2_enabled",
-    "_name_or_path",
-    "attn_implementation",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "finetuning_task",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_llama_config",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "output_scores",
-    "prefix",
-    "problem_type",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "typical_p",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-];
-
-/// Keys read by [`LlamaConfig::parse`].
-const READ_KEYS: &[&str] = &[
-    "architectures",
-    "attention_bias",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "model_type",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "partial_rotary_factor",
-    "pretraining_tp",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "vocab_size",
-];
-
-/// Largest size any dimension may have: beyond it a config is taken for damaged.
-const MAX_SIZE: u64 = 1 << 24;
-const MAX_LAYERS: u64 = 10_000;
 
 /// A Llama, as its `config.json` describes it. Symbols are those of the legend: `V D F L H K E`.
 #[derive(Clone, Debug, PartialEq)]
@@ -326,189 +231,165 @@ impl LlamaConfig {
     }
 }
 
-/// The keys of a JSON file, with errors that name file and key.
-pub(super) struct Keys {
-    path: PathBuf,
-    pub(super) map: Map<String, Value>,
-}
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
 
-impl Keys {
-    fn parse(path: &Path, text: &str) -> Result<Self> {
-        let broken =
-            |message: String| Error::model(path, message, "download the file again, or mend its JSON");
-        match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Ok(Keys { path: path.to_path_buf(), map }),
-            Ok(_) => Err(broken("holds JSON that is not an object".into())),
-            Err(error) => Err(broken(format!("is not valid JSON: {error}"))),
-        }
-    }
+    use super::*;
 
-    pub(super) fn error(&self, message: impl Into<String>, help: impl Into<String>) -> Error {
-        Error::model(&self.path, message, help)
-    }
-
-    /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
-    fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
-        self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
-    }
-
-    /// The value of a key; `null` is absent.
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    fn check_architecture(&self) -> Result<()> {
-        let help =
-            "mmpo-fast trains LlamaForCausalLM (model_type llama) alone; convert the model or choose another";
-        if let Some(value) = self.get("architectures")
-            && value != &serde_json::json!(["LlamaForCausalLM"])
-        {
-            return Err(self.error(format!("unknown architecture: `architectures` is {value}"), help));
-        }
-        match self.get("model_type") {
-            Some(value) if value == "llama" => Ok(()),
-            None if self.get("architectures").is_some() => Ok(()),
-            None => Err(self.error("neither `architectures` nor `model_type` says what model this is", help)),
-            Some(value) => Err(self.error(format!("unknown architecture: `model_type` is {value}"), help)),
-        }
-    }
-
-    fn check_unsupported(&self) -> Result<()> {
-        self.only("hidden_act", "silu")?;
-        self.only("pretraining_tp", 1)?;
-        self.only("chunk_size_feed_forward", 0)?;
-        if let Some(value) = self.get("attention_dropout")
-            && value.as_f64() != Some(0.0)
-        {
-            return Err(self.error(
-                format!("`attention_dropout` is {value}; attention dropout is not supported"),
-                "set `attention_dropout` to 0: nearly every Llama is trained without it",
-            ));
-        }
-        for (key, value) in &self.map {
-            let asks_nothing = match value {
-                Value::Null | Value::Bool(false) => true,
-                Value::Array(items) => items.is_empty(),
-                Value::Object(map) => map.is_empty(),
-                _ => false,
-            };
-            let known = [READ_KEYS, HARMLESS_KEYS].iter().any(|keys| keys.contains(&key.as_str()));
-            if !known && !asks_nothing {
-                return Err(self.refuse(key, value));
-            }
-        }
-        Ok(())
-    }
-
-    /// The refusal of a key that is neither read nor known to be harmless.
-    fn refuse(&self, key: &str, value: &Value) -> Error {
-        match key {
-            "quantization_config" => self.error(
-                "`quantization_config`: quantised weights are not supported",
-                "use the unquantised (bf16, f16 or f32) version of this model",
-            ),
-            "sliding_window" => self.error(
-                format!("`sliding_window` is {value}; windowed attention is not supported"),
-                "use a model with full attention, or set it to null if the model was trained without it",
-            ),
-            "auto_map" => self.error(
-                "`auto_map` asks for the folder's own Python code, which is never run",
-                "remove `auto_map` if the model is a plain Llama",
-            ),
-            _ => self.error(
-                format!("unknown key `{key}` = {value}: it may change the model's arithmetic"),
-                format!("if it does not, remove `{key}` from config.json"),
-            ),
-        }
-    }
-
-    /// Refuses any value of `key` but `wanted`.
-    fn only(&self, key: &str, wanted: impl Into<Value>) -> Result<()> {
-        let wanted = wanted.into();
-        match self.get(key) {
-            Some(value) if value != &wanted => Err(self.error(
-                format!("`{key}` is {value}; only {wanted} is supported"),
-                "choose another model: this one computes something else",
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    fn optional_size(&self, key: &str, largest: u64) -> Result<Option<usize>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_u64() {
-                Some(size) if (1..=largest).contains(&size) => Ok(Some(size as usize)),
-                _ => Err(self.wrong(key, value, &format!("a whole number in 1..={largest}"))),
-            },
-        }
-    }
-
-    fn size(&self, key: &str, largest: u64) -> Result<usize> {
-        self.optional_size(key, largest)?.ok_or_else(|| {
-            self.error(format!("`{key}` is missing"), format!("add `{key}`, or download config.json again"))
+    fn smollm2() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "is_llama_config": true,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": false,
+            "rope_scaling": null,
+            "rope_theta": 100000,
+            "tie_word_embeddings": true,
+            "torch_dtype": "float32",
+            "vocab_size": 49152
         })
     }
 
-    fn head_size(&self, hidden_size: usize, heads: usize) -> Result<usize> {
-        if let Some(size) = self.optional_size("head_dim", MAX_SIZE)? {
-            return Ok(size);
-        }
-        if !hidden_size.is_multiple_of(heads) {
-            return Err(self.error(
-                format!("hidden_size = {hidden_size} is not a multiple of num_attention_heads = {heads}"),
-                "without `head_dim` the head size is their quotient: correct them, or add `head_dim`",
-            ));
-        }
-        Ok(hidden_size / heads)
+    fn parse(config: &Value) -> Result<LlamaConfig> {
+        LlamaConfig::parse(Path::new("m/config.json"), &config.to_string())
     }
 
-    pub(super) fn positive(&self, key: &str, default: f64) -> Result<f64> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => match value.as_f64() {
-                Some(number) if number > 0.0 && number.is_finite() => Ok(number),
-                _ => Err(self.wrong(key, value, "a positive number")),
-            },
-        }
+    /// The config above with one key changed, which must be refused with a message that contains `part`.
+    #[track_caller]
+    fn refused(key: &str, value: Value, part: &str) {
+        let mut config = smollm2();
+        config[key] = value;
+        let error = parse(&config).expect_err(key);
+        let message = error.to_string();
+        assert!(matches!(error, Error::Model { .. }), "{error:?}");
+        assert!(message.contains(part) && message.starts_with("m/config.json: "), "{key}: {message}");
     }
 
-    fn flag(&self, key: &str) -> Result<bool> {
-        match self.get(key) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(value) => Err(self.wrong(key, value, "true or false")),
-        }
+    #[test]
+    fn smollm2_135m_has_its_shapes() {
+        let config = parse(&smollm2()).unwrap();
+        assert_eq!((config.head_size, config.kv_heads, config.layers), (64, 3, 30));
+        assert_eq!(config.parameters(), 134_515_008);
+        assert_eq!(config.rope, Rope { theta: 1e5, scaling: rope::RopeScaling::Default });
+        assert_eq!(config.dtype, Some(StorageType::F32));
+        assert_eq!(config.pad_token_id, None);
+        assert_eq!(config.tensors().len(), 30 * 9 + 2);
     }
 
-    /// One id or a list of them; `null` is none, an absent key is `default`.
-    fn token_ids(&self, key: &str, default: &[u32]) -> Result<Vec<u32>> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = match self.map.get(key) {
-            None => Some(default.to_vec()),
-            Some(Value::Null) => Some(Vec::new()),
-            Some(Value::Array(items)) => items.iter().map(id).collect(),
-            Some(value) => id(value).map(|id| vec![id]),
-        };
-        ids.ok_or_else(|| self.wrong(key, &self.map[key], "a token id or a list of them"))
+    #[test]
+    fn biases_and_an_untied_head_are_tensors_too() {
+        let mut json = smollm2();
+        json["attention_bias"] = true.into();
+        json["mlp_bias"] = true.into();
+        json["tie_word_embeddings"] = false.into();
+        json["head_dim"] = 32.into();
+        let config = parse(&json).unwrap();
+        let tensors = config.tensors();
+        assert_eq!(tensors.len(), 30 * (9 + 7) + 3);
+        assert!(tensors.contains(&TensorSpec::new("model.layers.3.self_attn.k_proj.bias", &[3 * 32])));
+        assert!(tensors.contains(&TensorSpec::new("model.layers.29.self_attn.o_proj.weight", &[576, 288])));
+        assert!(tensors.contains(&TensorSpec::new("model.layers.0.mlp.down_proj.bias", &[576])));
+        assert_eq!(tensors.last(), Some(&TensorSpec::new("lm_head.weight", &[49152, 576])));
     }
 
-    fn pad_token_id(&self) -> Result<Option<u32>> {
-        match self.get("pad_token_id").and_then(Value::as_i64) {
-            Some(id) if id < 0 => Ok(None),
-            _ => Ok(self.token_ids("pad_token_id", &[])?.first().copied()),
-        }
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        refused("architectures", json!(["MistralForCausalLM"]), "MistralForCausalLM");
+        refused("architectures", json!(["LlamaForSequenceClassification"]), "LlamaForSequenceClassification");
+        refused("model_type", json!("qwen2"), "qwen2");
+        refused("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\"");
+        refused("attention_dropout", json!(0.1), "`attention_dropout` is 0.1");
+        refused("pretraining_tp", json!(2), "`pretraining_tp` is 2");
+        refused("sliding_window", json!(4096), "`sliding_window` is 4096");
+        refused("quantization_config", json!({"bits": 4}), "`quantization_config`");
+        refused("auto_map", json!({"AutoModel": "x.Y"}), "`auto_map`");
+        refused("rope_interleaved", json!(true), "`rope_interleaved` = true");
+        refused("logits_scaling", json!(8.0), "unknown key `logits_scaling` = 8.0");
+        refused("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` is 0.5");
+        refused("dtype", json!("float8"), "`dtype` is \"float8\"");
     }
 
-    fn dtype(&self) -> Result<Option<StorageType>> {
-        let Some(value) = self.get("dtype").or_else(|| self.get("torch_dtype")) else {
-            return Ok(None);
-        };
-        match value.as_str() {
-            Some("float32") => Ok(Some(StorageType::F32)),
-            Some("float16") => Ok(Some(StorageType::F16)),
-            Some("bfloat16") => Ok(Some(StorageType::Bf16)),
-            _ => Err(self.wrong("dtype", value, "float32, float16 or bfloat16")),
-        }
+    #[test]
+    fn bad_sizes_are_refused_by_name() {
+        refused("num_key_value_heads", json!(2), "num_attention_heads = 9 is not a multiple");
+        refused("num_key_value_heads", json!(0), "`num_key_value_heads` is 0");
+        refused("head_dim", json!(63), "head size 63 is odd");
+        refused(
+            "num_attention_heads",
+            json!(7),
+            "hidden_size = 576 is not a multiple of num_attention_heads = 7",
+        );
+        refused("vocab_size", json!(0), "`vocab_size` is 0");
+        refused("vocab_size", json!(-5), "`vocab_size` is -5");
+        refused("vocab_size", json!(1u64 << 40), "`vocab_size` is 1099511627776");
+        refused("hidden_size", json!("576"), "`hidden_size` is \"576\"");
+        refused("intermediate_size", Value::Null, "`intermediate_size` is missing");
+        refused("num_hidden_layers", json!(1e6), "`num_hidden_layers`");
+        refused("rms_norm_eps", json!(0), "`rms_norm_eps` is 0");
+        refused("tie_word_embeddings", json!("yes"), "`tie_word_embeddings` is \"yes\"");
+        refused("eos_token_id", json!([2, 49152]), "token id 49152 lies outside");
+        refused("eos_token_id", json!("</s>"), "`eos_token_id` is \"</s>\"");
+    }
+
+    #[test]
+    fn bad_rope_is_refused_by_name() {
+        refused("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "unknown rope type `yarn`");
+        refused(
+            "rope_scaling",
+            json!({"rope_type": "dynamic", "factor": 2.0}),
+            "unknown rope type `dynamic`",
+        );
+        refused("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is null");
+        refused("rope_scaling", json!({"type": "linear", "factor": 0.5}), "`rope_scaling.factor` is 0.5");
+        refused("rope_scaling", json!({"type": "default", "mscale": 2.0}), "`rope_scaling.mscale` = 2.0");
+        refused("rope_scaling", json!("linear"), "`rope_scaling` is \"linear\"");
+        refused("rope_parameters", json!({"partial_rotary_factor": 0.25}), "`partial_rotary_factor` is 0.25");
+        refused("rope_parameters", json!({"rope_theta": 0.0}), "`rope_parameters.rope_theta` is 0.0");
+        refused("rope_theta", json!(-1.0), "`rope_theta` is -1.0");
+        let llama3 =
+            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0});
+        refused("rope_parameters", llama3, "high_freq_factor = 1 is not above");
+    }
+
+    #[test]
+    fn broken_json_names_the_line() {
+        let error = LlamaConfig::parse(Path::new("config.json"), "{\n  \"vocab_size\": 3,\n").unwrap_err();
+        assert!(error.to_string().contains("line 3"), "{error}");
+        assert!(LlamaConfig::parse(Path::new("config.json"), "[]").is_err());
+    }
+
+    #[test]
+    fn end_tokens_are_merged_for_generation() {
+        let mut json = smollm2();
+        json["eos_token_id"] = json!([2, 7]);
+        json["pad_token_id"] = (-1).into();
+        let mut config = parse(&json).unwrap();
+        let path = Path::new("generation_config.json");
+        config.add_generation_config(path, r#"{"eos_token_id": [9, 2], "temperature": 0.6}"#).unwrap();
+        assert_eq!(config.eos_token_ids, [2, 7]);
+        assert_eq!(config.stop_token_ids, [2, 7, 9]);
+        assert_eq!(config.pad_token_id, None);
+        assert!(config.add_generation_config(path, r#"{"eos_token_id": 1000000}"#).is_err());
+    }
+
+    #[test]
+    fn the_saved_config_is_the_original_in_bfloat16() {
+        let saved: Value = serde_json::from_str(&parse(&smollm2()).unwrap().to_saved_json()).unwrap();
+        let mut expected = smollm2();
+        expected["torch_dtype"] = "bfloat16".into();
+        expected["dtype"] = "bfloat16".into();
+        assert_eq!(saved, expected);
     }
 }

@@ -3,6 +3,7 @@
 mod backward;
 mod buffers;
 mod config;
+mod config_keys;
 mod decode;
 mod forward;
 mod head;

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::Result;
-use crate::model::config::Keys;
+use crate::model::config_keys::Keys;
 
 /// How positions become angles.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -210,5 +210,54 @@ impl Section<'_> {
             format!("`{}`: unknown rope type `{kind}`", self.name),
             "default, linear and llama3 are supported",
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::config::LlamaConfig;
+
+    #[test]
+    fn tables_are_those_of_transformers() {
+        let goldens: Value = serde_json::from_str(include_str!("../../tests/goldens/rope.json")).unwrap();
+        for golden in goldens.as_array().unwrap() {
+            let name = &golden["name"];
+            let config = LlamaConfig::parse(Path::new("config.json"), &golden["config"].to_string()).unwrap();
+            let frequencies = config.rope.inverse_frequencies(config.head_size);
+            let expected = floats(&golden["inverse_frequencies"]);
+            assert_eq!(frequencies.len(), expected.len());
+            for (ours, theirs) in frequencies.iter().zip(&expected) {
+                let error = (ours - theirs).abs() / theirs;
+                // One unit in the last place: powers are rounded differently.
+                assert!(
+                    error <= f32::EPSILON,
+                    "{name}: frequency {ours}, transformers {theirs}, error {error}"
+                );
+            }
+            let positions =
+                golden["positions"].as_array().unwrap().iter().map(|p| p.as_u64().unwrap() as usize);
+            let table = config.rope_table(8192);
+            for (position, row) in positions.zip(golden["table"].as_array().unwrap()) {
+                let half = config.head_size / 2;
+                let ours = &table[position * config.head_size..][..config.head_size];
+                for (i, (ours, theirs)) in ours.iter().zip(floats(row)).enumerate() {
+                    // A unit in the last place of frequency, and half of one of angle and result.
+                    let angle = position as f32 * frequencies[i % half];
+                    let tolerance = f32::EPSILON * (1.5 * angle + 1.0);
+                    let error = (ours - theirs).abs();
+                    assert!(
+                        error <= tolerance,
+                        "{name} {position} {i}: {ours}, transformers {theirs}, {error}"
+                    );
+                }
+            }
+        }
+    }
+
+    fn floats(values: &Value) -> Vec<f32> {
+        values.as_array().unwrap().iter().map(|value| value.as_f64().unwrap() as f32).collect()
     }
 }
