@@ -79,7 +79,7 @@ impl Row {
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() {
             4 => String::new(),
-            _ => format!(" ({} only)", join(self.only)),
+            _ => format!(" [only {}]", join(self.only)),
         };
         format!("{}{for_objectives} [default: {}]", self.documentation, self.default)
     }
@@ -176,11 +176,11 @@ macro_rules! options {
 options! {
     "Input and output" {
         /// Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's.
-        model: Source, Absent = Absent("with no --data and --recipe either, the built-in demo"), ALL, check::source;
+        model: Source, Absent = Absent("required; without --data and --recipe too, the demo"), ALL, check::source;
         /// Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's.
-        data: Source, Absent = Absent("with no --model and --recipe either, the built-in demo"), ALL, check::source;
+        data: Source, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::source;
         /// Folder that receives the model, metrics, report and checkpoints.
-        output: PathBuf, Absent = Absent("none; the demo's is mmpo-fast-demo"), ALL, check::path;
+        output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), &[Mmpo, Dpo], check::path;
         /// Jinja file that replaces the model's own chat template.
