@@ -4,6 +4,7 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;

@@ -3,3 +3,4 @@
 mod scorer;
 
 pub use scorer::{PairScore, Scorer};
+pub fn run(_config: &crate::config::ScoreConfig) -> crate::Result<()> { unimplemented!() }
