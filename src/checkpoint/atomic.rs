@@ -148,6 +148,11 @@ fn replace_folder(partial: &Path, target: &Path) -> Result<()> {
         Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput) => {}
         result => return result.map_err(failed),
     }
+    replace_in_two_steps(partial, target)
+}
+
+fn replace_in_two_steps(partial: &Path, target: &Path) -> Result<()> {
+    let failed = |error| Error::io(target, "rename", error);
     let aside = with_suffix(target, &format!(".old-{}", std::process::id()));
     std::fs::rename(target, &aside).map_err(failed)?;
     if let Err(error) = std::fs::rename(partial, target) {
@@ -269,4 +274,31 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(suffix);
     path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Folder `name` with a file that holds `content`.
+    fn folder(parent: &Path, name: &str, content: &str) -> PathBuf {
+        let folder = parent.join(name);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("file"), content).unwrap();
+        folder
+    }
+
+    #[test]
+    fn without_an_exchange_the_new_folder_takes_the_place_of_the_old() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = folder(parent.path(), "model", "old");
+        let partial = folder(parent.path(), "model.partial-1", "new");
+        replace_in_two_steps(&partial, &target).unwrap();
+        assert_eq!(std::fs::read_to_string(target.join("file")).unwrap(), "new");
+        assert_eq!(list(parent.path()).unwrap().len(), 1);
+        // The new folder cannot be moved: the old one comes back.
+        assert!(replace_in_two_steps(&parent.path().join("absent"), &target).is_err());
+        assert_eq!(std::fs::read_to_string(target.join("file")).unwrap(), "new");
+        assert_eq!(list(parent.path()).unwrap(), [target]);
+    }
 }
