@@ -13,6 +13,7 @@ pub mod generate;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+pub mod report;
 pub mod score;
 pub mod train;
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use miette::MietteHandlerOpts;
 use mmpo_fast::cli::{self, Stop, Verbosity};
+use mmpo_fast::report::LogWriter;
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
 
@@ -58,7 +59,7 @@ fn start_log(verbosity: Verbosity) -> Result<()> {
     })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| LogWriter)
         .with_ansi(wants_color())
         .with_target(false)
         .without_time()
