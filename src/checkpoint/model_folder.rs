@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::checkpoint::tensor_file::{TensorEntry, TensorFile};
 use crate::device::{RawValues, StorageType};
 use crate::error::{Error, Result};
-use crate::model::config::{LlamaConfig, TensorSpec};
+use crate::model::{LlamaConfig, TensorSpec};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

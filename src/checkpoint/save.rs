@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::atomic::AtomicFolder;
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
 use crate::error::{Error, Result};
-use crate::model::config::{LlamaConfig, TensorSpec};
+use crate::model::{LlamaConfig, TensorSpec};
 
 /// Largest shard unless a single tensor is larger: 5 GB, the limit below which every host of models takes a file.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
