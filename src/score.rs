@@ -1,8 +1,6 @@
-//! `mmpo-fast score`: glue until the command itself is merged over this file.
+//! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
 
-use crate::config::ScoreConfig;
-use crate::error::{Error, Result};
+mod scorer;
 
-pub fn run(_config: &ScoreConfig) -> Result<()> {
-    Err(Error::config("`score` is not part of this build", "use a build that has it"))
-}
+pub use scorer::{PairScore, Scorer};
+pub fn run(_config: &crate::config::ScoreConfig) -> crate::Result<()> { unimplemented!() }

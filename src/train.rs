@@ -1,8 +1,5 @@
-//! `mmpo-fast train`: glue until the command itself is merged over this file.
+mod guard;
+mod trainer;
 
-use crate::config::RunConfig;
-use crate::error::{Error, Result};
-
-pub fn run(_config: &RunConfig) -> Result<()> {
-    Err(Error::config("`train` is not part of this build", "use a build that has it"))
-}
+pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
+pub fn run(_config: &crate::config::RunConfig) -> crate::Result<()> { unimplemented!() }
