@@ -163,6 +163,13 @@ impl EvalMetrics {
     }
 }
 
+/// Peak resident memory of this process in GiB, where the system tells (Linux).
+pub fn process_peak_gib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    Some(kib.trim().parse::<f64>().ok()? / f64::from(1 << 20))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,6 +226,17 @@ mod tests {
         assert!(metrics.preference.is_some() && metrics.weights.is_none());
         let metrics = PairMetrics::new(&Objective::Sft, 0.0, &[outcome(1.0, 0.0, 0.0)]);
         assert!(metrics.preference.is_none() && metrics.weights.is_none());
+    }
+
+    #[test]
+    fn peak_memory_covers_what_was_touched() {
+        let touched = vec![1u8; 64 << 20];
+        let peak = process_peak_gib();
+        assert!(
+            !cfg!(target_os = "linux") || peak.is_some_and(|gib| (0.0625..64.0).contains(&gib)),
+            "{peak:?}"
+        );
+        assert_eq!(touched.last(), Some(&1));
     }
 
     #[test]
