@@ -163,6 +163,13 @@ impl EvalMetrics {
     }
 }
 
+/// Peak resident memory of this process in GiB, where the system tells (Linux).
+pub fn process_peak_gib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    Some(kib.trim().parse::<f64>().ok()? / f64::from(1 << 20))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,6 +229,17 @@ mod tests {
     }
 
     #[test]
+    fn peak_memory_covers_what_was_touched() {
+        let touched = vec![1u8; 64 << 20];
+        let peak = process_peak_gib();
+        assert!(
+            !cfg!(target_os = "linux") || peak.is_some_and(|gib| (0.0625..64.0).contains(&gib)),
+            "{peak:?}"
+        );
+        assert_eq!(touched.last(), Some(&1));
+    }
+
+    #[test]
     fn names_are_the_documented_ones_in_order() {
         let pairs = PairMetrics {
             preference: Some(PreferenceMetrics::default()),
@@ -231,8 +249,9 @@ mod tests {
         let step =
             StepMetrics { pairs, mfu: Some(0.4), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
-        let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected \
-             grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second pairs_per_second mfu memory/peak_gib";
+        let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
+             logps/rejected grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second \
+             pairs_per_second mfu memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();
