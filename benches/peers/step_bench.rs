@@ -116,8 +116,13 @@ impl Shape {
 pub enum Matrix {
     Embedding,
     /// `projection`: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down.
-    Layer { layer: usize, projection: usize },
-    Head { layers: usize },
+    Layer {
+        layer: usize,
+        projection: usize,
+    },
+    Head {
+        layers: usize,
+    },
 }
 
 impl Matrix {
@@ -245,7 +250,11 @@ pub fn print_report(arguments: &Arguments, engine: Engine, timings: Timings) {
         engine: engine.name,
         version: engine.version,
         variant: engine.variant,
-        shape: arguments.shape.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default(),
+        shape: arguments
+            .shape
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default(),
         pairs: arguments.pairs,
         prompt: arguments.prompt,
         response: arguments.response,

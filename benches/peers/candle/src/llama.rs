@@ -72,7 +72,8 @@ impl Llama {
     pub fn response_logits(&self, ids: &Tensor, response: usize) -> Result<Tensor> {
         let (rows, sequence) = ids.dims2()?;
         let embedding = self.weights[0].as_tensor();
-        let mut x = embedding.index_select(&ids.flatten_all()?, 0)?.reshape((rows, sequence, self.shape.hidden))?;
+        let mut x =
+            embedding.index_select(&ids.flatten_all()?, 0)?.reshape((rows, sequence, self.shape.hidden))?;
         for layer in 0..self.shape.layers {
             let weights = &self.weights[1 + layer * PER_LAYER..][..PER_LAYER];
             x = (&x + self.attention(weights, &self.norm(&x, &weights[INPUT_NORM])?)?)?;

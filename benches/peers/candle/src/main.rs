@@ -11,6 +11,7 @@ mod step_bench;
 use std::env;
 use std::process::Command;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 
@@ -124,7 +125,7 @@ fn mmpo_loss(logps: &Tensor, rewards: &Tensor) -> Result<Tensor> {
     scores.log_sum_exp(0)?.mean_all()?.neg()
 }
 
-fn check_gradients(weights: &[Var], gradients: &candle_core::backprop::GradStore) -> Result<()> {
+fn check_gradients(weights: &[Var], gradients: &GradStore) -> Result<()> {
     for (index, weight) in weights.iter().enumerate() {
         let Some(gradient) = gradients.get(weight) else {
             bail!("weight {index}, {:?}, got no gradient", weight.shape())
