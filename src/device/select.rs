@@ -1,6 +1,11 @@
 //! `--device`: which device a run uses, and why.
 
 use std::str::FromStr;
+use std::sync::Arc;
+
+use super::Device;
+use super::cpu::CpuDevice;
+use crate::error::{Error, Result};
 
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,10 +27,31 @@ pub struct DeviceReport {
     pub reason: String,
 }
 
+/// Work that runs on whatever device was chosen; a closure cannot be generic, so it is a trait.
+pub trait DeviceTask {
+    type Output;
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Self::Output>;
+}
+
+/// Opens the chosen device (`threads`: CPU threads, `None` is all cores) and runs `task` on it.
+pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => {
+            let device = CpuDevice::new(threads)?;
+            tracing::info!("device: {}", device.describe());
+            task.run(Arc::new(device))
+        }
+        DeviceChoice::Cuda(_) | DeviceChoice::Emulated => Err(Error::device(
+            format!("this build has no `{choice}` device"),
+            "use --device cpu",
+        )),
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "auto" => Ok(DeviceChoice::Auto),
             "cpu" => Ok(DeviceChoice::Cpu),

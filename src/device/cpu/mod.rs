@@ -163,6 +163,10 @@ impl Device for CpuDevice {
         format!("cpu ({name}, {} thread{plural}, {})", self.threads, simd::name(self.arch))
     }
 
+    fn arithmetic(&self) -> String {
+        "cpu f32".to_string()
+    }
+
     fn needs_master(&self) -> bool {
         false
     }
