@@ -25,7 +25,8 @@ pub struct Demo {
 impl Demo {
     pub fn unpack() -> Result<Self> {
         let temporary = std::env::temp_dir();
-        let folder = TempDir::with_prefix("mmpo-fast-demo-").map_err(|error| Error::io(&temporary, "write to", error))?;
+        let folder = TempDir::with_prefix("mmpo-fast-demo-")
+            .map_err(|error| Error::io(&temporary, "write to", error))?;
         let demo = Demo { folder };
         std::fs::create_dir(demo.model()).map_err(|error| Error::io(&demo.model(), "create", error))?;
         for (name, bytes) in MODEL_FILES {

@@ -49,11 +49,13 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     if let Some(reference) = &reference {
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
     }
-    let lines = run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
+    let lines =
+        run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
 
     let mut text = String::new();
     for line in &lines {
-        let json = serde_json::to_string(line).map_err(|error| Error::io(&config.output, "write", error.into()))?;
+        let json =
+            serde_json::to_string(line).map_err(|error| Error::io(&config.output, "write", error.into()))?;
         text.push_str(&json);
         text.push('\n');
     }
@@ -106,7 +108,12 @@ impl Scoring<'_> {
     }
 }
 
-fn score_line(pair: &TokenizedPair, score: &PairScore, reference: Option<&PairScore>, beta: f64) -> ScoreLine {
+fn score_line(
+    pair: &TokenizedPair,
+    score: &PairScore,
+    reference: Option<&PairScore>,
+    beta: f64,
+) -> ScoreLine {
     let rewards = reference.map(|reference| {
         let reward_chosen = beta * (score.logp_chosen - reference.logp_chosen);
         let reward_rejected = beta * (score.logp_rejected - reference.logp_rejected);
@@ -126,7 +133,8 @@ fn score_line(pair: &TokenizedPair, score: &PairScore, reference: Option<&PairSc
 
 /// The table at the end.
 fn summary(lines: &[ScoreLine]) -> String {
-    let mean = |value: &dyn Fn(&ScoreLine) -> f64| lines.iter().map(value).sum::<f64>() / lines.len().max(1) as f64;
+    let mean =
+        |value: &dyn Fn(&ScoreLine) -> f64| lines.iter().map(value).sum::<f64>() / lines.len().max(1) as f64;
     let share = |holds: &dyn Fn(&ScoreLine) -> bool| 100.0 * mean(&|line| f64::from(u8::from(holds(line))));
     let mut rows = vec![
         ("pairs", format!("{}", lines.len()), String::new()),

@@ -156,7 +156,12 @@ impl<'a, D: Device> Run<'a, D> {
     }
 
     /// The steps from `first` on; returns the last evaluation.
-    fn train(&mut self, output: &Output, recorder: &mut Recorder, first: usize) -> Result<Option<EvalMetrics>> {
+    fn train(
+        &mut self,
+        output: &Output,
+        recorder: &mut Recorder,
+        first: usize,
+    ) -> Result<Option<EvalMetrics>> {
         let total = self.plan.total_steps;
         let mut last_evaluation = None;
         let mut batches = self.plan.order.from_step(first).peekable();
@@ -186,7 +191,8 @@ impl<'a, D: Device> Run<'a, D> {
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {
         let started = Instant::now();
-        let pairs = training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
+        let pairs =
+            training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
         let adamw = self.adamw(batch.step);
         let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm)?;
         let seconds = started.elapsed().as_secs_f64();

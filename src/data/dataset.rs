@@ -21,7 +21,8 @@ pub struct PairDataset {
 impl PairDataset {
     /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
     pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
-        let tokens = self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
+        let tokens =
+            self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
         let largest = tokens.copied().max().unwrap_or(0);
         if (largest as usize) < vocabulary {
             return Ok(());

@@ -6,7 +6,9 @@ use safetensors::tensor::Dtype;
 
 use super::trainer::Trainer;
 use crate::checkpoint::run_state::{RngPosition, RunIdentity, save_checkpoint};
-use crate::checkpoint::{Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model};
+use crate::checkpoint::{
+    Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
+};
 use crate::data::StepBatch;
 use crate::device::{AdamWState, Compute, Device, RawValues};
 use crate::error::{Error, Result};
@@ -45,7 +47,11 @@ pub fn save<D: Device>(
 }
 
 /// Puts the newest checkpoint of `run` into `trainer`; returns the steps done, or `None` where there is none.
-pub fn resume<D: Device>(run: &Path, trainer: &mut Trainer<D>, identity: &RunIdentity) -> Result<Option<usize>> {
+pub fn resume<D: Device>(
+    run: &Path,
+    trainer: &mut Trainer<D>,
+    identity: &RunIdentity,
+) -> Result<Option<usize>> {
     let Some(path) = run_state::latest(run)? else { return Ok(None) };
     let checkpoint = Checkpoint::open(&path)?;
     checkpoint.check_identity(identity, FREE_OPTIONS)?;
@@ -63,7 +69,11 @@ pub fn resume<D: Device>(run: &Path, trainer: &mut Trainer<D>, identity: &RunIde
 }
 
 /// Writes the trained weights as a Hugging Face folder, in bf16.
-pub fn save_weights<D: Device>(target: &Path, trainer: &Trainer<D>, companions: &CompanionFiles) -> Result<()> {
+pub fn save_weights<D: Device>(
+    target: &Path,
+    trainer: &Trainer<D>,
+    companions: &CompanionFiles,
+) -> Result<()> {
     let model = &trainer.model;
     let mut staging = Vec::new();
     save_model(target, companions, &model.config.tensors(), SHARD_BYTES, |tensor, offset, values| {
@@ -129,5 +139,8 @@ fn download<D: Device>(trainer: &Trainer<D>, name: &str, offset: usize, values: 
 }
 
 fn unknown(name: &str) -> Error {
-    Error::device(format!("no tensor `{name}` in this model"), "this is a mistake in the program; please report it")
+    Error::device(
+        format!("no tensor `{name}` in this model"),
+        "this is a mistake in the program; please report it",
+    )
 }

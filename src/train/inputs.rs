@@ -50,7 +50,16 @@ impl Inputs {
         };
         let training = load(&training_path)?;
         let evaluation = evaluation_path.as_deref().map(load).transpose()?;
-        Ok(Inputs { folder, companions, encoder, training, evaluation, training_path, evaluation_path, _demo: demo })
+        Ok(Inputs {
+            folder,
+            companions,
+            encoder,
+            training,
+            evaluation,
+            training_path,
+            evaluation_path,
+            _demo: demo,
+        })
     }
 
     /// The longest sequence any pair makes: positions that RoPE needs.
@@ -81,5 +90,11 @@ fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
             .filter(|(_, count)| *count > 0)
             .collect()
     };
-    DataSummary { name, read: report.records, used: report.pairs, dropped: counted(true), cut: counted(false) }
+    DataSummary {
+        name,
+        read: report.records,
+        used: report.pairs,
+        dropped: counted(true),
+        cut: counted(false),
+    }
 }

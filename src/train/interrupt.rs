@@ -20,7 +20,10 @@ pub fn install() -> Result<()> {
         .map_err(|error| error.to_string())
     });
     installed.clone().map_err(|error| {
-        Error::device(format!("cannot watch for Ctrl-C: {error}"), "run outside a sandbox that forbids signals")
+        Error::device(
+            format!("cannot watch for Ctrl-C: {error}"),
+            "run outside a sandbox that forbids signals",
+        )
     })
 }
 

@@ -85,7 +85,8 @@ fn name(config: &RunConfig) -> String {
 
 /// What a user should know of this run beyond its numbers.
 fn warnings(comparison: &Option<(EvalMetrics, EvalMetrics)>) -> Vec<String> {
-    let saturated = comparison.iter().filter_map(|(_, after)| after.pairs.weights).map(|weights| weights.saturated);
+    let saturated =
+        comparison.iter().filter_map(|(_, after)| after.pairs.weights).map(|weights| weights.saturated);
     saturated
         .filter(|&share| share > 0.5)
         .map(|share| {

@@ -97,7 +97,8 @@ fn score_cached<D: Device>(
 /// One folder for all runs, so that a sweep scores its reference once: `MMPO_FAST_CACHE`, else the user's cache folder,
 /// else the run's own.
 fn cache_folder(config: &RunConfig) -> PathBuf {
-    let folder = |variable: &str| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let folder =
+        |variable: &str| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
     folder("MMPO_FAST_CACHE")
         .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("mmpo-fast")))
         .or_else(|| folder("HOME").map(|home| home.join(".cache/mmpo-fast")))
