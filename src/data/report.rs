@@ -102,7 +102,8 @@ impl EncodingReport {
         }
     }
 
-    fn describe(&self, cause: Cause) -> String {
+    /// The cause in words, with the limit that it met.
+    pub fn describe(&self, cause: Cause) -> String {
         let LengthLimits { max_length, max_prompt_length } = self.limits;
         match cause {
             Cause::BlankResponse => "dropped: a response is empty".to_string(),

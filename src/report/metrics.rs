@@ -24,6 +24,9 @@ pub struct PreferenceMetrics {
     /// Share of the pairs whose chosen response has the higher reward.
     pub accuracy: f64,
     pub logps_rejected: f64,
+    /// Share of the pairs whose chosen response is the likelier one; unlike MMPO's rewards it holds no part of the
+    /// label.
+    pub likelier: f64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -73,6 +76,7 @@ impl PairMetrics {
             rewards_rejected: mean(&|outcome| outcome.reward_rejected.into()),
             accuracy: share(&|outcome| outcome.reward_chosen > outcome.reward_rejected),
             logps_rejected: mean(&|outcome| outcome.logp_rejected.into()),
+            likelier: share(&|outcome| outcome.logp_chosen > outcome.logp_rejected),
         };
         let larger = |outcome: &PairOutcome| {
             let weight = f64::from(outcome.weight_chosen);
@@ -102,7 +106,13 @@ impl PairMetrics {
             ]);
         }
         fields.push(("logps/chosen", self.logps_chosen));
-        fields.extend(self.preference.map(|preference| ("logps/rejected", preference.logps_rejected)));
+        if let Some(preference) = self.preference {
+            fields.extend([
+                ("logps/rejected", preference.logps_rejected),
+                ("logps/accuracies", preference.likelier),
+                ("logps/margins", self.logps_chosen - preference.logps_rejected),
+            ]);
+        }
         fields
     }
 

@@ -32,8 +32,13 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
     let weights = |value: fn(&WeightMetrics) -> f64| {
         Some((value(&before.pairs.weights?), value(&after.pairs.weights?)))
     };
+    let margin =
+        |metrics: &EvalMetrics| Some(metrics.pairs.logps_chosen - metrics.pairs.preference?.logps_rejected);
+    let margins = margin(before).zip(margin(after));
     [
-        preference(|p| p.accuracy).map(|pair| row("preference accuracy", pair, true, Some(1.0))),
+        preference(|p| p.likelier).map(|pair| row("chosen is the likelier", pair, true, Some(1.0))),
+        margins.map(|pair| row("log-prob margin", pair, false, Some(1.0))),
+        preference(|p| p.accuracy).map(|pair| row("reward accuracy", pair, true, Some(1.0))),
         preference(PreferenceMetrics::margin).map(|pair| row("reward margin", pair, false, Some(1.0))),
         Some(row("loss", (before.pairs.loss, after.pairs.loss), false, Some(-1.0))),
         Some(row(
