@@ -3,10 +3,7 @@
  * Plain C with no system header but stdint, so that bindgen needs no CUDA headers. `tools/bindings` turns this file
  * into src/device/cuda/bindings.rs; a change here is followed by `cargo run -p bindings`.
  *
- * Three builds of every launcher can be linked side by side; the build sets the prefix of exported names:
- *   mmpo_            nvcc, for real GPUs
- *   mmpo_emulated_   host C++ over kernels/emulator
- *   mmpo_checked_    the same, instrumented: out-of-bounds and uninitialised accesses, races, counters
+ * Three builds of every launcher can be linked side by side; MMPO_EXPORT (common/variant.h) gives each its own names.
  *
  * Legend: T tokens of a packed batch, N scored tokens, D hidden width, F MLP width, V vocabulary, H query heads,
  * K key/value heads, E head size. Matrices are row-major, without gaps between rows.
@@ -27,13 +24,7 @@
 
 #include <stdint.h>
 
-#ifndef MMPO_PREFIX
-#define MMPO_PREFIX mmpo_
-#endif
-#define MMPO_JOIN_TOKENS(prefix, name) prefix##name
-#define MMPO_JOIN(prefix, name) MMPO_JOIN_TOKENS(prefix, name)
-/* The exported name of a launcher in this build. */
-#define MMPO_EXPORT(name) MMPO_JOIN(MMPO_PREFIX, name)
+#include "common/variant.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -214,7 +205,12 @@ mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16 *log_probs, const uint32_t
 
 /* ---- pair_objective.cu: src/objective.rs is the reference ------------------------------------------------------ */
 
-enum mmpo_objective_kind { MMPO_OBJECTIVE_MMPO = 0, MMPO_OBJECTIVE_DPO = 1, MMPO_OBJECTIVE_SIMPO = 2, MMPO_OBJECTIVE_SFT = 3 };
+enum mmpo_objective_kind {
+    MMPO_OBJECTIVE_MMPO = 0,
+    MMPO_OBJECTIVE_DPO = 1,
+    MMPO_OBJECTIVE_SIMPO = 2,
+    MMPO_OBJECTIVE_SFT = 3
+};
 
 /* Parameters of an objective; those that its kind does not use are 0. */
 typedef struct mmpo_objective {
