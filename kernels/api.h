@@ -30,13 +30,13 @@
 extern "C" {
 #endif
 
-/* The bits of a bfloat16. Kernels use this very type as their bf16. */
+/* The bits of a bfloat16: the kernels' own `bf16`, and `half::bf16` in Rust. */
 typedef struct mmpo_bf16 {
     uint16_t bits;
 } mmpo_bf16;
 
 /* A CUstream, which is a cudaStream_t; NULL on the emulated device, whose launchers run to the end. */
-typedef void *mmpo_stream;
+typedef struct CUstream_st *mmpo_stream;
 
 /* 0 is success; 1 is a shape or argument the launcher does not take (as cudaErrorInvalidValue). */
 typedef int32_t mmpo_status;
