@@ -57,9 +57,6 @@ enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF1
 mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16 *out, const void *source, int32_t storage, int64_t length,
                                       mmpo_stream stream);
 
-/* Assigns out[bytes] = source[bytes]; both aligned to 2 bytes, of any length, not overlapping. */
-mmpo_status MMPO_EXPORT(copy)(void *out, const void *source, int64_t bytes, mmpo_stream stream);
-
 /* ---- embedding.cu ------------------------------------------------------------------------------------------- */
 
 /* Assigns out[T, D] = table[token_ids[T], :]. */

@@ -50,6 +50,7 @@ fn parse_headers(root: &Path) -> Result<String, String> {
     unsafe { std::env::set_var("LIBCLANG_PATH", libclang) };
     let bindings = bindgen::Builder::default()
         .header(root.join("kernels/api.h").to_string_lossy())
+        .header(root.join("kernels/emulator/emulator_api.h").to_string_lossy())
         // The nvcc build's names, and no header of the compiler: the wheel has none but its library.
         .clang_args(["-x", "c", "-std=c11", "-ffreestanding"])
         .allowlist_item("(mmpo|MMPO)_.*")
