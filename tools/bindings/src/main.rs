@@ -11,6 +11,8 @@ mod tables;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+const HEADERS: &str = "#include <api.h>\n#include <emulator/emulator_api.h>\n";
+
 fn main() -> ExitCode {
     let check = std::env::args().skip(1).any(|argument| argument == "--check");
     match run(check) {
@@ -49,8 +51,8 @@ fn parse_headers(root: &Path) -> Result<String, String> {
     // SAFETY: this program has one thread, and nothing has read the environment concurrently.
     unsafe { std::env::set_var("LIBCLANG_PATH", libclang) };
     let bindings = bindgen::Builder::default()
-        .header(root.join("kernels/api.h").to_string_lossy())
-        .header(root.join("kernels/emulator/emulator_api.h").to_string_lossy())
+        .header_contents("headers.h", HEADERS)
+        .clang_arg(format!("-I{}", root.join("kernels").display()))
         // The nvcc build's names, and no header of the compiler: the wheel has none but its library.
         .clang_args(["-x", "c", "-std=c11", "-ffreestanding"])
         .allowlist_item("(mmpo|MMPO)_.*")
