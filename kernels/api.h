@@ -247,20 +247,22 @@ mmpo_status MMPO_EXPORT(gradient_norm_finish)(float *out, const float *partials,
 
 /* ---- adamw.cu ----------------------------------------------------------------------------------------------- */
 
-/* One AdamW update; the corrections are 1 - beta^step, formed in f64 on the host. */
+/* The factors of one AdamW update, worked out in f64 on the host. */
 typedef struct mmpo_adamw_step {
-    float learning_rate;
     float beta1;
     float beta2;
+    float rest1; /* 1 - beta1: in f32 it would be off by 5e-5 for 0.999 */
+    float rest2; /* 1 - beta2 */
+    float decay; /* 1 - learning_rate * weight_decay */
+    float step_size; /* learning_rate / (1 - beta1^step) */
+    float root_correction; /* 1 / sqrt(1 - beta2^step) */
     float epsilon;
-    float weight_decay;
-    float bias_correction1;
-    float bias_correction2;
 } mmpo_adamw_step;
 
-/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1]: master *= 1 - learning_rate * weight_decay;
- * first += (1 - beta1) * (g - first); second = beta2 * second + (1 - beta2) * g^2;
- * master -= learning_rate / bias_correction1 * first / (sqrt(second / bias_correction2) + epsilon).
+/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1]:
+ *   first  = beta1 * first + rest1 * g
+ *   second = beta2 * second + rest2 * g^2
+ *   master = decay * master - step_size * first / (sqrt(second) * root_correction + epsilon)
  * Updates master, first and second (f32, [length]) and assigns weight[length] = bf16(master). */
 mmpo_status MMPO_EXPORT(adamw)(mmpo_bf16 *weight, float *master, float *first_moment, float *second_moment,
                                const float *gradient, const float *norm, int64_t length, mmpo_adamw_step step,

@@ -60,41 +60,45 @@ const _: () = {
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct mmpo_adamw_step {
-    pub learning_rate: f32,
     pub beta1: f32,
     pub beta2: f32,
+    pub rest1: f32,
+    pub rest2: f32,
+    pub decay: f32,
+    pub step_size: f32,
+    pub root_correction: f32,
     pub epsilon: f32,
-    pub weight_decay: f32,
-    pub bias_correction1: f32,
-    pub bias_correction2: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_adamw_step"][::core::mem::size_of::<mmpo_adamw_step>() - 28usize];
+    ["Size of mmpo_adamw_step"][::core::mem::size_of::<mmpo_adamw_step>() - 32usize];
     [
         "Alignment of mmpo_adamw_step",
     ][::core::mem::align_of::<mmpo_adamw_step>() - 4usize];
     [
-        "Offset of field: mmpo_adamw_step::learning_rate",
-    ][::core::mem::offset_of!(mmpo_adamw_step, learning_rate) - 0usize];
-    [
         "Offset of field: mmpo_adamw_step::beta1",
-    ][::core::mem::offset_of!(mmpo_adamw_step, beta1) - 4usize];
+    ][::core::mem::offset_of!(mmpo_adamw_step, beta1) - 0usize];
     [
         "Offset of field: mmpo_adamw_step::beta2",
-    ][::core::mem::offset_of!(mmpo_adamw_step, beta2) - 8usize];
+    ][::core::mem::offset_of!(mmpo_adamw_step, beta2) - 4usize];
+    [
+        "Offset of field: mmpo_adamw_step::rest1",
+    ][::core::mem::offset_of!(mmpo_adamw_step, rest1) - 8usize];
+    [
+        "Offset of field: mmpo_adamw_step::rest2",
+    ][::core::mem::offset_of!(mmpo_adamw_step, rest2) - 12usize];
+    [
+        "Offset of field: mmpo_adamw_step::decay",
+    ][::core::mem::offset_of!(mmpo_adamw_step, decay) - 16usize];
+    [
+        "Offset of field: mmpo_adamw_step::step_size",
+    ][::core::mem::offset_of!(mmpo_adamw_step, step_size) - 20usize];
+    [
+        "Offset of field: mmpo_adamw_step::root_correction",
+    ][::core::mem::offset_of!(mmpo_adamw_step, root_correction) - 24usize];
     [
         "Offset of field: mmpo_adamw_step::epsilon",
-    ][::core::mem::offset_of!(mmpo_adamw_step, epsilon) - 12usize];
-    [
-        "Offset of field: mmpo_adamw_step::weight_decay",
-    ][::core::mem::offset_of!(mmpo_adamw_step, weight_decay) - 16usize];
-    [
-        "Offset of field: mmpo_adamw_step::bias_correction1",
-    ][::core::mem::offset_of!(mmpo_adamw_step, bias_correction1) - 20usize];
-    [
-        "Offset of field: mmpo_adamw_step::bias_correction2",
-    ][::core::mem::offset_of!(mmpo_adamw_step, bias_correction2) - 24usize];
+    ][::core::mem::offset_of!(mmpo_adamw_step, epsilon) - 28usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;
