@@ -10,6 +10,7 @@
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
 pub mod cpu;
+pub mod cuda;
 mod select;
 
 use std::ops::Range;

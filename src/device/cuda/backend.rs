@@ -86,12 +86,10 @@ pub(super) trait MatrixProducts {
 /// Where a product goes, and in which type.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ProductOut {
-    /// Assigned, rounded.
+    /// Rounded to nearest even.
     Bf16(*mut bf16),
-    /// Assigned.
+    /// The accumulators as they are.
     F32(*mut f32),
-    /// Accumulated.
-    AddF32(*mut f32),
 }
 
 /// A row-major matrix that enters a product as it lies in memory, or transposed.
@@ -101,13 +99,13 @@ pub(super) struct Operand {
     pub transposed: bool,
 }
 
-/// `out[rows, columns] = left[rows, depth] * right[depth, columns] (+ bias[columns])`.
+/// `out[rows, columns] = left[rows, depth] * right[depth, columns] (+ bias[columns])`, or `+=` to accumulate.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
     pub out: ProductOut,
+    pub accumulate: bool,
     pub left: Operand,
     pub right: Operand,
-    /// With [`ProductOut::Bf16`] only.
     pub bias: Option<*const bf16>,
     pub rows: usize,
     pub columns: usize,
