@@ -9,6 +9,7 @@
 //! `H`/`K` query and key/value heads, `E` head size. Matrices are row-major. `out` comes first, then what is updated,
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
+mod batch_buffers;
 pub mod cpu;
 pub mod cuda;
 mod select;

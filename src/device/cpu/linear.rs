@@ -1,0 +1,209 @@
+//! Matrix products, all through the `gemm` crate (packed, register-blocked, AVX-512 where there is).
+
+use rayon::prelude::*;
+
+use super::{CpuBuffer, CpuDevice, check_sizes};
+use crate::device::LinearShape;
+use crate::error::Result;
+
+/// Columns of one block of a bias gradient.
+const COLUMNS: usize = 64;
+/// Rows summed in one f32 run before they are added to the gradient.
+const RUN: usize = 64;
+
+/// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    values: &'a [f32],
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Row-major, rows `row_stride` apart.
+    #[inline(always)]
+    pub(super) fn rows(values: &'a [f32], row_stride: usize) -> Self {
+        Matrix { values, row_stride, column_stride: 1 }
+    }
+
+    /// The transpose of [`Matrix::rows`].
+    #[inline(always)]
+    pub(super) fn transposed(values: &'a [f32], row_stride: usize) -> Self {
+        Matrix { values, row_stride: 1, column_stride: row_stride }
+    }
+
+    /// Whether `rows x columns` elements lie inside the slice.
+    #[inline(always)]
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        rows == 0
+            || columns == 0
+            || (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.values.len()
+    }
+}
+
+/// `out[m, n] = lhs[m, k] * rhs[k, n]`, added to what `out` holds if `accumulate`; `out` is row-major with rows
+/// `out_stride` apart.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+pub(super) fn multiply(
+    out: &mut [f32],
+    out_stride: usize,
+    accumulate: bool,
+    (m, k, n): (usize, usize, usize),
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    parallelism: gemm::Parallelism,
+) {
+    assert!(
+        lhs.holds(m, k) && rhs.holds(k, n) && Matrix::rows(out, out_stride).holds(m, n) && n <= out_stride,
+        "product {m} x {k} x {n} outside its buffers: {} = {} * {}",
+        out.len(),
+        lhs.values.len(),
+        rhs.values.len()
+    );
+    // SAFETY: the assertion keeps every index of the three views inside its slice; `out` is a unique borrow and, as
+    // n <= out_stride, its rows do not overlap.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            out_stride as isize,
+            accumulate,
+            lhs.values.as_ptr(),
+            lhs.column_stride as isize,
+            lhs.row_stride as isize,
+            rhs.values.as_ptr(),
+            rhs.column_stride as isize,
+            rhs.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+pub(super) fn forward(
+    device: &CpuDevice,
+    out: &mut CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    bias: Option<&CpuBuffer<f32>>,
+    shape: LinearShape,
+) -> Result<()> {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let needs = [
+        ("out", out.len(), rows * outputs),
+        ("x", x.len(), rows * inputs),
+        ("weight", weight.len(), outputs * inputs),
+        ("bias", bias.map_or(outputs, |bias| bias.len()), outputs),
+    ];
+    check_sizes("linear_forward", &shape, &needs)?;
+    if rows * outputs == 0 {
+        return Ok(());
+    }
+    let out = &mut out[..rows * outputs];
+    device.parallel(|| {
+        if let Some(bias) = bias {
+            out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
+        }
+        multiply(
+            out,
+            outputs,
+            bias.is_some(),
+            (rows, inputs, outputs),
+            Matrix::rows(x, inputs),
+            Matrix::transposed(weight, inputs),
+            device.parallelism(),
+        );
+    });
+    Ok(())
+}
+
+pub(super) fn backward_input(
+    device: &CpuDevice,
+    dx: &mut CpuBuffer<f32>,
+    dout: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    shape: LinearShape,
+) -> Result<()> {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let needs = [
+        ("dx", dx.len(), rows * inputs),
+        ("dout", dout.len(), rows * outputs),
+        ("weight", weight.len(), outputs * inputs),
+    ];
+    check_sizes("linear_backward_input", &shape, &needs)?;
+    device.parallel(|| {
+        multiply(
+            dx,
+            inputs,
+            false,
+            (rows, outputs, inputs),
+            Matrix::rows(dout, outputs),
+            Matrix::rows(weight, inputs),
+            device.parallelism(),
+        );
+    });
+    Ok(())
+}
+
+pub(super) fn backward_weight(
+    device: &CpuDevice,
+    dweight: &mut CpuBuffer<f32>,
+    dbias: Option<&mut CpuBuffer<f32>>,
+    dout: &CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    shape: LinearShape,
+) -> Result<()> {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let needs = [
+        ("dweight", dweight.len(), outputs * inputs),
+        ("dbias", dbias.as_ref().map_or(outputs, |dbias| dbias.len()), outputs),
+        ("dout", dout.len(), rows * outputs),
+        ("x", x.len(), rows * inputs),
+    ];
+    check_sizes("linear_backward_weight", &shape, &needs)?;
+    device.parallel(|| {
+        multiply(
+            dweight,
+            inputs,
+            true,
+            (outputs, rows, inputs),
+            Matrix::transposed(dout, outputs),
+            Matrix::rows(x, inputs),
+            device.parallelism(),
+        );
+        if let Some(dbias) = dbias {
+            dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || column_sums(dbias, &dout[..rows * outputs], block * COLUMNS, outputs),
+                )
+            });
+        }
+    });
+    Ok(())
+}
+
+/// `sums += ` the sums of columns `first..first + sums.len()` of `values[.., width]`, rows in order.
+#[inline(always)]
+fn column_sums(sums: &mut [f32], values: &[f32], first: usize, width: usize) {
+    let columns = sums.len();
+    for run in values.chunks(RUN * width) {
+        let mut partial = [0.0_f32; COLUMNS];
+        for row in run.chunks_exact(width) {
+            for (partial, value) in partial.iter_mut().zip(&row[first..][..columns]) {
+                *partial += value;
+            }
+        }
+        for (sum, partial) in sums.iter_mut().zip(partial) {
+            *sum += partial;
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What the kernel tests share: devices to run on, values, comparison, central differences.
+
+use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
+use mmpo_fast::objective::PairConstants;
+
+/// How far a device's result may lie from the naive f64 one:
+/// `error <= relative * |wanted| + absolute * rms(wanted)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    pub relative: f64,
+    pub absolute: f64,
+}
+
+impl Tolerance {
+    /// f32 storage and accumulation: a few units in the last place of a value, and of the largest term of a sum.
+    pub const F32: Tolerance = Tolerance { relative: 3e-6, absolute: 3e-6 };
+}
+
+/// Defines tests whose body is generic over the device. Each becomes a module with one `#[test]` a device, so that a
+/// failure names the device: `rms_norm::forward::cpu`.
+macro_rules! device_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn body<D: mmpo_fast::device::Device>($device: &D, $bounds: $crate::harness::Tolerance) {
+                let _ = $bounds;
+                $body
+            }
+
+            #[test]
+            fn cpu() {
+                body(&$crate::harness::cpu(1), $crate::harness::Tolerance::F32);
+            }
+
+            #[test]
+            fn cpu_threads() {
+                body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
+            }
+        }
+    )+};
+}
+pub(crate) use device_tests;
+
+pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
+    mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
+}
+
+/// Pseudo-random values (SplitMix64), roughly normal with standard deviation `scale`.
+pub fn random(seed: u64, len: usize, scale: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678;
+    let mut uniform = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1_u64 << 24) as f32
+    };
+    // Irwin-Hall: the sum of three uniforms has variance 1/4.
+    (0..len).map(|_| (uniform() + uniform() + uniform() - 1.5) * 2.0 * scale).collect()
+}
+
+/// A buffer of weights or activations and what it holds after rounding to the device's type.
+pub fn compute<D: Device>(device: &D, values: &[f32]) -> (Compute<D>, Vec<f64>) {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload_values(&mut buffer, 0, RawValues::from_f32(values)).unwrap();
+    let rounded = read_compute(device, &buffer).into_iter().map(f64::from).collect();
+    (buffer, rounded)
+}
+
+/// As [`compute`], of [`random`] values.
+pub fn random_compute<D: Device>(device: &D, seed: u64, len: usize, scale: f32) -> (Compute<D>, Vec<f64>) {
+    compute(device, &random(seed, len, scale))
+}
+
+/// A buffer that starts as NaN: an operation that assigns must overwrite all of it.
+pub fn unset_compute<D: Device>(device: &D, len: usize) -> Compute<D> {
+    compute(device, &vec![f32::NAN; len]).0
+}
+
+pub fn floats<D: Device>(device: &D, values: &[f32]) -> Floats<D> {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload(&mut buffer, 0, values).unwrap();
+    buffer
+}
+
+pub fn unset_floats<D: Device>(device: &D, len: usize) -> Floats<D> {
+    floats(device, &vec![f32::NAN; len])
+}
+
+pub fn indices<D: Device>(device: &D, values: &[u32]) -> Indices<D> {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload(&mut buffer, 0, values).unwrap();
+    buffer
+}
+
+pub fn read_compute<D: Device>(device: &D, buffer: &Compute<D>) -> Vec<f32> {
+    let mut values = vec![0.0; device.len(buffer)];
+    device.download_compute(&mut values, buffer, 0).unwrap();
+    values
+}
+
+pub fn read<D: Device>(device: &D, buffer: &Floats<D>) -> Vec<f32> {
+    let mut values = vec![0.0; device.len(buffer)];
+    device.download(&mut values, buffer, 0).unwrap();
+    values
+}
+
+pub fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&value| f64::from(value)).collect()
+}
+
+/// Asserts that every value of `got` is within `bounds` of `wanted`, naming the worst one otherwise.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) {
+    assert_eq!(got.len(), wanted.len(), "{what}: lengths");
+    let mean_square = wanted.iter().map(|value| value * value).sum::<f64>() / wanted.len().max(1) as f64;
+    let absolute = bounds.absolute * mean_square.sqrt();
+    for (i, (&got, &wanted)) in got.iter().zip(wanted).enumerate() {
+        let (error, allowed) = ((f64::from(got) - wanted).abs(), bounds.relative * wanted.abs() + absolute);
+        assert!(
+            error <= allowed,
+            "{what}[{i}] = {got}, wanted {wanted}: error {error:e} > {allowed:e} ({bounds:?})"
+        );
+    }
+}
+
+/// The derivative of `f` along coordinate `index` at `x`, by a five-point central difference.
+pub fn derivative(f: impl Fn(&[f64]) -> f64, x: &[f64], index: usize) -> f64 {
+    let step = 1e-3 * x[index].abs().max(0.1);
+    let at = |offset: f64| {
+        let mut moved = x.to_vec();
+        moved[index] += offset * step;
+        f(&moved)
+    };
+    (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * step)
+}
+
+/// Asserts that `got`, the gradient of `f` at `x`, agrees with central differences in `samples` coordinates spread
+/// over `x` (all of them if there are no more).
+#[track_caller]
+pub fn assert_gradient(
+    what: &str,
+    got: &[f32],
+    f: impl Fn(&[f64]) -> f64,
+    x: &[f64],
+    samples: usize,
+    bounds: Tolerance,
+) {
+    assert_eq!(got.len(), x.len(), "{what}: lengths");
+    // A stride that shares no factor with usual widths visits every column.
+    let coordinates: Vec<usize> = if x.len() <= samples {
+        (0..x.len()).collect()
+    } else {
+        (0..samples).map(|i| (i * 7919 + i * i * 13) % x.len()).collect()
+    };
+    let wanted: Vec<f64> = coordinates.iter().map(|&index| derivative(&f, x, index)).collect();
+    let got: Vec<f32> = coordinates.iter().map(|&index| got[index]).collect();
+    assert_close(what, &got, &wanted, bounds);
+}
+
+/// `sum_i a_i b_i`: the scalar whose gradients a backward pass gives.
+pub fn inner(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// A batch of pairs `(P, C, R)` with pseudo-random token ids below `vocab`.
+pub fn pair_batch(sizes: &[(usize, usize, usize)], vocab: u32) -> PairBatch {
+    let mut seed = 17_u32;
+    let mut tokens = |len: usize| -> Vec<u32> {
+        (0..len)
+            .map(|_| {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (seed >> 8) % vocab
+            })
+            .collect()
+    };
+    let pairs: Vec<TokenizedPair> = sizes
+        .iter()
+        .enumerate()
+        .map(|(record, &(prompt, chosen, rejected))| TokenizedPair {
+            record,
+            prompt: tokens(prompt),
+            chosen: tokens(chosen),
+            rejected: tokens(rejected),
+        })
+        .collect();
+    PairBatch::pack(&pairs, Sides::Both)
+}
+
+/// `batch` on the device, in buffers a little larger than it.
+pub fn load_batch<D: Device>(device: &D, batch: &PairBatch, constants: &[PairConstants]) -> BatchBuffers<D> {
+    let (tokens, pairs, scored) = (batch.tokens() + 3, batch.spans.len() + 1, batch.scored_tokens() + 2);
+    let mut buffers = BatchBuffers::new(device, tokens, pairs, scored).unwrap();
+    buffers.load(device, batch, constants).unwrap();
+    buffers
+}
+
+/// Ragged pairs: usual ones, an empty prompt, single-token responses, no response at all, a prompt alone.
+pub const RAGGED: &[(usize, usize, usize)] =
+    &[(5, 4, 7), (0, 3, 2), (3, 1, 1), (1, 0, 4), (6, 0, 0), (0, 0, 1), (2, 5, 0)];
+
+/// The spans of `sizes`, back to back.
+pub fn spans(sizes: &[(usize, usize, usize)]) -> Vec<PairSpan> {
+    pair_batch(sizes, 2).spans
+}
