@@ -79,7 +79,10 @@ fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Resu
     let compiled = toolkit.compile(sources, cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
     if mode == Mode::Require && !findings.is_empty() {
-        return Err(format!("MMPO_FAST_CUDA=require, but nvcc had something to say:\n{}", findings.join("\n")));
+        return Err(format!(
+            "MMPO_FAST_CUDA=require, but nvcc had something to say:\n{}",
+            findings.join("\n")
+        ));
     }
     for finding in findings {
         println!("cargo:warning={finding}");

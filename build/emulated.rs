@@ -21,14 +21,21 @@ const VARIANTS: [Variant; 2] = [
     },
 ];
 
-const COMMON: [&str; 8] =
-    ["-std=c++17", "-O2", "-march=x86-64-v3", "-fPIC", "-Ikernels", "-Wall", "-Wextra", "-Wno-unknown-pragmas"];
+const COMMON: [&str; 8] = [
+    "-std=c++17",
+    "-O2",
+    "-march=x86-64-v3",
+    "-fPIC",
+    "-Ikernels",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+];
 
 pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
-    let compiler = cc::Build::new()
-        .cpp(true)
-        .try_get_compiler()
-        .map_err(|error| format!("no C++ compiler for the emulated device: {error}; install g++ or clang++"))?;
+    let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
+        format!("no C++ compiler for the emulated device: {error}; install g++ or clang++")
+    })?;
     for variant in &VARIANTS {
         let kernels = sources.kernels.iter().map(|source| (source, variant.kernels));
         let device = sources.emulator.iter().map(|source| (source, &[][..]));

@@ -8,11 +8,8 @@ use crate::objects::{Cache, Compiled, Job, archive};
 use crate::{Result, Sources, environment};
 
 /// Machine code for A100 and H100, and PTX from which the driver compiles for any other GPU since Ampere.
-const TARGETS: [&str; 3] = [
-    "arch=compute_80,code=sm_80",
-    "arch=compute_90a,code=sm_90a",
-    "arch=compute_80,code=compute_80",
-];
+const TARGETS: [&str; 3] =
+    ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];
 pub const TARGETS_FOR_PEOPLE: &str = "sm_80, sm_90a, PTX for later GPUs";
 
 /// The oldest toolkit that knows sm_90a's wgmma and TMA in full.
@@ -47,12 +44,15 @@ impl Toolkit {
         let output = Command::new(&nvcc).arg("--version").output();
         let output = output.map_err(|error| format!("{shown} does not run: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let version = text.split("release ").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
+        let version =
+            text.split("release ").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
         let number = |index| version.split('.').nth(index).and_then(|part| part.parse().ok()).unwrap_or(0);
         let (major, minor) = (number(0), number(1));
         if (major, minor) < OLDEST {
             let (oldest_major, oldest_minor) = OLDEST;
-            return Err(format!("{shown} is CUDA `{version}`, {oldest_major}.{oldest_minor} or later is needed"));
+            return Err(format!(
+                "{shown} is CUDA `{version}`, {oldest_major}.{oldest_minor} or later is needed"
+            ));
         }
         let root = nvcc.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
         let libraries = ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"]

@@ -16,7 +16,7 @@ mod select;
 
 use std::ops::Range;
 
-pub use select::{DeviceChoice, DeviceReport};
+pub use select::{AnyDevice, DeviceChoice, DeviceReport};
 
 use crate::data::PairSpan;
 use crate::error::Result;

@@ -2,6 +2,11 @@
 
 use std::str::FromStr;
 
+use super::Device;
+use super::cpu::CpuDevice;
+use super::cuda::{self, CudaDevice, EmulatorVariant};
+use crate::error::Result;
+
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -15,17 +20,96 @@ pub enum DeviceChoice {
     Emulated,
 }
 
-/// What `auto` found, for people: `cpu: no CUDA driver (libcuda.so.1 not found)`.
+/// Which device was taken and why, for people: `cpu (..): no CUDA driver: libcuda.so.1 was not found`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceReport {
+    /// Never [`DeviceChoice::Auto`].
     pub chosen: DeviceChoice,
+    /// The device's own description.
+    pub device: String,
     pub reason: String,
+}
+
+impl std::fmt::Display for DeviceReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.device, self.reason)
+    }
+}
+
+/// A device that was opened by choice. [`on_device!`](crate::on_device) runs code written over [`Device`] on it.
+#[derive(Debug)]
+pub enum AnyDevice {
+    Cpu(CpuDevice),
+    Cuda(CudaDevice),
+}
+
+/// Runs an expression with the device inside an [`AnyDevice`](crate::device::AnyDevice):
+/// `on_device!(device, device => train(device, config))`. The expression is compiled once for each kind of device.
+#[macro_export]
+macro_rules! on_device {
+    ($any:expr, $device:ident => $body:expr) => {
+        match $any {
+            $crate::device::AnyDevice::Cpu($device) => $body,
+            $crate::device::AnyDevice::Cuda($device) => $body,
+        }
+    };
+}
+
+impl AnyDevice {
+    /// Opens the device that `choice` asks for. `threads` is for the CPU; `None` takes all cores.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if a GPU was asked for and cannot be used. `Auto` falls back to the CPU
+    /// instead, and the report says why.
+    pub fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Self, DeviceReport)> {
+        let asked = || "asked for".to_owned();
+        let (device, chosen, reason) = match choice {
+            DeviceChoice::Cpu => (AnyDevice::Cpu(CpuDevice::new(threads)?), choice, asked()),
+            DeviceChoice::Cuda(ordinal) => (AnyDevice::Cuda(CudaDevice::open(ordinal)?), choice, asked()),
+            DeviceChoice::Emulated => {
+                let device = CudaDevice::emulated(EmulatorVariant::Plain);
+                (AnyDevice::Cuda(device), choice, asked())
+            }
+            DeviceChoice::Auto => match first_gpu() {
+                Ok((device, ordinal)) => {
+                    let reason = "the first GPU of compute capability 8.0 or later".to_owned();
+                    (AnyDevice::Cuda(device), DeviceChoice::Cuda(ordinal), reason)
+                }
+                Err(why) => {
+                    let device = AnyDevice::Cpu(CpuDevice::new(threads)?);
+                    (device, DeviceChoice::Cpu, format!("no GPU is used, because {why}"))
+                }
+            },
+        };
+        let report = DeviceReport { chosen, device: device.describe(), reason };
+        Ok((device, report))
+    }
+
+    fn describe(&self) -> String {
+        on_device!(self, device => device.describe())
+    }
+}
+
+/// The first GPU that the kernels run on; else why there is none, as a sentence's end.
+fn first_gpu() -> std::result::Result<(CudaDevice, usize), String> {
+    let gpus = cuda::gpus().map_err(|error| error.to_string())?;
+    if gpus.is_empty() {
+        return Err("the CUDA driver lists no GPU".into());
+    }
+    let mut refused = Vec::new();
+    for gpu in &gpus {
+        match gpu.check().and_then(|()| CudaDevice::open(gpu.ordinal)) {
+            Ok(device) => return Ok((device, gpu.ordinal)),
+            Err(error) => refused.push(error.to_string()),
+        }
+    }
+    Err(refused.join("; "))
 }
 
 impl FromStr for DeviceChoice {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "auto" => Ok(DeviceChoice::Auto),
             "cpu" => Ok(DeviceChoice::Cpu),
@@ -47,6 +131,35 @@ impl std::fmt::Display for DeviceChoice {
             DeviceChoice::Cpu => write!(f, "cpu"),
             DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
             DeviceChoice::Emulated => write!(f, "emulated"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_reads_as_it_prints() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3", "emulated"] {
+            assert_eq!(text.parse::<DeviceChoice>().map(|choice| choice.to_string()).as_deref(), Ok(text));
+        }
+        let error = "cuda:x".parse::<DeviceChoice>().unwrap_err();
+        assert!(error.contains("cuda:N"), "{error}");
+    }
+
+    #[test]
+    fn auto_says_what_it_took_and_why() {
+        let (device, report) = AnyDevice::open(DeviceChoice::Auto, Some(1)).unwrap();
+        match device {
+            AnyDevice::Cpu(_) => {
+                assert_eq!(report.chosen, DeviceChoice::Cpu);
+                assert!(report.to_string().contains("no GPU is used, because"), "{report}");
+            }
+            AnyDevice::Cuda(_) => {
+                assert!(matches!(report.chosen, DeviceChoice::Cuda(_)), "{report}");
+                assert!(report.to_string().contains("compute capability"), "{report}");
+            }
         }
     }
 }

@@ -129,8 +129,7 @@ pub(super) fn decode(
 ) -> Result<()> {
     let name = "attention_decode";
     check_head_size(name, shape)?;
-    let sizes =
-        [("out", out.len(), shape.out_width()), ("cache", cache.len(), length * shape.qkv_width())];
+    let sizes = [("out", out.len(), shape.out_width()), ("cache", cache.len(), length * shape.qkv_width())];
     check_sizes(name, &(length, shape), &sizes)?;
     let [length, heads, kv_heads, head_size] =
         launch_sizes(name, [length, shape.heads, shape.kv_heads, shape.head_size])?;

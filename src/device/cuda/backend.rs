@@ -85,6 +85,7 @@ pub(super) trait MatrixProducts {
 
 /// Where a product goes, and in which type.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) enum ProductOut {
     /// Rounded to nearest even.
     Bf16(*mut bf16),
@@ -94,6 +95,7 @@ pub(super) enum ProductOut {
 
 /// A row-major matrix that enters a product as it lies in memory, or transposed.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) struct Operand {
     pub values: *const bf16,
     pub transposed: bool,
@@ -101,6 +103,7 @@ pub(super) struct Operand {
 
 /// `out[rows, columns] = left[rows, depth] * right[depth, columns] (+ bias[columns])`, or `+=` to accumulate.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) struct Product {
     pub out: ProductOut,
     pub accumulate: bool,

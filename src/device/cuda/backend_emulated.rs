@@ -154,6 +154,8 @@ impl Backend for EmulatedBackend {
     unsafe fn copy_out(&self, out: &mut [u8], source: *const c_void) -> Result<()> {
         let _one_at_a_time = self.0.lock();
         let (bytes, out) = (out.len() as u64, out.as_mut_ptr().cast());
+        // SAFETY: the call looks at the guards around every allocation: a kernel wrote beside one of them, or none did.
+        self.0.check("synchronize", unsafe { (self.0.emulator.synchronize)() })?;
         // SAFETY: the caller's promise.
         self.0.check("download", unsafe { (self.0.emulator.download)(out, source, bytes) })
     }

@@ -75,7 +75,8 @@ impl Backend for GpuBackend {
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.bind()?;
         // SAFETY: the context is current; the caller owns the address from here on.
-        let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| self.out_of_memory(bytes, error))?;
+        let address =
+            unsafe { result::malloc_sync(bytes) }.map_err(|error| self.out_of_memory(bytes, error))?;
         NonNull::new(address as *mut c_void)
             .map(Address)
             .ok_or_else(|| Error::device("the driver allocated nothing", "look at `nvidia-smi`"))
@@ -84,8 +85,10 @@ impl Backend for GpuBackend {
     unsafe fn free(&self, address: Address) {
         let freed = self.bind().and_then(|stream| {
             // SAFETY: the stream is this backend's, and after the wait nothing queued uses the address any more.
-            unsafe { result::stream::synchronize(stream).and_then(|()| result::free_sync(address.pointer() as u64)) }
-                .map_err(|error| driver_error("freeing GPU memory", error))
+            unsafe {
+                result::stream::synchronize(stream).and_then(|()| result::free_sync(address.pointer() as u64))
+            }
+            .map_err(|error| driver_error("freeing GPU memory", error))
         });
         if let Err(error) = freed {
             // A destructor cannot return it; a failed kernel makes every later call fail, and was reported before.
@@ -109,7 +112,9 @@ impl Backend for GpuBackend {
             result::memcpy_dtoh_async(out, source as u64, stream)
                 .and_then(|()| result::stream::synchronize(stream))
         }
-        .map_err(|error| driver_error(&format!("waiting for the GPU, then copying {bytes} bytes from it"), error))
+        .map_err(|error| {
+            driver_error(&format!("waiting for the GPU, then copying {bytes} bytes from it"), error)
+        })
     }
 
     unsafe fn copy(&self, out: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {

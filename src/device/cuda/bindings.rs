@@ -259,6 +259,7 @@ const _: () = {
         - 192usize];
 };
 ///The launchers of kernels/api.h, as one build exports them.
+#[allow(dead_code, reason = "the whole of the header, whoever calls it")]
 pub struct KernelTable {
     pub error_text: unsafe extern "C" fn(
         status: mmpo_status,
@@ -540,6 +541,7 @@ pub struct KernelTable {
     ) -> mmpo_status,
 }
 ///The host side of the emulated device, kernels/emulator/emulator_api.h.
+#[allow(dead_code, reason = "the whole of the header, whoever calls it")]
 pub struct EmulatorTable {
     pub configure: unsafe extern "C" fn(
         options: *const mmpo_emulator_options,

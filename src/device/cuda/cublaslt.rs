@@ -13,7 +13,7 @@ use cudarc::cublaslt::result::{self as blas, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::{CudaStream, result as driver};
 
-use super::backend::{MatrixProducts, Operand, Product, ProductOut};
+use super::backend::{MatrixProducts, Product, ProductOut};
 use super::probe::driver_error;
 use crate::error::{Error, Result};
 
@@ -247,8 +247,9 @@ fn out_address(out: ProductOut) -> *mut c_void {
     }
 }
 
-fn operation(transposed: bool) -> sys::cublasOperation_t {
-    if transposed { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N }
+/// `cublasOperation_t`, which cudarc's cuBLASLt bindings leave out: 0 takes a matrix as it is, 1 transposes it.
+fn operation(transposed: bool) -> i32 {
+    i32::from(transposed)
 }
 
 /// The column-major layout of a row-major `[rows, columns]` matrix that lies in memory as it is, or transposed.

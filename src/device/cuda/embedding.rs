@@ -15,7 +15,11 @@ pub(super) fn forward(
     width: usize,
 ) -> Result<()> {
     let name = "embedding_forward";
-    check_sizes(name, &[rows, width], &[("out", out.len(), rows * width), ("token_ids", token_ids.len(), rows)])?;
+    check_sizes(
+        name,
+        &[rows, width],
+        &[("out", out.len(), rows * width), ("token_ids", token_ids.len(), rows)],
+    )?;
     let [rows, width] = launch_sizes(name, [rows, width])?;
     // SAFETY: buffers cover the sizes; token ids are below the table's rows, as the tokenizer's vocabulary was checked
     // against the model's when both were loaded.

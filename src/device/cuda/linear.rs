@@ -133,9 +133,15 @@ pub(super) unsafe fn backward_input_at(
     };
     // SAFETY: the caller's promise.
     unsafe {
-        multiply(device, "linear_backward_input", shape, &product, |kernels, [rows, inputs, outputs], stream| {
-            (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
-        })
+        multiply(
+            device,
+            "linear_backward_input",
+            shape,
+            &product,
+            |kernels, [rows, inputs, outputs], stream| {
+                (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+            },
+        )
     }
 }
 
@@ -193,8 +199,14 @@ pub(super) unsafe fn backward_weight_at(
     };
     // SAFETY: the caller's promise.
     unsafe {
-        multiply(device, "linear_backward_weight", shape, &product, |kernels, [rows, inputs, outputs], stream| {
-            (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
-        })
+        multiply(
+            device,
+            "linear_backward_weight",
+            shape,
+            &product,
+            |kernels, [rows, inputs, outputs], stream| {
+                (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+            },
+        )
     }
 }

@@ -129,7 +129,10 @@ impl Workspace {
 
 pub(super) fn alloc<T: Element>(device: &CudaDevice, len: usize) -> Result<CudaBuffer<T>> {
     let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
-        Error::device(format!("no memory for a buffer of {len} values"), "use a smaller model or token budget")
+        Error::device(
+            format!("no memory for a buffer of {len} values"),
+            "use a smaller model or token budget",
+        )
     })?;
     let allocation = Allocation::new(&device.memory, bytes)?;
     let mut buffer = CudaBuffer { allocation, len, values: PhantomData };

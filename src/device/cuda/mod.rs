@@ -42,8 +42,8 @@ pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
 pub use self::probe::{Gpu, build_info, gpus};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape, Indices,
-    LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
+    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -67,11 +67,17 @@ impl CudaDevice {
     /// [`Error::Device`] if the program was built without GPU kernels, the driver is absent or too old, there is no such
     /// GPU, or its compute capability is below 8.0.
     pub fn open(ordinal: usize) -> Result<Self> {
-        let gpu = probe::usable(ordinal)?;
-        #[cfg(mmpo_gpu_kernels)]
-        return Ok(Self::new(Box::new(backend_gpu::GpuBackend::open(&gpu)?)));
-        #[cfg(not(mmpo_gpu_kernels))]
-        Err(probe::built_without_kernels(&gpu))
+        Self::open_gpu(&probe::usable(ordinal)?)
+    }
+
+    #[cfg(mmpo_gpu_kernels)]
+    fn open_gpu(gpu: &Gpu) -> Result<Self> {
+        Ok(Self::new(Box::new(backend_gpu::GpuBackend::open(gpu)?)))
+    }
+
+    #[cfg(not(mmpo_gpu_kernels))]
+    fn open_gpu(_gpu: &Gpu) -> Result<Self> {
+        Err(probe::no_kernels())
     }
 
     /// The emulated device. Both variants can be used side by side.

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::bindings::mmpo_adamw_step;
-use super::{CudaBuffer, CudaDevice, check_sizes, launch_sizes};
+use super::{CudaBuffer, CudaDevice, check_sizes};
 use crate::device::{AdamWState, AdamWStep};
 use crate::error::{Error, Result};
 

@@ -96,12 +96,16 @@ fn gpu(ordinal: i32) -> std::result::Result<Gpu, DriverError> {
     })
 }
 
+pub(super) fn no_kernels() -> Error {
+    Error::device(
+        format!("this binary has no GPU kernels: {}", build_info()),
+        "run tools/setup_cuda.sh (or set NVCC), then build again; `--device cpu` works without",
+    )
+}
+
 fn check_build_and_driver() -> Result<()> {
     if !cfg!(mmpo_gpu_kernels) {
-        return Err(Error::device(
-            format!("this binary has no GPU kernels: {}", build_info()),
-            "run tools/setup_cuda.sh (or set NVCC), then build again; `--device cpu` works without",
-        ));
+        return Err(no_kernels());
     }
     // SAFETY: asking loads the library and runs its initialisers, nothing else.
     if !unsafe { sys::is_culib_present() } {

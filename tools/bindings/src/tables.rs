@@ -43,9 +43,13 @@ struct Headers {
 pub fn source(bindgen_output: &str) -> Result<String, String> {
     let file = syn::parse_file(bindgen_output).map_err(|error| format!("bindgen's output: {error}"))?;
     let Headers { types, kernels, emulator } = split(file)?;
-    let kernel_table = table("KernelTable", "The launchers of kernels/api.h, as one build exports them.", &kernels);
-    let emulator_table =
-        table("EmulatorTable", "The host side of the emulated device, kernels/emulator/emulator_api.h.", &emulator);
+    let kernel_table =
+        table("KernelTable", "The launchers of kernels/api.h, as one build exports them.", &kernels);
+    let emulator_table = table(
+        "EmulatorTable",
+        "The host side of the emulated device, kernels/emulator/emulator_api.h.",
+        &emulator,
+    );
     let builds = BUILDS.iter().map(|build| build_module(build, &kernels, &emulator));
     let tokens = quote! {
         #![allow(non_camel_case_types)]
@@ -96,6 +100,7 @@ fn table(name: &str, doc: &str, functions: &[Function]) -> TokenStream {
     });
     quote! {
         #[doc = #doc]
+        #[allow(dead_code, reason = "the whole of the header, whoever calls it")]
         pub struct #name { #(#fields)* }
     }
 }
