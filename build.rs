@@ -8,6 +8,8 @@
 //! Nothing links against the CUDA driver or a CUDA shared library: the runtime is the static one, and the driver and
 //! cuBLASLt are loaded at run time.
 
+#[path = "kernels/emulator/compile.rs"]
+mod compile;
 #[path = "build/emulated.rs"]
 mod emulated;
 #[path = "build/nvcc.rs"]
@@ -116,8 +118,6 @@ fn environment(name: &str) -> Result<String> {
 pub struct Sources {
     /// `kernels/*.cu`: both lives.
     pub kernels: Vec<PathBuf>,
-    /// `kernels/emulator/*.cpp`: the emulated device itself.
-    pub emulator: Vec<PathBuf>,
     /// Whatever those may include; a change of any of them recompiles everything.
     pub headers: Vec<PathBuf>,
 }
@@ -129,7 +129,6 @@ impl Sources {
         headers.extend(files("kernels/emulator", &["h", "cuh"])?);
         Ok(Sources {
             kernels: files("kernels", &["cu"])?,
-            emulator: files("kernels/emulator", &["cpp"])?,
             headers,
         })
     }

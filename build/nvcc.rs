@@ -69,19 +69,33 @@ impl Toolkit {
             .cpp(true)
             .try_get_compiler()
             .map_err(|error| format!("no C++ compiler for nvcc: {error}"))?;
-        let jobs: Vec<Job> = sources
+        let jobs: Vec<Job<'_>> = sources
             .kernels
             .iter()
-            .map(|source| Job {
-                source: source.clone(),
-                program: self.nvcc.clone(),
-                arguments: self.arguments(source, host_compiler.path()),
-                environment: Vec::new(),
+            .map(|source| {
+                let arguments = self.arguments(source, host_compiler.path());
+                Job {
+                    source: source.clone(),
+                    fingerprint: format!("{:?} {} {arguments:?}", self.nvcc, self.version),
+                    compile: Box::new(move |object| self.run(&arguments, source, object)),
+                }
             })
             .collect();
         let compiled = cache.compile("gpu", &jobs)?;
         archive("mmpo_kernels_gpu", &compiled)?;
         Ok(compiled)
+    }
+
+    fn run(&self, arguments: &[OsString], source: &Path, object: &Path) -> Result<String> {
+        let mut command = Command::new(&self.nvcc);
+        command.args(arguments).arg("-c").arg(source).arg("-o").arg(object);
+        let output = command.output().map_err(|error| format!("{}: {error}", self.nvcc.display()))?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        if output.status.success() {
+            return Ok(text);
+        }
+        Err(format!("nvcc does not compile {}:\n{text}", source.display()))
     }
 
     fn arguments(&self, source: &Path, host_compiler: &Path) -> Vec<OsString> {
@@ -91,7 +105,6 @@ impl Toolkit {
             .map(OsString::from)
             .collect();
         arguments.push(host_compiler.into());
-        arguments.push(format!("-DMMPO_CUDA_VERSION=\"{}\"", self.version).into());
         for target in TARGETS.iter().filter(|target| !hopper_only(source) || target.ends_with("sm_90a")) {
             arguments.extend(["-gencode".into(), target.into()]);
         }

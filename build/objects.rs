@@ -1,24 +1,23 @@
 //! Compiling files to objects, in parallel, and only those whose input changed.
 //!
-//! An object is keyed by the compiler's command line, its source and every header, so touching one kernel recompiles
+//! An object is keyed by compiler and flags, its source and every header, so touching one kernel recompiles
 //! that kernel alone. What the compiler printed is kept beside the object, because ptxas' report is reviewed on every
 //! build and not only on the one that compiled.
 
-use std::ffi::OsString;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::Result;
 
-/// One file to compile: `program arguments.. -c source -o object`.
-pub struct Job {
+/// One file to compile.
+pub struct Job<'a> {
     pub source: PathBuf,
-    pub program: PathBuf,
-    pub arguments: Vec<OsString>,
-    pub environment: Vec<(OsString, OsString)>,
+    /// Whatever decides, beside source and headers, what comes out: compiler and flags.
+    pub fingerprint: String,
+    /// Compiles to the object of this path, and returns what the compiler printed.
+    pub compile: Box<dyn Fn(&Path) -> Result<String> + Send + Sync + 'a>,
 }
 
 pub struct Compiled {
@@ -44,7 +43,7 @@ impl Cache {
     }
 
     /// Compiles `jobs` into objects of `build` (`gpu`, `plain`, ..), as many at once as cargo allows.
-    pub fn compile(&self, build: &str, jobs: &[Job]) -> Result<Vec<Compiled>> {
+    pub fn compile(&self, build: &str, jobs: &[Job<'_>]) -> Result<Vec<Compiled>> {
         let folder = self.folder.join(build);
         std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         let workers = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
@@ -66,7 +65,7 @@ impl Cache {
         Ok(compiled)
     }
 
-    fn compile_one(&self, folder: &Path, job: &Job) -> Result<Compiled> {
+    fn compile_one(&self, folder: &Path, job: &Job<'_>) -> Result<Compiled> {
         let stem = job.source.file_stem().unwrap_or_default().to_string_lossy();
         let object = folder.join(format!("{stem}.o"));
         let log = folder.join(format!("{stem}.log"));
@@ -78,7 +77,7 @@ impl Cache {
             _ => {
                 // A key is written last: an interrupted compilation leaves none that matches.
                 let _absent_is_fine = std::fs::remove_file(&key_file);
-                let output = run(job, &object)?;
+                let output = (job.compile)(&object)?;
                 write(&log, &output)?;
                 write(&key_file, &key)?;
                 output
@@ -87,25 +86,12 @@ impl Cache {
         Ok(Compiled { source: job.source.clone(), object, output })
     }
 
-    fn key(&self, job: &Job) -> Result<u64> {
+    fn key(&self, job: &Job<'_>) -> Result<u64> {
         let mut hasher = DefaultHasher::new();
-        (self.headers, &job.program, &job.arguments, &job.environment).hash(&mut hasher);
+        (self.headers, &job.fingerprint).hash(&mut hasher);
         read(&job.source)?.hash(&mut hasher);
         Ok(hasher.finish())
     }
-}
-
-fn run(job: &Job, object: &Path) -> Result<String> {
-    let mut command = Command::new(&job.program);
-    command.args(&job.arguments).arg("-c").arg(&job.source).arg("-o").arg(object);
-    command.envs(job.environment.iter().map(|(name, value)| (name, value)));
-    let output = command.output().map_err(|error| format!("{}: {error}", job.program.display()))?;
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    if output.status.success() {
-        return Ok(text);
-    }
-    Err(format!("{} does not compile ({}):\n{text}", job.source.display(), job.program.display()))
 }
 
 /// Puts the objects of a build into a static library and tells cargo to link it.
