@@ -121,8 +121,9 @@ void wgmma_fence(Site);
 void wgmma_commit(Site);
 void wgmma_wait(int groups_left, Site);
 
-// Atomics of the block and device scope: `access` only reports the access to the checked variant.
-void atomic_access(void* pointer, int bytes, Site);
+// Atomics on 4 or 8 bytes. `replace` stores `next` if `seen` is still there, else updates `seen`.
+uint64_t atomic_load(const void* pointer, int bytes, Site);
+bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes);
 
 // Host side.
 int set_memory(void* destination, int value, size_t bytes);

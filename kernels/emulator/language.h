@@ -124,17 +124,13 @@ __forceinline__ unsigned __reduce_xor_sync(uint32_t mask, unsigned value MMPO_SI
 inline void __threadfence() { emulated::memory_fence(); }
 inline void __threadfence_block() { emulated::memory_fence(); }
 
-// Atomics. Floats go through compare-and-swap.
+// Atomics.
 template <class T, class Update>
 __forceinline__ T atomic_update(T* pointer, Update update, emulated::Site site) {
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    emulated::atomic_access(pointer, sizeof(T), site);
-    Bits* bits = reinterpret_cast<Bits*>(pointer);
-    Bits seen = __atomic_load_n(bits, __ATOMIC_RELAXED);
+    uint64_t seen = emulated::atomic_load(pointer, sizeof(T), site);
     for (;;) {
         const T old = emulated::from_bits<T>(seen);
-        const Bits next = Bits(emulated::to_bits(update(old)));
-        if (__atomic_compare_exchange_n(bits, &seen, next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return old;
+        if (emulated::atomic_replace(pointer, seen, emulated::to_bits(update(old)), sizeof(T))) return old;
     }
 }
 template <class T>
