@@ -16,7 +16,7 @@ mod select;
 
 use std::ops::Range;
 
-pub use select::{AnyDevice, DeviceChoice, DeviceReport};
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 
 use crate::data::PairSpan;
 use crate::error::Result;
