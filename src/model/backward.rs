@@ -28,7 +28,7 @@ impl<D: Device> Llama<D> {
             &mut dweights.embedding,
             &gradients.residual,
             batch,
-            tokens,
+            batch.embedding_rows,
             self.config.hidden_size,
         )
     }

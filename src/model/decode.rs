@@ -74,7 +74,7 @@ impl<'a, D: Device> Generation<'a, D> {
             return Err(Error::config("the prompt has no tokens", "give some text, or use a model with a BOS token"));
         }
         let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, logit_rows: 1 };
-        let device = &model.device;
+        let device = model.device.as_ref();
         let mut generation = Generation {
             model,
             activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
@@ -99,7 +99,7 @@ impl<'a, D: Device> Generation<'a, D> {
 
     fn advance(&mut self, tokens: &[u32]) -> Result<()> {
         let model = self.model;
-        let (device, config) = (&model.device, &model.config);
+        let (device, config) = (model.device.as_ref(), &model.config);
         let count = tokens.len();
         self.batch.load(device, &causal_batch(tokens, self.length), &[])?;
         let context = match self.length {

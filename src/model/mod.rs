@@ -3,19 +3,22 @@
 mod backward;
 mod buffers;
 mod config;
+mod config_keys;
 mod decode;
 mod forward;
 mod head;
 mod load;
+mod rope;
 mod tensors;
 
 use std::sync::Arc;
 
 pub use buffers::{Activations, Capacity, Gradients, HeadBuffers, Purpose};
-pub use config::{LlamaConfig, Rope, RopeScaling};
+pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use forward::Context;
-pub use tensors::{FusedTensor, LayerTensors, LlamaTensors, NamedTensor};
+pub use rope::{Rope, RopeScaling};
+pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 
 use crate::device::{Compute, Device, Floats};
 

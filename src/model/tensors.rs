@@ -3,7 +3,7 @@
 //! Matrices that read the same input are stored as one: query, key and value projections are rows of `qkv`, gate and
 //! up projections are rows of `gate_up`, so each is one product. A file still sees them by their own names.
 
-use super::config::LlamaConfig;
+use super::config::{LlamaConfig, TensorSpec};
 
 /// One value of type `T` for every fused tensor of a Llama.
 #[derive(Clone, Debug)]
@@ -42,42 +42,24 @@ pub struct LayerTensors<T> {
     pub down_bias: Option<T>,
 }
 
-/// A tensor as a checkpoint names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedTensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-}
-
-impl NamedTensor {
-    fn new(name: impl Into<String>, shape: &[usize]) -> Self {
-        NamedTensor { name: name.into(), shape: shape.to_vec() }
-    }
-
-    /// Number of values.
-    pub fn values(&self) -> usize {
-        self.shape.iter().product()
-    }
-}
-
 /// The checkpoint tensors that lie one behind the other in a fused tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FusedTensor {
-    pub parts: Vec<NamedTensor>,
+    pub parts: Vec<TensorSpec>,
 }
 
 impl FusedTensor {
-    fn of(parts: Vec<NamedTensor>) -> Self {
+    fn of(parts: Vec<TensorSpec>) -> Self {
         FusedTensor { parts }
     }
 
     /// Number of values.
     pub fn values(&self) -> usize {
-        self.parts.iter().map(NamedTensor::values).sum()
+        self.parts.iter().map(TensorSpec::values).sum()
     }
 
     /// Each part with its offset in the fused tensor.
-    pub fn offsets(&self) -> impl Iterator<Item = (usize, &NamedTensor)> {
+    pub fn offsets(&self) -> impl Iterator<Item = (usize, &TensorSpec)> {
         self.parts.iter().scan(0, |offset, part| {
             let here = *offset;
             *offset += part.values();
@@ -90,7 +72,7 @@ impl LlamaTensors<FusedTensor> {
     /// Names and shapes of the checkpoint's tensors, in checkpoint order.
     pub fn layout(config: &LlamaConfig) -> Self {
         let matrix = [config.vocab_size, config.hidden_size];
-        let single = |name: &str, shape: &[usize]| FusedTensor::of(vec![NamedTensor::new(name, shape)]);
+        let single = |name: &str, shape: &[usize]| FusedTensor::of(vec![TensorSpec::new(name, shape)]);
         LlamaTensors {
             embedding: single("model.embed_tokens.weight", &matrix),
             layers: (0..config.layers).map(|layer| layer_layout(config, layer)).collect(),
@@ -108,7 +90,7 @@ fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor>
             parts
                 .iter()
                 .map(|(name, shape)| {
-                    NamedTensor::new(format!("model.layers.{layer}.{module}{name}.{kind}"), shape)
+                    TensorSpec::new(format!("model.layers.{layer}.{module}{name}.{kind}"), shape)
                 })
                 .collect(),
         )

@@ -96,19 +96,24 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
-        let mut states = Vec::new();
-        for (weight, fused) in model.weights.iter().zip(model.layout.iter()) {
-            states.push(AdamWState::new(device, weight, fused.values())?);
+        let mut states = model.layout.try_map(|fused| AdamWState::new(device, fused.values()))?;
+        for (state, weight) in states.iter_mut().zip(model.weights.iter()) {
+            if let Some(master) = &mut state.master {
+                let mut values = vec![0.0; device.len(weight)];
+                device.download_compute(&mut values, weight, 0)?;
+                device.upload(master, 0, &values)?;
+            }
         }
-        let mut states = states.into_iter();
+        let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
+        batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
-            states: model.layout.try_map(|_| states.next().ok_or_else(tree_mismatch))?,
+            states,
             gradients: model.zero_gradients()?,
             objective,
             token_budget: workload.token_budget,
             activations: Activations::new(device, &model.config, capacity, Purpose::Training)?,
             scratch: Gradients::new(device, &model.config, capacity)?,
-            batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
+            batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
             model,
@@ -245,8 +250,4 @@ impl<D: Device> Trainer<D> {
 
 fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
-}
-
-fn tree_mismatch() -> crate::error::Error {
-    crate::error::Error::device("fewer optimiser states than tensors", "this is a bug; please report it")
 }
