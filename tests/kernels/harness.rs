@@ -1,6 +1,7 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+use mmpo_fast::device::cuda::{self, CudaDevice, EmulatorVariant};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
@@ -15,6 +16,9 @@ pub struct Tolerance {
 impl Tolerance {
     /// f32 storage and accumulation: a few units in the last place of a value, and of the largest term of a sum.
     pub const F32: Tolerance = Tolerance { relative: 3e-6, absolute: 3e-6 };
+    /// bf16 storage, f32 accumulation: half a unit in the last place is 2^-9 of a value; one more for a rounded
+    /// intermediate.
+    pub const BF16: Tolerance = Tolerance { relative: 4e-3, absolute: 4e-3 };
 }
 
 /// Defines tests whose body is generic over the device. Each becomes a module with one `#[test]` a device, so that a
@@ -40,6 +44,25 @@ macro_rules! device_tests {
             fn cpu_threads() {
                 body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
             }
+
+            #[test]
+            fn emulated() {
+                body(&$crate::harness::emulated(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// Every load and store of the kernels watched: bounds, uninitialised memory, races.
+            #[test]
+            fn checked() {
+                body(&$crate::harness::checked(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// On a real GPU, where there is one.
+            #[test]
+            fn gpu() {
+                if let Some(device) = $crate::harness::gpu() {
+                    body(&device, $crate::harness::Tolerance::BF16);
+                }
+            }
         }
     )+};
 }
@@ -47,6 +70,30 @@ pub(crate) use device_tests;
 
 pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
+}
+
+pub fn emulated() -> CudaDevice {
+    CudaDevice::emulated(EmulatorVariant::Plain)
+}
+
+pub fn checked() -> CudaDevice {
+    CudaDevice::emulated(EmulatorVariant::Checked)
+}
+
+/// The first GPU; none where driver, kernels or GPU are missing, which is said, or where one of them fails, which is
+/// an error.
+pub fn gpu() -> Option<CudaDevice> {
+    match cuda::gpus() {
+        Ok(gpus) if !gpus.is_empty() => Some(CudaDevice::open(0).expect("the first GPU opens")),
+        Ok(_) => {
+            eprintln!("no GPU: skipped");
+            None
+        }
+        Err(error) => {
+            eprintln!("no GPU ({error}): skipped");
+            None
+        }
+    }
 }
 
 /// Pseudo-random values (SplitMix64), roughly normal with standard deviation `scale`.
