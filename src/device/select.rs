@@ -41,10 +41,9 @@ pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task:
             tracing::info!("device: {}", device.describe());
             task.run(Arc::new(device))
         }
-        DeviceChoice::Cuda(_) | DeviceChoice::Emulated => Err(Error::device(
-            format!("this build has no `{choice}` device"),
-            "use --device cpu",
-        )),
+        DeviceChoice::Cuda(_) | DeviceChoice::Emulated => {
+            Err(Error::device(format!("this build has no `{choice}` device"), "use --device cpu"))
+        }
     }
 }
 
