@@ -1,6 +1,5 @@
 //! Text from a model: greedy or sampled, token by token over a key/value cache.
 
-use std::io::Write;
 use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
@@ -12,10 +11,12 @@ use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
 use crate::model::{Generation, Llama};
+use crate::report::print_result;
 
 /// Writes the answer to `config.prompt` to standard output as it comes.
 pub fn run(config: &GenerateConfig) -> Result<()> {
     let folder = ModelFolder::open(&config.model)?;
+    folder.check_finite()?;
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
     let prompt = match config.raw {
         true => encoder.encode_text_prompt(&config.prompt)?,
@@ -45,24 +46,17 @@ impl DeviceTask for Generating<'_> {
         let mut text = encoder.tokenizer.stream(true);
         let mut failure = None;
         generate(&model, &prompt, config.max_new_tokens, sampling, |token| match text.push(token) {
-            Ok(piece) => print_now(&piece),
+            Ok(piece) => print_result(&piece),
             Err(error) => failure = failure.take().or(Some(error)),
         })?;
         match failure {
             Some(error) => Err(error),
             None => {
-                print_now(&text.finish()?);
-                println!();
+                print_result(&(text.finish()? + "\n"));
                 Ok(())
             }
         }
     }
-}
-
-/// A closed pipe ends the output, not the program.
-fn print_now(text: &str) {
-    let mut out = std::io::stdout();
-    _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// How the next token is chosen.

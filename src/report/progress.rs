@@ -26,6 +26,12 @@ impl Write for LogWriter {
     }
 }
 
+/// Writes to standard output what a command was run for. A closed pipe ends the output, not the program.
+pub fn print_result(text: &str) {
+    let mut out = std::io::stdout();
+    _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
 /// How far some work of known length is.
 #[derive(Debug)]
 pub struct Progress {
