@@ -44,18 +44,8 @@ impl DeviceTask for Generating<'_> {
         let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);
-        let mut failure = None;
-        generate(&model, &prompt, config.max_new_tokens, sampling, |token| match text.push(token) {
-            Ok(piece) => print_result(&piece),
-            Err(error) => failure = failure.take().or(Some(error)),
-        })?;
-        match failure {
-            Some(error) => Err(error),
-            None => {
-                print_result(&(text.finish()? + "\n"));
-                Ok(())
-            }
-        }
+        generate(&model, &prompt, config.max_new_tokens, sampling, |token| print_result(&text.push(token)?))?;
+        print_result(&(text.finish()? + "\n"))
     }
 }
 
@@ -80,13 +70,14 @@ pub enum Finish {
     Length,
 }
 
-/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes.
+/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes, and an
+/// error of its ends the generation.
 pub fn generate<D: Device>(
     model: &Llama<D>,
     prompt: &[u32],
     max_new_tokens: usize,
     sampling: Sampling,
-    mut on_token: impl FnMut(u32),
+    mut on_token: impl FnMut(u32) -> Result<()>,
 ) -> Result<(Vec<u32>, Finish)> {
     let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut generation = Generation::start(model, prompt, max_new_tokens)?;
@@ -96,7 +87,7 @@ pub fn generate<D: Device>(
         if model.config.stop_token_ids.contains(&token) {
             return Ok((tokens, Finish::EndToken));
         }
-        on_token(token);
+        on_token(token)?;
         tokens.push(token);
         if tokens.len() < max_new_tokens {
             generation.push(token)?;

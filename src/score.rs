@@ -63,8 +63,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         text.push('\n');
     }
     atomic::write_file(&config.output, text.as_bytes())?;
-    print_result(&format!("{}scores  {}\n", summary(&lines), config.output.display()));
-    Ok(())
+    print_result(&format!("{}scores  {}\n", summary(&lines), config.output.display()))
 }
 
 struct Scoring<'a> {

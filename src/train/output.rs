@@ -62,7 +62,7 @@ impl Output {
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
         if let Some((before, after)) = &comparison {
-            print_result(&format!("\n{}", summary(before, after, &samples)));
+            print_result(&format!("\n{}", summary(before, after, &samples)))?;
         }
         let report = RunReport {
             model: name(config),
@@ -78,8 +78,7 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("\nmodel   {}\nreport  {}\n", self.model().display(), page.display()));
-        Ok(())
+        print_result(&format!("\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))
     }
 }
 

@@ -47,6 +47,17 @@ fn an_answer_ends_at_an_end_token() {
 }
 
 #[test]
+fn an_answer_that_cannot_be_written_is_an_error() {
+    let work = Workplace::new();
+    let mut command = work.command("generate --model base --prompt hello --device cpu");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = command.stdout(full).spawn().unwrap().wait_with_output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(5), "{message}");
+    assert!(message.contains("cannot write to standard output"), "{message}");
+}
+
+#[test]
 fn sampling_repeats_with_its_seed() {
     let work = Workplace::new();
     work.bring("tied");

@@ -246,7 +246,7 @@ fn on_real_pairs_the_chosen_responses_become_likelier() {
     let (model, data) = (fixtures.join("tiny-llama/model"), fixtures.join("../data/dpo_en_demo.json"));
     let (model, data) = (model.to_str().unwrap(), data.to_str().unwrap());
     let mut command = work.command(
-        "train --output run --epochs 2 --pairs-per-step 16 --max-length 128 --max-prompt-length 64 \
+        "train --output run --epochs 2 --pairs-per-step 16 --max-length 96 --max-prompt-length 32 \
          --learning-rate 5e-4 --device cpu",
     );
     command.args(["--model", model, "--data", data, "--eval-data", data]);

@@ -6,7 +6,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export MMPO_FAST_CACHE="$work/cache"
+export MMPO_FAST_CACHE="$work/cache" HF_HUB_DISABLE_PROGRESS_BARS=1
 
 cargo build --release --locked --quiet --bin mmpo-fast --example token_scores
 program=${CARGO_TARGET_DIR:-target}/release
