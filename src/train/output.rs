@@ -7,7 +7,9 @@ use crate::checkpoint::{atomic, run_state};
 use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
-use crate::report::{EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary};
+use crate::report::{
+    EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
+};
 
 const MODEL_FOLDER: &str = "model";
 
@@ -30,7 +32,8 @@ impl Output {
     /// Refuses an output folder that holds a run, before any time is spent; the demo may be run again over itself.
     pub fn check(config: &RunConfig) -> Result<Self> {
         let path = config.output.clone();
-        let is_taken = [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER].iter().any(|name| path.join(name).exists());
+        let is_taken =
+            [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER].iter().any(|name| path.join(name).exists());
         if is_taken && !config.resume && !(config.model.is_none() && holds_demo(&path)) {
             return Err(Error::config(
                 format!("{} holds a run already", path.display()),

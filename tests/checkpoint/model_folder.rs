@@ -68,9 +68,8 @@ fn the_fingerprint_sees_every_bit_and_place() {
 #[test]
 fn the_fingerprint_sees_what_the_config_makes_of_the_weights() {
     let tensors = tensors(&config(), Dtype::F32);
-    let fingerprint = |key: &str, value: Value| {
-        Folder::with(&with_key(key, value), &tensors).open().unwrap().fingerprint()
-    };
+    let fingerprint =
+        |key: &str, value: Value| Folder::with(&with_key(key, value), &tensors).open().unwrap().fingerprint();
     let original = Folder::sound().open().unwrap().fingerprint();
     for (key, value) in [
         ("rope_theta", json!(500_000.0)),

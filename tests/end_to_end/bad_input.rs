@@ -40,9 +40,9 @@ impl Workplace {
         for (name, dtype, shape, bytes) in &mut tensors {
             change(name, dtype, shape, bytes);
         }
-        let views = tensors
-            .iter()
-            .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
         self.write("base/model.safetensors", safetensors::serialize(views, None).unwrap());
     }
 
@@ -63,11 +63,7 @@ fn files_that_are_missing() {
     let work = Workplace::new();
     work.refused("absent", "pairs.jsonl", IO, &["cannot read absent/config.json", "No such file"]);
     work.refused("base", "absent.jsonl", IO, &["cannot read absent.jsonl", "No such file"]);
-    work.refuse(
-        &format!("{TRAIN} --output new --eval-data absent.jsonl"),
-        IO,
-        &["cannot read absent.jsonl"],
-    );
+    work.refuse(&format!("{TRAIN} --output new --eval-data absent.jsonl"), IO, &["cannot read absent.jsonl"]);
     work.refuse(&format!("{TRAIN} --output new --reference absent"), IO, &["absent/config.json"]);
     work.refuse(&format!("{TRAIN} --output new --chat-template absent.jinja"), IO, &["absent.jinja"]);
     work.refuse("generate --model absent --prompt hello", IO, &["cannot read absent/config.json"]);
@@ -153,7 +149,12 @@ fn pairs_that_are_broken_or_incomplete() {
     work.change_line("column.jsonl", 3, |line| line.replace("\"rejected\"", "\"refused\""));
     work.refused("base", "column.jsonl", DATA, &["column.jsonl:3: no column `rejected`", "`refused`"]);
     work.change_line("type.jsonl", 2, |_| "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":3}".into());
-    work.refused("base", "type.jsonl", DATA, &["type.jsonl:2: ", "column `chosen` is a string, not a list of messages"]);
+    work.refused(
+        "base",
+        "type.jsonl",
+        DATA,
+        &["type.jsonl:2: ", "column `chosen` is a string, not a list of messages"],
+    );
     for (name, content) in [("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("none.json", "[]")] {
         work.write(name, content);
         work.refused("base", name, DATA, &[name]);
@@ -177,7 +178,9 @@ fn a_template_that_raises() {
     generate.arg("--device=cpu");
     let finished = crate::harness::finish(generate);
     assert_eq!(finished.code, Some(MODEL), "{}", finished.stderr);
-    assert!(finished.stderr.contains("base/chat_template.jinja") && finished.stderr.contains("no system role"));
+    assert!(
+        finished.stderr.contains("base/chat_template.jinja") && finished.stderr.contains("no system role")
+    );
     work.write("base/chat_template.jinja", "{% for message in messages %}");
     work.refused("base", "pairs.jsonl", MODEL, &["base/chat_template.jinja"]);
 }
@@ -188,7 +191,11 @@ fn an_output_that_cannot_be_made() {
     work.write("file", "somebody's");
     for output in ["/proc/mmpo-fast", "file", "file/deeper"] {
         let finished = work.refuse(&format!("{TRAIN} --output {output}"), IO, &[output]);
-        assert!(!finished.stderr.contains("reference log-probs"), "found only after work: {}", finished.stderr);
+        assert!(
+            !finished.stderr.contains("reference log-probs"),
+            "found only after work: {}",
+            finished.stderr
+        );
     }
     for output in ["/proc/mmpo-fast/scores.jsonl", "file/scores.jsonl"] {
         let score = format!("score --model base --data pairs.jsonl --output {output}");
@@ -254,9 +261,16 @@ fn a_disk_that_is_full() {
 
     // Room for the beginning of a checkpoint.
     disk.fill(600 << 10);
-    work.refuse(&format!("{run} disk/second"), IO, &["disk/second/checkpoints/step-000003", "the disk is full"]);
+    work.refuse(
+        &format!("{run} disk/second"),
+        IO,
+        &["disk/second/checkpoints/step-000003", "the disk is full"],
+    );
     assert!(!work.path("disk/second/model").exists());
-    assert!(!work.path("disk/second/checkpoints/step-000003").exists(), "half a checkpoint has the name of one");
+    assert!(
+        !work.path("disk/second/checkpoints/step-000003").exists(),
+        "half a checkpoint has the name of one"
+    );
 
     disk.fill(0);
     let score = "score --model base --data pairs.jsonl --max-length 99 --output disk/scores.jsonl";

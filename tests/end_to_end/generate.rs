@@ -61,7 +61,8 @@ fn an_answer_that_cannot_be_written_is_an_error() {
 fn sampling_repeats_with_its_seed() {
     let work = Workplace::new();
     work.bring("tied");
-    let sample = |flags: &str| work.answer("tied", "Why is the sky blue?", &format!("--max-new-tokens 24 {flags}"));
+    let sample =
+        |flags: &str| work.answer("tied", "Why is the sky blue?", &format!("--max-new-tokens 24 {flags}"));
     let one = sample("--temperature 1 --seed 1");
     assert_eq!(one, sample("--temperature 1 --seed 1"));
     assert_ne!(one, sample("--temperature 1 --seed 2"));
@@ -75,5 +76,8 @@ fn a_prompt_is_a_chat_unless_it_is_raw() {
     let prompt = "What is the capital of France?";
     let chat = format!("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n");
     assert_eq!(work.answer("base", &chat, "--raw"), work.answer("base", prompt, ""));
-    assert_ne!(work.answer("base", prompt, "--raw --max-new-tokens 12"), work.answer("base", prompt, "--max-new-tokens 12"));
+    assert_ne!(
+        work.answer("base", prompt, "--raw --max-new-tokens 12"),
+        work.answer("base", prompt, "--max-new-tokens 12")
+    );
 }

@@ -5,7 +5,8 @@ use serde_json::Value;
 use crate::harness::{Workplace, assert_close, golden, number};
 
 const SCORE: &str = "score --data pairs.jsonl --max-length 160 --max-prompt-length 64 --device cpu";
-const NAMES: &str = "record logp_chosen logp_rejected tokens_chosen tokens_rejected entropy_chosen entropy_rejected";
+const NAMES: &str =
+    "record logp_chosen logp_rejected tokens_chosen tokens_rejected entropy_chosen entropy_rejected";
 
 /// The golden numbers of a 1-based record.
 fn of_record<'a>(golden: &'a Value, line: &serde_json::Map<String, Value>) -> &'a Value {
@@ -54,7 +55,8 @@ fn rewards_are_against_the_reference() {
     }
 
     let (policy, reference) = (golden("base"), golden("tied"));
-    let finished = work.succeed(&format!("{SCORE} --model base --reference tied --beta 0.5 --output other.jsonl"));
+    let finished =
+        work.succeed(&format!("{SCORE} --model base --reference tied --beta 0.5 --output other.jsonl"));
     let mut margins = Vec::new();
     for line in work.lines("other.jsonl") {
         let reward = |field: &str| {
@@ -71,7 +73,10 @@ fn rewards_are_against_the_reference() {
     // The table at the end: a name, then the numbers of both sides.
     let row = |name: &str| -> Vec<String> {
         let line = finished.stdout.lines().find_map(|line| line.strip_prefix(name));
-        line.unwrap_or_else(|| panic!("no {name} in {}", finished.stdout)).split_whitespace().map(str::to_string).collect()
+        line.unwrap_or_else(|| panic!("no {name} in {}", finished.stdout))
+            .split_whitespace()
+            .map(str::to_string)
+            .collect()
     };
     assert_eq!(row("pairs "), ["11"]);
     let mean = margins.iter().sum::<f64>() / margins.len() as f64;
@@ -79,7 +84,11 @@ fn rewards_are_against_the_reference() {
     let wins = margins.iter().filter(|&&margin| margin > 0.0).count() as f64 / 11.0;
     assert_eq!(row("reward accuracy "), [format!("{:.1}", 100.0 * wins), "%".into()]);
     for name in ["log-prob ", "log-prob a token ", "entropy ", "tokens ", "reward "] {
-        assert_eq!(row(name).iter().rev().take(2).filter(|text| text.parse::<f64>().is_ok()).count(), 2, "{name}");
+        assert_eq!(
+            row(name).iter().rev().take(2).filter(|text| text.parse::<f64>().is_ok()).count(),
+            2,
+            "{name}"
+        );
     }
     assert_eq!(row("scores "), ["other.jsonl"]);
 }

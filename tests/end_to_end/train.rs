@@ -22,8 +22,10 @@ fn a_run_leaves_model_metrics_report_and_checkpoints() {
     }
 
     let files: Vec<PathBuf> = work.contents("deep/run").into_keys().collect();
-    let mut names: Vec<&str> =
-        files.iter().map(|path| path.strip_prefix(work.path("deep/run")).unwrap().to_str().unwrap()).collect();
+    let mut names: Vec<&str> = files
+        .iter()
+        .map(|path| path.strip_prefix(work.path("deep/run")).unwrap().to_str().unwrap())
+        .collect();
     let events = names.iter().position(|name| name.starts_with("tensorboard/events.out.tfevents."));
     names.remove(events.expect("TensorBoard events"));
     assert_eq!(
@@ -57,10 +59,8 @@ fn metrics_have_the_documented_names() {
     let work = Workplace::new();
     work.succeed(&format!("{TRAIN} --output run --epochs 2 --eval-data pairs.jsonl --eval-steps 4"));
     let lines = work.lines("run/metrics.jsonl");
-    let steps: Vec<(u64, bool)> = lines
-        .iter()
-        .map(|line| (line["step"].as_u64().unwrap(), line.contains_key("eval_loss")))
-        .collect();
+    let steps: Vec<(u64, bool)> =
+        lines.iter().map(|line| (line["step"].as_u64().unwrap(), line.contains_key("eval_loss"))).collect();
     // Before the first step, every fourth, and at the end.
     let expected = [0, 1, 2, 3, 4, 4, 5, 6, 6].into_iter();
     let evaluations = [true, false, false, false, false, true, false, false, true];
@@ -104,11 +104,13 @@ fn the_loss_does_not_depend_on_the_micro_batches() {
         let name = objective.replace(' ', "_");
         let run = |budget: usize| {
             let output = format!("{name}-{budget}");
-            work.succeed(&format!(
-                "{TRAIN} --objective {objective} --learning-rate 1e-4 --warmup-steps 0 --epochs 2 \
+            work.succeed(
+                &format!(
+                    "{TRAIN} --objective {objective} --learning-rate 1e-4 --warmup-steps 0 --epochs 2 \
                  --tokens-per-micro-batch {budget} --output {output}",
-            )
-            .replace("--learning-rate 1e-3 ", ""));
+                )
+                .replace("--learning-rate 1e-3 ", ""),
+            );
             (work.series(&output, "loss"), work.series(&output, "grad_norm"))
         };
         let (small, large) = (run(64), run(4096));
@@ -229,7 +231,8 @@ fn a_run_that_diverges_stops_with_its_earlier_checkpoint_intact() {
     run("steps", "--max-steps 5 --save-steps 1");
     assert!(!work.path("steps/model").exists());
     let names: Vec<PathBuf> = work.contents("steps/checkpoints").into_keys().collect();
-    let expected = ["state.json", "state.safetensors"].map(|n| work.path("steps/checkpoints/step-000001").join(n));
+    let expected =
+        ["state.json", "state.safetensors"].map(|n| work.path("steps/checkpoints/step-000001").join(n));
     assert_eq!(names, expected);
     // Where the last step diverges, the evaluation behind it sees it, before anything is saved.
     run("last", "--max-steps 1 --eval-data pairs.jsonl");
