@@ -117,7 +117,7 @@ fn logits_and_greedy_tokens_agree() {
         for entry in golden.json["generate"].as_array().into_iter().flatten() {
             let expected = ids(&entry["new_ids"]);
             let (ours, _) =
-                generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| ()).expect("text");
+                generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| Ok(())).expect("text");
             let ended = model.config.stop_token_ids.contains(expected.last().expect("tokens"));
             assert_eq!(ours, expected[..expected.len() - usize::from(ended)], "{}", golden.name());
         }
