@@ -127,10 +127,7 @@ impl Sources {
         let mut headers = files("kernels", &["h", "cuh"])?;
         headers.extend(files("kernels/common", &["h", "cuh"])?);
         headers.extend(files("kernels/emulator", &["h", "cuh"])?);
-        Ok(Sources {
-            kernels: files("kernels", &["cu"])?,
-            headers,
-        })
+        Ok(Sources { kernels: files("kernels", &["cu"])?, headers })
     }
 }
 

@@ -118,4 +118,6 @@ mod tests {
         assert!((ones as f64 / 4000.0 - 0.75).abs() <= 0.03, "{ones} of 4000");
     }
 }
-pub fn run(_config: &crate::config::GenerateConfig) -> crate::Result<()> { unimplemented!() }
+pub fn run(_config: &crate::config::GenerateConfig) -> crate::Result<()> {
+    unimplemented!()
+}

@@ -3,4 +3,6 @@
 mod scorer;
 
 pub use scorer::{PairScore, Scorer};
-pub fn run(_config: &crate::config::ScoreConfig) -> crate::Result<()> { unimplemented!() }
+pub fn run(_config: &crate::config::ScoreConfig) -> crate::Result<()> {
+    unimplemented!()
+}

@@ -85,8 +85,13 @@ fn write_tokenizer(folder: &Path, lines: &[String]) -> Result<(), Box<dyn Error>
         .special_tokens(special.clone())
         .build();
     let byte_level = ByteLevel::new(false, true, true);
-    let mut tokenizer: TokenizerImpl<_, tokenizers::NormalizerWrapper, _, tokenizers::PostProcessorWrapper, _> =
-        TokenizerImpl::new(BPE::default());
+    let mut tokenizer: TokenizerImpl<
+        _,
+        tokenizers::NormalizerWrapper,
+        _,
+        tokenizers::PostProcessorWrapper,
+        _,
+    > = TokenizerImpl::new(BPE::default());
     tokenizer
         .with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(byte_level)))
         .with_decoder(Some(DecoderWrapper::ByteLevel(byte_level)));

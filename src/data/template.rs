@@ -116,7 +116,8 @@ impl ChatTemplate {
     ) -> Result<Self> {
         let time = Arc::new(OnceLock::new());
         let does_not_compile = |name: &str, error: minijinja::Error| {
-            let line = error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
+            let line =
+                error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
             Error::model(
                 path,
                 format!("the chat template `{name}` does not compile{line}: {}", describe(&error)),

@@ -40,7 +40,8 @@ fn conversations_have_the_ids_of_hugging_face_in_every_format() {
 
 #[test]
 fn a_prompt_string_beside_whole_conversations_is_compared_with_them() {
-    let dataset = load_pairs(&file("pairs/ultrafeedback.jsonl"), &encoder("chatml"), golden_limits()).unwrap();
+    let dataset =
+        load_pairs(&file("pairs/ultrafeedback.jsonl"), &encoder("chatml"), golden_limits()).unwrap();
     assert_eq!(all_parts(&dataset), golden("chatml", "conversations"));
     assert_eq!(dataset.report.tally(Cause::PromptColumnDiffers).count, 0);
     let (_folder, path) = temporary(
@@ -90,7 +91,10 @@ fn a_template_that_writes_neither_bos_nor_end_token_gets_one_of_each() {
     let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
     let dataset = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap();
     let pair = &dataset.pairs[0];
-    assert_eq!(encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(), "user: What color is the sky?\nassistant: ");
+    assert_eq!(
+        encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(),
+        "user: What color is the sky?\nassistant: "
+    );
     assert_eq!(pair.prompt[0], bos);
     assert_eq!(encoder.tokenizer.decode(&pair.rejected, false).unwrap(), "It is green.\n<|eot_id|>");
     assert_eq!(pair.rejected.iter().filter(|&&id| id == eos).count(), 1);

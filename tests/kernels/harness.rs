@@ -72,6 +72,12 @@ pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
 }
 
+/// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
+/// without waiting for the batch.
+pub fn is_cpu<D: Device>() -> bool {
+    size_of::<D::Compute>() == size_of::<f32>()
+}
+
 pub fn emulated() -> CudaDevice {
     CudaDevice::emulated(EmulatorVariant::Plain)
 }
