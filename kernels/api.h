@@ -233,14 +233,14 @@ mmpo_status MMPO_EXPORT(pair_objective)(float *outcomes, float *dlogp, float *de
 
 /* ---- grad_norm.cu ------------------------------------------------------------------------------------------- */
 
-/* Partial sums that gradient_norm_partial leaves for a tensor of this length. A pure function on the host. */
+/* Partial norms that gradient_norm_partial leaves for a tensor of this length. A pure function on the host. */
 int64_t MMPO_EXPORT(gradient_norm_partials)(int64_t length);
 
-/* Assigns partials[gradient_norm_partials(length)]: sums of squares of fixed parts of gradient[length]. */
+/* Assigns partials[gradient_norm_partials(length)]: the norms of fixed parts of gradient[length]; the sums are f64. */
 mmpo_status MMPO_EXPORT(gradient_norm_partial)(float *partials, const float *gradient, int64_t length,
                                                mmpo_stream stream);
 
-/* Assigns out[0] = sqrt(sum of partials[count]) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
+/* Assigns out[0] = sqrt(sum of partials[count]^2) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
  * max_norm = infinity: out[1] = 1. A NaN stays a NaN in both. The sum is f64, in a fixed order. */
 mmpo_status MMPO_EXPORT(gradient_norm_finish)(float *out, const float *partials, int64_t count, float max_norm,
                                               mmpo_stream stream);
