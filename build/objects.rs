@@ -66,7 +66,8 @@ impl Cache {
     }
 
     fn compile_one(&self, folder: &Path, job: &Job<'_>) -> Result<Compiled> {
-        let stem = job.source.file_stem().unwrap_or_default().to_string_lossy();
+        // The path, not the stem: kernels/memory.cu is not kernels/emulator/memory.cpp.
+        let stem = job.source.with_extension("").display().to_string().replace('/', "-");
         let object = folder.join(format!("{stem}.o"));
         let log = folder.join(format!("{stem}.log"));
         let key_file = folder.join(format!("{stem}.key"));

@@ -10,16 +10,15 @@
 // A block computes one tile of `out`. Slices of BLOCK_K along K pass through kStages buffers in shared memory, filled by
 // cp.async while earlier ones are multiplied. This runs where cuBLASLt is missing, and on the emulated device.
 
-#include "common/device.cuh"
+#include "common/launch.cuh"
 
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int BLOCK_K = 64;
 // Three slices of 128 x 64 for both operands are 96 KiB: the most that sm_86 and sm_89 grant a block is 99.
 constexpr int kStages = 3;
 // ldmatrix and cp.async move chunks of 16 bytes.
-constexpr int kChunk = 8;
+constexpr int kChunk = kVector;
 // Rows of tiles that are walked together, so that a wave of blocks shares its right-hand slices in L2.
 constexpr int kTileGroup = 8;
 
@@ -127,7 +126,7 @@ template <class Tile, class Kind>
 struct Layout {
     using Left = Slice<Tile::BLOCK_M, Kind::kLeft>;
     using Right = Slice<Tile::BLOCK_N, Kind::kRight>;
-    static constexpr int kThreads = Tile::kWarpsM * Tile::kWarpsN * kWarpSize;
+    static constexpr int kThreads = Tile::kWarpsM * Tile::kWarpsN * kWarp;
     // What a warp computes, and that in mma of 16 x 8.
     static constexpr int WARP_M = Tile::BLOCK_M / Tile::kWarpsM, WARP_N = Tile::BLOCK_N / Tile::kWarpsN;
     static constexpr int kMmaM = WARP_M / 16, kMmaN = WARP_N / 8;
@@ -271,7 +270,7 @@ template <class Tile, class Kind, bool kAligned>
 __global__ void __launch_bounds__(Layout<Tile, Kind>::kThreads) product_kernel(Problem problem) {
     using L = Layout<Tile, Kind>;
     DYNAMIC_SHARED(raw);
-    const int warp = int(threadIdx.x) / kWarpSize;
+    const int warp = int(threadIdx.x) / kWarp;
     const int warp_m = warp / Tile::kWarpsN * L::WARP_M, warp_n = warp % Tile::kWarpsN * L::WARP_N;
     const TileOrigin origin = tile_origin<Tile>(problem.shape_m, problem.shape_n);
 
@@ -296,23 +295,19 @@ template <class Tile, class Kind, bool kAligned>
 mmpo_status launch_tiles(const Problem& problem, mmpo_stream stream) {
     using L = Layout<Tile, Kind>;
     const int64_t tiles = tile_count<Tile>(problem);
-    if (tiles > INT32_MAX) return 1;
+    if (tiles > INT32_MAX) return kInvalidValue;
     return LAUNCH((product_kernel<Tile, Kind, kAligned>), dim3(unsigned(tiles)), dim3(L::kThreads), L::kSharedBytes,
-                  stream, problem);
+                  cuda_stream(stream), problem);
 }
-
-bool aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Large tiles read each operand half as often; small ones are for shapes that would leave multiprocessors idle.
 template <class Kind>
 mmpo_status launch_product(const Problem& problem, mmpo_stream stream) {
-    if (problem.shape_m == 0 || problem.shape_n == 0 || problem.shape_k == 0) return 0;
+    if (problem.shape_m == 0 || problem.shape_n == 0 || problem.shape_k == 0) return kSuccess;
     const int left_line = Kind::kLeft == Contiguous::kDepth ? problem.shape_k : problem.shape_m;
     const int right_line = Kind::kRight == Contiguous::kDepth ? problem.shape_k : problem.shape_n;
     const bool lines_aligned = left_line % kChunk == 0 && right_line % kChunk == 0 && problem.shape_n % kChunk == 0;
-    const bool aligned =
-        lines_aligned && aligned_16(problem.left) && aligned_16(problem.right) && aligned_16(problem.out);
-    if (!aligned) return launch_tiles<SmallTile, Kind, false>(problem, stream);
+    if (!lines_aligned || !vector_aligned(problem.left, problem.right, problem.out)) return launch_tiles<SmallTile, Kind, false>(problem, stream);
     if (tile_count<LargeTile>(problem) < multiprocessors()) return launch_tiles<SmallTile, Kind, true>(problem, stream);
     return launch_tiles<LargeTile, Kind, true>(problem, stream);
 }

@@ -1,6 +1,6 @@
-// Zeroing, copying and converting flat arrays. All outputs are assigned.
+// Zeroing and converting flat arrays. All outputs are assigned.
 //
-// zero and copy are the runtime's own, which already run at the speed of memory; the cast reads checkpoints' types.
+// zero is the runtime's own, which already runs at the speed of memory; the cast reads checkpoints' types.
 
 #include "common/vector.cuh"
 
@@ -73,9 +73,4 @@ mmpo_status MMPO_EXPORT(cast_to_bf16)(bf16* out, const void* source, int32_t sto
         case MMPO_STORAGE_BF16: return launch_cast<MMPO_STORAGE_BF16>(out, source, length, stream);
         default: return kInvalidValue;
     }
-}
-
-mmpo_status MMPO_EXPORT(copy)(void* out, const void* source, int64_t bytes, mmpo_stream stream) {
-    if (bytes == 0) return kSuccess;
-    return cudaMemcpyAsync(out, source, size_t(bytes), cudaMemcpyDeviceToDevice, cuda_stream(stream));
 }

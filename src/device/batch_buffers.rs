@@ -40,6 +40,8 @@ impl<D: Device> BatchBuffers<D> {
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {
             host_spans: Vec::with_capacity(max_pairs),
+            padding_token: None,
+            embedding_rows: 0,
             spans: device.alloc(max_pairs * 4)?,
             token_ids: device.alloc(max_tokens)?,
             positions: device.alloc(max_tokens)?,
@@ -76,8 +78,10 @@ impl<D: Device> BatchBuffers<D> {
             .flat_map(|pair| [pair.chosen.start, pair.chosen.end, pair.rejected.start, pair.rejected.end])
             .map(|row| row as u32)
             .collect();
-        let mut rows_by_token: Vec<u32> = (0..batch.tokens() as u32).collect();
-        rows_by_token.sort_by_key(|&row| batch.token_ids[row as usize]);
+        let token = |row: u32| batch.token_ids[row as usize];
+        let mut rows_by_token: Vec<u32> =
+            (0..batch.tokens() as u32).filter(|&row| Some(token(row)) != self.padding_token).collect();
+        rows_by_token.sort_by_key(|&row| token(row));
 
         device.upload(&mut self.spans, 0, bytemuck::cast_slice(&batch.spans))?;
         device.upload(&mut self.token_ids, 0, &batch.token_ids)?;
@@ -88,6 +92,7 @@ impl<D: Device> BatchBuffers<D> {
         device.upload(&mut self.row_scores, 0, &row_scores)?;
         device.upload(&mut self.scored, 0, &scored)?;
         device.upload(&mut self.constants, 0, bytemuck::cast_slice(constants))?;
+        self.embedding_rows = rows_by_token.len();
         self.host_spans.clone_from(&batch.spans);
         Ok(())
     }

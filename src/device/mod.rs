@@ -12,11 +12,13 @@
 mod batch_buffers;
 pub mod cpu;
 pub mod cuda;
+mod mapped_file;
 mod select;
 
 use std::ops::Range;
 
-pub use select::{AnyDevice, DeviceChoice, DeviceReport};
+pub use mapped_file::MappedFile;
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 
 use crate::data::PairSpan;
 use crate::error::Result;
@@ -157,6 +159,10 @@ pub struct TokenCoefficients<D: Device> {
 pub struct BatchBuffers<D: Device> {
     /// Host copy of the spans: launchers choose their work from it.
     pub host_spans: Vec<PairSpan>,
+    /// This token's row of the embedding gets no gradient from its use as an input, as transformers' `padding_idx`.
+    pub padding_token: Option<u32>,
+    /// Rows listed in `rows_by_token`: all but those of the padding token.
+    pub embedding_rows: usize,
     /// `[pairs, 4]`: start, prompt, chosen, rejected.
     pub spans: Indices<D>,
     /// `[T]`
@@ -246,7 +252,7 @@ pub trait Device: Sized + Send + Sync + 'static {
         rows: usize,
         width: usize,
     ) -> Result<()>;
-    /// Accumulates `dtable[V, D] += scatter(dout[T, D])`, rows of one token in the order of `rows_by_token`.
+    /// Accumulates `dtable[V, D] += scatter(dout[T, D])` over the first `rows` entries of `rows_by_token`, in their order.
     fn embedding_backward(
         &self,
         dtable: &mut Floats<Self>,

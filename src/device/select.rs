@@ -1,6 +1,7 @@
 //! `--device`: which device a run uses, and why.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::Device;
 use super::cpu::CpuDevice;
@@ -36,58 +37,55 @@ impl std::fmt::Display for DeviceReport {
     }
 }
 
-/// A device that was opened by choice. [`on_device!`](crate::on_device) runs code written over [`Device`] on it.
-#[derive(Debug)]
-pub enum AnyDevice {
+/// Work that runs on whatever device was chosen; a closure cannot be generic, so it is a trait.
+pub trait DeviceTask {
+    type Output;
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Self::Output>;
+}
+
+/// Opens the chosen device (`threads`: CPU threads, `None` is all cores), says which and why, and runs `task` on it.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) if a GPU was asked for and cannot be used; [`DeviceChoice::Auto`] takes the
+/// CPU instead. Otherwise as the task.
+pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
+    let (device, report) = open(choice, threads)?;
+    tracing::info!("device: {report}");
+    match device {
+        Opened::Cpu(device) => task.run(Arc::new(device)),
+        Opened::Cuda(device) => task.run(Arc::new(device)),
+    }
+}
+
+enum Opened {
     Cpu(CpuDevice),
     Cuda(CudaDevice),
 }
 
-/// Runs an expression with the device inside an [`AnyDevice`](crate::device::AnyDevice):
-/// `on_device!(device, device => train(device, config))`. The expression is compiled once for each kind of device.
-#[macro_export]
-macro_rules! on_device {
-    ($any:expr, $device:ident => $body:expr) => {
-        match $any {
-            $crate::device::AnyDevice::Cpu($device) => $body,
-            $crate::device::AnyDevice::Cuda($device) => $body,
+fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceReport)> {
+    let asked = "asked for".to_owned();
+    let (device, chosen, reason) = match choice {
+        DeviceChoice::Cpu => (Opened::Cpu(CpuDevice::new(threads)?), choice, asked),
+        DeviceChoice::Cuda(ordinal) => (Opened::Cuda(CudaDevice::open(ordinal)?), choice, asked),
+        DeviceChoice::Emulated => {
+            (Opened::Cuda(CudaDevice::emulated(EmulatorVariant::Plain)), choice, asked)
         }
-    };
-}
-
-impl AnyDevice {
-    /// Opens the device that `choice` asks for. `threads` is for the CPU; `None` takes all cores.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if a GPU was asked for and cannot be used. `Auto` falls back to the CPU
-    /// instead, and the report says why.
-    pub fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Self, DeviceReport)> {
-        let asked = || "asked for".to_owned();
-        let (device, chosen, reason) = match choice {
-            DeviceChoice::Cpu => (AnyDevice::Cpu(CpuDevice::new(threads)?), choice, asked()),
-            DeviceChoice::Cuda(ordinal) => (AnyDevice::Cuda(CudaDevice::open(ordinal)?), choice, asked()),
-            DeviceChoice::Emulated => {
-                let device = CudaDevice::emulated(EmulatorVariant::Plain);
-                (AnyDevice::Cuda(device), choice, asked())
+        DeviceChoice::Auto => match first_gpu() {
+            Ok((device, ordinal)) => {
+                let reason = "the first GPU of compute capability 8.0 or later".to_owned();
+                (Opened::Cuda(device), DeviceChoice::Cuda(ordinal), reason)
             }
-            DeviceChoice::Auto => match first_gpu() {
-                Ok((device, ordinal)) => {
-                    let reason = "the first GPU of compute capability 8.0 or later".to_owned();
-                    (AnyDevice::Cuda(device), DeviceChoice::Cuda(ordinal), reason)
-                }
-                Err(why) => {
-                    let device = AnyDevice::Cpu(CpuDevice::new(threads)?);
-                    (device, DeviceChoice::Cpu, format!("no GPU is used, because {why}"))
-                }
-            },
-        };
-        let report = DeviceReport { chosen, device: device.describe(), reason };
-        Ok((device, report))
-    }
-
-    fn describe(&self) -> String {
-        on_device!(self, device => device.describe())
-    }
+            Err(why) => {
+                let reason = format!("no GPU is used, because {why}");
+                (Opened::Cpu(CpuDevice::new(threads)?), DeviceChoice::Cpu, reason)
+            }
+        },
+    };
+    let device_line = match &device {
+        Opened::Cpu(device) => device.describe(),
+        Opened::Cuda(device) => device.describe(),
+    };
+    Ok((device, DeviceReport { chosen, device: device_line, reason }))
 }
 
 /// The first GPU that the kernels run on; else why there is none, as a sentence's end.
@@ -150,16 +148,26 @@ mod tests {
 
     #[test]
     fn auto_says_what_it_took_and_why() {
-        let (device, report) = AnyDevice::open(DeviceChoice::Auto, Some(1)).unwrap();
+        let (device, report) = open(DeviceChoice::Auto, Some(1)).unwrap();
         match device {
-            AnyDevice::Cpu(_) => {
+            Opened::Cpu(_) => {
                 assert_eq!(report.chosen, DeviceChoice::Cpu);
                 assert!(report.to_string().contains("no GPU is used, because"), "{report}");
             }
-            AnyDevice::Cuda(_) => {
+            Opened::Cuda(_) => {
                 assert!(matches!(report.chosen, DeviceChoice::Cuda(_)), "{report}");
                 assert!(report.to_string().contains("compute capability"), "{report}");
             }
         }
+    }
+
+    /// More GPUs than any machine has: the message says what is missing, driver, kernels or that GPU.
+    #[test]
+    fn a_gpu_that_is_not_there_is_a_clear_error() {
+        let error = CudaDevice::open(4096).unwrap_err();
+        assert_eq!(error.exit_code(), 6);
+        let text = error.to_string();
+        let clear = ["no CUDA driver", "no GPU kernels", "no GPU 4096", "too old"];
+        assert!(clear.iter().any(|part| text.contains(part)), "{text}");
     }
 }

@@ -65,16 +65,13 @@ pub(super) fn backward(
     width: usize,
 ) -> Result<()> {
     let operation = "embedding_backward";
-    let needs = [
-        ("dout", dout.len(), rows * width),
-        ("token_ids", batch.token_ids.len(), rows),
-        ("rows_by_token", batch.rows_by_token.len(), rows),
-    ];
-    check_sizes(operation, &(rows, width), &needs)?;
-    let (token_ids, order) = (&batch.token_ids[..rows], &batch.rows_by_token[..rows]);
-    check_indices(operation, "token id", token_ids, dtable.len() / width.max(1))?;
-    check_indices(operation, "row by token", order, rows)?;
-    let token_of = |&row: &u32| token_ids[row as usize];
+    check_sizes(operation, &(rows, width), &[("rows_by_token", batch.rows_by_token.len(), rows)])?;
+    let order = &batch.rows_by_token[..rows];
+    let tokens = batch.token_ids.len().min(dout.len() / width.max(1));
+    check_indices(operation, "row by token", order, tokens)?;
+    let token_of = |&row: &u32| batch.token_ids[row as usize];
+    let token_ids: Vec<u32> = order.iter().map(token_of).collect();
+    check_indices(operation, "token id", &token_ids, dtable.len() / width.max(1))?;
     let groups: Vec<&[u32]> = order.chunk_by(|a, b| token_of(a) == token_of(b)).collect();
     // Tokens ascend, so each group's row of the table can be split off the front of what is left.
     let mut work = Vec::with_capacity(groups.len());
