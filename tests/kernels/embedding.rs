@@ -4,6 +4,9 @@ use crate::naive;
 const WIDTHS: &[usize] = &[16, 50, 576];
 const VOCAB: usize = 13;
 
+/// Batches by the number of tokens they draw from: runs of a token from none to well beyond a warp's 32.
+const RUNS: &[(&[(usize, usize, usize)], u32)] = &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
+
 device_tests! {
     /// Rows of the table by token id.
     fn forward(device, bounds) {
@@ -20,22 +23,29 @@ device_tests! {
 
     /// The table's gradient accumulates over repeated tokens and over what was there.
     fn backward(device, bounds) {
-        for &width in WIDTHS {
-            let batch = pair_batch(RAGGED, VOCAB as u32);
+        for (&width, &(sizes, vocab)) in WIDTHS.iter().flat_map(|width| RUNS.iter().map(move |run| (width, run))) {
+            let batch = pair_batch(sizes, vocab);
             let table = wide(&random(1, VOCAB * width, 1.0));
             let (dout, dout64) = random_compute(device, 2, batch.tokens() * width, 1.0);
             let before = random(3, VOCAB * width, 1.0);
             let mut dtable = floats(device, &before);
             let buffers = load_batch(device, &batch, &[]);
             device.embedding_backward(&mut dtable, &dout, &buffers, batch.tokens(), width).unwrap();
+            let mut wanted = wide(&before);
+            for (row, &token) in batch.token_ids.iter().enumerate() {
+                let (sum, dout) = (&mut wanted[token as usize * width..][..width], &dout64[row * width..][..width]);
+                sum.iter_mut().zip(dout).for_each(|(sum, dout)| *sum += dout);
+            }
+            let dtable = read(device, &dtable);
+            assert_close("dtable", &dtable, &wanted, Tolerance::F32);
             let before = wide(&before);
             assert_gradient(
                 "dtable",
-                &read(device, &dtable),
+                &dtable,
                 |table| inner(&naive::gather(table, &batch.token_ids, width), &dout64) + inner(&before, table),
                 &table,
-                VOCAB * 16,
-                bounds,
+                32,
+                Tolerance::F32,
             );
         }
     }
