@@ -47,22 +47,28 @@ namespace {
 constexpr size_t kPage = 4096;
 // An odd number of pages: stacks whose tops agree in their low bits would fight for the same cache sets.
 constexpr size_t kStride = StackSlab::kBytes + kPage;
+// What a frame too large for the first stack may reach past it.
+constexpr size_t kLead = size_t(8) << 20;
+constexpr size_t kSlab = kLead + StackSlab::kThreads * kStride;
 }  // namespace
 
 StackSlab::StackSlab() {
-    void* memory = mmap(nullptr, kThreads * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kSlab, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return;
     base_ = static_cast<char*>(memory);
-    for (size_t i = 0; i < kThreads; ++i) mprotect(base_ + i * kStride, kPage, PROT_NONE);
+    mprotect(base_, kLead, PROT_NONE);
+    for (size_t i = 0; i < kThreads; ++i) mprotect(base_ + kLead + i * kStride, kPage, PROT_NONE);
 }
 
 StackSlab::~StackSlab() {
-    if (base_ != nullptr) munmap(base_, kThreads * kStride);
+    if (base_ != nullptr) munmap(base_, kSlab);
 }
 
-char* StackSlab::bottom(size_t thread) const { return base_ + thread * kStride + kPage; }
+char* StackSlab::bottom(size_t thread) const { return base_ + kLead + thread * kStride + kPage; }
 
 char* StackSlab::top(size_t thread) const { return bottom(thread) + kBytes - thread % 21 * 192; }
+
+bool StackSlab::contains(uintptr_t address) const { return address - uintptr_t(base_) < kSlab; }
 
 }  // namespace emulated
 }  // namespace MMPO_VARIANT

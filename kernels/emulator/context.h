@@ -47,6 +47,8 @@ class StackSlab {
     bool valid() const { return base_ != nullptr; }
     char* bottom(size_t thread) const;
     char* top(size_t thread) const;
+    // Whether the address is in a stack, or in a page below one.
+    bool contains(uintptr_t address) const;
 
   private:
     char* base_ = nullptr;

@@ -280,14 +280,14 @@ void tensor_store(const void* map, uint32_t source, Coordinates at, BulkStore ki
 
 void bulk_commit(Site) { self().stores.commit(); }
 
-void bulk_wait(int groups_left, bool, Site site) {
+void bulk_wait(int groups_left, bool, Site) {
     Thread& thread = self();
     GroupQueue<TensorStore>& queue = thread.stores;
     for (const size_t due = queue.due(groups_left); queue.finished < due; ++queue.finished) {
         TensorStore& store = queue.operations[queue.finished];
         if (!store.landed) land(store, thread);
         // The unit read its source until now.
-        if (kChecked) race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true}, site);
+        if (kChecked) race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true}, store.site);
     }
     if (queue.drained()) queue.clear();
 }

@@ -84,6 +84,8 @@ bool GlobalMemory::release(uintptr_t address) {
     const size_t bytes = found->second;
     live_.erase(found);
     now_ -= bytes;
+    // What still reads it sees NaN.
+    memset(reinterpret_cast<void*>(address), kFreshByte, bytes);
     if (kChecked) memset(shadow(address), kFreed, bytes);
     dead_[address] = bytes;
     quarantine_.push_back({address - kGuard, footprint(bytes)});
@@ -165,12 +167,11 @@ std::string GlobalMemory::overwritten_guard(uintptr_t address, size_t bytes) {
     uint8_t* data = reinterpret_cast<uint8_t*>(address);
     char text[160];
     if (const uint8_t* damaged = find_damage(data - kGuard, data)) {
-        snprintf(text, sizeof text, "wrote %zu bytes before an allocation of %zu bytes", size_t(data - damaged), bytes);
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, %zu bytes before its start", bytes, size_t(data - damaged));
         return text;
     }
     if (const uint8_t* damaged = find_damage(data + bytes, data + rounded(bytes) + kGuard)) {
-        snprintf(text, sizeof text, "wrote %zu bytes past the end of an allocation of %zu bytes", size_t(damaged - data) - bytes,
-                 bytes);
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, at offset %zu", bytes, size_t(damaged - data));
         return text;
     }
     return "";

@@ -183,8 +183,10 @@ uint64_t Block::random() {
     return random_state;
 }
 
-Block::Block() : pool(kMaxThreads), shared(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 1024))) {}
-Block::~Block() { free(shared); }
+Block::Block() : pool(kMaxThreads), shared_memory(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 2 * kSharedGuard))) {
+    shared = shared_memory + kSharedGuard;
+}
+Block::~Block() { free(shared_memory); }
 
 void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site site) {
     Thread& thread = self();
@@ -218,7 +220,7 @@ int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Ent
     std::atomic<uint64_t> next{0};
     const auto work = [&] {
         std::unique_ptr<Block> state = take_block();
-        if (!state->stacks.valid() || state->shared == nullptr) {
+        if (!state->stacks.valid() || state->shared_memory == nullptr) {
             launch.record("the host has no memory for the stacks of a block's threads");
             return;
         }
