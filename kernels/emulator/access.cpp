@@ -117,6 +117,7 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
         case Space::own_stack: return check_local(thread, address, bytes, write, site);
         case Space::global:
             check_global(thread, address, bytes, write, site);
+            check_block_order(thread, address, bytes, write, site);
             (write ? counters.global_store_bytes : counters.global_load_bytes) += bytes;
             break;
         case Space::shared: {
@@ -186,7 +187,10 @@ uint64_t atomic_load(const void* pointer, int bytes, Site site) {
     const uintptr_t address = uintptr_t(pointer);
     const Space space = classify(self(), address);
     if (space != Space::global && space != Space::shared) fail(site, "atomic on %p, which is neither global nor shared memory", pointer);
-    if (kChecked && space == Space::global) check_global(self(), address, size_t(bytes), false, site);
+    if (kChecked && space == Space::global) {
+        running->uses_global_atomics = true;
+        check_global(self(), address, size_t(bytes), false, site);
+    }
     if (kChecked && space == Space::shared)
         require_shared_written(self(), uint32_t(address - uintptr_t(running->shared)), uint32_t(bytes), site);
     if (bytes == 8) return __atomic_load_n(static_cast<const uint64_t*>(pointer), __ATOMIC_RELAXED);

@@ -199,7 +199,9 @@ struct Block : BlockView {
     std::vector<Warp> warps;
     uint32_t runnable_warps = 0, current_warp = 0;
     uint64_t random_state = 1;
+    uint32_t number = 0;  // of the block in its grid
     bool failed = false;
+    bool uses_global_atomics = false;
 
     unsigned char* shared_memory = nullptr;  // with guards
     unsigned char* shared = nullptr;         // kSharedLimit bytes

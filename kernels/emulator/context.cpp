@@ -6,8 +6,6 @@ namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace emulated {
 
-#if defined(__x86_64__)
-
 namespace {
 __attribute__((naked, noinline)) void swap_stacks(void** /*save*/, void* /*load*/) {
     asm("push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
@@ -20,28 +18,13 @@ __attribute__((naked, noinline)) void swap_stacks(void** /*save*/, void* /*load*
 
 void switch_context(Context& from, const Context& to) { swap_stacks(&from.stack_pointer, to.stack_pointer); }
 
-Context make_context(char*, char* top, void (*entry)()) {
+Context make_context(char* top, void (*entry)()) {
     void** stack = reinterpret_cast<void**>(uintptr_t(top) & ~uintptr_t(63));
     *--stack = nullptr;  // where `entry` would return to; also the alignment the ABI wants at a function's start
     *--stack = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--stack = nullptr;
     return Context{stack};
 }
-
-#else
-
-void switch_context(Context& from, const Context& to) { swapcontext(&from.state, &to.state); }
-
-Context make_context(char* bottom, char* top, void (*entry)()) {
-    Context context{};
-    getcontext(&context.state);
-    context.state.uc_stack.ss_sp = bottom;
-    context.state.uc_stack.ss_size = size_t(top - bottom);
-    makecontext(&context.state, entry, 0);
-    return context;
-}
-
-#endif
 
 namespace {
 constexpr size_t kPage = 4096;

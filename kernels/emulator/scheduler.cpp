@@ -101,7 +101,7 @@ void reset_thread(Block& block, uint32_t linear) {
         thread.visits.clear();
         thread.wgmma.watched.clear();
     }
-    thread.context = make_context(block.stacks.bottom(linear), block.stacks.top(linear), &thread_main);
+    thread.context = make_context(block.stacks.top(linear), &thread_main);
     Warp& warp = block.warps[thread.warp];
     warp.threads[thread.lane] = &thread;
     warp.alive |= 1u << thread.lane;
@@ -113,7 +113,8 @@ void reset_block(Block& block, uint64_t index) {
     block.index = {unsigned(index % block.blocks.x), unsigned(index / block.blocks.x % block.blocks.y),
                    unsigned(index / block.blocks.x / block.blocks.y)};
     block.random_state = (options.seed + 1) * 0x9e3779b97f4a7c15ull + index * 0xda942042e4dd58b5ull + 1;
-    block.failed = false;
+    block.number = uint32_t(index);
+    block.failed = block.uses_global_atomics = false;
     block.live = block.thread_count;
     block.runnable_warps = block.current_warp = 0;
     block.warps.assign(block.warp_count, Warp());

@@ -187,12 +187,12 @@ __global__ void early_exit_kernel(float* out) {
     if (threadIdx.x >= 40) return;
     if (threadIdx.x == 0) total[0] = 7.0f;
     __syncthreads();
-    out[threadIdx.x] = total[0];
+    out[blockIdx.x * 40 + threadIdx.x] = total[0];
 }
 
 CASE(early_exit) {
-    DeviceArray<float> out(40);
-    return outcome(LAUNCH(early_exit_kernel, dim3(2), dim3(64), 0, nullptr, out.data()), out, std::vector<float>(40, 7.0f));
+    DeviceArray<float> out(80);
+    return outcome(LAUNCH(early_exit_kernel, dim3(2), dim3(64), 0, nullptr, out.data()), out, std::vector<float>(80, 7.0f));
 }
 
 __global__ void index_kernel(int* out) {

@@ -146,6 +146,7 @@ CASE(local_array) {
     return outcome(LAUNCH(local_array_kernel, dim3(1), dim3(32), 0, nullptr, out.data(), bug ? 8 : 7), out, std::vector<float>(32, 28.0f));
 }
 
+#if MMPO_EMULATED
 __global__ void large_stack_kernel(float* out, int depth) {
     // Far past the stack an emulated thread has.
     volatile char* top = static_cast<char*>(__builtin_alloca(size_t(depth)));
@@ -153,10 +154,9 @@ __global__ void large_stack_kernel(float* out, int depth) {
     out[threadIdx.x] = float(threadIdx.x);
 }
 
-#if MMPO_EMULATED
 CASE(stack_overflow) {
     DeviceArray<float> out(32);
-    return outcome(LAUNCH(large_stack_kernel, dim3(1), dim3(32), 0, nullptr, out.data(), bug ? 1 << 20 : 1 << 12), out, iota(32));
+    return outcome(LAUNCH(large_stack_kernel, dim3(1), dim3(32), 0, nullptr, out.data(), bug ? 400 << 10 : 1 << 12), out, iota(32));
 }
 #endif
 

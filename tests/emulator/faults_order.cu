@@ -207,7 +207,7 @@ CASE(tail_without_zero_fill) {
 // Each block adds to what the block before it left: right only in ascending order.
 __global__ void block_chain_kernel(float* chain, bool depends) {
     const uint32_t b = blockIdx.x;
-    chain[b + 1] = depends ? chain[b] + 1.0f : float(b + 1);
+    chain[b + 1] = depends ? chain[b] + 1.0f : float(b + 1);  // FAULT block_order
 }
 
 CASE(block_order) {

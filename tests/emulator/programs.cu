@@ -115,6 +115,7 @@ constexpr int WGMMA_M = 64, WGMMA_N = 128, WGMMA_K = 64, kStages = 3;
 constexpr int kATile = WGMMA_M * WGMMA_K * 2, kBTile = WGMMA_N * WGMMA_K * 2, kTmaStage = kATile + kBTile;
 constexpr int kWgmmaShared = kStages * kTmaStage + 2 * kStages * 8;
 
+#if MMPO_SM90
 DEVICE void produce_tiles(uint32_t base, const CUtensorMap* a_map, const CUtensorMap* b_map, int steps) {
     const uint32_t full = base + kStages * kTmaStage, empty = full + kStages * 8;
     for (int step = 0; step < steps; ++step) {
@@ -141,6 +142,7 @@ DEVICE void consume_tiles(float (&d)[WGMMA_N / 2], uint32_t base, int steps) {
         if (threadIdx.x % 128 == 0) mbarrier_arrive(empty + stage * 8);
     }
 }
+#endif
 
 __global__ void __launch_bounds__(160) wgmma_product_kernel(float* out, const __grid_constant__ CUtensorMap a_map,
                                                             const __grid_constant__ CUtensorMap b_map, ProductShape shape) {
