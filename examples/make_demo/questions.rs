@@ -214,7 +214,11 @@ pub fn all_questions() -> Vec<Question> {
     }
     for a in 0..10 {
         for b in 0..10 {
-            let texts = [format!("What is {a} plus {b}?"), format!("How much is {a} plus {b}?")];
+            let texts = [
+                format!("What is {a} plus {b}?"),
+                format!("How much is {a} plus {b}?"),
+                format!("Add {a} and {b}."),
+            ];
             ask(&texts, format!("The sum of {a} and {b} is {}.", a + b), &(a + b).to_string());
         }
     }

@@ -146,6 +146,19 @@ fn crlf_blank_lines_and_a_byte_order_mark_are_read() {
 }
 
 #[test]
+fn gzip_is_known_by_its_bytes_whatever_the_name() {
+    let gzip = std::fs::read(file("pairs/conversational.jsonl.gz")).unwrap();
+    let plain = read_records(&file("pairs/conversational.jsonl")).unwrap();
+    // Two gzip members in one file, as `cat a.gz b.gz` makes them.
+    for (bytes, times) in [(gzip.clone(), 1), (gzip.repeat(2), 2)] {
+        let (_folder, path) = temporary("pairs.jsonl", bytes);
+        let records = read_records(&path).unwrap();
+        assert_eq!(records.len(), times * plain.len());
+        assert_eq!(records[..plain.len()], plain);
+    }
+}
+
+#[test]
 fn order_and_fingerprint_do_not_depend_on_threads_or_format() {
     let encoder = encoder("chatml");
     let lines: String = (0..2500)
