@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::compile::{self, RUNTIME_SOURCES, Variant};
-use crate::objects::{Cache, Job, archive};
-use crate::{Result, Sources};
+use crate::objects::{Cache, Job};
+use crate::{Result, Sources, archive};
 
 /// Where the headers of kernels and device lie.
 const KERNELS: &str = "kernels";
