@@ -40,7 +40,7 @@ __global__ void tile_load_kernel(float* out, const __grid_constant__ CUtensorMap
         mbarrier_arrive_expect_tx(full, form.expected_bytes);  // FAULT uninitialised_mbarrier
         tma_load_2d(tile, &map, 0, 0, full);                   // FAULT load_without_wait
     }
-    if (form.wait) mbarrier_wait(full, form.parity);  // FAULT wrong_byte_count missing_arrival
+    if (form.wait) mbarrier_wait(full, form.parity);  // FAULT wrong_byte_count missing_arrival uninitialised_mbarrier
     for (int i = int(threadIdx.x); i < kRows * kColumns; i += int(blockDim.x)) {
         const int row = i / kColumns, column = i % kColumns;
         const int chunk = form.read_swizzle == Swizzle::bytes_128 ? (column / 8) ^ (row % 8) : (column / 8) ^ (row / 2 % 4);
@@ -120,14 +120,14 @@ __global__ void pipeline_kernel(float* out, const __grid_constant__ CUtensorMap 
         for (int tile = 0; tile < tiles; ++tile) {
             const uint32_t stage = uint32_t(tile) % 2, round = uint32_t(tile) / 2 % 2;
             if (form.wait_empty) mbarrier_wait(empty + 8 * stage, form.invert_empty ? round ^ 1 : round);  // FAULT empty_parity
-            mbarrier_arrive_expect_tx(full + 8 * stage, kStageBytes);
+            mbarrier_arrive_expect_tx(full + 8 * stage, kStageBytes);  // FAULT missing_empty_wait missing_full_wait
             tma_load_2d(base + stage * kStageBytes, &map, 0, tile * 8, full + 8 * stage);  // FAULT missing_empty_wait
         }
     } else if (threadIdx.x < 32) {
         float sum = 0.0f;
         for (int tile = 0; tile < tiles; ++tile) {
             const uint32_t stage = uint32_t(tile) % 2, round = uint32_t(tile) / 2 % 2;
-            if (form.wait_full) mbarrier_wait(full + 8 * stage, round);
+            if (form.wait_full) mbarrier_wait(full + 8 * stage, round);  // FAULT empty_parity missing_empty_wait
             const bf16* rows = reinterpret_cast<const bf16*>(raw + stage * kStageBytes);
             for (int i = int(threadIdx.x); i < 8 * 64; i += 32) sum += to_float(rows[i]);  // FAULT missing_full_wait
             mbarrier_arrive(empty + 8 * stage);
