@@ -51,12 +51,12 @@ GlobalMemory::GlobalMemory() {
 }
 
 bool GlobalMemory::reserve_shadow(size_t bytes) {
-    static_assert(sizeof(Touch) == 8, "two planes of 8 bytes for each 4");
-    uint8_t* memory = reserve(5 * bytes);
+    static_assert(sizeof(Touch) == 8, "two planes of 8 bytes for each unit");
+    uint8_t* memory = reserve((1 + 2 * sizeof(Touch) / kTouchUnit) * bytes);
     if (memory == nullptr) return false;
     shadow_ = memory;
     writes_ = reinterpret_cast<Touch*>(memory + bytes);
-    reads_ = reinterpret_cast<Touch*>(memory + 3 * bytes);
+    reads_ = reinterpret_cast<Touch*>(memory + (1 + sizeof(Touch) / kTouchUnit) * bytes);
     return true;
 }
 
@@ -237,9 +237,10 @@ void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool wri
     GlobalMemory& memory = GlobalMemory::instance();
     const GlobalMemory::Touch mine{Launch::current().number(), block.number};
     const auto touched_by_other = [&](const GlobalMemory::Touch& touch) { return touch.launch == mine.launch && touch.block != mine.block; };
-    for (uintptr_t word = address & ~uintptr_t(3); word < address + bytes; word += 4) {
-        GlobalMemory::Touch& wrote = memory.last_write(word);
-        GlobalMemory::Touch& read = memory.last_read(word);
+    constexpr uintptr_t kUnit = GlobalMemory::kTouchUnit;
+    for (uintptr_t unit = address & ~(kUnit - 1); unit < address + bytes; unit += kUnit) {
+        GlobalMemory::Touch& wrote = memory.last_write(unit);
+        GlobalMemory::Touch& read = memory.last_read(unit);
         const bool after_write = touched_by_other(wrote), after_read = write && touched_by_other(read);
         if (after_write || after_read)
             fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
