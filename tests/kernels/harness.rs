@@ -28,7 +28,8 @@ impl Tolerance {
 
 /// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
 /// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
-/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device: `rms_norm::forward::cpu`.
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
+/// `rms_norm::forward::cpu`.
 macro_rules! device_tests {
     ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
         $(#[doc = $doc])+
@@ -73,6 +74,20 @@ macro_rules! device_tests {
     )+};
 }
 pub(crate) use device_tests;
+
+/// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
+/// `BatchBuffers::load` has checked.
+macro_rules! cpu_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        #[test]
+        fn $name() {
+            let $device = &$crate::harness::cpu(2);
+            $body
+        }
+    )+};
+}
+pub(crate) use cpu_tests;
 
 pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")

@@ -67,6 +67,12 @@ pub(super) fn adamw(
         ("norm", norm.len(), 2),
     ];
     check_sizes("adamw", &len, &sizes)?;
+    if step.step == 0 {
+        return Err(Error::device(
+            "adamw: update number 0 has no bias correction; updates are numbered from 1",
+            "this is a mistake in the program, not in your input; please report it",
+        ));
+    }
     let parameters = parameters(step);
     // SAFETY: all buffers hold `len` values.
     device.launch("adamw", &len, |kernels, stream| unsafe {
