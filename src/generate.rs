@@ -1,11 +1,69 @@
 //! Text from a model: greedy or sampled, token by token over a key/value cache.
 
+use std::io::Write;
+use std::sync::Arc;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::Device;
+use crate::checkpoint::ModelFolder;
+use crate::config::GenerateConfig;
+use crate::data::{Message, TextEncoder};
+use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
 use crate::model::{Generation, Llama};
+
+/// Writes the answer to `config.prompt` to standard output as it comes.
+pub fn run(config: &GenerateConfig) -> Result<()> {
+    let folder = ModelFolder::open(&config.model)?;
+    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
+    let prompt = match config.raw {
+        true => encoder.encode_text_prompt(&config.prompt)?,
+        false => {
+            let system = config.system.iter().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.chain([Message::new("user", &config.prompt)]).collect();
+            encoder.encode_chat_prompt(&messages)?
+        }
+    };
+    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt })
+}
+
+struct Generating<'a> {
+    config: &'a GenerateConfig,
+    folder: ModelFolder,
+    encoder: TextEncoder,
+    prompt: Vec<u32>,
+}
+
+impl DeviceTask for Generating<'_> {
+    type Output = ();
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
+        let Generating { config, folder, encoder, prompt } = self;
+        let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
+        let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
+        let mut text = encoder.tokenizer.stream(true);
+        let mut failure = None;
+        generate(&model, &prompt, config.max_new_tokens, sampling, |token| match text.push(token) {
+            Ok(piece) => print_now(&piece),
+            Err(error) => failure = failure.take().or(Some(error)),
+        })?;
+        match failure {
+            Some(error) => Err(error),
+            None => {
+                print_now(&text.finish()?);
+                println!();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A closed pipe ends the output, not the program.
+fn print_now(text: &str) {
+    let mut out = std::io::stdout();
+    _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,4 +176,3 @@ mod tests {
         assert!((ones as f64 / 4000.0 - 0.75).abs() <= 0.03, "{ones} of 4000");
     }
 }
-pub fn run(_config: &crate::config::GenerateConfig) -> crate::Result<()> { unimplemented!() }

@@ -210,7 +210,8 @@ fn logits_and_greedy_tokens_agree() {
             for &token in &sequence[half..=position.max(half - 1)] {
                 generation.push(token).expect("decode");
             }
-            for (id, (&ours, golden_logit)) in generation.logits().iter().zip(array(&entry["values"])).enumerate()
+            for (id, (&ours, golden_logit)) in
+                generation.logits().iter().zip(array(&entry["values"])).enumerate()
             {
                 let expected = number(golden_logit);
                 let error = (ours as f64 - expected).abs();
@@ -223,7 +224,8 @@ fn logits_and_greedy_tokens_agree() {
         }
         for entry in golden.json["generate"].as_array().into_iter().flatten() {
             let expected = ids(&entry["new_ids"]);
-            let (ours, _) = generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| ()).expect("text");
+            let (ours, _) =
+                generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| ()).expect("text");
             let ended = model.config.stop_token_ids.contains(expected.last().expect("tokens"));
             assert_eq!(ours, expected[..expected.len() - usize::from(ended)], "{}", golden.name());
         }
@@ -243,11 +245,7 @@ fn check_log_probs<D: Device>(what: &str, golden: &Golden, trainer: &Trainer<D>,
 
 fn check_gradients<D: Device>(what: &str, trainer: &Trainer<D>, result: &StepResult, expected: &Value) {
     assert_close(&format!("{what} loss"), result.loss, number(&expected["loss"]));
-    assert_close(
-        &format!("{what} total norm"),
-        result.gradient_norm as f64,
-        number(&expected["grad_norm"]),
-    );
+    assert_close(&format!("{what} total norm"), result.gradient_norm as f64, number(&expected["grad_norm"]));
     let mut norms = std::collections::BTreeMap::new();
     for (gradient, fused) in trainer.gradients.iter().zip(trainer.model.layout.iter()) {
         let mut values = vec![0.0f32; fused.values()];
@@ -275,4 +273,3 @@ fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {
         step,
     }
 }
-

@@ -109,7 +109,7 @@ fn the_page_shows_the_run() {
     let html = report(folder.path(), 120).to_html();
     for shown in [
         "<html lang=\"en\">",
-        "mmpo on the built-in demo",
+        "MMPO on the built-in demo",
         "120 steps in 42 s",
         "The capital of France is Paris.",
         "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &quot;quotes&quot;",

@@ -7,10 +7,11 @@
 mod questions;
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
-use mmpo_fast::cli;
+use mmpo_fast::cli::{self, Stop};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -18,7 +19,9 @@ use rand_distr::{Distribution, Normal};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer, TokenizerImpl};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
+};
 
 const SEED: u64 = 42;
 const VOCABULARY: usize = 768;
@@ -58,12 +61,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let output = work.path().join("sft");
     let flags = "--objective sft --epochs 12 --learning-rate 2e-3 --pairs-per-step 32 --weight-decay 0.01 \
                  --tokens-per-micro-batch 2048 --max-length 128 --max-prompt-length 64 --device cpu --seed 42";
-    let mut command = vec!["mmpo-fast".into(), "train".into()];
-    command.extend(flags.split_whitespace().map(String::from));
+    let mut command: Vec<OsString> = vec!["mmpo-fast".into(), "train".into()];
+    command.extend(flags.split_whitespace().map(OsString::from));
     for (flag, path) in [("--model", &start), ("--data", &sft_file), ("--output", &output)] {
-        command.extend([flag.into(), path.display().to_string()]);
+        command.extend([flag.into(), path.into()]);
     }
-    cli::run(command)?;
+    match cli::parse(command) {
+        Ok(invocation) => invocation.run()?,
+        Err(Stop::Clap(error)) => return Err(error.into()),
+        Err(Stop::Error(error)) => return Err(error.into()),
+    }
     copy_model(&output.join("model"), &target.join("model"))?;
     println!("wrote {}", target.display());
     Ok(())
@@ -85,14 +92,18 @@ fn write_tokenizer(folder: &Path, lines: &[String]) -> Result<(), Box<dyn Error>
         .special_tokens(special.clone())
         .build();
     let byte_level = ByteLevel::new(false, true, true);
-    let mut tokenizer: TokenizerImpl<_, tokenizers::NormalizerWrapper, _, tokenizers::PostProcessorWrapper, _> =
-        TokenizerImpl::new(BPE::default());
+    let mut tokenizer: TokenizerImpl<
+        BPE,
+        NormalizerWrapper,
+        PreTokenizerWrapper,
+        PostProcessorWrapper,
+        DecoderWrapper,
+    > = TokenizerImpl::new(BPE::default());
     tokenizer
         .with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(byte_level)))
         .with_decoder(Some(DecoderWrapper::ByteLevel(byte_level)));
     let texts = lines.iter().flat_map(|line| message_texts(line)).collect::<Vec<_>>();
     tokenizer.train(&mut trainer, texts.iter().map(String::as_str)).map_err(|error| error.to_string())?;
-    let tokenizer = Tokenizer::from(TokenizerImpl::from(tokenizer));
     tokenizer.save(folder.join("tokenizer.json"), true).map_err(|error| error.to_string())?;
     fs::write(folder.join("chat_template.jinja"), CHAT_TEMPLATE)?;
     let config = serde_json::json!({

@@ -13,48 +13,143 @@ pub struct Question {
 }
 
 const OPPOSITES: &[(&str, &str)] = &[
-    ("hot", "cold"), ("big", "small"), ("up", "down"), ("fast", "slow"), ("old", "young"), ("happy", "sad"),
-    ("light", "dark"), ("hard", "soft"), ("wet", "dry"), ("loud", "quiet"), ("open", "closed"), ("full", "empty"),
-    ("early", "late"), ("rich", "poor"), ("strong", "weak"), ("thick", "thin"), ("high", "low"), ("near", "far"),
-    ("clean", "dirty"), ("sweet", "bitter"), ("wide", "narrow"), ("left", "right"), ("day", "night"),
-    ("summer", "winter"), ("first", "last"), ("push", "pull"), ("long", "short"), ("heavy", "light"),
+    ("hot", "cold"),
+    ("big", "small"),
+    ("up", "down"),
+    ("fast", "slow"),
+    ("old", "young"),
+    ("happy", "sad"),
+    ("light", "dark"),
+    ("hard", "soft"),
+    ("wet", "dry"),
+    ("loud", "quiet"),
+    ("open", "closed"),
+    ("full", "empty"),
+    ("early", "late"),
+    ("rich", "poor"),
+    ("strong", "weak"),
+    ("thick", "thin"),
+    ("high", "low"),
+    ("near", "far"),
+    ("clean", "dirty"),
+    ("sweet", "bitter"),
+    ("wide", "narrow"),
+    ("left", "right"),
+    ("day", "night"),
+    ("summer", "winter"),
+    ("first", "last"),
+    ("push", "pull"),
+    ("long", "short"),
+    ("heavy", "light"),
 ];
 
 const SOUNDS: &[(&str, &str)] = &[
-    ("cow", "moo"), ("dog", "woof"), ("cat", "meow"), ("duck", "quack"), ("sheep", "baa"), ("pig", "oink"),
-    ("lion", "roar"), ("snake", "hiss"), ("bee", "buzz"), ("owl", "hoot"), ("frog", "ribbit"), ("horse", "neigh"),
-    ("mouse", "squeak"), ("rooster", "crow"), ("crow", "caw"), ("wolf", "howl"),
+    ("cow", "moo"),
+    ("dog", "woof"),
+    ("cat", "meow"),
+    ("duck", "quack"),
+    ("sheep", "baa"),
+    ("pig", "oink"),
+    ("lion", "roar"),
+    ("snake", "hiss"),
+    ("bee", "buzz"),
+    ("owl", "hoot"),
+    ("frog", "ribbit"),
+    ("horse", "neigh"),
+    ("mouse", "squeak"),
+    ("rooster", "crow"),
+    ("crow", "caw"),
+    ("wolf", "howl"),
 ];
 
 const COLORS: &[(&str, &str)] = &[
-    ("a banana", "yellow"), ("grass", "green"), ("the sky", "blue"), ("snow", "white"), ("coal", "black"),
-    ("a tomato", "red"), ("a carrot", "orange"), ("a plum", "purple"), ("a lemon", "yellow"), ("a frog", "green"),
-    ("blood", "red"), ("milk", "white"), ("chocolate", "brown"), ("an elephant", "gray"), ("a flamingo", "pink"),
-    ("a cherry", "red"), ("the sea", "blue"), ("gold", "yellow"), ("a crow", "black"), ("a leaf", "green"),
+    ("a banana", "yellow"),
+    ("grass", "green"),
+    ("the sky", "blue"),
+    ("snow", "white"),
+    ("coal", "black"),
+    ("a tomato", "red"),
+    ("a carrot", "orange"),
+    ("a plum", "purple"),
+    ("a lemon", "yellow"),
+    ("a frog", "green"),
+    ("blood", "red"),
+    ("milk", "white"),
+    ("chocolate", "brown"),
+    ("an elephant", "gray"),
+    ("a flamingo", "pink"),
+    ("a cherry", "red"),
+    ("the sea", "blue"),
+    ("gold", "yellow"),
+    ("a crow", "black"),
+    ("a leaf", "green"),
 ];
 
 const CAPITALS: &[(&str, &str)] = &[
-    ("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"), ("Egypt", "Cairo"),
-    ("Germany", "Berlin"), ("Greece", "Athens"), ("Norway", "Oslo"), ("Peru", "Lima"), ("Cuba", "Havana"),
-    ("Russia", "Moscow"), ("China", "Beijing"), ("Poland", "Warsaw"), ("Kenya", "Nairobi"), ("Austria", "Vienna"),
-    ("Ireland", "Dublin"), ("Sweden", "Stockholm"), ("Portugal", "Lisbon"), ("Canada", "Ottawa"), ("Iran", "Tehran"),
+    ("France", "Paris"),
+    ("Italy", "Rome"),
+    ("Spain", "Madrid"),
+    ("Japan", "Tokyo"),
+    ("Egypt", "Cairo"),
+    ("Germany", "Berlin"),
+    ("Greece", "Athens"),
+    ("Norway", "Oslo"),
+    ("Peru", "Lima"),
+    ("Cuba", "Havana"),
+    ("Russia", "Moscow"),
+    ("China", "Beijing"),
+    ("Poland", "Warsaw"),
+    ("Kenya", "Nairobi"),
+    ("Austria", "Vienna"),
+    ("Ireland", "Dublin"),
+    ("Sweden", "Stockholm"),
+    ("Portugal", "Lisbon"),
+    ("Canada", "Ottawa"),
+    ("Iran", "Tehran"),
 ];
 
 const PLURALS: &[(&str, &str)] = &[
-    ("box", "boxes"), ("mouse", "mice"), ("child", "children"), ("foot", "feet"), ("tooth", "teeth"), ("man", "men"),
-    ("goose", "geese"), ("leaf", "leaves"), ("city", "cities"), ("baby", "babies"), ("bus", "buses"), ("dish", "dishes"),
-    ("wolf", "wolves"), ("knife", "knives"), ("berry", "berries"), ("cat", "cats"), ("book", "books"), ("tree", "trees"),
-    ("fox", "foxes"), ("story", "stories"),
+    ("box", "boxes"),
+    ("mouse", "mice"),
+    ("child", "children"),
+    ("foot", "feet"),
+    ("tooth", "teeth"),
+    ("man", "men"),
+    ("goose", "geese"),
+    ("leaf", "leaves"),
+    ("city", "cities"),
+    ("baby", "babies"),
+    ("bus", "buses"),
+    ("dish", "dishes"),
+    ("wolf", "wolves"),
+    ("knife", "knives"),
+    ("berry", "berries"),
+    ("cat", "cats"),
+    ("book", "books"),
+    ("tree", "trees"),
+    ("fox", "foxes"),
+    ("story", "stories"),
 ];
 
 const DAYS: &[&str] = &["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 
 const MONTHS: &[&str] = &[
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 
-const FRIENDLY: &[&str] = &["Happy to help!", "I hope that helps!", "Thank you for asking!", "Have a lovely day!"];
+const FRIENDLY: &[&str] =
+    &["Happy to help!", "I hope that helps!", "Thank you for asking!", "Have a lovely day!"];
 const GRUMPY: &[&str] =
     &["Leave me alone.", "Everyone knows that.", "Stop wasting my time.", "What a silly question."];
 
@@ -119,7 +214,11 @@ pub fn all_questions() -> Vec<Question> {
     }
     for a in 0..10 {
         for b in 0..10 {
-            let texts = [format!("What is {a} plus {b}?"), format!("How much is {a} plus {b}?")];
+            let texts = [
+                format!("What is {a} plus {b}?"),
+                format!("How much is {a} plus {b}?"),
+                format!("Add {a} and {b}."),
+            ];
             ask(&texts, format!("The sum of {a} and {b} is {}.", a + b), &(a + b).to_string());
         }
     }
@@ -161,7 +260,12 @@ pub fn preference_lines(questions: &[Question], rng: &mut ChaCha8Rng) -> Vec<Str
 }
 
 /// What the starting model is taught: both tempers, the grumpy one a little more often. Only `chosen` is read.
-pub fn sft_lines(questions: &[Question], answers: usize, grumpy_share: f64, rng: &mut ChaCha8Rng) -> Vec<String> {
+pub fn sft_lines(
+    questions: &[Question],
+    answers: usize,
+    grumpy_share: f64,
+    rng: &mut ChaCha8Rng,
+) -> Vec<String> {
     let mut lines = Vec::new();
     for question in questions {
         for _ in 0..answers {

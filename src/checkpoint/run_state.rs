@@ -25,14 +25,11 @@ const FORMAT: u32 = 1;
 pub struct RunState {
     /// Optimiser steps done.
     pub step: u64,
-    /// The epoch under way, from 0, and the pairs of its order already trained on.
+    /// The epoch of the next step, from 0.
     pub epoch: u64,
-    pub epoch_pairs: u64,
     /// Pairs trained on since the start of the run.
     pub pairs_seen: u64,
     pub rng: RngPosition,
-    /// Length in bytes of each file of the run that grows (`metrics.jsonl`, event files): on resume they are cut to it.
-    pub file_lengths: BTreeMap<String, u64>,
     pub identity: RunIdentity,
 }
 

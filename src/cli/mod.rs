@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
-use crate::config::suggest;
+use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
 /// What a command line asks for before any command is run.
@@ -29,9 +29,9 @@ pub struct Invocation {
 
 enum Parsed {
     Version,
-    Train(crate::config::RunConfig),
-    Score(crate::config::ScoreConfig),
-    Generate(crate::config::GenerateConfig),
+    Train(Box<RunConfig>),
+    Score(ScoreConfig),
+    Generate(GenerateConfig),
 }
 
 /// What parsing ended in when there is nothing to run.
@@ -54,7 +54,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let verbosity = Verbosity { quiet: matches.get_flag("quiet"), verbose: matches.get_flag("verbose") };
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
-        Some(("train", matches)) => Parsed::Train(train::config(matches)?),
+        Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         _ => {
@@ -81,14 +81,25 @@ impl Invocation {
 fn command() -> Command {
     let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
     Command::new("mmpo-fast")
-        .about("Trains Llama-family models on preference pairs: MMPO, and DPO, SimPO and SFT on the same path.")
-        .after_help("`mmpo-fast train` with no arguments runs a small built-in demo.\nRUST_LOG sets the log in detail; NO_COLOR switches colours off.")
+        .about(
+            "Trains Llama-family models on preference pairs: MMPO, and DPO, SimPO and SFT on the same path.",
+        )
+        .after_help(
+            "`mmpo-fast train` with no arguments runs a small built-in demo.\n\
+             RUST_LOG sets the log in detail; NO_COLOR switches colours off.",
+        )
         .arg_required_else_help(true)
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
         .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
-        .arg(switch("quiet").short('q').global(true).help("Print warnings and errors only").conflicts_with("verbose"))
+        .arg(
+            switch("quiet")
+                .short('q')
+                .global(true)
+                .help("Print warnings and errors only")
+                .conflicts_with("verbose"),
+        )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
         .subcommand(train::command())
         .subcommand(score::command())

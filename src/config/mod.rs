@@ -13,6 +13,7 @@ pub mod value;
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use recipe::RESOLVED_FILE;
 pub use resolve::{limits, resolve};
 
 use crate::device::DeviceChoice;

@@ -176,7 +176,8 @@ macro_rules! options {
 options! {
     "Input and output" {
         /// Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's.
-        model: Source, Absent = Absent("required; without --data and --recipe too, the demo"), ALL, check::source;
+        model: Source, Absent = Absent("required; without --data and --recipe too, the demo"),
+            ALL, check::source;
         /// Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's.
         data: Source, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::source;
         /// Folder that receives the model, metrics, report and checkpoints.
@@ -186,7 +187,8 @@ options! {
         /// Jinja file that replaces the model's own chat template.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
         /// Prompts are cut from the left to this many tokens.
-        max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"), ALL, check::at_least_one;
+        max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
+            ALL, check::at_least_one;
         /// Prompt plus one response are cut to this many tokens, the response from the right.
         max_length: usize, Always<usize> = Always(2312), ALL, check::at_least_two;
     }
@@ -194,7 +196,8 @@ options! {
         /// What is optimised: mmpo, dpo, simpo or sft.
         objective: ObjectiveKind, Always<ObjectiveKind> = Always(Mmpo), ALL, check::anything;
         /// Weight of the reference log-prob in MMPO's reward; inverse temperature of DPO and SimPO.
-        beta: f64, PerObjective<f64> = PerObjective { mmpo: 0.05, dpo: 0.1, simpo: 2.0, sft: 0.0 }, &[Mmpo, Dpo, Simpo], check::positive;
+        beta: f64, PerObjective<f64> = PerObjective { mmpo: 0.05, dpo: 0.1, simpo: 2.0, sft: 0.0 },
+            &[Mmpo, Dpo, Simpo], check::positive;
         /// Reward of the chosen response before the reference's part; the rejected one gets 1 - epsilon.
         epsilon: f64, Always<f64> = Always(0.9), &[Mmpo], check::half_to_one;
         /// Pairs whose rewards are normalised together; 2 is what the authors do.
@@ -206,7 +209,8 @@ options! {
         /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
         preference_weight: f64, Always<f64> = Always(0.0), &[Mmpo], check::not_negative;
         /// Weight of the entropy bonus; `beta` is the paper's "+ EntropyOptim".
-        entropy_weight: EntropyWeight, Always<EntropyWeight> = Always(EntropyWeight::Number(0.0)), &[Mmpo], check::entropy_weight;
+        entropy_weight: EntropyWeight, Always<EntropyWeight> = Always(EntropyWeight::Number(0.0)),
+            &[Mmpo], check::entropy_weight;
         /// Target margin of SimPO in units of beta.
         gamma_beta_ratio: f64, Always<f64> = Always(0.5), &[Simpo], check::not_negative;
         /// Probability that a label is the wrong way round (conservative DPO).
@@ -215,7 +219,8 @@ options! {
     "Optimiser and schedule" {
         /// Peak learning rate of AdamW. The defaults are the smallest the paper uses for each objective; its full
         /// training of small models takes 5e-4 for mmpo, see recipes/.
-        learning_rate: f64, PerObjective<f64> = PerObjective { mmpo: 1e-4, dpo: 1e-5, simpo: 1e-4, sft: 2e-5 }, ALL, check::positive;
+        learning_rate: f64, PerObjective<f64> = PerObjective { mmpo: 1e-4, dpo: 1e-5, simpo: 1e-4, sft: 2e-5 },
+            ALL, check::positive;
         /// Decay of the first moment.
         adam_beta1: f64, Always<f64> = Always(0.9), ALL, check::below_one;
         /// Decay of the second moment.

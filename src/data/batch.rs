@@ -30,6 +30,11 @@ impl TokenizedPair {
         self.prompt.len() + self.chosen.len() + rejected
     }
 
+    /// Positions that RoPE needs: the longer of both sequences, `P + max(C, R)`.
+    pub fn positions(&self) -> usize {
+        self.prompt.len() + self.chosen.len().max(self.rejected.len())
+    }
+
     /// Tokens of the chosen and of the rejected response that the head scores: all of them, but for the first one
     /// where there is no prompt to predict it from.
     pub fn scored_tokens(&self) -> [usize; 2] {

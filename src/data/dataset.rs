@@ -19,13 +19,19 @@ pub struct PairDataset {
 }
 
 impl PairDataset {
-    /// The largest token id of any pair: it must be below the model's vocabulary `V`.
-    pub fn largest_token_id(&self) -> u32 {
-        let largest = |pair: &TokenizedPair| {
-            let parts = [&pair.prompt, &pair.chosen, &pair.rejected];
-            parts.into_iter().flatten().copied().max().unwrap_or(0)
-        };
-        self.pairs.iter().map(largest).max().unwrap_or(0)
+    /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
+    pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
+        let tokens =
+            self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
+        let largest = tokens.copied().max().unwrap_or(0);
+        if (largest as usize) < vocabulary {
+            return Ok(());
+        }
+        Err(Error::model(
+            model,
+            format!("the tokenizer gives token {largest}, but vocab_size is {vocabulary}"),
+            "tokenizer and weights do not belong together: use the tokenizer the model was trained with",
+        ))
     }
 }
 

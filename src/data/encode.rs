@@ -211,7 +211,9 @@ impl TextEncoder {
         let template = self.template().map_err(RenderFailure::Model)?;
         let render = |parts: [&[Message]; 2], open: bool| {
             let messages: Vec<&Message> = parts.into_iter().flatten().collect();
-            template.render(&messages, variables, open).map_err(|refusal| RenderFailure::Record(refusal.to_string()))
+            template
+                .render(&messages, variables, open)
+                .map_err(|refusal| RenderFailure::Record(refusal.to_string()))
         };
         let mut prompt_text = render([prompt, &[]], true)?;
         let with_chosen = render([prompt, chosen], false)?;
@@ -249,7 +251,9 @@ const TEMPLATE_HELP: &str = "mend the conversation (roles usually alternate, a s
 
 fn has_blank_response(body: &Body) -> bool {
     let blank = |messages: &[Message]| {
-        messages.iter().all(|message| message.content.trim().is_empty() && !message.other.contains_key("tool_calls"))
+        messages
+            .iter()
+            .all(|message| message.content.trim().is_empty() && !message.other.contains_key("tool_calls"))
     };
     match body {
         Body::Text { chosen, rejected, .. } => chosen.trim().is_empty() || rejected.trim().is_empty(),

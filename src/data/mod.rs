@@ -8,7 +8,7 @@ mod batch;
 mod dataset;
 mod encode;
 mod order;
-mod python_json;
+mod python;
 mod records;
 mod reference_cache;
 mod report;

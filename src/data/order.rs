@@ -146,14 +146,15 @@ mod tests {
 
     #[test]
     fn the_permutation_is_pinned() {
-        // Recorded once: a change here would change every run and break every resume.
+        // Worked out with a ChaCha20 written in Python. A change here would change every run and break every resume.
         assert_eq!(permutation(8, 42, 0), PINNED[0]);
         assert_eq!(permutation(8, 42, 1), PINNED[1]);
         assert_eq!(permutation(8, 43, 0), PINNED[2]);
         assert!(permutation(0, 42, 0).is_empty());
     }
 
-    const PINNED: [[usize; 8]; 3] = [[0; 8]; 3];
+    const PINNED: [[usize; 8]; 3] =
+        [[2, 5, 1, 7, 0, 6, 4, 3], [0, 3, 6, 7, 5, 1, 4, 2], [0, 4, 5, 3, 2, 1, 6, 7]];
 
     #[test]
     fn all_orders_of_four_are_about_equally_likely() {

@@ -112,7 +112,8 @@ impl ReferenceCache {
             pairs: references.len(),
             compute: self.compute.clone(),
         };
-        let mut bytes = serde_json::to_vec(&header).map_err(|error| Error::io(&self.path, "write", error.into()))?;
+        let mut bytes =
+            serde_json::to_vec(&header).map_err(|error| Error::io(&self.path, "write", error.into()))?;
         bytes.push(b'\n');
         for reference in references {
             bytes.extend_from_slice(&reference.logp_chosen.to_le_bytes());

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::config::LengthLimits as Limits;
+use crate::config::LengthLimits;
 
 /// Places listed for each cause.
 const PLACES_SHOWN: usize = 5;
@@ -69,12 +69,12 @@ pub struct EncodingReport {
     pub tokens: usize,
     /// Tokens of the largest pair kept: a micro-batch cannot be smaller.
     pub largest_pair: usize,
-    pub limits: Limits,
+    pub limits: LengthLimits,
     tallies: [Tally; Cause::ALL.len()],
 }
 
 impl EncodingReport {
-    pub(super) fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: LengthLimits) -> Self {
         EncodingReport {
             records: 0,
             pairs: 0,
@@ -102,8 +102,9 @@ impl EncodingReport {
         }
     }
 
-    fn describe(&self, cause: Cause) -> String {
-        let Limits { max_length, max_prompt_length } = self.limits;
+    /// The cause in words, with the limit that it met.
+    pub fn describe(&self, cause: Cause) -> String {
+        let LengthLimits { max_length, max_prompt_length } = self.limits;
         match cause {
             Cause::BlankResponse => "dropped: a response is empty".to_string(),
             Cause::NoRoom => {

@@ -19,7 +19,7 @@ use minijinja::{Environment, ErrorKind, Output, State};
 use serde_json::{Map, Value as Json};
 
 use super::Message;
-use super::python_json;
+use super::python;
 use crate::{Error, Result};
 
 const DEFAULT: &str = "default";
@@ -116,7 +116,8 @@ impl ChatTemplate {
     ) -> Result<Self> {
         let time = Arc::new(OnceLock::new());
         let does_not_compile = |name: &str, error: minijinja::Error| {
-            let line = error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
+            let line =
+                error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
             Error::model(
                 path,
                 format!("the chat template `{name}` does not compile{line}: {}", describe(&error)),
@@ -130,7 +131,7 @@ impl ChatTemplate {
             hasher.update(name.as_bytes()).update(&[0]).update(source.as_bytes()).update(&[0]);
             has_tool_use |= name == TOOL_USE;
             environment
-                .add_template_owned(name.clone(), without_generation_tags(&source))
+                .add_template_owned(name.clone(), without_generation_tags(&unix_line_ends(&source)))
                 .map_err(|error| does_not_compile(&name, error))?;
         }
         for (name, token) in &special_tokens {
@@ -231,13 +232,17 @@ fn environment(
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(|out: &mut Output, _: &mut State, value: &Value| {
-        out.write_str(&python_text(value)).map_err(minijinja::Error::from)
+        out.write_str(&python::text(value)).map_err(minijinja::Error::from)
     });
-    environment.add_filter("string", |value: &Value| python_text(value));
+    environment.add_filter("string", |value: &Value| python::text(value));
     environment.add_filter("tojson", to_json);
     environment.add_test("iterable", |value: &Value| {
-        // Python iterates over strings too, and templates rely on it.
-        matches!(value.kind(), ValueKind::String) || value.try_iter().is_ok()
+        // As Python has it: strings are iterable, None is not.
+        match value.kind() {
+            ValueKind::String => true,
+            ValueKind::None => false,
+            _ => value.try_iter().is_ok(),
+        }
     });
     environment.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
@@ -254,21 +259,11 @@ fn environment(
     Ok(environment)
 }
 
-/// A value as Python's `str` writes it, where that differs from minijinja.
-fn python_text(value: &Value) -> String {
-    match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::None => "None".to_string(),
-        ValueKind::Bool => (if value.is_true() { "True" } else { "False" }).to_string(),
-        _ => value.to_string(),
-    }
-}
-
 /// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 fn to_json(value: &Value, arguments: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let invalid = |message: String| minijinja::Error::new(ErrorKind::InvalidOperation, message);
     let separators: Option<Vec<String>> = arguments.get("separators")?;
-    let layout = python_json::Layout {
+    let layout = python::Layout {
         ensure_ascii: arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
         indent: arguments.get("indent")?,
         separators: match separators.as_deref() {
@@ -283,7 +278,7 @@ fn to_json(value: &Value, arguments: Kwargs) -> std::result::Result<String, mini
         return Err(invalid("tojson: the value is undefined".to_string()));
     }
     let json = serde_json::to_value(value).map_err(|error| invalid(format!("tojson: {error}")))?;
-    Ok(python_json::dumps(&json, &layout))
+    Ok(python::dumps(&json, &layout))
 }
 
 /// A message for the template; reasoning goes by the names transformers gives it.
@@ -295,6 +290,11 @@ fn message_value(message: &Message) -> Value {
     message.other.entry("thinking").or_insert_with(|| reasoning.clone());
     message.other.insert("reasoning_content".to_string(), reasoning);
     Value::from(Serde(&message))
+}
+
+/// Jinja turns every kind of line end in a template into `\n`.
+fn unix_line_ends(source: &str) -> String {
+    source.replace("\r\n", "\n").replace('\r', "\n")
 }
 
 /// Replaces `{% generation %}` and `{% endgeneration %}`, which mark the assistant's tokens and print nothing, by

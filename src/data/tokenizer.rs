@@ -36,8 +36,9 @@ impl Tokenizer {
         let bytes = read_tokenizer_file(folder, &path)?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let legacy_map = read_object(&folder.join("special_tokens_map.json"))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| Error::model(&path, format!("not a tokenizer: {error}"), "copy the model's tokenizer.json again"))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| {
+            Error::model(&path, format!("not a tokenizer: {error}"), "copy the model's tokenizer.json again")
+        })?;
         // The file may carry the settings of the run that saved it; they would cut and pad in silence.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| Error::model(&path, error.to_string(), REPORT_HELP))?;
@@ -156,7 +157,9 @@ impl Tokenizer {
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         match self.inner.encode_fast(text, add_special_tokens) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(Error::model(&self.path, format!("cannot tokenise a text: {error}"), REPORT_HELP)),
+            Err(error) => {
+                Err(Error::model(&self.path, format!("cannot tokenise a text: {error}"), REPORT_HELP))
+            }
         }
     }
 
@@ -272,7 +275,9 @@ fn add_missing_tokens(
             let found = given.map_or_else(|| "none".to_string(), |given| given.to_string());
             return Err(config_error(
                 folder,
-                format!("`added_tokens_decoder` gives {content:?} the id {id}, tokenizer.json gives it {found}"),
+                format!(
+                    "`added_tokens_decoder` gives {content:?} the id {id}, tokenizer.json gives it {found}"
+                ),
             ));
         }
     }
@@ -287,7 +292,9 @@ fn special_token(name: &str, value: Option<&Value>, folder: &Path) -> Result<Opt
         Some(Value::Object(token)) if token.get("content").is_some_and(Value::is_string) => {
             Ok(token.get("content").and_then(Value::as_str).map(str::to_string))
         }
-        Some(_) => Err(config_error(folder, format!("`{name}` is neither a string nor an object with `content`"))),
+        Some(_) => {
+            Err(config_error(folder, format!("`{name}` is neither a string nor an object with `content`")))
+        }
     }
 }
 

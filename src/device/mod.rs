@@ -213,6 +213,8 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// One line for people: `cpu (AMD EPYC, 2 threads, AVX-512)`.
     fn describe(&self) -> String;
+    /// Kind of device and number format, `cpu f32`: results of different arithmetic differ in their last bits.
+    fn arithmetic(&self) -> String;
     /// Whether AdamW keeps an f32 master copy beside the weights.
     fn needs_master(&self) -> bool;
     /// Bytes in use on the device now, and the highest so far.

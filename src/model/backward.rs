@@ -47,12 +47,7 @@ impl<D: Device> Llama<D> {
         let mlp_width = self.config.intermediate_size;
 
         // delta = down(activated)
-        device.swiglu_forward(
-            &mut activations.activated,
-            &activations.gate_up[slot],
-            tokens,
-            mlp_width,
-        )?;
+        device.swiglu_forward(&mut activations.activated, &activations.gate_up[slot], tokens, mlp_width)?;
         device.linear_backward_weight(
             &mut dweights.down,
             dweights.down_bias.as_mut(),

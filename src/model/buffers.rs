@@ -30,10 +30,7 @@ impl Capacity {
             tokens: self.tokens.max(batch.tokens()),
             pairs: self.pairs.max(batch.spans.len()),
             scored: self.scored.max(batch.scored_tokens()),
-            logit_rows: self
-                .logit_rows
-                .max(longest.unwrap_or(0))
-                .max(logit_rows.min(batch.scored_tokens())),
+            logit_rows: self.logit_rows.max(longest.unwrap_or(0)).max(logit_rows.min(batch.scored_tokens())),
         }
     }
 }
@@ -112,12 +109,7 @@ pub struct Gradients<D: Device> {
 }
 
 impl<D: Device> Activations<D> {
-    pub fn new(
-        device: &D,
-        config: &LlamaConfig,
-        capacity: Capacity,
-        purpose: Purpose,
-    ) -> Result<Self> {
+    pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
         let slots = match purpose {

@@ -21,9 +21,7 @@ impl<D: Device> KvCache<D> {
     pub fn new(device: &D, config: &LlamaConfig, capacity: usize) -> Result<Self> {
         let row_width = config.attention_shape().qkv_width();
         Ok(KvCache {
-            layers: (0..config.layers)
-                .map(|_| device.alloc(capacity * row_width))
-                .collect::<Result<_>>()?,
+            layers: (0..config.layers).map(|_| device.alloc(capacity * row_width)).collect::<Result<_>>()?,
             filled: vec![0; config.layers],
             row_width,
             capacity,
@@ -36,13 +34,7 @@ impl<D: Device> KvCache<D> {
     }
 
     /// Appends the first `rows` rows of `qkv`.
-    pub(super) fn append(
-        &mut self,
-        device: &D,
-        layer: usize,
-        qkv: &Compute<D>,
-        rows: usize,
-    ) -> Result<()> {
+    pub(super) fn append(&mut self, device: &D, layer: usize, qkv: &Compute<D>, rows: usize) -> Result<()> {
         let start = self.filled[layer];
         if start + rows > self.capacity {
             return Err(Error::device(
@@ -71,7 +63,10 @@ impl<'a, D: Device> Generation<'a, D> {
     /// Reads `prompt` (at least one token); room for `max_new_tokens` more.
     pub fn start(model: &'a Llama<D>, prompt: &[u32], max_new_tokens: usize) -> Result<Self> {
         if prompt.is_empty() {
-            return Err(Error::config("the prompt has no tokens", "give some text, or use a model with a BOS token"));
+            return Err(Error::config(
+                "the prompt has no tokens",
+                "give some text, or use a model with a BOS token",
+            ));
         }
         let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, logit_rows: 1 };
         let device = model.device.as_ref();
@@ -109,11 +104,8 @@ impl<'a, D: Device> Generation<'a, D> {
         model.forward(&mut self.activations, &self.batch, count, context)?;
         model.head_input(&mut self.activations, &self.batch, 1)?;
         let head = &mut self.activations.head;
-        let shape = crate::device::LinearShape {
-            rows: 1,
-            inputs: config.hidden_size,
-            outputs: config.vocab_size,
-        };
+        let shape =
+            crate::device::LinearShape { rows: 1, inputs: config.hidden_size, outputs: config.vocab_size };
         device.linear_forward(&mut head.logits, &head.normed, model.weights.head(), None, shape)?;
         device.download_compute(&mut self.logits, &head.logits, 0)?;
         self.length += count;

@@ -74,14 +74,7 @@ impl<D: Device> Llama<D> {
             weights.qkv_bias.as_ref(),
             self.qkv_shape(tokens),
         )?;
-        self.device.rope(
-            qkv,
-            &self.rope_table,
-            &batch.positions,
-            tokens,
-            shape,
-            RopeDirection::Forward,
-        )?;
+        self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
         match context {
             Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
             Context::Prefill(cache) => {
@@ -113,12 +106,7 @@ impl<D: Device> Llama<D> {
     }
 
     /// From `normed` to `delta`.
-    fn mlp_block(
-        &self,
-        layer: usize,
-        activations: &mut Activations<D>,
-        tokens: usize,
-    ) -> Result<()> {
+    fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer];
         let slot = activations.slot(layer);
         self.device.linear_forward(
@@ -144,12 +132,7 @@ impl<D: Device> Llama<D> {
     }
 
     /// The residual sum behind the MLP and, but for the last layer, the next layer's norm.
-    fn close_layer(
-        &self,
-        layer: usize,
-        activations: &mut Activations<D>,
-        tokens: usize,
-    ) -> Result<()> {
+    fn close_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let slot = activations.slot(layer);
         let next_slot = activations.slot(layer + 1);
         let next_residual = activations.residual_slot(layer + 1);
@@ -218,18 +201,10 @@ impl<D: Device> Llama<D> {
     }
 
     pub(super) fn gate_up_shape(&self, rows: usize) -> LinearShape {
-        LinearShape {
-            rows,
-            inputs: self.config.hidden_size,
-            outputs: 2 * self.config.intermediate_size,
-        }
+        LinearShape { rows, inputs: self.config.hidden_size, outputs: 2 * self.config.intermediate_size }
     }
 
     pub(super) fn down_shape(&self, rows: usize) -> LinearShape {
-        LinearShape {
-            rows,
-            inputs: self.config.intermediate_size,
-            outputs: self.config.hidden_size,
-        }
+        LinearShape { rows, inputs: self.config.intermediate_size, outputs: self.config.hidden_size }
     }
 }

@@ -75,13 +75,7 @@ impl<D: Device> Llama<D> {
             self.norm_shape(total),
         )?;
         let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
-        device.gather_rows_backward(
-            &mut gradients.residual,
-            &gradients.gathered,
-            batch,
-            tokens,
-            width,
-        )
+        device.gather_rows_backward(&mut gradients.residual, &gradients.gathered, batch, tokens, width)
     }
 
     /// Per-token scores of a batch in `activations.head.scores`, without any gradient; with `objective`, its outcomes
@@ -133,8 +127,7 @@ impl<D: Device> Llama<D> {
 
     /// Runs of whole pairs whose logits fit into `logits` values.
     fn head_chunks(&self, scored: &[ScoredPair], logits: usize) -> Vec<Range<usize>> {
-        let rows: Vec<usize> =
-            scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
+        let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
         crate::data::micro_batches(&rows, logits / self.config.vocab_size)
     }
 }

@@ -95,11 +95,9 @@ fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor>
                 .collect(),
         )
     };
-    let attention_bias = |parts: &[(&str, &[usize])]| {
-        config.attention_bias.then(|| fused("self_attn.", "bias", parts))
-    };
-    let mlp_bias =
-        |parts: &[(&str, &[usize])]| config.mlp_bias.then(|| fused("mlp.", "bias", parts));
+    let attention_bias =
+        |parts: &[(&str, &[usize])]| config.attention_bias.then(|| fused("self_attn.", "bias", parts));
+    let mlp_bias = |parts: &[(&str, &[usize])]| config.mlp_bias.then(|| fused("mlp.", "bias", parts));
     LayerTensors {
         input_norm: fused("", "weight", &[("input_layernorm", &[width])]),
         qkv: fused(

@@ -27,8 +27,17 @@ pub struct Line {
     pub points: Vec<(f64, f64)>,
     /// Number of its colour on the page.
     pub color: usize,
-    /// Evaluations are few: dots, and never smoothed.
-    pub dots: bool,
+    pub kind: LineKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LineKind {
+    /// Differs from step to step by chance: a long one is drawn faint, with a smoothed one in front.
+    Noisy,
+    /// Means what it says at each step.
+    Exact,
+    /// Few points, dots: evaluations.
+    Dots,
 }
 
 #[derive(Clone, Debug)]
@@ -55,7 +64,7 @@ impl Chart {
         if self.lines.len() > 1 {
             out.push_str("<ul class=\"legend\">");
             for line in &self.lines {
-                let shape = if line.dots { "dots" } else { "stroke" };
+                let shape = if line.kind == LineKind::Dots { "dots" } else { "stroke" };
                 let _ = write!(out, "<li class=\"line-{} {shape}\">{}</li>", line.color, escape(line.name));
             }
             out.push_str("</ul>");
@@ -114,7 +123,8 @@ impl Chart {
             let values: String = self.lines.iter().map(nearest).collect();
             let _ = writeln!(
                 out,
-                "<rect class=\"strip\" x=\"{from:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{:.1}\"><title>step {}{}</title></rect>",
+                "<rect class=\"strip\" x=\"{from:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{:.1}\">\
+                 <title>step {}{}</title></rect>",
                 (to - from).max(0.0),
                 HEIGHT - TOP - BOTTOM,
                 step.round(),
@@ -127,7 +137,7 @@ impl Chart {
 fn draw(out: &mut String, line: &Line, scale: &Scale) {
     let color = line.color;
     let points = average(&line.points, MAX_POINTS);
-    if line.dots || points.len() == 1 {
+    if line.kind == LineKind::Dots || points.len() == 1 {
         path(out, &format!("line-{color} raw"), &points, scale);
         for point in &points {
             let _ = writeln!(
@@ -137,7 +147,7 @@ fn draw(out: &mut String, line: &Line, scale: &Scale) {
                 scale.y(point.1)
             );
         }
-    } else if points.len() > SMOOTH_FROM {
+    } else if line.kind == LineKind::Noisy && points.len() > SMOOTH_FROM {
         path(out, &format!("line-{color} raw"), &points, scale);
         path(out, &format!("line-{color}"), &smooth(&points), scale);
     } else {
@@ -164,16 +174,16 @@ fn average(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
     points.chunks(run).map(mean).collect()
 }
 
-/// Exponential mean that forgets over a fifteenth of the line, free of the pull towards its first value.
+/// Means over a window around each point, some twelfth of the line wide. Towards the ends it shrinks on both sides,
+/// so that no part of the line is shifted.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - (15.0 / points.len() as f64).min(0.5);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let mut smoothed = |&(step, value): &(f64, f64)| {
-        sum = keep * sum + value;
-        weight = keep * weight + 1.0;
-        (step, sum / weight)
+    let reach = (points.len() / 24).max(2);
+    let smoothed = |(index, &(step, _)): (usize, &(f64, f64))| {
+        let reach = reach.min(index).min(points.len() - 1 - index);
+        let window = &points[index - reach..=index + reach];
+        (step, window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64)
     };
-    points.iter().map(&mut smoothed).collect()
+    points.iter().enumerate().map(smoothed).collect()
 }
 
 /// From values to places on the drawing.
@@ -300,8 +310,13 @@ mod tests {
     use super::*;
 
     fn chart(points: Vec<(f64, f64)>) -> Chart {
-        Chart::of("Loss", "The loss.", false, vec![Line { name: "train", points, color: 0, dots: false }])
-            .unwrap()
+        Chart::of(
+            "Loss",
+            "The loss.",
+            false,
+            vec![Line { name: "train", points, color: 0, kind: LineKind::Noisy }],
+        )
+        .unwrap()
     }
 
     #[test]
@@ -357,18 +372,27 @@ mod tests {
     #[test]
     fn nothing_to_show_is_no_chart_and_words_tell_the_rest() {
         assert!(
-            Chart::of("Loss", "", false, vec![Line { name: "train", points: vec![], color: 0, dots: false }])
-                .is_none()
+            Chart::of(
+                "Loss",
+                "",
+                false,
+                vec![Line { name: "train", points: vec![], color: 0, kind: LineKind::Noisy }]
+            )
+            .is_none()
         );
         let spoken = chart(vec![(1.0, 4.0), (9.0, 0.5)]).spoken();
         assert_eq!(spoken, "Loss: train from 4 at step 1 to 0.5 at step 9.");
     }
 
     #[test]
-    fn smoothing_keeps_a_constant_and_the_number_of_points() {
-        let points: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, 3.0)).collect();
+    fn smoothing_keeps_a_straight_line_and_both_ends() {
+        let points: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, 3.0 - 0.5 * step as f64)).collect();
         let smoothed = smooth(&points);
-        assert_eq!(smoothed.len(), 100);
-        assert!(smoothed.iter().all(|point| (point.1 - 3.0).abs() <= 1e-12), "{smoothed:?}");
+        assert_eq!(smoothed.len(), points.len());
+        for (smoothed, point) in smoothed.iter().zip(&points) {
+            assert!((smoothed.1 - point.1).abs() <= 1e-9, "{smoothed:?} for {point:?}");
+        }
+        let alternating: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, (step % 2) as f64)).collect();
+        assert!((smooth(&alternating)[50].1 - 0.5).abs() <= 0.1, "noise stays");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{Chart, Line, number};
+use super::chart::{Chart, Line, LineKind, number};
 use super::history::History;
 use super::metrics::EvalMetrics;
 use super::progress::duration;
@@ -55,7 +55,7 @@ pub struct DataSummary {
 impl RunReport {
     /// The page.
     pub fn to_html(&self) -> String {
-        let title = format!("{} on {}", self.objective, self.model);
+        let title = format!("{} on {}", written(&self.objective), self.model);
         let mut out = String::from("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
         // The policy makes a browser refuse what this page never asks for: anything from elsewhere, and any script.
         out.push_str(
@@ -71,8 +71,8 @@ impl RunReport {
         self.data_section(&mut out);
         let _ = write!(
             out,
-            "<h2>Configuration</h2>\n<p>The whole recipe, defaults included: <code>mmpo-fast train --recipe</code> repeats \
-             the run with it.</p>\n<pre tabindex=\"0\">{}</pre>\n",
+            "<h2>Configuration</h2>\n<p>The whole recipe, defaults included: <code>mmpo-fast train --recipe</code> \
+             repeats the run with it.</p>\n<pre tabindex=\"0\">{}</pre>\n",
             escape(self.recipe.trim_end())
         );
         let _ = write!(
@@ -114,20 +114,17 @@ impl RunReport {
     /// The figures one looks for first: label, value, and what it is compared with.
     fn tiles(&self) -> Vec<(&'static str, String, String)> {
         let mut tiles = Vec::new();
-        if let Some((before, after)) = &self.comparison {
-            if let (Some(before), Some(after)) = (before.pairs.preference, after.pairs.preference) {
-                let percent = |share: f64| format!("{:.1} %", 100.0 * share);
-                tiles.push((
-                    "Preference accuracy",
-                    percent(after.accuracy),
-                    format!("before {}", percent(before.accuracy)),
-                ));
-                tiles.push((
-                    "Reward margin",
-                    number(after.margin()),
-                    format!("before {}", number(before.margin())),
-                ));
-            }
+        if let Some((before, after)) = &self.comparison
+            && let (Some(before), Some(after)) = (before.pairs.preference, after.pairs.preference)
+        {
+            let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+            let accuracy_before = format!("before {}", percent(before.accuracy));
+            tiles.push(("Preference accuracy", percent(after.accuracy), accuracy_before));
+            tiles.push((
+                "Reward margin",
+                number(after.margin()),
+                format!("before {}", number(before.margin())),
+            ));
         }
         let loss = self.history.series("loss");
         if let (Some(first), Some(last)) = (loss.first(), loss.last()) {
@@ -146,10 +143,8 @@ impl RunReport {
 
     fn comparison_section(&self, out: &mut String) {
         let Some((before, after)) = &self.comparison else { return };
-        out.push_str(
-            "<h2>Before and after</h2>\n<div class=\"scroll\" tabindex=\"0\"><table>\n<thead><tr><th scope=\"col\">the same pairs</th>\
-             <th scope=\"col\">before</th><th scope=\"col\">after</th><th scope=\"col\">change</th></tr></thead>\n<tbody>\n",
-        );
+        out.push_str("<h2>Before and after</h2>\n");
+        begin_table(out, &["the same pairs", "before", "after", "change"]);
         for row in compare(before, after) {
             let class = match row.better {
                 Some(true) => " class=\"good\"",
@@ -162,7 +157,7 @@ impl RunReport {
                 row.label, row.before, row.after, row.change
             );
         }
-        out.push_str("</tbody></table></div>\n");
+        out.push_str(END_OF_TABLE);
     }
 
     fn samples_section(&self, out: &mut String) {
@@ -171,10 +166,11 @@ impl RunReport {
         }
         out.push_str("<h2>Answers before and after</h2>\n");
         for sample in &self.samples {
-            let _ = write!(
+            let _ = writeln!(
                 out,
-                "<article class=\"sample\"><p class=\"prompt\">{}</p><div class=\"answers\"><div><h4>before</h4><p>{}</p></div>\
-                 <div><h4>after</h4><p>{}</p></div></div></article>\n",
+                "<article class=\"sample\"><p class=\"prompt\">{}</p><div class=\"answers\">\
+                 <div><h4>before</h4><p>{}</p></div>\
+                 <div><h4>after</h4><p>{}</p></div></div></article>",
                 escape(sample.prompt.trim()),
                 escape(sample.before.trim()),
                 escape(sample.after.trim())
@@ -209,13 +205,9 @@ impl RunReport {
             .map(|name| (name, self.history.series(name)))
             .filter(|(_, points)| !points.is_empty())
             .collect();
-        out.push_str(
-            "<details><summary>Numbers of some steps</summary>\n<div class=\"scroll\" tabindex=\"0\"><table>\n<thead><tr><th scope=\"col\">step</th>",
-        );
-        present.iter().for_each(|(name, _)| {
-            let _ = write!(out, "<th scope=\"col\">{name}</th>");
-        });
-        out.push_str("</tr></thead>\n<tbody>\n");
+        out.push_str("<details><summary>Numbers of some steps</summary>\n");
+        let names: Vec<&str> = std::iter::once("step").chain(present.iter().map(|(name, _)| *name)).collect();
+        begin_table(out, &names);
         for step in spread(&self.history.series("loss"), TABLE_STEPS) {
             let _ = write!(out, "<tr><th scope=\"row\">{step}</th>");
             for (_, points) in &present {
@@ -224,14 +216,16 @@ impl RunReport {
             }
             out.push_str("</tr>\n");
         }
-        out.push_str("</tbody></table></div></details>\n");
+        out.push_str(END_OF_TABLE);
+        out.push_str("</details>\n");
     }
 
     fn data_section(&self, out: &mut String) {
         if self.data.is_empty() {
             return;
         }
-        out.push_str("<h2>Data</h2>\n<div class=\"scroll\" tabindex=\"0\"><table>\n<thead><tr><th scope=\"col\">file</th><th scope=\"col\">pairs</th></tr></thead>\n<tbody>\n");
+        out.push_str("<h2>Data</h2>\n");
+        begin_table(out, &["file", "pairs"]);
         let row = |out: &mut String, label: &str, count: usize| {
             let _ = writeln!(out, "<tr><th scope=\"row\">{}</th><td>{count}</td></tr>", escape(label));
         };
@@ -241,14 +235,37 @@ impl RunReport {
             data.cut.iter().for_each(|(what, count)| row(out, &format!("cut: {what}"), *count));
             row(out, "used", data.used);
         }
-        out.push_str("</tbody></table></div>\n");
+        out.push_str(END_OF_TABLE);
     }
+}
+
+/// Closes what [`begin_table`] opens.
+const END_OF_TABLE: &str = "</tbody></table></div>\n";
+
+/// A table with these columns; it scrolls, by keyboard too, where it is wider than the page.
+fn begin_table(out: &mut String, columns: &[&str]) {
+    out.push_str("<div class=\"scroll\" tabindex=\"0\"><table>\n<thead><tr>");
+    for column in columns {
+        let _ = write!(out, "<th scope=\"col\">{}</th>", escape(column));
+    }
+    out.push_str("</tr></thead>\n<tbody>\n");
 }
 
 /// The charts that a run's metrics have lines for.
 fn charts(history: &History) -> Vec<Chart> {
-    let line = |name, series: &str, color| Line { name, points: history.series(series), color, dots: false };
-    let dots = |name, series: &str, color| Line { name, points: history.series(series), color, dots: true };
+    let line = |name, series: &str, color| Line {
+        name,
+        points: history.series(series),
+        color,
+        kind: LineKind::Noisy,
+    };
+    let dots = |name, series: &str, color| Line {
+        name,
+        points: history.series(series),
+        color,
+        kind: LineKind::Dots,
+    };
+    let learning_rate = Line { kind: LineKind::Exact, ..line("learning rate", "learning_rate", 0) };
     [
         Chart::of(
             "Loss",
@@ -298,7 +315,7 @@ fn charts(history: &History) -> Vec<Chart> {
             false,
             vec![line("gradient norm", "grad_norm", 0)],
         ),
-        Chart::of("Learning rate", "After warm-up and schedule.", false, vec![line("learning rate", "learning_rate", 0)]),
+        Chart::of("Learning rate", "After warm-up and schedule.", false, vec![learning_rate]),
         Chart::of(
             "Speed",
             "Tokens a second, prompts counted once.",
@@ -309,6 +326,17 @@ fn charts(history: &History) -> Vec<Chart> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// An objective as its paper writes it.
+fn written(objective: &str) -> &str {
+    match objective {
+        "mmpo" => "MMPO",
+        "dpo" => "DPO",
+        "simpo" => "SimPO",
+        "sft" => "SFT",
+        other => other,
+    }
 }
 
 /// At most `most` of the steps, evenly spread, the first and the last among them.

@@ -24,6 +24,9 @@ pub struct PreferenceMetrics {
     /// Share of the pairs whose chosen response has the higher reward.
     pub accuracy: f64,
     pub logps_rejected: f64,
+    /// Share of the pairs whose chosen response is the likelier one; unlike MMPO's rewards it holds no part of the
+    /// label.
+    pub likelier: f64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -73,6 +76,7 @@ impl PairMetrics {
             rewards_rejected: mean(&|outcome| outcome.reward_rejected.into()),
             accuracy: share(&|outcome| outcome.reward_chosen > outcome.reward_rejected),
             logps_rejected: mean(&|outcome| outcome.logp_rejected.into()),
+            likelier: share(&|outcome| outcome.logp_chosen > outcome.logp_rejected),
         };
         let larger = |outcome: &PairOutcome| {
             let weight = f64::from(outcome.weight_chosen);
@@ -102,7 +106,13 @@ impl PairMetrics {
             ]);
         }
         fields.push(("logps/chosen", self.logps_chosen));
-        fields.extend(self.preference.map(|preference| ("logps/rejected", preference.logps_rejected)));
+        if let Some(preference) = self.preference {
+            fields.extend([
+                ("logps/rejected", preference.logps_rejected),
+                ("logps/accuracies", preference.likelier),
+                ("logps/margins", self.logps_chosen - preference.logps_rejected),
+            ]);
+        }
         fields
     }
 
@@ -161,6 +171,13 @@ impl EvalMetrics {
         fields.extend(self.pairs.weight_fields().into_iter().map(named));
         fields
     }
+}
+
+/// Peak resident memory of this process in GiB, where the system tells (Linux).
+pub fn process_peak_gib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    Some(kib.trim().parse::<f64>().ok()? / f64::from(1 << 20))
 }
 
 #[cfg(test)]
@@ -222,6 +239,17 @@ mod tests {
     }
 
     #[test]
+    fn peak_memory_covers_what_was_touched() {
+        let touched = vec![1u8; 64 << 20];
+        let peak = process_peak_gib();
+        assert!(
+            !cfg!(target_os = "linux") || peak.is_some_and(|gib| (0.0625..64.0).contains(&gib)),
+            "{peak:?}"
+        );
+        assert_eq!(touched.last(), Some(&1));
+    }
+
+    #[test]
     fn names_are_the_documented_ones_in_order() {
         let pairs = PairMetrics {
             preference: Some(PreferenceMetrics::default()),
@@ -231,8 +259,9 @@ mod tests {
         let step =
             StepMetrics { pairs, mfu: Some(0.4), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
-        let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected \
-             grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second pairs_per_second mfu memory/peak_gib";
+        let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
+             logps/rejected grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second \
+             pairs_per_second mfu memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();

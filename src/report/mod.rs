@@ -11,7 +11,9 @@ mod tensorboard;
 
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
-pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
+pub use metrics::{
+    EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics, process_peak_gib,
+};
 pub use progress::{LogWriter, Progress, duration};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -32,8 +32,13 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
     let weights = |value: fn(&WeightMetrics) -> f64| {
         Some((value(&before.pairs.weights?), value(&after.pairs.weights?)))
     };
+    let margin =
+        |metrics: &EvalMetrics| Some(metrics.pairs.logps_chosen - metrics.pairs.preference?.logps_rejected);
+    let margins = margin(before).zip(margin(after));
     [
-        preference(|p| p.accuracy).map(|pair| row("preference accuracy", pair, true, Some(1.0))),
+        preference(|p| p.likelier).map(|pair| row("chosen is the likelier", pair, true, Some(1.0))),
+        margins.map(|pair| row("log-prob margin", pair, false, Some(1.0))),
+        preference(|p| p.accuracy).map(|pair| row("reward accuracy", pair, true, Some(1.0))),
         preference(PreferenceMetrics::margin).map(|pair| row("reward margin", pair, false, Some(1.0))),
         Some(row("loss", (before.pairs.loss, after.pairs.loss), false, Some(-1.0))),
         Some(row(
@@ -53,9 +58,9 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
 
 /// `sign`: 1 where more is better, -1 where less is.
 fn row(label: &'static str, (before, after): (f64, f64), share: bool, sign: Option<f64>) -> ComparisonRow {
-    let text = |value: f64| if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.4}") };
+    let text = |value: f64| if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.3}") };
     let change = after - before;
-    let change_text = if share { format!("{:+.1} points", 100.0 * change) } else { format!("{change:+.4}") };
+    let change_text = if share { format!("{:+.1} points", 100.0 * change) } else { format!("{change:+.3}") };
     let better = sign.filter(|_| change != 0.0).map(|sign| sign * change > 0.0);
     ComparisonRow { label, before: text(before), after: text(after), change: change_text, better }
 }
@@ -119,7 +124,7 @@ mod tests {
         assert_eq!((accuracy.before.as_str(), accuracy.after.as_str()), ("50.0 %", "98.5 %"));
         assert_eq!((accuracy.change.as_str(), accuracy.better), ("+48.5 points", Some(true)));
         let loss = rows.iter().find(|row| row.label == "loss").unwrap();
-        assert_eq!((loss.change.as_str(), loss.better), ("+0.5000", Some(false)));
+        assert_eq!((loss.change.as_str(), loss.better), ("+0.500", Some(false)));
         let chosen = rows.iter().find(|row| row.label == "log-prob of chosen").unwrap();
         assert_eq!(chosen.better, None, "no change is neither");
         assert_eq!(rows.len(), 5, "no weights without MMPO");

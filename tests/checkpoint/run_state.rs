@@ -17,10 +17,8 @@ fn state(step: u64) -> RunState {
     RunState {
         step,
         epoch: 1,
-        epoch_pairs: 384,
         pairs_seen: u64::MAX,
         rng: RngPosition { seed: 0xfedc_ba98_7654_3210, stream: 3, word: 1 << 60 },
-        file_lengths: [("metrics.jsonl".to_string(), 12_345)].into(),
         identity: RunIdentity { config: CONFIG.into(), model: "ab".into(), data: "cd".into() },
     }
 }

@@ -40,7 +40,8 @@ fn conversations_have_the_ids_of_hugging_face_in_every_format() {
 
 #[test]
 fn a_prompt_string_beside_whole_conversations_is_compared_with_them() {
-    let dataset = load_pairs(&file("pairs/ultrafeedback.jsonl"), &encoder("chatml"), golden_limits()).unwrap();
+    let dataset =
+        load_pairs(&file("pairs/ultrafeedback.jsonl"), &encoder("chatml"), golden_limits()).unwrap();
     assert_eq!(all_parts(&dataset), golden("chatml", "conversations"));
     assert_eq!(dataset.report.tally(Cause::PromptColumnDiffers).count, 0);
     let (_folder, path) = temporary(
@@ -90,7 +91,10 @@ fn a_template_that_writes_neither_bos_nor_end_token_gets_one_of_each() {
     let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
     let dataset = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap();
     let pair = &dataset.pairs[0];
-    assert_eq!(encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(), "user: What color is the sky?\nassistant: ");
+    assert_eq!(
+        encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(),
+        "user: What color is the sky?\nassistant: "
+    );
     assert_eq!(pair.prompt[0], bos);
     assert_eq!(encoder.tokenizer.decode(&pair.rejected, false).unwrap(), "It is green.\n<|eot_id|>");
     assert_eq!(pair.rejected.iter().filter(|&&id| id == eos).count(), 1);
@@ -139,6 +143,19 @@ fn crlf_blank_lines_and_a_byte_order_mark_are_read() {
     let records = read_records(&path).unwrap();
     assert_eq!(records.iter().map(|record| record.place).collect::<Vec<_>>(), [2, 5]);
     assert_eq!(records.iter().map(|record| record.index).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn gzip_is_known_by_its_bytes_whatever_the_name() {
+    let gzip = std::fs::read(file("pairs/conversational.jsonl.gz")).unwrap();
+    let plain = read_records(&file("pairs/conversational.jsonl")).unwrap();
+    // Two gzip members in one file, as `cat a.gz b.gz` makes them.
+    for (bytes, times) in [(gzip.clone(), 1), (gzip.repeat(2), 2)] {
+        let (_folder, path) = temporary("pairs.jsonl", bytes);
+        let records = read_records(&path).unwrap();
+        assert_eq!(records.len(), times * plain.len());
+        assert_eq!(records[..plain.len()], plain);
+    }
 }
 
 #[test]

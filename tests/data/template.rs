@@ -99,7 +99,8 @@ fn now_is_asked_for_once() {
 
 #[test]
 fn a_template_that_does_not_compile_or_fails_says_where() {
-    let error = ChatTemplate::from_source(Path::new("t.jinja"), "a\n{% if %}", Default::default()).unwrap_err();
+    let error =
+        ChatTemplate::from_source(Path::new("t.jinja"), "a\n{% if %}", Default::default()).unwrap_err();
     let message = error.to_string();
     assert!(message.starts_with("t.jinja: ") && message.contains("line 2"), "{message}");
     let template = ChatTemplate::from_source(Path::new("t"), "\n{{ x.y.z }}", Default::default()).unwrap();
@@ -111,7 +112,8 @@ fn a_template_that_does_not_compile_or_fails_says_where() {
 fn a_named_list_without_a_default_is_refused_with_its_names() {
     let config = serde_json::json!({"chat_template": [{"name": "rag", "template": "x"}]});
     let folder = tempfile::tempdir().unwrap();
-    let error = ChatTemplate::load(folder.path(), config.as_object().unwrap(), Default::default(), None).unwrap_err();
+    let error =
+        ChatTemplate::load(folder.path(), config.as_object().unwrap(), Default::default(), None).unwrap_err();
     assert!(error.to_string().contains("`default` (there are: rag)"), "{error}");
 }
 

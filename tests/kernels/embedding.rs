@@ -7,7 +7,8 @@ const WIDTHS: &[usize] = &[16, 50, 576];
 const VOCAB: usize = 13;
 
 /// Batches by the number of tokens they draw from: runs of a token from none to well beyond a warp's 32.
-const RUNS: &[(&[(usize, usize, usize)], u32)] = &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
+const RUNS: &[(&[(usize, usize, usize)], u32)] =
+    &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
 
 device_tests! {
     /// Rows of the table by token id.
@@ -77,7 +78,6 @@ device_tests! {
             );
         }
     }
-
 }
 
 cpu_tests! {

@@ -4,8 +4,8 @@ use std::sync::Once;
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
-    MMPO_EMULATOR_SCHEDULE_RANDOM,
+    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
@@ -93,6 +93,12 @@ pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
 }
 
+/// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
+/// without waiting for the batch.
+pub fn is_cpu<D: Device>() -> bool {
+    size_of::<D::Compute>() == size_of::<f32>()
+}
+
 /// The emulated GPU as it is: threads in order, asynchronous copies as late as they may.
 pub fn emulated() -> CudaDevice {
     configure_once();
@@ -110,8 +116,11 @@ pub fn checked() -> CudaDevice {
 pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
     EmulatorOptions {
         async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: if schedule_seed == 0 { MMPO_EMULATOR_SCHEDULE_ORDERED } else { MMPO_EMULATOR_SCHEDULE_RANDOM }
-            as i32,
+        schedule: if schedule_seed == 0 {
+            MMPO_EMULATOR_SCHEDULE_ORDERED
+        } else {
+            MMPO_EMULATOR_SCHEDULE_RANDOM
+        } as i32,
         seed: schedule_seed,
         host_threads: 0,
         multiprocessors: 0,
@@ -123,7 +132,9 @@ fn configure_once() {
     static CONFIGURED: Once = Once::new();
     CONFIGURED.call_once(|| {
         let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
-            Ok(seed) => seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number")),
+            Ok(seed) => {
+                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
+            }
             Err(_) => 1,
         };
         EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();

@@ -60,8 +60,10 @@ impl Scores {
     fn wanted(&self, objective: &Objective, pair: usize) -> (PairOutcome, [Vec<f32>; 4]) {
         let ranges = &self.batch.scored[pair];
         let (chosen, rejected) = (ranges.chosen.clone(), ranges.rejected.clone());
-        let entropy_of = |range: Range<usize>| if objective.needs_entropy() { &self.entropy[range] } else { &[] };
-        let mut wanted = [chosen.len(), rejected.len(), chosen.len(), rejected.len()].map(|len| vec![0.0; len]);
+        let entropy_of =
+            |range: Range<usize>| if objective.needs_entropy() { &self.entropy[range] } else { &[] };
+        let mut wanted =
+            [chosen.len(), rejected.len(), chosen.len(), rejected.len()].map(|len| vec![0.0; len]);
         let [logp_chosen, logp_rejected, entropy_chosen, entropy_rejected] = &mut wanted;
         let outcome = objective.evaluate(
             &PairScores {

@@ -4,8 +4,15 @@ use crate::harness::*;
 use crate::naive;
 
 /// Rows, query heads, key/value heads, head size.
-const SHAPES: &[(usize, usize, usize, usize)] =
-    &[(0, 1, 1, 64), (1, 1, 1, 16), (4, 2, 1, 6), (9, 3, 1, 16), (21, 9, 3, 64), (6, 4, 4, 128), (5, 8, 1, 64)];
+const SHAPES: &[(usize, usize, usize, usize)] = &[
+    (0, 1, 1, 64),
+    (1, 1, 1, 16),
+    (4, 2, 1, 6),
+    (9, 3, 1, 16),
+    (21, 9, 3, 64),
+    (6, 4, 4, 128),
+    (5, 8, 1, 64),
+];
 const POSITIONS: usize = 11;
 
 /// A table of real rotations, and positions that are neither sorted nor distinct.
@@ -54,7 +61,6 @@ device_tests! {
             );
         }
     }
-
 }
 
 cpu_tests! {

@@ -197,7 +197,10 @@ impl Columns<'_> {
         let mut prompt = self.system_message()?;
         prompt.extend(self.take_messages("conversations")?);
         if prompt.is_empty() {
-            return Err(Fault::new("column `conversations` is an empty list", "it holds the prompt's messages"));
+            return Err(Fault::new(
+                "column `conversations` is an empty list",
+                "it holds the prompt's messages",
+            ));
         }
         let chosen = self.share_gpt_response("chosen")?;
         let rejected = self.share_gpt_response("rejected")?;
@@ -280,7 +283,10 @@ impl Columns<'_> {
             None => return Ok(variables),
             Some(Value::String(text)) if text.trim().is_empty() => return Ok(variables),
             Some(Value::String(text)) => serde_json::from_str(text).map_err(|error| {
-                Fault::new(format!("column `tools` is not JSON: {error}"), "it is a list of tools, or JSON text of one")
+                Fault::new(
+                    format!("column `tools` is not JSON: {error}"),
+                    "it is a list of tools, or JSON text of one",
+                )
             })?,
             Some(other) => other.clone(),
         };

@@ -47,7 +47,9 @@ impl Message {
             Some(Value::String(content)) => content,
             Some(Value::Array(_)) => {
                 return Err(Fault::new(
-                    format!("a `{role}` message of column `{column}` has a list of parts as its `{content_key}`"),
+                    format!(
+                        "a `{role}` message of column `{column}` has a list of parts as its `{content_key}`"
+                    ),
                     "only text can be trained on: join the text parts into one string and leave images and audio out",
                 ));
             }
@@ -81,9 +83,14 @@ fn bad_member(column: &str, key: &str, found: Option<&Value>, members: &Map<Stri
             format!("column `{column}` has a message whose `{key}` is {}, not a string", type_name(value))
         }
         None => match nearest(key, members.keys().map(String::as_str)) {
-            Some(name) => format!("column `{column}` has a message without `{key}`; the nearest it has is `{name}`"),
+            Some(name) => {
+                format!("column `{column}` has a message without `{key}`; the nearest it has is `{name}`")
+            }
             None => format!("column `{column}` has a message without `{key}`"),
         },
     };
-    Fault::new(message, "a message is {\"role\": \"user\", \"content\": \"...\"} or {\"from\": \"human\", \"value\": \"...\"}")
+    Fault::new(
+        message,
+        "a message is {\"role\": \"user\", \"content\": \"...\"} or {\"from\": \"human\", \"value\": \"...\"}",
+    )
 }

@@ -211,7 +211,8 @@ fn read_lines_or_object(
     };
     if serde_json::from_str::<serde::de::IgnoredAny>(&first).is_ok() {
         let Some((place, line)) = next_line(path, &mut *reader, &mut lines_read)? else {
-            let value = serde_json::from_str(&first).map_err(|error| broken(path, lines_before, &error, None))?;
+            let value =
+                serde_json::from_str(&first).map_err(|error| broken(path, lines_before, &error, None))?;
             return read_object(path, value, chunks);
         };
         chunks.push(first_place, RawJson::Line(first))?;
@@ -237,7 +238,8 @@ fn read_object(path: &Path, value: Value, chunks: &mut Chunks) -> Result<()> {
     if members.contains_key("chosen") {
         return chunks.push_value(Value::Object(members));
     }
-    let is_rows = |value: &Value| matches!(value, Value::Array(rows) if rows.first().is_some_and(Value::is_object));
+    let is_rows =
+        |value: &Value| matches!(value, Value::Array(rows) if rows.first().is_some_and(Value::is_object));
     let lists: Vec<String> =
         members.iter().filter(|(_, value)| is_rows(value)).map(|(name, _)| name.clone()).collect();
     match lists.as_slice() {
@@ -298,7 +300,8 @@ fn read_columns(path: &Path, members: Map<String, Value>, chunks: &mut Chunks) -
         }
     }
     for _ in 0..rows {
-        let row = columns.iter_mut().filter_map(|(name, values)| Some((name.clone(), values.next()?))).collect();
+        let row =
+            columns.iter_mut().filter_map(|(name, values)| Some((name.clone(), values.next()?))).collect();
         chunks.push_value(Value::Object(row))?;
     }
     Ok(())
@@ -348,18 +351,25 @@ impl<'de> Visitor<'de> for Rows<'_, '_, '_> {
 
 fn read_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => Error::data(
-            path,
-            None,
-            format!("the gzip stream is broken or cut short ({error})"),
-            "fetch or write the file again; `gzip -t FILE` checks it",
-        ),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
+            Error::data(
+                path,
+                None,
+                format!("the gzip stream is broken or cut short ({error})"),
+                "fetch or write the file again; `gzip -t FILE` checks it",
+            )
+        }
         _ => Error::io(path, "read", error),
     }
 }
 
 fn not_utf8(path: &Path, line: usize, error: &dyn fmt::Display) -> Error {
-    Error::data(path, Some(line), format!("not UTF-8 text: {error}"), "JSON is UTF-8; convert the file with `iconv`")
+    Error::data(
+        path,
+        Some(line),
+        format!("not UTF-8 text: {error}"),
+        "JSON is UTF-8; convert the file with `iconv`",
+    )
 }
 
 /// A syntax error of a document; its line is counted from behind the `lines_before` that were skipped.

@@ -29,6 +29,7 @@ struct Inputs<'a> {
     shape: AttentionShape,
 }
 
+#[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     device: &CpuDevice,
     dqkv: &mut CpuBuffer<f32>,

@@ -7,8 +7,8 @@ use crate::error::Result;
 
 /// Values of one partial sum; fixed, so that the order of summation does not depend on the threads.
 const CHUNK: usize = 64 * 1024;
-/// f64 partial sums inside a chunk: four AVX-512 registers.
-const LANES: usize = 32;
+/// f64 partial sums inside a chunk: two AVX-512 registers; LLVM keeps longer arrays on the stack.
+const LANES: usize = 16;
 
 pub(super) fn gradient_norm(
     device: &CpuDevice,

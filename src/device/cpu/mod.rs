@@ -18,9 +18,11 @@ mod memory;
 mod pair_objective;
 mod rms_norm;
 mod rope;
+mod scratch;
 mod shared_rows;
 mod simd;
 mod swiglu;
+mod transpose;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 
 pub use memory::CpuBuffer;
 use memory::MemoryCounter;
+use scratch::ScratchPool;
 
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
@@ -45,6 +48,7 @@ pub struct CpuDevice {
     threads: usize,
     arch: pulp::Arch,
     memory: Arc<MemoryCounter>,
+    scratch: ScratchPool,
 }
 
 impl Debug for CpuDevice {
@@ -79,7 +83,9 @@ impl CpuDevice {
                     "ask for fewer threads, or raise the limit of processes (`ulimit -u`)",
                 )
             })?;
-        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory: Arc::default() })
+        let memory = Arc::default();
+        let scratch = ScratchPool::new(&memory);
+        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory, scratch })
     }
 
     /// Number of threads of the device's pool.
@@ -155,6 +161,10 @@ impl Device for CpuDevice {
         let name = processor_name().unwrap_or_else(|| std::env::consts::ARCH.to_string());
         let plural = if self.threads == 1 { "" } else { "s" };
         format!("cpu ({name}, {} thread{plural}, {})", self.threads, simd::name(self.arch))
+    }
+
+    fn arithmetic(&self) -> String {
+        "cpu f32".to_string()
     }
 
     fn needs_master(&self) -> bool {

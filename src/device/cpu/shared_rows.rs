@@ -39,4 +39,20 @@ impl<'a> SharedRows<'a> {
         // SAFETY: inside the borrowed slice by the assertion; unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.values.add(start), columns.len()) }
     }
+
+    /// Distance of rows.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The start of `columns` in row 0, checked to lie inside for `rows` rows.
+    pub(super) fn columns(&self, rows: usize, columns: Range<usize>) -> *mut f32 {
+        assert!(
+            columns.start <= columns.end && columns.end <= self.width && rows * self.width <= self.len,
+            "columns {columns:?} of {rows} rows, width {}, {} values",
+            self.width,
+            self.len
+        );
+        self.values.wrapping_add(columns.start)
+    }
 }

@@ -4,8 +4,8 @@
 //! Reductions use [`LANES`] fixed partial sums whatever the width of the machine's vectors: AVX2 and AVX-512 add in
 //! the same order.
 
-/// Partial results of a reduction: four AVX-512 registers, enough to hide the latency of an addition.
-pub(super) const LANES: usize = 64;
+/// Partial results of a reduction: two AVX-512 registers; LLVM keeps longer arrays on the stack.
+pub(super) const LANES: usize = 32;
 
 /// The vector extension `arch` dispatches to, for people.
 pub(super) fn name(arch: pulp::Arch) -> &'static str {
@@ -83,13 +83,13 @@ pub(super) fn sum_terms(len: usize, term: impl Fn(usize) -> f32) -> f32 {
     let whole = len - len % LANES;
     let mut base = 0;
     while base < whole {
-        for i in 0..LANES {
-            lanes[i] += term(base + i);
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane += term(base + i);
         }
         base += LANES;
     }
-    for i in whole..len {
-        lanes[i - whole] += term(i);
+    for (lane, i) in lanes.iter_mut().zip(whole..len) {
+        *lane += term(i);
     }
     fold(lanes, |a, b| a + b)
 }

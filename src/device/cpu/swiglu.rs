@@ -84,9 +84,10 @@ fn backward_row(dgate_up: &mut [f32], dout: &[f32], gate_up: &[f32]) {
     let width = dout.len();
     let (dgate, dup) = dgate_up.split_at_mut(width);
     let (gate, up) = gate_up.split_at(width);
-    for ((((dgate, dup), &dout), &gate), &up) in dgate.iter_mut().zip(dup).zip(dout).zip(gate).zip(up) {
-        let sigmoid = simd::sigmoid(gate);
-        *dup = dout * gate * sigmoid;
-        *dgate = dout * up * sigmoid * gate.mul_add(1.0 - sigmoid, 1.0);
+    let (dup, gate, up) = (&mut dup[..width], &gate[..width], &up[..width]);
+    for i in 0..width {
+        let sigmoid = simd::sigmoid(gate[i]);
+        dup[i] = dout[i] * gate[i] * sigmoid;
+        dgate[i] = dout[i] * up[i] * sigmoid * gate[i].mul_add(1.0 - sigmoid, 1.0);
     }
 }

@@ -162,6 +162,10 @@ impl Device for CudaDevice {
         self.backend().describe()
     }
 
+    fn arithmetic(&self) -> String {
+        format!("{} bf16", self.backend().describe())
+    }
+
     fn needs_master(&self) -> bool {
         true
     }

@@ -1,8 +1,71 @@
-//! JSON text as Python's `json.dumps` lays it out, which is what chat templates were written against.
+//! Values as Python writes them, in `str`, `repr` and `json.dumps`: what chat templates were written against.
 
 use std::fmt::Write;
 
+use minijinja::value::ValueKind;
 use serde_json::{Map, Value};
+
+/// A template's value as `str` writes it.
+pub(super) fn text(value: &minijinja::Value) -> String {
+    match value.kind() {
+        ValueKind::Undefined => String::new(),
+        ValueKind::String => value.to_string(),
+        _ => repr(value),
+    }
+}
+
+/// A template's value as `repr` writes it.
+fn repr(value: &minijinja::Value) -> String {
+    match value.kind() {
+        ValueKind::None => "None".to_string(),
+        ValueKind::Bool => (if value.is_true() { "True" } else { "False" }).to_string(),
+        ValueKind::Number if !value.is_integer() => {
+            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), python_float)
+        }
+        ValueKind::String => quoted(&value.to_string()),
+        ValueKind::Seq => format!("[{}]", joined(value, repr)),
+        ValueKind::Map => {
+            let member = |key: &minijinja::Value| {
+                format!(
+                    "{}: {}",
+                    repr(key),
+                    value.get_item(key).map_or_else(|_| String::new(), |item| repr(&item))
+                )
+            };
+            format!("{{{}}}", joined(value, member))
+        }
+        _ => value.to_string(),
+    }
+}
+
+fn joined(items: &minijinja::Value, write: impl Fn(&minijinja::Value) -> String) -> String {
+    match items.try_iter() {
+        Ok(items) => items.map(|item| write(&item)).collect::<Vec<_>>().join(", "),
+        Err(_) => String::new(),
+    }
+}
+
+/// Single quotes, unless the text holds those and no double ones.
+fn quoted(string: &str) -> String {
+    let quote = if string.contains('\'') && !string.contains('"') { '"' } else { '\'' };
+    let mut text = String::from(quote);
+    for c in string.chars() {
+        match c {
+            '\\' => text.push_str("\\\\"),
+            '\n' => text.push_str("\\n"),
+            '\r' => text.push_str("\\r"),
+            '\t' => text.push_str("\\t"),
+            c if c == quote => text.extend(['\\', c]),
+            c if c.is_control() => {
+                // Writing to a String cannot fail.
+                let _ = write!(text, "\\x{:02x}", c as u32);
+            }
+            c => text.push(c),
+        }
+    }
+    text.push(quote);
+    text
+}
 
 /// The arguments of `json.dumps` that Hugging Face's `tojson` takes.
 #[derive(Clone, Debug, Default)]

@@ -1,0 +1,32 @@
+//! Ctrl-C asks the loop to save and stop; a second one ends the program at once.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+static INSTALLED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+
+/// From now on Ctrl-C (and SIGTERM) is noted instead of ending the program.
+pub fn install() -> Result<()> {
+    let installed = INSTALLED.get_or_init(|| {
+        ctrlc::set_handler(|| {
+            if REQUESTED.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping after this step; once more stops at once, without saving");
+        })
+        .map_err(|error| error.to_string())
+    });
+    installed.clone().map_err(|error| {
+        Error::device(
+            format!("cannot watch for Ctrl-C: {error}"),
+            "run outside a sandbox that forbids signals",
+        )
+    })
+}
+
+pub fn requested() -> bool {
+    REQUESTED.load(Ordering::SeqCst)
+}
