@@ -110,6 +110,9 @@ fn spills_stack_frames_and_warnings_are_found() {
     assert_eq!(std::fs::read_to_string(folder.path().join("rope.txt")).unwrap(), clean);
     let findings = review([clean, spilled, warning].concat());
     assert_eq!(findings.len(), 2, "{findings:?}");
-    assert!(findings[0].starts_with("kernels/rope.cu: 'spilled' for 'sm_90a': 16 bytes stack"), "{findings:?}");
+    assert!(
+        findings[0].starts_with("kernels/rope.cu: 'spilled' for 'sm_90a': 16 bytes stack"),
+        "{findings:?}"
+    );
     assert!(findings[1].contains("#177-D"), "{findings:?}");
 }

@@ -97,7 +97,14 @@ device_tests! {
 
     /// Generation's single query gives the last row of a plain causal sequence.
     fn decode(device, bounds) {
-        for (length, heads) in [(1, (3, 1, 16)), (9, (8, 2, 64)), (150, (9, 3, 64)), (300, (4, 4, 128))] {
+        for (length, heads) in [
+            (1, (3, 1, 64)),
+            (9, (8, 2, 64)),
+            (128, (2, 2, 64)),
+            (129, (4, 1, 128)),
+            (150, (9, 3, 64)),
+            (300, (4, 4, 128)),
+        ] {
             let shape = shape::<D>(heads);
             let spans = spans(&[(length, 0, 0)]);
             let (cache, cache64) = random_compute(device, 1, (length + 2) * shape.qkv_width(), 1.5);

@@ -1,3 +1,5 @@
+use mmpo_fast::device::Device;
+
 use crate::harness::*;
 use crate::naive;
 
@@ -5,7 +7,8 @@ const WIDTHS: &[usize] = &[16, 50, 576];
 const VOCAB: usize = 13;
 
 /// Batches by the number of tokens they draw from: runs of a token from none to well beyond a warp's 32.
-const RUNS: &[(&[(usize, usize, usize)], u32)] = &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
+const RUNS: &[(&[(usize, usize, usize)], u32)] =
+    &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
 
 device_tests! {
     /// Rows of the table by token id.
@@ -75,12 +78,11 @@ device_tests! {
             );
         }
     }
+}
 
+cpu_tests! {
     /// A token id behind the table is an error that names it, on the way down and on the way up.
-    fn token_outside_the_table(device, bounds) {
-        if !is_cpu::<D>() {
-            return;
-        }
+    fn token_outside_the_table(device) {
         let batch = pair_batch(&[(3, 2, 2)], VOCAB as u32);
         let largest = *batch.token_ids.iter().max().unwrap();
         let buffers = load_batch(device, &batch, &[]);
@@ -93,4 +95,18 @@ device_tests! {
         let error = device.embedding_backward(&mut dtable, &out, &buffers, batch.tokens(), 4);
         assert!(error.unwrap_err().to_string().contains("embedding_backward"));
     }
+}
+
+/// The checked device names the operation and the access that an index outside the table leads to.
+#[test]
+fn checked_device_reports_a_token_outside_the_table() {
+    let device = checked();
+    let batch = pair_batch(&[(3, 2, 2)], VOCAB as u32);
+    let largest = *batch.token_ids.iter().max().unwrap() as usize;
+    let buffers = load_batch(&device, &batch, &[]);
+    let (table, _) = random_compute(&device, 1, largest * 4, 1.0);
+    let mut out = unset_compute(&device, batch.tokens() * 4);
+    let error = device.embedding_forward(&mut out, &table, &buffers.token_ids, batch.tokens(), 4);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("embedding_forward") && error.contains("out of bounds"), "{error}");
 }

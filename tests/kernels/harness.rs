@@ -4,8 +4,8 @@ use std::sync::Once;
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
-    MMPO_EMULATOR_SCHEDULE_RANDOM,
+    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
@@ -28,7 +28,8 @@ impl Tolerance {
 
 /// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
 /// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
-/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device: `rms_norm::forward::cpu`.
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
+/// `rms_norm::forward::cpu`.
 macro_rules! device_tests {
     ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
         $(#[doc = $doc])+
@@ -74,6 +75,20 @@ macro_rules! device_tests {
 }
 pub(crate) use device_tests;
 
+/// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
+/// `BatchBuffers::load` has checked.
+macro_rules! cpu_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        #[test]
+        fn $name() {
+            let $device = &$crate::harness::cpu(2);
+            $body
+        }
+    )+};
+}
+pub(crate) use cpu_tests;
+
 pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
 }
@@ -101,8 +116,11 @@ pub fn checked() -> CudaDevice {
 pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
     EmulatorOptions {
         async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: if schedule_seed == 0 { MMPO_EMULATOR_SCHEDULE_ORDERED } else { MMPO_EMULATOR_SCHEDULE_RANDOM }
-            as i32,
+        schedule: if schedule_seed == 0 {
+            MMPO_EMULATOR_SCHEDULE_ORDERED
+        } else {
+            MMPO_EMULATOR_SCHEDULE_RANDOM
+        } as i32,
         seed: schedule_seed,
         host_threads: 0,
         multiprocessors: 0,
@@ -114,7 +132,9 @@ fn configure_once() {
     static CONFIGURED: Once = Once::new();
     CONFIGURED.call_once(|| {
         let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
-            Ok(seed) => seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number")),
+            Ok(seed) => {
+                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
+            }
             Err(_) => 1,
         };
         EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();

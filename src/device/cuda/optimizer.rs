@@ -66,6 +66,12 @@ pub(super) fn adamw(
         ("step number", step.step as usize, 1),
     ];
     check_sizes("adamw", &len, &sizes)?;
+    if step.step == 0 {
+        return Err(Error::device(
+            "adamw: update number 0 has no bias correction; updates are numbered from 1",
+            "this is a mistake in the program, not in your input; please report it",
+        ));
+    }
     let parameters = parameters(step);
     // SAFETY: all buffers hold `len` values.
     device.launch("adamw", &len, |kernels, stream| unsafe {
