@@ -110,6 +110,15 @@ fn mode() -> Result<Mode> {
     }
 }
 
+/// Puts the objects of a build into a static library and tells cargo to link it.
+pub fn archive(name: &str, objects: &[objects::Compiled]) -> Result<()> {
+    cc::Build::new()
+        .cpp(true)
+        .objects(objects.iter().map(|compiled| &compiled.object))
+        .try_compile(name)
+        .map_err(|error| format!("cannot archive lib{name}.a: {error}"))
+}
+
 fn environment(name: &str) -> Result<String> {
     std::env::var(name).map_err(|error| format!("{name}: {error}"))
 }
@@ -127,10 +136,7 @@ impl Sources {
         let mut headers = files("kernels", &["h", "cuh"])?;
         headers.extend(files("kernels/common", &["h", "cuh"])?);
         headers.extend(files("kernels/emulator", &["h", "cuh"])?);
-        Ok(Sources {
-            kernels: files("kernels", &["cu"])?,
-            headers,
-        })
+        Ok(Sources { kernels: files("kernels", &["cu"])?, headers })
     }
 }
 

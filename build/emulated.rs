@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::compile::{self, RUNTIME_SOURCES, Variant};
-use crate::objects::{Cache, Job, archive};
-use crate::{Result, Sources};
+use crate::objects::{Cache, Job};
+use crate::{Result, Sources, archive};
 
 /// Where the headers of kernels and device lie.
 const KERNELS: &str = "kernels";
@@ -13,10 +13,9 @@ const KERNELS: &str = "kernels";
 const COMPILE_STEPS: &str = include_str!("../kernels/emulator/compile.rs");
 
 pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
-    let compiler = cc::Build::new()
-        .cpp(true)
-        .try_get_compiler()
-        .map_err(|error| format!("no C++ compiler for the emulated device: {error}; install g++ or clang++"))?;
+    let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
+        format!("no C++ compiler for the emulated device: {error}; install g++ or clang++")
+    })?;
     for variant in [Variant::Plain, Variant::Checked] {
         let name = variant.name();
         let kernels = sources.kernels.iter().map(|source| kernel(compiler.path(), variant, source));

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::objects::{Cache, Compiled, Job, archive};
-use crate::{Result, Sources, environment};
+use crate::objects::{Cache, Compiled, Job};
+use crate::{Result, Sources, archive, environment};
 
 /// Machine code for A100 and H100, and PTX from which the driver compiles for any other GPU since Ampere.
 const TARGETS: [&str; 3] =

@@ -95,15 +95,6 @@ impl Cache {
     }
 }
 
-/// Puts the objects of a build into a static library and tells cargo to link it.
-pub fn archive(name: &str, objects: &[Compiled]) -> Result<()> {
-    cc::Build::new()
-        .cpp(true)
-        .objects(objects.iter().map(|compiled| &compiled.object))
-        .try_compile(name)
-        .map_err(|error| format!("cannot archive lib{name}.a: {error}"))
-}
-
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
 }

@@ -188,15 +188,15 @@ mmpo_status MMPO_EXPORT(gather_rows_backward)(mmpo_bf16 *dhidden, const mmpo_bf1
 /* ---- logp_head.cu ------------------------------------------------------------------------------------------- */
 
 /* Assigns, from logits[rows, V] (f32 accumulators), lse[rows], logp[rows] = logits[targets] - lse,
- * entropy[rows] = lse - sum_v pi_v logits_v, and log_probs[rows, V] = bf16(logits - lse) for the backward: a log-prob
- * near 0 keeps its relative precision where a rounded logit would not. entropy may be NULL: not wanted. */
-mmpo_status MMPO_EXPORT(logp_head_forward)(float *lse, float *logp, float *entropy, mmpo_bf16 *log_probs,
+ * entropy[rows] = -sum_v pi_v log pi_v, and probabilities[rows, V] for the backward: pi where pi <= 1/2, else pi - 1 with
+ * its sign set, so that pi and 1 - pi both keep their relative precision in bf16. entropy may be NULL: not wanted. */
+mmpo_status MMPO_EXPORT(logp_head_forward)(float *lse, float *logp, float *entropy, mmpo_bf16 *probabilities,
                                            const float *logits, const uint32_t *targets, int32_t rows, int32_t vocab,
                                            mmpo_stream stream);
 
-/* In place: log_probs[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
- * pi = exp(log_probs), a = dlogp[rows], b = dentropy[rows]. dentropy and entropy are NULL together: then b = 0. */
-mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16 *log_probs, const uint32_t *targets, const float *dlogp,
+/* In place: probabilities[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
+ * a = dlogp[rows], b = dentropy[rows]. dentropy and entropy are NULL together: then b = 0. */
+mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16 *probabilities, const uint32_t *targets, const float *dlogp,
                                             const float *dentropy, const float *entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream);
 
@@ -233,14 +233,14 @@ mmpo_status MMPO_EXPORT(pair_objective)(float *outcomes, float *dlogp, float *de
 
 /* ---- grad_norm.cu ------------------------------------------------------------------------------------------- */
 
-/* Partial sums that gradient_norm_partial leaves for a tensor of this length. A pure function on the host. */
+/* Partial norms that gradient_norm_partial leaves for a tensor of this length. A pure function on the host. */
 int64_t MMPO_EXPORT(gradient_norm_partials)(int64_t length);
 
-/* Assigns partials[gradient_norm_partials(length)]: sums of squares of fixed parts of gradient[length]. */
+/* Assigns partials[gradient_norm_partials(length)]: the norms of fixed parts of gradient[length]; the sums are f64. */
 mmpo_status MMPO_EXPORT(gradient_norm_partial)(float *partials, const float *gradient, int64_t length,
                                                mmpo_stream stream);
 
-/* Assigns out[0] = sqrt(sum of partials[count]) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
+/* Assigns out[0] = sqrt(sum of partials[count]^2) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
  * max_norm = infinity: out[1] = 1. A NaN stays a NaN in both. The sum is f64, in a fixed order. */
 mmpo_status MMPO_EXPORT(gradient_norm_finish)(float *out, const float *partials, int64_t count, float max_norm,
                                               mmpo_stream stream);

@@ -166,6 +166,8 @@ __global__ void __launch_bounds__(kThreads)
     if (int(lane_id()) < Lanes::kLanes) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) warps.values[warp][column + i] = state.values[i];
+    }
+    if (lane_id() == 0) {
         warps.largest[warp] = state.largest;
         warps.sum[warp] = state.sum;
     }

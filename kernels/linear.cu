@@ -7,8 +7,8 @@
 //   backward_input   dout[T, O]           weight[O, I]           bf16 assigned
 //   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
 //
-// A block computes one tile of `out`. Slices of BLOCK_K along K pass through kStages buffers in shared memory, filled by
-// cp.async while earlier ones are multiplied. This runs where cuBLASLt is missing, and on the emulated device.
+// A block computes one tile of `out`. Slices of BLOCK_K along K pass through kStages buffers in shared memory, filled
+// by cp.async while earlier ones are multiplied. This runs where cuBLASLt is missing, and on the emulated device.
 
 #include "common/launch.cuh"
 
@@ -59,8 +59,9 @@ struct Problem {
     int shape_m, shape_n, shape_k;
 };
 
-// A slice of one operand: OUTER rows (or columns) of `out` times BLOCK_K, in lines of the contiguous index. The chunks of
-// a line are permuted by the line's number, so that the eight lines that ldmatrix reads at once lie in different banks.
+// A slice of one operand: OUTER rows (or columns) of `out` times BLOCK_K, in lines of the contiguous index. The chunks
+// of a line are permuted by the line's number, so that the eight lines that ldmatrix reads at once lie in different
+// banks.
 template <int OUTER, Contiguous kContiguous>
 struct Slice {
     static constexpr bool kDepthLines = kContiguous == Contiguous::kDepth;
@@ -113,7 +114,7 @@ struct Slice {
         fragment(r, slice, outer + 8 * high + (kDepthLines ? row : 0), depth + 8 * low + (kDepthLines ? 0 : row));
     }
 
-   private:
+private:
     static DEVICE void fragment(uint32_t (&r)[4], uint32_t slice, int outer, int depth) {
         if constexpr (kDepthLines)
             ldmatrix_x4(r, slice + offset(outer, depth / kChunk));
@@ -135,7 +136,7 @@ struct Layout {
     // into different banks.
     static constexpr int kStagedPitch = Tile::BLOCK_N + 8;
     static constexpr int kStagedBytes = Tile::BLOCK_M * kStagedPitch * int(sizeof(float));
-    static constexpr int kSharedBytes = kStages * kStageBytes > kStagedBytes ? kStages * kStageBytes : kStagedBytes;
+    static constexpr int kSharedBytes = kStages * kStageBytes > kStagedBytes ? kStages* kStageBytes : kStagedBytes;
 };
 
 // Where the block's tile lies in `out`.
@@ -159,7 +160,8 @@ using Accumulators = float[Layout<Tile, Kind>::kMmaM][Layout<Tile, Kind>::kMmaN]
 
 // accumulators += this warp's part of one pair of slices.
 template <class Tile, class Kind>
-DEVICE void multiply_slices(Accumulators<Tile, Kind>& accumulators, uint32_t left, uint32_t right, int warp_m, int warp_n) {
+DEVICE void multiply_slices(Accumulators<Tile, Kind>& accumulators, uint32_t left, uint32_t right, int warp_m,
+                            int warp_n) {
     using L = Layout<Tile, Kind>;
 #pragma unroll
     for (int depth = 0; depth < BLOCK_K; depth += 16) {
@@ -307,7 +309,8 @@ mmpo_status launch_product(const Problem& problem, mmpo_stream stream) {
     const int left_line = Kind::kLeft == Contiguous::kDepth ? problem.shape_k : problem.shape_m;
     const int right_line = Kind::kRight == Contiguous::kDepth ? problem.shape_k : problem.shape_n;
     const bool lines_aligned = left_line % kChunk == 0 && right_line % kChunk == 0 && problem.shape_n % kChunk == 0;
-    if (!lines_aligned || !vector_aligned(problem.left, problem.right, problem.out)) return launch_tiles<SmallTile, Kind, false>(problem, stream);
+    if (!lines_aligned || !vector_aligned(problem.left, problem.right, problem.out))
+        return launch_tiles<SmallTile, Kind, false>(problem, stream);
     if (tile_count<LargeTile>(problem) < multiprocessors()) return launch_tiles<SmallTile, Kind, true>(problem, stream);
     return launch_tiles<LargeTile, Kind, true>(problem, stream);
 }

@@ -1,11 +1,12 @@
 // The log-prob head behind its product: logits[rows, V] (f32 accumulators) become lse, the target's log-prob, the
-// entropy and bf16 log-probs; later those become dlogits in place.
+// entropy and bf16 probabilities; later those become dlogits in place.
 //
 //   lse = log sum_v e^logit     logp = logit[target] - lse     entropy = -sum_v pi_v log pi_v
 //   dlogits_v = a * (onehot_v - pi_v) - b * pi_v * (log pi_v + entropy)
 //
-// All outputs are assigned. Log-probs, not logits, are kept for the backward: near 0, where pi is close to 1, a bf16
-// log-prob keeps its relative precision, while a rounded logit of size 20 would be off by 0.06.
+// All outputs are assigned. What is kept for the backward is neither a logit nor a log-prob: rounding a logit of 20 to
+// bf16 puts its probability off by 6 %, rounding a log-prob of -8 by 3 %. It is pi where pi <= 1/2, and pi - 1 (with its
+// sign set) above: 2 bytes that keep both pi and 1 - pi, the target's own gradient, to 2^-9 of their size.
 
 #include <cfloat>
 
@@ -109,9 +110,16 @@ DEVICE Softmax merge_block(Softmax softmax, Softmax* scratch) {
     return merge_warp<kEntropy>(scratch[lane_id()]);
 }
 
-// log_probs[V] = bf16(logit - lse), from the row's end to its start.
+constexpr float kLogHalf = -0.693147181f;
+
+// The kept form of a probability. The sign marks the upper half even where pi - 1 rounds to 0.
+DEVICE float encode_probability(float log_prob) {
+    return log_prob > kLogHalf ? -fabsf(expm1f(log_prob)) : __expf(log_prob);
+}
+
+// From the row's end to its start.
 template <bool kVectorized>
-DEVICE void store_log_probs(bf16* log_probs, const float* row, float largest, float log_sum, int vocab) {
+DEVICE void store_probabilities(bf16* probabilities, const float* row, float largest, float log_sum, int vocab) {
     for (int start = (vocab - 1) / (kVectorsAtOnce * kStep) * (kVectorsAtOnce * kStep); start >= 0;
          start -= kVectorsAtOnce * kStep) {
         const int first = start + int(threadIdx.x) * kVector;
@@ -121,12 +129,12 @@ DEVICE void store_log_probs(bf16* log_probs, const float* row, float largest, fl
 #pragma unroll
         for (int v = 0; v < kVectorsAtOnce; ++v) {
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) values[v][i] = values[v][i] - largest - log_sum;
+            for (int i = 0; i < kVector; ++i) values[v][i] = encode_probability(values[v][i] - largest - log_sum);
             const int column = first + v * kStep;
             if constexpr (kVectorized) {
-                if (column < vocab) store_128_streaming(log_probs + column, pack8(values[v]));
+                if (column < vocab) store_128_streaming(probabilities + column, pack8(values[v]));
             } else {
-                store8<false>(log_probs, column, vocab, pack8(values[v]));
+                store8<false>(probabilities, column, vocab, pack8(values[v]));
             }
         }
     }
@@ -135,7 +143,7 @@ DEVICE void store_log_probs(bf16* log_probs, const float* row, float largest, fl
 template <bool kEntropy, bool kVectorized>
 __global__ void __launch_bounds__(kRowThreads)
     logp_head_forward_kernel(float* __restrict__ lse, float* __restrict__ logp, float* __restrict__ entropy,
-                             bf16* __restrict__ log_probs, const float* __restrict__ logits,
+                             bf16* __restrict__ probabilities, const float* __restrict__ logits,
                              const uint32_t* __restrict__ targets, int vocab) {
     DYNAMIC_SHARED(shared);
     const int row = int(blockIdx.x);
@@ -152,21 +160,34 @@ __global__ void __launch_bounds__(kRowThreads)
         logp[row] = row_logits[targets[row]] - softmax.largest - log_sum;
         if constexpr (kEntropy) entropy[row] = log_sum - softmax.weighted / softmax.sum;
     }
-    store_log_probs<kVectorized>(log_probs + int64_t(row) * vocab, row_logits, softmax.largest, log_sum, vocab);
+    store_probabilities<kVectorized>(probabilities + int64_t(row) * vocab, row_logits, softmax.largest, log_sum,
+                                     vocab);
 }
 
-// ---- Backward: a warp tile of log-probs becomes dlogits.
+// ---- Backward: a warp tile of probabilities becomes dlogits.
 
 constexpr int kBackwardVectors = 4;
 
+// One element's gradient; `kept` as encode_probability left it. `b` is the same for a whole warp, so rows without an
+// entropy term never form a logarithm.
+DEVICE float logit_gradient(float kept, bool is_target, float a, float b, float entropy) {
+    const bool upper = __float_as_uint(kept) >> 31 != 0;
+    const float prob = upper ? 1.0f + kept : kept;
+    const float other = upper ? -kept : 1.0f - kept;
+    float gradient = is_target ? a * other : -a * prob;
+    // pi log pi vanishes with pi.
+    if (b != 0.0f && prob != 0.0f) gradient -= b * prob * ((upper ? log1pf(kept) : __logf(prob)) + entropy);
+    return gradient;
+}
+
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
-    logp_head_backward_kernel(bf16* log_probs, const uint32_t* __restrict__ targets, const float* __restrict__ dlogp,
+    logp_head_backward_kernel(bf16* probabilities, const uint32_t* __restrict__ targets, const float* __restrict__ dlogp,
                               const float* __restrict__ dentropy, const float* __restrict__ entropy, int rows,
                               int vocab) {
     const WarpTile tile = warp_tile<kBackwardVectors>(vocab);
     if (tile.row >= rows) return;
-    bf16* const row = log_probs + int64_t(tile.row) * vocab;
+    bf16* const row = probabilities + int64_t(tile.row) * vocab;
     uint4 packed[kBackwardVectors];
 #pragma unroll
     for (int v = 0; v < kBackwardVectors; ++v) {
@@ -183,46 +204,42 @@ __global__ void __launch_bounds__(kBlock)
         unpack8(values, packed[v]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-            const float log_prob = values[i];
-            const float prob = __expf(log_prob);
-            // b = 0 must not meet a log-prob of -inf.
-            const float pull = b != 0.0f ? b * fmaxf(log_prob + row_entropy, kLeastExponent) : 0.0f;
-            values[i] = (column + i == target ? a : 0.0f) - prob * (a + pull);
+            values[i] = logit_gradient(values[i], column + i == target, a, b, row_entropy);
         }
         store8<kVectorized>(row, column, vocab, pack8(values));
     }
 }
 
 template <bool kEntropy>
-mmpo_status launch_forward(float* lse, float* logp, float* entropy, bf16* log_probs, const float* logits,
+mmpo_status launch_forward(float* lse, float* logp, float* entropy, bf16* probabilities, const float* logits,
                            const uint32_t* targets, int rows, int vocab, mmpo_stream stream) {
     const size_t shared_bytes = kRowThreads / kWarp * sizeof(Softmax);
     return vector_rows(vocab)
                ? LAUNCH((logp_head_forward_kernel<kEntropy, true>), unsigned(rows), kRowThreads, shared_bytes,
-                        cuda_stream(stream), lse, logp, entropy, log_probs, logits, targets, vocab)
+                        cuda_stream(stream), lse, logp, entropy, probabilities, logits, targets, vocab)
                : LAUNCH((logp_head_forward_kernel<kEntropy, false>), unsigned(rows), kRowThreads, shared_bytes,
-                        cuda_stream(stream), lse, logp, entropy, log_probs, logits, targets, vocab);
+                        cuda_stream(stream), lse, logp, entropy, probabilities, logits, targets, vocab);
 }
 
 }  // namespace
 
-mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, bf16* log_probs,
+mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, bf16* probabilities,
                                            const float* logits, const uint32_t* targets, int32_t rows, int32_t vocab,
                                            mmpo_stream stream) {
     if (rows == 0 || vocab == 0) return kSuccess;
     return entropy != nullptr
-               ? launch_forward<true>(lse, logp, entropy, log_probs, logits, targets, rows, vocab, stream)
-               : launch_forward<false>(lse, logp, entropy, log_probs, logits, targets, rows, vocab, stream);
+               ? launch_forward<true>(lse, logp, entropy, probabilities, logits, targets, rows, vocab, stream)
+               : launch_forward<false>(lse, logp, entropy, probabilities, logits, targets, rows, vocab, stream);
 }
 
-mmpo_status MMPO_EXPORT(logp_head_backward)(bf16* log_probs, const uint32_t* targets, const float* dlogp,
+mmpo_status MMPO_EXPORT(logp_head_backward)(bf16* probabilities, const uint32_t* targets, const float* dlogp,
                                             const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream) {
     if (rows == 0 || vocab == 0) return kSuccess;
     if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
     const unsigned blocks = warp_tile_blocks<kBackwardVectors>(rows, vocab);
     return vector_rows(vocab) ? LAUNCH(logp_head_backward_kernel<true>, blocks, kBlock, 0, cuda_stream(stream),
-                                       log_probs, targets, dlogp, dentropy, entropy, rows, vocab)
+                                       probabilities, targets, dlogp, dentropy, entropy, rows, vocab)
                               : LAUNCH(logp_head_backward_kernel<false>, blocks, kBlock, 0, cuda_stream(stream),
-                                       log_probs, targets, dlogp, dentropy, entropy, rows, vocab);
+                                       probabilities, targets, dlogp, dentropy, entropy, rows, vocab);
 }

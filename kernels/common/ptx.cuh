@@ -23,7 +23,7 @@ inline namespace MMPO_VARIANT {
 
 // ---------------------------------------------------------------------------------------------- registers and numbers
 
-DEVICE uint32_t lane_id() { return PTX_TWIN(emulated::current_thread->lane, threadIdx.x & 31u); }
+DEVICE uint32_t lane_id() { return PTX_TWIN(emulated::thread_lane(), threadIdx.x & 31u); }
 
 // The address of `pointer` in the block's shared window.
 DEVICE uint32_t shared_address(const void* pointer MMPO_SITE) {

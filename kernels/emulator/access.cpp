@@ -1,5 +1,7 @@
 // Loads and stores of kernels: those that go through wrappers in both variants, and in the checked one all others, which
 // the compiler's instrumentation hands over (see compile.rs).
+#include <link.h>
+
 #include <algorithm>
 
 #include "block.h"
@@ -12,18 +14,36 @@ namespace emulated {
 
 namespace {
 
-enum class Space { global, shared, own_stack, parameters, other_stack, host };
+enum class Space { global, shared, own_stack, parameters, other_stack, program, host };
+
+// Whether the address is in the program itself or a library: constant tables are.
+bool in_program(uintptr_t address) {
+    struct Query {
+        uintptr_t address;
+        bool found;
+    } query{address, false};
+    dl_iterate_phdr(
+        [](dl_phdr_info* object, size_t, void* context) {
+            Query& query = *static_cast<Query*>(context);
+            for (int i = 0; i < object->dlpi_phnum; ++i) {
+                const auto& segment = object->dlpi_phdr[i];
+                if (segment.p_type == PT_LOAD && query.address - (object->dlpi_addr + segment.p_vaddr) < segment.p_memsz) query.found = true;
+            }
+            return int(query.found);
+        },
+        &query);
+    return query.found;
+}
 
 Space classify(const Thread& thread, uintptr_t address) {
     const Block& block = *running;
     if (GlobalMemory::instance().owns(address)) return Space::global;
-    if (address - uintptr_t(block.shared) < kSharedLimit) return Space::shared;
+    if (address - uintptr_t(block.shared - kSharedGuard) < kSharedLimit + 2 * kSharedGuard) return Space::shared;
     const uintptr_t bottom = uintptr_t(block.stacks.bottom(thread.linear));
     if (address - bottom < StackSlab::kBytes) return Space::own_stack;
     if (address - uintptr_t(block.arguments) < block.argument_bytes) return Space::parameters;
-    const uintptr_t slab = uintptr_t(block.stacks.bottom(0));
-    if (address - slab < uintptr_t(block.stacks.top(StackSlab::kThreads - 1)) - slab) return Space::other_stack;
-    return Space::host;
+    if (block.stacks.contains(address)) return Space::other_stack;
+    return in_program(address) ? Space::program : Space::host;
 }
 
 // Distinct 32-byte sectors that a warp's access touches.
@@ -97,11 +117,14 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
         case Space::own_stack: return check_local(thread, address, bytes, write, site);
         case Space::global:
             check_global(thread, address, bytes, write, site);
+            check_block_order(thread, address, bytes, write, site);
             (write ? counters.global_store_bytes : counters.global_load_bytes) += bytes;
             break;
         case Space::shared: {
             const uint32_t offset = uint32_t(address - uintptr_t(running->shared));
-            if (offset + bytes > kSharedLimit) fail(site, "%u bytes at shared offset %u pass the end of shared memory", bytes, offset);
+            // An offset before the start has wrapped round.
+            if (offset > kSharedLimit || offset + bytes > kSharedLimit)
+                fail(site, "%s %u bytes at shared offset %d, out of bounds", write ? "writes" : "reads", bytes, int(offset));
             check_shared(thread, offset, bytes, write, site);
             ++(write ? counters.shared_stores : counters.shared_loads);
             break;
@@ -110,10 +133,12 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
             if (write) fail(site, "writes to the kernel's parameters");
             return;
         case Space::other_stack: fail(site, "%s the local memory of another thread", write ? "writes" : "reads");
-        case Space::host:
-            // Constant tables are read from the program itself; nothing of the host may be written.
-            if (write) fail(site, "writes %u bytes at %p, which is host memory", bytes, reinterpret_cast<void*>(address));
+        case Space::program:
+            if (write) fail(site, "writes %u bytes at %p, a constant or variable of the program", bytes, reinterpret_cast<void*>(address));
             return;
+        case Space::host:
+            fail(site, "%s %u bytes at %p, which is no memory of the device", write ? "writes" : "reads", bytes,
+                 reinterpret_cast<void*>(address));
     }
     if (options.trace_accesses != 0) trace(thread, address, bytes, write, space == Space::shared, site);
 }
@@ -162,7 +187,10 @@ uint64_t atomic_load(const void* pointer, int bytes, Site site) {
     const uintptr_t address = uintptr_t(pointer);
     const Space space = classify(self(), address);
     if (space != Space::global && space != Space::shared) fail(site, "atomic on %p, which is neither global nor shared memory", pointer);
-    if (kChecked && space == Space::global) check_global(self(), address, size_t(bytes), false, site);
+    if (kChecked && space == Space::global) {
+        running->uses_global_atomics = true;
+        check_global(self(), address, size_t(bytes), false, site);
+    }
     if (kChecked && space == Space::shared)
         require_shared_written(self(), uint32_t(address - uintptr_t(running->shared)), uint32_t(bytes), site);
     if (bytes == 8) return __atomic_load_n(static_cast<const uint64_t*>(pointer), __ATOMIC_RELAXED);
@@ -178,6 +206,14 @@ bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes) {
     seen = low;
     return replaced;
 }
+
+#if MMPO_CHECKED
+uint3 thread_index() { return current_thread->index; }
+uint32_t thread_lane() { return current_thread->lane; }
+uint3 block_index() { return current_block->index; }
+dim3 block_size() { return current_block->threads; }
+dim3 grid_size() { return current_block->blocks; }
+#endif
 
 void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
@@ -226,6 +262,9 @@ void mmpo_checked_access_read_range(void* address, size_t bytes, int line, const
 void mmpo_checked_access_write_range(void* address, size_t bytes, int line, const char* file) {
     instrumented(address, bytes, true, file, line);
 }
+
+// The guard of a function's static variable, in a launcher.
+uint8_t mmpo_checked_access_atomic8_load(const volatile uint8_t* address, int) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 
 }  // extern "C"
 

@@ -22,6 +22,7 @@ constexpr bool kChecked = MMPO_CHECKED != 0;
 // Shared-window address of the first byte of dynamic shared memory: sm_90 keeps the first KiB for itself.
 constexpr uint32_t kSharedBase = 1024;
 constexpr size_t kSharedLimit = 232448;
+constexpr size_t kSharedGuard = 1024;  // on either side, so that a near miss is told from a wild pointer
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kWarpgroup = 128;
@@ -198,9 +199,12 @@ struct Block : BlockView {
     std::vector<Warp> warps;
     uint32_t runnable_warps = 0, current_warp = 0;
     uint64_t random_state = 1;
+    uint32_t number = 0;  // of the block in its grid
     bool failed = false;
+    bool uses_global_atomics = false;
 
-    unsigned char* shared = nullptr;  // kSharedLimit bytes
+    unsigned char* shared_memory = nullptr;  // with guards
+    unsigned char* shared = nullptr;         // kSharedLimit bytes
     uint32_t dynamic_bytes = 0, shared_end = 0;
     std::vector<StaticShared> static_arrays;
 
@@ -251,6 +255,8 @@ const char* watched_accumulator(const Thread&, uintptr_t address, size_t bytes, 
 const char* file_name(Site);
 [[noreturn]] void fail(Site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void fail_for(const Thread&, Site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+// For what no single thread did.
+[[noreturn]] void fail_block(const char* format, ...) __attribute__((format(printf, 1, 2)));
 [[noreturn]] void report_deadlock();
 const char* collective_name(Collective);
 std::string mbarrier_state(uint32_t address);

@@ -88,7 +88,8 @@ pub fn kernel(
             let assembly = object.with_extension("s");
             command.args(INSTRUMENTED).args(["-x", "c++", "-S"]).arg(source).arg("-o").arg(&assembly);
             run(&mut command)?;
-            let text = std::fs::read_to_string(&assembly).map_err(|error| format!("{}: {error}", assembly.display()))?;
+            let text = std::fs::read_to_string(&assembly)
+                .map_err(|error| format!("{}: {error}", assembly.display()))?;
             let text = pass_source_lines(&text).map_err(|error| format!("{}: {error}", source.display()))?;
             std::fs::write(&assembly, text).map_err(|error| format!("{}: {error}", assembly.display()))?;
             run(compiler().arg("-c").arg(&assembly).arg("-o").arg(object))
@@ -108,7 +109,12 @@ pub fn runtime(
     run(compile_command(compiler, variant, kernels, &[]).arg("-c").arg(source).arg("-o").arg(object))
 }
 
-fn compile_command(compiler: &dyn Fn() -> Command, variant: Variant, kernels: &Path, extra: &[&str]) -> Command {
+fn compile_command(
+    compiler: &dyn Fn() -> Command,
+    variant: Variant,
+    kernels: &Path,
+    extra: &[&str],
+) -> Command {
     let mut command = compiler();
     command.args(COMMON).args(MACHINE).arg(format!("-DMMPO_EMULATED_VARIANT={}", variant.name()));
     command.arg("-I").arg(kernels).args(extra);
@@ -145,11 +151,16 @@ pub fn pass_source_lines(assembly: &str) -> Result<String, String> {
                 here = (file.parse().unwrap_or(0), number.unwrap_or(here.1));
             }
             (Some("call" | "callq" | "jmp"), Some(target)) if is_access(target) => {
-                let _ = writeln!(out, "\tmovl\t${}, %edx\n\tleaq\t.Lmmpo_file_{}(%rip), %rcx", here.1, here.0);
+                let _ =
+                    writeln!(out, "\tmovl\t${}, %edx\n\tleaq\t.Lmmpo_file_{}(%rip), %rcx", here.1, here.0);
             }
             _ => {}
         }
-        out.push_str(&line.replace("__tsan_", "mmpo_checked_access_").replace("__ubsan_handle_", "mmpo_checked_undefined_"));
+        out.push_str(
+            &line
+                .replace("__tsan_", "mmpo_checked_access_")
+                .replace("__ubsan_handle_", "mmpo_checked_undefined_"),
+        );
         out.push('\n');
     }
     out.push_str("\t.section\t.rodata\n.Lmmpo_file_0:\n\t.string\t\"?\"\n");

@@ -6,8 +6,6 @@ namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace emulated {
 
-#if defined(__x86_64__)
-
 namespace {
 __attribute__((naked, noinline)) void swap_stacks(void** /*save*/, void* /*load*/) {
     asm("push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
@@ -20,7 +18,7 @@ __attribute__((naked, noinline)) void swap_stacks(void** /*save*/, void* /*load*
 
 void switch_context(Context& from, const Context& to) { swap_stacks(&from.stack_pointer, to.stack_pointer); }
 
-Context make_context(char*, char* top, void (*entry)()) {
+Context make_context(char* top, void (*entry)()) {
     void** stack = reinterpret_cast<void**>(uintptr_t(top) & ~uintptr_t(63));
     *--stack = nullptr;  // where `entry` would return to; also the alignment the ABI wants at a function's start
     *--stack = reinterpret_cast<void*>(entry);
@@ -28,41 +26,32 @@ Context make_context(char*, char* top, void (*entry)()) {
     return Context{stack};
 }
 
-#else
-
-void switch_context(Context& from, const Context& to) { swapcontext(&from.state, &to.state); }
-
-Context make_context(char* bottom, char* top, void (*entry)()) {
-    Context context{};
-    getcontext(&context.state);
-    context.state.uc_stack.ss_sp = bottom;
-    context.state.uc_stack.ss_size = size_t(top - bottom);
-    makecontext(&context.state, entry, 0);
-    return context;
-}
-
-#endif
-
 namespace {
 constexpr size_t kPage = 4096;
 // An odd number of pages: stacks whose tops agree in their low bits would fight for the same cache sets.
 constexpr size_t kStride = StackSlab::kBytes + kPage;
+// What a frame too large for the first stack may reach past it.
+constexpr size_t kLead = size_t(8) << 20;
+constexpr size_t kSlab = kLead + StackSlab::kThreads * kStride;
 }  // namespace
 
 StackSlab::StackSlab() {
-    void* memory = mmap(nullptr, kThreads * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kSlab, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return;
     base_ = static_cast<char*>(memory);
-    for (size_t i = 0; i < kThreads; ++i) mprotect(base_ + i * kStride, kPage, PROT_NONE);
+    mprotect(base_, kLead, PROT_NONE);
+    for (size_t i = 0; i < kThreads; ++i) mprotect(base_ + kLead + i * kStride, kPage, PROT_NONE);
 }
 
 StackSlab::~StackSlab() {
-    if (base_ != nullptr) munmap(base_, kThreads * kStride);
+    if (base_ != nullptr) munmap(base_, kSlab);
 }
 
-char* StackSlab::bottom(size_t thread) const { return base_ + thread * kStride + kPage; }
+char* StackSlab::bottom(size_t thread) const { return base_ + kLead + thread * kStride + kPage; }
 
 char* StackSlab::top(size_t thread) const { return bottom(thread) + kBytes - thread % 21 * 192; }
+
+bool StackSlab::contains(uintptr_t address) const { return address - uintptr_t(base_) < kSlab; }
 
 }  // namespace emulated
 }  // namespace MMPO_VARIANT

@@ -4,14 +4,12 @@
 #include "interface.h"
 
 #if !defined(__x86_64__)
-#include <ucontext.h>
+#error "the emulated device switches stacks in x86-64 assembly"
 #endif
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace emulated {
-
-#if defined(__x86_64__)
 
 // A suspended flow of control: its callee-saved registers lie on its stack.
 struct Context {
@@ -22,17 +20,7 @@ struct Context {
 void switch_context(Context& from, const Context& to);
 
 // `entry` starts on the stack that ends at `top` and must never return.
-Context make_context(char* bottom, char* top, void (*entry)());
-
-#else
-
-struct Context {
-    ucontext_t state;
-};
-void switch_context(Context& from, const Context& to);
-Context make_context(char* bottom, char* top, void (*entry)());
-
-#endif
+Context make_context(char* top, void (*entry)());
 
 // Stacks for the threads of one block, each below a page that faults.
 class StackSlab {
@@ -47,6 +35,8 @@ class StackSlab {
     bool valid() const { return base_ != nullptr; }
     char* bottom(size_t thread) const;
     char* top(size_t thread) const;
+    // Whether the address is in a stack, or in a page below one.
+    bool contains(uintptr_t address) const;
 
   private:
     char* base_ = nullptr;

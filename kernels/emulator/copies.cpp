@@ -71,7 +71,10 @@ void copy_async(uint32_t destination, const void* source, int bytes, int source_
     Thread& thread = self();
     shared_storage(destination, uint32_t(bytes), uint32_t(bytes), "cp.async", site);
     if (uintptr_t(source) % size_t(bytes) != 0) fail(site, "cp.async: global %p is not aligned to %d bytes", source, bytes);
-    if (source_bytes != 0) check_global(thread, uintptr_t(source), size_t(source_bytes), false, site);
+    if (source_bytes != 0) {
+        check_global(thread, uintptr_t(source), size_t(source_bytes), false, site);
+        check_block_order(thread, uintptr_t(source), size_t(source_bytes), false, site);
+    }
     running->counters.copy_async_bytes += uint64_t(source_bytes);
     // Compared now, since the data may land any time from now on; remembered as of the wait that makes it visible.
     if (kChecked) race_access(thread, {destination - kSharedBase, uint32_t(bytes), true, Proxy::generic, false}, site);
@@ -166,7 +169,10 @@ void start_load(BulkLoad load) {
 
 void land_box(const BulkLoad& load) {
     each_box_row(load.map, load.destination, load.at, [&](uint32_t shared, uintptr_t global, uint32_t from, uint32_t to) {
-        if (to > from) check_global(*load.issuer, global, to - from, false, load.site);
+        if (to > from) {
+            check_global(*load.issuer, global, to - from, false, load.site);
+            check_block_order(*load.issuer, global, to - from, false, load.site);
+        }
         each_chunk(load.map, shared, global, from, to, [](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
             memset(chunk, 0, 16);
             if (last > first) memcpy(chunk + first, bytes, last - first);
@@ -254,6 +260,7 @@ void land(TensorStore& store, Thread& thread) {
         if (to <= from) return;
         if (store.kind == BulkStore::add) check_global(thread, global, to - from, false, store.site);
         check_global(thread, global, to - from, true, store.site);
+        if (store.kind == BulkStore::assign) check_block_order(thread, global, to - from, true, store.site);
         each_chunk(store.map, shared, global, from, to, [&](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
             if (last > first) store_bytes(store, bytes, chunk + first, last - first);
         });
@@ -280,14 +287,14 @@ void tensor_store(const void* map, uint32_t source, Coordinates at, BulkStore ki
 
 void bulk_commit(Site) { self().stores.commit(); }
 
-void bulk_wait(int groups_left, bool, Site site) {
+void bulk_wait(int groups_left, bool, Site) {
     Thread& thread = self();
     GroupQueue<TensorStore>& queue = thread.stores;
     for (const size_t due = queue.due(groups_left); queue.finished < due; ++queue.finished) {
         TensorStore& store = queue.operations[queue.finished];
         if (!store.landed) land(store, thread);
         // The unit read its source until now.
-        if (kChecked) race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true}, site);
+        if (kChecked) race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true}, store.site);
     }
     if (queue.drained()) queue.clear();
 }

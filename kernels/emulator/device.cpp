@@ -19,6 +19,7 @@ struct Shared {
     std::vector<std::unique_ptr<Block>> blocks;
     Counters counters{};
     Launch* launch = nullptr;
+    uint32_t launches = 0;
 };
 Shared& shared() {
     static Shared* state = new Shared();
@@ -38,7 +39,9 @@ int set_last_error(Error error, std::string text) {
 }
 const char* last_error_text() { return last_error().c_str(); }
 
-Launch::Launch(const char* kernel) : exclusive_(shared().launching), kernel_(kernel) { shared().launch = this; }
+Launch::Launch(const char* kernel) : exclusive_(shared().launching), kernel_(kernel), number_(++shared().launches) {
+    shared().launch = this;
+}
 Launch::~Launch() { shared().launch = nullptr; }
 Launch& Launch::current() { return *shared().launch; }
 

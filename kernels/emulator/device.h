@@ -39,6 +39,7 @@ class Launch {
     void record(std::string text);
     // For what does not stop the launch: one text for each key, a limited number in all.
     void record_once(std::pair<uint64_t, uint64_t> key, const std::string& text);
+    uint32_t number() const { return number_; }
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
     // Adds up the counters, verifies guard bytes; 0 or an error code.
     int finish();
@@ -46,6 +47,7 @@ class Launch {
   private:
     std::unique_lock<std::mutex> exclusive_;
     const char* kernel_;
+    uint32_t number_;
     std::atomic<bool> stopped_{false};
     std::mutex mutex_;
     std::string error_, findings_;

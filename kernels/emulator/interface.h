@@ -45,6 +45,21 @@ struct BlockView {
 extern __thread ThreadView* current_thread;
 extern __thread BlockView* current_block;
 
+#if MMPO_CHECKED
+// Out of line, where reading the emulated device's own variables is not instrumented.
+uint3 thread_index();
+uint32_t thread_lane();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+#else
+inline uint3 thread_index() { return current_thread->index; }
+inline uint32_t thread_lane() { return current_thread->lane; }
+inline uint3 block_index() { return current_block->index; }
+inline dim3 block_size() { return current_block->threads; }
+inline dim3 grid_size() { return current_block->blocks; }
+#endif
+
 // Shared memory. `static_shared` gives every thread of the block the same array for one declaration (`key`).
 unsigned char* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, size_t alignment, Site);

@@ -19,10 +19,10 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 
-#define threadIdx (::mmpo::emulated::current_thread->index)
-#define blockIdx (::mmpo::emulated::current_block->index)
-#define blockDim (::mmpo::emulated::current_block->threads)
-#define gridDim (::mmpo::emulated::current_block->blocks)
+#define threadIdx (::mmpo::emulated::thread_index())
+#define blockIdx (::mmpo::emulated::block_index())
+#define blockDim (::mmpo::emulated::block_size())
+#define gridDim (::mmpo::emulated::grid_size())
 
 // The line of the kernel that calls a wrapper, as its last parameter.
 #define MMPO_SITE_ONLY ::mmpo::emulated::Site site = {__builtin_FILE(), __builtin_LINE()}

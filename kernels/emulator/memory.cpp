@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "block.h"
+#include "device.h"
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
@@ -38,7 +39,7 @@ GlobalMemory::GlobalMemory() {
     for (size_t bytes = size_t(64) << 30; bytes >= size_t(256) << 20; bytes /= 2) {
         uint8_t* memory = reserve(bytes);
         if (memory == nullptr) continue;
-        if (kChecked && (shadow_ = reserve(bytes)) == nullptr) {
+        if (kChecked && !reserve_shadow(bytes)) {
             munmap(memory, bytes);
             continue;
         }
@@ -47,6 +48,16 @@ GlobalMemory::GlobalMemory() {
         holes_[base_] = size_;
         return;
     }
+}
+
+bool GlobalMemory::reserve_shadow(size_t bytes) {
+    static_assert(sizeof(Touch) == 8, "two planes of 8 bytes for each unit");
+    uint8_t* memory = reserve((1 + 2 * sizeof(Touch) / kTouchUnit) * bytes);
+    if (memory == nullptr) return false;
+    shadow_ = memory;
+    writes_ = reinterpret_cast<Touch*>(memory + bytes);
+    reads_ = reinterpret_cast<Touch*>(memory + (1 + sizeof(Touch) / kTouchUnit) * bytes);
+    return true;
 }
 
 uintptr_t GlobalMemory::carve(size_t bytes) {
@@ -84,6 +95,8 @@ bool GlobalMemory::release(uintptr_t address) {
     const size_t bytes = found->second;
     live_.erase(found);
     now_ -= bytes;
+    // What still reads it sees NaN.
+    memset(reinterpret_cast<void*>(address), kFreshByte, bytes);
     if (kChecked) memset(shadow(address), kFreed, bytes);
     dead_[address] = bytes;
     quarantine_.push_back({address - kGuard, footprint(bytes)});
@@ -165,12 +178,11 @@ std::string GlobalMemory::overwritten_guard(uintptr_t address, size_t bytes) {
     uint8_t* data = reinterpret_cast<uint8_t*>(address);
     char text[160];
     if (const uint8_t* damaged = find_damage(data - kGuard, data)) {
-        snprintf(text, sizeof text, "wrote %zu bytes before an allocation of %zu bytes", size_t(data - damaged), bytes);
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, %zu bytes before its start", bytes, size_t(data - damaged));
         return text;
     }
     if (const uint8_t* damaged = find_damage(data + bytes, data + rounded(bytes) + kGuard)) {
-        snprintf(text, sizeof text, "wrote %zu bytes past the end of an allocation of %zu bytes", size_t(damaged - data) - bytes,
-                 bytes);
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, at offset %zu", bytes, size_t(damaged - data));
         return text;
     }
     return "";
@@ -216,6 +228,26 @@ void check_global(Thread& thread, uintptr_t address, size_t bytes, bool write, S
         if ((state[i] & needed) != needed) report_global(thread, address, bytes, write, site);
     }
     if (write) memset(state, SharedShadow::kWritten, bytes);
+}
+
+void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool write, Site site) {
+    constexpr uint32_t kSeveral = ~0u;
+    Block& block = *running;
+    if (!kChecked || block.uses_global_atomics) return;
+    GlobalMemory& memory = GlobalMemory::instance();
+    const GlobalMemory::Touch mine{Launch::current().number(), block.number};
+    const auto touched_by_other = [&](const GlobalMemory::Touch& touch) { return touch.launch == mine.launch && touch.block != mine.block; };
+    constexpr uintptr_t kUnit = GlobalMemory::kTouchUnit;
+    for (uintptr_t unit = address & ~(kUnit - 1); unit < address + bytes; unit += kUnit) {
+        GlobalMemory::Touch& wrote = memory.last_write(unit);
+        GlobalMemory::Touch& read = memory.last_read(unit);
+        const bool after_write = touched_by_other(wrote), after_read = write && touched_by_other(read);
+        if (after_write || after_read)
+            fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
+                 write ? "writes" : "reads", reinterpret_cast<void*>(word), after_write ? "wrote" : "read");
+        if (write) wrote = mine;
+        else read = touched_by_other(read) ? GlobalMemory::Touch{mine.launch, kSeveral} : mine;
+    }
 }
 
 }  // namespace emulated

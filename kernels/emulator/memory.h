@@ -37,9 +37,18 @@ class GlobalMemory {
     static constexpr uint8_t kFreed = 0x01;
     uint8_t* shadow(uintptr_t address) const { return shadow_ + (address - base_); }
     void mark_written(uintptr_t address, size_t bytes);
+    // Which block last wrote, and which read, the unit at an address, and in which launch. Checked variant. A unit is the
+    // narrowest number that kernels store: rows of an odd number of bf16 meet inside a word.
+    static constexpr size_t kTouchUnit = 2;
+    struct Touch {
+        uint32_t launch, block;
+    };
+    Touch& last_write(uintptr_t address) const { return writes_[(address - base_) / kTouchUnit]; }
+    Touch& last_read(uintptr_t address) const { return reads_[(address - base_) / kTouchUnit]; }
 
   private:
     GlobalMemory();
+    bool reserve_shadow(size_t bytes);
     uintptr_t carve(size_t bytes);
     void give_back(uintptr_t start, size_t bytes);
     std::string overwritten_guard(uintptr_t address, size_t bytes);
@@ -53,6 +62,8 @@ class GlobalMemory {
     uintptr_t base_ = 0;
     size_t size_ = 0;
     uint8_t* shadow_ = nullptr;
+    Touch* writes_ = nullptr;
+    Touch* reads_ = nullptr;
     std::map<uintptr_t, size_t> live_;   // start and bytes asked for
     std::map<uintptr_t, size_t> dead_;   // quarantined: start and bytes asked for
     std::map<uintptr_t, size_t> holes_;  // free ranges
@@ -63,6 +74,10 @@ class GlobalMemory {
 // A kernel's access to global memory: bounds, and in the checked variant initialisation. Fails the launch.
 struct Thread;
 void check_global(Thread&, uintptr_t address, size_t bytes, bool write, Site);
+
+// Finds, in the checked variant, memory that one block writes and another touches in the same launch: its contents then
+// depend on the order of blocks. A block that used an atomic in global memory is taken to know what it does.
+void check_block_order(Thread&, uintptr_t address, size_t bytes, bool write, Site);
 
 }  // namespace emulated
 }  // namespace MMPO_VARIANT

@@ -12,17 +12,21 @@ namespace emulated {
 
 namespace {
 
-std::string describe(const Thread& thread, Site site) {
+std::string describe(const Thread* thread, Site site) {
     char text[300];
     const uint3 block = running->index;
-    snprintf(text, sizeof text, "%s, block (%u, %u, %u), thread (%u, %u, %u)", running->kernel, block.x, block.y, block.z,
-             thread.index.x, thread.index.y, thread.index.z);
+    snprintf(text, sizeof text, "%s, block (%u, %u, %u)", running->kernel, block.x, block.y, block.z);
     std::string result = text;
+    if (thread != nullptr) {
+        const uint3 index = thread->index;
+        snprintf(text, sizeof text, ", thread (%u, %u, %u)", index.x, index.y, index.z);
+        result += text;
+    }
     if (site.file != nullptr) result += std::string(", ") + file_name(site) + ":" + std::to_string(site.line);
     return result;
 }
 
-[[noreturn]] void fail_with(const Thread& thread, Site site, const char* format, va_list arguments) {
+[[noreturn]] void fail_with(const Thread* thread, Site site, const char* format, va_list arguments) {
     char text[3000];
     vsnprintf(text, sizeof text, format, arguments);
     Launch::current().record(describe(thread, site) + ": " + text);
@@ -67,13 +71,19 @@ const char* file_name(Site site) {
 void fail(Site site, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fail_with(self(), site, format, arguments);
+    fail_with(&self(), site, format, arguments);
 }
 
 void fail_for(const Thread& thread, Site site, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fail_with(thread, site, format, arguments);
+    fail_with(&thread, site, format, arguments);
+}
+
+void fail_block(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fail_with(nullptr, Site{}, format, arguments);
 }
 
 void report_deadlock() {
@@ -94,7 +104,7 @@ void report_deadlock() {
     }
     const uint32_t exited = running->thread_count - running->live;
     if (exited != 0) text += "\n  exited: " + std::to_string(exited) + " threads";
-    fail(Site{}, "%s", text.c_str());
+    fail_block("%s", text.c_str());
 }
 
 }  // namespace emulated

@@ -101,7 +101,7 @@ void reset_thread(Block& block, uint32_t linear) {
         thread.visits.clear();
         thread.wgmma.watched.clear();
     }
-    thread.context = make_context(block.stacks.bottom(linear), block.stacks.top(linear), &thread_main);
+    thread.context = make_context(block.stacks.top(linear), &thread_main);
     Warp& warp = block.warps[thread.warp];
     warp.threads[thread.lane] = &thread;
     warp.alive |= 1u << thread.lane;
@@ -113,7 +113,8 @@ void reset_block(Block& block, uint64_t index) {
     block.index = {unsigned(index % block.blocks.x), unsigned(index / block.blocks.x % block.blocks.y),
                    unsigned(index / block.blocks.x / block.blocks.y)};
     block.random_state = (options.seed + 1) * 0x9e3779b97f4a7c15ull + index * 0xda942042e4dd58b5ull + 1;
-    block.failed = false;
+    block.number = uint32_t(index);
+    block.failed = block.uses_global_atomics = false;
     block.live = block.thread_count;
     block.runnable_warps = block.current_warp = 0;
     block.warps.assign(block.warp_count, Warp());
@@ -183,8 +184,10 @@ uint64_t Block::random() {
     return random_state;
 }
 
-Block::Block() : pool(kMaxThreads), shared(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 1024))) {}
-Block::~Block() { free(shared); }
+Block::Block() : pool(kMaxThreads), shared_memory(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 2 * kSharedGuard))) {
+    shared = shared_memory + kSharedGuard;
+}
+Block::~Block() { free(shared_memory); }
 
 void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site site) {
     Thread& thread = self();
@@ -218,7 +221,7 @@ int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Ent
     std::atomic<uint64_t> next{0};
     const auto work = [&] {
         std::unique_ptr<Block> state = take_block();
-        if (!state->stacks.valid() || state->shared == nullptr) {
+        if (!state->stacks.valid() || state->shared_memory == nullptr) {
             launch.record("the host has no memory for the stacks of a block's threads");
             return;
         }

@@ -62,9 +62,9 @@ struct sigaction previous_segv, previous_bus;
 // Runs on the alternate stack. In an emulated thread, abandons the block; elsewhere, does what was installed before.
 void on_fault(int signal, siginfo_t* info, void* context) {
     if (current_thread != nullptr) {
-        const uintptr_t address = uintptr_t(info->si_addr);
-        const uintptr_t bottom = uintptr_t(running->stacks.bottom(current_thread->linear));
-        if (address < bottom && bottom - address <= 4096) fail(Site{}, "the thread's stack overflows: too many local variables");
+        if (running->stacks.contains(uintptr_t(info->si_addr))) fail(Site{}, "the thread's stack overflows: too many local variables");
+        // The processor tells no address for a misaligned vector instruction.
+        if (info->si_addr == nullptr) fail(Site{}, "accesses a misaligned vector, or a null pointer");
         fail(Site{}, "accesses %p, which is not memory at all", info->si_addr);
     }
     const struct sigaction& previous = signal == SIGBUS ? previous_bus : previous_segv;

@@ -67,9 +67,7 @@ fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceR
     let (device, chosen, reason) = match choice {
         DeviceChoice::Cpu => (Opened::Cpu(CpuDevice::new(threads)?), choice, asked),
         DeviceChoice::Cuda(ordinal) => (Opened::Cuda(CudaDevice::open(ordinal)?), choice, asked),
-        DeviceChoice::Emulated => {
-            (Opened::Cuda(CudaDevice::emulated(EmulatorVariant::Plain)), choice, asked)
-        }
+        DeviceChoice::Emulated => (Opened::Cuda(CudaDevice::emulated(EmulatorVariant::Plain)), choice, asked),
         DeviceChoice::Auto => match first_gpu() {
             Ok((device, ordinal)) => {
                 let reason = "the first GPU of compute capability 8.0 or later".to_owned();

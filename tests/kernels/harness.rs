@@ -1,7 +1,12 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
+use std::sync::Once;
+
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
-use mmpo_fast::device::cuda::{self, CudaDevice, EmulatorVariant};
+use mmpo_fast::device::cuda::{
+    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
@@ -21,8 +26,10 @@ impl Tolerance {
     pub const BF16: Tolerance = Tolerance { relative: 4e-3, absolute: 4e-3 };
 }
 
-/// Defines tests whose body is generic over the device. Each becomes a module with one `#[test]` a device, so that a
-/// failure names the device: `rms_norm::forward::cpu`.
+/// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
+/// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
+/// `rms_norm::forward::cpu`.
 macro_rules! device_tests {
     ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
         $(#[doc = $doc])+
@@ -68,16 +75,71 @@ macro_rules! device_tests {
 }
 pub(crate) use device_tests;
 
+/// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
+/// `BatchBuffers::load` has checked.
+macro_rules! cpu_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        #[test]
+        fn $name() {
+            let $device = &$crate::harness::cpu(2);
+            $body
+        }
+    )+};
+}
+pub(crate) use cpu_tests;
+
 pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
 }
 
+/// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
+/// without waiting for the batch.
+pub fn is_cpu<D: Device>() -> bool {
+    size_of::<D::Compute>() == size_of::<f32>()
+}
+
+/// The emulated GPU as it is: threads in order, asynchronous copies as late as they may.
 pub fn emulated() -> CudaDevice {
+    configure_once();
     CudaDevice::emulated(EmulatorVariant::Plain)
 }
 
+/// The emulated GPU that watches every access, its blocks, warps and lanes in a random order. `MMPO_FAST_EMULATOR_SEED`
+/// chooses the order.
 pub fn checked() -> CudaDevice {
+    configure_once();
     CudaDevice::emulated(EmulatorVariant::Checked)
+}
+
+/// How the emulated device runs: `schedule` 0 in order, else random with this seed.
+pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
+    EmulatorOptions {
+        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+        schedule: if schedule_seed == 0 {
+            MMPO_EMULATOR_SCHEDULE_ORDERED
+        } else {
+            MMPO_EMULATOR_SCHEDULE_RANDOM
+        } as i32,
+        seed: schedule_seed,
+        host_threads: 0,
+        multiprocessors: 0,
+        trace_accesses: 0,
+    }
+}
+
+fn configure_once() {
+    static CONFIGURED: Once = Once::new();
+    CONFIGURED.call_once(|| {
+        let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
+            Ok(seed) => {
+                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
+            }
+            Err(_) => 1,
+        };
+        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
+        EmulatorVariant::Checked.configure(emulator_options(seed)).unwrap();
+    });
 }
 
 /// The first GPU; none where driver, kernels or GPU are missing, which is said, or where one of them fails, which is

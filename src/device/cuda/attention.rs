@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{CudaBuffer, CudaDevice, check_sizes, launch_sizes};
+use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes};
 use crate::data::PairSpan;
 use crate::device::{AttentionShape, BatchBuffers};
 use crate::error::{Error, Result};
@@ -10,19 +10,30 @@ use crate::error::{Error, Result};
 /// Head sizes that the kernels are compiled for.
 const HEAD_SIZES: [usize; 2] = [64, 128];
 
-/// `T`: the spans tile the rows of the batch.
-fn batch_rows(spans: &[PairSpan]) -> usize {
-    spans.last().map_or(0, |span| span.rows().end)
+/// `T`, after checking that the spans tile the rows of the batch in order.
+fn batch_rows(name: &str, spans: &[PairSpan]) -> Result<usize> {
+    let mut end = 0;
+    for span in spans {
+        if span.start as usize != end {
+            let message =
+                format!("{name}: {span:?} overlaps the span before it or leaves a gap at row {end}");
+            return Err(Error::device(message, REPORT));
+        }
+        end = span.rows().end;
+    }
+    Ok(end)
 }
 
-fn check_head_size(name: &str, shape: AttentionShape) -> Result<()> {
-    if HEAD_SIZES.contains(&shape.head_size) && shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 {
+fn check_heads(name: &str, shape: AttentionShape) -> Result<()> {
+    let AttentionShape { heads, kv_heads, head_size } = shape;
+    let message = if kv_heads == 0 || heads % kv_heads != 0 {
+        format!("{name}: {heads} query heads cannot share {kv_heads} key/value heads evenly")
+    } else if !HEAD_SIZES.contains(&head_size) {
+        format!("{name}: the CUDA kernels know heads of {HEAD_SIZES:?}, this model has heads of {head_size}")
+    } else {
         return Ok(());
-    }
-    Err(Error::device(
-        format!("{name}: the CUDA kernels have heads of 64 and 128, in whole groups; asked for {shape:?}"),
-        "run this model with `--device cpu`",
-    ))
+    };
+    Err(Error::device(message, "run this model with `--device cpu`"))
 }
 
 pub(super) fn forward(
@@ -34,9 +45,9 @@ pub(super) fn forward(
     shape: AttentionShape,
 ) -> Result<()> {
     let name = "attention_forward";
-    check_head_size(name, shape)?;
+    check_heads(name, shape)?;
     let spans = batch.host_spans.as_slice();
-    let rows = batch_rows(spans);
+    let rows = batch_rows(name, spans)?;
     let sizes = [
         ("out", out.len(), rows * shape.out_width()),
         ("lse", lse.len(), rows * shape.heads),
@@ -78,9 +89,9 @@ pub(super) fn backward(
     shape: AttentionShape,
 ) -> Result<()> {
     let name = "attention_backward";
-    check_head_size(name, shape)?;
+    check_heads(name, shape)?;
     let spans = batch.host_spans.as_slice();
-    let rows = batch_rows(spans);
+    let rows = batch_rows(name, spans)?;
     let sizes = [
         ("dqkv", dqkv.len(), rows * shape.qkv_width()),
         ("dout", dout.len(), rows * shape.out_width()),
@@ -128,7 +139,7 @@ pub(super) fn decode(
     shape: AttentionShape,
 ) -> Result<()> {
     let name = "attention_decode";
-    check_head_size(name, shape)?;
+    check_heads(name, shape)?;
     let sizes = [("out", out.len(), shape.out_width()), ("cache", cache.len(), length * shape.qkv_width())];
     check_sizes(name, &(length, shape), &sizes)?;
     let [length, heads, kv_heads, head_size] =

@@ -484,7 +484,7 @@ pub struct KernelTable {
         lse: *mut f32,
         logp: *mut f32,
         entropy: *mut f32,
-        log_probs: *mut mmpo_bf16,
+        probabilities: *mut mmpo_bf16,
         logits: *const f32,
         targets: *const u32,
         rows: i32,
@@ -492,7 +492,7 @@ pub struct KernelTable {
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub logp_head_backward: unsafe extern "C" fn(
-        log_probs: *mut mmpo_bf16,
+        probabilities: *mut mmpo_bf16,
         targets: *const u32,
         dlogp: *const f32,
         dentropy: *const f32,
@@ -828,7 +828,7 @@ pub mod gpu {
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             logits: *const f32,
             targets: *const u32,
             rows: i32,
@@ -837,7 +837,7 @@ pub mod gpu {
         ) -> mmpo_status;
         #[link_name = "mmpo_logp_head_backward"]
         fn logp_head_backward(
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             targets: *const u32,
             dlogp: *const f32,
             dentropy: *const f32,
@@ -1174,7 +1174,7 @@ pub mod emulated {
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             logits: *const f32,
             targets: *const u32,
             rows: i32,
@@ -1183,7 +1183,7 @@ pub mod emulated {
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_logp_head_backward"]
         fn logp_head_backward(
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             targets: *const u32,
             dlogp: *const f32,
             dentropy: *const f32,
@@ -1574,7 +1574,7 @@ pub mod checked {
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             logits: *const f32,
             targets: *const u32,
             rows: i32,
@@ -1583,7 +1583,7 @@ pub mod checked {
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_logp_head_backward"]
         fn logp_head_backward(
-            log_probs: *mut mmpo_bf16,
+            probabilities: *mut mmpo_bf16,
             targets: *const u32,
             dlogp: *const f32,
             dentropy: *const f32,

@@ -16,7 +16,7 @@ const ROWS_AT_ONCE: usize = 512;
 pub(super) fn forward(
     device: &CudaDevice,
     scores: &mut TokenScores<CudaDevice>,
-    log_probs: &mut CudaBuffer<bf16>,
+    probabilities: &mut CudaBuffer<bf16>,
     hidden: &CudaBuffer<bf16>,
     weight: &CudaBuffer<bf16>,
     targets: &CudaBuffer<u32>,
@@ -28,7 +28,7 @@ pub(super) fn forward(
         ("scores.lse", scores.lse.len(), rows.end),
         ("scores.logp", scores.logp.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), if *entropy { rows.end } else { 0 }),
-        ("logits", log_probs.len(), rows.len() * vocab),
+        ("logits", probabilities.len(), rows.len() * vocab),
         ("hidden", hidden.len(), rows.end * width),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
@@ -52,7 +52,7 @@ pub(super) fn forward(
                     scores.lse.at_mut(first),
                     scores.logp.at_mut(first),
                     entropy,
-                    log_probs.at_mut((first - rows.start) * vocab),
+                    probabilities.at_mut((first - rows.start) * vocab),
                     logits,
                     targets.at(first),
                     count,
@@ -70,7 +70,7 @@ pub(super) fn backward(
     device: &CudaDevice,
     hidden: &mut CudaBuffer<bf16>,
     dweight: Option<&mut CudaBuffer<f32>>,
-    log_probs: &mut CudaBuffer<bf16>,
+    probabilities: &mut CudaBuffer<bf16>,
     weight: &CudaBuffer<bf16>,
     targets: &CudaBuffer<u32>,
     scores: &TokenScores<CudaDevice>,
@@ -83,7 +83,7 @@ pub(super) fn backward(
     let sizes = [
         ("hidden", hidden.len(), rows.end * width),
         ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("logits", log_probs.len(), rows.len() * vocab),
+        ("logits", probabilities.len(), rows.len() * vocab),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), entropy_rows),
@@ -97,10 +97,10 @@ pub(super) fn backward(
         true => (coefficients.entropy.at(first), scores.entropy.at(first)),
         false => (std::ptr::null(), std::ptr::null()),
     };
-    // SAFETY: the buffers cover `shape`, and `log_probs` is what the forward of the same rows left.
+    // SAFETY: the buffers cover `shape`, and `probabilities` is what the forward of the same rows left.
     device.launch(name, shape, |kernels, stream| unsafe {
         (kernels.logp_head_backward)(
-            log_probs.start_mut(),
+            probabilities.start_mut(),
             targets.at(first),
             coefficients.logp.at(first),
             dentropy,
@@ -111,7 +111,7 @@ pub(super) fn backward(
         )
     })?;
     let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
-    let dlogits = log_probs.start();
+    let dlogits = probabilities.start();
     if let Some(dweight) = dweight {
         // SAFETY: the buffers cover `shape`.
         unsafe {

@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::backend::{Address, Backend};
 use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32};
-use super::{CudaDevice, check_sizes};
+use super::{CudaDevice, REPORT, check_sizes};
 use crate::device::{Element, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
 
@@ -121,7 +121,7 @@ impl Workspace {
             *allocation = Some(Allocation::new(memory, bytes)?);
         }
         let Some(allocation) = allocation.as_ref() else {
-            return Err(Error::device("no scratch memory", "please report this"));
+            return Err(Error::device("no scratch memory", REPORT));
         };
         use_it(allocation.address.pointer())
     }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::bindings::mmpo_adamw_step;
-use super::{CudaBuffer, CudaDevice, check_sizes};
+use super::{CudaBuffer, CudaDevice, REPORT, check_sizes};
 use crate::device::{AdamWState, AdamWStep};
 use crate::error::{Error, Result};
 
@@ -54,10 +54,8 @@ pub(super) fn adamw(
 ) -> Result<()> {
     let len = weight.len();
     let Some(master) = state.master.as_mut() else {
-        return Err(Error::device(
-            "adamw: bf16 weights are updated through an f32 master copy, and this state has none",
-            "this is a mistake in the program, not in your input; please report it",
-        ));
+        let message = "adamw: bf16 weights are updated through an f32 master copy, and this state has none";
+        return Err(Error::device(message, REPORT));
     };
     let sizes = [
         ("master", master.len(), len),
@@ -65,8 +63,15 @@ pub(super) fn adamw(
         ("second_moment", state.second_moment.len(), len),
         ("gradient", gradient.len(), len),
         ("norm", norm.len(), 2),
+        ("step number", step.step as usize, 1),
     ];
     check_sizes("adamw", &len, &sizes)?;
+    if step.step == 0 {
+        return Err(Error::device(
+            "adamw: update number 0 has no bias correction; updates are numbered from 1",
+            "this is a mistake in the program, not in your input; please report it",
+        ));
+    }
     let parameters = parameters(step);
     // SAFETY: all buffers hold `len` values.
     device.launch("adamw", &len, |kernels, stream| unsafe {
