@@ -80,11 +80,13 @@ fn distance<A: Device, B: Device>(ours: &Trainer<A>, expected: &Trainer<B>) -> V
 fn gradients_and_three_steps_agree_with_the_cpu() {
     let cpu = Arc::new(CpuDevice::new(Some(2)).expect("cpu"));
     for golden in goldens() {
-        for name in ["mmpo_length", "dpo", "simpo", "sft", "mmpo_entropy_length"] {
+        // All objectives on one model, one on each of the others: what differs there is the model.
+        let names: &[&str] = match golden.name().as_str() {
+            "tied" => &["mmpo_length", "dpo", "sft", "mmpo_entropy_length"],
+            _ => &["mmpo_length"],
+        };
+        for &name in names {
             let expected = &golden.json["objectives"][name];
-            if expected.is_null() {
-                continue;
-            }
             let what = format!("{} {name}", golden.name());
             let objective = golden.objective(name, &expected["options"]);
             golden.with_trainer(&cpu, objective, |reference, reference_pairs| {
