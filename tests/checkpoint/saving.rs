@@ -7,7 +7,7 @@ use std::time::Duration;
 use half::bf16;
 use mmpo_fast::checkpoint::atomic::write_file;
 use mmpo_fast::checkpoint::{CompanionFiles, ModelFolder, SHARD_BYTES, save_model};
-use mmpo_fast::model::config::TensorSpec;
+use mmpo_fast::model::TensorSpec;
 use mmpo_fast::{Error, Result};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};

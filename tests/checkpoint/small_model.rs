@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use mmpo_fast::Error;
 use mmpo_fast::checkpoint::ModelFolder;
-use mmpo_fast::model::config::{LlamaConfig, TensorSpec};
+use mmpo_fast::model::{LlamaConfig, TensorSpec};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
