@@ -83,10 +83,10 @@ fn run<D: Device>(device: D, model: &str) -> Run {
         .zip(&before)
         .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
         .collect();
-    let workload =
-        Workload::plan(&pairs, &OBJECTIVE, llama.config.vocab_size, pairs.len(), TOKEN_BUDGET);
+    let workload = Workload::plan(&pairs, &OBJECTIVE, llama.config.vocab_size, pairs.len(), TOKEN_BUDGET);
     let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
     let (mut losses, mut gradient_norms, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
+    let mut memory = None;
     for step in 1..=STEPS {
         let result = trainer.accumulate_gradients(&training, Some(1.0)).expect("gradients");
         losses.push(result.loss);
@@ -99,6 +99,9 @@ fn run<D: Device>(device: D, model: &str) -> Run {
             }
         }
         trainer.update(adamw(step)).expect("update");
+        // The first step reserves scratch memory; later ones allocate nothing.
+        let after_first = *memory.get_or_insert(trainer.device().memory());
+        assert_eq!(trainer.device().memory(), after_first, "step {step}");
     }
     let after = score(&trainer.model, &pairs);
     Run { scores: [numbers(&before), numbers(&after)], losses, gradient_norms, gradients }
@@ -116,7 +119,8 @@ fn assert_near(what: &str, cuda: f64, cpu: f64, relative: f64) {
 
 /// Relative l2 distance of two vectors, in units of the second.
 fn distance(cuda: &[f32], cpu: &[f32]) -> (f64, f64) {
-    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let square =
+        |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
     let pairs = cuda.iter().zip(cpu);
     let error = square(&mut pairs.map(|(&cuda, &cpu)| f64::from(cuda) - f64::from(cpu)));
     (error, square(&mut cpu.iter().map(|&cpu| f64::from(cpu))))

@@ -94,7 +94,10 @@ mod with_gpu_kernels {
         let (code, message) = generate("cuda", fake_driver(), &[]);
         assert_eq!(code, DEVICE_ERROR, "{message}");
         assert_says(&message, &["cuBLASLt", "slower portable kernel"]);
-        assert_says(&message, &["no GPU memory for", "0.00 GiB of 16.00 GiB are free", "lower the token budget"]);
+        assert_says(
+            &message,
+            &["no GPU memory for", "0.00 GiB of 16.00 GiB are free", "lower the token budget"],
+        );
     }
 
     #[test]
