@@ -44,8 +44,12 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels)");
-    for path in ["build.rs", "build", "kernels", ".toolchain/nvidia/cu13/bin/nvcc"] {
-        println!("cargo:rerun-if-changed={path}");
+    // A path that does not exist would make cargo run this, and compile the crate, every time; so the script that
+    // installs the toolchain touches this file.
+    for path in ["build.rs", "build", "kernels", nvcc::PROJECT_NVCC] {
+        if Path::new(path).exists() {
+            println!("cargo:rerun-if-changed={path}");
+        }
     }
     for name in ["MMPO_FAST_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
