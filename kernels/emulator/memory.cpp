@@ -244,7 +244,7 @@ void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool wri
         const bool after_write = touched_by_other(wrote), after_read = write && touched_by_other(read);
         if (after_write || after_read)
             fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
-                 write ? "writes" : "reads", reinterpret_cast<void*>(word), after_write ? "wrote" : "read");
+                 write ? "writes" : "reads", reinterpret_cast<void*>(unit), after_write ? "wrote" : "read");
         if (write) wrote = mine;
         else read = touched_by_other(read) ? GlobalMemory::Touch{mine.launch, kSeveral} : mine;
     }
