@@ -52,12 +52,11 @@ fn run() -> Result<()> {
     }
     let sources = Sources::find()?;
     let out = PathBuf::from(environment("OUT_DIR")?);
-    let cache = objects::Cache::new(&out, &sources.headers)?;
-    emulated::build(&sources, &cache)?;
-    build_for_gpus(&sources, &cache, &out)
+    emulated::build(&sources, &objects::Cache::new(&out, &sources.emulated_headers)?)?;
+    build_for_gpus(&sources, &out)
 }
 
-fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Result<()> {
+fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
     let mode = mode()?;
     if mode == Mode::Off {
         describe("none (built with MMPO_FAST_CUDA=off)", "0");
@@ -78,7 +77,8 @@ fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Resu
             return Ok(());
         }
     };
-    let compiled = toolkit.compile(sources, cache)?;
+    let cache = objects::Cache::new(out, &sources.headers)?;
+    let compiled = toolkit.compile(sources, &cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
     if mode == Mode::Require && !findings.is_empty() {
         return Err(format!(
@@ -127,16 +127,18 @@ fn environment(name: &str) -> Result<String> {
 pub struct Sources {
     /// `kernels/*.cu`: both lives.
     pub kernels: Vec<PathBuf>,
-    /// Whatever those may include; a change of any of them recompiles everything.
+    /// What kernels may include; a change of any of them recompiles all.
     pub headers: Vec<PathBuf>,
+    /// Those, and the emulated device's.
+    pub emulated_headers: Vec<PathBuf>,
 }
 
 impl Sources {
     fn find() -> Result<Self> {
         let mut headers = files("kernels", &["h", "cuh"])?;
         headers.extend(files("kernels/common", &["h", "cuh"])?);
-        headers.extend(files("kernels/emulator", &["h", "cuh"])?);
-        Ok(Sources { kernels: files("kernels", &["cu"])?, headers })
+        let emulated_headers = [headers.clone(), files("kernels/emulator", &["h"])?].concat();
+        Ok(Sources { kernels: files("kernels", &["cu"])?, headers, emulated_headers })
     }
 }
 
