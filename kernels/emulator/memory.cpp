@@ -230,22 +230,41 @@ void check_global(Thread& thread, uintptr_t address, size_t bytes, bool write, S
     if (write) memset(state, SharedShadow::kWritten, bytes);
 }
 
+namespace {
+
+constexpr uint32_t kSeveralBlocks = (1u << 28) - 1;
+using Touch = GlobalMemory::Touch;
+
+bool conflicts(const Touch& earlier, const Touch& mine) {
+    return earlier.launch == mine.launch && earlier.block != mine.block && (earlier.bytes & mine.bytes) != 0;
+}
+
+// A word remembers one block. Blocks that touch different bytes of it push one another out, which loses findings but
+// makes none up.
+void remember(Touch& word, const Touch& mine, bool by_several) {
+    const bool known = word.launch == mine.launch && (word.block == mine.block || by_several);
+    const uint32_t bytes = known ? word.bytes | mine.bytes : mine.bytes;
+    word = Touch{mine.launch, by_several ? kSeveralBlocks : mine.block, bytes & 0xfu};
+}
+
+}  // namespace
+
 void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool write, Site site) {
-    constexpr uint32_t kSeveral = ~0u;
     Block& block = *running;
     if (!kChecked || block.uses_global_atomics) return;
     GlobalMemory& memory = GlobalMemory::instance();
-    const GlobalMemory::Touch mine{Launch::current().number(), block.number};
-    const auto touched_by_other = [&](const GlobalMemory::Touch& touch) { return touch.launch == mine.launch && touch.block != mine.block; };
-    for (uintptr_t word = address & ~uintptr_t(3); word < address + bytes; word += 4) {
-        GlobalMemory::Touch& wrote = memory.last_write(word);
-        GlobalMemory::Touch& read = memory.last_read(word);
-        const bool after_write = touched_by_other(wrote), after_read = write && touched_by_other(read);
+    const uintptr_t end = address + bytes;
+    for (uintptr_t word = address & ~uintptr_t(3); word < end; word += 4) {
+        const uint32_t first = word < address ? uint32_t(address - word) : 0, last = uint32_t(std::min<uintptr_t>(4, end - word));
+        const Touch mine{Launch::current().number(), block.number & (kSeveralBlocks - 1), ((1u << last) - (1u << first)) & 0xfu};
+        Touch& wrote = memory.last_write(word);
+        Touch& read = memory.last_read(word);
+        const bool after_write = conflicts(wrote, mine), after_read = write && conflicts(read, mine);
         if (after_write || after_read)
             fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
-                 write ? "writes" : "reads", reinterpret_cast<void*>(word), after_write ? "wrote" : "read");
-        if (write) wrote = mine;
-        else read = touched_by_other(read) ? GlobalMemory::Touch{mine.launch, kSeveral} : mine;
+                     write ? "writes" : "reads", reinterpret_cast<void*>(word), after_write ? "wrote" : "read");
+        if (write) remember(wrote, mine, false);
+        else remember(read, mine, conflicts(read, mine));
     }
 }
 
