@@ -3,12 +3,19 @@
 //! Tokens of pairs flow down through the model to per-token log-probs, an objective turns those into per-token
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 
+pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod data;
+pub mod demo;
 pub mod device;
 pub mod error;
+pub mod generate;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+pub mod report;
+pub mod score;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -8,6 +8,7 @@
 //   - a thread waits for others only through barriers, mbarriers and collectives, never by spinning on memory.
 #pragma once
 
+#include "../api.h"
 #include "variant.h"
 
 #if MMPO_EMULATED
@@ -78,9 +79,7 @@ inline int multiprocessors() {
 #endif
 
 // The top half of an f32. Own type, so that device and emulated code share its layout and conversions.
-struct alignas(2) bf16 {
-    uint16_t bits;
-};
+using bf16 = ::mmpo_bf16;
 
 HOST_DEVICE float to_float(bf16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;

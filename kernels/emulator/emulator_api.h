@@ -8,7 +8,6 @@
  */
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -51,15 +50,15 @@ struct mmpo_emulator_counters {
 
 #define MMPO_DECLARE_EMULATOR(prefix)                                                                          \
     int prefix##_configure(const struct mmpo_emulator_options* options);                                       \
-    int prefix##_malloc(void** out, size_t bytes);                                                             \
+    int prefix##_malloc(void** out, uint64_t bytes);                                                             \
     int prefix##_free(void* pointer);                                                                          \
-    int prefix##_memset(void* destination, int value, size_t bytes);                                           \
-    int prefix##_upload(void* destination, const void* host_source, size_t bytes);                             \
-    int prefix##_download(void* host_destination, const void* source, size_t bytes);                           \
-    int prefix##_copy(void* destination, const void* source, size_t bytes);                                    \
+    int prefix##_memset(void* destination, int value, uint64_t bytes);                                           \
+    int prefix##_upload(void* destination, const void* host_source, uint64_t bytes);                             \
+    int prefix##_download(void* host_destination, const void* source, uint64_t bytes);                           \
+    int prefix##_copy(void* destination, const void* source, uint64_t bytes);                                    \
     /* Verifies the guard bytes around every allocation and forgets nothing. */                                \
     int prefix##_synchronize(void);                                                                            \
-    void prefix##_memory_use(size_t* now, size_t* peak);                                                       \
+    void prefix##_memory_use(uint64_t* now, uint64_t* peak);                                                       \
     void prefix##_counters(struct mmpo_emulator_counters* out);                                                \
     void prefix##_reset_counters(void);                                                                        \
     /* Text of the last failed call, "" if none. Valid until the next failing call. */                         \

@@ -260,9 +260,12 @@ void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool wri
         Touch& wrote = memory.last_write(word);
         Touch& read = memory.last_read(word);
         const bool after_write = conflicts(wrote, mine), after_read = write && conflicts(read, mine);
-        if (after_write || after_read)
+        if (after_write || after_read) {
+            const uint32_t shared_bytes = (after_write ? wrote : read).bytes & mine.bytes;
             fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
-                     write ? "writes" : "reads", reinterpret_cast<void*>(word), after_write ? "wrote" : "read");
+                     write ? "writes" : "reads", reinterpret_cast<void*>(word + uintptr_t(__builtin_ctz(shared_bytes))),
+                     after_write ? "wrote" : "read");
+        }
         if (write) remember(wrote, mine, false);
         else remember(read, mine, conflicts(read, mine));
     }

@@ -18,7 +18,28 @@ pub struct TokenizedPair {
 impl TokenizedPair {
     /// Tokens the pair takes in a packed batch: `P + C + R`.
     pub fn tokens(&self) -> usize {
-        self.prompt.len() + self.chosen.len() + self.rejected.len()
+        self.tokens_of(Sides::Both)
+    }
+
+    /// As [`TokenizedPair::tokens`], of the responses that `sides` names.
+    pub fn tokens_of(&self, sides: Sides) -> usize {
+        let rejected = match sides {
+            Sides::Both => self.rejected.len(),
+            Sides::ChosenOnly => 0,
+        };
+        self.prompt.len() + self.chosen.len() + rejected
+    }
+
+    /// Positions that RoPE needs: the longer of both sequences, `P + max(C, R)`.
+    pub fn positions(&self) -> usize {
+        self.prompt.len() + self.chosen.len().max(self.rejected.len())
+    }
+
+    /// Tokens of the chosen and of the rejected response that the head scores: all of them, but for the first one
+    /// where there is no prompt to predict it from.
+    pub fn scored_tokens(&self) -> [usize; 2] {
+        let unscored = usize::from(self.prompt.is_empty());
+        [&self.chosen, &self.rejected].map(|response| response.len().saturating_sub(unscored))
     }
 }
 

@@ -9,12 +9,16 @@
 //! `H`/`K` query and key/value heads, `E` head size. Matrices are row-major. `out` comes first, then what is updated,
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
+mod batch_buffers;
 pub mod cpu;
+pub mod cuda;
+mod mapped_file;
 mod select;
 
 use std::ops::Range;
 
-pub use select::{DeviceChoice, DeviceReport};
+pub use mapped_file::MappedFile;
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 
 use crate::data::PairSpan;
 use crate::error::Result;
@@ -155,6 +159,10 @@ pub struct TokenCoefficients<D: Device> {
 pub struct BatchBuffers<D: Device> {
     /// Host copy of the spans: launchers choose their work from it.
     pub host_spans: Vec<PairSpan>,
+    /// This token's row of the embedding gets no gradient from its use as an input, as transformers' `padding_idx`.
+    pub padding_token: Option<u32>,
+    /// Rows listed in `rows_by_token`: all but those of the padding token.
+    pub embedding_rows: usize,
     /// `[pairs, 4]`: start, prompt, chosen, rejected.
     pub spans: Indices<D>,
     /// `[T]`
@@ -205,6 +213,8 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// One line for people: `cpu (AMD EPYC, 2 threads, AVX-512)`.
     fn describe(&self) -> String;
+    /// Kind of device and number format, `cpu f32`: results of different arithmetic differ in their last bits.
+    fn arithmetic(&self) -> String;
     /// Whether AdamW keeps an f32 master copy beside the weights.
     fn needs_master(&self) -> bool;
     /// Bytes in use on the device now, and the highest so far.
@@ -244,7 +254,7 @@ pub trait Device: Sized + Send + Sync + 'static {
         rows: usize,
         width: usize,
     ) -> Result<()>;
-    /// Accumulates `dtable[V, D] += scatter(dout[T, D])`, rows of one token in the order of `rows_by_token`.
+    /// Accumulates `dtable[V, D] += scatter(dout[T, D])` over the first `rows` entries of `rows_by_token`, in their order.
     fn embedding_backward(
         &self,
         dtable: &mut Floats<Self>,

@@ -1,1 +1,35 @@
+//! The Llama runtime, written once over [`Device`].
 
+mod backward;
+mod buffers;
+mod config;
+mod config_keys;
+mod decode;
+mod forward;
+mod head;
+mod load;
+mod rope;
+mod tensors;
+
+use std::sync::Arc;
+
+pub use buffers::{Activations, Capacity, Gradients, HeadBuffers, Purpose};
+pub use config::{LlamaConfig, TensorSpec};
+pub use decode::{Generation, KvCache};
+pub use forward::Context;
+pub use rope::{Rope, RopeScaling};
+pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
+
+use crate::device::{Compute, Device, Floats};
+
+/// Weights on a device, and what is needed to run them.
+#[derive(Debug)]
+pub struct Llama<D: Device> {
+    pub device: Arc<D>,
+    pub config: LlamaConfig,
+    /// Names and shapes of the checkpoint's tensors inside `weights`.
+    pub layout: LlamaTensors<FusedTensor>,
+    pub weights: LlamaTensors<Compute<D>>,
+    /// `[positions, E]`: cosines, then sines.
+    rope_table: Floats<D>,
+}

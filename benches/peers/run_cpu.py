@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Times one training step on the CPU: mmpo-fast, PyTorch and candle in turn, round after round, on the same work.
+
+    python3 benches/peers/run_cpu.py                    all engines and shapes, into benches/results/<date>-<machine>/
+    python3 benches/peers/run_cpu.py --engine candle    some engines alone (may be repeated)
+
+Needs .venv (tests/reference/setup.sh) for PyTorch; builds the two Rust engines itself. Keep the machine idle.
+Every run is a process of its own, so peak memory is that engine's alone. Engines alternate (A B C A B C), so that a
+machine that slows down slows them all. README.md beside this file says what a step is.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PEERS = Path("benches/peers")
+PYTHON = Path(".venv/bin/python")
+ENGINES = ("mmpo-fast", "pytorch-eager", "pytorch-sliced", "pytorch-compile", "candle")
+OURS, BASELINE = ENGINES[0], ENGINES[1]
+# Warm-up and timed steps of one process.
+STEPS = {"smollm2-135m": (2, 5), "tiny-5m": (5, 20)}
+MIB = 1 << 20
+
+
+def text_of(*command):
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def build(*cargo):
+    """Builds one executable with cargo and returns its path from the root."""
+    print("$ cargo", *cargo, file=sys.stderr)
+    output = subprocess.run(
+        ["cargo", *cargo, "--message-format=json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    messages = [json.loads(line) for line in output.splitlines()]
+    paths = [message["executable"] for message in messages if message.get("executable")]
+    return os.path.relpath(paths[-1], ROOT)
+
+
+def commands(engines):
+    """Engine -> the command that runs it, without the arguments common to all."""
+    found = {}
+    for engine in engines:
+        if engine == OURS:
+            found[engine] = [build("bench", "--no-run", "--bench", "step")]
+        elif engine == "candle":
+            found[engine] = [build("build", "--release", "--package", "candle-peer")]
+        else:
+            if not (ROOT / PYTHON).exists():
+                sys.exit("run_cpu.py: there is no .venv: run tests/reference/setup.sh, or choose engines with --engine")
+            variant = engine.removeprefix("pytorch-")
+            found[engine] = [str(PYTHON), str(PEERS / "pytorch_step.py"), "--variant", variant]
+    return found
+
+
+def measure(command, shape, arguments):
+    warmup, steps = STEPS[shape]
+    options = {
+        "shape": shape,
+        "pairs": arguments.pairs,
+        "prompt": arguments.prompt,
+        "response": arguments.response,
+        "threads": arguments.threads,
+        "warmup": warmup,
+        "steps": arguments.steps or steps,
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    run = subprocess.run([*command, *flags, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def loss_deviation(losses, baseline):
+    """Largest relative difference of two loss curves of the same training."""
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, baseline))
+
+
+def summary(shape, runs):
+    """Markdown table of one shape; `runs`: engine -> reports, one a round."""
+    reference = runs.get(OURS) or runs.get(BASELINE) or next(iter(runs.values()))
+    seconds = {engine: [s for report in reports for s in report["seconds"]] for engine, reports in runs.items()}
+    medians = {engine: statistics.median(values) for engine, values in seconds.items()}
+    base = medians[reference[0]["name"]]
+    lines = [
+        f"## {shape}: {reference[0]['pairs']} pairs, prompt {reference[0]['prompt']}, responses {reference[0]['response']}",
+        "",
+        f"| engine | s/step, median | quartiles | range | pair tokens/s | time, {reference[0]['name']} = 1 | peak MiB | above start MiB | loss differs by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    curve = (runs.get(BASELINE) or reference)[0]["losses"]
+    for engine, reports in runs.items():
+        values = seconds[engine]
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        peak = max(report["peak_rss_bytes"] for report in reports)
+        above = max(report["peak_rss_bytes"] - report["baseline_rss_bytes"] for report in reports)
+        deviation = max(loss_deviation(report["losses"], curve) for report in reports)
+        lines.append(
+            f"| {engine} | {medians[engine]:.4f} | {low:.4f} to {high:.4f} | {min(values):.4f} to {max(values):.4f} "
+            f"| {reports[0]['pair_tokens'] / medians[engine]:.0f} | {medians[engine] / base:.2f} "
+            f"| {peak / MIB:.0f} | {above / MIB:.0f} | {deviation:.1e} |"
+        )
+    return lines
+
+
+def processor():
+    try:
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    except (OSError, AttributeError):
+        return platform.processor() or platform.machine()
+
+
+def versions(runs):
+    """Engine family -> version, as each says."""
+    reports = (report for by_engine in runs.values() for reports in by_engine.values() for report in reports)
+    return {report["engine"]: report["version"] for report in reports}
+
+
+def write_results(folder, runs, arguments, load):
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "raw.csv").open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["shape", "engine", "round", "step", "seconds", "peak_rss_bytes", "baseline_rss_bytes", "loss"])
+        for shape, by_engine in runs.items():
+            for engine, reports in by_engine.items():
+                for number, report in enumerate(reports):
+                    for step, seconds in enumerate(report["seconds"]):
+                        loss = report["losses"][report["warmup"] + step]
+                        memory = report["peak_rss_bytes"], report["baseline_rss_bytes"]
+                        rows.writerow([shape, engine, number, step, f"{seconds:.6f}", *memory, f"{loss:.7g}"])
+    dirty = " with uncommitted changes" if text_of("git", "status", "--porcelain", "--untracked-files=no") else ""
+    lines = [
+        "# One training step on the CPU against PyTorch and candle",
+        "",
+        f"- command: `{' '.join(['python3', 'benches/peers/run_cpu.py', *sys.argv[1:]])}`",
+        f"- commit: {text_of('git', 'rev-parse', 'HEAD')}{dirty}",
+        f"- processor: {processor()}, {os.cpu_count()} CPUs, {arguments.threads} threads used; load average at the start {load:.2f}",
+        f"- {platform.system()} {platform.release()}, {text_of('rustc', '--version')}, Python {platform.python_version()}",
+        *(f"- {engine}: {version}" for engine, version in versions(runs).items()),
+        f"- {arguments.rounds} rounds, engines in turn, each run a process of its own; raw.csv has every timed step",
+        "",
+        "A step is forward, MMPO loss, backward and AdamW in f32; the same weights and pairs everywhere, which the column of",
+        "losses shows: the largest relative difference from PyTorch's over all steps. Pair tokens count each prompt once,",
+        "also where an engine computes it twice. `benches/peers/README.md` says more.",
+    ]
+    for shape, by_engine in runs.items():
+        lines += ["", *summary(shape, by_engine)]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="default: all")
+    parser.add_argument("--shape", action="append", choices=STEPS, help="default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="timed steps of a process; default: 5, tiny-5m 20")
+    parser.add_argument("--machine", help="name for the results folder; default: from the processor's")
+    parser.add_argument("--output", type=Path, default=ROOT / "benches" / "results")
+    arguments = parser.parse_args()
+
+    found = commands(arguments.engine or ENGINES)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"run_cpu.py: load average is {load:.2f}: something else runs here, figures will be off", file=sys.stderr)
+    runs = {shape: {engine: [] for engine in found} for shape in arguments.shape or STEPS}
+    for number in range(arguments.rounds):
+        for shape, by_engine in runs.items():
+            for engine, reports in by_engine.items():
+                report = measure(found[engine], shape, arguments) | {"name": engine}
+                reports.append(report)
+                print(f"round {number}, {shape}, {engine}: {report['seconds_median']:.4f} s", file=sys.stderr)
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|CPU|@.*", " ", processor()).lower()).strip("-")
+    machine = arguments.machine or f"{slug}-{arguments.threads}-threads"
+    write_results(arguments.output / f"{datetime.date.today()}-{machine}", runs, arguments, load)
+
+
+if __name__ == "__main__":
+    main()

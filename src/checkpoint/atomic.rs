@@ -1,0 +1,312 @@
+//! Files and folders that appear whole or not at all.
+//!
+//! Everything is written under `<name>.partial-<process id>` beside its target, synced to the disk, and renamed; then
+//! the folder that holds it is synced. Whatever fails on the way, the target is what it was before. A partial left by
+//! a killed process is removed when the same target is written next.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Bytes gathered before a write.
+const BUFFER: usize = 1 << 20;
+
+/// A new file that is on the disk once [`SyncedFile::finish`] returns. Errors name `shown`, the place it is meant for.
+#[derive(Debug)]
+pub struct SyncedFile {
+    shown: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl SyncedFile {
+    fn create(path: &Path, shown: PathBuf) -> Result<Self> {
+        let file = File::create_new(path).map_err(|error| Error::io(&shown, "create", error))?;
+        Ok(SyncedFile { shown, file: BufWriter::with_capacity(BUFFER, file) })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|error| Error::io(&self.shown, "write", error))
+    }
+
+    pub fn finish(mut self) -> Result<()> {
+        self.file.flush().map_err(|error| Error::io(&self.shown, "write", error))?;
+        self.file.get_ref().sync_all().map_err(|error| Error::io(&self.shown, "sync", error))
+    }
+}
+
+/// Replaces file `target` by `bytes`, or leaves it as it was.
+pub fn write_file(target: &Path, bytes: &[u8]) -> Result<()> {
+    remove_leftovers(target)?;
+    let partial = Partial::new(target);
+    let mut file = SyncedFile::create(&partial.path, target.to_path_buf())?;
+    file.write(bytes)?;
+    file.finish()?;
+    std::fs::rename(&partial.path, target).map_err(|error| Error::io(target, "rename", error))?;
+    partial.keep();
+    sync_folder(parent(target))
+}
+
+/// Makes `folder`, and fails now if nothing can be written in it: better before hours of work than behind them.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
+    tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, "write in", error))?;
+    Ok(())
+}
+
+/// A folder being written; dropped without [`AtomicFolder::commit`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct AtomicFolder {
+    target: PathBuf,
+    partial: Partial,
+    replaceable: fn(&str) -> bool,
+}
+
+impl AtomicFolder {
+    /// Starts folder `target`, making its parents. An existing `target` will be replaced, and only if every entry in
+    /// it is a file whose name is `replaceable`: a folder with anything else in it belongs to somebody.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Config`] naming the entry that would have been lost.
+    pub fn create(target: &Path, replaceable: fn(&str) -> bool) -> Result<Self> {
+        let target = match std::fs::canonicalize(target) {
+            // What a symbolic link points at is replaced, not the link.
+            Ok(real) => real,
+            Err(_) => target.to_path_buf(),
+        };
+        if target.file_name().is_none() {
+            return Err(Error::config(
+                format!("{} cannot be an output folder", target.display()),
+                "give a folder of its own",
+            ));
+        }
+        let parent = parent(&target);
+        std::fs::create_dir_all(parent).map_err(|error| Error::io(parent, "create", error))?;
+        remove_leftovers(&target)?;
+        check_replaceable(&target, replaceable)?;
+        let partial = Partial::new(&target);
+        std::fs::create_dir(&partial.path).map_err(|error| Error::io(&target, "create", error))?;
+        Ok(AtomicFolder { target, partial, replaceable })
+    }
+
+    /// Starts a file in the folder; the caller finishes it before the commit.
+    pub fn file(&self, name: &str) -> Result<SyncedFile> {
+        SyncedFile::create(&self.partial.path.join(name), self.target.join(name))
+    }
+
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut file = self.file(name)?;
+        file.write(bytes)?;
+        file.finish()
+    }
+
+    /// Puts the folder in its place.
+    pub fn commit(self) -> Result<()> {
+        sync_folder(&self.partial.path)?;
+        check_replaceable(&self.target, self.replaceable)?;
+        replace_folder(&self.partial.path, &self.target)?;
+        sync_folder(parent(&self.target))?;
+        // After an exchange the partial's name holds the old folder: dropping `self` removes it.
+        Ok(())
+    }
+}
+
+/// A path under a temporary name, removed on drop whatever it holds then.
+#[derive(Debug)]
+struct Partial {
+    path: PathBuf,
+}
+
+impl Partial {
+    fn new(target: &Path) -> Self {
+        Partial { path: with_suffix(target, &format!(".partial-{}", std::process::id())) }
+    }
+
+    /// It has been renamed: there is nothing to remove.
+    fn keep(mut self) {
+        self.path = PathBuf::new();
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        // The first error, if any, was reported already; what cannot be removed now is removed by the next writer.
+        if let Err(error) = remove(&self.path)
+            && error.kind() != ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Gives `partial` the name `target`. A folder already there changes places with it, or is moved aside first where
+/// the file system cannot exchange two names.
+fn replace_folder(partial: &Path, target: &Path) -> Result<()> {
+    let failed = |error| Error::io(target, "rename", error);
+    if !target.exists() {
+        return std::fs::rename(partial, target).map_err(failed);
+    }
+    match exchange(partial, target) {
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput) => {}
+        result => return result.map_err(failed),
+    }
+    replace_in_two_steps(partial, target)
+}
+
+fn replace_in_two_steps(partial: &Path, target: &Path) -> Result<()> {
+    let failed = |error| Error::io(target, "rename", error);
+    let aside = with_suffix(target, &format!(".old-{}", std::process::id()));
+    std::fs::rename(target, &aside).map_err(failed)?;
+    if let Err(error) = std::fs::rename(partial, target) {
+        std::fs::rename(&aside, target).map_err(failed)?;
+        return Err(failed(error));
+    }
+    drop(Partial { path: aside });
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
+}
+
+/// Removes what killed processes left of `target`. Where one died between moving the old folder aside and putting the
+/// new one in its place, the old one comes back.
+pub fn remove_leftovers(target: &Path) -> Result<()> {
+    let Some(name) = target.file_name().and_then(OsStr::to_str) else {
+        return Ok(());
+    };
+    for entry in list(parent(target))? {
+        let Some(rest) = entry.file_name().and_then(OsStr::to_str).and_then(|other| other.strip_prefix(name))
+        else {
+            continue;
+        };
+        let dead = |kind: &str| rest.strip_prefix(kind).is_some_and(belongs_to_the_dead);
+        if dead(".old-") && !target.exists() {
+            std::fs::rename(&entry, target).map_err(|error| Error::io(target, "rename", error))?;
+        } else if dead(".old-") || dead(".partial-") {
+            remove(&entry).map_err(|error| Error::io(&entry, "remove", error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether no other process of this id runs. Our own id counts as dead: containers give it out again and again, and
+/// one target has one writer.
+fn belongs_to_the_dead(process: &str) -> bool {
+    match process.parse::<u32>() {
+        Ok(process) => process == std::process::id() || !Path::new(&format!("/proc/{process}")).exists(),
+        Err(_) => false,
+    }
+}
+
+/// Removes a folder so that a process killed meanwhile leaves it whole or gone, never half under its name.
+pub fn remove_folder(folder: &Path) -> Result<()> {
+    let partial = Partial::new(folder);
+    std::fs::rename(folder, &partial.path).map_err(|error| Error::io(folder, "remove", error))?;
+    remove(&partial.path).map_err(|error| Error::io(folder, "remove", error))
+}
+
+fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()> {
+    if target.exists() && !target.is_dir() {
+        return Err(Error::config(
+            format!("{} is a file, not a folder", target.display()),
+            "choose another output folder, or remove the file",
+        ));
+    }
+    for entry in list(target)? {
+        let ours = entry.file_name().and_then(OsStr::to_str).is_some_and(replaceable);
+        if !ours || entry.is_dir() {
+            return Err(Error::config(
+                format!("{} is in the way: it would be lost", entry.display()),
+                format!("move it elsewhere, or choose another output folder than {}", target.display()),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Paths of a folder's entries, sorted; none where there is no such folder.
+pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |error| Error::io(folder, "read", error);
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        paths.push(entry.map_err(failed)?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    if std::fs::symlink_metadata(path)?.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    }
+}
+
+/// Makes the names in `folder` durable. Systems whose folders cannot be opened keep them durable themselves.
+fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(not(unix)) {
+        return Ok(());
+    }
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
+}
+
+/// The folder that holds `path`.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => path,
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Folder `name` with a file that holds `content`.
+    fn folder(parent: &Path, name: &str, content: &str) -> PathBuf {
+        let folder = parent.join(name);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("file"), content).unwrap();
+        folder
+    }
+
+    #[test]
+    fn without_an_exchange_the_new_folder_takes_the_place_of_the_old() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = folder(parent.path(), "model", "old");
+        let partial = folder(parent.path(), "model.partial-1", "new");
+        replace_in_two_steps(&partial, &target).unwrap();
+        assert_eq!(std::fs::read_to_string(target.join("file")).unwrap(), "new");
+        assert_eq!(list(parent.path()).unwrap().len(), 1);
+        // The new folder cannot be moved: the old one comes back.
+        assert!(replace_in_two_steps(&parent.path().join("absent"), &target).is_err());
+        assert_eq!(std::fs::read_to_string(target.join("file")).unwrap(), "new");
+        assert_eq!(list(parent.path()).unwrap(), [target]);
+    }
+}

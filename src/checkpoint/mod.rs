@@ -1,0 +1,15 @@
+//! Files of weights and training state: Hugging Face folders read through memory maps, and written so that what was
+//! there before stays intact until the new is complete.
+
+pub mod atomic;
+pub mod model_folder;
+pub mod run_state;
+pub mod save;
+pub mod tensor_file;
+pub mod tensor_writer;
+
+pub use model_folder::ModelFolder;
+pub use run_state::{Checkpoint, RunState};
+pub use save::{CompanionFiles, SHARD_BYTES, save_model};
+pub use tensor_file::TensorFile;
+pub use tensor_writer::StoredTensor;

@@ -1,0 +1,164 @@
+//! Writing a model folder that transformers loads: weights in bf16, config and tokenizer of the source.
+
+use std::path::Path;
+
+use half::bf16;
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+
+use crate::checkpoint::atomic::AtomicFolder;
+use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
+use crate::error::{Error, Result};
+use crate::model::{LlamaConfig, TensorSpec};
+
+/// Largest shard unless a single tensor is larger: 5 GB, the limit below which every host of models takes a file.
+pub const SHARD_BYTES: u64 = 5_000_000_000;
+
+const CONFIG: &str = "config.json";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// What is copied from the source as it is, where it is there.
+const COMPANIONS: &[&str] = &[
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+/// The files beside the weights. Read when a run starts, so that its end does not depend on the source still being
+/// there, and so that the source folder itself may be the target.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CompanionFiles {
+    /// Name and content; [`CompanionFiles::set`] replaces one.
+    files: Vec<(String, Vec<u8>)>,
+}
+
+impl CompanionFiles {
+    /// The config, as it will be saved, and the tokenizer files of `source`.
+    pub fn read(source: &Path, config: &LlamaConfig) -> Result<Self> {
+        let mut companions = CompanionFiles::default();
+        companions.set(CONFIG, config.to_saved_json());
+        for name in COMPANIONS {
+            let path = source.join(name);
+            match std::fs::read(&path) {
+                Ok(content) => companions.set(name, content),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io(&path, "read", error)),
+            }
+        }
+        Ok(companions)
+    }
+
+    /// Adds file `name`, or replaces it.
+    pub fn set(&mut self, name: &str, content: impl Into<Vec<u8>>) {
+        self.files.retain(|(other, _)| other != name);
+        self.files.push((name.to_string(), content.into()));
+    }
+
+    /// Names and contents.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.files.iter().map(|(name, content)| (name.as_str(), content.as_slice()))
+    }
+}
+
+/// Writes model folder `target`, replacing an earlier model there and nothing else. `tensors` are those of
+/// [`LlamaConfig::tensors`], in that order, which decides what falls into which shard; `fill(tensor, offset, values)`
+/// assigns the values of a tensor from row-major index `offset` on. At most 8 MiB of weights are in memory at a time.
+///
+/// A model larger than `shard_bytes` is cut as transformers cuts it, into `model-00001-of-0000N.safetensors` and so on
+/// with their index.
+///
+/// # Errors
+/// Those of `fill` and of the disk, after which `target` is what it was before; [`Error::Config`] where `target` holds
+/// something that is not part of a model.
+pub fn save_model(
+    target: &Path,
+    companions: &CompanionFiles,
+    tensors: &[TensorSpec],
+    shard_bytes: u64,
+    mut fill: impl FnMut(&TensorSpec, usize, &mut [bf16]) -> Result<()>,
+) -> Result<()> {
+    let folder = AtomicFolder::create(target, belongs_to_a_model)?;
+    let shards = cut_into_shards(tensors, shard_bytes);
+    let shard_name = |shard: usize| match shards.len() {
+        1 => "model.safetensors".to_string(),
+        count => format!("model-{:05}-of-{count:05}.safetensors", shard + 1),
+    };
+    for (number, shard) in shards.iter().enumerate() {
+        let stored: Vec<StoredTensor> =
+            shard.iter().map(|spec| StoredTensor::new(&spec.name, Dtype::BF16, &spec.shape)).collect();
+        let file = folder.file(&shard_name(number))?;
+        write_tensors(file, &stored, &[("format", "pt")], |tensor, offset, bytes| {
+            let spec = TensorSpec::new(&tensor.name, &tensor.shape);
+            fill(&spec, offset, bytemuck::cast_slice_mut(bytes))
+        })?;
+    }
+    if shards.len() > 1 {
+        folder.write_file(INDEX, index(&shards, shard_name).as_bytes())?;
+    }
+    for (name, content) in companions.iter() {
+        folder.write_file(name, content)?;
+    }
+    folder.commit()
+}
+
+/// In the order given, as many tensors as fit; one above the limit has a shard to itself.
+fn cut_into_shards(tensors: &[TensorSpec], shard_bytes: u64) -> Vec<Vec<&TensorSpec>> {
+    let mut shards: Vec<Vec<&TensorSpec>> = Vec::new();
+    let mut current = Vec::new();
+    let mut used = 0;
+    for tensor in tensors {
+        let bytes = bf16_bytes(tensor);
+        if bytes > shard_bytes {
+            shards.push(vec![tensor]);
+            continue;
+        }
+        if used + bytes > shard_bytes {
+            shards.push(std::mem::take(&mut current));
+            used = 0;
+        }
+        current.push(tensor);
+        used += bytes;
+    }
+    if !current.is_empty() || shards.is_empty() {
+        shards.push(current);
+    }
+    shards
+}
+
+fn index(shards: &[Vec<&TensorSpec>], shard_name: impl Fn(usize) -> String) -> String {
+    let all = || shards.iter().flatten();
+    let mut files: Vec<(&str, String)> = shards
+        .iter()
+        .enumerate()
+        .flat_map(|(number, shard)| shard.iter().map(move |tensor| (tensor.name.as_str(), number)))
+        .map(|(name, number)| (name, shard_name(number)))
+        .collect();
+    files.sort();
+    let index = json!({
+        "metadata": {
+            "total_parameters": all().map(|tensor| tensor.values()).sum::<usize>(),
+            "total_size": all().map(|tensor| bf16_bytes(tensor)).sum::<u64>(),
+        },
+        "weight_map": files.into_iter().map(|(name, file)| (name.to_string(), file.into())).collect::<serde_json::Map<String, Value>>(),
+    });
+    format!("{index:#}\n")
+}
+
+fn bf16_bytes(tensor: &TensorSpec) -> u64 {
+    tensor.values() as u64 * size_of::<bf16>() as u64
+}
+
+/// Whether a file of this name may be lost when a model folder is replaced by a newer model.
+fn belongs_to_a_model(name: &str) -> bool {
+    name == CONFIG
+        || name == INDEX
+        || COMPANIONS.contains(&name)
+        || (name.starts_with("model") && name.ends_with(".safetensors"))
+}

@@ -1,0 +1,142 @@
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score` and `generate`.
+
+mod arguments;
+mod generate;
+mod score;
+mod train;
+mod version;
+
+use std::ffi::OsString;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgAction, Command};
+
+use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
+use crate::error::{Error, Result};
+
+/// What a command line asks for before any command is run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verbosity {
+    pub quiet: bool,
+    pub verbose: bool,
+}
+
+/// A command line that was understood.
+pub struct Invocation {
+    pub verbosity: Verbosity,
+    command: Parsed,
+}
+
+enum Parsed {
+    Version,
+    Train(Box<RunConfig>),
+    Score(ScoreConfig),
+    Generate(GenerateConfig),
+}
+
+/// What parsing ended in when there is nothing to run.
+pub enum Stop {
+    /// Help, or a usage error in clap's own words; clap prints it and knows the exit code (0 or 2).
+    Clap(clap::Error),
+    Error(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Stop::Error(error)
+    }
+}
+
+/// Understands a command line, the program's name first.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Result<Invocation, Stop> {
+    let mut command = command();
+    let matches = command.try_get_matches_from_mut(arguments).map_err(|error| explain(error, &command))?;
+    let verbosity = Verbosity { quiet: matches.get_flag("quiet"), verbose: matches.get_flag("verbose") };
+    let parsed = match matches.subcommand() {
+        _ if matches.get_flag("version") => Parsed::Version,
+        Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("score", matches)) => Parsed::Score(score::config(matches)?),
+        Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
+        _ => {
+            return Err(Stop::Clap(
+                command.error(ErrorKind::MissingSubcommand, "a command is missing: train, score or generate"),
+            ));
+        }
+    };
+    Ok(Invocation { verbosity, command: parsed })
+}
+
+impl Invocation {
+    /// Does what was asked.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Parsed::Version => version::print(self.verbosity.verbose),
+            Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Score(config) => crate::score::run(&config),
+            Parsed::Generate(config) => crate::generate::run(&config),
+        }
+    }
+}
+
+fn command() -> Command {
+    let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
+    Command::new("mmpo-fast")
+        .about(
+            "Trains Llama-family models on preference pairs: MMPO, and DPO, SimPO and SFT on the same path.",
+        )
+        .after_help(
+            "`mmpo-fast train` with no arguments runs a small built-in demo.\n\
+             RUST_LOG sets the log in detail; NO_COLOR switches colours off.",
+        )
+        .arg_required_else_help(true)
+        .args_conflicts_with_subcommands(false)
+        .disable_version_flag(true)
+        .disable_help_subcommand(true)
+        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("quiet")
+                .short('q')
+                .global(true)
+                .help("Print warnings and errors only")
+                .conflicts_with("verbose"),
+        )
+        .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
+        .subcommand(train::command())
+        .subcommand(score::command())
+        .subcommand(generate::command())
+}
+
+/// An unknown flag or command names the nearest known one, in our words; the rest is clap's.
+fn explain(error: clap::Error, command: &Command) -> Stop {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let usage = "`mmpo-fast --help` lists the commands, `mmpo-fast train --help` the options of one";
+    match error.kind() {
+        ErrorKind::InvalidSubcommand => {
+            let unknown = text(ContextKind::InvalidSubcommand).unwrap_or_default();
+            let nearest = suggest::nearest(unknown, command.get_subcommands().map(Command::get_name));
+            Error::config(
+                format!("unknown command `{unknown}`; did you mean `{}`?", nearest.unwrap_or_default()),
+                usage,
+            )
+            .into()
+        }
+        ErrorKind::UnknownArgument => {
+            let unknown = text(ContextKind::InvalidArg).unwrap_or_default();
+            if !unknown.starts_with("--") {
+                return Error::config(format!("unexpected argument `{unknown}`"), usage).into();
+            }
+            let usage_text = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
+            let called = command
+                .get_subcommands()
+                .find(|sub| usage_text.contains(&format!("mmpo-fast {}", sub.get_name())))
+                .unwrap_or(command);
+            let flags = called.get_arguments().filter_map(Arg::get_long);
+            let nearest = suggest::nearest(unknown, flags).unwrap_or_default();
+            Error::config(format!("unknown flag `{unknown}`; did you mean `--{nearest}`?"), usage).into()
+        }
+        _ => Stop::Clap(error),
+    }
+}

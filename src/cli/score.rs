@@ -1,0 +1,66 @@
+//! `mmpo-fast score`.
+
+use clap::{ArgMatches, Command};
+
+use super::arguments::{self, own, value};
+use crate::config::options::Row;
+use crate::config::{self, ObjectiveKind, ScoreConfig};
+use crate::error::{Error, Result};
+
+/// Factor of the rewards, as DPO's own default.
+const BETA: f64 = 0.1;
+
+/// The options of `train` that mean the same here.
+fn shared(row: &Row) -> bool {
+    let names =
+        ["chat_template", "max_prompt_length", "max_length", "tokens_per_micro_batch", "device", "threads"];
+    names.contains(&row.name)
+}
+
+pub fn command() -> Command {
+    Command::new("score")
+        .about("Write the log-probs of preference pairs under a model")
+        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
+        .arg(
+            own("output", "FILE.jsonl", "File that receives a line a pair, in the order of the data")
+                .required(true),
+        )
+        .arg(own(
+            "reference",
+            "DIR",
+            "Hugging Face folder of a reference model: writes rewards and margins too",
+        ))
+        .arg(
+            own(
+                "beta",
+                "NUMBER",
+                format!("Factor of the rewards, beta * (logp - reference logp) [default: {BETA}]"),
+            )
+            .requires("reference"),
+        )
+        .args(arguments::flags(shared))
+}
+
+pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
+    let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
+    let path = |name| value(matches, name, config::is_path, "must name a file or folder");
+    let required = |name| path(name)?.ok_or_else(|| missing(name));
+    let positive = |beta: &f64| beta.is_finite() && *beta > 0.0;
+    Ok(ScoreConfig {
+        model: required("model")?,
+        data: required("data")?,
+        output: required("output")?,
+        reference: path("reference")?,
+        beta: value(matches, "beta", positive, "must be finite and greater than 0")?.unwrap_or(BETA),
+        limits: config::limits(&settled)?,
+        chat_template: settled.chat_template,
+        tokens_per_micro_batch: settled.tokens_per_micro_batch,
+        device: settled.device,
+        threads: settled.threads,
+    })
+}
+
+fn missing(name: &str) -> Error {
+    Error::config(format!("--{name} is missing"), "`mmpo-fast score --help` lists what is needed")
+}

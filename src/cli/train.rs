@@ -1,0 +1,31 @@
+//! `mmpo-fast train`.
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::arguments;
+use crate::config::{self, RunConfig};
+use crate::error::Result;
+
+const ABOUT: &str = "Train a model on preference pairs.
+
+With no arguments a small built-in demo runs. Options can also stand in a recipe, a TOML file whose keys are the flags' \
+names with underscores; a flag goes before the recipe, the recipe before the defaults.";
+
+pub fn command() -> Command {
+    Command::new("train")
+        .about("Train a model on preference pairs")
+        .long_about(ABOUT)
+        .arg(arguments::own("recipe", "FILE.toml", "Read options from a recipe; flags go before it"))
+        .arg(Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
+            "Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too",
+        ))
+        .args(arguments::flags(|_| true))
+}
+
+pub fn config(matches: &ArgMatches) -> Result<RunConfig> {
+    let flags = arguments::options(matches, |_| true)?;
+    let recipe = arguments::text(matches, "recipe").map(PathBuf::from);
+    config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))
+}

@@ -1,0 +1,33 @@
+//! `mmpo-fast --version`, and with `--verbose` what this build can do.
+
+use std::io::Write;
+use std::path::Path;
+
+use crate::device::cuda;
+use crate::error::{Error, Result};
+
+/// A line of `--version --verbose`: a name and what there is to say.
+type Feature = (&'static str, String);
+
+/// What this build can do. `kernels`: which GPUs, by which compiler, or why none.
+fn features() -> Vec<Feature> {
+    vec![
+        ("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS)),
+        ("build", if cfg!(debug_assertions) { "debug" } else { "release" }.to_string()),
+        ("devices", "cpu, cuda, emulated".to_string()),
+        ("kernels", cuda::build_info().to_string()),
+    ]
+}
+
+/// The version on one line, then a line a feature where `verbose`.
+pub fn print(verbose: bool) -> Result<()> {
+    let mut text = format!("mmpo-fast {}\n", env!("CARGO_PKG_VERSION"));
+    if verbose {
+        for (name, value) in features() {
+            text.push_str(&format!("{name:<10}{value}\n"));
+        }
+    }
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|source| Error::io(Path::new("standard output"), "write", source))
+}

@@ -1,0 +1,79 @@
+//! The values an option may have. A rule completes "`beta` = -1 ...".
+
+use std::path::PathBuf;
+
+use super::value::{EntropyWeight, Source};
+
+pub type Check<T> = fn(&T) -> Result<(), &'static str>;
+
+fn rule(holds: bool, text: &'static str) -> Result<(), &'static str> {
+    if holds { Ok(()) } else { Err(text) }
+}
+
+pub fn anything<T>(_value: &T) -> Result<(), &'static str> {
+    Ok(())
+}
+
+pub fn positive(value: &f64) -> Result<(), &'static str> {
+    rule(value.is_finite() && *value > 0.0, "must be finite and greater than 0")
+}
+
+pub fn not_negative(value: &f64) -> Result<(), &'static str> {
+    rule(value.is_finite() && *value >= 0.0, "must be finite and at least 0")
+}
+
+pub fn zero_to_one(value: &f64) -> Result<(), &'static str> {
+    rule((0.0..=1.0).contains(value), "must be from 0 to 1")
+}
+
+pub fn half_to_one(value: &f64) -> Result<(), &'static str> {
+    rule(
+        (0.5..=1.0).contains(value),
+        "must be from 0.5 to 1: below, the rejected response would be preferred",
+    )
+}
+
+pub fn below_one(value: &f64) -> Result<(), &'static str> {
+    rule((0.0..1.0).contains(value), "must be at least 0 and less than 1")
+}
+
+pub fn below_half(value: &f64) -> Result<(), &'static str> {
+    rule((0.0..0.5).contains(value), "must be at least 0 and less than 0.5: at 0.5 the labels say nothing")
+}
+
+pub fn at_least_one(value: &usize) -> Result<(), &'static str> {
+    rule(*value >= 1, "must be at least 1")
+}
+
+pub fn at_least_two(value: &usize) -> Result<(), &'static str> {
+    rule(*value >= 2, "must be at least 2: one token of the prompt and one of the response")
+}
+
+/// TOML integers are signed: a larger seed could not be written into the resolved recipe.
+pub fn fits_toml(value: &u64) -> Result<(), &'static str> {
+    rule(i64::try_from(*value).is_ok(), "must be at most 9223372036854775807")
+}
+
+pub fn entropy_weight(value: &EntropyWeight) -> Result<(), &'static str> {
+    match value {
+        EntropyWeight::Beta => Ok(()),
+        EntropyWeight::Number(number) => not_negative(number),
+    }
+}
+
+/// Whether something is named at all.
+#[expect(clippy::ptr_arg, reason = "a rule takes the option's own type")]
+pub fn is_path(value: &PathBuf) -> bool {
+    !value.as_os_str().is_empty()
+}
+
+pub fn path(value: &PathBuf) -> Result<(), &'static str> {
+    rule(is_path(value), "must name a file or folder, and is empty")
+}
+
+pub fn source(value: &Source) -> Result<(), &'static str> {
+    match value {
+        Source::Builtin => Ok(()),
+        Source::Path(value) => path(value),
+    }
+}

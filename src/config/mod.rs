@@ -1,0 +1,164 @@
+//! One validated configuration of a run, whatever it came from: flags before a recipe file before defaults.
+//!
+//! [`options`] is the table of a training run's options; [`recipe`] reads them from TOML and writes them back;
+//! [`resolve`] checks how they go together and makes the [`RunConfig`].
+
+mod check;
+pub mod options;
+pub mod recipe;
+mod resolve;
+pub mod suggest;
+pub mod value;
+
+use std::path::PathBuf;
+
+pub use check::is_path;
+pub use recipe::RESOLVED_FILE;
+pub use resolve::{limits, resolve};
+
+use crate::device::DeviceChoice;
+use crate::objective::Objective;
+use crate::optimizer::Schedule;
+
+/// Which objective, without its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ObjectiveKind {
+    Mmpo,
+    Dpo,
+    Simpo,
+    Sft,
+}
+
+impl ObjectiveKind {
+    pub const ALL: [ObjectiveKind; 4] =
+        [ObjectiveKind::Mmpo, ObjectiveKind::Dpo, ObjectiveKind::Simpo, ObjectiveKind::Sft];
+
+    pub fn of(objective: &Objective) -> Self {
+        match objective {
+            Objective::Mmpo(_) => ObjectiveKind::Mmpo,
+            Objective::Dpo(_) => ObjectiveKind::Dpo,
+            Objective::Simpo(_) => ObjectiveKind::Simpo,
+            Objective::Sft => ObjectiveKind::Sft,
+        }
+    }
+}
+
+/// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunConfig {
+    /// Hugging Face model folder; `None` is the built-in demo model.
+    pub model: Option<PathBuf>,
+    /// Pairs file; `None` is the built-in demo pairs.
+    pub data: Option<PathBuf>,
+    pub output: PathBuf,
+    /// Frozen reference folder; `None` is the starting model.
+    pub reference: Option<PathBuf>,
+    /// Jinja file in place of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    pub objective: Objective,
+    pub optimizer: OptimizerConfig,
+    pub schedule: ScheduleConfig,
+    pub batch: BatchConfig,
+    pub limits: LengthLimits,
+    pub evaluation: EvaluationConfig,
+    /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
+    pub save_steps: Option<usize>,
+    /// Checkpoints kept, the newest.
+    pub keep_checkpoints: usize,
+    pub seed: u64,
+    pub device: DeviceChoice,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<usize>,
+    pub resume: bool,
+}
+
+/// AdamW.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// Global l2 norm the gradient is clipped to; `None` does not clip.
+    pub max_grad_norm: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScheduleConfig {
+    pub kind: Schedule,
+    pub warmup: Warmup,
+    /// Passes over the data; of no meaning where `max_steps` is given.
+    pub epochs: f64,
+    /// Length of the run in optimiser steps, in place of `epochs`.
+    pub max_steps: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Warmup {
+    /// Share of all steps, `0..=1`.
+    Ratio(f64),
+    Steps(usize),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchConfig {
+    /// Pairs of one optimiser step.
+    pub pairs_per_step: usize,
+    /// Tokens of one micro-batch; the result does not depend on it.
+    pub tokens_per_micro_batch: usize,
+}
+
+/// Token limits of a pair; prompts are cut from the left, responses from the right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LengthLimits {
+    /// Prompt plus one response.
+    pub max_length: usize,
+    pub max_prompt_length: usize,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvaluationConfig {
+    pub data: Option<PathBuf>,
+    /// Optimiser steps between evaluations; `None`: once an epoch.
+    pub steps: Option<usize>,
+}
+
+/// Everything `score` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoreConfig {
+    pub model: PathBuf,
+    pub data: PathBuf,
+    /// The JSON Lines file that is written, a line a pair.
+    pub output: PathBuf,
+    /// With it, rewards `beta * (lp - lp_ref)` and margins are written too.
+    pub reference: Option<PathBuf>,
+    /// Factor of the rewards; of no meaning without a reference.
+    pub beta: f64,
+    pub chat_template: Option<PathBuf>,
+    pub limits: LengthLimits,
+    pub tokens_per_micro_batch: usize,
+    pub device: DeviceChoice,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<usize>,
+}
+
+/// Everything `generate` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateConfig {
+    pub model: PathBuf,
+    pub prompt: String,
+    pub system: Option<String>,
+    /// The prompt as it stands, with no chat template around it.
+    pub raw: bool,
+    pub chat_template: Option<PathBuf>,
+    pub max_new_tokens: usize,
+    /// 0 is greedy: always the likeliest token.
+    pub temperature: f64,
+    /// Samples from the likeliest tokens whose probabilities add up to this; 1 is all of them.
+    pub top_p: f64,
+    pub seed: u64,
+    pub device: DeviceChoice,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<usize>,
+}

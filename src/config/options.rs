@@ -1,0 +1,270 @@
+//! The options of a training run, each defined once: its name (flag `--learning-rate`, recipe key `learning_rate`),
+//! documentation, type, default, the objectives it belongs to, and the values it may have.
+
+use std::path::PathBuf;
+
+use toml::de::DeValue;
+
+use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
+use super::{ObjectiveKind, check};
+use crate::device::DeviceChoice;
+use crate::error::{Error, Result};
+use crate::optimizer::Schedule;
+
+use ObjectiveKind::{Dpo, Mmpo, Simpo};
+
+/// The heading of the options that are numbers of the objective.
+pub const OBJECTIVE_HEADING: &str = "Objective";
+
+const ALL: &[ObjectiveKind] = &ObjectiveKind::ALL;
+
+/// Who gave a value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Flag,
+    /// A key of a recipe file, and its 1-based line.
+    Recipe {
+        path: PathBuf,
+        line: usize,
+    },
+    /// A key of the built-in demo's recipe: no choice of the user's.
+    Demo {
+        line: usize,
+    },
+}
+
+impl Origin {
+    /// The option as its giver wrote it, for the beginning of a message.
+    pub fn name(&self, option: &str) -> String {
+        match self {
+            Origin::Flag => format!("`{}`", flag_name(option)),
+            Origin::Recipe { path, line } => format!("{}:{line}: `{option}`", path.display()),
+            Origin::Demo { line } => format!("{}:{line}: `{option}`", super::recipe::DEMO_PATH),
+        }
+    }
+}
+
+/// `learning_rate` as a flag: `--learning-rate`.
+pub fn flag_name(option: &str) -> String {
+    format!("--{}", option.replace('_', "-"))
+}
+
+/// A value, and who gave it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Given<T> {
+    pub value: T,
+    pub origin: Origin,
+}
+
+/// An option without its type, for what treats all options alike: flags, recipe files, help.
+pub struct Row {
+    pub name: &'static str,
+    pub heading: &'static str,
+    pub documentation: String,
+    pub placeholder: &'static str,
+    /// Whether the flag may stand alone, meaning `true`.
+    pub is_switch: bool,
+    /// The objectives that the option belongs to.
+    pub only: &'static [ObjectiveKind],
+    /// The default for people.
+    pub default: String,
+    pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
+    pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
+    pub origin: fn(&Options) -> Option<&Origin>,
+    pub clear: fn(&mut Options),
+    pub to_toml: fn(&Options) -> Option<String>,
+}
+
+impl Row {
+    pub fn help(&self) -> String {
+        let for_objectives = match self.only.len() {
+            4 => String::new(),
+            _ => format!(" [only {}]", join(self.only)),
+        };
+        format!("{}{for_objectives} [default: {}]", self.documentation, self.default)
+    }
+}
+
+/// `mmpo, dpo`
+pub fn join(objectives: &[ObjectiveKind]) -> String {
+    objectives.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn checked<T: OptionValue>(
+    name: &str,
+    parsed: std::result::Result<T, String>,
+    check: check::Check<T>,
+    origin: Origin,
+) -> Result<Option<Given<T>>> {
+    let checked = parsed.and_then(|value| match check(&value) {
+        Ok(()) => Ok(value),
+        Err(rule) => Err(format!("= {} {rule}", value.to_toml())),
+    });
+    match checked {
+        Ok(value) => Ok(Some(Given { value, origin })),
+        Err(problem) => Err(Error::config(
+            format!("{} {problem}", origin.name(name)),
+            format!("`mmpo-fast train --help` explains {}", flag_name(name)),
+        )),
+    }
+}
+
+/// Makes from the table: [`Options`] (what was given), [`Settled`] (what holds), and the [`rows`].
+macro_rules! options {
+    ($($heading:literal { $(
+        $(#[doc = $documentation:literal])+
+        $name:ident: $type:ty, $fallback_type:ty = $fallback:expr, $only:expr, $check:expr;
+    )+ })+) => {
+        /// The options that were given, by flags, a recipe, or both.
+        #[derive(Clone, Debug, Default, PartialEq)]
+        pub struct Options { $($(
+            $(#[doc = $documentation])+
+            pub $name: Option<Given<$type>>,
+        )+)+ }
+
+        /// Every option's value after defaults.
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct Settled { $($(
+            $(#[doc = $documentation])+
+            pub $name: <$fallback_type as Fallback<$type>>::Settled,
+        )+)+ }
+
+        impl Options {
+            /// `self` where it says something, else `lower`.
+            pub fn or(self, lower: Options) -> Options {
+                Options { $($( $name: self.$name.or(lower.$name), )+)+ }
+            }
+
+            /// Fills in the defaults.
+            pub fn settle(self, objective: ObjectiveKind) -> Settled {
+                Settled { $($(
+                    $name: <$fallback_type as Fallback<$type>>::settle(
+                        $fallback, self.$name.map(|given| given.value), objective,
+                    ),
+                )+)+ }
+            }
+        }
+
+        /// The table, in the order of `--help` and of a resolved recipe.
+        pub fn rows() -> Vec<Row> {
+            vec![$($( Row {
+                name: stringify!($name),
+                heading: $heading,
+                documentation: concat!($($documentation),+).trim().to_string(),
+                placeholder: <$type as OptionValue>::PLACEHOLDER,
+                is_switch: <$type as OptionValue>::IS_SWITCH,
+                only: $only,
+                default: <$fallback_type as Fallback<$type>>::label($fallback, $only),
+                put_text: |options, text, origin| {
+                    let parsed = <$type as OptionValue>::from_text(text);
+                    options.$name = checked(stringify!($name), parsed, $check, origin)?;
+                    Ok(())
+                },
+                put_toml: |options, value, origin| {
+                    let parsed = <$type as OptionValue>::from_toml(value);
+                    options.$name = checked(stringify!($name), parsed, $check, origin)?;
+                    Ok(())
+                },
+                origin: |options| options.$name.as_ref().map(|given| &given.origin),
+                clear: |options| options.$name = None,
+                to_toml: |options| options.$name.as_ref().map(|given| given.value.to_toml()),
+            }, )+)+]
+        }
+    };
+}
+
+options! {
+    "Input and output" {
+        /// Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's.
+        model: Source, Absent = Absent("required; without --data and --recipe too, the demo"),
+            ALL, check::source;
+        /// Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's.
+        data: Source, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::source;
+        /// Folder that receives the model, metrics, report and checkpoints.
+        output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
+        /// Hugging Face folder of the frozen reference model.
+        reference: PathBuf, Absent = Absent("the starting model"), &[Mmpo, Dpo], check::path;
+        /// Jinja file that replaces the model's own chat template.
+        chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
+        /// Prompts are cut from the left to this many tokens.
+        max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
+            ALL, check::at_least_one;
+        /// Prompt plus one response are cut to this many tokens, the response from the right.
+        max_length: usize, Always<usize> = Always(2312), ALL, check::at_least_two;
+    }
+    "Objective" {
+        /// What is optimised: mmpo, dpo, simpo or sft.
+        objective: ObjectiveKind, Always<ObjectiveKind> = Always(Mmpo), ALL, check::anything;
+        /// Weight of the reference log-prob in MMPO's reward; inverse temperature of DPO and SimPO.
+        beta: f64, PerObjective<f64> = PerObjective { mmpo: 0.05, dpo: 0.1, simpo: 2.0, sft: 0.0 },
+            &[Mmpo, Dpo, Simpo], check::positive;
+        /// Reward of the chosen response before the reference's part; the rejected one gets 1 - epsilon.
+        epsilon: f64, Always<f64> = Always(0.9), &[Mmpo], check::half_to_one;
+        /// Pairs whose rewards are normalised together; 2 is what the authors do.
+        reward_group: usize, Absent = Absent("2, or --pairs-per-step if that is 1"), &[Mmpo], check::at_least_one;
+        /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
+        reward_normalize: bool, Always<bool> = Always(true), &[Mmpo], check::anything;
+        /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
+        length_normalize: bool, Always<bool> = Always(false), &[Mmpo], check::anything;
+        /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
+        preference_weight: f64, Always<f64> = Always(0.0), &[Mmpo], check::not_negative;
+        /// Weight of the entropy bonus; `beta` is the paper's "+ EntropyOptim".
+        entropy_weight: EntropyWeight, Always<EntropyWeight> = Always(EntropyWeight::Number(0.0)),
+            &[Mmpo], check::entropy_weight;
+        /// Target margin of SimPO in units of beta.
+        gamma_beta_ratio: f64, Always<f64> = Always(0.5), &[Simpo], check::not_negative;
+        /// Probability that a label is the wrong way round (conservative DPO).
+        label_smoothing: f64, Always<f64> = Always(0.0), &[Dpo], check::below_half;
+    }
+    "Optimiser and schedule" {
+        /// Peak learning rate of AdamW. The defaults are the smallest the paper uses for each objective; its full
+        /// training of small models takes 5e-4 for mmpo, see recipes/.
+        learning_rate: f64, PerObjective<f64> = PerObjective { mmpo: 1e-4, dpo: 1e-5, simpo: 1e-4, sft: 2e-5 },
+            ALL, check::positive;
+        /// Decay of the first moment.
+        adam_beta1: f64, Always<f64> = Always(0.9), ALL, check::below_one;
+        /// Decay of the second moment.
+        adam_beta2: f64, Always<f64> = Always(0.999), ALL, check::below_one;
+        /// Added to the root of the second moment.
+        adam_epsilon: f64, Always<f64> = Always(1e-8), ALL, check::positive;
+        /// Decoupled weight decay, on every tensor.
+        weight_decay: f64, Always<f64> = Always(0.0), ALL, check::not_negative;
+        /// Global l2 norm that gradients are clipped to; 0 turns clipping off.
+        max_grad_norm: f64, Always<f64> = Always(1.0), ALL, check::not_negative;
+        /// Shape of the learning rate behind the warm-up: cosine, linear or constant.
+        schedule: Schedule, Always<Schedule> = Always(Schedule::Cosine), ALL, check::anything;
+        /// Warm-up as a share of all steps.
+        warmup_ratio: f64, Absent = Absent("0.1, unless --warmup-steps is given"), ALL, check::zero_to_one;
+        /// Warm-up in steps.
+        warmup_steps: usize, Absent = Absent("see --warmup-ratio"), ALL, check::anything;
+        /// Passes over the data; fractions are allowed.
+        epochs: f64, Absent = Absent("1, unless --max-steps is given"), ALL, check::positive;
+        /// Optimiser steps of the whole run, instead of --epochs.
+        max_steps: usize, Absent = Absent("see --epochs"), ALL, check::at_least_one;
+    }
+    "Batches" {
+        /// Pairs of one optimiser step, gathered over micro-batches.
+        pairs_per_step: usize, Always<usize> = Always(128), ALL, check::at_least_one;
+        /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
+        /// larger than that is a micro-batch of its own.
+        tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
+        /// Seed of the order of the pairs.
+        seed: u64, Always<u64> = Always(42), ALL, check::fits_toml;
+    }
+    "Evaluation and checkpoints" {
+        /// Pairs to evaluate on.
+        eval_data: PathBuf, Absent = Absent("no evaluation"), ALL, check::path;
+        /// Optimiser steps between evaluations.
+        eval_steps: usize, Absent = Absent("once an epoch"), ALL, check::at_least_one;
+        /// Optimiser steps between checkpoints.
+        save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
+        /// Checkpoints kept, the newest.
+        keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
+    }
+    "Machine" {
+        /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
+        device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
+        /// CPU threads.
+        threads: usize, Absent = Absent("all cores"), ALL, check::at_least_one;
+    }
+}

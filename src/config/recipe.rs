@@ -1,0 +1,157 @@
+//! Recipes: TOML files whose keys are the options of [`super::options`], read with lines for messages and written back.
+
+use std::path::Path;
+
+use toml::de::{DeTable, DeValue};
+
+use super::options::{Given, Options, Origin, Row, rows};
+use super::value::{EntropyWeight, Source};
+use super::{ObjectiveKind, RunConfig, Warmup, suggest};
+use crate::error::{Error, Result};
+use crate::objective::Objective;
+
+/// The resolved recipe beside a result: the whole configuration, defaults included.
+pub const RESOLVED_FILE: &str = "resolved.toml";
+
+/// The demo's recipe, as messages name it.
+pub const DEMO_PATH: &str = "recipes/demo.toml";
+const DEMO: &str = include_str!("../../recipes/demo.toml");
+
+/// Options that only a command line can have.
+const FLAGS_ONLY: [&str; 2] = ["recipe", "resume"];
+
+/// Reads a recipe file.
+pub fn read(path: &Path) -> Result<Options> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, "read", source))?;
+    parse(&text, path)
+}
+
+/// Reads a recipe's text; `path` is for messages.
+pub fn parse(text: &str, path: &Path) -> Result<Options> {
+    parse_with(text, &path.display().to_string(), |line| Origin::Recipe { path: path.to_path_buf(), line })
+}
+
+/// The built-in demo's recipe.
+pub fn demo() -> Result<Options> {
+    parse_with(DEMO, DEMO_PATH, |line| Origin::Demo { line })
+}
+
+fn parse_with(text: &str, path: &str, origin: impl Fn(usize) -> Origin) -> Result<Options> {
+    let line_of = |offset: usize| 1 + text.bytes().take(offset).filter(|&byte| byte == b'\n').count();
+    let table = DeTable::parse(text).map_err(|error| {
+        let line = line_of(error.span().map_or(0, |span| span.start));
+        Error::config(
+            format!("{path}:{line}: not TOML: {}", error.message()),
+            "a recipe is lines of `name = value`; text and paths stand in quotes",
+        )
+    })?;
+    let rows = rows();
+    let mut options = Options::default();
+    for (key, value) in table.get_ref().iter() {
+        let line = line_of(key.span().start);
+        let row = rows
+            .iter()
+            .find(|row| row.name == key.get_ref().as_ref())
+            .ok_or_else(|| unknown_key(key.get_ref(), value.get_ref(), &format!("{path}:{line}"), &rows))?;
+        (row.put_toml)(&mut options, value.get_ref(), origin(line))?;
+    }
+    Ok(options)
+}
+
+fn unknown_key(key: &str, value: &DeValue<'_>, place: &str, rows: &[Row]) -> Error {
+    if FLAGS_ONLY.contains(&key) {
+        return Error::config(
+            format!("{place}: `{key}` is a flag, not a recipe key"),
+            format!("give --{key} on the command line"),
+        );
+    }
+    let nearest = suggest::nearest(key, rows.iter().map(|row| row.name)).unwrap_or_default();
+    let help = match value {
+        DeValue::Table(_) => "a recipe is flat: all options at the top level, no [tables]",
+        _ => "`mmpo-fast train --help` lists all options; a recipe key is a flag's name with underscores",
+    };
+    Error::config(format!("{place}: unknown key `{key}`; did you mean `{nearest}`?"), help)
+}
+
+impl RunConfig {
+    /// The whole configuration as a recipe; reading that back gives an equal configuration (but for `resume`, which
+    /// is a matter of one command line).
+    pub fn to_toml(&self) -> String {
+        let options = given(self);
+        let mut text = String::from("# The resolved configuration of this run, defaults included.\n");
+        let mut heading = "";
+        for row in rows() {
+            let Some(value) = (row.to_toml)(&options) else { continue };
+            if row.heading != heading {
+                heading = row.heading;
+                text.push_str(&format!("\n# {heading}\n"));
+            }
+            text.push_str(&format!("{} = {value}\n", row.name));
+        }
+        text
+    }
+}
+
+/// The options that make `config`.
+fn given(config: &RunConfig) -> Options {
+    fn some<T>(value: T) -> Option<Given<T>> {
+        Some(Given { value, origin: Origin::Flag })
+    }
+    let schedule = &config.schedule;
+    let (warmup_ratio, warmup_steps) = match schedule.warmup {
+        Warmup::Ratio(ratio) => (some(ratio), None),
+        Warmup::Steps(steps) => (None, some(steps)),
+    };
+    let mut options = Options {
+        model: some(Source::from_path(config.model.as_ref())),
+        data: some(Source::from_path(config.data.as_ref())),
+        output: some(config.output.clone()),
+        reference: config.reference.clone().and_then(some),
+        chat_template: config.chat_template.clone().and_then(some),
+        max_prompt_length: some(config.limits.max_prompt_length),
+        max_length: some(config.limits.max_length),
+        objective: some(ObjectiveKind::of(&config.objective)),
+        learning_rate: some(config.optimizer.learning_rate),
+        adam_beta1: some(config.optimizer.beta1),
+        adam_beta2: some(config.optimizer.beta2),
+        adam_epsilon: some(config.optimizer.epsilon),
+        weight_decay: some(config.optimizer.weight_decay),
+        max_grad_norm: some(config.optimizer.max_grad_norm.unwrap_or(0.0)),
+        schedule: some(schedule.kind),
+        warmup_ratio,
+        warmup_steps,
+        epochs: if schedule.max_steps.is_some() { None } else { some(schedule.epochs) },
+        max_steps: schedule.max_steps.and_then(some),
+        pairs_per_step: some(config.batch.pairs_per_step),
+        tokens_per_micro_batch: some(config.batch.tokens_per_micro_batch),
+        seed: some(config.seed),
+        eval_data: config.evaluation.data.clone().and_then(some),
+        eval_steps: config.evaluation.steps.and_then(some),
+        save_steps: config.save_steps.and_then(some),
+        keep_checkpoints: some(config.keep_checkpoints),
+        device: some(config.device),
+        threads: config.threads.and_then(some),
+        ..Options::default()
+    };
+    match config.objective {
+        Objective::Mmpo(mmpo) => {
+            options.beta = some(mmpo.beta);
+            options.epsilon = some(mmpo.epsilon);
+            options.reward_normalize = some(mmpo.reward_normalize);
+            options.reward_group = if mmpo.reward_normalize { some(mmpo.reward_group) } else { None };
+            options.length_normalize = some(mmpo.length_normalize);
+            options.preference_weight = some(mmpo.preference_weight);
+            options.entropy_weight = some(EntropyWeight::Number(mmpo.entropy_weight));
+        }
+        Objective::Dpo(dpo) => {
+            options.beta = some(dpo.beta);
+            options.label_smoothing = some(dpo.label_smoothing);
+        }
+        Objective::Simpo(simpo) => {
+            options.beta = some(simpo.beta);
+            options.gamma_beta_ratio = some(simpo.gamma_beta_ratio);
+        }
+        Objective::Sft => {}
+    }
+    options
+}

@@ -1,0 +1,268 @@
+//! From what was given to what holds: layers, defaults, and the rules between options.
+
+use std::path::{Path, PathBuf};
+
+use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_name, join, rows};
+use super::recipe::{self, RESOLVED_FILE};
+use super::value::{EntropyWeight, Source};
+use super::{
+    BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, RunConfig, ScheduleConfig,
+    Warmup,
+};
+use crate::error::{Error, Result};
+use crate::objective::{Dpo, Mmpo, Objective, Simpo};
+
+/// Defaults that depend on other options, so that the table can only describe them.
+const WARMUP_RATIO: f64 = 0.1;
+const EPOCHS: f64 = 1.0;
+const REWARD_GROUP: usize = 2;
+const MAX_PROMPT_LENGTH: usize = 1800;
+/// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
+const MAX_LENGTH: usize = 2312;
+
+/// Pairs of options of which a run has one.
+const RIVALS: [(&str, &str); 2] = [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps")];
+
+/// The configuration of a run: `flags` before the recipe file before defaults.
+///
+/// With neither model, data nor recipe it is the built-in demo; with `resume`, the run that was saved in the output
+/// folder.
+pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Result<RunConfig> {
+    let bare = recipe_file.is_none() && flags.model.is_none() && flags.data.is_none();
+    let base = match recipe_file {
+        Some(path) => recipe::read(path)?,
+        None if bare && resume => saved_run(&flags)?,
+        None if bare => demo(&flags)?,
+        None => Options::default(),
+    };
+    let options = layer(flags, base);
+    require_one_of_rivals(&options)?;
+    let kind = options.objective.as_ref().map_or(ObjectiveKind::Mmpo, |given| given.value);
+    refuse_strangers(&options, kind)?;
+    refuse_idle(&options)?;
+    let files = require_files(&options)?;
+    build(options.settle(kind), files, resume)
+}
+
+/// The demo's recipe. Its numbers belong to its objective: another one that is asked for comes with its own defaults.
+fn demo(flags: &Options) -> Result<Options> {
+    let mut demo = recipe::demo()?;
+    let objective = |options: &Options| options.objective.as_ref().map(|given| given.value);
+    if flags.objective.is_some() && objective(flags) != objective(&demo) {
+        rows().iter().filter(|row| row.heading == OBJECTIVE_HEADING).for_each(|row| (row.clear)(&mut demo));
+    }
+    Ok(demo)
+}
+
+/// The recipe that an earlier run left in its output folder.
+fn saved_run(flags: &Options) -> Result<Options> {
+    let output = match &flags.output {
+        Some(given) => given.value.clone(),
+        None => recipe::demo()?.output.map(|given| given.value).unwrap_or_default(),
+    };
+    let saved = output.join(RESOLVED_FILE);
+    if !saved.is_file() {
+        return Err(Error::config(
+            format!("nothing to resume: {} does not exist", saved.display()),
+            "--output must be the folder of the run to go on with; or give that run's --model and --data again",
+        ));
+    }
+    recipe::read(&saved)
+}
+
+/// `upper` over `lower`; one of two rivals above replaces the other below.
+fn layer(upper: Options, mut lower: Options) -> Options {
+    let rows = rows();
+    let find = |name: &str| rows.iter().find(|row| row.name == name);
+    for (one, other) in RIVALS {
+        let (Some(one), Some(other)) = (find(one), find(other)) else { continue };
+        if (one.origin)(&upper).is_some() || (other.origin)(&upper).is_some() {
+            (one.clear)(&mut lower);
+            (other.clear)(&mut lower);
+        }
+    }
+    upper.or(lower)
+}
+
+fn require_one_of_rivals(options: &Options) -> Result<()> {
+    let rows = rows();
+    let origin = |name: &str| rows.iter().find(|row| row.name == name).and_then(|row| (row.origin)(options));
+    for (one, other) in RIVALS {
+        if let (Some(_), Some(second)) = (origin(one), origin(other)) {
+            return Err(Error::config(
+                format!("{} cannot be given together with `{one}`", second.name(other)),
+                format!(
+                    "{} and {} say the same thing in two ways: keep one",
+                    flag_name(one),
+                    flag_name(other)
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// An option of another objective is an error, never ignored.
+fn refuse_strangers(options: &Options, kind: ObjectiveKind) -> Result<()> {
+    for row in rows().iter().filter(|row| !row.only.contains(&kind)) {
+        let Some(origin) = (row.origin)(options) else { continue };
+        let source =
+            options.objective.as_ref().map_or("by default".to_string(), |given| match &given.origin {
+                Origin::Flag => "by --objective".into(),
+                Origin::Recipe { path, line } => format!("by {}:{line}", path.display()),
+                Origin::Demo { .. } => "by the demo's recipe".into(),
+            });
+        let belongs = join(row.only);
+        return Err(Error::config(
+            format!("{} belongs to {belongs}, and the objective is {kind} ({source})", origin.name(row.name)),
+            format!("leave it out, or choose an objective that has it: {belongs}"),
+        ));
+    }
+    Ok(())
+}
+
+/// An option that another one makes idle.
+fn refuse_idle(options: &Options) -> Result<()> {
+    if let (Some(group), Some(Given { value: false, .. })) =
+        (&options.reward_group, &options.reward_normalize)
+    {
+        return Err(Error::config(
+            format!("{} has no effect where `reward_normalize` is false", group.origin.name("reward_group")),
+            "leave one of the two out",
+        ));
+    }
+    if let (Some(steps), None) = (&options.eval_steps, &options.eval_data) {
+        return Err(Error::config(
+            format!("{} has no effect without `eval_data`", steps.origin.name("eval_steps")),
+            "name the pairs to evaluate on with --eval-data",
+        ));
+    }
+    Ok(())
+}
+
+struct Files {
+    model: Source,
+    data: Source,
+    output: PathBuf,
+}
+
+fn require_files(options: &Options) -> Result<Files> {
+    let missing: Vec<String> = [
+        ("model", options.model.is_none()),
+        ("data", options.data.is_none()),
+        ("output", options.output.is_none()),
+    ]
+    .into_iter()
+    .filter(|(_, absent)| *absent)
+    .map(|(name, _)| flag_name(name))
+    .collect();
+    match (&options.model, &options.data, &options.output) {
+        (Some(model), Some(data), Some(output)) => {
+            Ok(Files { model: model.value.clone(), data: data.value.clone(), output: output.value.clone() })
+        }
+        _ => Err(Error::config(
+            format!("{} missing: a run needs a model, pairs and an output folder", missing.join(" and ")),
+            "mmpo-fast train --model DIR --data FILE --output DIR; with no arguments at all the built-in demo runs",
+        )),
+    }
+}
+
+fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
+    let limits = limits(&settled)?;
+    let objective = objective(&settled)?;
+    let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
+        (Some(steps), _) => Warmup::Steps(steps),
+        (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
+    };
+    if let (Warmup::Steps(warmup), Some(steps)) = (warmup, settled.max_steps)
+        && warmup > steps
+    {
+        return Err(Error::config(
+            format!("`warmup_steps` = {warmup} is more than the whole run, `max_steps` = {steps}"),
+            "warm up for fewer steps, or use --warmup-ratio",
+        ));
+    }
+    Ok(RunConfig {
+        model: files.model.into_path(),
+        data: files.data.into_path(),
+        output: files.output,
+        reference: settled.reference,
+        chat_template: settled.chat_template,
+        objective,
+        optimizer: OptimizerConfig {
+            learning_rate: settled.learning_rate,
+            beta1: settled.adam_beta1,
+            beta2: settled.adam_beta2,
+            epsilon: settled.adam_epsilon,
+            weight_decay: settled.weight_decay,
+            max_grad_norm: Some(settled.max_grad_norm).filter(|&norm| norm > 0.0),
+        },
+        schedule: ScheduleConfig {
+            kind: settled.schedule,
+            warmup,
+            epochs: settled.epochs.unwrap_or(EPOCHS),
+            max_steps: settled.max_steps,
+        },
+        batch: BatchConfig {
+            pairs_per_step: settled.pairs_per_step,
+            tokens_per_micro_batch: settled.tokens_per_micro_batch,
+        },
+        limits,
+        evaluation: EvaluationConfig { data: settled.eval_data, steps: settled.eval_steps },
+        save_steps: settled.save_steps,
+        keep_checkpoints: settled.keep_checkpoints,
+        seed: settled.seed,
+        device: settled.device,
+        threads: settled.threads,
+        resume,
+    })
+}
+
+/// The limits of `train` and `score`; a prompt must leave room for a response.
+pub fn limits(settled: &Settled) -> Result<LengthLimits> {
+    let max_length = settled.max_length;
+    let same_share = (max_length as u128 * MAX_PROMPT_LENGTH as u128 / MAX_LENGTH as u128) as usize;
+    let max_prompt_length = settled.max_prompt_length.unwrap_or(MAX_PROMPT_LENGTH.min(same_share.max(1)));
+    if max_prompt_length >= max_length {
+        return Err(Error::config(
+            format!(
+                "`max_prompt_length` = {max_prompt_length} leaves no room for a response in `max_length` = {max_length}"
+            ),
+            "max_length counts the prompt and one response: raise --max-length or lower --max-prompt-length",
+        ));
+    }
+    Ok(LengthLimits { max_length, max_prompt_length })
+}
+
+fn objective(settled: &Settled) -> Result<Objective> {
+    let beta = settled.beta;
+    Ok(match settled.objective {
+        ObjectiveKind::Mmpo => Objective::Mmpo(Mmpo {
+            beta,
+            epsilon: settled.epsilon,
+            reward_group: reward_group(settled)?,
+            reward_normalize: settled.reward_normalize,
+            length_normalize: settled.length_normalize,
+            preference_weight: settled.preference_weight,
+            entropy_weight: match settled.entropy_weight {
+                EntropyWeight::Beta => beta,
+                EntropyWeight::Number(weight) => weight,
+            },
+        }),
+        ObjectiveKind::Dpo => Objective::Dpo(Dpo { beta, label_smoothing: settled.label_smoothing }),
+        ObjectiveKind::Simpo => Objective::Simpo(Simpo { beta, gamma_beta_ratio: settled.gamma_beta_ratio }),
+        ObjectiveKind::Sft => Objective::Sft,
+    })
+}
+
+fn reward_group(settled: &Settled) -> Result<usize> {
+    let pairs = settled.pairs_per_step;
+    let group = settled.reward_group.unwrap_or(REWARD_GROUP.min(pairs));
+    if group > pairs {
+        return Err(Error::config(
+            format!("`reward_group` = {group} is more than the pairs of a step, `pairs_per_step` = {pairs}"),
+            "rewards are normalised within one optimiser step: lower --reward-group or raise --pairs-per-step",
+        ));
+    }
+    Ok(group)
+}

@@ -1,0 +1,376 @@
+//! What an option's value may be, read from a flag's text or from a TOML value, and what stands in for it.
+
+use std::path::PathBuf;
+
+use toml::de::DeValue;
+
+use super::{ObjectiveKind, suggest};
+use crate::device::DeviceChoice;
+use crate::optimizer::Schedule;
+
+/// A type of value that a flag and a recipe key can hold.
+///
+/// Messages complete the sentence "`name` ...", for example "`beta` must be a number, not `high`".
+pub trait OptionValue: Clone {
+    /// Stands for the value in `--help`.
+    const PLACEHOLDER: &'static str;
+    /// Whether the flag may stand alone, meaning `true`.
+    const IS_SWITCH: bool = false;
+
+    fn from_text(text: &str) -> Result<Self, String>;
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
+    /// The value as TOML text; reading it back gives the same value.
+    fn to_toml(&self) -> String;
+}
+
+/// `DeValue` for people.
+fn toml_kind(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => format!("the string \"{text}\""),
+        DeValue::Integer(number) => number.to_string(),
+        DeValue::Float(number) => number.to_string(),
+        DeValue::Boolean(flag) => flag.to_string(),
+        DeValue::Datetime(_) => "a date".into(),
+        DeValue::Array(_) => "an array".into(),
+        DeValue::Table(_) => "a table".into(),
+    }
+}
+
+impl OptionValue for f64 {
+    const PLACEHOLDER: &'static str = "NUMBER";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("must be a number, not `{text}`"))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let parsed = match value {
+            DeValue::Float(number) => number.as_str().parse().ok(),
+            DeValue::Integer(number) if number.radix() == 10 => number.as_str().parse().ok(),
+            _ => None,
+        };
+        parsed.ok_or_else(|| format!("must be a number, not {}", toml_kind(value)))
+    }
+
+    fn to_toml(&self) -> String {
+        toml::Value::Float(*self).to_string()
+    }
+}
+
+impl OptionValue for u64 {
+    const PLACEHOLDER: &'static str = "COUNT";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("must be a whole number of at least 0, not `{text}`"))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        value
+            .as_integer()
+            .and_then(|number| u64::from_str_radix(number.as_str(), number.radix()).ok())
+            .ok_or_else(|| format!("must be a whole number of at least 0, not {}", toml_kind(value)))
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl OptionValue for usize {
+    const PLACEHOLDER: &'static str = "COUNT";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        narrow(u64::from_text(text)?)
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        narrow(u64::from_toml(value)?)
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+}
+
+fn narrow(value: u64) -> Result<usize, String> {
+    usize::try_from(value).map_err(|_| format!("is too large: {value}"))
+}
+
+impl OptionValue for bool {
+    const PLACEHOLDER: &'static str = "true|false";
+    const IS_SWITCH: bool = true;
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("must be true or false, not `{text}`"))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        value.as_bool().ok_or_else(|| format!("must be true or false, not {}", toml_kind(value)))
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl OptionValue for PathBuf {
+    const PLACEHOLDER: &'static str = "PATH";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        Ok(PathBuf::from(text))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        value
+            .as_str()
+            .map(PathBuf::from)
+            .ok_or_else(|| format!("must be a path in quotes, not {}", toml_kind(value)))
+    }
+
+    fn to_toml(&self) -> String {
+        toml::Value::String(self.display().to_string()).to_string()
+    }
+}
+
+/// A value out of a fixed list of words.
+trait Word: Sized + Copy + 'static {
+    const WORDS: &'static [(&'static str, Self)];
+
+    fn from_word(word: &str) -> Result<Self, String> {
+        Self::WORDS.iter().find(|(name, _)| *name == word).map(|(_, value)| *value).ok_or_else(|| {
+            let names: Vec<&str> = Self::WORDS.iter().map(|(name, _)| *name).collect();
+            let nearest = suggest::nearest(word, names.iter().copied()).unwrap_or_default();
+            format!("must be one of {}, not `{word}` (did you mean `{nearest}`?)", names.join(", "))
+        })
+    }
+}
+
+impl Word for ObjectiveKind {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("mmpo", ObjectiveKind::Mmpo),
+        ("dpo", ObjectiveKind::Dpo),
+        ("simpo", ObjectiveKind::Simpo),
+        ("sft", ObjectiveKind::Sft),
+    ];
+}
+
+impl Word for Schedule {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
+}
+
+macro_rules! word_option {
+    ($type:ty, $placeholder:literal) => {
+        impl OptionValue for $type {
+            const PLACEHOLDER: &'static str = $placeholder;
+
+            fn from_text(text: &str) -> Result<Self, String> {
+                Self::from_word(text)
+            }
+
+            fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+                let word = value
+                    .as_str()
+                    .ok_or_else(|| format!("must be one of {}, not {}", $placeholder, toml_kind(value)))?;
+                Self::from_word(word)
+            }
+
+            fn to_toml(&self) -> String {
+                format!("\"{self}\"")
+            }
+        }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                let word = Self::WORDS.iter().find(|(_, value)| value == self).map_or("", |(name, _)| name);
+                f.write_str(word)
+            }
+        }
+    };
+}
+
+word_option!(ObjectiveKind, "mmpo|dpo|simpo|sft");
+word_option!(Schedule, "cosine|linear|constant");
+
+impl OptionValue for DeviceChoice {
+    const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("must be one of auto, cpu, cuda, cuda:N, emulated, not `{text}`"))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text =
+            value.as_str().ok_or_else(|| format!("must be a device in quotes, not {}", toml_kind(value)))?;
+        Self::from_text(text)
+    }
+
+    fn to_toml(&self) -> String {
+        format!("\"{self}\"")
+    }
+}
+
+/// A model or data source: a path, or the one built into the program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Path(PathBuf),
+    /// Written [`Source::BUILTIN`].
+    Builtin,
+}
+
+impl Source {
+    /// The name of the built-in demo's model and pairs; no path can be meant by it (`./builtin:demo` can).
+    pub const BUILTIN: &'static str = "builtin:demo";
+
+    pub fn from_path(path: Option<&PathBuf>) -> Self {
+        path.map_or(Source::Builtin, |path| Source::Path(path.clone()))
+    }
+
+    pub fn into_path(self) -> Option<PathBuf> {
+        match self {
+            Source::Path(path) => Some(path),
+            Source::Builtin => None,
+        }
+    }
+}
+
+impl OptionValue for Source {
+    const PLACEHOLDER: &'static str = "PATH";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        match text {
+            Source::BUILTIN => Ok(Source::Builtin),
+            _ => PathBuf::from_text(text).map(Source::Path),
+        }
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some(text) => Self::from_text(text),
+            None => PathBuf::from_toml(value).map(Source::Path),
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        match self {
+            Source::Path(path) => path.to_toml(),
+            Source::Builtin => format!("\"{}\"", Source::BUILTIN),
+        }
+    }
+}
+
+/// The weight of the entropy term: a number, or `beta` for whatever beta is, as the paper's ablation has it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum EntropyWeight {
+    Beta,
+    Number(f64),
+}
+
+impl OptionValue for EntropyWeight {
+    const PLACEHOLDER: &'static str = "NUMBER|beta";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        match text {
+            "beta" => Ok(EntropyWeight::Beta),
+            _ => text
+                .parse()
+                .map(EntropyWeight::Number)
+                .map_err(|_| format!("must be a number or beta, not `{text}`")),
+        }
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("beta") => Ok(EntropyWeight::Beta),
+            _ => f64::from_toml(value)
+                .map(EntropyWeight::Number)
+                .map_err(|_| format!("must be a number or \"beta\", not {}", toml_kind(value))),
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        match self {
+            EntropyWeight::Beta => "\"beta\"".into(),
+            EntropyWeight::Number(number) => number.to_toml(),
+        }
+    }
+}
+
+/// What an option is when nobody gave it.
+pub trait Fallback<T> {
+    /// Type of the option once that is settled.
+    type Settled;
+
+    fn settle(self, given: Option<T>, objective: ObjectiveKind) -> Self::Settled;
+    /// The default for `--help`.
+    fn label(self, only: &[ObjectiveKind]) -> String;
+}
+
+/// One value, whatever the objective.
+pub struct Always<T>(pub T);
+
+impl<T: OptionValue> Fallback<T> for Always<T> {
+    type Settled = T;
+
+    fn settle(self, given: Option<T>, _objective: ObjectiveKind) -> T {
+        given.unwrap_or(self.0)
+    }
+
+    fn label(self, _only: &[ObjectiveKind]) -> String {
+        self.0.to_toml().trim_matches('"').to_string()
+    }
+}
+
+/// One value an objective.
+pub struct PerObjective<T> {
+    pub mmpo: T,
+    pub dpo: T,
+    pub simpo: T,
+    pub sft: T,
+}
+
+impl<T> PerObjective<T> {
+    fn of(self, objective: ObjectiveKind) -> T {
+        match objective {
+            ObjectiveKind::Mmpo => self.mmpo,
+            ObjectiveKind::Dpo => self.dpo,
+            ObjectiveKind::Simpo => self.simpo,
+            ObjectiveKind::Sft => self.sft,
+        }
+    }
+}
+
+impl<T: OptionValue> Fallback<T> for PerObjective<T> {
+    type Settled = T;
+
+    fn settle(self, given: Option<T>, objective: ObjectiveKind) -> T {
+        given.unwrap_or_else(|| self.of(objective))
+    }
+
+    fn label(self, only: &[ObjectiveKind]) -> String {
+        let values = [
+            (ObjectiveKind::Mmpo, self.mmpo),
+            (ObjectiveKind::Dpo, self.dpo),
+            (ObjectiveKind::Simpo, self.simpo),
+            (ObjectiveKind::Sft, self.sft),
+        ];
+        let label = |(kind, value): &(ObjectiveKind, T)| format!("{kind} {}", value.to_toml());
+        let labels: Vec<String> = values.iter().filter(|(kind, _)| only.contains(kind)).map(label).collect();
+        labels.join(", ")
+    }
+}
+
+/// No value, or one that depends on other options; the words say which.
+pub struct Absent(pub &'static str);
+
+impl<T> Fallback<T> for Absent {
+    type Settled = Option<T>;
+
+    fn settle(self, given: Option<T>, _objective: ObjectiveKind) -> Option<T> {
+        given
+    }
+
+    fn label(self, _only: &[ObjectiveKind]) -> String {
+        self.0.to_string()
+    }
+}

@@ -1,0 +1,103 @@
+//! A pairs file as tokenised pairs: read in chunks, each chunk parsed, rendered and tokenised on all cores.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::records::{Format, for_each_chunk, no_record};
+use super::{EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
+use crate::config::LengthLimits;
+use crate::{Error, Result};
+
+/// The pairs of a file, in file order, cut to the limits.
+#[derive(Clone, Debug)]
+pub struct PairDataset {
+    pub pairs: Vec<TokenizedPair>,
+    pub report: EncodingReport,
+    /// Hash of all token ids and of where they are cut into prompts and responses.
+    pub fingerprint: [u8; 32],
+}
+
+impl PairDataset {
+    /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
+    pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
+        let tokens =
+            self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
+        let largest = tokens.copied().max().unwrap_or(0);
+        if (largest as usize) < vocabulary {
+            return Ok(());
+        }
+        Err(Error::model(
+            model,
+            format!("the tokenizer gives token {largest}, but vocab_size is {vocabulary}"),
+            "tokenizer and weights do not belong together: use the tokenizer the model was trained with",
+        ))
+    }
+}
+
+/// Reads `path` and tokenises its pairs. The result does not depend on the number of threads, and the error of the
+/// first bad record in file order is the one reported.
+///
+/// Errors: the file cannot be read, is empty, holds a broken or ill-typed record or one that the chat template
+/// refuses, or not one pair of it can be used.
+pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> Result<PairDataset> {
+    let mut dataset =
+        PairDataset { pairs: Vec::new(), report: EncodingReport::new(limits), fingerprint: [0; 32] };
+    let mut hasher = blake3::Hasher::new();
+    let mut format = None;
+    for_each_chunk(path, &mut |chunk| {
+        let mut raw = chunk.into_iter();
+        let mut first = None;
+        let format = match format {
+            Some(format) => format,
+            None => {
+                let Some(columns) = raw.next().map(|raw| raw.parse(path)).transpose()? else { return Ok(()) };
+                let detected = *format.insert(Format::detect(&columns)?);
+                first = Some(encoder.encode(path, &detected.read(columns)?, limits)?);
+                detected
+            }
+        };
+        let encoded: Vec<Result<EncodedRecord>> = raw
+            .collect::<Vec<_>>()
+            .into_par_iter()
+            .map(|raw| encoder.encode(path, &format.read(raw.parse(path)?)?, limits))
+            .collect();
+        for record in first.map(Ok).into_iter().chain(encoded) {
+            dataset.push(record?, &mut hasher);
+        }
+        Ok(())
+    })?;
+    if dataset.report.records == 0 {
+        return Err(no_record(path));
+    }
+    if dataset.pairs.is_empty() {
+        return Err(Error::data(
+            path,
+            None,
+            format!("no usable pair: {}", dataset.report),
+            "raise max_length or lower max_prompt_length, or mend the records named",
+        ));
+    }
+    dataset.fingerprint = *hasher.finalize().as_bytes();
+    Ok(dataset)
+}
+
+impl PairDataset {
+    fn push(&mut self, record: EncodedRecord, hasher: &mut blake3::Hasher) {
+        self.report.records += 1;
+        for cause in record.causes {
+            self.report.add(cause, record.place);
+        }
+        let Some(pair) = record.pair else { return };
+        self.report.pairs += 1;
+        self.report.tokens += pair.tokens();
+        self.report.largest_pair = self.report.largest_pair.max(pair.tokens());
+        for part in [&pair.prompt, &pair.chosen, &pair.rejected] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            for id in part {
+                hasher.update(&id.to_le_bytes());
+            }
+        }
+        self.pairs.push(pair);
+    }
+}

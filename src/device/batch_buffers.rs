@@ -1,0 +1,137 @@
+//! Making and filling the buffers that belong to a batch or to a weight, for any device.
+
+use super::{AdamWState, BatchBuffers, Device, Indices, TokenCoefficients, TokenScores};
+use crate::data::PairBatch;
+use crate::error::{Error, Result};
+use crate::objective::PairConstants;
+
+impl<D: Device> TokenScores<D> {
+    /// Room for `scored` tokens.
+    pub fn new(device: &D, scored: usize) -> Result<Self> {
+        Ok(TokenScores {
+            lse: device.alloc(scored)?,
+            logp: device.alloc(scored)?,
+            entropy: device.alloc(scored)?,
+        })
+    }
+}
+
+impl<D: Device> TokenCoefficients<D> {
+    /// Room for `scored` tokens.
+    pub fn new(device: &D, scored: usize) -> Result<Self> {
+        Ok(TokenCoefficients { logp: device.alloc(scored)?, entropy: device.alloc(scored)? })
+    }
+}
+
+impl<D: Device> AdamWState<D> {
+    /// Zero moments for `len` weights. The f32 master copy, where the device keeps one, starts as zero too: upload the
+    /// weights to it before the first update.
+    pub fn new(device: &D, len: usize) -> Result<Self> {
+        Ok(AdamWState {
+            master: if device.needs_master() { Some(device.alloc(len)?) } else { None },
+            first_moment: device.alloc(len)?,
+            second_moment: device.alloc(len)?,
+        })
+    }
+}
+
+impl<D: Device> BatchBuffers<D> {
+    /// Room for batches of up to `max_tokens` tokens, `max_pairs` pairs and `max_scored` scored tokens.
+    pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
+        Ok(BatchBuffers {
+            host_spans: Vec::with_capacity(max_pairs),
+            padding_token: None,
+            embedding_rows: 0,
+            spans: device.alloc(max_pairs * 4)?,
+            token_ids: device.alloc(max_tokens)?,
+            positions: device.alloc(max_tokens)?,
+            rows_by_token: device.alloc(max_tokens)?,
+            scored_rows: device.alloc(max_scored)?,
+            targets: device.alloc(max_scored)?,
+            row_scores: device.alloc(max_tokens * 2)?,
+            scored: device.alloc(max_pairs * 4)?,
+            constants: device.alloc(max_pairs * 4)?,
+        })
+    }
+
+    /// Replaces the contents by `batch`. `constants` has one entry a pair, or is empty where no objective is
+    /// evaluated (scoring); then zeros take its place.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the batch exceeds the capacity, has not one constant a pair, or if three scored tokens
+    /// share a row; the buffers are untouched then.
+    pub fn load(&mut self, device: &D, batch: &PairBatch, constants: &[PairConstants]) -> Result<()> {
+        let pairs = batch.spans.len();
+        self.check_capacity(device, batch)?;
+        let zeros = vec![PairConstants::default(); pairs];
+        let constants = if constants.is_empty() { &zeros } else { constants };
+        if constants.len() != pairs {
+            return Err(Error::device(
+                format!("load batch: {} constants for {pairs} pairs", constants.len()),
+                "every pair of the batch needs its constants, in the batch's order",
+            ));
+        }
+        let row_scores = row_scores(batch)?;
+        let scored: Vec<u32> = batch
+            .scored
+            .iter()
+            .flat_map(|pair| [pair.chosen.start, pair.chosen.end, pair.rejected.start, pair.rejected.end])
+            .map(|row| row as u32)
+            .collect();
+        let token = |row: u32| batch.token_ids[row as usize];
+        let mut rows_by_token: Vec<u32> =
+            (0..batch.tokens() as u32).filter(|&row| Some(token(row)) != self.padding_token).collect();
+        rows_by_token.sort_by_key(|&row| token(row));
+
+        device.upload(&mut self.spans, 0, bytemuck::cast_slice(&batch.spans))?;
+        device.upload(&mut self.token_ids, 0, &batch.token_ids)?;
+        device.upload(&mut self.positions, 0, &batch.positions)?;
+        device.upload(&mut self.rows_by_token, 0, &rows_by_token)?;
+        device.upload(&mut self.scored_rows, 0, &batch.scored_rows)?;
+        device.upload(&mut self.targets, 0, &batch.targets)?;
+        device.upload(&mut self.row_scores, 0, &row_scores)?;
+        device.upload(&mut self.scored, 0, &scored)?;
+        device.upload(&mut self.constants, 0, bytemuck::cast_slice(constants))?;
+        self.embedding_rows = rows_by_token.len();
+        self.host_spans.clone_from(&batch.spans);
+        Ok(())
+    }
+
+    fn check_capacity(&self, device: &D, batch: &PairBatch) -> Result<()> {
+        let len = |buffer: &Indices<D>| device.len(buffer);
+        for (what, holds, needed) in [
+            ("pairs", len(&self.spans) / 4, batch.spans.len()),
+            ("tokens", len(&self.token_ids), batch.tokens()),
+            ("scored tokens", len(&self.targets), batch.scored_tokens()),
+        ] {
+            if needed > holds {
+                return Err(Error::device(
+                    format!("load batch: {needed} {what} do not fit into buffers made for {holds}"),
+                    "raise the token budget of a micro-batch, or lower max_length",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `[T, 2]` the scored tokens that each row predicts, ascending, `u32::MAX` for none.
+fn row_scores(batch: &PairBatch) -> Result<Vec<u32>> {
+    let mut row_scores = vec![[u32::MAX; 2]; batch.tokens()];
+    for (scored, &row) in batch.scored_rows.iter().enumerate() {
+        let slots = row_scores.get_mut(row as usize);
+        match slots.and_then(|slots| slots.iter_mut().find(|slot| **slot == u32::MAX)) {
+            Some(slot) => *slot = scored as u32,
+            None => {
+                return Err(Error::device(
+                    format!(
+                        "load batch: row {row} of {} is outside the batch or predicts a third token",
+                        batch.tokens()
+                    ),
+                    "this is a mistake in the program, not in your input; please report it",
+                ));
+            }
+        }
+    }
+    Ok(row_scores.into_flattened())
+}

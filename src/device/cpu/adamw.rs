@@ -1,0 +1,103 @@
+//! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
+//! the corrected square root.
+
+use rayon::prelude::*;
+
+use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, check_sizes};
+use crate::device::{AdamWState, AdamWStep};
+use crate::error::Result;
+
+/// One update's numbers, worked out in f64 once.
+#[derive(Clone, Copy)]
+struct Factors {
+    beta1: f32,
+    beta2: f32,
+    /// `1 - beta`, taken in f64: `1 - 0.999` in f32 is off by 5e-5.
+    rest1: f32,
+    rest2: f32,
+    /// `1 - learning_rate * weight_decay`
+    decay: f32,
+    /// `learning_rate / (1 - beta1^step)`
+    step_size: f32,
+    /// `1 / sqrt(1 - beta2^step)`
+    root_correction: f32,
+    epsilon: f32,
+    /// The clipping factor.
+    gradient_scale: f32,
+}
+
+impl Factors {
+    fn new(step: AdamWStep, gradient_scale: f32) -> Self {
+        let (beta1, beta2) = (decimal(step.beta1), decimal(step.beta2));
+        let power = step.step as i32;
+        let learning_rate = step.learning_rate as f64;
+        Factors {
+            beta1: step.beta1,
+            beta2: step.beta2,
+            rest1: (1.0 - beta1) as f32,
+            rest2: (1.0 - beta2) as f32,
+            decay: (1.0 - learning_rate * step.weight_decay as f64) as f32,
+            step_size: (learning_rate / (1.0 - beta1.powi(power))) as f32,
+            root_correction: (1.0 / (1.0 - beta2.powi(power)).sqrt()) as f32,
+            epsilon: step.epsilon,
+            gradient_scale,
+        }
+    }
+}
+
+/// The f64 nearest to the short decimal that was rounded to this f32: 0.999 and not 0.99900001287. The bias correction
+/// of the first steps divides by `1 - beta2`, which would keep that rounding as a relative error of 1e-5.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(value as f64)
+}
+
+pub(super) fn update(
+    device: &CpuDevice,
+    weight: &mut CpuBuffer<f32>,
+    state: &mut AdamWState<CpuDevice>,
+    gradient: &CpuBuffer<f32>,
+    norm: &CpuBuffer<f32>,
+    step: AdamWStep,
+) -> Result<()> {
+    let len = weight.len();
+    let AdamWState { first_moment, second_moment, .. } = state;
+    let needs = [
+        ("first_moment", first_moment.len(), len),
+        ("second_moment", second_moment.len(), len),
+        ("gradient", gradient.len(), len),
+        ("norm", norm.len(), 2),
+        ("step number", step.step as usize, 1),
+    ];
+    check_sizes("adamw", &step, &needs)?;
+    let factors = Factors::new(step, norm[1]);
+    let moments =
+        first_moment.par_chunks_mut(BLOCK_ELEMENTS).zip(second_moment.par_chunks_mut(BLOCK_ELEMENTS));
+    let blocks = weight.par_chunks_mut(BLOCK_ELEMENTS).zip(moments).zip(gradient.par_chunks(BLOCK_ELEMENTS));
+    device.parallel(|| {
+        blocks.for_each(|((weight, (first, second)), gradient)| {
+            device.vectorized(
+                #[inline(always)]
+                || update_block(weight, first, second, gradient, factors),
+            )
+        });
+    });
+    Ok(())
+}
+
+#[inline(always)]
+fn update_block(
+    weight: &mut [f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    gradient: &[f32],
+    factors: Factors,
+) {
+    let values = weight.iter_mut().zip(first).zip(second).zip(gradient);
+    for (((weight, first), second), gradient) in values {
+        let gradient = gradient * factors.gradient_scale;
+        *first = factors.beta1.mul_add(*first, factors.rest1 * gradient);
+        *second = factors.beta2.mul_add(*second, factors.rest2 * gradient * gradient);
+        let denominator = second.sqrt().mul_add(factors.root_correction, factors.epsilon);
+        *weight = weight.mul_add(factors.decay, -factors.step_size * *first / denominator);
+    }
+}

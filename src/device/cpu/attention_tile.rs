@@ -1,0 +1,177 @@
+//! What the attention passes share: which keys a query sees, where heads lie in a row, and packing of queries.
+//!
+//! The query heads of one key/value head are stacked: row `m` of a tile is query row `m / G`, head `m % G` of the
+//! group (`G = H / K`), so that a tile of keys is read once for the whole group.
+
+use std::ops::Range;
+
+use super::CpuDevice;
+use crate::data::PairSpan;
+use crate::device::{AttentionShape, BatchBuffers};
+use crate::error::{Error, Result};
+
+/// Rows of a tile of queries, heads included: a multiple of the product's register block, small enough that scores
+/// `[TILE_M, TILE_N]` stay in the first-level cache beside the operands.
+const TILE_M: usize = 96;
+/// Keys of a tile.
+pub(super) const TILE_N: usize = 128;
+
+/// Query rows that see the same keys but for causality: a prompt, a chosen or a rejected response.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The queries; a query also sees the keys of these rows up to itself.
+    pub rows: Range<usize>,
+    /// Keys that every query of the part sees: the prompt, for a response.
+    pub prefix: Range<usize>,
+}
+
+/// A tile of keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeyTile {
+    pub keys: Range<usize>,
+    /// Whether a query sees only the keys up to its own row.
+    pub causal: bool,
+}
+
+impl KeyTile {
+    /// How many of the tile's keys, from its first on, the query of `row` sees.
+    #[inline(always)]
+    pub(super) fn visible(&self, row: usize) -> usize {
+        if self.causal {
+            (row + 1).saturating_sub(self.keys.start).min(self.keys.len())
+        } else {
+            self.keys.len()
+        }
+    }
+}
+
+impl Part {
+    /// The parts of a pair, in the order prompt, chosen, rejected.
+    pub(super) fn of(span: &PairSpan) -> [Part; 3] {
+        let prompt = span.prompt_rows();
+        [
+            Part { rows: prompt.clone(), prefix: prompt.start..prompt.start },
+            Part { rows: span.chosen_rows(), prefix: prompt.clone() },
+            Part { rows: span.rejected_rows(), prefix: prompt },
+        ]
+    }
+
+    /// The part's queries in blocks that make tiles of about [`TILE_M`] rows.
+    pub(super) fn query_blocks(&self, group: usize) -> impl Iterator<Item = Range<usize>> {
+        let (step, end) = ((TILE_M / group).max(1), self.rows.end);
+        self.rows.clone().step_by(step).map(move |start| start..(start + step).min(end))
+    }
+
+    /// The keys that `queries` see, prefix first; none of them is empty or hidden from the whole block.
+    pub(super) fn key_tiles(&self, queries: &Range<usize>) -> impl Iterator<Item = KeyTile> {
+        let own = self.rows.start..queries.end;
+        tiles(self.prefix.clone(), false).chain(tiles(own, true))
+    }
+}
+
+fn tiles(keys: Range<usize>, causal: bool) -> impl Iterator<Item = KeyTile> {
+    let end = keys.end;
+    keys.step_by(TILE_N).map(move |start| KeyTile { keys: start..(start + TILE_N).min(end), causal })
+}
+
+/// Columns of one key/value head and its query heads in a row of `qkv`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeadColumns {
+    /// First column of the group's query heads, in `qkv` and in the attention's output alike.
+    pub query: usize,
+    pub key: usize,
+    pub value: usize,
+    /// Query heads of the group, `G`.
+    pub group: usize,
+    pub head_size: usize,
+    /// Width of a row of `qkv`.
+    pub row: usize,
+}
+
+impl HeadColumns {
+    pub(super) fn new(shape: AttentionShape, kv_head: usize) -> Self {
+        let AttentionShape { heads, kv_heads, head_size } = shape;
+        let group = heads / kv_heads;
+        HeadColumns {
+            query: kv_head * group * head_size,
+            key: (heads + kv_head) * head_size,
+            value: (heads + kv_heads + kv_head) * head_size,
+            group,
+            head_size,
+            row: shape.qkv_width(),
+        }
+    }
+
+    /// Columns of the group's query heads.
+    pub(super) fn query_columns(&self) -> Range<usize> {
+        self.query..self.query + self.group * self.head_size
+    }
+
+    pub(super) fn key_columns(&self) -> Range<usize> {
+        self.key..self.key + self.head_size
+    }
+
+    pub(super) fn value_columns(&self) -> Range<usize> {
+        self.value..self.value + self.head_size
+    }
+}
+
+/// Copies `rows` of `values[.., width]`, columns `columns`, times `scale`, to the front of `out`.
+#[inline(always)]
+pub(super) fn pack(
+    out: &mut [f32],
+    values: &[f32],
+    width: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    scale: f32,
+) {
+    for (out, row) in out.chunks_exact_mut(columns.len()).zip(rows) {
+        let source = &values[row * width..][..width][columns.clone()];
+        for (out, value) in out.iter_mut().zip(source) {
+            *out = value * scale;
+        }
+    }
+}
+
+/// Scratch floats for `rows` rows of a tile of queries.
+pub(super) fn tile_rows(group: usize) -> usize {
+    (TILE_M / group).max(1) * group
+}
+
+/// Errors unless heads divide evenly and the spans lie in order, without overlap, inside `rows` rows.
+pub(super) fn check(
+    operation: &str,
+    shape: AttentionShape,
+    batch: &BatchBuffers<CpuDevice>,
+    rows: usize,
+) -> Result<()> {
+    check_heads(operation, shape)?;
+    let mut end = 0;
+    for span in &batch.host_spans {
+        if (span.start as usize) < end || span.rows().end > rows {
+            return Err(Error::device(
+                format!(
+                    "{operation}: {span:?} overlaps the span before it or ends behind row {rows}, {shape:?}"
+                ),
+                "this is a mistake in the program, not in your input; please report it",
+            ));
+        }
+        end = span.rows().end;
+    }
+    Ok(())
+}
+
+/// Errors unless every key/value head serves the same number of query heads.
+pub(super) fn check_heads(operation: &str, shape: AttentionShape) -> Result<()> {
+    let AttentionShape { heads, kv_heads, head_size } = shape;
+    if kv_heads == 0 || head_size == 0 || heads == 0 || heads % kv_heads != 0 {
+        return Err(Error::device(
+            format!(
+                "{operation}: {heads} query heads cannot share {kv_heads} key/value heads of {head_size}"
+            ),
+            "the query heads of a model are a multiple of its key/value heads; check config.json",
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,386 @@
+//! The log-prob head: `hidden x vocabulary` to lse, log-prob of the target and entropy, and back.
+//!
+//! The vocabulary is cut into [`STRIPS`] strips that threads take, and a strip into tiles of [`TILE`] tokens whose logits
+//! stay in the second-level cache between the product and the softmax. Logits are kept transposed, `[V, N]`: neither
+//! product then has to turn the weight around, and the softmax runs down the vocabulary with a lane for each row.
+//!
+//! Sums of exponentials run in f32 over a tile and in f64 above it, so that their error does not grow with the
+//! vocabulary; strips are joined in order, so that the bits do not depend on the threads.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::linear::{Matrix, multiply};
+use super::transpose::transpose;
+use super::{CpuBuffer, CpuDevice, check_indices, check_sizes, simd};
+use crate::device::{HeadShape, TokenCoefficients, TokenScores};
+use crate::error::Result;
+
+/// Parts of the vocabulary that may run at the same time. Each has its own sum of `dhidden`, so more of them would cost
+/// memory.
+const STRIPS: usize = 16;
+/// Vocabulary of a tile: a multiple of 48, the product's register block; `384 x 256` logits are 384 KiB.
+const TILE: usize = 384;
+/// Scored tokens of one pass of the backward: bounds the strips' sums of `dhidden`.
+const BACKWARD_ROWS: usize = 256;
+/// Scored tokens that are summed side by side: one AVX-512 register.
+const LANES: usize = 16;
+
+pub(super) fn forward(
+    device: &CpuDevice,
+    scores: &mut TokenScores<CpuDevice>,
+    logits: &mut CpuBuffer<f32>,
+    hidden: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    targets: &CpuBuffer<u32>,
+    shape: &HeadShape,
+) -> Result<()> {
+    let HeadShape { rows: Range { start, end }, width, vocab, entropy } = *shape;
+    let rows = end.saturating_sub(start);
+    let needs = [
+        ("scores.lse", scores.lse.len(), end),
+        ("scores.logp", scores.logp.len(), end),
+        ("scores.entropy", scores.entropy.len(), if entropy { end } else { 0 }),
+        ("logits", logits.len(), rows * vocab),
+        ("hidden", hidden.len(), end * width),
+        ("weight", weight.len(), vocab * width),
+        ("targets", targets.len(), end),
+    ];
+    check_sizes("logp_head_forward", shape, &needs)?;
+    if rows * vocab == 0 {
+        return Ok(());
+    }
+    let targets = &targets[start..end];
+    check_indices("logp_head_forward", "target", targets, vocab)?;
+    let logits = &mut logits[..rows * vocab];
+    let hidden = &hidden[start * width..end * width];
+    let strip = strip_tokens(vocab);
+    // Turned around once here, and not by every tile's product.
+    let mut turned = device.scratch.take(rows * width);
+    let summaries = device.parallel(|| {
+        turn_hidden(&mut turned, hidden, rows, width);
+        logits
+            .par_chunks_mut(strip * rows)
+            .zip(weight[..vocab * width].par_chunks(strip * width))
+            .map(|(logits, weight)| summarize_strip(device, logits, &turned, weight, (rows, width), entropy))
+            .collect::<Vec<_>>()
+    });
+    for (row, &target) in targets.iter().enumerate() {
+        let mut total = RowSummary::EMPTY;
+        summaries.iter().for_each(|strip| total.join(strip[row]));
+        scores.lse[start + row] = total.lse();
+        scores.logp[start + row] = total.logp(logits[target as usize * rows + row]);
+        if entropy {
+            scores.entropy[start + row] = total.entropy();
+        }
+    }
+    Ok(())
+}
+
+/// `out[D, rows] = hidden[rows, D]^T`, on all threads.
+fn turn_hidden(out: &mut [f32], hidden: &[f32], rows: usize, width: usize) {
+    const COLUMNS: usize = 64;
+    out.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(block, out)| {
+        let columns = out.len() / rows;
+        transpose(out, rows, &hidden[block * COLUMNS..], width, (rows, columns));
+    });
+}
+
+/// Vocabulary of one strip, whole tiles.
+fn strip_tokens(vocab: usize) -> usize {
+    vocab.div_ceil(STRIPS).next_multiple_of(TILE)
+}
+
+/// What a part of a row of logits comes to, relative to its maximum.
+#[derive(Clone, Copy)]
+struct RowSummary {
+    max: f32,
+    /// `sum e^(x - max)`
+    sum: f64,
+    /// `sum e^(x - max) (x - max)`; 0 unless the entropy is wanted.
+    weighted: f64,
+}
+
+impl RowSummary {
+    const EMPTY: RowSummary = RowSummary { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 };
+
+    /// Makes the sums relative to `max`, which is no smaller than the old maximum.
+    fn raise(&mut self, max: f32) {
+        if self.sum != 0.0 && self.max != max {
+            let shift = self.max as f64 - max as f64;
+            let factor = shift.exp();
+            self.weighted = factor * (self.weighted + self.sum * shift);
+            self.sum *= factor;
+        }
+        self.max = max;
+    }
+
+    fn join(&mut self, mut other: RowSummary) {
+        let max = simd::larger(self.max, other.max);
+        self.raise(max);
+        other.raise(max);
+        self.sum += other.sum;
+        self.weighted += other.weighted;
+    }
+
+    fn lse(&self) -> f32 {
+        (self.max as f64 + self.sum.ln()) as f32
+    }
+
+    /// `target - lse`, with the maximum taken off first: no rounding of a large lse.
+    fn logp(&self, target: f32) -> f32 {
+        ((target as f64 - self.max as f64) - self.sum.ln()) as f32
+    }
+
+    /// `lse - sum p x`, both relative to the maximum.
+    fn entropy(&self) -> f32 {
+        (self.sum.ln() - self.weighted / self.sum) as f32
+    }
+}
+
+/// Assigns the logits of one strip and sums them up, row by row.
+fn summarize_strip(
+    device: &CpuDevice,
+    logits: &mut [f32],
+    hidden: &[f32],
+    weight: &[f32],
+    (rows, width): (usize, usize),
+    entropy: bool,
+) -> Vec<RowSummary> {
+    let mut summaries = vec![RowSummary::EMPTY; rows];
+    for (logits, weight) in logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)) {
+        let tokens = weight.len() / width;
+        // logits[tokens, rows] = weight[tokens, D] * hidden[D, rows]
+        multiply(
+            logits,
+            rows,
+            false,
+            (tokens, width, rows),
+            Matrix::rows(weight, width),
+            Matrix::rows(hidden, rows),
+            gemm::Parallelism::None,
+        );
+        device.vectorized(
+            #[inline(always)]
+            || {
+                for (block, summaries) in summaries.chunks_mut(LANES).enumerate() {
+                    summarize_tile(summaries, logits, block * LANES, rows, entropy);
+                }
+            },
+        );
+    }
+    summaries
+}
+
+/// Adds a tile of logits `[tokens, rows]` to the summaries of rows `first..first + summaries.len()`.
+#[inline(always)]
+fn summarize_tile(summaries: &mut [RowSummary], logits: &[f32], first: usize, rows: usize, entropy: bool) {
+    let count = summaries.len();
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    for (max, summary) in maxima.iter_mut().zip(summaries.iter()) {
+        *max = summary.max;
+    }
+    for row in logits.chunks_exact(rows) {
+        let x = lanes(&row[first..first + count]);
+        for i in 0..LANES {
+            maxima[i] = simd::larger(maxima[i], x[i]);
+        }
+    }
+    let (mut sums, mut weighted) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for row in logits.chunks_exact(rows) {
+        let x = lanes(&row[first..first + count]);
+        for i in 0..LANES {
+            let shifted = x[i] - maxima[i];
+            let e = simd::exp(shifted);
+            sums[i] += e;
+            if entropy {
+                weighted[i] = e.mul_add(shifted, weighted[i]);
+            }
+        }
+    }
+    for (i, summary) in summaries.iter_mut().enumerate() {
+        summary.raise(maxima[i]);
+        summary.sum += sums[i] as f64;
+        summary.weighted += weighted[i] as f64;
+    }
+}
+
+/// `values`, at most [`LANES`], with zeros behind them.
+#[inline(always)]
+fn lanes(values: &[f32]) -> [f32; LANES] {
+    match values.first_chunk::<LANES>() {
+        Some(whole) => *whole,
+        None => {
+            let mut padded = [0.0; LANES];
+            padded[..values.len()].copy_from_slice(values);
+            padded
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    device: &CpuDevice,
+    hidden: &mut CpuBuffer<f32>,
+    dweight: Option<&mut CpuBuffer<f32>>,
+    logits: &mut CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    targets: &CpuBuffer<u32>,
+    scores: &TokenScores<CpuDevice>,
+    coefficients: &TokenCoefficients<CpuDevice>,
+    shape: &HeadShape,
+) -> Result<()> {
+    let HeadShape { rows: Range { start, end }, width, vocab, entropy } = *shape;
+    let rows = end.saturating_sub(start);
+    let entropy_needs = if entropy { end } else { 0 };
+    let needs = [
+        ("hidden", hidden.len(), end * width),
+        ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
+        ("logits", logits.len(), rows * vocab),
+        ("weight", weight.len(), vocab * width),
+        ("targets", targets.len(), end),
+        ("scores.lse", scores.lse.len(), end),
+        ("scores.entropy", scores.entropy.len(), entropy_needs),
+        ("coefficients.logp", coefficients.logp.len(), end),
+        ("coefficients.entropy", coefficients.entropy.len(), entropy_needs),
+    ];
+    check_sizes("logp_head_backward", shape, &needs)?;
+    if rows * vocab == 0 {
+        return Ok(());
+    }
+    check_indices("logp_head_backward", "target", &targets[start..end], vocab)?;
+    let terms: Vec<RowTerms> = (start..end)
+        .map(|token| RowTerms {
+            a: coefficients.logp[token],
+            b: if entropy { coefficients.entropy[token] } else { 0.0 },
+            lse: scores.lse[token],
+            entropy: if entropy { scores.entropy[token] } else { 0.0 },
+            target: targets[token] as usize,
+        })
+        .collect();
+    let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
+    for first in (0..rows).step_by(BACKWARD_ROWS) {
+        let block = first..(first + BACKWARD_ROWS).min(rows);
+        let pass = Pass { device, terms: &terms[block.clone()], first, rows, width };
+        let hidden = &mut hidden[(start + block.start) * width..(start + block.end) * width];
+        pass.run(hidden, dweight.as_deref_mut(), &mut logits[..rows * vocab], &weight[..vocab * width]);
+    }
+    Ok(())
+}
+
+/// What a row's gradient is made of.
+#[derive(Clone, Copy)]
+struct RowTerms {
+    a: f32,
+    b: f32,
+    lse: f32,
+    entropy: f32,
+    target: usize,
+}
+
+/// The backward of up to [`BACKWARD_ROWS`] scored tokens.
+struct Pass<'a> {
+    device: &'a CpuDevice,
+    terms: &'a [RowTerms],
+    /// The first of these rows in `logits[V, rows]`.
+    first: usize,
+    rows: usize,
+    width: usize,
+}
+
+impl Pass<'_> {
+    /// Replaces `hidden` by its gradient and accumulates the weight's.
+    fn run(&self, hidden: &mut [f32], dweight: Option<&mut [f32]>, logits: &mut [f32], weight: &[f32]) {
+        let (width, strip) = (self.width, strip_tokens(weight.len() / self.width));
+        let mut dweights: Vec<Option<&mut [f32]>> = match dweight {
+            Some(dweight) => dweight.chunks_mut(strip * width).map(Some).collect(),
+            None => weight.chunks(strip * width).map(|_| None).collect(),
+        };
+        let input: &[f32] = hidden;
+        let partial: Vec<Vec<f32>> = self.device.parallel(|| {
+            dweights
+                .par_iter_mut()
+                .zip(logits.par_chunks_mut(strip * self.rows))
+                .zip(weight.par_chunks(strip * width))
+                .enumerate()
+                .map(|(index, ((dweight, logits), weight))| {
+                    self.strip(input, dweight.as_deref_mut(), logits, weight, index * strip)
+                })
+                .collect()
+        });
+        hidden.fill(0.0);
+        self.device.parallel(|| {
+            hidden.par_chunks_mut(width).enumerate().for_each(|(row, sum)| {
+                for partial in &partial {
+                    let values = &partial[row * width..][..width];
+                    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                }
+            });
+        });
+    }
+
+    /// One strip, whose first token is `first_token`; returns its part of the gradient of `hidden`.
+    fn strip(
+        &self,
+        hidden: &[f32],
+        mut dweight: Option<&mut [f32]>,
+        logits: &mut [f32],
+        weight: &[f32],
+        first_token: usize,
+    ) -> Vec<f32> {
+        let (rows, count, width) = (self.rows, self.terms.len(), self.width);
+        let serial = gemm::Parallelism::None;
+        let mut dhidden = vec![0.0; count * width];
+        for (tile, (logits, weight)) in
+            logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)).enumerate()
+        {
+            let tokens = weight.len() / width;
+            self.logit_gradients(logits, first_token + tile * TILE);
+            let dlogits = Matrix::rows(&logits[self.first..], rows);
+            if let Some(dweight) = &mut dweight {
+                multiply(
+                    &mut dweight[tile * TILE * width..],
+                    width,
+                    true,
+                    (tokens, count, width),
+                    dlogits,
+                    Matrix::rows(hidden, width),
+                    serial,
+                );
+            }
+            multiply(
+                &mut dhidden,
+                width,
+                tile > 0,
+                (count, tokens, width),
+                dlogits.transpose(),
+                Matrix::rows(weight, width),
+                serial,
+            );
+        }
+        dhidden
+    }
+
+    /// Replaces logits `[tokens, rows]` by `a (onehot - pi) - b pi (log pi + H)`, in the pass' columns.
+    fn logit_gradients(&self, logits: &mut [f32], first_token: usize) {
+        let columns = self.first..self.first + self.terms.len();
+        self.device.vectorized(
+            #[inline(always)]
+            || {
+                for row in logits.chunks_exact_mut(self.rows) {
+                    for (x, terms) in row[columns.clone()].iter_mut().zip(self.terms) {
+                        let logp = *x - terms.lse;
+                        *x = -simd::exp(logp) * terms.b.mul_add(logp + terms.entropy, terms.a);
+                    }
+                }
+            },
+        );
+        let tokens = first_token..first_token + logits.len() / self.rows;
+        for (column, terms) in columns.zip(self.terms) {
+            if tokens.contains(&terms.target) {
+                logits[(terms.target - first_token) * self.rows + column] += terms.a;
+            }
+        }
+    }
+}

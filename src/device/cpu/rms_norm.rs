@@ -1,0 +1,225 @@
+//! RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual addition in front of it.
+//!
+//! With `r = 1 / sqrt(mean(x^2) + epsilon)`: `out = x r w`, and backward
+//! `dx += r (dout w) - x r^3 mean(dout w x)`, `dw += sum over rows of dout x r`.
+
+use rayon::prelude::*;
+
+use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, check_sizes, simd};
+use crate::device::NormShape;
+use crate::error::Result;
+
+/// Columns of one block of the weight's gradient.
+const COLUMNS: usize = 64;
+/// Rows summed in one f32 run before they are added to the weight's gradient: keeps rounding independent of `T`.
+const RUN: usize = 64;
+
+pub(super) fn forward(
+    device: &CpuDevice,
+    out: &mut CpuBuffer<f32>,
+    rstd: &mut CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    shape: NormShape,
+) -> Result<()> {
+    let NormShape { rows, width, .. } = shape;
+    let size = rows * width;
+    let needs = [
+        ("out", out.len(), size),
+        ("rstd", rstd.len(), rows),
+        ("x", x.len(), size),
+        ("weight", weight.len(), width),
+    ];
+    check_sizes("rms_norm_forward", &shape, &needs)?;
+    if size == 0 {
+        return Ok(());
+    }
+    let (block_rows, weight) = (device.block_rows(width), &weight[..width]);
+    let block = block_rows * width;
+    device.parallel(|| {
+        out[..size]
+            .par_chunks_mut(block)
+            .zip(rstd[..rows].par_chunks_mut(block_rows))
+            .zip(x[..size].par_chunks(block))
+            .for_each(|((out, rstd), x)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || normalize(out, rstd, x, weight, shape),
+                )
+            });
+    });
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn add_forward(
+    device: &CpuDevice,
+    sum: &mut CpuBuffer<f32>,
+    out: &mut CpuBuffer<f32>,
+    rstd: &mut CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    delta: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    shape: NormShape,
+) -> Result<()> {
+    let NormShape { rows, width, .. } = shape;
+    let size = rows * width;
+    let needs = [
+        ("sum", sum.len(), size),
+        ("out", out.len(), size),
+        ("rstd", rstd.len(), rows),
+        ("x", x.len(), size),
+        ("delta", delta.len(), size),
+        ("weight", weight.len(), width),
+    ];
+    check_sizes("add_rms_norm_forward", &shape, &needs)?;
+    if size == 0 {
+        return Ok(());
+    }
+    let (block_rows, weight) = (device.block_rows(width), &weight[..width]);
+    let block = block_rows * width;
+    device.parallel(|| {
+        sum[..size]
+            .par_chunks_mut(block)
+            .zip(out[..size].par_chunks_mut(block))
+            .zip(rstd[..rows].par_chunks_mut(block_rows))
+            .zip(x[..size].par_chunks(block).zip(delta[..size].par_chunks(block)))
+            .for_each(|(((sum, out), rstd), (x, delta))| {
+                device.vectorized(
+                    #[inline(always)]
+                    || {
+                        add_values(sum, x, delta);
+                        normalize(out, rstd, sum, weight, shape);
+                    },
+                )
+            });
+    });
+    Ok(())
+}
+
+pub(super) fn add(
+    device: &CpuDevice,
+    sum: &mut CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    delta: &CpuBuffer<f32>,
+    len: usize,
+) -> Result<()> {
+    check_sizes("add", &len, &[("sum", sum.len(), len), ("x", x.len(), len), ("delta", delta.len(), len)])?;
+    device.parallel(|| {
+        sum[..len]
+            .par_chunks_mut(BLOCK_ELEMENTS)
+            .zip(x[..len].par_chunks(BLOCK_ELEMENTS).zip(delta[..len].par_chunks(BLOCK_ELEMENTS)))
+            .for_each(|(sum, (x, delta))| {
+                device.vectorized(
+                    #[inline(always)]
+                    || add_values(sum, x, delta),
+                )
+            });
+    });
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    device: &CpuDevice,
+    dx: &mut CpuBuffer<f32>,
+    dweight: &mut CpuBuffer<f32>,
+    dout: &CpuBuffer<f32>,
+    x: &CpuBuffer<f32>,
+    weight: &CpuBuffer<f32>,
+    rstd: &CpuBuffer<f32>,
+    shape: NormShape,
+) -> Result<()> {
+    let NormShape { rows, width, .. } = shape;
+    let size = rows * width;
+    let needs = [
+        ("dx", dx.len(), size),
+        ("dweight", dweight.len(), width),
+        ("dout", dout.len(), size),
+        ("x", x.len(), size),
+        ("weight", weight.len(), width),
+        ("rstd", rstd.len(), rows),
+    ];
+    check_sizes("rms_norm_backward", &shape, &needs)?;
+    if size == 0 {
+        return Ok(());
+    }
+    let (dout, x, weight, rstd) = (&dout[..size], &x[..size], &weight[..width], &rstd[..rows]);
+    let block_rows = device.block_rows(width);
+    let block = block_rows * width;
+    device.parallel(|| {
+        dx[..size]
+            .par_chunks_mut(block)
+            .zip(dout.par_chunks(block).zip(x.par_chunks(block)))
+            .zip(rstd.par_chunks(block_rows))
+            .for_each(|((dx, (dout, x)), rstd)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || input_gradient(dx, dout, x, weight, rstd),
+                )
+            });
+        dweight[..width].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dweight)| {
+            device.vectorized(
+                #[inline(always)]
+                || weight_gradient(dweight, dout, x, rstd, block * COLUMNS, width),
+            )
+        });
+    });
+    Ok(())
+}
+
+#[inline(always)]
+fn add_values(sum: &mut [f32], x: &[f32], delta: &[f32]) {
+    for ((sum, x), delta) in sum.iter_mut().zip(x).zip(delta) {
+        *sum = x + delta;
+    }
+}
+
+#[inline(always)]
+fn normalize(out: &mut [f32], rstd: &mut [f32], x: &[f32], weight: &[f32], shape: NormShape) {
+    let width = shape.width;
+    for ((out, rstd), x) in out.chunks_exact_mut(width).zip(rstd.iter_mut()).zip(x.chunks_exact(width)) {
+        let scale = 1.0 / (simd::dot(x, x) / width as f32 + shape.epsilon).sqrt();
+        *rstd = scale;
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
+#[inline(always)]
+fn input_gradient(dx: &mut [f32], dout: &[f32], x: &[f32], weight: &[f32], rstd: &[f32]) {
+    let width = weight.len();
+    for (((dx, dout), x), &rstd) in
+        dx.chunks_exact_mut(width).zip(dout.chunks_exact(width)).zip(x.chunks_exact(width)).zip(rstd)
+    {
+        let mean = simd::sum_terms(
+            width,
+            #[inline(always)]
+            |i| dout[i] * weight[i] * x[i],
+        ) / width as f32;
+        let along_x = -mean * rstd * rstd * rstd;
+        for (((dx, dout), x), weight) in dx.iter_mut().zip(dout).zip(x).zip(weight) {
+            *dx += x.mul_add(along_x, dout * weight * rstd);
+        }
+    }
+}
+
+/// Columns `first..first + dweight.len()` of the weight's gradient, rows in order.
+#[inline(always)]
+fn weight_gradient(dweight: &mut [f32], dout: &[f32], x: &[f32], rstd: &[f32], first: usize, width: usize) {
+    let columns = dweight.len();
+    for (run, rstd) in rstd.chunks(RUN).enumerate() {
+        let mut sums = [0.0_f32; COLUMNS];
+        for (i, &rstd) in rstd.iter().enumerate() {
+            let start = (run * RUN + i) * width + first;
+            let (dout, x) = (&dout[start..][..columns], &x[start..][..columns]);
+            for ((sum, dout), x) in sums.iter_mut().zip(dout).zip(x) {
+                *sum = (dout * rstd).mul_add(*x, *sum);
+            }
+        }
+        for (dweight, sum) in dweight.iter_mut().zip(sums) {
+            *dweight += sum;
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Rotary positions (Su et al. 2021): the pair `(i, i + E/2)` of each query and key head turns by its position's angle.
+
+use rayon::prelude::*;
+
+use super::{CpuBuffer, CpuDevice, check_indices, check_sizes};
+use crate::device::{AttentionShape, RopeDirection};
+use crate::error::Result;
+
+pub(super) fn rotate(
+    device: &CpuDevice,
+    qkv: &mut CpuBuffer<f32>,
+    table: &CpuBuffer<f32>,
+    positions: &CpuBuffer<u32>,
+    rows: usize,
+    shape: AttentionShape,
+    direction: RopeDirection,
+) -> Result<()> {
+    let (operation, width) = ("rope", shape.qkv_width());
+    check_sizes(
+        operation,
+        &shape,
+        &[("qkv", qkv.len(), rows * width), ("positions", positions.len(), rows)],
+    )?;
+    let head_size = shape.head_size;
+    check_indices(operation, "position", &positions[..rows], table.len() / head_size.max(1))?;
+    if rows * width == 0 {
+        return Ok(());
+    }
+    // The inverse of a rotation turns by the negative angle: the same cosine, the negative sine.
+    let sign = match direction {
+        RopeDirection::Forward => 1.0,
+        RopeDirection::Backward => -1.0,
+    };
+    let rotated = (shape.heads + shape.kv_heads) * head_size;
+    let block_rows = device.block_rows(width);
+    device.parallel(|| {
+        qkv[..rows * width]
+            .par_chunks_mut(block_rows * width)
+            .zip(positions[..rows].par_chunks(block_rows))
+            .for_each(|(qkv, positions)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || {
+                        for (row, &position) in qkv.chunks_exact_mut(width).zip(positions) {
+                            let angles = &table[position as usize * head_size..][..head_size];
+                            rotate_row(&mut row[..rotated], angles, sign);
+                        }
+                    },
+                )
+            });
+    });
+    Ok(())
+}
+
+/// Turns every head of `row`; `angles` holds `E/2` cosines, then `E/2` sines.
+#[inline(always)]
+fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
+    let half = angles.len() / 2;
+    let (cosines, sines) = angles.split_at(half);
+    for head in row.chunks_exact_mut(angles.len()) {
+        let (first, second) = head.split_at_mut(half);
+        for (((a, b), cosine), sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+            let (x, y, sine) = (*a, *b, sign * sine);
+            *a = x * cosine - y * sine;
+            *b = y * cosine + x * sine;
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! SwiGLU (Shazeer 2020): `silu(gate) * up` with `silu(g) = g sigmoid(g)`.
+//!
+//! Backward: `dup = dout silu(g)`, `dgate = dout up sigmoid(g) (1 + g (1 - sigmoid(g)))`.
+
+use rayon::prelude::*;
+
+use super::{CpuBuffer, CpuDevice, check_sizes, simd};
+use crate::error::Result;
+
+pub(super) fn forward(
+    device: &CpuDevice,
+    out: &mut CpuBuffer<f32>,
+    gate_up: &CpuBuffer<f32>,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    let size = rows * width;
+    let needs = [("out", out.len(), size), ("gate_up", gate_up.len(), 2 * size)];
+    check_sizes("swiglu_forward", &(rows, width), &needs)?;
+    if size == 0 {
+        return Ok(());
+    }
+    let block = device.block_rows(width) * width;
+    device.parallel(|| {
+        out[..size].par_chunks_mut(block).zip(gate_up[..2 * size].par_chunks(2 * block)).for_each(
+            |(out, gate_up)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || {
+                        for (out, row) in out.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
+                            let (gate, up) = row.split_at(width);
+                            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                                *out = gate * simd::sigmoid(gate) * up;
+                            }
+                        }
+                    },
+                )
+            },
+        );
+    });
+    Ok(())
+}
+
+pub(super) fn backward(
+    device: &CpuDevice,
+    dgate_up: &mut CpuBuffer<f32>,
+    dout: &CpuBuffer<f32>,
+    gate_up: &CpuBuffer<f32>,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    let size = rows * width;
+    let needs = [
+        ("dgate_up", dgate_up.len(), 2 * size),
+        ("dout", dout.len(), size),
+        ("gate_up", gate_up.len(), 2 * size),
+    ];
+    check_sizes("swiglu_backward", &(rows, width), &needs)?;
+    if size == 0 {
+        return Ok(());
+    }
+    let block = device.block_rows(width) * width;
+    device.parallel(|| {
+        dgate_up[..2 * size]
+            .par_chunks_mut(2 * block)
+            .zip(dout[..size].par_chunks(block).zip(gate_up[..2 * size].par_chunks(2 * block)))
+            .for_each(|(dgate_up, (dout, gate_up))| {
+                device.vectorized(
+                    #[inline(always)]
+                    || {
+                        let rows = dgate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact(width));
+                        for ((drow, dout), row) in rows.zip(gate_up.chunks_exact(2 * width)) {
+                            backward_row(drow, dout, row);
+                        }
+                    },
+                )
+            });
+    });
+    Ok(())
+}
+
+#[inline(always)]
+fn backward_row(dgate_up: &mut [f32], dout: &[f32], gate_up: &[f32]) {
+    let width = dout.len();
+    let (dgate, dup) = dgate_up.split_at_mut(width);
+    let (gate, up) = gate_up.split_at(width);
+    let (dup, gate, up) = (&mut dup[..width], &gate[..width], &up[..width]);
+    for i in 0..width {
+        let sigmoid = simd::sigmoid(gate[i]);
+        dup[i] = dout[i] * gate[i] * sigmoid;
+        dgate[i] = dout[i] * up[i] * sigmoid * gate[i].mul_add(1.0 - sigmoid, 1.0);
+    }
+}

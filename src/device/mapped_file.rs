@@ -1,0 +1,42 @@
+//! A file mapped into memory, read-only: weights are read from the page cache, never copied.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// The bytes of a whole file.
+///
+/// The file must not be shortened while it is mapped: reading behind its new end would kill the process (SIGBUS).
+/// This program never does so itself; it writes new files and renames them into place.
+#[derive(Debug)]
+pub struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl MappedFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io(path, "read", error))?;
+        // SAFETY: the map is private and read-only, and lives as long as every borrow of its bytes. Bytes are only
+        // read as integers and floats of any bit pattern, so that another process writing to the file could change
+        // numbers but not break a type's validity; shortening it is excluded by the contract above.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io(path, "map", error))?;
+        Ok(MappedFile { path: path.to_path_buf(), map })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}

@@ -1,0 +1,163 @@
+//! Text from a model: greedy or sampled, token by token over a key/value cache.
+
+use std::sync::Arc;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::checkpoint::ModelFolder;
+use crate::config::GenerateConfig;
+use crate::data::{Message, TextEncoder};
+use crate::device::{Device, DeviceTask, run_on};
+use crate::error::Result;
+use crate::model::{Generation, Llama};
+use crate::report::print_result;
+
+/// Writes the answer to `config.prompt` to standard output as it comes.
+pub fn run(config: &GenerateConfig) -> Result<()> {
+    let folder = ModelFolder::open(&config.model)?;
+    folder.check_finite()?;
+    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
+    let prompt = match config.raw {
+        true => encoder.encode_text_prompt(&config.prompt)?,
+        false => {
+            let system = config.system.iter().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.chain([Message::new("user", &config.prompt)]).collect();
+            encoder.encode_chat_prompt(&messages)?
+        }
+    };
+    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt })
+}
+
+struct Generating<'a> {
+    config: &'a GenerateConfig,
+    folder: ModelFolder,
+    encoder: TextEncoder,
+    prompt: Vec<u32>,
+}
+
+impl DeviceTask for Generating<'_> {
+    type Output = ();
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
+        let Generating { config, folder, encoder, prompt } = self;
+        let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
+        let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
+        let mut text = encoder.tokenizer.stream(true);
+        generate(&model, &prompt, config.max_new_tokens, sampling, |token| print_result(&text.push(token)?))?;
+        print_result(&(text.finish()? + "\n"))
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Share of probability that the most likely tokens must cover; 1 keeps all.
+    pub top_p: f64,
+    pub seed: u64,
+}
+
+impl Sampling {
+    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    EndToken,
+    Length,
+}
+
+/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes, and an
+/// error of its ends the generation.
+pub fn generate<D: Device>(
+    model: &Llama<D>,
+    prompt: &[u32],
+    max_new_tokens: usize,
+    sampling: Sampling,
+    mut on_token: impl FnMut(u32) -> Result<()>,
+) -> Result<(Vec<u32>, Finish)> {
+    let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
+    let mut generation = Generation::start(model, prompt, max_new_tokens)?;
+    let mut tokens = Vec::new();
+    while tokens.len() < max_new_tokens {
+        let token = next_token(generation.logits(), sampling, &mut random);
+        if model.config.stop_token_ids.contains(&token) {
+            return Ok((tokens, Finish::EndToken));
+        }
+        on_token(token)?;
+        tokens.push(token);
+        if tokens.len() < max_new_tokens {
+            generation.push(token)?;
+        }
+    }
+    Ok((tokens, Finish::Length))
+}
+
+/// Greedy ties go to the lowest id.
+fn next_token(logits: &[f32], sampling: Sampling, random: &mut ChaCha8Rng) -> u32 {
+    let mut ranked: Vec<usize> = (0..logits.len()).collect();
+    if sampling.temperature == 0.0 {
+        let best = ranked.into_iter().reduce(|best, id| if logits[id] > logits[best] { id } else { best });
+        return best.unwrap_or(0) as u32;
+    }
+    ranked.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    let weights: Vec<f64> = ranked
+        .iter()
+        .map(|&id| ((logits[id] - logits[ranked[0]]) as f64 / sampling.temperature).exp())
+        .collect();
+    let nucleus = nucleus_size(&weights, sampling.top_p);
+    let mut point = random.random::<f64>() * weights[..nucleus].iter().sum::<f64>();
+    for (&id, &weight) in ranked.iter().zip(&weights[..nucleus]) {
+        point -= weight;
+        if point <= 0.0 {
+            return id as u32;
+        }
+    }
+    ranked[nucleus - 1] as u32
+}
+
+/// The fewest of the `weights`, which fall, that cover `top_p` of their sum; at least one.
+fn nucleus_size(weights: &[f64], top_p: f64) -> usize {
+    let wanted = top_p * weights.iter().sum::<f64>();
+    let mut covered = 0.0;
+    let enough = weights.iter().position(|&weight| {
+        covered += weight;
+        covered >= wanted
+    });
+    enough.map_or(weights.len(), |last| last + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greedy_takes_the_first_of_the_best() {
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        assert_eq!(next_token(&[0.0, 3.0, 3.0, -1.0], Sampling::GREEDY, &mut random), 1);
+    }
+
+    #[test]
+    fn top_p_keeps_the_likeliest_tokens_alone() {
+        assert_eq!(nucleus_size(&[0.6, 0.3, 0.1], 0.5), 1);
+        assert_eq!(nucleus_size(&[0.6, 0.3, 0.1], 0.7), 2);
+        assert_eq!(nucleus_size(&[0.6, 0.3, 0.1], 1.0), 3);
+        let sampling = Sampling { temperature: 1.0, top_p: 0.5, seed: 0 };
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        for _ in 0..100 {
+            assert_eq!(next_token(&[0.0, 1.0, 5.0], sampling, &mut random), 2);
+        }
+    }
+
+    #[test]
+    fn sampling_follows_the_softmax() {
+        let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: 0 };
+        let mut random = ChaCha8Rng::seed_from_u64(7);
+        let logits = [0.0, (3.0f32).ln()];
+        let ones = (0..4000).filter(|_| next_token(&logits, sampling, &mut random) == 1).count();
+        assert!((ones as f64 / 4000.0 - 0.75).abs() <= 0.03, "{ones} of 4000");
+    }
+}

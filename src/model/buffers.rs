@@ -1,0 +1,185 @@
+//! Activations of the largest micro-batch, allocated once.
+//!
+//! Kept for the backward: the residual stream at both norms of a layer, `qkv` behind RoPE, the attention's output and
+//! lse, and `gate_up`. Normed inputs and SwiGLU outputs are cheap and are computed again.
+
+use super::config::LlamaConfig;
+use crate::data::PairBatch;
+use crate::device::{Compute, Device, Floats, TokenCoefficients, TokenScores};
+use crate::error::Result;
+use crate::objective::PairOutcome;
+
+/// What the largest micro-batch holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// `T`
+    pub tokens: usize,
+    pub pairs: usize,
+    /// `N`
+    pub scored: usize,
+    /// Rows of the logits workspace; at least the scored tokens of the longest pair.
+    pub logit_rows: usize,
+}
+
+impl Capacity {
+    /// The least capacity that holds `self` and also `batch`, with logits of at most `logit_rows` rows unless one
+    /// pair alone needs more.
+    pub fn cover(self, batch: &PairBatch, logit_rows: usize) -> Self {
+        let longest = batch.scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).max();
+        Capacity {
+            tokens: self.tokens.max(batch.tokens()),
+            pairs: self.pairs.max(batch.spans.len()),
+            scored: self.scored.max(batch.scored_tokens()),
+            logit_rows: self.logit_rows.max(longest.unwrap_or(0)).max(logit_rows.min(batch.scored_tokens())),
+        }
+    }
+}
+
+/// Whether the backward follows: without it, all layers share one set of buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Training,
+    Inference,
+}
+
+/// Results of the forward. A field that is a `Vec` has one buffer a layer in training and one in all for inference;
+/// [`Activations::slot`] maps a layer to its buffer.
+#[derive(Debug)]
+pub struct Activations<D: Device> {
+    slots: usize,
+    /// `[T, D]` the residual stream entering each layer, and behind the last.
+    pub residual: Vec<Compute<D>>,
+    /// `[T]` of the norm before attention.
+    pub input_rstd: Vec<Floats<D>>,
+    /// `[T, (H + 2K) * E]`
+    pub qkv: Vec<Compute<D>>,
+    /// `[T, H * E]`
+    pub attention: Vec<Compute<D>>,
+    /// `[T, H]`
+    pub attention_lse: Vec<Floats<D>>,
+    /// `[T, D]` the residual stream between attention and MLP.
+    pub middle: Vec<Compute<D>>,
+    /// `[T]` of the norm before the MLP.
+    pub post_rstd: Vec<Floats<D>>,
+    /// `[T, 2F]`
+    pub gate_up: Vec<Compute<D>>,
+    /// `[T, D]` scratch: a norm's output.
+    pub normed: Compute<D>,
+    /// `[T, D]` scratch: what a block adds to the residual stream.
+    pub delta: Compute<D>,
+    /// `[T, F]` scratch: SwiGLU's output.
+    pub activated: Compute<D>,
+    pub head: HeadBuffers<D>,
+}
+
+/// The head works on the `N` scored rows alone.
+#[derive(Debug)]
+pub struct HeadBuffers<D: Device> {
+    /// `[N, D]` the residual rows that predict a target; in the backward, their gradient.
+    pub gathered: Compute<D>,
+    /// `[N, D]` the same behind the final norm; the head's backward replaces it by its gradient.
+    pub normed: Compute<D>,
+    /// `[N]`
+    pub rstd: Floats<D>,
+    /// `[logit_rows, V]`
+    pub logits: Compute<D>,
+    pub scores: TokenScores<D>,
+    pub coefficients: TokenCoefficients<D>,
+    /// `[pairs, PairOutcome::WIDTH]`
+    pub outcomes: Floats<D>,
+}
+
+/// Scratch of the backward.
+#[derive(Debug)]
+pub struct Gradients<D: Device> {
+    /// `[T, D]` of the residual stream, from the top of the model down.
+    pub residual: Compute<D>,
+    /// `[T, D]`
+    pub normed: Compute<D>,
+    /// `[T, (H + 2K) * E]`
+    pub qkv: Compute<D>,
+    /// `[T, H * E]`
+    pub attention: Compute<D>,
+    /// `[T, 2F]`
+    pub gate_up: Compute<D>,
+    /// `[T, F]`
+    pub activated: Compute<D>,
+    /// `[N, D]` of the gathered residual rows.
+    pub gathered: Compute<D>,
+}
+
+impl<D: Device> Activations<D> {
+    pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
+        let shape = config.attention_shape();
+        let tokens = capacity.tokens;
+        let slots = match purpose {
+            Purpose::Training => config.layers,
+            Purpose::Inference => 1,
+        };
+        let residuals = match purpose {
+            Purpose::Training => config.layers + 1,
+            Purpose::Inference => 1,
+        };
+        let compute = |count: usize, width: usize| -> Result<Vec<Compute<D>>> {
+            (0..count).map(|_| device.alloc(tokens * width)).collect()
+        };
+        let floats = |width: usize| -> Result<Vec<Floats<D>>> {
+            (0..slots).map(|_| device.alloc(tokens * width)).collect()
+        };
+        Ok(Activations {
+            slots,
+            residual: compute(residuals, config.hidden_size)?,
+            input_rstd: floats(1)?,
+            qkv: compute(slots, shape.qkv_width())?,
+            attention: compute(slots, shape.out_width())?,
+            attention_lse: floats(shape.heads)?,
+            middle: compute(slots, config.hidden_size)?,
+            post_rstd: floats(1)?,
+            gate_up: compute(slots, 2 * config.intermediate_size)?,
+            normed: device.alloc(tokens * config.hidden_size)?,
+            delta: device.alloc(tokens * config.hidden_size)?,
+            activated: device.alloc(tokens * config.intermediate_size)?,
+            head: HeadBuffers::new(device, config, capacity)?,
+        })
+    }
+
+    /// Index of a layer's buffers.
+    pub fn slot(&self, layer: usize) -> usize {
+        layer % self.slots
+    }
+
+    /// Index of the residual stream entering `layer` (of the model's output for `layer == L`).
+    pub fn residual_slot(&self, layer: usize) -> usize {
+        layer % self.residual.len()
+    }
+}
+
+impl<D: Device> HeadBuffers<D> {
+    fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
+        Ok(HeadBuffers {
+            gathered: device.alloc(capacity.scored * config.hidden_size)?,
+            normed: device.alloc(capacity.scored * config.hidden_size)?,
+            rstd: device.alloc(capacity.scored)?,
+            logits: device.alloc(capacity.logit_rows * config.vocab_size)?,
+            scores: TokenScores::new(device, capacity.scored)?,
+            coefficients: TokenCoefficients::new(device, capacity.scored)?,
+            outcomes: device.alloc(capacity.pairs * PairOutcome::WIDTH)?,
+        })
+    }
+}
+
+impl<D: Device> Gradients<D> {
+    pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
+        let shape = config.attention_shape();
+        let tokens = capacity.tokens;
+        Ok(Gradients {
+            residual: device.alloc(tokens * config.hidden_size)?,
+            normed: device.alloc(tokens * config.hidden_size)?,
+            qkv: device.alloc(tokens * shape.qkv_width())?,
+            attention: device.alloc(tokens * shape.out_width())?,
+            gate_up: device.alloc(tokens * 2 * config.intermediate_size)?,
+            activated: device.alloc(tokens * config.intermediate_size)?,
+            gathered: device.alloc(capacity.scored * config.hidden_size)?,
+        })
+    }
+}

@@ -1,0 +1,403 @@
+//! `config.json` of a Hugging Face Llama folder, as one checked value.
+//!
+//! The meaning of each key is that of `LlamaConfig` in transformers. A key that would change the arithmetic in a way
+//! this program does not compute is refused by name; so is a key nobody here knows, unless its value (`null`, `false`,
+//! an empty list or object) asks for nothing. `config_keys.rs` lists the keys known to leave the logits alone.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::device::{AttentionShape, StorageType};
+use crate::error::{Error, Result};
+use crate::model::config_keys::{Keys, MAX_LAYERS, MAX_SIZE};
+use crate::model::rope::{self, Rope};
+
+/// A Llama, as its `config.json` describes it. Symbols are those of the legend: `V D F L H K E`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// `V`
+    pub vocab_size: usize,
+    /// `D`
+    pub hidden_size: usize,
+    /// `F`
+    pub intermediate_size: usize,
+    /// `L`
+    pub layers: usize,
+    /// `H`
+    pub heads: usize,
+    /// `K`; divides `H`.
+    pub kv_heads: usize,
+    /// `E`, even; `H * E` need not be `D`.
+    pub head_size: usize,
+    pub rms_norm_eps: f32,
+    /// The output head is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// Biases on q, k, v and o.
+    pub attention_bias: bool,
+    /// Biases on gate, up and down.
+    pub mlp_bias: bool,
+    pub max_position_embeddings: usize,
+    pub rope: Rope,
+    pub bos_token_id: Option<u32>,
+    /// End tokens of `config.json`.
+    pub eos_token_ids: Vec<u32>,
+    /// Where generation stops: the end tokens of `config.json`, then those that `generation_config.json` adds.
+    pub stop_token_ids: Vec<u32>,
+    /// As transformers has it, this row of the embedding gets no gradient from its use as an input. A negative id,
+    /// as old configs write it, is none.
+    pub pad_token_id: Option<u32>,
+    /// What the config says the weights are stored in; the tensors themselves are what counts.
+    pub dtype: Option<StorageType>,
+    /// The file as it was, key order included: a saved folder's config is this one.
+    original: Map<String, Value>,
+}
+
+/// A weight's name in a Hugging Face folder and its shape there, row-major, `[outputs, inputs]` for matrices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    pub name: String,
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    pub fn new(name: impl Into<String>, shape: &[usize]) -> Self {
+        TensorSpec { name: name.into(), shape: shape.to_vec() }
+    }
+
+    /// Number of values.
+    pub fn values(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+impl LlamaConfig {
+    /// Reads `config.json` of `folder`, and `generation_config.json` where there is one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a file cannot be read, [`Error::Model`] naming the file and the key otherwise.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() => {
+                return Err(Error::model(
+                    folder,
+                    "no config.json: this is not a Hugging Face model folder",
+                    "give the folder that holds config.json, tokenizer.json and model.safetensors",
+                ));
+            }
+            result => result.map_err(|error| Error::io(&path, "read", error))?,
+        };
+        let mut config = LlamaConfig::parse(&path, &text)?;
+        let path = folder.join("generation_config.json");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => config.add_generation_config(&path, &text)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(&path, "read", error)),
+        }
+        Ok(config)
+    }
+
+    /// Parses the text of a `config.json`; `path` is for messages.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let keys = Keys::parse(path, text)?;
+        keys.check_architecture()?;
+        keys.check_unsupported()?;
+        let hidden_size = keys.size("hidden_size", MAX_SIZE)?;
+        let heads = keys.size("num_attention_heads", MAX_SIZE)?;
+        let max_position_embeddings = keys.optional_size("max_position_embeddings", 1 << 32)?.unwrap_or(2048);
+        let eos_token_ids = keys.token_ids("eos_token_id", &[2])?;
+        let config = LlamaConfig {
+            vocab_size: keys.size("vocab_size", MAX_SIZE)?,
+            hidden_size,
+            intermediate_size: keys.size("intermediate_size", MAX_SIZE)?,
+            layers: keys.size("num_hidden_layers", MAX_LAYERS)?,
+            heads,
+            kv_heads: keys.optional_size("num_key_value_heads", MAX_SIZE)?.unwrap_or(heads),
+            head_size: keys.head_size(hidden_size, heads)?,
+            rms_norm_eps: keys.positive("rms_norm_eps", 1e-6)? as f32,
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+            attention_bias: keys.flag("attention_bias")?,
+            mlp_bias: keys.flag("mlp_bias")?,
+            max_position_embeddings,
+            rope: rope::parse(&keys, max_position_embeddings)?,
+            bos_token_id: keys.token_ids("bos_token_id", &[1])?.first().copied(),
+            stop_token_ids: eos_token_ids.clone(),
+            eos_token_ids,
+            pad_token_id: keys.pad_token_id()?,
+            dtype: keys.dtype()?,
+            original: keys.map.clone(),
+        };
+        config.check_heads(&keys)?;
+        config.check_token_ids(&keys)?;
+        Ok(config)
+    }
+
+    /// Adds the end tokens of a `generation_config.json` to [`LlamaConfig::stop_token_ids`].
+    pub fn add_generation_config(&mut self, path: &Path, text: &str) -> Result<()> {
+        let keys = Keys::parse(path, text)?;
+        for id in keys.token_ids("eos_token_id", &[])? {
+            if !self.stop_token_ids.contains(&id) {
+                self.stop_token_ids.push(id);
+            }
+        }
+        self.check_token_ids(&keys)
+    }
+
+    /// The text of the saved folder's `config.json`: the original with its dtype set to bfloat16.
+    pub fn to_saved_json(&self) -> String {
+        let mut map = self.original.clone();
+        // transformers before 4.56 knows only the old name.
+        if map.contains_key("torch_dtype") {
+            map.insert("torch_dtype".into(), "bfloat16".into());
+        }
+        map.insert("dtype".into(), "bfloat16".into());
+        format!("{:#}\n", Value::Object(map))
+    }
+
+    /// All that the results depend on beside weights and tokens, as text.
+    pub fn arithmetic(&self) -> String {
+        let LlamaConfig { heads, kv_heads, head_size, rms_norm_eps, pad_token_id, rope, .. } = self;
+        format!(
+            "heads {heads} {kv_heads} {head_size}, rms_norm_eps {rms_norm_eps:?}, pad {pad_token_id:?}, {rope:?}"
+        )
+    }
+
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_size }
+    }
+
+    /// `[positions, E]`: of each position `E/2` cosines, then `E/2` sines, as transformers computes them in f32.
+    pub fn rope_table(&self, positions: usize) -> Vec<f32> {
+        self.rope.table(self.head_size, positions)
+    }
+
+    /// Every tensor of the folder, in the order of transformers' state dict; without `lm_head` where it is tied.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        let (hidden, mlp) = (self.hidden_size, self.intermediate_size);
+        let mut specs = vec![TensorSpec::new("model.embed_tokens.weight", &[self.vocab_size, hidden])];
+        for layer in 0..self.layers {
+            let mut linear = |module: &str, outputs: usize, inputs: usize, bias: bool| {
+                let stem = format!("model.layers.{layer}.{module}");
+                specs.push(TensorSpec::new(format!("{stem}.weight"), &[outputs, inputs]));
+                if bias {
+                    specs.push(TensorSpec::new(format!("{stem}.bias"), &[outputs]));
+                }
+            };
+            let (query, key) = (self.heads * self.head_size, self.kv_heads * self.head_size);
+            linear("self_attn.q_proj", query, hidden, self.attention_bias);
+            linear("self_attn.k_proj", key, hidden, self.attention_bias);
+            linear("self_attn.v_proj", key, hidden, self.attention_bias);
+            linear("self_attn.o_proj", hidden, query, self.attention_bias);
+            linear("mlp.gate_proj", mlp, hidden, self.mlp_bias);
+            linear("mlp.up_proj", mlp, hidden, self.mlp_bias);
+            linear("mlp.down_proj", hidden, mlp, self.mlp_bias);
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                specs.push(TensorSpec::new(format!("model.layers.{layer}.{norm}.weight"), &[hidden]));
+            }
+        }
+        specs.push(TensorSpec::new("model.norm.weight", &[hidden]));
+        if !self.tie_word_embeddings {
+            specs.push(TensorSpec::new("lm_head.weight", &[self.vocab_size, hidden]));
+        }
+        specs
+    }
+
+    /// Number of parameters; a tied head counts once.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(TensorSpec::values).sum()
+    }
+
+    fn check_heads(&self, keys: &Keys) -> Result<()> {
+        let LlamaConfig { heads, kv_heads, head_size, .. } = *self;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(keys.error(
+                format!(
+                    "num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+                ),
+                "every key/value head serves the same number of query heads: correct one of the two",
+            ));
+        }
+        if !head_size.is_multiple_of(2) {
+            return Err(keys.error(
+                format!("head size {head_size} is odd"),
+                "rotary positions turn pairs of values: head_dim (or hidden_size / num_attention_heads) must be even",
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_token_ids(&self, keys: &Keys) -> Result<()> {
+        let ids = self.stop_token_ids.iter().chain(&self.bos_token_id).chain(&self.pad_token_id);
+        match ids.copied().find(|&id| id as usize >= self.vocab_size) {
+            Some(id) => Err(keys.error(
+                format!("token id {id} lies outside the vocabulary of {}", self.vocab_size),
+                "correct bos_token_id, eos_token_id or pad_token_id, or vocab_size",
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn smollm2() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "is_llama_config": true,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": false,
+            "rope_scaling": null,
+            "rope_theta": 100000,
+            "tie_word_embeddings": true,
+            "torch_dtype": "float32",
+            "vocab_size": 49152
+        })
+    }
+
+    fn parse(config: &Value) -> Result<LlamaConfig> {
+        LlamaConfig::parse(Path::new("m/config.json"), &config.to_string())
+    }
+
+    /// The config above with one key changed, which must be refused with a message that contains `part`.
+    #[track_caller]
+    fn refused(key: &str, value: Value, part: &str) {
+        let mut config = smollm2();
+        config[key] = value;
+        let error = parse(&config).expect_err(key);
+        let message = error.to_string();
+        assert!(matches!(error, Error::Model { .. }), "{error:?}");
+        assert!(message.contains(part) && message.starts_with("m/config.json: "), "{key}: {message}");
+    }
+
+    #[test]
+    fn smollm2_135m_has_its_shapes() {
+        let config = parse(&smollm2()).unwrap();
+        assert_eq!((config.head_size, config.kv_heads, config.layers), (64, 3, 30));
+        assert_eq!(config.parameters(), 134_515_008);
+        assert_eq!(config.rope, Rope { theta: 1e5, scaling: rope::RopeScaling::Default });
+        assert_eq!(config.dtype, Some(StorageType::F32));
+        assert_eq!(config.pad_token_id, None);
+        assert_eq!(config.tensors().len(), 30 * 9 + 2);
+    }
+
+    #[test]
+    fn biases_and_an_untied_head_are_tensors_too() {
+        let mut json = smollm2();
+        json["attention_bias"] = true.into();
+        json["mlp_bias"] = true.into();
+        json["tie_word_embeddings"] = false.into();
+        json["head_dim"] = 32.into();
+        let config = parse(&json).unwrap();
+        let tensors = config.tensors();
+        assert_eq!(tensors.len(), 30 * (9 + 7) + 3);
+        assert!(tensors.contains(&TensorSpec::new("model.layers.3.self_attn.k_proj.bias", &[3 * 32])));
+        assert!(tensors.contains(&TensorSpec::new("model.layers.29.self_attn.o_proj.weight", &[576, 288])));
+        assert!(tensors.contains(&TensorSpec::new("model.layers.0.mlp.down_proj.bias", &[576])));
+        assert_eq!(tensors.last(), Some(&TensorSpec::new("lm_head.weight", &[49152, 576])));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        refused("architectures", json!(["MistralForCausalLM"]), "MistralForCausalLM");
+        refused("architectures", json!(["LlamaForSequenceClassification"]), "LlamaForSequenceClassification");
+        refused("model_type", json!("qwen2"), "qwen2");
+        refused("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\"");
+        refused("attention_dropout", json!(0.1), "`attention_dropout` is 0.1");
+        refused("pretraining_tp", json!(2), "`pretraining_tp` is 2");
+        refused("sliding_window", json!(4096), "`sliding_window` is 4096");
+        refused("quantization_config", json!({"bits": 4}), "`quantization_config`");
+        refused("auto_map", json!({"AutoModel": "x.Y"}), "`auto_map`");
+        refused("rope_interleaved", json!(true), "`rope_interleaved` = true");
+        refused("logits_scaling", json!(8.0), "unknown key `logits_scaling` = 8.0");
+        refused("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` is 0.5");
+        refused("dtype", json!("float8"), "`dtype` is \"float8\"");
+    }
+
+    #[test]
+    fn bad_sizes_are_refused_by_name() {
+        refused("num_key_value_heads", json!(2), "num_attention_heads = 9 is not a multiple");
+        refused("num_key_value_heads", json!(0), "`num_key_value_heads` is 0");
+        refused("head_dim", json!(63), "head size 63 is odd");
+        refused(
+            "num_attention_heads",
+            json!(7),
+            "hidden_size = 576 is not a multiple of num_attention_heads = 7",
+        );
+        refused("vocab_size", json!(0), "`vocab_size` is 0");
+        refused("vocab_size", json!(-5), "`vocab_size` is -5");
+        refused("vocab_size", json!(1u64 << 40), "`vocab_size` is 1099511627776");
+        refused("hidden_size", json!("576"), "`hidden_size` is \"576\"");
+        refused("intermediate_size", Value::Null, "`intermediate_size` is missing");
+        refused("num_hidden_layers", json!(1e6), "`num_hidden_layers`");
+        refused("rms_norm_eps", json!(0), "`rms_norm_eps` is 0");
+        refused("tie_word_embeddings", json!("yes"), "`tie_word_embeddings` is \"yes\"");
+        refused("eos_token_id", json!([2, 49152]), "token id 49152 lies outside");
+        refused("eos_token_id", json!("</s>"), "`eos_token_id` is \"</s>\"");
+    }
+
+    #[test]
+    fn bad_rope_is_refused_by_name() {
+        refused("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "unknown rope type `yarn`");
+        refused(
+            "rope_scaling",
+            json!({"rope_type": "dynamic", "factor": 2.0}),
+            "unknown rope type `dynamic`",
+        );
+        refused("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is null");
+        refused("rope_scaling", json!({"type": "linear", "factor": 0.5}), "`rope_scaling.factor` is 0.5");
+        refused("rope_scaling", json!({"type": "default", "mscale": 2.0}), "`rope_scaling.mscale` = 2.0");
+        refused("rope_scaling", json!("linear"), "`rope_scaling` is \"linear\"");
+        refused("rope_parameters", json!({"partial_rotary_factor": 0.25}), "`partial_rotary_factor` is 0.25");
+        refused("rope_parameters", json!({"rope_theta": 0.0}), "`rope_parameters.rope_theta` is 0.0");
+        refused("rope_theta", json!(-1.0), "`rope_theta` is -1.0");
+        let llama3 =
+            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0});
+        refused("rope_parameters", llama3, "high_freq_factor = 1 is not above");
+    }
+
+    #[test]
+    fn broken_json_names_the_line() {
+        let error = LlamaConfig::parse(Path::new("config.json"), "{\n  \"vocab_size\": 3,\n").unwrap_err();
+        assert!(error.to_string().contains("line 3"), "{error}");
+        assert!(LlamaConfig::parse(Path::new("config.json"), "[]").is_err());
+    }
+
+    #[test]
+    fn end_tokens_are_merged_for_generation() {
+        let mut json = smollm2();
+        json["eos_token_id"] = json!([2, 7]);
+        json["pad_token_id"] = (-1).into();
+        let mut config = parse(&json).unwrap();
+        let path = Path::new("generation_config.json");
+        config.add_generation_config(path, r#"{"eos_token_id": [9, 2], "temperature": 0.6}"#).unwrap();
+        assert_eq!(config.eos_token_ids, [2, 7]);
+        assert_eq!(config.stop_token_ids, [2, 7, 9]);
+        assert_eq!(config.pad_token_id, None);
+        assert!(config.add_generation_config(path, r#"{"eos_token_id": 1000000}"#).is_err());
+    }
+
+    #[test]
+    fn the_saved_config_is_the_original_in_bfloat16() {
+        let saved: Value = serde_json::from_str(&parse(&smollm2()).unwrap().to_saved_json()).unwrap();
+        let mut expected = smollm2();
+        expected["torch_dtype"] = "bfloat16".into();
+        expected["dtype"] = "bfloat16".into();
+        assert_eq!(saved, expected);
+    }
+}

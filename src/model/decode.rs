@@ -1,0 +1,128 @@
+//! Generation: a key/value cache, and one step of it.
+
+use super::buffers::{Activations, Capacity, Purpose};
+use super::forward::Context;
+use super::{Llama, LlamaConfig};
+use crate::data::{PairBatch, PairSpan};
+use crate::device::{BatchBuffers, Compute, Device};
+use crate::error::{Error, Result};
+
+/// Rows of `qkv` behind RoPE of all tokens so far, for each layer.
+#[derive(Debug)]
+pub struct KvCache<D: Device> {
+    /// `[capacity, (H + 2K) * E]` each.
+    pub(super) layers: Vec<Compute<D>>,
+    filled: Vec<usize>,
+    row_width: usize,
+    capacity: usize,
+}
+
+impl<D: Device> KvCache<D> {
+    pub fn new(device: &D, config: &LlamaConfig, capacity: usize) -> Result<Self> {
+        let row_width = config.attention_shape().qkv_width();
+        Ok(KvCache {
+            layers: (0..config.layers).map(|_| device.alloc(capacity * row_width)).collect::<Result<_>>()?,
+            filled: vec![0; config.layers],
+            row_width,
+            capacity,
+        })
+    }
+
+    /// Tokens of `layer` so far.
+    pub(super) fn rows(&self, layer: usize) -> usize {
+        self.filled[layer]
+    }
+
+    /// Appends the first `rows` rows of `qkv`.
+    pub(super) fn append(&mut self, device: &D, layer: usize, qkv: &Compute<D>, rows: usize) -> Result<()> {
+        let start = self.filled[layer];
+        if start + rows > self.capacity {
+            return Err(Error::device(
+                format!("the key/value cache holds {} tokens, {} are needed", self.capacity, start + rows),
+                "generate fewer tokens",
+            ));
+        }
+        device.copy(&mut self.layers[layer], start * self.row_width, qkv, 0, rows * self.row_width)?;
+        self.filled[layer] += rows;
+        Ok(())
+    }
+}
+
+/// A sequence being generated. One at a time: this serves samples in reports and `mmpo-fast generate`.
+#[derive(Debug)]
+pub struct Generation<'a, D: Device> {
+    model: &'a Llama<D>,
+    activations: Activations<D>,
+    batch: BatchBuffers<D>,
+    cache: KvCache<D>,
+    length: usize,
+    logits: Vec<f32>,
+}
+
+impl<'a, D: Device> Generation<'a, D> {
+    /// Reads `prompt` (at least one token); room for `max_new_tokens` more.
+    pub fn start(model: &'a Llama<D>, prompt: &[u32], max_new_tokens: usize) -> Result<Self> {
+        if prompt.is_empty() {
+            return Err(Error::config(
+                "the prompt has no tokens",
+                "give some text, or use a model with a BOS token",
+            ));
+        }
+        let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, logit_rows: 1 };
+        let device = model.device.as_ref();
+        let mut generation = Generation {
+            model,
+            activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
+            batch: BatchBuffers::new(device, prompt.len(), 1, 1)?,
+            cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens)?,
+            length: 0,
+            logits: vec![0.0; model.config.vocab_size],
+        };
+        generation.advance(prompt)?;
+        Ok(generation)
+    }
+
+    /// `[V]` f32 logits of the next token.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Appends `token`.
+    pub fn push(&mut self, token: u32) -> Result<()> {
+        self.advance(&[token])
+    }
+
+    fn advance(&mut self, tokens: &[u32]) -> Result<()> {
+        let model = self.model;
+        let (device, config) = (model.device.as_ref(), &model.config);
+        let count = tokens.len();
+        self.batch.load(device, &causal_batch(tokens, self.length), &[])?;
+        let context = match self.length {
+            0 => Context::Prefill(&mut self.cache),
+            _ => Context::Decode(&mut self.cache),
+        };
+        model.forward(&mut self.activations, &self.batch, count, context)?;
+        model.head_input(&mut self.activations, &self.batch, 1)?;
+        let head = &mut self.activations.head;
+        let shape =
+            crate::device::LinearShape { rows: 1, inputs: config.hidden_size, outputs: config.vocab_size };
+        device.linear_forward(&mut head.logits, &head.normed, model.weights.head(), None, shape)?;
+        device.download_compute(&mut self.logits, &head.logits, 0)?;
+        self.length += count;
+        Ok(())
+    }
+}
+
+/// A plain causal sequence whose last row is scored (against token 0: only its logits are read).
+fn causal_batch(tokens: &[u32], first_position: usize) -> PairBatch {
+    let count = tokens.len() as u32;
+    let first = first_position as u32;
+    PairBatch {
+        spans: vec![PairSpan { start: 0, prompt: count, chosen: 0, rejected: 0 }],
+        token_ids: tokens.to_vec(),
+        positions: (first..first + count).collect(),
+        scored_rows: vec![count - 1],
+        targets: vec![0],
+        scored: vec![crate::data::ScoredPair { chosen: 0..1, rejected: 1..1 }],
+    }
+}

@@ -1,0 +1,210 @@
+//! The Llama forward: from a packed batch to the residual stream behind the last layer.
+//!
+//! As transformers defines it (`LlamaForCausalLM`): RMSNorm, attention with rotary positions, RMSNorm, SwiGLU MLP,
+//! each block added to the residual stream. The norm behind a residual sum is fused with it.
+
+use super::Llama;
+use super::buffers::Activations;
+use super::decode::KvCache;
+use crate::device::{BatchBuffers, Device, LinearShape, NormShape, RopeDirection};
+use crate::error::Result;
+
+/// What the queries of a forward see.
+pub enum Context<'a, D: Device> {
+    /// Their own pair, by the shared-prefix mask.
+    Packed,
+    /// The same, and their keys and values are kept for what follows.
+    Prefill(&'a mut KvCache<D>),
+    /// One token behind all that the cache holds.
+    Decode(&'a mut KvCache<D>),
+}
+
+impl<D: Device> Llama<D> {
+    /// Leaves the residual stream of the last layer in `activations`, `[T, D]`, before the final norm.
+    pub fn forward(
+        &self,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+        mut context: Context<'_, D>,
+    ) -> Result<()> {
+        let width = self.config.hidden_size;
+        self.device.embedding_forward(
+            &mut activations.residual[0],
+            &self.weights.embedding,
+            &batch.token_ids,
+            tokens,
+            width,
+        )?;
+        self.device.rms_norm_forward(
+            &mut activations.normed,
+            &mut activations.input_rstd[0],
+            &activations.residual[0],
+            &self.weights.layers[0].input_norm,
+            self.norm_shape(tokens),
+        )?;
+        for layer in 0..self.config.layers {
+            self.attention_block(layer, activations, batch, tokens, &mut context)?;
+            self.mlp_block(layer, activations, tokens)?;
+            self.close_layer(layer, activations, tokens)?;
+        }
+        Ok(())
+    }
+
+    /// From `normed` to `normed`: the attention block, its residual sum and the norm behind it.
+    fn attention_block(
+        &self,
+        layer: usize,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+        context: &mut Context<'_, D>,
+    ) -> Result<()> {
+        let weights = &self.weights.layers[layer];
+        let shape = self.config.attention_shape();
+        let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
+        let qkv = &mut activations.qkv[slot];
+        let attention = &mut activations.attention[slot];
+        let lse = &mut activations.attention_lse[slot];
+
+        self.device.linear_forward(
+            qkv,
+            &activations.normed,
+            &weights.qkv,
+            weights.qkv_bias.as_ref(),
+            self.qkv_shape(tokens),
+        )?;
+        self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
+        match context {
+            Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
+            Context::Prefill(cache) => {
+                cache.append(&self.device, layer, qkv, tokens)?;
+                self.device.attention_forward(attention, lse, qkv, batch, shape)?;
+            }
+            Context::Decode(cache) => {
+                cache.append(&self.device, layer, qkv, tokens)?;
+                let rows = cache.rows(layer);
+                self.device.attention_decode(attention, &cache.layers[layer], rows, shape)?;
+            }
+        }
+        self.device.linear_forward(
+            &mut activations.delta,
+            attention,
+            &weights.attention_out,
+            weights.attention_out_bias.as_ref(),
+            self.attention_out_shape(tokens),
+        )?;
+        self.device.add_rms_norm_forward(
+            &mut activations.middle[slot],
+            &mut activations.normed,
+            &mut activations.post_rstd[slot],
+            &activations.residual[residual],
+            &activations.delta,
+            &weights.post_norm,
+            self.norm_shape(tokens),
+        )
+    }
+
+    /// From `normed` to `delta`.
+    fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let weights = &self.weights.layers[layer];
+        let slot = activations.slot(layer);
+        self.device.linear_forward(
+            &mut activations.gate_up[slot],
+            &activations.normed,
+            &weights.gate_up,
+            weights.gate_up_bias.as_ref(),
+            self.gate_up_shape(tokens),
+        )?;
+        self.device.swiglu_forward(
+            &mut activations.activated,
+            &activations.gate_up[slot],
+            tokens,
+            self.config.intermediate_size,
+        )?;
+        self.device.linear_forward(
+            &mut activations.delta,
+            &activations.activated,
+            &weights.down,
+            weights.down_bias.as_ref(),
+            self.down_shape(tokens),
+        )
+    }
+
+    /// The residual sum behind the MLP and, but for the last layer, the next layer's norm.
+    fn close_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let slot = activations.slot(layer);
+        let next_slot = activations.slot(layer + 1);
+        let next_residual = activations.residual_slot(layer + 1);
+        match self.weights.layers.get(layer + 1) {
+            Some(next) => self.device.add_rms_norm_forward(
+                &mut activations.residual[next_residual],
+                &mut activations.normed,
+                &mut activations.input_rstd[next_slot],
+                &activations.middle[slot],
+                &activations.delta,
+                &next.input_norm,
+                self.norm_shape(tokens),
+            ),
+            None => self.device.add(
+                &mut activations.residual[next_residual],
+                &activations.middle[slot],
+                &activations.delta,
+                tokens * self.config.hidden_size,
+            ),
+        }
+    }
+
+    /// The scored rows behind the final norm: `head.gathered` and `head.normed`, `[N, D]`.
+    pub(super) fn head_input(
+        &self,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        scored: usize,
+    ) -> Result<()> {
+        let last = activations.residual_slot(self.config.layers);
+        let head = &mut activations.head;
+        self.device.gather_rows(
+            &mut head.gathered,
+            &activations.residual[last],
+            batch,
+            scored,
+            self.config.hidden_size,
+        )?;
+        self.device.rms_norm_forward(
+            &mut head.normed,
+            &mut head.rstd,
+            &head.gathered,
+            &self.weights.final_norm,
+            self.norm_shape(scored),
+        )
+    }
+
+    pub(super) fn norm_shape(&self, rows: usize) -> NormShape {
+        NormShape { rows, width: self.config.hidden_size, epsilon: self.config.rms_norm_eps as f32 }
+    }
+
+    pub(super) fn qkv_shape(&self, rows: usize) -> LinearShape {
+        LinearShape {
+            rows,
+            inputs: self.config.hidden_size,
+            outputs: self.config.attention_shape().qkv_width(),
+        }
+    }
+
+    pub(super) fn attention_out_shape(&self, rows: usize) -> LinearShape {
+        LinearShape {
+            rows,
+            inputs: self.config.attention_shape().out_width(),
+            outputs: self.config.hidden_size,
+        }
+    }
+
+    pub(super) fn gate_up_shape(&self, rows: usize) -> LinearShape {
+        LinearShape { rows, inputs: self.config.hidden_size, outputs: 2 * self.config.intermediate_size }
+    }
+
+    pub(super) fn down_shape(&self, rows: usize) -> LinearShape {
+        LinearShape { rows, inputs: self.config.intermediate_size, outputs: self.config.hidden_size }
+    }
+}

@@ -1,0 +1,133 @@
+//! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
+//!
+//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so a chunk of whole
+//! pairs runs forward, learns its coefficients, and turns its logits into their gradient in place: the logits are
+//! computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them twice (`8 N V D`).
+
+use std::ops::Range;
+
+use super::Llama;
+use super::buffers::{Activations, Gradients};
+use super::tensors::LlamaTensors;
+use crate::data::ScoredPair;
+use crate::device::{BatchBuffers, Device, Floats, HeadShape};
+use crate::error::Result;
+use crate::objective::Objective;
+
+impl<D: Device> Llama<D> {
+    /// Log-probs, objective and gradient of a batch. Reads the residual stream that [`Llama::forward`] left, assigns
+    /// `gradients.residual`, accumulates into the head's and the final norm's weight gradients, and leaves
+    /// `activations.head.outcomes`.
+    pub fn head_forward_backward(
+        &self,
+        dweights: &mut LlamaTensors<Floats<D>>,
+        gradients: &mut Gradients<D>,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        scored: &[ScoredPair],
+        objective: &Objective,
+    ) -> Result<()> {
+        let device = &self.device;
+        let width = self.config.hidden_size;
+        let total = scored.last().map_or(0, |pair| pair.rejected.end);
+        self.head_input(activations, batch, total)?;
+
+        let head = &mut activations.head;
+        let weight = self.weights.head();
+        for pairs in self.head_chunks(scored, device.len(&head.logits)) {
+            let shape = self.head_shape(scored, &pairs, objective.needs_entropy());
+            device.logp_head_forward(
+                &mut head.scores,
+                &mut head.logits,
+                &head.normed,
+                weight,
+                &batch.targets,
+                &shape,
+            )?;
+            device.pair_objective(
+                &mut head.outcomes,
+                &mut head.coefficients,
+                &head.scores,
+                batch,
+                objective,
+                pairs,
+            )?;
+            device.logp_head_backward(
+                &mut head.normed,
+                Some(dweights.head_mut()),
+                &mut head.logits,
+                weight,
+                &batch.targets,
+                &head.scores,
+                &head.coefficients,
+                &shape,
+            )?;
+        }
+
+        device.zero(&mut gradients.gathered, 0..total * width)?;
+        device.rms_norm_backward(
+            &mut gradients.gathered,
+            &mut dweights.final_norm,
+            &head.normed,
+            &head.gathered,
+            &self.weights.final_norm,
+            &head.rstd,
+            self.norm_shape(total),
+        )?;
+        let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
+        device.gather_rows_backward(&mut gradients.residual, &gradients.gathered, batch, tokens, width)
+    }
+
+    /// Per-token scores of a batch in `activations.head.scores`, without any gradient; with `objective`, its outcomes
+    /// too.
+    pub fn head_forward(
+        &self,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        scored: &[ScoredPair],
+        entropy: bool,
+        objective: Option<&Objective>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let total = scored.last().map_or(0, |pair| pair.rejected.end);
+        self.head_input(activations, batch, total)?;
+        let head = &mut activations.head;
+        for pairs in self.head_chunks(scored, device.len(&head.logits)) {
+            let shape = self.head_shape(scored, &pairs, entropy);
+            device.logp_head_forward(
+                &mut head.scores,
+                &mut head.logits,
+                &head.normed,
+                self.weights.head(),
+                &batch.targets,
+                &shape,
+            )?;
+        }
+        match objective {
+            Some(objective) => device.pair_objective(
+                &mut head.outcomes,
+                &mut head.coefficients,
+                &head.scores,
+                batch,
+                objective,
+                0..scored.len(),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    fn head_shape(&self, scored: &[ScoredPair], pairs: &Range<usize>, entropy: bool) -> HeadShape {
+        HeadShape {
+            rows: scored[pairs.start].chosen.start..scored[pairs.end - 1].rejected.end,
+            width: self.config.hidden_size,
+            vocab: self.config.vocab_size,
+            entropy,
+        }
+    }
+
+    /// Runs of whole pairs whose logits fit into `logits` values.
+    fn head_chunks(&self, scored: &[ScoredPair], logits: usize) -> Vec<Range<usize>> {
+        let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
+        crate::data::micro_batches(&rows, logits / self.config.vocab_size)
+    }
+}

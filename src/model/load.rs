@@ -1,0 +1,62 @@
+//! Weights from a checkpoint onto a device, and back.
+
+use std::sync::Arc;
+
+use super::{FusedTensor, Llama, LlamaConfig, LlamaTensors, TensorSpec};
+use crate::checkpoint::ModelFolder;
+use crate::device::{Compute, Device, Floats, RawValues};
+use crate::error::{Error, Result};
+
+impl<D: Device> Llama<D> {
+    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the longest sequence that will be
+    /// run.
+    pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
+        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+            device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
+        };
+        Self::assemble(&device, folder.config().clone(), positions, upload)
+    }
+
+    /// Weights that `values` gives for each checkpoint tensor: for benchmarks and tests.
+    pub fn from_values(
+        device: Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        mut values: impl FnMut(&TensorSpec) -> Vec<f32>,
+    ) -> Result<Self> {
+        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+            device.upload_values(weight, offset, RawValues::from_f32(&values(tensor)))
+        };
+        Self::assemble(&device, config, positions, upload)
+    }
+
+    fn assemble(
+        device: &Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        mut upload: impl FnMut(&mut Compute<D>, usize, &TensorSpec) -> Result<()>,
+    ) -> Result<Self> {
+        let layout = LlamaTensors::layout(&config);
+        let weights = layout.try_map(|fused| {
+            let mut weight = device.alloc(fused.values())?;
+            for (offset, tensor) in fused.offsets() {
+                upload(&mut weight, offset, tensor)?;
+            }
+            Ok::<_, Error>(weight)
+        })?;
+        let table = config.rope_table(positions);
+        let mut rope_table = device.alloc(table.len())?;
+        device.upload(&mut rope_table, 0, &table)?;
+        Ok(Llama { device: Arc::clone(device), config, layout, weights, rope_table })
+    }
+
+    /// Trainable values.
+    pub fn parameters(&self) -> usize {
+        self.layout.iter().map(FusedTensor::values).sum()
+    }
+
+    /// Zeroed f32 gradients of all weights.
+    pub fn zero_gradients(&self) -> Result<LlamaTensors<Floats<D>>> {
+        self.layout.try_map(|fused| self.device.alloc(fused.values()))
+    }
+}

@@ -1,0 +1,398 @@
+//! Line charts as SVG text: axes with round numbers, one or more lines, a caption for those who cannot see them.
+//! Colours are the page's: a line of colour 0 has the class `line-0`, and so on.
+
+use std::fmt::Write;
+
+use super::html::escape;
+
+/// The drawing's own units; the page scales it.
+const WIDTH: f64 = 560.0;
+const HEIGHT: f64 = 260.0;
+const LEFT: f64 = 58.0;
+const RIGHT: f64 = 14.0;
+const TOP: f64 = 12.0;
+const BOTTOM: f64 = 38.0;
+
+/// More points than this are averaged in runs: a chart is some 500 pixels wide.
+const MAX_POINTS: usize = 300;
+/// Strips that show a step's values under the pointer.
+const MAX_STRIPS: usize = 100;
+/// Lines of more points than this get a smoothed line in front of a faint raw one.
+const SMOOTH_FROM: usize = 30;
+
+/// A named line over steps.
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub name: &'static str,
+    pub points: Vec<(f64, f64)>,
+    /// Number of its colour on the page.
+    pub color: usize,
+    pub kind: LineKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LineKind {
+    /// Differs from step to step by chance: a long one is drawn faint, with a smoothed one in front.
+    Noisy,
+    /// Means what it says at each step.
+    Exact,
+    /// Few points, dots: evaluations.
+    Dots,
+}
+
+#[derive(Clone, Debug)]
+pub struct Chart {
+    pub title: &'static str,
+    /// What is shown, in a sentence.
+    pub about: &'static str,
+    pub lines: Vec<Line>,
+    /// Shares have an axis of 0 to 1, whatever the values.
+    pub share: bool,
+}
+
+impl Chart {
+    /// Lines that have nothing to show go; `None` where none is left.
+    pub fn of(title: &'static str, about: &'static str, share: bool, lines: Vec<Line>) -> Option<Chart> {
+        let lines: Vec<Line> = lines.into_iter().filter(|line| !line.points.is_empty()).collect();
+        if lines.is_empty() { None } else { Some(Chart { title, about, lines, share }) }
+    }
+
+    /// The chart as a `<figure>` with legend.
+    pub fn figure(&self) -> String {
+        let mut out = String::from("<figure>\n<figcaption>");
+        let _ = write!(out, "<h3>{}</h3><p>{}</p>", escape(self.title), escape(self.about));
+        if self.lines.len() > 1 {
+            out.push_str("<ul class=\"legend\">");
+            for line in &self.lines {
+                let shape = if line.kind == LineKind::Dots { "dots" } else { "stroke" };
+                let _ = write!(out, "<li class=\"line-{} {shape}\">{}</li>", line.color, escape(line.name));
+            }
+            out.push_str("</ul>");
+        }
+        out.push_str("</figcaption>\n");
+        out.push_str(&self.svg());
+        out.push_str("</figure>\n");
+        out
+    }
+
+    fn svg(&self) -> String {
+        let scale = Scale::of(self);
+        let mut out = format!(
+            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n",
+            escape(&self.spoken())
+        );
+        scale.axes(&mut out);
+        self.lines.iter().for_each(|line| draw(&mut out, line, &scale));
+        self.strips(&mut out, &scale);
+        out.push_str("</svg>\n");
+        out
+    }
+
+    /// The chart in words.
+    fn spoken(&self) -> String {
+        let line = |line: &Line| match (line.points.first(), line.points.last()) {
+            (Some(first), Some(last)) => format!(
+                "{} from {} at step {} to {} at step {}",
+                line.name,
+                number(first.1),
+                first.0,
+                number(last.1),
+                last.0
+            ),
+            _ => line.name.to_string(),
+        };
+        let lines: Vec<String> = self.lines.iter().map(line).collect();
+        format!("{}: {}.", self.title, lines.join("; "))
+    }
+
+    /// Invisible strips whose tooltips say the values at a step.
+    fn strips(&self, out: &mut String, scale: &Scale) {
+        let longest = self.lines.iter().map(|line| line.points.as_slice()).max_by_key(|points| points.len());
+        let steps: Vec<f64> =
+            average(longest.unwrap_or_default(), MAX_STRIPS).iter().map(|point| point.0).collect();
+        let (first, last) = (LEFT, WIDTH - RIGHT);
+        for (index, &step) in steps.iter().enumerate() {
+            let middle = |a: f64, b: f64| 0.5 * (scale.x(a) + scale.x(b));
+            let from = if index == 0 { first } else { middle(steps[index - 1], step) };
+            let to = steps.get(index + 1).map_or(last, |&next| middle(step, next));
+            let nearest = |line: &Line| {
+                let near = |point: &&(f64, f64)| (point.0 - step).abs();
+                let point = line.points.iter().min_by(|a, b| near(a).total_cmp(&near(b)));
+                point.map_or_else(String::new, |point| format!("\n{} {}", line.name, number(point.1)))
+            };
+            let values: String = self.lines.iter().map(nearest).collect();
+            let _ = writeln!(
+                out,
+                "<rect class=\"strip\" x=\"{from:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{:.1}\">\
+                 <title>step {}{}</title></rect>",
+                (to - from).max(0.0),
+                HEIGHT - TOP - BOTTOM,
+                step.round(),
+                escape(&values),
+            );
+        }
+    }
+}
+
+fn draw(out: &mut String, line: &Line, scale: &Scale) {
+    let color = line.color;
+    let points = average(&line.points, MAX_POINTS);
+    if line.kind == LineKind::Dots || points.len() == 1 {
+        path(out, &format!("line-{color} raw"), &points, scale);
+        for point in &points {
+            let _ = writeln!(
+                out,
+                "<circle class=\"line-{color}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\"/>",
+                scale.x(point.0),
+                scale.y(point.1)
+            );
+        }
+    } else if line.kind == LineKind::Noisy && points.len() > SMOOTH_FROM {
+        path(out, &format!("line-{color} raw"), &points, scale);
+        path(out, &format!("line-{color}"), &smooth(&points), scale);
+    } else {
+        path(out, &format!("line-{color}"), &points, scale);
+    }
+}
+
+fn path(out: &mut String, class: &str, points: &[(f64, f64)], scale: &Scale) {
+    let _ = write!(out, "<polyline class=\"{class}\" points=\"");
+    for point in points {
+        let _ = write!(out, "{:.1},{:.1} ", scale.x(point.0), scale.y(point.1));
+    }
+    out.push_str("\"/>\n");
+}
+
+/// Means of runs of neighbours, at most `most` of them.
+fn average(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
+    let run = points.len().div_ceil(most).max(1);
+    let mean = |points: &[(f64, f64)]| {
+        let count = points.len() as f64;
+        let sum = points.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
+        (sum.0 / count, sum.1 / count)
+    };
+    points.chunks(run).map(mean).collect()
+}
+
+/// Means over a window around each point, some twelfth of the line wide. Towards the ends it shrinks on both sides,
+/// so that no part of the line is shifted.
+fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let reach = (points.len() / 24).max(2);
+    let smoothed = |(index, &(step, _)): (usize, &(f64, f64))| {
+        let reach = reach.min(index).min(points.len() - 1 - index);
+        let window = &points[index - reach..=index + reach];
+        (step, window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64)
+    };
+    points.iter().enumerate().map(smoothed).collect()
+}
+
+/// From values to places on the drawing.
+struct Scale {
+    first_step: f64,
+    last_step: f64,
+    step_ticks: Vec<f64>,
+    low: f64,
+    high: f64,
+    ticks: Vec<f64>,
+}
+
+impl Scale {
+    fn of(chart: &Chart) -> Scale {
+        let points = || chart.lines.iter().flat_map(|line| &line.points);
+        let low = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::INFINITY, f64::min);
+        let high = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::NEG_INFINITY, f64::max);
+        let first_step = low(&mut points().map(|point| point.0));
+        let last_step = high(&mut points().map(|point| point.0));
+        let (bottom, top) = if chart.share {
+            (0.0, 1.0)
+        } else {
+            (low(&mut points().map(|point| point.1)), high(&mut points().map(|point| point.1)))
+        };
+        let ticks = round_ticks(bottom, top, 5.0);
+        let whole = |tick: &f64| tick.fract() == 0.0;
+        Scale {
+            first_step,
+            last_step,
+            step_ticks: round_ticks(first_step, last_step, 6.0)
+                .into_iter()
+                .filter(|tick| whole(tick) && (first_step..=last_step).contains(tick))
+                .collect(),
+            low: ticks.first().map_or(bottom, |tick| tick.min(bottom)),
+            high: ticks.last().map_or(top, |tick| tick.max(top)),
+            ticks,
+        }
+    }
+
+    fn x(&self, step: f64) -> f64 {
+        let width = WIDTH - LEFT - RIGHT;
+        let span = self.last_step - self.first_step;
+        if span > 0.0 { LEFT + width * (step - self.first_step) / span } else { LEFT + 0.5 * width }
+    }
+
+    fn y(&self, value: f64) -> f64 {
+        let height = HEIGHT - TOP - BOTTOM;
+        TOP + height * (self.high - value) / (self.high - self.low)
+    }
+
+    fn axes(&self, out: &mut String) {
+        let right = WIDTH - RIGHT;
+        let bottom = HEIGHT - BOTTOM;
+        for &tick in &self.ticks {
+            let y = self.y(tick);
+            let _ = writeln!(
+                out,
+                "<line class=\"grid\" x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>"
+            );
+            let _ = writeln!(
+                out,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                LEFT - 8.0,
+                y + 4.0,
+                number(tick)
+            );
+        }
+        for &tick in &self.step_ticks {
+            let _ = writeln!(
+                out,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{tick}</text>",
+                self.x(tick),
+                bottom + 18.0
+            );
+        }
+        let _ =
+            writeln!(out, "<text x=\"{right}\" y=\"{:.1}\" text-anchor=\"end\">step</text>", HEIGHT - 4.0);
+    }
+}
+
+/// Multiples of 1, 2 or 5 times a power of ten that enclose `low..=high`, about `count` of them.
+fn round_ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
+    let (low, high) = if high > low { (low, high) } else { (low - margin(low), low + margin(low)) };
+    let rough = (high - low) / count;
+    let power = 10f64.powf(rough.log10().floor());
+    let factor = match rough / power {
+        factor if factor <= 1.0 => 1.0,
+        factor if factor <= 2.0 => 2.0,
+        factor if factor <= 5.0 => 5.0,
+        _ => 10.0,
+    };
+    let step = factor * power;
+    let first = (low / step).floor() as i64;
+    let last = (high / step).ceil() as i64;
+    (first..=last).map(|index| index as f64 * step).collect()
+}
+
+/// Room around a line that does not move.
+fn margin(value: f64) -> f64 {
+    if value == 0.0 { 1.0 } else { 0.1 * value.abs() }
+}
+
+/// A value in four digits at most.
+pub fn number(value: f64) -> String {
+    let size = value.abs();
+    let plain = |text: String| {
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
+    };
+    if size != 0.0 && !(1e-3..1e6).contains(&size) {
+        let text = format!("{value:.2e}");
+        let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+        format!("{}e{exponent}", plain(mantissa.to_string()))
+    } else if size >= 1000.0 {
+        format!("{value:.0}")
+    } else if size >= 10.0 {
+        plain(format!("{value:.1}"))
+    } else {
+        plain(format!("{value:.3}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chart(points: Vec<(f64, f64)>) -> Chart {
+        Chart::of(
+            "Loss",
+            "The loss.",
+            false,
+            vec![Line { name: "train", points, color: 0, kind: LineKind::Noisy }],
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn ticks_are_round_and_enclose() {
+        assert_eq!(round_ticks(0.0, 1.0, 5.0), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
+        assert_eq!(round_ticks(-130.0, 37.0, 5.0), [-150.0, -100.0, -50.0, 0.0, 50.0]);
+        for (low, high) in [(3.0, 3.0), (0.0, 0.0), (-1e-9, 1e-9), (1e20, 1.1e20)] {
+            let ticks = round_ticks(low, high, 5.0);
+            assert!(ticks.len() >= 2 && ticks.len() <= 12, "{low} {high}: {ticks:?}");
+            assert!(ticks[0] <= low && ticks[ticks.len() - 1] >= high, "{low} {high}: {ticks:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        for (value, text) in [
+            (0.0, "0"),
+            (0.6000000000000001, "0.6"),
+            (-12.34, "-12.3"),
+            (1234.6, "1235"),
+            (5e-4, "5e-4"),
+            (1.25e-5, "1.25e-5"),
+            (100.0, "100"),
+            (2.5e7, "2.5e7"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn every_point_lies_on_the_drawing() {
+        for points in [
+            vec![(1.0, 2.0)],
+            vec![(1.0, 0.0), (2.0, 0.0)],
+            (1..5000).map(|step| (step as f64, (step as f64).sin() * 1e9)).collect(),
+        ] {
+            let svg = chart(points).figure();
+            assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+            for list in svg.split("points=\"").skip(1).filter_map(|rest| rest.split('"').next()) {
+                for point in list.split_whitespace() {
+                    let (x, y) = point.split_once(',').unwrap();
+                    let (x, y): (f64, f64) = (x.parse().unwrap(), y.parse().unwrap());
+                    assert!(
+                        (LEFT..=WIDTH - RIGHT).contains(&x) && (TOP..=HEIGHT - BOTTOM).contains(&y),
+                        "{point}"
+                    );
+                }
+            }
+            assert!(svg.len() < 60_000, "{} bytes", svg.len());
+        }
+    }
+
+    #[test]
+    fn nothing_to_show_is_no_chart_and_words_tell_the_rest() {
+        assert!(
+            Chart::of(
+                "Loss",
+                "",
+                false,
+                vec![Line { name: "train", points: vec![], color: 0, kind: LineKind::Noisy }]
+            )
+            .is_none()
+        );
+        let spoken = chart(vec![(1.0, 4.0), (9.0, 0.5)]).spoken();
+        assert_eq!(spoken, "Loss: train from 4 at step 1 to 0.5 at step 9.");
+    }
+
+    #[test]
+    fn smoothing_keeps_a_straight_line_and_both_ends() {
+        let points: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, 3.0 - 0.5 * step as f64)).collect();
+        let smoothed = smooth(&points);
+        assert_eq!(smoothed.len(), points.len());
+        for (smoothed, point) in smoothed.iter().zip(&points) {
+            assert!((smoothed.1 - point.1).abs() <= 1e-9, "{smoothed:?} for {point:?}");
+        }
+        let alternating: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, (step % 2) as f64)).collect();
+        assert!((smooth(&alternating)[50].1 - 0.5).abs() <= 0.1, "noise stays");
+    }
+}

@@ -1,0 +1,275 @@
+//! What a step and an evaluation came to, under the names that users of this ecosystem already chart.
+
+use crate::data::Sides;
+use crate::objective::{Objective, PairOutcome};
+
+/// A pair counts as saturated when one of its two MMPO weights exceeds this.
+const SATURATED: f64 = 0.99;
+
+/// Means over pairs. Log-probs are sums over a response's tokens, in nats.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PairMetrics {
+    pub loss: f64,
+    pub logps_chosen: f64,
+    /// `None` where the rejected response is not looked at (SFT).
+    pub preference: Option<PreferenceMetrics>,
+    /// MMPO's softmax weights.
+    pub weights: Option<WeightMetrics>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PreferenceMetrics {
+    pub rewards_chosen: f64,
+    pub rewards_rejected: f64,
+    /// Share of the pairs whose chosen response has the higher reward.
+    pub accuracy: f64,
+    pub logps_rejected: f64,
+    /// Share of the pairs whose chosen response is the likelier one; unlike MMPO's rewards it holds no part of the
+    /// label.
+    pub likelier: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct WeightMetrics {
+    pub chosen: f64,
+    /// Share of the pairs that effectively train on one response alone.
+    pub saturated: f64,
+}
+
+/// One optimiser step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepMetrics {
+    /// Optimiser steps done, this one included.
+    pub step: usize,
+    /// Passes over the data done, a fraction.
+    pub epoch: f64,
+    pub pairs: PairMetrics,
+    /// Global l2 norm before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    pub tokens_per_second: f64,
+    pub pairs_per_second: f64,
+    /// Share of the device's peak arithmetic that the model's products used; `None` where the peak is unknown.
+    pub mfu: Option<f64>,
+    /// Peak memory of the device (CPU: of the process) in GiB; `None` where it cannot be read.
+    pub memory_peak_gib: Option<f64>,
+}
+
+/// One evaluation. Evaluate before a checkpoint of the same step is saved: a resumed run keeps the lines up to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct EvalMetrics {
+    /// Optimiser steps done before it.
+    pub step: usize,
+    pub epoch: f64,
+    pub pairs: PairMetrics,
+}
+
+impl PairMetrics {
+    /// Means of `outcomes`; `loss` is the batch's, `sum(scale * loss)`.
+    pub fn new(objective: &Objective, loss: f64, outcomes: &[PairOutcome]) -> Self {
+        let pairs = outcomes.len().max(1) as f64;
+        let mean = |value: &dyn Fn(&PairOutcome) -> f64| outcomes.iter().map(value).sum::<f64>() / pairs;
+        let share =
+            |holds: &dyn Fn(&PairOutcome) -> bool| mean(&|outcome| f64::from(u8::from(holds(outcome))));
+        let preference = || PreferenceMetrics {
+            rewards_chosen: mean(&|outcome| outcome.reward_chosen.into()),
+            rewards_rejected: mean(&|outcome| outcome.reward_rejected.into()),
+            accuracy: share(&|outcome| outcome.reward_chosen > outcome.reward_rejected),
+            logps_rejected: mean(&|outcome| outcome.logp_rejected.into()),
+            likelier: share(&|outcome| outcome.logp_chosen > outcome.logp_rejected),
+        };
+        let larger = |outcome: &PairOutcome| {
+            let weight = f64::from(outcome.weight_chosen);
+            weight.max(1.0 - weight)
+        };
+        let weights = || WeightMetrics {
+            chosen: mean(&|outcome| outcome.weight_chosen.into()),
+            saturated: share(&|outcome| larger(outcome) > SATURATED),
+        };
+        PairMetrics {
+            loss,
+            logps_chosen: mean(&|outcome| outcome.logp_chosen.into()),
+            preference: (objective.sides() == Sides::Both).then(preference),
+            weights: matches!(objective, Objective::Mmpo(_)).then(weights),
+        }
+    }
+
+    /// Names and values up to the weights, which come later in the order of names.
+    fn fields(&self) -> Vec<(&'static str, f64)> {
+        let mut fields = vec![("loss", self.loss)];
+        if let Some(preference) = self.preference {
+            fields.extend([
+                ("rewards/chosen", preference.rewards_chosen),
+                ("rewards/rejected", preference.rewards_rejected),
+                ("rewards/accuracies", preference.accuracy),
+                ("rewards/margins", preference.margin()),
+            ]);
+        }
+        fields.push(("logps/chosen", self.logps_chosen));
+        if let Some(preference) = self.preference {
+            fields.extend([
+                ("logps/rejected", preference.logps_rejected),
+                ("logps/accuracies", preference.likelier),
+                ("logps/margins", self.logps_chosen - preference.logps_rejected),
+            ]);
+        }
+        fields
+    }
+
+    fn weight_fields(&self) -> Vec<(&'static str, f64)> {
+        self.weights.map_or_else(Vec::new, |weights| {
+            vec![("weights/chosen", weights.chosen), ("weights/saturated", weights.saturated)]
+        })
+    }
+}
+
+impl PreferenceMetrics {
+    /// Mean of chosen minus rejected rewards.
+    pub fn margin(&self) -> f64 {
+        self.rewards_chosen - self.rewards_rejected
+    }
+}
+
+impl StepMetrics {
+    /// Names and values in the documented order, `step` not among them.
+    pub fn fields(&self) -> Vec<(String, f64)> {
+        let mut fields = self.pairs.fields();
+        fields.extend([
+            ("grad_norm", self.grad_norm),
+            ("learning_rate", self.learning_rate),
+            ("epoch", self.epoch),
+        ]);
+        fields.extend(self.pairs.weight_fields());
+        fields.extend([
+            ("tokens_per_second", self.tokens_per_second),
+            ("pairs_per_second", self.pairs_per_second),
+        ]);
+        fields.extend(self.mfu.map(|mfu| ("mfu", mfu)));
+        fields.extend(self.memory_peak_gib.map(|gib| ("memory/peak_gib", gib)));
+        fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+    }
+
+    /// The step in a few words, beside a progress bar.
+    pub fn brief(&self) -> String {
+        let accuracy = self
+            .pairs
+            .preference
+            .map_or_else(String::new, |p| format!(" acc {:.2} margin {:.3}", p.accuracy, p.margin()));
+        format!(
+            "loss {:.4}{accuracy} lr {:.1e} {:.0} tok/s",
+            self.pairs.loss, self.learning_rate, self.tokens_per_second
+        )
+    }
+}
+
+impl EvalMetrics {
+    /// Names and values in the documented order, `step` not among them; all but `epoch` under `eval_`.
+    pub fn fields(&self) -> Vec<(String, f64)> {
+        let named = |(name, value): (&str, f64)| (format!("eval_{name}"), value);
+        let mut fields: Vec<(String, f64)> = self.pairs.fields().into_iter().map(named).collect();
+        fields.push(("epoch".into(), self.epoch));
+        fields.extend(self.pairs.weight_fields().into_iter().map(named));
+        fields
+    }
+}
+
+/// Peak resident memory of this process in GiB, where the system tells (Linux).
+pub fn process_peak_gib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    Some(kib.trim().parse::<f64>().ok()? / f64::from(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objective::{Mmpo, Simpo};
+
+    fn outcome(chosen: f32, rejected: f32, weight_chosen: f32) -> PairOutcome {
+        PairOutcome {
+            reward_chosen: chosen,
+            reward_rejected: rejected,
+            logp_chosen: -8.0,
+            logp_rejected: -4.0,
+            weight_chosen,
+            ..PairOutcome::default()
+        }
+    }
+
+    fn mmpo() -> Objective {
+        Objective::Mmpo(Mmpo {
+            beta: 0.05,
+            epsilon: 0.9,
+            reward_group: 2,
+            reward_normalize: true,
+            length_normalize: false,
+            preference_weight: 0.0,
+            entropy_weight: 0.0,
+        })
+    }
+
+    #[test]
+    fn means_shares_and_saturation() {
+        let outcomes = [
+            outcome(1.0, 0.0, 0.995),
+            outcome(0.0, 3.0, 0.001),
+            outcome(2.0, 2.0, 0.5),
+            outcome(5.0, 1.0, 0.9),
+        ];
+        let metrics = PairMetrics::new(&mmpo(), 1.5, &outcomes);
+        let preference = metrics.preference.unwrap();
+        assert_eq!(
+            (preference.rewards_chosen, preference.rewards_rejected, preference.margin()),
+            (2.0, 1.5, 0.5)
+        );
+        assert_eq!(preference.accuracy, 0.5, "a tie is not a win");
+        assert_eq!((metrics.loss, metrics.logps_chosen, preference.logps_rejected), (1.5, -8.0, -4.0));
+        let weights = metrics.weights.unwrap();
+        assert_eq!(weights.saturated, 0.5);
+        assert!((weights.chosen - 0.599).abs() <= 1e-6, "{weights:?}");
+    }
+
+    #[test]
+    fn objectives_have_what_they_know() {
+        let simpo = Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 0.5 });
+        let metrics = PairMetrics::new(&simpo, 0.0, &[outcome(1.0, 0.0, 0.0)]);
+        assert!(metrics.preference.is_some() && metrics.weights.is_none());
+        let metrics = PairMetrics::new(&Objective::Sft, 0.0, &[outcome(1.0, 0.0, 0.0)]);
+        assert!(metrics.preference.is_none() && metrics.weights.is_none());
+    }
+
+    #[test]
+    fn peak_memory_covers_what_was_touched() {
+        let touched = vec![1u8; 64 << 20];
+        let peak = process_peak_gib();
+        assert!(
+            !cfg!(target_os = "linux") || peak.is_some_and(|gib| (0.0625..64.0).contains(&gib)),
+            "{peak:?}"
+        );
+        assert_eq!(touched.last(), Some(&1));
+    }
+
+    #[test]
+    fn names_are_the_documented_ones_in_order() {
+        let pairs = PairMetrics {
+            preference: Some(PreferenceMetrics::default()),
+            weights: Some(WeightMetrics::default()),
+            ..PairMetrics::default()
+        };
+        let step =
+            StepMetrics { pairs, mfu: Some(0.4), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
+        let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
+        let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
+             logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen weights/saturated \
+             tokens_per_second pairs_per_second mfu memory/peak_gib";
+        assert_eq!(names.join(" "), documented);
+        let names: Vec<String> =
+            EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();
+        assert_eq!(
+            names.join(" "),
+            "eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins \
+             eval_logps/chosen eval_logps/rejected eval_logps/accuracies eval_logps/margins epoch \
+             eval_weights/chosen eval_weights/saturated"
+        );
+    }
+}

@@ -1,0 +1,19 @@
+//! What a run tells: metrics as it goes (`metrics.jsonl`, TensorBoard events, a progress bar), and at its end a summary
+//! and the page `report.html`.
+
+mod chart;
+mod history;
+mod html;
+mod metrics;
+mod progress;
+mod summary;
+mod tensorboard;
+
+pub use history::{History, METRICS_FILE, MetricsWriter};
+pub use html::{DataSummary, REPORT_FILE, RunReport};
+pub use metrics::{
+    EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics, process_peak_gib,
+};
+pub use progress::{LogWriter, Progress, duration, print_result};
+pub use summary::{ComparisonRow, Sample, compare, summary};
+pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -1,0 +1,184 @@
+//! Progress on standard error: a bar on a terminal, else a plain line now and then; nothing under `--quiet`.
+
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::path::Path;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::error::{Error, Result};
+
+/// Seconds between plain lines, so that a log file is not flooded.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// All bars of the program, so that a log line can step aside for them.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+/// Standard error for the log: a line goes above the bars, never through them.
+#[derive(Debug)]
+pub struct LogWriter;
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        BARS.suspend(|| std::io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+/// Writes to standard output what a command was run for. A reader who has seen enough, as `head`, is no error.
+pub fn print_result(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::io(Path::new("standard output"), "write to", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How far some work of known length is.
+#[derive(Debug)]
+pub struct Progress {
+    label: String,
+    unit: &'static str,
+    total: u64,
+    done: u64,
+    /// Done before this process, by the run that is resumed: no part of the speed.
+    already_done: u64,
+    started: Instant,
+    view: View,
+}
+
+#[derive(Debug)]
+enum View {
+    Bar(ProgressBar),
+    Lines { last: Option<Instant> },
+    Silent,
+}
+
+impl Progress {
+    /// Work of `total` units, `done` of them by an earlier run.
+    pub fn start(label: impl Into<String>, unit: &'static str, total: usize, done: usize) -> Self {
+        let label = label.into();
+        let view = if !tracing::enabled!(tracing::Level::INFO) {
+            View::Silent
+        } else if std::io::stderr().is_terminal() {
+            View::Bar(bar(&label, unit, total as u64, done as u64))
+        } else {
+            View::Lines { last: None }
+        };
+        let done = done as u64;
+        Progress { label, unit, total: total as u64, done, already_done: done, started: Instant::now(), view }
+    }
+
+    /// `units` more are done; `message` says in a few words how it goes.
+    pub fn advance(&mut self, units: usize, message: impl FnOnce() -> String) {
+        self.done += units as u64;
+        match &mut self.view {
+            View::Silent => {}
+            View::Bar(bar) => {
+                bar.set_message(message());
+                bar.set_position(self.done);
+            }
+            View::Lines { last } => {
+                let due = last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
+                if due || self.done >= self.total {
+                    *last = Some(Instant::now());
+                    print(&self.line(&message()));
+                }
+            }
+        }
+    }
+
+    /// The plain line: `train 30/120 steps (25 %), 12 s, 36 s left: loss 1.2`.
+    fn line(&self, message: &str) -> String {
+        let elapsed = self.started.elapsed();
+        let fresh = self.done.saturating_sub(self.already_done).max(1);
+        let left = elapsed.as_secs_f64() * self.total.saturating_sub(self.done) as f64 / fresh as f64;
+        let percent = 100 * self.done / self.total.max(1);
+        format!(
+            "{} {}/{} {} ({percent} %), {}, {} left: {message}",
+            self.label,
+            self.done,
+            self.total,
+            self.unit,
+            duration(elapsed.as_secs_f64()),
+            duration(left),
+        )
+    }
+}
+
+impl Drop for Progress {
+    /// A finished bar goes; what is to stay is printed by whoever did the work.
+    fn drop(&mut self) {
+        if let View::Bar(bar) = &self.view {
+            bar.finish_and_clear();
+            BARS.remove(bar);
+        }
+    }
+}
+
+fn bar(label: &str, unit: &str, total: u64, done: u64) -> ProgressBar {
+    let template =
+        format!("{{prefix}} [{{bar:24}}] {{pos}}/{{len}} {unit} {{elapsed}} eta {{eta}} {{wide_msg}}");
+    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = BARS.add(ProgressBar::new(total).with_position(done).with_style(style.progress_chars("=> ")));
+    bar.set_prefix(label.to_string());
+    bar.reset_eta();
+    bar
+}
+
+/// A closed standard error stops no training.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// `42 s`, `3 min 5 s`, `2 h 10 min`.
+pub fn duration(seconds: f64) -> String {
+    let seconds = seconds.round().max(0.0) as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_for_people() {
+        for (seconds, text) in
+            [(0.4, "0 s"), (59.6, "1 min 0 s"), (185.0, "3 min 5 s"), (7800.0, "2 h 10 min")]
+        {
+            assert_eq!(duration(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_line_says_how_far_and_does_not_count_what_an_earlier_run_did() {
+        let started = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+        let progress = Progress {
+            label: "train".into(),
+            unit: "steps",
+            total: 100,
+            done: 60,
+            already_done: 50,
+            started,
+            view: View::Silent,
+        };
+        assert_eq!(progress.line("loss 1"), "train 60/100 steps (60 %), 10 s, 40 s left: loss 1");
+    }
+
+    #[test]
+    fn no_work_is_no_division_by_zero() {
+        let mut progress = Progress::start("nothing", "pairs", 0, 0);
+        progress.advance(0, String::new);
+        assert!(progress.line("").starts_with("nothing 0/0 pairs (0 %)"), "{}", progress.line(""));
+    }
+}

@@ -1,0 +1,142 @@
+//! Before and after: what a run did to the preferences, for the terminal and the report.
+
+use super::metrics::{EvalMetrics, PreferenceMetrics, WeightMetrics};
+
+/// What the model answers before and after training.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    pub prompt: String,
+    pub before: String,
+    pub after: String,
+}
+
+/// A line of the before-and-after table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ComparisonRow {
+    pub label: &'static str,
+    pub before: String,
+    pub after: String,
+    pub change: String,
+    /// `None` where neither direction is the better one.
+    pub better: Option<bool>,
+}
+
+/// Columns that answers are wrapped to.
+const ANSWER_WIDTH: usize = 88;
+
+/// What two evaluations of the same pairs have in common.
+pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> {
+    let preference = |value: fn(&PreferenceMetrics) -> f64| {
+        Some((value(&before.pairs.preference?), value(&after.pairs.preference?)))
+    };
+    let weights = |value: fn(&WeightMetrics) -> f64| {
+        Some((value(&before.pairs.weights?), value(&after.pairs.weights?)))
+    };
+    let margin =
+        |metrics: &EvalMetrics| Some(metrics.pairs.logps_chosen - metrics.pairs.preference?.logps_rejected);
+    let margins = margin(before).zip(margin(after));
+    [
+        preference(|p| p.likelier).map(|pair| row("chosen is the likelier", pair, true, Some(1.0))),
+        margins.map(|pair| row("log-prob margin", pair, false, Some(1.0))),
+        preference(|p| p.accuracy).map(|pair| row("reward accuracy", pair, true, Some(1.0))),
+        preference(PreferenceMetrics::margin).map(|pair| row("reward margin", pair, false, Some(1.0))),
+        Some(row("loss", (before.pairs.loss, after.pairs.loss), false, Some(-1.0))),
+        Some(row(
+            "log-prob of chosen",
+            (before.pairs.logps_chosen, after.pairs.logps_chosen),
+            false,
+            Some(1.0),
+        )),
+        preference(|p| p.logps_rejected).map(|pair| row("log-prob of rejected", pair, false, None)),
+        weights(|w| w.chosen).map(|pair| row("weight of chosen", pair, false, None)),
+        weights(|w| w.saturated).map(|pair| row("pairs with a saturated weight", pair, true, None)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// `sign`: 1 where more is better, -1 where less is.
+fn row(label: &'static str, (before, after): (f64, f64), share: bool, sign: Option<f64>) -> ComparisonRow {
+    let text = |value: f64| if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.3}") };
+    let change = after - before;
+    let change_text = if share { format!("{:+.1} points", 100.0 * change) } else { format!("{change:+.3}") };
+    let better = sign.filter(|_| change != 0.0).map(|sign| sign * change > 0.0);
+    ComparisonRow { label, before: text(before), after: text(after), change: change_text, better }
+}
+
+/// The table and the answers as plain text, for the end of a run on the terminal.
+pub fn summary(before: &EvalMetrics, after: &EvalMetrics, samples: &[Sample]) -> String {
+    let mut text = format!("{:<30} {:>12} {:>12}   {}\n", "", "before", "after", "change");
+    for row in compare(before, after) {
+        text.push_str(&format!("{:<30} {:>12} {:>12}   {}\n", row.label, row.before, row.after, row.change));
+    }
+    for sample in samples {
+        text.push_str(&format!("\nprompt  {}\n", indented(&sample.prompt)));
+        text.push_str(&format!("before  {}\n", indented(&sample.before)));
+        text.push_str(&format!("after   {}\n", indented(&sample.after)));
+    }
+    text
+}
+
+/// Wrapped at spaces, and set under the column behind its label. Control characters would reach the terminal as
+/// commands, so they become spaces.
+fn indented(text: &str) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for paragraph in text.trim().lines() {
+        let mut line = String::new();
+        for word in
+            paragraph.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty())
+        {
+            if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > ANSWER_WIDTH {
+                lines.push(std::mem::take(&mut line));
+            }
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+        lines.push(line);
+    }
+    lines.join("\n        ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::metrics::PairMetrics;
+
+    fn evaluation(accuracy: f64, loss: f64) -> EvalMetrics {
+        let preference = PreferenceMetrics {
+            rewards_chosen: accuracy,
+            rewards_rejected: 0.5,
+            accuracy,
+            logps_rejected: -5.0,
+        };
+        let pairs = PairMetrics { loss, logps_chosen: -4.0, preference: Some(preference), weights: None };
+        EvalMetrics { step: 0, epoch: 0.0, pairs }
+    }
+
+    #[test]
+    fn the_table_says_what_became_better() {
+        let rows = compare(&evaluation(0.5, 2.0), &evaluation(0.985, 2.5));
+        let accuracy = &rows[0];
+        assert_eq!((accuracy.before.as_str(), accuracy.after.as_str()), ("50.0 %", "98.5 %"));
+        assert_eq!((accuracy.change.as_str(), accuracy.better), ("+48.5 points", Some(true)));
+        let loss = rows.iter().find(|row| row.label == "loss").unwrap();
+        assert_eq!((loss.change.as_str(), loss.better), ("+0.500", Some(false)));
+        let chosen = rows.iter().find(|row| row.label == "log-prob of chosen").unwrap();
+        assert_eq!(chosen.better, None, "no change is neither");
+        assert_eq!(rows.len(), 5, "no weights without MMPO");
+    }
+
+    #[test]
+    fn answers_stand_under_their_label_and_cannot_command_the_terminal() {
+        let sample =
+            Sample { prompt: "Say\nit".into(), before: "\u{1b}[31mred".into(), after: "word ".repeat(40) };
+        let text = summary(&evaluation(0.5, 2.0), &evaluation(0.6, 1.0), &[sample]);
+        assert!(text.contains("prompt  Say\n        it\nbefore  [31mred\nafter   word word"), "{text}");
+        assert!(!text.contains('\u{1b}'));
+        assert!(text.lines().all(|line| line.chars().count() <= ANSWER_WIDTH + 8), "{text}");
+    }
+}

@@ -1,0 +1,169 @@
+//! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
+
+mod scorer;
+
+use std::sync::Arc;
+
+pub use scorer::{PairScore, Scorer};
+use serde::Serialize;
+
+use crate::checkpoint::{ModelFolder, atomic};
+use crate::config::ScoreConfig;
+use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
+use crate::device::{Device, DeviceTask, run_on};
+use crate::error::{Error, Result};
+use crate::model::Llama;
+use crate::report::{Progress, print_result};
+
+/// A line of the output file. Log-probs and entropies are sums over the response's tokens, in nats.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ScoreLine {
+    /// 1-based record of the data file.
+    pub record: usize,
+    pub logp_chosen: f64,
+    pub logp_rejected: f64,
+    pub tokens_chosen: usize,
+    pub tokens_rejected: usize,
+    pub entropy_chosen: f64,
+    pub entropy_rejected: f64,
+    #[serde(flatten)]
+    pub rewards: Option<Rewards>,
+}
+
+/// `beta * (logp - reference logp)`, as DPO has them; only with a reference.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Rewards {
+    pub reward_chosen: f64,
+    pub reward_rejected: f64,
+    pub margin: f64,
+}
+
+/// Scores all pairs of `config.data`; the output file appears whole or not at all.
+pub fn run(config: &ScoreConfig) -> Result<()> {
+    let folder = ModelFolder::open(&config.model)?;
+    folder.check_finite()?;
+    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
+    let dataset = load_pairs(&config.data, &encoder, config.limits)?;
+    dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
+    tracing::info!("{}: {}", config.data.display(), dataset.report);
+    let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
+    if let Some(reference) = &reference {
+        reference.check_finite()?;
+        dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
+    }
+    atomic::check_writable(atomic::parent(&config.output))?;
+    let lines =
+        run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
+
+    let mut text = String::new();
+    for line in &lines {
+        let json =
+            serde_json::to_string(line).map_err(|error| Error::io(&config.output, "write", error.into()))?;
+        text.push_str(&json);
+        text.push('\n');
+    }
+    atomic::write_file(&config.output, text.as_bytes())?;
+    print_result(&format!("{}scores  {}\n", summary(&lines), config.output.display()))
+}
+
+struct Scoring<'a> {
+    config: &'a ScoreConfig,
+    folder: ModelFolder,
+    reference: Option<ModelFolder>,
+    dataset: &'a PairDataset,
+}
+
+impl DeviceTask for Scoring<'_> {
+    type Output = Vec<ScoreLine>;
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Vec<ScoreLine>> {
+        let policy = self.scores(&device, &self.folder, "scoring", true)?;
+        let reference = match &self.reference {
+            Some(folder) => Some(self.scores(&device, folder, "scoring the reference", false)?),
+            None => None,
+        };
+        let pairs = self.dataset.pairs.iter().zip(&policy).enumerate();
+        Ok(pairs
+            .map(|(index, (pair, score))| {
+                let reference = reference.as_ref().map(|scores| &scores[index]);
+                score_line(pair, score, reference, self.config.beta)
+            })
+            .collect())
+    }
+}
+
+impl Scoring<'_> {
+    fn scores<D: Device>(
+        &self,
+        device: &Arc<D>,
+        folder: &ModelFolder,
+        label: &str,
+        entropy: bool,
+    ) -> Result<Vec<PairScore>> {
+        let pairs = &self.dataset.pairs;
+        let longest = pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
+        let model = Llama::load(Arc::clone(device), folder, longest)?;
+        let mut progress = Progress::start(label, "pairs", pairs.len(), 0);
+        let mut scorer = Scorer::new(&model, pairs, self.config.tokens_per_micro_batch)?;
+        scorer.run(entropy, |done| progress.advance(done, String::new))
+    }
+}
+
+fn score_line(
+    pair: &TokenizedPair,
+    score: &PairScore,
+    reference: Option<&PairScore>,
+    beta: f64,
+) -> ScoreLine {
+    let rewards = reference.map(|reference| {
+        let reward_chosen = beta * (score.logp_chosen - reference.logp_chosen);
+        let reward_rejected = beta * (score.logp_rejected - reference.logp_rejected);
+        Rewards { reward_chosen, reward_rejected, margin: reward_chosen - reward_rejected }
+    });
+    ScoreLine {
+        record: pair.record + 1,
+        logp_chosen: score.logp_chosen,
+        logp_rejected: score.logp_rejected,
+        tokens_chosen: score.tokens_chosen,
+        tokens_rejected: score.tokens_rejected,
+        entropy_chosen: score.entropy_chosen,
+        entropy_rejected: score.entropy_rejected,
+        rewards,
+    }
+}
+
+/// The table at the end.
+fn summary(lines: &[ScoreLine]) -> String {
+    let mean =
+        |value: &dyn Fn(&ScoreLine) -> f64| lines.iter().map(value).sum::<f64>() / lines.len().max(1) as f64;
+    let share = |holds: &dyn Fn(&ScoreLine) -> bool| 100.0 * mean(&|line| f64::from(u8::from(holds(line))));
+    let mut rows = vec![
+        ("pairs", format!("{}", lines.len()), String::new()),
+        ("log-prob", number(mean(&|l| l.logp_chosen)), number(mean(&|l| l.logp_rejected))),
+        (
+            "log-prob a token",
+            number(mean(&|l| l.logp_chosen / l.tokens_chosen.max(1) as f64)),
+            number(mean(&|l| l.logp_rejected / l.tokens_rejected.max(1) as f64)),
+        ),
+        ("entropy", number(mean(&|l| l.entropy_chosen)), number(mean(&|l| l.entropy_rejected))),
+        ("tokens", number(mean(&|l| l.tokens_chosen as f64)), number(mean(&|l| l.tokens_rejected as f64))),
+        ("chosen likelier", format!("{:.1} %", share(&|l| l.logp_chosen > l.logp_rejected)), String::new()),
+    ];
+    if lines.iter().any(|line| line.rewards.is_some()) {
+        let reward = |value: fn(&Rewards) -> f64| mean(&|line| line.rewards.as_ref().map_or(0.0, value));
+        let accuracy = share(&|line| line.rewards.is_some_and(|rewards| rewards.margin > 0.0));
+        rows.push(("reward", number(reward(|r| r.reward_chosen)), number(reward(|r| r.reward_rejected))));
+        rows.push(("reward margin", number(reward(|r| r.margin)), String::new()));
+        rows.push(("reward accuracy", format!("{accuracy:.1} %"), String::new()));
+    }
+    let mut text = format!("{:<18} {:>12} {:>12}\n", "mean of pairs", "chosen", "rejected");
+    for (name, chosen, rejected) in rows {
+        text.push_str(format!("{name:<18} {chosen:>12} {rejected:>12}").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn number(value: f64) -> String {
+    format!("{value:.4}")
+}

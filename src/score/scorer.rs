@@ -1,0 +1,108 @@
+//! Sequence log-probs and entropies of pairs under a model, without gradients.
+
+use std::ops::Range;
+
+use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
+use crate::device::{BatchBuffers, Device, StorageType};
+use crate::error::Result;
+use crate::model::{Activations, Capacity, Context, Llama, Purpose};
+use crate::objective::ReferencePair;
+
+/// Bytes of logits that the head works on at a time, unless one pair alone needs more.
+const LOGITS_WORKSPACE: usize = 64 << 20;
+
+/// What a model says of a pair: sums over the scored tokens, nats.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PairScore {
+    pub logp_chosen: f64,
+    pub logp_rejected: f64,
+    pub entropy_chosen: f64,
+    pub entropy_rejected: f64,
+    pub tokens_chosen: usize,
+    pub tokens_rejected: usize,
+}
+
+impl PairScore {
+    pub fn reference(&self) -> ReferencePair {
+        ReferencePair {
+            logp_chosen: self.logp_chosen as f32,
+            logp_rejected: self.logp_rejected as f32,
+            tokens_chosen: self.tokens_chosen as u32,
+            tokens_rejected: self.tokens_rejected as u32,
+        }
+    }
+}
+
+/// A model with the buffers to score micro-batches of up to `token_budget` tokens.
+#[derive(Debug)]
+pub struct Scorer<'a, D: Device> {
+    model: &'a Llama<D>,
+    activations: Activations<D>,
+    batch: BatchBuffers<D>,
+    runs: Vec<Range<usize>>,
+    pairs: &'a [TokenizedPair],
+    logp: Vec<f32>,
+    entropy: Vec<f32>,
+}
+
+impl<'a, D: Device> Scorer<'a, D> {
+    pub fn new(model: &'a Llama<D>, pairs: &'a [TokenizedPair], token_budget: usize) -> Result<Self> {
+        let device = model.device.as_ref();
+        let sizes: Vec<usize> = pairs.iter().map(TokenizedPair::tokens).collect();
+        let runs = micro_batches(&sizes, token_budget);
+        let logit_rows = LOGITS_WORKSPACE / (model.config.vocab_size * StorageType::F32.size());
+        let mut capacity = Capacity::default();
+        for run in &runs {
+            capacity = capacity.cover(&PairBatch::pack(&pairs[run.clone()], Sides::Both), logit_rows);
+        }
+        Ok(Scorer {
+            model,
+            activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
+            batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
+            runs,
+            pairs,
+            logp: vec![0.0; capacity.scored],
+            entropy: vec![0.0; capacity.scored],
+        })
+    }
+
+    /// Scores all pairs, in order; `progress` hears how many more are done. `entropy: false` leaves entropies 0.
+    pub fn run(&mut self, entropy: bool, mut progress: impl FnMut(usize)) -> Result<Vec<PairScore>> {
+        let mut scores = Vec::with_capacity(self.pairs.len());
+        for run in std::mem::take(&mut self.runs) {
+            let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
+            self.score_batch(&batch, entropy)?;
+            scores.extend(batch.scored.iter().map(|scored| self.pair_score(scored)));
+            progress(run.len());
+        }
+        Ok(scores)
+    }
+
+    fn score_batch(&mut self, batch: &PairBatch, entropy: bool) -> Result<()> {
+        let device = self.model.device.as_ref();
+        let count = batch.scored_tokens();
+        self.batch.load(device, batch, &[])?;
+        self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
+        self.model.head_forward(&mut self.activations, &self.batch, &batch.scored, entropy, None)?;
+        let scores = &self.activations.head.scores;
+        device.download(&mut self.logp[..count], &scores.logp, 0)?;
+        match entropy {
+            true => device.download(&mut self.entropy[..count], &scores.entropy, 0),
+            false => Ok(()),
+        }
+    }
+
+    fn pair_score(&self, scored: &ScoredPair) -> PairScore {
+        let sum = |values: &[f32], range: &Range<usize>| {
+            values[range.clone()].iter().map(|&value| value as f64).sum()
+        };
+        PairScore {
+            logp_chosen: sum(&self.logp, &scored.chosen),
+            logp_rejected: sum(&self.logp, &scored.rejected),
+            entropy_chosen: sum(&self.entropy, &scored.chosen),
+            entropy_rejected: sum(&self.entropy, &scored.rejected),
+            tokens_chosen: scored.chosen.len(),
+            tokens_rejected: scored.rejected.len(),
+        }
+    }
+}

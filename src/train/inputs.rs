@@ -1,0 +1,118 @@
+//! What a run reads before it computes anything: model folder, tokenizer and pairs, all checked.
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{CompanionFiles, ModelFolder};
+use crate::config::RunConfig;
+use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
+use crate::demo::Demo;
+use crate::error::{Error, Result};
+use crate::report::DataSummary;
+
+#[derive(Debug)]
+pub struct Inputs {
+    pub folder: ModelFolder,
+    /// The frozen reference, where it is another model than `folder`.
+    pub reference: Option<ModelFolder>,
+    /// Saved beside the trained weights.
+    pub companions: CompanionFiles,
+    pub encoder: TextEncoder,
+    pub training: PairDataset,
+    pub evaluation: Option<PairDataset>,
+    pub training_path: PathBuf,
+    pub evaluation_path: Option<PathBuf>,
+    /// Keeps the demo's files alive.
+    _demo: Option<Demo>,
+}
+
+impl Inputs {
+    pub fn load(config: &RunConfig) -> Result<Self> {
+        let demo = match config.model.is_none() || config.data.is_none() {
+            true => Some(Demo::unpack()?),
+            false => None,
+        };
+        let built_in = |path: fn(&Demo) -> PathBuf| demo.as_ref().map(path).unwrap_or_default();
+        let model = config.model.clone().unwrap_or_else(|| built_in(Demo::model));
+        let training_path = config.data.clone().unwrap_or_else(|| built_in(Demo::pairs));
+        let evaluation_path = match (&config.evaluation.data, &config.data) {
+            (Some(path), _) => Some(path.clone()),
+            (None, None) => Some(built_in(Demo::evaluation_pairs)),
+            (None, Some(_)) => None,
+        };
+
+        let folder = ModelFolder::open(&model)?;
+        folder.check_finite()?;
+        let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
+        let companions = CompanionFiles::read(&model, folder.config())?;
+        let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
+        let load = |path: &Path| -> Result<PairDataset> {
+            let dataset = load_pairs(path, &encoder, config.limits)?;
+            tracing::info!("{}: {}", path.display(), dataset.report);
+            dataset.check_vocabulary(folder.config().vocab_size, &model)?;
+            Ok(dataset)
+        };
+        let training = load(&training_path)?;
+        let evaluation = evaluation_path.as_deref().map(load).transpose()?;
+        Ok(Inputs {
+            folder,
+            reference,
+            companions,
+            encoder,
+            training,
+            evaluation,
+            training_path,
+            evaluation_path,
+            _demo: demo,
+        })
+    }
+
+    /// The longest sequence any pair makes: positions that RoPE needs.
+    pub fn positions(&self) -> usize {
+        let evaluation = self.evaluation.iter().flat_map(|dataset| &dataset.pairs);
+        let pairs = self.training.pairs.iter().chain(evaluation);
+        pairs.map(TokenizedPair::positions).max().unwrap_or(0)
+    }
+
+    /// What became of the records of each file, for the report.
+    pub fn data_summaries(&self, config: &RunConfig) -> Vec<DataSummary> {
+        let name = |given: &Option<PathBuf>| match given {
+            Some(path) => path.display().to_string(),
+            None => "the built-in demo".to_string(),
+        };
+        let evaluation = self.evaluation.as_ref().map(|data| summarize(name(&config.evaluation.data), data));
+        std::iter::once(summarize(name(&config.data), &self.training)).chain(evaluation).collect()
+    }
+}
+
+fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
+    let reference = ModelFolder::open(path)?;
+    let (theirs, ours) = (reference.config().vocab_size, model.config().vocab_size);
+    if theirs != ours {
+        return Err(Error::model(
+            path,
+            format!("the reference has a vocabulary of {theirs}, the model one of {ours}"),
+            "both must share one tokenizer: use the checkpoint that the model started from",
+        ));
+    }
+    reference.check_finite()?;
+    Ok(reference)
+}
+
+fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
+    let report = &dataset.report;
+    let counted = |drops: bool| {
+        Cause::ALL
+            .into_iter()
+            .filter(|cause| cause.drops() == drops)
+            .map(|cause| (report.describe(cause), report.tally(cause).count))
+            .filter(|(_, count)| *count > 0)
+            .collect()
+    };
+    DataSummary {
+        name,
+        read: report.records,
+        used: report.pairs,
+        dropped: counted(true),
+        cut: counted(false),
+    }
+}

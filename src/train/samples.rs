@@ -1,0 +1,68 @@
+//! What the model answers to a few prompts, before and after: the difference that a person sees.
+
+use super::inputs::Inputs;
+use crate::data::{Body, Record, TokenizedPair, read_records};
+use crate::device::Device;
+use crate::error::Result;
+use crate::generate::{Sampling, generate};
+use crate::model::Llama;
+use crate::report::Sample;
+
+const COUNT: usize = 3;
+/// Tokens of an answer at most.
+pub const MAX_NEW_TOKENS: usize = 64;
+
+/// Prompts of the first evaluation pairs (of the first training pairs where there are none).
+#[derive(Debug)]
+pub struct Samples {
+    pub prompts: Vec<String>,
+    tokens: Vec<Vec<u32>>,
+}
+
+impl Samples {
+    pub fn choose(inputs: &Inputs) -> Result<Self> {
+        let (path, pairs) = match (&inputs.evaluation_path, &inputs.evaluation) {
+            (Some(path), Some(dataset)) => (path, &dataset.pairs),
+            _ => (&inputs.training_path, &inputs.training.pairs),
+        };
+        let records = read_records(path)?;
+        let chosen: Vec<&TokenizedPair> =
+            pairs.iter().filter(|pair| !pair.prompt.is_empty()).take(COUNT).collect();
+        Ok(Samples {
+            prompts: chosen.iter().map(|pair| prompt_text(records.get(pair.record))).collect(),
+            tokens: chosen.iter().map(|pair| pair.prompt.clone()).collect(),
+        })
+    }
+
+    /// The prompts with the answers before and after.
+    pub fn compared(self, before: Vec<String>, after: Vec<String>) -> Vec<Sample> {
+        let answers = before.into_iter().zip(after);
+        self.prompts
+            .into_iter()
+            .zip(answers)
+            .map(|(prompt, (before, after))| Sample { prompt, before, after })
+            .collect()
+    }
+
+    /// Greedy answers of `model`.
+    pub fn answers<D: Device>(&self, model: &Llama<D>, inputs: &Inputs) -> Result<Vec<String>> {
+        self.tokens
+            .iter()
+            .map(|prompt| {
+                let (tokens, _) = generate(model, prompt, MAX_NEW_TOKENS, Sampling::GREEDY, |_| Ok(()))?;
+                inputs.encoder.tokenizer.decode(&tokens, true)
+            })
+            .collect()
+    }
+}
+
+/// The last message of a prompt, or all of a plain one.
+fn prompt_text(record: Option<&Record>) -> String {
+    match record.map(|record| &record.body) {
+        Some(Body::Text { prompt, .. }) => prompt.clone(),
+        Some(Body::Conversation { prompt, .. }) => {
+            prompt.last().map_or_else(String::new, |message| message.content.clone())
+        }
+        None => String::new(),
+    }
+}

@@ -1,0 +1,254 @@
+//! One optimiser step on a device: micro-batches forward and backward, then AdamW.
+
+use std::sync::Arc;
+
+use crate::data::{PairBatch, TokenizedPair, micro_batches};
+use crate::device::{AdamWState, AdamWStep, BatchBuffers, Device, Floats};
+use crate::error::Result;
+use crate::model::{Activations, Capacity, Context, Gradients, Llama, LlamaTensors, Purpose};
+use crate::objective::{Objective, PairOutcome, ReferencePair};
+
+/// Bytes of logits that the head works on at a time, unless one pair alone needs more.
+const LOGITS_WORKSPACE: usize = 64 << 20;
+
+/// A pair with what the frozen reference says of it (zeros where the objective asks for none).
+#[derive(Clone, Copy, Debug)]
+pub struct TrainingPair<'a> {
+    pub pair: &'a TokenizedPair,
+    pub reference: ReferencePair,
+}
+
+/// What one optimiser step came to.
+#[derive(Clone, Debug)]
+pub struct StepResult {
+    /// In the order of the batch.
+    pub outcomes: Vec<PairOutcome>,
+    /// Mean loss of the batch.
+    pub loss: f64,
+    /// Global l2 norm of the gradient before clipping.
+    pub gradient_norm: f32,
+    /// Tokens that went through the model.
+    pub tokens: usize,
+}
+
+/// A model in training: weights, gradients, optimiser states and the buffers of the largest micro-batch.
+#[derive(Debug)]
+pub struct Trainer<D: Device> {
+    pub model: Llama<D>,
+    pub states: LlamaTensors<AdamWState<D>>,
+    pub gradients: LlamaTensors<Floats<D>>,
+    objective: Objective,
+    token_budget: usize,
+    activations: Activations<D>,
+    scratch: Gradients<D>,
+    batch: BatchBuffers<D>,
+    /// `[pairs of a step, PairOutcome::WIDTH]`
+    outcomes: Floats<D>,
+    /// `[2]`: norm, clip factor.
+    norm: Floats<D>,
+}
+
+/// The sizes a [`Trainer`] allocates for.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload {
+    pub micro_batch: Capacity,
+    pub pairs_per_step: usize,
+    pub token_budget: usize,
+}
+
+impl Workload {
+    /// Covers every way of cutting `pairs` into micro-batches of at most `token_budget` tokens (a longer pair gets
+    /// one of its own).
+    pub fn plan<'a>(
+        pairs: impl IntoIterator<Item = &'a TokenizedPair>,
+        objective: &Objective,
+        vocab: usize,
+        pairs_per_step: usize,
+        token_budget: usize,
+    ) -> Self {
+        let logit_rows = LOGITS_WORKSPACE / (vocab * size_of::<f32>());
+        let mut micro_batch = Capacity::default();
+        let mut shortest = usize::MAX;
+        for pair in pairs {
+            let alone = PairBatch::pack([pair], objective.sides());
+            micro_batch = micro_batch.cover(&alone, logit_rows);
+            shortest = shortest.min(alone.tokens().max(1));
+        }
+        let most_pairs = (token_budget / shortest).clamp(1, pairs_per_step.max(1));
+        let budget = token_budget.min(micro_batch.tokens * most_pairs).max(micro_batch.tokens);
+        // A pair of P + C + R tokens scores C + R of them, or one more than T for each pair with a one-token prompt.
+        let scored = micro_batch.scored.max(budget + most_pairs);
+        Workload {
+            micro_batch: Capacity {
+                tokens: budget,
+                pairs: most_pairs,
+                scored: scored.min(micro_batch.scored * most_pairs),
+                logit_rows: micro_batch.logit_rows.max(logit_rows.min(scored)),
+            },
+            pairs_per_step,
+            token_budget,
+        }
+    }
+}
+
+impl<D: Device> Trainer<D> {
+    pub fn new(model: Llama<D>, objective: Objective, workload: Workload) -> Result<Self> {
+        let device = Arc::clone(&model.device);
+        let device = device.as_ref();
+        let capacity = workload.micro_batch;
+        let mut states = model.layout.try_map(|fused| AdamWState::new(device, fused.values()))?;
+        for (state, weight) in states.iter_mut().zip(model.weights.iter()) {
+            if let Some(master) = &mut state.master {
+                let mut values = vec![0.0; device.len(weight)];
+                device.download_compute(&mut values, weight, 0)?;
+                device.upload(master, 0, &values)?;
+            }
+        }
+        let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
+        batch.padding_token = model.config.pad_token_id;
+        Ok(Trainer {
+            states,
+            gradients: model.zero_gradients()?,
+            objective,
+            token_budget: workload.token_budget,
+            activations: Activations::new(device, &model.config, capacity, Purpose::Training)?,
+            scratch: Gradients::new(device, &model.config, capacity)?,
+            batch,
+            outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
+            norm: device.alloc(2)?,
+            model,
+        })
+    }
+
+    /// One optimiser step over `pairs`, whose loss is their mean whatever the micro-batches.
+    pub fn step(
+        &mut self,
+        pairs: &[TrainingPair<'_>],
+        adamw: AdamWStep,
+        max_grad_norm: Option<f64>,
+    ) -> Result<StepResult> {
+        let result = self.accumulate_gradients(pairs, max_grad_norm)?;
+        self.update(adamw)?;
+        Ok(result)
+    }
+
+    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are.
+    pub fn accumulate_gradients(
+        &mut self,
+        pairs: &[TrainingPair<'_>],
+        max_grad_norm: Option<f64>,
+    ) -> Result<StepResult> {
+        let device = Arc::clone(&self.model.device);
+        for (gradient, fused) in self.gradients.iter_mut().zip(self.model.layout.iter()) {
+            device.zero(gradient, 0..fused.values())?;
+        }
+        let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
+            trainer.model.head_forward_backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                &batch.scored,
+                &trainer.objective,
+            )?;
+            trainer.model.backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                tokens,
+            )
+        })?;
+        let gradients: Vec<&Floats<D>> = self.gradients.iter().collect();
+        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm.map(|norm| norm as f32))?;
+        let mut norm = [0.0; 2];
+        device.download(&mut norm, &self.norm, 0)?;
+        let outcomes = self.download_outcomes(pairs.len())?;
+        let loss = self.mean_loss(pairs, &outcomes);
+        super::guard::check_finite(loss, Some(norm[0]), pairs, &outcomes)?;
+        Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
+    }
+
+    /// AdamW over all weights, from the gradients of [`Trainer::accumulate_gradients`].
+    pub fn update(&mut self, adamw: AdamWStep) -> Result<()> {
+        let device = &self.model.device;
+        let gradients = self.gradients.iter();
+        let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
+        for ((weight, state), gradient) in weights.zip(gradients) {
+            device.adamw(weight, state, gradient, &self.norm, adamw)?;
+        }
+        Ok(())
+    }
+
+    /// Outcomes of `pairs` under the current weights, and their mean loss.
+    pub fn evaluate(&mut self, pairs: &[TrainingPair<'_>]) -> Result<(Vec<PairOutcome>, f64)> {
+        let mut outcomes = Vec::with_capacity(pairs.len());
+        let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;
+        for chunk in pairs.chunks(batch.max(1)) {
+            self.each_micro_batch(chunk, |trainer, batch, _| {
+                trainer.model.head_forward(
+                    &mut trainer.activations,
+                    &trainer.batch,
+                    &batch.scored,
+                    trainer.objective.needs_entropy(),
+                    Some(&trainer.objective),
+                )
+            })?;
+            outcomes.extend(self.download_outcomes(chunk.len())?);
+        }
+        let loss = self.mean_loss(pairs, &outcomes);
+        super::guard::check_finite(loss, None, pairs, &outcomes)?;
+        Ok((outcomes, loss))
+    }
+
+    pub fn device(&self) -> &D {
+        &self.model.device
+    }
+
+    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through.
+    fn each_micro_batch(
+        &mut self,
+        pairs: &[TrainingPair<'_>],
+        mut head: impl FnMut(&mut Self, &PairBatch, usize) -> Result<()>,
+    ) -> Result<usize> {
+        let device = Arc::clone(&self.model.device);
+        let sides = self.objective.sides();
+        let references: Vec<ReferencePair> = pairs.iter().map(|pair| pair.reference).collect();
+        let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
+        let sizes: Vec<usize> = pairs.iter().map(|pair| pair.pair.tokens_of(sides)).collect();
+        let mut tokens = 0;
+        for run in micro_batches(&sizes, self.token_budget) {
+            let batch = PairBatch::pack(pairs[run.clone()].iter().map(|pair| pair.pair), sides);
+            self.batch.load(device.as_ref(), &batch, &constants[run.clone()])?;
+            self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
+            head(self, &batch, batch.tokens())?;
+            device.copy(
+                &mut self.outcomes,
+                run.start * PairOutcome::WIDTH,
+                &self.activations.head.outcomes,
+                0,
+                run.len() * PairOutcome::WIDTH,
+            )?;
+            tokens += batch.tokens();
+        }
+        Ok(tokens)
+    }
+
+    fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
+        let mut outcomes = vec![PairOutcome::default(); pairs];
+        self.device().download::<f32>(bytemuck::cast_slice_mut(&mut outcomes), &self.outcomes, 0)?;
+        Ok(outcomes)
+    }
+
+    fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {
+        let weight = match self.objective {
+            Objective::Sft => chosen_tokens(pairs).iter().sum::<usize>(),
+            _ => pairs.len(),
+        };
+        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / weight.max(1) as f64
+    }
+}
+
+fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
+    pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
+}

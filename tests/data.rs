@@ -1,0 +1,64 @@
+//! From pairs files to token ids, against what Hugging Face's own code makes of the same records
+//! (`tests/reference/data_goldens.py`).
+
+mod data {
+    mod bad_input;
+    mod formats;
+    mod limits;
+    mod packing;
+    mod reference_cache;
+    mod template;
+    mod tokenizer;
+}
+
+use std::path::{Path, PathBuf};
+
+use mmpo_fast::config::LengthLimits;
+use mmpo_fast::data::{PairDataset, TextEncoder, TokenizedPair};
+use serde_json::Value;
+
+/// A committed file of this test.
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn encoder(name: &str) -> TextEncoder {
+    TextEncoder::load(&file(name), None).expect("a committed tokenizer loads")
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().expect("a list of ids").iter();
+    ids.map(|id| u32::try_from(id.as_u64().expect("an id")).expect("a small id")).collect()
+}
+
+/// The token ids that Hugging Face gives the committed pairs: `kind` is `conversations` or `texts`.
+fn golden(tokenizer: &str, kind: &str) -> Vec<[Vec<u32>; 3]> {
+    let goldens = json(&file("goldens.json"));
+    let pairs = goldens[tokenizer][kind].as_array().expect("golden pairs").iter();
+    pairs.map(|pair| ["prompt", "chosen", "rejected"].map(|part| ids(&pair[part]))).collect()
+}
+
+fn golden_limits() -> LengthLimits {
+    serde_json::from_value(json(&file("goldens.json"))["limits"].clone()).expect("limits")
+}
+
+fn parts(pair: &TokenizedPair) -> [Vec<u32>; 3] {
+    [pair.prompt.clone(), pair.chosen.clone(), pair.rejected.clone()]
+}
+
+fn all_parts(dataset: &PairDataset) -> Vec<[Vec<u32>; 3]> {
+    dataset.pairs.iter().map(parts).collect()
+}
+
+/// A pairs file of the given text in a temporary folder, which lives as long as the first value.
+fn temporary(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).expect("a temporary file");
+    (folder, path)
+}

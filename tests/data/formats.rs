@@ -1,0 +1,207 @@
+//! Every format gives the ids that Hugging Face gives the same pairs.
+
+use std::path::PathBuf;
+
+use mmpo_fast::config::LengthLimits;
+use mmpo_fast::data::{Body, Cause, Message, TextEncoder, load_pairs, read_records};
+
+use crate::*;
+
+/// Files that hold the same conversations in different words, and which of them each can say.
+const CONVERSATIONS: [(&str, &[usize]); 14] = [
+    ("conversational.jsonl", &[0, 1, 2, 3, 4]),
+    ("conversational.jsonl.gz", &[0, 1, 2, 3, 4]),
+    ("lines_named.json", &[0, 1, 2, 3, 4]),
+    ("array.json", &[0, 1, 2, 3, 4]),
+    ("columns.json", &[0, 1, 2, 3, 4]),
+    ("rows_in_object.json", &[0, 1, 2, 3, 4]),
+    ("one_record.json", &[0]),
+    ("implicit.jsonl", &[0, 1, 2, 3, 4]),
+    ("prompt_repeated.jsonl", &[0, 1, 2, 3, 4]),
+    ("text_responses.jsonl", &[0, 1, 2, 3, 4]),
+    ("sharegpt.json", &[0, 1, 2, 3, 4]),
+    ("sharegpt_system.jsonl", &[0, 1, 2, 3, 4]),
+    ("orca.jsonl", &[0, 1, 3, 4]),
+    ("system_prompt.jsonl", &[0, 1, 3, 4]),
+];
+
+#[test]
+fn conversations_have_the_ids_of_hugging_face_in_every_format() {
+    for tokenizer in ["chatml", "llama3"] {
+        let (encoder, golden) = (encoder(tokenizer), golden(tokenizer, "conversations"));
+        for (name, pairs) in CONVERSATIONS {
+            let dataset = load_pairs(&file("pairs").join(name), &encoder, golden_limits()).expect(name);
+            let expected: Vec<_> = pairs.iter().map(|&pair| golden[pair].clone()).collect();
+            assert_eq!(all_parts(&dataset), expected, "{tokenizer}, {name}");
+            assert_eq!(dataset.report.tally(Cause::PromptColumnDiffers).count, 0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_string_beside_whole_conversations_is_compared_with_them() {
+    let dataset =
+        load_pairs(&file("pairs/ultrafeedback.jsonl"), &encoder("chatml"), golden_limits()).unwrap();
+    assert_eq!(all_parts(&dataset), golden("chatml", "conversations"));
+    assert_eq!(dataset.report.tally(Cause::PromptColumnDiffers).count, 0);
+    let (_folder, path) = temporary(
+        "pairs.jsonl",
+        r#"{"prompt":"other","chosen":[{"role":"user","content":"Hi"},{"role":"assistant","content":"a"}],"rejected":[{"role":"user","content":"Hi"},{"role":"assistant","content":"b"}]}"#,
+    );
+    let dataset = load_pairs(&path, &encoder("chatml"), golden_limits()).unwrap();
+    assert_eq!(dataset.report.tally(Cause::PromptColumnDiffers).first, [1]);
+}
+
+#[test]
+fn plain_text_has_the_ids_of_hugging_face_with_one_bos_and_one_end_token() {
+    for tokenizer in ["chatml", "llama3"] {
+        let (encoder, golden) = (encoder(tokenizer), golden(tokenizer, "texts"));
+        let dataset = load_pairs(&file("pairs/text.jsonl"), &encoder, golden_limits()).unwrap();
+        assert_eq!(all_parts(&dataset), golden, "{tokenizer}");
+        let dataset = load_pairs(&file("pairs/text_implicit.jsonl"), &encoder, golden_limits()).unwrap();
+        assert_eq!(all_parts(&dataset), golden[..2], "{tokenizer}");
+    }
+}
+
+#[test]
+fn special_tokens_already_written_are_not_doubled() {
+    let encoder = encoder("llama3");
+    let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
+    let texts = [
+        r#"{"prompt":"Hi","chosen":" yes","rejected":" no"}"#,
+        r#"{"prompt":"<|begin_of_text|>Hi","chosen":" yes<|eot_id|>","rejected":" no<|eot_id|><|eot_id|>"}"#,
+        r#"{"prompt":"<|begin_of_text|><|begin_of_text|>Hi","chosen":" yes","rejected":" no"}"#,
+    ];
+    let (_folder, path) = temporary("pairs.jsonl", texts.join("\n"));
+    let dataset = load_pairs(&path, &encoder, golden_limits()).unwrap();
+    for pair in &dataset.pairs {
+        assert_eq!(parts(pair), parts(&dataset.pairs[0]));
+        assert_eq!(pair.prompt.iter().filter(|&&id| id == bos).count(), 1);
+        for response in [&pair.chosen, &pair.rejected] {
+            assert_eq!(response.iter().filter(|&&id| id == eos).count(), 1, "{response:?}");
+            assert_eq!(response.last(), Some(&eos));
+        }
+    }
+}
+
+#[test]
+fn a_template_that_writes_neither_bos_nor_end_token_gets_one_of_each() {
+    let template = file("templates/raises.jinja");
+    let encoder = TextEncoder::load(&file("llama3"), Some(&template)).unwrap();
+    let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
+    let dataset = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap();
+    let pair = &dataset.pairs[0];
+    assert_eq!(
+        encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(),
+        "user: What color is the sky?\nassistant: "
+    );
+    assert_eq!(pair.prompt[0], bos);
+    assert_eq!(encoder.tokenizer.decode(&pair.rejected, false).unwrap(), "It is green.\n<|eot_id|>");
+    assert_eq!(pair.rejected.iter().filter(|&&id| id == eos).count(), 1);
+}
+
+#[test]
+fn hh_text_is_split_behind_the_last_shared_marker() {
+    let records = read_records(&file("pairs/hh.jsonl")).unwrap();
+    let Body::Text { prompt, chosen, rejected } = &records[0].body else { panic!("{records:?}") };
+    assert!(prompt.ends_with("\n\nHuman: Just do.\n\nAssistant:"), "{prompt:?}");
+    assert_eq!((chosen.as_str(), rejected.as_str()), (" I pick blue.", " I pick nothing."));
+}
+
+#[test]
+fn a_prompt_string_stands_alone_where_responses_hold_no_prompt() {
+    let (_folder, path) = temporary(
+        "pairs.jsonl",
+        r#"{"prompt":"Hi","chosen":[{"role":"assistant","content":"a"}],"rejected":[{"role":"assistant","content":"a"}]}"#,
+    );
+    let records = read_records(&path).unwrap();
+    let Body::Conversation { prompt, chosen, .. } = &records[0].body else { panic!("{records:?}") };
+    assert_eq!(prompt, &[Message::new("user", "Hi")]);
+    assert_eq!(chosen, &[Message::new("assistant", "a")]);
+}
+
+#[test]
+fn tools_and_reasoning_reach_the_template() {
+    let record = r#"{"prompt":[{"role":"user","content":"x"}],"tools":"[{\"a\": 1.0}]","chat_template_kwargs":{"mood":"good"},
+        "chosen":[{"role":"assistant","content":"y","reasoning":"why"}],"rejected":[{"role":"assistant","content":"z"}]}"#;
+    let (_folder, path) = temporary("pairs.jsonl", record.replace('\n', " "));
+    let (_template_folder, template) = temporary(
+        "template.jinja",
+        "{{ tools | tojson }} {{ mood }} {% for m in messages %}{{ m.reasoning_content }}{{ m.content }}<|im_end|>{% endfor %}",
+    );
+    let encoder = TextEncoder::load(&file("chatml"), Some(&template)).unwrap();
+    let dataset = load_pairs(&path, &encoder, golden_limits()).unwrap();
+    let text = |ids: &[u32]| encoder.tokenizer.decode(ids, false).unwrap();
+    assert_eq!(text(&dataset.pairs[0].prompt), "[{\"a\": 1.0}] good x<|im_end|>");
+    assert_eq!(text(&dataset.pairs[0].chosen), "whyy<|im_end|>");
+}
+
+#[test]
+fn crlf_blank_lines_and_a_byte_order_mark_are_read() {
+    let line = r#"{"prompt":"a","chosen":" b","rejected":" c"}"#;
+    let (_folder, path) = temporary("pairs.jsonl", format!("\u{feff}\r\n{line}\r\n\r\n  \n{line}"));
+    let records = read_records(&path).unwrap();
+    assert_eq!(records.iter().map(|record| record.place).collect::<Vec<_>>(), [2, 5]);
+    assert_eq!(records.iter().map(|record| record.index).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn gzip_is_known_by_its_bytes_whatever_the_name() {
+    let gzip = std::fs::read(file("pairs/conversational.jsonl.gz")).unwrap();
+    let plain = read_records(&file("pairs/conversational.jsonl")).unwrap();
+    // Two gzip members in one file, as `cat a.gz b.gz` makes them.
+    for (bytes, times) in [(gzip.clone(), 1), (gzip.repeat(2), 2)] {
+        let (_folder, path) = temporary("pairs.jsonl", bytes);
+        let records = read_records(&path).unwrap();
+        assert_eq!(records.len(), times * plain.len());
+        assert_eq!(records[..plain.len()], plain);
+    }
+}
+
+#[test]
+fn order_and_fingerprint_do_not_depend_on_threads_or_format() {
+    let encoder = encoder("chatml");
+    let lines: String = (0..2500)
+        .map(|n| format!("{{\"prompt\":\"number {n}\",\"chosen\":\" yes {n}\",\"rejected\":\" no\"}}\n"))
+        .collect();
+    let (_folder, path) = temporary("pairs.jsonl", &lines);
+    let array = format!("[{}]", lines.trim_end().replace('\n', ","));
+    let (_array_folder, array_path) = temporary("pairs.json", array);
+    let load = |path: &PathBuf, threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| load_pairs(path, &encoder, golden_limits()).unwrap())
+    };
+    let one = load(&path, 1);
+    for other in [load(&path, 4), load(&array_path, 3)] {
+        assert_eq!(one.pairs, other.pairs);
+        assert_eq!(one.fingerprint, other.fingerprint);
+    }
+    assert!(one.pairs.iter().enumerate().all(|(n, pair)| pair.record == n));
+    let (_changed_folder, changed) = temporary("pairs.jsonl", lines.replace("yes 2499", "yes 2498"));
+    assert_ne!(load(&changed, 2).fingerprint, one.fingerprint);
+}
+
+/// The larger fixture, made with transformers as well, where its folder is given.
+#[test]
+fn the_shared_fixture_has_equal_ids_in_both_formats() {
+    let Some(fixtures) = std::env::var_os("MMPO_FAST_FIXTURES").map(PathBuf::from) else {
+        eprintln!("MMPO_FAST_FIXTURES is not set: only the committed goldens are compared");
+        return;
+    };
+    let folder = fixtures.join("tiny-llama");
+    let golden = json(&folder.join("golden.json"));
+    let limit = |name: &str| golden[name].as_u64().unwrap() as usize;
+    let limits =
+        LengthLimits { max_length: limit("max_length"), max_prompt_length: limit("max_prompt_length") };
+    let encoder = TextEncoder::load(&folder.join("model"), None).unwrap();
+    let conversational = load_pairs(&folder.join("pairs.jsonl"), &encoder, limits).unwrap();
+    let share_gpt = load_pairs(&fixtures.join("../data/dpo_en_demo.json"), &encoder, limits).unwrap();
+    assert_eq!(conversational.pairs, share_gpt.pairs);
+    assert_eq!(conversational.fingerprint, share_gpt.fingerprint);
+    assert_eq!(conversational.report.records, 300);
+    let pairs = golden["pairs"].as_array().unwrap();
+    for (pair, golden) in conversational.pairs.iter().zip(pairs) {
+        let expected = ["prompt_ids", "chosen_ids", "rejected_ids"].map(|part| ids(&golden[part]));
+        assert_eq!(parts(pair), expected, "record {}", pair.record);
+    }
+}

@@ -1,0 +1,47 @@
+use crate::harness::*;
+
+device_tests! {
+    /// The norm over several gradients, and PyTorch's clipping factor.
+    fn norm_and_factor(device, bounds) {
+        let values: Vec<Vec<f32>> =
+            [1, 50, 16_384, 70_001, 200_000].iter().map(|&len| random(len as u64, len, 0.3)).collect();
+        let wanted = values.iter().flatten().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
+        let buffers: Vec<_> = values.iter().map(|values| floats(device, values)).collect();
+        let gradients: Vec<_> = buffers.iter().collect();
+        for (max_norm, factor) in [(None, 1.0), (Some(1.0), 1.0 / (wanted + 1e-6)), (Some(1e6), 1.0), (Some(f32::INFINITY), 1.0)] {
+            let mut out = unset_floats(device, 2);
+            device.gradient_norm(&mut out, &gradients, max_norm).unwrap();
+            assert_close("norm and factor", &read(device, &out), &[wanted, factor], Tolerance::F32);
+        }
+    }
+
+    /// Squares beyond the range of f32 are still summed.
+    fn large_and_small_values(device, bounds) {
+        let buffer = floats(device, &[3e25, 4e25, 1e-30]);
+        let mut out = unset_floats(device, 2);
+        device.gradient_norm(&mut out, &[&buffer], Some(1.0)).unwrap();
+        assert_close("norm", &read(device, &out)[..1], &[5e25], Tolerance::F32);
+    }
+
+    /// A single NaN anywhere, in whole blocks or their tails, must reach the norm and the factor.
+    fn nan_reaches_the_norm(device, bounds) {
+        for len in [3, 65_536 + 17] {
+            for at in [0, len / 2, len - 1] {
+                let mut values = random(1, len, 1.0);
+                values[at] = f32::NAN;
+                let buffer = floats(device, &values);
+                let mut out = unset_floats(device, 2);
+                device.gradient_norm(&mut out, &[&buffer], Some(1.0)).unwrap();
+                let out = read(device, &out);
+                assert!(out[0].is_nan() && out[1].is_nan(), "NaN at {at} of {len}: {out:?}");
+            }
+        }
+    }
+
+    /// No gradients: norm 0, nothing to clip.
+    fn nothing(device, bounds) {
+        let mut out = unset_floats(device, 2);
+        device.gradient_norm(&mut out, &[], Some(1.0)).unwrap();
+        assert_eq!(read(device, &out), [0.0, 1.0]);
+    }
+}

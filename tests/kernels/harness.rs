@@ -1,0 +1,318 @@
+//! What the kernel tests share: devices to run on, values, comparison, central differences.
+
+use std::sync::Once;
+
+use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+use mmpo_fast::device::cuda::{
+    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+};
+use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
+use mmpo_fast::objective::PairConstants;
+
+/// How far a device's result may lie from the naive f64 one:
+/// `error <= relative * |wanted| + absolute * rms(wanted)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    pub relative: f64,
+    pub absolute: f64,
+}
+
+impl Tolerance {
+    /// f32 storage and accumulation: a few units in the last place of a value, and of the largest term of a sum.
+    pub const F32: Tolerance = Tolerance { relative: 3e-6, absolute: 3e-6 };
+    /// bf16 storage, f32 accumulation: half a unit in the last place is 2^-9 of a value; one more for a rounded
+    /// intermediate.
+    pub const BF16: Tolerance = Tolerance { relative: 4e-3, absolute: 4e-3 };
+}
+
+/// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
+/// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
+/// `rms_norm::forward::cpu`.
+macro_rules! device_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn body<D: mmpo_fast::device::Device>($device: &D, $bounds: $crate::harness::Tolerance) {
+                let _ = $bounds;
+                $body
+            }
+
+            #[test]
+            fn cpu() {
+                body(&$crate::harness::cpu(1), $crate::harness::Tolerance::F32);
+            }
+
+            #[test]
+            fn cpu_threads() {
+                body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
+            }
+
+            #[test]
+            fn emulated() {
+                body(&$crate::harness::emulated(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// Every load and store of the kernels watched: bounds, uninitialised memory, races.
+            #[test]
+            fn checked() {
+                body(&$crate::harness::checked(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// On a real GPU, where there is one.
+            #[test]
+            fn gpu() {
+                if let Some(device) = $crate::harness::gpu() {
+                    body(&device, $crate::harness::Tolerance::BF16);
+                }
+            }
+        }
+    )+};
+}
+pub(crate) use device_tests;
+
+/// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
+/// `BatchBuffers::load` has checked.
+macro_rules! cpu_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        #[test]
+        fn $name() {
+            let $device = &$crate::harness::cpu(2);
+            $body
+        }
+    )+};
+}
+pub(crate) use cpu_tests;
+
+pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
+    mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
+}
+
+/// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
+/// without waiting for the batch.
+pub fn is_cpu<D: Device>() -> bool {
+    size_of::<D::Compute>() == size_of::<f32>()
+}
+
+/// The emulated GPU as it is: threads in order, asynchronous copies as late as they may.
+pub fn emulated() -> CudaDevice {
+    configure_once();
+    CudaDevice::emulated(EmulatorVariant::Plain)
+}
+
+/// The emulated GPU that watches every access, its blocks, warps and lanes in a random order. `MMPO_FAST_EMULATOR_SEED`
+/// chooses the order.
+pub fn checked() -> CudaDevice {
+    configure_once();
+    CudaDevice::emulated(EmulatorVariant::Checked)
+}
+
+/// How the emulated device runs: `schedule` 0 in order, else random with this seed.
+pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
+    EmulatorOptions {
+        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+        schedule: if schedule_seed == 0 {
+            MMPO_EMULATOR_SCHEDULE_ORDERED
+        } else {
+            MMPO_EMULATOR_SCHEDULE_RANDOM
+        } as i32,
+        seed: schedule_seed,
+        host_threads: 0,
+        multiprocessors: 0,
+        trace_accesses: 0,
+    }
+}
+
+fn configure_once() {
+    static CONFIGURED: Once = Once::new();
+    CONFIGURED.call_once(|| {
+        let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
+            Ok(seed) => {
+                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
+            }
+            Err(_) => 1,
+        };
+        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
+        EmulatorVariant::Checked.configure(emulator_options(seed)).unwrap();
+    });
+}
+
+/// The first GPU; none where driver, kernels or GPU are missing, which is said, or where one of them fails, which is
+/// an error.
+pub fn gpu() -> Option<CudaDevice> {
+    match cuda::gpus() {
+        Ok(gpus) if !gpus.is_empty() => Some(CudaDevice::open(0).expect("the first GPU opens")),
+        Ok(_) => {
+            eprintln!("no GPU: skipped");
+            None
+        }
+        Err(error) => {
+            eprintln!("no GPU ({error}): skipped");
+            None
+        }
+    }
+}
+
+/// Pseudo-random values (SplitMix64), roughly normal with standard deviation `scale`.
+pub fn random(seed: u64, len: usize, scale: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678;
+    let mut uniform = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1_u64 << 24) as f32
+    };
+    // Irwin-Hall: the sum of three uniforms has variance 1/4.
+    (0..len).map(|_| (uniform() + uniform() + uniform() - 1.5) * 2.0 * scale).collect()
+}
+
+/// A buffer of weights or activations and what it holds after rounding to the device's type.
+pub fn compute<D: Device>(device: &D, values: &[f32]) -> (Compute<D>, Vec<f64>) {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload_values(&mut buffer, 0, RawValues::from_f32(values)).unwrap();
+    let rounded = read_compute(device, &buffer).into_iter().map(f64::from).collect();
+    (buffer, rounded)
+}
+
+/// As [`compute`], of [`random`] values.
+pub fn random_compute<D: Device>(device: &D, seed: u64, len: usize, scale: f32) -> (Compute<D>, Vec<f64>) {
+    compute(device, &random(seed, len, scale))
+}
+
+/// A buffer that starts as NaN: an operation that assigns must overwrite all of it.
+pub fn unset_compute<D: Device>(device: &D, len: usize) -> Compute<D> {
+    compute(device, &vec![f32::NAN; len]).0
+}
+
+pub fn floats<D: Device>(device: &D, values: &[f32]) -> Floats<D> {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload(&mut buffer, 0, values).unwrap();
+    buffer
+}
+
+pub fn unset_floats<D: Device>(device: &D, len: usize) -> Floats<D> {
+    floats(device, &vec![f32::NAN; len])
+}
+
+pub fn indices<D: Device>(device: &D, values: &[u32]) -> Indices<D> {
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload(&mut buffer, 0, values).unwrap();
+    buffer
+}
+
+pub fn read_compute<D: Device>(device: &D, buffer: &Compute<D>) -> Vec<f32> {
+    let mut values = vec![0.0; device.len(buffer)];
+    device.download_compute(&mut values, buffer, 0).unwrap();
+    values
+}
+
+pub fn read<D: Device>(device: &D, buffer: &Floats<D>) -> Vec<f32> {
+    let mut values = vec![0.0; device.len(buffer)];
+    device.download(&mut values, buffer, 0).unwrap();
+    values
+}
+
+pub fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&value| f64::from(value)).collect()
+}
+
+/// Asserts that every value of `got` is within `bounds` of `wanted`, naming the worst one otherwise.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) {
+    assert_eq!(got.len(), wanted.len(), "{what}: lengths");
+    let mean_square = wanted.iter().map(|value| value * value).sum::<f64>() / wanted.len().max(1) as f64;
+    let absolute = bounds.absolute * mean_square.sqrt();
+    for (i, (&got, &wanted)) in got.iter().zip(wanted).enumerate() {
+        let (error, allowed) = ((f64::from(got) - wanted).abs(), bounds.relative * wanted.abs() + absolute);
+        assert!(
+            error <= allowed,
+            "{what}[{i}] = {got}, wanted {wanted}: error {error:e} > {allowed:e} ({bounds:?})"
+        );
+    }
+}
+
+/// The derivative of `f` along coordinate `index` at `x`, by a five-point central difference.
+pub fn derivative(f: impl Fn(&[f64]) -> f64, x: &[f64], index: usize) -> f64 {
+    let step = 1e-3 * x[index].abs().max(0.1);
+    let at = |offset: f64| {
+        let mut moved = x.to_vec();
+        moved[index] += offset * step;
+        f(&moved)
+    };
+    (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * step)
+}
+
+/// Asserts that `got`, the gradient of `f` at `x`, agrees with central differences in `samples` coordinates spread
+/// over `x` (all of them if there are no more).
+#[track_caller]
+pub fn assert_gradient(
+    what: &str,
+    got: &[f32],
+    f: impl Fn(&[f64]) -> f64,
+    x: &[f64],
+    samples: usize,
+    bounds: Tolerance,
+) {
+    assert_eq!(got.len(), x.len(), "{what}: lengths");
+    // A stride that shares no factor with usual widths visits every column.
+    let coordinates: Vec<usize> = if x.len() <= samples {
+        (0..x.len()).collect()
+    } else {
+        (0..samples).map(|i| (i * 7919 + i * i * 13) % x.len()).collect()
+    };
+    let wanted: Vec<f64> = coordinates.iter().map(|&index| derivative(&f, x, index)).collect();
+    let got: Vec<f32> = coordinates.iter().map(|&index| got[index]).collect();
+    assert_close(what, &got, &wanted, bounds);
+}
+
+/// `sum_i a_i b_i`: the scalar whose gradients a backward pass gives.
+pub fn inner(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// A batch of pairs `(P, C, R)` with pseudo-random token ids below `vocab`.
+pub fn pair_batch(sizes: &[(usize, usize, usize)], vocab: u32) -> PairBatch {
+    let mut seed = 17_u32;
+    let mut tokens = |len: usize| -> Vec<u32> {
+        (0..len)
+            .map(|_| {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (seed >> 8) % vocab
+            })
+            .collect()
+    };
+    let pairs: Vec<TokenizedPair> = sizes
+        .iter()
+        .enumerate()
+        .map(|(record, &(prompt, chosen, rejected))| TokenizedPair {
+            record,
+            prompt: tokens(prompt),
+            chosen: tokens(chosen),
+            rejected: tokens(rejected),
+        })
+        .collect();
+    PairBatch::pack(&pairs, Sides::Both)
+}
+
+/// `batch` on the device, in buffers a little larger than it.
+pub fn load_batch<D: Device>(device: &D, batch: &PairBatch, constants: &[PairConstants]) -> BatchBuffers<D> {
+    let (tokens, pairs, scored) = (batch.tokens() + 3, batch.spans.len() + 1, batch.scored_tokens() + 2);
+    let mut buffers = BatchBuffers::new(device, tokens, pairs, scored).unwrap();
+    buffers.load(device, batch, constants).unwrap();
+    buffers
+}
+
+/// Ragged pairs: usual ones, an empty prompt, single-token responses, no response at all, a prompt alone.
+pub const RAGGED: &[(usize, usize, usize)] =
+    &[(5, 4, 7), (0, 3, 2), (3, 1, 1), (1, 0, 4), (6, 0, 0), (0, 0, 1), (2, 5, 0)];
+
+/// The spans of `sizes`, back to back.
+pub fn spans(sizes: &[(usize, usize, usize)]) -> Vec<PairSpan> {
+    pair_batch(sizes, 2).spans
+}

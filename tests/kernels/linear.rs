@@ -1,0 +1,79 @@
+use mmpo_fast::device::LinearShape;
+
+use crate::harness::*;
+use crate::naive;
+
+/// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models.
+const SHAPES: &[(usize, usize, usize)] =
+    &[(1, 16, 48), (5, 17, 33), (37, 64, 100), (130, 96, 31), (9, 576, 192), (3, 1536, 576)];
+
+device_tests! {
+    /// With and without a bias, `out` assigned in full.
+    fn forward(device, bounds) {
+        for &(rows, inputs, outputs) in SHAPES {
+            let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+            let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
+            let (bias, bias64) = random_compute(device, 3, outputs, 4.0);
+            let shape = LinearShape { rows, inputs, outputs };
+            for with_bias in [false, true] {
+                let mut out = unset_compute(device, rows * outputs + 5);
+                device.linear_forward(&mut out, &x, &weight, with_bias.then_some(&bias), shape).unwrap();
+                let zeros = vec![0.0; outputs];
+                let wanted = naive::linear(&x64, &weight64, if with_bias { &bias64 } else { &zeros }, inputs);
+                let out = read_compute(device, &out);
+                assert_close("out", &out[..rows * outputs], &wanted, bounds);
+                assert!(out[rows * outputs..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
+            }
+        }
+    }
+
+    /// The three gradients agree with central differences; `dx` is assigned, the weight's and bias' accumulate.
+    fn backward(device, bounds) {
+        for &(rows, inputs, outputs) in SHAPES {
+            let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+            let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
+            let (dout, dout64) = random_compute(device, 4, rows * outputs, 1.0);
+            let shape = LinearShape { rows, inputs, outputs };
+            let mut dx = unset_compute(device, rows * inputs);
+            device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
+            let before_weight = random(5, outputs * inputs, 1.0);
+            let before_bias = random(6, outputs, 1.0);
+            let (mut dweight, mut dbias) = (floats(device, &before_weight), floats(device, &before_bias));
+            device.linear_backward_weight(&mut dweight, Some(&mut dbias), &dout, &x, shape).unwrap();
+            let scalar = |x: &[f64], weight: &[f64], bias: &[f64]| {
+                inner(&naive::linear(x, weight, bias, inputs), &dout64)
+            };
+            let (zeros, samples) = (vec![0.0; outputs], 12);
+            let dx = read_compute(device, &dx);
+            assert_gradient("dx", &dx, |x| scalar(x, &weight64, &zeros), &x64, samples, bounds);
+            let before = wide(&before_weight);
+            assert_gradient(
+                "dweight",
+                &read(device, &dweight),
+                |weight| scalar(&x64, weight, &zeros) + inner(&before, weight),
+                &weight64,
+                samples,
+                Tolerance::F32,
+            );
+            let before = wide(&before_bias);
+            assert_gradient(
+                "dbias",
+                &read(device, &dbias),
+                |bias| scalar(&x64, &weight64, bias) + inner(&before, bias),
+                &zeros,
+                samples,
+                Tolerance::F32,
+            );
+        }
+    }
+
+    /// A buffer that is too small is an error that names the operation and the buffer.
+    fn too_small(device, bounds) {
+        let (x, _) = random_compute(device, 1, 8, 1.0);
+        let (weight, _) = random_compute(device, 2, 11, 1.0);
+        let mut out = unset_compute(device, 6);
+        let shape = LinearShape { rows: 2, inputs: 4, outputs: 3 };
+        let error = device.linear_forward(&mut out, &x, &weight, None, shape).unwrap_err().to_string();
+        assert!(error.contains("linear_forward") && error.contains("`weight`"), "{error}");
+    }
+}

@@ -1,0 +1,112 @@
+use mmpo_fast::device::NormShape;
+
+use crate::harness::*;
+use crate::naive;
+
+/// Rows and widths: none, one token, ragged rows, odd widths, the widths of the paper's models, and wider ones.
+const SHAPES: &[(usize, usize)] = &[
+    (0, 64),
+    (1, 16),
+    (7, 50),
+    (1, 576),
+    (70, 576),
+    (33, 960),
+    (5, 2048),
+    (3, 4096),
+    (2, 4097),
+    (2, 6144),
+    (1, 9000),
+];
+const EPSILON: f32 = 1e-5;
+
+device_tests! {
+    /// `out` and `rstd` are assigned in full, and nothing behind the rows asked for is touched.
+    fn forward(device, bounds) {
+        for &(rows, width) in SHAPES {
+            let (x, x64) = random_compute(device, 1, rows * width, 2.0);
+            let (weight, weight64) = random_compute(device, 2, width, 1.0);
+            let mut out = unset_compute(device, (rows + 1) * width);
+            let mut rstd = unset_floats(device, rows + 1);
+            let shape = NormShape { rows, width, epsilon: EPSILON };
+            device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).unwrap();
+            let (wanted, wanted_rstd) = naive::rms_norm(&x64, &weight64, EPSILON.into());
+            let (out, rstd) = (read_compute(device, &out), read(device, &rstd));
+            assert_close("out", &out[..rows * width], &wanted, bounds);
+            assert_close("rstd", &rstd[..rows], &wanted_rstd, Tolerance::F32);
+            assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
+            assert!(rstd[rows].is_nan(), "wrote behind {shape:?}");
+        }
+    }
+
+    /// The fused residual addition gives the sum and the norm of the sum.
+    fn add_forward(device, bounds) {
+        for &(rows, width) in SHAPES {
+            let (x, x64) = random_compute(device, 1, rows * width, 2.0);
+            let (delta, delta64) = random_compute(device, 3, rows * width, 1.0);
+            let (weight, weight64) = random_compute(device, 2, width, 1.0);
+            let mut sum = unset_compute(device, rows * width);
+            let mut out = unset_compute(device, rows * width);
+            let mut rstd = unset_floats(device, rows);
+            let shape = NormShape { rows, width, epsilon: EPSILON };
+            device.add_rms_norm_forward(&mut sum, &mut out, &mut rstd, &x, &delta, &weight, shape).unwrap();
+            let sum64: Vec<f64> = x64.iter().zip(&delta64).map(|(x, delta)| x + delta).collect();
+            assert_close("sum", &read_compute(device, &sum), &sum64, bounds);
+            // The norm is that of the sum as it is stored.
+            let stored = wide(&read_compute(device, &sum));
+            let (wanted, wanted_rstd) = naive::rms_norm(&stored, &weight64, EPSILON.into());
+            assert_close("out", &read_compute(device, &out), &wanted, bounds);
+            assert_close("rstd", &read(device, &rstd), &wanted_rstd, Tolerance::F32);
+
+            let mut plain = unset_compute(device, rows * width);
+            device.add(&mut plain, &x, &delta, rows * width).unwrap();
+            assert_close("add", &read_compute(device, &plain), &sum64, bounds);
+        }
+    }
+
+    /// Both gradients agree with central differences, and both accumulate.
+    fn backward(device, bounds) {
+        for &(rows, width) in SHAPES {
+            let (x, x64) = random_compute(device, 1, rows * width, 2.0);
+            let (weight, weight64) = random_compute(device, 2, width, 1.0);
+            let (dout, dout64) = random_compute(device, 3, rows * width, 1.0);
+            let mut out = unset_compute(device, rows * width);
+            let mut rstd = unset_floats(device, rows);
+            let shape = NormShape { rows, width, epsilon: EPSILON };
+            device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).unwrap();
+            let (mut dx, before_dx) = random_compute(device, 4, rows * width, 0.5);
+            let before_dweight = random(5, width, 0.5);
+            let mut dweight = floats(device, &before_dweight);
+            device.rms_norm_backward(&mut dx, &mut dweight, &dout, &x, &weight, &rstd, shape).unwrap();
+            // What was there before is part of the scalar's gradient, so that accumulation is checked as well.
+            let scalar = |x: &[f64], weight: &[f64]| inner(&naive::rms_norm(x, weight, EPSILON.into()).0, &dout64);
+            assert_gradient(
+                "dx",
+                &read_compute(device, &dx),
+                |x| scalar(x, &weight64) + inner(&before_dx, x),
+                &x64,
+                40,
+                bounds,
+            );
+            assert_gradient(
+                "dweight",
+                &read(device, &dweight),
+                |weight| scalar(&x64, weight) + inner(&wide(&before_dweight), weight),
+                &weight64,
+                40,
+                Tolerance::F32,
+            );
+        }
+    }
+
+    /// A buffer that is too small is an error that names the operation, the buffer and the shape.
+    fn too_small(device, bounds) {
+        let (x, _) = random_compute(device, 1, 31, 1.0);
+        let (weight, _) = random_compute(device, 2, 16, 1.0);
+        let mut out = unset_compute(device, 32);
+        let mut rstd = unset_floats(device, 2);
+        let shape = NormShape { rows: 2, width: 16, epsilon: EPSILON };
+        let error = device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).unwrap_err().to_string();
+        assert!(error.contains("rms_norm_forward") && error.contains("`x`") && error.contains("31"), "{error}");
+        assert!(error.contains("rows: 2"), "{error}");
+    }
+}
