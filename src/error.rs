@@ -44,13 +44,14 @@ pub enum Error {
     },
 
     /// The operating system refused to read or write (exit code 5).
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {cause}", path.display())]
     #[diagnostic(code(io))]
     Io {
         path: PathBuf,
         /// A verb phrase: `read`, `write`, `create`, `sync`, `rename`.
         action: &'static str,
-        source: std::io::Error,
+        /// Not the `source` of this error: the message holds it already, and would say it twice.
+        cause: std::io::Error,
         #[help]
         help: String,
     },
@@ -111,9 +112,9 @@ impl Error {
     }
 
     /// An I/O error with the advice that fits its kind (missing, read-only, full disk).
-    pub fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+    pub fn io(path: &Path, action: &'static str, cause: std::io::Error) -> Self {
         use std::io::ErrorKind;
-        let help = match source.kind() {
+        let help = match cause.kind() {
             ErrorKind::NotFound => "check the path; nothing of that name exists",
             ErrorKind::PermissionDenied => "check the permissions of the file and its folder",
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
@@ -122,7 +123,7 @@ impl Error {
             ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another --output",
             _ => "what was there before is untouched",
         };
-        Error::Io { path: path.to_path_buf(), action, source, help: help.into() }
+        Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
     }
 
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {

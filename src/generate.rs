@@ -1,6 +1,5 @@
 //! Text from a model: greedy or sampled, token by token over a key/value cache.
 
-use std::io::Write;
 use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
@@ -12,10 +11,12 @@ use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
 use crate::model::{Generation, Llama};
+use crate::report::print_result;
 
 /// Writes the answer to `config.prompt` to standard output as it comes.
 pub fn run(config: &GenerateConfig) -> Result<()> {
     let folder = ModelFolder::open(&config.model)?;
+    folder.check_finite()?;
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
     let prompt = match config.raw {
         true => encoder.encode_text_prompt(&config.prompt)?,
@@ -43,26 +44,9 @@ impl DeviceTask for Generating<'_> {
         let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);
-        let mut failure = None;
-        generate(&model, &prompt, config.max_new_tokens, sampling, |token| match text.push(token) {
-            Ok(piece) => print_now(&piece),
-            Err(error) => failure = failure.take().or(Some(error)),
-        })?;
-        match failure {
-            Some(error) => Err(error),
-            None => {
-                print_now(&text.finish()?);
-                println!();
-                Ok(())
-            }
-        }
+        generate(&model, &prompt, config.max_new_tokens, sampling, |token| print_result(&text.push(token)?))?;
+        print_result(&(text.finish()? + "\n"))
     }
-}
-
-/// A closed pipe ends the output, not the program.
-fn print_now(text: &str) {
-    let mut out = std::io::stdout();
-    _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// How the next token is chosen.
@@ -86,13 +70,14 @@ pub enum Finish {
     Length,
 }
 
-/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes.
+/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes, and an
+/// error of its ends the generation.
 pub fn generate<D: Device>(
     model: &Llama<D>,
     prompt: &[u32],
     max_new_tokens: usize,
     sampling: Sampling,
-    mut on_token: impl FnMut(u32),
+    mut on_token: impl FnMut(u32) -> Result<()>,
 ) -> Result<(Vec<u32>, Finish)> {
     let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut generation = Generation::start(model, prompt, max_new_tokens)?;
@@ -102,7 +87,7 @@ pub fn generate<D: Device>(
         if model.config.stop_token_ids.contains(&token) {
             return Ok((tokens, Finish::EndToken));
         }
-        on_token(token);
+        on_token(token)?;
         tokens.push(token);
         if tokens.len() < max_new_tokens {
             generation.push(token)?;

@@ -13,7 +13,7 @@ use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
 use crate::model::Llama;
-use crate::report::Progress;
+use crate::report::{Progress, print_result};
 
 /// A line of the output file. Log-probs and entropies are sums over the response's tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -41,14 +41,17 @@ pub struct Rewards {
 /// Scores all pairs of `config.data`; the output file appears whole or not at all.
 pub fn run(config: &ScoreConfig) -> Result<()> {
     let folder = ModelFolder::open(&config.model)?;
+    folder.check_finite()?;
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
     let dataset = load_pairs(&config.data, &encoder, config.limits)?;
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
     tracing::info!("{}: {}", config.data.display(), dataset.report);
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
     if let Some(reference) = &reference {
+        reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
     }
+    atomic::check_writable(atomic::parent(&config.output))?;
     let lines =
         run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
 
@@ -60,9 +63,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         text.push('\n');
     }
     atomic::write_file(&config.output, text.as_bytes())?;
-    print!("{}", summary(&lines));
-    println!("scores  {}", config.output.display());
-    Ok(())
+    print_result(&format!("{}scores  {}\n", summary(&lines), config.output.display()))
 }
 
 struct Scoring<'a> {

@@ -21,6 +21,7 @@ pub use inputs::Inputs;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
+use crate::checkpoint::atomic;
 use crate::checkpoint::run_state::RunIdentity;
 use crate::config::{RunConfig, Warmup};
 use crate::data::{BatchOrder, PairDataset, StepBatch};
@@ -39,6 +40,7 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
+    atomic::check_writable(output.path())?;
     run_on(config.device, config.threads, Training { config, inputs, output, started })
 }
 
@@ -147,6 +149,10 @@ impl<'a, D: Device> Run<'a, D> {
             Some(step) => {
                 tracing::info!("resuming behind step {step} of {}", self.plan.total_steps);
                 Ok(Some(step))
+            }
+            None if output.holds_false_start() => {
+                tracing::warn!("{} has no checkpoint yet: the run begins again", output.path().display());
+                Ok(None)
             }
             None => Err(Error::config(
                 format!("{} has no checkpoint to resume from", output.path().display()),

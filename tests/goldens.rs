@@ -2,125 +2,20 @@
 //!
 //! `tests/goldens/` is committed; `MMPO_FAST_FIXTURES` may name a folder of further, larger ones.
 
-use std::path::{Path, PathBuf};
+mod golden;
+
 use std::sync::Arc;
 
-use mmpo_fast::checkpoint::ModelFolder;
-use mmpo_fast::data::TokenizedPair;
+use golden::{Golden, adamw, array, ids, number, score};
+use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
-use mmpo_fast::device::{AdamWStep, Device};
 use mmpo_fast::generate::{Sampling, generate};
-use mmpo_fast::model::{Generation, Llama};
-use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
-use mmpo_fast::score::Scorer;
-use mmpo_fast::train::{StepResult, Trainer, TrainingPair, Workload};
+use mmpo_fast::model::Generation;
+use mmpo_fast::train::{StepResult, Trainer};
 use serde_json::Value;
 
 /// Relative agreement asked for, of numbers that are not near zero.
 const RELATIVE: f64 = 1e-3;
-
-struct Golden {
-    folder: PathBuf,
-    json: Value,
-    pairs: Vec<TokenizedPair>,
-}
-
-impl Golden {
-    fn read(folder: &Path) -> Golden {
-        let text = std::fs::read_to_string(folder.join("golden.json")).expect("golden.json");
-        let json: Value = serde_json::from_str(&text).expect("golden.json parses");
-        let pairs = array(&json["pairs"])
-            .iter()
-            .enumerate()
-            .map(|(record, pair)| TokenizedPair {
-                record,
-                prompt: ids(&pair["prompt_ids"]),
-                chosen: ids(&pair["chosen_ids"]),
-                rejected: ids(&pair["rejected_ids"]),
-            })
-            .collect();
-        Golden { folder: folder.to_path_buf(), json, pairs }
-    }
-
-    /// The folders with a `golden.json`: ours, and those of `MMPO_FAST_FIXTURES`.
-    fn all() -> Vec<Golden> {
-        let mut roots = vec![PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")];
-        roots.extend(std::env::var_os("MMPO_FAST_FIXTURES").map(PathBuf::from));
-        let mut folders: Vec<PathBuf> = roots
-            .iter()
-            .flat_map(|root| std::fs::read_dir(root).into_iter().flatten())
-            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-            .filter(|path| path.join("golden.json").is_file())
-            .collect();
-        folders.sort();
-        assert!(!folders.is_empty(), "no goldens under {roots:?}");
-        folders.iter().map(|folder| Golden::read(folder)).collect()
-    }
-
-    fn name(&self) -> String {
-        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
-    }
-
-    fn load<D: Device>(&self, device: &Arc<D>) -> Llama<D> {
-        let folder = ModelFolder::open(&self.folder.join("model")).expect("model folder");
-        Llama::load(Arc::clone(device), &folder, 2048).expect("weights")
-    }
-
-    /// The objective named by `options`; the first fixture, which has none, names it by its key alone.
-    fn objective(&self, key: &str, options: &Value) -> Objective {
-        let option = |name: &str, default: f64| options[name].as_f64().unwrap_or(default);
-        let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
-        let beta = option("beta", number(&self.json["beta"]));
-        let family = options["objective"].as_str().unwrap_or(key.split('_').next().unwrap_or(key));
-        match family {
-            "mmpo" => Objective::Mmpo(Mmpo {
-                beta,
-                epsilon: 0.9,
-                reward_group: option("reward_group", self.pairs.len() as f64) as usize,
-                reward_normalize: flag("reward_normalize", true),
-                length_normalize: flag("length_normalize", key == "mmpo_length"),
-                preference_weight: option("preference_weight", 0.0),
-                entropy_weight: option("entropy_weight", 0.0),
-            }),
-            "dpo" => Objective::Dpo(Dpo { beta, label_smoothing: option("label_smoothing", 0.0) }),
-            "simpo" => Objective::Simpo(Simpo { beta, gamma_beta_ratio: option("gamma_beta_ratio", 1.6) }),
-            "sft" => Objective::Sft,
-            other => panic!("golden objective `{other}` is not known to this test"),
-        }
-    }
-
-    /// Runs `body` with a trainer at the stored weights, and the pairs with their references.
-    fn with_trainer<D: Device>(
-        &self,
-        device: &Arc<D>,
-        objective: Objective,
-        body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
-    ) {
-        let model = self.load(device);
-        let references = score(&model, &self.pairs);
-        let pairs: Vec<TrainingPair> = self
-            .pairs
-            .iter()
-            .zip(references)
-            .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
-            .collect();
-        let workload = Workload::plan(&self.pairs, &objective, model.config.vocab_size, pairs.len(), 700);
-        let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
-        body(&mut trainer, &pairs);
-    }
-}
-
-fn array(value: &Value) -> &[Value] {
-    value.as_array().map(Vec::as_slice).unwrap_or_else(|| panic!("not an array: {value}"))
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    array(value).iter().map(|id| number(id) as u32).collect()
-}
 
 #[track_caller]
 fn assert_close(what: &str, ours: f64, golden: f64) {
@@ -128,9 +23,6 @@ fn assert_close(what: &str, ours: f64, golden: f64) {
     assert!(error <= RELATIVE, "{what}: ours {ours}, golden {golden}, relative error {error:.2e}");
 }
 
-fn score<D: Device>(model: &Llama<D>, pairs: &[TokenizedPair]) -> Vec<mmpo_fast::score::PairScore> {
-    Scorer::new(model, pairs, 700).expect("scorer").run(true, |_| ()).expect("scores")
-}
 
 #[test]
 fn log_probs_and_entropies_agree() {
@@ -225,7 +117,7 @@ fn logits_and_greedy_tokens_agree() {
         for entry in golden.json["generate"].as_array().into_iter().flatten() {
             let expected = ids(&entry["new_ids"]);
             let (ours, _) =
-                generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| ()).expect("text");
+                generate(&model, &ids(&entry["prompt_ids"]), 12, Sampling::GREEDY, |_| Ok(())).expect("text");
             let ended = model.config.stop_token_ids.contains(expected.last().expect("tokens"));
             assert_eq!(ours, expected[..expected.len() - usize::from(ended)], "{}", golden.name());
         }
@@ -262,14 +154,3 @@ fn check_gradients<D: Device>(what: &str, trainer: &Trainer<D>, result: &StepRes
     assert_eq!(norms.len(), expected["grad_norms"].as_object().map_or(0, |norms| norms.len()));
 }
 
-fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {
-    let beta = |index: usize| number(&settings["betas"][index]) as f32;
-    AdamWStep {
-        learning_rate: learning_rate.unwrap_or_else(|| number(&settings["lr"])) as f32,
-        beta1: beta(0),
-        beta2: beta(1),
-        epsilon: number(&settings["eps"]) as f32,
-        weight_decay: number(&settings["weight_decay"]) as f32,
-        step,
-    }
-}

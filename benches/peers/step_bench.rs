@@ -6,7 +6,8 @@
 
 use std::time::Instant;
 
-use clap::{Parser, ValueEnum};
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, Command, value_parser};
 use serde::Serialize;
 
 pub const BETA: f64 = 0.05;
@@ -16,39 +17,54 @@ pub const ADAM_BETAS: [f64; 2] = [0.9, 0.999];
 pub const ADAM_EPSILON: f64 = 1e-8;
 pub const WEIGHT_DECAY: f64 = 0.01;
 
-/// Times a full training step (forward, MMPO loss, backward, AdamW) on made-up weights and pairs.
-#[derive(Parser, Clone, Debug)]
+/// What an engine is asked for.
+#[derive(Clone, Debug)]
 pub struct Arguments {
-    /// Shapes of the model
-    #[arg(long, value_enum, default_value = "tiny-5m")]
     pub shape: Shape,
-    /// Preference pairs of one step
-    #[arg(long, default_value_t = 2)]
     pub pairs: usize,
-    /// Tokens of each prompt
-    #[arg(long, default_value_t = 64)]
     pub prompt: usize,
-    /// Tokens of each response
-    #[arg(long, default_value_t = 64)]
     pub response: usize,
-    /// CPU threads
-    #[arg(long, default_value_t = 2)]
     pub threads: usize,
-    /// Timed steps
-    #[arg(long, default_value_t = 10)]
+    /// Timed steps.
     pub steps: usize,
-    /// Steps before the timed ones
-    #[arg(long, default_value_t = 2)]
     pub warmup: usize,
-    /// Print one JSON object instead of a line for people
-    #[arg(long)]
     pub json: bool,
 }
 
 impl Arguments {
     /// The process's arguments; `cargo bench` adds a `--bench` that means nothing here.
     pub fn from_process() -> Arguments {
-        Arguments::parse_from(std::env::args().filter(|argument| argument != "--bench"))
+        let count = |name: &'static str, default: &'static str, help: &'static str| {
+            Arg::new(name)
+                .long(name)
+                .default_value(default)
+                .value_parser(value_parser!(u32).range(1..))
+                .help(help)
+        };
+        let shape = PossibleValuesParser::new(Shape::ALL.map(Shape::name));
+        let matches = Command::new("step")
+            .about("Times a full training step (forward, MMPO loss, backward, AdamW) on made-up weights and pairs")
+            .arg(Arg::new("shape").long("shape").default_value("tiny-5m").value_parser(shape).help("Model's shapes"))
+            .arg(count("pairs", "2", "Preference pairs of one step"))
+            .arg(count("prompt", "64", "Tokens of each prompt"))
+            .arg(count("response", "64", "Tokens of each response"))
+            .arg(count("threads", "2", "CPU threads"))
+            .arg(count("steps", "10", "Timed steps"))
+            .arg(count("warmup", "2", "Steps before the timed ones"))
+            .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print one JSON object"))
+            .get_matches_from(std::env::args().filter(|argument| argument != "--bench"));
+        let count = |name: &str| matches.get_one::<u32>(name).map_or(0, |&value| value as usize);
+        let shape = matches.get_one::<String>("shape").map(String::as_str);
+        Arguments {
+            shape: Shape::ALL.into_iter().find(|known| Some(known.name()) == shape).unwrap_or(Shape::Tiny),
+            pairs: count("pairs"),
+            prompt: count("prompt"),
+            response: count("response"),
+            threads: count("threads"),
+            steps: count("steps"),
+            warmup: count("warmup"),
+            json: matches.get_flag("json"),
+        }
     }
 
     /// Tokens of a step's pairs, each prompt counted once.
@@ -57,11 +73,9 @@ impl Arguments {
     }
 }
 
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
-    #[value(name = "smollm2-135m")]
     Smollm2,
-    #[value(name = "tiny-5m")]
     Tiny,
 }
 
@@ -81,6 +95,15 @@ pub struct ModelShape {
 }
 
 impl Shape {
+    const ALL: [Shape; 2] = [Shape::Smollm2, Shape::Tiny];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Shape::Smollm2 => "smollm2-135m",
+            Shape::Tiny => "tiny-5m",
+        }
+    }
+
     pub fn model(self) -> ModelShape {
         match self {
             Shape::Smollm2 => ModelShape {
@@ -218,7 +241,7 @@ struct Report {
     engine: &'static str,
     version: String,
     variant: &'static str,
-    shape: String,
+    shape: &'static str,
     pairs: usize,
     prompt: usize,
     response: usize,
@@ -250,11 +273,7 @@ pub fn print_report(arguments: &Arguments, engine: Engine, timings: Timings) {
         engine: engine.name,
         version: engine.version,
         variant: engine.variant,
-        shape: arguments
-            .shape
-            .to_possible_value()
-            .map(|value| value.get_name().to_owned())
-            .unwrap_or_default(),
+        shape: arguments.shape.name(),
         pairs: arguments.pairs,
         prompt: arguments.prompt,
         response: arguments.response,

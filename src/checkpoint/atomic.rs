@@ -49,6 +49,13 @@ pub fn write_file(target: &Path, bytes: &[u8]) -> Result<()> {
     sync_folder(parent(target))
 }
 
+/// Makes `folder`, and fails now if nothing can be written in it: better before hours of work than behind them.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
+    tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, "write in", error))?;
+    Ok(())
+}
+
 /// A folder being written; dropped without [`AtomicFolder::commit`], it leaves nothing behind.
 #[derive(Debug)]
 pub struct AtomicFolder {
@@ -262,7 +269,8 @@ fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that holds `path`.
+pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,

@@ -74,9 +74,11 @@ impl ModelFolder {
         file.values(entry).ok_or_else(|| wrong_dtype(file.path(), name, entry))
     }
 
-    /// BLAKE3 over names, shapes, dtypes and bytes of all weights; the same whatever the shards.
+    /// BLAKE3 over names, shapes, dtypes and bytes of all weights, and over what the config makes of them; the same
+    /// whatever the shards.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut whole = blake3::Hasher::new();
+        whole.update(self.config.arithmetic().as_bytes());
         for (name, (shard, entry)) in &self.tensors {
             let pieces: Vec<blake3::Hash> =
                 self.shards[*shard].bytes(entry).par_chunks(PIECE).map(blake3::hash).collect();

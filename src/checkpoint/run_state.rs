@@ -13,7 +13,8 @@ use crate::checkpoint::tensor_file::TensorFile;
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
 use crate::error::{Error, Result};
 
-const FOLDER: &str = "checkpoints";
+/// The folder of a run that holds its checkpoints.
+pub const FOLDER: &str = "checkpoints";
 const STATE: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
 /// Raised when the meaning of a file here changes.

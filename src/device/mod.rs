@@ -11,6 +11,7 @@
 
 mod batch_buffers;
 pub mod cpu;
+pub mod cuda;
 mod mapped_file;
 mod select;
 

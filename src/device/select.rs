@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::Device;
 use super::cpu::CpuDevice;
-use crate::error::{Error, Result};
+use super::cuda::{self, CudaDevice, EmulatorVariant};
+use crate::error::Result;
 
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,11 +21,20 @@ pub enum DeviceChoice {
     Emulated,
 }
 
-/// What `auto` found, for people: `cpu: no CUDA driver (libcuda.so.1 not found)`.
+/// Which device was taken and why, for people: `cpu (..): no CUDA driver: libcuda.so.1 was not found`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceReport {
+    /// Never [`DeviceChoice::Auto`].
     pub chosen: DeviceChoice,
+    /// The device's own description.
+    pub device: String,
     pub reason: String,
+}
+
+impl std::fmt::Display for DeviceReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.device, self.reason)
+    }
 }
 
 /// Work that runs on whatever device was chosen; a closure cannot be generic, so it is a trait.
@@ -33,18 +43,63 @@ pub trait DeviceTask {
     fn run<D: Device>(self, device: Arc<D>) -> Result<Self::Output>;
 }
 
-/// Opens the chosen device (`threads`: CPU threads, `None` is all cores) and runs `task` on it.
+/// Opens the chosen device (`threads`: CPU threads, `None` is all cores), says which and why, and runs `task` on it.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) if a GPU was asked for and cannot be used; [`DeviceChoice::Auto`] takes the
+/// CPU instead. Otherwise as the task.
 pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => {
-            let device = CpuDevice::new(threads)?;
-            tracing::info!("device: {}", device.describe());
-            task.run(Arc::new(device))
-        }
-        DeviceChoice::Cuda(_) | DeviceChoice::Emulated => {
-            Err(Error::device(format!("this build has no `{choice}` device"), "use --device cpu"))
+    let (device, report) = open(choice, threads)?;
+    tracing::info!("device: {report}");
+    match device {
+        Opened::Cpu(device) => task.run(Arc::new(device)),
+        Opened::Cuda(device) => task.run(Arc::new(device)),
+    }
+}
+
+enum Opened {
+    Cpu(CpuDevice),
+    Cuda(CudaDevice),
+}
+
+fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceReport)> {
+    let asked = "asked for".to_owned();
+    let (device, chosen, reason) = match choice {
+        DeviceChoice::Cpu => (Opened::Cpu(CpuDevice::new(threads)?), choice, asked),
+        DeviceChoice::Cuda(ordinal) => (Opened::Cuda(CudaDevice::open(ordinal)?), choice, asked),
+        DeviceChoice::Emulated => (Opened::Cuda(CudaDevice::emulated(EmulatorVariant::Plain)), choice, asked),
+        DeviceChoice::Auto => match first_gpu() {
+            Ok((device, ordinal)) => {
+                let reason = "the first GPU of compute capability 8.0 or later".to_owned();
+                (Opened::Cuda(device), DeviceChoice::Cuda(ordinal), reason)
+            }
+            Err(why) => {
+                let reason = format!("no GPU is used, because {why}");
+                (Opened::Cpu(CpuDevice::new(threads)?), DeviceChoice::Cpu, reason)
+            }
+        },
+    };
+    let device_line = match &device {
+        Opened::Cpu(device) => device.describe(),
+        Opened::Cuda(device) => device.describe(),
+    };
+    Ok((device, DeviceReport { chosen, device: device_line, reason }))
+}
+
+/// The first GPU that the kernels run on; else why there is none, as a sentence's end.
+fn first_gpu() -> std::result::Result<(CudaDevice, usize), String> {
+    let gpus = cuda::gpus().map_err(|error| error.to_string())?;
+    if gpus.is_empty() {
+        return Err("the CUDA driver lists no GPU".into());
+    }
+    let mut refused = Vec::new();
+    for gpu in &gpus {
+        match gpu.check().and_then(|()| CudaDevice::open(gpu.ordinal)) {
+            Ok(device) => return Ok((device, gpu.ordinal)),
+            Err(error) => refused.push(error.to_string()),
         }
     }
+    Err(refused.join("; "))
 }
 
 impl FromStr for DeviceChoice {
@@ -73,5 +128,44 @@ impl std::fmt::Display for DeviceChoice {
             DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
             DeviceChoice::Emulated => write!(f, "emulated"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_reads_as_it_prints() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3", "emulated"] {
+            assert_eq!(text.parse::<DeviceChoice>().map(|choice| choice.to_string()).as_deref(), Ok(text));
+        }
+        let error = "cuda:x".parse::<DeviceChoice>().unwrap_err();
+        assert!(error.contains("cuda:N"), "{error}");
+    }
+
+    #[test]
+    fn auto_says_what_it_took_and_why() {
+        let (device, report) = open(DeviceChoice::Auto, Some(1)).unwrap();
+        match device {
+            Opened::Cpu(_) => {
+                assert_eq!(report.chosen, DeviceChoice::Cpu);
+                assert!(report.to_string().contains("no GPU is used, because"), "{report}");
+            }
+            Opened::Cuda(_) => {
+                assert!(matches!(report.chosen, DeviceChoice::Cuda(_)), "{report}");
+                assert!(report.to_string().contains("compute capability"), "{report}");
+            }
+        }
+    }
+
+    /// More GPUs than any machine has: the message says what is missing, driver, kernels or that GPU.
+    #[test]
+    fn a_gpu_that_is_not_there_is_a_clear_error() {
+        let error = CudaDevice::open(4096).unwrap_err();
+        assert_eq!(error.exit_code(), 6);
+        let text = error.to_string();
+        let clear = ["no CUDA driver", "no GPU kernels", "no GPU 4096", "too old"];
+        assert!(clear.iter().any(|part| text.contains(part)), "{text}");
     }
 }

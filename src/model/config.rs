@@ -155,6 +155,14 @@ impl LlamaConfig {
         format!("{:#}\n", Value::Object(map))
     }
 
+    /// All that the results depend on beside weights and tokens, as text.
+    pub fn arithmetic(&self) -> String {
+        let LlamaConfig { heads, kv_heads, head_size, rms_norm_eps, pad_token_id, rope, .. } = self;
+        format!(
+            "heads {heads} {kv_heads} {head_size}, rms_norm_eps {rms_norm_eps:?}, pad {pad_token_id:?}, {rope:?}"
+        )
+    }
+
     pub fn attention_shape(&self) -> AttentionShape {
         AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_size }
     }

@@ -260,15 +260,16 @@ mod tests {
             StepMetrics { pairs, mfu: Some(0.4), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
         let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
-             logps/rejected grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second \
-             pairs_per_second mfu memory/peak_gib";
+             logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen weights/saturated \
+             tokens_per_second pairs_per_second mfu memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();
         assert_eq!(
             names.join(" "),
             "eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins \
-             eval_logps/chosen eval_logps/rejected epoch eval_weights/chosen eval_weights/saturated"
+             eval_logps/chosen eval_logps/rejected eval_logps/accuracies eval_logps/margins epoch \
+             eval_weights/chosen eval_weights/saturated"
         );
     }
 }

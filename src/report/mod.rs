@@ -14,6 +14,6 @@ pub use html::{DataSummary, REPORT_FILE, RunReport};
 pub use metrics::{
     EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics, process_peak_gib,
 };
-pub use progress::{LogWriter, Progress, duration};
+pub use progress::{LogWriter, Progress, duration, print_result};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

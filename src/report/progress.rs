@@ -1,10 +1,13 @@
 //! Progress on standard error: a bar on a terminal, else a plain line now and then; nothing under `--quiet`.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::path::Path;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::error::{Error, Result};
 
 /// Seconds between plain lines, so that a log file is not flooded.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -23,6 +26,17 @@ impl Write for LogWriter {
 
     fn flush(&mut self) -> std::io::Result<()> {
         std::io::stderr().flush()
+    }
+}
+
+/// Writes to standard output what a command was run for. A reader who has seen enough, as `head`, is no error.
+pub fn print_result(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::io(Path::new("standard output"), "write to", error))
+        }
+        _ => Ok(()),
     }
 }
 

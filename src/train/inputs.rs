@@ -6,12 +6,14 @@ use crate::checkpoint::{CompanionFiles, ModelFolder};
 use crate::config::RunConfig;
 use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::demo::Demo;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
 #[derive(Debug)]
 pub struct Inputs {
     pub folder: ModelFolder,
+    /// The frozen reference, where it is another model than `folder`.
+    pub reference: Option<ModelFolder>,
     /// Saved beside the trained weights.
     pub companions: CompanionFiles,
     pub encoder: TextEncoder,
@@ -40,6 +42,7 @@ impl Inputs {
 
         let folder = ModelFolder::open(&model)?;
         folder.check_finite()?;
+        let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
         let companions = CompanionFiles::read(&model, folder.config())?;
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
         let load = |path: &Path| -> Result<PairDataset> {
@@ -52,6 +55,7 @@ impl Inputs {
         let evaluation = evaluation_path.as_deref().map(load).transpose()?;
         Ok(Inputs {
             folder,
+            reference,
             companions,
             encoder,
             training,
@@ -78,6 +82,20 @@ impl Inputs {
         let evaluation = self.evaluation.as_ref().map(|data| summarize(name(&config.evaluation.data), data));
         std::iter::once(summarize(name(&config.data), &self.training)).chain(evaluation).collect()
     }
+}
+
+fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
+    let reference = ModelFolder::open(path)?;
+    let (theirs, ours) = (reference.config().vocab_size, model.config().vocab_size);
+    if theirs != ours {
+        return Err(Error::model(
+            path,
+            format!("the reference has a vocabulary of {theirs}, the model one of {ours}"),
+            "both must share one tokenizer: use the checkpoint that the model started from",
+        ));
+    }
+    reference.check_finite()?;
+    Ok(reference)
 }
 
 fn summarize(name: String, dataset: &PairDataset) -> DataSummary {

@@ -1,5 +1,6 @@
 //! Ctrl-C asks the loop to save and stop; a second one ends the program at once.
 
+use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,7 +16,9 @@ pub fn install() -> Result<()> {
             if REQUESTED.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
-            eprintln!("\nstopping after this step; once more stops at once, without saving");
+            // Where nobody listens there is nobody to tell.
+            let _ = std::io::stderr()
+                .write_all(b"\nstopping after this step; once more stops at once, without saving\n");
         })
         .map_err(|error| error.to_string())
     });

@@ -3,10 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use super::inputs::Inputs;
-use crate::checkpoint::atomic;
-use crate::config::{RESOLVED_FILE, RunConfig};
+use crate::checkpoint::{atomic, run_state};
+use crate::config::value::Source;
+use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
-use crate::report::{EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, summary};
+use crate::report::{
+    EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
+};
+
+const MODEL_FOLDER: &str = "model";
 
 #[derive(Debug)]
 pub struct Output {
@@ -24,11 +29,12 @@ pub struct Finished<'a> {
 }
 
 impl Output {
-    /// Refuses an output folder that holds another run, before any time is spent; the demo may be run again.
+    /// Refuses an output folder that holds a run, before any time is spent; the demo may be run again over itself.
     pub fn check(config: &RunConfig) -> Result<Self> {
         let path = config.output.clone();
-        let is_demo = config.model.is_none();
-        if path.join(METRICS_FILE).exists() && !config.resume && !is_demo {
+        let is_taken =
+            [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER].iter().any(|name| path.join(name).exists());
+        if is_taken && !config.resume && !(config.model.is_none() && holds_demo(&path)) {
             return Err(Error::config(
                 format!("{} holds a run already", path.display()),
                 "continue it with --resume, or choose another --output; nothing was changed",
@@ -37,9 +43,13 @@ impl Output {
         Ok(Output { path })
     }
 
-    /// Creates the folder and writes the resolved configuration.
+    /// Whether a run began here and ended before its first checkpoint: there is nothing to lose by its beginning again.
+    pub fn holds_false_start(&self) -> bool {
+        self.path.join(METRICS_FILE).exists() && !self.model().exists()
+    }
+
+    /// Writes the resolved configuration.
     pub fn begin(&self, config: &RunConfig) -> Result<()> {
-        std::fs::create_dir_all(&self.path).map_err(|error| Error::io(&self.path, "create", error))?;
         atomic::write_file(&self.path.join(RESOLVED_FILE), config.to_toml().as_bytes())
     }
 
@@ -48,14 +58,14 @@ impl Output {
     }
 
     pub fn model(&self) -> PathBuf {
-        self.path.join("model")
+        self.path.join(MODEL_FOLDER)
     }
 
     /// Writes `report.html`, and tells the terminal how it ended.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
         if let Some((before, after)) = &comparison {
-            print!("\n{}", summary(before, after, &samples));
+            print_result(&format!("\n{}", summary(before, after, &samples)))?;
         }
         let report = RunReport {
             model: name(config),
@@ -71,9 +81,13 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        println!("\nmodel   {}\nreport  {}", self.model().display(), page.display());
-        Ok(())
+        print_result(&format!("\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))
     }
+}
+
+fn holds_demo(folder: &Path) -> bool {
+    let saved = recipe::read(&folder.join(RESOLVED_FILE)).ok().and_then(|options| options.model);
+    saved.is_some_and(|model| model.value == Source::Builtin)
 }
 
 fn name(config: &RunConfig) -> String {

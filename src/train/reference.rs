@@ -7,7 +7,7 @@ use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::report::Progress;
@@ -30,13 +30,11 @@ impl References {
                 evaluation: vec![ReferencePair::default(); evaluation_pairs],
             });
         }
-        match &config.reference {
+        match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
-            Some(path) => {
-                let folder = ModelFolder::open(path)?;
-                check_same_vocabulary(&folder, inputs)?;
-                let reference = Llama::load(model.device.clone(), &folder, inputs.positions())?;
-                Self::of(config, inputs, &folder, &reference)
+            Some(folder) => {
+                let reference = Llama::load(model.device.clone(), folder, inputs.positions())?;
+                Self::of(config, inputs, folder, &reference)
             }
         }
     }
@@ -103,16 +101,4 @@ fn cache_folder(config: &RunConfig) -> PathBuf {
         .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("mmpo-fast")))
         .or_else(|| folder("HOME").map(|home| home.join(".cache/mmpo-fast")))
         .unwrap_or_else(|| config.output.join("reference-cache"))
-}
-
-fn check_same_vocabulary(folder: &ModelFolder, inputs: &Inputs) -> Result<()> {
-    let (reference, policy) = (folder.config().vocab_size, inputs.folder.config().vocab_size);
-    if reference == policy {
-        return Ok(());
-    }
-    Err(Error::model(
-        folder.path(),
-        format!("the reference has a vocabulary of {reference}, the model one of {policy}"),
-        "both must share one tokenizer: use the checkpoint that the model started from",
-    ))
 }

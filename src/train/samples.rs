@@ -49,7 +49,7 @@ impl Samples {
         self.tokens
             .iter()
             .map(|prompt| {
-                let (tokens, _) = generate(model, prompt, MAX_NEW_TOKENS, Sampling::GREEDY, |_| ())?;
+                let (tokens, _) = generate(model, prompt, MAX_NEW_TOKENS, Sampling::GREEDY, |_| Ok(()))?;
                 inputs.encoder.tokenizer.decode(&tokens, true)
             })
             .collect()

@@ -165,7 +165,7 @@ impl<D: Device> Trainer<D> {
         device.download(&mut norm, &self.norm, 0)?;
         let outcomes = self.download_outcomes(pairs.len())?;
         let loss = self.mean_loss(pairs, &outcomes);
-        super::guard::check_finite(loss, norm[0], pairs, &outcomes)?;
+        super::guard::check_finite(loss, Some(norm[0]), pairs, &outcomes)?;
         Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
     }
 
@@ -197,6 +197,7 @@ impl<D: Device> Trainer<D> {
             outcomes.extend(self.download_outcomes(chunk.len())?);
         }
         let loss = self.mean_loss(pairs, &outcomes);
+        super::guard::check_finite(loss, None, pairs, &outcomes)?;
         Ok((outcomes, loss))
     }
 

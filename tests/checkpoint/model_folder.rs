@@ -66,6 +66,23 @@ fn the_fingerprint_sees_every_bit_and_place() {
 }
 
 #[test]
+fn the_fingerprint_sees_what_the_config_makes_of_the_weights() {
+    let tensors = tensors(&config(), Dtype::F32);
+    let fingerprint =
+        |key: &str, value: Value| Folder::with(&with_key(key, value), &tensors).open().unwrap().fingerprint();
+    let original = Folder::sound().open().unwrap().fingerprint();
+    for (key, value) in [
+        ("rope_theta", json!(500_000.0)),
+        ("rope_scaling", json!({"rope_type": "linear", "factor": 2.0})),
+        ("rms_norm_eps", json!(1e-6)),
+        ("pad_token_id", json!(3)),
+    ] {
+        assert_ne!(original, fingerprint(key, value), "{key}");
+    }
+    assert_eq!(original, fingerprint("transformers_version", json!("5.0.0")));
+}
+
+#[test]
 fn biases_are_read_where_the_config_has_them() {
     let config = with_key("attention_bias", true.into());
     let folder = Folder::with(&config, &tensors(&config, Dtype::F32));

@@ -9,7 +9,7 @@ const STEP: AdamWStep =
 device_tests! {
     /// Five updates, with decay and a clipping factor, against the formulas of PyTorch's documentation.
     fn five_updates(device, bounds) {
-        for len in [1, 50, 40_000] {
+        for len in [1, 50, 4095, 40_000] {
             let (mut weight, weight64) = random_compute(device, 1, len, 1.0);
             let mut state = AdamWState::new(device, len).unwrap();
             if let Some(master) = &mut state.master {
@@ -29,8 +29,8 @@ device_tests! {
                 }
             }
             let column = |pick: fn(&(f64, f64, f64)) -> f64| wanted.iter().map(pick).collect::<Vec<f64>>();
-            assert_close("first moment", &read(device, &state.first_moment), &column(|v| v.1), bounds);
-            assert_close("second moment", &read(device, &state.second_moment), &column(|v| v.2), bounds);
+            assert_close("first moment", &read(device, &state.first_moment), &column(|v| v.1), Tolerance::F32);
+            assert_close("second moment", &read(device, &state.second_moment), &column(|v| v.2), Tolerance::F32);
             assert_close("weight", &read_compute(device, &weight), &column(|v| v.0), bounds);
             if let Some(master) = &state.master {
                 assert_close("master", &read(device, master), &column(|v| v.0), Tolerance::F32);

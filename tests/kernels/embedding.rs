@@ -1,8 +1,14 @@
+use mmpo_fast::device::Device;
+
 use crate::harness::*;
 use crate::naive;
 
 const WIDTHS: &[usize] = &[16, 50, 576];
 const VOCAB: usize = 13;
+
+/// Batches by the number of tokens they draw from: runs of a token from none to well beyond a warp's 32.
+const RUNS: &[(&[(usize, usize, usize)], u32)] =
+    &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
 
 device_tests! {
     /// Rows of the table by token id.
@@ -20,22 +26,29 @@ device_tests! {
 
     /// The table's gradient accumulates over repeated tokens and over what was there.
     fn backward(device, bounds) {
-        for &width in WIDTHS {
-            let batch = pair_batch(RAGGED, VOCAB as u32);
+        for (&width, &(sizes, vocab)) in WIDTHS.iter().flat_map(|width| RUNS.iter().map(move |run| (width, run))) {
+            let batch = pair_batch(sizes, vocab);
             let table = wide(&random(1, VOCAB * width, 1.0));
             let (dout, dout64) = random_compute(device, 2, batch.tokens() * width, 1.0);
             let before = random(3, VOCAB * width, 1.0);
             let mut dtable = floats(device, &before);
             let buffers = load_batch(device, &batch, &[]);
             device.embedding_backward(&mut dtable, &dout, &buffers, batch.tokens(), width).unwrap();
+            let mut wanted = wide(&before);
+            for (row, &token) in batch.token_ids.iter().enumerate() {
+                let (sum, dout) = (&mut wanted[token as usize * width..][..width], &dout64[row * width..][..width]);
+                sum.iter_mut().zip(dout).for_each(|(sum, dout)| *sum += dout);
+            }
+            let dtable = read(device, &dtable);
+            assert_close("dtable", &dtable, &wanted, Tolerance::F32);
             let before = wide(&before);
             assert_gradient(
                 "dtable",
-                &read(device, &dtable),
+                &dtable,
                 |table| inner(&naive::gather(table, &batch.token_ids, width), &dout64) + inner(&before, table),
                 &table,
-                VOCAB * 16,
-                bounds,
+                32,
+                Tolerance::F32,
             );
         }
     }
@@ -65,9 +78,11 @@ device_tests! {
             );
         }
     }
+}
 
+cpu_tests! {
     /// A token id behind the table is an error that names it, on the way down and on the way up.
-    fn token_outside_the_table(device, bounds) {
+    fn token_outside_the_table(device) {
         let batch = pair_batch(&[(3, 2, 2)], VOCAB as u32);
         let largest = *batch.token_ids.iter().max().unwrap();
         let buffers = load_batch(device, &batch, &[]);
@@ -80,4 +95,18 @@ device_tests! {
         let error = device.embedding_backward(&mut dtable, &out, &buffers, batch.tokens(), 4);
         assert!(error.unwrap_err().to_string().contains("embedding_backward"));
     }
+}
+
+/// The checked device names the operation and the access that an index outside the table leads to.
+#[test]
+fn checked_device_reports_a_token_outside_the_table() {
+    let device = checked();
+    let batch = pair_batch(&[(3, 2, 2)], VOCAB as u32);
+    let largest = *batch.token_ids.iter().max().unwrap() as usize;
+    let buffers = load_batch(&device, &batch, &[]);
+    let (table, _) = random_compute(&device, 1, largest * 4, 1.0);
+    let mut out = unset_compute(&device, batch.tokens() * 4);
+    let error = device.embedding_forward(&mut out, &table, &buffers.token_ids, batch.tokens(), 4);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("embedding_forward") && error.contains("out of bounds"), "{error}");
 }

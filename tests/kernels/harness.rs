@@ -1,6 +1,12 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
+use std::sync::Once;
+
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+use mmpo_fast::device::cuda::{
+    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
@@ -15,10 +21,15 @@ pub struct Tolerance {
 impl Tolerance {
     /// f32 storage and accumulation: a few units in the last place of a value, and of the largest term of a sum.
     pub const F32: Tolerance = Tolerance { relative: 3e-6, absolute: 3e-6 };
+    /// bf16 storage, f32 accumulation: half a unit in the last place is 2^-9 of a value; one more for a rounded
+    /// intermediate.
+    pub const BF16: Tolerance = Tolerance { relative: 4e-3, absolute: 4e-3 };
 }
 
-/// Defines tests whose body is generic over the device. Each becomes a module with one `#[test]` a device, so that a
-/// failure names the device: `rms_norm::forward::cpu`.
+/// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
+/// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
+/// `rms_norm::forward::cpu`.
 macro_rules! device_tests {
     ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
         $(#[doc = $doc])+
@@ -40,13 +51,111 @@ macro_rules! device_tests {
             fn cpu_threads() {
                 body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
             }
+
+            #[test]
+            fn emulated() {
+                body(&$crate::harness::emulated(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// Every load and store of the kernels watched: bounds, uninitialised memory, races.
+            #[test]
+            fn checked() {
+                body(&$crate::harness::checked(), $crate::harness::Tolerance::BF16);
+            }
+
+            /// On a real GPU, where there is one.
+            #[test]
+            fn gpu() {
+                if let Some(device) = $crate::harness::gpu() {
+                    body(&device, $crate::harness::Tolerance::BF16);
+                }
+            }
         }
     )+};
 }
 pub(crate) use device_tests;
 
+/// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
+/// `BatchBuffers::load` has checked.
+macro_rules! cpu_tests {
+    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident) $body:block)+) => {$(
+        $(#[doc = $doc])+
+        #[test]
+        fn $name() {
+            let $device = &$crate::harness::cpu(2);
+            $body
+        }
+    )+};
+}
+pub(crate) use cpu_tests;
+
 pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
     mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
+}
+
+/// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
+/// without waiting for the batch.
+pub fn is_cpu<D: Device>() -> bool {
+    size_of::<D::Compute>() == size_of::<f32>()
+}
+
+/// The emulated GPU as it is: threads in order, asynchronous copies as late as they may.
+pub fn emulated() -> CudaDevice {
+    configure_once();
+    CudaDevice::emulated(EmulatorVariant::Plain)
+}
+
+/// The emulated GPU that watches every access, its blocks, warps and lanes in a random order. `MMPO_FAST_EMULATOR_SEED`
+/// chooses the order.
+pub fn checked() -> CudaDevice {
+    configure_once();
+    CudaDevice::emulated(EmulatorVariant::Checked)
+}
+
+/// How the emulated device runs: `schedule` 0 in order, else random with this seed.
+pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
+    EmulatorOptions {
+        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+        schedule: if schedule_seed == 0 {
+            MMPO_EMULATOR_SCHEDULE_ORDERED
+        } else {
+            MMPO_EMULATOR_SCHEDULE_RANDOM
+        } as i32,
+        seed: schedule_seed,
+        host_threads: 0,
+        multiprocessors: 0,
+        trace_accesses: 0,
+    }
+}
+
+fn configure_once() {
+    static CONFIGURED: Once = Once::new();
+    CONFIGURED.call_once(|| {
+        let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
+            Ok(seed) => {
+                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
+            }
+            Err(_) => 1,
+        };
+        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
+        EmulatorVariant::Checked.configure(emulator_options(seed)).unwrap();
+    });
+}
+
+/// The first GPU; none where driver, kernels or GPU are missing, which is said, or where one of them fails, which is
+/// an error.
+pub fn gpu() -> Option<CudaDevice> {
+    match cuda::gpus() {
+        Ok(gpus) if !gpus.is_empty() => Some(CudaDevice::open(0).expect("the first GPU opens")),
+        Ok(_) => {
+            eprintln!("no GPU: skipped");
+            None
+        }
+        Err(error) => {
+            eprintln!("no GPU ({error}): skipped");
+            None
+        }
+    }
 }
 
 /// Pseudo-random values (SplitMix64), roughly normal with standard deviation `scale`.

@@ -53,7 +53,7 @@ device_tests! {
                 |weight| scalar(&x64, weight, &zeros) + inner(&before, weight),
                 &weight64,
                 samples,
-                bounds,
+                Tolerance::F32,
             );
             let before = wide(&before_bias);
             assert_gradient(
@@ -62,7 +62,7 @@ device_tests! {
                 |bias| scalar(&x64, &weight64, bias) + inner(&before, bias),
                 &zeros,
                 samples,
-                bounds,
+                Tolerance::F32,
             );
         }
     }

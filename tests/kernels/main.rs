@@ -15,4 +15,5 @@ mod memory;
 mod pair_objective;
 mod rms_norm;
 mod rope;
+mod same_bits;
 mod swiglu;

@@ -1,7 +1,11 @@
-use mmpo_fast::device::{TokenCoefficients, TokenScores};
+use std::ops::Range;
+
+use mmpo_fast::data::PairBatch;
+use mmpo_fast::device::{Device, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
     Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
 };
+use proptest::prelude::*;
 
 use crate::harness::*;
 
@@ -30,54 +34,104 @@ fn objectives() -> Vec<Objective> {
     ]
 }
 
-device_tests! {
-    /// Each pair's outcome and coefficients are those of `objective.rs`, and a call touches its own pairs only.
-    fn agrees_with_the_objective(device, bounds) {
-        let batch = pair_batch(RAGGED, 50);
-        let (pairs, scored) = (batch.spans.len(), batch.scored_tokens());
-        let constants: Vec<PairConstants> = random(1, pairs * 2, 1.0)
+/// What a batch of pairs has behind the head: log-probs and entropies of its scored tokens.
+struct Scores {
+    batch: PairBatch,
+    constants: Vec<PairConstants>,
+    logp: Vec<f32>,
+    entropy: Vec<f32>,
+}
+
+impl Scores {
+    /// Log-probs around `-size`, entropies up to about 1.
+    fn new(sizes: &[(usize, usize, usize)], seed: u64, size: f32) -> Self {
+        let batch = pair_batch(sizes, 50);
+        let scored = batch.scored_tokens();
+        let constants = random(seed, batch.spans.len() * 2, 1.0)
             .chunks(2)
             .map(|pair| PairConstants { chosen: pair[0], rejected: pair[1], scale: 0.25, reserved: 0.0 })
             .collect();
-        let buffers = load_batch(device, &batch, &constants);
-        let logp: Vec<f32> = random(2, scored, 1.0).iter().map(|value| -value.abs()).collect();
-        let entropy: Vec<f32> = random(3, scored, 1.0).iter().map(|value| value.abs()).collect();
-        let scores: TokenScores<_> = TokenScores {
+        let logp = random(seed + 1, scored, size).iter().map(|value| -value.abs()).collect();
+        let entropy = random(seed + 2, scored, 1.0).iter().map(|value| value.abs()).collect();
+        Scores { batch, constants, logp, entropy }
+    }
+
+    /// What `objective.rs` makes of one pair: outcome, then `a` and `b` of chosen and rejected.
+    fn wanted(&self, objective: &Objective, pair: usize) -> (PairOutcome, [Vec<f32>; 4]) {
+        let ranges = &self.batch.scored[pair];
+        let (chosen, rejected) = (ranges.chosen.clone(), ranges.rejected.clone());
+        let entropy_of =
+            |range: Range<usize>| if objective.needs_entropy() { &self.entropy[range] } else { &[] };
+        let mut wanted =
+            [chosen.len(), rejected.len(), chosen.len(), rejected.len()].map(|len| vec![0.0; len]);
+        let [logp_chosen, logp_rejected, entropy_chosen, entropy_rejected] = &mut wanted;
+        let outcome = objective.evaluate(
+            &PairScores {
+                logp_chosen: &self.logp[chosen.clone()],
+                logp_rejected: &self.logp[rejected.clone()],
+                entropy_chosen: entropy_of(chosen),
+                entropy_rejected: entropy_of(rejected),
+                constants: self.constants[pair],
+            },
+            &mut PairCoefficients { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected },
+        );
+        (outcome, wanted)
+    }
+
+    /// Runs the device over `asked` and compares; pairs before stay untouched.
+    fn check<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) {
+        let (pairs, scored) = (self.batch.spans.len(), self.batch.scored_tokens());
+        let buffers = load_batch(device, &self.batch, &self.constants);
+        let scores: TokenScores<D> = TokenScores {
             lse: floats(device, &vec![0.0; scored]),
-            logp: floats(device, &logp),
-            entropy: floats(device, &entropy),
+            logp: floats(device, &self.logp),
+            entropy: floats(device, &self.entropy),
         };
+        let mut outcomes = unset_floats(device, pairs * PairOutcome::WIDTH);
+        let mut coefficients: TokenCoefficients<D> =
+            TokenCoefficients { logp: unset_floats(device, scored), entropy: unset_floats(device, scored) };
+        device
+            .pair_objective(&mut outcomes, &mut coefficients, &scores, &buffers, objective, asked.clone())
+            .unwrap();
+        let outcomes = read(device, &outcomes);
+        let (a, b) = (read(device, &coefficients.logp), read(device, &coefficients.entropy));
+        let untouched = &outcomes[..asked.start * PairOutcome::WIDTH];
+        assert!(untouched.iter().all(|value| value.is_nan()), "pairs before {asked:?} were not asked for");
+        for pair in asked {
+            let ranges = &self.batch.scored[pair];
+            let (outcome, wanted) = self.wanted(objective, pair);
+            let got = &outcomes[pair * PairOutcome::WIDTH..][..PairOutcome::WIDTH];
+            assert_close("outcome", got, &wide(bytemuck::cast_slice(&[outcome])), Tolerance::F32);
+            assert_close("a chosen", &a[ranges.chosen.clone()], &wide(&wanted[0]), Tolerance::F32);
+            assert_close("a rejected", &a[ranges.rejected.clone()], &wide(&wanted[1]), Tolerance::F32);
+            assert_close("b chosen", &b[ranges.chosen.clone()], &wide(&wanted[2]), Tolerance::F32);
+            assert_close("b rejected", &b[ranges.rejected.clone()], &wide(&wanted[3]), Tolerance::F32);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Responses of any length up to some warps' worth of tokens, log-probs from 0 to -1e4, on the emulated GPU.
+    #[test]
+    fn agrees_for_any_pairs(
+        responses in proptest::collection::vec((0_usize..90, 0_usize..90), 1..4),
+        seed in 0_u64..1000,
+        size in prop_oneof![Just(0.0_f32), Just(1.0), Just(1e4)],
+        objective in 0_usize..5,
+    ) {
+        let sizes: Vec<_> = responses.iter().map(|&(chosen, rejected)| (1, chosen, rejected)).collect();
+        Scores::new(&sizes, seed, size).check(&emulated(), &objectives()[objective], 0..sizes.len());
+    }
+}
+
+device_tests! {
+    /// Each pair's outcome and coefficients are those of `objective.rs`, and a call touches its own pairs only.
+    fn agrees_with_the_objective(device, bounds) {
+        let scores = Scores::new(RAGGED, 1, 1.0);
         for objective in objectives() {
-            let mut outcomes = unset_floats(device, pairs * PairOutcome::WIDTH);
-            let mut coefficients: TokenCoefficients<_> =
-                TokenCoefficients { logp: unset_floats(device, scored), entropy: unset_floats(device, scored) };
-            device.pair_objective(&mut outcomes, &mut coefficients, &scores, &buffers, &objective, 1..pairs).unwrap();
-            let outcomes = read(device, &outcomes);
-            let (a, b) = (read(device, &coefficients.logp), read(device, &coefficients.entropy));
-            assert!(outcomes[..PairOutcome::WIDTH].iter().all(|value| value.is_nan()), "pair 0 was not asked for");
-            for pair in 1..pairs {
-                let ranges = &batch.scored[pair];
-                let (c, r) = (ranges.chosen.clone(), ranges.rejected.clone());
-                let wants_entropy = objective.needs_entropy();
-                let mut wanted = [vec![0.0; c.len()], vec![0.0; r.len()], vec![0.0; c.len()], vec![0.0; r.len()]];
-                let [logp_chosen, logp_rejected, entropy_chosen, entropy_rejected] = &mut wanted;
-                let outcome = objective.evaluate(
-                    &PairScores {
-                        logp_chosen: &logp[c.clone()],
-                        logp_rejected: &logp[r.clone()],
-                        entropy_chosen: if wants_entropy { &entropy[c.clone()] } else { &[] },
-                        entropy_rejected: if wants_entropy { &entropy[r.clone()] } else { &[] },
-                        constants: constants[pair],
-                    },
-                    &mut PairCoefficients { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected },
-                );
-                let got = &outcomes[pair * PairOutcome::WIDTH..][..PairOutcome::WIDTH];
-                assert_close("outcome", got, &wide(bytemuck::cast_slice(&[outcome])), bounds);
-                assert_close("a chosen", &a[c.clone()], &wide(&wanted[0]), bounds);
-                assert_close("a rejected", &a[r.clone()], &wide(&wanted[1]), bounds);
-                assert_close("b chosen", &b[c.clone()], &wide(&wanted[2]), bounds);
-                assert_close("b rejected", &b[r.clone()], &wide(&wanted[3]), bounds);
-            }
+            scores.check(device, &objective, 1..RAGGED.len());
         }
     }
 

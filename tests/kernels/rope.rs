@@ -1,11 +1,18 @@
-use mmpo_fast::device::{AttentionShape, RopeDirection};
+use mmpo_fast::device::{AttentionShape, Device, RopeDirection};
 
 use crate::harness::*;
 use crate::naive;
 
 /// Rows, query heads, key/value heads, head size.
-const SHAPES: &[(usize, usize, usize, usize)] =
-    &[(1, 1, 1, 16), (9, 3, 1, 16), (21, 9, 3, 64), (6, 4, 4, 128), (5, 8, 1, 64)];
+const SHAPES: &[(usize, usize, usize, usize)] = &[
+    (0, 1, 1, 64),
+    (1, 1, 1, 16),
+    (4, 2, 1, 6),
+    (9, 3, 1, 16),
+    (21, 9, 3, 64),
+    (6, 4, 4, 128),
+    (5, 8, 1, 64),
+];
 const POSITIONS: usize = 11;
 
 /// A table of real rotations, and positions that are neither sorted nor distinct.
@@ -54,9 +61,11 @@ device_tests! {
             );
         }
     }
+}
 
+cpu_tests! {
     /// A position behind the table is an error that names it.
-    fn position_outside_the_table(device, bounds) {
+    fn position_outside_the_table(device) {
         let shape = AttentionShape { heads: 1, kv_heads: 1, head_size: 16 };
         let (mut qkv, _) = random_compute(device, 1, shape.qkv_width(), 1.0);
         let (table, positions) = (floats(device, &[0.0; 32]), indices(device, &[2]));

@@ -1,7 +1,7 @@
 use crate::harness::*;
 use crate::naive;
 
-const SHAPES: &[(usize, usize)] = &[(1, 16), (7, 33), (20, 96), (3, 1536), (2, 8192)];
+const SHAPES: &[(usize, usize)] = &[(0, 8), (1, 16), (7, 33), (20, 96), (3, 1536), (2, 8192)];
 
 device_tests! {
     /// `silu(gate) * up`.

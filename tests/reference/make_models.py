@@ -55,9 +55,11 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 # name -> configuration, how it is saved
 VARIANTS = {
     "base": (BASE | {"rope_parameters": DEFAULT_ROPE}, {}),
-    "tied": (SMALL | {"rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True}, {}),
+    # A padding token that the pairs use: its row of the embedding gets no gradient as an input, only as an output.
+    "tied": (SMALL | {"rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True, "pad_token_id": 2}, {}),
     "bias": (
-        SMALL | {"rope_parameters": DEFAULT_ROPE, "attention_bias": True, "mlp_bias": True},
+        SMALL
+        | {"rope_parameters": DEFAULT_ROPE, "attention_bias": True, "mlp_bias": True, "pad_token_id": None},
         {"max_shard_size": "48KB"},
     ),
     "rope_llama3": (SMALL | {"rope_parameters": LLAMA3_ROPE, "eos_token_id": [2, 0]}, {}),

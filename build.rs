@@ -1,0 +1,155 @@
+//! Compiles `kernels/*.cu` twice over: by nvcc for real GPUs, where there is one, and as host C++ for the emulated
+//! device, always. `MMPO_FAST_CUDA=require|auto|off` says what to do about nvcc:
+//!
+//! - `auto` (default): without an nvcc, one warning and a program without GPU support;
+//! - `require`: without an nvcc, or with a warning, a register spill or a stack frame in any kernel, the build fails;
+//! - `off`: nvcc is not looked for.
+//!
+//! Nothing links against the CUDA driver or a CUDA shared library: the runtime is the static one, and the driver and
+//! cuBLASLt are loaded at run time.
+
+#[path = "kernels/emulator/compile.rs"]
+mod compile;
+#[path = "build/emulated.rs"]
+mod emulated;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+#[path = "build/objects.rs"]
+mod objects;
+#[path = "build/ptxas.rs"]
+mod ptxas;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// What stops the build, or is worth a warning: text for people.
+type Result<T> = std::result::Result<T, String>;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Auto,
+    Require,
+    Off,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels)");
+    for path in ["build.rs", "build", "kernels", ".toolchain/nvidia/cu13/bin/nvcc"] {
+        println!("cargo:rerun-if-changed={path}");
+    }
+    for name in ["MMPO_FAST_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let sources = Sources::find()?;
+    let out = PathBuf::from(environment("OUT_DIR")?);
+    let cache = objects::Cache::new(&out, &sources.headers)?;
+    emulated::build(&sources, &cache)?;
+    build_for_gpus(&sources, &cache, &out)
+}
+
+fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Result<()> {
+    let mode = mode()?;
+    if mode == Mode::Off {
+        describe("none (built with MMPO_FAST_CUDA=off)", "0");
+        return Ok(());
+    }
+    let toolkit = match nvcc::Toolkit::find() {
+        Ok(toolkit) => toolkit,
+        Err(why) if mode == Mode::Require => {
+            return Err(format!(
+                "MMPO_FAST_CUDA=require, but {why}.\nRun tools/setup_cuda.sh, or set NVCC or CUDA_HOME."
+            ));
+        }
+        Err(why) => {
+            describe(&format!("none ({why} when this was built)"), "0");
+            println!(
+                "cargo:warning=built without GPU kernels: {why}. tools/setup_cuda.sh installs one; MMPO_FAST_CUDA=off silences this."
+            );
+            return Ok(());
+        }
+    };
+    let compiled = toolkit.compile(sources, cache)?;
+    let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
+    if mode == Mode::Require && !findings.is_empty() {
+        return Err(format!(
+            "MMPO_FAST_CUDA=require, but nvcc had something to say:\n{}",
+            findings.join("\n")
+        ));
+    }
+    for finding in findings {
+        println!("cargo:warning={finding}");
+    }
+    toolkit.link();
+    describe(&format!("nvcc {}, {}", toolkit.version, nvcc::TARGETS_FOR_PEOPLE), &toolkit.version);
+    println!("cargo:rustc-cfg=mmpo_gpu_kernels");
+    Ok(())
+}
+
+/// What `mmpo-fast --version --verbose` says of this build, and the CUDA version that the driver must support.
+fn describe(kernels: &str, version: &str) {
+    println!("cargo:rustc-env=MMPO_FAST_GPU_KERNELS={kernels}");
+    println!("cargo:rustc-env=MMPO_FAST_CUDA_VERSION={version}");
+}
+
+fn mode() -> Result<Mode> {
+    match std::env::var("MMPO_FAST_CUDA").as_deref() {
+        Err(_) | Ok("" | "auto") => Ok(Mode::Auto),
+        Ok("require") => Ok(Mode::Require),
+        Ok("off") => Ok(Mode::Off),
+        Ok(other) => Err(format!("MMPO_FAST_CUDA is `{other}`; it may be auto, require or off")),
+    }
+}
+
+/// Puts the objects of a build into a static library and tells cargo to link it.
+pub fn archive(name: &str, objects: &[objects::Compiled]) -> Result<()> {
+    cc::Build::new()
+        .cpp(true)
+        .objects(objects.iter().map(|compiled| &compiled.object))
+        .try_compile(name)
+        .map_err(|error| format!("cannot archive lib{name}.a: {error}"))
+}
+
+fn environment(name: &str) -> Result<String> {
+    std::env::var(name).map_err(|error| format!("{name}: {error}"))
+}
+
+/// The kernels' files, sorted, relative to the package.
+pub struct Sources {
+    /// `kernels/*.cu`: both lives.
+    pub kernels: Vec<PathBuf>,
+    /// Whatever those may include; a change of any of them recompiles everything.
+    pub headers: Vec<PathBuf>,
+}
+
+impl Sources {
+    fn find() -> Result<Self> {
+        let mut headers = files("kernels", &["h", "cuh"])?;
+        headers.extend(files("kernels/common", &["h", "cuh"])?);
+        headers.extend(files("kernels/emulator", &["h", "cuh"])?);
+        Ok(Sources { kernels: files("kernels", &["cu"])?, headers })
+    }
+}
+
+fn files(folder: &str, extensions: &[&str]) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| format!("{folder}: {error}"))?;
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| format!("{folder}: {error}"))?.path();
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        if extension.is_some_and(|extension| extensions.contains(&extension)) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}

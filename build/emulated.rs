@@ -1,0 +1,53 @@
+//! The kernels as host C++ for the emulated device, in its fast and its instrumented variant.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::compile::{self, RUNTIME_SOURCES, Variant};
+use crate::objects::{Cache, Job};
+use crate::{Result, Sources, archive};
+
+/// Where the headers of kernels and device lie.
+const KERNELS: &str = "kernels";
+/// Its flags and steps are part of what decides an object's content.
+const COMPILE_STEPS: &str = include_str!("../kernels/emulator/compile.rs");
+
+pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
+    let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
+        format!("no C++ compiler for the emulated device: {error}; install g++ or clang++")
+    })?;
+    for variant in [Variant::Plain, Variant::Checked] {
+        let name = variant.name();
+        let kernels = sources.kernels.iter().map(|source| kernel(compiler.path(), variant, source));
+        let runtime = RUNTIME_SOURCES.iter().map(|source| runtime(compiler.path(), variant, source));
+        let compiled = cache.compile(name, &kernels.chain(runtime).collect::<Vec<_>>())?;
+        archive(&format!("mmpo_kernels_{name}"), &compiled)?;
+    }
+    println!("cargo:rustc-link-lib=pthread");
+    Ok(())
+}
+
+fn kernel<'a>(compiler: &'a Path, variant: Variant, source: &'a PathBuf) -> Job<'a> {
+    let compile = move |object: &Path| {
+        let command = || Command::new(compiler);
+        compile::kernel(&command, variant, Path::new(KERNELS), source, object, &[]).map(|()| String::new())
+    };
+    job(compiler, source.clone(), compile)
+}
+
+fn runtime<'a>(compiler: &'a Path, variant: Variant, source: &'a str) -> Job<'a> {
+    let compile = move |object: &Path| {
+        let command = || Command::new(compiler);
+        compile::runtime(&command, variant, Path::new(KERNELS), source, object).map(|()| String::new())
+    };
+    job(compiler, Path::new(KERNELS).join("emulator").join(source), compile)
+}
+
+fn job<'a>(
+    compiler: &Path,
+    source: PathBuf,
+    compile: impl Fn(&Path) -> Result<String> + Send + Sync + 'a,
+) -> Job<'a> {
+    let fingerprint = format!("{}\n{COMPILE_STEPS}", compiler.display());
+    Job { source, fingerprint, compile: Box::new(compile) }
+}

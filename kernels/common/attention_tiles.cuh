@@ -1,0 +1,225 @@
+// What the attention kernels share: which rows a tile holds and sees, tiles in shared memory, and their fragments.
+//
+// A span of spans[pairs, 4] is start, P, C, R: the rows `prompt | chosen | rejected` of one pair. A row sees its prompt
+// and rows of its own part up to itself. So a prompt or chosen row sees every row of its pair up to itself, one range,
+// and a rejected row sees two: the prompt, and its own part up to itself.
+#pragma once
+
+#include "device.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Bytes that one cp.async or one ldmatrix row takes, and the bf16 values in them.
+constexpr int kChunkBytes = 16;
+constexpr int kChunkValues = 8;
+
+struct Span {
+    int start, prompt, chosen, rejected;
+};
+
+DEVICE Span load_span(const uint32_t* spans, int pair) {
+    const uint32_t* row = spans + 4 * int64_t(pair);
+    return {int(row[0]), int(row[1]), int(row[2]), int(row[3])};
+}
+
+// Rows [first, last) of one part of a pair.
+struct RowTile {
+    int first, last;
+    int part_first, part_last;  // the rows of the whole part
+    bool rejected;
+};
+
+// The `tile`-th tile of `rows` rows of a pair, parts in order, none across a boundary; false behind the last.
+DEVICE bool find_row_tile(RowTile& out, const Span& span, int tile, int rows) {
+    int first = span.start;
+    const int parts[3] = {span.prompt, span.chosen, span.rejected};
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+        const int tiles = (parts[part] + rows - 1) / rows;
+        if (tile < tiles) {
+            out.part_first = first;
+            out.part_last = first + parts[part];
+            out.first = first + tile * rows;
+            out.last = min(out.first + rows, out.part_last);
+            out.rejected = part == 2;
+            return true;
+        }
+        tile -= tiles;
+        first += parts[part];
+    }
+    return false;
+}
+
+// The most tiles of `rows` rows that a pair of the host's table has: the grid's first dimension.
+inline int most_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
+    int most = 0;
+    for (int pair = 0; pair < pairs; ++pair) {
+        int tiles = 0;
+        for (int part = 1; part <= 3; ++part) tiles += (int(host_spans[4 * int64_t(pair) + part]) + rows - 1) / rows;
+        most = tiles > most ? tiles : most;
+    }
+    return most;
+}
+
+// The keys that a tile of queries sees, cut into blocks of BLOCK_N: first `shared` (every query sees all of it), then
+// `own` (a query sees keys up to itself). Chosen x rejected blocks do not exist here, so they cost nothing.
+template <int BLOCK_N>
+struct KeyBlocks {
+    int shared_first, shared_last, own_first, own_last, shared_blocks, blocks;
+
+    DEVICE KeyBlocks(const Span& span, const RowTile& queries) {
+        shared_first = span.start;
+        shared_last = queries.rejected ? span.start + span.prompt : span.start;
+        own_first = queries.rejected ? queries.part_first : span.start;
+        own_last = queries.last;
+        shared_blocks = (shared_last - shared_first + BLOCK_N - 1) / BLOCK_N;
+        blocks = shared_blocks + (own_last - own_first + BLOCK_N - 1) / BLOCK_N;
+    }
+
+    // First key of a block, and the end of the range that it belongs to.
+    DEVICE int first(int block) const {
+        return block < shared_blocks ? shared_first + block * BLOCK_N : own_first + (block - shared_blocks) * BLOCK_N;
+    }
+    DEVICE int limit(int block) const { return block < shared_blocks ? shared_last : own_last; }
+
+    // Whether some of the block's scores must be masked for queries that begin at `first_query`.
+    DEVICE bool crosses_boundary(int block, int first_query) const {
+        const int end = first(block) + BLOCK_N;
+        return end > limit(block) || (block >= shared_blocks && end - 1 > first_query);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ tiles in shared memory
+// ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the eight
+// rows of an ldmatrix fall into eight different groups of banks.
+
+template <int E>
+DEVICE uint32_t tile_address(uint32_t tile, int row, int chunk) {
+    return tile + uint32_t(row) * (E * 2) + uint32_t(chunk ^ (row & 7)) * kChunkBytes;
+}
+
+template <int ROWS, int E>
+constexpr int kTileBytes = ROWS * E * 2;
+
+// Starts copying rows [first, first + ROWS) of a matrix with `stride` values a row; rows from `limit` on become zeros.
+template <int ROWS, int E, int THREADS>
+DEVICE void load_tile_async(uint32_t tile, const bf16* source, int64_t stride, int first, int limit) {
+    constexpr int kChunks = E / kChunkValues;
+    static_assert(ROWS * kChunks % THREADS == 0, "every thread copies the same number of chunks");
+#pragma unroll
+    for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {
+        const int index = int(threadIdx.x) + i * THREADS;
+        const int row = index / kChunks, chunk = index % kChunks;
+        const bool valid = first + row < limit;
+        const int64_t source_row = valid ? first + row : first;
+        cp_async_16(tile_address<E>(tile, row, chunk), source + source_row * stride + chunk * kChunkValues, valid);
+    }
+}
+
+// A[16, 16]: rows row.., columns 16 * step.. of a tile.
+template <int E>
+DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int step) {
+    const int lane = int(lane_id());
+    ldmatrix_x4(a, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+}
+
+// Two B[16, 8] whose columns are 16 rows of the tile and whose depth is its columns 16 * step..: products with a tile's
+// transpose.
+template <int E>
+DEVICE void load_b_transposed(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
+    const int lane = int(lane_id());
+    uint32_t r[4];
+    ldmatrix_x4(r, tile_address<E>(tile, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+
+// Two B[16, 8] whose depth is 16 rows of the tile and whose columns are its columns 16 * step..: products with a tile.
+template <int E>
+DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
+    const int lane = int(lane_id());
+    uint32_t r[4];
+    ldmatrix_x4_trans(r, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+    b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+
+// ------------------------------------------------------------------------------------------------ products of a warp
+// Accumulators c[columns / 8][4] of 16 rows: a lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the
+// next one of each group of eight.
+
+// c[16, 8 * NT] += a_tile[row.., E] * b_tile[0 .. 8 * NT, E]^T.
+template <int E, int NT>
+DEVICE void multiply_transposed(float (&c)[NT][4], uint32_t a_tile, int row, uint32_t b_tile) {
+#pragma unroll
+    for (int step = 0; step < E / 16; ++step) {
+        uint32_t a[4];
+        load_a<E>(a, a_tile, row, step);
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            uint32_t b[2][2];
+            load_b_transposed<E>(b, b_tile, n * 8, step);
+            mma_m16n8k16(c[n], a, b[0]);
+            mma_m16n8k16(c[n + 1], a, b[1]);
+        }
+    }
+}
+
+// The accumulators of 16 columns, rounded to bf16, as the A operand of the next product.
+DEVICE void accumulators_to_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = pack_bf16x2(left[0], left[1]);
+    a[1] = pack_bf16x2(left[2], left[3]);
+    a[2] = pack_bf16x2(right[0], right[1]);
+    a[3] = pack_bf16x2(right[2], right[3]);
+}
+
+// c[16, E] += p[16, 8 * KT] * b_tile[0 .. 8 * KT, E].
+template <int E, int KT>
+DEVICE void multiply_from_accumulators(float (&c)[E / 8][4], const float (&p)[KT][4], uint32_t b_tile) {
+#pragma unroll
+    for (int k = 0; k < KT; k += 2) {
+        uint32_t a[4];
+        accumulators_to_a(a, p[k], p[k + 1]);
+#pragma unroll
+        for (int step = 0; step < E / 16; ++step) {
+            uint32_t b[2][2];
+            load_b<E>(b, b_tile, k * 8, step);
+            mma_m16n8k16(c[2 * step], a, b[0]);
+            mma_m16n8k16(c[2 * step + 1], a, b[1]);
+        }
+    }
+}
+
+template <int NT>
+DEVICE void clear(float (&c)[NT][4]) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
+}
+
+// Stores the 16 rows of a warp's accumulators, times `factor`, to rows row.. of a matrix; rows from `limit` on are
+// dropped.
+template <int E>
+DEVICE void store_rows(bf16* out, int64_t stride, int row, int limit, const float (&c)[E / 8][4], float factor_top,
+                       float factor_bottom) {
+    const int lane = int(lane_id());
+    const int top = row + lane / 4, bottom = top + 8;
+#pragma unroll
+    for (int n = 0; n < E / 8; ++n) {
+        const int column = n * 8 + lane % 4 * 2;
+        if (top < limit) {
+            *reinterpret_cast<uint32_t*>(out + top * stride + column) =
+                pack_bf16x2(c[n][0] * factor_top, c[n][1] * factor_top);
+        }
+        if (bottom < limit) {
+            *reinterpret_cast<uint32_t*>(out + bottom * stride + column) =
+                pack_bf16x2(c[n][2] * factor_bottom, c[n][3] * factor_bottom);
+        }
+    }
+}
+
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

@@ -1,0 +1,40 @@
+// Column sums in two kernels: blocks leave rows of partial sums, and the kernel here adds them up in a fixed order.
+#pragma once
+
+#include "launch.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+
+constexpr int kPartialSlices = kBlock / kWarp;
+
+// Accumulates out[width] += the column sums of partials[count, width]. A block has 32 columns, one a lane; its warps
+// take the rows in turn, and the warps' sums are added in order.
+static __global__ void __launch_bounds__(kBlock)
+    add_partials_kernel(float* out, const float* __restrict__ partials, int count, int width) {
+    DYNAMIC_SHARED(shared);
+    float(*const slice_sums)[kWarp] = reinterpret_cast<float(*)[kWarp]>(shared);
+    const int lane = int(lane_id());
+    const int slice = int(threadIdx.x) / kWarp;
+    const int column = int(blockIdx.x) * kWarp + lane;
+    float sum = 0.0f;
+    if (column < width) {
+#pragma unroll 4
+        for (int row = slice; row < count; row += kPartialSlices) sum += partials[int64_t(row) * width + column];
+    }
+    slice_sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice != 0 || column >= width) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int other = 0; other < kPartialSlices; ++other) total += slice_sums[other][lane];
+    out[column] += total;
+}
+
+inline mmpo_status add_partials(float* out, const float* partials, int count, int width, mmpo_stream stream) {
+    return LAUNCH(add_partials_kernel, unsigned(ceil_div(width, kWarp)), kBlock, kBlock * sizeof(float),
+                  cuda_stream(stream), out, partials, count, width);
+}
+
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

@@ -1,0 +1,104 @@
+// Eight values at a time: 16-byte accesses where rows allow them, single values where not, and conversions to f32.
+//
+// Kernels are templates over kVectorized. True promises that base and width make every access start on a 16-byte
+// boundary and lie wholly inside the row or wholly outside; false takes any width. Either way values beyond the row's
+// end read as 0 and are not written, so a kernel needs no tail of its own.
+#pragma once
+
+#include "launch.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+
+// ---- bf16, packed two to a register until they are computed with: half the registers of f32.
+
+// Columns column .. column + 8 of `row`.
+template <bool kVectorized>
+DEVICE uint4 load8(const bf16* row, int column, int width) {
+    uint4 packed = make_uint4(0, 0, 0, 0);
+    if constexpr (kVectorized) {
+        if (column < width) packed = load_128(row + column);
+    } else {
+        uint32_t bits[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) bits[i] = column + i < width ? row[column + i].bits : 0u;
+        packed = make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
+                            bits[6] | bits[7] << 16);
+    }
+    return packed;
+}
+
+template <bool kVectorized>
+DEVICE void store8(bf16* row, int column, int width, uint4 packed) {
+    if constexpr (kVectorized) {
+        if (column < width) store_128(row + column, packed);
+    } else {
+        const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (column + i < width) row[column + i] = bf16{uint16_t(pairs[i / 2] >> 16 * (i % 2))};
+        }
+    }
+}
+
+DEVICE void unpack8(float (&values)[kVector], uint4 packed) {
+    const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        values[2 * i] = low_bf16(pairs[i]);
+        values[2 * i + 1] = high_bf16(pairs[i]);
+    }
+}
+
+// Rounds to nearest even.
+DEVICE uint4 pack8(const float (&values)[kVector]) {
+    return make_uint4(pack_bf16x2(values[0], values[1]), pack_bf16x2(values[2], values[3]),
+                      pack_bf16x2(values[4], values[5]), pack_bf16x2(values[6], values[7]));
+}
+
+// ---- f32
+
+template <bool kVectorized>
+DEVICE void load8(float (&values)[kVector], const float* row, int column, int width) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = 0.0f;
+    if constexpr (kVectorized) {
+        if (column < width) {
+            const uint4 halves[2] = {load_128(row + column), load_128(row + column + 4)};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                values[4 * half] = __uint_as_float(halves[half].x);
+                values[4 * half + 1] = __uint_as_float(halves[half].y);
+                values[4 * half + 2] = __uint_as_float(halves[half].z);
+                values[4 * half + 3] = __uint_as_float(halves[half].w);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (column + i < width) values[i] = row[column + i];
+        }
+    }
+}
+
+template <bool kVectorized>
+DEVICE void store8(float* row, int column, int width, const float (&values)[kVector]) {
+    if constexpr (kVectorized) {
+        if (column < width) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                store_128(row + column + 4 * half,
+                          make_uint4(__float_as_uint(values[4 * half]), __float_as_uint(values[4 * half + 1]),
+                                     __float_as_uint(values[4 * half + 2]), __float_as_uint(values[4 * half + 3])));
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (column + i < width) row[column + i] = values[i];
+        }
+    }
+}
+
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

@@ -1,0 +1,70 @@
+// State of the emulated device that outlives a launch, and the launch under way.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "block.h"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+namespace emulated {
+
+// Numbers as the CUDA runtime has them.
+enum Error {
+    kSuccess = 0,
+    kInvalidValue = 1,
+    kOutOfMemory = 2,
+    kInvalidConfiguration = 9,
+    kIllegalAddress = 700,
+    kLaunchFailure = 719,
+};
+
+// Keeps `text` for the calling host thread's last_error, and returns `error`.
+int set_last_error(Error error, std::string text);
+const char* last_error_text();
+
+// One launch at a time; a second host thread waits in the constructor.
+class Launch {
+  public:
+    explicit Launch(const char* kernel);
+    ~Launch();
+    static Launch& current();
+
+    int refuse(std::string text);
+    // The first text stops the launch; later ones, from blocks already running, are dropped.
+    void record(std::string text);
+    // For what does not stop the launch: one text for each key, a limited number in all.
+    void record_once(std::pair<uint64_t, uint64_t> key, const std::string& text);
+    uint32_t number() const { return number_; }
+    bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+    // Adds up the counters, verifies guard bytes; 0 or an error code.
+    int finish();
+
+  private:
+    std::unique_lock<std::mutex> exclusive_;
+    const char* kernel_;
+    uint32_t number_;
+    std::atomic<bool> stopped_{false};
+    std::mutex mutex_;
+    std::string error_, findings_;
+    std::set<std::pair<uint64_t, uint64_t>> found_;
+};
+
+// Blocks are kept between launches for their stacks and storage.
+std::unique_ptr<Block> take_block();
+void give_block(std::unique_ptr<Block>);
+
+void add_counters(const Counters&);
+Counters read_counters();
+void reset_counters();
+
+// Checked variant: counts accesses whose warp did not get round to finishing them.
+void finish_traces(Block&);
+
+}  // namespace emulated
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

@@ -1,0 +1,88 @@
+// The gradient of a linear layer's bias: dbias[outputs] += column sums of dout[rows, outputs].
+//
+// Accumulates. Blocks sum slices of the rows into `workspace`, a second kernel adds the slices in order: the same bits
+// every time, with no atomics. (The bias itself is added by the product's epilogue, see linear.cu.)
+
+#include "common/partials.cuh"
+#include "common/vector.cuh"
+
+namespace {
+
+// A warp's lanes have 256 columns, one vector each.
+constexpr int kColumns = kTileColumns<1>;
+// Rows under way in a warp.
+constexpr int kRowsAtOnce = 4;
+// A slice of fewer rows would write almost as much to the workspace as it reads.
+constexpr int kMinSliceRows = kBlockWarps * kRowsAtOnce;
+// Blocks wanted, if there are rows enough: eight on each multiprocessor of an H100, fixed so that the bits do not
+// depend on the GPU.
+constexpr int kBlocks = 8 * 132;
+
+int slice_count(int rows, int outputs) {
+    const int64_t most = ceil_div(rows, kMinSliceRows);
+    return int(min(most, ceil_div(kBlocks, ceil_div(outputs, kColumns))));
+}
+
+// A block has 256 columns and one slice of rows, which its warps take in turn.
+template <bool kVectorized>
+__global__ void __launch_bounds__(kBlock)
+    column_sums_kernel(float* __restrict__ partials, const bf16* __restrict__ dout, int rows, int outputs) {
+    DYNAMIC_SHARED(shared);
+    float(*const warp_sums)[kColumns] = reinterpret_cast<float(*)[kColumns]>(shared);
+    const int warp = int(threadIdx.x) / kWarp;
+    const int in_tile = int(lane_id()) * kVector;
+    const int tile_column = int(blockIdx.x) * kColumns;
+    const int slice_rows = int(ceil_div(rows, gridDim.y));
+    const int end = min(rows, int(blockIdx.y + 1) * slice_rows);
+
+    float sum[kVector] = {};
+    for (int row = int(blockIdx.y) * slice_rows + warp * kRowsAtOnce; row < end; row += kBlockWarps * kRowsAtOnce) {
+        uint4 packed[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            packed[i] = load8<kVectorized>(dout + int64_t(row + i) * outputs, tile_column + in_tile,
+                                           row + i < end ? outputs : 0);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            float values[kVector];
+            unpack8(values, packed[i]);
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) sum[j] += values[j];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) warp_sums[warp][in_tile + j] = sum[j];
+    __syncthreads();
+
+    static_assert(kColumns == kBlock, "each thread adds up one column");
+    const int column = tile_column + int(threadIdx.x);
+    if (column >= outputs) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int other = 0; other < kBlockWarps; ++other) total += warp_sums[other][threadIdx.x];
+    partials[int64_t(blockIdx.y) * outputs + column] = total;
+}
+
+}  // namespace
+
+int64_t MMPO_EXPORT(linear_bias_backward_workspace)(int32_t rows, int32_t outputs) {
+    if (rows == 0 || outputs == 0) return 0;
+    return int64_t(slice_count(rows, outputs)) * outputs * int64_t(sizeof(float));
+}
+
+mmpo_status MMPO_EXPORT(linear_bias_backward)(float* dbias, void* workspace, const bf16* dout, int32_t rows,
+                                              int32_t outputs, mmpo_stream stream) {
+    if (rows == 0 || outputs == 0) return kSuccess;
+    float* const partials = static_cast<float*>(workspace);
+    const int slices = slice_count(rows, outputs);
+    const dim3 grid(unsigned(ceil_div(outputs, kColumns)), unsigned(slices));
+    const size_t shared_bytes = kBlockWarps * kColumns * sizeof(float);
+    const mmpo_status status =
+        vector_rows(outputs)
+            ? LAUNCH(column_sums_kernel<true>, grid, kBlock, shared_bytes, cuda_stream(stream), partials, dout, rows,
+                     outputs)
+            : LAUNCH(column_sums_kernel<false>, grid, kBlock, shared_bytes, cuda_stream(stream), partials, dout, rows,
+                     outputs);
+    return status != kSuccess ? status : add_partials(dbias, partials, slices, outputs, stream);
+}

@@ -1,0 +1,166 @@
+//! Attention with the shared-prefix mask, and of one query over a cache: `kernels/attention_*.cu`.
+
+use half::bf16;
+
+use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes};
+use crate::data::PairSpan;
+use crate::device::{AttentionShape, BatchBuffers};
+use crate::error::{Error, Result};
+
+/// Head sizes that the kernels are compiled for.
+const HEAD_SIZES: [usize; 2] = [64, 128];
+
+/// `T`, after checking that the spans tile the rows of the batch in order.
+fn batch_rows(name: &str, spans: &[PairSpan]) -> Result<usize> {
+    let mut end = 0;
+    for span in spans {
+        if span.start as usize != end {
+            let message =
+                format!("{name}: {span:?} overlaps the span before it or leaves a gap at row {end}");
+            return Err(Error::device(message, REPORT));
+        }
+        end = span.rows().end;
+    }
+    Ok(end)
+}
+
+fn check_heads(name: &str, shape: AttentionShape) -> Result<()> {
+    let AttentionShape { heads, kv_heads, head_size } = shape;
+    let message = if kv_heads == 0 || heads % kv_heads != 0 {
+        format!("{name}: {heads} query heads cannot share {kv_heads} key/value heads evenly")
+    } else if !HEAD_SIZES.contains(&head_size) {
+        format!("{name}: the CUDA kernels know heads of {HEAD_SIZES:?}, this model has heads of {head_size}")
+    } else {
+        return Ok(());
+    };
+    Err(Error::device(message, "run this model with `--device cpu`"))
+}
+
+pub(super) fn forward(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<bf16>,
+    lse: &mut CudaBuffer<f32>,
+    qkv: &CudaBuffer<bf16>,
+    batch: &BatchBuffers<CudaDevice>,
+    shape: AttentionShape,
+) -> Result<()> {
+    let name = "attention_forward";
+    check_heads(name, shape)?;
+    let spans = batch.host_spans.as_slice();
+    let rows = batch_rows(name, spans)?;
+    let sizes = [
+        ("out", out.len(), rows * shape.out_width()),
+        ("lse", lse.len(), rows * shape.heads),
+        ("qkv", qkv.len(), rows * shape.qkv_width()),
+        ("spans", batch.spans.len(), 4 * spans.len()),
+    ];
+    check_sizes(name, &(rows, shape), &sizes)?;
+    let [pairs, rows, heads, kv_heads, head_size] =
+        launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
+    let host_spans: &[u32] = bytemuck::cast_slice(spans);
+    // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
+    device.launch(name, &(rows, shape), |kernels, stream| unsafe {
+        (kernels.attention_forward)(
+            out.start_mut(),
+            lse.start_mut(),
+            qkv.start(),
+            batch.spans.start(),
+            host_spans.as_ptr(),
+            pairs,
+            rows,
+            heads,
+            kv_heads,
+            head_size,
+            shape.scale(),
+            stream,
+        )
+    })
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    device: &CudaDevice,
+    dqkv: &mut CudaBuffer<bf16>,
+    dout: &CudaBuffer<bf16>,
+    out: &CudaBuffer<bf16>,
+    lse: &CudaBuffer<f32>,
+    qkv: &CudaBuffer<bf16>,
+    batch: &BatchBuffers<CudaDevice>,
+    shape: AttentionShape,
+) -> Result<()> {
+    let name = "attention_backward";
+    check_heads(name, shape)?;
+    let spans = batch.host_spans.as_slice();
+    let rows = batch_rows(name, spans)?;
+    let sizes = [
+        ("dqkv", dqkv.len(), rows * shape.qkv_width()),
+        ("dout", dout.len(), rows * shape.out_width()),
+        ("out", out.len(), rows * shape.out_width()),
+        ("lse", lse.len(), rows * shape.heads),
+        ("qkv", qkv.len(), rows * shape.qkv_width()),
+        ("spans", batch.spans.len(), 4 * spans.len()),
+    ];
+    check_sizes(name, &(rows, shape), &sizes)?;
+    let [pairs, rows, heads, kv_heads, head_size] =
+        launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
+    let host_spans: &[u32] = bytemuck::cast_slice(spans);
+    // SAFETY: the workspace is as large as the launcher's own rule says; the rest is as in `forward`.
+    device.launch_with_workspace(
+        name,
+        &(rows, shape),
+        |kernels| unsafe { (kernels.attention_backward_workspace)(rows, heads, kv_heads, head_size) },
+        |kernels, workspace, stream| unsafe {
+            (kernels.attention_backward)(
+                dqkv.start_mut(),
+                workspace,
+                dout.start(),
+                out.start(),
+                lse.start(),
+                qkv.start(),
+                batch.spans.start(),
+                host_spans.as_ptr(),
+                pairs,
+                rows,
+                heads,
+                kv_heads,
+                head_size,
+                shape.scale(),
+                stream,
+            )
+        },
+    )
+}
+
+pub(super) fn decode(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<bf16>,
+    cache: &CudaBuffer<bf16>,
+    length: usize,
+    shape: AttentionShape,
+) -> Result<()> {
+    let name = "attention_decode";
+    check_heads(name, shape)?;
+    let sizes = [("out", out.len(), shape.out_width()), ("cache", cache.len(), length * shape.qkv_width())];
+    check_sizes(name, &(length, shape), &sizes)?;
+    let [length, heads, kv_heads, head_size] =
+        launch_sizes(name, [length, shape.heads, shape.kv_heads, shape.head_size])?;
+    // SAFETY: the workspace is as large as the launcher's own rule says, and the buffers cover the sizes.
+    device.launch_with_workspace(
+        name,
+        &(length, shape),
+        |kernels| unsafe { (kernels.attention_decode_workspace)(length, heads, kv_heads, head_size) },
+        |kernels, workspace, stream| unsafe {
+            (kernels.attention_decode)(
+                out.start_mut(),
+                workspace,
+                cache.start(),
+                length,
+                heads,
+                kv_heads,
+                head_size,
+                shape.scale(),
+                stream,
+            )
+        },
+    )
+}

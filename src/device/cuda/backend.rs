@@ -1,0 +1,116 @@
+//! What the CUDA device stands on: a real GPU or the emulated one. Everything above is written once.
+
+use std::ffi::c_void;
+use std::fmt::Debug;
+use std::ptr::NonNull;
+
+use half::bf16;
+
+use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
+use crate::error::Result;
+
+/// An address in device memory; the host must not dereference it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address(pub NonNull<c_void>);
+
+impl Address {
+    pub(super) fn pointer(self) -> *mut c_void {
+        self.0.as_ptr()
+    }
+
+    /// The address `bytes` further on, inside the same allocation or one past its end.
+    pub(super) fn offset(self, bytes: usize) -> *mut c_void {
+        self.pointer().wrapping_byte_add(bytes)
+    }
+}
+
+// SAFETY: an address is a number here: only a backend and its kernels dereference it, in the order of one stream.
+unsafe impl Send for Address {}
+// SAFETY: as above; sharing the number shares no access.
+unsafe impl Sync for Address {}
+
+/// One launch, as [`Backend::launch`] runs it: it calls one launcher of the table on the stream.
+pub(super) type LaunchCall<'a> = &'a mut dyn FnMut(&KernelTable, mmpo_stream) -> mmpo_status;
+
+/// Memory, copies and launches of one device; a single stream keeps all of them in the order they were asked for.
+pub(super) trait Backend: Debug + Send + Sync + 'static {
+    /// One line for people.
+    fn describe(&self) -> String;
+
+    /// At least `bytes` bytes on a 256-byte boundary, of unknown content.
+    fn allocate(&self, bytes: usize) -> Result<Address>;
+
+    /// Gives an allocation back; waits for queued work that may still use it.
+    ///
+    /// # Safety
+    /// `address` comes from [`Backend::allocate`] of this backend, and is not used again.
+    unsafe fn free(&self, address: Address);
+
+    /// Copies `source` to device memory; `source` may be reused at once.
+    ///
+    /// # Safety
+    /// `out` begins `source.len()` bytes inside a live allocation of this backend.
+    unsafe fn copy_in(&self, out: *mut c_void, source: &[u8]) -> Result<()>;
+
+    /// Copies device memory to `out`, after waiting for everything queued before.
+    ///
+    /// # Safety
+    /// `source` begins `out.len()` bytes inside a live allocation of this backend.
+    unsafe fn copy_out(&self, out: &mut [u8], source: *const c_void) -> Result<()>;
+
+    /// Copies inside device memory.
+    ///
+    /// # Safety
+    /// Both begin `bytes` bytes inside live allocations of this backend, and do not overlap.
+    unsafe fn copy(&self, out: *mut c_void, source: *const c_void, bytes: usize) -> Result<()>;
+
+    /// Runs `call` with the device current on this thread; `operation` and `shape` are for the message of an error.
+    fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()>;
+
+    /// The vendor's matrix products, where there are some; else the kernels of `linear.cu` do them.
+    fn products(&self) -> Option<&dyn MatrixProducts> {
+        None
+    }
+}
+
+/// A library of matrix products on the backend's stream.
+pub(super) trait MatrixProducts {
+    /// Queues one product.
+    ///
+    /// # Safety
+    /// The operands lie in live allocations of the backend, of at least the sizes that `product` states, and `out`
+    /// overlaps none of the others.
+    unsafe fn multiply(&self, product: &Product) -> Result<()>;
+}
+
+/// Where a product goes, and in which type.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
+pub(super) enum ProductOut {
+    /// Rounded to nearest even.
+    Bf16(*mut bf16),
+    /// The accumulators as they are.
+    F32(*mut f32),
+}
+
+/// A row-major matrix that enters a product as it lies in memory, or transposed.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
+pub(super) struct Operand {
+    pub values: *const bf16,
+    pub transposed: bool,
+}
+
+/// `out[rows, columns] = left[rows, depth] * right[depth, columns] (+ bias[columns])`, or `+=` to accumulate.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
+pub(super) struct Product {
+    pub out: ProductOut,
+    pub accumulate: bool,
+    pub left: Operand,
+    pub right: Operand,
+    pub bias: Option<*const bf16>,
+    pub rows: usize,
+    pub columns: usize,
+    pub depth: usize,
+}

@@ -1,0 +1,233 @@
+//! A real GPU: the driver's primary context, one stream, and pinned staging memory for uploads.
+
+use std::ffi::{CStr, c_void};
+use std::fmt::{self, Debug};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::{CudaContext, CudaStream, sys};
+
+use super::backend::{Address, Backend, LaunchCall, MatrixProducts};
+use super::bindings::gpu::KERNELS;
+use super::cublaslt::CublasLt;
+use super::probe::{Gpu, driver_error};
+use crate::error::{Error, Result};
+
+/// Pinned slots: enough that the uploads of two micro-batches never wait for each other.
+const SLOTS: usize = 32;
+const SLOT_BYTES: usize = 512 << 10;
+
+/// One GPU, one stream.
+pub(super) struct GpuBackend {
+    // Dropped in this order: what needs the context goes before it.
+    products: Option<CublasLt>,
+    staging: Mutex<Staging>,
+    stream: Arc<CudaStream>,
+    context: Arc<CudaContext>,
+    description: String,
+}
+
+impl GpuBackend {
+    pub(super) fn open(gpu: &Gpu) -> Result<Self> {
+        let failed = |error| driver_error(&format!("opening cuda:{}", gpu.ordinal), error);
+        let context = CudaContext::new(gpu.ordinal).map_err(failed)?;
+        let stream = context.new_stream().map_err(failed)?;
+        let staging = Staging::new().map_err(failed)?;
+        let (products, how) = match CublasLt::open(&stream) {
+            Ok(products) => (Some(products), "cuBLASLt".to_owned()),
+            Err(why) => {
+                tracing::warn!("{why}; matrix products run on the slower portable kernel instead");
+                (None, "portable kernel, no cuBLASLt".to_owned())
+            }
+        };
+        let description = format!("cuda:{} ({gpu}; products: {how})", gpu.ordinal);
+        Ok(GpuBackend { products, staging: Mutex::new(staging), stream, context, description })
+    }
+
+    /// Makes the context current on this thread: the runtime inside the kernels' library and the driver's calls use it.
+    fn bind(&self) -> Result<sys::CUstream> {
+        self.context.bind_to_thread().map_err(|error| driver_error("using the GPU", error))?;
+        Ok(self.stream.cu_stream())
+    }
+}
+
+impl Drop for GpuBackend {
+    fn drop(&mut self) {
+        // The fields free what belongs to the context, on whichever thread this is.
+        if let Err(error) = self.bind() {
+            tracing::debug!("{error}");
+        }
+    }
+}
+
+impl Debug for GpuBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GpuBackend({})", self.description)
+    }
+}
+
+impl Backend for GpuBackend {
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        // SAFETY: the context is current; the caller owns the address from here on.
+        let address =
+            unsafe { result::malloc_sync(bytes) }.map_err(|error| self.out_of_memory(bytes, error))?;
+        NonNull::new(address as *mut c_void)
+            .map(Address)
+            .ok_or_else(|| Error::device("the driver allocated nothing", "look at `nvidia-smi`"))
+    }
+
+    unsafe fn free(&self, address: Address) {
+        let freed = self.bind().and_then(|stream| {
+            // SAFETY: the stream is this backend's, and after the wait nothing queued uses the address any more.
+            unsafe {
+                result::stream::synchronize(stream).and_then(|()| result::free_sync(address.pointer() as u64))
+            }
+            .map_err(|error| driver_error("freeing GPU memory", error))
+        });
+        if let Err(error) = freed {
+            // A destructor cannot return it; a failed kernel makes every later call fail, and was reported before.
+            tracing::debug!("{error}");
+        }
+    }
+
+    unsafe fn copy_in(&self, out: *mut c_void, source: &[u8]) -> Result<()> {
+        let stream = self.bind()?;
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's promise; the lock keeps the slots of one upload from those of another.
+        unsafe { staging.copy_in(out as u64, source, stream) }
+            .map_err(|error| driver_error(&format!("copying {} bytes to the GPU", source.len()), error))
+    }
+
+    unsafe fn copy_out(&self, out: &mut [u8], source: *const c_void) -> Result<()> {
+        let stream = self.bind()?;
+        let bytes = out.len();
+        // SAFETY: the caller's promise, and `out` is borrowed until the wait is over.
+        unsafe {
+            result::memcpy_dtoh_async(out, source as u64, stream)
+                .and_then(|()| result::stream::synchronize(stream))
+        }
+        .map_err(|error| {
+            driver_error(&format!("waiting for the GPU, then copying {bytes} bytes from it"), error)
+        })
+    }
+
+    unsafe fn copy(&self, out: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
+        let stream = self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtod_async(out as u64, source as u64, bytes, stream) }
+            .map_err(|error| driver_error(&format!("copying {bytes} bytes inside the GPU"), error))
+    }
+
+    fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
+        let stream = self.bind()?;
+        let status = call(&KERNELS, stream.cast());
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: the launcher returns a static C string.
+        let text = unsafe { CStr::from_ptr((KERNELS.error_text)(status)) }.to_string_lossy();
+        Err(Error::device(
+            format!("{operation} of {shape:?}: {text}"),
+            "if `nvidia-smi` shows a healthy GPU, please report this",
+        ))
+    }
+
+    fn products(&self) -> Option<&dyn MatrixProducts> {
+        self.products.as_ref().map(|products| products as &dyn MatrixProducts)
+    }
+}
+
+impl GpuBackend {
+    fn out_of_memory(&self, bytes: usize, error: DriverError) -> Error {
+        if error.0 != sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
+            return driver_error("allocating GPU memory", error);
+        }
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let free = result::mem_get_info().map(|(free, total)| (gib(free), gib(total)));
+        let place = match free {
+            Ok((free, total)) => format!("{free:.2} GiB of {total:.2} GiB are free"),
+            Err(_) => "the driver does not say how much is free".to_owned(),
+        };
+        Error::device(
+            format!("no GPU memory for {:.2} GiB more: {place}", gib(bytes)),
+            "lower the token budget of a micro-batch, use a smaller model, or end other programs on this GPU",
+        )
+    }
+}
+
+/// Pinned memory in slots: an upload is copied there and goes to the GPU in its own time, so the caller need not wait
+/// for work queued before, as an upload from pageable memory would.
+struct Staging {
+    slots: Vec<Slot>,
+    next: usize,
+}
+
+struct Slot {
+    memory: *mut u8,
+    /// When the last copy out of the slot is over.
+    copied: sys::CUevent,
+}
+
+// SAFETY: the pointers are used under the lock of `GpuBackend::staging` alone; the driver's calls are thread-safe.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    /// The context must be current.
+    fn new() -> std::result::Result<Self, DriverError> {
+        let mut staging = Staging { slots: Vec::with_capacity(SLOTS), next: 0 };
+        for _ in 0..SLOTS {
+            let copied = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+            // SAFETY: the context is current; the memory is freed with the slot.
+            let memory = unsafe { result::malloc_host(SLOT_BYTES, 0)? };
+            staging.slots.push(Slot { memory: memory.cast(), copied });
+        }
+        Ok(staging)
+    }
+
+    /// # Safety
+    /// The context is current, and `out` begins `source.len()` bytes inside a live allocation.
+    unsafe fn copy_in(
+        &mut self,
+        out: sys::CUdeviceptr,
+        source: &[u8],
+        stream: sys::CUstream,
+    ) -> std::result::Result<(), DriverError> {
+        for (chunk, bytes) in source.chunks(SLOT_BYTES).enumerate() {
+            let slot = &self.slots[self.next];
+            self.next = (self.next + 1) % SLOTS;
+            // SAFETY: the wait ends the slot's last copy, so the slot is free; a chunk fits into it; the range of `out`
+            // is the caller's promise.
+            unsafe {
+                result::event::synchronize(slot.copied)?;
+                let staged = std::slice::from_raw_parts_mut(slot.memory, bytes.len());
+                staged.copy_from_slice(bytes);
+                result::memcpy_htod_async(out + (chunk * SLOT_BYTES) as u64, staged, stream)?;
+                result::event::record(slot.copied, stream)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        for slot in &self.slots {
+            // SAFETY: the wait ends the slot's last copy, and nothing names the slot any more. An error means that the
+            // context is lost, and its memory with it.
+            let freed = unsafe {
+                result::event::synchronize(slot.copied)
+                    .and_then(|()| result::free_host(slot.memory.cast()))
+                    .and_then(|()| result::event::destroy(slot.copied))
+            };
+            if let Err(error) = freed {
+                tracing::debug!("freeing pinned memory: {error:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Buffers in device memory, the count of their bytes, scratch memory, and copies between host and device.
+
+use std::fmt::{self, Debug};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::bf16;
+
+use super::backend::{Address, Backend};
+use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32};
+use super::{CudaDevice, REPORT, check_sizes};
+use crate::device::{Element, MemoryUse, RawValues, StorageType};
+use crate::error::{Error, Result};
+
+/// Bytes that pass through scratch memory at once when numbers are converted on their way to the device.
+const CONVERSION_CHUNK: usize = 16 << 20;
+
+/// A backend, and the bytes that are allocated on it.
+#[derive(Debug)]
+pub(super) struct Memory {
+    pub(super) backend: Box<dyn Backend>,
+    now: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+impl Memory {
+    pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
+        Arc::new(Memory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
+    }
+
+    pub(super) fn read(&self) -> MemoryUse {
+        MemoryUse { now: self.now.load(Ordering::Relaxed), peak: self.peak.load(Ordering::Relaxed) }
+    }
+}
+
+/// Bytes of device memory, given back when dropped.
+struct Allocation {
+    memory: Arc<Memory>,
+    address: Address,
+    bytes: usize,
+}
+
+impl Allocation {
+    fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Self> {
+        // No backend is asked for nothing: an empty buffer has an address too.
+        let address = memory.backend.allocate(bytes.max(1))?;
+        let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        memory.peak.fetch_max(now, Ordering::Relaxed);
+        Ok(Allocation { memory: Arc::clone(memory), address, bytes })
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        self.memory.now.fetch_sub(self.bytes, Ordering::Relaxed);
+        // SAFETY: the address is this allocation's own, and no one can name it any more.
+        unsafe { self.memory.backend.free(self.address) };
+    }
+}
+
+/// A buffer of the CUDA device: `len` values of `T` on a 256-byte boundary.
+pub struct CudaBuffer<T> {
+    allocation: Allocation,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+impl<T> Debug for CudaBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CudaBuffer<{}>[{}]", std::any::type_name::<T>(), self.len)
+    }
+}
+
+impl<T> CudaBuffer<T> {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Address of value `index`.
+    pub(super) fn at(&self, index: usize) -> *const T {
+        self.allocation.address.offset(index * size_of::<T>()).cast_const().cast()
+    }
+
+    /// As [`CudaBuffer::at`], to be written.
+    pub(super) fn at_mut(&mut self, index: usize) -> *mut T {
+        self.allocation.address.offset(index * size_of::<T>()).cast()
+    }
+
+    pub(super) fn start(&self) -> *const T {
+        self.at(0)
+    }
+
+    pub(super) fn start_mut(&mut self) -> *mut T {
+        self.at_mut(0)
+    }
+}
+
+/// Scratch memory of the launches, shared by all of them because one stream runs them one after another. It only grows,
+/// so after the largest micro-batch no step allocates any more.
+#[derive(Default)]
+pub(super) struct Workspace {
+    allocation: Mutex<Option<Allocation>>,
+}
+
+impl Workspace {
+    /// Runs `use_it` with at least `bytes` bytes of scratch memory.
+    pub(super) fn with<R>(
+        &self,
+        memory: &Arc<Memory>,
+        bytes: usize,
+        use_it: impl FnOnce(*mut std::ffi::c_void) -> Result<R>,
+    ) -> Result<R> {
+        // The lock is held while the launch is queued, so that another thread cannot free what it uses.
+        let mut allocation = self.allocation.lock().unwrap_or_else(PoisonError::into_inner);
+        let enough = allocation.as_ref().is_some_and(|allocation| allocation.bytes >= bytes);
+        if !enough {
+            // The old one goes first: both at once may not fit.
+            *allocation = None;
+            *allocation = Some(Allocation::new(memory, bytes)?);
+        }
+        let Some(allocation) = allocation.as_ref() else {
+            return Err(Error::device("no scratch memory", REPORT));
+        };
+        use_it(allocation.address.pointer())
+    }
+}
+
+pub(super) fn alloc<T: Element>(device: &CudaDevice, len: usize) -> Result<CudaBuffer<T>> {
+    let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
+        Error::device(
+            format!("no memory for a buffer of {len} values"),
+            "use a smaller model or token budget",
+        )
+    })?;
+    let allocation = Allocation::new(&device.memory, bytes)?;
+    let mut buffer = CudaBuffer { allocation, len, values: PhantomData };
+    zero(device, &mut buffer, 0..len)?;
+    Ok(buffer)
+}
+
+pub(super) fn upload<T: Element>(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<T>,
+    offset: usize,
+    source: &[T],
+) -> Result<()> {
+    let end = offset.saturating_add(source.len());
+    check_sizes("upload", &(offset..end), &[("out", out.len(), end)])?;
+    // SAFETY: the range was just checked to lie inside the buffer.
+    unsafe { device.backend().copy_in(out.at_mut(offset).cast(), bytemuck::cast_slice(source)) }
+}
+
+pub(super) fn download<T: Element>(
+    device: &CudaDevice,
+    out: &mut [T],
+    source: &CudaBuffer<T>,
+    offset: usize,
+) -> Result<()> {
+    let end = offset.saturating_add(out.len());
+    check_sizes("download", &(offset..end), &[("source", source.len(), end)])?;
+    // SAFETY: the range was just checked to lie inside the buffer.
+    unsafe { device.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
+}
+
+/// bf16 goes straight from the file's map to the device; other types are converted there, a chunk at a time.
+pub(super) fn upload_values(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<bf16>,
+    offset: usize,
+    source: RawValues<'_>,
+) -> Result<()> {
+    let end = offset.saturating_add(source.len());
+    check_sizes("upload_values", &(offset..end), &[("out", out.len(), end)])?;
+    let storage = match source.storage {
+        StorageType::Bf16 => MMPO_STORAGE_BF16,
+        StorageType::F16 => MMPO_STORAGE_F16,
+        StorageType::F32 => MMPO_STORAGE_F32,
+    };
+    if storage == MMPO_STORAGE_BF16 {
+        // SAFETY: the range was just checked to lie inside the buffer.
+        return unsafe { device.backend().copy_in(out.at_mut(offset).cast(), source.bytes) };
+    }
+    let mut first = offset;
+    for chunk in source.bytes.chunks(CONVERSION_CHUNK) {
+        let len = chunk.len() / source.storage.size();
+        device.workspace.with(&device.memory, CONVERSION_CHUNK, |scratch| {
+            // SAFETY: the scratch memory holds a chunk, and is next written by work queued behind the conversion.
+            unsafe { device.backend().copy_in(scratch, chunk)? };
+            let out = out.at_mut(first);
+            // SAFETY: `len` values of `scratch` were just written, and the range of `out` was checked.
+            device.launch("upload_values", &source.storage, |kernels, stream| unsafe {
+                (kernels.cast_to_bf16)(out, scratch, storage as i32, len as i64, stream)
+            })
+        })?;
+        first += len;
+    }
+    Ok(())
+}
+
+pub(super) fn download_compute(
+    device: &CudaDevice,
+    out: &mut [f32],
+    source: &CudaBuffer<bf16>,
+    offset: usize,
+) -> Result<()> {
+    let end = offset.saturating_add(out.len());
+    check_sizes("download_compute", &(offset..end), &[("source", source.len(), end)])?;
+    let mut values = vec![bf16::ZERO; out.len().min(CONVERSION_CHUNK)];
+    let mut first = offset;
+    for out in out.chunks_mut(CONVERSION_CHUNK) {
+        let values = &mut values[..out.len()];
+        download(device, values, source, first)?;
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = value.to_f32();
+        }
+        first += out.len();
+    }
+    Ok(())
+}
+
+pub(super) fn zero<T: Element>(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<T>,
+    range: Range<usize>,
+) -> Result<()> {
+    check_sizes("zero", &range, &[("out", out.len(), range.end), ("range", range.end, range.start)])?;
+    let bytes = range.len() * size_of::<T>();
+    // SAFETY: the range was just checked to lie inside the buffer, and zero bytes are a value of every element type.
+    device.launch("zero", &range, |kernels, stream| unsafe {
+        (kernels.zero)(out.at_mut(range.start).cast(), bytes as i64, stream)
+    })
+}
+
+pub(super) fn copy<T: Element>(
+    device: &CudaDevice,
+    out: &mut CudaBuffer<T>,
+    out_offset: usize,
+    source: &CudaBuffer<T>,
+    offset: usize,
+    len: usize,
+) -> Result<()> {
+    let (out_end, end) = (out_offset.saturating_add(len), offset.saturating_add(len));
+    check_sizes("copy", &len, &[("out", out.len(), out_end), ("source", source.len(), end)])?;
+    let out = out.at_mut(out_offset).cast();
+    // SAFETY: both ranges were just checked to lie inside their buffers, which are different ones.
+    unsafe { device.backend().copy(out, source.at(offset).cast(), len * size_of::<T>()) }
+}

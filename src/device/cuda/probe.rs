@@ -1,0 +1,166 @@
+//! What this build and this machine offer, asked without touching a GPU's memory.
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+use crate::error::{Error, Result};
+
+/// The oldest architecture with bf16 tensor cores and asynchronous copies: Ampere.
+const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// The CUDA version of the kernels' runtime as the driver counts: `1000 * major + 10 * minor`; 0 without kernels.
+const RUNTIME_VERSION: &str = env!("MMPO_FAST_CUDA_VERSION");
+
+/// What `mmpo-fast --version --verbose` says of the GPU kernels in this binary: the compiler and the targets, or why
+/// there are none.
+pub fn build_info() -> &'static str {
+    env!("MMPO_FAST_GPU_KERNELS")
+}
+
+/// A GPU that the driver lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    pub ordinal: usize,
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Bytes of memory in all, used or not.
+    pub memory: usize,
+}
+
+impl Gpu {
+    /// Whether the kernels run on it; the error says why not.
+    pub fn check(&self) -> Result<()> {
+        if self.capability >= OLDEST_CAPABILITY {
+            return Ok(());
+        }
+        let (major, minor) = self.capability;
+        Err(Error::device(
+            format!("cuda:{} ({}) has compute capability {major}.{minor}", self.ordinal, self.name),
+            "8.0 (Ampere) or later is needed; `--device cpu` runs anywhere",
+        ))
+    }
+}
+
+impl std::fmt::Display for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (major, minor) = self.capability;
+        let gib = self.memory as f64 / f64::from(1 << 30);
+        write!(f, "{}, compute capability {major}.{minor}, {gib:.0} GiB", self.name)
+    }
+}
+
+/// All GPUs of the machine, in the driver's order.
+///
+/// # Errors
+/// [`Error::Device`] if the program has no GPU kernels, or the driver is absent, too old or refuses.
+pub fn gpus() -> Result<Vec<Gpu>> {
+    check_build_and_driver()?;
+    let count = result::device::get_count().map_err(|error| driver_error("counting the GPUs", error))?;
+    (0..count).map(|ordinal| gpu(ordinal).map_err(|error| driver_error("asking a GPU", error))).collect()
+}
+
+/// The GPU of this ordinal, if the kernels run on it.
+pub(super) fn usable(ordinal: usize) -> Result<Gpu> {
+    let gpus = gpus()?;
+    let count = gpus.len();
+    let gpu = gpus.into_iter().nth(ordinal).ok_or_else(|| {
+        Error::device(
+            format!("there is no GPU {ordinal}: the driver lists {count}"),
+            "use a smaller number behind `cuda:`, and look at CUDA_VISIBLE_DEVICES",
+        )
+    })?;
+    gpu.check()?;
+    Ok(gpu)
+}
+
+fn gpu(ordinal: i32) -> std::result::Result<Gpu, DriverError> {
+    use sys::CUdevice_attribute_enum::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    let device = result::device::get(ordinal)?;
+    // SAFETY: the device was just handed out by the driver.
+    let (major, minor, memory) = unsafe {
+        (
+            result::device::get_attribute(device, MAJOR)?,
+            result::device::get_attribute(device, MINOR)?,
+            result::device::total_mem(device)?,
+        )
+    };
+    Ok(Gpu {
+        ordinal: ordinal as usize,
+        name: result::device::get_name(device)?,
+        capability: (major, minor),
+        memory,
+    })
+}
+
+pub(super) fn no_kernels() -> Error {
+    Error::device(
+        format!("this binary has no GPU kernels: {}", build_info()),
+        "run tools/setup_cuda.sh (or set NVCC), then build again; `--device cpu` works without",
+    )
+}
+
+fn check_build_and_driver() -> Result<()> {
+    if !cfg!(mmpo_gpu_kernels) {
+        return Err(no_kernels());
+    }
+    // SAFETY: asking loads the library and runs its initialisers, nothing else.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::device(
+            "no CUDA driver: libcuda.so.1 was not found",
+            "install NVIDIA's driver, or use `--device cpu`",
+        ));
+    }
+    result::init().map_err(|error| driver_error("starting the CUDA driver", error))?;
+    let mut version = 0;
+    // SAFETY: the call writes the number, and the driver's library is present.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|error| driver_error("asking the driver's version", error))?;
+    check_driver_version(version, RUNTIME_VERSION)
+}
+
+/// Within a major version of CUDA, older drivers run newer runtimes.
+fn check_driver_version(driver: i32, runtime: &str) -> Result<()> {
+    let needed: i32 = runtime.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
+    if driver / 1000 >= needed {
+        return Ok(());
+    }
+    Err(Error::device(
+        format!("the NVIDIA driver is too old: it knows CUDA {}.{}", driver / 1000, driver % 1000 / 10),
+        format!("the kernels were built with CUDA {runtime}: update the driver, or build with an older nvcc"),
+    ))
+}
+
+/// An error of the driver, with what was being done.
+pub(super) fn driver_error(doing: &str, error: DriverError) -> Error {
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+    let text = text.unwrap_or_else(|_| format!("{error:?}"));
+    Error::device(format!("{doing}: {text}"), "`nvidia-smi` shows whether driver and GPU are well")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_driver_is_told_apart() {
+        assert!(check_driver_version(13000, "13.0").is_ok());
+        assert!(check_driver_version(13020, "13.0").is_ok());
+        assert!(check_driver_version(13000, "13.2").is_ok());
+        let error = check_driver_version(12080, "13.0").unwrap_err().to_string();
+        assert!(error.contains("CUDA 12.8"), "{error}");
+    }
+
+    #[test]
+    fn an_old_gpu_is_told_apart() {
+        let gpu = |capability| Gpu { ordinal: 1, name: "Tesla T4".into(), capability, memory: 16 << 30 };
+        assert!(gpu((8, 0)).check().is_ok());
+        assert!(gpu((12, 0)).check().is_ok());
+        let error = gpu((7, 5)).check().unwrap_err().to_string();
+        assert!(error.contains("cuda:1 (Tesla T4)") && error.contains("7.5"), "{error}");
+    }
+}

@@ -1,0 +1,118 @@
+//! What the build promises: a binary without CUDA libraries that starts anywhere, objects that are compiled again only
+//! when their input changed, and a complaint for every spill.
+
+#[path = "../build/objects.rs"]
+mod objects;
+#[path = "../build/ptxas.rs"]
+mod ptxas;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Mutex;
+
+use mmpo_fast::device::cuda::build_info;
+use objects::{Cache, Compiled, Job};
+
+/// As the build script's.
+type Result<T> = std::result::Result<T, String>;
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"))
+}
+
+/// The dynamic libraries the loader would need, as `ldd` lists them.
+#[test]
+#[cfg(target_os = "linux")]
+fn links_no_cuda_library() {
+    let output = run("ldd", &[env!("CARGO_BIN_EXE_mmpo-fast")]);
+    let libraries = String::from_utf8_lossy(&output.stdout).to_lowercase();
+    assert!(libraries.contains("libc.so"), "ldd lists nothing: {libraries}");
+    for forbidden in ["cuda", "cublas", "nvidia", "nccl"] {
+        assert!(!libraries.contains(forbidden), "{forbidden} is linked:\n{libraries}");
+    }
+}
+
+/// The driver's absence shows when a GPU is asked for, not before `main`; the version says which kernels there are.
+#[test]
+fn starts_without_a_gpu_and_names_its_kernels() {
+    let output = run(env!("CARGO_BIN_EXE_mmpo-fast"), &["--version", "--verbose"]);
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains(build_info()), "{text}");
+    let kernels = build_info().starts_with("nvcc ") && build_info().contains("sm_80, sm_90a, PTX");
+    let none = build_info().starts_with("none (") && build_info().len() > "none ()".len();
+    assert!(kernels || none, "{text}");
+}
+
+/// Compiles `sources` of `folder` under `fingerprint`, and returns which of them were really compiled.
+fn compile(folder: &Path, sources: &[PathBuf], fingerprint: &str) -> Vec<String> {
+    let compiled = Mutex::new(Vec::new());
+    let jobs: Vec<Job<'_>> = sources
+        .iter()
+        .map(|source| {
+            let compiled = &compiled;
+            let compile = move |object: &Path| {
+                let name = source.file_name().unwrap().to_string_lossy().into_owned();
+                std::fs::write(object, "object").map_err(|error| error.to_string())?;
+                compiled.lock().unwrap().push(name.clone());
+                Ok(format!("report of {name}"))
+            };
+            Job { source: source.clone(), fingerprint: fingerprint.into(), compile: Box::new(compile) }
+        })
+        .collect();
+    let cache = Cache::new(&folder.join("out"), &[folder.join("common.cuh")]).unwrap();
+    let results = cache.compile("gpu", &jobs).unwrap();
+    for (result, source) in results.iter().zip(sources) {
+        assert!(result.object.exists(), "{}", result.object.display());
+        let name = source.file_name().unwrap().to_string_lossy();
+        assert_eq!(result.output, format!("report of {name}"), "kept when nothing is compiled");
+    }
+    drop(jobs);
+    let mut compiled = compiled.into_inner().unwrap();
+    compiled.sort();
+    compiled
+}
+
+#[test]
+fn a_touched_kernel_is_compiled_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let sources = ["rope.cu", "swiglu.cu"].map(|name| folder.join(name));
+    for file in sources.iter().chain(&[folder.join("common.cuh")]) {
+        std::fs::write(file, "first").unwrap();
+    }
+    let all = ["rope.cu", "swiglu.cu"];
+    assert_eq!(compile(folder, &sources, "-O3"), all);
+    assert!(compile(folder, &sources, "-O3").is_empty());
+    std::fs::write(&sources[1], "second").unwrap();
+    assert_eq!(compile(folder, &sources, "-O3"), ["swiglu.cu"]);
+    assert_eq!(compile(folder, &sources, "-O2"), all, "other flags");
+    std::fs::write(folder.join("common.cuh"), "second").unwrap();
+    assert_eq!(compile(folder, &sources, "-O2"), all, "another header");
+}
+
+/// What nvcc prints of a clean kernel, of one that spills, and a warning.
+#[test]
+fn spills_stack_frames_and_warnings_are_found() {
+    let clean = "ptxas info    : Compiling entry function 'clean' for 'sm_80'\n\
+        ptxas info    : Function properties for clean\n    \
+        0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+        ptxas info    : Used 32 registers, used 1 barriers\n";
+    let spilled = "ptxas info    : Compiling entry function 'spilled' for 'sm_90a'\n    \
+        16 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads\n";
+    let warning = "kernels/rope.cu(7): warning #177-D: variable \"x\" was declared but never referenced\n";
+    let folder = tempfile::tempdir().unwrap();
+    let review = |output: String| {
+        let compiled = Compiled { source: "kernels/rope.cu".into(), object: "rope.o".into(), output };
+        ptxas::review(&[compiled], folder.path()).unwrap()
+    };
+    assert!(review(clean.to_owned()).is_empty());
+    assert_eq!(std::fs::read_to_string(folder.path().join("rope.txt")).unwrap(), clean);
+    let findings = review([clean, spilled, warning].concat());
+    assert_eq!(findings.len(), 2, "{findings:?}");
+    assert!(
+        findings[0].starts_with("kernels/rope.cu: 'spilled' for 'sm_90a': 16 bytes stack"),
+        "{findings:?}"
+    );
+    assert!(findings[1].contains("#177-D"), "{findings:?}");
+}

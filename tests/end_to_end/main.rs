@@ -1,0 +1,9 @@
+//! The program as a user runs it, from the command line to the files it leaves.
+
+mod bad_input;
+mod demo;
+mod generate;
+mod harness;
+mod resume;
+mod score;
+mod train;

@@ -1,0 +1,261 @@
+//! What a training run does and leaves.
+
+use std::path::PathBuf;
+
+use crate::harness::{TRAIN, Workplace, assert_close};
+
+const STEP_NAMES: &str = "step loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
+                          logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen \
+                          weights/saturated tokens_per_second pairs_per_second memory/peak_gib";
+const EVALUATION_NAMES: &str = "step eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies \
+                                eval_rewards/margins eval_logps/chosen eval_logps/rejected eval_logps/accuracies \
+                                eval_logps/margins epoch eval_weights/chosen eval_weights/saturated";
+
+#[test]
+fn a_run_leaves_model_metrics_report_and_checkpoints() {
+    let work = Workplace::new();
+    let finished = work.succeed(&format!(
+        "{TRAIN} --output deep/run --epochs 3 --save-steps 2 --eval-data pairs.jsonl --eval-steps 4"
+    ));
+    for part in ["before", "after", "prompt", "deep/run/model", "deep/run/report.html"] {
+        assert!(finished.stdout.contains(part), "no {part:?} in: {}", finished.stdout);
+    }
+
+    let files: Vec<PathBuf> = work.contents("deep/run").into_keys().collect();
+    let mut names: Vec<&str> = files
+        .iter()
+        .map(|path| path.strip_prefix(work.path("deep/run")).unwrap().to_str().unwrap())
+        .collect();
+    let events = names.iter().position(|name| name.starts_with("tensorboard/events.out.tfevents."));
+    names.remove(events.expect("TensorBoard events"));
+    assert_eq!(
+        names,
+        [
+            "checkpoints/step-000008/state.json",
+            "checkpoints/step-000008/state.safetensors",
+            "checkpoints/step-000009/state.json",
+            "checkpoints/step-000009/state.safetensors",
+            "metrics.jsonl",
+            "model/chat_template.jinja",
+            "model/config.json",
+            "model/generation_config.json",
+            "model/model.safetensors",
+            "model/tokenizer.json",
+            "model/tokenizer_config.json",
+            "report.html",
+            "resolved.toml",
+        ]
+    );
+    let page = String::from_utf8(work.read("deep/run/report.html")).unwrap();
+    assert!(page.contains("<svg") && page.contains("learning_rate") && page.trim_end().ends_with("</html>"));
+
+    // The resolved recipe is the whole run: it makes the same bits again.
+    work.succeed("train --recipe deep/run/resolved.toml --output again");
+    work.assert_same_bits("deep/run", "again", 9);
+}
+
+#[test]
+fn metrics_have_the_documented_names() {
+    let work = Workplace::new();
+    work.succeed(&format!("{TRAIN} --output run --epochs 2 --eval-data pairs.jsonl --eval-steps 4"));
+    let lines = work.lines("run/metrics.jsonl");
+    let steps: Vec<(u64, bool)> =
+        lines.iter().map(|line| (line["step"].as_u64().unwrap(), line.contains_key("eval_loss"))).collect();
+    // Before the first step, every fourth, and at the end.
+    let expected = [0, 1, 2, 3, 4, 4, 5, 6, 6].into_iter();
+    let evaluations = [true, false, false, false, false, true, false, false, true];
+    assert_eq!(steps, expected.zip(evaluations).collect::<Vec<_>>());
+    for line in &lines {
+        let names: Vec<&str> = line.keys().map(String::as_str).collect();
+        let documented = if line.contains_key("eval_loss") { EVALUATION_NAMES } else { STEP_NAMES };
+        assert_eq!(names, documented.split_whitespace().collect::<Vec<_>>());
+        assert!(line.values().all(|value| value.as_f64().is_some_and(f64::is_finite)), "{line:?}");
+    }
+    let epochs: Vec<f64> = work.series("run", "epoch");
+    assert_eq!(epochs.last(), Some(&2.0));
+    // 4 of 11 pairs after the first step.
+    assert_close(epochs[1], 4.0 / 11.0, 1e-12, "epoch of step 1");
+}
+
+#[test]
+fn two_runs_and_any_number_of_threads_give_the_same_bits() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --epochs 3 --eval-data pairs.jsonl");
+    work.succeed(&format!("{run} --output one"));
+    work.succeed(&format!("{run} --output two"));
+    work.assert_same_bits("one", "two", 9);
+    let threads = run.replace("--threads 1", "--threads 3");
+    work.succeed(&format!("{threads} --output threads"));
+    work.assert_same_bits("one", "threads", 9);
+    work.succeed(&format!("{run} --seed 7 --output seed"));
+    assert_ne!(work.series("one", "loss"), work.series("seed", "loss"), "the seed orders the pairs");
+}
+
+#[test]
+fn the_loss_does_not_depend_on_the_micro_batches() {
+    let work = Workplace::new();
+    for objective in [
+        "mmpo",
+        "mmpo --length-normalize --entropy-weight beta --preference-weight 0.5",
+        "dpo",
+        "simpo",
+        "sft",
+    ] {
+        let name = objective.replace(' ', "_");
+        let run = |budget: usize| {
+            let output = format!("{name}-{budget}");
+            work.succeed(
+                &format!(
+                    "{TRAIN} --objective {objective} --learning-rate 1e-4 --warmup-steps 0 --epochs 2 \
+                 --tokens-per-micro-batch {budget} --output {output}",
+                )
+                .replace("--learning-rate 1e-3 ", ""),
+            );
+            (work.series(&output, "loss"), work.series(&output, "grad_norm"))
+        };
+        let (small, large) = (run(64), run(4096));
+        assert_eq!(small.0.len(), 6);
+        for (what, small, large) in [("loss", small.0, large.0), ("grad_norm", small.1, large.1)] {
+            for (step, (small, large)) in small.iter().zip(&large).enumerate() {
+                let error = (small - large).abs() / large.abs();
+                assert!(error <= 1e-5, "{objective}: {what} of step {step}: {small} against {large}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sft_and_simpo_need_no_reference_and_the_first_loss_of_dpo_is_ln_2() {
+    let work = Workplace::new();
+    for objective in ["sft", "simpo"] {
+        let finished =
+            work.succeed(&format!("{TRAIN} --objective {objective} --output {objective} --epochs 1"));
+        assert!(!finished.stderr.contains("reference"), "{}", finished.stderr);
+        assert!(!work.path("cache").exists(), "{objective} made a reference cache");
+    }
+    assert!(work.series("sft", "rewards/chosen").is_empty(), "SFT looks at no rejected response");
+    let finished = work.succeed(&format!("{TRAIN} --objective dpo --output dpo --epochs 1"));
+    assert!(finished.stderr.contains("reference log-probs"), "{}", finished.stderr);
+    assert_close(work.series("dpo", "loss")[0], std::f64::consts::LN_2, 1e-5, "first loss");
+    assert!(work.series("dpo", "weights/chosen").is_empty(), "the weights are MMPO's");
+}
+
+#[test]
+fn a_reference_of_its_own_changes_the_rewards() {
+    let work = Workplace::new();
+    work.bring("tied");
+    work.succeed(&format!("{TRAIN} --objective dpo --reference tied --output run --epochs 1"));
+    assert!(work.series("run", "rewards/chosen")[0].abs() > 0.1, "rewards are against another model");
+}
+
+#[test]
+fn the_reference_is_scored_once_and_a_damaged_cache_is_replaced() {
+    let work = Workplace::new();
+    let run = |output: &str| work.succeed(&format!("{TRAIN} --epochs 1 --output {output}")).stderr;
+    assert!(run("first").contains("reference log-probs 11/11 pairs"));
+    let cached = work.contents("cache");
+    assert_eq!(cached.len(), 1);
+    let (path, bytes) = cached.iter().next().unwrap();
+    assert!(run("second").contains("reference log-probs: 11 pairs from"));
+
+    let mut damaged = bytes.clone();
+    let middle = damaged.len() - 80;
+    damaged[middle] ^= 1;
+    std::fs::write(path, damaged).unwrap();
+    let log = run("third");
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    assert!(warnings[0].contains("checksum") && warnings[0].contains(path.to_str().unwrap()), "{log}");
+    assert!(log.contains("reference log-probs 11/11 pairs"), "{log}");
+    assert_eq!(&work.contents("cache"), &cached);
+    for other in ["second", "third"] {
+        work.assert_same_bits("first", other, 3);
+    }
+    // Other limits are other data.
+    work.succeed(&format!("{TRAIN} --epochs 1 --output fourth").replace("160", "128"));
+    assert_eq!(work.contents("cache").len(), 2);
+}
+
+#[test]
+fn epochs_steps_and_schedules() {
+    let work = Workplace::new();
+    for (name, flags, steps, factors) in [
+        ("half", "--epochs 0.5", 2, &[][..]),
+        ("more", "--epochs 2.4", 8, &[]),
+        ("linear", "--max-steps 6 --schedule linear --warmup-steps 2", 6, &[0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", "--max-steps 4 --schedule cosine --warmup-ratio 0", 4, &[1.0, 0.853_553, 0.5, 0.146_447]),
+        ("constant", "--max-steps 3 --schedule constant --warmup-ratio 0.33", 3, &[0.0, 1.0, 1.0]),
+    ] {
+        work.succeed(&format!("{TRAIN} {flags} --output {name}"));
+        let rates = work.series(name, "learning_rate");
+        assert_eq!(rates.len(), steps, "{name}");
+        for (rate, factor) in rates.iter().zip(factors) {
+            assert_close(rate * 1e3, *factor, 1e-5, name);
+        }
+    }
+}
+
+#[test]
+fn a_folder_that_holds_a_run_is_refused_and_stays_as_it_is() {
+    let work = Workplace::new();
+    work.succeed(&format!("{TRAIN} --output run --epochs 1"));
+    let before = work.contents("run");
+    work.refuse(&format!("{TRAIN} --output run --epochs 2"), 2, &["run holds a run already", "--resume"]);
+    // The demo may replace itself alone.
+    work.refuse("train --output run", 2, &["run holds a run already"]);
+    // Other settings are another run.
+    work.refuse(
+        &format!("{TRAIN} --output run --epochs 2 --resume"),
+        2,
+        &["cannot be resumed", "`epochs` was 1.0 and is 2.0"],
+    );
+    assert_eq!(work.contents("run"), before);
+    work.refuse(
+        &format!("{TRAIN} --output nowhere --resume"),
+        2,
+        &["nowhere has no checkpoint to resume from"],
+    );
+}
+
+#[test]
+fn a_run_that_diverges_stops_with_its_earlier_checkpoint_intact() {
+    let work = Workplace::new();
+    let run = |output: &str, flags: &str| {
+        let run = TRAIN.replace("1e-3", "1e30");
+        work.refuse(
+            &format!("{run} --warmup-steps 0 --output {output} {flags}"),
+            7,
+            &["loss NaN", "not a number to train on", "--learning-rate"],
+        )
+    };
+    run("steps", "--max-steps 5 --save-steps 1");
+    assert!(!work.path("steps/model").exists());
+    let names: Vec<PathBuf> = work.contents("steps/checkpoints").into_keys().collect();
+    let expected =
+        ["state.json", "state.safetensors"].map(|n| work.path("steps/checkpoints/step-000001").join(n));
+    assert_eq!(names, expected);
+    // Where the last step diverges, the evaluation behind it sees it, before anything is saved.
+    run("last", "--max-steps 1 --eval-data pairs.jsonl");
+    assert!(!work.path("last/model").exists() && !work.path("last/checkpoints").exists());
+}
+
+#[test]
+fn on_real_pairs_the_chosen_responses_become_likelier() {
+    let Some(fixtures) = std::env::var_os("MMPO_FAST_FIXTURES").map(PathBuf::from) else {
+        println!("skipped: MMPO_FAST_FIXTURES names no folder");
+        return;
+    };
+    let work = Workplace::new();
+    let (model, data) = (fixtures.join("tiny-llama/model"), fixtures.join("../data/dpo_en_demo.json"));
+    let (model, data) = (model.to_str().unwrap(), data.to_str().unwrap());
+    let mut command = work.command(
+        "train --output run --epochs 2 --pairs-per-step 16 --max-length 96 --max-prompt-length 32 \
+         --learning-rate 5e-4 --device cpu",
+    );
+    command.args(["--model", model, "--data", data, "--eval-data", data]);
+    let finished = crate::harness::finish(command);
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    let chosen = work.series("run", "eval_logps/chosen");
+    assert_eq!(chosen.len(), 3, "before, and after each epoch");
+    assert!(chosen.is_sorted() && chosen[2] > chosen[0] + 1.0, "{chosen:?}");
+}

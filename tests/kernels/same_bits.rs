@@ -1,0 +1,62 @@
+//! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
+
+use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
+use mmpo_fast::device::{Device, HeadShape, LinearShape, NormShape, TokenScores};
+
+use crate::harness::*;
+
+const ROWS: usize = 75;
+const WIDTH: usize = 192;
+
+/// The bits of everything that a few launches leave.
+fn bits(device: &CudaDevice) -> Vec<u32> {
+    let (x, _) = random_compute(device, 1, ROWS * WIDTH, 1.0);
+    let (weight, _) = random_compute(device, 2, WIDTH, 1.0);
+    let (mut dx, _) = random_compute(device, 3, ROWS * WIDTH, 1.0);
+    let mut out = unset_compute(device, ROWS * WIDTH);
+    let mut rstd = unset_floats(device, ROWS);
+    let mut dweight = floats(device, &[0.0; WIDTH]);
+    let norm = NormShape { rows: ROWS, width: WIDTH, epsilon: 1e-5 };
+    device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, norm).unwrap();
+    device.rms_norm_backward(&mut dx, &mut dweight, &out, &x, &weight, &rstd, norm).unwrap();
+
+    let batch = pair_batch(&[(40, 20, 15)], 2);
+    let buffers = load_batch(device, &batch, &[]);
+    let mut dtable = floats(device, &[0.0; 2 * WIDTH]);
+    device.embedding_backward(&mut dtable, &x, &buffers, ROWS, WIDTH).unwrap();
+
+    let linear = LinearShape { rows: ROWS, inputs: WIDTH, outputs: WIDTH };
+    let mut dlinear = floats(device, &[0.0; WIDTH * WIDTH]);
+    let mut dbias = floats(device, &[0.0; WIDTH]);
+    device.linear_backward_weight(&mut dlinear, Some(&mut dbias), &out, &x, linear).unwrap();
+    let mut gradient_norm = unset_floats(device, 2);
+    device.gradient_norm(&mut gradient_norm, &[&dlinear, &dbias, &dweight], Some(1.0)).unwrap();
+
+    let (vocab, scored) = (501, 3);
+    let (table, _) = random_compute(device, 4, vocab * WIDTH, 0.3);
+    let targets = indices(device, &[1, 0, 500]);
+    let mut scores = TokenScores::new(device, scored).unwrap();
+    let mut logits = unset_compute(device, scored * vocab);
+    let head = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true };
+    device.logp_head_forward(&mut scores, &mut logits, &x, &table, &targets, &head).unwrap();
+
+    [&rstd, &dweight, &dtable, &dlinear, &dbias, &gradient_norm, &scores.lse, &scores.logp, &scores.entropy]
+        .into_iter()
+        .flat_map(|buffer| read(device, buffer))
+        .chain([&dx, &out, &logits].into_iter().flat_map(|buffer| read_compute(device, buffer)))
+        .map(f32::to_bits)
+        .collect()
+}
+
+#[test]
+fn whatever_the_order() {
+    let device = emulated();
+    let wanted = bits(&device);
+    for seed in 1..=4 {
+        EmulatorVariant::Plain.configure(emulator_options(seed)).unwrap();
+        let got = bits(&device);
+        let differing = wanted.iter().zip(&got).filter(|(wanted, got)| wanted != got).count();
+        assert_eq!(differing, 0, "values that differ under schedule {seed}, of {}", wanted.len());
+    }
+    EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
+}

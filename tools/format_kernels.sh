@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# clang-format over the kernels, pinned, from PyPI: `tools/format_kernels.sh` rewrites, `--check` only compares.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+version=20.1.8
+tool=.toolchain-format/$version
+
+if [ ! -x "$tool/bin/clang-format" ]; then
+  python3 -m pip install --quiet --disable-pip-version-check --no-warn-script-location --target "$tool" "clang-format==$version"
+fi
+files=$(git ls-files 'kernels/*.cu' 'kernels/*.cuh' 'kernels/*.cpp' 'kernels/*.h' 'kernels/*/*.cuh' 'kernels/*/*.cpp' 'kernels/*/*.h' 'tests/emulator/*')
+files=$(printf '%s\n' $files | grep -E '\.(cu|cuh|cpp|h)$' | sort -u)
+case "${1:-}" in
+  --check) PYTHONPATH=$tool "$tool/bin/clang-format" --dry-run -Werror $files ;;
+  *) PYTHONPATH=$tool "$tool/bin/clang-format" -i $files ;;
+esac
