@@ -66,6 +66,7 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     ("missing_syncthreads", Variant::Checked, LATE, "which nothing has written"),
     ("missing_syncthreads", Variant::Plain, LATE, "wrong data"),
     ("write_after_read", Variant::Checked, LATE, "race in shared memory"),
+    ("overwritten_too_soon", Variant::Checked, LATE, "not ordered after the read by thread"),
     ("two_writers", Variant::Checked, LATE, "race in shared memory at offset 0: write by thread 32, not ordered after the write by thread 0"),
     ("missing_syncwarp", Variant::Checked, LATE, "which nothing has written"),
     ("missing_syncwarp", Variant::Plain, LATE, "wrong data"),

@@ -51,12 +51,12 @@ GlobalMemory::GlobalMemory() {
 }
 
 bool GlobalMemory::reserve_shadow(size_t bytes) {
-    static_assert(sizeof(Touch) == 8, "two planes of 8 bytes for each unit");
-    uint8_t* memory = reserve((1 + 2 * sizeof(Touch) / kTouchUnit) * bytes);
+    static_assert(sizeof(Touch) == 8, "two planes of 8 bytes for each 4");
+    uint8_t* memory = reserve(5 * bytes);
     if (memory == nullptr) return false;
     shadow_ = memory;
     writes_ = reinterpret_cast<Touch*>(memory + bytes);
-    reads_ = reinterpret_cast<Touch*>(memory + (1 + sizeof(Touch) / kTouchUnit) * bytes);
+    reads_ = reinterpret_cast<Touch*>(memory + 3 * bytes);
     return true;
 }
 
@@ -230,23 +230,44 @@ void check_global(Thread& thread, uintptr_t address, size_t bytes, bool write, S
     if (write) memset(state, SharedShadow::kWritten, bytes);
 }
 
+namespace {
+
+constexpr uint32_t kSeveralBlocks = (1u << 28) - 1;
+using Touch = GlobalMemory::Touch;
+
+bool conflicts(const Touch& earlier, const Touch& mine) {
+    return earlier.launch == mine.launch && earlier.block != mine.block && (earlier.bytes & mine.bytes) != 0;
+}
+
+// A word remembers one block. Blocks that touch different bytes of it push one another out, which loses findings but
+// makes none up.
+void remember(Touch& word, const Touch& mine, bool by_several) {
+    const bool known = word.launch == mine.launch && (word.block == mine.block || by_several);
+    const uint32_t bytes = known ? word.bytes | mine.bytes : mine.bytes;
+    word = Touch{mine.launch, by_several ? kSeveralBlocks : mine.block, bytes & 0xfu};
+}
+
+}  // namespace
+
 void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool write, Site site) {
-    constexpr uint32_t kSeveral = ~0u;
     Block& block = *running;
     if (!kChecked || block.uses_global_atomics) return;
     GlobalMemory& memory = GlobalMemory::instance();
-    const GlobalMemory::Touch mine{Launch::current().number(), block.number};
-    const auto touched_by_other = [&](const GlobalMemory::Touch& touch) { return touch.launch == mine.launch && touch.block != mine.block; };
-    constexpr uintptr_t kUnit = GlobalMemory::kTouchUnit;
-    for (uintptr_t unit = address & ~(kUnit - 1); unit < address + bytes; unit += kUnit) {
-        GlobalMemory::Touch& wrote = memory.last_write(unit);
-        GlobalMemory::Touch& read = memory.last_read(unit);
-        const bool after_write = touched_by_other(wrote), after_read = write && touched_by_other(read);
-        if (after_write || after_read)
+    const uintptr_t end = address + bytes;
+    for (uintptr_t word = address & ~uintptr_t(3); word < end; word += 4) {
+        const uint32_t first = word < address ? uint32_t(address - word) : 0, last = uint32_t(std::min<uintptr_t>(4, end - word));
+        const Touch mine{Launch::current().number(), block.number & (kSeveralBlocks - 1), ((1u << last) - (1u << first)) & 0xfu};
+        Touch& wrote = memory.last_write(word);
+        Touch& read = memory.last_read(word);
+        const bool after_write = conflicts(wrote, mine), after_read = write && conflicts(read, mine);
+        if (after_write || after_read) {
+            const uint32_t shared_bytes = (after_write ? wrote : read).bytes & mine.bytes;
             fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
-                 write ? "writes" : "reads", reinterpret_cast<void*>(unit), after_write ? "wrote" : "read");
-        if (write) wrote = mine;
-        else read = touched_by_other(read) ? GlobalMemory::Touch{mine.launch, kSeveral} : mine;
+                     write ? "writes" : "reads", reinterpret_cast<void*>(word + uintptr_t(__builtin_ctz(shared_bytes))),
+                     after_write ? "wrote" : "read");
+        }
+        if (write) remember(wrote, mine, false);
+        else remember(read, mine, conflicts(read, mine));
     }
 }
 

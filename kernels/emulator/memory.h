@@ -37,14 +37,14 @@ class GlobalMemory {
     static constexpr uint8_t kFreed = 0x01;
     uint8_t* shadow(uintptr_t address) const { return shadow_ + (address - base_); }
     void mark_written(uintptr_t address, size_t bytes);
-    // Which block last wrote, and which read, the unit at an address, and in which launch. Checked variant. A unit is the
-    // narrowest number that kernels store: rows of an odd number of bf16 meet inside a word.
-    static constexpr size_t kTouchUnit = 2;
+    // Which block last wrote, and which read, some of the 4 bytes at an address, and in which launch. Checked variant.
     struct Touch {
-        uint32_t launch, block;
+        uint32_t launch;
+        uint32_t block : 28;
+        uint32_t bytes : 4;
     };
-    Touch& last_write(uintptr_t address) const { return writes_[(address - base_) / kTouchUnit]; }
-    Touch& last_read(uintptr_t address) const { return reads_[(address - base_) / kTouchUnit]; }
+    Touch& last_write(uintptr_t address) const { return writes_[(address - base_) / 4]; }
+    Touch& last_read(uintptr_t address) const { return reads_[(address - base_) / 4]; }
 
   private:
     GlobalMemory();

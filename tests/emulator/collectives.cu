@@ -210,6 +210,26 @@ CASE(three_dimensions) {
     return outcome(LAUNCH(index_kernel, dim3(2, 3, 4), dim3(5, 6, 7), 0, nullptr, out.data()), out, expected);
 }
 
+// Blocks that write neighbouring halves of one word do not disturb each other.
+__global__ void odd_rows_kernel(bf16* out, const bf16* in, int width) {
+    for (int i = int(threadIdx.x); i < width; i += 32) out[int(blockIdx.x) * width + i] = in[i];
+}
+
+CASE(odd_rows) {
+    constexpr int kRows = 9, kWidth = 77;
+    std::vector<bf16> values(kWidth);
+    for (int i = 0; i < kWidth; ++i) values[size_t(i)] = to_bf16(float(i));
+    DeviceArray<bf16> in(values), out(kRows * kWidth);
+    if (const int error = LAUNCH(odd_rows_kernel, dim3(kRows), dim3(32), 0, nullptr, out.data(), in.data(), kWidth)) return device_error(error);
+    const std::vector<bf16> found = out.download();
+    std::vector<float> result(found.size()), expected(found.size());
+    for (size_t i = 0; i < found.size(); ++i) {
+        result[i] = to_float(found[i]);
+        expected[i] = float(i % kWidth);
+    }
+    return compare(result, expected);
+}
+
 #if MMPO_EMULATED
 __global__ void nothing_kernel(int) {}
 

@@ -31,7 +31,7 @@ __global__ void reuse_kernel(float* out, bool sync) {
     for (int round = 0; round < 2; ++round) {
         shared[threadIdx.x] = float(threadIdx.x);  // FAULT write_after_read
         __syncthreads();
-        sum += shared[(threadIdx.x + 32) % kThreads];
+        sum += shared[(threadIdx.x + 32) % kThreads];  // FAULT write_after_read
         if (sync) __syncthreads();
     }
     out[threadIdx.x] = sum;
@@ -42,6 +42,22 @@ CASE(write_after_read) {
     std::vector<float> expected(kThreads);
     for (int i = 0; i < kThreads; ++i) expected[size_t(i)] = float(2 * ((i + 32) % kThreads));
     return outcome(LAUNCH(reuse_kernel, dim3(1), dim3(kThreads), kThreads * 4, nullptr, out.data(), !bug), out, expected);
+}
+
+__global__ void overwrite_kernel(float* out, bool sync) {
+    SHARED_ARRAY(float, shared, kThreads);
+    shared[threadIdx.x] = float(threadIdx.x);
+    __syncthreads();
+    out[threadIdx.x] = shared[(threadIdx.x + 32) % kThreads];
+    if (sync) __syncthreads();
+    shared[threadIdx.x] = -1.0f;  // FAULT overwritten_too_soon
+}
+
+CASE(overwritten_too_soon) {
+    DeviceArray<float> out(kThreads);
+    std::vector<float> expected(kThreads);
+    for (int i = 0; i < kThreads; ++i) expected[size_t(i)] = float((i + 32) % kThreads);
+    return outcome(LAUNCH(overwrite_kernel, dim3(1), dim3(kThreads), 0, nullptr, out.data(), !bug), out, expected);
 }
 
 __global__ void two_writers_kernel(float* out, bool one) {
