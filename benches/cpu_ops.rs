@@ -108,7 +108,7 @@ impl Bench {
     fn batch(&self, pairs: usize, prompt: usize, response: usize) -> Result<BatchBuffers<CpuDevice>> {
         let ids =
             |len: usize, seed: usize| (0..len).map(|i| ((i * 911 + seed * 37) % VOCAB) as u32).collect();
-        let pairs: Vec<TokenizedPair> = (0..pairs)
+        let tokenized: Vec<TokenizedPair> = (0..pairs)
             .map(|record| TokenizedPair {
                 record,
                 prompt: ids(prompt, record),
@@ -116,7 +116,7 @@ impl Bench {
                 rejected: ids(response, record + 20),
             })
             .collect();
-        let batch = PairBatch::pack(&pairs, Sides::Both);
+        let batch = PairBatch::pack(&tokenized, Sides::Both);
         let mut buffers = BatchBuffers::new(&self.device, batch.tokens(), pairs, batch.scored_tokens())?;
         buffers.load(&self.device, &batch, &[])?;
         Ok(buffers)
