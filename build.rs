@@ -44,20 +44,23 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels)");
-    for path in ["build.rs", "build", "kernels", ".toolchain/nvidia/cu13/bin/nvcc"] {
-        println!("cargo:rerun-if-changed={path}");
+    // A path that does not exist would make cargo run this, and compile the crate, every time; so the script that
+    // installs the toolchain touches this file.
+    for path in ["build.rs", "build", "kernels", nvcc::PROJECT_NVCC] {
+        if Path::new(path).exists() {
+            println!("cargo:rerun-if-changed={path}");
+        }
     }
     for name in ["MMPO_FAST_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let sources = Sources::find()?;
     let out = PathBuf::from(environment("OUT_DIR")?);
-    let cache = objects::Cache::new(&out, &sources.headers)?;
-    emulated::build(&sources, &cache)?;
-    build_for_gpus(&sources, &cache, &out)
+    emulated::build(&sources, &objects::Cache::new(&out, &sources.emulated_headers)?)?;
+    build_for_gpus(&sources, &out)
 }
 
-fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Result<()> {
+fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
     let mode = mode()?;
     if mode == Mode::Off {
         describe("none (built with MMPO_FAST_CUDA=off)", "0");
@@ -78,7 +81,8 @@ fn build_for_gpus(sources: &Sources, cache: &objects::Cache, out: &Path) -> Resu
             return Ok(());
         }
     };
-    let compiled = toolkit.compile(sources, cache)?;
+    let cache = objects::Cache::new(out, &sources.headers)?;
+    let compiled = toolkit.compile(sources, &cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
     if mode == Mode::Require && !findings.is_empty() {
         return Err(format!(
@@ -127,16 +131,18 @@ fn environment(name: &str) -> Result<String> {
 pub struct Sources {
     /// `kernels/*.cu`: both lives.
     pub kernels: Vec<PathBuf>,
-    /// Whatever those may include; a change of any of them recompiles everything.
+    /// What kernels may include; a change of any of them recompiles all.
     pub headers: Vec<PathBuf>,
+    /// Those, and the emulated device's.
+    pub emulated_headers: Vec<PathBuf>,
 }
 
 impl Sources {
     fn find() -> Result<Self> {
         let mut headers = files("kernels", &["h", "cuh"])?;
         headers.extend(files("kernels/common", &["h", "cuh"])?);
-        headers.extend(files("kernels/emulator", &["h", "cuh"])?);
-        Ok(Sources { kernels: files("kernels", &["cu"])?, headers })
+        let emulated_headers = [headers.clone(), files("kernels/emulator", &["h"])?].concat();
+        Ok(Sources { kernels: files("kernels", &["cu"])?, headers, emulated_headers })
     }
 }
 

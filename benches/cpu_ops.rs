@@ -105,19 +105,19 @@ impl Bench {
         PAIRS * (PROMPT + 2 * RESPONSE)
     }
 
-    fn batch(&self) -> Result<BatchBuffers<CpuDevice>> {
+    fn batch(&self, pairs: usize, prompt: usize, response: usize) -> Result<BatchBuffers<CpuDevice>> {
         let ids =
             |len: usize, seed: usize| (0..len).map(|i| ((i * 911 + seed * 37) % VOCAB) as u32).collect();
-        let pairs: Vec<TokenizedPair> = (0..PAIRS)
+        let pairs: Vec<TokenizedPair> = (0..pairs)
             .map(|record| TokenizedPair {
                 record,
-                prompt: ids(PROMPT, record),
-                chosen: ids(RESPONSE, record + 10),
-                rejected: ids(RESPONSE, record + 20),
+                prompt: ids(prompt, record),
+                chosen: ids(response, record + 10),
+                rejected: ids(response, record + 20),
             })
             .collect();
         let batch = PairBatch::pack(&pairs, Sides::Both);
-        let mut buffers = BatchBuffers::new(&self.device, batch.tokens(), PAIRS, batch.scored_tokens())?;
+        let mut buffers = BatchBuffers::new(&self.device, batch.tokens(), pairs, batch.scored_tokens())?;
         buffers.load(&self.device, &batch, &[])?;
         Ok(buffers)
     }
@@ -180,7 +180,7 @@ impl Bench {
         self.time("swiglu_backward", moved(LAYERS, 5 * MLP_WIDTH), |device| {
             device.swiglu_backward(&mut dgate_up, &hidden, &gate_up, rows, MLP_WIDTH)
         })?;
-        let batch = self.batch()?;
+        let batch = self.batch(PAIRS, PROMPT, RESPONSE)?;
         let (mut qkv, table) =
             (self.values(rows * ATTENTION.qkv_width())?, self.values(256 * ATTENTION.head_size)?);
         self.time("rope", moved(2 * LAYERS, 2 * ATTENTION.qkv_width()), |device| {
@@ -196,29 +196,43 @@ impl Bench {
         Ok(())
     }
 
+    /// The step's own pairs, and one long pair that is no part of the step's sum.
     fn attention(&mut self) -> Result<()> {
-        let (rows, batch) = (Self::tokens(), self.batch()?);
+        self.attention_of("", LAYERS, PAIRS, PROMPT, RESPONSE)?;
+        self.attention_of(" long", 0, 1, 1024, 512)
+    }
+
+    fn attention_of(
+        &mut self,
+        name: &str,
+        count: usize,
+        pairs: usize,
+        prompt: usize,
+        response: usize,
+    ) -> Result<()> {
+        let batch = self.batch(pairs, prompt, response)?;
+        let rows = pairs * (prompt + 2 * response);
         let qkv = self.values(rows * ATTENTION.qkv_width())?;
         let dout = self.values(rows * ATTENTION.out_width())?;
         let mut out = self.values(rows * ATTENTION.out_width())?;
         let (mut lse, mut dqkv) =
             (self.values(rows * ATTENTION.heads)?, self.values(rows * ATTENTION.qkv_width())?);
         let triangle = |len: usize| len * (len + 1) / 2;
-        let seen = PAIRS * (triangle(PROMPT) + 2 * (triangle(RESPONSE) + PROMPT * RESPONSE));
+        let seen = pairs * (triangle(prompt) + 2 * (triangle(response) + prompt * response));
         // Two products forward and five backward, of the visible scores alone.
         let product = 2.0 * (seen * ATTENTION.out_width()) as f64;
-        let cost = |products: f64| Cost { count: LAYERS, flops: products * product, bytes: 0.0 };
-        self.time("attention_forward", cost(2.0), |device| {
+        let cost = |products: f64| Cost { count, flops: products * product, bytes: 0.0 };
+        self.time(&format!("attention_forward{name}"), cost(2.0), |device| {
             device.attention_forward(&mut out, &mut lse, &qkv, &batch, ATTENTION)
         })?;
-        self.time("attention_backward", cost(5.0), |device| {
+        self.time(&format!("attention_backward{name}"), cost(5.0), |device| {
             device.attention_backward(&mut dqkv, &dout, &out, &lse, &qkv, &batch, ATTENTION)
         })?;
         Ok(())
     }
 
     fn head(&mut self) -> Result<()> {
-        let (batch, scored) = (self.batch()?, PAIRS * 2 * RESPONSE);
+        let (batch, scored) = (self.batch(PAIRS, PROMPT, RESPONSE)?, PAIRS * 2 * RESPONSE);
         let (mut hidden, weight) = (self.values(scored * WIDTH)?, self.values(VOCAB * WIDTH)?);
         let (mut logits, mut dweight) = (self.values(scored * VOCAB)?, self.values(VOCAB * WIDTH)?);
         let mut scores = TokenScores::new(&self.device, scored)?;

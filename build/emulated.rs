@@ -27,12 +27,12 @@ pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
     Ok(())
 }
 
-fn kernel<'a>(compiler: &'a Path, variant: Variant, source: &'a PathBuf) -> Job<'a> {
+fn kernel<'a>(compiler: &'a Path, variant: Variant, source: &'a Path) -> Job<'a> {
     let compile = move |object: &Path| {
         let command = || Command::new(compiler);
         compile::kernel(&command, variant, Path::new(KERNELS), source, object, &[]).map(|()| String::new())
     };
-    job(compiler, source.clone(), compile)
+    job(compiler, source.to_path_buf(), compile)
 }
 
 fn runtime<'a>(compiler: &'a Path, variant: Variant, source: &'a str) -> Job<'a> {

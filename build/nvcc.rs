@@ -12,6 +12,9 @@ const TARGETS: [&str; 3] =
     ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];
 pub const TARGETS_FOR_PEOPLE: &str = "sm_80, sm_90a, PTX for later GPUs";
 
+/// Where tools/setup_cuda.sh puts nvcc.
+pub const PROJECT_NVCC: &str = ".toolchain/nvidia/cu13/bin/nvcc";
+
 /// The oldest toolkit that knows sm_90a's wgmma and TMA in full.
 const OLDEST: (u32, u32) = (12, 4);
 
@@ -132,7 +135,7 @@ fn candidates() -> Result<Vec<PathBuf>> {
     for name in ["CUDA_HOME", "CUDA_PATH"] {
         paths.extend(std::env::var_os(name).map(|folder| Path::new(&folder).join("bin/nvcc")));
     }
-    paths.push(package.join(".toolchain/nvidia/cu13/bin/nvcc"));
+    paths.push(package.join(PROJECT_NVCC));
     let search_path = std::env::var_os("PATH").unwrap_or_default();
     paths.extend(std::env::split_paths(&search_path).map(|folder| folder.join("nvcc")));
     paths.push("/usr/local/cuda/bin/nvcc".into());

@@ -11,13 +11,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::Result;
 
+/// Compiles to the object of this path, and returns what the compiler printed.
+pub type Compile<'a> = dyn Fn(&Path) -> Result<String> + Send + Sync + 'a;
+
 /// One file to compile.
 pub struct Job<'a> {
     pub source: PathBuf,
     /// Whatever decides, beside source and headers, what comes out: compiler and flags.
     pub fingerprint: String,
-    /// Compiles to the object of this path, and returns what the compiler printed.
-    pub compile: Box<dyn Fn(&Path) -> Result<String> + Send + Sync + 'a>,
+    pub compile: Box<Compile<'a>>,
 }
 
 pub struct Compiled {

@@ -302,7 +302,8 @@ mmpo_status launch_tiles(const Problem& problem, mmpo_stream stream) {
                   cuda_stream(stream), problem);
 }
 
-// Large tiles read each operand half as often; small ones are for shapes that would leave multiprocessors idle.
+// Large tiles read each operand half as often; small ones are for shapes that would leave multiprocessors, or most of a
+// large tile, idle.
 template <class Kind>
 mmpo_status launch_product(const Problem& problem, mmpo_stream stream) {
     if (problem.shape_m == 0 || problem.shape_n == 0 || problem.shape_k == 0) return kSuccess;
@@ -311,7 +312,10 @@ mmpo_status launch_product(const Problem& problem, mmpo_stream stream) {
     const bool lines_aligned = left_line % kChunk == 0 && right_line % kChunk == 0 && problem.shape_n % kChunk == 0;
     if (!lines_aligned || !vector_aligned(problem.left, problem.right, problem.out))
         return launch_tiles<SmallTile, Kind, false>(problem, stream);
-    if (tile_count<LargeTile>(problem) < multiprocessors()) return launch_tiles<SmallTile, Kind, true>(problem, stream);
+    const bool fits_small = problem.shape_m <= SmallTile::BLOCK_M || problem.shape_n <= SmallTile::BLOCK_N;
+    if (fits_small || tile_count<LargeTile>(problem) < multiprocessors()) {
+        return launch_tiles<SmallTile, Kind, true>(problem, stream);
+    }
     return launch_tiles<LargeTile, Kind, true>(problem, stream);
 }
 

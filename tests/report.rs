@@ -21,6 +21,7 @@ fn pairs(progress: f64, step: usize) -> PairMetrics {
             rewards_rejected: -55.0 * (-0.9 * progress).exp() - 4.0 - 14.0 * progress,
             accuracy,
             logps_rejected: -58.0 * (-0.8 * progress).exp() - 14.0,
+            likelier: 0.9 * accuracy,
         }),
         weights: Some(WeightMetrics { chosen: accuracy, saturated: 0.2 + 0.6 * progress + wobble }),
     }

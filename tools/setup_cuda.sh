@@ -14,4 +14,6 @@ python3 -m pip install --quiet --no-deps --no-compile --disable-pip-version-chec
 # The finished folder appears at once, so that an interrupted installation is never taken for a whole one.
 rm -rf .toolchain
 mv .toolchain.new .toolchain
+# Cargo does not watch a folder that was not there.
+touch build.rs
 .toolchain/nvidia/cu13/bin/nvcc --version | tail -n 2

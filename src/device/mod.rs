@@ -419,6 +419,7 @@ pub trait Device: Sized + Send + Sync + 'static {
         width: usize,
     ) -> Result<()>;
     /// Assigns rows `shape.rows` of `scores`; `logits[rows, V]` is left for [`Device::logp_head_backward`].
+    /// How the logits lie in it is the device's own affair.
     /// Log-probs come from f32 accumulators, never from rounded logits.
     fn logp_head_forward(
         &self,

@@ -181,7 +181,7 @@ impl<D: Device> Llama<D> {
     }
 
     pub(super) fn norm_shape(&self, rows: usize) -> NormShape {
-        NormShape { rows, width: self.config.hidden_size, epsilon: self.config.rms_norm_eps as f32 }
+        NormShape { rows, width: self.config.hidden_size, epsilon: self.config.rms_norm_eps }
     }
 
     pub(super) fn qkv_shape(&self, rows: usize) -> LinearShape {

@@ -112,6 +112,7 @@ mod tests {
             rewards_rejected: 0.5,
             accuracy,
             logps_rejected: -5.0,
+            likelier: accuracy / 2.0,
         };
         let pairs = PairMetrics { loss, logps_chosen: -4.0, preference: Some(preference), weights: None };
         EvalMetrics { step: 0, epoch: 0.0, pairs }
@@ -120,14 +121,17 @@ mod tests {
     #[test]
     fn the_table_says_what_became_better() {
         let rows = compare(&evaluation(0.5, 2.0), &evaluation(0.985, 2.5));
-        let accuracy = &rows[0];
+        let find = |label: &str| rows.iter().find(|row| row.label == label).unwrap();
+        assert_eq!(rows[0].label, "chosen is the likelier");
+        assert_eq!((rows[0].before.as_str(), rows[0].after.as_str()), ("25.0 %", "49.2 %"));
+        let accuracy = find("reward accuracy");
         assert_eq!((accuracy.before.as_str(), accuracy.after.as_str()), ("50.0 %", "98.5 %"));
         assert_eq!((accuracy.change.as_str(), accuracy.better), ("+48.5 points", Some(true)));
-        let loss = rows.iter().find(|row| row.label == "loss").unwrap();
+        let loss = find("loss");
         assert_eq!((loss.change.as_str(), loss.better), ("+0.500", Some(false)));
-        let chosen = rows.iter().find(|row| row.label == "log-prob of chosen").unwrap();
+        let chosen = find("log-prob of chosen");
         assert_eq!(chosen.better, None, "no change is neither");
-        assert_eq!(rows.len(), 5, "no weights without MMPO");
+        assert_eq!(rows.len(), 7, "no weights without MMPO");
     }
 
     #[test]

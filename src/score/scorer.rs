@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, StorageType};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Activations, Capacity, Context, Llama, Purpose};
 use crate::objective::ReferencePair;
 
@@ -23,6 +23,25 @@ pub struct PairScore {
 }
 
 impl PairScore {
+    /// Finite weights can still overflow on the way, as after a diverged training.
+    fn check_finite(&self, pair: &TokenizedPair) -> Result<()> {
+        let PairScore { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected, .. } = *self;
+        if [logp_chosen, logp_rejected, entropy_chosen, entropy_rejected]
+            .iter()
+            .all(|value| value.is_finite())
+        {
+            return Ok(());
+        }
+        Err(Error::numerics(
+            format!(
+                "record {} of the data: log-probs {logp_chosen} and {logp_rejected}, entropies {entropy_chosen} and \
+                 {entropy_rejected} are not all finite",
+                pair.record + 1
+            ),
+            "the model's activations overflow: its training diverged, or its config.json is not its own",
+        ))
+    }
+
     pub fn reference(&self) -> ReferencePair {
         ReferencePair {
             logp_chosen: self.logp_chosen as f32,
@@ -67,12 +86,19 @@ impl<'a, D: Device> Scorer<'a, D> {
     }
 
     /// Scores all pairs, in order; `progress` hears how many more are done. `entropy: false` leaves entropies 0.
+    ///
+    /// # Errors
+    /// [`Error::Numerics`] naming the first pair whose scores are not finite; those of the device.
     pub fn run(&mut self, entropy: bool, mut progress: impl FnMut(usize)) -> Result<Vec<PairScore>> {
         let mut scores = Vec::with_capacity(self.pairs.len());
         for run in std::mem::take(&mut self.runs) {
             let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
             self.score_batch(&batch, entropy)?;
-            scores.extend(batch.scored.iter().map(|scored| self.pair_score(scored)));
+            for (pair, scored) in self.pairs[run.clone()].iter().zip(&batch.scored) {
+                let score = self.pair_score(scored);
+                score.check_finite(pair)?;
+                scores.push(score);
+            }
             progress(run.len());
         }
         Ok(scores)

@@ -109,7 +109,7 @@ fn stored_tensors<D: Device>(trainer: &Trainer<D>) -> Vec<StoredTensor> {
             .model
             .layout
             .iter()
-            .map(move |fused| StoredTensor::new(&stored_name(fused, kind), Dtype::F32, &[fused.values()]))
+            .map(move |fused| StoredTensor::new(stored_name(fused, kind), Dtype::F32, &[fused.values()]))
     };
     KINDS.into_iter().flat_map(of).collect()
 }

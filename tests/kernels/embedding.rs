@@ -6,8 +6,11 @@ use crate::naive;
 const WIDTHS: &[usize] = &[16, 50, 576];
 const VOCAB: usize = 13;
 
+/// Prompt, chosen and rejected tokens of each pair.
+type Sizes = &'static [(usize, usize, usize)];
+
 /// Batches by the number of tokens they draw from: runs of a token from none to well beyond a warp's 32.
-const RUNS: &[(&[(usize, usize, usize)], u32)] =
+const RUNS: &[(Sizes, u32)] =
     &[(RAGGED, VOCAB as u32), (&[(70, 41, 33)], 2), (&[(40, 1, 1)], 1), (&[(33, 0, 0), (31, 1, 0)], 1)];
 
 device_tests! {

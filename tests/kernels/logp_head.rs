@@ -40,6 +40,21 @@ impl<D: Device> Case<D> {
     }
 }
 
+/// `sum_v |dlogits_v| |weight_v|` of a row, for `dL/dlogp = 1`: the size of what its gradient is a sum of.
+fn dlogit_terms<D: Device>(case: &Case<D>, row: usize) -> Vec<f64> {
+    let width = case.shape.width;
+    let hidden = &case.hidden64[row * width..][..width];
+    let logits: Vec<f64> = case.weight64.chunks(width).map(|weight| inner(weight, hidden)).collect();
+    let lse = naive::log_sum_exp(&logits);
+    let mut terms = vec![0.0; width];
+    for (v, weight) in case.weight64.chunks(width).enumerate() {
+        let target = if v == case.targets[row] as usize { 1.0 } else { 0.0 };
+        let dlogit = (target - (logits[v] - lse).exp()).abs();
+        terms.iter_mut().zip(weight).for_each(|(term, weight)| *term += dlogit * weight.abs());
+    }
+    terms
+}
+
 device_tests! {
     /// lse, log-prob and entropy, for flat and for peaked distributions.
     fn forward(device, bounds) {
@@ -130,6 +145,46 @@ device_tests! {
                     samples,
                     bounds,
                 );
+            }
+        }
+    }
+
+    /// Targets that the model is nearly sure of: their gradient, `a (1 - pi)`, must not drown in the rounding of `pi`.
+    fn backward_of_sure_targets(device, bounds) {
+        let (rows, width, vocab) = (9, 24, 77);
+        let mut case = Case::forward(device, (rows, width, vocab), 6.0);
+        let mut surest = 0.0;
+        for row in 0..rows {
+            let logits: Vec<f64> =
+                case.weight64.chunks(width).map(|weight| inner(weight, &case.hidden64[row * width..][..width])).collect();
+            let largest = (0..vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+            case.targets[row] = largest as u32;
+            surest = f64::max(surest, (logits[largest] - naive::log_sum_exp(&logits)).exp());
+        }
+        assert!(surest > 0.9, "{surest}");
+        let targets = indices(device, &case.targets);
+        for row in 0..rows {
+            // One row at a time, so that each is compared with its own size.
+            let a: Vec<f32> = (0..rows).map(|other| if other == row { 1.0 } else { 0.0 }).collect();
+            let coefficients =
+                TokenCoefficients { logp: floats(device, &a), entropy: floats(device, &vec![0.0; rows]) };
+            case.hidden = random_compute(device, 1, rows * width, 6.0 / (width as f32).sqrt()).0;
+            device.logp_head_forward(
+                &mut case.scores, &mut case.logits, &case.hidden, &case.weight, &targets, &case.shape,
+            ).unwrap();
+            device.logp_head_backward(
+                &mut case.hidden, None, &mut case.logits, &case.weight, &targets, &case.scores, &coefficients, &case.shape,
+            ).unwrap();
+            let scalar = |hidden: &[f64]| naive::logp_head(hidden, &case.weight64, &case.targets, width).logp[row];
+            let gradients: Vec<f64> =
+                (row * width..(row + 1) * width).map(|i| derivative(scalar, &case.hidden64, i)).collect();
+            let got = &read_compute(device, &case.hidden)[row * width..(row + 1) * width];
+            let terms = dlogit_terms(&case, row);
+            for (i, (&got, &wanted)) in got.iter().zip(&gradients).enumerate() {
+                // A kept probability and a stored dlogit are rounded once each. In f32, 1 - pi is off by 6e-8 of 1.
+                let allowed = bounds.relative.max(1e-4) * (terms[i] + wanted.abs());
+                let error = (f64::from(got) - wanted).abs();
+                assert!(error <= allowed, "row {row}: dhidden[{i}] = {got}, wanted {wanted}: {error:e} > {allowed:e}");
             }
         }
     }

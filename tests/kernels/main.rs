@@ -6,6 +6,7 @@ mod naive;
 mod adamw;
 mod attention;
 mod batch_buffers;
+mod determinism;
 mod embedding;
 mod grad_norm;
 mod linear;

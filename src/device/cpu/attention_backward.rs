@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::shared_rows::SharedRows;
+use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, simd};
 use crate::device::{AttentionShape, BatchBuffers};
 use crate::error::Result;
@@ -113,6 +114,8 @@ struct Unit<'a> {
     probabilities: Vec<f32>,
     /// `[rows, TILE_N]`: `dP`, then `dS`.
     dscores: Vec<f32>,
+    /// `[E, TILE_N]`: keys, then values of a tile.
+    turned: Vec<f32>,
     lse: Vec<f32>,
     delta: Vec<f32>,
     /// Gradients of the prefix' keys and values, and of the part's own.
@@ -137,6 +140,7 @@ impl<'a> Unit<'a> {
             dqueries: vec![0.0; rows * head_size],
             probabilities: vec![0.0; rows * TILE_N],
             dscores: vec![0.0; rows * TILE_N],
+            turned: vec![0.0; head_size * TILE_N],
             lse: vec![0.0; rows],
             delta: vec![0.0; rows],
             prefix: KeyValueGradients::zeros(prefix * head_size),
@@ -209,7 +213,9 @@ impl<'a> Unit<'a> {
         for (out, lhs, rhs) in
             [(&mut self.probabilities, &self.queries, key_rows), (&mut self.dscores, &self.dout, value_rows)]
         {
-            let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::transposed(rhs, columns.row));
+            // Turned here, because `gemm` would turn it value by value.
+            transpose(&mut self.turned, TILE_N, rhs, columns.row, (count, head_size));
+            let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(&self.turned, TILE_N));
             multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs, serial);
         }
         device.vectorized(

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::shared_rows::SharedRows;
+use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, check_sizes, simd};
 use crate::device::{AttentionShape, BatchBuffers};
 use crate::error::Result;
@@ -87,6 +88,8 @@ struct Scratch {
     head_size: usize,
     /// `[rows, E]`, times the softmax scale.
     queries: Vec<f32>,
+    /// `[E, TILE_N]`, the keys of a tile.
+    keys: Vec<f32>,
     /// `[rows, TILE_N]`: scores, then `e^(score - max)`.
     scores: Vec<f32>,
     /// `[rows, E]`: output before the division by `sums`.
@@ -101,6 +104,7 @@ impl Scratch {
         Scratch {
             head_size: shape.head_size,
             queries: vec![0.0; rows * shape.head_size],
+            keys: vec![0.0; shape.head_size * TILE_N],
             scores: vec![0.0; rows * TILE_N],
             values: vec![0.0; rows * shape.head_size],
             maxima: vec![0.0; rows],
@@ -128,13 +132,15 @@ impl Scratch {
         self.sums[..rows].fill(0.0);
         for (index, keys) in part.key_tiles(queries).enumerate() {
             let (first, count) = (keys.keys.start * row, keys.keys.len());
+            // Turned here, because `gemm` would turn it value by value.
+            transpose(&mut self.keys, TILE_N, &qkv[first + columns.key..], row, (count, head_size));
             multiply(
                 &mut self.scores,
                 TILE_N,
                 false,
                 (rows, head_size, count),
                 Matrix::rows(&self.queries, head_size),
-                Matrix::transposed(&qkv[first + columns.key..], row),
+                Matrix::rows(&self.keys, TILE_N),
                 gemm::Parallelism::None,
             );
             device.vectorized(

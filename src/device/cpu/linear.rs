@@ -13,7 +13,7 @@ const COLUMNS: usize = 64;
 /// Rows summed in one f32 run before they are added to the gradient.
 const RUN: usize = 64;
 
-/// Rows from which the forward product turns the weight around first.
+/// Rows from which the forward product turns the weights around first.
 const TRANSPOSE_ROWS: usize = 32;
 /// Outputs of one task of the forward product: twice the register block of `gemm`.
 const OUTPUT_BLOCK: usize = 96;
@@ -139,6 +139,10 @@ unsafe fn multiply_into(
     }
 }
 
+/// A block of outputs a task. From [`TRANSPOSE_ROWS`] rows on the block's weights are turned around first: `gemm` packs a
+/// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
+/// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
+/// second-level cache. With fewer rows the weights are used once, and reading them is the limit.
 pub(super) fn forward(
     device: &CpuDevice,
     out: &mut CpuBuffer<f32>,
@@ -163,59 +167,24 @@ pub(super) fn forward(
         if let Some(bias) = bias {
             out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
         }
-        let problem = Forward { x, weight, accumulate: bias.is_some(), shape };
-        if rows < TRANSPOSE_ROWS { problem.direct(device, out) } else { problem.turned(device, out) }
-    });
-    Ok(())
-}
-
-/// A forward product whose sizes were checked.
-struct Forward<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    accumulate: bool,
-    shape: LinearShape,
-}
-
-impl Forward<'_> {
-    /// With the weight as it lies: right for few rows, where the weight is read once and memory is the limit.
-    fn direct(&self, device: &CpuDevice, out: &mut [f32]) {
-        let LinearShape { rows, inputs, outputs } = self.shape;
-        multiply(
-            out,
-            outputs,
-            self.accumulate,
-            (rows, inputs, outputs),
-            Matrix::rows(self.x, inputs),
-            Matrix::transposed(self.weight, inputs),
-            device.parallelism(),
-        );
-    }
-
-    /// With the weight turned around, a block of outputs a task. `gemm` packs a matrix that lies the wrong way value by
-    /// value and strides through the cache (at 1536 inputs every row starts in one of two cache sets), which costs up to
-    /// 30 % of the product; here a block is turned in registers and stays in the second-level cache.
-    fn turned(&self, device: &CpuDevice, out: &mut [f32]) {
-        let LinearShape { rows, inputs, outputs } = self.shape;
-        let out = SharedRows::new(out, outputs);
         let blocks: Vec<usize> = (0..outputs).step_by(OUTPUT_BLOCK).collect();
+        let out = SharedRows::new(out, outputs);
         blocks.into_par_iter().for_each(|first| {
             let count = OUTPUT_BLOCK.min(outputs - first);
-            let weight = &self.weight[first * inputs..(first + count) * inputs];
-            let mut turned = device.scratch.take(inputs * count);
-            transpose(&mut turned, count, weight, inputs, (count, inputs));
-            // SAFETY: blocks are disjoint columns.
-            unsafe {
-                out.multiply(
-                    first,
-                    self.accumulate,
-                    (rows, inputs, count),
-                    Matrix::rows(self.x, inputs),
-                    Matrix::rows(&turned, count),
-                );
+            let weight = &weight[first * inputs..(first + count) * inputs];
+            let sizes = (rows, inputs, count);
+            let x = Matrix::rows(x, inputs);
+            // SAFETY, of both products: blocks are disjoint columns.
+            if rows < TRANSPOSE_ROWS {
+                unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs)) };
+            } else {
+                let mut turned = device.scratch.take(inputs * count);
+                transpose(&mut turned, count, weight, inputs, (count, inputs));
+                unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count)) };
             }
         });
-    }
+    });
+    Ok(())
 }
 
 pub(super) fn backward_input(

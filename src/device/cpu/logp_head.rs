@@ -12,6 +12,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::linear::{Matrix, multiply};
+use super::scratch::Scratch;
 use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, check_indices, check_sizes, simd};
 use crate::device::{HeadShape, TokenCoefficients, TokenScores};
@@ -298,7 +299,7 @@ impl Pass<'_> {
             None => weight.chunks(strip * width).map(|_| None).collect(),
         };
         let input: &[f32] = hidden;
-        let partial: Vec<Vec<f32>> = self.device.parallel(|| {
+        let partial: Vec<Scratch<'_>> = self.device.parallel(|| {
             dweights
                 .par_iter_mut()
                 .zip(logits.par_chunks_mut(strip * self.rows))
@@ -328,10 +329,10 @@ impl Pass<'_> {
         logits: &mut [f32],
         weight: &[f32],
         first_token: usize,
-    ) -> Vec<f32> {
+    ) -> Scratch<'_> {
         let (rows, count, width) = (self.rows, self.terms.len(), self.width);
         let serial = gemm::Parallelism::None;
-        let mut dhidden = vec![0.0; count * width];
+        let mut dhidden = self.device.scratch.take(count * width);
         for (tile, (logits, weight)) in
             logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)).enumerate()
         {

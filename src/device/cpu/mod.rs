@@ -1,6 +1,6 @@
 //! The reference device: f32 on all cores, what every kernel is tested against and what runs where there is no GPU.
 //!
-//! Products go through the `gemm` crate; everything else is plain loops that [`CpuDevice::vectorized`] compiles for
+//! Products go through the `gemm` crate; everything else is plain loops that `CpuDevice::vectorized` compiles for
 //! AVX-512, AVX2 or the baseline and picks at run time. Work is cut by fixed rules that never ask which thread is free,
 //! and every reduction has a fixed order, so that the same inputs give the same bits at any number of threads.
 //!

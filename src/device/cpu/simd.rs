@@ -157,3 +157,50 @@ pub(super) fn exp_in_place(values: &mut [f32], max: f32) -> f32 {
 pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b || a.is_nan() { a } else { b }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Distance in units of the last place of `wanted`.
+    fn units(got: f32, wanted: f64) -> f64 {
+        let rounded = wanted as f32;
+        let unit = f64::from(f32::from_bits(rounded.to_bits() + 1)) - f64::from(rounded);
+        (f64::from(got) - wanted).abs() / unit
+    }
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0_f64;
+        for i in 0..=3_500_000 {
+            let x = -87.0 + i as f32 * 5e-5;
+            worst = worst.max(units(exp(x), f64::from(x).exp()));
+        }
+        assert!(worst <= 2.0, "{worst} units");
+    }
+
+    #[test]
+    fn exp_outside_its_range() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-87.1), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(1e9), exp(88.0));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn max_and_dot_of_every_length() {
+        for len in 0..200 {
+            let values: Vec<f32> = (0..len).map(|i| ((i * 37) % 101) as f32 - 50.0).collect();
+            let wanted = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(max(&values), wanted, "max of {len}");
+            let squares: f32 = values.iter().map(|value| value * value).sum();
+            assert_eq!(dot(&values, &values), squares, "dot of {len}");
+            if len > 0 {
+                let mut broken = values.clone();
+                broken[len / 2] = f32::NAN;
+                assert!(max(&broken).is_nan(), "NaN among {len}");
+            }
+        }
+    }
+}

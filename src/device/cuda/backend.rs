@@ -40,7 +40,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// At least `bytes` bytes on a 256-byte boundary, of unknown content.
     fn allocate(&self, bytes: usize) -> Result<Address>;
 
-    /// Gives an allocation back; waits for queued work that may still use it.
+    /// Gives an allocation back. Work queued before may still use it: what is queued later runs behind that.
     ///
     /// # Safety
     /// `address` comes from [`Backend::allocate`] of this backend, and is not used again.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
+use super::arena::{Arena, PieceSource};
 use super::backend::{Address, Backend, LaunchCall, MatrixProducts};
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
@@ -23,6 +24,7 @@ pub(super) struct GpuBackend {
     // Dropped in this order: what needs the context goes before it.
     products: Option<CublasLt>,
     staging: Mutex<Staging>,
+    arena: Mutex<Arena>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     description: String,
@@ -42,7 +44,8 @@ impl GpuBackend {
             }
         };
         let description = format!("cuda:{} ({gpu}; products: {how})", gpu.ordinal);
-        Ok(GpuBackend { products, staging: Mutex::new(staging), stream, context, description })
+        let (staging, arena) = (Mutex::new(staging), Mutex::default());
+        Ok(GpuBackend { products, staging, arena, stream, context, description })
     }
 
     /// Makes the context current on this thread: the runtime inside the kernels' library and the driver's calls use it.
@@ -55,7 +58,14 @@ impl GpuBackend {
 impl Drop for GpuBackend {
     fn drop(&mut self) {
         // The fields free what belongs to the context, on whichever thread this is.
-        if let Err(error) = self.bind() {
+        let freed = self.bind().and_then(|stream| {
+            let arena = self.arena.get_mut().unwrap_or_else(PoisonError::into_inner);
+            arena
+                .pieces()
+                .try_for_each(|piece| Driver { stream }.give_back(piece))
+                .map_err(|error| driver_error("freeing GPU memory", error))
+        });
+        if let Err(error) = freed {
             tracing::debug!("{error}");
         }
     }
@@ -73,10 +83,11 @@ impl Backend for GpuBackend {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
-        self.bind()?;
-        // SAFETY: the context is current; the caller owns the address from here on.
-        let address =
-            unsafe { result::malloc_sync(bytes) }.map_err(|error| self.out_of_memory(bytes, error))?;
+        let stream = self.bind()?;
+        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = arena
+            .allocate(bytes, &mut Driver { stream })
+            .map_err(|error| self.out_of_memory(bytes, error))?;
         NonNull::new(address as *mut c_void)
             .map(Address)
             .ok_or_else(|| Error::device("the driver allocated nothing", "look at `nvidia-smi`"))
@@ -84,11 +95,10 @@ impl Backend for GpuBackend {
 
     unsafe fn free(&self, address: Address) {
         let freed = self.bind().and_then(|stream| {
-            // SAFETY: the stream is this backend's, and after the wait nothing queued uses the address any more.
-            unsafe {
-                result::stream::synchronize(stream).and_then(|()| result::free_sync(address.pointer() as u64))
-            }
-            .map_err(|error| driver_error("freeing GPU memory", error))
+            let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+            arena
+                .free(address.pointer() as u64, &mut Driver { stream })
+                .map_err(|error| driver_error("freeing GPU memory", error))
         });
         if let Err(error) = freed {
             // A destructor cannot return it; a failed kernel makes every later call fail, and was reported before.
@@ -158,6 +168,25 @@ impl GpuBackend {
             format!("no GPU memory for {:.2} GiB more: {place}", gib(bytes)),
             "lower the token budget of a micro-batch, use a smaller model, or end other programs on this GPU",
         )
+    }
+}
+
+/// The driver as the arena's source; the context must be current.
+struct Driver {
+    stream: sys::CUstream,
+}
+
+impl PieceSource for Driver {
+    type Error = DriverError;
+
+    fn take(&mut self, bytes: usize) -> std::result::Result<u64, DriverError> {
+        // SAFETY: the context is current; the arena owns the piece from here on.
+        unsafe { result::malloc_sync(bytes) }
+    }
+
+    fn give_back(&mut self, address: u64) -> std::result::Result<(), DriverError> {
+        // SAFETY: no buffer lies in the piece any more, and after the wait nothing queued uses it.
+        unsafe { result::stream::synchronize(self.stream).and_then(|()| result::free_sync(address)) }
     }
 }
 

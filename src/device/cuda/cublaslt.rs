@@ -77,26 +77,28 @@ impl CublasLt {
         Ok(CublasLt { handle, workspace, plans: Mutex::default(), stream: Arc::clone(stream) })
     }
 
-    fn plan(&self, kind: &Kind) -> std::result::Result<Plan, CublasError> {
+    fn plan(&self, kind: &Kind, product: &Product) -> std::result::Result<Plan, CublasError> {
         use sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
         use sys::cublasLtMatmulDescAttributes_t::{
-            CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB,
+            CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA,
+            CUBLASLT_MATMUL_DESC_TRANSB,
         };
         let (f32_type, bf16_type) = (sys::cudaDataType::CUDA_R_32F, sys::cudaDataType::CUDA_R_16BF);
         let out_type = if kind.to_f32 { f32_type } else { bf16_type };
-        let product = blas::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?;
         let mut plan = Plan {
-            product,
+            product: blas::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?,
             right: layout(bf16_type, kind.depth, kind.columns, kind.right_transposed)?,
             left: layout(bf16_type, kind.rows, kind.depth, kind.left_transposed)?,
             out: layout(out_type, kind.rows, kind.columns, false)?,
             // SAFETY: opaque words that the heuristic below fills before anything reads them.
             algorithm: unsafe { std::mem::zeroed() },
         };
-        set(product, CUBLASLT_MATMUL_DESC_TRANSA, &operation(kind.right_transposed))?;
-        set(product, CUBLASLT_MATMUL_DESC_TRANSB, &operation(kind.left_transposed))?;
-        if kind.bias {
-            set(product, CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
+        set(plan.product, CUBLASLT_MATMUL_DESC_TRANSA, &operation(kind.right_transposed))?;
+        set(plan.product, CUBLASLT_MATMUL_DESC_TRANSB, &operation(kind.left_transposed))?;
+        if let Some(bias) = product.bias {
+            set(plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
+            // The heuristic looks at it too; each product sets its own again.
+            set(plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         plan.algorithm = self.choose(&plan, kind)?;
         Ok(plan)
@@ -186,7 +188,7 @@ impl MatrixProducts for CublasLt {
         let plan = match plans.entry(kind) {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
             std::collections::hash_map::Entry::Vacant(free) => {
-                free.insert(self.plan(&kind).map_err(|error| failed(&doing(), error))?)
+                free.insert(self.plan(&kind, product).map_err(|error| failed(&doing(), error))?)
             }
         };
         // SAFETY: the caller's promise, and the context was just made current.

@@ -2,7 +2,8 @@
 //!
 //! Logits are f32 accumulators, and f32 logits of a whole batch are large (1 GiB for 2048 tokens of a vocabulary of
 //! 128256). So the forward forms them for some rows at a time in scratch memory, reads log-probs and entropies off, and
-//! keeps `bf16(log pi)`, from which the backward forms its gradient in place.
+//! keeps the probabilities as bf16 (the kernel's file says in which form), from which the backward forms its gradient in
+//! place.
 
 use half::bf16;
 

@@ -4,6 +4,8 @@
 //! to them, `backend_gpu.rs` and `backend_emulated.rs` are the two there are. All work of a device is queued on one
 //! stream; only downloads wait.
 
+#[cfg(any(mmpo_gpu_kernels, test))]
+mod arena;
 mod attention;
 mod backend;
 mod backend_emulated;

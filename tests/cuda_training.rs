@@ -1,0 +1,189 @@
+//! The CUDA device under the whole model: scoring, gradients and three training steps agree with the CPU device within
+//! what bf16 weights and activations allow, and two runs give the same bits. On the emulated GPU, and on a real one
+//! where there is one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mmpo_fast::checkpoint::ModelFolder;
+use mmpo_fast::data::TokenizedPair;
+use mmpo_fast::device::cpu::CpuDevice;
+use mmpo_fast::device::cuda::{self, CudaDevice, EmulatorVariant};
+use mmpo_fast::device::{AdamWStep, Device};
+use mmpo_fast::model::Llama;
+use mmpo_fast::objective::{Mmpo, Objective};
+use mmpo_fast::score::Scorer;
+use mmpo_fast::train::{Trainer, TrainingPair, Workload};
+use serde_json::Value;
+
+/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases, llama3 rope.
+const MODELS: [&str; 3] = ["tied", "bias", "rope_llama3"];
+const STEPS: u32 = 3;
+/// Tokens of a micro-batch: a step takes several.
+const TOKEN_BUDGET: usize = 400;
+
+/// Every part of the loss at work, and no weight saturated.
+const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
+    beta: 0.05,
+    epsilon: 0.9,
+    reward_group: 2,
+    reward_normalize: true,
+    length_normalize: true,
+    preference_weight: 0.5,
+    entropy_weight: 0.05,
+});
+
+/// What a run leaves behind.
+struct Run {
+    /// `logp_chosen, logp_rejected, entropy_chosen, entropy_rejected` of each pair, before and after training.
+    scores: [Vec<[f64; 4]>; 2],
+    losses: Vec<f64>,
+    gradient_norms: Vec<f32>,
+    /// Of the first step, tensor by tensor.
+    gradients: Vec<Vec<f32>>,
+}
+
+fn golden_pairs(model: &str) -> Vec<TokenizedPair> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(model).join("golden.json");
+    let text = std::fs::read_to_string(path).expect("golden.json");
+    let json: Value = serde_json::from_str(&text).expect("golden.json parses");
+    let ids = |value: &Value| -> Vec<u32> {
+        value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("id") as u32).collect()
+    };
+    let pairs = json["pairs"].as_array().expect("pairs").iter().enumerate();
+    pairs
+        .map(|(record, pair)| TokenizedPair {
+            record,
+            prompt: ids(&pair["prompt_ids"]),
+            chosen: ids(&pair["chosen_ids"]),
+            rejected: ids(&pair["rejected_ids"]),
+        })
+        .collect()
+}
+
+fn score<D: Device>(model: &Llama<D>, pairs: &[TokenizedPair]) -> Vec<mmpo_fast::score::PairScore> {
+    Scorer::new(model, pairs, TOKEN_BUDGET).expect("scorer").run(true, |_| ()).expect("scores")
+}
+
+fn numbers(scores: &[mmpo_fast::score::PairScore]) -> Vec<[f64; 4]> {
+    scores
+        .iter()
+        .map(|score| [score.logp_chosen, score.logp_rejected, score.entropy_chosen, score.entropy_rejected])
+        .collect()
+}
+
+fn run<D: Device>(device: D, model: &str) -> Run {
+    let pairs = golden_pairs(model);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(model).join("model");
+    let folder = ModelFolder::open(&folder).expect("model folder");
+    let llama = Llama::load(Arc::new(device), &folder, 2048).expect("weights");
+    let before = score(&llama, &pairs);
+    let training: Vec<TrainingPair<'_>> = pairs
+        .iter()
+        .zip(&before)
+        .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
+        .collect();
+    let workload = Workload::plan(&pairs, &OBJECTIVE, llama.config.vocab_size, pairs.len(), TOKEN_BUDGET);
+    let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
+    let (mut losses, mut gradient_norms, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
+    let mut memory = None;
+    for step in 1..=STEPS {
+        let result = trainer.accumulate_gradients(&training, Some(1.0)).expect("gradients");
+        losses.push(result.loss);
+        gradient_norms.push(result.gradient_norm);
+        if step == 1 {
+            for (gradient, tensor) in trainer.gradients.iter().zip(trainer.model.layout.iter()) {
+                let mut values = vec![0.0; tensor.values()];
+                trainer.device().download(&mut values, gradient, 0).expect("download");
+                gradients.push(values);
+            }
+        }
+        trainer.update(adamw(step)).expect("update");
+        // The first step reserves scratch memory; later ones allocate nothing.
+        let after_first = *memory.get_or_insert(trainer.device().memory());
+        assert_eq!(trainer.device().memory(), after_first, "step {step}");
+    }
+    let after = score(&trainer.model, &pairs);
+    Run { scores: [numbers(&before), numbers(&after)], losses, gradient_norms, gradients }
+}
+
+fn adamw(step: u32) -> AdamWStep {
+    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step }
+}
+
+#[track_caller]
+fn assert_near(what: &str, cuda: f64, cpu: f64, relative: f64) {
+    let error = (cuda - cpu).abs() / cpu.abs().max(1e-6);
+    assert!(error <= relative, "{what}: cuda {cuda}, cpu {cpu}, relative error {error:.2e} > {relative:.0e}");
+}
+
+/// Relative l2 distance of two vectors, in units of the second.
+fn distance(cuda: &[f32], cpu: &[f32]) -> (f64, f64) {
+    let square =
+        |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let pairs = cuda.iter().zip(cpu);
+    let error = square(&mut pairs.map(|(&cuda, &cpu)| f64::from(cuda) - f64::from(cpu)));
+    (error, square(&mut cpu.iter().map(|&cpu| f64::from(cpu))))
+}
+
+/// bf16 keeps 8 bits, so a value is off by up to 2^-9, and the errors of independent roundings mostly cancel in sums over
+/// tokens.
+fn compare(model: &str, cuda: &Run, cpu: &Run) {
+    for (when, cuda, cpu) in
+        [("before", &cuda.scores[0], &cpu.scores[0]), ("after", &cuda.scores[1], &cpu.scores[1])]
+    {
+        assert_eq!(cuda.len(), cpu.len());
+        for (pair, (cuda, cpu)) in cuda.iter().zip(cpu).enumerate() {
+            for (column, (&cuda, &cpu)) in cuda.iter().zip(cpu).enumerate() {
+                assert_near(&format!("{model} {when}, pair {pair}, score {column}"), cuda, cpu, 5e-3);
+            }
+        }
+    }
+    for step in 0..STEPS as usize {
+        assert_near(&format!("{model} loss {step}"), cuda.losses[step], cpu.losses[step], 5e-3);
+        let norms = (cuda.gradient_norms[step], cpu.gradient_norms[step]);
+        assert_near(&format!("{model} norm {step}"), norms.0.into(), norms.1.into(), 2e-2);
+    }
+    for (tensor, (cuda, cpu)) in cuda.gradients.iter().zip(&cpu.gradients).enumerate() {
+        let (error, norm) = distance(cuda, cpu);
+        assert!(error <= 3e-2 * norm, "{model} gradient of tensor {tensor}: off by {error:e} of {norm:e}");
+    }
+}
+
+/// The same numbers, bit for bit.
+fn assert_same_bits(first: &Run, second: &Run) {
+    assert_eq!(first.scores, second.scores);
+    assert_eq!(first.losses, second.losses);
+    assert_eq!(first.gradient_norms, second.gradient_norms);
+    assert_eq!(first.gradients, second.gradients);
+}
+
+fn cpu() -> CpuDevice {
+    CpuDevice::new(Some(2)).expect("the CPU device starts")
+}
+
+fn emulated() -> CudaDevice {
+    CudaDevice::emulated(EmulatorVariant::Plain)
+}
+
+#[test]
+fn the_emulated_gpu_trains_as_the_cpu_does() {
+    for model in MODELS {
+        compare(model, &run(emulated(), model), &run(cpu(), model));
+    }
+}
+
+#[test]
+fn a_real_gpu_trains_as_the_cpu_does() {
+    match cuda::gpus() {
+        Ok(gpus) if !gpus.is_empty() => {}
+        Ok(_) => return eprintln!("no GPU: skipped"),
+        Err(error) => return eprintln!("no GPU ({error}): skipped"),
+    }
+    let open = || CudaDevice::open(0).expect("the first GPU opens");
+    for model in MODELS {
+        let first = run(open(), model);
+        compare(model, &first, &run(cpu(), model));
+        assert_same_bits(&first, &run(open(), model));
+    }
+}
