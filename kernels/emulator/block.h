@@ -23,6 +23,7 @@ constexpr bool kChecked = MMPO_CHECKED != 0;
 constexpr uint32_t kSharedBase = 1024;
 constexpr size_t kSharedLimit = 232448;
 constexpr size_t kSharedGuard = 1024;  // on either side, so that a near miss is told from a wild pointer
+constexpr uint8_t kFreshByte = 0xff;  // fills memory that nothing has written: NaN in f32 and bf16
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kWarpgroup = 128;

@@ -25,8 +25,8 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) 
         fail(site, "%zu bytes of static shared memory on top of %zu pass the limit of %zu", bytes, offset, kSharedLimit);
     block.shared_end = uint32_t(offset + bytes);
     block.static_arrays.push_back({key, uint32_t(offset)});
-    if (kChecked)
-        block.shadow.open(uint32_t(offset), uint32_t(bytes));
+    memset(block.shared + offset, kFreshByte, bytes);
+    if (kChecked) block.shadow.open(uint32_t(offset), uint32_t(bytes));
     return block.shared + offset;
 }
 

@@ -4,7 +4,8 @@
  *   mmpo_checked_*    the instrumented one: races, bounds, uninitialised memory, coalescing
  *
  * Functions return 0 or an error code; `last_error` has the text, which names the kernel, block, thread and source line.
- * An error ends the launch, never the process, and the device stays usable. Calls on one variant must not overlap.
+ * An error ends the launch, never the process, and the device stays usable. Any host thread may call: launches of one
+ * variant wait for one another, options and counters are common to all threads, `last_error` is the calling thread's own.
  */
 #pragma once
 
@@ -56,12 +57,12 @@ struct mmpo_emulator_counters {
     int prefix##_upload(void* destination, const void* host_source, uint64_t bytes);                             \
     int prefix##_download(void* host_destination, const void* source, uint64_t bytes);                           \
     int prefix##_copy(void* destination, const void* source, uint64_t bytes);                                    \
-    /* Verifies the guard bytes around every allocation and forgets nothing. */                                \
+    /* Verifies the guard bytes around every allocation; launches of the fast variant do so too. */           \
     int prefix##_synchronize(void);                                                                            \
     void prefix##_memory_use(uint64_t* now, uint64_t* peak);                                                       \
     void prefix##_counters(struct mmpo_emulator_counters* out);                                                \
     void prefix##_reset_counters(void);                                                                        \
-    /* Text of the last failed call, "" if none. Valid until the next failing call. */                         \
+    /* Text of this host thread's last failed call, "" if none. Valid until its next failing call. */          \
     const char* prefix##_last_error(void);
 
 MMPO_DECLARE_EMULATOR(mmpo_emulated)

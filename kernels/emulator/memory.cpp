@@ -16,7 +16,6 @@ namespace {
 constexpr size_t kGuard = 256;
 constexpr size_t kAlignment = 256;
 constexpr uint8_t kGuardByte = 0xa5;
-constexpr uint8_t kFreshByte = 0xff;
 // Freed memory stays out of use this long, so that a use after free is told from a use of its successor.
 constexpr size_t kQuarantineBytes = kChecked ? size_t(64) << 20 : 0;
 

@@ -123,7 +123,7 @@ void reset_block(Block& block, uint64_t index) {
     block.loads.clear();
     block.warpgroups.assign((block.thread_count + kWarpgroup - 1) / kWarpgroup, Warpgroup());
     // Bytes never written read as NaN.
-    memset(block.shared, 0xff, std::max(block.dynamic_bytes, block.shared_end));
+    memset(block.shared, kFreshByte, block.dynamic_bytes);
     block.shared_end = (block.dynamic_bytes + 127) / 128 * 128;
     block.static_arrays.clear();
     if (kChecked) {
