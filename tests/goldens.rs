@@ -23,7 +23,6 @@ fn assert_close(what: &str, ours: f64, golden: f64) {
     assert!(error <= RELATIVE, "{what}: ours {ours}, golden {golden}, relative error {error:.2e}");
 }
 
-
 #[test]
 fn log_probs_and_entropies_agree() {
     let device = Arc::new(CpuDevice::new(Some(2)).expect("cpu"));
@@ -153,4 +152,3 @@ fn check_gradients<D: Device>(what: &str, trainer: &Trainer<D>, result: &StepRes
     }
     assert_eq!(norms.len(), expected["grad_norms"].as_object().map_or(0, |norms| norms.len()));
 }
-

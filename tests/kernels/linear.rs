@@ -5,15 +5,8 @@ use crate::naive;
 
 /// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models, and one of which all
 /// three products take the kernels' large tiles.
-const SHAPES: &[(usize, usize, usize)] = &[
-    (1, 16, 48),
-    (5, 17, 33),
-    (37, 64, 100),
-    (130, 96, 31),
-    (9, 576, 192),
-    (3, 1536, 576),
-    (136, 264, 280),
-];
+const SHAPES: &[(usize, usize, usize)] =
+    &[(1, 16, 48), (5, 17, 33), (37, 64, 100), (130, 96, 31), (9, 576, 192), (3, 1536, 576), (136, 264, 280)];
 
 device_tests! {
     /// With and without a bias, `out` assigned in full.

@@ -15,7 +15,7 @@ const RUN: usize = 64;
 
 /// Rows from which the forward product turns the weights around first.
 const TRANSPOSE_ROWS: usize = 32;
-/// Outputs of one task of the forward product: twice the register block of `gemm`.
+/// Outputs of one task of the forward product and of the weight gradient: twice the register block of `gemm`.
 const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
@@ -232,14 +232,19 @@ pub(super) fn backward_weight(
     ];
     check_sizes("linear_backward_weight", &shape, &needs)?;
     device.parallel(|| {
-        multiply(
-            dweight,
-            inputs,
-            true,
-            (outputs, rows, inputs),
-            Matrix::transposed(dout, outputs),
-            Matrix::rows(x, inputs),
-            device.parallelism(),
+        dweight[..outputs * inputs].par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(
+            |(block, dweight)| {
+                let count = dweight.len() / inputs;
+                multiply(
+                    dweight,
+                    inputs,
+                    true,
+                    (count, rows, inputs),
+                    Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
+                    Matrix::rows(x, inputs),
+                    gemm::Parallelism::None,
+                );
+            },
         );
         if let Some(dbias) = dbias {
             dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
