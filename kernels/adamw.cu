@@ -23,8 +23,8 @@ DEVICE Moments update(Moments old, float gradient, const mmpo_adamw_step& step) 
 
 // Updates `count` values, at most eight.
 template <bool kVectorized>
-DEVICE void update_vector(bf16* weight, float* master, float* first_moment, float* second_moment,
-                          const float* gradient, int count, float coefficient, const mmpo_adamw_step& step) {
+DEVICE void update_vector(bf16* weight, float* master, float* first_moment, float* second_moment, const float* gradient,
+                          int count, float coefficient, const mmpo_adamw_step& step) {
     float masters[kVector], firsts[kVector], seconds[kVector], gradients[kVector];
     load8<kVectorized>(gradients, gradient, 0, count);
     load8<kVectorized>(masters, master, 0, count);

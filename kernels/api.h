@@ -36,52 +36,52 @@ typedef struct mmpo_bf16 {
 } mmpo_bf16;
 
 /* A CUstream, which is a cudaStream_t; NULL on the emulated device, whose launchers run to the end. */
-typedef struct CUstream_st *mmpo_stream;
+typedef struct CUstream_st* mmpo_stream;
 
 /* 0 is success; 1 is a shape or argument the launcher does not take (as cudaErrorInvalidValue). */
 typedef int32_t mmpo_status;
 
 /* Text of a status, valid until the next call on this thread; on the emulated device the report of the last failed
  * launch: what went wrong, in which kernel, block and thread, at which line. Never NULL. */
-const char *MMPO_EXPORT(error_text)(mmpo_status status);
+const char* MMPO_EXPORT(error_text)(mmpo_status status);
 
 /* ---- memory.cu ---------------------------------------------------------------------------------------------- */
 
 /* Assigns 0 to `bytes` bytes, of any alignment. */
-mmpo_status MMPO_EXPORT(zero)(void *out, int64_t bytes, mmpo_stream stream);
+mmpo_status MMPO_EXPORT(zero)(void* out, int64_t bytes, mmpo_stream stream);
 
 /* Types of numbers as they lie in a checkpoint. */
 enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF16 = 2 };
 
 /* Assigns out[length] = source[length], rounded to nearest even. `source` is aligned to its numbers. */
-mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16 *out, const void *source, int32_t storage, int64_t length,
+mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16* out, const void* source, int32_t storage, int64_t length,
                                       mmpo_stream stream);
 
 /* ---- embedding.cu ------------------------------------------------------------------------------------------- */
 
 /* Assigns out[T, D] = table[token_ids[T], :]. */
-mmpo_status MMPO_EXPORT(embedding_forward)(mmpo_bf16 *out, const mmpo_bf16 *table, const uint32_t *token_ids,
+mmpo_status MMPO_EXPORT(embedding_forward)(mmpo_bf16* out, const mmpo_bf16* table, const uint32_t* token_ids,
                                            int32_t rows, int32_t width, mmpo_stream stream);
 
 /* Accumulates dtable[V, D] (f32) += scatter(dout[T, D]). `rows_by_token[T]` lists the rows sorted by token id, ties by
  * row: the rows of one token are summed in that order by one block, so no atomics. */
-mmpo_status MMPO_EXPORT(embedding_backward)(float *dtable, const mmpo_bf16 *dout, const uint32_t *token_ids,
-                                            const uint32_t *rows_by_token, int32_t rows, int32_t width,
+mmpo_status MMPO_EXPORT(embedding_backward)(float* dtable, const mmpo_bf16* dout, const uint32_t* token_ids,
+                                            const uint32_t* rows_by_token, int32_t rows, int32_t width,
                                             mmpo_stream stream);
 
 /* ---- rms_norm.cu -------------------------------------------------------------------------------------------- */
 
 /* Assigns out[rows, D] = x * rstd * weight[D] and rstd[rows] = rsqrt(mean(x^2) + epsilon). */
-mmpo_status MMPO_EXPORT(rms_norm_forward)(mmpo_bf16 *out, float *rstd, const mmpo_bf16 *x, const mmpo_bf16 *weight,
+mmpo_status MMPO_EXPORT(rms_norm_forward)(mmpo_bf16* out, float* rstd, const mmpo_bf16* x, const mmpo_bf16* weight,
                                           int32_t rows, int32_t width, float epsilon, mmpo_stream stream);
 
 /* Assigns sum[rows, D] = x + delta (rounded to bf16), then out and rstd as rms_norm_forward of the rounded sum. */
-mmpo_status MMPO_EXPORT(add_rms_norm_forward)(mmpo_bf16 *sum, mmpo_bf16 *out, float *rstd, const mmpo_bf16 *x,
-                                              const mmpo_bf16 *delta, const mmpo_bf16 *weight, int32_t rows,
+mmpo_status MMPO_EXPORT(add_rms_norm_forward)(mmpo_bf16* sum, mmpo_bf16* out, float* rstd, const mmpo_bf16* x,
+                                              const mmpo_bf16* delta, const mmpo_bf16* weight, int32_t rows,
                                               int32_t width, float epsilon, mmpo_stream stream);
 
 /* Assigns sum[length] = x + delta. */
-mmpo_status MMPO_EXPORT(add)(mmpo_bf16 *sum, const mmpo_bf16 *x, const mmpo_bf16 *delta, int64_t length,
+mmpo_status MMPO_EXPORT(add)(mmpo_bf16* sum, const mmpo_bf16* x, const mmpo_bf16* delta, int64_t length,
                              mmpo_stream stream);
 
 /* Bytes of `workspace` that rms_norm_backward needs for these sizes. A pure function on the host. */
@@ -90,9 +90,9 @@ int64_t MMPO_EXPORT(rms_norm_backward_workspace)(int32_t rows, int32_t width);
 /* Accumulates dx[rows, D] += rstd * (g - x * rstd^2 * mean(g * x)) with g = dout * weight, and
  * dweight[D] (f32) += sum over rows of dout * x * rstd: blocks leave partial sums in `workspace`, a second kernel adds
  * them in a fixed order. */
-mmpo_status MMPO_EXPORT(rms_norm_backward)(mmpo_bf16 *dx, float *dweight, void *workspace, const mmpo_bf16 *dout,
-                                           const mmpo_bf16 *x, const mmpo_bf16 *weight, const float *rstd,
-                                           int32_t rows, int32_t width, mmpo_stream stream);
+mmpo_status MMPO_EXPORT(rms_norm_backward)(mmpo_bf16* dx, float* dweight, void* workspace, const mmpo_bf16* dout,
+                                           const mmpo_bf16* x, const mmpo_bf16* weight, const float* rstd, int32_t rows,
+                                           int32_t width, mmpo_stream stream);
 
 /* ---- rope.cu ------------------------------------------------------------------------------------------------ */
 
@@ -100,38 +100,38 @@ enum mmpo_rope_direction { MMPO_ROPE_FORWARD = 0, MMPO_ROPE_BACKWARD = 1 };
 
 /* Rotates the H query and K key heads of qkv[T, (H + 2K) * E] in place; pairs are (i, i + E/2), as in Hugging Face
  * checkpoints. table[.., E] (f32) holds E/2 cosines, then E/2 sines, of each position; backward is the inverse. */
-mmpo_status MMPO_EXPORT(rope)(mmpo_bf16 *qkv, const float *table, const uint32_t *positions, int32_t rows,
+mmpo_status MMPO_EXPORT(rope)(mmpo_bf16* qkv, const float* table, const uint32_t* positions, int32_t rows,
                               int32_t heads, int32_t kv_heads, int32_t head_size, int32_t direction,
                               mmpo_stream stream);
 
 /* ---- swiglu.cu ---------------------------------------------------------------------------------------------- */
 
 /* Assigns out[T, F] = silu(gate) * up, where a row of gate_up[T, 2F] is F gate values, then F up values. */
-mmpo_status MMPO_EXPORT(swiglu_forward)(mmpo_bf16 *out, const mmpo_bf16 *gate_up, int32_t rows, int32_t width,
+mmpo_status MMPO_EXPORT(swiglu_forward)(mmpo_bf16* out, const mmpo_bf16* gate_up, int32_t rows, int32_t width,
                                         mmpo_stream stream);
 
 /* Assigns dgate_up[T, 2F] from dout[T, F]. */
-mmpo_status MMPO_EXPORT(swiglu_backward)(mmpo_bf16 *dgate_up, const mmpo_bf16 *dout, const mmpo_bf16 *gate_up,
+mmpo_status MMPO_EXPORT(swiglu_backward)(mmpo_bf16* dgate_up, const mmpo_bf16* dout, const mmpo_bf16* gate_up,
                                          int32_t rows, int32_t width, mmpo_stream stream);
 
 /* ---- linear.cu: products on mma.sync, any sizes; real GPUs use cuBLASLt where it is ---------------------------- */
 
 /* Assigns out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T + bias[outputs]; bias may be NULL. */
-mmpo_status MMPO_EXPORT(linear_forward)(mmpo_bf16 *out, const mmpo_bf16 *x, const mmpo_bf16 *weight,
-                                        const mmpo_bf16 *bias, int32_t rows, int32_t inputs, int32_t outputs,
+mmpo_status MMPO_EXPORT(linear_forward)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
+                                        const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                         mmpo_stream stream);
 
 /* As linear_forward without bias, the accumulators stored as they are: the logits of the log-prob head. */
-mmpo_status MMPO_EXPORT(linear_forward_f32)(float *out, const mmpo_bf16 *x, const mmpo_bf16 *weight, int32_t rows,
+mmpo_status MMPO_EXPORT(linear_forward_f32)(float* out, const mmpo_bf16* x, const mmpo_bf16* weight, int32_t rows,
                                             int32_t inputs, int32_t outputs, mmpo_stream stream);
 
 /* Assigns dx[rows, inputs] = dout[rows, outputs] * weight[outputs, inputs]. */
-mmpo_status MMPO_EXPORT(linear_backward_input)(mmpo_bf16 *dx, const mmpo_bf16 *dout, const mmpo_bf16 *weight,
+mmpo_status MMPO_EXPORT(linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
 
 /* Accumulates dweight[outputs, inputs] (f32) += dout[rows, outputs]^T * x[rows, inputs]. */
-mmpo_status MMPO_EXPORT(linear_backward_weight)(float *dweight, const mmpo_bf16 *dout, const mmpo_bf16 *x,
-                                                int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16* dout, const mmpo_bf16* x, int32_t rows,
+                                                int32_t inputs, int32_t outputs, mmpo_stream stream);
 
 /* ---- linear_bias.cu ----------------------------------------------------------------------------------------- */
 
@@ -139,7 +139,7 @@ mmpo_status MMPO_EXPORT(linear_backward_weight)(float *dweight, const mmpo_bf16 
 int64_t MMPO_EXPORT(linear_bias_backward_workspace)(int32_t rows, int32_t outputs);
 
 /* Accumulates dbias[outputs] (f32) += column sums of dout[rows, outputs], in a fixed order. */
-mmpo_status MMPO_EXPORT(linear_bias_backward)(float *dbias, void *workspace, const mmpo_bf16 *dout, int32_t rows,
+mmpo_status MMPO_EXPORT(linear_bias_backward)(float* dbias, void* workspace, const mmpo_bf16* dout, int32_t rows,
                                               int32_t outputs, mmpo_stream stream);
 
 /* ---- attention_forward.cu, attention_backward.cu, attention_decode.cu --------------------------------------------
@@ -151,17 +151,17 @@ mmpo_status MMPO_EXPORT(linear_bias_backward)(float *dbias, void *workspace, con
  * Head sizes: 64 and 128; others return status 1. */
 
 /* Assigns out[T, H * E] and lse[T, H] (natural log, of scaled scores). */
-mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16 *out, float *lse, const mmpo_bf16 *qkv, const uint32_t *spans,
-                                           const uint32_t *host_spans, int32_t pairs, int32_t rows, int32_t heads,
+mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16* out, float* lse, const mmpo_bf16* qkv, const uint32_t* spans,
+                                           const uint32_t* host_spans, int32_t pairs, int32_t rows, int32_t heads,
                                            int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_backward needs for these sizes. A pure function on the host. */
 int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size);
 
 /* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. */
-mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16 *dqkv, void *workspace, const mmpo_bf16 *dout,
-                                            const mmpo_bf16 *out, const float *lse, const mmpo_bf16 *qkv,
-                                            const uint32_t *spans, const uint32_t *host_spans, int32_t pairs,
+mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
+                                            const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
+                                            const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                             int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                             float scale, mmpo_stream stream);
 
@@ -170,34 +170,35 @@ int64_t MMPO_EXPORT(attention_decode_workspace)(int32_t length, int32_t heads, i
 
 /* Generation: assigns out[1, H * E], the attention of the query in row length - 1 of `cache` (rows as those of qkv)
  * over rows 0 .. length. */
-mmpo_status MMPO_EXPORT(attention_decode)(mmpo_bf16 *out, void *workspace, const mmpo_bf16 *cache, int32_t length,
+mmpo_status MMPO_EXPORT(attention_decode)(mmpo_bf16* out, void* workspace, const mmpo_bf16* cache, int32_t length,
                                           int32_t heads, int32_t kv_heads, int32_t head_size, float scale,
                                           mmpo_stream stream);
 
 /* ---- gather_rows.cu ----------------------------------------------------------------------------------------- */
 
 /* Assigns out[N, D] = hidden[scored_rows[N], :]. */
-mmpo_status MMPO_EXPORT(gather_rows)(mmpo_bf16 *out, const mmpo_bf16 *hidden, const uint32_t *scored_rows,
+mmpo_status MMPO_EXPORT(gather_rows)(mmpo_bf16* out, const mmpo_bf16* hidden, const uint32_t* scored_rows,
                                      int32_t scored, int32_t width, mmpo_stream stream);
 
 /* Assigns dhidden[T, D]: the sum of dout[N, D] over the scored tokens each row predicts; row_scores[T, 2] lists them,
  * UINT32_MAX for none, and rows that predict none get 0. */
-mmpo_status MMPO_EXPORT(gather_rows_backward)(mmpo_bf16 *dhidden, const mmpo_bf16 *dout, const uint32_t *row_scores,
+mmpo_status MMPO_EXPORT(gather_rows_backward)(mmpo_bf16* dhidden, const mmpo_bf16* dout, const uint32_t* row_scores,
                                               int32_t rows, int32_t width, mmpo_stream stream);
 
 /* ---- logp_head.cu ------------------------------------------------------------------------------------------- */
 
 /* Assigns, from logits[rows, V] (f32 accumulators), lse[rows], logp[rows] = logits[targets] - lse,
- * entropy[rows] = -sum_v pi_v log pi_v, and probabilities[rows, V] for the backward: pi where pi <= 1/2, else pi - 1 with
- * its sign set, so that pi and 1 - pi both keep their relative precision in bf16. entropy may be NULL: not wanted. */
-mmpo_status MMPO_EXPORT(logp_head_forward)(float *lse, float *logp, float *entropy, mmpo_bf16 *probabilities,
-                                           const float *logits, const uint32_t *targets, int32_t rows, int32_t vocab,
+ * entropy[rows] = -sum_v pi_v log pi_v, and probabilities[rows, V] for the backward: pi where pi <= 1/2, else pi - 1
+ * with its sign set, so that pi and 1 - pi both keep their relative precision in bf16. entropy may be NULL: not wanted.
+ */
+mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, mmpo_bf16* probabilities,
+                                           const float* logits, const uint32_t* targets, int32_t rows, int32_t vocab,
                                            mmpo_stream stream);
 
 /* In place: probabilities[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
  * a = dlogp[rows], b = dentropy[rows]. dentropy and entropy are NULL together: then b = 0. */
-mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16 *probabilities, const uint32_t *targets, const float *dlogp,
-                                            const float *dentropy, const float *entropy, int32_t rows, int32_t vocab,
+mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* probabilities, const uint32_t* targets, const float* dlogp,
+                                            const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream);
 
 /* ---- pair_objective.cu: src/objective.rs is the reference ------------------------------------------------------ */
@@ -226,8 +227,8 @@ typedef struct mmpo_objective {
  * scored[.., 4]: chosen start, chosen end, rejected start, rejected end, rows of the [N] buffers; a range may be empty.
  * constants[.., 4]: rhat or reference log-prob of chosen and rejected, scale, reserved. The four [N] and three per-pair
  * buffers are given from their start. entropy may be NULL: its sums in outcomes are then 0. Sums are f64. */
-mmpo_status MMPO_EXPORT(pair_objective)(float *outcomes, float *dlogp, float *dentropy, const float *logp,
-                                        const float *entropy, const uint32_t *scored, const float *constants,
+mmpo_status MMPO_EXPORT(pair_objective)(float* outcomes, float* dlogp, float* dentropy, const float* logp,
+                                        const float* entropy, const uint32_t* scored, const float* constants,
                                         int32_t first_pair, int32_t pairs, mmpo_objective objective,
                                         mmpo_stream stream);
 
@@ -237,12 +238,12 @@ mmpo_status MMPO_EXPORT(pair_objective)(float *outcomes, float *dlogp, float *de
 int64_t MMPO_EXPORT(gradient_norm_partials)(int64_t length);
 
 /* Assigns partials[gradient_norm_partials(length)]: the norms of fixed parts of gradient[length]; the sums are f64. */
-mmpo_status MMPO_EXPORT(gradient_norm_partial)(float *partials, const float *gradient, int64_t length,
+mmpo_status MMPO_EXPORT(gradient_norm_partial)(float* partials, const float* gradient, int64_t length,
                                                mmpo_stream stream);
 
 /* Assigns out[0] = sqrt(sum of partials[count]^2) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
  * max_norm = infinity: out[1] = 1. A NaN stays a NaN in both. The sum is f64, in a fixed order. */
-mmpo_status MMPO_EXPORT(gradient_norm_finish)(float *out, const float *partials, int64_t count, float max_norm,
+mmpo_status MMPO_EXPORT(gradient_norm_finish)(float* out, const float* partials, int64_t count, float max_norm,
                                               mmpo_stream stream);
 
 /* ---- adamw.cu ----------------------------------------------------------------------------------------------- */
@@ -251,10 +252,10 @@ mmpo_status MMPO_EXPORT(gradient_norm_finish)(float *out, const float *partials,
 typedef struct mmpo_adamw_step {
     float beta1;
     float beta2;
-    float rest1; /* 1 - beta1: in f32 it would be off by 5e-5 for 0.999 */
-    float rest2; /* 1 - beta2 */
-    float decay; /* 1 - learning_rate * weight_decay */
-    float step_size; /* learning_rate / (1 - beta1^step) */
+    float rest1;           /* 1 - beta1: in f32 it would be off by 5e-5 for 0.999 */
+    float rest2;           /* 1 - beta2 */
+    float decay;           /* 1 - learning_rate * weight_decay */
+    float step_size;       /* learning_rate / (1 - beta1^step) */
     float root_correction; /* 1 / sqrt(1 - beta2^step) */
     float epsilon;
 } mmpo_adamw_step;
@@ -264,8 +265,8 @@ typedef struct mmpo_adamw_step {
  *   second = beta2 * second + rest2 * g^2
  *   master = decay * master - step_size * first / (sqrt(second) * root_correction + epsilon)
  * Updates master, first and second (f32, [length]) and assigns weight[length] = bf16(master). */
-mmpo_status MMPO_EXPORT(adamw)(mmpo_bf16 *weight, float *master, float *first_moment, float *second_moment,
-                               const float *gradient, const float *norm, int64_t length, mmpo_adamw_step step,
+mmpo_status MMPO_EXPORT(adamw)(mmpo_bf16* weight, float* master, float* first_moment, float* second_moment,
+                               const float* gradient, const float* norm, int64_t length, mmpo_adamw_step step,
                                mmpo_stream stream);
 
 #ifdef __cplusplus

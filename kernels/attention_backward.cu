@@ -4,11 +4,12 @@
 //
 // Probabilities are computed again from qkv and lse. Three kernels, none with atomics, so bits repeat:
 //   preprocess  delta[T, H] = row sums of dout * out, into the workspace
-//   dkdv        a block owns a tile of keys of one key/value head; dK and dV stay in registers while it walks, in a fixed
+//   dkdv        a block owns a tile of keys of one key/value head; dK and dV stay in registers while it walks, in a
+//   fixed
 //               order, the query heads of its group and the queries that see its keys
 //   dq          a block owns a tile of queries of one head and walks the keys that it sees, as the forward does
-// The second walk costs two more products than accumulating dQ by f32 atomics would (7 instead of 5); it is the price of
-// a fixed order.
+// The second walk costs two more products than accumulating dQ by f32 atomics would (7 instead of 5); it is the price
+// of a fixed order.
 #include "api.h"
 #include "common/attention_tiles.cuh"
 
@@ -138,8 +139,7 @@ DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], co
 }
 
 template <int E>
-__global__ void __launch_bounds__(kThreads)
-    attention_dkdv_kernel(Problem problem, const uint32_t* spans) {
+__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Problem problem, const uint32_t* spans) {
     DYNAMIC_SHARED(raw);
     const uint32_t shared = shared_address(raw);
     using Layout = SharedLayout<E>;
@@ -196,11 +196,10 @@ DEVICE void load_keys(uint32_t shared, const Problem& problem, int kv_head, cons
                       int block) {
     using Layout = SharedLayout<E>;
     const int first = blocks.first(block), limit = blocks.limit(block);
-    load_tile_async<kStreamRows<E>, E, kThreads>(Layout::stream(shared, block, 0),
-                                                 problem.qkv + problem.key_column(kv_head), problem.stride, first, limit);
-    load_tile_async<kStreamRows<E>, E, kThreads>(Layout::stream(shared, block, 1),
-                                                 problem.qkv + problem.value_column(kv_head), problem.stride, first,
-                                                 limit);
+    load_tile_async<kStreamRows<E>, E, kThreads>(
+        Layout::stream(shared, block, 0), problem.qkv + problem.key_column(kv_head), problem.stride, first, limit);
+    load_tile_async<kStreamRows<E>, E, kThreads>(
+        Layout::stream(shared, block, 1), problem.qkv + problem.value_column(kv_head), problem.stride, first, limit);
 }
 
 // A lane's two query rows (top: lane / 4, bottom: lane / 4 + 8): their lse in base 2, and delta.
@@ -310,11 +309,13 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* wo
     if (rows == 0 || tiles == 0) return 0;
     const int64_t stride = int64_t(heads + 2 * kv_heads) * head_size, row_heads = int64_t(rows) * heads;
     float* delta = static_cast<float*>(workspace);
-    const Problem problem{qkv,   dout,  lse,      delta,     dqkv,  stride,
-                          heads, kv_heads, head_size, scale, scale * kLog2E};
+    const Problem problem{qkv, dout, lse, delta, dqkv, stride, heads, kv_heads, head_size, scale, scale * kLog2E};
     switch (head_size) {
-        case 64: return launch<64>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
-        case 128: return launch<128>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
-        default: return 1;
+        case 64:
+            return launch<64>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
+        case 128:
+            return launch<128>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
+        default:
+            return 1;
     }
 }

@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kHeadSize)
     merge_chunks_kernel(bf16* __restrict__ out, Partials partials, int chunks, int heads) {
     const int head = int(blockIdx.x);
     float largest = -INFINITY, sum = 0.0f, value = 0.0f;
-    for (int chunk = 0; chunk < chunks; ++chunk) largest = fmaxf(largest, partials.largest[int64_t(chunk) * heads + head]);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+        largest = fmaxf(largest, partials.largest[int64_t(chunk) * heads + head]);
 #pragma unroll 4
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int64_t slot = int64_t(chunk) * heads + head;
@@ -216,8 +217,8 @@ mmpo_status launch_decode(bf16* out, void* workspace, const bf16* cache, const C
     const mmpo_status status = LAUNCH(decode_chunk_kernel<kHeadSize>, grid, kThreads, sizeof(WarpStates<kHeadSize>),
                                       cuda_stream(stream), partials, cache, shape, scale);
     if (status != kSuccess) return status;
-    return LAUNCH(merge_chunks_kernel<kHeadSize>, unsigned(shape.heads), kHeadSize, 0, cuda_stream(stream), out, partials,
-                  shape.chunks(), shape.heads);
+    return LAUNCH(merge_chunks_kernel<kHeadSize>, unsigned(shape.heads), kHeadSize, 0, cuda_stream(stream), out,
+                  partials, shape.chunks(), shape.heads);
 }
 
 }  // namespace
@@ -233,8 +234,11 @@ mmpo_status MMPO_EXPORT(attention_decode)(bf16* out, void* workspace, const bf16
     if (kv_heads == 0 || heads % kv_heads != 0) return kInvalidValue;
     const CacheShape shape{length, heads, kv_heads};
     switch (head_size) {
-        case 64: return launch_decode<64>(out, workspace, cache, shape, scale, stream);
-        case 128: return launch_decode<128>(out, workspace, cache, shape, scale, stream);
-        default: return kInvalidValue;
+        case 64:
+            return launch_decode<64>(out, workspace, cache, shape, scale, stream);
+        case 128:
+            return launch_decode<128>(out, workspace, cache, shape, scale, stream);
+        default:
+            return kInvalidValue;
     }
 }

@@ -101,7 +101,8 @@ DEVICE void load_keys_and_values(uint32_t shared, const Problem& problem, int he
                                  int block) {
     const int first = blocks.first(block), limit = blocks.limit(block);
     using Layout = SharedLayout<E>;
-    load_tile_async<BLOCK_N, E, kThreads>(Layout::keys(shared, block), problem.keys(head), problem.stride, first, limit);
+    load_tile_async<BLOCK_N, E, kThreads>(Layout::keys(shared, block), problem.keys(head), problem.stride, first,
+                                          limit);
     load_tile_async<BLOCK_N, E, kThreads>(Layout::values(shared, block), problem.values(head), problem.stride, first,
                                           limit);
 }
@@ -197,8 +198,11 @@ extern "C" mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16* out, float* lse
     const Problem problem{qkv, stride, heads, kv_heads, head_size, scale * kLog2E};
     const dim3 grid(tiles, heads, pairs);
     switch (head_size) {
-        case 64: return launch<64>(out, lse, problem, spans, grid, stream);
-        case 128: return launch<128>(out, lse, problem, spans, grid, stream);
-        default: return 1;
+        case 64:
+            return launch<64>(out, lse, problem, spans, grid, stream);
+        case 128:
+            return launch<128>(out, lse, problem, spans, grid, stream);
+        default:
+            return 1;
     }
 }

@@ -82,7 +82,7 @@ template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
     add_long_runs_kernel(float* dtable, const bf16* __restrict__ dout, SortedTokens sorted, int width) {
     DYNAMIC_SHARED(shared);
-    float(*const warp_sums)[kRunColumns] = reinterpret_cast<float(*)[kRunColumns]>(shared);
+    float (*const warp_sums)[kRunColumns] = reinterpret_cast<float (*)[kRunColumns]>(shared);
     const int anchor = int(blockIdx.x) * kShortRun;
     const uint32_t token = sorted.token(anchor);
     const int start = long_run_start(sorted, anchor, token);
@@ -119,9 +119,8 @@ __global__ void __launch_bounds__(kBlock)
 template <bool kVectorized>
 mmpo_status launch_backward(float* dtable, const bf16* dout, const SortedTokens& sorted, int width,
                             mmpo_stream stream) {
-    const mmpo_status status =
-        LAUNCH(add_short_runs_kernel<kVectorized>, warp_tile_blocks<1>(sorted.rows, width), kBlock, 0,
-               cuda_stream(stream), dtable, dout, sorted, width);
+    const mmpo_status status = LAUNCH(add_short_runs_kernel<kVectorized>, warp_tile_blocks<1>(sorted.rows, width),
+                                      kBlock, 0, cuda_stream(stream), dtable, dout, sorted, width);
     if (status != kSuccess) return status;
     const dim3 grid(unsigned(ceil_div(sorted.rows, kShortRun)), unsigned(ceil_div(width, kRunColumns)));
     return LAUNCH(add_long_runs_kernel<kVectorized>, grid, kBlock, kBlockWarps * kRunColumns * sizeof(float),

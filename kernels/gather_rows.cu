@@ -50,8 +50,8 @@ mmpo_status MMPO_EXPORT(gather_rows)(bf16* out, const bf16* hidden, const uint32
     return launch_gather(out, hidden, scored_rows, scored, width, stream);
 }
 
-mmpo_status MMPO_EXPORT(gather_rows_backward)(bf16* dhidden, const bf16* dout, const uint32_t* row_scores,
-                                              int32_t rows, int32_t width, mmpo_stream stream) {
+mmpo_status MMPO_EXPORT(gather_rows_backward)(bf16* dhidden, const bf16* dout, const uint32_t* row_scores, int32_t rows,
+                                              int32_t width, mmpo_stream stream) {
     if (rows == 0 || width == 0) return kSuccess;
     const unsigned blocks = warp_tile_blocks<kBackwardVectors>(rows, width);
     return vector_rows(width) ? LAUNCH(gather_backward_kernel<true>, blocks, kBlock, 0, cuda_stream(stream), dhidden,

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t start = int64_t(blockIdx.x) * kPart;
     const int count = int(min(length - start, kPart));
     const double sum = vectorized && count % kVector == 0 ? thread_sum<true>(gradient + start, count)
-                                                         : thread_sum<false>(gradient + start, count);
+                                                          : thread_sum<false>(gradient + start, count);
     const double total = block_sum<kBlock>(sum, reinterpret_cast<double*>(shared));
     if (threadIdx.x == 0) partials[blockIdx.x] = float(sqrt(total));
 }

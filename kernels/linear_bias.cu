@@ -28,7 +28,7 @@ template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
     column_sums_kernel(float* __restrict__ partials, const bf16* __restrict__ dout, int rows, int outputs) {
     DYNAMIC_SHARED(shared);
-    float(*const warp_sums)[kColumns] = reinterpret_cast<float(*)[kColumns]>(shared);
+    float (*const warp_sums)[kColumns] = reinterpret_cast<float (*)[kColumns]>(shared);
     const int warp = int(threadIdx.x) / kWarp;
     const int in_tile = int(lane_id()) * kVector;
     const int tile_column = int(blockIdx.x) * kColumns;
@@ -78,11 +78,9 @@ mmpo_status MMPO_EXPORT(linear_bias_backward)(float* dbias, void* workspace, con
     const int slices = slice_count(rows, outputs);
     const dim3 grid(unsigned(ceil_div(outputs, kColumns)), unsigned(slices));
     const size_t shared_bytes = kBlockWarps * kColumns * sizeof(float);
-    const mmpo_status status =
-        vector_rows(outputs)
-            ? LAUNCH(column_sums_kernel<true>, grid, kBlock, shared_bytes, cuda_stream(stream), partials, dout, rows,
-                     outputs)
-            : LAUNCH(column_sums_kernel<false>, grid, kBlock, shared_bytes, cuda_stream(stream), partials, dout, rows,
-                     outputs);
+    const mmpo_status status = vector_rows(outputs) ? LAUNCH(column_sums_kernel<true>, grid, kBlock, shared_bytes,
+                                                             cuda_stream(stream), partials, dout, rows, outputs)
+                                                    : LAUNCH(column_sums_kernel<false>, grid, kBlock, shared_bytes,
+                                                             cuda_stream(stream), partials, dout, rows, outputs);
     return status != kSuccess ? status : add_partials(dbias, partials, slices, outputs, stream);
 }

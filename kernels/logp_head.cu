@@ -5,8 +5,8 @@
 //   dlogits_v = a * (onehot_v - pi_v) - b * pi_v * (log pi_v + entropy)
 //
 // All outputs are assigned. What is kept for the backward is neither a logit nor a log-prob: rounding a logit of 20 to
-// bf16 puts its probability off by 6 %, rounding a log-prob of -8 by 3 %. It is pi where pi <= 1/2, and pi - 1 (with its
-// sign set) above: 2 bytes that keep both pi and 1 - pi, the target's own gradient, to 2^-9 of their size.
+// bf16 puts its probability off by 6 %, rounding a log-prob of -8 by 3 %. It is pi where pi <= 1/2, and pi - 1 (with
+// its sign set) above: 2 bytes that keep both pi and 1 - pi, the target's own gradient, to 2^-9 of their size.
 
 #include <cfloat>
 
@@ -160,8 +160,7 @@ __global__ void __launch_bounds__(kRowThreads)
         logp[row] = row_logits[targets[row]] - softmax.largest - log_sum;
         if constexpr (kEntropy) entropy[row] = log_sum - softmax.weighted / softmax.sum;
     }
-    store_probabilities<kVectorized>(probabilities + int64_t(row) * vocab, row_logits, softmax.largest, log_sum,
-                                     vocab);
+    store_probabilities<kVectorized>(probabilities + int64_t(row) * vocab, row_logits, softmax.largest, log_sum, vocab);
 }
 
 // ---- Backward: a warp tile of probabilities becomes dlogits.
@@ -182,9 +181,9 @@ DEVICE float logit_gradient(float kept, bool is_target, float a, float b, float 
 
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
-    logp_head_backward_kernel(bf16* probabilities, const uint32_t* __restrict__ targets, const float* __restrict__ dlogp,
-                              const float* __restrict__ dentropy, const float* __restrict__ entropy, int rows,
-                              int vocab) {
+    logp_head_backward_kernel(bf16* probabilities, const uint32_t* __restrict__ targets,
+                              const float* __restrict__ dlogp, const float* __restrict__ dentropy,
+                              const float* __restrict__ entropy, int rows, int vocab) {
     const WarpTile tile = warp_tile<kBackwardVectors>(vocab);
     if (tile.row >= rows) return;
     bf16* const row = probabilities + int64_t(tile.row) * vocab;

@@ -68,9 +68,13 @@ mmpo_status MMPO_EXPORT(cast_to_bf16)(bf16* out, const void* source, int32_t sto
                                       mmpo_stream stream) {
     if (length == 0) return kSuccess;
     switch (storage) {
-        case MMPO_STORAGE_F32: return launch_cast<MMPO_STORAGE_F32>(out, source, length, stream);
-        case MMPO_STORAGE_F16: return launch_cast<MMPO_STORAGE_F16>(out, source, length, stream);
-        case MMPO_STORAGE_BF16: return launch_cast<MMPO_STORAGE_BF16>(out, source, length, stream);
-        default: return kInvalidValue;
+        case MMPO_STORAGE_F32:
+            return launch_cast<MMPO_STORAGE_F32>(out, source, length, stream);
+        case MMPO_STORAGE_F16:
+            return launch_cast<MMPO_STORAGE_F16>(out, source, length, stream);
+        case MMPO_STORAGE_BF16:
+            return launch_cast<MMPO_STORAGE_BF16>(out, source, length, stream);
+        default:
+            return kInvalidValue;
     }
 }

@@ -1,8 +1,8 @@
 // Loss and per-token coefficients of preference pairs under MMPO, DPO, SimPO and SFT.
 //
-// The reference, formula by formula, is src/objective.rs; names are the same. All outputs are assigned. Sums over tokens
-// and everything formed from them are f64, as there: a response of 2000 tokens sums to thousands of nats, and the
-// softmax weight of a pair depends on the difference of two such sums.
+// The reference, formula by formula, is src/objective.rs; names are the same. All outputs are assigned. Sums over
+// tokens and everything formed from them are f64, as there: a response of 2000 tokens sums to thousands of nats, and
+// the softmax weight of a pair depends on the difference of two such sums.
 
 #include "common/reduce.cuh"
 
@@ -75,25 +75,29 @@ DEVICE double token_share(const mmpo_objective& objective, int tokens) {
 // Reward of a side from its log-prob sum; `constant` is its rhat or reference log-prob.
 DEVICE double side_reward(const mmpo_objective& objective, double logp, double share, double constant) {
     switch (objective.kind) {
-        case MMPO_OBJECTIVE_MMPO: return logp * share + constant;
-        case MMPO_OBJECTIVE_DPO: return double(objective.beta) * (logp - constant);
-        case MMPO_OBJECTIVE_SIMPO: return double(objective.beta) * logp * share;
-        default: return logp;
+        case MMPO_OBJECTIVE_MMPO:
+            return logp * share + constant;
+        case MMPO_OBJECTIVE_DPO:
+            return double(objective.beta) * (logp - constant);
+        case MMPO_OBJECTIVE_SIMPO:
+            return double(objective.beta) * logp * share;
+        default:
+            return logp;
     }
 }
 
 // -logsumexp(s_w, s_l) = log sigmoid(s_w - s_l) - s_w, plus the optional preference term.
 DEVICE PairTerms mmpo_terms(const mmpo_objective& objective, double reward_chosen, const Logistic& weight) {
     const double preference = objective.preference_weight;
-    return PairTerms{weight.log_positive - reward_chosen - preference * weight.log_positive,
-                     weight.positive,
-                     {-weight.positive - preference * weight.negative, -weight.negative + preference * weight.negative}};
+    return PairTerms{
+        weight.log_positive - reward_chosen - preference * weight.log_positive,
+        weight.positive,
+        {-weight.positive - preference * weight.negative, -weight.negative + preference * weight.negative}};
 }
 
 DEVICE PairTerms dpo_terms(const mmpo_objective& objective, const Logistic& preferred) {
     const double wrong = objective.label_smoothing;
-    const double slope =
-        double(objective.beta) * (wrong * preferred.positive - (1.0 - wrong) * preferred.negative);
+    const double slope = double(objective.beta) * (wrong * preferred.positive - (1.0 - wrong) * preferred.negative);
     return PairTerms{-(1.0 - wrong) * preferred.log_positive - wrong * preferred.log_negative, 0.0, {slope, -slope}};
 }
 
@@ -105,14 +109,16 @@ DEVICE PairTerms simpo_terms(const mmpo_objective& objective, const Logistic& pr
 // Slopes are those of the sequence's (mean) log-prob, before the pair's scale and the tokens' share.
 DEVICE PairTerms pair_terms(const mmpo_objective& objective, double reward_chosen, double reward_rejected) {
     if (objective.kind == MMPO_OBJECTIVE_SFT) return PairTerms{-reward_chosen, 0.0, {-1.0, 0.0}};
-    const double target = objective.kind == MMPO_OBJECTIVE_SIMPO
-                              ? double(objective.beta) * double(objective.gamma_beta_ratio)
-                              : 0.0;
+    const double target =
+        objective.kind == MMPO_OBJECTIVE_SIMPO ? double(objective.beta) * double(objective.gamma_beta_ratio) : 0.0;
     const Logistic preferred = logistic(reward_chosen - reward_rejected - target);
     switch (objective.kind) {
-        case MMPO_OBJECTIVE_MMPO: return mmpo_terms(objective, reward_chosen, preferred);
-        case MMPO_OBJECTIVE_DPO: return dpo_terms(objective, preferred);
-        default: return simpo_terms(objective, preferred);
+        case MMPO_OBJECTIVE_MMPO:
+            return mmpo_terms(objective, reward_chosen, preferred);
+        case MMPO_OBJECTIVE_DPO:
+            return dpo_terms(objective, preferred);
+        default:
+            return simpo_terms(objective, preferred);
     }
 }
 
@@ -200,8 +206,8 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     const float slope = float(side_scale * of_side(terms.slope, side));
     if (entropy_term) {
         const double weight = -0.5 * double(objective.entropy_weight);
-        const double bonus = add_entropy_term(dlogp + first, dentropy + first, logp + first, entropy + first,
-                                              tokens, slope, side_scale * weight);
+        const double bonus = add_entropy_term(dlogp + first, dentropy + first, logp + first, entropy + first, tokens,
+                                              slope, side_scale * weight);
         if (lane_id() == 0) sums.entropy_bonus[side] = weight * of_side(share, side) * bonus;
     } else {
         for (int token = int(lane_id()); token < tokens; token += kWarp) {

@@ -20,13 +20,13 @@ struct RowLayout {
     // Columns between two vectors of a thread.
     static constexpr int kStride = kWarps * kWarp * kVector;
     using Group = RowGroup<kWarps>;
-    // Eight vectors of the backward's four arrays, or single accesses with an address each, take some 200 registers, which
-    // leaves room for one block.
+    // Eight vectors of the backward's four arrays, or single accesses with an address each, take some 200 registers,
+    // which leaves room for one block.
     static constexpr int kMinBlocks = kVectorized && kVectors <= 4 ? 2 : 1;
 };
 // Widest row that a layout holds.
 template <class Layout>
-constexpr int kMaxWidth = Layout::kStride* Layout::kVectors;
+constexpr int kMaxWidth = Layout::kStride * Layout::kVectors;
 
 using OneWarp = RowLayout<1, 4, true>;
 using TwoWarps = RowLayout<2, 4, true>;
@@ -60,7 +60,8 @@ DEVICE void load_row(uint4 (&packed)[Layout::kVectors], const bf16* row, int fir
 
 // x + delta, rounded to bf16 as it is stored, so that the norm sees what the backward will read.
 template <class Layout>
-DEVICE void add_residual(uint4 (&packed)[Layout::kVectors], bf16* sum_row, const bf16* delta_row, int first, int width) {
+DEVICE void add_residual(uint4 (&packed)[Layout::kVectors], bf16* sum_row, const bf16* delta_row, int first,
+                         int width) {
     uint4 deltas[Layout::kVectors];
     load_row<Layout>(deltas, delta_row, first, width);
 #pragma unroll
@@ -107,8 +108,8 @@ DEVICE void store_normalized(bf16* out_row, const uint4 (&packed)[Layout::kVecto
 template <class Layout, bool kAdd>
 __global__ void __launch_bounds__(kBlock)
     rms_norm_forward_kernel(bf16* __restrict__ sum, bf16* __restrict__ out, float* __restrict__ rstd,
-                            const bf16* __restrict__ x, const bf16* __restrict__ delta,
-                            const bf16* __restrict__ weight, int rows, int width, float epsilon) {
+                            const bf16* __restrict__ x, const bf16* __restrict__ delta, const bf16* __restrict__ weight,
+                            int rows, int width, float epsilon) {
     DYNAMIC_SHARED(shared);
     typename Layout::Group group(reinterpret_cast<float*>(shared));
     const int row = int(blockIdx.x) * Layout::Group::kGroups + group.index;

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kBlock)
 // d silu(x)/dx = sigmoid(x) * (1 + x * (1 - sigmoid(x))).
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
-    swiglu_backward_kernel(bf16* __restrict__ dgate_up, const bf16* __restrict__ dout,
-                           const bf16* __restrict__ gate_up, int rows, int width) {
+    swiglu_backward_kernel(bf16* __restrict__ dgate_up, const bf16* __restrict__ dout, const bf16* __restrict__ gate_up,
+                           int rows, int width) {
     const WarpTile tile = warp_tile<kVectors>(width);
     if (tile.row >= rows) return;
     const int64_t gate_start = 2 * int64_t(tile.row) * width;
@@ -80,7 +80,8 @@ mmpo_status MMPO_EXPORT(swiglu_forward)(bf16* out, const bf16* gate_up, int32_t 
     const unsigned blocks = warp_tile_blocks<kVectors>(rows, width);
     return vector_rows(width)
                ? LAUNCH(swiglu_forward_kernel<true>, blocks, kBlock, 0, cuda_stream(stream), out, gate_up, rows, width)
-               : LAUNCH(swiglu_forward_kernel<false>, blocks, kBlock, 0, cuda_stream(stream), out, gate_up, rows, width);
+               : LAUNCH(swiglu_forward_kernel<false>, blocks, kBlock, 0, cuda_stream(stream), out, gate_up, rows,
+                        width);
 }
 
 mmpo_status MMPO_EXPORT(swiglu_backward)(bf16* dgate_up, const bf16* dout, const bf16* gate_up, int32_t rows,

@@ -93,9 +93,9 @@ struct KeyBlocks {
     }
 };
 
-// ------------------------------------------------------------------------------------------------ tiles in shared memory
-// ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the eight
-// rows of an ldmatrix fall into eight different groups of banks.
+// ------------------------------------------------------------------------------------------------ tiles in shared
+// memory ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the
+// eight rows of an ldmatrix fall into eight different groups of banks.
 
 template <int E>
 DEVICE uint32_t tile_address(uint32_t tile, int row, int chunk) {
@@ -147,8 +147,8 @@ DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
 }
 
 // ------------------------------------------------------------------------------------------------ products of a warp
-// Accumulators c[columns / 8][4] of 16 rows: a lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the
-// next one of each group of eight.
+// Accumulators c[columns / 8][4] of 16 rows: a lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and
+// the next one of each group of eight.
 
 // c[16, 8 * NT] += a_tile[row.., E] * b_tile[0 .. 8 * NT, E]^T.
 template <int E, int NT>

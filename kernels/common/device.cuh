@@ -19,9 +19,9 @@
 // 16-byte vectors and TMA tiles need alignment; 1024 bytes is what the 128-byte swizzle asks for.
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::mmpo::emulated::dynamic_shared()
 // `SHARED_ARRAY(float, partial, 32);` declares `float partial[32]` in shared memory.
-#define SHARED_ARRAY(type, name, count)                                                                       \
-    static const char name##_key = 0;                                                                         \
-    type(&name)[count] = *static_cast<type(*)[count]>(::mmpo::emulated::static_shared(                        \
+#define SHARED_ARRAY(type, name, count)                                                \
+    static const char name##_key = 0;                                                  \
+    type(&name)[count] = *static_cast<type(*)[count]>(::mmpo::emulated::static_shared( \
         &name##_key, sizeof(type) * (count), alignof(type), ::mmpo::emulated::Site{__FILE__, __LINE__}))
 
 // `LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)`: 0, or an error code. A kernel whose template
@@ -42,8 +42,8 @@
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                \
-    (::mmpo::allow_dynamic_shared(reinterpret_cast<const void*>(&kernel), shared_bytes),                       \
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
+    (::mmpo::allow_dynamic_shared(reinterpret_cast<const void*>(&kernel), shared_bytes), \
      kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__), static_cast<int>(cudaGetLastError()))
 
 #endif

@@ -36,7 +36,7 @@ bool vector_aligned(Pointers... pointers) {
 
 // Columns of a warp tile.
 template <int kVectors>
-constexpr int kTileColumns = kVectors* kWarp* kVector;
+constexpr int kTileColumns = kVectors * kWarp * kVector;
 
 struct WarpTile {
     int row;

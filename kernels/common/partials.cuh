@@ -13,7 +13,7 @@ constexpr int kPartialSlices = kBlock / kWarp;
 static __global__ void __launch_bounds__(kBlock)
     add_partials_kernel(float* out, const float* __restrict__ partials, int count, int width) {
     DYNAMIC_SHARED(shared);
-    float(*const slice_sums)[kWarp] = reinterpret_cast<float(*)[kWarp]>(shared);
+    float (*const slice_sums)[kWarp] = reinterpret_cast<float (*)[kWarp]>(shared);
     const int lane = int(lane_id());
     const int slice = int(threadIdx.x) / kWarp;
     const int column = int(blockIdx.x) * kWarp + lane;

@@ -1,7 +1,7 @@
 // Every inline PTX instruction of the program, one wrapper each, beside its emulated twin. No logic lives here.
 //
-// Shared addresses are the 32-bit ones of `shared_address`. Instructions marked sm_90 exist only where MMPO_SM90 is set;
-// elsewhere their wrapper traps, so that one file compiles for every target. Names follow the PTX ISA's.
+// Shared addresses are the 32-bit ones of `shared_address`. Instructions marked sm_90 exist only where MMPO_SM90 is
+// set; elsewhere their wrapper traps, so that one file compiles for every target. Names follow the PTX ISA's.
 #pragma once
 
 #include "device.cuh"
@@ -45,7 +45,8 @@ inline float flush_subnormal(float x) { return fabsf(x) < 1.17549435e-38f ? copy
 // 2^x, relative error about 2^-22; subnormals are flushed.
 DEVICE float exp2_approx(float x) {
     float result;
-    PTX_TWIN(result = flush_subnormal(exp2f(flush_subnormal(x))), asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
+    PTX_TWIN(result = flush_subnormal(exp2f(flush_subnormal(x))),
+             asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
     return result;
 }
 
@@ -59,7 +60,8 @@ DEVICE float log2_approx(float x) {
 // 1/x, one unit in the last place.
 DEVICE float rcp_approx(float x) {
     float result;
-    PTX_TWIN(result = flush_subnormal(1.0f / flush_subnormal(x)), asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
+    PTX_TWIN(result = flush_subnormal(1.0f / flush_subnormal(x)),
+             asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
     return result;
 }
 
@@ -70,14 +72,15 @@ DEVICE float rsqrt_approx(float x) {
     return result;
 }
 
-// ------------------------------------------------------------------------------------------------------ vector accesses
+// ------------------------------------------------------------------------------------------------------ vector
+// accesses
 
 // 16 bytes of global memory, 16-byte aligned.
 DEVICE uint4 load_128(const void* source MMPO_SITE) {
     uint4 v;
     PTX_TWIN(emulated::load_vector(&v, source, 16, site),
-             asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(source) : "memory"));
+             asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z),
+                          "=r"(v.w) : "l"(source) : "memory"));
     return v;
 }
 
@@ -85,40 +88,41 @@ DEVICE uint4 load_128(const void* source MMPO_SITE) {
 DEVICE uint4 load_128_streaming(const void* source MMPO_SITE) {
     uint4 v;
     PTX_TWIN(emulated::load_vector(&v, source, 16, site),
-             asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(source)));
+             asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y),
+                          "=r"(v.z), "=r"(v.w) : "l"(source)));
     return v;
 }
 
 DEVICE void store_128(void* destination, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_vector(destination, &v, 16, site),
-             asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                          ::"l"(destination), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"));
+             asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(v.x), "r"(v.y), "r"(v.z),
+                          "r"(v.w) : "memory"));
 }
 
 // As store_128, first to be evicted: for outputs larger than L2.
 DEVICE void store_128_streaming(void* destination, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_vector(destination, &v, 16, site),
-             asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
-                          ::"l"(destination), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"));
+             asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(v.x), "r"(v.y),
+                          "r"(v.z), "r"(v.w) : "memory"));
 }
 
 DEVICE uint4 load_shared_128(uint32_t address MMPO_SITE) {
     uint4 v;
     PTX_TWIN(emulated::load_shared(&v, address, 16, site),
-             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory"));
+             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z),
+                          "=r"(v.w) : "r"(address) : "memory"));
     return v;
 }
 
 DEVICE void store_shared_128(uint32_t address, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_shared(address, &v, 16, site),
-             asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                          ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"));
+             asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+                          "r"(v.w) : "memory"));
 }
 
 DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
-    PTX_TWIN(emulated::store_shared(address, &v, 4, site), asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));
+    PTX_TWIN(emulated::store_shared(address, &v, 4, site),
+             asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));
 }
 
 // ---------------------------------------------------------------------------------------------------- matrix fragments
@@ -126,74 +130,75 @@ DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
 // 8x8 matrices of 16-bit values; lanes 8i..8i+7 give the addresses of matrix i's rows, 16-byte aligned.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address MMPO_SITE) {
     PTX_TWIN(emulated::load_matrices(r, 4, false, address, site),
-             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory"));
+             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+                          "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory"));
 }
 
 DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address MMPO_SITE) {
     PTX_TWIN(emulated::load_matrices(r, 4, true, address, site),
-             asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory"));
+             asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+                          "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory"));
 }
 
 DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t address MMPO_SITE) {
     PTX_TWIN(emulated::load_matrices(r, 2, false, address, site),
-             asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                          : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory"));
+             asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+                          "=r"(r[1]) : "r"(address) : "memory"));
 }
 
 DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address MMPO_SITE) {
     PTX_TWIN(emulated::load_matrices(r, 2, true, address, site),
-             asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                          : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory"));
+             asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+                          "=r"(r[1]) : "r"(address) : "memory"));
 }
 
 // sm_90. The inverse of ldmatrix.
 DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4] MMPO_SITE) {
     PTX90_TWIN(emulated::store_matrices(address, r, 4, false, site),
-               asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                            ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+               asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
 }
 
 DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4] MMPO_SITE) {
     PTX90_TWIN(emulated::store_matrices(address, r, 4, true, site),
-               asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                            ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+               asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
 }
 
 DEVICE void stmatrix_x2(uint32_t address, const uint32_t (&r)[2] MMPO_SITE) {
     PTX90_TWIN(emulated::store_matrices(address, r, 2, false, site),
-               asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
-                            ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory"));
+               asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]),
+                            "r"(r[1]) : "memory"));
 }
 
 DEVICE void stmatrix_x2_trans(uint32_t address, const uint32_t (&r)[2] MMPO_SITE) {
     PTX90_TWIN(emulated::store_matrices(address, r, 2, true, site),
-               asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
-                            ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory"));
+               asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]),
+                            "r"(r[1]) : "memory"));
 }
 
 // d[16, 8] += a[16, 16] * b[16, 8], bf16 into f32.
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] MMPO_SITE) {
     PTX_TWIN(emulated::mma_m16n8k16_bf16(d, a, b, site),
              asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));
+                          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+                          "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+                          "r"(b[1])));
 }
 
-// ------------------------------------------------------------------------------------------- asynchronous copies, sm_80
+// ------------------------------------------------------------------------------------------- asynchronous copies,
+// sm_80
 
 // 16 bytes from global to shared memory, both 16-byte aligned; zeros where not `valid` (`source` is not read then, but
 // must still be an address inside the allocation).
 DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid MMPO_SITE) {
     PTX_TWIN(emulated::copy_async(destination, source, 16, valid ? 16 : 0, site),
-             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                          ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory"));
+             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+                          "r"(valid ? 16 : 0) : "memory"));
 }
 
 DEVICE void cp_async_commit(MMPO_SITE_ONLY) {
-    PTX_TWIN(emulated::copy_async_commit(site), asm volatile("cp.async.commit_group;" ::: "memory"));
+    PTX_TWIN(emulated::copy_async_commit(site), asm volatile("cp.async.commit_group;" :: : "memory"));
 }
 
 // Waits until at most `kGroupsLeft` of this thread's newest groups are still under way.
@@ -207,14 +212,17 @@ DEVICE void cp_async_wait(MMPO_SITE_ONLY) {
 
 // Barrier `id` (1..15; 0 is __syncthreads') of `threads` threads, a multiple of 32.
 DEVICE void bar_sync(uint32_t id, uint32_t threads MMPO_SITE) {
-    PTX_TWIN(emulated::barrier_sync(id, threads, site), asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
+    PTX_TWIN(emulated::barrier_sync(id, threads, site),
+             asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
 }
 
 DEVICE void bar_arrive(uint32_t id, uint32_t threads MMPO_SITE) {
-    PTX_TWIN(emulated::barrier_arrive(id, threads, site), asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
+    PTX_TWIN(emulated::barrier_arrive(id, threads, site),
+             asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------------ mbarriers, sm_90
+// ------------------------------------------------------------------------------------------------------ mbarriers,
+// sm_90
 
 DEVICE void mbarrier_init(uint32_t address, uint32_t count MMPO_SITE) {
     PTX90_TWIN(emulated::mbarrier_init(address, count, site),
@@ -228,7 +236,7 @@ DEVICE void mbarrier_invalidate(uint32_t address MMPO_SITE) {
 
 // Makes initialised mbarriers visible to the async proxy; a __syncthreads follows.
 DEVICE void fence_mbarrier_init(MMPO_SITE_ONLY) {
-    PTX90_TWIN(emulated::fence_mbarrier_init(site), asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+    PTX90_TWIN(emulated::fence_mbarrier_init(site), asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
 }
 
 DEVICE void mbarrier_arrive(uint32_t address MMPO_SITE) {
@@ -237,29 +245,37 @@ DEVICE void mbarrier_arrive(uint32_t address MMPO_SITE) {
 }
 
 DEVICE void mbarrier_expect_tx(uint32_t address, uint32_t bytes MMPO_SITE) {
-    PTX90_TWIN(emulated::mbarrier_expect_tx(address, bytes, site),
-               asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(bytes) : "memory"));
+    PTX90_TWIN(
+        emulated::mbarrier_expect_tx(address, bytes, site),
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(bytes) : "memory"));
 }
 
 DEVICE void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes MMPO_SITE) {
-    PTX90_TWIN((emulated::mbarrier_expect_tx(address, bytes, site), emulated::mbarrier_arrive(address, 1, site)),
-               asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory"));
+    PTX90_TWIN(
+        (emulated::mbarrier_expect_tx(address, bytes, site), emulated::mbarrier_arrive(address, 1, site)),
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory"));
 }
 
 DEVICE bool mbarrier_test_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     uint32_t done = 0;
-    PTX90_TWIN(done = emulated::mbarrier_test_wait(address, parity, site),
-               asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-                            : "=r"(done) : "r"(address), "r"(parity) : "memory"));
+    PTX90_TWIN(
+        done = emulated::mbarrier_test_wait(address, parity, site),
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(
+                done) : "r"(address),
+            "r"(parity) : "memory"));
     return done != 0;
 }
 
 // May return false after a hardware-defined time although nothing is wrong: loop, or use mbarrier_wait.
 DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     uint32_t done = 0;
-    PTX90_TWIN(done = emulated::mbarrier_try_wait(address, parity, site),
-               asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-                            : "=r"(done) : "r"(address), "r"(parity) : "memory"));
+    PTX90_TWIN(
+        done = emulated::mbarrier_try_wait(address, parity, site),
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(
+                done) : "r"(address),
+            "r"(parity) : "memory"));
     return done != 0;
 }
 
@@ -276,65 +292,77 @@ DEVICE void mbarrier_wait(uint32_t address, uint32_t parity MMPO_SITE) {
 
 // Orders this thread's ordinary shared-memory accesses before later ones of the async proxy (TMA, wgmma).
 DEVICE void fence_proxy_async(MMPO_SITE_ONLY) {
-    PTX90_TWIN(emulated::fence_proxy_async(site), asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
+    PTX90_TWIN(emulated::fence_proxy_async(site), asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 
-// --------------------------------------------------------------------------------------- tensor memory accelerator, sm_90
+// --------------------------------------------------------------------------------------- tensor memory accelerator,
+// sm_90
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
     PTX90_TWIN((void)map, asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
 }
 
-// A box of `map` at element coordinates (x, y[, z]) to 128-byte aligned shared memory; its bytes complete on `mbarrier`.
+// A box of `map` at element coordinates (x, y[, z]) to 128-byte aligned shared memory; its bytes complete on
+// `mbarrier`.
 DEVICE void tma_load_2d(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t mbarrier MMPO_SITE) {
     PTX90_TWIN(emulated::tensor_load(destination, map, emulated::Coordinates(x, y), mbarrier, site),
                asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                            "[%0], [%1, {%2, %3}], [%4];"
-                            ::"r"(destination), "l"(map), "r"(x), "r"(y), "r"(mbarrier) : "memory"));
+                            "[%0], [%1, {%2, %3}], [%4];" ::"r"(destination),
+                            "l"(map), "r"(x), "r"(y), "r"(mbarrier) : "memory"));
 }
 
-DEVICE void tma_load_3d(uint32_t destination, const CUtensorMap* map, int x, int y, int z, uint32_t mbarrier MMPO_SITE) {
+DEVICE void tma_load_3d(uint32_t destination, const CUtensorMap* map, int x, int y, int z,
+                        uint32_t mbarrier MMPO_SITE) {
     PTX90_TWIN(emulated::tensor_load(destination, map, emulated::Coordinates(x, y, z), mbarrier, site),
                asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                            "[%0], [%1, {%2, %3, %4}], [%5];"
-                            ::"r"(destination), "l"(map), "r"(x), "r"(y), "r"(z), "r"(mbarrier) : "memory"));
+                            "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(destination),
+                            "l"(map), "r"(x), "r"(y), "r"(z), "r"(mbarrier) : "memory"));
 }
 
 // The inverse: parts outside the tensor are not written. Needs bulk_commit and a wait before shared memory is reused.
 DEVICE void tma_store_2d(const CUtensorMap* map, uint32_t source, int x, int y MMPO_SITE) {
-    PTX90_TWIN(emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::assign, site),
-               asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
-                            ::"l"(map), "r"(source), "r"(x), "r"(y) : "memory"));
+    PTX90_TWIN(
+        emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::assign, site),
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                     "r"(source), "r"(x), "r"(y) : "memory"));
 }
 
 DEVICE void tma_store_3d(const CUtensorMap* map, uint32_t source, int x, int y, int z MMPO_SITE) {
-    PTX90_TWIN(emulated::tensor_store(map, source, emulated::Coordinates(x, y, z), emulated::BulkStore::assign, site),
-               asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                            ::"l"(map), "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
+    PTX90_TWIN(
+        emulated::tensor_store(map, source, emulated::Coordinates(x, y, z), emulated::BulkStore::assign, site),
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                     "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
 }
 
 // As the stores, adding. The order in which several blocks add to one element is not fixed.
 DEVICE void tma_reduce_add_2d(const CUtensorMap* map, uint32_t source, int x, int y MMPO_SITE) {
-    PTX90_TWIN(emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::add, site),
-               asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];"
-                            ::"l"(map), "r"(source), "r"(x), "r"(y) : "memory"));
+    PTX90_TWIN(
+        emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::add, site),
+        asm volatile(
+            "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+            "r"(source), "r"(x), "r"(y) : "memory"));
 }
 
 DEVICE void tma_reduce_add_3d(const CUtensorMap* map, uint32_t source, int x, int y, int z MMPO_SITE) {
-    PTX90_TWIN(emulated::tensor_store(map, source, emulated::Coordinates(x, y, z), emulated::BulkStore::add, site),
-               asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                            ::"l"(map), "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
+    PTX90_TWIN(
+        emulated::tensor_store(map, source, emulated::Coordinates(x, y, z), emulated::BulkStore::add, site),
+        asm volatile(
+            "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                map),
+            "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
 }
 
 // `bytes` (a multiple of 16) of contiguous memory, both sides 16-byte aligned.
 DEVICE void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier MMPO_SITE) {
-    PTX90_TWIN(emulated::bulk_load(destination, source, bytes, mbarrier, site),
-               asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                            ::"r"(destination), "l"(source), "r"(bytes), "r"(mbarrier) : "memory"));
+    PTX90_TWIN(
+        emulated::bulk_load(destination, source, bytes, mbarrier, site),
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         destination),
+                     "l"(source), "r"(bytes), "r"(mbarrier) : "memory"));
 }
 
 DEVICE void bulk_commit(MMPO_SITE_ONLY) {
-    PTX90_TWIN(emulated::bulk_commit(site), asm volatile("cp.async.bulk.commit_group;" ::: "memory"));
+    PTX90_TWIN(emulated::bulk_commit(site), asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
 }
 
 // Until the writes of all but the newest groups are visible to this thread.
@@ -351,7 +379,8 @@ DEVICE void bulk_wait_read(MMPO_SITE_ONLY) {
                asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------- warps and warpgroups
+// ------------------------------------------------------------------------------------------------- warps and
+// warpgroups
 
 // sm_90. True in one lane of a converged warp.
 DEVICE bool elect_one(MMPO_SITE_ONLY) {

@@ -19,7 +19,8 @@ static __global__ void __launch_bounds__(kBlock)
     bf16* const to = out + int64_t(tile.row) * width;
     uint4 packed[kGatherVectors];
 #pragma unroll
-    for (int v = 0; v < kGatherVectors; ++v) packed[v] = load8<kVectorized>(from, tile.column + v * kVectorStride, width);
+    for (int v = 0; v < kGatherVectors; ++v)
+        packed[v] = load8<kVectorized>(from, tile.column + v * kVectorStride, width);
 #pragma unroll
     for (int v = 0; v < kGatherVectors; ++v) store8<kVectorized>(to, tile.column + v * kVectorStride, width, packed[v]);
 }
@@ -30,7 +31,8 @@ inline mmpo_status launch_gather(bf16* out, const bf16* source, const uint32_t* 
     const unsigned blocks = warp_tile_blocks<kGatherVectors>(rows, width);
     return vector_rows(width)
                ? LAUNCH(gather_kernel<true>, blocks, kBlock, 0, cuda_stream(stream), out, source, indices, rows, width)
-               : LAUNCH(gather_kernel<false>, blocks, kBlock, 0, cuda_stream(stream), out, source, indices, rows, width);
+               : LAUNCH(gather_kernel<false>, blocks, kBlock, 0, cuda_stream(stream), out, source, indices, rows,
+                        width);
 }
 
 }  // namespace MMPO_VARIANT

@@ -1,5 +1,5 @@
-// Loads and stores of kernels: those that go through wrappers in both variants, and in the checked one all others, which
-// the compiler's instrumentation hands over (see compile.rs).
+// Loads and stores of kernels: those that go through wrappers in both variants, and in the checked one all others,
+// which the compiler's instrumentation hands over (see compile.rs).
 #include <link.h>
 
 #include <algorithm>
@@ -27,7 +27,9 @@ bool in_program(uintptr_t address) {
             Query& query = *static_cast<Query*>(context);
             for (int i = 0; i < object->dlpi_phnum; ++i) {
                 const auto& segment = object->dlpi_phdr[i];
-                if (segment.p_type == PT_LOAD && query.address - (object->dlpi_addr + segment.p_vaddr) < segment.p_memsz) query.found = true;
+                if (segment.p_type == PT_LOAD &&
+                    query.address - (object->dlpi_addr + segment.p_vaddr) < segment.p_memsz)
+                    query.found = true;
             }
             return int(query.found);
         },
@@ -51,7 +53,8 @@ uint64_t count_sectors(const WarpAccess& access) {
     std::vector<uint64_t> sectors;
     for (int lane = 0; lane < 32; ++lane) {
         if ((access.lanes >> lane & 1u) == 0) continue;
-        for (uint64_t sector = access.address[lane] / 32; sector <= (access.address[lane] + access.bytes - 1) / 32; ++sector)
+        for (uint64_t sector = access.address[lane] / 32; sector <= (access.address[lane] + access.bytes - 1) / 32;
+             ++sector)
             sectors.push_back(sector);
     }
     std::sort(sectors.begin(), sectors.end());
@@ -106,7 +109,8 @@ void trace(Thread& thread, uintptr_t address, uint32_t bytes, bool write, bool s
 
 void check_local(Thread& thread, uintptr_t address, uint32_t bytes, bool write, Site site) {
     const char* what = watched_accumulator(thread, address, bytes, write);
-    if (what != nullptr) fail(site, "%s %s before the wgmma.wait_group that completes it", write ? "overwrites" : "reads", what);
+    if (what != nullptr)
+        fail(site, "%s %s before the wgmma.wait_group that completes it", write ? "overwrites" : "reads", what);
 }
 
 void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
@@ -114,7 +118,8 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
     Counters& counters = running->counters;
     const Space space = classify(thread, address);
     switch (space) {
-        case Space::own_stack: return check_local(thread, address, bytes, write, site);
+        case Space::own_stack:
+            return check_local(thread, address, bytes, write, site);
         case Space::global:
             check_global(thread, address, bytes, write, site);
             check_block_order(thread, address, bytes, write, site);
@@ -124,7 +129,8 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
             const uint32_t offset = uint32_t(address - uintptr_t(running->shared));
             // An offset before the start has wrapped round.
             if (offset > kSharedLimit || offset + bytes > kSharedLimit)
-                fail(site, "%s %u bytes at shared offset %d, out of bounds", write ? "writes" : "reads", bytes, int(offset));
+                fail(site, "%s %u bytes at shared offset %d, out of bounds", write ? "writes" : "reads", bytes,
+                     int(offset));
             check_shared(thread, offset, bytes, write, site);
             ++(write ? counters.shared_stores : counters.shared_loads);
             break;
@@ -132,9 +138,12 @@ void check_access(uintptr_t address, uint32_t bytes, bool write, Site site) {
         case Space::parameters:
             if (write) fail(site, "writes to the kernel's parameters");
             return;
-        case Space::other_stack: fail(site, "%s the local memory of another thread", write ? "writes" : "reads");
+        case Space::other_stack:
+            fail(site, "%s the local memory of another thread", write ? "writes" : "reads");
         case Space::program:
-            if (write) fail(site, "writes %u bytes at %p, a constant or variable of the program", bytes, reinterpret_cast<void*>(address));
+            if (write)
+                fail(site, "writes %u bytes at %p, a constant or variable of the program", bytes,
+                     reinterpret_cast<void*>(address));
             return;
         case Space::host:
             fail(site, "%s %u bytes at %p, which is no memory of the device", write ? "writes" : "reads", bytes,
@@ -186,7 +195,8 @@ uint64_t atomic_load(const void* pointer, int bytes, Site site) {
     check_vector(pointer, bytes, "atomic", site);
     const uintptr_t address = uintptr_t(pointer);
     const Space space = classify(self(), address);
-    if (space != Space::global && space != Space::shared) fail(site, "atomic on %p, which is neither global nor shared memory", pointer);
+    if (space != Space::global && space != Space::shared)
+        fail(site, "atomic on %p, which is neither global nor shared memory", pointer);
     if (kChecked && space == Space::global) {
         running->uses_global_atomics = true;
         check_global(self(), address, size_t(bytes), false, site);
@@ -199,10 +209,11 @@ uint64_t atomic_load(const void* pointer, int bytes, Site site) {
 
 bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes) {
     if (bytes == 8)
-        return __atomic_compare_exchange_n(static_cast<uint64_t*>(pointer), &seen, next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+        return __atomic_compare_exchange_n(static_cast<uint64_t*>(pointer), &seen, next, false, __ATOMIC_ACQ_REL,
+                                           __ATOMIC_RELAXED);
     uint32_t low = uint32_t(seen);
-    const bool replaced =
-        __atomic_compare_exchange_n(static_cast<uint32_t*>(pointer), &low, uint32_t(next), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    const bool replaced = __atomic_compare_exchange_n(static_cast<uint32_t*>(pointer), &low, uint32_t(next), false,
+                                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
     seen = low;
     return replaced;
 }
@@ -229,20 +240,21 @@ using namespace mmpo::emulated;
 
 namespace {
 void instrumented(void* address, size_t bytes, bool write, const char* file, int line) {
-    if (current_thread != nullptr && bytes != 0) check_access(uintptr_t(address), uint32_t(bytes), write, Site{file, line});
+    if (current_thread != nullptr && bytes != 0)
+        check_access(uintptr_t(address), uint32_t(bytes), write, Site{file, line});
 }
 }  // namespace
 
-#define MMPO_ACCESS(name, bytes, write)                                                                   \
-    extern "C" void mmpo_checked_access_##name(void* address, size_t, int line, const char* file) {        \
-        instrumented(address, bytes, write, file, line);                                                   \
+#define MMPO_ACCESS(name, bytes, write)                                                             \
+    extern "C" void mmpo_checked_access_##name(void* address, size_t, int line, const char* file) { \
+        instrumented(address, bytes, write, file, line);                                            \
     }
-#define MMPO_ACCESSES(bytes)                             \
-    MMPO_ACCESS(read##bytes, bytes, false)               \
-    MMPO_ACCESS(write##bytes, bytes, true)               \
-    MMPO_ACCESS(unaligned_read##bytes, bytes, false)     \
-    MMPO_ACCESS(unaligned_write##bytes, bytes, true)     \
-    MMPO_ACCESS(volatile_read##bytes, bytes, false)      \
+#define MMPO_ACCESSES(bytes)                         \
+    MMPO_ACCESS(read##bytes, bytes, false)           \
+    MMPO_ACCESS(write##bytes, bytes, true)           \
+    MMPO_ACCESS(unaligned_read##bytes, bytes, false) \
+    MMPO_ACCESS(unaligned_write##bytes, bytes, true) \
+    MMPO_ACCESS(volatile_read##bytes, bytes, false)  \
     MMPO_ACCESS(volatile_write##bytes, bytes, true)
 MMPO_ACCESSES(1)
 MMPO_ACCESSES(2)
@@ -264,7 +276,9 @@ void mmpo_checked_access_write_range(void* address, size_t bytes, int line, cons
 }
 
 // The guard of a function's static variable, in a launcher.
-uint8_t mmpo_checked_access_atomic8_load(const volatile uint8_t* address, int) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+uint8_t mmpo_checked_access_atomic8_load(const volatile uint8_t* address, int) {
+    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
 
 }  // extern "C"
 

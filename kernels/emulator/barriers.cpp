@@ -31,11 +31,13 @@ void open_barrier(NamedBarrier& barrier) {
 bool arrive(uint32_t id, uint32_t threads, const char* what, Site site) {
     if (id >= kBarriers) fail(site, "%s: there is no barrier %u, only 0 to 15", what, id);
     if (threads % 32 != 0 || threads > running->thread_count)
-        fail(site, "%s %u: %u threads is not a multiple of 32 up to the block's %u", what, id, threads, running->thread_count);
+        fail(site, "%s %u: %u threads is not a multiple of 32 up to the block's %u", what, id, threads,
+             running->thread_count);
     NamedBarrier& barrier = running->barriers[id];
     const uint32_t expected = threads != 0 ? threads : NamedBarrier::kEveryone;
     if (barrier.arrived != 0 && barrier.expected != expected)
-        fail(site, "%s %u of %d threads, but others wait there for %d (-1: all)", what, id, int(expected), int(barrier.expected));
+        fail(site, "%s %u of %d threads, but others wait there for %d (-1: all)", what, id, int(expected),
+             int(barrier.expected));
     barrier.expected = expected;
     ++barrier.arrived;
     ++running->counters.barriers;
@@ -186,8 +188,8 @@ bool mbarrier_try_wait(uint32_t address, uint32_t parity, Site site) {
     running->mbarrier_waiters.push_back(&self());
     wait_for(WaitFor::mbarrier, address, parity & 1, site);
     if (!phase_complete(address, parity, "mbarrier.try_wait", site))
-        fail(site, "mbarrier.try_wait: shared 0x%x went through another whole phase before this thread saw parity %u", address,
-             parity & 1);
+        fail(site, "mbarrier.try_wait: shared 0x%x went through another whole phase before this thread saw parity %u",
+             address, parity & 1);
     return true;
 }
 
@@ -197,8 +199,8 @@ void fence_mbarrier_init(Site) {}
 std::string mbarrier_state(uint32_t address) {
     const Mbarrier& barrier = *reinterpret_cast<const Mbarrier*>(running->shared + (address - kSharedBase));
     char text[160];
-    snprintf(text, sizeof text, "which is in phase %u with %u of %u arrivals and %ld bytes to come", unsigned(barrier.phase),
-             unsigned(barrier.pending), unsigned(barrier.count), long(barrier.bytes));
+    snprintf(text, sizeof text, "which is in phase %u with %u of %u arrivals and %ld bytes to come",
+             unsigned(barrier.phase), unsigned(barrier.pending), unsigned(barrier.count), long(barrier.bytes));
     return text;
 }
 

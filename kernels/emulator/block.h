@@ -23,6 +23,7 @@ constexpr bool kChecked = MMPO_CHECKED != 0;
 constexpr uint32_t kSharedBase = 1024;
 constexpr size_t kSharedLimit = 232448;
 constexpr size_t kSharedGuard = 1024;  // on either side, so that a near miss is told from a wild pointer
+constexpr uint8_t kFreshByte = 0xff;   // fills memory that nothing has written: NaN in f32 and bf16
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kWarpgroup = 128;
@@ -51,7 +52,8 @@ struct GroupQueue {
     void commit() { group_ends.push_back(operations.size()); }
     // Operations [finished, due) must complete when `groups_left` groups may remain.
     size_t due(int groups_left) const {
-        return group_ends.size() <= size_t(groups_left) ? finished : group_ends[group_ends.size() - 1 - size_t(groups_left)];
+        return group_ends.size() <= size_t(groups_left) ? finished
+                                                        : group_ends[group_ends.size() - 1 - size_t(groups_left)];
     }
     bool drained() const { return finished == operations.size(); }
     void clear() {
@@ -248,7 +250,8 @@ void check_barrier_after_exit();
 void check_thread_exit(Thread&);
 bool early(Block&);  // whether an asynchronous operation issued now takes effect at once
 
-// Names the registers of a wgmma under way that the access would disturb or read too soon; null if none. Checked variant.
+// Names the registers of a wgmma under way that the access would disturb or read too soon; null if none. Checked
+// variant.
 const char* watched_accumulator(const Thread&, uintptr_t address, size_t bytes, bool write);
 
 // Reports.

@@ -24,7 +24,7 @@ Context make_context(char* top, void (*entry)());
 
 // Stacks for the threads of one block, each below a page that faults.
 class StackSlab {
-  public:
+public:
     static constexpr size_t kThreads = 1024;
     static constexpr size_t kBytes = MMPO_CHECKED ? 256 * 1024 : 128 * 1024;
 
@@ -38,7 +38,7 @@ class StackSlab {
     // Whether the address is in a stack, or in a page below one.
     bool contains(uintptr_t address) const;
 
-  private:
+private:
     char* base_ = nullptr;
 };
 

@@ -22,11 +22,12 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) 
     const size_t unit = std::max<size_t>(alignment, 16);
     const size_t offset = (block.shared_end + unit - 1) / unit * unit;
     if (offset + bytes > kSharedLimit)
-        fail(site, "%zu bytes of static shared memory on top of %zu pass the limit of %zu", bytes, offset, kSharedLimit);
+        fail(site, "%zu bytes of static shared memory on top of %zu pass the limit of %zu", bytes, offset,
+             kSharedLimit);
     block.shared_end = uint32_t(offset + bytes);
     block.static_arrays.push_back({key, uint32_t(offset)});
-    if (kChecked)
-        block.shadow.open(uint32_t(offset), uint32_t(bytes));
+    memset(block.shared + offset, kFreshByte, bytes);
+    if (kChecked) block.shadow.open(uint32_t(offset), uint32_t(bytes));
     return block.shared + offset;
 }
 
@@ -40,17 +41,20 @@ uint32_t shared_address(const void* pointer, Site site) {
 unsigned char* shared_storage(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site site) {
     const uint32_t end = std::max(running->dynamic_bytes, running->shared_end);
     if (address < kSharedBase || size_t(address - kSharedBase) + bytes > end)
-        fail(site, "%s: %u bytes at shared 0x%x are out of bounds: the block has %u bytes from 0x%x", what, bytes, address, end,
-             kSharedBase);
+        fail(site, "%s: %u bytes at shared 0x%x are out of bounds: the block has %u bytes from 0x%x", what, bytes,
+             address, end, kSharedBase);
     if (address % alignment != 0) fail(site, "%s: shared 0x%x is not aligned to %u bytes", what, address, alignment);
     return running->shared + (address - kSharedBase);
 }
 
 bool early(Block& block) {
     switch (options.async) {
-        case MMPO_EMULATOR_ASYNC_EARLY: return true;
-        case MMPO_EMULATOR_ASYNC_LATE: return false;
-        default: return block.random() % 2 == 0;
+        case MMPO_EMULATOR_ASYNC_EARLY:
+            return true;
+        case MMPO_EMULATOR_ASYNC_LATE:
+            return false;
+        default:
+            return block.random() % 2 == 0;
     }
 }
 
@@ -70,7 +74,8 @@ void land(CopyAsync& copy) {
 void copy_async(uint32_t destination, const void* source, int bytes, int source_bytes, Site site) {
     Thread& thread = self();
     shared_storage(destination, uint32_t(bytes), uint32_t(bytes), "cp.async", site);
-    if (uintptr_t(source) % size_t(bytes) != 0) fail(site, "cp.async: global %p is not aligned to %d bytes", source, bytes);
+    if (uintptr_t(source) % size_t(bytes) != 0)
+        fail(site, "cp.async: global %p is not aligned to %d bytes", source, bytes);
     if (source_bytes != 0) {
         check_global(thread, uintptr_t(source), size_t(source_bytes), false, site);
         check_block_order(thread, uintptr_t(source), size_t(source_bytes), false, site);
@@ -115,7 +120,8 @@ const TensorMap& checked_map(const void* map, Coordinates at, uint32_t shared, c
     const TensorMap& tensor = *static_cast<const TensorMap*>(map);
     if (uintptr_t(map) % 64 != 0 || tensor.magic != kTensorMapMagic)
         fail(site, "%s: %p is not an encoded tensor map, aligned to 64 bytes", what, map);
-    if (tensor.rank != at.rank) fail(site, "%s: a %d-D instruction on a %d-D tensor map", what, at.rank, int(tensor.rank));
+    if (tensor.rank != at.rank)
+        fail(site, "%s: a %d-D instruction on a %d-D tensor map", what, at.rank, int(tensor.rank));
     shared_storage(shared, tensor.box_bytes(), 128, what, site);
     return tensor;
 }
@@ -128,9 +134,11 @@ void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit v
     for (uint32_t z = 0; z < map.box[2]; ++z) {
         for (uint32_t y = 0; y < map.box[1]; ++y, shared += map.row_bytes()) {
             const int64_t row = int64_t(at.at[1]) + y, plane = int64_t(at.at[2]) + z;
-            const bool inside = first < last && row >= 0 && row < int64_t(map.sizes[1]) && plane >= 0 && plane < int64_t(map.sizes[2]);
-            const uintptr_t global =
-                inside ? map.base + uint64_t(plane) * map.strides[1] + uint64_t(row) * map.strides[0] + uint64_t(first) * map.element_bytes : 0;
+            const bool inside =
+                first < last && row >= 0 && row < int64_t(map.sizes[1]) && plane >= 0 && plane < int64_t(map.sizes[2]);
+            const uintptr_t global = inside ? map.base + uint64_t(plane) * map.strides[1] +
+                                                  uint64_t(row) * map.strides[0] + uint64_t(first) * map.element_bytes
+                                            : 0;
             const uint32_t from = inside ? uint32_t(first - at.at[0]) * map.element_bytes : 0;
             const uint32_t to = inside ? uint32_t(last - at.at[0]) * map.element_bytes : 0;
             visit(shared, global, from, to);
@@ -138,8 +146,8 @@ void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit v
     }
 }
 
-// The 16-byte chunks of a row: `visit(shared bytes, global bytes, first, last)` with the part [first, last) of the chunk
-// that lies inside the tensor.
+// The 16-byte chunks of a row: `visit(shared bytes, global bytes, first, last)` with the part [first, last) of the
+// chunk that lies inside the tensor.
 template <class Visit>
 void each_chunk(const TensorMap& map, uint32_t shared, uintptr_t global, uint32_t from, uint32_t to, Visit visit) {
     for (uint32_t at = 0; at < map.row_bytes(); at += 16) {
@@ -161,23 +169,26 @@ void start_load(BulkLoad load) {
         MbarrierClock& clock = block.mbarrier_clocks[load.mbarrier];
         load.unit = clock.unit;
         load.tick = ++clock.tick;
-        race_access(self(), load.unit, load.tick, {load.destination - kSharedBase, load.bytes(), true, Proxy::async, true}, load.site);
+        race_access(self(), load.unit, load.tick,
+                    {load.destination - kSharedBase, load.bytes(), true, Proxy::async, true}, load.site);
     }
     block.loads.push_back(load);
     if (options.async == MMPO_EMULATOR_ASYNC_EARLY) land_one_load();
 }
 
 void land_box(const BulkLoad& load) {
-    each_box_row(load.map, load.destination, load.at, [&](uint32_t shared, uintptr_t global, uint32_t from, uint32_t to) {
-        if (to > from) {
-            check_global(*load.issuer, global, to - from, false, load.site);
-            check_block_order(*load.issuer, global, to - from, false, load.site);
-        }
-        each_chunk(load.map, shared, global, from, to, [](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
-            memset(chunk, 0, 16);
-            if (last > first) memcpy(chunk + first, bytes, last - first);
-        });
-    });
+    each_box_row(load.map, load.destination, load.at,
+                 [&](uint32_t shared, uintptr_t global, uint32_t from, uint32_t to) {
+                     if (to > from) {
+                         check_global(*load.issuer, global, to - from, false, load.site);
+                         check_block_order(*load.issuer, global, to - from, false, load.site);
+                     }
+                     each_chunk(load.map, shared, global, from, to,
+                                [](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
+                                    memset(chunk, 0, 16);
+                                    if (last > first) memcpy(chunk + first, bytes, last - first);
+                                });
+                 });
 }
 
 void check_mbarrier(uint32_t address, const char* what, Site site) {
@@ -227,7 +238,8 @@ void add_bf16(unsigned char* to, const unsigned char* value, uint32_t bytes) {
         uint16_t sum, term;
         memcpy(&sum, to + i, 2);
         memcpy(&term, value + i, 2);
-        uint32_t bits = uint32_t(to_bits(from_bits<float>(uint32_t(sum) << 16) + from_bits<float>(uint32_t(term) << 16)));
+        uint32_t bits =
+            uint32_t(to_bits(from_bits<float>(uint32_t(sum) << 16) + from_bits<float>(uint32_t(term) << 16)));
         bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : bits + 0x7fffu + (bits >> 16 & 1u);
         sum = uint16_t(bits >> 16);
         memcpy(to + i, &sum, 2);
@@ -261,9 +273,10 @@ void land(TensorStore& store, Thread& thread) {
         if (store.kind == BulkStore::add) check_global(thread, global, to - from, false, store.site);
         check_global(thread, global, to - from, true, store.site);
         if (store.kind == BulkStore::assign) check_block_order(thread, global, to - from, true, store.site);
-        each_chunk(store.map, shared, global, from, to, [&](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
-            if (last > first) store_bytes(store, bytes, chunk + first, last - first);
-        });
+        each_chunk(store.map, shared, global, from, to,
+                   [&](unsigned char* chunk, unsigned char* bytes, uint32_t first, uint32_t last) {
+                       if (last > first) store_bytes(store, bytes, chunk + first, last - first);
+                   });
     });
     store.landed = true;
 }
@@ -272,7 +285,8 @@ void land(TensorStore& store, Thread& thread) {
 
 void tensor_store(const void* map, uint32_t source, Coordinates at, BulkStore kind, Site site) {
     const TensorMap& tensor = checked_map(map, at, source, "TMA store", site);
-    if (kind == BulkStore::add && tensor.type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32 && tensor.type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16)
+    if (kind == BulkStore::add && tensor.type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32 &&
+        tensor.type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16)
         fail(site, "TMA reduce: only f32 and bf16 tensor maps are modelled");
     Thread& thread = self();
     running->counters.tensor_store_bytes += tensor.box_bytes();
@@ -294,15 +308,19 @@ void bulk_wait(int groups_left, bool, Site) {
         TensorStore& store = queue.operations[queue.finished];
         if (!store.landed) land(store, thread);
         // The unit read its source until now.
-        if (kChecked) race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true}, store.site);
+        if (kChecked)
+            race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true},
+                        store.site);
     }
     if (queue.drained()) queue.clear();
 }
 
 // What a thread may not leave behind when it exits.
 void check_thread_exit(Thread& thread) {
-    if (!thread.copies.drained()) fail(thread.copies.operations.back().site, "the thread exits without waiting for this cp.async");
-    if (!thread.stores.drained()) fail(thread.stores.operations.back().site, "the thread exits without waiting for this bulk store");
+    if (!thread.copies.drained())
+        fail(thread.copies.operations.back().site, "the thread exits without waiting for this cp.async");
+    if (!thread.stores.drained())
+        fail(thread.stores.operations.back().site, "the thread exits without waiting for this bulk store");
     if (thread.wgmma.waited < thread.wgmma.issued) {
         const Warpgroup& group = running->warpgroups[thread.linear / kWarpgroup];
         fail(group.queue.back().site, "the thread exits without waiting for this wgmma");
@@ -313,15 +331,16 @@ void check_thread_exit(Thread& thread) {
 
 }  // namespace emulated
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
-                                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
-                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                CUtensorMapFloatOOBfill) {
+CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
     static constexpr uint8_t kElementBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
     static constexpr uint32_t kSpan[] = {0, 32, 64, 128};
     constexpr uint64_t kMaxSize = uint64_t(1) << 32, kMaxStride = uint64_t(1) << 40;
     if (uintptr_t(out) % 64 != 0 || uintptr_t(base) % 16 != 0 || rank < 2 || rank > 3) return CUDA_ERROR_INVALID_VALUE;
-    if (type > CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
+    if (type > CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE)
+        return CUDA_ERROR_INVALID_VALUE;
     emulated::TensorMap map{};
     map.magic = emulated::kTensorMapMagic;
     map.rank = uint8_t(rank);
@@ -332,7 +351,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuui
     for (cuuint32_t i = 0; i < 3; ++i) {
         map.sizes[i] = i < rank ? sizes[i] : 1;
         map.box[i] = i < rank ? box[i] : 1;
-        if (map.sizes[i] == 0 || map.sizes[i] > kMaxSize || map.box[i] == 0 || map.box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+        if (map.sizes[i] == 0 || map.sizes[i] > kMaxSize || map.box[i] == 0 || map.box[i] > 256)
+            return CUDA_ERROR_INVALID_VALUE;
         if (i < rank && element_strides[i] != 1) return CUDA_ERROR_INVALID_VALUE;
     }
     for (cuuint32_t i = 0; i + 1 < rank; ++i) {

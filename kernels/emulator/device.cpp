@@ -45,7 +45,9 @@ Launch::Launch(const char* kernel) : exclusive_(shared().launching), kernel_(ker
 Launch::~Launch() { shared().launch = nullptr; }
 Launch& Launch::current() { return *shared().launch; }
 
-int Launch::refuse(std::string text) { return set_last_error(kInvalidConfiguration, std::string(kernel_) + ": " + text); }
+int Launch::refuse(std::string text) {
+    return set_last_error(kInvalidConfiguration, std::string(kernel_) + ": " + text);
+}
 
 void Launch::record(std::string text) {
     stopped_ = true;
@@ -153,7 +155,8 @@ int MMPO_EXPORT(configure)(const mmpo_emulator_options* wanted) {
 int MMPO_EXPORT(malloc)(void** out, size_t bytes) {
     *out = reinterpret_cast<void*>(GlobalMemory::instance().allocate(bytes));
     if (*out != nullptr) return kSuccess;
-    return set_last_error(kOutOfMemory, "malloc of " + std::to_string(bytes) + " bytes: the emulated device's memory is used up");
+    return set_last_error(kOutOfMemory,
+                          "malloc of " + std::to_string(bytes) + " bytes: the emulated device's memory is used up");
 }
 
 int MMPO_EXPORT(free)(void* pointer) {
@@ -180,7 +183,9 @@ int MMPO_EXPORT(download)(void* host_destination, const void* source, size_t byt
     return kSuccess;
 }
 
-int MMPO_EXPORT(copy)(void* destination, const void* source, size_t bytes) { return copy_memory(destination, source, bytes); }
+int MMPO_EXPORT(copy)(void* destination, const void* source, size_t bytes) {
+    return copy_memory(destination, source, bytes);
+}
 
 int MMPO_EXPORT(synchronize)(void) {
     const std::string damage = GlobalMemory::instance().verify_guards();

@@ -29,7 +29,7 @@ const char* last_error_text();
 
 // One launch at a time; a second host thread waits in the constructor.
 class Launch {
-  public:
+public:
     explicit Launch(const char* kernel);
     ~Launch();
     static Launch& current();
@@ -44,7 +44,7 @@ class Launch {
     // Adds up the counters, verifies guard bytes; 0 or an error code.
     int finish();
 
-  private:
+private:
     std::unique_lock<std::mutex> exclusive_;
     const char* kernel_;
     uint32_t number_;

@@ -150,7 +150,8 @@ int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Ent
 
 // Runs `kernel` over the grid. Arguments are converted once, as a CUDA launch does, and copied for every thread.
 template <class... Parameters, class... Arguments>
-int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...), Arguments&&... arguments) {
+int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
+           Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<Parameters...> arguments;

@@ -16,7 +16,6 @@ namespace {
 constexpr size_t kGuard = 256;
 constexpr size_t kAlignment = 256;
 constexpr uint8_t kGuardByte = 0xa5;
-constexpr uint8_t kFreshByte = 0xff;
 // Freed memory stays out of use this long, so that a use after free is told from a use of its successor.
 constexpr size_t kQuarantineBytes = kChecked ? size_t(64) << 20 : 0;
 
@@ -141,13 +140,14 @@ std::string GlobalMemory::describe(uintptr_t address, size_t bytes) const {
             const auto before = std::prev(after);
             const size_t offset = address - before->first;
             if (offset < before->second + kGuard) {
-                snprintf(text, sizeof text, "%zu bytes at offset %zu of %s of %zu bytes", bytes, offset, kind, before->second);
+                snprintf(text, sizeof text, "%zu bytes at offset %zu of %s of %zu bytes", bytes, offset, kind,
+                         before->second);
                 return true;
             }
         }
         if (after != allocations.end() && after->first - address <= kGuard) {
-            snprintf(text, sizeof text, "%zu bytes %zu before %s of %zu bytes", bytes, size_t(after->first - address), kind,
-                     after->second);
+            snprintf(text, sizeof text, "%zu bytes %zu before %s of %zu bytes", bytes, size_t(after->first - address),
+                     kind, after->second);
             return true;
         }
         return false;
@@ -178,11 +178,13 @@ std::string GlobalMemory::overwritten_guard(uintptr_t address, size_t bytes) {
     uint8_t* data = reinterpret_cast<uint8_t*>(address);
     char text[160];
     if (const uint8_t* damaged = find_damage(data - kGuard, data)) {
-        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, %zu bytes before its start", bytes, size_t(data - damaged));
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, %zu bytes before its start", bytes,
+                 size_t(data - damaged));
         return text;
     }
     if (const uint8_t* damaged = find_damage(data + bytes, data + rounded(bytes) + kGuard)) {
-        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, at offset %zu", bytes, size_t(damaged - data));
+        snprintf(text, sizeof text, "wrote outside an allocation of %zu bytes, at offset %zu", bytes,
+                 size_t(damaged - data));
         return text;
     }
     return "";
@@ -255,19 +257,25 @@ void check_block_order(Thread& thread, uintptr_t address, size_t bytes, bool wri
     GlobalMemory& memory = GlobalMemory::instance();
     const uintptr_t end = address + bytes;
     for (uintptr_t word = address & ~uintptr_t(3); word < end; word += 4) {
-        const uint32_t first = word < address ? uint32_t(address - word) : 0, last = uint32_t(std::min<uintptr_t>(4, end - word));
-        const Touch mine{Launch::current().number(), block.number & (kSeveralBlocks - 1), ((1u << last) - (1u << first)) & 0xfu};
+        const uint32_t first = word < address ? uint32_t(address - word) : 0,
+                       last = uint32_t(std::min<uintptr_t>(4, end - word));
+        const Touch mine{Launch::current().number(), block.number & (kSeveralBlocks - 1),
+                         ((1u << last) - (1u << first)) & 0xfu};
         Touch& wrote = memory.last_write(word);
         Touch& read = memory.last_read(word);
         const bool after_write = conflicts(wrote, mine), after_read = write && conflicts(read, mine);
         if (after_write || after_read) {
             const uint32_t shared_bytes = (after_write ? wrote : read).bytes & mine.bytes;
-            fail_for(thread, site, "%s global memory at %p that another block %s in the same launch: the result depends on the order of blocks",
+            fail_for(thread, site,
+                     "%s global memory at %p that another block %s in the same launch: the result depends on the order "
+                     "of blocks",
                      write ? "writes" : "reads", reinterpret_cast<void*>(word + uintptr_t(__builtin_ctz(shared_bytes))),
                      after_write ? "wrote" : "read");
         }
-        if (write) remember(wrote, mine, false);
-        else remember(read, mine, conflicts(read, mine));
+        if (write)
+            remember(wrote, mine, false);
+        else
+            remember(read, mine, conflicts(read, mine));
     }
 }
 

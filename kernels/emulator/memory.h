@@ -16,7 +16,7 @@ inline namespace MMPO_VARIANT {
 namespace emulated {
 
 class GlobalMemory {
-  public:
+public:
     // Never destroyed: workers may outlive static destructors.
     static GlobalMemory& instance();
 
@@ -46,7 +46,7 @@ class GlobalMemory {
     Touch& last_write(uintptr_t address) const { return writes_[(address - base_) / 4]; }
     Touch& last_read(uintptr_t address) const { return reads_[(address - base_) / 4]; }
 
-  private:
+private:
     GlobalMemory();
     bool reserve_shadow(size_t bytes);
     uintptr_t carve(size_t bytes);

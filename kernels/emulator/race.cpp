@@ -43,13 +43,16 @@ struct Comparison {
     Site site;
 };
 
-void report_race(const Comparison& now, uint32_t cell_offset, const char* problem, const char* earlier, uint32_t other, PackedSite other_site) {
+void report_race(const Comparison& now, uint32_t cell_offset, const char* problem, const char* earlier, uint32_t other,
+                 PackedSite other_site) {
     const PackedSite here(now.site);
     const uint3 block = running->index;
     char text[600];
-    snprintf(text, sizeof text, "%s, block (%u, %u, %u), %s: %s in shared memory at offset %u: %s by %s, %s by %s at %s", running->kernel,
-             block.x, block.y, block.z, name_site(now.site).c_str(), problem, cell_offset, now.access.write ? "write" : "read",
-             name_unit(unit_of(now.epoch)).c_str(), earlier, name_unit(unit_of(other)).c_str(), name_site(other_site.unpack()).c_str());
+    snprintf(text, sizeof text,
+             "%s, block (%u, %u, %u), %s: %s in shared memory at offset %u: %s by %s, %s by %s at %s", running->kernel,
+             block.x, block.y, block.z, name_site(now.site).c_str(), problem, cell_offset,
+             now.access.write ? "write" : "read", name_unit(unit_of(now.epoch)).c_str(), earlier,
+             name_unit(unit_of(other)).c_str(), name_site(other_site.unpack()).c_str());
     Launch::current().record_once({here.bits(), other_site.bits()}, text);
 }
 
@@ -58,7 +61,8 @@ void compare_with_write(const Comparison& now, const SharedCell& cell, uint8_t b
     const bool ordered = known_to(cell.write, now.observer.clock.seen);
     if (!ordered && unit_of(cell.write) != unit_of(now.epoch)) {
         report_race(now, offset, "race", "not ordered after the write", cell.write, cell.write_site);
-    } else if (ordered && now.access.proxy == Proxy::async && !cell.write_is_async && !known_to(cell.write, now.observer.clock.fenced)) {
+    } else if (ordered && now.access.proxy == Proxy::async && !cell.write_is_async &&
+               !known_to(cell.write, now.observer.clock.fenced)) {
         report_race(now, offset, "missing fence.proxy.async", "after the ordinary write", cell.write, cell.write_site);
     }
 }
@@ -66,7 +70,9 @@ void compare_with_write(const Comparison& now, const SharedCell& cell, uint8_t b
 void compare_with_reads(const Comparison& now, const SharedCell& cell, uint8_t bytes, uint32_t offset) {
     for (int i = 0; i < cell.reads; ++i) {
         const uint32_t other = cell.read[i];
-        if ((cell.read_bytes[i] & bytes) == 0 || unit_of(other) == unit_of(now.epoch) || known_to(other, now.observer.clock.seen)) continue;
+        if ((cell.read_bytes[i] & bytes) == 0 || unit_of(other) == unit_of(now.epoch) ||
+            known_to(other, now.observer.clock.seen))
+            continue;
         return report_race(now, offset, "race", "not ordered after the read", other, cell.read_site[i]);
     }
 }
@@ -83,7 +89,8 @@ void remember_write(const Comparison& now, SharedCell& cell, uint8_t bytes) {
 void remember_read(const Comparison& now, SharedCell& cell, uint8_t bytes) {
     int kept = 0;
     for (int i = 0; i < cell.reads; ++i) {
-        const bool superseded = unit_of(cell.read[i]) == unit_of(now.epoch) || known_to(cell.read[i], now.observer.clock.seen);
+        const bool superseded =
+            unit_of(cell.read[i]) == unit_of(now.epoch) || known_to(cell.read[i], now.observer.clock.seen);
         if (superseded && (cell.read_bytes[i] & ~bytes) == 0) continue;
         cell.read[kept] = cell.read[i];
         cell.read_bytes[kept] = cell.read_bytes[i];
@@ -130,8 +137,10 @@ void race_access(Thread& observer, uint32_t unit, uint32_t time, SharedAccess ac
         compare_with_write(now, cell, bytes, offset);
         if (access.write) compare_with_reads(now, cell, bytes, offset);
         if (!access.remember) continue;
-        if (access.write) remember_write(now, cell, bytes);
-        else remember_read(now, cell, bytes);
+        if (access.write)
+            remember_write(now, cell, bytes);
+        else
+            remember_read(now, cell, bytes);
     }
 }
 
@@ -163,9 +172,11 @@ void check_shared(Thread& thread, uint32_t offset, uint32_t bytes, bool write, S
     uint8_t* state = running->shadow.state.data() + offset;
     for (uint32_t i = 0; i < bytes; ++i) {
         if (state[i] == SharedShadow::kOutside)
-            fail_for(thread, site, "%s %u bytes at shared offset %u, out of bounds: the block has %u bytes of dynamic shared memory%s",
-                     write ? "writes" : "reads", bytes, offset, running->dynamic_bytes,
-                     running->static_arrays.empty() ? "" : " and arrays behind it");
+            fail_for(
+                thread, site,
+                "%s %u bytes at shared offset %u, out of bounds: the block has %u bytes of dynamic shared memory%s",
+                write ? "writes" : "reads", bytes, offset, running->dynamic_bytes,
+                running->static_arrays.empty() ? "" : " and arrays behind it");
     }
     if (!write) require_shared_written(thread, offset, bytes, site);
     race_access(thread, {offset, bytes, write, Proxy::generic, true}, site);

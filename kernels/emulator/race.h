@@ -1,9 +1,9 @@
 // Happens-before in shared memory, by vector clocks; and which bytes were ever written. Checked variant.
 //
 // Every thread, bulk-load unit and warpgroup's asynchronous unit of a block has a clock. A barrier, collective or
-// mbarrier joins the clocks of those it orders. Each 4-byte cell of shared memory remembers its last write and the reads
-// since; an access that does not happen after them is a race. The async proxy (TMA, wgmma) also needs ordinary writes to
-// be behind a fence.proxy.async, which `fenced` tracks.
+// mbarrier joins the clocks of those it orders. Each 4-byte cell of shared memory remembers its last write and the
+// reads since; an access that does not happen after them is a race. The async proxy (TMA, wgmma) also needs ordinary
+// writes to be behind a fence.proxy.async, which `fenced` tracks.
 #pragma once
 
 #include <cstdint>
@@ -28,13 +28,15 @@ struct ClockPair {
 
 // A source line in 8 bytes.
 class PackedSite {
-  public:
+public:
     PackedSite() = default;
     explicit PackedSite(Site site) : bits_(uint64_t(uintptr_t(site.file)) | uint64_t(site.line & 0xffff) << 48) {}
-    Site unpack() const { return {reinterpret_cast<const char*>(uintptr_t(bits_ & 0xffffffffffffull)), int(bits_ >> 48)}; }
+    Site unpack() const {
+        return {reinterpret_cast<const char*>(uintptr_t(bits_ & 0xffffffffffffull)), int(bits_ >> 48)};
+    }
     uint64_t bits() const { return bits_; }
 
-  private:
+private:
     uint64_t bits_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// Failures: who did what, where. A failure ends the block by leaving its threads' stacks behind; kernels own nothing that
-// would need unwinding.
+// Failures: who did what, where. A failure ends the block by leaving its threads' stacks behind; kernels own nothing
+// that would need unwinding.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -45,18 +45,24 @@ std::string describe_wait(const Thread& thread) {
         case WaitFor::barrier: {
             const NamedBarrier& barrier = running->barriers[wait.id];
             const uint32_t expected = barrier.expected == NamedBarrier::kEveryone ? running->live : barrier.expected;
-            snprintf(text, sizeof text, "barrier %u, where %u of %u threads have arrived,", wait.id, barrier.arrived, expected);
+            snprintf(text, sizeof text, "barrier %u, where %u of %u threads have arrived,", wait.id, barrier.arrived,
+                     expected);
             break;
         }
         case WaitFor::mbarrier:
             snprintf(text, sizeof text, "parity %u of the mbarrier at shared 0x%x, %s,", wait.detail, wait.id,
                      mbarrier_state(wait.id).c_str());
             break;
-        case WaitFor::wgmma: snprintf(text, sizeof text, "wgmma.wait_group, which not all of the warpgroup reached,"); break;
-        case WaitFor::nothing: snprintf(text, sizeof text, "nothing"); break;
+        case WaitFor::wgmma:
+            snprintf(text, sizeof text, "wgmma.wait_group, which not all of the warpgroup reached,");
+            break;
+        case WaitFor::nothing:
+            snprintf(text, sizeof text, "nothing");
+            break;
     }
     std::string result = text;
-    if (wait.site.file != nullptr) result += std::string(" at ") + file_name(wait.site) + ":" + std::to_string(wait.site.line);
+    if (wait.site.file != nullptr)
+        result += std::string(" at ") + file_name(wait.site) + ":" + std::to_string(wait.site.line);
     return result;
 }
 

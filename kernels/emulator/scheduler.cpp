@@ -26,7 +26,8 @@ int next_bit(uint32_t mask, uint32_t position) {
 }
 
 int random_bit(Block& block, uint32_t mask) {
-    for (uint32_t skip = uint32_t(block.random() % uint32_t(__builtin_popcount(mask))); skip != 0; --skip) mask &= mask - 1;
+    for (uint32_t skip = uint32_t(block.random() % uint32_t(__builtin_popcount(mask))); skip != 0; --skip)
+        mask &= mask - 1;
     return lowest_lane(mask);
 }
 
@@ -34,13 +35,15 @@ int random_bit(Block& block, uint32_t mask) {
 Thread* pick_next() {
     Block& block = *running;
     for (;;) {
-        if (options.async == MMPO_EMULATOR_ASYNC_RANDOM && !block.loads.empty() && block.random() % 8 == 0) land_one_load();
+        if (options.async == MMPO_EMULATOR_ASYNC_RANDOM && !block.loads.empty() && block.random() % 8 == 0)
+            land_one_load();
         if (options.schedule == MMPO_EMULATOR_SCHEDULE_RANDOM && block.runnable_warps != 0) {
             Warp& warp = block.warps[size_t(random_bit(block, block.runnable_warps))];
             return warp.threads[random_bit(block, warp.runnable)];
         }
         Warp& warp = block.warps[block.current_warp];
-        if (warp.runnable != 0) return warp.threads[next_bit(warp.runnable, current_thread != nullptr ? current_thread->lane : 31)];
+        if (warp.runnable != 0)
+            return warp.threads[next_bit(warp.runnable, current_thread != nullptr ? current_thread->lane : 31)];
         if (block.runnable_warps != 0) {
             Warp& next = block.warps[size_t(next_bit(block.runnable_warps, block.current_warp))];
             return next.threads[lowest_lane(next.runnable)];
@@ -123,7 +126,7 @@ void reset_block(Block& block, uint64_t index) {
     block.loads.clear();
     block.warpgroups.assign((block.thread_count + kWarpgroup - 1) / kWarpgroup, Warpgroup());
     // Bytes never written read as NaN.
-    memset(block.shared, 0xff, std::max(block.dynamic_bytes, block.shared_end));
+    memset(block.shared, kFreshByte, block.dynamic_bytes);
     block.shared_end = (block.dynamic_bytes + 127) / 128 * 128;
     block.static_arrays.clear();
     if (kChecked) {
@@ -151,7 +154,7 @@ void run_block(Block& block, uint64_t index) {
 
 // A permutation of [0, count) that is cheap to index: an odd multiplier modulo the next power of two, cycle-walked.
 class BlockOrder {
-  public:
+public:
     BlockOrder(uint64_t count, bool shuffled, uint64_t seed) : count_(count), shuffled_(shuffled) {
         while (size_ < count) size_ *= 2;
         multiplier_ = (seed * 0x9e3779b97f4a7c15ull >> 7) * 8 + 5;
@@ -164,7 +167,7 @@ class BlockOrder {
         return i;
     }
 
-  private:
+private:
     uint64_t count_, size_ = 1, multiplier_, offset_;
     bool shuffled_;
 };
@@ -184,7 +187,9 @@ uint64_t Block::random() {
     return random_state;
 }
 
-Block::Block() : pool(kMaxThreads), shared_memory(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 2 * kSharedGuard))) {
+Block::Block()
+    : pool(kMaxThreads),
+      shared_memory(static_cast<unsigned char*>(aligned_alloc(1024, kSharedLimit + 2 * kSharedGuard))) {
     shared = shared_memory + kSharedGuard;
 }
 Block::~Block() { free(shared_memory); }
@@ -208,12 +213,13 @@ void leave_block() {
     switch_context(context, running->host);
 }
 
-int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry, const void* arguments, size_t size) {
+int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry, const void* arguments,
+             size_t size) {
     Launch launch(kernel);
     if (!valid_launch(grid, block, shared_bytes)) {
         char text[200];
-        snprintf(text, sizeof text, "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory", grid.x,
-                 grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
+        snprintf(text, sizeof text, "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
+                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
         return launch.refuse(text);
     }
     const uint64_t count = uint64_t(grid.x) * grid.y * grid.z;

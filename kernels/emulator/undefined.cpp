@@ -34,7 +34,8 @@ extern "C" {
 void mmpo_checked_undefined_type_mismatch_v1(const MisalignedSite* data, uintptr_t address) {
     const uintptr_t alignment = uintptr_t(1) << data->log_alignment;
     if (current_thread == nullptr) return;
-    if (address % alignment != 0) fail(data->site, "misaligned access: %p needs %zu bytes", reinterpret_cast<void*>(address), size_t(alignment));
+    if (address % alignment != 0)
+        fail(data->site, "misaligned access: %p needs %zu bytes", reinterpret_cast<void*>(address), size_t(alignment));
     fail(data->site, "access through a null pointer");
 }
 

@@ -9,8 +9,8 @@ namespace emulated {
 
 namespace {
 
-// Calls `work(warp)` once, when every lane of `mask` has arrived with the same collective. `aligned` instructions must be
-// the same one in the program, too.
+// Calls `work(warp)` once, when every lane of `mask` has arrived with the same collective. `aligned` instructions must
+// be the same one in the program, too.
 template <class Work>
 inline void collective(Collective kind, uint32_t mask, void* arguments, bool aligned, Site site, Work work) {
     Thread& thread = self();
@@ -28,14 +28,15 @@ inline void collective(Collective kind, uint32_t mask, void* arguments, bool ali
         const CollectiveSlot& slot = warp.slots[lane];
         const bool elsewhere = aligned && (slot.site.line != site.line || slot.site.file != site.file);
         if (slot.kind != kind || slot.mask != mask || elsewhere)
-            fail(site, "divergent collective: %s with mask %08x here, while lane %d is at %s with mask %08x at %s:%d", name, mask,
-                 lane, collective_name(slot.kind), slot.mask, file_name(slot.site), slot.site.line);
+            fail(site, "divergent collective: %s with mask %08x here, while lane %d is at %s with mask %08x at %s:%d",
+                 name, mask, lane, collective_name(slot.kind), slot.mask, file_name(slot.site), slot.site.line);
     }
     ++running->counters.collectives;
     work(warp);
     warp.arrived &= ~mask;
     warp.runnable |= mask;
-    for (uint32_t lanes = mask & ~bit; lanes != 0; lanes &= lanes - 1) warp.threads[__builtin_ctz(lanes)]->wait.what = WaitFor::nothing;
+    for (uint32_t lanes = mask & ~bit; lanes != 0; lanes &= lanes - 1)
+        warp.threads[__builtin_ctz(lanes)]->wait.what = WaitFor::nothing;
 }
 
 template <class Visit>
@@ -47,15 +48,24 @@ inline void each_lane(uint32_t mask, Visit visit) {
 
 const char* collective_name(Collective kind) {
     switch (kind) {
-        case Collective::sync: return "__syncwarp";
-        case Collective::shuffle: return "shfl.sync";
-        case Collective::vote: return "vote.sync";
-        case Collective::elect: return "elect.sync";
-        case Collective::reduce: return "redux.sync";
-        case Collective::ldmatrix: return "ldmatrix";
-        case Collective::stmatrix: return "stmatrix";
-        case Collective::mma: return "mma.sync";
-        default: return "setmaxnreg";
+        case Collective::sync:
+            return "__syncwarp";
+        case Collective::shuffle:
+            return "shfl.sync";
+        case Collective::vote:
+            return "vote.sync";
+        case Collective::elect:
+            return "elect.sync";
+        case Collective::reduce:
+            return "redux.sync";
+        case Collective::ldmatrix:
+            return "ldmatrix";
+        case Collective::stmatrix:
+            return "stmatrix";
+        case Collective::mma:
+            return "mma.sync";
+        default:
+            return "setmaxnreg";
     }
 }
 
@@ -75,10 +85,14 @@ struct ShuffleLane {
     int source(int lane) const {
         const int first = lane & ~(width - 1);
         switch (kind) {
-            case Shuffle::index: return first + (argument & (width - 1));
-            case Shuffle::up: return lane - argument < first ? lane : lane - argument;
-            case Shuffle::down: return lane + argument >= first + width ? lane : lane + argument;
-            default: return (lane ^ argument) >= first + width ? lane : lane ^ argument;
+            case Shuffle::index:
+                return first + (argument & (width - 1));
+            case Shuffle::up:
+                return lane - argument < first ? lane : lane - argument;
+            case Shuffle::down:
+                return lane + argument >= first + width ? lane : lane + argument;
+            default:
+                return (lane ^ argument) >= first + width ? lane : lane ^ argument;
         }
     }
 };
@@ -105,7 +119,9 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site) {
     } mine{predicate, 0};
     collective(Collective::vote, mask, &mine, false, site, [&](Warp& warp) {
         uint32_t votes = 0;
-        each_lane(mask, [&](int lane) { votes |= uint32_t(static_cast<Lane*>(warp.slots[lane].arguments)->predicate) << lane; });
+        each_lane(mask, [&](int lane) {
+            votes |= uint32_t(static_cast<Lane*>(warp.slots[lane].arguments)->predicate) << lane;
+        });
         each_lane(mask, [&](int lane) { static_cast<Lane*>(warp.slots[lane].arguments)->result = votes; });
     });
     return mine.result;
@@ -120,12 +136,18 @@ namespace {
 uint32_t combine(uint32_t a, uint32_t b, Reduce operation, bool is_signed) {
     const bool less = is_signed ? int32_t(a) < int32_t(b) : a < b;
     switch (operation) {
-        case Reduce::add: return a + b;
-        case Reduce::min: return less ? a : b;
-        case Reduce::max: return less ? b : a;
-        case Reduce::bit_and: return a & b;
-        case Reduce::bit_or: return a | b;
-        default: return a ^ b;
+        case Reduce::add:
+            return a + b;
+        case Reduce::min:
+            return less ? a : b;
+        case Reduce::max:
+            return less ? b : a;
+        case Reduce::bit_and:
+            return a & b;
+        case Reduce::bit_or:
+            return a | b;
+        default:
+            return a ^ b;
     }
 }
 }  // namespace
@@ -135,8 +157,9 @@ uint32_t reduce_u32(uint32_t mask, uint32_t value, Reduce operation, bool is_sig
     collective(Collective::reduce, mask, &mine, false, site, [&](Warp& warp) {
         const int first = __builtin_ctz(mask);
         uint32_t sum = *static_cast<uint32_t*>(warp.slots[first].arguments);
-        each_lane(mask & (mask - 1),
-                  [&](int lane) { sum = combine(sum, *static_cast<uint32_t*>(warp.slots[lane].arguments), operation, is_signed); });
+        each_lane(mask & (mask - 1), [&](int lane) {
+            sum = combine(sum, *static_cast<uint32_t*>(warp.slots[lane].arguments), operation, is_signed);
+        });
         each_lane(mask, [&](int lane) { *static_cast<uint32_t*>(warp.slots[lane].arguments) = sum; });
     });
     return mine;
@@ -278,7 +301,9 @@ void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Site site
     MmaLane mine{d, a, b};
     collective(Collective::mma, kAllLanes, &mine, true, site, [](Warp& warp) {
         MmaTile tile;
-        const auto lane_values = [&](int lane) -> const MmaLane& { return *static_cast<MmaLane*>(warp.slots[lane].arguments); };
+        const auto lane_values = [&](int lane) -> const MmaLane& {
+            return *static_cast<MmaLane*>(warp.slots[lane].arguments);
+        };
         for (int lane = 0; lane < 32; ++lane) tile.gather(lane_values(lane), lane / 4, 2 * (lane % 4));
         tile.multiply();
         for (int lane = 0; lane < 32; ++lane) tile.scatter(lane_values(lane), lane / 4, 2 * (lane % 4));

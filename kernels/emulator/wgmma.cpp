@@ -27,11 +27,14 @@ struct Descriptor {
 Descriptor decode(uint64_t bits, Site site) {
     static constexpr uint32_t kSpan[] = {16, 128, 64, 32}, kMask[] = {0, 0x70, 0x30, 0x10};
     const int mode = int(bits >> 62);
-    const Descriptor descriptor{uint32_t(bits & 0x3fff) << 4, uint32_t(bits >> 16 & 0x3fff) << 4, uint32_t(bits >> 32 & 0x3fff) << 4,
-                                kSpan[mode], kMask[mode]};
-    if ((bits >> 49 & 7) != 0) fail(site, "wgmma: a descriptor's base offset is not modelled; align tiles to the swizzle pattern");
+    const Descriptor descriptor{uint32_t(bits & 0x3fff) << 4, uint32_t(bits >> 16 & 0x3fff) << 4,
+                                uint32_t(bits >> 32 & 0x3fff) << 4, kSpan[mode], kMask[mode]};
+    if ((bits >> 49 & 7) != 0)
+        fail(site, "wgmma: a descriptor's base offset is not modelled; align tiles to the swizzle pattern");
     if ((descriptor.start >> 3 & descriptor.mask) != 0)
-        fail(site, "wgmma: the operand at shared 0x%x does not start at a row of the %u-byte swizzle pattern that is a multiple of 8",
+        fail(site,
+             "wgmma: the operand at shared 0x%x does not start at a row of the %u-byte swizzle pattern that is a "
+             "multiple of 8",
              descriptor.start, descriptor.span);
     return descriptor;
 }
@@ -51,19 +54,22 @@ template <class Visit>
 void each_chunk(const Descriptor& descriptor, bool transposed, uint32_t rows, Visit visit) {
     const uint32_t row_step = transposed ? 8 : 1, k_step = transposed ? 1 : 8;
     for (uint32_t row = 0; row < rows; row += row_step) {
-        for (uint32_t k = 0; k < uint32_t(kDepth); k += k_step) visit(row, k, chunk_address(descriptor, transposed, row, k));
+        for (uint32_t k = 0; k < uint32_t(kDepth); k += k_step)
+            visit(row, k, chunk_address(descriptor, transposed, row, k));
     }
 }
 
 // Widens an operand to f32: `out[row * row_stride + k * k_stride]`.
-void read_operand(uint64_t bits, bool transposed, uint32_t rows, float* out, uint32_t row_stride, uint32_t k_stride, Site site) {
+void read_operand(uint64_t bits, bool transposed, uint32_t rows, float* out, uint32_t row_stride, uint32_t k_stride,
+                  Site site) {
     const Descriptor descriptor = decode(bits, site);
     each_chunk(descriptor, transposed, rows, [&](uint32_t row, uint32_t k, uint32_t address) {
         uint16_t values[8];
         memcpy(values, shared_storage(address, 16, 16, "wgmma operand", site), 16);
         if (kChecked) require_shared_written(self(), address - kSharedBase, 16, site);
         float* to = out + row * row_stride + k * k_stride;
-        for (uint32_t i = 0; i < 8; ++i) to[i * (transposed ? row_stride : k_stride)] = from_bits<float>(uint32_t(values[i]) << 16);
+        for (uint32_t i = 0; i < 8; ++i)
+            to[i * (transposed ? row_stride : k_stride)] = from_bits<float>(uint32_t(values[i]) << 16);
     });
 }
 
@@ -133,12 +139,18 @@ void execute(Warpgroup& group, uint64_t end) {
             const WgmmaOperation& operation = group.queue[group.done - group.first];
             if (!same_accumulators(operation, first)) break;
             const WgmmaOperands& operands = operation.operands;
-            if (!operands.accumulate) std::fill_n(d, kRows * columns, 0.0f);
-            else if (!loaded) each_accumulator_pair(d, columns, first.d, [](float* tile, float* registers) { memcpy(tile, registers, 8); });
+            if (!operands.accumulate)
+                std::fill_n(d, kRows * columns, 0.0f);
+            else if (!loaded)
+                each_accumulator_pair(d, columns, first.d,
+                                      [](float* tile, float* registers) { memcpy(tile, registers, 8); });
             loaded = true;
-            if (operands.a_registers != nullptr) gather_register_operand(operation, a);
-            else read_operand(operands.a_descriptor, operands.a_transposed, kRows, a, kDepth, 1, operation.site);
-            read_operand(operands.b_descriptor, operands.b_transposed, uint32_t(columns), b, 1, uint32_t(columns), operation.site);
+            if (operands.a_registers != nullptr)
+                gather_register_operand(operation, a);
+            else
+                read_operand(operands.a_descriptor, operands.a_transposed, kRows, a, kDepth, 1, operation.site);
+            read_operand(operands.b_descriptor, operands.b_transposed, uint32_t(columns), b, 1, uint32_t(columns),
+                         operation.site);
             multiply(d, a, b, columns);
             ++running->counters.wgmma_operations;
             running->counters.wgmma_flops += uint64_t(2) * kRows * kDepth * uint64_t(columns);
@@ -147,8 +159,10 @@ void execute(Warpgroup& group, uint64_t end) {
     }
     size_t kept = 0;
     for (Thread* waiter : group.waiters) {
-        if (waiter->wait.id <= group.done) make_runnable(*waiter);
-        else group.waiters[kept++] = waiter;
+        if (waiter->wait.id <= group.done)
+            make_runnable(*waiter);
+        else
+            group.waiters[kept++] = waiter;
     }
     group.waiters.resize(kept);
 }
@@ -169,8 +183,9 @@ void race_operands(Thread& thread, const WgmmaOperation& operation, uint64_t seq
 
 bool same_instruction(const WgmmaOperation& operation, const WgmmaOperands& operands, Site site) {
     const WgmmaOperands& first = operation.operands;
-    return first.n == operands.n && first.a_descriptor == operands.a_descriptor && first.b_descriptor == operands.b_descriptor &&
-           first.accumulate == operands.accumulate && (first.a_registers != nullptr) == (operands.a_registers != nullptr) &&
+    return first.n == operands.n && first.a_descriptor == operands.a_descriptor &&
+           first.b_descriptor == operands.b_descriptor && first.accumulate == operands.accumulate &&
+           (first.a_registers != nullptr) == (operands.a_registers != nullptr) &&
            first.a_transposed == operands.a_transposed && first.b_transposed == operands.b_transposed &&
            operation.site.line == site.line && operation.site.file == site.file;
 }
@@ -216,7 +231,8 @@ void wgmma(const WgmmaOperands& operands, Site site) {
     // One lane of each warp stands for its warp's knowledge of earlier writes.
     if (kChecked && thread.lane == 0) race_operands(thread, operation, sequence);
     if (kChecked) watch(thread.wgmma, operands.d, size_t(operands.n) / 2 * sizeof(float), true);
-    if (kChecked && operands.a_registers != nullptr) watch(thread.wgmma, operands.a_registers, 4 * sizeof(uint32_t), false);
+    if (kChecked && operands.a_registers != nullptr)
+        watch(thread.wgmma, operands.a_registers, 4 * sizeof(uint32_t), false);
     if (operation.threads_in == kWarpgroup && early(*running)) execute(group, sequence + 1);
 }
 

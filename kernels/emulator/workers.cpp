@@ -17,7 +17,7 @@ namespace emulated {
 namespace {
 
 class Workers {
-  public:
+public:
     void run(const std::function<void()>& work, size_t helpers) {
         if (helpers == 0) return work();
         {
@@ -36,7 +36,7 @@ class Workers {
         work_ = nullptr;
     }
 
-  private:
+private:
     void serve() {
         guard_host_thread();
         std::unique_lock<std::mutex> lock(mutex_);
@@ -62,7 +62,8 @@ struct sigaction previous_segv, previous_bus;
 // Runs on the alternate stack. In an emulated thread, abandons the block; elsewhere, does what was installed before.
 void on_fault(int signal, siginfo_t* info, void* context) {
     if (current_thread != nullptr) {
-        if (running->stacks.contains(uintptr_t(info->si_addr))) fail(Site{}, "the thread's stack overflows: too many local variables");
+        if (running->stacks.contains(uintptr_t(info->si_addr)))
+            fail(Site{}, "the thread's stack overflows: too many local variables");
         // The processor tells no address for a misaligned vector instruction.
         if (info->si_addr == nullptr) fail(Site{}, "accesses a misaligned vector, or a null pointer");
         fail(Site{}, "accesses %p, which is not memory at all", info->si_addr);
@@ -109,7 +110,8 @@ void run_on_workers(const std::function<void()>& work, uint64_t pieces) {
     guard_host_thread();
     // Never destroyed: its threads wait until the process ends.
     static Workers* workers = new Workers();
-    const uint64_t cores = options.host_threads > 0 ? uint64_t(options.host_threads) : std::max(1u, std::thread::hardware_concurrency());
+    const uint64_t cores =
+        options.host_threads > 0 ? uint64_t(options.host_threads) : std::max(1u, std::thread::hardware_concurrency());
     workers->run(work, size_t(std::min(cores, pieces)) - 1);
 }
 
