@@ -174,12 +174,13 @@ pub(super) fn forward(
             let weight = &weight[first * inputs..(first + count) * inputs];
             let sizes = (rows, inputs, count);
             let x = Matrix::rows(x, inputs);
-            // SAFETY, of both products: blocks are disjoint columns.
             if rows < TRANSPOSE_ROWS {
+                // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
                 unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs)) };
             } else {
                 let mut turned = device.scratch.take(inputs * count);
                 transpose(&mut turned, count, weight, inputs, (count, inputs));
+                // SAFETY: as above.
                 unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count)) };
             }
         });
