@@ -131,27 +131,29 @@ impl Bench {
             ("down", MLP_WIDTH, WIDTH),
         ] {
             let shape = LinearShape { rows, inputs, outputs };
-            let (x, weight) = (self.values(rows * inputs)?, self.values(outputs * inputs)?);
-            let mut out = self.values(rows * outputs)?;
-            let mut dx = self.values(rows * inputs)?;
-            // A gradient for each layer, as in a step: the accumulation then reads memory and not a cache.
-            let mut dweights =
-                (0..LAYERS).map(|_| self.values(outputs * inputs)).collect::<Result<Vec<_>>>()?;
+            // Weights and gradients for each layer, as in a step: a product then reads memory and not a cache.
+            let layers = |len: usize| (0..LAYERS).map(|_| self.values(len)).collect::<Result<Vec<_>>>();
+            let (weights, mut dweights) = (layers(outputs * inputs)?, layers(outputs * inputs)?);
+            let x = self.values(rows * inputs)?;
+            let (mut out, mut dx) = (self.values(rows * outputs)?, self.values(rows * inputs)?);
+            let mut layer = 0;
+            let mut next_layer = || {
+                layer = (layer + 1) % LAYERS;
+                layer
+            };
             let cost = Cost {
                 count: LAYERS,
                 flops: 2.0 * (rows * inputs * outputs) as f64,
                 bytes: 4.0 * (rows * (inputs + outputs) + inputs * outputs) as f64,
             };
             self.product(&format!("linear_forward {name}"), cost, |device| {
-                device.linear_forward(&mut out, &x, &weight, None, shape)
+                device.linear_forward(&mut out, &x, &weights[next_layer()], None, shape)
             })?;
             self.product(&format!("linear_backward_input {name}"), cost, |device| {
-                device.linear_backward_input(&mut dx, &out, &weight, shape)
+                device.linear_backward_input(&mut dx, &out, &weights[next_layer()], shape)
             })?;
-            let mut layer = 0;
             self.product(&format!("linear_backward_weight {name}"), cost, |device| {
-                layer = (layer + 1) % LAYERS;
-                device.linear_backward_weight(&mut dweights[layer], None, &out, &x, shape)
+                device.linear_backward_weight(&mut dweights[next_layer()], None, &out, &x, shape)
             })?;
         }
         Ok(())

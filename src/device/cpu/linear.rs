@@ -15,7 +15,7 @@ const RUN: usize = 64;
 
 /// Rows from which the forward product turns the weights around first.
 const TRANSPOSE_ROWS: usize = 32;
-/// Outputs of one task of the forward product: twice the register block of `gemm`.
+/// Outputs of one task of the forward product and of the weight gradient: twice the register block of `gemm`.
 const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
@@ -174,12 +174,13 @@ pub(super) fn forward(
             let weight = &weight[first * inputs..(first + count) * inputs];
             let sizes = (rows, inputs, count);
             let x = Matrix::rows(x, inputs);
-            // SAFETY, of both products: blocks are disjoint columns.
             if rows < TRANSPOSE_ROWS {
+                // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
                 unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs)) };
             } else {
                 let mut turned = device.scratch.take(inputs * count);
                 transpose(&mut turned, count, weight, inputs, (count, inputs));
+                // SAFETY: as above.
                 unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count)) };
             }
         });
@@ -232,14 +233,19 @@ pub(super) fn backward_weight(
     ];
     check_sizes("linear_backward_weight", &shape, &needs)?;
     device.parallel(|| {
-        multiply(
-            dweight,
-            inputs,
-            true,
-            (outputs, rows, inputs),
-            Matrix::transposed(dout, outputs),
-            Matrix::rows(x, inputs),
-            device.parallelism(),
+        dweight[..outputs * inputs].par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(
+            |(block, dweight)| {
+                let count = dweight.len() / inputs;
+                multiply(
+                    dweight,
+                    inputs,
+                    true,
+                    (count, rows, inputs),
+                    Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
+                    Matrix::rows(x, inputs),
+                    gemm::Parallelism::None,
+                );
+            },
         );
         if let Some(dbias) = dbias {
             dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
