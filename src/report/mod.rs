@@ -11,9 +11,7 @@ mod tensorboard;
 
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
-pub use metrics::{
-    EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics, process_peak_gib,
-};
+pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
 pub use progress::{LogWriter, Progress, duration, print_result};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -45,14 +45,15 @@ impl Inputs {
         let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
         let companions = CompanionFiles::read(&model, folder.config())?;
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
-        let load = |path: &Path| -> Result<PairDataset> {
+        let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
             let dataset = load_pairs(path, &encoder, config.limits)?;
-            tracing::info!("{}: {}", path.display(), dataset.report);
+            tracing::info!("{}: {}", name(given), dataset.report);
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
             Ok(dataset)
         };
-        let training = load(&training_path)?;
-        let evaluation = evaluation_path.as_deref().map(load).transpose()?;
+        let training = load(&training_path, &config.data)?;
+        let evaluation =
+            evaluation_path.as_deref().map(|path| load(path, &config.evaluation.data)).transpose()?;
         Ok(Inputs {
             folder,
             reference,
@@ -75,10 +76,6 @@ impl Inputs {
 
     /// What became of the records of each file, for the report.
     pub fn data_summaries(&self, config: &RunConfig) -> Vec<DataSummary> {
-        let name = |given: &Option<PathBuf>| match given {
-            Some(path) => path.display().to_string(),
-            None => "the built-in demo".to_string(),
-        };
         let evaluation = self.evaluation.as_ref().map(|data| summarize(name(&config.evaluation.data), data));
         std::iter::once(summarize(name(&config.data), &self.training)).chain(evaluation).collect()
     }
@@ -96,6 +93,14 @@ fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
     }
     reference.check_finite()?;
     Ok(reference)
+}
+
+/// A data file for people.
+fn name(given: &Option<PathBuf>) -> String {
+    match given {
+        Some(path) => path.display().to_string(),
+        None => "the built-in demo".to_string(),
+    }
 }
 
 fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
