@@ -209,14 +209,13 @@ impl<'a> Unit<'a> {
         let first = keys.keys.start * columns.row;
         let key_rows = &self.inputs.qkv[first + columns.key..];
         let value_rows = &self.inputs.qkv[first + columns.value..];
-        let serial = gemm::Parallelism::None;
         for (out, lhs, rhs) in
             [(&mut self.probabilities, &self.queries, key_rows), (&mut self.dscores, &self.dout, value_rows)]
         {
             // Turned here, because `gemm` would turn it value by value.
             transpose(&mut self.turned, TILE_N, rhs, columns.row, (count, head_size));
             let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(&self.turned, TILE_N));
-            multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs, serial);
+            multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs);
         }
         device.vectorized(
             #[inline(always)]
@@ -230,10 +229,10 @@ impl<'a> Unit<'a> {
             (&mut gradients.keys, &self.dscores, &self.queries),
         ] {
             let (lhs, rhs) = (Matrix::transposed(lhs, TILE_N), Matrix::rows(rhs, head_size));
-            multiply(&mut out[range.clone()], head_size, true, (count, rows, head_size), lhs, rhs, serial);
+            multiply(&mut out[range.clone()], head_size, true, (count, rows, head_size), lhs, rhs);
         }
         let (lhs, rhs) = (Matrix::rows(&self.dscores, TILE_N), Matrix::rows(key_rows, columns.row));
-        multiply(&mut self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs, serial);
+        multiply(&mut self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs);
     }
 
     /// Scores become probabilities, `dP` becomes `dS`; both are zero where a query does not see a key.

@@ -141,7 +141,6 @@ impl Scratch {
                 (rows, head_size, count),
                 Matrix::rows(&self.queries, head_size),
                 Matrix::rows(&self.keys, TILE_N),
-                gemm::Parallelism::None,
             );
             device.vectorized(
                 #[inline(always)]
@@ -154,7 +153,6 @@ impl Scratch {
                 (rows, count, head_size),
                 Matrix::rows(&self.scores, TILE_N),
                 Matrix::rows(&qkv[first + columns.value..], row),
-                gemm::Parallelism::None,
             );
         }
     }

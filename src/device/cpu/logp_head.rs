@@ -160,7 +160,6 @@ fn summarize_strip(
             (tokens, width, rows),
             Matrix::rows(weight, width),
             Matrix::rows(hidden, rows),
-            gemm::Parallelism::None,
         );
         device.vectorized(
             #[inline(always)]
@@ -331,7 +330,6 @@ impl Pass<'_> {
         first_token: usize,
     ) -> Scratch<'_> {
         let (rows, count, width) = (self.rows, self.terms.len(), self.width);
-        let serial = gemm::Parallelism::None;
         let mut dhidden = self.device.scratch.take(count * width);
         for (tile, (logits, weight)) in
             logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)).enumerate()
@@ -347,7 +345,6 @@ impl Pass<'_> {
                     (tokens, count, width),
                     dlogits,
                     Matrix::rows(hidden, width),
-                    serial,
                 );
             }
             multiply(
@@ -357,7 +354,6 @@ impl Pass<'_> {
                 (count, tokens, width),
                 dlogits.transpose(),
                 Matrix::rows(weight, width),
-                serial,
             );
         }
         dhidden

@@ -106,11 +106,6 @@ impl CpuDevice {
         self.arch.dispatch(work)
     }
 
-    /// How `gemm` may spread one product.
-    fn parallelism(&self) -> gemm::Parallelism {
-        if self.threads == 1 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(self.threads) }
-    }
-
     /// Rows of one block of parallel work on `[rows, width]`.
     fn block_rows(&self, width: usize) -> usize {
         BLOCK_ELEMENTS.div_ceil(width.max(1))
