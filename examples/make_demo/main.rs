@@ -5,6 +5,7 @@
 //! writes `examples/demo/`. Everything follows from one seed; nothing comes from outside.
 
 mod questions;
+mod random_weights;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -15,8 +16,6 @@ use mmpo_fast::cli::{self, Stop};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, Normal};
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
@@ -130,7 +129,6 @@ fn message_texts(line: &str) -> Vec<String> {
         .collect()
 }
 
-/// Weights as transformers starts them: normal with deviation 0.02, norms 1.
 fn write_random_model(folder: &Path, rng: &mut ChaCha8Rng) -> Result<(), Box<dyn Error>> {
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -139,27 +137,8 @@ fn write_random_model(folder: &Path, rng: &mut ChaCha8Rng) -> Result<(), Box<dyn
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "attention_bias": false,
         "mlp_bias": false, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16",
     });
-    let text = serde_json::to_string_pretty(&config)?;
-    fs::write(folder.join("config.json"), &text)?;
-    let config = mmpo_fast::model::LlamaConfig::parse(&folder.join("config.json"), &text)?;
-    let normal = Normal::new(0.0f32, 0.02)?;
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
-        .tensors()
-        .into_iter()
-        .map(|tensor| {
-            let values = (0..tensor.values()).map(|_| match tensor.shape.len() {
-                1 => half::bf16::ONE,
-                _ => half::bf16::from_f32(normal.sample(rng)),
-            });
-            let bytes = values.flat_map(half::bf16::to_le_bytes).collect();
-            (tensor.name, tensor.shape, bytes)
-        })
-        .collect();
-    let views = tensors
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::BF16, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    Ok(serialize_to_file(views, None, &folder.join("model.safetensors"))?)
+    fs::write(folder.join("config.json"), serde_json::to_string_pretty(&config)?)?;
+    random_weights::write_random_weights(folder, rng)
 }
 
 fn copy_model(source: &Path, target: &Path) -> Result<(), Box<dyn Error>> {

@@ -18,7 +18,7 @@ fn the_demo_learns_its_preference_and_shows_it() {
         .map(|spec| spec.values())
         .sum();
     assert!(parameters <= 2_000_000, "{parameters} parameters");
-    let pairs = finished.stderr.lines().find(|line| line.contains("/pairs.jsonl: ")).unwrap();
+    let pairs = finished.stderr.lines().find(|line| line.contains("the built-in demo: ")).unwrap();
     let pairs = pairs.split(' ').zip(pairs.split(' ').skip(1)).find(|(_, word)| *word == "pairs,");
     let pairs: usize = pairs.unwrap().0.parse().unwrap();
     assert!(pairs >= 600, "{pairs} pairs");

@@ -142,20 +142,17 @@ fn configure_once() {
     });
 }
 
-/// The first GPU; none where driver, kernels or GPU are missing, which is said, or where one of them fails, which is
-/// an error.
+/// The first GPU; none where driver, kernels or GPU are missing, which is said. With `MMPO_FAST_REQUIRE_GPU` set that is a
+/// failure: on a GPU machine a test that skips itself proves nothing.
 pub fn gpu() -> Option<CudaDevice> {
-    match cuda::gpus() {
-        Ok(gpus) if !gpus.is_empty() => Some(CudaDevice::open(0).expect("the first GPU opens")),
-        Ok(_) => {
-            eprintln!("no GPU: skipped");
-            None
-        }
-        Err(error) => {
-            eprintln!("no GPU ({error}): skipped");
-            None
-        }
-    }
+    let missing = match cuda::gpus() {
+        Ok(gpus) if !gpus.is_empty() => return Some(CudaDevice::open(0).expect("the first GPU opens")),
+        Ok(_) => "no GPU".to_owned(),
+        Err(error) => format!("no GPU ({error})"),
+    };
+    assert!(std::env::var_os("MMPO_FAST_REQUIRE_GPU").is_none(), "{missing}");
+    eprintln!("{missing}: skipped");
+    None
 }
 
 /// Pseudo-random values (SplitMix64), roughly normal with standard deviation `scale`.
