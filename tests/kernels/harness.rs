@@ -234,6 +234,53 @@ pub fn assert_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) 
     }
 }
 
+/// The type of a result: what one unit in the last place is.
+#[derive(Clone, Copy, Debug)]
+pub enum Stored {
+    Bf16,
+    F32,
+}
+
+impl Stored {
+    /// One unit in the last place of `value`.
+    fn ulp(self, value: f64) -> f64 {
+        let significand_bits = match self {
+            Stored::Bf16 => 8,
+            Stored::F32 => 24,
+        };
+        if value == 0.0 { 0.0 } else { (value.abs().log2().floor() - f64::from(significand_bits - 1)).exp2() }
+    }
+}
+
+/// Asserts that `got` is no worse than twice the naive bf16 version's own error, in its largest and in its root mean square,
+/// plus one unit in the last place of the largest value, and what rounding alone costs (1 / sqrt(12) of a unit) in the mean.
+#[track_caller]
+pub fn assert_no_worse(what: &str, got: &[f32], stored: Stored, exact: &[f64], naive_bf16: &[f64]) {
+    assert_eq!((got.len(), naive_bf16.len()), (exact.len(), exact.len()), "{what}: lengths");
+    let root_mean_square =
+        |values: &[f64]| (inner(values, values) / values.len().max(1) as f64).sqrt();
+    let largest = |values: &[f64]| values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
+    let errors = |values: &[f64]| values.iter().zip(exact).map(|(value, exact)| value - exact).collect::<Vec<f64>>();
+    let (ours, naive) = (errors(&wide(got)), errors(naive_bf16));
+    // `f64::max` drops NaN.
+    assert!(ours.iter().all(|error| error.is_finite()), "{what}: {got:?}");
+    for (norm, ours, naive, slack) in [
+        ("largest", largest(&ours), largest(&naive), stored.ulp(largest(exact))),
+        (
+            "root mean square",
+            root_mean_square(&ours),
+            root_mean_square(&naive),
+            stored.ulp(root_mean_square(exact)) / 12_f64.sqrt(),
+        ),
+    ] {
+        let allowed = 2.0 * naive + slack;
+        assert!(
+            ours <= allowed,
+            "{what}: {norm} error {ours:e} > {allowed:e}, that is twice the naive bf16 version's {naive:e} and {slack:e}"
+        );
+    }
+}
+
 /// The derivative of `f` along coordinate `index` at `x`, by a five-point central difference.
 pub fn derivative(f: impl Fn(&[f64]) -> f64, x: &[f64], index: usize) -> f64 {
     let step = 1e-3 * x[index].abs().max(0.1);
