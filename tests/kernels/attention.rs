@@ -52,7 +52,7 @@ fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f3
     Passes { out: read_compute(device, &out), lse: read(device, &lse), dqkv: read_compute(device, &dqkv) }
 }
 
-device_tests! {
+path_tests! {
     /// Output and lse against the explicit `T x T` mask.
     fn forward(device, bounds) {
         let bounds = attention_bounds::<D>(bounds);
