@@ -302,10 +302,10 @@ impl Stored {
 #[track_caller]
 pub fn assert_no_worse(what: &str, got: &[f32], stored: Stored, exact: &[f64], naive_bf16: &[f64]) {
     assert_eq!((got.len(), naive_bf16.len()), (exact.len(), exact.len()), "{what}: lengths");
-    let root_mean_square =
-        |values: &[f64]| (inner(values, values) / values.len().max(1) as f64).sqrt();
+    let root_mean_square = |values: &[f64]| (inner(values, values) / values.len().max(1) as f64).sqrt();
     let largest = |values: &[f64]| values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
-    let errors = |values: &[f64]| values.iter().zip(exact).map(|(value, exact)| value - exact).collect::<Vec<f64>>();
+    let errors =
+        |values: &[f64]| values.iter().zip(exact).map(|(value, exact)| value - exact).collect::<Vec<f64>>();
     let (ours, naive) = (errors(&wide(got)), errors(naive_bf16));
     // `f64::max` drops NaN.
     assert!(ours.iter().all(|error| error.is_finite()), "{what}: {got:?}");

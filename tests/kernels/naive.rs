@@ -59,7 +59,11 @@ impl Precision {
         let (mut dx, mut dweight) = (Vec::new(), vec![0.0; weight.len()]);
         for ((x, dout), rstd) in x.chunks(weight.len()).zip(dout.chunks(weight.len())).zip(rstd) {
             let normed = x.iter().map(|x| self.store(x * rstd));
-            dweight.iter_mut().zip(dout).zip(normed).for_each(|((sum, dout), x)| *sum += self.store(dout * x));
+            dweight
+                .iter_mut()
+                .zip(dout)
+                .zip(normed)
+                .for_each(|((sum, dout), x)| *sum += self.store(dout * x));
             let dnormed: Vec<f64> = dout.iter().zip(weight).map(|(dout, w)| self.store(dout * w)).collect();
             let mean = x.iter().zip(&dnormed).map(|(x, d)| x * rstd * d).sum::<f64>() / x.len() as f64;
             dx.extend(x.iter().zip(&dnormed).map(|(x, d)| self.store(rstd * (d - x * rstd * mean))));
@@ -192,7 +196,9 @@ impl Precision {
                 add(&mut dqkv[place..][..size], 1.0, &dquery);
             }
             for key in 0..tokens {
-                for (column, gradients) in [(rows.key_column(head), &dkeys), (rows.value_column(head), &dvalues)] {
+                for (column, gradients) in
+                    [(rows.key_column(head), &dkeys), (rows.value_column(head), &dvalues)]
+                {
                     let sums = &mut dqkv[key * rows.width + column..][..size];
                     let gradients = &gradients[key * size..][..size];
                     sums.iter_mut().zip(gradients).for_each(|(sum, gradient)| *sum += self.store(*gradient));
