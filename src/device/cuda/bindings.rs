@@ -926,6 +926,7 @@ pub mod gpu {
         adamw,
     };
 }
+#[cfg(mmpo_emulated)]
 pub mod emulated {
     use super::*;
     unsafe extern "C" {
@@ -1326,6 +1327,7 @@ pub mod emulated {
         last_error,
     };
 }
+#[cfg(mmpo_emulated)]
 pub mod checked {
     use super::*;
     unsafe extern "C" {

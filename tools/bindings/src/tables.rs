@@ -107,7 +107,8 @@ fn table(name: &str, doc: &str, functions: &[Function]) -> TokenStream {
 
 fn build_module(build: &Build, kernels: &[Function], emulator: &[Function]) -> TokenStream {
     let module = format_ident!("{}", build.module);
-    let condition = (!build.emulated).then(|| quote! { #[cfg(mmpo_gpu_kernels)] });
+    let condition =
+        if build.emulated { quote! { #[cfg(mmpo_emulated)] } } else { quote! { #[cfg(mmpo_gpu_kernels)] } };
     let emulator: &[Function] = if build.emulated { emulator } else { &[] };
     let declarations = kernels.iter().chain(emulator).map(|function| {
         let field = format_ident!("{}", function.name);
