@@ -41,8 +41,8 @@ struct PanelTile {
         }
     }
 
-    // An operand whose outer index runs over the tile's rows from `row` (a multiple of 8) on, and whose depth is columns
-    // 16 * step .. of it ("K-major").
+    // An operand whose outer index runs over the tile's rows from `row` (a multiple of 8) on, and whose depth is
+    // columns 16 * step .. of it ("K-major").
     static DEVICE uint64_t depth_in_columns(uint32_t tile, int row, int step) {
         const int panel = step / 4;
         return wgmma_descriptor(tile + uint32_t(panel * kPanelBytes + row * kPanelRowBytes + step % 4 * 32), 16, 1024,

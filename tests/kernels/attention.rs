@@ -8,7 +8,7 @@ use crate::naive::{self, Precision};
 
 type Sizes<'a> = &'a [(usize, usize, usize)];
 
-/// Pairs and heads: every group size, both head sizes, tails of the tiles, parts longer than a tile, one token.
+/// Pairs and heads: every group size, both head sizes, tails of the tiles, sequences longer than a tile, one token.
 const CASES: &[(Sizes<'_>, (usize, usize, usize))] = &[
     (&[(1, 0, 0)], (1, 1, 16)),
     (&[(0, 0, 1)], (2, 2, 16)),
