@@ -51,7 +51,8 @@ fn run() -> Result<()> {
         }
     }
     for name in
-        ["MMPO_FAST_CUDA", "MMPO_FAST_EMULATED", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"] {
+        ["MMPO_FAST_CUDA", "MMPO_FAST_EMULATED", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"]
+    {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let sources = Sources::find()?;

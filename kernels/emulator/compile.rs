@@ -87,7 +87,8 @@ pub fn kernel(
             run(&mut command)?;
             let text = std::fs::read_to_string(&assembly)
                 .map_err(|error| format!("{}: {error}", assembly.display()))?;
-            std::fs::write(&assembly, pass_source_lines(&text)).map_err(|error| format!("{}: {error}", assembly.display()))?;
+            std::fs::write(&assembly, pass_source_lines(&text))
+                .map_err(|error| format!("{}: {error}", assembly.display()))?;
             run(compiler().arg("-c").arg(&assembly).arg("-o").arg(object))
         }
     }

@@ -110,6 +110,7 @@ cpu_tests! {
 }
 
 /// The checked device names the operation and the access that an index outside the table leads to.
+#[cfg(mmpo_emulated)]
 #[test]
 fn checked_device_reports_a_token_outside_the_table() {
     let device = checked();

@@ -109,6 +109,7 @@ impl CudaDevice {
         Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
         CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), path }
     }
