@@ -156,7 +156,8 @@ mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16* out, float* lse, const mmp
                                            int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_backward needs for these sizes. A pure function on the host. */
-int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size);
+int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
+                                                  int32_t head_size);
 
 /* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. */
 mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,

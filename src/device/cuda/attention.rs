@@ -108,7 +108,7 @@ pub(super) fn backward(
     device.launch_with_workspace(
         name,
         &(rows, shape),
-        |kernels| unsafe { (kernels.attention_backward_workspace)(rows, heads, kv_heads, head_size) },
+        |kernels| unsafe { (kernels.attention_backward_workspace)(rows, pairs, heads, kv_heads, head_size) },
         |kernels, workspace, stream| unsafe {
             (kernels.attention_backward)(
                 dqkv.start_mut(),

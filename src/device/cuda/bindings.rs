@@ -426,6 +426,7 @@ pub struct KernelTable {
     ) -> mmpo_status,
     pub attention_backward_workspace: unsafe extern "C" fn(
         rows: i32,
+        pairs: i32,
         heads: i32,
         kv_heads: i32,
         head_size: i32,
@@ -764,6 +765,7 @@ pub mod gpu {
         #[link_name = "mmpo_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
@@ -1110,6 +1112,7 @@ pub mod emulated {
         #[link_name = "mmpo_emulated_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
@@ -1510,6 +1513,7 @@ pub mod checked {
         #[link_name = "mmpo_checked_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
