@@ -261,19 +261,15 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
 template <int E>
 int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {
     using P = Plan<E>;
-    const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
-    const dim3 query_tiles(unsigned(most_row_tiles(host_spans, problem.pairs, P::BLOCK_M)), unsigned(problem.heads),
-                           unsigned(problem.pairs));
     const unsigned key_tiles = unsigned(all_row_tiles(host_spans, problem.pairs, P::BLOCK_N) * problem.kv_heads);
     if (key_tiles == 0) return kSuccess;
-    int status = LAUNCH((attention_prepare_kernel<E, P::BLOCK_M, P::BLOCK_N>), query_tiles, dim3(kGradientThreads), 0,
-                        stream, problem, workspace);
+    const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
+    int status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N>(problem, workspace, host_spans, stream);
     if (status != kSuccess) return status;
     status =
         LAUNCH(attention_backward_kernel<E>, dim3(key_tiles), dim3(P::kThreads), P::kBytes, stream, problem, workspace);
     if (status != kSuccess) return status;
-    return LAUNCH((attention_finish_kernel<E, P::BLOCK_M>), query_tiles, dim3(kGradientThreads), 0, stream, problem,
-                  workspace);
+    return launch_finish<E, P::BLOCK_M>(problem, workspace, host_spans, stream);
 }
 
 }  // namespace

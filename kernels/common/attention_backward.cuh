@@ -93,11 +93,11 @@ struct GradientWorkspace {
 
 // One step of a block's walk: BLOCK_M rows of queries that see some of its keys.
 struct QueryTile {
-    int first;       // first row; the tile ends early where its sequence does
-    int number;      // see tile_number
-    uint32_t turn;   // of this block at the tile's rows of dQ
-    bool other;      // rejected queries on the prompt's keys: they see keys before `QueryWalk::prompt_last`
-    bool crosses;    // a boundary of the mask runs through keys x queries
+    int first;      // first row; the tile ends early where its sequence does
+    int number;     // see tile_number
+    uint32_t turn;  // of this block at the tile's rows of dQ
+    bool other;     // rejected queries on the prompt's keys: they see keys before `QueryWalk::prompt_last`
+    bool crosses;   // a boundary of the mask runs through keys x queries
 };
 
 // The tiles of queries that see a tile of keys, ascending from its diagonal; then, for keys of the prompt, those of the
@@ -279,14 +279,33 @@ __global__ void __launch_bounds__(kGradientThreads)
         bf16* to = problem.dqkv + top * problem.stride() + column;
         const float scale = problem.scale;
         if (top < queries.last) {
-            *reinterpret_cast<uint32_t*>(to) =
-                pack_bf16x2(__uint_as_float(v.x) * scale, __uint_as_float(v.y) * scale);
+            *reinterpret_cast<uint32_t*>(to) = pack_bf16x2(__uint_as_float(v.x) * scale, __uint_as_float(v.y) * scale);
         }
         if (top + 8 < queries.last) {
             *reinterpret_cast<uint32_t*>(to + 8 * problem.stride()) =
                 pack_bf16x2(__uint_as_float(v.z) * scale, __uint_as_float(v.w) * scale);
         }
     }
+}
+
+// A block a tile of queries of one head.
+inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* host_spans, int block_m) {
+    return dim3(unsigned(most_row_tiles(host_spans, problem.pairs, block_m)), unsigned(problem.heads),
+                unsigned(problem.pairs));
+}
+
+template <int E, int BLOCK_M, int BLOCK_N>
+int launch_prepare(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
+                   cudaStream_t stream) {
+    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N>), query_tile_grid(problem, host_spans, BLOCK_M),
+                  dim3(kGradientThreads), 0, stream, problem, workspace);
+}
+
+template <int E, int BLOCK_M>
+int launch_finish(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
+                  cudaStream_t stream) {
+    return LAUNCH((attention_finish_kernel<E, BLOCK_M>), query_tile_grid(problem, host_spans, BLOCK_M),
+                  dim3(kGradientThreads), 0, stream, problem, workspace);
 }
 
 }  // namespace

@@ -114,6 +114,13 @@ DEVICE uint4 load_shared_128(uint32_t address MMPO_SITE) {
     return v;
 }
 
+DEVICE float2 load_shared_f32x2(uint32_t address MMPO_SITE) {
+    float2 v;
+    PTX_TWIN(emulated::load_shared(&v, address, 8, site),
+             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory"));
+    return v;
+}
+
 DEVICE void store_shared_128(uint32_t address, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_shared(address, &v, 16, site),
              asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
