@@ -165,12 +165,12 @@ DEVICE void hide_scores(float (&scores)[kCount], const Walk<E>& walk, const Quer
         if (!walk.seen(tile, query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8)) scores[i] = -INFINITY;
 }
 
-// Turns scores into P. `lse` is in base 2, of the tile's queries.
+// Turns scores into P. `lse` is in base 2, of the tile's queries, from this lane's first column on; `delta` below too.
 template <int kCount>
 DEVICE void probabilities(float (&scores)[kCount], float scale_log2, uint32_t lse) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-        const float2 of = load_shared_f32x2(lse + uint32_t(j * 8 + int(lane_id()) % 4 * 2) * 4);
+        const float2 of = load_shared_f32x2(lse + uint32_t(j * 8) * 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             scores[4 * j + i] = exp2_approx(scores[4 * j + i] * scale_log2 - (i % 2 == 0 ? of.x : of.y));
@@ -182,7 +182,7 @@ template <int kCount>
 DEVICE void score_gradients(float (&dp)[kCount], const float (&p)[kCount], uint32_t delta) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-        const float2 of = load_shared_f32x2(delta + uint32_t(j * 8 + int(lane_id()) % 4 * 2) * 4);
+        const float2 of = load_shared_f32x2(delta + uint32_t(j * 8) * 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? of.x : of.y));
     }
@@ -221,10 +221,12 @@ struct Consumer {
 
     // Writes this warp's 16 rows of dS^T.
     DEVICE void store_gradients(const uint32_t (&ds)[kDepthSteps][4], int step) const {
-        const int row = group * kGroupKeys + warp() * 16 + int(lane_id()) % 16, chunk = int(lane_id()) / 16;
+        const int row = group * kGroupKeys + warp() * 16 + int(lane_id()) % 16;
+        const uint32_t first = P::Gradients::address(P::gradients(shared, step), row, int(lane_id()) / 16);
+        // Chunks 2k further on: the swizzle exchanges chunks by xor, which one register for all of them allows.
 #pragma unroll
         for (int k = 0; k < kDepthSteps; ++k)
-            stmatrix_x4(P::Gradients::address(P::gradients(shared, step), row, 2 * k + chunk), ds[k]);
+            stmatrix_x4((first + uint32_t(k / 4 * P::Gradients::kPanelBytes)) ^ uint32_t(k % 4 * 32), ds[k]);
     }
 
     // dQ's part: for E = 128 half of the columns of 64 queries, for E = 64 half of 128 queries.
@@ -259,7 +261,8 @@ struct Consumer {
         const typename P::Ring ring{shared + P::kRing};
         uint32_t p[kDepthSteps][4], ds[kDepthSteps][4];
         mbarrier_wait(ring.full(at.stage), at.parity);
-        const uint32_t lse = P::statistics(shared, at.stage), delta = lse + BLOCK_M * uint32_t(sizeof(float));
+        const uint32_t lse = P::statistics(shared, at.stage) + lane_id() % 4 * uint32_t(sizeof(float2));
+        const uint32_t delta = lse + BLOCK_M * uint32_t(sizeof(float));
         {
             float scores[BLOCK_M / 2], dp[BLOCK_M / 2];
             form_scores(scores, dp, at.stage);
