@@ -324,7 +324,8 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     using P = Plan<E>;
     Consumer<E> consumer;
     consumer.shared = shared;
-    consumer.group = int(threadIdx.x) / kWarpgroupThreads - 1;
+    // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
+    consumer.group = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
     consumer.first_key = owned.keys.first + consumer.group * kGroupKeys + consumer.warp() * 16;
     consumer.scale_log2 = problem.scale * kLog2E;
 #pragma unroll
