@@ -60,7 +60,11 @@ pub(super) fn forward(
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
     // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
     device.launch(name, &(rows, shape), |kernels, stream| unsafe {
-        (kernels.attention_forward)(
+        let launcher = match device.path() {
+            KernelPath::Portable => kernels.attention_forward,
+            KernelPath::Hopper => kernels.attention_forward_sm90,
+        };
+        launcher(
             out.start_mut(),
             lse.start_mut(),
             qkv.start(),

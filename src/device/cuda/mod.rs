@@ -8,6 +8,7 @@
 mod arena;
 mod attention;
 mod backend;
+#[cfg(mmpo_emulated)]
 mod backend_emulated;
 #[cfg(mmpo_gpu_kernels)]
 mod backend_gpu;
@@ -23,6 +24,8 @@ mod memory;
 mod optimizer;
 mod pair_objective;
 mod probe;
+mod product_table;
+mod products;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -35,6 +38,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use self::backend::Backend;
+#[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
     EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
     MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
@@ -42,7 +46,10 @@ pub use self::backend_emulated::{
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
-pub use self::probe::{Gpu, build_info, gpus};
+#[cfg(not(mmpo_emulated))]
+pub(super) use self::probe::no_emulated_device;
+pub use self::probe::{Gpu, build_info, emulated_info, gpus};
+pub use self::products::Products;
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
     Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
@@ -55,6 +62,7 @@ pub struct CudaDevice {
     memory: Arc<Memory>,
     workspace: Workspace,
     path: KernelPath,
+    products: Products,
 }
 
 /// Which kernels run where an operation has two sets of them.
@@ -100,12 +108,19 @@ impl CudaDevice {
     }
 
     /// The emulated device, on the portable kernels. Both variants can be used side by side.
+    #[cfg(mmpo_emulated)]
     pub fn emulated(variant: EmulatorVariant) -> Self {
         Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), path }
+        CudaDevice {
+            memory: Memory::new(backend),
+            workspace: Workspace::default(),
+            path,
+            products: Products::default(),
+        }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -118,6 +133,17 @@ impl CudaDevice {
     /// Which kernels run where an operation has two sets of them.
     pub fn path(&self) -> KernelPath {
         self.path
+    }
+
+    /// The same device with this choice of matrix products: to test or to time them side by side.
+    #[must_use]
+    pub fn with_products(self, products: Products) -> Self {
+        CudaDevice { products, ..self }
+    }
+
+    /// Whose matrix products run where there is a choice.
+    pub fn products(&self) -> Products {
+        self.products
     }
 
     fn backend(&self) -> &dyn Backend {
