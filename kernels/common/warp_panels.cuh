@@ -1,5 +1,6 @@
 // How a warp of an sm_90 kernel writes what it holds in accumulators: through panels of shared memory of its own, from
-// which TMA stores carry whole lines to global memory while the warp computes on. No other warp takes part, so no barrier.
+// which TMA stores carry whole lines to global memory while the warp computes on. No other warp takes part, so no
+// barrier.
 //
 // A panel is 16 rows of 128 bytes (64 bf16 or 32 f32 values) in the 128-byte swizzle: chunk c of row r at c ^ (r & 7).
 // Stores clip what lies outside of the array, so ragged edges need no predicates.
@@ -77,8 +78,8 @@ DEVICE void write_panel_bf16(uint32_t panel, const float (&values)[kPanelAccumul
 }
 
 // Writes accumulators of 32 columns to a panel as they are. A half warp's stores cover rows 4i .. 4i+4, eight bytes a
-// lane: were all four at the same columns, the swizzle would leave rows 0 and 1 (2 and 3) in the same banks. So odd rows
-// store the columns 16 further on (or back) meanwhile.
+// lane: were all four at the same columns, the swizzle would leave rows 0 and 1 (2 and 3) in the same banks. So odd
+// rows store the columns 16 further on (or back) meanwhile.
 DEVICE void write_panel_f32(uint32_t panel, const float (&values)[kPanelAccumulatorsF32]) {
     const int lane = int(lane_id());
     const bool odd_row = lane / 4 % 2 != 0;
@@ -90,8 +91,8 @@ DEVICE void write_panel_f32(uint32_t panel, const float (&values)[kPanelAccumula
             const int here = 4 * turn + 2 * half, there = 4 * (turn ^ 2) + 2 * half;
             const float low = odd_row ? values[there] : values[here];
             const float high = odd_row ? values[there + 1] : values[here + 1];
-            const uint32_t chunk = PanelTile<kPanelRows, kPanelColumns>::address(panel, lane / 4 + 8 * half,
-                                                                                 2 * group + lane % 4 / 2);
+            const uint32_t chunk =
+                PanelTile<kPanelRows, kPanelColumns>::address(panel, lane / 4 + 8 * half, 2 * group + lane % 4 / 2);
             store_shared_64(chunk + uint32_t(lane % 2 * 8), make_uint2(__float_as_uint(low), __float_as_uint(high)));
         }
     }
