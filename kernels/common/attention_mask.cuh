@@ -1,9 +1,9 @@
 // Which keys a query of a packed pair sees, said as plain causal attention; and how query heads share a tile.
 //
-// A pair is two causal sequences of queries: `prompt | chosen`, and `rejected`, which sees the prompt before its own keys.
-// The keys of a sequence are numbered in slots, the prompt's first, so that the query in slot s sees slots 0 .. s and no
-// others: one rule for every row, and blocks of keys are cut from the slots, across the seam of prompt and rejected too.
-// What no query sees (chosen x rejected) has no slots, so it costs nothing.
+// A pair is two causal sequences of queries: `prompt | chosen`, and `rejected`, which sees the prompt before its own
+// keys. The keys of a sequence are numbered in slots, the prompt's first, so that the query in slot s sees slots 0 .. s
+// and no others: one rule for every row, and blocks of keys are cut from the slots, across the seam of prompt and
+// rejected too. What no query sees (chosen x rejected) has no slots, so it costs nothing.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -18,9 +18,7 @@ struct CausalSequence {
     int shared;      // slots 0 .. shared hold the prompt's keys for a rejected response; 0 otherwise
     int own_slot;    // slot of the first query's own key; no query sees shared .. own_slot, less than a granule
 
-    HOST_DEVICE int row_of(int slot) const {
-        return slot < own_slot ? shared_row + slot : first_row + slot - own_slot;
-    }
+    HOST_DEVICE int row_of(int slot) const { return slot < own_slot ? shared_row + slot : first_row + slot - own_slot; }
 };
 
 // Sequence `index` (0, 1) of the pair at `span`; own keys start at a multiple of kGranule slots, the fewest rows that a
@@ -32,9 +30,9 @@ HOST_DEVICE CausalSequence causal_sequence(const uint32_t* span, int index) {
     return {start + prompt + chosen, int(span[3]), start, prompt, (prompt + kGranule - 1) / kGranule * kGranule};
 }
 
-// Query heads that share a key/value head share its tiles: row r of a tile is token r / heads, head r % heads. So keys and
-// values are read once for all of them, and the tail of a short sequence wastes a fraction of a token's rows rather than
-// of a tile's.
+// Query heads that share a key/value head share its tiles: row r of a tile is token r / heads, head r % heads. So keys
+// and values are read once for all of them, and the tail of a short sequence wastes a fraction of a token's rows rather
+// than of a tile's.
 struct HeadPacking {
     int heads;         // that share a tile; divides H / K
     int groups;        // of heads, H / heads
