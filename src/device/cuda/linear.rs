@@ -45,35 +45,6 @@ pub(super) fn forward(
     }
 }
 
-/// Assigns `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, the accumulators as they are.
-///
-/// # Safety
-/// From each address on, the memory covers `shape`; `out` overlaps none of the others.
-pub(super) unsafe fn forward_f32(
-    device: &CudaDevice,
-    out: *mut f32,
-    x: *const bf16,
-    weight: *const bf16,
-    shape: LinearShape,
-) -> Result<()> {
-    let product = Product {
-        out: ProductOut::F32(out),
-        accumulate: false,
-        left: Operand { values: x, transposed: false },
-        right: Operand { values: weight, transposed: true },
-        bias: None,
-        rows: shape.rows,
-        columns: shape.outputs,
-        depth: shape.inputs,
-    };
-    // SAFETY: the caller's promise.
-    unsafe {
-        multiply(device, "linear_forward_f32", shape, &product, |kernels, [rows, inputs, outputs], stream| {
-            (kernels.linear_forward_f32)(out, x, weight, rows, inputs, outputs, stream)
-        })
-    }
-}
-
 /// Queues `product` with the vendor's library, where there is one, else by `kernel`.
 ///
 /// # Safety
@@ -142,6 +113,36 @@ pub(super) unsafe fn backward_input_at(
                 (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
             },
         )
+    }
+}
+
+/// Accumulates `dx[rows, inputs] += dout[rows, outputs] * weight[outputs, inputs]` in f32.
+///
+/// # Safety
+/// From each address on, the memory covers `shape`; `dx` overlaps none of the others.
+pub(super) unsafe fn add_backward_input_at(
+    device: &CudaDevice,
+    dx: *mut f32,
+    dout: *const bf16,
+    weight: *const bf16,
+    shape: LinearShape,
+) -> Result<()> {
+    let product = Product {
+        out: ProductOut::F32(dx),
+        accumulate: true,
+        left: Operand { values: dout, transposed: false },
+        right: Operand { values: weight, transposed: false },
+        bias: None,
+        rows: shape.rows,
+        columns: shape.inputs,
+        depth: shape.outputs,
+    };
+    let name = "linear_backward_input_f32";
+    // SAFETY: the caller's promise.
+    unsafe {
+        multiply(device, name, shape, &product, |kernels, [rows, inputs, outputs], stream| {
+            (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
+        })
     }
 }
 
