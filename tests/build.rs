@@ -1,6 +1,8 @@
 //! What the build promises: a binary without CUDA libraries that starts anywhere, objects that are compiled again only
 //! when their input changed, and a complaint for every spill.
 
+#[path = "../build/choices.rs"]
+mod choices;
 #[path = "../build/objects.rs"]
 mod objects;
 #[path = "../build/ptxas.rs"]
@@ -10,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Mutex;
 
-use mmpo_fast::device::cuda::build_info;
+use choices::{GpuKernels, without_emulated};
+use mmpo_fast::device::cuda::{build_info, emulated_info};
 use objects::{Cache, Compiled, Job};
 
 /// As the build script's.
@@ -42,6 +45,43 @@ fn starts_without_a_gpu_and_names_its_kernels() {
     let kernels = build_info().starts_with("nvcc ") && build_info().contains("sm_80, sm_90a, PTX");
     let none = build_info().starts_with("none (") && build_info().len() > "none ()".len();
     assert!(kernels || none, "{text}");
+    assert!(text.contains(emulated_info()), "{text}");
+    assert_eq!(emulated_info() == "built in", cfg!(mmpo_emulated), "{text}");
+}
+
+/// The emulated device is built on x86-64 Linux, left out elsewhere or when asked, and says why.
+#[test]
+fn the_emulated_device_is_left_out_where_it_cannot_run() {
+    for setting in [None, Some(""), Some("auto")] {
+        assert_eq!(without_emulated(setting, "x86_64", "linux"), Ok(None));
+        for (arch, os) in [("aarch64", "linux"), ("x86_64", "macos"), ("x86_64", "windows")] {
+            let why = without_emulated(setting, arch, os).unwrap().unwrap();
+            assert!(why.contains(arch) && why.contains(os), "{why}");
+        }
+    }
+    let why = without_emulated(Some("off"), "x86_64", "linux").unwrap().unwrap();
+    assert!(why.contains("MMPO_FAST_EMULATED=off"), "{why}");
+    let error = without_emulated(Some("on"), "x86_64", "linux").unwrap_err();
+    assert!(error.contains("`on`") && error.contains("auto or off"), "{error}");
+    // This very binary was built by that decision.
+    let setting = if emulated_info().contains("MMPO_FAST_EMULATED=off") { Some("off") } else { None };
+    let without = without_emulated(setting, std::env::consts::ARCH, std::env::consts::OS).unwrap();
+    assert_eq!(without.is_none(), cfg!(mmpo_emulated), "{}", emulated_info());
+}
+
+#[test]
+fn what_nvcc_is_asked_for() {
+    for (setting, asked) in [
+        (None, GpuKernels::Auto),
+        (Some(""), GpuKernels::Auto),
+        (Some("auto"), GpuKernels::Auto),
+        (Some("require"), GpuKernels::Require),
+        (Some("off"), GpuKernels::Off),
+    ] {
+        assert_eq!(GpuKernels::of(setting), Ok(asked));
+    }
+    let error = GpuKernels::of(Some("yes")).unwrap_err();
+    assert!(error.contains("`yes`") && error.contains("auto, require or off"), "{error}");
 }
 
 /// Compiles `sources` of `folder` under `fingerprint`, and returns which of them were really compiled.

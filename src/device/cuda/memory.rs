@@ -26,6 +26,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
         Arc::new(Memory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
     }

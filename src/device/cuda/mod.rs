@@ -8,6 +8,7 @@
 mod arena;
 mod attention;
 mod backend;
+#[cfg(mmpo_emulated)]
 mod backend_emulated;
 #[cfg(mmpo_gpu_kernels)]
 mod backend_gpu;
@@ -36,6 +37,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use self::backend::Backend;
+#[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
     EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
     MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
@@ -43,7 +45,9 @@ pub use self::backend_emulated::{
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
-pub use self::probe::{Gpu, build_info, gpus};
+#[cfg(not(mmpo_emulated))]
+pub(super) use self::probe::no_emulated_device;
+pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
@@ -102,10 +106,12 @@ impl CudaDevice {
     }
 
     /// The emulated device, on the portable kernels. Both variants can be used side by side.
+    #[cfg(mmpo_emulated)]
     pub fn emulated(variant: EmulatorVariant) -> Self {
         Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
         CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), path }
     }
