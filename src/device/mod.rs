@@ -438,7 +438,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     ) -> Result<()>;
     /// Bytes of probabilities in [`HeadMode::Main`] from which on larger chunks of pairs make no step faster.
     const HEAD_CHUNK_BYTES: usize;
-    /// Values of `workspace` that the head needs for a call of up to `rows` rows.
+    /// Values of `workspace` that the head takes for a call of up to `rows` rows. With fewer, but for
+    /// [`HeadMode::Main`], it works on smaller chunks.
     fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize>;
     /// Assigns rows `shape.rows` of `scores` from the logits `hidden[N, D] * weight[V, D]^T`. Log-probs come from f32
     /// accumulators, never from rounded logits. How `workspace` is used is the device's own affair; in

@@ -28,9 +28,9 @@ const BACKWARD_ROWS: usize = 256;
 /// Scored tokens that are summed side by side: one AVX-512 register.
 const LANES: usize = 16;
 
-/// Rows whose logits exist at once.
-fn rows_at_once(mode: HeadMode, rows: usize, vocab: usize) -> usize {
-    let bounded = RECOMPUTE_WORKSPACE / (vocab * size_of::<f32>()).max(1);
+/// Rows whose logits exist at once in a workspace that holds `held` values.
+fn rows_at_once(mode: HeadMode, rows: usize, vocab: usize, held: usize) -> usize {
+    let bounded = held.min(RECOMPUTE_WORKSPACE / size_of::<f32>()) / vocab.max(1);
     match mode {
         HeadMode::Main => rows,
         HeadMode::Score | HeadMode::Recompute => bounded.max(1).min(rows),
@@ -39,7 +39,7 @@ fn rows_at_once(mode: HeadMode, rows: usize, vocab: usize) -> usize {
 
 /// Values of the workspace that a call needs.
 pub(super) fn workspace_values(mode: HeadMode, rows: usize, vocab: usize) -> usize {
-    rows_at_once(mode, rows, vocab) * vocab
+    rows_at_once(mode, rows, vocab, usize::MAX) * vocab
 }
 
 /// `rows` in runs of at most `at_once`.
@@ -58,11 +58,12 @@ pub(super) fn forward(
     shape: &HeadShape,
 ) -> Result<()> {
     let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
     let needs = [
         ("scores.lse", scores.lse.len(), rows.end),
         ("scores.logp", scores.logp.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), if entropy { rows.end } else { 0 }),
-        ("workspace", workspace.len(), workspace_values(mode, rows.len(), vocab)),
+        ("workspace", workspace.len(), at_once * vocab),
         ("hidden", hidden.len(), rows.end * width),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
@@ -72,7 +73,7 @@ pub(super) fn forward(
         return Ok(());
     }
     check_indices("logp_head_forward", "target", &targets[rows.clone()], vocab)?;
-    for run in runs(rows, rows_at_once(mode, rows.len(), vocab)) {
+    for run in runs(rows, at_once) {
         let logits = &mut workspace[..run.len() * vocab];
         let hidden = &hidden[run.start * width..run.end * width];
         let strips = form_logits(device, logits, hidden, &weight[..vocab * width], run.len(), entropy);
@@ -265,11 +266,12 @@ pub(super) fn backward(
     shape: &HeadShape,
 ) -> Result<()> {
     let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
     let entropy_needs = if entropy { rows.end } else { 0 };
     let needs = [
         ("hidden", hidden.len(), rows.end * width),
         ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("workspace", workspace.len(), workspace_values(mode, rows.len(), vocab)),
+        ("workspace", workspace.len(), at_once * vocab),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
         ("scores.lse", scores.lse.len(), rows.end),
@@ -290,7 +292,7 @@ pub(super) fn backward(
     check_indices("logp_head_backward", "target", &targets[rows.clone()], vocab)?;
     let weight = &weight[..vocab * width];
     let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
-    for run in runs(rows, rows_at_once(mode, rows.len(), vocab)) {
+    for run in runs(rows, at_once) {
         let terms: Vec<RowTerms> = run
             .clone()
             .map(|token| RowTerms {

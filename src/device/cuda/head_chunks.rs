@@ -2,8 +2,8 @@
 
 use crate::device::RECOMPUTE_WORKSPACE;
 
-/// Below [`RECOMPUTE_WORKSPACE`], with room for the boundaries of what lies in it.
-const BUDGET: usize = RECOMPUTE_WORKSPACE - (64 << 10);
+/// What the workspace may take: below [`RECOMPUTE_WORKSPACE`], with room for the boundaries of what lies in it.
+pub(super) const BUDGET: usize = RECOMPUTE_WORKSPACE - (64 << 10);
 /// Rows and columns of a product's tile, so that no tile is half empty but the last.
 const TILE: usize = 256;
 /// Boundary of each part of the workspace.
@@ -21,16 +21,19 @@ pub(super) struct HeadChunks {
 }
 
 impl HeadChunks {
-    /// For `rows` rows in all; `statistics` is the bytes that the forward leaves of a row.
+    /// For `rows` rows in all and a workspace of `bytes` bytes, or [`BUDGET`] if that is less; `statistics` is the bytes
+    /// that the forward leaves of a row. No size is less than a tile, so a tiny workspace does not hold what follows.
     ///
     /// A backward chunk walks over the whole vocabulary, so the vocabulary matrix and its f32 gradient pass through
     /// memory once for each: `12 V D` bytes against `6 V D rows` operations. Its rows' own f32 gradient passes once for
     /// each run of columns: `8 D rows` bytes against `6 D rows columns`. So both should be large, and the budget is cut in
-    /// halves: 1792 rows and 9000 columns at D = 4096, where an H200 needs about 400 of each to be busy.
-    pub fn new(rows: usize, width: usize, vocab: usize, statistics: usize) -> Self {
-        let forward_rows = even(rows, BUDGET / statistics.max(1));
-        let rows = even(rows, BUDGET / 2 / (width * size_of::<f32>()).max(1));
-        let left = BUDGET - (rows * width * size_of::<f32>()).min(BUDGET);
+    /// halves: at D = 4096 that is 1792 rows and 9984 columns, where an H200 needs about 400 of each to be busy.
+    pub fn new(rows: usize, width: usize, vocab: usize, statistics: usize, bytes: usize) -> Self {
+        let bytes = bytes.min(BUDGET);
+        let row_bytes = width * size_of::<f32>();
+        let forward_rows = even(rows, bytes / statistics.max(1));
+        let rows = even(rows, bytes / 2 / row_bytes.max(1));
+        let left = bytes.saturating_sub((rows * row_bytes).next_multiple_of(ALIGNMENT));
         let columns = even(vocab, left / (rows * size_of::<half::bf16>()).max(1));
         HeadChunks { forward_rows, rows, columns }
     }
@@ -80,7 +83,7 @@ mod tests {
     fn the_workspace_stays_below_its_bound() {
         for (width, vocab) in MODELS {
             for rows in (1..40).chain([127, 128, 129, 257, 1000, 4095, 4096, 8192, 65_536, 1_000_003]) {
-                let chunks = HeadChunks::new(rows, width, vocab, statistics(vocab));
+                let chunks = HeadChunks::new(rows, width, vocab, statistics(vocab), usize::MAX);
                 let HeadChunks { forward_rows, rows: chunk_rows, columns } = chunks;
                 assert!((1..=rows).contains(&forward_rows), "{chunks:?}");
                 assert!((1..=rows).contains(&chunk_rows) && (1..=vocab).contains(&columns), "{chunks:?}");
@@ -92,9 +95,8 @@ mod tests {
 
     #[test]
     fn chunks_of_the_largest_model_keep_a_gpu_busy() {
-        let chunks = HeadChunks::new(8192, 4096, 128_256, statistics(128_256));
-        assert!(chunks.rows >= 1536 && chunks.columns >= 8192, "{chunks:?}");
-        assert!(chunks.forward_rows >= 4096, "{chunks:?}");
+        let chunks = HeadChunks::new(8192, 4096, 128_256, statistics(128_256), usize::MAX);
+        assert_eq!(chunks, HeadChunks { forward_rows: 4096, rows: 1792, columns: 9984 });
     }
 
     #[test]

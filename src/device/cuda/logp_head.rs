@@ -27,24 +27,44 @@ pub(super) fn workspace_values(
     width: usize,
     vocab: usize,
 ) -> Result<usize> {
-    let statistics = statistics_bytes(device, 1, vocab)?;
-    let chunks = HeadChunks::new(rows, width, vocab, statistics);
-    let bytes = match mode {
-        HeadMode::Score => chunks.forward_bytes(statistics),
-        HeadMode::Recompute => chunks.forward_bytes(statistics).max(chunks.backward_bytes(width)),
-        HeadMode::Main => statistics_offset(rows, vocab) + rows * statistics,
-    };
-    Ok(bytes.div_ceil(size_of::<bf16>()))
+    Ok(Layout::new(device, mode, (rows, width, vocab), usize::MAX)?.values)
 }
 
-/// Bytes that the forward leaves of `rows` rows, by the launcher's own rule.
-fn statistics_bytes(device: &CudaDevice, rows: usize, vocab: usize) -> Result<usize> {
+/// How a call uses a workspace.
+struct Layout {
+    chunks: HeadChunks,
+    /// Values of the workspace in use.
+    values: usize,
+}
+
+impl Layout {
+    /// Of a workspace that holds `held` values.
+    fn new(
+        device: &CudaDevice,
+        mode: HeadMode,
+        (rows, width, vocab): (usize, usize, usize),
+        held: usize,
+    ) -> Result<Self> {
+        let statistics = row_statistics(device, vocab)?;
+        let bytes = held.saturating_mul(size_of::<bf16>());
+        let chunks = HeadChunks::new(rows, width, vocab, statistics, bytes);
+        let bytes = match mode {
+            HeadMode::Score => chunks.forward_bytes(statistics),
+            HeadMode::Recompute => chunks.forward_bytes(statistics).max(chunks.backward_bytes(width)),
+            HeadMode::Main => statistics_offset(rows, vocab) + rows * statistics,
+        };
+        Ok(Layout { chunks, values: bytes.div_ceil(size_of::<bf16>()) })
+    }
+}
+
+/// Bytes that the forward leaves of a row, by the launcher's own rule.
+fn row_statistics(device: &CudaDevice, vocab: usize) -> Result<usize> {
     let name = "logp_head_workspace";
-    let [rows, vocab] = launch_sizes(name, [rows, vocab])?;
+    let [vocab] = launch_sizes(name, [vocab])?;
     let mut bytes = 0;
     // SAFETY: a pure function of two numbers.
-    device.launch(name, &(rows, vocab), |kernels, _| unsafe {
-        bytes = (kernels.logp_head_workspace)(rows, vocab);
+    device.launch(name, &vocab, |kernels, _| unsafe {
+        bytes = (kernels.logp_head_workspace)(1, vocab);
         0
     })?;
     usize::try_from(bytes).map_err(|_| Error::device(format!("{name}: {bytes} bytes"), REPORT))
@@ -71,11 +91,12 @@ pub(super) fn forward(
 ) -> Result<()> {
     let name = "logp_head_forward";
     let HeadShape { rows, width, vocab, entropy, mode } = shape;
+    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
     let sizes = [
         ("scores.lse", scores.lse.len(), rows.end),
         ("scores.logp", scores.logp.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), if *entropy { rows.end } else { 0 }),
-        ("workspace", workspace.len(), workspace_values(device, *mode, rows.len(), *width, *vocab)?),
+        ("workspace", workspace.len(), layout.values),
         ("hidden", hidden.len(), rows.end * width),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
@@ -83,10 +104,7 @@ pub(super) fn forward(
     check_sizes(name, shape, &sizes)?;
     let (rows_at_once, statistics) = match mode {
         HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
-        HeadMode::Score | HeadMode::Recompute => (
-            HeadChunks::new(rows.len(), *width, *vocab, statistics_bytes(device, 1, *vocab)?).forward_rows,
-            0,
-        ),
+        HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
     };
     for first in rows.clone().step_by(rows_at_once.max(1)) {
         let count = rows_at_once.min(rows.end - first);
@@ -131,11 +149,12 @@ pub(super) fn backward(
 ) -> Result<()> {
     let name = "logp_head_backward";
     let HeadShape { rows, width, vocab, entropy, mode } = shape;
+    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
     let entropy_rows = if *entropy { rows.end } else { 0 };
     let sizes = [
         ("hidden", hidden.len(), rows.end * width),
         ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("workspace", workspace.len(), workspace_values(device, *mode, rows.len(), *width, *vocab)?),
+        ("workspace", workspace.len(), layout.values),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
         ("scores.lse", scores.lse.len(), rows.end),
@@ -148,7 +167,7 @@ pub(super) fn backward(
     let backward = Backward { device, weight, targets, scores, coefficients, shape };
     match mode {
         HeadMode::Main => backward.in_place(hidden, dweight, workspace),
-        HeadMode::Recompute => backward.recompute(hidden, dweight, workspace),
+        HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
         HeadMode::Score => {
             Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
         }
@@ -225,10 +244,9 @@ impl Backward<'_> {
         hidden: &mut CudaBuffer<bf16>,
         mut dweight: Option<&mut CudaBuffer<f32>>,
         workspace: &mut CudaBuffer<bf16>,
+        chunks: HeadChunks,
     ) -> Result<()> {
         let HeadShape { rows, width, vocab, .. } = self.shape;
-        let statistics = statistics_bytes(self.device, 1, *vocab)?;
-        let chunks = HeadChunks::new(rows.len(), *width, *vocab, statistics);
         let dhidden: *mut f32 = inside(workspace, 0).cast();
         let dlogits: *mut bf16 = inside(workspace, chunks.dlogits_offset(*width)).cast();
         for first in rows.clone().step_by(chunks.rows.max(1)) {
