@@ -5,7 +5,7 @@ use std::fmt::{self, Debug};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::backend::{Address, Backend, LaunchCall};
+use super::backend::{Address, Backend, LaunchCall, Moment};
 use super::bindings::{
     EmulatorTable, KernelTable, checked, emulated, mmpo_emulator_counters, mmpo_emulator_options,
 };
@@ -170,5 +170,13 @@ impl Backend for EmulatedBackend {
         let _one_at_a_time = self.0.lock();
         let status = call(self.0.kernels, std::ptr::null_mut());
         self.0.check(&format!("{operation} of {shape:?}"), status)
+    }
+
+    fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
+        match (start, end) {
+            (Moment::Host(start), Moment::Host(end)) => Ok((*end - *start).as_secs_f64()),
+            #[cfg(mmpo_gpu_kernels)]
+            _ => Err(Error::device("a moment of another device", super::REPORT)),
+        }
     }
 }

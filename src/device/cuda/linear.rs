@@ -87,7 +87,7 @@ unsafe fn multiply(
 ) -> Result<()> {
     if let Some(products) = device.backend().products() {
         // SAFETY: the caller's promise.
-        return unsafe { products.multiply(product) };
+        return device.traced(name, || unsafe { products.multiply(product) });
     }
     let sizes = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
     device.launch(name, &shape, |kernels, stream| kernel(kernels, sizes, stream))

@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use self::backend::Backend;
+use self::backend::{Backend, Moment};
 pub use self::backend_emulated::{
     EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
     MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
@@ -43,6 +43,7 @@ use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
 pub use self::probe::{Gpu, build_info, gpus};
+use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
     Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
@@ -54,6 +55,7 @@ use crate::objective::Objective;
 pub struct CudaDevice {
     memory: Arc<Memory>,
     workspace: Workspace,
+    trace: Trace<Moment>,
 }
 
 impl Debug for CudaDevice {
@@ -88,7 +90,7 @@ impl CudaDevice {
     }
 
     fn new(backend: Box<dyn Backend>) -> Self {
-        CudaDevice { memory: Memory::new(backend), workspace: Workspace::default() }
+        CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), trace: Trace::default() }
     }
 
     fn backend(&self) -> &dyn Backend {
@@ -102,7 +104,12 @@ impl CudaDevice {
         shape: &dyn Debug,
         mut call: impl FnMut(&KernelTable, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        self.backend().launch(operation, shape, &mut call)
+        self.traced(operation, || self.backend().launch(operation, shape, &mut call))
+    }
+
+    /// Queues work, and notes when the device did it if a trace runs.
+    fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.trace.around(operation, || self.backend().moment(), work)
     }
 
     /// Runs one launcher with the scratch memory that `bytes` asks for.
@@ -114,7 +121,8 @@ impl CudaDevice {
         mut call: impl FnMut(&KernelTable, *mut c_void, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
         let mut needed = 0;
-        self.launch(operation, shape, |kernels, _| {
+        // Asks the host and launches nothing, so no trace notes it.
+        self.backend().launch(operation, shape, &mut |kernels, _| {
             needed = bytes(kernels);
             0
         })?;
@@ -174,6 +182,17 @@ impl Device for CudaDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let start = self.backend().moment()?;
+        work()?;
+        let end = self.backend().moment()?;
+        self.backend().seconds_between(&start, &end)
+    }
+
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)> {
+        self.trace.run(work, |start, end| self.backend().seconds_between(start, end))
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
@@ -414,7 +433,9 @@ impl Device for CudaDevice {
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+        self.trace.scope("logp_head_forward", || {
+            logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+        })
     }
 
     fn pair_objective(
@@ -440,7 +461,9 @@ impl Device for CudaDevice {
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+        self.trace.scope("logp_head_backward", || {
+            logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+        })
     }
 
     fn gradient_norm(
@@ -449,7 +472,7 @@ impl Device for CudaDevice {
         gradients: &[&Floats<Self>],
         max_norm: Option<f32>,
     ) -> Result<()> {
-        optimizer::gradient_norm(self, out, gradients, max_norm)
+        self.trace.scope("gradient_norm", || optimizer::gradient_norm(self, out, gradients, max_norm))
     }
 
     fn adamw(
