@@ -51,7 +51,7 @@ def commands(engines):
     found = {}
     for engine in engines:
         if engine == OURS:
-            found[engine] = [build("bench", "--no-run", "--bench", "step")]
+            found[engine] = [build("build", "--release", "--bin", "mmpo-fast"), "--quiet", "bench", "step", "--device", "cpu"]
         elif engine == "candle":
             found[engine] = [build("build", "--release", "--package", "candle-peer")]
         else:
@@ -64,15 +64,13 @@ def commands(engines):
 
 def measure(command, shape, arguments):
     warmup, steps = STEPS[shape]
-    options = {
-        "shape": shape,
-        "pairs": arguments.pairs,
-        "prompt": arguments.prompt,
-        "response": arguments.response,
-        "threads": arguments.threads,
-        "warmup": warmup,
-        "steps": arguments.steps or steps,
-    }
+    steps = arguments.steps or steps
+    options = {"shape": shape, "pairs": arguments.pairs, "threads": arguments.threads}
+    if "bench" in command:
+        profile = f"{arguments.prompt}/{arguments.response}/{arguments.response}"
+        options |= {"profile": profile, "warmups": warmup, "calls": steps}
+    else:
+        options |= {"prompt": arguments.prompt, "response": arguments.response, "warmup": warmup, "steps": steps}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run = subprocess.run([*command, *flags, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -90,7 +88,7 @@ def summary(shape, runs):
     medians = {engine: statistics.median(values) for engine, values in seconds.items()}
     base = medians[reference[0]["name"]]
     lines = [
-        f"## {shape}: {reference[0]['pairs']} pairs, prompt {reference[0]['prompt']}, responses {reference[0]['response']}",
+        f"## {shape}: {reference[0]['pairs']} pairs, prompt {reference[0]['prompt']}, responses {reference[0].get('response', reference[0].get('chosen'))}",
         "",
         f"| engine | s/step, median | quartiles | range | pair tokens/s | time, {reference[0]['name']} = 1 | peak MiB | above start MiB | loss differs by |",
         "|---|---|---|---|---|---|---|---|---|",

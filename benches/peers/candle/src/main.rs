@@ -5,7 +5,6 @@
 //! training in candle means today, and the first step checks that every weight gets a gradient.
 
 mod llama;
-#[path = "../../step_bench.rs"]
 mod step_bench;
 
 use std::env;
