@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::Result;
 use crate::objects::Compiled;
 
-/// Writes `<stem>.txt` for each file, and returns a line for every warning, register spill and stack frame.
+/// Writes `<stem>.txt` for each file, and returns a line for every warning, register spill, stack frame and lost chance of speed.
 pub fn review(compiled: &[Compiled], folder: &Path) -> Result<Vec<String>> {
     std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut findings = Vec::new();
@@ -18,6 +18,10 @@ pub fn review(compiled: &[Compiled], folder: &Path) -> Result<Vec<String>> {
     }
     Ok(findings)
 }
+
+/// What ptxas calls an information and is none: products of a warpgroup that wait for one another, register counts that
+/// it does not honour.
+const LOST_SPEED: [&str; 2] = ["Potential Performance Loss", "setmaxnreg' ignored"];
 
 /// ptxas names a kernel and its target, then its stack and spills on a line of their own:
 ///
@@ -35,7 +39,9 @@ fn findings_of(output: &str) -> Vec<String> {
             if !clean {
                 findings.push(format!("{kernel}: {}", line.trim()));
             }
-        } else if line.to_ascii_lowercase().contains("warning") {
+        } else if line.to_ascii_lowercase().contains("warning")
+            || LOST_SPEED.iter().any(|text| line.contains(text))
+        {
             findings.push(line.trim().to_owned());
         }
     }

@@ -86,16 +86,24 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------------------------------- dK and dV
 
-// The queries that see a tile of keys: one range, [first key, last), each query from its own key on. Rows behind the
-// prompt see all of it; rows of a response see their own part only.
+// The queries that see a tile of keys: one range, [first key, last), each query from its own key on. Rejected rows see
+// the tile's prompt keys, but none of its chosen ones.
 struct QueryBlocks {
     int first, last, blocks;
+    // Queries from `blind_from` on do not see keys from `hidden_from` on.
+    int blind_from, hidden_from;
 
     DEVICE QueryBlocks(const Span& span, const RowTile& keys, int rows) {
-        const bool prompt = keys.part_first == span.start && span.prompt > 0 && keys.first < span.start + span.prompt;
+        const int prompt_last = span.start + span.prompt;
+        blind_from = prompt_last + span.chosen;
+        hidden_from = keys.rejected ? keys.last : prompt_last;
         first = keys.first;
-        last = prompt ? span.start + span.prompt + span.chosen + span.rejected : keys.part_last;
+        last = !keys.rejected && keys.first < prompt_last ? blind_from + span.rejected : keys.sequence_last;
         blocks = (last - first + rows - 1) / rows;
+    }
+
+    DEVICE bool seen(int query, int key) const {
+        return query >= key && query < last && (query < blind_from || key < hidden_from);
     }
 };
 
@@ -121,7 +129,7 @@ DEVICE void load_queries(unsigned char* raw, uint32_t shared, const Problem& pro
 // Turns transposed scores (rows are keys, columns queries) and dP into P and dS.
 template <int NT>
 DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], const Problem& problem,
-                                  const float* statistics, int first_key, int first_query, int last_query) {
+                                  const float* statistics, const QueryBlocks& queries, int first_key, int first_query) {
     const int lane = int(lane_id());
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -130,8 +138,8 @@ DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], co
             const int column = n * 8 + lane % 4 * 2 + i % 2;
             const int query = first_query + column;
             const int key = first_key + lane / 4 + i / 2 * 8;
-            const bool seen = query >= key && query < last_query;
-            const float p = seen ? exp2_approx(scores[n][i] * problem.scale_log2 - statistics[column]) : 0.0f;
+            const float p =
+                queries.seen(query, key) ? exp2_approx(scores[n][i] * problem.scale_log2 - statistics[column]) : 0.0f;
             scores[n][i] = p;
             dp[n][i] = p * (dp[n][i] - statistics[NT * 8 + column]);
         }
@@ -178,8 +186,8 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Problem proble
         clear(dp);
         multiply_transposed<E>(scores, Layout::stay(shared, 0), warp * 16, Layout::stream(shared, step, 0));
         multiply_transposed<E>(dp, Layout::stay(shared, 1), warp * 16, Layout::stream(shared, step, 1));
-        probabilities_of_keys(scores, dp, problem, Layout::statistics(raw, step), first_key,
-                              queries.first + step % queries.blocks * kRows, queries.last);
+        probabilities_of_keys(scores, dp, problem, Layout::statistics(raw, step), queries, first_key,
+                              queries.first + step % queries.blocks * kRows);
         multiply_from_accumulators<E>(dv, scores, Layout::stream(shared, step, 1));
         multiply_from_accumulators<E>(dk, dp, Layout::stream(shared, step, 0));
     }

@@ -26,30 +26,34 @@ DEVICE Span load_span(const uint32_t* spans, int pair) {
     return {int(row[0]), int(row[1]), int(row[2]), int(row[3])};
 }
 
-// Rows [first, last) of one part of a pair.
+// The rows of a pair in two causal sequences, each seeing itself: `prompt | chosen`, and `rejected`, which also sees
+// the prompt. Tiles are cut inside them, so that prompt and chosen rows share a tile.
+constexpr int kSequences = 2;
+
+// Rows [first, last) of one sequence of a pair.
 struct RowTile {
     int first, last;
-    int part_first, part_last;  // the rows of the whole part
+    int sequence_first, sequence_last;
     bool rejected;
 };
 
-// The `tile`-th tile of `rows` rows of a pair, parts in order, none across a boundary; false behind the last.
+// The `tile`-th tile of `rows` rows of a pair, sequences in order, none across a boundary; false behind the last.
 DEVICE bool find_row_tile(RowTile& out, const Span& span, int tile, int rows) {
     int first = span.start;
-    const int parts[3] = {span.prompt, span.chosen, span.rejected};
+    const int lengths[kSequences] = {span.prompt + span.chosen, span.rejected};
 #pragma unroll
-    for (int part = 0; part < 3; ++part) {
-        const int tiles = (parts[part] + rows - 1) / rows;
+    for (int sequence = 0; sequence < kSequences; ++sequence) {
+        const int tiles = (lengths[sequence] + rows - 1) / rows;
         if (tile < tiles) {
-            out.part_first = first;
-            out.part_last = first + parts[part];
+            out.sequence_first = first;
+            out.sequence_last = first + lengths[sequence];
             out.first = first + tile * rows;
-            out.last = min(out.first + rows, out.part_last);
-            out.rejected = part == 2;
+            out.last = min(out.first + rows, out.sequence_last);
+            out.rejected = sequence == 1;
             return true;
         }
         tile -= tiles;
-        first += parts[part];
+        first += lengths[sequence];
     }
     return false;
 }
@@ -58,8 +62,10 @@ DEVICE bool find_row_tile(RowTile& out, const Span& span, int tile, int rows) {
 inline int most_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     int most = 0;
     for (int pair = 0; pair < pairs; ++pair) {
+        const uint32_t* span = host_spans + 4 * int64_t(pair);
+        const int lengths[kSequences] = {int(span[1] + span[2]), int(span[3])};
         int tiles = 0;
-        for (int part = 1; part <= 3; ++part) tiles += (int(host_spans[4 * int64_t(pair) + part]) + rows - 1) / rows;
+        for (const int length : lengths) tiles += (length + rows - 1) / rows;
         most = tiles > most ? tiles : most;
     }
     return most;
@@ -74,7 +80,7 @@ struct KeyBlocks {
     DEVICE KeyBlocks(const Span& span, const RowTile& queries) {
         shared_first = span.start;
         shared_last = queries.rejected ? span.start + span.prompt : span.start;
-        own_first = queries.rejected ? queries.part_first : span.start;
+        own_first = queries.rejected ? queries.sequence_first : span.start;
         own_last = queries.last;
         shared_blocks = (shared_last - shared_first + BLOCK_N - 1) / BLOCK_N;
         blocks = shared_blocks + (own_last - own_first + BLOCK_N - 1) / BLOCK_N;

@@ -39,6 +39,7 @@
 
 #define MMPO_SITE
 #define MMPO_SITE_ONLY
+#define MMPO_PASS_SITE
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]

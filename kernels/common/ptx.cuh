@@ -281,13 +281,8 @@ DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
 
 // Waits for the completion of the phase with this parity: 0 for the first, then alternating.
 DEVICE void mbarrier_wait(uint32_t address, uint32_t parity MMPO_SITE) {
-#if MMPO_EMULATED
-    while (!mmpo::mbarrier_try_wait(address, parity, site)) {
+    while (!mmpo::mbarrier_try_wait(address, parity MMPO_PASS_SITE)) {
     }
-#else
-    while (!mbarrier_try_wait(address, parity)) {
-    }
-#endif
 }
 
 // Orders this thread's ordinary shared-memory accesses before later ones of the async proxy (TMA, wgmma).

@@ -27,6 +27,8 @@
 // The line of the kernel that calls a wrapper, as its last parameter.
 #define MMPO_SITE_ONLY ::mmpo::emulated::Site site = {__builtin_FILE(), __builtin_LINE()}
 #define MMPO_SITE , MMPO_SITE_ONLY
+// Hands a wrapper's own call site on.
+#define MMPO_PASS_SITE , site
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {

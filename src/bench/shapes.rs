@@ -181,7 +181,7 @@ pub fn lengths(text: &str) -> Result<Lengths> {
         return Ok(Lengths { prompt: prompt.max(1), chosen, rejected });
     }
     let file = file()?;
-    match file.profiles.get(text).map(|profile| Lengths::deserialize(profile)) {
+    match file.profiles.get(text).map(Lengths::deserialize) {
         Some(Ok(lengths)) => Ok(lengths),
         _ => Err(unknown("--profile", text, file.profiles.keys())),
     }
@@ -230,6 +230,6 @@ mod tests {
             3..5 => at + 1,
             _ => 3 + at - 4,
         };
-        assert_eq!(lengths.visible(), (0..9).map(row).sum());
+        assert_eq!(lengths.visible(), (0..9).map(row).sum::<usize>());
     }
 }

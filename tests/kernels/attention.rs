@@ -6,7 +6,7 @@ use crate::naive;
 
 type Sizes<'a> = &'a [(usize, usize, usize)];
 
-/// Pairs and heads: every group size, both head sizes, tails of the tiles, parts longer than a tile, one token.
+/// Pairs and heads: every group size, both head sizes, tails of the tiles, sequences longer than a tile, one token.
 const CASES: &[(Sizes<'_>, (usize, usize, usize))] = &[
     (&[(1, 0, 0)], (1, 1, 16)),
     (&[(0, 0, 1)], (2, 2, 16)),
@@ -52,7 +52,7 @@ fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f3
     Passes { out: read_compute(device, &out), lse: read(device, &lse), dqkv: read_compute(device, &dqkv) }
 }
 
-device_tests! {
+path_tests! {
     /// Output and lse against the explicit `T x T` mask.
     fn forward(device, bounds) {
         let bounds = attention_bounds::<D>(bounds);

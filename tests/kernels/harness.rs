@@ -3,6 +3,7 @@
 use std::sync::Once;
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+pub use mmpo_fast::device::cuda::KernelPath;
 use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
     MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
@@ -31,7 +32,49 @@ impl Tolerance {
 /// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
 /// `rms_norm::forward::cpu`.
 macro_rules! device_tests {
-    ($($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
+    ($($item:tt)+) => { $crate::harness::define_tests! { no_more_tests $($item)+ } };
+}
+pub(crate) use device_tests;
+
+/// As [`device_tests`], for operations that have kernels of their own for Hopper: both sets run on the emulated GPU, and on
+/// a real one that has Hopper's instructions.
+macro_rules! path_tests {
+    ($($item:tt)+) => { $crate::harness::define_tests! { hopper_tests $($item)+ } };
+}
+pub(crate) use path_tests;
+
+macro_rules! no_more_tests {
+    () => {};
+}
+pub(crate) use no_more_tests;
+
+macro_rules! hopper_tests {
+    () => {
+        #[test]
+        fn emulated_hopper() {
+            let device = $crate::harness::emulated().with_path(KernelPath::Hopper);
+            body(&device, $crate::harness::Tolerance::BF16);
+        }
+
+        #[test]
+        fn checked_hopper() {
+            let device = $crate::harness::checked().with_path(KernelPath::Hopper);
+            body(&device, $crate::harness::Tolerance::BF16);
+        }
+
+        /// The kernels that any GPU runs, also where the device would choose others.
+        #[test]
+        fn gpu_portable() {
+            if let Some(device) = $crate::harness::gpu() {
+                body(&device.with_path(KernelPath::Portable), $crate::harness::Tolerance::BF16);
+            }
+        }
+    };
+}
+pub(crate) use hopper_tests;
+
+macro_rules! define_tests {
+    ($more:ident $($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(
         $(#[doc = $doc])+
         mod $name {
             #[allow(unused_imports)]
@@ -70,10 +113,12 @@ macro_rules! device_tests {
                     body(&device, $crate::harness::Tolerance::BF16);
                 }
             }
+
+            $crate::harness::$more! {}
         }
     )+};
 }
-pub(crate) use device_tests;
+pub(crate) use define_tests;
 
 /// As [`device_tests`], for what only the CPU promises: it looks at the numbers in index buffers, where a GPU trusts what
 /// `BatchBuffers::load` has checked.

@@ -8,7 +8,7 @@ use crate::naive;
 const SHAPES: &[(usize, usize, usize)] =
     &[(1, 16, 48), (5, 17, 33), (37, 64, 100), (130, 96, 31), (9, 576, 192), (3, 1536, 576), (136, 264, 280)];
 
-device_tests! {
+path_tests! {
     /// With and without a bias, `out` assigned in full.
     fn forward(device, bounds) {
         for &(rows, inputs, outputs) in SHAPES {

@@ -55,7 +55,7 @@ fn dlogit_terms<D: Device>(case: &Case<D>, row: usize) -> Vec<f64> {
     terms
 }
 
-device_tests! {
+path_tests! {
     /// lse, log-prob and entropy, for flat and for peaked distributions.
     fn forward(device, bounds) {
         for &sizes in SHAPES {

@@ -55,7 +55,24 @@ use crate::objective::Objective;
 pub struct CudaDevice {
     memory: Arc<Memory>,
     workspace: Workspace,
+    path: KernelPath,
     trace: Trace<Moment>,
+}
+
+/// Which kernels run where an operation has two sets of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelPath {
+    /// `kernels/<stem>.cu`: mma.sync and cp.async, on every GPU from compute capability 8.0 on.
+    Portable,
+    /// `kernels/<stem>_sm90.cu`: wgmma and TMA, on compute capability 9.0 alone.
+    Hopper,
+}
+
+impl KernelPath {
+    #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
+    fn of(gpu: &Gpu) -> Self {
+        if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }
+    }
 }
 
 impl Debug for CudaDevice {
@@ -76,7 +93,7 @@ impl CudaDevice {
 
     #[cfg(mmpo_gpu_kernels)]
     fn open_gpu(gpu: &Gpu) -> Result<Self> {
-        Ok(Self::new(Box::new(backend_gpu::GpuBackend::open(gpu)?)))
+        Ok(Self::new(Box::new(backend_gpu::GpuBackend::open(gpu)?), KernelPath::of(gpu)))
     }
 
     #[cfg(not(mmpo_gpu_kernels))]
@@ -84,13 +101,26 @@ impl CudaDevice {
         Err(probe::no_kernels())
     }
 
-    /// The emulated device. Both variants can be used side by side.
+    /// The emulated device, on the portable kernels. Both variants can be used side by side.
     pub fn emulated(variant: EmulatorVariant) -> Self {
-        Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)))
+        Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
-    fn new(backend: Box<dyn Backend>) -> Self {
-        CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), trace: Trace::default() }
+    fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
+        let (workspace, trace) = (Workspace::default(), Trace::default());
+        CudaDevice { memory: Memory::new(backend), workspace, path, trace }
+    }
+
+    /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
+    /// a real one without Hopper's instructions fails at the first Hopper kernel.
+    #[must_use]
+    pub fn with_path(self, path: KernelPath) -> Self {
+        CudaDevice { path, ..self }
+    }
+
+    /// Which kernels run where an operation has two sets of them.
+    pub fn path(&self) -> KernelPath {
+        self.path
     }
 
     fn backend(&self) -> &dyn Backend {
