@@ -1,13 +1,17 @@
 //! Compiles `kernels/*.cu` twice over: by nvcc for real GPUs, where there is one, and as host C++ for the emulated
-//! device, always. `MMPO_FAST_CUDA=require|auto|off` says what to do about nvcc:
+//! device, on hosts that have one. `MMPO_FAST_CUDA=require|auto|off` says what to do about nvcc:
 //!
 //! - `auto` (default): without an nvcc, one warning and a program without GPU support;
 //! - `require`: without an nvcc, or with a warning, a register spill or a stack frame in any kernel, the build fails;
 //! - `off`: nvcc is not looked for.
 //!
+//! `MMPO_FAST_EMULATED=auto|off`: whether the emulated device is built where it can be, which is on x86-64 Linux.
+//!
 //! Nothing links against the CUDA driver or a CUDA shared library: the runtime is the static one, and the driver and
 //! cuBLASLt are loaded at run time.
 
+#[path = "build/choices.rs"]
+mod choices;
 #[path = "kernels/emulator/compile.rs"]
 mod compile;
 #[path = "build/emulated.rs"]
@@ -22,15 +26,10 @@ mod ptxas;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use choices::GpuKernels;
+
 /// What stops the build, or is worth a warning: text for people.
 type Result<T> = std::result::Result<T, String>;
-
-#[derive(Clone, Copy, PartialEq)]
-enum Mode {
-    Auto,
-    Require,
-    Off,
-}
 
 fn main() -> ExitCode {
     match run() {
@@ -43,7 +42,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels)");
+    println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels, mmpo_emulated)");
     // A path that does not exist would make cargo run this, and compile the crate, every time; so the script that
     // installs the toolchain touches this file.
     for path in ["build.rs", "build", "kernels", nvcc::PROJECT_NVCC] {
@@ -51,24 +50,39 @@ fn run() -> Result<()> {
             println!("cargo:rerun-if-changed={path}");
         }
     }
-    for name in ["MMPO_FAST_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"] {
+    for name in
+        ["MMPO_FAST_CUDA", "MMPO_FAST_EMULATED", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CXX", "CXXFLAGS"]
+    {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let sources = Sources::find()?;
     let out = PathBuf::from(environment("OUT_DIR")?);
-    emulated::build(&sources, &objects::Cache::new(&out, &sources.emulated_headers)?)?;
+    build_emulated(&sources, &out)?;
     build_for_gpus(&sources, &out)
 }
 
+fn build_emulated(sources: &Sources, out: &Path) -> Result<()> {
+    let setting = setting("MMPO_FAST_EMULATED");
+    let (arch, os) = (environment("CARGO_CFG_TARGET_ARCH")?, environment("CARGO_CFG_TARGET_OS")?);
+    let without = choices::without_emulated(setting.as_deref(), &arch, &os)?;
+    if without.is_none() {
+        emulated::build(sources, &objects::Cache::new(out, &sources.emulated_headers)?)?;
+        println!("cargo:rustc-cfg=mmpo_emulated");
+    }
+    let described = without.map_or("built in".to_owned(), |why| format!("none ({why})"));
+    println!("cargo:rustc-env=MMPO_FAST_EMULATED_DEVICE={described}");
+    Ok(())
+}
+
 fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
-    let mode = mode()?;
-    if mode == Mode::Off {
+    let asked = GpuKernels::of(setting("MMPO_FAST_CUDA").as_deref())?;
+    if asked == GpuKernels::Off {
         describe("none (built with MMPO_FAST_CUDA=off)", "0");
         return Ok(());
     }
     let toolkit = match nvcc::Toolkit::find() {
         Ok(toolkit) => toolkit,
-        Err(why) if mode == Mode::Require => {
+        Err(why) if asked == GpuKernels::Require => {
             return Err(format!(
                 "MMPO_FAST_CUDA=require, but {why}.\nRun tools/setup_cuda.sh, or set NVCC or CUDA_HOME."
             ));
@@ -84,7 +98,8 @@ fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
     let cache = objects::Cache::new(out, &sources.headers)?;
     let compiled = toolkit.compile(sources, &cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
-    if mode == Mode::Require && !findings.is_empty() {
+    ptxas::write_resources(&compiled, &toolkit.build, &out.join(ptxas::RESOURCES))?;
+    if asked == GpuKernels::Require && !findings.is_empty() {
         return Err(format!(
             "MMPO_FAST_CUDA=require, but nvcc had something to say:\n{}",
             findings.join("\n")
@@ -105,15 +120,6 @@ fn describe(kernels: &str, version: &str) {
     println!("cargo:rustc-env=MMPO_FAST_CUDA_VERSION={version}");
 }
 
-fn mode() -> Result<Mode> {
-    match std::env::var("MMPO_FAST_CUDA").as_deref() {
-        Err(_) | Ok("" | "auto") => Ok(Mode::Auto),
-        Ok("require") => Ok(Mode::Require),
-        Ok("off") => Ok(Mode::Off),
-        Ok(other) => Err(format!("MMPO_FAST_CUDA is `{other}`; it may be auto, require or off")),
-    }
-}
-
 /// Puts the objects of a build into a static library and tells cargo to link it.
 pub fn archive(name: &str, objects: &[objects::Compiled]) -> Result<()> {
     cc::Build::new()
@@ -121,6 +127,11 @@ pub fn archive(name: &str, objects: &[objects::Compiled]) -> Result<()> {
         .objects(objects.iter().map(|compiled| &compiled.object))
         .try_compile(name)
         .map_err(|error| format!("cannot archive lib{name}.a: {error}"))
+}
+
+/// What a person may have set; what is not UTF-8 is shown and then refused as an unknown value.
+fn setting(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }
 
 fn environment(name: &str) -> Result<String> {

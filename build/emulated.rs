@@ -14,7 +14,7 @@ const COMPILE_STEPS: &str = include_str!("../kernels/emulator/compile.rs");
 
 pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
     let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
-        format!("no C++ compiler for the emulated device: {error}; install g++ or clang++")
+        format!("no C++ compiler for the emulated device: {error}; install g++ or clang++, or set MMPO_FAST_EMULATED=off")
     })?;
     for variant in [Variant::Plain, Variant::Checked] {
         let name = variant.name();

@@ -1,6 +1,8 @@
 //! What the build promises: a binary without CUDA libraries that starts anywhere, objects that are compiled again only
-//! when their input changed, and a complaint for every spill.
+//! when their input changed, a complaint for every spill, and a table of what each kernel takes.
 
+#[path = "../build/choices.rs"]
+mod choices;
 #[path = "../build/objects.rs"]
 mod objects;
 #[path = "../build/ptxas.rs"]
@@ -10,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Mutex;
 
-use mmpo_fast::device::cuda::build_info;
+use choices::{GpuKernels, without_emulated};
+use mmpo_fast::device::cuda::{build_info, emulated_info};
 use objects::{Cache, Compiled, Job};
 
 /// As the build script's.
@@ -42,6 +45,43 @@ fn starts_without_a_gpu_and_names_its_kernels() {
     let kernels = build_info().starts_with("nvcc ") && build_info().contains("sm_80, sm_90a, PTX");
     let none = build_info().starts_with("none (") && build_info().len() > "none ()".len();
     assert!(kernels || none, "{text}");
+    assert!(text.contains(emulated_info()), "{text}");
+    assert_eq!(emulated_info() == "built in", cfg!(mmpo_emulated), "{text}");
+}
+
+/// The emulated device is built on x86-64 Linux, left out elsewhere or when asked, and says why.
+#[test]
+fn the_emulated_device_is_left_out_where_it_cannot_run() {
+    for setting in [None, Some(""), Some("auto")] {
+        assert_eq!(without_emulated(setting, "x86_64", "linux"), Ok(None));
+        for (arch, os) in [("aarch64", "linux"), ("x86_64", "macos"), ("x86_64", "windows")] {
+            let why = without_emulated(setting, arch, os).unwrap().unwrap();
+            assert!(why.contains(arch) && why.contains(os), "{why}");
+        }
+    }
+    let why = without_emulated(Some("off"), "x86_64", "linux").unwrap().unwrap();
+    assert!(why.contains("MMPO_FAST_EMULATED=off"), "{why}");
+    let error = without_emulated(Some("on"), "x86_64", "linux").unwrap_err();
+    assert!(error.contains("`on`") && error.contains("auto or off"), "{error}");
+    // This very binary was built by that decision.
+    let setting = if emulated_info().contains("MMPO_FAST_EMULATED=off") { Some("off") } else { None };
+    let without = without_emulated(setting, std::env::consts::ARCH, std::env::consts::OS).unwrap();
+    assert_eq!(without.is_none(), cfg!(mmpo_emulated), "{}", emulated_info());
+}
+
+#[test]
+fn what_nvcc_is_asked_for() {
+    for (setting, asked) in [
+        (None, GpuKernels::Auto),
+        (Some(""), GpuKernels::Auto),
+        (Some("auto"), GpuKernels::Auto),
+        (Some("require"), GpuKernels::Require),
+        (Some("off"), GpuKernels::Off),
+    ] {
+        assert_eq!(GpuKernels::of(setting), Ok(asked));
+    }
+    let error = GpuKernels::of(Some("yes")).unwrap_err();
+    assert!(error.contains("`yes`") && error.contains("auto, require or off"), "{error}");
 }
 
 /// Compiles `sources` of `folder` under `fingerprint`, and returns which of them were really compiled.
@@ -115,4 +155,45 @@ fn spills_stack_frames_and_warnings_are_found() {
         "{findings:?}"
     );
     assert!(findings[1].contains("#177-D"), "{findings:?}");
+}
+
+/// Kernel names without hashes and parameters, and the numbers of each.
+#[test]
+fn resources_are_read_from_what_ptxas_prints() {
+    let entry = |name: &str, used: &str| {
+        format!(
+            "ptxas info    : Compiling entry function '{name}' for 'sm_90a'\n\
+             ptxas info    : Function properties for {name}\n    \
+             8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads\n\
+             ptxas info    : Used {used}\n"
+        )
+    };
+    let hash = "_ZN44_GLOBAL__N__af19f3eb_11_rms_norm_cu_0360fd70";
+    let output = [
+        entry(&format!("{hash}10add_kernelILb0EEEvP9mmpo_bf16PKS1_S4_l"), "29 registers, used 0 barriers"),
+        entry(
+            &format!("{hash}23rms_norm_forward_kernelINS_9RowLayoutILi2ELi4ELb1EEELb1EEEvP9mmpo_bf16"),
+            "52 registers, used 1 barriers, 1056 bytes smem, 440 bytes cmem[0]",
+        ),
+        entry("_ZN4mmpo3gpu19add_partials_kernelEPfPKfii", "24 registers, used 0 barriers"),
+        entry("no_mangled_name", "7 registers"),
+    ]
+    .concat();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("resources.csv");
+    let compiled = Compiled { source: "kernels/rms_norm.cu".into(), object: "rms_norm.o".into(), output };
+    ptxas::write_resources(&[compiled], "13.0.88", &path).unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "# nvcc 13.0.88",
+            "file,kernel,target,registers,stack,spill_stores,spill_loads,shared",
+            "rms_norm.cu,\"add_kernel<false>\",sm_90a,29,8,4,2,0",
+            "rms_norm.cu,\"add_partials_kernel\",sm_90a,24,8,4,2,0",
+            "rms_norm.cu,\"no_mangled_name\",sm_90a,7,8,4,2,0",
+            "rms_norm.cu,\"rms_norm_forward_kernel<RowLayout<2, 4, true>, true>\",sm_90a,52,8,4,2,1056",
+        ]
+    );
 }

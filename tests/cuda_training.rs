@@ -8,7 +8,7 @@ use std::sync::Arc;
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::cpu::CpuDevice;
-use mmpo_fast::device::cuda::{self, CudaDevice, EmulatorVariant};
+use mmpo_fast::device::cuda::{self, CudaDevice};
 use mmpo_fast::device::{AdamWStep, Device};
 use mmpo_fast::model::Llama;
 use mmpo_fast::objective::{Mmpo, Objective};
@@ -170,10 +170,12 @@ fn cpu() -> CpuDevice {
     CpuDevice::new(Some(2)).expect("the CPU device starts")
 }
 
+#[cfg(mmpo_emulated)]
 fn emulated() -> CudaDevice {
-    CudaDevice::emulated(EmulatorVariant::Plain)
+    CudaDevice::emulated(cuda::EmulatorVariant::Plain)
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn the_emulated_gpu_trains_as_the_cpu_does() {
     for model in MODELS {

@@ -93,11 +93,11 @@ mod with_gpu_kernels {
     fn no_memory_and_no_cublaslt() {
         let (code, message) = generate("cuda", fake_driver(), &[]);
         assert_eq!(code, DEVICE_ERROR, "{message}");
-        assert_says(&message, &["cuBLASLt", "slower portable kernel"]);
-        assert_says(
-            &message,
-            &["no GPU memory for", "0.00 GiB of 16.00 GiB are free", "lower the token budget"],
-        );
+        assert_says(&message, &["cuBLASLt (libcublasLt.so) was not found", "slower portable kernel"]);
+        assert_says(&message, &["PyPI's nvidia-cublas", "LD_LIBRARY_PATH"]);
+        assert_eq!(message.matches("not found").count(), 1, "said twice: {message}");
+        assert_says(&message, &["no GPU memory for", "on cuda:0", "0.00 GiB of 16.00 GiB are free"]);
+        assert_says(&message, &["lower the token budget"]);
     }
 
     #[test]
@@ -122,9 +122,21 @@ mod with_gpu_kernels {
 fn without_gpu_kernels() {
     let (code, message) = generate("cuda", fake_driver(), &[]);
     assert_eq!(code, DEVICE_ERROR, "{message}");
-    assert_says(&message, &["no GPU kernels", "tools/setup_cuda.sh"]);
+    assert_says(&message, &["this binary has no GPU kernels (", "tools/setup_cuda.sh"]);
+    assert!(!message.contains("none"), "said twice: {message}");
 }
 
+/// Where the emulated device is not built in, asking for it says why; nothing else changes.
+#[cfg(not(mmpo_emulated))]
+#[test]
+fn without_the_emulated_device() {
+    let (code, message) = generate("emulated", Path::new("no-such-folder"), &[]);
+    assert_eq!(code, DEVICE_ERROR, "{message}");
+    assert_says(&message, &["this binary has no emulated device (", "--device cpu"]);
+    assert!(!message.contains("none"), "said twice: {message}");
+}
+
+#[cfg(mmpo_emulated)]
 #[test]
 fn the_emulated_gpu_generates_as_it_says() {
     let (code, message) = generate("emulated", Path::new("no-such-folder"), &[]);

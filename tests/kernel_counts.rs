@@ -1,6 +1,8 @@
 //! What the kernels do, counted exactly by the emulated device: work and traffic that a change of a kernel should not
 //! raise unseen. Counts are of a whole process, so this is one test.
 
+#![cfg(mmpo_emulated)]
+
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorCounters, EmulatorVariant};
 use mmpo_fast::device::{Device, LinearShape};
 

@@ -9,13 +9,14 @@ use crate::error::{Error, Result};
 /// A line of `--version --verbose`: a name and what there is to say.
 type Feature = (&'static str, String);
 
-/// What this build can do. `kernels`: which GPUs, by which compiler, or why none.
+/// What this build can do. `kernels`: which GPUs, by which compiler, or why none; `emulated`: whether, or why not.
 fn features() -> Vec<Feature> {
     vec![
         ("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS)),
         ("build", if cfg!(debug_assertions) { "debug" } else { "release" }.to_string()),
         ("devices", "cpu, cuda, emulated".to_string()),
         ("kernels", cuda::build_info().to_string()),
+        ("emulated", cuda::emulated_info().to_string()),
     ]
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Device;
 use super::cpu::CpuDevice;
-use super::cuda::{self, CudaDevice, EmulatorVariant};
+use super::cuda::{self, CudaDevice};
 use crate::error::Result;
 
 /// What `--device` asks for.
@@ -46,7 +46,7 @@ pub trait DeviceTask {
 /// Opens the chosen device (`threads`: CPU threads, `None` is all cores), says which and why, and runs `task` on it.
 ///
 /// # Errors
-/// [`Error::Device`](crate::Error::Device) if a GPU was asked for and cannot be used; [`DeviceChoice::Auto`] takes the
+/// [`Error::Device`](crate::Error::Device) if a GPU, or the emulated one, was asked for and cannot be used; [`DeviceChoice::Auto`] takes the
 /// CPU instead. Otherwise as the task.
 pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
     let (device, report) = open(choice, threads)?;
@@ -67,7 +67,7 @@ fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceR
     let (device, chosen, reason) = match choice {
         DeviceChoice::Cpu => (Opened::Cpu(CpuDevice::new(threads)?), choice, asked),
         DeviceChoice::Cuda(ordinal) => (Opened::Cuda(CudaDevice::open(ordinal)?), choice, asked),
-        DeviceChoice::Emulated => (Opened::Cuda(CudaDevice::emulated(EmulatorVariant::Plain)), choice, asked),
+        DeviceChoice::Emulated => (Opened::Cuda(emulated()?), choice, asked),
         DeviceChoice::Auto => match first_gpu() {
             Ok((device, ordinal)) => {
                 let reason = "the first GPU of compute capability 8.0 or later".to_owned();
@@ -84,6 +84,16 @@ fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceR
         Opened::Cuda(device) => device.describe(),
     };
     Ok((device, DeviceReport { chosen, device: device_line, reason }))
+}
+
+#[cfg(mmpo_emulated)]
+fn emulated() -> Result<CudaDevice> {
+    Ok(CudaDevice::emulated(cuda::EmulatorVariant::Plain))
+}
+
+#[cfg(not(mmpo_emulated))]
+fn emulated() -> Result<CudaDevice> {
+    Err(cuda::no_emulated_device())
 }
 
 /// The first GPU that the kernels run on; else why there is none, as a sentence's end.

@@ -1,7 +1,7 @@
 use mmpo_fast::device::{AdamWState, AdamWStep};
 
 use crate::harness::*;
-use crate::naive;
+use crate::naive::Precision;
 
 const STEP: AdamWStep =
     AdamWStep { learning_rate: 5e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
@@ -17,21 +17,26 @@ device_tests! {
                 device.upload(master, 0, &values).unwrap();
             }
             let mut wanted: Vec<_> = weight64.iter().map(|&weight| (weight, 0.0, 0.0)).collect();
+            let mut eager = wanted.clone();
             let norm = floats(device, &[8.0, 0.125]);
             for number in 1..=5 {
                 let gradient = random(10 + u64::from(number), len, 3.0);
                 let step = AdamWStep { step: number, ..STEP };
                 device.adamw(&mut weight, &mut state, &floats(device, &gradient), &norm, step).unwrap();
-                for (values, gradient) in wanted.iter_mut().zip(&gradient) {
-                    let (weight, first, second) = *values;
-                    let gradient = 0.125 * f64::from(*gradient);
-                    *values = naive::adamw(weight, first, second, gradient, step, (0.9, 0.999));
+                for (precision, values) in [(Precision::Exact, &mut wanted), (Precision::Bf16, &mut eager)] {
+                    for (values, gradient) in values.iter_mut().zip(&gradient) {
+                        let gradient = 0.125 * f64::from(*gradient);
+                        *values = precision.adamw(*values, gradient, step, (0.9, 0.999));
+                    }
                 }
             }
             let column = |pick: fn(&(f64, f64, f64)) -> f64| wanted.iter().map(pick).collect::<Vec<f64>>();
             assert_close("first moment", &read(device, &state.first_moment), &column(|v| v.1), Tolerance::F32);
             assert_close("second moment", &read(device, &state.second_moment), &column(|v| v.2), Tolerance::F32);
-            assert_close("weight", &read_compute(device, &weight), &column(|v| v.0), bounds);
+            let weight = read_compute(device, &weight);
+            assert_close("weight", &weight, &column(|v| v.0), bounds);
+            let eager: Vec<f64> = eager.iter().map(|values| values.0).collect();
+            assert_no_worse("weight", &weight, Stored::Bf16, &column(|v| v.0), &eager);
             if let Some(master) = &state.master {
                 assert_close("master", &read(device, master), &column(|v| v.0), Tolerance::F32);
             }

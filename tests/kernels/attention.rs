@@ -1,8 +1,10 @@
+use std::ops::Range;
+
 use mmpo_fast::device::{AttentionShape, Device};
 use proptest::prelude::*;
 
 use crate::harness::*;
-use crate::naive;
+use crate::naive::{self, Precision};
 
 type Sizes<'a> = &'a [(usize, usize, usize)];
 
@@ -52,6 +54,31 @@ fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f3
     Passes { out: read_compute(device, &out), lse: read(device, &lse), dqkv: read_compute(device, &dqkv) }
 }
 
+/// Queries', keys' and values' gradients one by one: they differ in size.
+fn assert_dqkv_no_worse(got: &[f32], exact: &[f64], eager: &[f64], shape: AttentionShape) {
+    if got.len() == shape.qkv_width() {
+        // A lone token's weight is 1, whatever its score: both versions' dq and dk are what is left of terms that cancel.
+        return assert_no_worse("dqkv", got, Stored::Bf16, exact, eager);
+    }
+    let (queries, keys) = (shape.heads * shape.head_size, shape.kv_heads * shape.head_size);
+    for (what, columns) in
+        [("dq", 0..queries), ("dk", queries..queries + keys), ("dv", queries + keys..shape.qkv_width())]
+    {
+        let got: Vec<f32> = part(got, &columns, shape);
+        assert_no_worse(
+            what,
+            &got,
+            Stored::Bf16,
+            &part(exact, &columns, shape),
+            &part(eager, &columns, shape),
+        );
+    }
+}
+
+fn part<T: Copy>(dqkv: &[T], columns: &Range<usize>, shape: AttentionShape) -> Vec<T> {
+    dqkv.chunks(shape.qkv_width()).flat_map(|row| row[columns.clone()].to_vec()).collect()
+}
+
 path_tests! {
     /// Output and lse against the explicit `T x T` mask.
     fn forward(device, bounds) {
@@ -67,8 +94,12 @@ path_tests! {
             let mut lse = unset_floats(device, tokens * shape.heads);
             device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape).unwrap();
             let (wanted, wanted_lse) = naive::attention(&qkv64, &spans, shape);
-            assert_close("out", &read_compute(device, &out), &wanted, bounds);
-            assert_close("lse", &read(device, &lse), &wanted_lse, bounds);
+            let (out, lse) = (read_compute(device, &out), read(device, &lse));
+            assert_close("out", &out, &wanted, bounds);
+            assert_close("lse", &lse, &wanted_lse, bounds);
+            let eager = Precision::Bf16.attention(&qkv64, &spans, shape);
+            assert_no_worse("out", &out, Stored::Bf16, &wanted, &eager.out);
+            assert_no_worse("lse", &lse, Stored::F32, &wanted_lse, &eager.lse);
         }
     }
 
@@ -92,6 +123,11 @@ path_tests! {
                 if tokens > 60 { 12 } else { 40 },
                 bounds,
             );
+            let [exact, eager] = naive::both(|precision| {
+                let pass = precision.attention(&qkv64, &spans, shape);
+                precision.attention_backward(&dout64, &pass, &qkv64, shape)
+            });
+            assert_dqkv_no_worse(&passes.dqkv, &exact, &eager, shape);
         }
     }
 
@@ -112,7 +148,10 @@ path_tests! {
             device.attention_decode(&mut out, &cache, length, shape).unwrap();
             let (wanted, _) = naive::attention(&cache64[..length * shape.qkv_width()], &spans, shape);
             let last = &wanted[(length - 1) * shape.out_width()..];
-            assert_close("out", &read_compute(device, &out), last, bounds);
+            let out = read_compute(device, &out);
+            assert_close("out", &out, last, bounds);
+            let eager = Precision::Bf16.attention(&cache64[..length * shape.qkv_width()], &spans, shape);
+            assert_no_worse("out", &out, Stored::Bf16, last, &eager.out[(length - 1) * shape.out_width()..]);
         }
     }
 

@@ -1,15 +1,13 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
-use std::sync::Once;
-
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 pub use mmpo_fast::device::cuda::KernelPath;
-use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
-};
+use mmpo_fast::device::cuda::{self, CudaDevice};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
+
+#[cfg(mmpo_emulated)]
+pub use crate::emulated::{checked, emulated, emulator_options};
 
 /// How far a device's result may lie from the naive f64 one:
 /// `error <= relative * |wanted| + absolute * rms(wanted)`.
@@ -50,12 +48,14 @@ pub(crate) use no_more_tests;
 
 macro_rules! hopper_tests {
     () => {
+        #[cfg(mmpo_emulated)]
         #[test]
         fn emulated_hopper() {
             let device = $crate::harness::emulated().with_path(KernelPath::Hopper);
             body(&device, $crate::harness::Tolerance::BF16);
         }
 
+        #[cfg(mmpo_emulated)]
         #[test]
         fn checked_hopper() {
             let device = $crate::harness::checked().with_path(KernelPath::Hopper);
@@ -95,12 +95,14 @@ macro_rules! define_tests {
                 body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
             }
 
+            #[cfg(mmpo_emulated)]
             #[test]
             fn emulated() {
                 body(&$crate::harness::emulated(), $crate::harness::Tolerance::BF16);
             }
 
             /// Every load and store of the kernels watched: bounds, uninitialised memory, races.
+            #[cfg(mmpo_emulated)]
             #[test]
             fn checked() {
                 body(&$crate::harness::checked(), $crate::harness::Tolerance::BF16);
@@ -142,49 +144,6 @@ pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
 /// without waiting for the batch.
 pub fn is_cpu<D: Device>() -> bool {
     size_of::<D::Compute>() == size_of::<f32>()
-}
-
-/// The emulated GPU as it is: threads in order, asynchronous copies as late as they may.
-pub fn emulated() -> CudaDevice {
-    configure_once();
-    CudaDevice::emulated(EmulatorVariant::Plain)
-}
-
-/// The emulated GPU that watches every access, its blocks, warps and lanes in a random order. `MMPO_FAST_EMULATOR_SEED`
-/// chooses the order.
-pub fn checked() -> CudaDevice {
-    configure_once();
-    CudaDevice::emulated(EmulatorVariant::Checked)
-}
-
-/// How the emulated device runs: `schedule` 0 in order, else random with this seed.
-pub fn emulator_options(schedule_seed: u64) -> EmulatorOptions {
-    EmulatorOptions {
-        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: if schedule_seed == 0 {
-            MMPO_EMULATOR_SCHEDULE_ORDERED
-        } else {
-            MMPO_EMULATOR_SCHEDULE_RANDOM
-        } as i32,
-        seed: schedule_seed,
-        host_threads: 0,
-        multiprocessors: 0,
-        trace_accesses: 0,
-    }
-}
-
-fn configure_once() {
-    static CONFIGURED: Once = Once::new();
-    CONFIGURED.call_once(|| {
-        let seed = match std::env::var("MMPO_FAST_EMULATOR_SEED") {
-            Ok(seed) => {
-                seed.parse().unwrap_or_else(|_| panic!("MMPO_FAST_EMULATOR_SEED={seed} is no number"))
-            }
-            Err(_) => 1,
-        };
-        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
-        EmulatorVariant::Checked.configure(emulator_options(seed)).unwrap();
-    });
 }
 
 /// The first GPU; none where driver, kernels or GPU are missing, which is said. With `MMPO_FAST_REQUIRE_GPU` set that is a
@@ -275,6 +234,53 @@ pub fn assert_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) 
         assert!(
             error <= allowed,
             "{what}[{i}] = {got}, wanted {wanted}: error {error:e} > {allowed:e} ({bounds:?})"
+        );
+    }
+}
+
+/// The type of a result: what one unit in the last place is.
+#[derive(Clone, Copy, Debug)]
+pub enum Stored {
+    Bf16,
+    F32,
+}
+
+impl Stored {
+    /// One unit in the last place of `value`.
+    fn ulp(self, value: f64) -> f64 {
+        let significand_bits = match self {
+            Stored::Bf16 => 8,
+            Stored::F32 => 24,
+        };
+        if value == 0.0 { 0.0 } else { (value.abs().log2().floor() - f64::from(significand_bits - 1)).exp2() }
+    }
+}
+
+/// Asserts that `got` is no worse than twice the naive bf16 version's own error, in its largest and in its root mean square,
+/// plus one unit in the last place of the largest value, and what rounding alone costs (1 / sqrt(12) of a unit) in the mean.
+#[track_caller]
+pub fn assert_no_worse(what: &str, got: &[f32], stored: Stored, exact: &[f64], naive_bf16: &[f64]) {
+    assert_eq!((got.len(), naive_bf16.len()), (exact.len(), exact.len()), "{what}: lengths");
+    let root_mean_square = |values: &[f64]| (inner(values, values) / values.len().max(1) as f64).sqrt();
+    let largest = |values: &[f64]| values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
+    let errors =
+        |values: &[f64]| values.iter().zip(exact).map(|(value, exact)| value - exact).collect::<Vec<f64>>();
+    let (ours, naive) = (errors(&wide(got)), errors(naive_bf16));
+    // `f64::max` drops NaN.
+    assert!(ours.iter().all(|error| error.is_finite()), "{what}: {got:?}");
+    for (norm, ours, naive, slack) in [
+        ("largest", largest(&ours), largest(&naive), stored.ulp(largest(exact))),
+        (
+            "root mean square",
+            root_mean_square(&ours),
+            root_mean_square(&naive),
+            stored.ulp(root_mean_square(exact)) / 12_f64.sqrt(),
+        ),
+    ] {
+        let allowed = 2.0 * naive + slack;
+        assert!(
+            ours <= allowed,
+            "{what}: {norm} error {ours:e} > {allowed:e}, that is twice the naive bf16 version's {naive:e} and {slack:e}"
         );
     }
 }

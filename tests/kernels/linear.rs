@@ -20,9 +20,11 @@ path_tests! {
                 let mut out = unset_compute(device, rows * outputs + 5);
                 device.linear_forward(&mut out, &x, &weight, with_bias.then_some(&bias), shape).unwrap();
                 let zeros = vec![0.0; outputs];
-                let wanted = naive::linear(&x64, &weight64, if with_bias { &bias64 } else { &zeros }, inputs);
+                let bias64 = if with_bias { &bias64 } else { &zeros };
+                let [wanted, eager] = naive::both(|precision| precision.linear(&x64, &weight64, bias64, inputs));
                 let out = read_compute(device, &out);
                 assert_close("out", &out[..rows * outputs], &wanted, bounds);
+                assert_no_worse("out", &out[..rows * outputs], Stored::Bf16, &wanted, &eager);
                 assert!(out[rows * outputs..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
             }
         }
@@ -47,19 +49,32 @@ path_tests! {
             let (zeros, samples) = (vec![0.0; outputs], 12);
             let dx = read_compute(device, &dx);
             assert_gradient("dx", &dx, |x| scalar(x, &weight64, &zeros), &x64, samples, bounds);
+            let [exact, eager] =
+                naive::both(|precision| precision.linear_backward_input(&dout64, &weight64, inputs));
+            assert_no_worse("dx", &dx, Stored::Bf16, &exact, &eager);
             let before = wide(&before_weight);
+            let dweight = read(device, &dweight);
+            let [exact, eager] = naive::both(|precision| {
+                precision.accumulate(&before, &precision.linear_backward_weight(&dout64, &x64, inputs))
+            });
+            assert_no_worse("dweight", &dweight, Stored::F32, &exact, &eager);
             assert_gradient(
                 "dweight",
-                &read(device, &dweight),
+                &dweight,
                 |weight| scalar(&x64, weight, &zeros) + inner(&before, weight),
                 &weight64,
                 samples,
                 Tolerance::F32,
             );
             let before = wide(&before_bias);
+            let dbias = read(device, &dbias);
+            let [exact, eager] = naive::both(|precision| {
+                precision.accumulate(&before, &precision.column_sums(&dout64, outputs))
+            });
+            assert_no_worse("dbias", &dbias, Stored::F32, &exact, &eager);
             assert_gradient(
                 "dbias",
-                &read(device, &dbias),
+                &dbias,
                 |bias| scalar(&x64, &weight64, bias) + inner(&before, bias),
                 &zeros,
                 samples,

@@ -1,7 +1,7 @@
 use mmpo_fast::device::{Device, HeadShape, TokenCoefficients, TokenScores};
 
 use crate::harness::*;
-use crate::naive;
+use crate::naive::{self, Precision};
 
 /// Scored tokens, width, vocabulary; the last two are longer than what a block of the kernels takes in at once.
 const SHAPES: &[(usize, usize, usize)] =
@@ -38,6 +38,26 @@ impl<D: Device> Case<D> {
     fn naive(&self) -> naive::Head {
         naive::logp_head(&self.hidden64, &self.weight64, &self.targets, self.shape.width)
     }
+
+    fn eager(&self) -> naive::Head {
+        Precision::Bf16.logp_head(&self.hidden64, &self.weight64, &self.targets, self.shape.width)
+    }
+}
+
+/// `dhidden` and `dweight` of a head, the latter behind what was there before.
+fn gradients<D: Device>(
+    precision: Precision,
+    case: &Case<D>,
+    a: &[f64],
+    b: &[f64],
+    before: &[f64],
+) -> [Vec<f64>; 2] {
+    let (width, vocab) = (case.shape.width, case.shape.vocab);
+    let head = precision.logp_head(&case.hidden64, &case.weight64, &case.targets, width);
+    let dlogits = precision.logp_head_dlogits(&head, &case.targets, a, b);
+    let dweight = precision.linear_backward_weight(&dlogits, &case.hidden64, width);
+    assert_eq!(dlogits.len(), case.targets.len() * vocab);
+    [precision.linear_backward_input(&dlogits, &case.weight64, width), precision.accumulate(before, &dweight)]
 }
 
 /// `sum_v |dlogits_v| |weight_v|` of a row, for `dL/dlogp = 1`: the size of what its gradient is a sum of.
@@ -62,12 +82,18 @@ path_tests! {
             for scale in [0.1, 2.0, 12.0] {
                 let case = Case::forward(device, sizes, scale);
                 let wanted = case.naive();
-                assert_close("lse", &read(device, &case.scores.lse), &wanted.lse, Tolerance::F32);
-                assert_close("logp", &read(device, &case.scores.logp), &wanted.logp, Tolerance::F32);
+                let (lse, logp) = (read(device, &case.scores.lse), read(device, &case.scores.logp));
+                let entropy = read(device, &case.scores.entropy);
+                assert_close("lse", &lse, &wanted.lse, Tolerance::F32);
+                assert_close("logp", &logp, &wanted.logp, Tolerance::F32);
                 // An entropy is a difference of numbers of the size of the logits.
                 let size = f64::from(scale).max(1.0);
                 let bounds = Tolerance { absolute: size * Tolerance::F32.absolute, ..Tolerance::F32 };
-                assert_close("entropy", &read(device, &case.scores.entropy), &wanted.entropy, bounds);
+                assert_close("entropy", &entropy, &wanted.entropy, bounds);
+                let eager = case.eager();
+                assert_no_worse("lse", &lse, Stored::F32, &wanted.lse, &eager.lse);
+                assert_no_worse("logp", &logp, Stored::F32, &wanted.logp, &eager.logp);
+                assert_no_worse("entropy", &entropy, Stored::F32, &wanted.entropy, &eager.entropy);
             }
         }
     }
@@ -125,6 +151,10 @@ path_tests! {
                 assert_eq!(hidden_gradients[0], hidden_gradients[1]);
                 let case = Case::forward(device, sizes, 2.0);
                 let (a, b, before) = (wide(&a), wide(&b), wide(&before));
+                let dweight = read(device, &dweight);
+                let [exact, eager] = naive::both(|precision| gradients(precision, &case, &a, &b, &before));
+                assert_no_worse("dhidden", &hidden_gradients[0], Stored::Bf16, &exact[0], &eager[0]);
+                assert_no_worse("dweight", &dweight, Stored::F32, &exact[1], &eager[1]);
                 let scalar = |hidden: &[f64], weight: &[f64]| {
                     let head = naive::logp_head(hidden, weight, &case.targets, width);
                     inner(&a, &head.logp) + inner(&b, &head.entropy)
@@ -139,7 +169,7 @@ path_tests! {
                 );
                 assert_gradient(
                     "dweight",
-                    &read(device, &dweight),
+                    &dweight,
                     |weight| scalar(&case.hidden64, weight) + inner(&before, weight),
                     &case.weight64,
                     samples,

@@ -1,5 +1,7 @@
 //! Every operation of every device against naive f64 code ([`naive`]), one file an operation.
 
+#[cfg(mmpo_emulated)]
+mod emulated;
 mod harness;
 mod naive;
 
@@ -15,5 +17,6 @@ mod memory;
 mod pair_objective;
 mod rms_norm;
 mod rope;
+#[cfg(mmpo_emulated)]
 mod same_bits;
 mod swiglu;

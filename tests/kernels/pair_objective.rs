@@ -5,6 +5,7 @@ use mmpo_fast::device::{Device, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
     Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
 };
+#[cfg(mmpo_emulated)]
 use proptest::prelude::*;
 
 use crate::harness::*;
@@ -110,6 +111,7 @@ impl Scores {
     }
 }
 
+#[cfg(mmpo_emulated)]
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -1,7 +1,7 @@
 use mmpo_fast::device::NormShape;
 
 use crate::harness::*;
-use crate::naive;
+use crate::naive::{self, Precision};
 
 /// Rows and widths: none, one token, ragged rows, odd widths, the widths of the paper's models, and wider ones.
 const SHAPES: &[(usize, usize)] = &[
@@ -29,9 +29,11 @@ device_tests! {
             let mut rstd = unset_floats(device, rows + 1);
             let shape = NormShape { rows, width, epsilon: EPSILON };
             device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).unwrap();
-            let (wanted, wanted_rstd) = naive::rms_norm(&x64, &weight64, EPSILON.into());
+            let [(wanted, wanted_rstd), (eager, _)] =
+                naive::both(|precision| precision.rms_norm(&x64, &weight64, EPSILON.into()));
             let (out, rstd) = (read_compute(device, &out), read(device, &rstd));
             assert_close("out", &out[..rows * width], &wanted, bounds);
+            assert_no_worse("out", &out[..rows * width], Stored::Bf16, &wanted, &eager);
             assert_close("rstd", &rstd[..rows], &wanted_rstd, Tolerance::F32);
             assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
             assert!(rstd[rows].is_nan(), "wrote behind {shape:?}");
@@ -50,16 +52,24 @@ device_tests! {
             let shape = NormShape { rows, width, epsilon: EPSILON };
             device.add_rms_norm_forward(&mut sum, &mut out, &mut rstd, &x, &delta, &weight, shape).unwrap();
             let sum64: Vec<f64> = x64.iter().zip(&delta64).map(|(x, delta)| x + delta).collect();
-            assert_close("sum", &read_compute(device, &sum), &sum64, bounds);
+            let eager_sum = Precision::Bf16.accumulate(&x64, &delta64);
+            let sum = read_compute(device, &sum);
+            assert_close("sum", &sum, &sum64, bounds);
+            assert_no_worse("sum", &sum, Stored::Bf16, &sum64, &eager_sum);
             // The norm is that of the sum as it is stored.
-            let stored = wide(&read_compute(device, &sum));
-            let (wanted, wanted_rstd) = naive::rms_norm(&stored, &weight64, EPSILON.into());
-            assert_close("out", &read_compute(device, &out), &wanted, bounds);
+            let stored = wide(&sum);
+            let [(wanted, wanted_rstd), (eager, _)] =
+                naive::both(|precision| precision.rms_norm(&stored, &weight64, EPSILON.into()));
+            let out = read_compute(device, &out);
+            assert_close("out", &out, &wanted, bounds);
+            assert_no_worse("out", &out, Stored::Bf16, &wanted, &eager);
             assert_close("rstd", &read(device, &rstd), &wanted_rstd, Tolerance::F32);
 
             let mut plain = unset_compute(device, rows * width);
             device.add(&mut plain, &x, &delta, rows * width).unwrap();
-            assert_close("add", &read_compute(device, &plain), &sum64, bounds);
+            let plain = read_compute(device, &plain);
+            assert_close("add", &plain, &sum64, bounds);
+            assert_no_worse("add", &plain, Stored::Bf16, &sum64, &eager_sum);
         }
     }
 
@@ -79,9 +89,17 @@ device_tests! {
             device.rms_norm_backward(&mut dx, &mut dweight, &dout, &x, &weight, &rstd, shape).unwrap();
             // What was there before is part of the scalar's gradient, so that accumulation is checked as well.
             let scalar = |x: &[f64], weight: &[f64]| inner(&naive::rms_norm(x, weight, EPSILON.into()).0, &dout64);
+            let (dx, dweight) = (read_compute(device, &dx), read(device, &dweight));
+            let [exact, eager] = naive::both(|precision| {
+                let (dx, dweight) = precision.rms_norm_backward(&dout64, &x64, &weight64, EPSILON.into());
+                let before_dweight = wide(&before_dweight);
+                (precision.accumulate(&before_dx, &dx), precision.accumulate(&before_dweight, &dweight))
+            });
+            assert_no_worse("dx", &dx, Stored::Bf16, &exact.0, &eager.0);
+            assert_no_worse("dweight", &dweight, Stored::F32, &exact.1, &eager.1);
             assert_gradient(
                 "dx",
-                &read_compute(device, &dx),
+                &dx,
                 |x| scalar(x, &weight64) + inner(&before_dx, x),
                 &x64,
                 40,
@@ -89,7 +107,7 @@ device_tests! {
             );
             assert_gradient(
                 "dweight",
-                &read(device, &dweight),
+                &dweight,
                 |weight| scalar(&x64, weight) + inner(&wide(&before_dweight), weight),
                 &weight64,
                 40,

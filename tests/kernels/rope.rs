@@ -36,8 +36,11 @@ device_tests! {
             let (mut qkv, qkv64) = random_compute(device, 1, rows * shape.qkv_width(), 1.0);
             let (device_table, device_positions) = (floats(device, &table), indices(device, &positions));
             device.rope(&mut qkv, &device_table, &device_positions, rows, shape, RopeDirection::Forward).unwrap();
-            let wanted = naive::rope(&qkv64, &wide(&table), &positions, shape);
-            assert_close("qkv", &read_compute(device, &qkv), &wanted, bounds);
+            let [wanted, eager] =
+                naive::both(|precision| precision.rope(&qkv64, &wide(&table), &positions, shape));
+            let qkv = read_compute(device, &qkv);
+            assert_close("qkv", &qkv, &wanted, bounds);
+            assert_no_worse("qkv", &qkv, Stored::Bf16, &wanted, &eager);
         }
     }
 
@@ -51,9 +54,17 @@ device_tests! {
             device.rope(&mut gradient, &device_table, &device_positions, rows, shape, RopeDirection::Backward).unwrap();
             let qkv: Vec<f64> = wide(&random(1, dout.len(), 1.0));
             let table = wide(&table);
+            let gradient = read_compute(device, &gradient);
+            let turned_back: Vec<f64> = table
+                .chunks(head_size)
+                .flat_map(|row| row.iter().enumerate().map(|(i, value)| if i < head_size / 2 { *value } else { -value }))
+                .collect();
+            let [exact, eager] =
+                naive::both(|precision| precision.rope(&dout, &turned_back, &positions, shape));
+            assert_no_worse("dqkv", &gradient, Stored::Bf16, &exact, &eager);
             assert_gradient(
                 "dqkv",
-                &read_compute(device, &gradient),
+                &gradient,
                 |qkv| inner(&naive::rope(qkv, &table, &positions, shape), &dout),
                 &qkv,
                 60,

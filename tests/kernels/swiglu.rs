@@ -10,7 +10,10 @@ device_tests! {
             let (gate_up, gate_up64) = random_compute(device, 1, 2 * rows * width, 4.0);
             let mut out = unset_compute(device, rows * width);
             device.swiglu_forward(&mut out, &gate_up, rows, width).unwrap();
-            assert_close("out", &read_compute(device, &out), &naive::swiglu(&gate_up64, width), bounds);
+            let [wanted, eager] = naive::both(|precision| precision.swiglu(&gate_up64, width));
+            let out = read_compute(device, &out);
+            assert_close("out", &out, &wanted, bounds);
+            assert_no_worse("out", &out, Stored::Bf16, &wanted, &eager);
         }
     }
 
@@ -36,9 +39,13 @@ device_tests! {
             let (dout, dout64) = random_compute(device, 2, rows * width, 1.0);
             let mut dgate_up = unset_compute(device, 2 * rows * width);
             device.swiglu_backward(&mut dgate_up, &dout, &gate_up, rows, width).unwrap();
+            let dgate_up = read_compute(device, &dgate_up);
+            let [exact, eager] =
+                naive::both(|precision| precision.swiglu_backward(&dout64, &gate_up64, width));
+            assert_no_worse("dgate_up", &dgate_up, Stored::Bf16, &exact, &eager);
             assert_gradient(
                 "dgate_up",
-                &read_compute(device, &dgate_up),
+                &dgate_up,
                 |gate_up| inner(&naive::swiglu(gate_up, width), &dout64),
                 &gate_up64,
                 60,

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, CudaStream, sys};
+use miette::Diagnostic as _;
 
 use super::arena::{Arena, PieceSource};
 use super::backend::{Address, Backend, LaunchCall, MatrixProducts, Moment};
@@ -39,7 +40,8 @@ impl GpuBackend {
         let (products, how) = match CublasLt::open(&stream) {
             Ok(products) => (Some(products), "cuBLASLt".to_owned()),
             Err(why) => {
-                tracing::warn!("{why}; matrix products run on the slower portable kernel instead");
+                let advice = why.help().map_or(String::new(), |help| format!("; {help}"));
+                tracing::warn!("{why}: matrix products run on the slower portable kernel instead{advice}");
                 (None, "portable kernel, no cuBLASLt".to_owned())
             }
         };
@@ -183,7 +185,11 @@ impl GpuBackend {
             Err(_) => "the driver does not say how much is free".to_owned(),
         };
         Error::device(
-            format!("no GPU memory for {:.2} GiB more: {place}", gib(bytes)),
+            format!(
+                "no GPU memory for {:.2} GiB more on cuda:{}: {place}",
+                gib(bytes),
+                self.context.ordinal()
+            ),
             "lower the token budget of a micro-batch, use a smaller model, or end other programs on this GPU",
         )
     }

@@ -26,6 +26,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
         Arc::new(Memory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
     }
@@ -192,7 +193,7 @@ pub(super) fn upload_values(
             unsafe { device.backend().copy_in(scratch, chunk)? };
             let out = out.at_mut(first);
             // SAFETY: `len` values of `scratch` were just written, and the range of `out` was checked.
-            device.launch("upload_values", &source.storage, |kernels, stream| unsafe {
+            device.launch("cast_to_bf16", &source.storage, |kernels, stream| unsafe {
                 (kernels.cast_to_bf16)(out, scratch, storage as i32, len as i64, stream)
             })
         })?;

@@ -8,6 +8,7 @@
 mod arena;
 mod attention;
 mod backend;
+#[cfg(mmpo_emulated)]
 mod backend_emulated;
 #[cfg(mmpo_gpu_kernels)]
 mod backend_gpu;
@@ -35,14 +36,18 @@ use std::sync::Arc;
 use half::bf16;
 
 use self::backend::{Backend, Moment};
+#[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
-    EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+    EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
-pub use self::probe::{Gpu, build_info, gpus};
+#[cfg(not(mmpo_emulated))]
+pub(super) use self::probe::no_emulated_device;
+pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
@@ -102,10 +107,12 @@ impl CudaDevice {
     }
 
     /// The emulated device, on the portable kernels. Both variants can be used side by side.
+    #[cfg(mmpo_emulated)]
     pub fn emulated(variant: EmulatorVariant) -> Self {
         Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
         let (workspace, trace) = (Workspace::default(), Trace::default());
         CudaDevice { memory: Memory::new(backend), workspace, path, trace }
@@ -142,6 +149,16 @@ impl CudaDevice {
         self.trace.around(operation, || self.backend().moment(), work)
     }
 
+    /// What a launcher says of its sizes: a pure function on the host, which launches nothing and is not traced.
+    fn ask(&self, operation: &str, shape: &dyn Debug, call: impl Fn(&KernelTable) -> i64) -> Result<i64> {
+        let mut answer = 0;
+        self.backend().launch(operation, shape, &mut |kernels, _| {
+            answer = call(kernels);
+            0
+        })?;
+        Ok(answer)
+    }
+
     /// Runs one launcher with the scratch memory that `bytes` asks for.
     fn launch_with_workspace(
         &self,
@@ -150,12 +167,7 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
         mut call: impl FnMut(&KernelTable, *mut c_void, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        let mut needed = 0;
-        // Asks the host and launches nothing, so no trace notes it.
-        self.backend().launch(operation, shape, &mut |kernels, _| {
-            needed = bytes(kernels);
-            0
-        })?;
+        let needed = self.ask(operation, shape, bytes)?;
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;

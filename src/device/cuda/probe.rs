@@ -17,6 +17,11 @@ pub fn build_info() -> &'static str {
     env!("MMPO_FAST_GPU_KERNELS")
 }
 
+/// What `mmpo-fast --version --verbose` says of the emulated device: that it is built in, or why not.
+pub fn emulated_info() -> &'static str {
+    env!("MMPO_FAST_EMULATED_DEVICE")
+}
+
 /// A GPU that the driver lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
@@ -98,8 +103,16 @@ fn gpu(ordinal: i32) -> std::result::Result<Gpu, DriverError> {
 
 pub(super) fn no_kernels() -> Error {
     Error::device(
-        format!("this binary has no GPU kernels: {}", build_info()),
+        format!("this binary has no GPU kernels {}", build_info().trim_start_matches("none ")),
         "run tools/setup_cuda.sh (or set NVCC), then build again; `--device cpu` works without",
+    )
+}
+
+#[cfg(not(mmpo_emulated))]
+pub fn no_emulated_device() -> Error {
+    Error::device(
+        format!("this binary has no emulated device {}", emulated_info().trim_start_matches("none ")),
+        "`--device cpu` runs anywhere; the emulated device is for tests of the kernels",
     )
 }
 

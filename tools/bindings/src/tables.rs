@@ -53,6 +53,7 @@ pub fn source(bindgen_output: &str) -> Result<String, String> {
     let builds = BUILDS.iter().map(|build| build_module(build, &kernels, &emulator));
     let tokens = quote! {
         #![allow(non_camel_case_types)]
+        #![cfg_attr(not(mmpo_emulated), allow(dead_code, reason = "the emulated device's options"))]
         #(#types)*
         #kernel_table
         #emulator_table
@@ -107,7 +108,11 @@ fn table(name: &str, doc: &str, functions: &[Function]) -> TokenStream {
 
 fn build_module(build: &Build, kernels: &[Function], emulator: &[Function]) -> TokenStream {
     let module = format_ident!("{}", build.module);
-    let condition = (!build.emulated).then(|| quote! { #[cfg(mmpo_gpu_kernels)] });
+    let condition = if build.emulated {
+        quote! { #[cfg(mmpo_emulated)] }
+    } else {
+        quote! { #[cfg(mmpo_gpu_kernels)] }
+    };
     let emulator: &[Function] = if build.emulated { emulator } else { &[] };
     let declarations = kernels.iter().chain(emulator).map(|function| {
         let field = format_ident!("{}", function.name);
