@@ -48,12 +48,10 @@ fn findings_of(output: &str) -> Vec<String> {
     findings
 }
 
-/// In `OUT_DIR`: what ptxas gave every kernel for every target. The tests hold it against a committed one.
-pub const RESOURCES: &str = "ptxas/resources.csv";
-
-/// Writes file, kernel, target, registers, bytes of stack, of spills and of static shared memory as CSV, below a line that
-/// names the compiler. The rows are sorted, so that two builds can be compared line by line.
-pub fn write_resources(compiled: &[Compiled], nvcc: &str, path: &Path) -> Result<()> {
+/// What ptxas gave every kernel for every target, which the tests hold against a committed table: writes `resources.csv`
+/// with file, kernel, target, registers, bytes of stack, of spills and of static shared memory, below a line that names the
+/// compiler. The rows are sorted, so that two builds can be compared line by line.
+pub fn write_resources(compiled: &[Compiled], nvcc: &str, folder: &Path) -> Result<()> {
     let mut rows: Vec<String> = compiled.iter().flat_map(resources_of).collect();
     rows.sort();
     rows.dedup();
@@ -63,7 +61,8 @@ pub fn write_resources(compiled: &[Compiled], nvcc: &str, path: &Path) -> Result
         text.push_str(&row);
         text.push('\n');
     }
-    std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
+    let path = folder.join("resources.csv");
+    std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn resources_of(file: &Compiled) -> Vec<String> {

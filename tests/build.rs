@@ -180,10 +180,9 @@ fn resources_are_read_from_what_ptxas_prints() {
     ]
     .concat();
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("resources.csv");
     let compiled = Compiled { source: "kernels/rms_norm.cu".into(), object: "rms_norm.o".into(), output };
-    ptxas::write_resources(&[compiled], "13.0.88", &path).unwrap();
-    let text = std::fs::read_to_string(path).unwrap();
+    ptxas::write_resources(&[compiled], "13.0.88", folder.path()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("resources.csv")).unwrap();
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(
         lines,
