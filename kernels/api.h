@@ -155,6 +155,11 @@ mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16* out, float* lse, const mmp
                                            const uint32_t* host_spans, int32_t pairs, int32_t rows, int32_t heads,
                                            int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
 
+/* The same on wgmma and TMA, for compute capability 9.0. `scale` must be positive. */
+mmpo_status MMPO_EXPORT(attention_forward_sm90)(mmpo_bf16* out, float* lse, const mmpo_bf16* qkv, const uint32_t* spans,
+                                                const uint32_t* host_spans, int32_t pairs, int32_t rows, int32_t heads,
+                                                int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
+
 /* Bytes of `workspace` that attention_backward needs for these sizes. A pure function on the host. */
 int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size);
 

@@ -428,6 +428,20 @@ pub struct KernelTable {
         scale: f32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub attention_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        lse: *mut f32,
+        qkv: *const mmpo_bf16,
+        spans: *const u32,
+        host_spans: *const u32,
+        pairs: i32,
+        rows: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
     pub attention_backward_workspace: unsafe extern "C" fn(
         rows: i32,
         heads: i32,
@@ -765,6 +779,21 @@ pub mod gpu {
             scale: f32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_attention_forward_sm90"]
+        fn attention_forward_sm90(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
@@ -915,6 +944,7 @@ pub mod gpu {
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
@@ -1099,6 +1129,21 @@ pub mod emulated {
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_attention_forward"]
         fn attention_forward(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_attention_forward_sm90"]
+        fn attention_forward_sm90(
             out: *mut mmpo_bf16,
             lse: *mut f32,
             qkv: *const mmpo_bf16,
@@ -1302,6 +1347,7 @@ pub mod emulated {
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
@@ -1513,6 +1559,21 @@ pub mod checked {
             scale: f32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_attention_forward_sm90"]
+        fn attention_forward_sm90(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
@@ -1703,6 +1764,7 @@ pub mod checked {
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
