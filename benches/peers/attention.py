@@ -102,9 +102,8 @@ def variants_of(inputs, arguments):
     return common.wanted(arguments, variants)
 
 
-def main(argv=None):
-    arguments = common.arguments_of(__doc__, argv)
-    shape, dtype = common.Shape(arguments), common.dtype_of(arguments)
+def measure(shape, arguments):
+    dtype = common.dtype_of(arguments)
     inputs = Inputs(shape, arguments)
     reference = inputs.reference()
     forward, backward = {}, {}
@@ -130,6 +129,12 @@ def main(argv=None):
     products = shape.visible * shape.heads * shape.head_size
     common.report(arguments, shape, "attention_forward", stopwatch.measure(forward), flops=4 * products)
     common.report(arguments, shape, "attention_backward", stopwatch.measure(backward), flops=10 * products)
+
+
+def main(argv=None):
+    arguments = common.arguments_of(__doc__, argv)
+    for shape in common.shapes_of(arguments):
+        measure(shape, arguments)
 
 
 if __name__ == "__main__":

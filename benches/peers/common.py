@@ -34,13 +34,13 @@ SHAPES = json.loads(find_shapes().read_text())
 class Shape:
     """As `bench::shapes::Shape` in Rust: a model, the lengths of its pairs, and how many pairs there are."""
 
-    def __init__(self, arguments):
-        self.model = arguments.shape
+    def __init__(self, arguments, case=None):
+        """`case`: `MODEL:PROFILE` instead of the arguments' own."""
+        self.model, self.profile = case.split(":") if case else (arguments.shape, arguments.profile)
         self.config = dict(SHAPES["common"], **SHAPES["models"][self.model])
         if arguments.layers:
             self.config["num_hidden_layers"] = arguments.layers
             self.model += f"[{arguments.layers}]"
-        self.profile = arguments.profile
         if self.profile in SHAPES["profiles"]:
             lengths = SHAPES["profiles"][self.profile]
             self.prompt, self.chosen, self.rejected = lengths["prompt"], lengths["chosen"], lengths["rejected"]
@@ -81,6 +81,7 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     parser.add_argument("--shape", choices=SHAPES["models"], default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="layers of the model, where all are too many")
     parser.add_argument("--profile", default="ultrafeedback", help="a name in shapes.json, or P/C/R")
+    parser.add_argument("--case", action="append", help="MODEL:PROFILE, instead of both; may be repeated")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, prompts once")
     parser.add_argument("--pairs", type=int, help="pairs of a batch, instead of tokens")
     parser.add_argument("--warmups", type=int)
@@ -100,6 +101,11 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return arguments
+
+
+def shapes_of(arguments):
+    """What is measured in one process: the cases, or the one shape."""
+    return [Shape(arguments, case) for case in arguments.case or [None]]
 
 
 def dtype_of(arguments):

@@ -79,9 +79,8 @@ def variants_of(inputs, arguments):
     return common.wanted(arguments, variants)
 
 
-def main(argv=None):
-    arguments = common.arguments_of(__doc__, argv)
-    shape, dtype = common.Shape(arguments), common.dtype_of(arguments)
+def measure(shape, arguments):
+    dtype = common.dtype_of(arguments)
     inputs = Inputs(shape, arguments)
     runs = {}
     for name, loss in variants_of(inputs, arguments).items():
@@ -92,6 +91,12 @@ def main(argv=None):
     flops = 6 * shape.scored * shape.vocabulary * shape.hidden
     seconds = common.Stopwatch(arguments).measure(runs)
     common.report(arguments, shape, "logp_head forward and backward", seconds, flops=flops)
+
+
+def main(argv=None):
+    arguments = common.arguments_of(__doc__, argv)
+    for shape in common.shapes_of(arguments):
+        measure(shape, arguments)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ def parameter(count, arguments):
     return weight
 
 
-def main(argv=None):
-    arguments = common.arguments_of(__doc__, argv)
-    shape = common.Shape(arguments)
+def measure(shape, arguments):
     count = 3 * shape.hidden * shape.mlp
     settings = settings_of(common.SHAPES["step"])
     runs = {}
@@ -73,6 +71,12 @@ def main(argv=None):
         weight = parameter(count, arguments)
         add("8-bit", bitsandbytes.optim.AdamW8bit([weight], **settings), weight)
         common.report(arguments, shape, "adamw 8-bit", stopwatch.measure(runs), bytes_=16 * count)
+
+
+def main(argv=None):
+    arguments = common.arguments_of(__doc__, argv)
+    for shape in common.shapes_of(arguments):
+        measure(shape, arguments)
 
 
 if __name__ == "__main__":

@@ -22,4 +22,4 @@ for model in base tied; do
 done
 
 # The benchmark's peers, on the smallest shapes.
-.venv/bin/python -W ignore tests/reference/check_peers.py
+.venv/bin/python -W ignore tests/reference/check_peers.py "$program/mmpo-fast"
