@@ -14,11 +14,13 @@ pub mod cpu;
 pub mod cuda;
 mod mapped_file;
 mod select;
+mod trace;
 
 use std::ops::Range;
 
 pub use mapped_file::MappedFile;
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
+pub use trace::OperationTime;
 
 use crate::data::PairSpan;
 use crate::error::Result;
@@ -237,6 +239,12 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn memory(&self) -> MemoryUse;
     /// Bytes that a large buffer may still have; `None` where that is no fixed number, as in a computer's main memory.
     fn free_memory(&self) -> Result<Option<usize>>;
+
+    // Time.
+    /// Seconds of the device's own time for what `work` queues: between two events on a GPU, by the clock elsewhere.
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64>;
+    /// Runs `work` and says how long each operation in it took, in order. The noting costs some microseconds each.
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)>;
 
     // Memory.
     /// A buffer of `len` zeros.
