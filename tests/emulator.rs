@@ -143,6 +143,11 @@ fn whole_kernels_under_every_timing_and_schedule() {
 }
 
 #[test]
+fn hopper_products_under_every_timing_and_schedule() {
+    expect_sound(&["products.cu"], &[LATE, EARLY, RANDOM, Mode { schedule: 1, ..EARLY }]);
+}
+
+#[test]
 fn counters_count() {
     expect_sound(&["counters.cu"], &[LATE]);
 }

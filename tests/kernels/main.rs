@@ -9,6 +9,7 @@ mod adamw;
 mod attention;
 #[cfg(mmpo_emulated)]
 mod attention_backward;
+mod attention_forward;
 mod batch_buffers;
 mod determinism;
 mod embedding;
