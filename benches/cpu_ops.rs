@@ -9,7 +9,7 @@ use mmpo_fast::Result;
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
 use mmpo_fast::device::cpu::{CpuBuffer, CpuDevice};
 use mmpo_fast::device::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Device, HeadShape, LinearShape, NormShape,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Device, HeadMode, HeadShape, LinearShape, NormShape,
     RawValues, RopeDirection, TokenCoefficients, TokenScores,
 };
 
@@ -236,23 +236,24 @@ impl Bench {
     fn head(&mut self) -> Result<()> {
         let (batch, scored) = (self.batch(PAIRS, PROMPT, RESPONSE)?, PAIRS * 2 * RESPONSE);
         let (mut hidden, weight) = (self.values(scored * WIDTH)?, self.values(VOCAB * WIDTH)?);
-        let (mut logits, mut dweight) = (self.values(scored * VOCAB)?, self.values(VOCAB * WIDTH)?);
+        let (mut workspace, mut dweight) = (self.values(scored * VOCAB)?, self.values(VOCAB * WIDTH)?);
         let mut scores = TokenScores::new(&self.device, scored)?;
         let coefficients: TokenCoefficients<CpuDevice> =
             TokenCoefficients { logp: self.values(scored)?, entropy: self.values(scored)? };
-        let shape = HeadShape { rows: 0..scored, width: WIDTH, vocab: VOCAB, entropy: true };
+        let shape =
+            HeadShape { rows: 0..scored, width: WIDTH, vocab: VOCAB, entropy: true, mode: HeadMode::Main };
         let product = 2.0 * (scored * WIDTH * VOCAB) as f64;
         let bytes = 4.0 * (VOCAB * (scored + WIDTH)) as f64;
         let cost = Cost { count: 1, flops: product, bytes };
         self.product("logp_head_forward", cost, |device| {
-            device.logp_head_forward(&mut scores, &mut logits, &hidden, &weight, &batch.targets, &shape)
+            device.logp_head_forward(&mut scores, &mut workspace, &hidden, &weight, &batch.targets, &shape)
         })?;
         let cost = Cost { count: 1, flops: 2.0 * product, bytes: 2.0 * bytes };
         self.product("logp_head_backward", cost, |device| {
             device.logp_head_backward(
                 &mut hidden,
                 Some(&mut dweight),
-                &mut logits,
+                &mut workspace,
                 &weight,
                 &batch.targets,
                 &scores,

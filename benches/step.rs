@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     });
     let pairs = tokenized_pairs(&arguments, shape.vocabulary);
     let tokens = arguments.pair_tokens();
-    let workload = Workload::plan(&pairs, &objective, shape.vocabulary, pairs.len(), tokens);
+    let workload = Workload::plan(&pairs, &objective, pairs.len(), tokens);
     let mut trainer = Trainer::new(model, objective, workload)?;
     let batch = with_reference(&mut trainer, &pairs)?;
     let mut step = 0;

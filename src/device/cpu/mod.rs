@@ -33,8 +33,9 @@ use memory::MemoryCounter;
 use scratch::ScratchPool;
 
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
-    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -168,6 +169,10 @@ impl Device for CpuDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
@@ -399,16 +404,23 @@ impl Device for CpuDevice {
         embedding::gather_rows_backward(self, dhidden, dout, batch, rows, width)
     }
 
+    /// Logits of more rows than this would leave the caches between the passes over them, with nothing gained.
+    const HEAD_CHUNK_BYTES: usize = 64 << 20;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, _: usize, vocab: usize) -> Result<usize> {
+        Ok(logp_head::workspace_values(mode, rows, vocab))
+    }
+
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+        logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
     }
 
     fn pair_objective(
@@ -427,14 +439,14 @@ impl Device for CpuDevice {
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+        logp_head::backward(self, hidden, dweight, workspace, weight, targets, scores, coefficients, shape)
     }
 
     fn gradient_norm(

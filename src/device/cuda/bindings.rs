@@ -406,17 +406,17 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
-    pub linear_forward_f32: unsafe extern "C" fn(
-        out: *mut f32,
-        x: *const mmpo_bf16,
+    pub linear_backward_input: unsafe extern "C" fn(
+        dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
         inputs: i32,
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
-    pub linear_backward_input: unsafe extern "C" fn(
-        dx: *mut mmpo_bf16,
+    pub linear_backward_input_f32: unsafe extern "C" fn(
+        dx: *mut f32,
         dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
@@ -515,11 +515,36 @@ pub struct KernelTable {
     ) -> mmpo_status,
     pub attention_backward_workspace: unsafe extern "C" fn(
         rows: i32,
+        pairs: i32,
         heads: i32,
         kv_heads: i32,
         head_size: i32,
     ) -> i64,
     pub attention_backward: unsafe extern "C" fn(
+        dqkv: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        dout: *const mmpo_bf16,
+        out: *const mmpo_bf16,
+        lse: *const f32,
+        qkv: *const mmpo_bf16,
+        spans: *const u32,
+        host_spans: *const u32,
+        pairs: i32,
+        rows: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub attention_backward_sm90_workspace: unsafe extern "C" fn(
+        rows: i32,
+        pairs: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+    ) -> i64,
+    pub attention_backward_sm90: unsafe extern "C" fn(
         dqkv: *mut mmpo_bf16,
         workspace: *mut ::core::ffi::c_void,
         dout: *const mmpo_bf16,
@@ -569,25 +594,48 @@ pub struct KernelTable {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub logp_head_workspace: unsafe extern "C" fn(rows: i32, vocab: i32) -> i64,
     pub logp_head_forward: unsafe extern "C" fn(
         lse: *mut f32,
         logp: *mut f32,
         entropy: *mut f32,
-        probabilities: *mut mmpo_bf16,
-        logits: *const f32,
+        exponentials: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
         targets: *const u32,
         rows: i32,
+        width: i32,
         vocab: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub logp_head_backward: unsafe extern "C" fn(
-        probabilities: *mut mmpo_bf16,
+        exponentials: *mut mmpo_bf16,
+        workspace: *const ::core::ffi::c_void,
         targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
         dlogp: *const f32,
         dentropy: *const f32,
         entropy: *const f32,
         rows: i32,
         vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_dlogits: unsafe extern "C" fn(
+        dlogits: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
+        dlogp: *const f32,
+        dentropy: *const f32,
+        entropy: *const f32,
+        rows: i32,
+        width: i32,
+        first_column: i32,
+        columns: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub pair_objective: unsafe extern "C" fn(
@@ -794,19 +842,19 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -913,12 +961,39 @@ pub mod gpu {
         #[link_name = "mmpo_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -972,27 +1047,52 @@ pub mod gpu {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_pair_objective"]
@@ -1054,8 +1154,8 @@ pub mod gpu {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
         linear_backward_input_sm90,
@@ -1068,12 +1168,16 @@ pub mod gpu {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1207,19 +1311,19 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_emulated_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_emulated_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_emulated_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_emulated_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1326,12 +1430,39 @@ pub mod emulated {
         #[link_name = "mmpo_emulated_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_emulated_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_emulated_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1385,27 +1516,52 @@ pub mod emulated {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_emulated_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_pair_objective"]
@@ -1507,8 +1663,8 @@ pub mod emulated {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
         linear_backward_input_sm90,
@@ -1521,12 +1677,16 @@ pub mod emulated {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1674,19 +1834,19 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_checked_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_checked_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_checked_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_checked_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1793,12 +1953,39 @@ pub mod checked {
         #[link_name = "mmpo_checked_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_checked_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_checked_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1852,27 +2039,52 @@ pub mod checked {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_checked_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_pair_objective"]
@@ -1974,8 +2186,8 @@ pub mod checked {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
         linear_backward_input_sm90,
@@ -1988,12 +2200,16 @@ pub mod checked {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,

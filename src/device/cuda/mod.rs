@@ -18,6 +18,7 @@ mod bindings;
 mod cublaslt;
 mod embedding;
 mod gather_rows;
+mod head_chunks;
 mod linear;
 mod logp_head;
 mod memory;
@@ -51,8 +52,9 @@ pub(super) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::Products;
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
-    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -176,6 +178,10 @@ impl CudaDevice {
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;
+        if needed == 0 {
+            return self
+                .launch(operation, shape, |kernels, stream| call(kernels, std::ptr::null_mut(), stream));
+        }
         self.workspace.with(&self.memory, needed, |workspace| {
             self.launch(operation, shape, |kernels, stream| call(kernels, workspace, stream))
         })
@@ -229,6 +235,10 @@ impl Device for CudaDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.backend().free_memory()
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
@@ -460,16 +470,24 @@ impl Device for CudaDevice {
         gather_rows::backward(self, dhidden, dout, batch, rows, width)
     }
 
+    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger products, fewer walks over the
+    /// vocabulary matrix.
+    const HEAD_CHUNK_BYTES: usize = usize::MAX;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
+        logp_head::workspace_values(self, mode, rows, width, vocab)
+    }
+
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+        logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
     }
 
     fn pair_objective(
@@ -488,14 +506,14 @@ impl Device for CudaDevice {
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+        logp_head::backward(self, hidden, dweight, workspace, weight, targets, scores, coefficients, shape)
     }
 
     fn gradient_norm(
