@@ -102,6 +102,12 @@ struct QueryBlocks {
         blocks = (last - first + rows - 1) / rows;
     }
 
+    // Whether `rows` queries from `first_query` on are blind to some of a warp's 16 keys.
+    DEVICE bool crosses_boundary(int first_key, int first_query, int rows) const {
+        const int query_last = first_query + rows, key_last = first_key + 15;
+        return first_query < key_last || query_last > last || (query_last > blind_from && key_last >= hidden_from);
+    }
+
     DEVICE bool seen(int query, int key) const {
         return query >= key && query < last && (query < blind_from || key < hidden_from);
     }
@@ -126,20 +132,30 @@ DEVICE void load_queries(unsigned char* raw, uint32_t shared, const Problem& pro
     }
 }
 
-// Turns transposed scores (rows are keys, columns queries) and dP into P and dS.
+// Sets the transposed scores (rows are keys, columns queries) of what no query sees to -inf.
 template <int NT>
-DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], const Problem& problem,
-                                  const float* statistics, const QueryBlocks& queries, int first_key, int first_query) {
+DEVICE void mask_keys(float (&scores)[NT][4], const QueryBlocks& queries, int first_key, int first_query) {
     const int lane = int(lane_id());
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = n * 8 + lane % 4 * 2 + i % 2;
-            const int query = first_query + column;
-            const int key = first_key + lane / 4 + i / 2 * 8;
-            const float p =
-                queries.seen(query, key) ? exp2_approx(scores[n][i] * problem.scale_log2 - statistics[column]) : 0.0f;
+            const int query = first_query + n * 8 + lane % 4 * 2 + i % 2;
+            if (!queries.seen(query, first_key + lane / 4 + i / 2 * 8)) scores[n][i] = -INFINITY;
+        }
+    }
+}
+
+// Turns transposed scores and dP into P and dS.
+template <int NT>
+DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], const Problem& problem,
+                                  const float* statistics) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int column = n * 8 + int(lane_id()) % 4 * 2 + i % 2;
+            const float p = exp2_approx(scores[n][i] * problem.scale_log2 - statistics[column]);
             scores[n][i] = p;
             dp[n][i] = p * (dp[n][i] - statistics[NT * 8 + column]);
         }
@@ -186,8 +202,9 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Problem proble
         clear(dp);
         multiply_transposed<E>(scores, Layout::stay(shared, 0), warp * 16, Layout::stream(shared, step, 0));
         multiply_transposed<E>(dp, Layout::stay(shared, 1), warp * 16, Layout::stream(shared, step, 1));
-        probabilities_of_keys(scores, dp, problem, Layout::statistics(raw, step), queries, first_key,
-                              queries.first + step % queries.blocks * kRows);
+        const int first_query = queries.first + step % queries.blocks * kRows;
+        if (queries.crosses_boundary(first_key, first_query, kRows)) mask_keys(scores, queries, first_key, first_query);
+        probabilities_of_keys(scores, dp, problem, Layout::statistics(raw, step));
         multiply_from_accumulators<E>(dv, scores, Layout::stream(shared, step, 1));
         multiply_from_accumulators<E>(dk, dp, Layout::stream(shared, step, 0));
     }

@@ -182,6 +182,41 @@ fn every_planted_fault_is_expected_to_be_caught() {
     }
 }
 
+/// The same cases compile for GPUs without a word from nvcc, and pass on a Hopper GPU; without one they say so.
+#[cfg(mmpo_gpu_kernels)]
+#[test]
+fn the_same_cases_on_a_gpu() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("layouts");
+    let script = root.join("tools/gpu/build_layouts.sh");
+    let built = Command::new("bash").arg(script).arg(&program).output().unwrap();
+    let words = [built.stdout, built.stderr].concat();
+    assert!(built.status.success() && words.is_empty(), "{}", String::from_utf8_lossy(&words));
+
+    let sources = ["layouts.cu", "tensors.cu", "collectives.cu", "instructions.cu", "programs.cu"];
+    // These are about the emulated device's own memory and limits.
+    let emulated_only = ["memory_calls", "refused_launches"];
+    let expected: Vec<String> = sources
+        .iter()
+        .flat_map(|source| case_names(source))
+        .filter(|name| !emulated_only.contains(&name.as_str()))
+        .collect();
+    let output = Command::new(&program).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let hopper = mmpo_fast::device::cuda::gpus()
+        .is_ok_and(|gpus| gpus.first().is_some_and(|gpu| gpu.capability == (9, 0)));
+    for name in &expected {
+        let outcome = if hopper { format!("ok {name}\n") } else { format!("FAILED {name}: ") };
+        assert!(text.contains(&outcome), "`{outcome}` is missing in:\n{text}");
+    }
+    assert_eq!(output.status.code(), Some(i32::from(!hopper)), "{text}");
+    let passed = if hopper { expected.len() } else { 0 };
+    assert!(
+        text.ends_with(&format!("{passed} of {} cases are as on the emulated device\n", expected.len())),
+        "{text}"
+    );
+}
+
 #[test]
 fn random_schedules_repeat_with_their_seed() {
     let run = |seed| run_cases(Variant::Plain, Mode { seed, ..RANDOM }, &["warp_order!", "block_order!"]);

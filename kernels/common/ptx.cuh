@@ -120,6 +120,11 @@ DEVICE void store_shared_128(uint32_t address, uint4 v MMPO_SITE) {
                           "r"(v.w) : "memory"));
 }
 
+DEVICE void store_shared_64(uint32_t address, uint2 v MMPO_SITE) {
+    PTX_TWIN(emulated::store_shared(address, &v, 8, site),
+             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"));
+}
+
 DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
     PTX_TWIN(emulated::store_shared(address, &v, 4, site),
              asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));

@@ -85,6 +85,11 @@ DEVICE void pin_registers(float (&d)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : PTX_TWIN("+m", "+f")(d[i])::"memory");
 }
+template <int kCount>
+DEVICE void pin_registers(uint32_t (&a)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : PTX_TWIN("+m", "+r")(a[i])::"memory");
+}
 
 // Both operands from shared memory; `accumulate` false assigns.
 template <int N, bool kTransposedA = false, bool kTransposedB = false>

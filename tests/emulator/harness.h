@@ -1,7 +1,8 @@
 // What the emulator's test cases share: device arrays, and a registry of cases by name.
 //
 // A case is a host function in a .cu file that launches kernels and returns "" or what went wrong. Case files are compiled
-// like kernel files: for both variants of the emulated device, and by nvcc, so that a GPU can be compared with.
+// like kernel files: for both variants of the emulated device, and, but for planted faults and counters, by nvcc
+// (tools/gpu/build_layouts.sh), so that the emulated device's reading of the PTX ISA can be compared with a GPU.
 #pragma once
 
 #include <cstdio>
@@ -28,6 +29,17 @@ inline std::string device_error(int error) {
 #endif
 }
 
+#if !MMPO_EMULATED
+// The first CUDA error of a case, "" if there is none: what goes wrong inside a kernel shows at a later call.
+inline std::string& first_error() {
+    static std::string text;
+    return text;
+}
+inline void check(const char* call, cudaError_t error) {
+    if (error != cudaSuccess && first_error().empty()) first_error() = std::string(call) + ": " + cudaGetErrorString(error);
+}
+#endif
+
 // An allocation of its own, so that running past its end is found.
 template <class T>
 class DeviceArray {
@@ -36,7 +48,9 @@ class DeviceArray {
 #if MMPO_EMULATED
         MMPO_EXPORT(malloc)(reinterpret_cast<void**>(&data_), count * sizeof(T));
 #else
-        cudaMalloc(reinterpret_cast<void**>(&data_), count * sizeof(T));
+        check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&data_), count * sizeof(T)));
+        // As on the emulated device: what no kernel writes is NaN, or -1.
+        check("cudaMemset", cudaMemset(data_, 0xff, count * sizeof(T)));
 #endif
     }
     explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { upload(values); }
@@ -48,7 +62,7 @@ class DeviceArray {
 #if MMPO_EMULATED
         MMPO_EXPORT(upload)(data_, values.data(), values.size() * sizeof(T));
 #else
-        cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+        check("upload", cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
 #endif
     }
     std::vector<T> download() const {
@@ -56,7 +70,7 @@ class DeviceArray {
 #if MMPO_EMULATED
         MMPO_EXPORT(download)(values.data(), data_, count_ * sizeof(T));
 #else
-        cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost);
+        check("a kernel, or the download behind it", cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
 #endif
         return values;
     }
@@ -67,7 +81,7 @@ class DeviceArray {
 #if MMPO_EMULATED
         MMPO_EXPORT(free)(data_);
 #else
-        cudaFree(data_);
+        check("cudaFree", cudaFree(data_));
 #endif
     }
     T* data() const { return data_; }

@@ -22,6 +22,7 @@ for line in open("target/gpu-tests.json"):
     if message.get("executable") and message["target"]["kind"] in (["test"], ["bench"]):
         shutil.copy(message["executable"], f"{sys.argv[1]}/{message['target']['name']}")
 PYTHON
+tools/gpu/build_layouts.sh "$bundle/bin/layouts"
 cp target/release/mmpo-fast target/release/examples/random_model "$bundle/bin/"
 strip "$bundle"/bin/*
 # Fat binaries of kernels compress to a third.

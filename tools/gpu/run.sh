@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # On a GPU machine: checks the kernels on hardware, then times a training run. Goes on when a part fails, and says so.
 #
-#     run.sh RESULTS [part ...]      parts: machine kernels goldens bandwidth train determinism sanitize; all of them if none is named
+#     run.sh RESULTS [part ...]      parts: machine layouts kernels goldens bandwidth train determinism sanitize; all of them if none is named
 set -uo pipefail
 bundle=$(cd "$(dirname "$0")" && pwd)
 results=$(mkdir -p "${1:?usage: run.sh RESULTS [part ...]}" && cd "$1" && pwd)
 shift
-parts=${*:-machine kernels goldens bandwidth train determinism sanitize}
+parts=${*:-machine layouts kernels goldens bandwidth train determinism sanitize}
 export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1
 # cuBLASLt where it comes with PyTorch.
 cublas=$(python3 -c 'import nvidia, pathlib; print(":".join(str(p) for r in nvidia.__path__ for p in pathlib.Path(r).glob("*/lib")))' 2>/dev/null || true)
@@ -28,6 +28,8 @@ part() {
 }
 
 machine() { nvidia-smi && cat "$bundle/commit" && "$bin/mmpo-fast" --version --verbose; }
+# Whether the hardware does what the emulated device does; compute capability 9.0 alone.
+layouts() { "$bin/layouts"; }
 kernels() { "$bin/kernels" gpu --test-threads=1; }
 goldens() { "$bin/cuda_training" a_real_gpu --test-threads=1; }
 
@@ -62,7 +64,7 @@ sanitize() {
 for name in $parts; do
   case $name in
     train) part train train train && rm -rf "$scratch/train" ;;
-    machine | kernels | goldens | bandwidth | determinism | sanitize) part "$name" "$name" ;;
+    machine | layouts | kernels | goldens | bandwidth | determinism | sanitize) part "$name" "$name" ;;
     *) echo "run.sh: no part is called $name" >&2; failed=1 ;;
   esac
 done

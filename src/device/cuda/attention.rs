@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes};
+use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, check_sizes, launch_sizes};
 use crate::data::PairSpan;
 use crate::device::{AttentionShape, BatchBuffers};
 use crate::error::{Error, Result};
@@ -60,7 +60,11 @@ pub(super) fn forward(
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
     // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
     device.launch(name, &(rows, shape), |kernels, stream| unsafe {
-        (kernels.attention_forward)(
+        let launcher = match device.path() {
+            KernelPath::Portable => kernels.attention_forward,
+            KernelPath::Hopper => kernels.attention_forward_sm90,
+        };
+        launcher(
             out.start_mut(),
             lse.start_mut(),
             qkv.start(),

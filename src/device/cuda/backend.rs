@@ -72,7 +72,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// Runs `call` with the device current on this thread; `operation` and `shape` are for the message of an error.
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()>;
 
-    /// The vendor's matrix products, where there are some; else the kernels of `linear.cu` do them.
+    /// The vendor's matrix products, where there are some; see `products.rs` for who does them otherwise.
     fn products(&self) -> Option<&dyn MatrixProducts> {
         None
     }

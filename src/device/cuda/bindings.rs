@@ -19,6 +19,37 @@ pub type mmpo_storage = ::core::ffi::c_uint;
 pub const MMPO_ROPE_FORWARD: mmpo_rope_direction = 0;
 pub const MMPO_ROPE_BACKWARD: mmpo_rope_direction = 1;
 pub type mmpo_rope_direction = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_product_plan {
+    pub block_m: i32,
+    pub block_n: i32,
+    pub splits: i32,
+    pub tile_group: i32,
+    pub efficiency: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of mmpo_product_plan"][::core::mem::size_of::<mmpo_product_plan>() - 24usize];
+    [
+        "Alignment of mmpo_product_plan",
+    ][::core::mem::align_of::<mmpo_product_plan>() - 8usize];
+    [
+        "Offset of field: mmpo_product_plan::block_m",
+    ][::core::mem::offset_of!(mmpo_product_plan, block_m) - 0usize];
+    [
+        "Offset of field: mmpo_product_plan::block_n",
+    ][::core::mem::offset_of!(mmpo_product_plan, block_n) - 4usize];
+    [
+        "Offset of field: mmpo_product_plan::splits",
+    ][::core::mem::offset_of!(mmpo_product_plan, splits) - 8usize];
+    [
+        "Offset of field: mmpo_product_plan::tile_group",
+    ][::core::mem::offset_of!(mmpo_product_plan, tile_group) - 12usize];
+    [
+        "Offset of field: mmpo_product_plan::efficiency",
+    ][::core::mem::offset_of!(mmpo_product_plan, efficiency) - 16usize];
+};
 pub const MMPO_OBJECTIVE_MMPO: mmpo_objective_kind = 0;
 pub const MMPO_OBJECTIVE_DPO: mmpo_objective_kind = 1;
 pub const MMPO_OBJECTIVE_SIMPO: mmpo_objective_kind = 2;
@@ -402,6 +433,55 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub linear_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        bias: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_input_sm90: unsafe extern "C" fn(
+        dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_input_f32_sm90: unsafe extern "C" fn(
+        dx: *mut f32,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_weight_sm90_workspace: unsafe extern "C" fn(
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+    ) -> i64,
+    pub linear_backward_weight_sm90: unsafe extern "C" fn(
+        dweight: *mut f32,
+        workspace: *mut ::core::ffi::c_void,
+        dout: *const mmpo_bf16,
+        x: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub product_plan_sm90: unsafe extern "C" fn(
+        shape_m: i32,
+        shape_n: i32,
+        shape_k: i32,
+        may_split: i32,
+    ) -> mmpo_product_plan,
     pub linear_bias_backward_workspace: unsafe extern "C" fn(
         rows: i32,
         outputs: i32,
@@ -415,6 +495,20 @@ pub struct KernelTable {
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub attention_forward: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        lse: *mut f32,
+        qkv: *const mmpo_bf16,
+        spans: *const u32,
+        host_spans: *const u32,
+        pairs: i32,
+        rows: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub attention_forward_sm90: unsafe extern "C" fn(
         out: *mut mmpo_bf16,
         lse: *mut f32,
         qkv: *const mmpo_bf16,
@@ -513,6 +607,36 @@ pub struct KernelTable {
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub logp_head_dlogits: unsafe extern "C" fn(
+        dlogits: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
+        dlogp: *const f32,
+        dentropy: *const f32,
+        entropy: *const f32,
+        rows: i32,
+        width: i32,
+        first_column: i32,
+        columns: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_forward_sm90: unsafe extern "C" fn(
+        lse: *mut f32,
+        logp: *mut f32,
+        entropy: *mut f32,
+        exponentials: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        rows: i32,
+        width: i32,
+        vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_dlogits_sm90: unsafe extern "C" fn(
         dlogits: *mut mmpo_bf16,
         hidden: *const mmpo_bf16,
         weight: *const mmpo_bf16,
@@ -762,6 +886,61 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_linear_bias_backward"]
@@ -775,6 +954,21 @@ pub mod gpu {
         ) -> mmpo_status;
         #[link_name = "mmpo_attention_forward"]
         fn attention_forward(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_attention_forward_sm90"]
+        fn attention_forward_sm90(
             out: *mut mmpo_bf16,
             lse: *mut f32,
             qkv: *const mmpo_bf16,
@@ -898,6 +1092,38 @@ pub mod gpu {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -960,9 +1186,16 @@ pub mod gpu {
         linear_backward_input,
         linear_backward_input_f32,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
@@ -973,6 +1206,8 @@ pub mod gpu {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1136,6 +1371,61 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_emulated_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_emulated_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_emulated_linear_bias_backward"]
@@ -1149,6 +1439,21 @@ pub mod emulated {
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_attention_forward"]
         fn attention_forward(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_attention_forward_sm90"]
+        fn attention_forward_sm90(
             out: *mut mmpo_bf16,
             lse: *mut f32,
             qkv: *const mmpo_bf16,
@@ -1272,6 +1577,38 @@ pub mod emulated {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_emulated_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -1374,9 +1711,16 @@ pub mod emulated {
         linear_backward_input,
         linear_backward_input_f32,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
@@ -1387,6 +1731,8 @@ pub mod emulated {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1564,6 +1910,61 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_checked_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_checked_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_checked_linear_bias_backward"]
@@ -1577,6 +1978,21 @@ pub mod checked {
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_attention_forward"]
         fn attention_forward(
+            out: *mut mmpo_bf16,
+            lse: *mut f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_attention_forward_sm90"]
+        fn attention_forward_sm90(
             out: *mut mmpo_bf16,
             lse: *mut f32,
             qkv: *const mmpo_bf16,
@@ -1700,6 +2116,38 @@ pub mod checked {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -1802,9 +2250,16 @@ pub mod checked {
         linear_backward_input,
         linear_backward_input_f32,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
+        attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
         attention_decode_workspace,
@@ -1815,6 +2270,8 @@ pub mod checked {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,

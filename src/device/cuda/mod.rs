@@ -25,6 +25,8 @@ mod memory;
 mod optimizer;
 mod pair_objective;
 mod probe;
+mod product_table;
+mod products;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -48,6 +50,7 @@ use self::memory::{Memory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(super) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
+pub use self::products::Products;
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
@@ -61,6 +64,7 @@ pub struct CudaDevice {
     memory: Arc<Memory>,
     workspace: Workspace,
     path: KernelPath,
+    products: Products,
 }
 
 /// Which kernels run where an operation has two sets of them.
@@ -113,7 +117,12 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        CudaDevice { memory: Memory::new(backend), workspace: Workspace::default(), path }
+        CudaDevice {
+            memory: Memory::new(backend),
+            workspace: Workspace::default(),
+            path,
+            products: Products::default(),
+        }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -126,6 +135,17 @@ impl CudaDevice {
     /// Which kernels run where an operation has two sets of them.
     pub fn path(&self) -> KernelPath {
         self.path
+    }
+
+    /// The same device with this choice of matrix products: to test or to time them side by side.
+    #[must_use]
+    pub fn with_products(self, products: Products) -> Self {
+        CudaDevice { products, ..self }
+    }
+
+    /// Whose matrix products run where there is a choice.
+    pub fn products(&self) -> Products {
+        self.products
     }
 
     fn backend(&self) -> &dyn Backend {

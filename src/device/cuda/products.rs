@@ -1,0 +1,250 @@
+//! The three products of a linear layer, and which of their implementations runs: cuBLASLt, `kernels/linear_sm90.cu` on
+//! Hopper, or `kernels/linear.cu` anywhere. The choice is a function of path, shape and alignment, so a product always
+//! gives the same bits on one kind of GPU.
+
+use std::ffi::c_void;
+
+use half::bf16;
+
+use super::backend::{Operand, Product, ProductOut};
+use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
+use super::product_table::{MEASURED, ours_is_faster};
+use super::{CudaDevice, KernelPath, launch_sizes};
+use crate::device::LinearShape;
+use crate::error::{Error, Result};
+
+/// Whose matrix products a device uses where there is a choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// By shape, from a table of measurements; cuBLASLt for shapes that it lacks, ours where cuBLASLt is not installed.
+    #[default]
+    Fastest,
+    /// This program's kernels: to test or to time them.
+    Ours,
+    /// cuBLASLt, and an error where it is not installed: to time it.
+    Vendor,
+}
+
+/// Which product of a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProductKind {
+    Forward,
+    BackwardInput,
+    BackwardInputF32,
+    BackwardWeight,
+}
+
+/// A product of a linear layer on addresses in device memory; the sizes come as a [`LinearShape`].
+#[derive(Clone, Copy, Debug)]
+pub(super) enum LinearProduct {
+    /// Assigns `out[rows, outputs] = x * weight^T + bias`, rounded once.
+    Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
+    /// Assigns `dx[rows, inputs] = dout * weight`.
+    BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
+    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
+    BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Implementation {
+    Vendor,
+    Hopper,
+    Portable,
+}
+
+/// Queues one product.
+///
+/// # Safety
+/// From each address on, the memory covers `shape`; the output overlaps none of the others.
+pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape: LinearShape) -> Result<()> {
+    let vendor = device.backend().products();
+    match choose(device, vendor.is_some(), &product, shape) {
+        Implementation::Vendor => {
+            let Some(vendor) = vendor else { return Err(no_vendor()) };
+            // SAFETY: the caller's promise.
+            unsafe { vendor.multiply(&product.for_vendor(shape)) }
+        }
+        Implementation::Portable => {
+            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
+            // SAFETY: the caller's promise.
+            device.launch(product.name(), &shape, |kernels, stream| unsafe {
+                product.launch_portable(kernels, sizes, stream)
+            })
+        }
+        Implementation::Hopper => {
+            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
+            // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
+            device.launch_with_workspace(
+                product.name(),
+                &shape,
+                |kernels| product.hopper_workspace(kernels, sizes),
+                |kernels, workspace, stream| unsafe {
+                    product.launch_hopper(kernels, sizes, workspace, stream)
+                },
+            )
+        }
+    }
+}
+
+fn choose(
+    device: &CudaDevice,
+    vendor_installed: bool,
+    product: &LinearProduct,
+    shape: LinearShape,
+) -> Implementation {
+    let hopper = device.path() == KernelPath::Hopper && product.has_hopper_kernel(shape);
+    let ours = if hopper { Implementation::Hopper } else { Implementation::Portable };
+    match device.products() {
+        Products::Vendor => Implementation::Vendor,
+        Products::Ours => ours,
+        Products::Fastest if !vendor_installed => ours,
+        Products::Fastest if hopper && ours_is_faster(MEASURED, product.kind(), shape) => ours,
+        Products::Fastest => Implementation::Vendor,
+    }
+}
+
+fn no_vendor() -> Error {
+    Error::device(
+        "cuBLASLt's products were asked for, and it is not loaded",
+        "install CUDA's cuBLAS, for instance PyPI's nvidia-cublas, and add its folder to LD_LIBRARY_PATH",
+    )
+}
+
+impl LinearProduct {
+    fn kind(&self) -> ProductKind {
+        match self {
+            LinearProduct::Forward { .. } => ProductKind::Forward,
+            LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
+            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
+            LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
+        }
+    }
+
+    /// As errors name it.
+    fn name(&self) -> &'static str {
+        match self.kind() {
+            ProductKind::Forward => "linear_forward",
+            ProductKind::BackwardInput => "linear_backward_input",
+            ProductKind::BackwardInputF32 => "linear_backward_input_f32",
+            ProductKind::BackwardWeight => "linear_backward_weight",
+        }
+    }
+
+    /// Whether `kernels/linear_sm90.cu` takes it: tensor maps need 16-byte strides and addresses.
+    fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
+        let addresses = match *self {
+            LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
+            LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
+        };
+        let aligned = addresses.iter().all(|address| address % 16 == 0);
+        aligned && shape.inputs % 8 == 0 && shape.outputs % 8 == 0
+    }
+
+    fn for_vendor(&self, shape: LinearShape) -> Product {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let as_it_is = |values| Operand { values, transposed: false };
+        let transposed = |values| Operand { values, transposed: true };
+        let product = |out, left, right, [rows, columns, depth]: [usize; 3]| Product {
+            out,
+            accumulate: false,
+            left,
+            right,
+            bias: None,
+            rows,
+            columns,
+            depth,
+        };
+        match *self {
+            LinearProduct::Forward { out, x, weight, bias } => {
+                let sizes = [rows, outputs, inputs];
+                let forward = product(ProductOut::Bf16(out), as_it_is(x), transposed(weight), sizes);
+                Product { bias, ..forward }
+            }
+            LinearProduct::BackwardInput { dx, dout, weight } => {
+                product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
+            }
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                let sizes = [rows, inputs, outputs];
+                let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
+                Product { accumulate: true, ..gradient }
+            }
+            LinearProduct::BackwardWeight { dweight, dout, x } => {
+                let sizes = [outputs, inputs, rows];
+                let gradient = product(ProductOut::F32(dweight), transposed(dout), as_it_is(x), sizes);
+                Product { accumulate: true, ..gradient }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`multiply`].
+    unsafe fn launch_portable(
+        &self,
+        kernels: &KernelTable,
+        [rows, inputs, outputs]: [i32; 3],
+        stream: mmpo_stream,
+    ) -> mmpo_status {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match *self {
+                LinearProduct::Forward { out, x, weight, bias } => {
+                    let bias = bias.unwrap_or(std::ptr::null());
+                    (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInput { dx, dout, weight } => {
+                    (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardWeight { dweight, dout, x } => {
+                    (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+                }
+            }
+        }
+    }
+
+    fn hopper_workspace(&self, kernels: &KernelTable, [rows, inputs, outputs]: [i32; 3]) -> i64 {
+        match self.kind() {
+            // SAFETY: a pure function of numbers.
+            ProductKind::BackwardWeight => unsafe {
+                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs)
+            },
+            _ => 0,
+        }
+    }
+
+    /// # Safety
+    /// As [`multiply`]; `workspace` holds [`LinearProduct::hopper_workspace`] bytes, and [`LinearProduct::has_hopper_kernel`].
+    unsafe fn launch_hopper(
+        &self,
+        kernels: &KernelTable,
+        [rows, inputs, outputs]: [i32; 3],
+        workspace: *mut c_void,
+        stream: mmpo_stream,
+    ) -> mmpo_status {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match *self {
+                LinearProduct::Forward { out, x, weight, bias } => {
+                    let bias = bias.unwrap_or(std::ptr::null());
+                    (kernels.linear_forward_sm90)(out, x, weight, bias, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInput { dx, dout, weight } => {
+                    (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardWeight { dweight, dout, x } => {
+                    let launch = kernels.linear_backward_weight_sm90;
+                    launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
+                }
+            }
+        }
+    }
+}
