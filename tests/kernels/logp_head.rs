@@ -431,6 +431,18 @@ path_tests! {
     }
 }
 
+/// The large tiles of Hopper's product, which only large products get, against the portable ones.
+#[cfg(mmpo_emulated)]
+#[test]
+fn large_tiles() {
+    let (portable, hopper) = (emulated(), emulated().with_path(KernelPath::Hopper));
+    for mode in GRADIENT_MODES {
+        let sizes = (130, 16, 17_003);
+        let (got, wanted) = (outputs(&hopper, mode, sizes, None), outputs(&portable, mode, sizes, None));
+        assert_agree(&got, &wanted, Tolerance::BF16);
+    }
+}
+
 cpu_tests! {
     /// A target behind the vocabulary is an error that names it.
     fn target_outside_the_vocabulary(device) {

@@ -30,7 +30,7 @@ pub enum Products {
 pub(super) enum ProductKind {
     Forward,
     BackwardInput,
-    AddBackwardInput,
+    BackwardInputF32,
     BackwardWeight,
 }
 
@@ -41,8 +41,8 @@ pub(super) enum LinearProduct {
     Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
     /// Assigns `dx[rows, inputs] = dout * weight`.
     BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
-    /// Accumulates `dx[rows, inputs] += dout * weight`.
-    AddBackwardInput { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
+    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
     /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
     BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
 }
@@ -117,7 +117,7 @@ impl LinearProduct {
         match self {
             LinearProduct::Forward { .. } => ProductKind::Forward,
             LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
-            LinearProduct::AddBackwardInput { .. } => ProductKind::AddBackwardInput,
+            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
             LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
         }
     }
@@ -127,7 +127,7 @@ impl LinearProduct {
         match self.kind() {
             ProductKind::Forward => "linear_forward",
             ProductKind::BackwardInput => "linear_backward_input",
-            ProductKind::AddBackwardInput => "linear_backward_input_f32",
+            ProductKind::BackwardInputF32 => "linear_backward_input_f32",
             ProductKind::BackwardWeight => "linear_backward_weight",
         }
     }
@@ -137,7 +137,7 @@ impl LinearProduct {
         let addresses = match *self {
             LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
             LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
-            LinearProduct::AddBackwardInput { .. } => return false,
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
             LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
         };
         let aligned = addresses.iter().all(|address| address % 16 == 0);
@@ -167,7 +167,7 @@ impl LinearProduct {
             LinearProduct::BackwardInput { dx, dout, weight } => {
                 product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
             }
-            LinearProduct::AddBackwardInput { dx, dout, weight } => {
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
                 let sizes = [rows, inputs, outputs];
                 let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
                 Product { accumulate: true, ..gradient }
@@ -198,7 +198,7 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::AddBackwardInput { dx, dout, weight } => {
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
                     (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
@@ -237,8 +237,8 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::AddBackwardInput { .. } => {
-                    self.launch_portable(kernels, [rows, inputs, outputs], stream)
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
                     let launch = kernels.linear_backward_weight_sm90;
