@@ -421,6 +421,18 @@ impl Device for CudaDevice {
         attention::decode(self, out, cache, length, shape)
     }
 
+    fn linear_swiglu_forward(
+        &self,
+        out: &mut Compute<Self>,
+        gate_up: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        swiglu::linear_forward(self, out, gate_up, x, weight, bias, shape)
+    }
+
     fn swiglu_forward(
         &self,
         out: &mut Compute<Self>,
