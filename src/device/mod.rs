@@ -415,6 +415,20 @@ pub trait Device: Sized + Send + Sync + 'static {
         rows: usize,
         width: usize,
     ) -> Result<()>;
+    /// Assigns `gate_up[T, 2F] = x * weight^T (+ bias)`, with `shape.outputs` = 2F, then as [`Device::swiglu_forward`]: one
+    /// pass over `gate_up` less where a device does both in one kernel. The results are those of the two.
+    fn linear_swiglu_forward(
+        &self,
+        out: &mut Compute<Self>,
+        gate_up: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear_forward(gate_up, x, weight, bias, shape)?;
+        self.swiglu_forward(out, gate_up, shape.rows, shape.outputs / 2)
+    }
     /// Assigns `dgate_up[T, 2F]`.
     fn swiglu_backward(
         &self,
