@@ -40,8 +40,13 @@ struct TileStatistics {
     static TileStatistics of(void* workspace, const uint32_t* targets, int rows, int vocab, bool entropy) {
         float* const reference = static_cast<float*>(workspace);
         const int64_t values = tiles(vocab) * rows;
-        return {reference, reference + values,  entropy ? reference + 2 * values : nullptr, reference + 3 * values,
-                targets,   rows,                vocab};
+        return {reference,
+                reference + values,
+                entropy ? reference + 2 * values : nullptr,
+                reference + 3 * values,
+                targets,
+                rows,
+                vocab};
     }
 
     static int64_t tiles(int vocab) { return ceil_div(vocab, kStatisticsColumns); }

@@ -1,15 +1,16 @@
 // Matrix products on mma.sync: tile[M, N] = left[M, K] * right[K, N], bf16 in, f32 accumulators, and then an epilogue.
 //
-// A block computes one tile. Slices of BLOCK_K along K pass through kStages buffers in shared memory, filled by cp.async
-// while earlier ones are multiplied. What becomes of the finished tile is the epilogue's: a small struct that every
-// thread gets a copy of, with
+// A block computes one tile. Slices of BLOCK_K along K pass through kStages buffers in shared memory, filled by
+// cp.async while earlier ones are multiplied. What becomes of the finished tile is the epilogue's: a small struct that
+// every thread gets a copy of, with
 //
 //   template <class L> void transform(Accumulators<L>&, TileOrigin, unsigned char* shared) const
 //     Called by every thread behind a barrier; shared memory from L::kStagedBytes to L::kSharedBytes is free for it.
 //   static constexpr bool kStores
 //     Whether the tile, as `transform` leaves it, is written row by row through shared memory:
 //   void store(int row, int column, float4 value) const
-//     Columns column .. column + 4 of a row that lies inside the product; those behind its last column count for nothing.
+//     Columns column .. column + 4 of a row that lies inside the product; those behind its last column count for
+//     nothing.
 #pragma once
 
 #include <type_traits>
@@ -127,11 +128,11 @@ struct Layout {
     static constexpr int WARP_M = Tile::BLOCK_M / Tile::kWarpsM, WARP_N = Tile::BLOCK_N / Tile::kWarpsN;
     static constexpr int kMmaM = WARP_M / 16, kMmaN = WARP_N / 8;
     static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
-    // The finished tile is staged in the same memory, and the epilogue may use what lies behind it. Eight floats more a row put the rows that a warp writes at once
-    // into different banks.
+    // The finished tile is staged in the same memory, and the epilogue may use what lies behind it. Eight floats more a
+    // row put the rows that a warp writes at once into different banks.
     static constexpr int kStagedPitch = Tile::BLOCK_N + 8;
     static constexpr int kStagedBytes = Tile::BLOCK_M * kStagedPitch * int(sizeof(float));
-    static constexpr int kSharedBytes = kStages * kStageBytes > kStagedBytes ? kStages * kStageBytes : kStagedBytes;
+    static constexpr int kSharedBytes = kStages * kStageBytes > kStagedBytes ? kStages* kStageBytes : kStagedBytes;
 };
 
 // Where the block's tile lies in `out`.
@@ -181,7 +182,7 @@ DEVICE void multiply_slices(Accumulators<L>& accumulators, uint32_t left, uint32
 #pragma unroll
             for (int j = 0; j < L::kMmaN; ++j) {
                 const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-                mma_m16n8k16(reinterpret_cast<float(&)[4]>(accumulators[i][4 * j]), a[i], pair);
+                mma_m16n8k16(reinterpret_cast<float (&)[4]>(accumulators[i][4 * j]), a[i], pair);
             }
     }
 }
