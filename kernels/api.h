@@ -141,8 +141,18 @@ mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                              mmpo_stream stream);
 
+/* Assigns gate_up[rows, 2F] = x[rows, inputs] * weight[2F, inputs]^T + bias[2F], then out[rows, F] as swiglu_forward of
+ * it; bias may be NULL. F = width, a multiple of 8 too. */
+mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
+                                                    const mmpo_bf16* weight, const mmpo_bf16* bias, int32_t rows,
+                                                    int32_t inputs, int32_t width, mmpo_stream stream);
+
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                     int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                        int32_t rows, int32_t inputs, int32_t outputs,
+                                                        mmpo_stream stream);
 
 /* Bytes of `workspace` that linear_backward_weight_sm90 needs for these sizes: 0 unless it sums parts of the rows
  * apart. A pure function on the host. */
@@ -260,6 +270,20 @@ mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* 
                                            const float* dlogp, const float* dentropy, const float* entropy,
                                            int32_t rows, int32_t width, int32_t first_column, int32_t columns,
                                            mmpo_stream stream);
+
+/* ---- logp_head_sm90.cu: the same on wgmma and TMA; D a multiple of 8, hidden and weight on 16-byte boundaries (else
+ * status 1: take logp_head.cu's). The workspace and what is left in it are the same on both. ---------------------- */
+
+mmpo_status MMPO_EXPORT(logp_head_forward_sm90)(float* lse, float* logp, float* entropy, mmpo_bf16* exponentials,
+                                                void* workspace, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                                const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
+                                                mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(logp_head_dlogits_sm90)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                                const uint32_t* targets, const float* lse, const float* logp,
+                                                const float* dlogp, const float* dentropy, const float* entropy,
+                                                int32_t rows, int32_t width, int32_t first_column, int32_t columns,
+                                                mmpo_stream stream);
 
 /* ---- pair_objective.cu: src/objective.rs is the reference ------------------------------------------------------ */
 

@@ -19,6 +19,7 @@
 // hand, and the backward needs no exponential of its own. The target's gradient a (1 - pi) comes from its f32 log-prob.
 
 #include "common/logp_epilogue.cuh"
+#include "common/logp_merge.cuh"
 #include "common/product.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
@@ -65,23 +66,26 @@ struct ForwardEpilogue {
         constexpr int COLUMNS = L::WARP_N;
 #pragma unroll
         for (int i = 0; i < L::kMmaM; ++i) {
-            float reference[2];
+            float reference[2], largest[2] = {kNoLogit, kNoLogit};
             mask_columns<COLUMNS>(logits[i], origin.n + part.n, statistics.vocab);
             pick_targets<COLUMNS>(statistics, logits[i], origin.m + part.m + 16 * i, origin.n + part.n);
-            row_references<COLUMNS>(reference, logits[i]);
+            raise_largest<COLUMNS>(largest, logits[i]);
+            row_references(reference, largest);
             tell(exchange.reference[neighbour], part.m + 16 * i, reference);
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < L::kMmaM; ++i) {
-            float reference[2], sum[2], weighted[2];
+            float reference[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 reference[h] = block_reference<L>(exchange, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
             }
-            row_exponentials<COLUMNS>(logits[i], sum, weighted, reference, statistics.weighted != nullptr);
-            tell(exchange.sum[neighbour], part.m + 16 * i, sum);
-            tell(exchange.weighted[neighbour], part.m + 16 * i, weighted);
+            RowSums sums;
+            sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
+            sums.join();
+            tell(exchange.sum[neighbour], part.m + 16 * i, sums.sum);
+            tell(exchange.weighted[neighbour], part.m + 16 * i, sums.weighted);
         }
         __syncthreads();
         write_statistics<L>(exchange, origin);
@@ -121,69 +125,6 @@ private:
         if (statistics.weighted != nullptr) statistics.weighted[index] = weighted;
     }
 };
-
-// ---- Forward: statistics of a row
-
-// A block merges the tiles of 32 rows, one a lane: its warps take the tiles in turn, and the warps' results are merged
-// in order.
-struct MergeScratch {
-    float reference[kBlockWarps][kWarp];
-    float sum[kBlockWarps][kWarp];
-    float weighted[kBlockWarps][kWarp];
-};
-
-// `entropy` is NULL together with statistics.weighted.
-__global__ void __launch_bounds__(kBlock)
-    merge_tiles_kernel(float* __restrict__ lse, float* __restrict__ logp, float* __restrict__ entropy,
-                       TileStatistics statistics, int tiles) {
-    DYNAMIC_SHARED(shared);
-    MergeScratch& scratch = *reinterpret_cast<MergeScratch*>(shared);
-    const int lane = int(lane_id()), warp = int(threadIdx.x) / kWarp;
-    const int row = int(blockIdx.x) * kWarp + lane;
-    const bool valid = row < statistics.rows;
-    const auto index = [&](int tile) { return int64_t(tile) * statistics.rows + row; };
-
-    float reference = -FLT_MAX;
-    if (valid) {
-#pragma unroll 8
-        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-            reference = fmaxf(reference, statistics.reference[index(tile)]);
-        }
-    }
-    scratch.reference[warp][lane] = reference;
-    __syncthreads();
-#pragma unroll
-    for (int other = 0; other < kBlockWarps; ++other) reference = fmaxf(reference, scratch.reference[other][lane]);
-
-    // Relative to the row's reference a tile has 2^shift times its sum, and exponents that are larger by the shift.
-    float sum = 0.0f, weighted = 0.0f;
-    if (valid) {
-#pragma unroll 8
-        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-            const float shift = statistics.reference[index(tile)] - reference, factor = exp2_approx(shift);
-            const float tile_sum = statistics.sum[index(tile)];
-            sum = fmaf(tile_sum, factor, sum);
-            // A tile that vanishes may have an infinite shift.
-            if (entropy != nullptr && factor > 0.0f) {
-                weighted = fmaf(fmaf(tile_sum, shift, statistics.weighted[index(tile)]), factor, weighted);
-            }
-        }
-    }
-    scratch.sum[warp][lane] = sum;
-    scratch.weighted[warp][lane] = weighted;
-    __syncthreads();
-    if (warp != 0 || !valid) return;
-    sum = 0.0f, weighted = 0.0f;
-#pragma unroll
-    for (int other = 0; other < kBlockWarps; ++other) {
-        sum += scratch.sum[other][lane];
-        weighted += scratch.weighted[other][lane];
-    }
-    const float log_sum = logf(sum);
-    lse[row] = fmaf(reference, kLn2, log_sum);
-    logp[row] = fmaf(fmaf(statistics.target_logit[row], kLog2E, -reference), kLn2, -log_sum);
-    if (entropy != nullptr) entropy[row] = fmaf(-kLn2, weighted / sum, log_sum);
-}
 
 template <bool kExponentials, bool kAlignedLoads, bool kAlignedStores>
 mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
@@ -240,8 +181,14 @@ __global__ void __launch_bounds__(kBlock)
             // The same for a whole warp: rows without an entropy term form no logarithm. One of 0 would be infinite.
             const float log2_probability =
                 gradient.slope != 0.0f && values[i] != 0.0f ? log2_approx(values[i]) + log2_factor : 0.0f;
-            values[i] = gradient.elsewhere(values[i] * factor, log2_probability);
-            if (offset == i) values[i] = gradient.at_target;
+            values[i] = gradient.of(values[i] * factor, log2_probability);
+        }
+        if (offset >= 0 && offset < kVector) {
+            const float at_target = target_gradient(inputs, tile.row);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                if (offset == i) values[i] = at_target;
+            }
         }
         store8<kVectorized>(row, column, vocab, pack8(values));
     }
@@ -263,8 +210,8 @@ struct GradientEpilogue {
         const product::WarpPart part = product::warp_part<L>();
 #pragma unroll
         for (int i = 0; i < L::kMmaM; ++i) {
-            logits_to_gradient<L::WARP_N>(logits[i], inputs, origin.m + part.m + 16 * i,
-                                          first_column + origin.n + part.n);
+            const RowGradients gradients(inputs, origin.m + part.m + 16 * i);
+            logits_to_gradient<L::WARP_N>(logits[i], gradients, inputs, first_column + origin.n + part.n);
         }
     }
 
@@ -296,8 +243,7 @@ mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entro
     const Operands operands{hidden, weight, rows, vocab, width};
     const mmpo_status status = launch_statistics(exponentials, statistics, operands, stream);
     if (status != kSuccess) return status;
-    return LAUNCH(merge_tiles_kernel, unsigned(ceil_div(rows, kWarp)), kBlock, sizeof(MergeScratch),
-                  cuda_stream(stream), lse, logp, entropy, statistics, int(TileStatistics::tiles(vocab)));
+    return merge_tiles(lse, logp, entropy, statistics, stream);
 }
 
 mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void* workspace, const uint32_t* targets,

@@ -103,43 +103,51 @@ DEVICE void join_quad(float (&values)[2], Join join) {
     }
 }
 
-// The references of these columns alone. NaN is left to the sums.
+// Raises a lane's part of the rows' largest logits. NaN is left to the sums.
 template <int COLUMNS>
-DEVICE void row_references(float (&reference)[2], const float (&d)[COLUMNS / 2]) {
-    float largest[2] = {d[0], d[2]};
+DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], d[i]);
+}
+
+// The rows' references, from the lanes' largest logits.
+DEVICE void row_references(float (&reference)[2], float (&largest)[2]) {
     join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int h = 0; h < 2; ++h) reference[h] = largest[h] * kLog2E;
 }
 
-template <int COLUMNS, bool kEntropy>
-DEVICE void exponentials(float (&d)[COLUMNS / 2], float (&sum)[2], float (&weighted)[2], const float (&reference)[2]) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) {
-        const int h = i / 2 % 2;
-        const float exponent = fmaf(d[i], kLog2E, -reference[h]);
-        d[i] = exp2_approx(exponent);
-        sum[h] += d[i];
-        if constexpr (kEntropy) weighted[h] = fmaf(d[i], exponent, weighted[h]);
-    }
-}
+// A lane's part of the rows' sums; `join` makes them the rows'.
+struct RowSums {
+    float sum[2] = {0.0f, 0.0f};
+    float weighted[2] = {0.0f, 0.0f};
 
-// Replaces logits by their exponentials, and assigns the rows' sums over these columns.
-template <int COLUMNS>
-DEVICE void row_exponentials(float (&d)[COLUMNS / 2], float (&sum)[2], float (&weighted)[2],
-                             const float (&reference)[2], bool entropy) {
-    sum[0] = sum[1] = weighted[0] = weighted[1] = 0.0f;
-    const auto add = [](float a, float b) { return a + b; };
-    if (entropy) {
-        exponentials<COLUMNS, true>(d, sum, weighted, reference);
-        join_quad(weighted, add);
-    } else {
-        exponentials<COLUMNS, false>(d, sum, weighted, reference);
+    // Replaces logits by their exponentials, and adds these.
+    template <int COLUMNS, bool kEntropy>
+    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2]) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            const int h = i / 2 % 2;
+            const float exponent = fmaf(d[i], kLog2E, -reference[h]);
+            d[i] = exp2_approx(exponent);
+            sum[h] += d[i];
+            if constexpr (kEntropy) weighted[h] = fmaf(d[i], exponent, weighted[h]);
+        }
     }
-    join_quad(sum, add);
-}
+    template <int COLUMNS>
+    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2], bool entropy) {
+        if (entropy)
+            take_in<COLUMNS, true>(d, reference);
+        else
+            take_in<COLUMNS, false>(d, reference);
+    }
+
+    DEVICE void join() {
+        const auto add = [](float a, float b) { return a + b; };
+        join_quad(sum, add);
+        join_quad(weighted, add);
+    }
+};
 
 // ---- Gradients
 
@@ -154,51 +162,71 @@ struct GradientInputs {
     int rows;
 };
 
-// The same of one row, as `gradient` wants it:
+// The same of one row, as it is wanted for logits other than the target's:
 //   -a pi - b pi (log pi + entropy) = -pi (constant + slope log2 pi)
 struct RowGradient {
     float lse;  // times log2 e
     float constant;
     float slope;
     int target;
-    // At the target: a (1 - pi) - b pi (log pi + entropy), from the log-prob itself. 1 - pi by way of a rounded
-    // probability, or even of a logit minus lse, would lose a target that the model is sure of.
-    float at_target;
 
+    // Rows past the last are given the last one's.
     DEVICE RowGradient(const GradientInputs& inputs, int row) {
-        const float a = inputs.dlogp[row], logp = inputs.logp[row];
+        row = min(row, inputs.rows - 1);
+        const float a = inputs.dlogp[row];
         const float b = inputs.dentropy != nullptr ? inputs.dentropy[row] : 0.0f;
         const float entropy = inputs.entropy != nullptr ? inputs.entropy[row] : 0.0f;
         lse = inputs.lse[row] * kLog2E;
         constant = fmaf(b, entropy, a);
         slope = b * kLn2;
         target = int(inputs.targets[row]);
-        at_target = -a * expm1f(logp) - b * expf(logp) * (logp + entropy);
     }
 
-    // Of any other logit, from its probability and the logarithm of that.
-    DEVICE float elsewhere(float probability, float log2_probability) const {
+    DEVICE float of(float probability, float log2_probability) const {
         return -probability * fmaf(slope, log2_probability, constant);
     }
 };
 
-// Replaces logits by their gradient. Rows past the last and columns past the vocabulary are left without meaning.
+// The target's: a (1 - pi) - b pi (log pi + entropy), from the log-prob itself. 1 - pi by way of a rounded probability,
+// or even of a logit minus lse, would lose a target that the model is sure of.
+DEVICE float target_gradient(const GradientInputs& inputs, int row) {
+    const float logp = inputs.logp[row];
+    const float gradient = -inputs.dlogp[row] * expm1f(logp);
+    return inputs.dentropy == nullptr ? gradient
+                                      : gradient - inputs.dentropy[row] * expf(logp) * (logp + inputs.entropy[row]);
+}
+
+// A lane's two rows of the 16 that begin at `row`.
+struct RowGradients {
+    RowGradient of_half[2];
+    int row;
+
+    DEVICE RowGradients(const GradientInputs& inputs, int first)
+        : of_half{RowGradient(inputs, first + int(lane_id()) / 4), RowGradient(inputs, first + int(lane_id()) / 4 + 8)},
+          row(first + int(lane_id()) / 4) {}
+};
+
+// Replaces logits by their gradient. Rows past the last and columns past the vocabulary get numbers without a meaning.
 template <int COLUMNS>
-DEVICE void logits_to_gradient(float (&d)[COLUMNS / 2], const GradientInputs& inputs, int row, int column) {
+DEVICE void logits_to_gradient(float (&d)[COLUMNS / 2], const RowGradients& gradients, const GradientInputs& inputs,
+                               int column) {
+    const int first = column + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+        const RowGradient& gradient = gradients.of_half[i / 2 % 2];
+        const float exponent = fmaf(d[i], kLog2E, -gradient.lse);
+        d[i] = gradient.of(exp2_approx(exponent), exponent);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int own_row = row + int(lane_id()) / 4 + 8 * h;
-        if (own_row >= inputs.rows) continue;
-        const RowGradient gradient(inputs, own_row);
-        const int offset = gradient.target - column - int(lane_id()) % 4 * 2;
+        const int offset = gradients.of_half[h].target - first, row = gradients.row + 8 * h;
+        if (offset < 0 || offset >= COLUMNS || row >= inputs.rows) continue;
+        const float at_target = target_gradient(inputs, row);
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float& value = d[4 * j + 2 * h + e];
-                const float exponent = fmaf(value, kLog2E, -gradient.lse);
-                value = gradient.elsewhere(exp2_approx(exponent), exponent);
-                if (offset == 8 * j + e) value = gradient.at_target;
+                if (offset == 8 * j + e) d[4 * j + 2 * h + e] = at_target;
             }
         }
     }

@@ -5,18 +5,12 @@ use crate::naive::{self, Precision};
 
 /// Scored tokens, width, vocabulary: one token, tails of tiles in every direction, widths and vocabularies that are no
 /// whole vectors, more tiles than warps that merge them.
-const SHAPES: &[(usize, usize, usize)] = &[
-    (1, 16, 40),
-    (5, 24, 77),
-    (12, 64, 1000),
-    (3, 136, 650),
-    (9, 17, 300),
-    (131, 32, 264),
-    (2, 16, 2500),
-    (2, 960, 130),
-    (1, 2048, 130),
-    (1, 4096, 130),
-];
+const SHAPES: &[(usize, usize, usize)] =
+    &[(1, 16, 40), (5, 24, 77), (12, 64, 1000), (3, 136, 650), (9, 17, 300), (131, 32, 264), (2, 16, 2500)];
+
+/// The widths of the paper's models.
+const MODEL_WIDTHS: &[(usize, usize, usize)] =
+    &[(3, 576, 130), (2, 960, 130), (1, 2048, 130), (1, 4096, 130)];
 
 const GRADIENT_MODES: [HeadMode; 2] = [HeadMode::Main, HeadMode::Recompute];
 
@@ -170,8 +164,12 @@ fn assert_agree(got: &[Vec<f32>; 5], wanted: &[Vec<f32>; 5], bounds: Tolerance) 
 path_tests! {
     /// lse, log-prob and entropy, for flat and for peaked distributions.
     fn forward(device, bounds) {
-        for &sizes in SHAPES {
-            for scale in [0.1, 2.0, 12.0] {
+        for (&sizes, scales) in SHAPES
+            .iter()
+            .map(|sizes| (sizes, &[0.1, 2.0, 12.0][..]))
+            .chain(MODEL_WIDTHS.iter().map(|sizes| (sizes, &[2.0][..])))
+        {
+            for &scale in scales {
                 let mode = if scale == 2.0 { HeadMode::Main } else { HeadMode::Score };
                 let mut case = Case::new(device, mode, sizes, scale);
                 case.forward(device);
@@ -428,6 +426,18 @@ path_tests! {
         );
         let error = error.unwrap_err().to_string();
         assert!(error.contains("nothing to go back from"), "{error}");
+    }
+}
+
+/// The large tiles of Hopper's product, which only large products get, against the portable ones.
+#[cfg(mmpo_emulated)]
+#[test]
+fn large_tiles() {
+    let (portable, hopper) = (emulated(), emulated().with_path(KernelPath::Hopper));
+    for mode in GRADIENT_MODES {
+        let sizes = (130, 16, 17_003);
+        let (got, wanted) = (outputs(&hopper, mode, sizes, None), outputs(&portable, mode, sizes, None));
+        assert_agree(&got, &wanted, Tolerance::BF16);
     }
 }
 

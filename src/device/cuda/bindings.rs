@@ -443,8 +443,28 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub linear_swiglu_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        gate_up: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        bias: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        width: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
     pub linear_backward_input_sm90: unsafe extern "C" fn(
         dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_input_f32_sm90: unsafe extern "C" fn(
+        dx: *mut f32,
         dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
@@ -623,6 +643,36 @@ pub struct KernelTable {
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub logp_head_dlogits: unsafe extern "C" fn(
+        dlogits: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
+        dlogp: *const f32,
+        dentropy: *const f32,
+        entropy: *const f32,
+        rows: i32,
+        width: i32,
+        first_column: i32,
+        columns: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_forward_sm90: unsafe extern "C" fn(
+        lse: *mut f32,
+        logp: *mut f32,
+        entropy: *mut f32,
+        exponentials: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        rows: i32,
+        width: i32,
+        vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_dlogits_sm90: unsafe extern "C" fn(
         dlogits: *mut mmpo_bf16,
         hidden: *const mmpo_bf16,
         weight: *const mmpo_bf16,
@@ -883,9 +933,31 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1095,6 +1167,38 @@ pub mod gpu {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -1158,7 +1262,9 @@ pub mod gpu {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -1178,6 +1284,8 @@ pub mod gpu {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1352,9 +1460,31 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_emulated_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1564,6 +1694,38 @@ pub mod emulated {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_emulated_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -1667,7 +1829,9 @@ pub mod emulated {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -1687,6 +1851,8 @@ pub mod emulated {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1875,9 +2041,31 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -2087,6 +2275,38 @@ pub mod checked {
             columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_pair_objective"]
         fn pair_objective(
             outcomes: *mut f32,
@@ -2190,7 +2410,9 @@ pub mod checked {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -2210,6 +2432,8 @@ pub mod checked {
         logp_head_forward,
         logp_head_backward,
         logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,

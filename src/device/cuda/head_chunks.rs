@@ -32,7 +32,9 @@ impl HeadChunks {
         let bytes = bytes.min(BUDGET);
         let row_bytes = width * size_of::<f32>();
         let forward_rows = even(rows, bytes / statistics.max(1));
-        let rows = even(rows, bytes / 2 / row_bytes.max(1));
+        // In narrow models rows are cheap, and a tile of each one's columns is not.
+        let tile_bytes = TILE * size_of::<half::bf16>();
+        let rows = even(rows, (bytes / 2 / row_bytes.max(1)).min(bytes / (row_bytes + tile_bytes)));
         let left = bytes.saturating_sub((rows * row_bytes).next_multiple_of(ALIGNMENT));
         let columns = even(vocab, left / (rows * size_of::<half::bf16>()).max(1));
         HeadChunks { forward_rows, rows, columns }

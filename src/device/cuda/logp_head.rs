@@ -1,4 +1,4 @@
-//! The log-prob head: `kernels/logp_head.cu` between the hidden rows and the vocabulary matrix, and the products behind
+//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the vocabulary matrix, and the products behind
 //! its gradient.
 //!
 //! What lies in the workspace:
@@ -15,7 +15,7 @@ use half::bf16;
 
 use super::bindings::MMPO_STORAGE_F32;
 use super::head_chunks::{ALIGNMENT, HeadChunks};
-use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes, linear};
+use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, check_sizes, launch_sizes, linear};
 use crate::device::{HeadMode, HeadShape, LinearShape, TokenCoefficients, TokenScores};
 use crate::error::{Error, Result};
 
@@ -70,6 +70,11 @@ fn row_statistics(device: &CudaDevice, vocab: usize) -> Result<usize> {
     usize::try_from(bytes).map_err(|_| Error::device(format!("{name}: {bytes} bytes"), REPORT))
 }
 
+/// Whether `logp_head_sm90.cu` forms the logits: its tensor maps need rows on 16-byte boundaries.
+fn runs_on_hopper(device: &CudaDevice, width: usize) -> bool {
+    device.path() == KernelPath::Hopper && width.is_multiple_of(8)
+}
+
 /// Offset of the statistics in main mode, behind the exponentials.
 fn statistics_offset(rows: usize, vocab: usize) -> usize {
     (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
@@ -106,6 +111,7 @@ pub(super) fn forward(
         HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
         HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
     };
+    let hopper = runs_on_hopper(device, *width);
     for first in rows.clone().step_by(rows_at_once.max(1)) {
         let count = rows_at_once.min(rows.end - first);
         let [count, width_size, vocab_size] = launch_sizes(name, [count, *width, *vocab])?;
@@ -114,9 +120,11 @@ pub(super) fn forward(
             HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
         };
         let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
-        // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `workspace_values` asks for.
-        device.launch(name, shape, |kernels, stream| unsafe {
-            (kernels.logp_head_forward)(
+        let launcher = if hopper { "logp_head_forward_sm90" } else { name };
+        // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
+        device.launch(launcher, shape, |kernels, stream| unsafe {
+            let launch = if hopper { kernels.logp_head_forward_sm90 } else { kernels.logp_head_forward };
+            launch(
                 scores.lse.at_mut(first),
                 scores.logp.at_mut(first),
                 entropy,
@@ -292,9 +300,12 @@ impl Backward<'_> {
         let sizes = [rows.len(), self.shape.width, columns.start, columns.len()];
         let [count, width, first_column, columns] = launch_sizes(name, sizes)?;
         let (dentropy, entropy) = self.entropies(first);
+        let hopper = runs_on_hopper(self.device, self.shape.width);
+        let launcher = if hopper { "logp_head_dlogits_sm90" } else { name };
         // SAFETY: the buffers cover the shape, and `dlogits` has room for the rows and columns.
-        self.device.launch(name, self.shape, |kernels, stream| unsafe {
-            (kernels.logp_head_dlogits)(
+        self.device.launch(launcher, self.shape, |kernels, stream| unsafe {
+            let launch = if hopper { kernels.logp_head_dlogits_sm90 } else { kernels.logp_head_dlogits };
+            launch(
                 dlogits,
                 x,
                 self.weight.start(),
