@@ -2,7 +2,7 @@
 //
 //   product          left                 right                  out
 //   forward          x[T, I]              weight[O, I], by rows  bf16 assigned (+ bias)
-//   backward_input   dout[T, O]           weight[O, I]           bf16 assigned
+//   backward_input   dout[T, O]           weight[O, I]           bf16 assigned, or f32 accumulated
 //   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
 //   swiglu_forward   x[T, I]              weight[2F, I], by rows bf16 gate_up[T, 2F] assigned (+ bias), and out[T, F]
 //
@@ -91,6 +91,18 @@ mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* g
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                     int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream) {
     return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, stream);
+}
+
+mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                        int32_t rows, int32_t inputs, int32_t outputs,
+                                                        mmpo_stream stream) {
+    const Operands operands{dout, weight, rows, inputs, outputs};
+    if (empty(operands)) return kSuccess;
+    if (!takes<BackwardInputLines>(operands, dx)) return kInvalidValue;
+    StoreF32 epilogue{{}, rows, inputs, true};
+    if (const int error = encode_panel_map(&epilogue.out, dx, rows, inputs)) return error;
+    const ProductPlan plan = plan_product(rows, inputs, outputs, false);
+    return launch_product<BackwardInputLines>(operands, plan, epilogue, stream);
 }
 
 int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs) {

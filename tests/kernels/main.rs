@@ -7,6 +7,9 @@ mod naive;
 
 mod adamw;
 mod attention;
+#[cfg(mmpo_emulated)]
+mod attention_backward;
+mod attention_forward;
 mod batch_buffers;
 mod determinism;
 mod embedding;

@@ -18,6 +18,7 @@ mod bindings;
 mod cublaslt;
 mod embedding;
 mod gather_rows;
+mod head_chunks;
 mod linear;
 mod logp_head;
 mod memory;
@@ -37,11 +38,12 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use self::backend::Backend;
+use self::backend::{Backend, Moment};
 #[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
-    EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+    EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
@@ -50,9 +52,11 @@ use self::memory::{Memory, Workspace};
 pub(super) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::Products;
+use super::trace::{OperationTime, Trace};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
-    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -63,6 +67,7 @@ pub struct CudaDevice {
     workspace: Workspace,
     path: KernelPath,
     products: Products,
+    trace: Trace<Moment>,
 }
 
 /// Which kernels run where an operation has two sets of them.
@@ -115,12 +120,8 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        CudaDevice {
-            memory: Memory::new(backend),
-            workspace: Workspace::default(),
-            path,
-            products: Products::default(),
-        }
+        let (workspace, products, trace) = (Workspace::default(), Products::default(), Trace::default());
+        CudaDevice { memory: Memory::new(backend), workspace, path, products, trace }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -157,7 +158,22 @@ impl CudaDevice {
         shape: &dyn Debug,
         mut call: impl FnMut(&KernelTable, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        self.backend().launch(operation, shape, &mut call)
+        self.traced(operation, || self.backend().launch(operation, shape, &mut call))
+    }
+
+    /// Queues work, and notes when the device did it if a trace runs.
+    fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.trace.around(operation, || self.backend().moment(), work)
+    }
+
+    /// What a launcher says of its sizes: a pure function on the host, which launches nothing and is not traced.
+    fn ask(&self, operation: &str, shape: &dyn Debug, call: impl Fn(&KernelTable) -> i64) -> Result<i64> {
+        let mut answer = 0;
+        self.backend().launch(operation, shape, &mut |kernels, _| {
+            answer = call(kernels);
+            0
+        })?;
+        Ok(answer)
     }
 
     /// Runs one launcher with the scratch memory that `bytes` asks for.
@@ -168,11 +184,7 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
         mut call: impl FnMut(&KernelTable, *mut c_void, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        let mut needed = 0;
-        self.launch(operation, shape, |kernels, _| {
-            needed = bytes(kernels);
-            0
-        })?;
+        let needed = self.ask(operation, shape, bytes)?;
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;
@@ -233,6 +245,21 @@ impl Device for CudaDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.backend().free_memory()
+    }
+
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let start = self.backend().moment()?;
+        work()?;
+        let end = self.backend().moment()?;
+        self.backend().seconds_between(&start, &end)
+    }
+
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)> {
+        self.trace.run(work, |start, end| self.backend().seconds_between(start, end))
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
@@ -476,16 +503,26 @@ impl Device for CudaDevice {
         gather_rows::backward(self, dhidden, dout, batch, rows, width)
     }
 
+    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger products, fewer walks over the
+    /// vocabulary matrix.
+    const HEAD_CHUNK_BYTES: usize = usize::MAX;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
+        logp_head::workspace_values(self, mode, rows, width, vocab)
+    }
+
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+        self.trace.scope("logp_head_forward", || {
+            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
+        })
     }
 
     fn pair_objective(
@@ -504,14 +541,26 @@ impl Device for CudaDevice {
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+        self.trace.scope("logp_head_backward", || {
+            logp_head::backward(
+                self,
+                hidden,
+                dweight,
+                workspace,
+                weight,
+                targets,
+                scores,
+                coefficients,
+                shape,
+            )
+        })
     }
 
     fn gradient_norm(
@@ -520,7 +569,7 @@ impl Device for CudaDevice {
         gradients: &[&Floats<Self>],
         max_norm: Option<f32>,
     ) -> Result<()> {
-        optimizer::gradient_norm(self, out, gradients, max_norm)
+        self.trace.scope("gradient_norm", || optimizer::gradient_norm(self, out, gradients, max_norm))
     }
 
     fn adamw(

@@ -31,8 +31,8 @@ pub(super) enum ProductKind {
     Forward,
     /// Gate and up, then SwiGLU of both in the same kernel; the library's product and a kernel for the rest otherwise.
     ForwardSwiGlu,
-    ForwardF32,
     BackwardInput,
+    BackwardInputF32,
     BackwardWeight,
 }
 
@@ -41,10 +41,10 @@ pub(super) enum ProductKind {
 pub(super) enum LinearProduct {
     /// Assigns `out[rows, outputs] = x * weight^T + bias`, rounded once.
     Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
-    /// Assigns `out[rows, outputs] = x * weight^T`, the accumulators as they are.
-    ForwardF32 { out: *mut f32, x: *const bf16, weight: *const bf16 },
     /// Assigns `dx[rows, inputs] = dout * weight`.
     BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
+    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
     /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
     BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
 }
@@ -126,8 +126,8 @@ impl LinearProduct {
     fn kind(&self) -> ProductKind {
         match self {
             LinearProduct::Forward { .. } => ProductKind::Forward,
-            LinearProduct::ForwardF32 { .. } => ProductKind::ForwardF32,
             LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
+            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
             LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
         }
     }
@@ -136,8 +136,8 @@ impl LinearProduct {
     fn name(&self) -> &'static str {
         match self {
             LinearProduct::Forward { .. } => "linear_forward",
-            LinearProduct::ForwardF32 { .. } => "linear_forward_f32",
             LinearProduct::BackwardInput { .. } => "linear_backward_input",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32",
             LinearProduct::BackwardWeight { .. } => "linear_backward_weight",
         }
     }
@@ -146,8 +146,8 @@ impl LinearProduct {
     fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
         let addresses = match *self {
             LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
-            LinearProduct::ForwardF32 { .. } => return false,
             LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
             LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
         };
         mappable(&addresses, shape)
@@ -173,11 +173,13 @@ impl LinearProduct {
                 let forward = product(ProductOut::Bf16(out), as_it_is(x), transposed(weight), sizes);
                 Product { bias, ..forward }
             }
-            LinearProduct::ForwardF32 { out, x, weight } => {
-                product(ProductOut::F32(out), as_it_is(x), transposed(weight), [rows, outputs, inputs])
-            }
             LinearProduct::BackwardInput { dx, dout, weight } => {
                 product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
+            }
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                let sizes = [rows, inputs, outputs];
+                let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
+                Product { accumulate: true, ..gradient }
             }
             LinearProduct::BackwardWeight { dweight, dout, x } => {
                 let sizes = [outputs, inputs, rows];
@@ -202,11 +204,11 @@ impl LinearProduct {
                     let bias = bias.unwrap_or(std::ptr::null());
                     (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
                 }
-                LinearProduct::ForwardF32 { out, x, weight } => {
-                    (kernels.linear_forward_f32)(out, x, weight, rows, inputs, outputs, stream)
-                }
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
                     (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
@@ -241,11 +243,11 @@ impl LinearProduct {
                     let bias = bias.unwrap_or(std::ptr::null());
                     (kernels.linear_forward_sm90)(out, x, weight, bias, rows, inputs, outputs, stream)
                 }
-                LinearProduct::ForwardF32 { .. } => {
-                    self.launch_portable(kernels, [rows, inputs, outputs], stream)
-                }
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
                     let launch = kernels.linear_backward_weight_sm90;
