@@ -148,7 +148,9 @@ const DOUBLE_BF16: Tolerance =
 /// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.
 #[test]
 fn packed_equals_unpacked() {
-    for ((p, c, r), heads) in [((70, 50, 90), (2, 1, 64)), ((129, 1, 140), (2, 1, 128)), ((0, 33, 65), (4, 2, 64))] {
+    for ((p, c, r), heads) in
+        [((70, 50, 90), (2, 1, 64)), ((129, 1, 140), (2, 1, 128)), ((0, 33, 65), (4, 2, 64))]
+    {
         let packed = Problem::new(&[(p, c, r)], heads);
         let (width, out_width) = (packed.shape.qkv_width(), packed.shape.out_width());
         let alone = |response: Range<usize>, count_prompt: bool| {
@@ -192,13 +194,13 @@ fn same_bits_in_any_order() {
     for device in both_paths() {
         for problem in &problems {
             let wanted = problem.gradients(&device);
-            for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1), (4, 1, 2), (5, 2, 0)] {
+            for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1), (4, 1, 2), (5, 2, 0)]
+            {
                 let options =
                     EmulatorOptions { host_threads, async_: asynchronous, ..emulator_options(seed) };
                 EmulatorVariant::Plain.configure(options).unwrap();
                 let got = problem.gradients(&device);
-                let differing =
-                    wanted.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                let differing = wanted.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!(differing, 0, "values of {}, seed {seed}, {:?}", wanted.len(), device.path());
             }
             EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();

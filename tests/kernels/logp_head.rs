@@ -9,7 +9,8 @@ const SHAPES: &[(usize, usize, usize)] =
     &[(1, 16, 40), (5, 24, 77), (12, 64, 1000), (3, 136, 650), (9, 17, 300), (131, 32, 264), (2, 16, 2500)];
 
 /// The widths of the paper's models.
-const MODEL_WIDTHS: &[(usize, usize, usize)] = &[(3, 576, 130), (2, 960, 130), (1, 2048, 130), (1, 4096, 130)];
+const MODEL_WIDTHS: &[(usize, usize, usize)] =
+    &[(3, 576, 130), (2, 960, 130), (1, 2048, 130), (1, 4096, 130)];
 
 const GRADIENT_MODES: [HeadMode; 2] = [HeadMode::Main, HeadMode::Recompute];
 

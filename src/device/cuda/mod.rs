@@ -80,6 +80,14 @@ pub enum KernelPath {
 }
 
 impl KernelPath {
+    /// The launcher's name on this path, as `kernels/api.h` has it.
+    fn launcher(self, portable: &'static str, hopper: &'static str) -> &'static str {
+        match self {
+            KernelPath::Portable => portable,
+            KernelPath::Hopper => hopper,
+        }
+    }
+
     #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
     fn of(gpu: &Gpu) -> Self {
         if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }

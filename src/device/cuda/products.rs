@@ -79,7 +79,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
             // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
             device.launch_with_workspace(
-                product.name(),
+                product.hopper_name(),
                 &shape,
                 |kernels| product.hopper_workspace(kernels, sizes),
                 |kernels, workspace, stream| unsafe {
@@ -139,6 +139,15 @@ impl LinearProduct {
             LinearProduct::BackwardInput { .. } => "linear_backward_input",
             LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32",
             LinearProduct::BackwardWeight { .. } => "linear_backward_weight",
+        }
+    }
+
+    fn hopper_name(&self) -> &'static str {
+        match self {
+            LinearProduct::Forward { .. } => "linear_forward_sm90",
+            LinearProduct::BackwardInput { .. } => "linear_backward_input_sm90",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32_sm90",
+            LinearProduct::BackwardWeight { .. } => "linear_backward_weight_sm90",
         }
     }
 

@@ -53,7 +53,7 @@ pub(super) fn linear_forward(
     let bias = bias.map_or(std::ptr::null(), CudaBuffer::start);
     let [rows, inputs, width] = launch_sizes(name, [shape.rows, shape.inputs, width])?;
     // SAFETY: the buffers cover the sizes.
-    device.launch(name, &shape, |kernels, stream| unsafe {
+    device.launch("linear_swiglu_forward_sm90", &shape, |kernels, stream| unsafe {
         let (out, gate_up) = (out.start_mut(), gate_up.start_mut());
         (kernels.linear_swiglu_forward_sm90)(
             out,
