@@ -197,7 +197,8 @@ mmpo_status MMPO_EXPORT(attention_forward_sm90)(mmpo_bf16* out, float* lse, cons
                                                 int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_backward needs for these sizes. A pure function on the host. */
-int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size);
+int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
+                                                  int32_t head_size);
 
 /* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. */
 mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -205,6 +206,15 @@ mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, co
                                             const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                             int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                             float scale, mmpo_stream stream);
+
+/* As attention_backward and its workspace, for sm_90a: attention_backward_sm90.cu. */
+int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
+                                                       int32_t head_size);
+mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
+                                                 const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
+                                                 const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
+                                                 int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
+                                                 float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_decode needs for any length up to `length`. A pure function on the host. */
 int64_t MMPO_EXPORT(attention_decode_workspace)(int32_t length, int32_t heads, int32_t kv_heads, int32_t head_size);

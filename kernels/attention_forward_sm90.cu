@@ -445,7 +445,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 16 * kRowChunks / 32; ++i) {
             const int row = warp_row + (i * 32 + lane) / kRowChunks, chunk = (i * 32 + lane) % kRowChunks;
-            const int64_t to = position(tile, work, row);
+            const int64_t to = problem.packing.position(row, work.first_row, work.last_row, tile.first_head);
             if (to >= 0)
                 store_128(out_rows + to * E + chunk * kChunkValues,
                           load_shared_128(C::Slab::address(staging, row, chunk)));
@@ -453,17 +453,11 @@ struct Consumer {
         if (lane % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int64_t to = position(tile, work, warp_row + lane / 4 + 8 * half);
+                const int64_t to = problem.packing.position(warp_row + lane / 4 + 8 * half, work.first_row,
+                                                            work.last_row, tile.first_head);
                 if (to >= 0) lse[to] = softmax.lse(half, problem.scale_log2);
             }
         }
-    }
-
-    // Index of a slab's row in [T, H]; -1 where it holds no token of this sequence.
-    DEVICE int64_t position(const TileWork& tile, const SlabWork& work, int row) const {
-        const int token = problem.packing.token(row);
-        if (token >= problem.slab_tokens || work.first_row + token >= work.last_row) return -1;
-        return int64_t(work.first_row + token) * problem.heads + tile.first_head + row - token * problem.packing.heads;
     }
 };
 

@@ -40,7 +40,13 @@ struct HeadPacking {
 
     // Of a row below 256; heads are at most 64.
     HOST_DEVICE int token(int row) const { return int(uint32_t(row) * inverse >> 16); }
-    HOST_DEVICE int head(int row) const { return row - token(row) * heads; }
+
+    // Index in [T, H] of a row of a tile that starts at token first_row and head first_head; -1 from token last_row on.
+    HOST_DEVICE int64_t position(int row, int first_row, int last_row, int first_head) const {
+        const int offset = token(row);
+        if (first_row + offset >= last_row) return -1;
+        return (int64_t(first_row) + offset) * (int64_t(heads) * groups) + first_head + row - offset * heads;
+    }
 };
 
 // The most heads whose whole tokens leave at most four of 64 rows idle: reading keys and values once instead of `heads`

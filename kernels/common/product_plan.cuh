@@ -47,7 +47,10 @@ struct TileShape {
 constexpr TileShape kTileShapes[] = {
     // Two consumers of 64 x 256: the most that their registers hold, and 43 products a byte loaded.
     {128, 256},
-    // Divides 576, 960 and 3072, the widths of SmolLM2, where 256 would leave half a tile idle.
+    // Three consumers of 64 x 192. Divides 576 and 960, widths of SmolLM2-135M, where 256 would leave half a tile idle:
+    // 8192 x 576 is one wave of 129 tiles, with nothing but its last row of tiles cut off.
+    {192, 192},
+    // As narrow, for fewer rows.
     {128, 192},
     // For products with too few of the larger ones.
     {128, 128},

@@ -25,28 +25,31 @@ inline namespace MMPO_VARIANT {
 namespace hopper {
 
 constexpr int BLOCK_K = kSliceDepth;
-// 65536 registers over 384 threads are 168 each; the producer's warpgroup needs few of its share, and gives them up.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kConsumers = 2;
-constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarp;
 // What a block may have of a multiprocessor's 228 KiB.
 constexpr int kMostSharedBytes = 227 * 1024;
 
-// Tiles: BLOCK_M x BLOCK_N of `out`, cut among the consumers along M or N; kStages slices under way; kPanels a warp for
-// its epilogue (two let one leave while the next is written; more where memory is left, so that a tile's stores rarely
-// wait for one another).
-struct Tile128x256 {
-    static constexpr int BLOCK_M = 128, BLOCK_N = 256, kConsumersM = 2, kStages = 4, kPanels = 2;
+// Tiles: BLOCK_M x BLOCK_N of `out`, cut among kConsumersM * kConsumersN consumers; kStages slices under way; kPanels a
+// warp for its epilogue (two let one leave while the next is written; more where memory is left, so that a tile's
+// stores rarely wait for one another). Registers: 65536 are shared out evenly at first; the producer gives most of its
+// up.
+struct TwoConsumers {
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
-struct Tile128x192 {
-    static constexpr int BLOCK_M = 128, BLOCK_N = 192, kConsumersM = 2, kStages = 4, kPanels = 4;
+struct Tile128x256 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 256, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 2;
 };
-struct Tile128x128 {
-    static constexpr int BLOCK_M = 128, BLOCK_N = 128, kConsumersM = 2, kStages = 5, kPanels = 4;
+struct Tile192x192 {
+    static constexpr int BLOCK_M = 192, BLOCK_N = 192, kConsumersM = 3, kConsumersN = 1, kStages = 3, kPanels = 3;
+    static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 };
-struct Tile64x128 {
-    static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kStages = 6, kPanels = 4;
+struct Tile128x192 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 192, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 4;
+};
+struct Tile128x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 128, kConsumersM = 2, kConsumersN = 1, kStages = 5, kPanels = 4;
+};
+struct Tile64x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kConsumersN = 2, kStages = 6, kPanels = 4;
 };
 
 // Which index of an operand's matrix runs along memory: K, or the one that also indexes `out`.
@@ -95,8 +98,10 @@ struct Layout {
     using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
     using Ring = StageRing<Tile::kStages>;
     using Panels = WarpPanels<Tile::kPanels>;
-    static constexpr int kConsumersN = kConsumers / Tile::kConsumersM;
-    static constexpr int CONSUMER_N = Tile::BLOCK_N / kConsumersN;
+    static constexpr int kConsumers = Tile::kConsumersM * Tile::kConsumersN;
+    static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarp;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+    static constexpr int CONSUMER_N = Tile::BLOCK_N / Tile::kConsumersN;
     static_assert(Tile::BLOCK_M == 64 * Tile::kConsumersM, "a consumer's products have 64 rows");
     static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
     // Shared memory: stages, panels, then the ring's mbarriers.
@@ -222,24 +227,24 @@ DEVICE void consume(const Problem<Epilogue>& problem, uint32_t shared, int consu
 #endif
 
 template <class Tile, class Lines, class Epilogue>
-static __global__ void __launch_bounds__(kThreads, 1)
+static __global__ void __launch_bounds__(Layout<Tile, Lines>::kThreads, 1)
     product_kernel(const __grid_constant__ Problem<Epilogue> problem) {
 #if MMPO_SM90
     using L = Layout<Tile, Lines>;
     DYNAMIC_SHARED(raw);
     const uint32_t shared = shared_address(raw);
     if (threadIdx.x == 0) {
-        typename L::Ring{shared + L::kRingAt}.init(kConsumerWarps);
+        typename L::Ring{shared + L::kRingAt}.init(L::kConsumerWarps);
         fence_mbarrier_init();
     }
     __syncthreads();
     // The shuffle tells the compiler that a warp has one role.
     const int role = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0);
-    if (role == kConsumers) {
-        setmaxnreg_decrease<kProducerRegisters>();
-        if (threadIdx.x == kConsumers * kWarpgroupThreads) produce<Tile, Lines>(problem, shared);
+    if (role == L::kConsumers) {
+        setmaxnreg_decrease<Tile::kProducerRegisters>();
+        if (threadIdx.x == L::kConsumers * kWarpgroupThreads) produce<Tile, Lines>(problem, shared);
     } else {
-        setmaxnreg_increase<kConsumerRegisters>();
+        setmaxnreg_increase<Tile::kConsumerRegisters>();
         consume<Tile, Lines>(problem, shared, role);
     }
 #endif
@@ -272,7 +277,7 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
     const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M);
     const int64_t tiles_n = ceil_div(operands.shape_n, Tile::BLOCK_N);
     const int64_t count = tiles_m * tiles_n * plan.splits;
-    const int64_t rows = split_rows(plan, operands.shape_m);
+    const int64_t rows = tiles_m * Tile::BLOCK_M;
     if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
     Problem<Epilogue> problem{{},
                               {},
@@ -288,7 +293,7 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
     if (const int error = L::Right::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
         return error;
     const unsigned blocks = unsigned(count < multiprocessors() ? count : multiprocessors());
-    return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(kThreads), L::kSharedBytes,
+    return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(L::kThreads), L::kSharedBytes,
                   cuda_stream(stream), problem);
 }
 
@@ -298,6 +303,7 @@ mmpo_status launch_product(const Operands& operands, const ProductPlan& plan, co
                            mmpo_stream stream) {
     if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
     if (plan.block_n == 128) return launch_tiles<Tile128x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_m == 192) return launch_tiles<Tile192x192, Lines>(operands, plan, epilogue, stream);
     if (plan.block_n == 192) return launch_tiles<Tile128x192, Lines>(operands, plan, epilogue, stream);
     return launch_tiles<Tile128x256, Lines>(operands, plan, epilogue, stream);
 }

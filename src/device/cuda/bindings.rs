@@ -524,11 +524,36 @@ pub struct KernelTable {
     ) -> mmpo_status,
     pub attention_backward_workspace: unsafe extern "C" fn(
         rows: i32,
+        pairs: i32,
         heads: i32,
         kv_heads: i32,
         head_size: i32,
     ) -> i64,
     pub attention_backward: unsafe extern "C" fn(
+        dqkv: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        dout: *const mmpo_bf16,
+        out: *const mmpo_bf16,
+        lse: *const f32,
+        qkv: *const mmpo_bf16,
+        spans: *const u32,
+        host_spans: *const u32,
+        pairs: i32,
+        rows: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub attention_backward_sm90_workspace: unsafe extern "C" fn(
+        rows: i32,
+        pairs: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+    ) -> i64,
+    pub attention_backward_sm90: unsafe extern "C" fn(
         dqkv: *mut mmpo_bf16,
         workspace: *mut ::core::ffi::c_void,
         dout: *const mmpo_bf16,
@@ -985,12 +1010,39 @@ pub mod gpu {
         #[link_name = "mmpo_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1198,6 +1250,8 @@ pub mod gpu {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
@@ -1470,12 +1524,39 @@ pub mod emulated {
         #[link_name = "mmpo_emulated_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_emulated_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_emulated_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1723,6 +1804,8 @@ pub mod emulated {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
@@ -2009,12 +2092,39 @@ pub mod checked {
         #[link_name = "mmpo_checked_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_checked_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_checked_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -2262,6 +2372,8 @@ pub mod checked {
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,

@@ -178,6 +178,10 @@ impl CudaDevice {
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;
+        if needed == 0 {
+            return self
+                .launch(operation, shape, |kernels, stream| call(kernels, std::ptr::null_mut(), stream));
+        }
         self.workspace.with(&self.memory, needed, |workspace| {
             self.launch(operation, shape, |kernels, stream| call(kernels, workspace, stream))
         })

@@ -30,7 +30,7 @@ pub enum Products {
 pub(super) enum ProductKind {
     Forward,
     BackwardInput,
-    BackwardInputF32,
+    AddBackwardInput,
     BackwardWeight,
 }
 
@@ -41,8 +41,8 @@ pub(super) enum LinearProduct {
     Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
     /// Assigns `dx[rows, inputs] = dout * weight`.
     BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
-    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
-    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight`.
+    AddBackwardInput { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
     /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
     BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
 }
@@ -117,7 +117,7 @@ impl LinearProduct {
         match self {
             LinearProduct::Forward { .. } => ProductKind::Forward,
             LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
-            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
+            LinearProduct::AddBackwardInput { .. } => ProductKind::AddBackwardInput,
             LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
         }
     }
@@ -127,7 +127,7 @@ impl LinearProduct {
         match self.kind() {
             ProductKind::Forward => "linear_forward",
             ProductKind::BackwardInput => "linear_backward_input",
-            ProductKind::BackwardInputF32 => "linear_backward_input_f32",
+            ProductKind::AddBackwardInput => "linear_backward_input_f32",
             ProductKind::BackwardWeight => "linear_backward_weight",
         }
     }
@@ -137,7 +137,7 @@ impl LinearProduct {
         let addresses = match *self {
             LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
             LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
-            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::AddBackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
             LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
         };
         let aligned = addresses.iter().all(|address| address % 16 == 0);
@@ -167,7 +167,7 @@ impl LinearProduct {
             LinearProduct::BackwardInput { dx, dout, weight } => {
                 product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
             }
-            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+            LinearProduct::AddBackwardInput { dx, dout, weight } => {
                 let sizes = [rows, inputs, outputs];
                 let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
                 Product { accumulate: true, ..gradient }
@@ -198,7 +198,7 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                LinearProduct::AddBackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
@@ -237,7 +237,7 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                LinearProduct::AddBackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
@@ -245,6 +245,86 @@ impl LinearProduct {
                     launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
                 }
             }
+        }
+    }
+}
+
+#[cfg(all(test, mmpo_emulated))]
+mod tests {
+    use super::super::bindings::{emulated::KERNELS, mmpo_product_plan};
+    use super::ProductKind;
+
+    const MULTIPROCESSORS: usize = 132;
+
+    /// What Hopper's kernel does with a layer, and the share of the multiprocessors' time in its waves that has a tile.
+    fn plan(kind: ProductKind, rows: usize, (inputs, outputs): (usize, usize)) -> (mmpo_product_plan, f64) {
+        let sizes = match kind {
+            ProductKind::BackwardInput => [rows, inputs, outputs],
+            ProductKind::BackwardWeight => [outputs, inputs, rows],
+            _ => [rows, outputs, inputs],
+        };
+        let [m, n, k] = sizes.map(|size| i32::try_from(size).unwrap());
+        let may_split = i32::from(kind == ProductKind::BackwardWeight);
+        // SAFETY: a pure function of numbers.
+        let plan = unsafe { (KERNELS.product_plan_sm90)(m, n, k, may_split) };
+        let tiles = sizes[0].div_ceil(plan.block_m as usize)
+            * sizes[1].div_ceil(plan.block_n as usize)
+            * plan.splits as usize;
+        let waves = tiles.div_ceil(MULTIPROCESSORS);
+        (plan, tiles as f64 / (waves * MULTIPROCESSORS) as f64)
+    }
+
+    /// Inputs and outputs of QKV, O, gate/up, down.
+    const SMOLLM2_135M: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
+    const LLAMA_3_2_1B: [(usize, usize); 4] = [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)];
+    const LLAMA_3_8B: [(usize, usize); 4] = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)];
+    const KINDS: [ProductKind; 3] =
+        [ProductKind::Forward, ProductKind::BackwardInput, ProductKind::BackwardWeight];
+
+    #[test]
+    fn wide_models_fill_the_gpu_with_wide_tiles() {
+        for layer in LLAMA_3_2_1B.into_iter().chain(LLAMA_3_8B) {
+            for kind in KINDS {
+                let (plan, busy) = plan(kind, 8192, layer);
+                assert!(plan.block_m * plan.block_n >= 128 * 192, "{kind:?} {layer:?}: {plan:?}");
+                assert_eq!(plan.splits, 1, "{kind:?} {layer:?}: {plan:?}");
+                assert!(busy >= 0.93, "{kind:?} {layer:?}: {busy} of the waves are tiles, {plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_models_fill_the_gpu() {
+        for rows in [8192, 4096, 2048] {
+            for layer in SMOLLM2_135M {
+                for kind in KINDS {
+                    let (plan, busy) = plan(kind, rows, layer);
+                    // 2048 x 576 has 80 tiles of 128 x 128; smaller ones would wait for L2. Splitting weight
+                    // gradients further would cost more than it gains.
+                    let least = match (rows, kind) {
+                        (8192, ProductKind::BackwardWeight) => 0.7,
+                        (8192, _) => 0.9,
+                        _ => 0.55,
+                    };
+                    assert!(
+                        busy >= least,
+                        "{kind:?} {rows} {layer:?}: {busy} of the waves are tiles, {plan:?}"
+                    );
+                }
+            }
+        }
+        let (widest, _) = plan(ProductKind::Forward, 8192, (576, 576));
+        assert_eq!((widest.block_m, widest.block_n), (192, 192), "one wave of 129 tiles: {widest:?}");
+    }
+
+    #[test]
+    fn only_weight_gradients_of_few_tiles_are_split() {
+        let (small, _) = plan(ProductKind::BackwardWeight, 8192, (576, 576));
+        assert!(small.splits > 1, "{small:?}");
+        let (short, _) = plan(ProductKind::BackwardWeight, 512, (576, 576));
+        assert_eq!(short.splits, 1, "{short:?}");
+        for kind in [ProductKind::Forward, ProductKind::BackwardInput] {
+            assert_eq!(plan(kind, 1, (14336, 64)).0.splits, 1, "{kind:?}");
         }
     }
 }
