@@ -133,6 +133,37 @@ mmpo_status MMPO_EXPORT(linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* d
 mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16* dout, const mmpo_bf16* x, int32_t rows,
                                                 int32_t inputs, int32_t outputs, mmpo_stream stream);
 
+/* ---- linear_sm90.cu: the same on wgmma and TMA; inputs and outputs multiples of 8, arrays on 16-byte boundaries (else
+ * status 1: take linear.cu's) ------------------------------------------------------------------------------------- */
+
+mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
+                                             const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
+                                             mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                    int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+
+/* Bytes of `workspace` that linear_backward_weight_sm90 needs for these sizes: 0 unless it sums parts of the rows
+ * apart. A pure function on the host. */
+int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs);
+
+mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
+                                                     const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
+                                                     mmpo_stream stream);
+
+/* How a product out[M, N] of depth K is cut: tiles block_m x block_n, the depth in `splits` parts, tile_group rows of
+ * tiles walked together; efficiency estimates the share of the tensor cores' time on an H100 that does useful work. */
+typedef struct mmpo_product_plan {
+    int32_t block_m;
+    int32_t block_n;
+    int32_t splits;
+    int32_t tile_group;
+    double efficiency;
+} mmpo_product_plan;
+
+/* A pure function on the host. may_split: 0 or 1, for products whose sums may be made in parts. */
+mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split);
+
 /* ---- linear_bias.cu ----------------------------------------------------------------------------------------- */
 
 /* Bytes of `workspace` that linear_bias_backward needs for these sizes. A pure function on the host. */
@@ -161,7 +192,8 @@ mmpo_status MMPO_EXPORT(attention_forward_sm90)(mmpo_bf16* out, float* lse, cons
                                                 int32_t kv_heads, int32_t head_size, float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_backward needs for these sizes. A pure function on the host. */
-int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size);
+int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
+                                                  int32_t head_size);
 
 /* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. */
 mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -169,6 +201,15 @@ mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, co
                                             const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                             int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                             float scale, mmpo_stream stream);
+
+/* As attention_backward and its workspace, for sm_90a: attention_backward_sm90.cu. */
+int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
+                                                       int32_t head_size);
+mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
+                                                 const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
+                                                 const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
+                                                 int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
+                                                 float scale, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_decode needs for any length up to `length`. A pure function on the host. */
 int64_t MMPO_EXPORT(attention_decode_workspace)(int32_t length, int32_t heads, int32_t kv_heads, int32_t head_size);

@@ -1,311 +1,283 @@
-// Flash attention backward for packed pairs `prompt | chosen | rejected` (Dao 2023, with a shared-prefix mask).
+// Flash attention backward for packed pairs `prompt | chosen | rejected` (Dao 2023, with a shared-prefix mask), for any
+// GPU from sm_80 on. What it shares with Hopper's kernel, and the order of dQ, is told in
+// common/attention_backward.cuh.
 //
 //   dqkv[T, (H + 2K) * E]   bf16, assigned
 //
-// Probabilities are computed again from qkv and lse. Three kernels, none with atomics, so bits repeat:
-//   preprocess  delta[T, H] = row sums of dout * out, into the workspace
-//   dkdv        a block owns a tile of keys of one key/value head; dK and dV stay in registers while it walks, in a
-//   fixed
-//               order, the query heads of its group and the queries that see its keys
-//   dq          a block owns a tile of queries of one head and walks the keys that it sees, as the forward does
-// The second walk costs two more products than accumulating dQ by f32 atomics would (7 instead of 5); it is the price
-// of a fixed order.
-#include "api.h"
-#include "common/attention_tiles.cuh"
+// A warp owns 16 keys. Scores are formed transposed (rows are keys), so that P^T and dS^T are in the registers that the
+// products dV += P^T dO and dK += dS^T Q want; only dS goes through shared memory, for dQ = dS K, whose 16 x 32 parts
+// are shared out among the warps.
+#include "common/attention_backward.cuh"
 
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-// A warp owns 16 rows of the tile that stays (keys in dkdv, queries in dq), the height of an mma.
-constexpr int BLOCK_M = kWarps * 16;
-constexpr int kStages = 2;
+struct BackwardTiles {
+    int block_m;      // queries of a step
+    int block_n;      // keys of a block
+    int dout_stages;  // of shared memory for dO; Q has two
 
-// Rows of a tile that streams past: two accumulators of 16 x E f32 stay in a warp's registers (dK and dV), so at
-// E = 128 only half as many score columns fit beside them without spilling.
-template <int E>
-constexpr int kStreamRows = E == 64 ? 64 : 32;
-
-struct Problem {
-    const bf16* qkv;
-    const bf16* dout;
-    const float* lse;
-    const float* delta;
-    bf16* dqkv;
-    int64_t stride;  // values of a row of qkv
-    int heads, kv_heads, head_size;
-    float scale, scale_log2;
-
-    DEVICE int group() const { return heads / kv_heads; }
-    DEVICE int64_t query_column(int head) const { return int64_t(head) * head_size; }
-    DEVICE int64_t key_column(int kv_head) const { return int64_t(heads + kv_head) * head_size; }
-    DEVICE int64_t value_column(int kv_head) const { return key_column(kv_heads + kv_head); }
-    DEVICE int64_t out_stride() const { return int64_t(heads) * head_size; }
+    constexpr int warps() const { return block_n / 16; }
 };
 
-// Shared memory of both main kernels: two tiles that stay, then per stage two tiles that stream past; dkdv also keeps
-// lse and delta of the stage's queries.
-template <int E>
-struct SharedLayout {
-    static constexpr int kStay = kTileBytes<BLOCK_M, E>;
-    static constexpr int kStream = kTileBytes<kStreamRows<E>, E>;
-    static constexpr int kStatistics = 2 * kStreamRows<E> * int(sizeof(float));
-    static constexpr int kTiles = 2 * kStay + kStages * 2 * kStream;
-    static constexpr int kBytes = kTiles + kStages * kStatistics;
-
-    static DEVICE uint32_t stay(uint32_t base, int which) { return base + which * kStay; }
-    static DEVICE uint32_t stream(uint32_t base, int block, int which) {
-        return base + 2 * kStay + (block % kStages * 2 + which) * kStream;
+// Shared memory is what an sm_86 block may have, 99 KiB: every GPU from sm_80 on runs the same tiles.
+constexpr BackwardTiles backward_tiles(int head_size) {
+    // Registers of a thread, of 255: dK and dV take E, S and dP take BLOCK_M, dQ and operands some 60.
+    if (head_size == 64) {
+        // 64 + 64 + 60. 80 KiB: K and V 32, Q 2 x 8, dO 2 x 8, dS 16.
+        return {64, 128, 2};
     }
-    static DEVICE float* statistics(unsigned char* raw, int block) {
-        return reinterpret_cast<float*>(raw + kTiles + block % kStages * kStatistics);
-    }
-};
-
-// ------------------------------------------------------------------------------------------------------- preprocess
-
-// One warp a (row, head).
-template <int E>
-__global__ void __launch_bounds__(kThreads)
-    attention_delta_kernel(float* delta, const bf16* dout, const bf16* out, int64_t row_heads) {
-    const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    if (index >= row_heads) return;
-    const int lane = int(lane_id());
-    const uint32_t* left = reinterpret_cast<const uint32_t*>(dout + index * E);
-    const uint32_t* right = reinterpret_cast<const uint32_t*>(out + index * E);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < E / 64; ++i) {
-        const uint32_t a = left[lane + 32 * i], b = right[lane + 32 * i];
-        sum += low_bf16(a) * low_bf16(b) + high_bf16(a) * high_bf16(b);
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane == 0) delta[index] = sum;
+    // 128 + 32 + 60. 96 KiB: K and V 64, Q 2 x 8, dO 8, dS 8. dO's only stage is filled again while dK and dQ are
+    // formed, which do not need it. 64 keys would halve K and V, and double what is added to dQ.
+    return {32, 128, 1};
 }
 
-// ------------------------------------------------------------------------------------------------------- dK and dV
+// The kernel's constants of one head size, and where its tiles lie in shared memory.
+template <int E>
+struct Plan {
+    static constexpr BackwardTiles kTiles = backward_tiles(E);
+    static constexpr int BLOCK_M = kTiles.block_m, BLOCK_N = kTiles.block_n;
+    static constexpr int kThreads = kTiles.warps() * 32;
+    static constexpr int kQueryStages = 2, kDoutStages = kTiles.dout_stages;
 
-// The queries that see a tile of keys: one range, [first key, last), each query from its own key on. Rejected rows see
-// the tile's prompt keys, but none of its chosen ones.
-struct QueryBlocks {
-    int first, last, blocks;
-    // Queries from `blind_from` on do not see keys from `hidden_from` on.
-    int blind_from, hidden_from;
+    // dQ is cut into 16 x 32 parts, one a warp.
+    static constexpr int kPartColumns = 32, kPartsAcross = E / kPartColumns;
+    static_assert(BLOCK_M / 16 * kPartsAcross == kTiles.warps(), "a part of dQ for each warp");
 
-    DEVICE QueryBlocks(const Span& span, const RowTile& keys, int rows) {
-        const int prompt_last = span.start + span.prompt;
-        blind_from = prompt_last + span.chosen;
-        hidden_from = keys.rejected ? keys.last : prompt_last;
-        first = keys.first;
-        last = !keys.rejected && keys.first < prompt_last ? blind_from + span.rejected : keys.sequence_last;
-        blocks = (last - first + rows - 1) / rows;
-    }
+    static constexpr int kKeys = 0;
+    static constexpr int kValues = kKeys + kTileBytes<BLOCK_N, E>;
+    static constexpr int kQueries = kValues + kTileBytes<BLOCK_N, E>;
+    static constexpr int kDout = kQueries + kQueryStages * kTileBytes<BLOCK_M, E>;
+    static constexpr int kScoreGradients = kDout + kDoutStages * kTileBytes<BLOCK_M, E>;
+    static constexpr int kStatistics = kScoreGradients + BLOCK_N * BLOCK_M * 2;
+    static constexpr int kStatisticsBytes = 2 * BLOCK_M * int(sizeof(float));
+    static constexpr int kTicket = kStatistics + kQueryStages * kStatisticsBytes;
+    static constexpr int kBytes = kTicket + int(sizeof(uint32_t));
+    static_assert(kBytes <= 99 * 1024, "what an sm_86 block may have");
 
-    DEVICE bool seen(int query, int key) const {
-        return query >= key && query < last && (query < blind_from || key < hidden_from);
-    }
+    static DEVICE int queries(int step) { return kQueries + step % kQueryStages * kTileBytes<BLOCK_M, E>; }
+    static DEVICE int dout(int step) { return kDout + step % kDoutStages * kTileBytes<BLOCK_M, E>; }
+    static DEVICE int statistics(int step) { return kStatistics + step % kQueryStages * kStatisticsBytes; }
 };
 
+// ----------------------------------------------------------------------------------------------------------------
+// loads
+
 template <int E>
-DEVICE void load_queries(unsigned char* raw, uint32_t shared, const Problem& problem, int head,
-                         const QueryBlocks& queries, int index, int stage) {
-    constexpr int kRows = kStreamRows<E>;
-    using Layout = SharedLayout<E>;
-    const int first = queries.first + index * kRows;
-    load_tile_async<kRows, E, kThreads>(Layout::stream(shared, stage, 0), problem.qkv + problem.query_column(head),
-                                        problem.stride, first, queries.last);
-    load_tile_async<kRows, E, kThreads>(Layout::stream(shared, stage, 1), problem.dout + problem.query_column(head),
-                                        problem.out_stride(), first, queries.last);
-    float* statistics = Layout::statistics(raw, stage);
-    for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
-        const int row = min(first + i, queries.last - 1);
-        const int64_t at = int64_t(row) * problem.heads + head;
-        statistics[i] = problem.lse[at] * kLog2E;
-        statistics[kRows + i] = problem.delta[at];
+DEVICE void load_queries(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
+                         const QueryTile& tile, int head, int step) {
+    using P = Plan<E>;
+    load_tile_async<P::BLOCK_M, E, P::kThreads>(shared + P::queries(step), problem.qkv + problem.query_column(head),
+                                                problem.stride(), tile.first, problem.rows);
+    if (int(threadIdx.x) < P::kStatisticsBytes / kChunkBytes) {
+        const int64_t slot = int64_t(tile.number) * problem.heads + head;
+        cp_async_16(shared + P::statistics(step) + threadIdx.x * kChunkBytes,
+                    workspace.statistics + slot * (2 * P::BLOCK_M) + threadIdx.x * 4, true);
     }
 }
 
-// Turns transposed scores (rows are keys, columns queries) and dP into P and dS.
+template <int E>
+DEVICE void load_dout(uint32_t shared, const AttentionGradient& problem, const QueryTile& tile, int head, int step) {
+    using P = Plan<E>;
+    load_tile_async<P::BLOCK_M, E, P::kThreads>(shared + P::dout(step), problem.dout + problem.query_column(head),
+                                                problem.out_stride(), tile.first, problem.rows);
+}
+
+// ------------------------------------------------------------------------------------------------------- scores, dS
+
+// Scores that the mask hides become -inf. Rows are keys, columns queries.
+template <int NT, class Walk>
+DEVICE void hide_scores(float (&scores)[NT][4], const Walk& walk, const QueryTile& tile, int first_key) {
+    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (!walk.seen(tile, query + n * 8 + i % 2, key + i / 2 * 8)) scores[n][i] = -INFINITY;
+}
+
+// Turns scores into P and dP into dS. `statistics` holds lse of the columns, then delta.
 template <int NT>
-DEVICE void probabilities_of_keys(float (&scores)[NT][4], float (&dp)[NT][4], const Problem& problem,
-                                  const float* statistics, const QueryBlocks& queries, int first_key, int first_query) {
-    const int lane = int(lane_id());
+DEVICE void score_gradients(float (&scores)[NT][4], float (&dp)[NT][4], float scale_log2, const float* statistics) {
+    const float* own = statistics + int(lane_id()) % 4 * 2;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+        const float2 lse = *reinterpret_cast<const float2*>(own + n * 8);
+        const float2 delta = *reinterpret_cast<const float2*>(own + NT * 8 + n * 8);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = n * 8 + lane % 4 * 2 + i % 2;
-            const int query = first_query + column;
-            const int key = first_key + lane / 4 + i / 2 * 8;
-            const float p =
-                queries.seen(query, key) ? exp2_approx(scores[n][i] * problem.scale_log2 - statistics[column]) : 0.0f;
-            scores[n][i] = p;
-            dp[n][i] = p * (dp[n][i] - statistics[NT * 8 + column]);
+            scores[n][i] = exp2_approx(scores[n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+            dp[n][i] = scores[n][i] * (dp[n][i] - (i % 2 == 0 ? delta.x : delta.y));
         }
     }
 }
 
+// dS^T lies in shared memory as [BLOCK_N keys, BLOCK_M queries] of bf16, its 16-byte chunks exchanged so that eight
+// rows of one chunk column fall into eight groups of banks.
+template <int BLOCK_M>
+DEVICE uint32_t gradient_address(uint32_t tile, int key, int chunk) {
+    constexpr int kChunks = BLOCK_M / kChunkValues, kRowsAcross = 8 / kChunks;  // rows in 128 bytes
+    return tile + uint32_t(key * BLOCK_M * 2 + (chunk ^ (key / kRowsAcross & (kChunks - 1))) * kChunkBytes);
+}
+
+template <int BLOCK_M>
+DEVICE void store_gradients(uint32_t tile, const float (&ds)[BLOCK_M / 8][4], int first_key) {
+    const int key = first_key + int(lane_id()) / 4;
+    const uint32_t within = lane_id() % 4 * 4;
+#pragma unroll
+    for (int n = 0; n < BLOCK_M / 8; ++n) {
+        store_shared_32(gradient_address<BLOCK_M>(tile, key, n) + within, pack_bf16x2(ds[n][0], ds[n][1]));
+        store_shared_32(gradient_address<BLOCK_M>(tile, key + 8, n) + within, pack_bf16x2(ds[n][2], ds[n][3]));
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// dQ
+
+// The warp's part of dS K: dq[4][4] of 16 queries and 32 columns.
 template <int E>
-__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Problem problem, const uint32_t* spans) {
+DEVICE void multiply_keys(float (&dq)[4][4], uint32_t shared, int row_group, int column_part) {
+    using P = Plan<E>;
+    const int lane = int(lane_id());
+#pragma unroll
+    for (int k = 0; k < P::BLOCK_N; k += 16) {
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, gradient_address<P::BLOCK_M>(shared + P::kScoreGradients, k + lane % 8 + lane / 16 * 8,
+                                                          2 * row_group + lane / 8 % 2));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t b[2][2];
+            load_b<E>(b, shared + P::kKeys, k, 2 * column_part + half);
+            mma_m16n8k16(dq[2 * half], a, b[0]);
+            mma_m16n8k16(dq[2 * half + 1], a, b[1]);
+        }
+    }
+}
+
+// Assigns the first term of dQ, or adds to what the block before left.
+template <int E>
+DEVICE void add_in_turn(float* dq_tile, const uint32_t* counter, uint32_t turn, const float (&dq)[4][4], int row_group,
+                        int column_part) {
+    float* to = dq_tile + dq_fragment<E>(row_group, column_part * 4);
+    constexpr int kNext = 32 * 4;
+    if (lane_id() == 0) wait_for_turn(counter, turn);
+    __syncwarp();
+    uint4 sums[4] = {};
+    if (turn != 0) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sums[n] = load_128(to + n * kNext);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        store_128(to + n * kNext, make_uint4(__float_as_uint(__uint_as_float(sums[n].x) + dq[n][0]),
+                                             __float_as_uint(__uint_as_float(sums[n].y) + dq[n][1]),
+                                             __float_as_uint(__uint_as_float(sums[n].z) + dq[n][2]),
+                                             __float_as_uint(__uint_as_float(sums[n].w) + dq[n][3])));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- the
+// kernel
+
+template <int E>
+__global__ void __launch_bounds__(Plan<E>::kThreads)
+    attention_backward_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    using P = Plan<E>;
+    constexpr int BLOCK_M = P::BLOCK_M, BLOCK_N = P::BLOCK_N;
     DYNAMIC_SHARED(raw);
     const uint32_t shared = shared_address(raw);
-    using Layout = SharedLayout<E>;
-    constexpr int kRows = kStreamRows<E>;
-    const Span span = load_span(spans, int(blockIdx.z));
-    const int kv_head = int(blockIdx.y), warp = int(threadIdx.x) / 32;
-    RowTile keys;
-    if (!find_row_tile(keys, span, int(blockIdx.x), BLOCK_M)) return;
-    const QueryBlocks queries(span, keys, kRows);
-    const int steps = queries.blocks * problem.group();
-    const int first_head = kv_head * problem.group();
+    const OwnedKeys owned = take_keys<BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
+    const RowTile& keys = owned.keys;
+    const QueryWalk<BLOCK_M, BLOCK_N> walk(owned.span, owned.pair, keys);
+    const int warp = int(threadIdx.x) / 32, first_key = keys.first + warp * 16;
+    const int row_group = warp / P::kPartsAcross, column_part = warp % P::kPartsAcross;
+    const int first_head = owned.kv_head * problem.group();
+    const float scale_log2 = problem.scale * kLog2E;
 
-    load_tile_async<BLOCK_M, E, kThreads>(Layout::stay(shared, 0), problem.qkv + problem.key_column(kv_head),
-                                          problem.stride, keys.first, keys.last);
-    load_tile_async<BLOCK_M, E, kThreads>(Layout::stay(shared, 1), problem.qkv + problem.value_column(kv_head),
-                                          problem.stride, keys.first, keys.last);
-    load_queries<E>(raw, shared, problem, first_head, queries, 0, 0);
+    load_tile_async<BLOCK_N, E, P::kThreads>(shared + P::kKeys, problem.qkv + problem.key_column(owned.kv_head),
+                                             problem.stride(), keys.first, keys.last);
+    load_tile_async<BLOCK_N, E, P::kThreads>(shared + P::kValues, problem.qkv + problem.value_column(owned.kv_head),
+                                             problem.stride(), keys.first, keys.last);
+    load_queries<E>(shared, problem, workspace, walk.tile(0), first_head, 0);
+    load_dout<E>(shared, problem, walk.tile(0), first_head, 0);
     cp_async_commit();
 
     float dk[E / 8][4], dv[E / 8][4];
     clear(dk);
     clear(dv);
+    uint32_t* counter = nullptr;  // of the rows of dQ that the step before added to, and its turn
+    uint32_t turn = 0;
+    int head = first_head, index = 0;  // of the step
+    const int steps = walk.steps * problem.group();
     for (int step = 0; step < steps; ++step) {
+        const QueryTile tile = walk.tile(index);
+        const int next_index = index + 1 == walk.steps ? 0 : index + 1;
+        const int next_head = head + int(next_index == 0);
+        const bool more = step + 1 < steps;
         cp_async_wait<0>();
-        __syncthreads();  // the stage has arrived, and all warps are done with the one that is filled next
-        const int next = step + 1;
-        if (next < steps) {
-            load_queries<E>(raw, shared, problem, first_head + next / queries.blocks, queries, next % queries.blocks,
-                            next);
+        // The stage has arrived, and all warps are done with the stage filled next, with dS, and with their sums of dQ.
+        __syncthreads();
+        if (threadIdx.x == 0 && step != 0) pass_turn(counter, turn);
+        if (more) {
+            load_queries<E>(shared, problem, workspace, walk.tile(next_index), next_head, step + 1);
+            if (P::kDoutStages > 1) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
         }
         cp_async_commit();
 
-        const int first_key = keys.first + warp * 16;
-        float scores[kRows / 8][4], dp[kRows / 8][4];
+        float scores[BLOCK_M / 8][4], dp[BLOCK_M / 8][4];
         clear(scores);
         clear(dp);
-        multiply_transposed<E>(scores, Layout::stay(shared, 0), warp * 16, Layout::stream(shared, step, 0));
-        multiply_transposed<E>(dp, Layout::stay(shared, 1), warp * 16, Layout::stream(shared, step, 1));
-        probabilities_of_keys(scores, dp, problem, Layout::statistics(raw, step), queries, first_key,
-                              queries.first + step % queries.blocks * kRows);
-        multiply_from_accumulators<E>(dv, scores, Layout::stream(shared, step, 1));
-        multiply_from_accumulators<E>(dk, dp, Layout::stream(shared, step, 0));
-    }
-    const int first_row = keys.first + warp * 16;
-    store_rows<E>(problem.dqkv + problem.key_column(kv_head), problem.stride, first_row, keys.last, dk, problem.scale,
-                  problem.scale);
-    store_rows<E>(problem.dqkv + problem.value_column(kv_head), problem.stride, first_row, keys.last, dv, 1.0f, 1.0f);
-}
-
-// --------------------------------------------------------------------------------------------------------------- dQ
-
-template <int E>
-DEVICE void load_keys(uint32_t shared, const Problem& problem, int kv_head, const KeyBlocks<kStreamRows<E>>& blocks,
-                      int block) {
-    using Layout = SharedLayout<E>;
-    const int first = blocks.first(block), limit = blocks.limit(block);
-    load_tile_async<kStreamRows<E>, E, kThreads>(
-        Layout::stream(shared, block, 0), problem.qkv + problem.key_column(kv_head), problem.stride, first, limit);
-    load_tile_async<kStreamRows<E>, E, kThreads>(
-        Layout::stream(shared, block, 1), problem.qkv + problem.value_column(kv_head), problem.stride, first, limit);
-}
-
-// A lane's two query rows (top: lane / 4, bottom: lane / 4 + 8): their lse in base 2, and delta.
-struct RowStatistics {
-    float lse_log2[2], delta[2];
-
-    DEVICE RowStatistics(const Problem& problem, int head, int first_row, int last_row) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = min(first_row + int(lane_id()) / 4 + 8 * half, last_row - 1);
-            const int64_t at = int64_t(row) * problem.heads + head;
-            lse_log2[half] = problem.lse[at] * kLog2E;
-            delta[half] = problem.delta[at];
-        }
-    }
-};
-
-// Turns scores (rows are queries, columns keys) and dP into dS, left in `dp`.
-template <int NT>
-DEVICE void score_gradients(const float (&scores)[NT][4], float (&dp)[NT][4], const Problem& problem,
-                            const RowStatistics& rows, int first_query, int first_key, int limit, bool causal) {
-    const int lane = int(lane_id());
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int half = i / 2;
-            const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
-            const int query = first_query + lane / 4 + 8 * half;
-            const bool seen = key < limit && (!causal || key <= query);
-            const float p = seen ? exp2_approx(scores[n][i] * problem.scale_log2 - rows.lse_log2[half]) : 0.0f;
-            dp[n][i] = p * (dp[n][i] - rows.delta[half]);
-        }
-    }
-}
-
-template <int E>
-__global__ void __launch_bounds__(kThreads) attention_dq_kernel(Problem problem, const uint32_t* spans) {
-    DYNAMIC_SHARED(raw);
-    const uint32_t shared = shared_address(raw);
-    using Layout = SharedLayout<E>;
-    constexpr int kRows = kStreamRows<E>;
-    const Span span = load_span(spans, int(blockIdx.z));
-    const int head = int(blockIdx.y), kv_head = head / problem.group(), warp = int(threadIdx.x) / 32;
-    RowTile queries;
-    if (!find_row_tile(queries, span, int(blockIdx.x), BLOCK_M)) return;
-    const KeyBlocks<kRows> blocks(span, queries);
-    const int first_row = queries.first + warp * 16;
-
-    load_tile_async<BLOCK_M, E, kThreads>(Layout::stay(shared, 0), problem.qkv + problem.query_column(head),
-                                          problem.stride, queries.first, queries.last);
-    load_tile_async<BLOCK_M, E, kThreads>(Layout::stay(shared, 1), problem.dout + problem.query_column(head),
-                                          problem.out_stride(), queries.first, queries.last);
-    load_keys<E>(shared, problem, kv_head, blocks, 0);
-    cp_async_commit();
-    const RowStatistics rows(problem, head, first_row, queries.last);
-
-    float dq[E / 8][4];
-    clear(dq);
-    for (int block = 0; block < blocks.blocks; ++block) {
-        cp_async_wait<0>();
-        __syncthreads();  // the block has arrived, and all warps are done with the stage that is filled next
-        if (block + 1 < blocks.blocks) load_keys<E>(shared, problem, kv_head, blocks, block + 1);
+        multiply_transposed<E>(scores, shared + P::kKeys, warp * 16, shared + P::queries(step));
+        multiply_transposed<E>(dp, shared + P::kValues, warp * 16, shared + P::dout(step));
+        if (tile.crosses) hide_scores(scores, walk, tile, first_key);
+        score_gradients(scores, dp, scale_log2, reinterpret_cast<const float*>(raw + P::statistics(step)));
+        store_gradients<BLOCK_M>(shared + P::kScoreGradients, dp, warp * 16);
+        multiply_from_accumulators<E>(dv, scores, shared + P::dout(step));
+        __syncthreads();  // all of dS is there, and all warps are done with dO
+        if (P::kDoutStages == 1 && more) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
         cp_async_commit();
+        multiply_from_accumulators<E>(dk, dp, shared + P::queries(step));
 
-        float scores[kRows / 8][4], dp[kRows / 8][4];
-        clear(scores);
-        clear(dp);
-        multiply_transposed<E>(scores, Layout::stay(shared, 0), warp * 16, Layout::stream(shared, block, 0));
-        multiply_transposed<E>(dp, Layout::stay(shared, 1), warp * 16, Layout::stream(shared, block, 1));
-        score_gradients(scores, dp, problem, rows, first_row, blocks.first(block), blocks.limit(block),
-                        block >= blocks.shared_blocks);
-        multiply_from_accumulators<E>(dq, dp, Layout::stream(shared, block, 0));
+        float dq[4][4];
+        clear(dq);
+        multiply_keys<E>(dq, shared, row_group, column_part);
+        const int64_t slot = int64_t(tile.number) * problem.heads + head;
+        counter = workspace.turns + slot;
+        turn = tile.turn;
+        add_in_turn<E>(workspace.dq + slot * (BLOCK_M * E), counter, turn, dq, row_group, column_part);
+        index = next_index;
+        head = next_head;
     }
-    store_rows<E>(problem.dqkv + problem.query_column(head), problem.stride, first_row, queries.last, dq, problem.scale,
-                  problem.scale);
+    __syncthreads();
+    if (threadIdx.x == 0) pass_turn(counter, turn);
+    store_rows<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key, keys.last, dk,
+                  problem.scale, problem.scale);
+    store_rows<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key, keys.last, dv, 1.0f,
+                  1.0f);
 }
 
-// --------------------------------------------------------------------------------------------------------- launchers
+// ------------------------------------------------------------------------------------------------------------
+// launchers
 
 template <int E>
-int launch(const Problem& problem, float* delta, const bf16* out, const uint32_t* spans, int tiles, int pairs,
-           int64_t row_heads, cudaStream_t stream) {
-    const int delta_blocks = int((row_heads + kWarps - 1) / kWarps);
-    int status = LAUNCH(attention_delta_kernel<E>, dim3(delta_blocks), dim3(kThreads), 0, stream, delta, problem.dout,
-                        out, row_heads);
-    if (status != 0) return status;
-    status = LAUNCH(attention_dkdv_kernel<E>, dim3(tiles, problem.kv_heads, pairs), dim3(kThreads),
-                    SharedLayout<E>::kBytes, stream, problem, spans);
-    if (status != 0) return status;
-    return LAUNCH(attention_dq_kernel<E>, dim3(tiles, problem.heads, pairs), dim3(kThreads), SharedLayout<E>::kBytes,
-                  stream, problem, spans);
+int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {
+    using P = Plan<E>;
+    const unsigned key_tiles = unsigned(all_row_tiles(host_spans, problem.pairs, P::BLOCK_N) * problem.kv_heads);
+    if (key_tiles == 0) return kSuccess;
+    const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
+    int status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N>(problem, workspace, host_spans, stream);
+    if (status != kSuccess) return status;
+    status =
+        LAUNCH(attention_backward_kernel<E>, dim3(key_tiles), dim3(P::kThreads), P::kBytes, stream, problem, workspace);
+    if (status != kSuccess) return status;
+    return launch_finish<E, P::BLOCK_M>(problem, workspace, host_spans, stream);
 }
 
 }  // namespace
 
-extern "C" int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t heads, int32_t, int32_t) {
-    return int64_t(rows) * heads * int64_t(sizeof(float));
+extern "C" int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t,
+                                                             int32_t head_size) {
+    const BackwardTiles tiles = backward_tiles(head_size);
+    return GradientWorkspace::bytes(rows, pairs, heads, head_size, tiles.block_m, tiles.block_n);
 }
 
 extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -313,17 +285,13 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* wo
                                                        const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                                        int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                                        float scale, mmpo_stream stream) {
-    const int tiles = most_row_tiles(host_spans, pairs, BLOCK_M);
-    if (rows == 0 || tiles == 0) return 0;
-    const int64_t stride = int64_t(heads + 2 * kv_heads) * head_size, row_heads = int64_t(rows) * heads;
-    float* delta = static_cast<float*>(workspace);
-    const Problem problem{qkv, dout, lse, delta, dqkv, stride, heads, kv_heads, head_size, scale, scale * kLog2E};
+    const AttentionGradient problem{dqkv, dout, out, lse, qkv, spans, pairs, rows, heads, kv_heads, head_size, scale};
     switch (head_size) {
         case 64:
-            return launch<64>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
+            return launch<64>(problem, workspace, host_spans, cuda_stream(stream));
         case 128:
-            return launch<128>(problem, delta, out, spans, tiles, pairs, row_heads, stream);
+            return launch<128>(problem, workspace, host_spans, cuda_stream(stream));
         default:
-            return 1;
+            return kInvalidValue;
     }
 }

@@ -4,15 +4,15 @@
 //   out[T, H * E] = softmax(scale * q k^T + mask) v        bf16, assigned
 //   lse[T, H]     = logsumexp of the masked, scaled scores  f32, natural log, assigned
 //
-// A block of the persistent grid is one producer warp and two or three consumer warpgroups. The producer walks the tiles
-// (common/attention_schedule.cuh) and copies queries, keys and values by TMA into rings of stages; each consumer
+// A block of the persistent grid is one producer warp and two or three consumer warpgroups. The producer walks the
+// tiles (common/attention_schedule.cuh) and copies queries, keys and values by TMA into rings of stages; each consumer
 // warpgroup owns a slab of 64 packed rows of the tile: tokens x the query heads that share a key/value head. Scores and
 // output stay in its registers.
 //
-// NOTE: rows that TMA reads and no query sees (behind a sequence's end, in the gap before a rejected response's own keys,
-// behind row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not stored. Their
-// values are other rows of the same qkv: a NaN or infinity among them spreads as 0 * infinity does, one tile earlier than
-// it would anyway.
+// NOTE: rows that TMA reads and no query sees (behind a sequence's end, in the gap before a rejected response's own
+// keys, behind row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not
+// stored. Their values are other rows of the same qkv: a NaN or infinity among them spreads as 0 * infinity does, one
+// tile earlier than it would anyway.
 #include "common/attention_schedule.cuh"
 #include "common/hopper.cuh"
 #include "common/online_softmax.cuh"
@@ -49,8 +49,8 @@ struct ForwardTiles {
 //            stages, because the blocks of a short pair's tile are few and the next tile's should be under way.
 //   E = 128: 64 + 32 + 64 + 30 = 190: two warpgroups at 232. Shared: queries 2 * 32, keys and values 2 * 2 * 32:
 //            192 KiB; a third stage of 64 KiB does not fit beside the second stage of queries.
-// block_n = 128 in both: a wgmma of 64 x 128 reads shared memory (6 KiB in 64 cycles) well below its bandwidth, where one
-// of 64 x 64 would be bound by it. Two query stages: a tile's first copies run under the tile before.
+// block_n = 128 in both: a wgmma of 64 x 128 reads shared memory (6 KiB in 64 cycles) well below its bandwidth, where
+// one of 64 x 64 would be bound by it. Two query stages: a tile's first copies run under the tile before.
 constexpr ForwardTiles forward_tiles(int head_size) {
     return head_size == 64 ? ForwardTiles{3, 128, 4, 2, 32, 160} : ForwardTiles{2, 128, 2, 2, 40, 232};
 }
@@ -74,7 +74,8 @@ struct Problem {
     TileCount count;
 };
 
-// What the consumers of a tile need to know, as the producer leaves it in shared memory. No blocks: there are no more tiles.
+// What the consumers of a tile need to know, as the producer leaves it in shared memory. No blocks: there are no more
+// tiles.
 struct alignas(16) TileWork {
     int blocks;      // of its last row
     int first_row;   // of the tile
@@ -211,7 +212,8 @@ struct Producer {
         const uint32_t at = shared.work(query.stage);
         store_shared_128(at, uint4{uint32_t(work.blocks), uint32_t(work.first_row), uint32_t(work.last_row),
                                    uint32_t(work.first_slot)});
-        store_shared_128(at + 16, uint4{uint32_t(work.gap_first), uint32_t(work.gap_last), uint32_t(work.first_head), 0});
+        store_shared_128(at + 16,
+                         uint4{uint32_t(work.gap_first), uint32_t(work.gap_last), uint32_t(work.first_head), 0});
         const int slabs = (tokens + problem.slab_tokens - 1) / problem.slab_tokens;
         const int slab_bytes = problem.slab_tokens * problem.packing.heads * E * int(sizeof(bf16));
         mbarrier_arrive_expect_tx(ring.full(query.stage), uint32_t(slabs * slab_bytes));
@@ -280,16 +282,16 @@ struct Consumer {
     static constexpr int BLOCK_N = C::BLOCK_N;
     const Shared<E>& shared;
     const Problem& problem;
-    int slab;                            // this warpgroup's number
-    typename C::KeyCursor key, value;    // the next key block, and the next value block
+    int slab;                          // this warpgroup's number
+    typename C::KeyCursor key, value;  // the next key block, and the next value block
     float scores[BLOCK_N / 2];
-    uint32_t weights[BLOCK_N / 16][4];   // exp2(scores) in bf16, the A operand of the second product
+    uint32_t weights[BLOCK_N / 16][4];  // exp2(scores) in bf16, the A operand of the second product
     float out[E / 2];
 
     // NOTE: ping-pong. Warpgroups issue their products in turns, so that one's exponentials run under the others'
     // products instead of all waiting for the tensor cores and then all for the special function units. At E = 128 a
-    // block of a slab is 1024 cycles of products and 512 of exponentials, at E = 64 as many of both: there it pays most.
-    // Every warpgroup takes as many turns in a tile, also for blocks that it skips.
+    // block of a slab is 1024 cycles of products and 512 of exponentials, at E = 64 as many of both: there it pays
+    // most. Every warpgroup takes as many turns in a tile, also for blocks that it skips.
     DEVICE void take_turn() const { bar_sync(uint32_t(Barrier::turn) + slab, 2 * kWarpgroupThreads); }
     DEVICE void pass_turn() const {
         bar_arrive(uint32_t(Barrier::turn) + (slab + 1) % C::kSlabs, 2 * kWarpgroupThreads);
@@ -443,23 +445,19 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 16 * kRowChunks / 32; ++i) {
             const int row = warp_row + (i * 32 + lane) / kRowChunks, chunk = (i * 32 + lane) % kRowChunks;
-            const int64_t to = position(tile, work, row);
-            if (to >= 0) store_128(out_rows + to * E + chunk * kChunkValues, load_shared_128(C::Slab::address(staging, row, chunk)));
+            const int64_t to = problem.packing.position(row, work.first_row, work.last_row, tile.first_head);
+            if (to >= 0)
+                store_128(out_rows + to * E + chunk * kChunkValues,
+                          load_shared_128(C::Slab::address(staging, row, chunk)));
         }
         if (lane % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int64_t to = position(tile, work, warp_row + lane / 4 + 8 * half);
+                const int64_t to = problem.packing.position(warp_row + lane / 4 + 8 * half, work.first_row,
+                                                            work.last_row, tile.first_head);
                 if (to >= 0) lse[to] = softmax.lse(half, problem.scale_log2);
             }
         }
-    }
-
-    // Index of a slab's row in [T, H]; -1 where it holds no token of this sequence.
-    DEVICE int64_t position(const TileWork& tile, const SlabWork& work, int row) const {
-        const int token = problem.packing.token(row);
-        if (token >= problem.slab_tokens || work.first_row + token >= work.last_row) return -1;
-        return int64_t(work.first_row + token) * problem.heads + tile.first_head + row - token * problem.packing.heads;
     }
 };
 
@@ -528,7 +526,8 @@ int encode_maps(Maps& maps, const bf16* qkv, int rows, const Problem& problem) {
         return error;
     }
     const auto key_map = [&](CUtensorMap& map, uint32_t box_rows) {
-        return encode_tensor_map_2d(&map, qkv, uint64_t(rows), width, width, box_rows, kPanelColumns, Swizzle::bytes_128);
+        return encode_tensor_map_2d(&map, qkv, uint64_t(rows), width, width, box_rows, kPanelColumns,
+                                    Swizzle::bytes_128);
     };
     if (const int error = key_map(maps.key_block, Config<E>::BLOCK_N)) return error;
     return key_map(maps.key_seam, kSeamRows);
@@ -543,8 +542,8 @@ int launch(bf16* out, float* lse, const bf16* qkv, const uint32_t* spans, const 
     Maps maps;
     if (const int error = encode_maps<E>(maps, qkv, rows, problem)) return error;
     const int blocks = min(problem.count.tiles, multiprocessors());
-    return LAUNCH(attention_forward_kernel<E>, dim3(unsigned(blocks)), dim3(C::kThreads), Shared<E>::kBytes,
-                  stream, out, lse, spans, maps, problem);
+    return LAUNCH(attention_forward_kernel<E>, dim3(unsigned(blocks)), dim3(C::kThreads), Shared<E>::kBytes, stream,
+                  out, lse, spans, maps, problem);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
 
-/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases, llama3 rope.
-const MODELS: [&str; 3] = ["tied", "bias", "rope_llama3"];
+/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases, linear and llama3 rope.
+const MODELS: [&str; 4] = ["tied", "bias", "rope_linear", "rope_llama3"];
 const STEPS: u32 = 3;
 /// Tokens of a micro-batch: a step takes several.
 const TOKEN_BUDGET: usize = 400;
@@ -181,6 +181,8 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
     for model in MODELS {
         compare(model, &run(emulated(), model), &run(cpu(), model));
     }
+    // The threads of blocks run in whatever order the host's do.
+    assert_same_bits(&run(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
 }
 
 #[test]

@@ -63,6 +63,10 @@ mod with_gpu_kernels {
         let (code, message) = generate("cuda", fake_driver(), &[("FAKE_CUDA_VERSION", "11080")]);
         assert_eq!(code, DEVICE_ERROR, "{message}");
         assert_says(&message, &["driver is too old", "CUDA 11.8", "update the driver"]);
+
+        let (code, message) = generate("auto", fake_driver(), &[("FAKE_CUDA_VERSION", "11080")]);
+        assert_eq!(code, 0, "auto falls back: {message}");
+        assert_says(&message, &["device: cpu (", "no GPU is used, because the NVIDIA driver is too old"]);
     }
 
     #[test]

@@ -89,7 +89,13 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     ("block_order", Variant::Plain, SHUFFLED, "wrong data"),
     ("block_order", Variant::Checked, LATE, "that another block wrote in the same launch: the result depends on the order of blocks"),
     ("warp_order", Variant::Plain, SHUFFLED, "wrong data"),
+    ("turn_too_late", Variant::Plain, LATE, "waiting for turn 1 of the counter at 0x"),
+    ("turn_too_late", Variant::Checked, RANDOM, "which stands at 0, while no running block can move it, at faults_order.cu:"),
+    ("turn_taken_twice", Variant::Plain, SHUFFLED, "waits for turn 2 of a counter that stands at 3 already"),
+    ("turn_of_unstarted_block", Variant::Plain, LATE, "which stands at 0, while no running block can move it, at faults_order.cu:"),
+    ("turn_without_wait", Variant::Plain, LATE, "of a counter that stands at 0"),
     // Hopper.
+    ("turn_passed_early", Variant::Plain, LATE, "the thread passes its turn without waiting for this bulk store"),
     ("load_without_wait", Variant::Plain, LATE, "the block ends without waiting for this load to shared memory"),
     ("wrong_parity", Variant::Checked, LATE, "which nothing has written"),
     ("wrong_byte_count", Variant::Plain, LATE, "which is in phase 0 with 0 of 1 arrivals and 16 bytes to come"),
@@ -134,6 +140,11 @@ fn collectives_conversions_and_atomics() {
 #[test]
 fn whole_kernels_under_every_timing_and_schedule() {
     expect_sound(&["programs.cu"], &MODES);
+}
+
+#[test]
+fn hopper_products_under_every_timing_and_schedule() {
+    expect_sound(&["products.cu"], &[LATE, EARLY, RANDOM, Mode { schedule: 1, ..EARLY }]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mmpo_fast::bench::cases::{self, Maker};
 use mmpo_fast::bench::shapes::{self, Shape};
@@ -28,6 +29,12 @@ use mmpo_fast::device::{Device, LinearShape, RawValues};
 use table::Table;
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
+
+/// The checked variant's options and counters are the process's: one test at a time.
+fn checked_variant() -> MutexGuard<'static, ()> {
+    static CHECKED: Mutex<()> = Mutex::new(());
+    CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
@@ -69,6 +76,68 @@ fn products_read_each_operand_once_a_tile() {
     assert_product(&weights, shape.outputs, shape.inputs, shape.rows);
     let inputs = counted(|| device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
     assert_product(&inputs, shape.rows, shape.inputs, shape.outputs);
+}
+
+/// What `kernels/linear_sm90.cu` takes for products as small as these.
+const HOPPER_TILE: (usize, usize) = (64, 128);
+const F32: usize = 4;
+
+/// As [`assert_product`], with wgmma and TMA: `stored` bytes a value leave shared memory by TMA, once.
+#[track_caller]
+fn assert_hopper_product(
+    counters: &EmulatorCounters,
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    stored: usize,
+) {
+    assert_eq!(counters.launches, 1);
+    assert_eq!(counters.wgmma_flops as usize, 2 * rows * columns * depth);
+    assert_eq!(counters.wgmma_operations as usize, rows / 64 * (columns / 64) * (depth / 16));
+    let (tile_rows, tile_columns) = HOPPER_TILE;
+    let tiles = rows / tile_rows * (columns / tile_columns);
+    assert_eq!(counters.tensor_load_bytes as usize, tiles * (tile_rows + tile_columns) * depth * BF16);
+    assert_eq!(counters.tensor_store_bytes as usize, rows * columns * stored);
+    assert_eq!((counters.mma_operations, counters.copy_async_bytes), (0, 0));
+    assert_eq!(counters.matrix_bank_conflicts, 0);
+    assert_eq!(counters.shared_wavefronts, counters.shared_wavefronts_ideal);
+    assert_eq!((counters.global_load_bytes, counters.global_store_bytes), (0, 0));
+}
+
+#[test]
+fn hopper_products_read_each_operand_once_a_tile() {
+    let _alone = checked_variant();
+    let variant = EmulatorVariant::Checked;
+    let options = EmulatorOptions {
+        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
+        seed: 1,
+        host_threads: 0,
+        multiprocessors: 0,
+        trace_accesses: 1,
+    };
+    variant.configure(options).unwrap();
+    let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
+    let shape = LinearShape { rows: 128, inputs: 384, outputs: 256 };
+    let mut x = device.alloc(shape.rows * shape.inputs).unwrap();
+    let weight = device.alloc(shape.outputs * shape.inputs).unwrap();
+    let mut out = device.alloc(shape.rows * shape.outputs).unwrap();
+    let mut dweight = device.alloc(shape.outputs * shape.inputs).unwrap();
+    let counted = |run: &mut dyn FnMut()| {
+        variant.reset_counters();
+        run();
+        variant.counters()
+    };
+
+    let forward = counted(&mut || device.linear_forward(&mut out, &x, &weight, None, shape).unwrap());
+    assert_hopper_product(&forward, shape.rows, shape.outputs, shape.inputs, BF16);
+    assert_eq!(forward.shared_wavefronts, 0, "bf16 leaves by stmatrix alone");
+    let weights =
+        counted(&mut || device.linear_backward_weight(&mut dweight, None, &out, &x, shape).unwrap());
+    assert_hopper_product(&weights, shape.outputs, shape.inputs, shape.rows, F32);
+    assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
+    let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
+    assert_hopper_product(&inputs, shape.rows, shape.inputs, shape.outputs, BF16);
 }
 
 /// The counted columns, then what the operation needs at least; a minimum is the whole operation's, and stands in its row,
@@ -190,6 +259,7 @@ fn launchers() -> BTreeSet<String> {
 
 #[test]
 fn every_launcher_does_what_the_committed_table_says() {
+    let _alone = checked_variant();
     EmulatorVariant::Checked
         .configure(EmulatorOptions {
             async_: MMPO_EMULATOR_ASYNC_LATE as i32,

@@ -1,10 +1,10 @@
 // In which order a persistent grid works through the tiles of all pairs: longest first.
 //
-// A tile's cost is the number of key blocks that it sees, its level. Work is sorted by level, descending, without a table:
-// the tiles of a sequence that see exactly `level` blocks are a range in closed form, so that position i of the order is
-// found by adding up the sizes of those ranges. A block of the grid takes the positions of its own column of a snake
-// (0 1 2 3, 7 6 5 4, 8 9 ..), which gives all blocks nearly the same sum, and the same tiles in every run: no counter in
-// global memory, nothing to reset, and results that do not depend on timing.
+// A tile's cost is the number of key blocks that it sees, its level. Work is sorted by level, descending, without a
+// table: the tiles of a sequence that see exactly `level` blocks are a range in closed form, so that position i of the
+// order is found by adding up the sizes of those ranges. A block of the grid takes the positions of its own column of a
+// snake (0 1 2 3, 7 6 5 4, 8 9 ..), which gives all blocks nearly the same sum, and the same tiles in every run: no
+// counter in global memory, nothing to reset, and results that do not depend on timing.
 //
 // NOTE: within a level, head groups of a sequence are neighbours, and so are the tiles of one of them. Blocks that run
 // side by side read the same keys and values at nearly the same time, from L2.

@@ -5,7 +5,8 @@
 //   - everything but the launchers stands in an anonymous namespace, and launchers are named by MMPO_EXPORT;
 //   - shared memory comes from DYNAMIC_SHARED and SHARED_ARRAY, launches from LAUNCH, PTX from the wrappers in ptx.cuh;
 //   - wgmma accumulators and register operands live in arrays that stay alive until the wait;
-//   - a thread waits for others only through barriers, mbarriers and collectives, never by spinning on memory.
+//   - a thread waits for others of its block only through barriers, mbarriers and collectives, for another block only
+//     through wait_for_turn, and never by spinning on memory itself.
 #pragma once
 
 #include "../api.h"

@@ -1,6 +1,6 @@
 // The running softmax of flash attention, in base 2, over accumulators of mma.sync or wgmma: a lane holds two rows,
-// values 4j and 4j + 1 of its registers are columns 8j + 2 * (lane % 4) and the next of the upper one, 4j + 2 and 4j + 3
-// those of the lower.
+// values 4j and 4j + 1 of its registers are columns 8j + 2 * (lane % 4) and the next of the upper one, 4j + 2 and 4j +
+// 3 those of the lower.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -26,8 +26,8 @@ struct OnlineSoftmax {
     float maximum[2] = {-INFINITY, -INFINITY};  // of unscaled scores
     float sum[2] = {0.0f, 0.0f};                // this lane's columns only, until finish
 
-    // Replaces scores by exp2(scale * (score - maximum)), and gives the factors by which results of earlier blocks are to
-    // be multiplied. The scale is folded into one multiply-add a score; it must be positive.
+    // Replaces scores by exp2(scale * (score - maximum)), and gives the factors by which results of earlier blocks are
+    // to be multiplied. The scale is folded into one multiply-add a score; it must be positive.
     DEVICE void update(float (&scores)[kScores], float scale, float (&rescale)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

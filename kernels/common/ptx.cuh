@@ -114,10 +114,22 @@ DEVICE uint4 load_shared_128(uint32_t address MMPO_SITE) {
     return v;
 }
 
+DEVICE float2 load_shared_f32x2(uint32_t address MMPO_SITE) {
+    float2 v;
+    PTX_TWIN(emulated::load_shared(&v, address, 8, site),
+             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory"));
+    return v;
+}
+
 DEVICE void store_shared_128(uint32_t address, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_shared(address, &v, 16, site),
              asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
                           "r"(v.w) : "memory"));
+}
+
+DEVICE void store_shared_64(uint32_t address, uint2 v MMPO_SITE) {
+    PTX_TWIN(emulated::store_shared(address, &v, 8, site),
+             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"));
 }
 
 DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
@@ -290,6 +302,43 @@ DEVICE void fence_proxy_async(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::fence_proxy_async(site), asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 
+// As fence_proxy_async, for accesses of global memory: between another block's and the async proxy's.
+DEVICE void fence_proxy_async_global() {
+    PTX90_TWIN(emulated::memory_fence(), asm volatile("fence.proxy.async.global;" :: : "memory"));
+}
+
+// ---------------------------------------------------------------------------------------------- turns between blocks
+// A counter in global memory, zero before the launch, orders what blocks do to the memory that it guards: turn 0, 1, ..
+// A block that waits holds its place on the GPU, so it may wait only for blocks that have surely started: give out work
+// by tickets (an atomic counter), and let a ticket depend on earlier ones only.
+
+#if !MMPO_EMULATED
+DEVICE uint32_t load_acquire(const uint32_t* source) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(source) : "memory");
+    return v;
+}
+
+DEVICE void store_release(uint32_t* destination, uint32_t v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(destination), "r"(v) : "memory");
+}
+#endif
+
+// Waits until the counter stands at `turn`. One thread; a barrier then orders its block's other threads.
+DEVICE void wait_for_turn(const uint32_t* counter, uint32_t turn MMPO_SITE) {
+#if MMPO_EMULATED
+    emulated::wait_for_turn(counter, turn, site);
+#else
+    while (load_acquire(counter) != turn) __nanosleep(32);
+#endif
+}
+
+// Lets the next turn begin. One thread, after a barrier behind the accesses of its block's other threads, and after
+// bulk_wait<0> if it stored in bulk.
+DEVICE void pass_turn(uint32_t* counter, uint32_t turn MMPO_SITE) {
+    PTX_TWIN(emulated::pass_turn(counter, turn, site), store_release(counter, turn + 1));
+}
+
 // --------------------------------------------------------------------------------------- tensor memory accelerator,
 // sm_90
 
@@ -354,6 +403,21 @@ DEVICE void bulk_load(uint32_t destination, const void* source, uint32_t bytes, 
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                          destination),
                      "l"(source), "r"(bytes), "r"(mbarrier) : "memory"));
+}
+
+// The inverse. Needs bulk_commit, and a wait before shared memory is reused.
+DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes MMPO_SITE) {
+    PTX90_TWIN(emulated::bulk_store(destination, source, bytes, emulated::BulkStore::assign, site),
+               asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+                            "r"(source), "r"(bytes) : "memory"));
+}
+
+// As bulk_store, but adds f32 values to those there; subnormal values and sums count as zero.
+DEVICE void bulk_add_f32(float* destination, uint32_t source, uint32_t bytes MMPO_SITE) {
+    PTX90_TWIN(
+        emulated::bulk_store(destination, source, bytes, emulated::BulkStore::add, site),
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),
+                     "r"(source), "r"(bytes) : "memory"));
 }
 
 DEVICE void bulk_commit(MMPO_SITE_ONLY) {

@@ -33,13 +33,15 @@ using Options = mmpo_emulator_options;
 extern Options options;
 
 enum class Collective : uint8_t { sync, shuffle, vote, elect, reduce, ldmatrix, stmatrix, mma, setmaxnreg };
-enum class WaitFor : uint8_t { nothing, warp, barrier, mbarrier, wgmma };
+enum class WaitFor : uint8_t { nothing, warp, barrier, mbarrier, wgmma, turn };
 
 struct Wait {
     WaitFor what = WaitFor::nothing;
-    uint32_t id = 0;      // the collective, the barrier, the mbarrier's address, or the wgmma to be completed
+    // The collective, the barrier, the mbarrier's address, the wgmma to be completed, or the turn.
+    uint32_t id = 0;
     uint32_t detail = 0;  // the mask or the parity
     Site site{};
+    const uint32_t* counter = nullptr;  // of the turn
 };
 
 // Operations committed in groups and waited for by the number of groups that may remain.
@@ -85,13 +87,18 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= 128, "must fit the driver's type");
 
+// A store under way from shared memory: a tensor box, or `bulk_bytes` to plain memory.
 struct TensorStore {
     TensorMap map;
+    void* bulk_destination;
+    uint32_t bulk_bytes;
     uint32_t source;
     Coordinates at;
     BulkStore kind;
     bool landed;
     Site site;
+
+    uint32_t bytes() const { return bulk_destination != nullptr ? bulk_bytes : map.box_bytes(); }
 };
 
 struct Thread;
@@ -212,6 +219,7 @@ struct Block : BlockView {
 
     NamedBarrier barriers[16];
     std::vector<Thread*> mbarrier_waiters;
+    std::vector<Thread*> turn_waiters;
     std::vector<BulkLoad> loads;
     std::vector<Warpgroup> warpgroups;
     std::vector<float> wgmma_scratch;
@@ -236,9 +244,14 @@ inline Thread& self() { return *static_cast<Thread*>(current_thread); }
 inline Thread& thread_at(uint32_t linear) { return running->pool[linear]; }
 
 // Scheduler.
-void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site);
+void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site, const uint32_t* counter = nullptr);
 void make_runnable(Thread&);
 void leave_block();
+
+// Sleeps until a turn has come that a thread of this block waits for; false if none can come any more.
+bool await_turns();
+// Where the counter of a thread that waits for a turn stands.
+uint32_t turn_counter(const uint32_t* counter);
 
 // Shared memory: the storage behind a window address, after checking bounds and alignment.
 unsigned char* shared_storage(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site);

@@ -35,6 +35,7 @@ pub const RUNTIME_SOURCES: &[&str] = &[
     "race.cpp",
     "report.cpp",
     "scheduler.cpp",
+    "turns.cpp",
     "undefined.cpp",
     "warp.cpp",
     "wgmma.cpp",

@@ -267,7 +267,16 @@ void store_bytes(const TensorStore& store, unsigned char* to, const unsigned cha
     add_bf16(to, from, bytes);
 }
 
-void land(TensorStore& store, Thread& thread) {
+void land_bulk(const TensorStore& store, Thread& thread) {
+    const uintptr_t to = uintptr_t(store.bulk_destination);
+    if (store.kind == BulkStore::add) check_global(thread, to, store.bulk_bytes, false, store.site);
+    check_global(thread, to, store.bulk_bytes, true, store.site);
+    if (store.kind == BulkStore::assign) check_block_order(thread, to, store.bulk_bytes, true, store.site);
+    store_bytes(store, static_cast<unsigned char*>(store.bulk_destination),
+                running->shared + (store.source - kSharedBase), store.bulk_bytes);
+}
+
+void land_box(const TensorStore& store, Thread& thread) {
     each_box_row(store.map, store.source, store.at, [&](uint32_t shared, uintptr_t global, uint32_t from, uint32_t to) {
         if (to <= from) return;
         if (store.kind == BulkStore::add) check_global(thread, global, to - from, false, store.site);
@@ -278,7 +287,26 @@ void land(TensorStore& store, Thread& thread) {
                        if (last > first) store_bytes(store, bytes, chunk + first, last - first);
                    });
     });
+}
+
+void land(TensorStore& store, Thread& thread) {
+    if (store.bulk_destination != nullptr)
+        land_bulk(store, thread);
+    else
+        land_box(store, thread);
     store.landed = true;
+}
+
+void start_store(const TensorStore& store) {
+    Thread& thread = self();
+    running->counters.tensor_store_bytes += store.bytes();
+    if (kChecked) {
+        const uint32_t offset = store.source - kSharedBase;
+        race_access(thread, {offset, store.bytes(), false, Proxy::async, true}, store.site);
+        require_shared_written(thread, offset, store.bytes(), store.site);
+    }
+    thread.stores.operations.push_back(store);
+    if (early(*running)) land(thread.stores.operations.back(), thread);
 }
 
 }  // namespace
@@ -288,15 +316,16 @@ void tensor_store(const void* map, uint32_t source, Coordinates at, BulkStore ki
     if (kind == BulkStore::add && tensor.type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32 &&
         tensor.type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16)
         fail(site, "TMA reduce: only f32 and bf16 tensor maps are modelled");
-    Thread& thread = self();
-    running->counters.tensor_store_bytes += tensor.box_bytes();
-    if (kChecked) {
-        const uint32_t offset = source - kSharedBase;
-        race_access(thread, {offset, tensor.box_bytes(), false, Proxy::async, true}, site);
-        require_shared_written(thread, offset, tensor.box_bytes(), site);
-    }
-    thread.stores.operations.push_back({tensor, source, at, kind, false, site});
-    if (early(*running)) land(thread.stores.operations.back(), thread);
+    start_store({tensor, nullptr, 0, source, at, kind, false, site});
+}
+
+void bulk_store(void* destination, uint32_t source, uint32_t bytes, BulkStore kind, Site site) {
+    shared_storage(source, bytes, 16, "bulk store", site);
+    if (uintptr_t(destination) % 16 != 0 || bytes % 16 != 0 || bytes == 0)
+        fail(site, "bulk store: %u bytes to %p; both must be multiples of 16", bytes, destination);
+    TensorMap plain{};
+    plain.type = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    start_store({plain, destination, bytes, source, Coordinates(0, 0), kind, false, site});
 }
 
 void bulk_commit(Site) { self().stores.commit(); }
@@ -309,8 +338,7 @@ void bulk_wait(int groups_left, bool, Site) {
         if (!store.landed) land(store, thread);
         // The unit read its source until now.
         if (kChecked)
-            race_access(thread, {store.source - kSharedBase, store.map.box_bytes(), false, Proxy::async, true},
-                        store.site);
+            race_access(thread, {store.source - kSharedBase, store.bytes(), false, Proxy::async, true}, store.site);
     }
     if (queue.drained()) queue.clear();
 }

@@ -74,6 +74,37 @@ int Launch::finish() {
     return text.empty() ? int(kSuccess) : set_last_error(kLaunchFailure, std::move(text));
 }
 
+void Launch::enter() {
+    std::lock_guard<std::mutex> lock(turns_);
+    ++active_;
+}
+
+void Launch::leave() {
+    std::lock_guard<std::mutex> lock(turns_);
+    --active_;
+    wake_others();
+}
+
+void Launch::turn_passed() {
+    std::lock_guard<std::mutex> lock(turns_);
+    wake_others();
+}
+
+void Launch::wake_others() {
+    ++events_;
+    asleep_ = 0;
+    event_.notify_all();
+}
+
+bool Launch::await_others(const std::function<bool()>& ready) {
+    std::unique_lock<std::mutex> lock(turns_);
+    while (!ready()) {
+        if (++asleep_ == active_) return false;
+        event_.wait(lock, [this, seen = events_] { return events_ != seen; });
+    }
+    return true;
+}
+
 std::unique_ptr<Block> take_block() {
     std::lock_guard<std::mutex> lock(shared().guard);
     if (shared().blocks.empty()) return std::make_unique<Block>();

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -44,6 +46,14 @@ public:
     // Adds up the counters, verifies guard bytes; 0 or an error code.
     int finish();
 
+    // A host thread says that it runs blocks of this launch, and that it takes no more.
+    void enter();
+    void leave();
+    // Sleeps until `ready`, which is asked again after every turn that some block passes. False if no running block
+    // could pass one: all wait.
+    bool await_others(const std::function<bool()>& ready);
+    void turn_passed();
+
 private:
     std::unique_lock<std::mutex> exclusive_;
     const char* kernel_;
@@ -52,6 +62,13 @@ private:
     std::mutex mutex_;
     std::string error_, findings_;
     std::set<std::pair<uint64_t, uint64_t>> found_;
+
+    // Turns of blocks. `asleep_` of the `active_` host threads have looked at their counters since the last event.
+    void wake_others();
+    std::mutex turns_;
+    std::condition_variable event_;
+    uint64_t events_ = 0;
+    int active_ = 0, asleep_ = 0;
 };
 
 // Blocks are kept between launches for their stacks and storage.

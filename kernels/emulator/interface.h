@@ -117,6 +117,7 @@ enum class BulkStore { assign, add };
 void tensor_load(uint32_t destination, const void* map, Coordinates, uint32_t mbarrier, Site);
 void tensor_store(const void* map, uint32_t source, Coordinates, BulkStore, Site);
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier, Site);
+void bulk_store(void* destination, uint32_t source, uint32_t bytes, BulkStore, Site);
 void bulk_commit(Site);
 void bulk_wait(int groups_left, bool read_only, Site);
 
@@ -139,6 +140,10 @@ void wgmma_wait(int groups_left, Site);
 // Atomics on 4 or 8 bytes. `replace` stores `next` if `seen` is still there, else updates `seen`.
 uint64_t atomic_load(const void* pointer, int bytes, Site);
 bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes);
+
+// Turns of blocks at a counter in global memory.
+void wait_for_turn(const uint32_t* counter, uint32_t turn, Site);
+void pass_turn(uint32_t* counter, uint32_t turn, Site);
 
 // Host side.
 int set_memory(void* destination, int value, size_t bytes);

@@ -56,6 +56,12 @@ std::string describe_wait(const Thread& thread) {
         case WaitFor::wgmma:
             snprintf(text, sizeof text, "wgmma.wait_group, which not all of the warpgroup reached,");
             break;
+        case WaitFor::turn:
+            snprintf(text, sizeof text,
+                     "turn %u of the counter at %p, which stands at %u, while no running block can "
+                     "move it,",
+                     wait.id, static_cast<const void*>(wait.counter), turn_counter(wait.counter));
+            break;
         case WaitFor::nothing:
             snprintf(text, sizeof text, "nothing");
             break;

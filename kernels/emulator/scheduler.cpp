@@ -53,7 +53,7 @@ Thread* pick_next() {
             continue;
         }
         if (block.live == 0) return nullptr;
-        report_deadlock();
+        if (block.turn_waiters.empty() || !await_turns()) report_deadlock();
     }
 }
 
@@ -123,6 +123,7 @@ void reset_block(Block& block, uint64_t index) {
     block.warps.assign(block.warp_count, Warp());
     for (NamedBarrier& barrier : block.barriers) barrier = {};
     block.mbarrier_waiters.clear();
+    block.turn_waiters.clear();
     block.loads.clear();
     block.warpgroups.assign((block.thread_count + kWarpgroup - 1) / kWarpgroup, Warpgroup());
     // Bytes never written read as NaN.
@@ -194,9 +195,9 @@ Block::Block()
 }
 Block::~Block() { free(shared_memory); }
 
-void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site site) {
+void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site site, const uint32_t* counter) {
     Thread& thread = self();
-    thread.wait = {what, id, detail, site};
+    thread.wait = {what, id, detail, site, counter};
     make_idle(thread);
     run_thread(*pick_next());
 }
@@ -240,10 +241,12 @@ int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Ent
         state->thread_count = block.x * block.y * block.z;
         state->warp_count = (state->thread_count + 31) / 32;
         state->dynamic_bytes = uint32_t(shared_bytes);
+        launch.enter();
         for (uint64_t i; !launch.stopped() && (i = next++) < count;) {
             run_block(*state, order[i]);
             if (state->failed) break;
         }
+        launch.leave();
         give_block(std::move(state));
     };
     run_on_workers(work, count);

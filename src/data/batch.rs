@@ -73,6 +73,13 @@ impl PairSpan {
         start..start + self.rejected as usize
     }
 
+    /// (Query, key) entries that attention visits: each row sees its prompt and its own part up to itself.
+    pub fn visible(&self) -> usize {
+        let (prompt, chosen, rejected) = (self.prompt as usize, self.chosen as usize, self.rejected as usize);
+        let causal = |rows: usize| rows * (rows + 1) / 2;
+        causal(prompt + chosen) + causal(rejected) + rejected * prompt
+    }
+
     /// All rows of the pair.
     pub fn rows(&self) -> Range<usize> {
         self.start as usize..self.rejected_rows().end

@@ -193,6 +193,37 @@ CASE(missing_store_commit) { return run_tile_store({true, !bug, true, true}); }
 CASE(missing_store_wait) { return run_tile_store({true, true, !bug, true}); }
 CASE(missing_store_sync) { return run_tile_store({true, true, true, !bug}); }
 
+// Blocks add a tile in bulk, in turns. A turn may be passed only when the addition has landed.
+__global__ void bulk_turns_kernel(float* sums, uint32_t* counter, uint32_t* next_ticket, bool wait) {
+#if MMPO_SM90
+    DYNAMIC_SHARED(raw);
+    SHARED_ARRAY(uint32_t, ticket, 1);
+    if (threadIdx.x == 0) ticket[0] = atomicAdd(next_ticket, 1u);
+    __syncthreads();
+    reinterpret_cast<float*>(raw)[threadIdx.x] = float(ticket[0]);
+    fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        wait_for_turn(counter, ticket[0]);
+        fence_proxy_async_global();
+        if (ticket[0] == 0) bulk_store(sums, shared_address(raw), 512);  // FAULT turn_passed_early
+        else bulk_add_f32(sums, shared_address(raw), 512);  // FAULT turn_passed_early
+        bulk_commit();
+        if (wait) bulk_wait<0>();
+        pass_turn(counter, ticket[0]);
+        bulk_wait<0>();
+    }
+#endif
+}
+
+CASE(turn_passed_early) {
+    constexpr uint32_t kBlocks = 20;
+    DeviceArray<float> sums(128);
+    DeviceArray<uint32_t> counters(std::vector<uint32_t>(2, 0u));
+    return outcome(LAUNCH(bulk_turns_kernel, dim3(kBlocks), dim3(128), 512, nullptr, sums.data(), counters.data(), counters.data() + 1, !bug), sums,
+                   std::vector<float>(128, float(kBlocks * (kBlocks - 1) / 2)));
+}
+
 // ------------------------------------------------------------------------------------------------------------------ wgmma
 
 struct WgmmaFaults {

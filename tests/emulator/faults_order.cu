@@ -232,6 +232,38 @@ CASE(block_order) {
     return outcome(LAUNCH(block_chain_kernel, dim3(kBlocks), dim3(1), 0, nullptr, chain.data(), bug), chain, iota(kBlocks + 1));
 }
 
+// Blocks add to the same values in turns, each halving what it finds first: right in one order only. Tickets make a
+// block wait for blocks that have started.
+struct TurnFaults {
+    bool tickets = true, wait = true, late_turn = false, same_turn = false;
+};
+__global__ void turns_kernel(float* values, uint32_t* counter, uint32_t* next_ticket, TurnFaults form) {
+    SHARED_ARRAY(uint32_t, ticket, 1);
+    if (threadIdx.x == 0) ticket[0] = form.tickets ? atomicAdd(next_ticket, 1u) : gridDim.x - 1 - blockIdx.x;
+    __syncthreads();
+    const uint32_t rank = ticket[0], turn = form.same_turn && rank == 3 ? 2 : rank + uint32_t(form.late_turn);
+    if (threadIdx.x == 0 && form.wait) wait_for_turn(counter, turn);  // FAULT turn_taken_twice
+    __syncthreads();
+    values[threadIdx.x] = values[threadIdx.x] * 0.5f + float(rank);
+    __syncthreads();
+    if (threadIdx.x == 0) pass_turn(counter, turn);  // FAULT turn_without_wait
+}
+
+std::string run_turns(TurnFaults form) {
+    constexpr uint32_t kBlocks = 40;
+    DeviceArray<float> values(std::vector<float>(kThreads, 0.0f));
+    DeviceArray<uint32_t> counters(std::vector<uint32_t>(2, 0u));
+    float expected = 0.0f;
+    for (uint32_t i = 0; i < kBlocks; ++i) expected = expected * 0.5f + float(i);
+    return outcome(LAUNCH(turns_kernel, dim3(kBlocks), dim3(kThreads), 0, nullptr, values.data(), counters.data(), counters.data() + 1, form), values,
+                   std::vector<float>(kThreads, expected));
+}
+
+CASE(turn_too_late) { return run_turns({true, true, bug, false}); }
+CASE(turn_taken_twice) { return run_turns({true, true, false, bug}); }
+CASE(turn_of_unstarted_block) { return run_turns({!bug, true, false, false}); }
+CASE(turn_without_wait) { return run_turns({!bug, !bug, false, false}); }
+
 // The last warp to arrive wins, which is the one that the schedule lets go last.
 __global__ void warp_order_kernel(float* out, bool depends) {
     SHARED_ARRAY(int, arrivals, 1);

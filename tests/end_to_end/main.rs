@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod demo;
+#[cfg(mmpo_emulated)]
+mod emulated;
 mod generate;
 mod harness;
 mod resume;

@@ -10,7 +10,7 @@ use crate::harness::{TRAIN, Workplace};
 const STEPS: usize = 400;
 
 /// Waits until the run of `child` has written `lines` lines of metrics.
-fn wait_for_lines(metrics: &Path, lines: usize, child: &mut Child) {
+pub fn wait_for_lines(metrics: &Path, lines: usize, child: &mut Child) {
     let started = Instant::now();
     loop {
         let written = std::fs::read(metrics).unwrap_or_default();

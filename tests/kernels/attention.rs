@@ -19,6 +19,10 @@ const CASES: &[(Sizes<'_>, (usize, usize, usize))] = &[
     (&[(20, 40, 33), (37, 1, 9)], (9, 3, 64)),
     (&[(140, 30, 150)], (2, 1, 16)),
     (&[(10, 130, 0), (0, 97, 98)], (4, 1, 16)),
+    // The heads of SmolLM2-360M, Llama-3.2-1B and Llama-3-8B; SmolLM2-135M's are above.
+    (&[(3, 2, 4)], (15, 5, 64)),
+    (&[(3, 2, 4)], (32, 8, 64)),
+    (&[(3, 2, 4)], (32, 8, 128)),
 ];
 
 /// Narrow heads are for the CPU's tails; the CUDA kernels know 64 and 128.

@@ -3,9 +3,19 @@ use mmpo_fast::device::{Device, HeadShape, TokenCoefficients, TokenScores};
 use crate::harness::*;
 use crate::naive::{self, Precision};
 
-/// Scored tokens, width, vocabulary; the last two are longer than what a block of the kernels takes in at once.
-const SHAPES: &[(usize, usize, usize)] =
-    &[(1, 16, 40), (5, 24, 77), (12, 64, 1000), (3, 576, 5003), (2, 16, 16_400), (2, 16, 49_155)];
+/// Scored tokens, width, vocabulary: the paper's models' widths, and rows longer than what a block of the kernels takes in at
+/// once.
+const SHAPES: &[(usize, usize, usize)] = &[
+    (1, 16, 40),
+    (5, 24, 77),
+    (12, 64, 1000),
+    (3, 576, 5003),
+    (2, 960, 130),
+    (1, 2048, 130),
+    (1, 4096, 130),
+    (2, 16, 16_400),
+    (2, 16, 49_155),
+];
 
 /// A head on a device, with the values it holds.
 struct Case<D: Device> {

@@ -7,6 +7,7 @@ mod naive;
 
 mod adamw;
 mod attention;
+mod attention_forward;
 mod batch_buffers;
 mod determinism;
 mod embedding;

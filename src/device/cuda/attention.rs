@@ -108,13 +108,24 @@ pub(super) fn backward(
     let [pairs, rows, heads, kv_heads, head_size] =
         launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
-    // SAFETY: the workspace is as large as the launcher's own rule says; the rest is as in `forward`.
+    let path = device.path();
+    // SAFETY: the workspace is as large as this path's own rule says; the rest is as in `forward`.
     device.launch_with_workspace(
         name,
         &(rows, shape),
-        |kernels| unsafe { (kernels.attention_backward_workspace)(rows, heads, kv_heads, head_size) },
+        |kernels| unsafe {
+            let bytes = match path {
+                KernelPath::Portable => kernels.attention_backward_workspace,
+                KernelPath::Hopper => kernels.attention_backward_sm90_workspace,
+            };
+            bytes(rows, pairs, heads, kv_heads, head_size)
+        },
         |kernels, workspace, stream| unsafe {
-            (kernels.attention_backward)(
+            let launch = match path {
+                KernelPath::Portable => kernels.attention_backward,
+                KernelPath::Hopper => kernels.attention_backward_sm90,
+            };
+            launch(
                 dqkv.start_mut(),
                 workspace,
                 dout.start(),

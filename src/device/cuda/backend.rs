@@ -85,7 +85,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// Seconds from one moment of this backend to a later one, which is waited for.
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64>;
 
-    /// The vendor's matrix products, where there are some; else the kernels of `linear.cu` do them.
+    /// The vendor's matrix products, where there are some; see `products.rs` for who does them otherwise.
     fn products(&self) -> Option<&dyn MatrixProducts> {
         None
     }

@@ -19,6 +19,37 @@ pub type mmpo_storage = ::core::ffi::c_uint;
 pub const MMPO_ROPE_FORWARD: mmpo_rope_direction = 0;
 pub const MMPO_ROPE_BACKWARD: mmpo_rope_direction = 1;
 pub type mmpo_rope_direction = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_product_plan {
+    pub block_m: i32,
+    pub block_n: i32,
+    pub splits: i32,
+    pub tile_group: i32,
+    pub efficiency: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of mmpo_product_plan"][::core::mem::size_of::<mmpo_product_plan>() - 24usize];
+    [
+        "Alignment of mmpo_product_plan",
+    ][::core::mem::align_of::<mmpo_product_plan>() - 8usize];
+    [
+        "Offset of field: mmpo_product_plan::block_m",
+    ][::core::mem::offset_of!(mmpo_product_plan, block_m) - 0usize];
+    [
+        "Offset of field: mmpo_product_plan::block_n",
+    ][::core::mem::offset_of!(mmpo_product_plan, block_n) - 4usize];
+    [
+        "Offset of field: mmpo_product_plan::splits",
+    ][::core::mem::offset_of!(mmpo_product_plan, splits) - 8usize];
+    [
+        "Offset of field: mmpo_product_plan::tile_group",
+    ][::core::mem::offset_of!(mmpo_product_plan, tile_group) - 12usize];
+    [
+        "Offset of field: mmpo_product_plan::efficiency",
+    ][::core::mem::offset_of!(mmpo_product_plan, efficiency) - 16usize];
+};
 pub const MMPO_OBJECTIVE_MMPO: mmpo_objective_kind = 0;
 pub const MMPO_OBJECTIVE_DPO: mmpo_objective_kind = 1;
 pub const MMPO_OBJECTIVE_SIMPO: mmpo_objective_kind = 2;
@@ -402,6 +433,46 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub linear_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        bias: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_input_sm90: unsafe extern "C" fn(
+        dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_weight_sm90_workspace: unsafe extern "C" fn(
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+    ) -> i64,
+    pub linear_backward_weight_sm90: unsafe extern "C" fn(
+        dweight: *mut f32,
+        workspace: *mut ::core::ffi::c_void,
+        dout: *const mmpo_bf16,
+        x: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub product_plan_sm90: unsafe extern "C" fn(
+        shape_m: i32,
+        shape_n: i32,
+        shape_k: i32,
+        may_split: i32,
+    ) -> mmpo_product_plan,
     pub linear_bias_backward_workspace: unsafe extern "C" fn(
         rows: i32,
         outputs: i32,
@@ -444,11 +515,36 @@ pub struct KernelTable {
     ) -> mmpo_status,
     pub attention_backward_workspace: unsafe extern "C" fn(
         rows: i32,
+        pairs: i32,
         heads: i32,
         kv_heads: i32,
         head_size: i32,
     ) -> i64,
     pub attention_backward: unsafe extern "C" fn(
+        dqkv: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        dout: *const mmpo_bf16,
+        out: *const mmpo_bf16,
+        lse: *const f32,
+        qkv: *const mmpo_bf16,
+        spans: *const u32,
+        host_spans: *const u32,
+        pairs: i32,
+        rows: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub attention_backward_sm90_workspace: unsafe extern "C" fn(
+        rows: i32,
+        pairs: i32,
+        heads: i32,
+        kv_heads: i32,
+        head_size: i32,
+    ) -> i64,
+    pub attention_backward_sm90: unsafe extern "C" fn(
         dqkv: *mut mmpo_bf16,
         workspace: *mut ::core::ffi::c_void,
         dout: *const mmpo_bf16,
@@ -753,6 +849,51 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_linear_bias_backward"]
@@ -797,12 +938,39 @@ pub mod gpu {
         #[link_name = "mmpo_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -941,12 +1109,19 @@ pub mod gpu {
         linear_forward_f32,
         linear_backward_input,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
@@ -1116,6 +1291,51 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_emulated_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_emulated_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_emulated_linear_bias_backward"]
@@ -1160,12 +1380,39 @@ pub mod emulated {
         #[link_name = "mmpo_emulated_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_emulated_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_emulated_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1344,12 +1591,19 @@ pub mod emulated {
         linear_forward_f32,
         linear_backward_input,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,
@@ -1533,6 +1787,51 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_forward_sm90"]
+        fn linear_forward_sm90(
+            out: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_input_sm90"]
+        fn linear_backward_input_sm90(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_weight_sm90_workspace"]
+        fn linear_backward_weight_sm90_workspace(
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+        ) -> i64;
+        #[link_name = "mmpo_checked_linear_backward_weight_sm90"]
+        fn linear_backward_weight_sm90(
+            dweight: *mut f32,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            x: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_product_plan_sm90"]
+        fn product_plan_sm90(
+            shape_m: i32,
+            shape_n: i32,
+            shape_k: i32,
+            may_split: i32,
+        ) -> mmpo_product_plan;
         #[link_name = "mmpo_checked_linear_bias_backward_workspace"]
         fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
         #[link_name = "mmpo_checked_linear_bias_backward"]
@@ -1577,12 +1876,39 @@ pub mod checked {
         #[link_name = "mmpo_checked_attention_backward_workspace"]
         fn attention_backward_workspace(
             rows: i32,
+            pairs: i32,
             heads: i32,
             kv_heads: i32,
             head_size: i32,
         ) -> i64;
         #[link_name = "mmpo_checked_attention_backward"]
         fn attention_backward(
+            dqkv: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            dout: *const mmpo_bf16,
+            out: *const mmpo_bf16,
+            lse: *const f32,
+            qkv: *const mmpo_bf16,
+            spans: *const u32,
+            host_spans: *const u32,
+            pairs: i32,
+            rows: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+            scale: f32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_attention_backward_sm90_workspace"]
+        fn attention_backward_sm90_workspace(
+            rows: i32,
+            pairs: i32,
+            heads: i32,
+            kv_heads: i32,
+            head_size: i32,
+        ) -> i64;
+        #[link_name = "mmpo_checked_attention_backward_sm90"]
+        fn attention_backward_sm90(
             dqkv: *mut mmpo_bf16,
             workspace: *mut ::core::ffi::c_void,
             dout: *const mmpo_bf16,
@@ -1761,12 +2087,19 @@ pub mod checked {
         linear_forward_f32,
         linear_backward_input,
         linear_backward_weight,
+        linear_forward_sm90,
+        linear_backward_input_sm90,
+        linear_backward_weight_sm90_workspace,
+        linear_backward_weight_sm90,
+        product_plan_sm90,
         linear_bias_backward_workspace,
         linear_bias_backward,
         attention_forward,
         attention_forward_sm90,
         attention_backward_workspace,
         attention_backward,
+        attention_backward_sm90_workspace,
+        attention_backward_sm90,
         attention_decode_workspace,
         attention_decode,
         gather_rows,

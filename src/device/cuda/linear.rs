@@ -1,9 +1,10 @@
-//! Matrix products: by cuBLASLt on a real GPU, by `kernels/linear.cu` where it is missing and on the emulated device.
+//! Linear layers: `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, and back.
+//!
+//! Sizes are checked here; `products.rs` says which kernel or library multiplies.
 
 use half::bf16;
 
-use super::backend::{Operand, Product, ProductOut};
-use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
+use super::products::{LinearProduct, multiply};
 use super::{CudaBuffer, CudaDevice, check_sizes, launch_sizes};
 use crate::device::LinearShape;
 use crate::error::Result;
@@ -16,33 +17,21 @@ pub(super) fn forward(
     bias: Option<&CudaBuffer<bf16>>,
     shape: LinearShape,
 ) -> Result<()> {
-    let name = "linear_forward";
     let sizes = [
         ("out", out.len(), shape.rows * shape.outputs),
         ("x", x.len(), shape.rows * shape.inputs),
         ("weight", weight.len(), shape.outputs * shape.inputs),
         ("bias", bias.map_or(shape.outputs, CudaBuffer::len), shape.outputs),
     ];
-    check_sizes(name, &shape, &sizes)?;
-    let bias = bias.map(CudaBuffer::start);
-    let product = Product {
-        out: ProductOut::Bf16(out.start_mut()),
-        accumulate: false,
-        left: Operand { values: x.start(), transposed: false },
-        right: Operand { values: weight.start(), transposed: true },
-        bias,
-        rows: shape.rows,
-        columns: shape.outputs,
-        depth: shape.inputs,
+    check_sizes("linear_forward", &shape, &sizes)?;
+    let product = LinearProduct::Forward {
+        out: out.start_mut(),
+        x: x.start(),
+        weight: weight.start(),
+        bias: bias.map(CudaBuffer::start),
     };
     // SAFETY: the buffers cover the sizes.
-    unsafe {
-        multiply(device, name, shape, &product, |kernels, [rows, inputs, outputs], stream| {
-            let bias = bias.unwrap_or(std::ptr::null());
-            let (x, weight) = (x.start(), weight.start());
-            (kernels.linear_forward)(out.start_mut(), x, weight, bias, rows, inputs, outputs, stream)
-        })
-    }
+    unsafe { multiply(device, product, shape) }
 }
 
 /// Assigns `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, the accumulators as they are.
@@ -56,41 +45,8 @@ pub(super) unsafe fn forward_f32(
     weight: *const bf16,
     shape: LinearShape,
 ) -> Result<()> {
-    let product = Product {
-        out: ProductOut::F32(out),
-        accumulate: false,
-        left: Operand { values: x, transposed: false },
-        right: Operand { values: weight, transposed: true },
-        bias: None,
-        rows: shape.rows,
-        columns: shape.outputs,
-        depth: shape.inputs,
-    };
     // SAFETY: the caller's promise.
-    unsafe {
-        multiply(device, "linear_forward_f32", shape, &product, |kernels, [rows, inputs, outputs], stream| {
-            (kernels.linear_forward_f32)(out, x, weight, rows, inputs, outputs, stream)
-        })
-    }
-}
-
-/// Queues `product` with the vendor's library, where there is one, else by `kernel`.
-///
-/// # Safety
-/// As [`super::backend::MatrixProducts::multiply`], and `kernel` computes the same product.
-unsafe fn multiply(
-    device: &CudaDevice,
-    name: &str,
-    shape: LinearShape,
-    product: &Product,
-    mut kernel: impl FnMut(&KernelTable, [i32; 3], mmpo_stream) -> mmpo_status,
-) -> Result<()> {
-    if let Some(products) = device.backend().products() {
-        // SAFETY: the caller's promise.
-        return device.traced(name, || unsafe { products.multiply(product) });
-    }
-    let sizes = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
-    device.launch(name, &shape, |kernels, stream| kernel(kernels, sizes, stream))
+    unsafe { multiply(device, LinearProduct::ForwardF32 { out, x, weight }, shape) }
 }
 
 pub(super) fn backward_input(
@@ -121,28 +77,8 @@ pub(super) unsafe fn backward_input_at(
     weight: *const bf16,
     shape: LinearShape,
 ) -> Result<()> {
-    let product = Product {
-        out: ProductOut::Bf16(dx),
-        accumulate: false,
-        left: Operand { values: dout, transposed: false },
-        right: Operand { values: weight, transposed: false },
-        bias: None,
-        rows: shape.rows,
-        columns: shape.inputs,
-        depth: shape.outputs,
-    };
     // SAFETY: the caller's promise.
-    unsafe {
-        multiply(
-            device,
-            "linear_backward_input",
-            shape,
-            &product,
-            |kernels, [rows, inputs, outputs], stream| {
-                (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
-            },
-        )
-    }
+    unsafe { multiply(device, LinearProduct::BackwardInput { dx, dout, weight }, shape) }
 }
 
 pub(super) fn backward_weight(
@@ -187,26 +123,6 @@ pub(super) unsafe fn backward_weight_at(
     x: *const bf16,
     shape: LinearShape,
 ) -> Result<()> {
-    let product = Product {
-        out: ProductOut::F32(dweight),
-        accumulate: true,
-        left: Operand { values: dout, transposed: true },
-        right: Operand { values: x, transposed: false },
-        bias: None,
-        rows: shape.outputs,
-        columns: shape.inputs,
-        depth: shape.rows,
-    };
     // SAFETY: the caller's promise.
-    unsafe {
-        multiply(
-            device,
-            "linear_backward_weight",
-            shape,
-            &product,
-            |kernels, [rows, inputs, outputs], stream| {
-                (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
-            },
-        )
-    }
+    unsafe { multiply(device, LinearProduct::BackwardWeight { dweight, dout, x }, shape) }
 }

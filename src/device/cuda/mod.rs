@@ -24,6 +24,8 @@ mod memory;
 mod optimizer;
 mod pair_objective;
 mod probe;
+mod product_table;
+mod products;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -48,6 +50,7 @@ use self::memory::{Memory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(super) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
+pub use self::products::Products;
 use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
@@ -61,6 +64,7 @@ pub struct CudaDevice {
     memory: Arc<Memory>,
     workspace: Workspace,
     path: KernelPath,
+    products: Products,
     trace: Trace<Moment>,
 }
 
@@ -114,8 +118,13 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        let (workspace, trace) = (Workspace::default(), Trace::default());
-        CudaDevice { memory: Memory::new(backend), workspace, path, trace }
+        CudaDevice {
+            memory: Memory::new(backend),
+            workspace: Workspace::default(),
+            path,
+            products: Products::default(),
+            trace: Trace::default(),
+        }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -128,6 +137,17 @@ impl CudaDevice {
     /// Which kernels run where an operation has two sets of them.
     pub fn path(&self) -> KernelPath {
         self.path
+    }
+
+    /// The same device with this choice of matrix products: to test or to time them side by side.
+    #[must_use]
+    pub fn with_products(self, products: Products) -> Self {
+        CudaDevice { products, ..self }
+    }
+
+    /// Whose matrix products run where there is a choice.
+    pub fn products(&self) -> Products {
+        self.products
     }
 
     fn backend(&self) -> &dyn Backend {
@@ -171,6 +191,10 @@ impl CudaDevice {
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;
+        if needed == 0 {
+            return self
+                .launch(operation, shape, |kernels, stream| call(kernels, std::ptr::null_mut(), stream));
+        }
         self.workspace.with(&self.memory, needed, |workspace| {
             self.launch(operation, shape, |kernels, stream| call(kernels, workspace, stream))
         })

@@ -1,0 +1,434 @@
+// Flash attention backward for packed pairs on Hopper: TMA, wgmma, warpgroups with roles (after Shah et al. 2024). What
+// it shares with the portable kernel, and the order of dQ, is told in common/attention_backward.cuh.
+//
+//   dqkv[T, (H + 2K) * E]   bf16, assigned
+//
+// A block owns 128 keys of one key/value head. Its first warpgroup moves data: one thread of warp 0 loads tiles of Q
+// and dO ahead, one thread of warp 1 adds finished terms of dQ in turn. The two others own 64 keys each:
+//
+//   S^T = K Q^T, dP^T = V dO^T       both operands in shared memory
+//   dV += P^T dO, dK += dS^T Q       P^T and dS^T are in the registers that the product wants, dV and dK stay in others
+//   dQ = dS K                        over all 128 keys, so dS goes through shared memory; each forms a 64 x 64 part
+//
+// dS has two buffers, so that one barrier a step is enough: who fills a buffer again has met the other warpgroup once
+// since that one read it.
+#include "common/attention_backward.cuh"
+#include "common/hopper.cuh"
+
+namespace {
+
+struct BackwardTiles {
+    int block_m;  // queries of a step
+    int block_n;  // keys of a block
+    int stages;   // of Q and dO in shared memory
+    int producer_registers, consumer_registers;
+};
+
+// Two consumer warpgroups of 240 registers and a producer of 24 are 504 of the 512 that a warp's lanes share in a
+// block of three warpgroups; 192 KiB of shared memory for tiles leave 35 of a block's 227, too few for another stage
+// and dQ's second buffer.
+constexpr BackwardTiles backward_tiles(int head_size) {
+    // Registers of a consumer: dV and dK take E, S and dP take BLOCK_M, of which P^T and dS^T take half as operands
+    // beside dQ's 32.
+    if (head_size == 64) {
+        // 64 + 128, then 64 + 64 + 32. KiB: K and V 32, Q and dO 2 x 32, dS 2 x 32, dQ 32.
+        return {128, 128, 2, 32, 240};
+    }
+    // 128 + 64, then 128 + 32 + 32. KiB: K and V 64, Q and dO 2 x 32, dS 2 x 16, dQ 32. 128 queries would need 128 +
+    // 128 registers for the scores alone.
+    return {64, 128, 2, 32, 240};
+}
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
+constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
+constexpr int kGroupKeys = 64;  // rows of a wgmma
+constexpr int kGradientBuffers = 2;
+
+enum class NamedBarrier : uint32_t { score_gradients = 1 };
+
+template <int E>
+struct Plan {
+    static constexpr BackwardTiles kTiles = backward_tiles(E);
+    static constexpr int BLOCK_M = kTiles.block_m, BLOCK_N = kTiles.block_n, kStages = kTiles.stages;
+    static_assert(BLOCK_N == kConsumers * kGroupKeys, "a warpgroup owns the rows of one wgmma");
+    static_assert(BLOCK_M * E == kConsumers * 64 * 64, "each warpgroup forms 64 x 64 values of dQ");
+
+    using Keys = PanelTile<BLOCK_N, E>;
+    using Queries = PanelTile<BLOCK_M, E>;
+    using Gradients = PanelTile<BLOCK_N, BLOCK_M>;  // dS^T
+    using Ring = StageRing<kStages>;
+
+    static constexpr int kDqBytes = BLOCK_M * E * int(sizeof(float));
+    static constexpr int kStatisticsBytes = 2 * BLOCK_M * int(sizeof(float));
+    static constexpr int kStageBytes = 2 * Queries::kBytes;  // that TMA brings, beside the statistics
+
+    static constexpr int kKeys = 0;
+    static constexpr int kValues = kKeys + Keys::kBytes;
+    static constexpr int kStage = kValues + Keys::kBytes;
+    static constexpr int kGradients = kStage + kStages * kStageBytes;
+    static constexpr int kDq = kGradients + kGradientBuffers * Gradients::kBytes;
+    static constexpr int kStatistics = kDq + kDqBytes;
+    static constexpr int kRing = kStatistics + kStages * kStatisticsBytes;
+    static constexpr int kKeysFull = kRing + Ring::kBytes;
+    static constexpr int kDqFull = kKeysFull + 8, kDqEmpty = kDqFull + 8, kTicket = kDqEmpty + 8;
+    static constexpr int kBytes = kTicket + 8;
+    static_assert(kBytes <= 227 * 1024, "what a block may have");
+
+    static DEVICE uint32_t queries(uint32_t shared, int stage) { return shared + kStage + stage * kStageBytes; }
+    static DEVICE uint32_t dout(uint32_t shared, int stage) { return queries(shared, stage) + Queries::kBytes; }
+    static DEVICE uint32_t statistics(uint32_t shared, int stage) {
+        return shared + kStatistics + stage * kStatisticsBytes;
+    }
+    static DEVICE uint32_t gradients(uint32_t shared, int step) {
+        return shared + kGradients + step % kGradientBuffers * Gradients::kBytes;
+    }
+};
+
+template <int E>
+using Walk = QueryWalk<Plan<E>::BLOCK_M, Plan<E>::BLOCK_N>;
+
+struct TensorMaps {
+    CUtensorMap queries, keys, dout;  // boxes of BLOCK_M rows of qkv, BLOCK_N rows of qkv, BLOCK_M rows of dout
+};
+
+#if MMPO_SM90
+
+// ---------------------------------------------------------------------------------------------------- loads, one
+// thread
+
+template <int E>
+DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGradient& problem,
+                    const GradientWorkspace& workspace, const OwnedKeys& owned, const Walk<E>& walk) {
+    using P = Plan<E>;
+    const typename P::Ring ring{shared + P::kRing};
+    const uint32_t keys_full = shared + P::kKeysFull;
+    mbarrier_arrive_expect_tx(keys_full, 2 * P::Keys::kBytes);
+    P::Keys::load(shared + P::kKeys, &maps.keys, problem.key_column(owned.kv_head), owned.keys.first, keys_full);
+    P::Keys::load(shared + P::kValues, &maps.keys, problem.value_column(owned.kv_head), owned.keys.first, keys_full);
+    StageCursor<P::kStages> at;
+    const int first_head = owned.kv_head * problem.group();
+    for (int head = first_head; head < first_head + problem.group(); ++head) {
+        for (int step = 0; step < walk.steps; ++step, at.advance()) {
+            const QueryTile tile = walk.tile(step);
+            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            const uint32_t full = ring.full(at.stage);
+            mbarrier_wait(ring.empty(at.stage), at.parity ^ 1u);
+            mbarrier_arrive_expect_tx(full, P::kStageBytes + P::kStatisticsBytes);
+            P::Queries::load(P::queries(shared, at.stage), &maps.queries, problem.query_column(head), tile.first, full);
+            bulk_load(P::statistics(shared, at.stage), workspace.statistics + slot * (2 * P::BLOCK_M),
+                      P::kStatisticsBytes, full);
+            P::Queries::load(P::dout(shared, at.stage), &maps.dout, problem.query_column(head), tile.first, full);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ dQ's sums, one
+// thread
+
+template <int E>
+DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
+                        const OwnedKeys& owned, const Walk<E>& walk) {
+    using P = Plan<E>;
+    uint32_t parity = 0;
+    const int first_head = owned.kv_head * problem.group();
+    for (int head = first_head; head < first_head + problem.group(); ++head) {
+        for (int step = 0; step < walk.steps; ++step, parity ^= 1u) {
+            const QueryTile tile = walk.tile(step);
+            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            float* to = workspace.dq + slot * (P::BLOCK_M * E);
+            mbarrier_wait(shared + P::kDqFull, parity);
+            wait_for_turn(workspace.turns + slot, tile.turn);
+            fence_proxy_async_global();
+            if (tile.turn == 0)
+                bulk_store(to, shared + P::kDq, P::kDqBytes);
+            else
+                bulk_add_f32(to, shared + P::kDq, P::kDqBytes);
+            bulk_commit();
+            bulk_wait_read<0>();
+            mbarrier_arrive(shared + P::kDqEmpty);
+            bulk_wait<0>();
+            pass_turn(workspace.turns + slot, tile.turn);
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- a
+// consumer
+
+// Scores that the mask hides become -inf. Rows are keys, columns queries.
+template <int E, int kCount>
+DEVICE void hide_scores(float (&scores)[kCount], const Walk<E>& walk, const QueryTile& tile, int first_key) {
+    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (!walk.seen(tile, query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8)) scores[i] = -INFINITY;
+}
+
+// Turns scores into P. `lse` is in base 2, of the tile's queries, from this lane's first column on; `delta` below too.
+template <int kCount>
+DEVICE void probabilities(float (&scores)[kCount], float scale_log2, uint32_t lse) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+        const float2 of = load_shared_f32x2(lse + uint32_t(j * 8) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            scores[4 * j + i] = exp2_approx(scores[4 * j + i] * scale_log2 - (i % 2 == 0 ? of.x : of.y));
+    }
+}
+
+// Turns dP into dS.
+template <int kCount>
+DEVICE void score_gradients(float (&dp)[kCount], const float (&p)[kCount], uint32_t delta) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+        const float2 of = load_shared_f32x2(delta + uint32_t(j * 8) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? of.x : of.y));
+    }
+}
+
+// What a consumer warpgroup keeps from step to step.
+template <int E>
+struct Consumer {
+    using P = Plan<E>;
+    static constexpr int BLOCK_M = P::BLOCK_M, kDepthSteps = BLOCK_M / kWgmmaDepth;
+
+    uint32_t shared;
+    int group;      // 0 or 1
+    int first_key;  // of this warp
+    float scale_log2;
+    float dk[E / 2], dv[E / 2];
+
+    DEVICE int warp() const { return int(threadIdx.x) / 32 % 4; }
+
+    // S^T and dP^T of this warpgroup's keys and the stage's queries, committed one after the other.
+    DEVICE void form_scores(float (&scores)[BLOCK_M / 2], float (&dp)[BLOCK_M / 2], int stage) {
+        pin_registers(scores);
+        pin_registers(dp);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < E / kWgmmaDepth; ++step)
+            wgmma_ss<BLOCK_M>(scores, P::Keys::depth_in_columns(shared + P::kKeys, group * kGroupKeys, step),
+                              P::Queries::depth_in_columns(P::queries(shared, stage), 0, step), step != 0);
+        wgmma_commit();
+#pragma unroll
+        for (int step = 0; step < E / kWgmmaDepth; ++step)
+            wgmma_ss<BLOCK_M>(dp, P::Keys::depth_in_columns(shared + P::kValues, group * kGroupKeys, step),
+                              P::Queries::depth_in_columns(P::dout(shared, stage), 0, step), step != 0);
+        wgmma_commit();
+    }
+
+    // Writes this warp's 16 rows of dS^T.
+    DEVICE void store_gradients(const uint32_t (&ds)[kDepthSteps][4], int step) const {
+        const int row = group * kGroupKeys + warp() * 16 + int(lane_id()) % 16;
+        const uint32_t first = P::Gradients::address(P::gradients(shared, step), row, int(lane_id()) / 16);
+        // Chunks 2k further on: the swizzle exchanges chunks by xor, which one register for all of them allows.
+#pragma unroll
+        for (int k = 0; k < kDepthSteps; ++k)
+            stmatrix_x4((first + uint32_t(k / 4 * P::Gradients::kPanelBytes)) ^ uint32_t(k % 4 * 32), ds[k]);
+    }
+
+    // dQ's part: for E = 128 half of the columns of 64 queries, for E = 64 half of 128 queries.
+    DEVICE void multiply_keys(float (&dq)[32], int step) const {
+        constexpr bool kColumns = E == 128;
+#pragma unroll
+        for (int k = 0; k < P::BLOCK_N / kWgmmaDepth; ++k)
+            wgmma_ss<64, true, true>(
+                dq, P::Gradients::depth_in_rows(P::gradients(shared, step), kColumns ? 0 : group * 64, k),
+                P::Keys::depth_in_rows(shared + P::kKeys, kColumns ? group * 64 : 0, k), k != 0);
+    }
+
+    DEVICE void stage_dq(const float (&dq)[32]) const {
+        const int row_group = warp() + (E == 128 ? 0 : group * 4), column_group = E == 128 ? group * 8 : 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            store_shared_128(shared + P::kDq + uint32_t(dq_fragment<E>(row_group, column_group + j)) * 4,
+                             make_uint4(__float_as_uint(dq[4 * j]), __float_as_uint(dq[4 * j + 1]),
+                                        __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3])));
+        }
+    }
+
+    // dk or dv += weights^T * tile, where the tile's rows are the step's queries.
+    DEVICE void accumulate(float (&sum)[E / 2], const uint32_t (&weights)[kDepthSteps][4], uint32_t tile) {
+#pragma unroll
+        for (int k = 0; k < kDepthSteps; ++k)
+            wgmma_rs<E, true>(sum, weights[k], P::Queries::depth_in_rows(tile, 0, k), true);
+        wgmma_commit();
+    }
+
+    DEVICE void step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
+        const typename P::Ring ring{shared + P::kRing};
+        uint32_t p[kDepthSteps][4], ds[kDepthSteps][4];
+        mbarrier_wait(ring.full(at.stage), at.parity);
+        const uint32_t lse = P::statistics(shared, at.stage) + lane_id() % 4 * uint32_t(sizeof(float2));
+        const uint32_t delta = lse + BLOCK_M * uint32_t(sizeof(float));
+        {
+            float scores[BLOCK_M / 2], dp[BLOCK_M / 2];
+            form_scores(scores, dp, at.stage);
+            wgmma_wait<1>();
+            pin_registers(scores);
+            if (tile.crosses) hide_scores<E>(scores, walk, tile, first_key);
+            probabilities(scores, scale_log2, lse);
+#pragma unroll
+            for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(p[k], scores, k);
+            wgmma_wait<0>();
+            pin_registers(dp);
+            score_gradients(dp, scores, delta);
+#pragma unroll
+            for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(ds[k], dp, k);
+        }
+        pin_registers(dv);
+        wgmma_fence();
+        accumulate(dv, p, P::dout(shared, at.stage));
+        store_gradients(ds, number);
+        fence_proxy_async();
+        bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
+
+        float dq[32];
+        pin_registers(dq);
+        pin_registers(dk);
+        wgmma_fence();
+        multiply_keys(dq, number);
+        wgmma_commit();
+        accumulate(dk, ds, P::queries(shared, at.stage));
+        wgmma_wait<1>();
+        pin_registers(dq);
+        pin_registers(dv);
+        mbarrier_wait(shared + P::kDqEmpty, uint32_t(number + 1) & 1u);
+        stage_dq(dq);
+        fence_proxy_async();
+        __syncwarp();
+        if (lane_id() == 0) mbarrier_arrive(shared + P::kDqFull);
+        wgmma_wait<0>();
+        pin_registers(dk);
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+    }
+};
+
+// Stores 16 rows of accumulators, times `factor`; rows from `limit` on are dropped.
+template <int E>
+DEVICE void store_accumulators(bf16* out, int64_t stride, int row, int limit, const float (&d)[E / 2], float factor) {
+    const int top = row + int(lane_id()) / 4, column = int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < E / 2; i += 2) {
+        const int to = top + i / 2 % 2 * 8;
+        if (to < limit)
+            *reinterpret_cast<uint32_t*>(out + to * stride + i / 4 * 8 + column) =
+                pack_bf16x2(d[i] * factor, d[i + 1] * factor);
+    }
+}
+
+template <int E>
+DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const OwnedKeys& owned, const Walk<E>& walk) {
+    using P = Plan<E>;
+    Consumer<E> consumer;
+    consumer.shared = shared;
+    // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
+    consumer.group = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
+    consumer.first_key = owned.keys.first + consumer.group * kGroupKeys + consumer.warp() * 16;
+    consumer.scale_log2 = problem.scale * kLog2E;
+#pragma unroll
+    for (int i = 0; i < E / 2; ++i) consumer.dk[i] = consumer.dv[i] = 0.0f;
+    mbarrier_wait(shared + P::kKeysFull, 0);
+    StageCursor<P::kStages> at;
+    int number = 0;
+    for (int head = 0; head < problem.group(); ++head)
+        for (int step = 0; step < walk.steps; ++step, ++number, at.advance())
+            consumer.step(walk, walk.tile(step), number, at);
+    const int64_t stride = problem.stride();
+    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), stride, consumer.first_key, owned.keys.last,
+                          consumer.dk, problem.scale);
+    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), stride, consumer.first_key,
+                          owned.keys.last, consumer.dv, 1.0f);
+}
+
+#endif  // MMPO_SM90
+
+template <int E>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_sm90_kernel(const __grid_constant__ TensorMaps maps, AttentionGradient problem,
+                                   GradientWorkspace workspace) {
+#if MMPO_SM90
+    using P = Plan<E>;
+    DYNAMIC_SHARED(raw);
+    const uint32_t shared = shared_address(raw);
+    if (threadIdx.x == 0) {
+        typename P::Ring{shared + P::kRing}.init(kConsumerThreads / 32);
+        mbarrier_init(shared + P::kKeysFull, 1);
+        mbarrier_init(shared + P::kDqFull, kConsumerThreads / 32);
+        mbarrier_init(shared + P::kDqEmpty, 1);
+        fence_mbarrier_init();
+    }
+    const OwnedKeys owned = take_keys<P::BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
+    const Walk<E> walk(owned.span, owned.pair, owned.keys);
+    if (threadIdx.x < kWarpgroupThreads) {
+        setmaxnreg_decrease<P::kTiles.producer_registers>();
+        if (threadIdx.x == 0) produce<E>(shared, maps, problem, workspace, owned, walk);
+        if (threadIdx.x == 32) add_in_turn<E>(shared, problem, workspace, owned, walk);
+    } else {
+        setmaxnreg_increase<P::kTiles.consumer_registers>();
+        consume<E>(shared, problem, owned, walk);
+    }
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------
+// launchers
+
+template <int E>
+int encode_maps(TensorMaps& maps, const AttentionGradient& problem) {
+    using P = Plan<E>;
+    const uint64_t rows = uint64_t(problem.rows), stride = uint64_t(problem.stride()),
+                   out_stride = uint64_t(problem.out_stride());
+    int status = encode_tensor_map_2d(&maps.queries, problem.qkv, rows, stride, stride, P::BLOCK_M, kPanelColumns,
+                                      Swizzle::bytes_128);
+    if (status != kSuccess) return status;
+    status = encode_tensor_map_2d(&maps.keys, problem.qkv, rows, stride, stride, P::BLOCK_N, kPanelColumns,
+                                  Swizzle::bytes_128);
+    if (status != kSuccess) return status;
+    return encode_tensor_map_2d(&maps.dout, problem.dout, rows, out_stride, out_stride, P::BLOCK_M, kPanelColumns,
+                                Swizzle::bytes_128);
+}
+
+template <int E>
+int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {
+    using P = Plan<E>;
+    const unsigned key_tiles = unsigned(all_row_tiles(host_spans, problem.pairs, P::BLOCK_N) * problem.kv_heads);
+    if (key_tiles == 0) return kSuccess;
+    TensorMaps maps;
+    int status = encode_maps<E>(maps, problem);
+    if (status != kSuccess) return status;
+    const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
+    status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N>(problem, workspace, host_spans, stream);
+    if (status != kSuccess) return status;
+    status = LAUNCH(attention_backward_sm90_kernel<E>, dim3(key_tiles), dim3(kThreads), P::kBytes, stream, maps,
+                    problem, workspace);
+    if (status != kSuccess) return status;
+    return launch_finish<E, P::BLOCK_M>(problem, workspace, host_spans, stream);
+}
+
+}  // namespace
+
+extern "C" int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t,
+                                                                  int32_t head_size) {
+    const BackwardTiles tiles = backward_tiles(head_size);
+    return GradientWorkspace::bytes(rows, pairs, heads, head_size, tiles.block_m, tiles.block_n);
+}
+
+extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
+                                                            const mmpo_bf16* out, const float* lse,
+                                                            const mmpo_bf16* qkv, const uint32_t* spans,
+                                                            const uint32_t* host_spans, int32_t pairs, int32_t rows,
+                                                            int32_t heads, int32_t kv_heads, int32_t head_size,
+                                                            float scale, mmpo_stream stream) {
+    const AttentionGradient problem{dqkv, dout, out, lse, qkv, spans, pairs, rows, heads, kv_heads, head_size, scale};
+    switch (head_size) {
+        case 64:
+            return launch<64>(problem, workspace, host_spans, cuda_stream(stream));
+        case 128:
+            return launch<128>(problem, workspace, host_spans, cuda_stream(stream));
+        default:
+            return kInvalidValue;
+    }
+}

@@ -1,0 +1,311 @@
+// What both attention backward kernels share: the tiles of queries that see a tile of keys, the order in which a row of
+// dQ receives its terms, and the small kernels before and behind the main one.
+//
+//   prepare  delta[T, H] = row sums of dout * out and lse in base 2, tile by tile; turns at zero; the list of key tiles
+//   main     a block owns a tile of keys of one key/value head: S, dP, dV, dK and its term of dQ (5 products)
+//   finish   dQ's f32 sums to bf16
+//
+// The order of dQ. Blocks that own different keys add to the same rows of dQ, and f32 sums depend on their order. So
+// each (tile of queries, head) has a counter of turns: the tile of keys on the diagonal assigns, then its neighbour
+// towards the first key adds, and so on; rejected queries take the prompt's tiles, again descending, after their own. A
+// block walks its queries upwards from its own diagonal, so at any moment the blocks of one sequence are at tiles of
+// queries a few apart, and the one that a block waits for has been there before it. (Ascending order would have all
+// blocks stand behind the first at every step.) Blocks take tiles of keys by tickets in an order in which each waits
+// only for earlier tickets, so it never waits for a block that has not started.
+#pragma once
+
+#include "attention_tiles.cuh"
+#include "launch.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+
+struct AttentionGradient {
+    bf16* dqkv;
+    const bf16* dout;
+    const bf16* out;
+    const float* lse;
+    const bf16* qkv;
+    const uint32_t* spans;
+    int pairs, rows, heads, kv_heads, head_size;
+    float scale;
+
+    HOST_DEVICE int group() const { return heads / kv_heads; }
+    HOST_DEVICE int64_t stride() const { return int64_t(heads + 2 * kv_heads) * head_size; }
+    HOST_DEVICE int64_t out_stride() const { return int64_t(heads) * head_size; }
+    HOST_DEVICE int query_column(int head) const { return head * head_size; }
+    HOST_DEVICE int key_column(int kv_head) const { return (heads + kv_head) * head_size; }
+    HOST_DEVICE int value_column(int kv_head) const { return key_column(kv_heads + kv_head); }
+};
+
+// A tile of keys to be owned by a block: `tile` as find_row_tile counts.
+struct KeyTileEntry {
+    uint32_t pair, tile;
+};
+
+// ------------------------------------------------------------------------------------------------- numbers of tiles
+// A tile of a sequence gets the number (first row of the sequence) / rows + (index of the sequence) + (tile in it).
+// Numbers are unique, need no table, and leave out at most two a pair.
+
+constexpr int64_t tile_numbers(int64_t rows, int64_t pairs, int64_t tile_rows) {
+    return rows / tile_rows + kSequences * pairs;
+}
+
+DEVICE int tile_number(int sequence_first, int pair, bool rejected, int tile_rows) {
+    return sequence_first / tile_rows + kSequences * pair + int(rejected);
+}
+
+// Tiles of `rows` rows in all pairs of the host's table.
+inline int64_t all_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
+    int64_t tiles = 0;
+    for (int pair = 0; pair < pairs; ++pair) {
+        const uint32_t* span = host_spans + 4 * int64_t(pair);
+        tiles += ceil_div(int64_t(span[1]) + span[2], rows) + ceil_div(span[3], rows);
+    }
+    return tiles;
+}
+
+// Workspace of a backward pass with tiles of BLOCK_M queries and BLOCK_N keys.
+struct GradientWorkspace {
+    float* dq;              // [query tiles, H, BLOCK_M * E] in fragments: see dq_fragment
+    float* statistics;      // [query tiles, H, 2, BLOCK_M]: lse in base 2, delta
+    uint32_t* turns;        // [query tiles, H]
+    uint32_t* next_ticket;  // [1]
+    KeyTileEntry* key_tiles;
+
+    static int64_t bytes(int64_t rows, int64_t pairs, int heads, int head_size, int block_m, int block_n) {
+        const int64_t tiles = tile_numbers(rows, pairs, block_m) * heads;
+        return tiles * block_m * (head_size + 2) * int64_t(sizeof(float)) + ceil_div(tiles + 1, 4) * 16 +
+               tile_numbers(rows, pairs, block_n) * int64_t(sizeof(KeyTileEntry));
+    }
+
+    GradientWorkspace(void* start, const AttentionGradient& problem, int block_m) {
+        const int64_t tiles = tile_numbers(problem.rows, problem.pairs, block_m) * problem.heads;
+        dq = static_cast<float*>(start);
+        statistics = dq + tiles * block_m * problem.head_size;
+        turns = reinterpret_cast<uint32_t*>(statistics + tiles * block_m * 2);
+        next_ticket = turns + tiles;
+        key_tiles = reinterpret_cast<KeyTileEntry*>(turns + ceil_div(tiles + 1, 4) * 4);
+    }
+};
+
+// ------------------------------------------------------------------------------------------- queries of a tile of keys
+
+// One step of a block's walk: BLOCK_M rows of queries that see some of its keys.
+struct QueryTile {
+    int first;      // first row; the tile ends early where its sequence does
+    int number;     // see tile_number
+    uint32_t turn;  // of this block at the tile's rows of dQ
+    bool other;     // rejected queries on the prompt's keys: they see keys before `QueryWalk::prompt_last`
+    bool crosses;   // a boundary of the mask runs through keys x queries
+};
+
+// The tiles of queries that see a tile of keys, ascending from its diagonal; then, for keys of the prompt, those of the
+// rejected response. A tile of chosen keys alone has none of the latter.
+template <int BLOCK_M, int BLOCK_N>
+struct QueryWalk {
+    static_assert(BLOCK_N % BLOCK_M == 0, "a tile of queries meets the diagonal in one tile of keys");
+    static constexpr int kPerKeyTile = BLOCK_N / BLOCK_M;
+
+    int steps;
+    int prompt_last;
+    int own_first, own_number, own_steps;
+    int other_first, other_number;
+    uint32_t other_turn;
+    bool crosses_prompt_end;
+
+    DEVICE QueryWalk(const Span& span, int pair, const RowTile& keys) {
+        const int key_tile = (keys.first - keys.sequence_first) / BLOCK_N;
+        prompt_last = span.start + span.prompt;
+        own_first = keys.first;
+        own_number = tile_number(keys.sequence_first, pair, keys.rejected, BLOCK_M) + key_tile * kPerKeyTile;
+        own_steps = (keys.sequence_last - keys.first + BLOCK_M - 1) / BLOCK_M;
+        other_first = prompt_last + span.chosen;
+        other_number = tile_number(other_first, pair, true, BLOCK_M);
+        const bool visited = !keys.rejected && keys.first < prompt_last;
+        steps = own_steps + (visited ? (span.rejected + BLOCK_M - 1) / BLOCK_M : 0);
+        other_turn = visited ? uint32_t(1 + (span.prompt - 1) / BLOCK_N - key_tile) : 0;
+        crosses_prompt_end = keys.first + BLOCK_N > prompt_last;
+    }
+
+    DEVICE QueryTile tile(int step) const {
+        if (step < own_steps) {
+            return {own_first + step * BLOCK_M, own_number + step, uint32_t(step / kPerKeyTile), false,
+                    step < kPerKeyTile};
+        }
+        const int behind = step - own_steps;
+        return {other_first + behind * BLOCK_M, other_number + behind, other_turn + uint32_t(behind / kPerKeyTile),
+                true, crosses_prompt_end};
+    }
+
+    // Of a tile that `crosses`. Queries behind the end of their sequence need no mask: their lse is infinite.
+    DEVICE bool seen(const QueryTile& queries, int query, int key) const {
+        return queries.other ? key < prompt_last : key <= query;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------ tickets
+
+// What a block works on.
+struct OwnedKeys {
+    int pair, kv_head;
+    Span span;
+    RowTile keys;
+};
+
+// Takes the next tile of keys; all threads of a block call this. `ticket` is one word of shared memory. The key/value
+// heads of a tile are neighbours, so the blocks of one head that wait for one another start kv_heads tickets apart.
+template <int BLOCK_N>
+DEVICE OwnedKeys take_keys(const AttentionGradient& problem, const GradientWorkspace& workspace, uint32_t* ticket) {
+    if (threadIdx.x == 0) *ticket = atomicAdd(workspace.next_ticket, 1u);
+    __syncthreads();
+    const int taken = int(*ticket);
+    const KeyTileEntry entry = workspace.key_tiles[taken / problem.kv_heads];
+    OwnedKeys owned{int(entry.pair), taken % problem.kv_heads, load_span(problem.spans, int(entry.pair)), {}};
+    find_row_tile(owned.keys, owned.span, int(entry.tile), BLOCK_N);
+    return owned;
+}
+
+// ----------------------------------------------------------------------------------------------------------- fragments
+
+// Where a lane's four f32 of a 16 x 8 part of dQ lie in its tile: parts of a row group are neighbours, and a warp moves
+// one in 512 contiguous bytes, in the order in which mma and wgmma leave accumulators.
+template <int E>
+DEVICE int dq_fragment(int row_group, int column_group) {
+    return ((row_group * (E / 8) + column_group) * 32 + int(lane_id())) * 4;
+}
+
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo
+
+// ------------------------------------------------------------------------------------------------------- small kernels
+// Without external linkage: two files compile them, for different targets. (nvcc knows one anonymous namespace only.)
+namespace {
+
+constexpr int kGradientThreads = 256;
+
+// Sum of a value a thread over the block; all threads call it. `partials` holds a word a warp.
+DEVICE uint32_t block_sum(uint32_t value, uint32_t* partials) {
+    value = __reduce_add_sync(0xffffffffu, value);
+    if (lane_id() == 0) partials[threadIdx.x / 32] = value;
+    __syncthreads();
+    uint32_t sum = 0;
+    for (int warp = 0; warp < kGradientThreads / 32; ++warp) sum += partials[warp];
+    return sum;
+}
+
+// Lists the key tiles of one pair behind those of all longer pairs, so that no long pair begins when the others are
+// done. Of a pair: the rejected response's tiles descending, then those of prompt and chosen descending, which is the
+// order in which dQ receives their terms.
+template <int BLOCK_N>
+DEVICE void list_key_tiles(KeyTileEntry* key_tiles, const uint32_t* spans, int pairs, int pair, uint32_t* partials) {
+    const auto tiles_of = [](const Span& span) {
+        return uint32_t((span.prompt + span.chosen + BLOCK_N - 1) / BLOCK_N + (span.rejected + BLOCK_N - 1) / BLOCK_N);
+    };
+    const auto length_of = [](const Span& span) { return span.prompt + span.chosen + span.rejected; };
+    const Span own = load_span(spans, pair);
+    uint32_t before = 0;
+    for (int i = int(threadIdx.x); i < pairs; i += kGradientThreads) {
+        const Span other = load_span(spans, i);
+        const int longer = length_of(other) - length_of(own);
+        if (longer > 0 || (longer == 0 && i < pair)) before += tiles_of(other);
+    }
+    before = block_sum(before, partials);
+    const uint32_t tiles = tiles_of(own);
+    for (uint32_t i = threadIdx.x; i < tiles; i += kGradientThreads)
+        key_tiles[before + i] = {uint32_t(pair), tiles - 1 - i};
+}
+
+// A block a tile of queries of one head: (tile of the pair, head, pair).
+template <int E, int BLOCK_M, int BLOCK_N>
+__global__ void __launch_bounds__(kGradientThreads)
+    attention_prepare_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    SHARED_ARRAY(uint32_t, partials, kGradientThreads / 32);
+    const int pair = int(blockIdx.z), head = int(blockIdx.y);
+    if (blockIdx.x == 0 && head == 0) {
+        if (pair == 0 && threadIdx.x == 0) *workspace.next_ticket = 0;
+        list_key_tiles<BLOCK_N>(workspace.key_tiles, problem.spans, problem.pairs, pair, partials);
+    }
+    RowTile queries;
+    if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), BLOCK_M)) return;
+    const int number = tile_number(queries.sequence_first, pair, queries.rejected, BLOCK_M) +
+                       (queries.first - queries.sequence_first) / BLOCK_M;
+    const int64_t slot = int64_t(number) * problem.heads + head;
+    if (threadIdx.x == 0) workspace.turns[slot] = 0;
+
+    // Lanes that share a row, 16 bytes each.
+    constexpr int kLanes = E / kChunkValues, kRowsAtOnce = kGradientThreads / kLanes;
+    float* statistics = workspace.statistics + slot * 2 * BLOCK_M;
+    const int lane = int(threadIdx.x) % kLanes;
+#pragma unroll
+    for (int first = 0; first < BLOCK_M; first += kRowsAtOnce) {
+        const int row = first + int(threadIdx.x) / kLanes;
+        const bool valid = row < BLOCK_M && queries.first + row < queries.last;
+        const int64_t index = int64_t(valid ? queries.first + row : queries.first) * problem.heads + head;
+        const uint4 a = load_128(problem.dout + index * E + lane * kChunkValues);
+        const uint4 b = load_128(problem.out + index * E + lane * kChunkValues);
+        const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+        float delta = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            delta += low_bf16(left[i]) * low_bf16(right[i]) + high_bf16(left[i]) * high_bf16(right[i]);
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
+        if (lane == 0 && row < BLOCK_M) {
+            // Rows behind the end: an infinite lse makes every probability an exact zero.
+            statistics[row] = valid ? problem.lse[index] * kLog2E : INFINITY;
+            statistics[BLOCK_M + row] = valid ? delta : 0.0f;
+        }
+    }
+}
+
+// As prepare's grid; a warp writes 16 x 8 values of dQ at a time.
+template <int E, int BLOCK_M>
+__global__ void __launch_bounds__(kGradientThreads)
+    attention_finish_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    const int pair = int(blockIdx.z), head = int(blockIdx.y), lane = int(lane_id());
+    RowTile queries;
+    if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), BLOCK_M)) return;
+    const int number = tile_number(queries.sequence_first, pair, queries.rejected, BLOCK_M) +
+                       (queries.first - queries.sequence_first) / BLOCK_M;
+    const float* dq = workspace.dq + (int64_t(number) * problem.heads + head) * (BLOCK_M * E);
+    constexpr int kParts = BLOCK_M / 16 * (E / 8);
+#pragma unroll 4
+    for (int part = int(threadIdx.x) / 32; part < kParts; part += kGradientThreads / 32) {
+        const int row_group = part / (E / 8), column_group = part % (E / 8);
+        const uint4 v = load_128(dq + dq_fragment<E>(row_group, column_group));
+        const int top = queries.first + row_group * 16 + lane / 4;
+        const int column = problem.query_column(head) + column_group * 8 + lane % 4 * 2;
+        bf16* to = problem.dqkv + top * problem.stride() + column;
+        const float scale = problem.scale;
+        if (top < queries.last) {
+            *reinterpret_cast<uint32_t*>(to) = pack_bf16x2(__uint_as_float(v.x) * scale, __uint_as_float(v.y) * scale);
+        }
+        if (top + 8 < queries.last) {
+            *reinterpret_cast<uint32_t*>(to + 8 * problem.stride()) =
+                pack_bf16x2(__uint_as_float(v.z) * scale, __uint_as_float(v.w) * scale);
+        }
+    }
+}
+
+// A block a tile of queries of one head.
+inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* host_spans, int block_m) {
+    return dim3(unsigned(most_row_tiles(host_spans, problem.pairs, block_m)), unsigned(problem.heads),
+                unsigned(problem.pairs));
+}
+
+template <int E, int BLOCK_M, int BLOCK_N>
+int launch_prepare(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
+                   cudaStream_t stream) {
+    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N>), query_tile_grid(problem, host_spans, BLOCK_M),
+                  dim3(kGradientThreads), 0, stream, problem, workspace);
+}
+
+template <int E, int BLOCK_M>
+int launch_finish(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
+                  cudaStream_t stream) {
+    return LAUNCH((attention_finish_kernel<E, BLOCK_M>), query_tile_grid(problem, host_spans, BLOCK_M),
+                  dim3(kGradientThreads), 0, stream, problem, workspace);
+}
+
+}  // namespace

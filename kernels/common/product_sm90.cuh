@@ -1,0 +1,313 @@
+// Matrix products on TMA and wgmma (sm_90a): out[M, N] = left[M, K] * right[K, N], bf16 in, f32 accumulators, whatever
+// an epilogue makes of them. Any sizes, as long as the lines of both operands are multiples of 8 values (16 bytes,
+// which tensor maps ask for): copies fill what lies outside with zeros, stores clip it.
+//
+// A block is persistent and takes tiles of `out` in turn. Its warpgroups have roles:
+//
+//   producer     one thread fills a ring of stages, each a slice of BLOCK_K along K of both operands, by TMA
+//   consumers    64 rows each of the tile: wgmma from the stages, then the epilogue on the accumulators
+//
+// The producer runs ahead into the next tile while consumers are in the epilogue, and the epilogue's stores are TMA's,
+// so that of it only the conversion of accumulators to panels of shared memory keeps the tensor cores waiting.
+//
+// NOTE clusters: two blocks side by side could load half a slice of their shared operand each and multicast it to both,
+// which halves that operand's L2 reads: 128 x 256 tiles would ask L2 for 32 instead of 48 bytes a cycle. Public
+// worklogs of such kernels measure 5 % of an 8192^3 product. The emulated device has no clusters to test it on.
+#pragma once
+
+#include <type_traits>
+
+#include "product_plan.cuh"
+#include "warp_panels.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+namespace hopper {
+
+constexpr int BLOCK_K = kSliceDepth;
+// What a block may have of a multiprocessor's 228 KiB.
+constexpr int kMostSharedBytes = 227 * 1024;
+
+// Tiles: BLOCK_M x BLOCK_N of `out`, cut among kConsumersM * kConsumersN consumers; kStages slices under way; kPanels a
+// warp for its epilogue (two let one leave while the next is written; more where memory is left, so that a tile's
+// stores rarely wait for one another). Registers: 65536 are shared out evenly at first; the producer gives most of its
+// up.
+struct TwoConsumers {
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+struct Tile128x256 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 256, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 2;
+};
+struct Tile192x192 {
+    static constexpr int BLOCK_M = 192, BLOCK_N = 192, kConsumersM = 3, kConsumersN = 1, kStages = 3, kPanels = 3;
+    static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+};
+struct Tile128x192 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 192, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 4;
+};
+struct Tile128x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 128, kConsumersM = 2, kConsumersN = 1, kStages = 5, kPanels = 4;
+};
+struct Tile64x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kConsumersN = 2, kStages = 6, kPanels = 4;
+};
+
+// Which index of an operand's matrix runs along memory: K, or the one that also indexes `out`.
+enum class Line { depth, outer };
+
+// A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K.
+template <int OUTER, Line kLine>
+struct Slice {
+    static constexpr bool kTransposed = kLine == Line::outer;
+    static constexpr int kRows = kTransposed ? BLOCK_K : OUTER, kColumns = kTransposed ? OUTER : BLOCK_K;
+    using Panels = PanelTile<kRows, kColumns>;
+    static constexpr int kBytes = Panels::kBytes;
+
+    // A map of the operand, whose lines lie back to back.
+    static int encode(CUtensorMap* map, const bf16* operand, int outer_size, int depth_size) {
+        const uint64_t rows = uint64_t(kTransposed ? depth_size : outer_size);
+        const uint64_t columns = uint64_t(kTransposed ? outer_size : depth_size);
+        return encode_tensor_map_2d(map, operand, rows, columns, columns, kRows, kPanelColumns, Swizzle::bytes_128);
+    }
+    static DEVICE void load(uint32_t slice, const CUtensorMap* map, int outer, int depth, uint32_t mbarrier) {
+        Panels::load(slice, map, kTransposed ? outer : depth, kTransposed ? depth : outer, mbarrier);
+    }
+    // The operand of one wgmma: depth 16 * step .., outer index from `outer` (a multiple of 64) on.
+    static DEVICE uint64_t operand(uint32_t slice, int outer, int step) {
+        if constexpr (kTransposed)
+            return Panels::depth_in_rows(slice, outer, step);
+        else
+            return Panels::depth_in_columns(slice, outer, step);
+    }
+};
+
+// The three products of a linear layer x[T, I] -> out[T, O] with weight[O, I]; none needs a transposed copy.
+struct ForwardLines {  // x, weight
+    static constexpr Line kLeft = Line::depth, kRight = Line::depth;
+};
+struct BackwardInputLines {  // dout, weight
+    static constexpr Line kLeft = Line::depth, kRight = Line::outer;
+};
+struct BackwardWeightLines {  // dout, x
+    static constexpr Line kLeft = Line::outer, kRight = Line::outer;
+};
+
+template <class Tile, class Lines>
+struct Layout {
+    using Left = Slice<Tile::BLOCK_M, Lines::kLeft>;
+    using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
+    using Ring = StageRing<Tile::kStages>;
+    using Panels = WarpPanels<Tile::kPanels>;
+    static constexpr int kConsumers = Tile::kConsumersM * Tile::kConsumersN;
+    static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarp;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+    static constexpr int CONSUMER_N = Tile::BLOCK_N / Tile::kConsumersN;
+    static_assert(Tile::BLOCK_M == 64 * Tile::kConsumersM, "a consumer's products have 64 rows");
+    static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
+    // Shared memory: stages, panels, then the ring's mbarriers.
+    static constexpr int kPanelsAt = Tile::kStages * kStageBytes;
+    static constexpr int kRingAt = kPanelsAt + kConsumerWarps * Panels::kBytes;
+    static constexpr int kSharedBytes = kRingAt + Ring::kBytes;
+    static_assert(kSharedBytes <= kMostSharedBytes, "fewer stages or panels");
+};
+
+// What a kernel is told. An epilogue is a struct with
+//
+//   template <int kCount, class Panels>
+//   DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const;
+//
+// which every consumer warp calls once a tile with 16 rows x 2 * kCount columns of accumulators, from `row` and
+// `column` of `out` on, in wgmma's layout (ptx_wgmma.cuh); they may lie outside of `out`, in part or wholly. `panels`
+// is the warp's own way to global memory (warp_panels.cuh). Of a split product, part s is called with rows s *
+// split_rows further on.
+template <class Epilogue>
+struct Problem {
+    CUtensorMap left, right;
+    int tiles_m, tiles_n, slices;
+    int splits, tile_group;
+    int split_rows;
+    Epilogue epilogue;
+};
+
+// One tile, or the part of it that a split sums.
+struct TileWork {
+    int m, n, first_slice, end_slice, out_row;
+};
+
+template <class Tile, class Epilogue>
+DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index) {
+    const int tiles = problem.tiles_m * problem.tiles_n;
+    const int split = index / tiles, tile = index % tiles;
+    const int group_tiles = problem.tile_group * problem.tiles_n;
+    const int group = tile / group_tiles, within = tile % group_tiles;
+    const int rows = min(problem.tile_group, problem.tiles_m - group * problem.tile_group);
+    const int m = (group * problem.tile_group + within % rows) * Tile::BLOCK_M;
+    return {m, within / rows * Tile::BLOCK_N, int(int64_t(problem.slices) * split / problem.splits),
+            int(int64_t(problem.slices) * (split + 1) / problem.splits), m + split * problem.split_rows};
+}
+
+// Calls `visit` with each of the block's tiles. Producer and consumers walk the same ones.
+template <class Tile, class Epilogue, class Visit>
+DEVICE void each_tile(const Problem<Epilogue>& problem, const Visit& visit) {
+    const int count = problem.tiles_m * problem.tiles_n * problem.splits;
+    for (int index = int(blockIdx.x); index < count; index += int(gridDim.x)) visit(tile_work<Tile>(problem, index));
+}
+
+#if MMPO_SM90
+
+// One thread: loads slices as stages become free.
+template <class Tile, class Lines, class Epilogue>
+DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
+    using L = Layout<Tile, Lines>;
+    const typename L::Ring ring{shared + L::kRingAt};
+    StageCursor<Tile::kStages> cursor;
+    each_tile<Tile>(problem, [&](const TileWork& work) {
+        for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
+            const uint32_t stage = shared + uint32_t(cursor.stage * L::kStageBytes), full = ring.full(cursor.stage);
+            mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+            mbarrier_arrive_expect_tx(full, L::kStageBytes);
+            L::Left::load(stage, &problem.left, work.m, slice * BLOCK_K, full);
+            L::Right::load(stage + L::Left::kBytes, &problem.right, work.n, slice * BLOCK_K, full);
+            cursor.advance();
+        }
+    });
+}
+
+// d = the consumer's part of one tile. The products of one slice are under way while the next is waited for, and a
+// stage is given back once those of the next are queued.
+template <class Tile, class Lines>
+DEVICE void multiply_tile(float (&d)[Layout<Tile, Lines>::CONSUMER_N / 2], StageCursor<Tile::kStages>& cursor,
+                          uint32_t shared, const TileWork& work, int consumer) {
+    using L = Layout<Tile, Lines>;
+    const typename L::Ring ring{shared + L::kRingAt};
+    const int outer_m = consumer % Tile::kConsumersM * 64, outer_n = consumer / Tile::kConsumersM * L::CONSUMER_N;
+    const auto release = [&](int stage) {
+        // Each warp for itself: one may be a slice behind its warpgroup's others.
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
+    };
+    int previous = 0;
+    for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
+        const uint32_t left = shared + uint32_t(cursor.stage * L::kStageBytes), right = left + L::Left::kBytes;
+        mbarrier_wait(ring.full(cursor.stage), cursor.parity);
+        pin_registers(d);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BLOCK_K / kWgmmaDepth; ++step) {
+            wgmma_ss<L::CONSUMER_N, L::Left::kTransposed, L::Right::kTransposed>(
+                d, L::Left::operand(left, outer_m, step), L::Right::operand(right, outer_n, step),
+                slice != work.first_slice || step != 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (slice != work.first_slice) release(previous);
+        previous = cursor.stage;
+        cursor.advance();
+    }
+    wgmma_wait<0>();
+    pin_registers(d);
+    release(previous);
+}
+
+template <class Tile, class Lines, class Epilogue>
+DEVICE void consume(const Problem<Epilogue>& problem, uint32_t shared, int consumer) {
+    using L = Layout<Tile, Lines>;
+    const int warp = int(threadIdx.x) / kWarp % 4;
+    const int row = consumer % Tile::kConsumersM * 64 + warp * 16,
+              column = consumer / Tile::kConsumersM * L::CONSUMER_N;
+    typename L::Panels panels{shared + uint32_t(L::kPanelsAt + (consumer * 4 + warp) * L::Panels::kBytes)};
+    StageCursor<Tile::kStages> cursor;
+    each_tile<Tile>(problem, [&](const TileWork& work) {
+        float d[L::CONSUMER_N / 2];
+        multiply_tile<Tile, Lines>(d, cursor, shared, work, consumer);
+        problem.epilogue(d, work.out_row + row, work.n + column, panels);
+    });
+    panels.drain();
+}
+
+#endif
+
+template <class Tile, class Lines, class Epilogue>
+static __global__ void __launch_bounds__(Layout<Tile, Lines>::kThreads, 1)
+    product_kernel(const __grid_constant__ Problem<Epilogue> problem) {
+#if MMPO_SM90
+    using L = Layout<Tile, Lines>;
+    DYNAMIC_SHARED(raw);
+    const uint32_t shared = shared_address(raw);
+    if (threadIdx.x == 0) {
+        typename L::Ring{shared + L::kRingAt}.init(L::kConsumerWarps);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    // The shuffle tells the compiler that a warp has one role.
+    const int role = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0);
+    if (role == L::kConsumers) {
+        setmaxnreg_decrease<Tile::kProducerRegisters>();
+        if (threadIdx.x == L::kConsumers * kWarpgroupThreads) produce<Tile, Lines>(problem, shared);
+    } else {
+        setmaxnreg_increase<Tile::kConsumerRegisters>();
+        consume<Tile, Lines>(problem, shared, role);
+    }
+#endif
+}
+
+// Operands and sizes, for launchers.
+struct Operands {
+    const bf16* left;
+    const bf16* right;
+    int shape_m, shape_n, shape_k;
+};
+
+// Rows that each part of a split product has in the array its epilogue writes: whole tiles, so that parts stay apart.
+inline int64_t split_rows(const ProductPlan& plan, int shape_m) {
+    return ceil_div(shape_m, plan.block_m) * plan.block_m;
+}
+
+// Whether tensor maps of the operands exist for Lines.
+template <class Lines>
+bool operands_mappable(const Operands& operands) {
+    const int left_line = Lines::kLeft == Line::depth ? operands.shape_k : operands.shape_m;
+    const int right_line = Lines::kRight == Line::depth ? operands.shape_k : operands.shape_n;
+    return vector_rows(left_line) && vector_rows(right_line) && vector_aligned(operands.left, operands.right);
+}
+
+template <class Tile, class Lines, class Epilogue>
+mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
+                         mmpo_stream stream) {
+    using L = Layout<Tile, Lines>;
+    const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M);
+    const int64_t tiles_n = ceil_div(operands.shape_n, Tile::BLOCK_N);
+    const int64_t count = tiles_m * tiles_n * plan.splits;
+    const int64_t rows = tiles_m * Tile::BLOCK_M;
+    if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
+    Problem<Epilogue> problem{{},
+                              {},
+                              int(tiles_m),
+                              int(tiles_n),
+                              int(ceil_div(operands.shape_k, BLOCK_K)),
+                              plan.splits,
+                              plan.tile_group,
+                              int(rows),
+                              epilogue};
+    if (const int error = L::Left::encode(&problem.left, operands.left, operands.shape_m, operands.shape_k))
+        return error;
+    if (const int error = L::Right::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
+        return error;
+    const unsigned blocks = unsigned(count < multiprocessors() ? count : multiprocessors());
+    return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(L::kThreads), L::kSharedBytes,
+                  cuda_stream(stream), problem);
+}
+
+// Queues one product with the tile that `plan` names. `out` of a split product has splits * split_rows rows.
+template <class Lines, class Epilogue>
+mmpo_status launch_product(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
+                           mmpo_stream stream) {
+    if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 128) return launch_tiles<Tile128x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_m == 192) return launch_tiles<Tile192x192, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 192) return launch_tiles<Tile128x192, Lines>(operands, plan, epilogue, stream);
+    return launch_tiles<Tile128x256, Lines>(operands, plan, epilogue, stream);
+}
+
+}  // namespace hopper
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

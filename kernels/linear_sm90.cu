@@ -1,0 +1,98 @@
+// The products of a linear layer on Hopper: common/product_sm90.cuh with the epilogues that store them.
+//
+//   product          left                 right                  out
+//   forward          x[T, I]              weight[O, I], by rows  bf16 assigned (+ bias)
+//   backward_input   dout[T, O]           weight[O, I]           bf16 assigned
+//   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
+//
+// T may be anything; I and O are multiples of 8 and arrays start on 16 bytes, which tensor maps ask for.
+
+#include "common/product_epilogues.cuh"
+#include "common/vector.cuh"
+
+namespace {
+
+using namespace hopper;
+
+// Accumulates out[M, N] += the sum of a split product's parts, in their order. `part` is the distance between two.
+__global__ void __launch_bounds__(kBlock)
+    add_parts_kernel(float* out, const float* __restrict__ parts, int64_t length, int64_t part, int count) {
+    const int64_t index = flat_index();
+    if (index >= length) return;
+    float sum[kVector], term[kVector];
+    load8<true>(sum, parts + index, 0, kVector);
+#pragma unroll 4
+    for (int i = 1; i < count; ++i) {
+        load8<true>(term, parts + i * part + index, 0, kVector);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum[j] += term[j];
+    }
+    load8<true>(term, out + index, 0, kVector);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) term[j] += sum[j];
+    store8<true>(out + index, 0, kVector, term);
+}
+
+template <class Lines>
+bool takes(const Operands& operands, const void* out) {
+    return operands_mappable<Lines>(operands) && vector_rows(operands.shape_n) && vector_aligned(out);
+}
+
+bool empty(const Operands& operands) { return operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0; }
+
+template <class Lines>
+mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, mmpo_stream stream) {
+    if (empty(operands)) return kSuccess;
+    if (!takes<Lines>(operands, out)) return kInvalidValue;
+    StoreBf16 epilogue{{}, bias, operands.shape_m, operands.shape_n};
+    if (const int error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n)) return error;
+    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, false);
+    return launch_product<Lines>(operands, plan, epilogue, stream);
+}
+
+mmpo_status launch_parts(float* out, float* parts, const Operands& operands, const ProductPlan& plan,
+                         mmpo_stream stream) {
+    const int64_t rows = split_rows(plan, operands.shape_m), width = operands.shape_n;
+    StoreF32 epilogue{{}, int(rows * plan.splits), operands.shape_n, false};
+    if (const int error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
+    if (const int error = launch_product<BackwardWeightLines>(operands, plan, epilogue, stream)) return error;
+    const int64_t length = operands.shape_m * width;
+    return LAUNCH(add_parts_kernel, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, parts, length,
+                  rows * width, plan.splits);
+}
+
+}  // namespace
+
+mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
+                                             const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
+                                             mmpo_stream stream) {
+    return launch_bf16<ForwardLines>(out, bias, {x, weight, rows, outputs, inputs}, stream);
+}
+
+mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                    int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream) {
+    return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, stream);
+}
+
+int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs) {
+    const ProductPlan plan = plan_product(outputs, inputs, rows, true);
+    return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, outputs) * inputs * int64_t(sizeof(float));
+}
+
+mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
+                                                     const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
+                                                     mmpo_stream stream) {
+    const Operands operands{dout, x, outputs, inputs, rows};
+    if (empty(operands)) return kSuccess;
+    if (!takes<BackwardWeightLines>(operands, dweight)) return kInvalidValue;
+    const ProductPlan plan = plan_product(outputs, inputs, rows, true);
+    if (plan.splits > 1) return launch_parts(dweight, static_cast<float*>(workspace), operands, plan, stream);
+    StoreF32 epilogue{{}, outputs, inputs, true};
+    if (const int error = encode_panel_map(&epilogue.out, dweight, outputs, inputs)) return error;
+    return launch_product<BackwardWeightLines>(operands, plan, epilogue, stream);
+}
+
+mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split) {
+    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, may_split != 0);
+    return {plan.block_m, plan.block_n, plan.splits, plan.tile_group, plan.efficiency};
+}

@@ -1,0 +1,328 @@
+//! The three products of a linear layer, and which of their implementations runs: cuBLASLt, `kernels/linear_sm90.cu` on
+//! Hopper, or `kernels/linear.cu` anywhere. The choice is a function of path, shape and alignment, so a product always
+//! gives the same bits on one kind of GPU.
+
+use std::ffi::c_void;
+
+use half::bf16;
+
+use super::backend::{Operand, Product, ProductOut};
+use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
+use super::product_table::{MEASURED, ours_is_faster};
+use super::{CudaDevice, KernelPath, launch_sizes};
+use crate::device::LinearShape;
+use crate::error::{Error, Result};
+
+/// Whose matrix products a device uses where there is a choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// By shape, from a table of measurements; cuBLASLt for shapes that it lacks, ours where cuBLASLt is not installed.
+    #[default]
+    Fastest,
+    /// This program's kernels: to test or to time them.
+    Ours,
+    /// cuBLASLt, and an error where it is not installed: to time it.
+    Vendor,
+}
+
+/// Which product of a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProductKind {
+    Forward,
+    ForwardF32,
+    BackwardInput,
+    BackwardWeight,
+}
+
+/// A product of a linear layer on addresses in device memory; the sizes come as a [`LinearShape`].
+#[derive(Clone, Copy, Debug)]
+pub(super) enum LinearProduct {
+    /// Assigns `out[rows, outputs] = x * weight^T + bias`, rounded once.
+    Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
+    /// Assigns `out[rows, outputs] = x * weight^T`, the accumulators as they are.
+    ForwardF32 { out: *mut f32, x: *const bf16, weight: *const bf16 },
+    /// Assigns `dx[rows, inputs] = dout * weight`.
+    BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
+    BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Implementation {
+    Vendor,
+    Hopper,
+    Portable,
+}
+
+/// Queues one product.
+///
+/// # Safety
+/// From each address on, the memory covers `shape`; the output overlaps none of the others.
+pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape: LinearShape) -> Result<()> {
+    let vendor = device.backend().products();
+    match choose(device, vendor.is_some(), &product, shape) {
+        Implementation::Vendor => {
+            let Some(vendor) = vendor else { return Err(no_vendor()) };
+            // SAFETY: the caller's promise.
+            device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) })
+        }
+        Implementation::Portable => {
+            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
+            // SAFETY: the caller's promise.
+            device.launch(product.name(), &shape, |kernels, stream| unsafe {
+                product.launch_portable(kernels, sizes, stream)
+            })
+        }
+        Implementation::Hopper => {
+            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
+            // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
+            device.launch_with_workspace(
+                product.name(),
+                &shape,
+                |kernels| product.hopper_workspace(kernels, sizes),
+                |kernels, workspace, stream| unsafe {
+                    product.launch_hopper(kernels, sizes, workspace, stream)
+                },
+            )
+        }
+    }
+}
+
+fn choose(
+    device: &CudaDevice,
+    vendor_installed: bool,
+    product: &LinearProduct,
+    shape: LinearShape,
+) -> Implementation {
+    let hopper = device.path() == KernelPath::Hopper && product.has_hopper_kernel(shape);
+    let ours = if hopper { Implementation::Hopper } else { Implementation::Portable };
+    match device.products() {
+        Products::Vendor => Implementation::Vendor,
+        Products::Ours => ours,
+        Products::Fastest if !vendor_installed => ours,
+        Products::Fastest if hopper && ours_is_faster(MEASURED, product.kind(), shape) => ours,
+        Products::Fastest => Implementation::Vendor,
+    }
+}
+
+fn no_vendor() -> Error {
+    Error::device(
+        "cuBLASLt's products were asked for, and it is not loaded",
+        "install CUDA's cuBLAS, for instance PyPI's nvidia-cublas, and add its folder to LD_LIBRARY_PATH",
+    )
+}
+
+impl LinearProduct {
+    fn kind(&self) -> ProductKind {
+        match self {
+            LinearProduct::Forward { .. } => ProductKind::Forward,
+            LinearProduct::ForwardF32 { .. } => ProductKind::ForwardF32,
+            LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
+            LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
+        }
+    }
+
+    /// As errors name it.
+    fn name(&self) -> &'static str {
+        match self.kind() {
+            ProductKind::Forward => "linear_forward",
+            ProductKind::ForwardF32 => "linear_forward_f32",
+            ProductKind::BackwardInput => "linear_backward_input",
+            ProductKind::BackwardWeight => "linear_backward_weight",
+        }
+    }
+
+    /// Whether `kernels/linear_sm90.cu` takes it: tensor maps need 16-byte strides and addresses.
+    fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
+        let addresses = match *self {
+            LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
+            LinearProduct::ForwardF32 { .. } => return false,
+            LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
+        };
+        let aligned = addresses.iter().all(|address| address % 16 == 0);
+        aligned && shape.inputs % 8 == 0 && shape.outputs % 8 == 0
+    }
+
+    fn for_vendor(&self, shape: LinearShape) -> Product {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let as_it_is = |values| Operand { values, transposed: false };
+        let transposed = |values| Operand { values, transposed: true };
+        let product = |out, left, right, [rows, columns, depth]: [usize; 3]| Product {
+            out,
+            accumulate: false,
+            left,
+            right,
+            bias: None,
+            rows,
+            columns,
+            depth,
+        };
+        match *self {
+            LinearProduct::Forward { out, x, weight, bias } => {
+                let sizes = [rows, outputs, inputs];
+                let forward = product(ProductOut::Bf16(out), as_it_is(x), transposed(weight), sizes);
+                Product { bias, ..forward }
+            }
+            LinearProduct::ForwardF32 { out, x, weight } => {
+                product(ProductOut::F32(out), as_it_is(x), transposed(weight), [rows, outputs, inputs])
+            }
+            LinearProduct::BackwardInput { dx, dout, weight } => {
+                product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
+            }
+            LinearProduct::BackwardWeight { dweight, dout, x } => {
+                let sizes = [outputs, inputs, rows];
+                let gradient = product(ProductOut::F32(dweight), transposed(dout), as_it_is(x), sizes);
+                Product { accumulate: true, ..gradient }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`multiply`].
+    unsafe fn launch_portable(
+        &self,
+        kernels: &KernelTable,
+        [rows, inputs, outputs]: [i32; 3],
+        stream: mmpo_stream,
+    ) -> mmpo_status {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match *self {
+                LinearProduct::Forward { out, x, weight, bias } => {
+                    let bias = bias.unwrap_or(std::ptr::null());
+                    (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
+                }
+                LinearProduct::ForwardF32 { out, x, weight } => {
+                    (kernels.linear_forward_f32)(out, x, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInput { dx, dout, weight } => {
+                    (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardWeight { dweight, dout, x } => {
+                    (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+                }
+            }
+        }
+    }
+
+    fn hopper_workspace(&self, kernels: &KernelTable, [rows, inputs, outputs]: [i32; 3]) -> i64 {
+        match self.kind() {
+            // SAFETY: a pure function of numbers.
+            ProductKind::BackwardWeight => unsafe {
+                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs)
+            },
+            _ => 0,
+        }
+    }
+
+    /// # Safety
+    /// As [`multiply`]; `workspace` holds [`LinearProduct::hopper_workspace`] bytes, and [`LinearProduct::has_hopper_kernel`].
+    unsafe fn launch_hopper(
+        &self,
+        kernels: &KernelTable,
+        [rows, inputs, outputs]: [i32; 3],
+        workspace: *mut c_void,
+        stream: mmpo_stream,
+    ) -> mmpo_status {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match *self {
+                LinearProduct::Forward { out, x, weight, bias } => {
+                    let bias = bias.unwrap_or(std::ptr::null());
+                    (kernels.linear_forward_sm90)(out, x, weight, bias, rows, inputs, outputs, stream)
+                }
+                LinearProduct::ForwardF32 { .. } => {
+                    self.launch_portable(kernels, [rows, inputs, outputs], stream)
+                }
+                LinearProduct::BackwardInput { dx, dout, weight } => {
+                    (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardWeight { dweight, dout, x } => {
+                    let launch = kernels.linear_backward_weight_sm90;
+                    launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
+                }
+            }
+        }
+    }
+}
+
+#[cfg(all(test, mmpo_emulated))]
+mod tests {
+    use super::super::bindings::{emulated::KERNELS, mmpo_product_plan};
+    use super::ProductKind;
+
+    const MULTIPROCESSORS: usize = 132;
+
+    /// What Hopper's kernel does with a layer, and the share of the multiprocessors' time in its waves that has a tile.
+    fn plan(kind: ProductKind, rows: usize, (inputs, outputs): (usize, usize)) -> (mmpo_product_plan, f64) {
+        let sizes = match kind {
+            ProductKind::BackwardInput => [rows, inputs, outputs],
+            ProductKind::BackwardWeight => [outputs, inputs, rows],
+            _ => [rows, outputs, inputs],
+        };
+        let [m, n, k] = sizes.map(|size| i32::try_from(size).unwrap());
+        let may_split = i32::from(kind == ProductKind::BackwardWeight);
+        // SAFETY: a pure function of numbers.
+        let plan = unsafe { (KERNELS.product_plan_sm90)(m, n, k, may_split) };
+        let tiles = sizes[0].div_ceil(plan.block_m as usize)
+            * sizes[1].div_ceil(plan.block_n as usize)
+            * plan.splits as usize;
+        let waves = tiles.div_ceil(MULTIPROCESSORS);
+        (plan, tiles as f64 / (waves * MULTIPROCESSORS) as f64)
+    }
+
+    /// Inputs and outputs of QKV, O, gate/up, down.
+    const SMOLLM2_135M: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
+    const LLAMA_3_2_1B: [(usize, usize); 4] = [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)];
+    const LLAMA_3_8B: [(usize, usize); 4] = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)];
+    const KINDS: [ProductKind; 3] =
+        [ProductKind::Forward, ProductKind::BackwardInput, ProductKind::BackwardWeight];
+
+    #[test]
+    fn wide_models_fill_the_gpu_with_wide_tiles() {
+        for layer in LLAMA_3_2_1B.into_iter().chain(LLAMA_3_8B) {
+            for kind in KINDS {
+                let (plan, busy) = plan(kind, 8192, layer);
+                assert!(plan.block_m * plan.block_n >= 128 * 192, "{kind:?} {layer:?}: {plan:?}");
+                assert_eq!(plan.splits, 1, "{kind:?} {layer:?}: {plan:?}");
+                assert!(busy >= 0.93, "{kind:?} {layer:?}: {busy} of the waves are tiles, {plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_models_fill_the_gpu() {
+        for rows in [8192, 4096, 2048] {
+            for layer in SMOLLM2_135M {
+                for kind in KINDS {
+                    let (plan, busy) = plan(kind, rows, layer);
+                    // 2048 x 576 has 80 tiles of 128 x 128; smaller ones would wait for L2. Splitting weight
+                    // gradients further would cost more than it gains.
+                    let least = match (rows, kind) {
+                        (8192, ProductKind::BackwardWeight) => 0.7,
+                        (8192, _) => 0.9,
+                        _ => 0.55,
+                    };
+                    assert!(
+                        busy >= least,
+                        "{kind:?} {rows} {layer:?}: {busy} of the waves are tiles, {plan:?}"
+                    );
+                }
+            }
+        }
+        let (widest, _) = plan(ProductKind::Forward, 8192, (576, 576));
+        assert_eq!((widest.block_m, widest.block_n), (192, 192), "one wave of 129 tiles: {widest:?}");
+    }
+
+    #[test]
+    fn only_weight_gradients_of_few_tiles_are_split() {
+        let (small, _) = plan(ProductKind::BackwardWeight, 8192, (576, 576));
+        assert!(small.splits > 1, "{small:?}");
+        let (short, _) = plan(ProductKind::BackwardWeight, 512, (576, 576));
+        assert_eq!(short.splits, 1, "{short:?}");
+        for kind in [ProductKind::Forward, ProductKind::BackwardInput] {
+            assert_eq!(plan(kind, 1, (14336, 64)).0.splits, 1, "{kind:?}");
+        }
+    }
+}

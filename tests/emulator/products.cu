@@ -1,0 +1,114 @@
+// Hopper products (common/product_sm90.cuh) in every tile and operand order, exact on small integers: ragged, of several
+// tiles a block, in parts.
+#include "common/product_epilogues.cuh"
+#include "harness.h"
+
+using namespace mmpo::test;
+using namespace mmpo::hopper;
+
+namespace {
+
+// Integers whose products and sums bf16 and f32 hold exactly.
+std::vector<bf16> small_integers(int count, int step) {
+    std::vector<bf16> values(size_t(count), bf16{});
+    for (int i = 0; i < count; ++i) values[size_t(i)] = to_bf16(float(i * step % 7 - 3));
+    return values;
+}
+
+struct Shape {
+    int m, n, k;
+};
+
+// out[M, N] += left[M, K] * right[K, N], operands in the order that Lines says.
+template <class Lines>
+void multiply(std::vector<float>& out, const std::vector<bf16>& left, const std::vector<bf16>& right, Shape shape) {
+    const auto at = [](Line line, const std::vector<bf16>& values, int outer, int depth, int outer_size, int depth_size) {
+        return to_float(values[size_t(line == Line::depth ? outer * depth_size + depth : depth * outer_size + outer)]);
+    };
+    for (int m = 0; m < shape.m; ++m) {
+        for (int n = 0; n < shape.n; ++n) {
+            float sum = 0.0f;
+            for (int k = 0; k < shape.k; ++k)
+                sum += at(Lines::kLeft, left, m, k, shape.m, shape.k) * at(Lines::kRight, right, n, k, shape.n, shape.k);
+            out[size_t(m * shape.n + n)] += sum;
+        }
+    }
+}
+
+ProductPlan one_group() { return {0, 0, 1, 2, 0.0}; }
+
+// Adds to what is there; rounding to bf16 is another case's.
+template <class Tile, class Lines>
+std::string run_f32(Shape shape) {
+    const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
+    const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3);
+    std::vector<float> expected = iota(size_t(shape.m * shape.n));
+    DeviceArray<bf16> left(left_values), right(right_values);
+    DeviceArray<float> out(expected);
+    multiply<Lines>(expected, left_values, right_values, shape);
+    StoreF32 epilogue{{}, shape.m, shape.n, true};
+    if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
+    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    return outcome(launch_tiles<Tile, Lines>(operands, one_group(), epilogue, nullptr), out, expected);
+}
+
+// Five tiles for each of the emulated device's four multiprocessors would take long: one block gets two.
+template <class Tile, class Lines>
+std::string run_tiles() {
+    return run_f32<Tile, Lines>({2 * Tile::BLOCK_M + 24, Tile::BLOCK_N + 40, 200});
+}
+
+CASE(product_128x256) { return run_tiles<Tile128x256, ForwardLines>(); }
+CASE(product_192x192_input) { return run_tiles<Tile192x192, BackwardInputLines>(); }
+CASE(product_128x192_weight) { return run_tiles<Tile128x192, BackwardWeightLines>(); }
+CASE(product_128x128_weight) { return run_tiles<Tile128x128, BackwardWeightLines>(); }
+CASE(product_64x128_input) { return run_tiles<Tile64x128, BackwardInputLines>(); }
+CASE(product_64x128_weight) { return run_tiles<Tile64x128, BackwardWeightLines>(); }
+// Less than one slice, one row, a stage ring that is never filled.
+CASE(product_smallest) { return run_f32<Tile128x192, ForwardLines>({1, 8, 8}); }
+
+// Parts of the depth, each in rows of its own; the last part is a slice longer.
+CASE(product_parts) {
+    using Tile = Tile64x128;
+    constexpr int kParts = 3, kRows = 2 * Tile::BLOCK_M;
+    const Shape shape{Tile::BLOCK_M + 6, 72, 7 * BLOCK_K};
+    const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
+    const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3);
+    DeviceArray<bf16> left(left_values), right(right_values);
+    DeviceArray<float> parts(size_t(kParts * kRows * shape.n));
+    StoreF32 epilogue{{}, kParts * kRows, shape.n, false};
+    if (encode_panel_map(&epilogue.out, parts.data(), kParts * kRows, shape.n) != 0) return "no tensor map";
+    const ProductPlan plan{Tile::BLOCK_M, Tile::BLOCK_N, kParts, 1, 0.0};
+    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const int error = launch_tiles<Tile, ForwardLines>(operands, plan, epilogue, nullptr)) return device_error(error);
+    std::vector<float> sum(size_t(shape.m * shape.n), 0.0f), expected(sum);
+    const std::vector<float> found = parts.download();
+    for (int part = 0; part < kParts; ++part) {
+        for (int i = 0; i < shape.m * shape.n; ++i) sum[size_t(i)] += found[size_t(part * kRows * shape.n + i)];
+    }
+    multiply<ForwardLines>(expected, left_values, right_values, shape);
+    return compare(sum, expected);
+}
+
+// Bias, and one rounding.
+CASE(product_bf16) {
+    using Tile = Tile128x256;
+    const Shape shape{70, 264, 72};
+    const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
+    const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3), bias_values = small_integers(shape.n, 1);
+    DeviceArray<bf16> left(left_values), right(right_values), bias(bias_values), out(size_t(shape.m * shape.n));
+    StoreBf16 epilogue{{}, bias.data(), shape.m, shape.n};
+    if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
+    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const int error = launch_tiles<Tile, ForwardLines>(operands, one_group(), epilogue, nullptr))
+        return device_error(error);
+    std::vector<float> expected(size_t(shape.m * shape.n));
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] = to_float(bias_values[i % size_t(shape.n)]);
+    multiply<ForwardLines>(expected, left_values, right_values, shape);
+    std::vector<float> found;
+    for (const bf16 value : out.download()) found.push_back(to_float(value));
+    for (float& value : expected) value = to_float(to_bf16(value));
+    return compare(found, expected);
+}
+
+}  // namespace

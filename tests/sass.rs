@@ -1,0 +1,101 @@
+//! What the compiler made of the kernels: instructions that must be in the machine code, and some that must not, where
+//! cuobjdump is at hand. Registers, spills and ptxas' own complaints are the build's to check.
+//!
+//! `cargo test --release --test sass -- --nocapture` prints each kernel's instruction mix.
+
+#![cfg(mmpo_gpu_kernels)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Each kernel of a file, for a target, has every one of these instructions.
+const EXPECTED: &[(&str, &str, &[&str])] = &[
+    // wgmma, TMA, registers handed to the consumers, mbarrier waits, and the exponential.
+    (
+        "attention_forward_sm90",
+        "sm_90a",
+        &["HGMMA", "UTMALDG", "USETMAXREG", "SYNCS.PHASECHK", "MUFU.EX2", "STSM"],
+    ),
+    // mma.sync, cp.async, ldmatrix.
+    ("attention_forward", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
+    ("attention_forward", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
+];
+
+/// Accesses of local memory: spills, and arrays that are not in registers.
+const FORBIDDEN: &[&str] = &["LDL", "STL"];
+
+/// Instructions that the printed mix has columns for.
+const MIX: &[&str] = &[
+    "HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "STSM", "MUFU.EX2", "FFMA", "FMUL", "FADD", "FMNMX",
+    "FSEL", "F2FP", "BAR", "SHFL",
+];
+
+/// cuobjdump of tools/setup_cuda.sh, of a toolkit that the environment names, or on the path.
+fn cuobjdump() -> Option<PathBuf> {
+    let name = "cuobjdump";
+    let mut candidates =
+        vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(".toolchain/nvidia/cu13/bin").join(name)];
+    if let Some(nvcc) = std::env::var_os("NVCC") {
+        candidates.push(PathBuf::from(nvcc).with_file_name(name));
+    }
+    for variable in ["CUDA_HOME", "CUDA_PATH"] {
+        candidates.extend(std::env::var_os(variable).map(|home| Path::new(&home).join("bin").join(name)));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    candidates.extend(std::env::split_paths(&path).map(|folder| folder.join(name)));
+    candidates.into_iter().filter_map(|candidate| candidate.canonicalize().ok()).next()
+}
+
+/// The instructions of each kernel of an object, without their predicates and operands: `FFMA.FTZ`.
+fn instructions(tool: &Path, stem: &str, target: &str) -> BTreeMap<String, Vec<String>> {
+    let object = Path::new(env!("OUT_DIR")).join(format!("objects/gpu/kernels-{stem}.o"));
+    let output = Command::new(tool).args(["-sass", "-arch", target]).arg(&object).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}: {text}{}", tool.display(), String::from_utf8_lossy(&output.stderr));
+    let mut kernels: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut kernel = None;
+    for line in text.lines() {
+        if let Some((_, name)) = line.split_once("Function : ") {
+            kernel = Some(name.trim().to_owned());
+        }
+        // "        /*0010*/                   @!P0 FFMA R1, R2, R3, R4 ;   /* 0x... */"
+        let Some(kernel) = &kernel else { continue };
+        let Some((_, code)) = line.trim().strip_prefix("/*").and_then(|rest| rest.split_once("*/")) else {
+            continue;
+        };
+        let mut words = code.split_whitespace().skip_while(|word| word.starts_with('@'));
+        if let Some(word) = words.next().filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase())) {
+            kernels.entry(kernel.clone()).or_default().push(word.trim_end_matches(';').to_owned());
+        }
+    }
+    kernels
+}
+
+fn count(instructions: &[String], name: &str) -> usize {
+    instructions.iter().filter(|instruction| instruction.starts_with(name)).count()
+}
+
+#[test]
+fn kernels_have_the_instructions_they_are_written_for() {
+    let Some(tool) = cuobjdump() else {
+        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
+        return;
+    };
+    for &(stem, target, expected) in EXPECTED {
+        let kernels = instructions(&tool, stem, target);
+        assert!(!kernels.is_empty(), "no {target} code in the object of {stem}");
+        for (kernel, instructions) in &kernels {
+            let mix =
+                MIX.iter().map(|name| (name, count(instructions, name))).filter(|(_, count)| *count > 0);
+            let mix: Vec<String> = mix.map(|(name, count)| format!("{name} {count}")).collect();
+            println!("{stem} {target} {kernel}: {} instructions, {}", instructions.len(), mix.join(", "));
+            for name in expected {
+                assert!(count(instructions, name) > 0, "no {name} in the {target} code of {kernel} ({stem})");
+            }
+            for name in FORBIDDEN {
+                assert_eq!(count(instructions, name), 0, "{name} in the {target} code of {kernel} ({stem})");
+            }
+        }
+    }
+}
