@@ -121,13 +121,14 @@ mmpo_status MMPO_EXPORT(linear_forward)(mmpo_bf16* out, const mmpo_bf16* x, cons
                                         const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                         mmpo_stream stream);
 
-/* As linear_forward without bias, the accumulators stored as they are: the logits of the log-prob head. */
-mmpo_status MMPO_EXPORT(linear_forward_f32)(float* out, const mmpo_bf16* x, const mmpo_bf16* weight, int32_t rows,
-                                            int32_t inputs, int32_t outputs, mmpo_stream stream);
-
 /* Assigns dx[rows, inputs] = dout[rows, outputs] * weight[outputs, inputs]. */
 mmpo_status MMPO_EXPORT(linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+
+/* As linear_backward_input, accumulated in f32: dx[rows, inputs] (f32) += dout[rows, outputs] * weight[outputs,
+ * inputs]. */
+mmpo_status MMPO_EXPORT(linear_backward_input_f32)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                   int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
 
 /* Accumulates dweight[outputs, inputs] (f32) += dout[rows, outputs]^T * x[rows, inputs]. */
 mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16* dout, const mmpo_bf16* x, int32_t rows,
@@ -140,8 +141,18 @@ mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                              mmpo_stream stream);
 
+/* Assigns gate_up[rows, 2F] = x[rows, inputs] * weight[2F, inputs]^T + bias[2F], then out[rows, F] as swiglu_forward of
+ * it; bias may be NULL. F = width, a multiple of 8 too. */
+mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
+                                                    const mmpo_bf16* weight, const mmpo_bf16* bias, int32_t rows,
+                                                    int32_t inputs, int32_t width, mmpo_stream stream);
+
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                     int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                        int32_t rows, int32_t inputs, int32_t outputs,
+                                                        mmpo_stream stream);
 
 /* Bytes of `workspace` that linear_backward_weight_sm90 needs for these sizes: 0 unless it sums parts of the rows
  * apart. A pure function on the host. */
@@ -233,19 +244,46 @@ mmpo_status MMPO_EXPORT(gather_rows_backward)(mmpo_bf16* dhidden, const mmpo_bf1
 
 /* ---- logp_head.cu ------------------------------------------------------------------------------------------- */
 
-/* Assigns, from logits[rows, V] (f32 accumulators), lse[rows], logp[rows] = logits[targets] - lse,
- * entropy[rows] = -sum_v pi_v log pi_v, and probabilities[rows, V] for the backward: pi where pi <= 1/2, else pi - 1
- * with its sign set, so that pi and 1 - pi both keep their relative precision in bf16. entropy may be NULL: not wanted.
- */
-mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, mmpo_bf16* probabilities,
-                                           const float* logits, const uint32_t* targets, int32_t rows, int32_t vocab,
+/* Bytes of `workspace` that logp_head_forward needs for these sizes. A pure function on the host. */
+int64_t MMPO_EXPORT(logp_head_workspace)(int32_t rows, int32_t vocab);
+
+/* Of the logits hidden[rows, D] * weight[V, D]^T (f32, never in memory) assigns lse[rows], logp[rows] =
+ * logits[targets] - lse and entropy[rows] = -sum_v pi_v log pi_v. entropy may be NULL: not wanted.
+ * exponentials[rows, V] is what logp_head_backward needs, with what stands in `workspace`: e^(logit - the row's largest
+ * of the 128 columns around it). It may be NULL: none is kept, and logp_head_dlogits forms the logits once more. */
+mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, mmpo_bf16* exponentials,
+                                           void* workspace, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                           const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
                                            mmpo_stream stream);
 
-/* In place: probabilities[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
+/* In place: exponentials[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
  * a = dlogp[rows], b = dentropy[rows]. dentropy and entropy are NULL together: then b = 0. */
-mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* probabilities, const uint32_t* targets, const float* dlogp,
+mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void* workspace, const uint32_t* targets,
+                                            const float* lse, const float* logp, const float* dlogp,
                                             const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream);
+
+/* Assigns dlogits[rows, columns], those of vocabulary rows first_column .. first_column + columns of weight[V, D], from
+ * the logits formed once more. */
+mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                           const uint32_t* targets, const float* lse, const float* logp,
+                                           const float* dlogp, const float* dentropy, const float* entropy,
+                                           int32_t rows, int32_t width, int32_t first_column, int32_t columns,
+                                           mmpo_stream stream);
+
+/* ---- logp_head_sm90.cu: the same on wgmma and TMA; D a multiple of 8, hidden and weight on 16-byte boundaries (else
+ * status 1: take logp_head.cu's). The workspace and what is left in it are the same on both. ---------------------- */
+
+mmpo_status MMPO_EXPORT(logp_head_forward_sm90)(float* lse, float* logp, float* entropy, mmpo_bf16* exponentials,
+                                                void* workspace, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                                const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
+                                                mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(logp_head_dlogits_sm90)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                                const uint32_t* targets, const float* lse, const float* logp,
+                                                const float* dlogp, const float* dentropy, const float* entropy,
+                                                int32_t rows, int32_t width, int32_t first_column, int32_t columns,
+                                                mmpo_stream stream);
 
 /* ---- pair_objective.cu: src/objective.rs is the reference ------------------------------------------------------ */
 

@@ -84,25 +84,26 @@ DEVICE void load_dout(uint32_t shared, const AttentionGradient& problem, const Q
 
 // ------------------------------------------------------------------------------------------------------- scores, dS
 
-// Scores that the mask hides become -inf. Rows are keys, columns queries.
+// Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int NT, class Walk>
 DEVICE void hide_scores(float (&scores)[NT][4], const Walk& walk, const QueryTile& tile, int first_key) {
-    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+    const int key = first_key + int(lane_id()) / 4, query = int(lane_id()) % 4 * 2;
+    const int top = walk.first_seeing(tile, key) - query, bottom = walk.first_seeing(tile, key + 8) - query;
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (!walk.seen(tile, query + n * 8 + i % 2, key + i / 2 * 8)) scores[n][i] = -INFINITY;
+            if (n * 8 + i % 2 < (i < 2 ? top : bottom)) scores[n][i] = -INFINITY;
 }
 
 // Turns scores into P and dP into dS. `statistics` holds lse of the columns, then delta.
 template <int NT>
-DEVICE void score_gradients(float (&scores)[NT][4], float (&dp)[NT][4], float scale_log2, const float* statistics) {
-    const float* own = statistics + int(lane_id()) % 4 * 2;
+DEVICE void score_gradients(float (&scores)[NT][4], float (&dp)[NT][4], float scale_log2, uint32_t statistics) {
+    const uint32_t own = statistics + lane_id() % 4 * uint32_t(sizeof(float2));
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(own + n * 8);
-        const float2 delta = *reinterpret_cast<const float2*>(own + NT * 8 + n * 8);
+        const float2 lse = load_shared_f32x2(own + uint32_t(n * 32));
+        const float2 delta = load_shared_f32x2(own + uint32_t((NT + n) * 32));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             scores[n][i] = exp2_approx(scores[n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
@@ -133,13 +134,13 @@ DEVICE void store_gradients(uint32_t tile, const float (&ds)[BLOCK_M / 8][4], in
 // -------------------------------------------------------------------------------------------------------------------
 // dQ
 
-// The warp's part of dS K: dq[4][4] of 16 queries and 32 columns.
+// The warp's part of dS K over the first `keys` of the block: dq[4][4] of 16 queries and 32 columns.
 template <int E>
-DEVICE void multiply_keys(float (&dq)[4][4], uint32_t shared, int row_group, int column_part) {
+DEVICE void multiply_keys(float (&dq)[4][4], uint32_t shared, int keys, int row_group, int column_part) {
     using P = Plan<E>;
     const int lane = int(lane_id());
-#pragma unroll
-    for (int k = 0; k < P::BLOCK_N; k += 16) {
+#pragma unroll 4
+    for (int k = 0; k < keys; k += 16) {
         uint32_t a[4];
         ldmatrix_x4_trans(a, gradient_address<P::BLOCK_M>(shared + P::kScoreGradients, k + lane % 8 + lane / 16 * 8,
                                                           2 * row_group + lane / 8 % 2));
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
     const OwnedKeys owned = take_keys<BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
     const RowTile& keys = owned.keys;
     const QueryWalk<BLOCK_M, BLOCK_N> walk(owned.span, owned.pair, keys);
-    const int warp = int(threadIdx.x) / 32, first_key = keys.first + warp * 16;
+    const int warp = int(threadIdx.x) / 32;
     const int row_group = warp / P::kPartsAcross, column_part = warp % P::kPartsAcross;
     const int first_head = owned.kv_head * problem.group();
     const float scale_log2 = problem.scale * kLog2E;
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
     float dk[E / 8][4], dv[E / 8][4];
     clear(dk);
     clear(dv);
-    uint32_t* counter = nullptr;  // of the rows of dQ that the step before added to, and its turn
+    int slot = 0;  // (tile of queries, head) that the step before added to, and its turn
     uint32_t turn = 0;
     int head = first_head, index = 0;  // of the step
     const int steps = walk.steps * problem.group();
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
         cp_async_wait<0>();
         // The stage has arrived, and all warps are done with the stage filled next, with dS, and with their sums of dQ.
         __syncthreads();
-        if (threadIdx.x == 0 && step != 0) pass_turn(counter, turn);
+        if (threadIdx.x == 0 && step != 0) pass_turn(workspace.turns + slot, turn);
         if (more) {
             load_queries<E>(shared, problem, workspace, walk.tile(next_index), next_head, step + 1);
             if (P::kDoutStages > 1) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
@@ -226,29 +227,33 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
         float scores[BLOCK_M / 8][4], dp[BLOCK_M / 8][4];
         clear(scores);
         clear(dp);
-        multiply_transposed<E>(scores, shared + P::kKeys, warp * 16, shared + P::queries(step));
-        multiply_transposed<E>(dp, shared + P::kValues, warp * 16, shared + P::dout(step));
-        if (tile.crosses) hide_scores(scores, walk, tile, first_key);
-        score_gradients(scores, dp, scale_log2, reinterpret_cast<const float*>(raw + P::statistics(step)));
-        store_gradients<BLOCK_M>(shared + P::kScoreGradients, dp, warp * 16);
-        multiply_from_accumulators<E>(dv, scores, shared + P::dout(step));
+        const bool seen = warp * 16 < tile.keys;  // some of this warp's keys
+        if (seen) {
+            multiply_transposed<E>(scores, shared + P::kKeys, warp * 16, shared + P::queries(step));
+            multiply_transposed<E>(dp, shared + P::kValues, warp * 16, shared + P::dout(step));
+            if (tile.crosses) hide_scores(scores, walk, tile, warp * 16);
+            score_gradients(scores, dp, scale_log2, shared + P::statistics(step));
+            store_gradients<BLOCK_M>(shared + P::kScoreGradients, dp, warp * 16);
+            multiply_from_accumulators<E>(dv, scores, shared + P::dout(step));
+        }
         __syncthreads();  // all of dS is there, and all warps are done with dO
         if (P::kDoutStages == 1 && more) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
         cp_async_commit();
-        multiply_from_accumulators<E>(dk, dp, shared + P::queries(step));
+        if (seen) multiply_from_accumulators<E>(dk, dp, shared + P::queries(step));
 
         float dq[4][4];
         clear(dq);
-        multiply_keys<E>(dq, shared, row_group, column_part);
-        const int64_t slot = int64_t(tile.number) * problem.heads + head;
-        counter = workspace.turns + slot;
+        multiply_keys<E>(dq, shared, tile.keys, row_group, column_part);
+        slot = tile.number * problem.heads + head;
         turn = tile.turn;
-        add_in_turn<E>(workspace.dq + slot * (BLOCK_M * E), counter, turn, dq, row_group, column_part);
+        add_in_turn<E>(workspace.dq + int64_t(slot) * (BLOCK_M * E), workspace.turns + slot, turn, dq, row_group,
+                       column_part);
         index = next_index;
         head = next_head;
     }
     __syncthreads();
-    if (threadIdx.x == 0) pass_turn(counter, turn);
+    if (threadIdx.x == 0) pass_turn(workspace.turns + slot, turn);
+    const int first_key = keys.first + warp * 16;
     store_rows<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key, keys.last, dk,
                   problem.scale, problem.scale);
     store_rows<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key, keys.last, dv, 1.0f,

@@ -156,13 +156,14 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
 // ----------------------------------------------------------------------------------------------------------- a
 // consumer
 
-// Scores that the mask hides become -inf. Rows are keys, columns queries.
+// Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int E, int kCount>
 DEVICE void hide_scores(float (&scores)[kCount], const Walk<E>& walk, const QueryTile& tile, int first_key) {
-    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+    const int key = first_key + int(lane_id()) / 4, query = int(lane_id()) % 4 * 2;
+    const int top = walk.first_seeing(tile, key) - query, bottom = walk.first_seeing(tile, key + 8) - query;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-        if (!walk.seen(tile, query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8)) scores[i] = -INFINITY;
+        if (i / 4 * 8 + i % 2 < (i % 4 < 2 ? top : bottom)) scores[i] = -INFINITY;
 }
 
 // Turns scores into P. `lse` is in base 2, of the tile's queries, from this lane's first column on; `delta` below too.
@@ -195,12 +196,13 @@ struct Consumer {
     static constexpr int BLOCK_M = P::BLOCK_M, kDepthSteps = BLOCK_M / kWgmmaDepth;
 
     uint32_t shared;
-    int group;      // 0 or 1
-    int first_key;  // of this warp
+    int group;  // 0 or 1
     float scale_log2;
     float dk[E / 2], dv[E / 2];
 
     DEVICE int warp() const { return int(threadIdx.x) / 32 % 4; }
+    // First of this warp's 16 keys in the block.
+    DEVICE int key() const { return group * kGroupKeys + warp() * 16; }
 
     // S^T and dP^T of this warpgroup's keys and the stage's queries, committed one after the other.
     DEVICE void form_scores(float (&scores)[BLOCK_M / 2], float (&dp)[BLOCK_M / 2], int stage) {
@@ -221,7 +223,7 @@ struct Consumer {
 
     // Writes this warp's 16 rows of dS^T.
     DEVICE void store_gradients(const uint32_t (&ds)[kDepthSteps][4], int step) const {
-        const int row = group * kGroupKeys + warp() * 16 + int(lane_id()) % 16;
+        const int row = key() + int(lane_id()) % 16;
         const uint32_t first = P::Gradients::address(P::gradients(shared, step), row, int(lane_id()) / 16);
         // Chunks 2k further on: the swizzle exchanges chunks by xor, which one register for all of them allows.
 #pragma unroll
@@ -229,11 +231,13 @@ struct Consumer {
             stmatrix_x4((first + uint32_t(k / 4 * P::Gradients::kPanelBytes)) ^ uint32_t(k % 4 * 32), ds[k]);
     }
 
-    // dQ's part: for E = 128 half of the columns of 64 queries, for E = 64 half of 128 queries.
+    // dQ's part, over the first `kKeys` of the block: for E = 128 half of the columns of 64 queries, for E = 64 half of
+    // 128 queries.
+    template <int kKeys>
     DEVICE void multiply_keys(float (&dq)[32], int step) const {
         constexpr bool kColumns = E == 128;
 #pragma unroll
-        for (int k = 0; k < P::BLOCK_N / kWgmmaDepth; ++k)
+        for (int k = 0; k < kKeys / kWgmmaDepth; ++k)
             wgmma_ss<64, true, true>(
                 dq, P::Gradients::depth_in_rows(P::gradients(shared, step), kColumns ? 0 : group * 64, k),
                 P::Keys::depth_in_rows(shared + P::kKeys, kColumns ? group * 64 : 0, k), k != 0);
@@ -257,6 +261,8 @@ struct Consumer {
         wgmma_commit();
     }
 
+    // A step of a warpgroup some of whose keys are seen; `kKeys` of the block's are.
+    template <int kKeys>
     DEVICE void step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
         const typename P::Ring ring{shared + P::kRing};
         uint32_t p[kDepthSteps][4], ds[kDepthSteps][4];
@@ -268,7 +274,7 @@ struct Consumer {
             form_scores(scores, dp, at.stage);
             wgmma_wait<1>();
             pin_registers(scores);
-            if (tile.crosses) hide_scores<E>(scores, walk, tile, first_key);
+            if (tile.crosses) hide_scores<E>(scores, walk, tile, key());
             probabilities(scores, scale_log2, lse);
 #pragma unroll
             for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(p[k], scores, k);
@@ -289,20 +295,50 @@ struct Consumer {
         pin_registers(dq);
         pin_registers(dk);
         wgmma_fence();
-        multiply_keys(dq, number);
+        multiply_keys<kKeys>(dq, number);
         wgmma_commit();
         accumulate(dk, ds, P::queries(shared, at.stage));
         wgmma_wait<1>();
         pin_registers(dq);
         pin_registers(dv);
+        hand_over(dq, number);
+        wgmma_wait<0>();
+        pin_registers(dk);
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+    }
+
+    // A step of the second warpgroup when only the first one's keys are seen: it has its part of dQ to form.
+    DEVICE void step_without_keys(int number, const StageCursor<P::kStages>& at) {
+        const typename P::Ring ring{shared + P::kRing};
+        mbarrier_wait(ring.full(at.stage), at.parity);
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
+        float dq[32];
+        pin_registers(dq);
+        wgmma_fence();
+        multiply_keys<kGroupKeys>(dq, number);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin_registers(dq);
+        hand_over(dq, number);
+    }
+
+    // Stages this warpgroup's part of dQ when the part before has left.
+    DEVICE void hand_over(const float (&dq)[32], int number) const {
         mbarrier_wait(shared + P::kDqEmpty, uint32_t(number + 1) & 1u);
         stage_dq(dq);
         fence_proxy_async();
         __syncwarp();
         if (lane_id() == 0) mbarrier_arrive(shared + P::kDqFull);
-        wgmma_wait<0>();
-        pin_registers(dk);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+    }
+
+    DEVICE void any_step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
+        if (tile.keys > kGroupKeys)
+            step<P::BLOCK_N>(walk, tile, number, at);
+        else if (group == 0)
+            step<kGroupKeys>(walk, tile, number, at);
+        else
+            step_without_keys(number, at);
     }
 };
 
@@ -326,7 +362,6 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     consumer.shared = shared;
     // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
     consumer.group = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
-    consumer.first_key = owned.keys.first + consumer.group * kGroupKeys + consumer.warp() * 16;
     consumer.scale_log2 = problem.scale * kLog2E;
 #pragma unroll
     for (int i = 0; i < E / 2; ++i) consumer.dk[i] = consumer.dv[i] = 0.0f;
@@ -335,11 +370,11 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     int number = 0;
     for (int head = 0; head < problem.group(); ++head)
         for (int step = 0; step < walk.steps; ++step, ++number, at.advance())
-            consumer.step(walk, walk.tile(step), number, at);
-    const int64_t stride = problem.stride();
-    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), stride, consumer.first_key, owned.keys.last,
-                          consumer.dk, problem.scale);
-    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), stride, consumer.first_key,
+            consumer.any_step(walk, walk.tile(step), number, at);
+    const int first_key = owned.keys.first + consumer.key();
+    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key,
+                          owned.keys.last, consumer.dk, problem.scale);
+    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key,
                           owned.keys.last, consumer.dv, 1.0f);
 }
 

@@ -102,7 +102,6 @@ struct Config {
     using KeyRing = StageRing<kTiles.key_stages>;
     using QueryCursor = StageCursor<kTiles.query_stages>;
     using KeyCursor = StageCursor<kTiles.key_stages>;
-    using Softmax = OnlineSoftmax<BLOCK_N / 2>;
 };
 
 // Shared memory, in order: queries, keys, values, the tiles' descriptions, the rings' barriers.
@@ -251,6 +250,11 @@ DEVICE void produce(const Shared<E>& shared, const Maps& maps, const Problem& pr
     const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
     TileWalk<typename C::Cut> walk(cut, spans, problem.pairs, problem.packing.groups, problem.count);
     Producer<E> producer{shared, maps, problem, {}, {}};
+    if (lane_id() == 0) {
+        prefetch_tensor_map(&maps.queries);
+        prefetch_tensor_map(&maps.key_block);
+        prefetch_tensor_map(&maps.key_seam);
+    }
     ScheduledTile tile;
     while (walk.next(tile)) {
         if (lane_id() == 0) producer.start_tile(tile);
@@ -272,8 +276,10 @@ struct SlabWork {
         first_row = work.first_row + skipped;
         last_row = min(first_row + problem.slab_tokens, work.last_row);
         first_slot = work.first_slot + skipped;
-        blocks = first_row < work.last_row ? (first_slot + last_row - first_row - 1) / block_n + 1 : 0;
+        blocks = first_row < work.last_row ? last_slot() / block_n + 1 : 0;
     }
+
+    DEVICE int last_slot() const { return first_slot + last_row - first_row - 1; }
 };
 
 template <int E>
@@ -307,22 +313,32 @@ struct Consumer {
     DEVICE void await_keys() const { mbarrier_wait(shared.key_ring().full(key.stage), key.parity); }
     DEVICE void await_values() const { mbarrier_wait(shared.value_ring().full(value.stage), value.parity); }
 
-    // scores = queries * keys^T; weights and output of earlier blocks may still be in use by the tensor cores.
+    // The scores of a block's first N keys.
+    template <int N>
+    DEVICE float (&first_scores())[N / 2] {
+        return *reinterpret_cast<float (*)[N / 2]>(&scores);
+    }
+
+    // scores = queries * keys^T, of the first N keys; weights and output of earlier blocks may still be in use by the
+    // tensor cores.
+    template <int N>
     DEVICE void start_scores(uint32_t queries) {
         const uint32_t keys = shared.keys(key.stage);
 #pragma unroll
         for (int step = 0; step < E / kWgmmaDepth; ++step) {
-            wgmma_ss<BLOCK_N>(scores, C::Slab::depth_in_columns(queries, 0, step),
-                              C::Keys::depth_in_columns(keys, 0, step), step != 0);
+            wgmma_ss<N>(first_scores<N>(), C::Slab::depth_in_columns(queries, 0, step),
+                        C::Keys::depth_in_columns(keys, 0, step), step != 0);
         }
         wgmma_commit();
     }
 
-    // out += weights * values.
+    // out += weights * values, of the first N keys.
+    template <int N>
     DEVICE void start_output() {
         const uint32_t values = shared.values(value.stage);
+        wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) {
+        for (int step = 0; step < N / kWgmmaDepth; ++step) {
             wgmma_rs<E, true>(out, weights[step], C::Keys::depth_in_rows(values, 0, step), true);
         }
         wgmma_commit();
@@ -357,13 +373,14 @@ struct Consumer {
 
     // Sets scores of keys behind a row's own, and of the gap, to -inf. Blocks before a slab's first slot without a gap
     // need neither.
+    template <int N>
     DEVICE void mask(const TileWork& tile, const SlabWork& work, int block) {
         const int first = block * BLOCK_N;
         if (first + BLOCK_N - 1 > work.first_slot) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int limit = work.first_slot + token(half) - first - int(lane_id()) % 4 * 2;
-                mask_scores(scores, half, [=](int column) { return column > limit; });
+                mask_scores(first_scores<N>(), half, [=](int column) { return column > limit; });
             }
         }
         if (first < tile.gap_last && first + BLOCK_N > tile.gap_first && tile.gap_first != tile.gap_last) {
@@ -371,45 +388,73 @@ struct Consumer {
             const int gap_first = tile.gap_first - offset, gap_last = tile.gap_last - offset;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                mask_scores(scores, half, [=](int column) { return column >= gap_first && column < gap_last; });
+                mask_scores(first_scores<N>(), half,
+                            [=](int column) { return column >= gap_first && column < gap_last; });
             }
         }
     }
 
-    // One slab of a tile. The scores of a block are started before the output of the block before is waited for: its
-    // exponentials run under that product.
-    DEVICE void attend(const TileWork& tile, const SlabWork& work, uint32_t queries, typename C::Softmax& softmax) {
-        for (int block = tile.blocks - 1; block >= work.blocks; --block) skip_block();
-        if (work.blocks == 0) return;
+    // The last block that the slab's rows see, of which they see at most N keys: its scores, as weights.
+    template <int N>
+    DEVICE void first_block(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
         await_keys();
         take_turn();
         wgmma_fence();
-        start_scores(queries);
+        start_scores<N>(queries);
         pass_turn();
         wgmma_wait<0>();
-        pin_registers(scores);
+        pin_registers(first_scores<N>());
         release_keys();
-        mask(tile, work, work.blocks - 1);
+        mask<N>(tile, work, work.blocks - 1);
         float rescale[2];
-        softmax.update(scores, problem.scale_log2, rescale);
+        softmax.update(first_scores<N>(), problem.scale_log2, rescale);
+        // Left undefined, the other weights cost ptxas so many registers that it gives the products up to run one by
+        // one.
+#pragma unroll
+        for (int i = N / 2; i < BLOCK_N / 2; ++i) scores[i] = 0.0f;
         round_weights();
+    }
+
+    // One slab of a tile. The scores of a block are started before the output of the block before is waited for: its
+    // exponentials run under that product.
+    DEVICE void attend(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
+        for (int block = tile.blocks - 1; block >= work.blocks; --block) skip_block();
+        if (work.blocks == 0) return;
+        // Half a block is often enough for the diagonal: for a short response half of all there is. Both products of it
+        // are then half as wide; the second one in the loop's first round.
+        bool half = work.last_slot() % BLOCK_N < BLOCK_N / 2;
+        if (half) {
+            first_block<BLOCK_N / 2>(tile, work, queries, softmax);
+        } else {
+            first_block<BLOCK_N>(tile, work, queries, softmax);
+        }
 #pragma unroll
         for (int i = 0; i < E / 2; ++i) out[i] = 0.0f;
+        float rescale[2];
+        if (work.blocks > 1) await_keys();
         for (int block = work.blocks - 2; block >= 0; --block) {
-            await_keys();
             take_turn();
             pin_operands();
             wgmma_fence();
-            start_scores(queries);
+            start_scores<BLOCK_N>(queries);
             await_values();
-            wgmma_fence();
-            start_output();
+            if (half) {
+                start_output<BLOCK_N / 2>();
+            } else {
+                start_output<BLOCK_N>();
+            }
+            half = false;
             pass_turn();
             wgmma_wait<1>();
             pin_registers(scores);
             release_keys();
-            mask(tile, work, block);
+            mask<BLOCK_N>(tile, work, block);
             softmax.update(scores, problem.scale_log2, rescale);
+            pin_registers(scores);
+            // Here and not at the loop's head, because it also keeps the exponentials before the wait that follows:
+            // with no branch between them ptxas sinks them behind it, where no product runs over them. (The pin does
+            // the same for the compiler before ptxas; tests/sass.rs looks at the outcome.)
+            if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);
             release_values();
@@ -419,8 +464,11 @@ struct Consumer {
         }
         await_values();
         pin_operands();
-        wgmma_fence();
-        start_output();
+        if (half) {
+            start_output<BLOCK_N / 2>();
+        } else {
+            start_output<BLOCK_N>();
+        }
         wgmma_wait<0>();
         pin_registers(out);
         release_values();
@@ -429,7 +477,7 @@ struct Consumer {
     // Output, divided by the sums, through the slab's own queries, which no product needs any more, so that a store
     // covers whole lines. A warp stages and stores its own 16 rows.
     DEVICE void store(bf16* out_rows, float* lse, const TileWork& tile, const SlabWork& work, uint32_t staging,
-                      const typename C::Softmax& softmax) {
+                      const OnlineSoftmax& softmax) {
         const int lane = int(lane_id()), warp_row = int(threadIdx.x) % kWarpgroupThreads / 32 * 16;
         const float factors[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
 #pragma unroll
@@ -480,7 +528,7 @@ DEVICE void consume(bf16* out, float* lse, const Shared<E>& shared, const Proble
         if (tile.blocks == 0) break;
         const SlabWork work(tile, problem, consumer.slab, C::BLOCK_N);
         const uint32_t queries = shared.slab(query.stage, consumer.slab);
-        typename C::Softmax softmax;
+        OnlineSoftmax softmax;
         consumer.attend(tile, work, queries, softmax);
         if (work.blocks != 0) {
             softmax.finish();

@@ -1,244 +1,279 @@
-// The log-prob head behind its product: logits[rows, V] (f32 accumulators) become lse, the target's log-prob, the
-// entropy and bf16 probabilities; later those become dlogits in place.
+// The log-prob head: hidden[rows, D] and the vocabulary matrix weight[V, D] to lse, the target's log-prob and the
+// entropy of each row; and back to the gradient of its logits.
 //
+//   logits = hidden weight^T
 //   lse = log sum_v e^logit     logp = logit[target] - lse     entropy = -sum_v pi_v log pi_v
 //   dlogits_v = a * (onehot_v - pi_v) - b * pi_v * (log pi_v + entropy)
 //
-// All outputs are assigned. What is kept for the backward is neither a logit nor a log-prob: rounding a logit of 20 to
-// bf16 puts its probability off by 6 %, rounding a log-prob of -8 by 3 %. It is pi where pi <= 1/2, and pi - 1 (with
-// its sign set) above: 2 bytes that keep both pi and 1 - pi, the target's own gradient, to 2^-9 of their size.
+// All outputs are assigned. Logits exist only as f32 accumulators. The product's epilogue (common/logp_epilogue.cuh)
+// turns a tile of them into statistics of its rows, which a second kernel merges in a fixed order. For the backward
+// there are two ways:
+//
+//   main       The epilogue also writes the exponentials relative to the row's largest logit in the tile, as bf16.
+//   Later
+//              they become dlogits in place, by one multiplication each.
+//   recompute  Nothing is kept. The product runs again, and its epilogue writes dlogits.
+//
+// Why exponentials and not logits: rounding a logit of 20 to bf16 puts its probability off by 6 %, rounding a log-prob
+// of -8 by 3 %; an exponential keeps every probability to 2^-9 of its size, whatever its size, the epilogue has it at
+// hand, and the backward needs no exponential of its own. The target's gradient a (1 - pi) comes from its f32 log-prob.
 
-#include <cfloat>
-
+#include "common/logp_epilogue.cuh"
+#include "common/logp_merge.cuh"
+#include "common/product.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// ---- Forward: one block a row, two walks over it.
-//
-// A row of 128256 f32 logits is 501 KiB, more than a multiprocessor holds, so it is read twice. One block of 1024
-// threads fills a multiprocessor's share of the 50 MB L2 (26 MB of rows of V = 49152 are under way on an H100, 68 MB of
-// V = 128256). The second walk goes backwards, so that it starts with what was read last, and its stores are the first
-// to be evicted: all of a short row and about half of a long one comes from L2.
-constexpr int kRowThreads = 1024;
-// 16 f32 values a thread are under way, 64 KiB a multiprocessor: what its 64 registers a thread have room for.
-constexpr int kVectorsAtOnce = 2;
-constexpr int kStep = kRowThreads * kVector;
+using Logits = product::Order<product::Contiguous::kDepth, product::Contiguous::kDepth>;
+using product::LargeTile;
+using product::Operands;
 
-// Below this, e^x is 0 in f32; a bound that keeps 0 * -inf out of the entropy.
-constexpr float kLeastExponent = -200.0f;
+// ---- Forward: statistics of a tile
 
-// Running softmax statistics: the largest logit, sum of e^(logit - largest), and sum of e^(..) * (logit - largest).
-struct Softmax {
-    float largest;
-    float sum;
-    float weighted;
+// What the warps of a block tell each other about their columns of its rows.
+template <class L>
+struct Exchange {
+    float reference[L::Tile::kWarpsN][L::Tile::BLOCK_M];
+    float sum[L::Tile::kWarpsN][L::Tile::BLOCK_M];
+    float weighted[L::Tile::kWarpsN][L::Tile::BLOCK_M];
 };
 
-// The statistics of no logits. Finite, so that differences of two of these are.
-DEVICE Softmax no_logits() { return Softmax{-FLT_MAX, 0.0f, 0.0f}; }
-
-// The same statistics relative to a larger `largest`.
-template <bool kEntropy>
-DEVICE Softmax rescale(Softmax softmax, float largest) {
-    const float difference = fmaxf(softmax.largest - largest, kLeastExponent);
-    const float factor = __expf(difference);
-    if constexpr (kEntropy) softmax.weighted = (softmax.weighted + softmax.sum * difference) * factor;
-    softmax.sum *= factor;
-    softmax.largest = largest;
-    return softmax;
+// Writes `values` of rows row + l/4 and row + l/4 + 8 of the tile; a quad agrees on them.
+DEVICE void tell(float* of_rows, int row, const float (&values)[2]) {
+    if (lane_id() % 4 != 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) of_rows[row + int(lane_id()) / 4 + 8 * h] = values[h];
 }
 
-template <bool kEntropy>
-DEVICE Softmax merge(Softmax a, Softmax b) {
-    const float largest = fmaxf(a.largest, b.largest);
-    a = rescale<kEntropy>(a, largest);
-    b = rescale<kEntropy>(b, largest);
-    return Softmax{largest, a.sum + b.sum, a.weighted + b.weighted};
-}
+// kExponentials: those are kept in exponentials[rows, V], four at a time where kAligned.
+template <bool kExponentials, bool kAligned>
+struct ForwardEpilogue {
+    static constexpr bool kStores = kExponentials;
 
-// Takes in up to kVectorsAtOnce vectors; one rescaling for all of them. NaN logits end in `sum`.
-template <bool kEntropy, bool kVectorized>
-DEVICE void take_in(Softmax& softmax, const float* row, int first, int vocab) {
-    float values[kVectorsAtOnce][kVector];
+    bf16* exponentials;
+    TileStatistics statistics;
+
+    // Rows' statistics need all of their columns, which are those of kWarpsN warps.
+    template <class L>
+    DEVICE void transform(product::Accumulators<L>& logits, product::TileOrigin origin, unsigned char* shared) const {
+        static_assert(L::Tile::BLOCK_N == kStatisticsColumns, "a tile is a row's columns of one reference");
+        static_assert(L::kStagedBytes + sizeof(Exchange<L>) <= L::kSharedBytes, "room behind the staged tile");
+        Exchange<L>& exchange = *reinterpret_cast<Exchange<L>*>(shared + L::kStagedBytes);
+        const product::WarpPart part = product::warp_part<L>();
+        const int neighbour = part.n / L::WARP_N;
+        constexpr int COLUMNS = L::WARP_N;
 #pragma unroll
-    for (int v = 0; v < kVectorsAtOnce; ++v) load8<kVectorized>(values[v], row, first + v * kStep, vocab);
-    float largest = softmax.largest;
-#pragma unroll
-    for (int v = 0; v < kVectorsAtOnce; ++v) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-            // Columns beyond the row read as 0; only here does that matter.
-            if (first + v * kStep + i >= vocab) values[v][i] = -FLT_MAX;
-            largest = fmaxf(largest, values[v][i]);
+        for (int i = 0; i < L::kMmaM; ++i) {
+            float reference[2], largest[2] = {kNoLogit, kNoLogit};
+            mask_columns<COLUMNS>(logits[i], origin.n + part.n, statistics.vocab);
+            pick_targets<COLUMNS>(statistics, logits[i], origin.m + part.m + 16 * i, origin.n + part.n);
+            raise_largest<COLUMNS>(largest, logits[i]);
+            row_references(reference, largest);
+            tell(exchange.reference[neighbour], part.m + 16 * i, reference);
         }
-    }
-    softmax = rescale<kEntropy>(softmax, largest);
+        __syncthreads();
 #pragma unroll
-    for (int v = 0; v < kVectorsAtOnce; ++v) {
+        for (int i = 0; i < L::kMmaM; ++i) {
+            float reference[2];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-            const float difference = values[v][i] - largest;
-            const float weight = __expf(difference);
-            softmax.sum += weight;
-            if constexpr (kEntropy) softmax.weighted += weight * fmaxf(difference, kLeastExponent);
-        }
-    }
-}
-
-// Merges the lanes' statistics; a fixed tree, and every lane gets the same bits.
-template <bool kEntropy>
-DEVICE Softmax merge_warp(Softmax softmax) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-        const Softmax other{__shfl_xor_sync(0xffffffffu, softmax.largest, lanes),
-                            __shfl_xor_sync(0xffffffffu, softmax.sum, lanes),
-                            __shfl_xor_sync(0xffffffffu, softmax.weighted, lanes)};
-        softmax = merge<kEntropy>(softmax, other);
-    }
-    return softmax;
-}
-
-// Every thread gets the row's statistics: each warp merges all warps' results by itself, which needs one barrier.
-template <bool kEntropy>
-DEVICE Softmax merge_block(Softmax softmax, Softmax* scratch) {
-    static_assert(kRowThreads == kWarp * kWarp, "a lane for each warp");
-    softmax = merge_warp<kEntropy>(softmax);
-    if (lane_id() == 0) scratch[threadIdx.x / kWarp] = softmax;
-    __syncthreads();
-    return merge_warp<kEntropy>(scratch[lane_id()]);
-}
-
-constexpr float kLogHalf = -0.693147181f;
-
-// The kept form of a probability. The sign marks the upper half even where pi - 1 rounds to 0.
-DEVICE float encode_probability(float log_prob) {
-    return log_prob > kLogHalf ? -fabsf(expm1f(log_prob)) : __expf(log_prob);
-}
-
-// From the row's end to its start.
-template <bool kVectorized>
-DEVICE void store_probabilities(bf16* probabilities, const float* row, float largest, float log_sum, int vocab) {
-    for (int start = (vocab - 1) / (kVectorsAtOnce * kStep) * (kVectorsAtOnce * kStep); start >= 0;
-         start -= kVectorsAtOnce * kStep) {
-        const int first = start + int(threadIdx.x) * kVector;
-        float values[kVectorsAtOnce][kVector];
-#pragma unroll
-        for (int v = 0; v < kVectorsAtOnce; ++v) load8<kVectorized>(values[v], row, first + v * kStep, vocab);
-#pragma unroll
-        for (int v = 0; v < kVectorsAtOnce; ++v) {
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) values[v][i] = encode_probability(values[v][i] - largest - log_sum);
-            const int column = first + v * kStep;
-            if constexpr (kVectorized) {
-                if (column < vocab) store_128_streaming(probabilities + column, pack8(values[v]));
-            } else {
-                store8<false>(probabilities, column, vocab, pack8(values[v]));
+            for (int h = 0; h < 2; ++h) {
+                reference[h] = block_reference<L>(exchange, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
             }
+            RowSums sums;
+            sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
+            sums.join();
+            tell(exchange.sum[neighbour], part.m + 16 * i, sums.sum);
+            tell(exchange.weighted[neighbour], part.m + 16 * i, sums.weighted);
         }
+        __syncthreads();
+        write_statistics<L>(exchange, origin);
     }
+
+    DEVICE void store(int row, int column, float4 value) const {
+        const float values[4] = {value.x, value.y, value.z, value.w};
+        product::store_four_bf16<kAligned>(exponentials, statistics.vocab, row, column, values);
+    }
+
+private:
+    template <class L>
+    static DEVICE float block_reference(const Exchange<L>& exchange, int row) {
+        float reference = exchange.reference[0][row];
+#pragma unroll
+        for (int warp = 1; warp < L::Tile::kWarpsN; ++warp) {
+            reference = fmaxf(reference, exchange.reference[warp][row]);
+        }
+        return reference;
+    }
+
+    // A thread a row.
+    template <class L>
+    DEVICE void write_statistics(const Exchange<L>& exchange, product::TileOrigin origin) const {
+        static_assert(L::kThreads >= L::Tile::BLOCK_M, "a thread for each row");
+        const int row = int(threadIdx.x);
+        if (row >= L::Tile::BLOCK_M || origin.m + row >= statistics.rows) return;
+        float sum = 0.0f, weighted = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < L::Tile::kWarpsN; ++warp) {
+            sum += exchange.sum[warp][row];
+            weighted += exchange.weighted[warp][row];
+        }
+        const int64_t index = int64_t(origin.n / kStatisticsColumns) * statistics.rows + origin.m + row;
+        statistics.reference[index] = block_reference<L>(exchange, row);
+        statistics.sum[index] = sum;
+        if (statistics.weighted != nullptr) statistics.weighted[index] = weighted;
+    }
+};
+
+template <bool kExponentials, bool kAlignedLoads, bool kAlignedStores>
+mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
+                              mmpo_stream stream) {
+    const ForwardEpilogue<kExponentials, kAlignedStores> epilogue{exponentials, statistics};
+    return product::launch_tiles<LargeTile, Logits, kAlignedLoads>(operands, epilogue, stream);
 }
 
-template <bool kEntropy, bool kVectorized>
-__global__ void __launch_bounds__(kRowThreads)
-    logp_head_forward_kernel(float* __restrict__ lse, float* __restrict__ logp, float* __restrict__ entropy,
-                             bf16* __restrict__ probabilities, const float* __restrict__ logits,
-                             const uint32_t* __restrict__ targets, int vocab) {
-    DYNAMIC_SHARED(shared);
-    const int row = int(blockIdx.x);
-    const float* const row_logits = logits + int64_t(row) * vocab;
-
-    Softmax softmax = no_logits();
-    for (int first = int(threadIdx.x) * kVector; first < vocab; first += kVectorsAtOnce * kStep) {
-        take_in<kEntropy, kVectorized>(softmax, row_logits, first, vocab);
+mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
+                              mmpo_stream stream) {
+    const bool loads = product::lines_aligned<Logits>(operands);
+    const bool stores = vector_rows(statistics.vocab) && vector_aligned(exponentials);
+    if (exponentials == nullptr) {
+        return loads ? launch_statistics<false, true, true>(nullptr, statistics, operands, stream)
+                     : launch_statistics<false, false, true>(nullptr, statistics, operands, stream);
     }
-    softmax = merge_block<kEntropy>(softmax, reinterpret_cast<Softmax*>(shared));
-    const float log_sum = logf(softmax.sum);
-    if (threadIdx.x == 0) {
-        lse[row] = softmax.largest + log_sum;
-        logp[row] = row_logits[targets[row]] - softmax.largest - log_sum;
-        if constexpr (kEntropy) entropy[row] = log_sum - softmax.weighted / softmax.sum;
-    }
-    store_probabilities<kVectorized>(probabilities + int64_t(row) * vocab, row_logits, softmax.largest, log_sum, vocab);
+    if (!loads) return launch_statistics<true, false, false>(exponentials, statistics, operands, stream);
+    return stores ? launch_statistics<true, true, true>(exponentials, statistics, operands, stream)
+                  : launch_statistics<true, true, false>(exponentials, statistics, operands, stream);
 }
 
-// ---- Backward: a warp tile of probabilities becomes dlogits.
+// ---- Backward in place: a warp tile of exponentials becomes dlogits
 
 constexpr int kBackwardVectors = 4;
 
-// One element's gradient; `kept` as encode_probability left it. `b` is the same for a whole warp, so rows without an
-// entropy term never form a logarithm.
-DEVICE float logit_gradient(float kept, bool is_target, float a, float b, float entropy) {
-    const bool upper = __float_as_uint(kept) >> 31 != 0;
-    const float prob = upper ? 1.0f + kept : kept;
-    const float other = upper ? -kept : 1.0f - kept;
-    float gradient = is_target ? a * other : -a * prob;
-    // pi log pi vanishes with pi.
-    if (b != 0.0f && prob != 0.0f) gradient -= b * prob * ((upper ? log1pf(kept) : __logf(prob)) + entropy);
-    return gradient;
-}
-
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
-    logp_head_backward_kernel(bf16* probabilities, const uint32_t* __restrict__ targets,
-                              const float* __restrict__ dlogp, const float* __restrict__ dentropy,
-                              const float* __restrict__ entropy, int rows, int vocab) {
+    logp_head_backward_kernel(bf16* exponentials, const float* __restrict__ references, GradientInputs inputs,
+                              int vocab) {
     const WarpTile tile = warp_tile<kBackwardVectors>(vocab);
-    if (tile.row >= rows) return;
-    bf16* const row = probabilities + int64_t(tile.row) * vocab;
+    if (tile.row >= inputs.rows) return;
+    bf16* const row = exponentials + int64_t(tile.row) * vocab;
     uint4 packed[kBackwardVectors];
-#pragma unroll
-    for (int v = 0; v < kBackwardVectors; ++v) {
-        packed[v] = load8<kVectorized>(row, tile.column + v * kVectorStride, vocab);
-    }
-    const int target = int(targets[tile.row]);
-    const float a = dlogp[tile.row];
-    const float b = dentropy != nullptr ? dentropy[tile.row] : 0.0f;
-    const float row_entropy = dentropy != nullptr ? entropy[tile.row] : 0.0f;
+    float shift[kBackwardVectors];
 #pragma unroll
     for (int v = 0; v < kBackwardVectors; ++v) {
         const int column = tile.column + v * kVectorStride;
+        packed[v] = load8<kVectorized>(row, column, vocab);
+        // A lane's eight columns share a reference.
+        const int64_t index = int64_t(column / kStatisticsColumns) * inputs.rows + tile.row;
+        shift[v] = column < vocab ? references[index] : 0.0f;
+    }
+    const RowGradient gradient(inputs, tile.row);
+#pragma unroll
+    for (int v = 0; v < kBackwardVectors; ++v) {
+        const int column = tile.column + v * kVectorStride;
+        // The logarithm of what makes probabilities of exponentials.
+        const float log2_factor = shift[v] - gradient.lse, factor = exp2_approx(log2_factor);
+        const int offset = gradient.target - column;
         float values[kVector];
         unpack8(values, packed[v]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-            values[i] = logit_gradient(values[i], column + i == target, a, b, row_entropy);
+            // The same for a whole warp: rows without an entropy term form no logarithm. One of 0 would be infinite.
+            const float log2_probability =
+                gradient.slope != 0.0f && values[i] != 0.0f ? log2_approx(values[i]) + log2_factor : 0.0f;
+            values[i] = gradient.of(values[i] * factor, log2_probability);
+        }
+        if (offset >= 0 && offset < kVector) {
+            const float at_target = target_gradient(inputs, tile.row);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                if (offset == i) values[i] = at_target;
+            }
         }
         store8<kVectorized>(row, column, vocab, pack8(values));
     }
 }
 
-template <bool kEntropy>
-mmpo_status launch_forward(float* lse, float* logp, float* entropy, bf16* probabilities, const float* logits,
-                           const uint32_t* targets, int rows, int vocab, mmpo_stream stream) {
-    const size_t shared_bytes = kRowThreads / kWarp * sizeof(Softmax);
-    return vector_rows(vocab)
-               ? LAUNCH((logp_head_forward_kernel<kEntropy, true>), unsigned(rows), kRowThreads, shared_bytes,
-                        cuda_stream(stream), lse, logp, entropy, probabilities, logits, targets, vocab)
-               : LAUNCH((logp_head_forward_kernel<kEntropy, false>), unsigned(rows), kRowThreads, shared_bytes,
-                        cuda_stream(stream), lse, logp, entropy, probabilities, logits, targets, vocab);
+// ---- Backward without anything kept: the product once more
+
+template <bool kAligned>
+struct GradientEpilogue {
+    static constexpr bool kStores = true;
+
+    bf16* dlogits;  // [rows, columns]
+    GradientInputs inputs;
+    int first_column;
+    int columns;
+
+    template <class L>
+    DEVICE void transform(product::Accumulators<L>& logits, product::TileOrigin origin, unsigned char*) const {
+        const product::WarpPart part = product::warp_part<L>();
+#pragma unroll
+        for (int i = 0; i < L::kMmaM; ++i) {
+            const RowGradients gradients(inputs, origin.m + part.m + 16 * i);
+            logits_to_gradient<L::WARP_N>(logits[i], gradients, inputs, first_column + origin.n + part.n);
+        }
+    }
+
+    DEVICE void store(int row, int column, float4 value) const {
+        const float values[4] = {value.x, value.y, value.z, value.w};
+        product::store_four_bf16<kAligned>(dlogits, columns, row, column, values);
+    }
+};
+
+template <bool kAlignedLoads, bool kAlignedStores>
+mmpo_status launch_gradients(bf16* dlogits, const GradientInputs& inputs, int first_column, const Operands& operands,
+                             mmpo_stream stream) {
+    const GradientEpilogue<kAlignedStores> epilogue{dlogits, inputs, first_column, operands.shape_n};
+    return product::launch_tiles<LargeTile, Logits, kAlignedLoads>(operands, epilogue, stream);
 }
 
 }  // namespace
 
-mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, bf16* probabilities,
-                                           const float* logits, const uint32_t* targets, int32_t rows, int32_t vocab,
-                                           mmpo_stream stream) {
-    if (rows == 0 || vocab == 0) return kSuccess;
-    return entropy != nullptr
-               ? launch_forward<true>(lse, logp, entropy, probabilities, logits, targets, rows, vocab, stream)
-               : launch_forward<false>(lse, logp, entropy, probabilities, logits, targets, rows, vocab, stream);
+int64_t MMPO_EXPORT(logp_head_workspace)(int32_t rows, int32_t vocab) {
+    return TileStatistics::workspace_bytes(rows, vocab);
 }
 
-mmpo_status MMPO_EXPORT(logp_head_backward)(bf16* probabilities, const uint32_t* targets, const float* dlogp,
+mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, mmpo_bf16* exponentials,
+                                           void* workspace, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                           const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
+                                           mmpo_stream stream) {
+    if (rows == 0 || width == 0 || vocab == 0) return kSuccess;
+    const auto statistics = TileStatistics::of(workspace, targets, rows, vocab, entropy != nullptr);
+    const Operands operands{hidden, weight, rows, vocab, width};
+    const mmpo_status status = launch_statistics(exponentials, statistics, operands, stream);
+    if (status != kSuccess) return status;
+    return merge_tiles(lse, logp, entropy, statistics, stream);
+}
+
+mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void* workspace, const uint32_t* targets,
+                                            const float* lse, const float* logp, const float* dlogp,
                                             const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream) {
     if (rows == 0 || vocab == 0) return kSuccess;
     if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
+    const GradientInputs inputs{targets, lse, logp, dlogp, dentropy, entropy, rows};
+    const float* const references = static_cast<const float*>(workspace);
     const unsigned blocks = warp_tile_blocks<kBackwardVectors>(rows, vocab);
     return vector_rows(vocab) ? LAUNCH(logp_head_backward_kernel<true>, blocks, kBlock, 0, cuda_stream(stream),
-                                       probabilities, targets, dlogp, dentropy, entropy, rows, vocab)
+                                       exponentials, references, inputs, vocab)
                               : LAUNCH(logp_head_backward_kernel<false>, blocks, kBlock, 0, cuda_stream(stream),
-                                       probabilities, targets, dlogp, dentropy, entropy, rows, vocab);
+                                       exponentials, references, inputs, vocab);
+}
+
+mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,
+                                           const uint32_t* targets, const float* lse, const float* logp,
+                                           const float* dlogp, const float* dentropy, const float* entropy,
+                                           int32_t rows, int32_t width, int32_t first_column, int32_t columns,
+                                           mmpo_stream stream) {
+    if (rows == 0 || width == 0 || columns == 0) return kSuccess;
+    if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
+    const GradientInputs inputs{targets, lse, logp, dlogp, dentropy, entropy, rows};
+    const Operands operands{hidden, weight + int64_t(first_column) * width, rows, columns, width};
+    if (!product::lines_aligned<Logits>(operands)) {
+        return launch_gradients<false, false>(dlogits, inputs, first_column, operands, stream);
+    }
+    return vector_rows(columns) && vector_aligned(dlogits)
+               ? launch_gradients<true, true>(dlogits, inputs, first_column, operands, stream)
+               : launch_gradients<true, false>(dlogits, inputs, first_column, operands, stream);
 }

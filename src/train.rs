@@ -126,10 +126,10 @@ impl<'a, D: Device> Run<'a, D> {
         let workload = Workload::plan(
             inputs.training.pairs.iter().chain(evaluation),
             &config.objective,
-            model.config.vocab_size,
             config.batch.pairs_per_step,
             config.batch.tokens_per_micro_batch,
         );
+        let workload = Workload { head: config.head, ..workload };
         let identity = RunIdentity {
             config: config.to_toml(),
             model: hex(&inputs.folder.fingerprint()),
@@ -137,6 +137,7 @@ impl<'a, D: Device> Run<'a, D> {
         };
         let plan = Plan::new(config, inputs.training.pairs.len());
         let trainer = Trainer::new(model, config.objective, workload)?;
+        tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })
     }
 

@@ -91,7 +91,7 @@ fn run<D: Device>(device: D, model: &str) -> Run {
         .zip(&before)
         .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
         .collect();
-    let workload = Workload::plan(&pairs, &OBJECTIVE, llama.config.vocab_size, pairs.len(), TOKEN_BUDGET);
+    let workload = Workload::plan(&pairs, &OBJECTIVE, pairs.len(), TOKEN_BUDGET);
     let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
     let (mut losses, mut gradient_norms, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
     let mut memory = None;

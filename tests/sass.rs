@@ -47,7 +47,7 @@ fn cuobjdump() -> Option<PathBuf> {
     candidates.into_iter().filter_map(|candidate| candidate.canonicalize().ok()).next()
 }
 
-/// The instructions of each kernel of an object, without their predicates and operands: `FFMA.FTZ`.
+/// The instructions of each kernel of an object, without their predicates: `FFMA R1, R2, R3, R4`.
 fn instructions(tool: &Path, stem: &str, target: &str) -> BTreeMap<String, Vec<String>> {
     let object = Path::new(env!("OUT_DIR")).join(format!("objects/gpu/kernels-{stem}.o"));
     let output = Command::new(tool).args(["-sass", "-arch", target]).arg(&object).output().unwrap();
@@ -64,9 +64,15 @@ fn instructions(tool: &Path, stem: &str, target: &str) -> BTreeMap<String, Vec<S
         let Some((_, code)) = line.trim().strip_prefix("/*").and_then(|rest| rest.split_once("*/")) else {
             continue;
         };
-        let mut words = code.split_whitespace().skip_while(|word| word.starts_with('@'));
-        if let Some(word) = words.next().filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase())) {
-            kernels.entry(kernel.clone()).or_default().push(word.trim_end_matches(';').to_owned());
+        let words: Vec<&str> = code
+            .split(';')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .skip_while(|word| word.starts_with('@'))
+            .collect();
+        if words.first().is_some_and(|word| word.starts_with(|c: char| c.is_ascii_uppercase())) {
+            kernels.entry(kernel.clone()).or_default().push(words.join(" "));
         }
     }
     kernels
@@ -74,6 +80,33 @@ fn instructions(tool: &Path, stem: &str, target: &str) -> BTreeMap<String, Vec<S
 
 fn count(instructions: &[String], name: &str) -> usize {
     instructions.iter().filter(|instruction| instruction.starts_with(name)).count()
+}
+
+/// Exponentials between a wait that leaves one group of products under way and the wait for that group: they run under the
+/// tensor cores. Both compilers would rather have them behind the second wait.
+fn overlapped(instructions: &[String]) -> usize {
+    let waits = |left: &str| {
+        let wait = format!("WARPGROUP.DEPBAR.LE gsb0, {left}");
+        move |instruction: &String| instruction.starts_with(&wait)
+    };
+    let behind = instructions.iter().skip_while(|instruction| !waits("0x1")(instruction));
+    behind
+        .take_while(|instruction| !waits("0x0")(instruction))
+        .filter(|code| code.starts_with("MUFU.EX2"))
+        .count()
+}
+
+#[test]
+fn softmax_runs_under_the_second_product() {
+    let Some(tool) = cuobjdump() else {
+        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
+        return;
+    };
+    for (kernel, instructions) in instructions(&tool, "attention_forward_sm90", "sm_90a") {
+        // A thread's scores of a block of 128 keys.
+        let overlapped = overlapped(&instructions);
+        assert!(overlapped >= 64, "{overlapped} exponentials under the products of {kernel}");
+    }
 }
 
 #[test]

@@ -96,7 +96,8 @@ struct QueryTile {
     int first;      // first row; the tile ends early where its sequence does
     int number;     // see tile_number
     uint32_t turn;  // of this block at the tile's rows of dQ
-    bool other;     // rejected queries on the prompt's keys: they see keys before `QueryWalk::prompt_last`
+    int keys;       // of the block, from its first on, that some of the queries see: products leave out the rest
+    bool other;     // rejected queries on the prompt's keys: they see the first `keys` whatever their own place
     bool crosses;   // a boundary of the mask runs through keys x queries
 };
 
@@ -108,39 +109,49 @@ struct QueryWalk {
     static constexpr int kPerKeyTile = BLOCK_N / BLOCK_M;
 
     int steps;
-    int prompt_last;
+    int keys, prompt_keys;  // of the tile
     int own_first, own_number, own_steps;
     int other_first, other_number;
     uint32_t other_turn;
-    bool crosses_prompt_end;
 
-    DEVICE QueryWalk(const Span& span, int pair, const RowTile& keys) {
-        const int key_tile = (keys.first - keys.sequence_first) / BLOCK_N;
-        prompt_last = span.start + span.prompt;
-        own_first = keys.first;
-        own_number = tile_number(keys.sequence_first, pair, keys.rejected, BLOCK_M) + key_tile * kPerKeyTile;
-        own_steps = (keys.sequence_last - keys.first + BLOCK_M - 1) / BLOCK_M;
+    DEVICE QueryWalk(const Span& span, int pair, const RowTile& tile) {
+        const int key_tile = (tile.first - tile.sequence_first) / BLOCK_N;
+        keys = tile.last - tile.first;
+        const int prompt_last = span.start + span.prompt;
+        prompt_keys = tile.rejected ? 0 : min(keys, prompt_last - tile.first);
+        own_first = tile.first;
+        own_number = tile_number(tile.sequence_first, pair, tile.rejected, BLOCK_M) + key_tile * kPerKeyTile;
+        own_steps = (tile.sequence_last - tile.first + BLOCK_M - 1) / BLOCK_M;
         other_first = prompt_last + span.chosen;
         other_number = tile_number(other_first, pair, true, BLOCK_M);
-        const bool visited = !keys.rejected && keys.first < prompt_last;
-        steps = own_steps + (visited ? (span.rejected + BLOCK_M - 1) / BLOCK_M : 0);
-        other_turn = visited ? uint32_t(1 + (span.prompt - 1) / BLOCK_N - key_tile) : 0;
-        crosses_prompt_end = keys.first + BLOCK_N > prompt_last;
+        steps = own_steps + (prompt_keys > 0 ? (span.rejected + BLOCK_M - 1) / BLOCK_M : 0);
+        other_turn = prompt_keys > 0 ? uint32_t(1 + (span.prompt - 1) / BLOCK_N - key_tile) : 0;
     }
 
     DEVICE QueryTile tile(int step) const {
         if (step < own_steps) {
-            return {own_first + step * BLOCK_M, own_number + step, uint32_t(step / kPerKeyTile), false,
-                    step < kPerKeyTile};
+            const bool diagonal = step < kPerKeyTile;
+            return {own_first + step * BLOCK_M,
+                    own_number + step,
+                    uint32_t(step / kPerKeyTile),
+                    diagonal ? min(keys, (step + 1) * BLOCK_M) : keys,
+                    false,
+                    diagonal};
         }
         const int behind = step - own_steps;
-        return {other_first + behind * BLOCK_M, other_number + behind, other_turn + uint32_t(behind / kPerKeyTile),
-                true, crosses_prompt_end};
+        return {other_first + behind * BLOCK_M,
+                other_number + behind,
+                other_turn + uint32_t(behind / kPerKeyTile),
+                prompt_keys,
+                true,
+                prompt_keys < BLOCK_N};
     }
 
-    // Of a tile that `crosses`. Queries behind the end of their sequence need no mask: their lse is infinite.
-    DEVICE bool seen(const QueryTile& queries, int query, int key) const {
-        return queries.other ? key < prompt_last : key <= query;
+    // The first query of a tile that sees the `key`-th key of the block; all behind it do too. (Those behind the end of
+    // their sequence as well: their lse is infinite instead.)
+    DEVICE int first_seeing(const QueryTile& tile, int key) const {
+        if (key >= tile.keys) return BLOCK_M;
+        return tile.other ? 0 : key - (tile.first - own_first);
     }
 };
 

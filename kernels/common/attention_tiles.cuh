@@ -126,11 +126,15 @@ DEVICE void load_tile_async(uint32_t tile, const bf16* source, int64_t stride, i
     }
 }
 
+// From chunk 0 or 1 of a row to chunk 2 * step or the next: chunks are exchanged by xor, and tiles start on a multiple
+// of a row's bytes. So one register holds a lane's address for every step.
+DEVICE uint32_t depth_offset(int step) { return uint32_t(2 * step * kChunkBytes); }
+
 // A[16, 16]: rows row.., columns 16 * step.. of a tile.
 template <int E>
 DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
-    ldmatrix_x4(a, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+    ldmatrix_x4(a, tile_address<E>(tile, row + lane % 16, lane / 16) ^ depth_offset(step));
 }
 
 // Two B[16, 8] whose columns are 16 rows of the tile and whose depth is its columns 16 * step..: products with a tile's
@@ -139,7 +143,7 @@ template <int E>
 DEVICE void load_b_transposed(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
     uint32_t r[4];
-    ldmatrix_x4(r, tile_address<E>(tile, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    ldmatrix_x4(r, tile_address<E>(tile, row + lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ depth_offset(step));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
@@ -148,7 +152,7 @@ template <int E>
 DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
     uint32_t r[4];
-    ldmatrix_x4_trans(r, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+    ldmatrix_x4_trans(r, tile_address<E>(tile, row + lane % 16, lane / 16) ^ depth_offset(step));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 

@@ -71,7 +71,6 @@ fn measure<D: Device>(
     let workload = Workload::plan(
         &pairs,
         &objective,
-        shape.config.vocab_size,
         pairs.len(),
         config.tokens.unwrap_or(usize::MAX).min(shape.tokens()),
     );

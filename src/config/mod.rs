@@ -17,6 +17,7 @@ pub use recipe::RESOLVED_FILE;
 pub use resolve::{limits, resolve};
 
 use crate::device::DeviceChoice;
+use crate::model::HeadOptions;
 use crate::objective::Objective;
 use crate::optimizer::Schedule;
 
@@ -67,6 +68,7 @@ pub struct RunConfig {
     pub keep_checkpoints: usize,
     pub seed: u64,
     pub device: DeviceChoice,
+    pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
     pub resume: bool,

@@ -9,6 +9,7 @@ use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObje
 use super::{ObjectiveKind, check};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
+use crate::model::{HeadChoice, HeadOptions};
 use crate::optimizer::Schedule;
 
 use ObjectiveKind::{Dpo, Mmpo, Simpo};
@@ -264,6 +265,11 @@ options! {
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
+        /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
+        /// them twice with less than 64 MiB, auto takes main where memory allows. The result stays the same.
+        head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
+        /// MiB that kept probabilities may take.
+        head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::at_least_one;
         /// CPU threads.
         threads: usize, Absent = Absent("all cores"), ALL, check::at_least_one;
     }

@@ -130,6 +130,8 @@ fn given(config: &RunConfig) -> Options {
         save_steps: config.save_steps.and_then(some),
         keep_checkpoints: some(config.keep_checkpoints),
         device: some(config.device),
+        head_mode: some(config.head.mode),
+        head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),
         ..Options::default()
     };

@@ -10,6 +10,7 @@ use super::{
     Warmup,
 };
 use crate::error::{Error, Result};
+use crate::model::HeadOptions;
 use crate::objective::{Dpo, Mmpo, Objective, Simpo};
 
 /// Defaults that depend on other options, so that the table can only describe them.
@@ -213,6 +214,10 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
+        head: HeadOptions {
+            mode: settled.head_mode,
+            workspace: settled.head_workspace.saturating_mul(1 << 20),
+        },
         threads: settled.threads,
         resume,
     })

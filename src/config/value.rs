@@ -6,6 +6,7 @@ use toml::de::DeValue;
 
 use super::{ObjectiveKind, suggest};
 use crate::device::DeviceChoice;
+use crate::model::HeadChoice;
 use crate::optimizer::Schedule;
 
 /// A type of value that a flag and a recipe key can hold.
@@ -159,6 +160,11 @@ impl Word for Schedule {
         &[("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
 }
 
+impl Word for HeadChoice {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", HeadChoice::Auto), ("main", HeadChoice::Main), ("recompute", HeadChoice::Recompute)];
+}
+
 macro_rules! word_option {
     ($type:ty, $placeholder:literal) => {
         impl OptionValue for $type {
@@ -191,6 +197,7 @@ macro_rules! word_option {
 
 word_option!(ObjectiveKind, "mmpo|dpo|simpo|sft");
 word_option!(Schedule, "cosine|linear|constant");
+word_option!(HeadChoice, "auto|main|recompute");
 
 impl OptionValue for DeviceChoice {
     const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";

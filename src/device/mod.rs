@@ -127,15 +127,31 @@ pub enum RopeDirection {
     Backward,
 }
 
+/// What the head's forward leaves for its backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadMode {
+    /// Log-probs alone: no backward follows.
+    Score,
+    /// The probabilities of all of a call's rows, which the backward turns into their gradient in place: `6 N V D`
+    /// operations, and a workspace that grows with the rows of a call.
+    Main,
+    /// Nothing: the backward forms the logits once more. `8 N V D` operations in less than [`RECOMPUTE_WORKSPACE`].
+    Recompute,
+}
+
+/// Bytes that the head's workspace stays below, whatever the batch, unless [`HeadMode::Main`] keeps probabilities in it.
+pub const RECOMPUTE_WORKSPACE: usize = 64 << 20;
+
 /// A slice of the `N` scored tokens that one call of the head works on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeadShape {
-    /// Rows of the `[N, ..]` buffers; whole pairs. Row `r` uses row `r - rows.start` of `logits`.
+    /// Rows of the `[N, ..]` buffers.
     pub rows: Range<usize>,
     pub width: usize,
     pub vocab: usize,
-    /// Whether entropies are wanted (they cost one more pass on some devices).
+    /// Whether entropies are wanted (they cost a little more).
     pub entropy: bool,
+    pub mode: HeadMode,
 }
 
 /// Per-token results of the head, `[N]` each, natural log, f32.
@@ -221,6 +237,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn needs_master(&self) -> bool;
     /// Bytes in use on the device now, and the highest so far.
     fn memory(&self) -> MemoryUse;
+    /// Bytes that a large buffer may still have; `None` where that is no fixed number, as in a computer's main memory.
+    fn free_memory(&self) -> Result<Option<usize>>;
 
     // Time.
     /// Seconds of the device's own time for what `work` queues: between two events on a GPU, by the clock elsewhere.
@@ -397,6 +415,20 @@ pub trait Device: Sized + Send + Sync + 'static {
         rows: usize,
         width: usize,
     ) -> Result<()>;
+    /// Assigns `gate_up[T, 2F] = x * weight^T (+ bias)`, with `shape.outputs` = 2F, then as [`Device::swiglu_forward`]: one
+    /// pass over `gate_up` less where a device does both in one kernel. The results are those of the two.
+    fn linear_swiglu_forward(
+        &self,
+        out: &mut Compute<Self>,
+        gate_up: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear_forward(gate_up, x, weight, bias, shape)?;
+        self.swiglu_forward(out, gate_up, shape.rows, shape.outputs / 2)
+    }
     /// Assigns `dgate_up[T, 2F]`.
     fn swiglu_backward(
         &self,
@@ -426,13 +458,18 @@ pub trait Device: Sized + Send + Sync + 'static {
         rows: usize,
         width: usize,
     ) -> Result<()>;
-    /// Assigns rows `shape.rows` of `scores`; `logits[rows, V]` is left for [`Device::logp_head_backward`].
-    /// How the logits lie in it is the device's own affair.
-    /// Log-probs come from f32 accumulators, never from rounded logits.
+    /// Bytes of probabilities in [`HeadMode::Main`] from which on larger chunks of pairs make no step faster.
+    const HEAD_CHUNK_BYTES: usize;
+    /// Values of `workspace` that the head takes for a call of up to `rows` rows. With fewer, but for
+    /// [`HeadMode::Main`], it works on smaller chunks.
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize>;
+    /// Assigns rows `shape.rows` of `scores` from the logits `hidden[N, D] * weight[V, D]^T`. Log-probs come from f32
+    /// accumulators, never from rounded logits. How `workspace` is used is the device's own affair; in
+    /// [`HeadMode::Main`] it is left for [`Device::logp_head_backward`] of the same shape.
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
@@ -448,14 +485,14 @@ pub trait Device: Sized + Send + Sync + 'static {
         objective: &Objective,
         pairs: Range<usize>,
     ) -> Result<()>;
-    /// `dlogits = a * (onehot - pi) - b * pi * (log pi + entropy)`, formed in place of `logits`; then accumulates
+    /// Of `dlogits = a * (onehot - pi) - b * pi * (log pi + entropy)`, formed in `workspace`, accumulates
     /// `dweight[V, D] += dlogits^T * hidden` and replaces rows `shape.rows` of `hidden` by their gradient.
     #[allow(clippy::too_many_arguments)]
     fn logp_head_backward(
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,

@@ -4,6 +4,7 @@
 //! lse, and `gate_up`. Normed inputs and SwiGLU outputs are cheap and are computed again.
 
 use super::config::LlamaConfig;
+use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
 use crate::device::{Compute, Device, Floats, TokenCoefficients, TokenScores};
 use crate::error::Result;
@@ -17,20 +18,19 @@ pub struct Capacity {
     pub pairs: usize,
     /// `N`
     pub scored: usize,
-    /// Rows of the logits workspace; at least the scored tokens of the longest pair.
-    pub logit_rows: usize,
+    /// Scored tokens of the longest pair.
+    pub longest: usize,
 }
 
 impl Capacity {
-    /// The least capacity that holds `self` and also `batch`, with logits of at most `logit_rows` rows unless one
-    /// pair alone needs more.
-    pub fn cover(self, batch: &PairBatch, logit_rows: usize) -> Self {
+    /// The least capacity that holds `self` and also `batch`.
+    pub fn cover(self, batch: &PairBatch) -> Self {
         let longest = batch.scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).max();
         Capacity {
             tokens: self.tokens.max(batch.tokens()),
             pairs: self.pairs.max(batch.spans.len()),
             scored: self.scored.max(batch.scored_tokens()),
-            logit_rows: self.logit_rows.max(longest.unwrap_or(0)).max(logit_rows.min(batch.scored_tokens())),
+            longest: self.longest.max(longest.unwrap_or(0)),
         }
     }
 }
@@ -38,7 +38,7 @@ impl Capacity {
 /// Whether the backward follows: without it, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    Training,
+    Training(HeadOptions),
     Inference,
 }
 
@@ -81,8 +81,9 @@ pub struct HeadBuffers<D: Device> {
     pub normed: Compute<D>,
     /// `[N]`
     pub rstd: Floats<D>,
-    /// `[logit_rows, V]`
-    pub logits: Compute<D>,
+    pub plan: HeadPlan,
+    /// `[plan.values]`
+    pub workspace: Compute<D>,
     pub scores: TokenScores<D>,
     pub coefficients: TokenCoefficients<D>,
     /// `[pairs, PairOutcome::WIDTH]`
@@ -113,11 +114,11 @@ impl<D: Device> Activations<D> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
         let slots = match purpose {
-            Purpose::Training => config.layers,
+            Purpose::Training(_) => config.layers,
             Purpose::Inference => 1,
         };
         let residuals = match purpose {
-            Purpose::Training => config.layers + 1,
+            Purpose::Training(_) => config.layers + 1,
             Purpose::Inference => 1,
         };
         let compute = |count: usize, width: usize| -> Result<Vec<Compute<D>>> {
@@ -139,7 +140,7 @@ impl<D: Device> Activations<D> {
             normed: device.alloc(tokens * config.hidden_size)?,
             delta: device.alloc(tokens * config.hidden_size)?,
             activated: device.alloc(tokens * config.intermediate_size)?,
-            head: HeadBuffers::new(device, config, capacity)?,
+            head: HeadBuffers::new(device, config, capacity, purpose)?,
         })
     }
 
@@ -155,16 +156,23 @@ impl<D: Device> Activations<D> {
 }
 
 impl<D: Device> HeadBuffers<D> {
-    fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
-        Ok(HeadBuffers {
-            gathered: device.alloc(capacity.scored * config.hidden_size)?,
-            normed: device.alloc(capacity.scored * config.hidden_size)?,
-            rstd: device.alloc(capacity.scored)?,
-            logits: device.alloc(capacity.logit_rows * config.vocab_size)?,
-            scores: TokenScores::new(device, capacity.scored)?,
-            coefficients: TokenCoefficients::new(device, capacity.scored)?,
-            outcomes: device.alloc(capacity.pairs * PairOutcome::WIDTH)?,
-        })
+    /// Call it when everything else is allocated: the plan looks at the memory that is left.
+    fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
+        let gathered = device.alloc(capacity.scored * config.hidden_size)?;
+        let normed = device.alloc(capacity.scored * config.hidden_size)?;
+        let rstd = device.alloc(capacity.scored)?;
+        let scores = TokenScores::new(device, capacity.scored)?;
+        let coefficients = TokenCoefficients::new(device, capacity.scored)?;
+        let outcomes = device.alloc(capacity.pairs * PairOutcome::WIDTH)?;
+        let shape = (config.hidden_size, config.vocab_size);
+        let plan = match purpose {
+            Purpose::Training(options) => {
+                HeadPlan::training(device, shape, capacity.scored, capacity.longest, options)?
+            }
+            Purpose::Inference => HeadPlan::inference(device, shape, capacity.scored)?,
+        };
+        let workspace = device.alloc(plan.values)?;
+        Ok(HeadBuffers { gathered, normed, rstd, plan, workspace, scores, coefficients, outcomes })
     }
 }
 

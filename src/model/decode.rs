@@ -56,6 +56,8 @@ pub struct Generation<'a, D: Device> {
     batch: BatchBuffers<D>,
     cache: KvCache<D>,
     length: usize,
+    /// `[V]` on the device.
+    device_logits: Compute<D>,
     logits: Vec<f32>,
 }
 
@@ -68,7 +70,7 @@ impl<'a, D: Device> Generation<'a, D> {
                 "give some text, or use a model with a BOS token",
             ));
         }
-        let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, logit_rows: 1 };
+        let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, longest: 1 };
         let device = model.device.as_ref();
         let mut generation = Generation {
             model,
@@ -76,6 +78,7 @@ impl<'a, D: Device> Generation<'a, D> {
             batch: BatchBuffers::new(device, prompt.len(), 1, 1)?,
             cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens)?,
             length: 0,
+            device_logits: device.alloc(model.config.vocab_size)?,
             logits: vec![0.0; model.config.vocab_size],
         };
         generation.advance(prompt)?;
@@ -103,11 +106,11 @@ impl<'a, D: Device> Generation<'a, D> {
         };
         model.forward(&mut self.activations, &self.batch, count, context)?;
         model.head_input(&mut self.activations, &self.batch, 1)?;
-        let head = &mut self.activations.head;
+        let normed = &self.activations.head.normed;
         let shape =
             crate::device::LinearShape { rows: 1, inputs: config.hidden_size, outputs: config.vocab_size };
-        device.linear_forward(&mut head.logits, &head.normed, model.weights.head(), None, shape)?;
-        device.download_compute(&mut self.logits, &head.logits, 0)?;
+        device.linear_forward(&mut self.device_logits, normed, model.weights.head(), None, shape)?;
+        device.download_compute(&mut self.logits, &self.device_logits, 0)?;
         self.length += count;
         Ok(())
     }

@@ -1,16 +1,18 @@
 //! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
 //!
-//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so a chunk of whole
-//! pairs runs forward, learns its coefficients, and turns its logits into their gradient in place: the logits are
-//! computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them twice (`8 N V D`).
+//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode a chunk
+//! of whole pairs runs forward, learns its coefficients, and turns its probabilities into the logits' gradient in place:
+//! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
+//! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
+//! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
 
 use std::ops::Range;
 
 use super::Llama;
-use super::buffers::{Activations, Gradients};
+use super::buffers::{Activations, Gradients, HeadBuffers};
 use super::tensors::LlamaTensors;
-use crate::data::ScoredPair;
-use crate::device::{BatchBuffers, Device, Floats, HeadShape};
+use crate::data::{ScoredPair, micro_batches};
+use crate::device::{BatchBuffers, Device, Floats, HeadMode, HeadShape};
 use crate::error::Result;
 use crate::objective::Objective;
 
@@ -34,11 +36,12 @@ impl<D: Device> Llama<D> {
 
         let head = &mut activations.head;
         let weight = self.weights.head();
-        for pairs in self.head_chunks(scored, device.len(&head.logits)) {
-            let shape = self.head_shape(scored, &pairs, objective.needs_entropy());
+        for pairs in head.chunks(scored) {
+            let mut shape = self.head_shape(scored, &pairs, objective.needs_entropy());
+            shape.mode = head.plan.mode(shape.rows.len());
             device.logp_head_forward(
                 &mut head.scores,
-                &mut head.logits,
+                &mut head.workspace,
                 &head.normed,
                 weight,
                 &batch.targets,
@@ -55,7 +58,7 @@ impl<D: Device> Llama<D> {
             device.logp_head_backward(
                 &mut head.normed,
                 Some(dweights.head_mut()),
-                &mut head.logits,
+                &mut head.workspace,
                 weight,
                 &batch.targets,
                 &head.scores,
@@ -92,17 +95,15 @@ impl<D: Device> Llama<D> {
         let total = scored.last().map_or(0, |pair| pair.rejected.end);
         self.head_input(activations, batch, total)?;
         let head = &mut activations.head;
-        for pairs in self.head_chunks(scored, device.len(&head.logits)) {
-            let shape = self.head_shape(scored, &pairs, entropy);
-            device.logp_head_forward(
-                &mut head.scores,
-                &mut head.logits,
-                &head.normed,
-                self.weights.head(),
-                &batch.targets,
-                &shape,
-            )?;
-        }
+        let shape = self.head_shape(scored, &(0..scored.len()), entropy);
+        device.logp_head_forward(
+            &mut head.scores,
+            &mut head.workspace,
+            &head.normed,
+            self.weights.head(),
+            &batch.targets,
+            &shape,
+        )?;
         match objective {
             Some(objective) => device.pair_objective(
                 &mut head.outcomes,
@@ -116,18 +117,25 @@ impl<D: Device> Llama<D> {
         }
     }
 
+    /// Of a forward without backward.
     fn head_shape(&self, scored: &[ScoredPair], pairs: &Range<usize>, entropy: bool) -> HeadShape {
-        HeadShape {
-            rows: scored[pairs.start].chosen.start..scored[pairs.end - 1].rejected.end,
-            width: self.config.hidden_size,
-            vocab: self.config.vocab_size,
-            entropy,
-        }
+        let pairs = &scored[pairs.clone()];
+        let rows = match (pairs.first(), pairs.last()) {
+            (Some(first), Some(last)) => first.chosen.start..last.rejected.end,
+            _ => 0..0,
+        };
+        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        HeadShape { rows, width, vocab, entropy, mode: HeadMode::Score }
     }
+}
 
-    /// Runs of whole pairs whose logits fit into `logits` values.
-    fn head_chunks(&self, scored: &[ScoredPair], logits: usize) -> Vec<Range<usize>> {
+impl<D: Device> HeadBuffers<D> {
+    /// Runs of whole pairs that go through the head together: as many as main mode has room for, or all of them.
+    fn chunks(&self, scored: &[ScoredPair]) -> Vec<Range<usize>> {
+        if self.plan.main_rows == 0 {
+            return vec![0..scored.len()];
+        }
         let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
-        crate::data::micro_batches(&rows, logits / self.config.vocab_size)
+        micro_batches(&rows, self.plan.chunk_rows)
     }
 }

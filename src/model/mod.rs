@@ -7,6 +7,7 @@ mod config_keys;
 mod decode;
 mod forward;
 mod head;
+mod head_plan;
 mod load;
 mod rope;
 mod tensors;
@@ -17,6 +18,7 @@ pub use buffers::{Activations, Capacity, Gradients, HeadBuffers, Purpose};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use forward::Context;
+pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 

@@ -3,13 +3,10 @@
 use std::ops::Range;
 
 use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, StorageType};
+use crate::device::{BatchBuffers, Device};
 use crate::error::{Error, Result};
 use crate::model::{Activations, Capacity, Context, Llama, Purpose};
 use crate::objective::ReferencePair;
-
-/// Bytes of logits that the head works on at a time, unless one pair alone needs more.
-const LOGITS_WORKSPACE: usize = 64 << 20;
 
 /// What a model says of a pair: sums over the scored tokens, nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -69,10 +66,9 @@ impl<'a, D: Device> Scorer<'a, D> {
         let device = model.device.as_ref();
         let sizes: Vec<usize> = pairs.iter().map(TokenizedPair::tokens).collect();
         let runs = micro_batches(&sizes, token_budget);
-        let logit_rows = LOGITS_WORKSPACE / (model.config.vocab_size * StorageType::F32.size());
         let mut capacity = Capacity::default();
         for run in &runs {
-            capacity = capacity.cover(&PairBatch::pack(&pairs[run.clone()], Sides::Both), logit_rows);
+            capacity = capacity.cover(&PairBatch::pack(&pairs[run.clone()], Sides::Both));
         }
         Ok(Scorer {
             model,

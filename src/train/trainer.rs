@@ -5,11 +5,10 @@ use std::sync::Arc;
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{AdamWState, AdamWStep, BatchBuffers, Device, Floats};
 use crate::error::Result;
-use crate::model::{Activations, Capacity, Context, Gradients, Llama, LlamaTensors, Purpose};
+use crate::model::{
+    Activations, Capacity, Context, Gradients, HeadOptions, HeadPlan, Llama, LlamaTensors, Purpose,
+};
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-
-/// Bytes of logits that the head works on at a time, unless one pair alone needs more.
-const LOGITS_WORKSPACE: usize = 64 << 20;
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +53,7 @@ pub struct Workload {
     pub micro_batch: Capacity,
     pub pairs_per_step: usize,
     pub token_budget: usize,
+    pub head: HeadOptions,
 }
 
 impl Workload {
@@ -62,16 +62,14 @@ impl Workload {
     pub fn plan<'a>(
         pairs: impl IntoIterator<Item = &'a TokenizedPair>,
         objective: &Objective,
-        vocab: usize,
         pairs_per_step: usize,
         token_budget: usize,
     ) -> Self {
-        let logit_rows = LOGITS_WORKSPACE / (vocab * size_of::<f32>());
         let mut micro_batch = Capacity::default();
         let mut shortest = usize::MAX;
         for pair in pairs {
             let alone = PairBatch::pack([pair], objective.sides());
-            micro_batch = micro_batch.cover(&alone, logit_rows);
+            micro_batch = micro_batch.cover(&alone);
             shortest = shortest.min(alone.tokens().max(1));
         }
         let most_pairs = (token_budget / shortest).clamp(1, pairs_per_step.max(1));
@@ -83,10 +81,11 @@ impl Workload {
                 tokens: budget,
                 pairs: most_pairs,
                 scored: scored.min(micro_batch.scored * most_pairs),
-                logit_rows: micro_batch.logit_rows.max(logit_rows.min(scored)),
+                longest: micro_batch.longest,
             },
             pairs_per_step,
             token_budget,
+            head: HeadOptions::default(),
         }
     }
 }
@@ -111,11 +110,12 @@ impl<D: Device> Trainer<D> {
             gradients: model.zero_gradients()?,
             objective,
             token_budget: workload.token_budget,
-            activations: Activations::new(device, &model.config, capacity, Purpose::Training)?,
             scratch: Gradients::new(device, &model.config, capacity)?,
             batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
+            // Last: the head is planned with the memory that all else leaves.
+            activations: Activations::new(device, &model.config, capacity, Purpose::Training(workload.head))?,
             model,
         })
     }
@@ -199,6 +199,11 @@ impl<D: Device> Trainer<D> {
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, None, pairs, &outcomes)?;
         Ok((outcomes, loss))
+    }
+
+    /// How the head works, and on how much memory.
+    pub fn head_plan(&self) -> HeadPlan {
+        self.activations.head.plan
     }
 
     pub fn device(&self) -> &D {

@@ -97,7 +97,7 @@ impl Golden {
             .zip(references)
             .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
             .collect();
-        let workload = Workload::plan(&self.pairs, &objective, model.config.vocab_size, pairs.len(), 700);
+        let workload = Workload::plan(&self.pairs, &objective, pairs.len(), 700);
         let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
         body(&mut trainer, &pairs);
     }

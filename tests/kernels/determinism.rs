@@ -1,7 +1,7 @@
 //! The CPU device gives the same bits at any number of threads.
 
 use mmpo_fast::device::{
-    AttentionShape, Device, HeadShape, LinearShape, NormShape, TokenCoefficients, TokenScores,
+    AttentionShape, Device, HeadMode, HeadShape, LinearShape, NormShape, TokenCoefficients, TokenScores,
 };
 
 use crate::harness::*;
@@ -76,9 +76,10 @@ fn head<D: Device>(device: &D) -> Outputs {
     let targets: Vec<u32> = (0..rows).map(|row| (row * 31 % vocab) as u32).collect();
     let targets = indices(device, &targets);
     let mut scores = TokenScores::new(device, rows).unwrap();
-    let mut logits = unset_compute(device, rows * vocab);
-    let shape = HeadShape { rows: 0..rows, width, vocab, entropy: true };
-    device.logp_head_forward(&mut scores, &mut logits, &hidden, &weight, &targets, &shape).unwrap();
+    let shape = HeadShape { rows: 0..rows, width, vocab, entropy: true, mode: HeadMode::Main };
+    let mut workspace =
+        unset_compute(device, device.logp_head_workspace(shape.mode, rows, width, vocab).unwrap());
+    device.logp_head_forward(&mut scores, &mut workspace, &hidden, &weight, &targets, &shape).unwrap();
     let coefficients: TokenCoefficients<D> = TokenCoefficients {
         logp: floats(device, &random(3, rows, 1.0)),
         entropy: floats(device, &random(4, rows, 0.1)),
@@ -88,7 +89,7 @@ fn head<D: Device>(device: &D) -> Outputs {
         .logp_head_backward(
             &mut hidden,
             Some(&mut dweight),
-            &mut logits,
+            &mut workspace,
             &weight,
             &targets,
             &scores,

@@ -129,6 +129,29 @@ path_tests! {
         assert_eq!(wide(&read(device, &dweight)), dweight64);
     }
 
+    /// The product of gate and up with SwiGLU behind it: what each of the two gives by itself, to the bit.
+    fn swiglu(device, bounds) {
+        for (rows, inputs, width) in [(1, 8, 8), (70, 72, 136), (5, 17, 31), (150, 64, 280)] {
+            let outputs = 2 * width;
+            let (x, _) = random_compute(device, 1, rows * inputs, 1.0);
+            let (weight, _) = random_compute(device, 2, outputs * inputs, 0.3);
+            let (bias, _) = random_compute(device, 3, outputs, 1.0);
+            let shape = LinearShape { rows, inputs, outputs };
+            for bias in [None, Some(&bias)] {
+                let (mut gate_up, mut out) =
+                    (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
+                device.linear_swiglu_forward(&mut out, &mut gate_up, &x, &weight, bias, shape).unwrap();
+                let (mut gate_up_alone, mut out_alone) =
+                    (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
+                device.linear_forward(&mut gate_up_alone, &x, &weight, bias, shape).unwrap();
+                device.swiglu_forward(&mut out_alone, &gate_up_alone, rows, width).unwrap();
+                let bits = |buffer| read_compute(device, buffer).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                assert_eq!(bits(&gate_up), bits(&gate_up_alone), "gate_up of {shape:?}");
+                assert_eq!(bits(&out), bits(&out_alone), "out of {shape:?}");
+            }
+        }
+    }
+
     /// A buffer that is too small is an error that names the operation and the buffer.
     fn too_small(device, bounds) {
         let (x, _) = random_compute(device, 1, 8, 1.0);

@@ -1,7 +1,7 @@
 //! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
-use mmpo_fast::device::{Device, HeadShape, LinearShape, NormShape, TokenScores};
+use mmpo_fast::device::{Device, HeadMode, HeadShape, LinearShape, NormShape, TokenScores};
 
 use crate::harness::*;
 
@@ -41,9 +41,10 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     let (table, _) = random_compute(device, 4, vocab * WIDTH, 0.3);
     let targets = indices(device, &[1, 0, 500]);
     let mut scores = TokenScores::new(device, scored).unwrap();
-    let mut logits = unset_compute(device, scored * vocab);
-    let head = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true };
-    device.logp_head_forward(&mut scores, &mut logits, &x, &table, &targets, &head).unwrap();
+    let head = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true, mode: HeadMode::Main };
+    let mut workspace =
+        unset_compute(device, device.logp_head_workspace(head.mode, scored, WIDTH, vocab).unwrap());
+    device.logp_head_forward(&mut scores, &mut workspace, &x, &table, &targets, &head).unwrap();
 
     [
         &rstd,
@@ -59,7 +60,7 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     ]
     .into_iter()
     .flat_map(|buffer| read(device, buffer))
-    .chain([&dx, &out, &logits].into_iter().flat_map(|buffer| read_compute(device, buffer)))
+    .chain([&dx, &out, &workspace].into_iter().flat_map(|buffer| read_compute(device, buffer)))
     .map(f32::to_bits)
     .collect()
 }

@@ -3,12 +3,22 @@
 use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
-use crate::device::{BatchBuffers, Compute, Device, Floats, HeadShape, TokenCoefficients, TokenScores};
+use crate::device::{
+    BatchBuffers, Compute, Device, Floats, HeadMode, HeadShape, TokenCoefficients, TokenScores,
+};
 use crate::error::Result;
 use crate::objective::{Objective, PairOutcome};
 
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
-    vec![gather_rows, gather_rows_backward, head_forward, head_backward, head_both, pair_objective]
+    vec![
+        gather_rows,
+        gather_rows_backward,
+        head_forward,
+        head_backward,
+        |device, shape| head_both(device, shape, HeadMode::Main),
+        |device, shape| head_both(device, shape, HeadMode::Recompute),
+        pair_objective,
+    ]
 }
 
 fn gather_rows<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
@@ -45,7 +55,7 @@ struct Head<D: Device> {
 }
 
 impl<D: Device> Head<D> {
-    fn new(device: &D, shape: &Shape) -> Result<Self> {
+    fn new(device: &D, shape: &Shape, mode: HeadMode) -> Result<Self> {
         let (scored, config) = (shape.scored(), &shape.config);
         Ok(Head {
             shape: HeadShape {
@@ -53,6 +63,7 @@ impl<D: Device> Head<D> {
                 width: config.hidden_size,
                 vocab: config.vocab_size,
                 entropy: false,
+                mode,
             },
             batch: batch(device, shape)?,
             objective: shapes::settings()?.objective(shape.pairs),
@@ -75,8 +86,9 @@ impl<D: Device> Head<D> {
         device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
     }
 
-    fn logits(&self, device: &D) -> Result<Compute<D>> {
-        device.alloc(self.scored() * self.shape.vocab)
+    fn workspace(&self, device: &D) -> Result<Compute<D>> {
+        let HeadShape { mode, width, vocab, .. } = self.shape;
+        device.alloc(device.logp_head_workspace(mode, self.scored(), width, vocab)?)
     }
 
     fn scored(&self) -> usize {
@@ -104,10 +116,10 @@ impl<D: Device> Head<D> {
         &self,
         device: &D,
         scores: &mut TokenScores<D>,
-        logits: &mut Compute<D>,
+        workspace: &mut Compute<D>,
         hidden: &Compute<D>,
     ) -> Result<()> {
-        device.logp_head_forward(scores, logits, hidden, &self.weight, &self.batch.targets, &self.shape)
+        device.logp_head_forward(scores, workspace, hidden, &self.weight, &self.batch.targets, &self.shape)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -116,14 +128,14 @@ impl<D: Device> Head<D> {
         device: &D,
         hidden: &mut Compute<D>,
         dweight: &mut Floats<D>,
-        logits: &mut Compute<D>,
+        workspace: &mut Compute<D>,
         scores: &TokenScores<D>,
         coefficients: &TokenCoefficients<D>,
     ) -> Result<()> {
         device.logp_head_backward(
             hidden,
             Some(dweight),
-            logits,
+            workspace,
             &self.weight,
             &self.batch.targets,
             scores,
@@ -134,9 +146,9 @@ impl<D: Device> Head<D> {
 }
 
 fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let head = Head::new(device, shape)?;
+    let head = Head::new(device, shape, HeadMode::Main)?;
     let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
-    let (hidden, mut logits) = (head.hidden(device)?, head.logits(device)?);
+    let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device)?);
     let mut scores = TokenScores::new(device, scored)?;
     let out = outputs(device, &[], &[scored, scored])?;
     let case = Case::new("logp_head_forward", out, move |device: &D, out| {
@@ -145,7 +157,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             std::mem::swap(&mut scores.logp, &mut out.floats[1]);
         };
         exchange(&mut scores, out);
-        head.forward(device, &mut scores, &mut logits, &hidden)?;
+        head.forward(device, &mut scores, &mut workspace, &hidden)?;
         exchange(&mut scores, out);
         Ok(())
     });
@@ -153,36 +165,36 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 }
 
 fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape)?);
+    let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main)?);
     let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
-    let logits = std::rc::Rc::new(std::cell::RefCell::new(head.logits(device)?));
+    let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device)?));
     let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
     let out = super::Outputs {
         compute: vec![head.hidden(device)?],
         floats: vec![device.alloc(head.shape.vocab * head.shape.width)?],
     };
     let prepare = {
-        let (head, logits, scores) = (head.clone(), logits.clone(), scores.clone());
+        let (head, workspace, scores) = (head.clone(), workspace.clone(), scores.clone());
         move |device: &D, out: &mut super::Outputs<D>| {
             head.restore(device, &mut out.compute[0])?;
-            head.forward(device, &mut scores.borrow_mut(), &mut logits.borrow_mut(), &out.compute[0])
+            head.forward(device, &mut scores.borrow_mut(), &mut workspace.borrow_mut(), &out.compute[0])
         }
     };
     let case = Case::new("logp_head_backward", out, move |device: &D, out| {
         let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
-        let logits = &mut logits.borrow_mut();
-        head.backward(device, hidden, dweight, logits, &scores.borrow(), &head.coefficients)
+        let workspace = &mut workspace.borrow_mut();
+        head.backward(device, hidden, dweight, workspace, &scores.borrow(), &head.coefficients)
     });
     Ok(case.prepare(prepare).updates().flops(flops).bytes(bytes))
 }
 
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
-fn head_both<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape)?);
+fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, mode)?);
     let flops = 3 * head.product_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
-    let mut logits = head.logits(device)?;
+    let mut workspace = head.workspace(device)?;
     let mut scores = TokenScores::new(device, scored)?;
     let mut coefficients = TokenCoefficients::new(device, scored)?;
     let mut outcomes: Floats<D> = device.alloc(pairs * PairOutcome::WIDTH)?;
@@ -196,7 +208,7 @@ fn head_both<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     };
     let case = Case::new("logp_head", out, move |device: &D, out| {
         let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
-        head.forward(device, &mut scores, &mut logits, hidden)?;
+        head.forward(device, &mut scores, &mut workspace, hidden)?;
         device.pair_objective(
             &mut outcomes,
             &mut coefficients,
@@ -205,9 +217,13 @@ fn head_both<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             &head.objective,
             0..pairs,
         )?;
-        head.backward(device, hidden, dweight, &mut logits, &scores, &coefficients)
+        head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients)
     });
-    Ok(case.prepare(prepare).part("forward and backward").updates().flops(flops).bytes(bytes))
+    let part = match mode {
+        HeadMode::Recompute => "forward and backward, recomputed",
+        _ => "forward and backward",
+    };
+    Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))
 }
 
 fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

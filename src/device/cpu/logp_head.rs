@@ -15,8 +15,8 @@ use super::linear::{Matrix, multiply};
 use super::scratch::Scratch;
 use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, check_indices, check_sizes, simd};
-use crate::device::{HeadShape, TokenCoefficients, TokenScores};
-use crate::error::Result;
+use crate::device::{HeadMode, HeadShape, RECOMPUTE_WORKSPACE, TokenCoefficients, TokenScores};
+use crate::error::{Error, Result};
 
 /// Parts of the vocabulary that may run at the same time. Each has its own sum of `dhidden`, so more of them would cost
 /// memory.
@@ -28,55 +28,89 @@ const BACKWARD_ROWS: usize = 256;
 /// Scored tokens that are summed side by side: one AVX-512 register.
 const LANES: usize = 16;
 
+/// Rows whose logits exist at once in a workspace that holds `held` values.
+fn rows_at_once(mode: HeadMode, rows: usize, vocab: usize, held: usize) -> usize {
+    let bounded = held.min(RECOMPUTE_WORKSPACE / size_of::<f32>()) / vocab.max(1);
+    match mode {
+        HeadMode::Main => rows,
+        HeadMode::Score | HeadMode::Recompute => bounded.max(1).min(rows),
+    }
+}
+
+/// Values of the workspace that a call needs.
+pub(super) fn workspace_values(mode: HeadMode, rows: usize, vocab: usize) -> usize {
+    rows_at_once(mode, rows, vocab, usize::MAX) * vocab
+}
+
+/// `rows` in runs of at most `at_once`.
+fn runs(rows: &Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = rows.end;
+    rows.clone().step_by(at_once.max(1)).map(move |first| first..end.min(first + at_once))
+}
+
 pub(super) fn forward(
     device: &CpuDevice,
     scores: &mut TokenScores<CpuDevice>,
-    logits: &mut CpuBuffer<f32>,
+    workspace: &mut CpuBuffer<f32>,
     hidden: &CpuBuffer<f32>,
     weight: &CpuBuffer<f32>,
     targets: &CpuBuffer<u32>,
     shape: &HeadShape,
 ) -> Result<()> {
-    let HeadShape { rows: Range { start, end }, width, vocab, entropy } = *shape;
-    let rows = end.saturating_sub(start);
+    let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
     let needs = [
-        ("scores.lse", scores.lse.len(), end),
-        ("scores.logp", scores.logp.len(), end),
-        ("scores.entropy", scores.entropy.len(), if entropy { end } else { 0 }),
-        ("logits", logits.len(), rows * vocab),
-        ("hidden", hidden.len(), end * width),
+        ("scores.lse", scores.lse.len(), rows.end),
+        ("scores.logp", scores.logp.len(), rows.end),
+        ("scores.entropy", scores.entropy.len(), if entropy { rows.end } else { 0 }),
+        ("workspace", workspace.len(), at_once * vocab),
+        ("hidden", hidden.len(), rows.end * width),
         ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), end),
+        ("targets", targets.len(), rows.end),
     ];
     check_sizes("logp_head_forward", shape, &needs)?;
-    if rows * vocab == 0 {
+    if rows.is_empty() || vocab == 0 {
         return Ok(());
     }
-    let targets = &targets[start..end];
-    check_indices("logp_head_forward", "target", targets, vocab)?;
-    let logits = &mut logits[..rows * vocab];
-    let hidden = &hidden[start * width..end * width];
-    let strip = strip_tokens(vocab);
-    // Turned around once here, and not by every tile's product.
-    let mut turned = device.scratch.take(rows * width);
-    let summaries = device.parallel(|| {
-        turn_hidden(&mut turned, hidden, rows, width);
-        logits
-            .par_chunks_mut(strip * rows)
-            .zip(weight[..vocab * width].par_chunks(strip * width))
-            .map(|(logits, weight)| summarize_strip(device, logits, &turned, weight, (rows, width), entropy))
-            .collect::<Vec<_>>()
-    });
-    for (row, &target) in targets.iter().enumerate() {
-        let mut total = RowSummary::EMPTY;
-        summaries.iter().for_each(|strip| total.join(strip[row]));
-        scores.lse[start + row] = total.lse();
-        scores.logp[start + row] = total.logp(logits[target as usize * rows + row]);
-        if entropy {
-            scores.entropy[start + row] = total.entropy();
+    check_indices("logp_head_forward", "target", &targets[rows.clone()], vocab)?;
+    for run in runs(rows, at_once) {
+        let logits = &mut workspace[..run.len() * vocab];
+        let hidden = &hidden[run.start * width..run.end * width];
+        let strips = form_logits(device, logits, hidden, &weight[..vocab * width], run.len(), entropy);
+        for (row, token) in run.clone().enumerate() {
+            let mut total = RowSummary::EMPTY;
+            strips.iter().for_each(|strip| total.join(strip[row]));
+            scores.lse[token] = total.lse();
+            scores.logp[token] = total.logp(logits[targets[token] as usize * run.len() + row]);
+            if entropy {
+                scores.entropy[token] = total.entropy();
+            }
         }
     }
     Ok(())
+}
+
+/// Assigns `logits[V, rows]`; gives each strip's summaries of the rows.
+fn form_logits(
+    device: &CpuDevice,
+    logits: &mut [f32],
+    hidden: &[f32],
+    weight: &[f32],
+    rows: usize,
+    entropy: bool,
+) -> Vec<Vec<RowSummary>> {
+    let width = hidden.len() / rows;
+    let strip = strip_tokens(logits.len() / rows);
+    // Turned around once here, and not by every tile's product.
+    let mut turned = device.scratch.take(rows * width);
+    device.parallel(|| {
+        turn_hidden(&mut turned, hidden, rows, width);
+        logits
+            .par_chunks_mut(strip * rows)
+            .zip(weight.par_chunks(strip * width))
+            .map(|(logits, weight)| summarize_strip(device, logits, &turned, weight, (rows, width), entropy))
+            .collect::<Vec<_>>()
+    })
 }
 
 /// `out[D, rows] = hidden[rows, D]^T`, on all threads.
@@ -224,47 +258,62 @@ pub(super) fn backward(
     device: &CpuDevice,
     hidden: &mut CpuBuffer<f32>,
     dweight: Option<&mut CpuBuffer<f32>>,
-    logits: &mut CpuBuffer<f32>,
+    workspace: &mut CpuBuffer<f32>,
     weight: &CpuBuffer<f32>,
     targets: &CpuBuffer<u32>,
     scores: &TokenScores<CpuDevice>,
     coefficients: &TokenCoefficients<CpuDevice>,
     shape: &HeadShape,
 ) -> Result<()> {
-    let HeadShape { rows: Range { start, end }, width, vocab, entropy } = *shape;
-    let rows = end.saturating_sub(start);
-    let entropy_needs = if entropy { end } else { 0 };
+    let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
+    let entropy_needs = if entropy { rows.end } else { 0 };
     let needs = [
-        ("hidden", hidden.len(), end * width),
+        ("hidden", hidden.len(), rows.end * width),
         ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("logits", logits.len(), rows * vocab),
+        ("workspace", workspace.len(), at_once * vocab),
         ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), end),
-        ("scores.lse", scores.lse.len(), end),
+        ("targets", targets.len(), rows.end),
+        ("scores.lse", scores.lse.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), entropy_needs),
-        ("coefficients.logp", coefficients.logp.len(), end),
+        ("coefficients.logp", coefficients.logp.len(), rows.end),
         ("coefficients.entropy", coefficients.entropy.len(), entropy_needs),
     ];
     check_sizes("logp_head_backward", shape, &needs)?;
-    if rows * vocab == 0 {
+    if mode == HeadMode::Score {
+        return Err(Error::device(
+            format!("logp_head_backward: {shape:?} left nothing to go back from"),
+            "this is a mistake in the program, not in your input; please report it",
+        ));
+    }
+    if rows.is_empty() || vocab == 0 {
         return Ok(());
     }
-    check_indices("logp_head_backward", "target", &targets[start..end], vocab)?;
-    let terms: Vec<RowTerms> = (start..end)
-        .map(|token| RowTerms {
-            a: coefficients.logp[token],
-            b: if entropy { coefficients.entropy[token] } else { 0.0 },
-            lse: scores.lse[token],
-            entropy: if entropy { scores.entropy[token] } else { 0.0 },
-            target: targets[token] as usize,
-        })
-        .collect();
+    check_indices("logp_head_backward", "target", &targets[rows.clone()], vocab)?;
+    let weight = &weight[..vocab * width];
     let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
-    for first in (0..rows).step_by(BACKWARD_ROWS) {
-        let block = first..(first + BACKWARD_ROWS).min(rows);
-        let pass = Pass { device, terms: &terms[block.clone()], first, rows, width };
-        let hidden = &mut hidden[(start + block.start) * width..(start + block.end) * width];
-        pass.run(hidden, dweight.as_deref_mut(), &mut logits[..rows * vocab], &weight[..vocab * width]);
+    for run in runs(rows, at_once) {
+        let terms: Vec<RowTerms> = run
+            .clone()
+            .map(|token| RowTerms {
+                a: coefficients.logp[token],
+                b: if entropy { coefficients.entropy[token] } else { 0.0 },
+                lse: scores.lse[token],
+                entropy: if entropy { scores.entropy[token] } else { 0.0 },
+                target: targets[token] as usize,
+            })
+            .collect();
+        let logits = &mut workspace[..run.len() * vocab];
+        let hidden = &mut hidden[run.start * width..run.end * width];
+        if mode == HeadMode::Recompute {
+            form_logits(device, logits, hidden, weight, run.len(), false);
+        }
+        for first in (0..run.len()).step_by(BACKWARD_ROWS) {
+            let block = first..(first + BACKWARD_ROWS).min(run.len());
+            let pass = Pass { device, terms: &terms[block.clone()], first, rows: run.len(), width };
+            let hidden = &mut hidden[block.start * width..block.end * width];
+            pass.run(hidden, dweight.as_deref_mut(), logits, weight);
+        }
     }
     Ok(())
 }

@@ -35,8 +35,9 @@ use scratch::ScratchPool;
 
 use super::trace::{OperationTime, Trace};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
-    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -176,6 +177,10 @@ impl Device for CpuDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
     }
 
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -427,17 +432,24 @@ impl Device for CpuDevice {
         })
     }
 
+    /// Logits of more rows than this would leave the caches between the passes over them, with nothing gained.
+    const HEAD_CHUNK_BYTES: usize = 64 << 20;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, _: usize, vocab: usize) -> Result<usize> {
+        Ok(logp_head::workspace_values(mode, rows, vocab))
+    }
+
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
         self.traced("logp_head_forward", || {
-            logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
         })
     }
 
@@ -459,7 +471,7 @@ impl Device for CpuDevice {
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,
@@ -467,7 +479,17 @@ impl Device for CpuDevice {
         shape: &HeadShape,
     ) -> Result<()> {
         self.traced("logp_head_backward", || {
-            logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+            logp_head::backward(
+                self,
+                hidden,
+                dweight,
+                workspace,
+                weight,
+                targets,
+                scores,
+                coefficients,
+                shape,
+            )
         })
     }
 

@@ -66,6 +66,11 @@ impl Arena {
         Ok(())
     }
 
+    /// Bytes of the largest free range of all pieces.
+    pub(super) fn largest_free(&self) -> usize {
+        self.pieces.values().flat_map(|piece| piece.free.values()).copied().max().unwrap_or(0)
+    }
+
     /// The addresses of all pieces, for the end.
     pub(super) fn pieces(&self) -> impl Iterator<Item = u64> {
         self.pieces.keys().copied()

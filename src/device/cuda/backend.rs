@@ -50,6 +50,11 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// At least `bytes` bytes on a 256-byte boundary, of unknown content.
     fn allocate(&self, bytes: usize) -> Result<Address>;
 
+    /// Bytes that one more allocation may have; `None` where it is not a fixed number.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
     /// Gives an allocation back. Work queued before may still use it: what is queued later runs behind that.
     ///
     /// # Safety

@@ -95,6 +95,14 @@ impl Backend for GpuBackend {
             .ok_or_else(|| Error::device("the driver allocated nothing", "look at `nvidia-smi`"))
     }
 
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.bind()?;
+        let (free, _) =
+            result::mem_get_info().map_err(|error| driver_error("asking for free GPU memory", error))?;
+        let arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Some(free.max(arena.largest_free())))
+    }
+
     unsafe fn free(&self, address: Address) {
         let freed = self.bind().and_then(|stream| {
             let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);

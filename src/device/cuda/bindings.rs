@@ -406,17 +406,17 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
-    pub linear_forward_f32: unsafe extern "C" fn(
-        out: *mut f32,
-        x: *const mmpo_bf16,
+    pub linear_backward_input: unsafe extern "C" fn(
+        dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
         inputs: i32,
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
-    pub linear_backward_input: unsafe extern "C" fn(
-        dx: *mut mmpo_bf16,
+    pub linear_backward_input_f32: unsafe extern "C" fn(
+        dx: *mut f32,
         dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
@@ -443,8 +443,28 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub linear_swiglu_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        gate_up: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        bias: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        width: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
     pub linear_backward_input_sm90: unsafe extern "C" fn(
         dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub linear_backward_input_f32_sm90: unsafe extern "C" fn(
+        dx: *mut f32,
         dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
@@ -594,25 +614,78 @@ pub struct KernelTable {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub logp_head_workspace: unsafe extern "C" fn(rows: i32, vocab: i32) -> i64,
     pub logp_head_forward: unsafe extern "C" fn(
         lse: *mut f32,
         logp: *mut f32,
         entropy: *mut f32,
-        probabilities: *mut mmpo_bf16,
-        logits: *const f32,
+        exponentials: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
         targets: *const u32,
         rows: i32,
+        width: i32,
         vocab: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub logp_head_backward: unsafe extern "C" fn(
-        probabilities: *mut mmpo_bf16,
+        exponentials: *mut mmpo_bf16,
+        workspace: *const ::core::ffi::c_void,
         targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
         dlogp: *const f32,
         dentropy: *const f32,
         entropy: *const f32,
         rows: i32,
         vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_dlogits: unsafe extern "C" fn(
+        dlogits: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
+        dlogp: *const f32,
+        dentropy: *const f32,
+        entropy: *const f32,
+        rows: i32,
+        width: i32,
+        first_column: i32,
+        columns: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_forward_sm90: unsafe extern "C" fn(
+        lse: *mut f32,
+        logp: *mut f32,
+        entropy: *mut f32,
+        exponentials: *mut mmpo_bf16,
+        workspace: *mut ::core::ffi::c_void,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        rows: i32,
+        width: i32,
+        vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_dlogits_sm90: unsafe extern "C" fn(
+        dlogits: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        targets: *const u32,
+        lse: *const f32,
+        logp: *const f32,
+        dlogp: *const f32,
+        dentropy: *const f32,
+        entropy: *const f32,
+        rows: i32,
+        width: i32,
+        first_column: i32,
+        columns: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
     pub pair_objective: unsafe extern "C" fn(
@@ -819,19 +892,19 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -860,9 +933,31 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1024,27 +1119,84 @@ pub mod gpu {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_pair_objective"]
@@ -1106,11 +1258,13 @@ pub mod gpu {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -1126,8 +1280,12 @@ pub mod gpu {
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1261,19 +1419,19 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_emulated_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_emulated_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_emulated_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_emulated_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1302,9 +1460,31 @@ pub mod emulated {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_emulated_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1466,27 +1646,84 @@ pub mod emulated {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_emulated_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_pair_objective"]
@@ -1588,11 +1825,13 @@ pub mod emulated {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -1608,8 +1847,12 @@ pub mod emulated {
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,
@@ -1757,19 +2000,19 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_checked_linear_forward_f32"]
-        fn linear_forward_f32(
-            out: *mut f32,
-            x: *const mmpo_bf16,
+        #[link_name = "mmpo_checked_linear_backward_input"]
+        fn linear_backward_input(
+            dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
             inputs: i32,
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
-        #[link_name = "mmpo_checked_linear_backward_input"]
-        fn linear_backward_input(
-            dx: *mut mmpo_bf16,
+        #[link_name = "mmpo_checked_linear_backward_input_f32"]
+        fn linear_backward_input_f32(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1798,9 +2041,31 @@ pub mod checked {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
+            dout: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_backward_input_f32_sm90"]
+        fn linear_backward_input_f32_sm90(
+            dx: *mut f32,
             dout: *const mmpo_bf16,
             weight: *const mmpo_bf16,
             rows: i32,
@@ -1962,27 +2227,84 @@ pub mod checked {
             width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_workspace"]
+        fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
         #[link_name = "mmpo_checked_logp_head_forward"]
         fn logp_head_forward(
             lse: *mut f32,
             logp: *mut f32,
             entropy: *mut f32,
-            probabilities: *mut mmpo_bf16,
-            logits: *const f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
             targets: *const u32,
             rows: i32,
+            width: i32,
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_logp_head_backward"]
         fn logp_head_backward(
-            probabilities: *mut mmpo_bf16,
+            exponentials: *mut mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
             targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
             dlogp: *const f32,
             dentropy: *const f32,
             entropy: *const f32,
             rows: i32,
             vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_dlogits"]
+        fn logp_head_dlogits(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_forward_sm90"]
+        fn logp_head_forward_sm90(
+            lse: *mut f32,
+            logp: *mut f32,
+            entropy: *mut f32,
+            exponentials: *mut mmpo_bf16,
+            workspace: *mut ::core::ffi::c_void,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_dlogits_sm90"]
+        fn logp_head_dlogits_sm90(
+            dlogits: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            targets: *const u32,
+            lse: *const f32,
+            logp: *const f32,
+            dlogp: *const f32,
+            dentropy: *const f32,
+            entropy: *const f32,
+            rows: i32,
+            width: i32,
+            first_column: i32,
+            columns: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_pair_objective"]
@@ -2084,11 +2406,13 @@ pub mod checked {
         swiglu_forward,
         swiglu_backward,
         linear_forward,
-        linear_forward_f32,
         linear_backward_input,
+        linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
+        linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
         linear_backward_weight_sm90,
         product_plan_sm90,
@@ -2104,8 +2428,12 @@ pub mod checked {
         attention_decode,
         gather_rows,
         gather_rows_backward,
+        logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_dlogits,
+        logp_head_forward_sm90,
+        logp_head_dlogits_sm90,
         pair_objective,
         gradient_norm_partials,
         gradient_norm_partial,

@@ -34,21 +34,6 @@ pub(super) fn forward(
     unsafe { multiply(device, product, shape) }
 }
 
-/// Assigns `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, the accumulators as they are.
-///
-/// # Safety
-/// From each address on, the memory covers `shape`; `out` overlaps none of the others.
-pub(super) unsafe fn forward_f32(
-    device: &CudaDevice,
-    out: *mut f32,
-    x: *const bf16,
-    weight: *const bf16,
-    shape: LinearShape,
-) -> Result<()> {
-    // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::ForwardF32 { out, x, weight }, shape) }
-}
-
 pub(super) fn backward_input(
     device: &CudaDevice,
     dx: &mut CudaBuffer<bf16>,
@@ -79,6 +64,21 @@ pub(super) unsafe fn backward_input_at(
 ) -> Result<()> {
     // SAFETY: the caller's promise.
     unsafe { multiply(device, LinearProduct::BackwardInput { dx, dout, weight }, shape) }
+}
+
+/// Accumulates `dx[rows, inputs] += dout[rows, outputs] * weight[outputs, inputs]` in f32.
+///
+/// # Safety
+/// From each address on, the memory covers `shape`; `dx` overlaps none of the others.
+pub(super) unsafe fn add_backward_input_at(
+    device: &CudaDevice,
+    dx: *mut f32,
+    dout: *const bf16,
+    weight: *const bf16,
+    shape: LinearShape,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { multiply(device, LinearProduct::BackwardInputF32 { dx, dout, weight }, shape) }
 }
 
 pub(super) fn backward_weight(

@@ -1,69 +1,146 @@
-//! The log-prob head: products to and from the vocabulary around the fused kernels of `kernels/logp_head.cu`.
+//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the vocabulary matrix, and the products behind
+//! its gradient.
 //!
-//! Logits are f32 accumulators, and f32 logits of a whole batch are large (1 GiB for 2048 tokens of a vocabulary of
-//! 128256). So the forward forms them for some rows at a time in scratch memory, reads log-probs and entropies off, and
-//! keeps the probabilities as bf16 (the kernel's file says in which form), from which the backward forms its gradient in
-//! place.
+//! What lies in the workspace:
+//!
+//! | mode | in the forward | in the backward |
+//! |---|---|---|
+//! | main | `[rows, V]` bf16 exponentials, then the tiles' statistics | dlogits in place, the same statistics |
+//! | recompute | statistics of some rows at a time | f32 gradient of some rows, then their dlogits for a run of columns |
+
+use std::ffi::c_void;
+use std::ops::Range;
 
 use half::bf16;
 
-use super::{CudaBuffer, CudaDevice, check_sizes, launch_sizes, linear};
-use crate::device::{HeadShape, LinearShape, TokenCoefficients, TokenScores};
-use crate::error::Result;
+use super::bindings::MMPO_STORAGE_F32;
+use super::head_chunks::{ALIGNMENT, HeadChunks};
+use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, check_sizes, launch_sizes, linear};
+use crate::device::{HeadMode, HeadShape, LinearShape, TokenCoefficients, TokenScores};
+use crate::error::{Error, Result};
 
-/// Rows whose f32 logits exist at once: enough for full tiles of a product, and 250 MiB at the largest vocabulary.
-const ROWS_AT_ONCE: usize = 512;
+/// Values of the workspace that a call needs.
+pub(super) fn workspace_values(
+    device: &CudaDevice,
+    mode: HeadMode,
+    rows: usize,
+    width: usize,
+    vocab: usize,
+) -> Result<usize> {
+    Ok(Layout::new(device, mode, (rows, width, vocab), usize::MAX)?.values)
+}
+
+/// How a call uses a workspace.
+struct Layout {
+    chunks: HeadChunks,
+    /// Values of the workspace in use.
+    values: usize,
+}
+
+impl Layout {
+    /// Of a workspace that holds `held` values.
+    fn new(
+        device: &CudaDevice,
+        mode: HeadMode,
+        (rows, width, vocab): (usize, usize, usize),
+        held: usize,
+    ) -> Result<Self> {
+        let statistics = row_statistics(device, vocab)?;
+        let bytes = held.saturating_mul(size_of::<bf16>());
+        let chunks = HeadChunks::new(rows, width, vocab, statistics, bytes);
+        let bytes = match mode {
+            HeadMode::Score => chunks.forward_bytes(statistics),
+            HeadMode::Recompute => chunks.forward_bytes(statistics).max(chunks.backward_bytes(width)),
+            HeadMode::Main => statistics_offset(rows, vocab) + rows * statistics,
+        };
+        Ok(Layout { chunks, values: bytes.div_ceil(size_of::<bf16>()) })
+    }
+}
+
+/// Bytes that the forward leaves of a row, by the launcher's own rule.
+fn row_statistics(device: &CudaDevice, vocab: usize) -> Result<usize> {
+    let name = "logp_head_workspace";
+    let [vocab] = launch_sizes(name, [vocab])?;
+    let mut bytes = 0;
+    // SAFETY: a pure function of two numbers.
+    device.launch(name, &vocab, |kernels, _| unsafe {
+        bytes = (kernels.logp_head_workspace)(1, vocab);
+        0
+    })?;
+    usize::try_from(bytes).map_err(|_| Error::device(format!("{name}: {bytes} bytes"), REPORT))
+}
+
+/// Whether `logp_head_sm90.cu` forms the logits: its tensor maps need rows on 16-byte boundaries.
+fn runs_on_hopper(device: &CudaDevice, width: usize) -> bool {
+    device.path() == KernelPath::Hopper && width.is_multiple_of(8)
+}
+
+/// Offset of the statistics in main mode, behind the exponentials.
+fn statistics_offset(rows: usize, vocab: usize) -> usize {
+    (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
+}
+
+/// The address `bytes` into the workspace.
+fn inside(workspace: &mut CudaBuffer<bf16>, bytes: usize) -> *mut c_void {
+    workspace.start_mut().cast::<c_void>().wrapping_byte_add(bytes)
+}
 
 pub(super) fn forward(
     device: &CudaDevice,
     scores: &mut TokenScores<CudaDevice>,
-    probabilities: &mut CudaBuffer<bf16>,
+    workspace: &mut CudaBuffer<bf16>,
     hidden: &CudaBuffer<bf16>,
     weight: &CudaBuffer<bf16>,
     targets: &CudaBuffer<u32>,
     shape: &HeadShape,
 ) -> Result<()> {
     let name = "logp_head_forward";
-    let HeadShape { rows, width, vocab, entropy } = shape;
+    let HeadShape { rows, width, vocab, entropy, mode } = shape;
+    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
     let sizes = [
         ("scores.lse", scores.lse.len(), rows.end),
         ("scores.logp", scores.logp.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), if *entropy { rows.end } else { 0 }),
-        ("logits", probabilities.len(), rows.len() * vocab),
+        ("workspace", workspace.len(), layout.values),
         ("hidden", hidden.len(), rows.end * width),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
     ];
     check_sizes(name, shape, &sizes)?;
-    let scratch_bytes = ROWS_AT_ONCE.min(rows.len()) * vocab * size_of::<f32>();
-    device.workspace.with(&device.memory, scratch_bytes, |scratch| {
-        let logits: *mut f32 = scratch.cast();
-        for first in rows.clone().step_by(ROWS_AT_ONCE) {
-            let count = ROWS_AT_ONCE.min(rows.end - first);
-            let product = LinearShape { rows: count, inputs: *width, outputs: *vocab };
-            let [count, vocab_size] = launch_sizes(name, [count, *vocab])?;
-            // SAFETY: the scratch memory holds `count` rows of f32 logits, the buffers cover `shape`.
-            unsafe {
-                linear::forward_f32(device, logits, hidden.at(first * width), weight.start(), product)?;
-            }
-            let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
-            // SAFETY: rows `first..first + count` exist in every buffer, and the product queued above fills `logits`.
-            device.launch(name, shape, |kernels, stream| unsafe {
-                (kernels.logp_head_forward)(
-                    scores.lse.at_mut(first),
-                    scores.logp.at_mut(first),
-                    entropy,
-                    probabilities.at_mut((first - rows.start) * vocab),
-                    logits,
-                    targets.at(first),
-                    count,
-                    vocab_size,
-                    stream,
-                )
-            })?;
-        }
-        Ok(())
-    })
+    let (rows_at_once, statistics) = match mode {
+        HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
+        HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
+    };
+    let hopper = runs_on_hopper(device, *width);
+    for first in rows.clone().step_by(rows_at_once.max(1)) {
+        let count = rows_at_once.min(rows.end - first);
+        let [count, width_size, vocab_size] = launch_sizes(name, [count, *width, *vocab])?;
+        let exponentials = match mode {
+            HeadMode::Main => workspace.start_mut(),
+            HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
+        };
+        let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
+        let launcher = if hopper { "logp_head_forward_sm90" } else { name };
+        // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
+        device.launch(launcher, shape, |kernels, stream| unsafe {
+            let launch = if hopper { kernels.logp_head_forward_sm90 } else { kernels.logp_head_forward };
+            launch(
+                scores.lse.at_mut(first),
+                scores.logp.at_mut(first),
+                entropy,
+                exponentials,
+                inside(workspace, statistics),
+                hidden.at(first * width),
+                weight.start(),
+                targets.at(first),
+                count,
+                width_size,
+                vocab_size,
+                stream,
+            )
+        })?;
+    }
+    Ok(())
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -71,7 +148,7 @@ pub(super) fn backward(
     device: &CudaDevice,
     hidden: &mut CudaBuffer<bf16>,
     dweight: Option<&mut CudaBuffer<f32>>,
-    probabilities: &mut CudaBuffer<bf16>,
+    workspace: &mut CudaBuffer<bf16>,
     weight: &CudaBuffer<bf16>,
     targets: &CudaBuffer<u32>,
     scores: &TokenScores<CudaDevice>,
@@ -79,50 +156,171 @@ pub(super) fn backward(
     shape: &HeadShape,
 ) -> Result<()> {
     let name = "logp_head_backward";
-    let HeadShape { rows, width, vocab, entropy } = shape;
+    let HeadShape { rows, width, vocab, entropy, mode } = shape;
+    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
     let entropy_rows = if *entropy { rows.end } else { 0 };
     let sizes = [
         ("hidden", hidden.len(), rows.end * width),
         ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("logits", probabilities.len(), rows.len() * vocab),
+        ("workspace", workspace.len(), layout.values),
         ("weight", weight.len(), vocab * width),
         ("targets", targets.len(), rows.end),
+        ("scores.lse", scores.lse.len(), rows.end),
+        ("scores.logp", scores.logp.len(), rows.end),
         ("scores.entropy", scores.entropy.len(), entropy_rows),
         ("coefficients.logp", coefficients.logp.len(), rows.end),
         ("coefficients.entropy", coefficients.entropy.len(), entropy_rows),
     ];
     check_sizes(name, shape, &sizes)?;
-    let first = rows.start;
-    let [count, vocab_size] = launch_sizes(name, [rows.len(), *vocab])?;
-    let (dentropy, entropy) = match entropy {
-        true => (coefficients.entropy.at(first), scores.entropy.at(first)),
-        false => (std::ptr::null(), std::ptr::null()),
-    };
-    // SAFETY: the buffers cover `shape`, and `probabilities` is what the forward of the same rows left.
-    device.launch(name, shape, |kernels, stream| unsafe {
-        (kernels.logp_head_backward)(
-            probabilities.start_mut(),
-            targets.at(first),
-            coefficients.logp.at(first),
-            dentropy,
-            entropy,
-            count,
-            vocab_size,
-            stream,
-        )
-    })?;
-    let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
-    let dlogits = probabilities.start();
-    if let Some(dweight) = dweight {
-        // SAFETY: the buffers cover `shape`.
-        unsafe {
-            let x = hidden.at(first * width);
-            linear::backward_weight_at(device, dweight.start_mut(), dlogits, x, product)?;
+    let backward = Backward { device, weight, targets, scores, coefficients, shape };
+    match mode {
+        HeadMode::Main => backward.in_place(hidden, dweight, workspace),
+        HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
+        HeadMode::Score => {
+            Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
         }
     }
-    // SAFETY: the buffers cover `shape`. The product above was queued first, so `hidden` may be replaced.
-    unsafe {
-        let dx = hidden.at_mut(first * width);
-        linear::backward_input_at(device, dx, dlogits, weight.start(), product)
+}
+
+/// What both modes read. The buffers cover `shape`.
+struct Backward<'a> {
+    device: &'a CudaDevice,
+    weight: &'a CudaBuffer<bf16>,
+    targets: &'a CudaBuffer<u32>,
+    scores: &'a TokenScores<CudaDevice>,
+    coefficients: &'a TokenCoefficients<CudaDevice>,
+    shape: &'a HeadShape,
+}
+
+impl Backward<'_> {
+    /// `dentropy` and `entropy` from row `first` on, null without an entropy term.
+    fn entropies(&self, first: usize) -> (*const f32, *const f32) {
+        match self.shape.entropy {
+            true => (self.coefficients.entropy.at(first), self.scores.entropy.at(first)),
+            false => (std::ptr::null(), std::ptr::null()),
+        }
+    }
+
+    /// Main mode: the exponentials that the forward left become dlogits.
+    fn in_place(
+        &self,
+        hidden: &mut CudaBuffer<bf16>,
+        dweight: Option<&mut CudaBuffer<f32>>,
+        workspace: &mut CudaBuffer<bf16>,
+    ) -> Result<()> {
+        let name = "logp_head_backward";
+        let HeadShape { rows, width, vocab, .. } = self.shape;
+        let first = rows.start;
+        let [count, vocab_size] = launch_sizes(name, [rows.len(), *vocab])?;
+        let (dentropy, entropy) = self.entropies(first);
+        let dlogits = workspace.start_mut();
+        let statistics = inside(workspace, statistics_offset(rows.len(), *vocab));
+        // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left.
+        self.device.launch(name, self.shape, |kernels, stream| unsafe {
+            (kernels.logp_head_backward)(
+                dlogits,
+                statistics,
+                self.targets.at(first),
+                self.scores.lse.at(first),
+                self.scores.logp.at(first),
+                self.coefficients.logp.at(first),
+                dentropy,
+                entropy,
+                count,
+                vocab_size,
+                stream,
+            )
+        })?;
+        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        if let Some(dweight) = dweight {
+            let x = hidden.at(first * width);
+            // SAFETY: the buffers cover the shape.
+            unsafe {
+                linear::backward_weight_at(self.device, dweight.start_mut(), dlogits, x, product)?;
+            }
+        }
+        // SAFETY: the buffers cover the shape. The product above was queued first, so `hidden` may be replaced.
+        unsafe {
+            let dx = hidden.at_mut(first * width);
+            linear::backward_input_at(self.device, dx, dlogits, self.weight.start(), product)
+        }
+    }
+
+    /// Recompute mode: rows by rows, and for these the vocabulary by runs of columns in a fixed order.
+    fn recompute(
+        &self,
+        hidden: &mut CudaBuffer<bf16>,
+        mut dweight: Option<&mut CudaBuffer<f32>>,
+        workspace: &mut CudaBuffer<bf16>,
+        chunks: HeadChunks,
+    ) -> Result<()> {
+        let HeadShape { rows, width, vocab, .. } = self.shape;
+        let dhidden: *mut f32 = inside(workspace, 0).cast();
+        let dlogits: *mut bf16 = inside(workspace, chunks.dlogits_offset(*width)).cast();
+        for first in rows.clone().step_by(chunks.rows.max(1)) {
+            let chunk = first..rows.end.min(first + chunks.rows);
+            let x = hidden.at_mut(first * width);
+            // SAFETY: `dhidden` has room for the f32 gradient of the chunk's rows.
+            self.device.launch("zero", self.shape, |kernels, stream| unsafe {
+                (kernels.zero)(dhidden.cast(), (chunk.len() * width * size_of::<f32>()) as i64, stream)
+            })?;
+            for column in (0..*vocab).step_by(chunks.columns.max(1)) {
+                let columns = column..(*vocab).min(column + chunks.columns);
+                let product = LinearShape { rows: chunk.len(), inputs: *width, outputs: columns.len() };
+                self.dlogits(dlogits, x, chunk.clone(), columns)?;
+                let weight = self.weight.at(column * width);
+                // SAFETY: the buffers cover the shape, and `dlogits` has room for the chunk's rows and columns.
+                unsafe {
+                    if let Some(dweight) = &mut dweight {
+                        let dweight = dweight.at_mut(column * width);
+                        linear::backward_weight_at(self.device, dweight, dlogits, x, product)?;
+                    }
+                    linear::add_backward_input_at(self.device, dhidden, dlogits, weight, product)?;
+                }
+            }
+            let values = (chunk.len() * width) as i64;
+            // SAFETY: the products above were queued first, so the rows of `hidden` may be replaced.
+            self.device.launch("cast_to_bf16", self.shape, |kernels, stream| unsafe {
+                (kernels.cast_to_bf16)(x, dhidden.cast(), MMPO_STORAGE_F32 as i32, values, stream)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Assigns `dlogits[rows, columns]` from `x`, the hidden rows.
+    fn dlogits(
+        &self,
+        dlogits: *mut bf16,
+        x: *const bf16,
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) -> Result<()> {
+        let name = "logp_head_dlogits";
+        let first = rows.start;
+        let sizes = [rows.len(), self.shape.width, columns.start, columns.len()];
+        let [count, width, first_column, columns] = launch_sizes(name, sizes)?;
+        let (dentropy, entropy) = self.entropies(first);
+        let hopper = runs_on_hopper(self.device, self.shape.width);
+        let launcher = if hopper { "logp_head_dlogits_sm90" } else { name };
+        // SAFETY: the buffers cover the shape, and `dlogits` has room for the rows and columns.
+        self.device.launch(launcher, self.shape, |kernels, stream| unsafe {
+            let launch = if hopper { kernels.logp_head_dlogits_sm90 } else { kernels.logp_head_dlogits };
+            launch(
+                dlogits,
+                x,
+                self.weight.start(),
+                self.targets.at(first),
+                self.scores.lse.at(first),
+                self.scores.logp.at(first),
+                self.coefficients.logp.at(first),
+                dentropy,
+                entropy,
+                count,
+                width,
+                first_column,
+                columns,
+                stream,
+            )
+        })
     }
 }

@@ -18,6 +18,7 @@ mod bindings;
 mod cublaslt;
 mod embedding;
 mod gather_rows;
+mod head_chunks;
 mod linear;
 mod logp_head;
 mod memory;
@@ -53,8 +54,9 @@ pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::Products;
 use super::trace::{OperationTime, Trace};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadShape,
-    Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients, TokenScores,
+    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::{Error, Result};
 use crate::objective::Objective;
@@ -78,6 +80,14 @@ pub enum KernelPath {
 }
 
 impl KernelPath {
+    /// The launcher's name on this path, as `kernels/api.h` has it.
+    fn launcher(self, portable: &'static str, hopper: &'static str) -> &'static str {
+        match self {
+            KernelPath::Portable => portable,
+            KernelPath::Hopper => hopper,
+        }
+    }
+
     #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
     fn of(gpu: &Gpu) -> Self {
         if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }
@@ -118,13 +128,8 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        CudaDevice {
-            memory: Memory::new(backend),
-            workspace: Workspace::default(),
-            path,
-            products: Products::default(),
-            trace: Trace::default(),
-        }
+        let (workspace, products, trace) = (Workspace::default(), Products::default(), Trace::default());
+        CudaDevice { memory: Memory::new(backend), workspace, path, products, trace }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -248,6 +253,10 @@ impl Device for CudaDevice {
 
     fn memory(&self) -> MemoryUse {
         self.memory.read()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.backend().free_memory()
     }
 
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -447,6 +456,18 @@ impl Device for CudaDevice {
         attention::decode(self, out, cache, length, shape)
     }
 
+    fn linear_swiglu_forward(
+        &self,
+        out: &mut Compute<Self>,
+        gate_up: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        swiglu::linear_forward(self, out, gate_up, x, weight, bias, shape)
+    }
+
     fn swiglu_forward(
         &self,
         out: &mut Compute<Self>,
@@ -490,17 +511,25 @@ impl Device for CudaDevice {
         gather_rows::backward(self, dhidden, dout, batch, rows, width)
     }
 
+    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger products, fewer walks over the
+    /// vocabulary matrix.
+    const HEAD_CHUNK_BYTES: usize = usize::MAX;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
+        logp_head::workspace_values(self, mode, rows, width, vocab)
+    }
+
     fn logp_head_forward(
         &self,
         scores: &mut TokenScores<Self>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         hidden: &Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
         self.trace.scope("logp_head_forward", || {
-            logp_head::forward(self, scores, logits, hidden, weight, targets, shape)
+            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
         })
     }
 
@@ -520,7 +549,7 @@ impl Device for CudaDevice {
         &self,
         hidden: &mut Compute<Self>,
         dweight: Option<&mut Floats<Self>>,
-        logits: &mut Compute<Self>,
+        workspace: &mut Compute<Self>,
         weight: &Compute<Self>,
         targets: &Indices<Self>,
         scores: &TokenScores<Self>,
@@ -528,7 +557,17 @@ impl Device for CudaDevice {
         shape: &HeadShape,
     ) -> Result<()> {
         self.trace.scope("logp_head_backward", || {
-            logp_head::backward(self, hidden, dweight, logits, weight, targets, scores, coefficients, shape)
+            logp_head::backward(
+                self,
+                hidden,
+                dweight,
+                workspace,
+                weight,
+                targets,
+                scores,
+                coefficients,
+                shape,
+            )
         })
     }
 

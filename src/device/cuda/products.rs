@@ -29,8 +29,10 @@ pub enum Products {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProductKind {
     Forward,
-    ForwardF32,
+    /// Gate and up, then SwiGLU of both in the same kernel; the library's product and a kernel for the rest otherwise.
+    ForwardSwiGlu,
     BackwardInput,
+    BackwardInputF32,
     BackwardWeight,
 }
 
@@ -39,10 +41,10 @@ pub(super) enum ProductKind {
 pub(super) enum LinearProduct {
     /// Assigns `out[rows, outputs] = x * weight^T + bias`, rounded once.
     Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
-    /// Assigns `out[rows, outputs] = x * weight^T`, the accumulators as they are.
-    ForwardF32 { out: *mut f32, x: *const bf16, weight: *const bf16 },
     /// Assigns `dx[rows, inputs] = dout * weight`.
     BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
+    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
     /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
     BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
 }
@@ -60,7 +62,7 @@ enum Implementation {
 /// From each address on, the memory covers `shape`; the output overlaps none of the others.
 pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape: LinearShape) -> Result<()> {
     let vendor = device.backend().products();
-    match choose(device, vendor.is_some(), &product, shape) {
+    match choose(device, product.kind(), shape, product.has_hopper_kernel(shape)) {
         Implementation::Vendor => {
             let Some(vendor) = vendor else { return Err(no_vendor()) };
             // SAFETY: the caller's promise.
@@ -77,7 +79,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
             // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
             device.launch_with_workspace(
-                product.name(),
+                product.hopper_name(),
                 &shape,
                 |kernels| product.hopper_workspace(kernels, sizes),
                 |kernels, workspace, stream| unsafe {
@@ -88,21 +90,29 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
     }
 }
 
-fn choose(
-    device: &CudaDevice,
-    vendor_installed: bool,
-    product: &LinearProduct,
-    shape: LinearShape,
-) -> Implementation {
-    let hopper = device.path() == KernelPath::Hopper && product.has_hopper_kernel(shape);
+/// `hopper`: whether Hopper's kernels take the product.
+fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bool) -> Implementation {
+    let hopper = hopper && device.path() == KernelPath::Hopper;
     let ours = if hopper { Implementation::Hopper } else { Implementation::Portable };
     match device.products() {
         Products::Vendor => Implementation::Vendor,
         Products::Ours => ours,
-        Products::Fastest if !vendor_installed => ours,
-        Products::Fastest if hopper && ours_is_faster(MEASURED, product.kind(), shape) => ours,
+        Products::Fastest if device.backend().products().is_none() => ours,
+        Products::Fastest if hopper && ours_is_faster(MEASURED, kind, shape) => ours,
         Products::Fastest => Implementation::Vendor,
     }
+}
+
+/// Whether gate, up and SwiGLU of them are one kernel for these addresses and this shape of the product (`outputs` = 2F).
+pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: LinearShape) -> bool {
+    let hopper = mappable(&addresses, shape) && shape.outputs.is_multiple_of(16);
+    choose(device, ProductKind::ForwardSwiGlu, shape, hopper) == Implementation::Hopper
+}
+
+/// Whether tensor maps of a product's matrices exist: they need 16-byte strides and addresses.
+fn mappable(addresses: &[usize], shape: LinearShape) -> bool {
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    aligned && shape.inputs.is_multiple_of(8) && shape.outputs.is_multiple_of(8)
 }
 
 fn no_vendor() -> Error {
@@ -116,32 +126,40 @@ impl LinearProduct {
     fn kind(&self) -> ProductKind {
         match self {
             LinearProduct::Forward { .. } => ProductKind::Forward,
-            LinearProduct::ForwardF32 { .. } => ProductKind::ForwardF32,
             LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
+            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
             LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
         }
     }
 
     /// As errors name it.
     fn name(&self) -> &'static str {
-        match self.kind() {
-            ProductKind::Forward => "linear_forward",
-            ProductKind::ForwardF32 => "linear_forward_f32",
-            ProductKind::BackwardInput => "linear_backward_input",
-            ProductKind::BackwardWeight => "linear_backward_weight",
+        match self {
+            LinearProduct::Forward { .. } => "linear_forward",
+            LinearProduct::BackwardInput { .. } => "linear_backward_input",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32",
+            LinearProduct::BackwardWeight { .. } => "linear_backward_weight",
         }
     }
 
-    /// Whether `kernels/linear_sm90.cu` takes it: tensor maps need 16-byte strides and addresses.
+    fn hopper_name(&self) -> &'static str {
+        match self {
+            LinearProduct::Forward { .. } => "linear_forward_sm90",
+            LinearProduct::BackwardInput { .. } => "linear_backward_input_sm90",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32_sm90",
+            LinearProduct::BackwardWeight { .. } => "linear_backward_weight_sm90",
+        }
+    }
+
+    /// Whether `kernels/linear_sm90.cu` takes it.
     fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
         let addresses = match *self {
             LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
-            LinearProduct::ForwardF32 { .. } => return false,
             LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
             LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
         };
-        let aligned = addresses.iter().all(|address| address % 16 == 0);
-        aligned && shape.inputs % 8 == 0 && shape.outputs % 8 == 0
+        mappable(&addresses, shape)
     }
 
     fn for_vendor(&self, shape: LinearShape) -> Product {
@@ -164,11 +182,13 @@ impl LinearProduct {
                 let forward = product(ProductOut::Bf16(out), as_it_is(x), transposed(weight), sizes);
                 Product { bias, ..forward }
             }
-            LinearProduct::ForwardF32 { out, x, weight } => {
-                product(ProductOut::F32(out), as_it_is(x), transposed(weight), [rows, outputs, inputs])
-            }
             LinearProduct::BackwardInput { dx, dout, weight } => {
                 product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
+            }
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                let sizes = [rows, inputs, outputs];
+                let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
+                Product { accumulate: true, ..gradient }
             }
             LinearProduct::BackwardWeight { dweight, dout, x } => {
                 let sizes = [outputs, inputs, rows];
@@ -193,11 +213,11 @@ impl LinearProduct {
                     let bias = bias.unwrap_or(std::ptr::null());
                     (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
                 }
-                LinearProduct::ForwardF32 { out, x, weight } => {
-                    (kernels.linear_forward_f32)(out, x, weight, rows, inputs, outputs, stream)
-                }
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
                     (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
@@ -232,11 +252,11 @@ impl LinearProduct {
                     let bias = bias.unwrap_or(std::ptr::null());
                     (kernels.linear_forward_sm90)(out, x, weight, bias, rows, inputs, outputs, stream)
                 }
-                LinearProduct::ForwardF32 { .. } => {
-                    self.launch_portable(kernels, [rows, inputs, outputs], stream)
-                }
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
+                    (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
                     let launch = kernels.linear_backward_weight_sm90;

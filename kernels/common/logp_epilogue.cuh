@@ -1,0 +1,236 @@
+// What the log-prob head does to logits while they are accumulators in registers: the same for the mma.sync product and
+// Hopper's.
+//
+// Functions on `d` are called by a whole warp for 16 rows x COLUMNS columns of accumulators: lane l holds
+// d[4j + 2h + e], row `row + l/4 + 8h`, column `column + 8j + 2(l%4) + e`. A row lies in the four lanes of a quad.
+//
+// Exponents are of base 2 in here: 2^(log2(e) * logit - reference) is one fma and one ex2, and the exponent is rounded
+// once. A row's reference is log2(e) times its largest logit within kStatisticsColumns columns.
+#pragma once
+
+#include <cfloat>
+
+#include "launch.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+// Columns of a row that share a reference. More of them would make fewer statistics, which are 12 bytes beside 256 of
+// exponentials, but a block of the portable product has no more.
+constexpr int kStatisticsColumns = 128;
+
+// What the forward leaves of each row and kStatisticsColumns columns, [tiles, rows] each, so that a block writes whole
+// lines; and of each row.
+struct TileStatistics {
+    float* reference;
+    // Sum of 2^exponent over the columns, with exponent = log2(e) * logit - reference.
+    float* sum;
+    // Sum of 2^exponent * exponent; NULL where no entropy is wanted.
+    float* weighted;
+    // [rows] the target's logit.
+    float* target_logit;
+    const uint32_t* targets;
+    int rows;
+    int vocab;
+
+    // Cuts `workspace` up. The references come first: logp_head_backward reads them there.
+    static TileStatistics of(void* workspace, const uint32_t* targets, int rows, int vocab, bool entropy) {
+        float* const reference = static_cast<float*>(workspace);
+        const int64_t values = tiles(vocab) * rows;
+        return {reference,
+                reference + values,
+                entropy ? reference + 2 * values : nullptr,
+                reference + 3 * values,
+                targets,
+                rows,
+                vocab};
+    }
+
+    static int64_t tiles(int vocab) { return ceil_div(vocab, kStatisticsColumns); }
+
+    static int64_t workspace_bytes(int rows, int vocab) {
+        return (3 * tiles(vocab) + 1) * rows * int64_t(sizeof(float));
+    }
+};
+
+// Stands for a logit beyond the vocabulary: its exponential is 0, and so is that times the finite exponent.
+constexpr float kNoLogit = -1e30f;
+
+template <int COLUMNS>
+DEVICE void mask_columns(float (&d)[COLUMNS / 2], int column, int vocab) {
+    if (column + COLUMNS <= vocab) return;
+    const int first = column + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            if (first + 8 * j + e < vocab) continue;
+            d[4 * j + e] = kNoLogit;
+            d[4 * j + 2 + e] = kNoLogit;
+        }
+    }
+}
+
+// The lane whose rows' target lies in these columns writes its logit.
+template <int COLUMNS>
+DEVICE void pick_targets(const TileStatistics& statistics, const float (&d)[COLUMNS / 2], int row, int column) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int own_row = row + int(lane_id()) / 4 + 8 * h;
+        if (own_row >= statistics.rows) continue;
+        const int offset = int(statistics.targets[own_row]) - column - int(lane_id()) % 4 * 2;
+        if (offset < 0 || offset >= COLUMNS) continue;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                if (offset == 8 * j + e) statistics.target_logit[own_row] = d[4 * j + 2 * h + e];
+            }
+        }
+    }
+}
+
+// A value of each of a lane's two rows, joined with those of the quad's other lanes; all four get the same bits.
+template <class Join>
+DEVICE void join_quad(float (&values)[2], Join join) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        values[h] = join(values[h], __shfl_xor_sync(0xffffffffu, values[h], 1));
+        values[h] = join(values[h], __shfl_xor_sync(0xffffffffu, values[h], 2));
+    }
+}
+
+// Raises a lane's part of the rows' largest logits. NaN is left to the sums.
+template <int COLUMNS>
+DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], d[i]);
+}
+
+// The rows' references, from the lanes' largest logits.
+DEVICE void row_references(float (&reference)[2], float (&largest)[2]) {
+    join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int h = 0; h < 2; ++h) reference[h] = largest[h] * kLog2E;
+}
+
+// A lane's part of the rows' sums; `join` makes them the rows'.
+struct RowSums {
+    float sum[2] = {0.0f, 0.0f};
+    float weighted[2] = {0.0f, 0.0f};
+
+    // Replaces logits by their exponentials, and adds these.
+    template <int COLUMNS, bool kEntropy>
+    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2]) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            const int h = i / 2 % 2;
+            const float exponent = fmaf(d[i], kLog2E, -reference[h]);
+            d[i] = exp2_approx(exponent);
+            sum[h] += d[i];
+            if constexpr (kEntropy) weighted[h] = fmaf(d[i], exponent, weighted[h]);
+        }
+    }
+    template <int COLUMNS>
+    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2], bool entropy) {
+        if (entropy)
+            take_in<COLUMNS, true>(d, reference);
+        else
+            take_in<COLUMNS, false>(d, reference);
+    }
+
+    DEVICE void join() {
+        const auto add = [](float a, float b) { return a + b; };
+        join_quad(sum, add);
+        join_quad(weighted, add);
+    }
+};
+
+// ---- Gradients
+
+// What dlogits are made of, [rows] each. dentropy and entropy are NULL together.
+struct GradientInputs {
+    const uint32_t* targets;
+    const float* lse;
+    const float* logp;
+    const float* dlogp;
+    const float* dentropy;
+    const float* entropy;
+    int rows;
+};
+
+// The same of one row, as it is wanted for logits other than the target's:
+//   -a pi - b pi (log pi + entropy) = -pi (constant + slope log2 pi)
+struct RowGradient {
+    float lse;  // times log2 e
+    float constant;
+    float slope;
+    int target;
+
+    // Rows past the last are given the last one's.
+    DEVICE RowGradient(const GradientInputs& inputs, int row) {
+        row = min(row, inputs.rows - 1);
+        const float a = inputs.dlogp[row];
+        const float b = inputs.dentropy != nullptr ? inputs.dentropy[row] : 0.0f;
+        const float entropy = inputs.entropy != nullptr ? inputs.entropy[row] : 0.0f;
+        lse = inputs.lse[row] * kLog2E;
+        constant = fmaf(b, entropy, a);
+        slope = b * kLn2;
+        target = int(inputs.targets[row]);
+    }
+
+    DEVICE float of(float probability, float log2_probability) const {
+        return -probability * fmaf(slope, log2_probability, constant);
+    }
+};
+
+// The target's: a (1 - pi) - b pi (log pi + entropy), from the log-prob itself. 1 - pi by way of a rounded probability,
+// or even of a logit minus lse, would lose a target that the model is sure of.
+DEVICE float target_gradient(const GradientInputs& inputs, int row) {
+    const float logp = inputs.logp[row];
+    const float gradient = -inputs.dlogp[row] * expm1f(logp);
+    return inputs.dentropy == nullptr ? gradient
+                                      : gradient - inputs.dentropy[row] * expf(logp) * (logp + inputs.entropy[row]);
+}
+
+// A lane's two rows of the 16 that begin at `row`.
+struct RowGradients {
+    RowGradient of_half[2];
+    int row;
+
+    DEVICE RowGradients(const GradientInputs& inputs, int first)
+        : of_half{RowGradient(inputs, first + int(lane_id()) / 4), RowGradient(inputs, first + int(lane_id()) / 4 + 8)},
+          row(first + int(lane_id()) / 4) {}
+};
+
+// Replaces logits by their gradient. Rows past the last and columns past the vocabulary get numbers without a meaning.
+template <int COLUMNS>
+DEVICE void logits_to_gradient(float (&d)[COLUMNS / 2], const RowGradients& gradients, const GradientInputs& inputs,
+                               int column) {
+    const int first = column + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+        const RowGradient& gradient = gradients.of_half[i / 2 % 2];
+        const float exponent = fmaf(d[i], kLog2E, -gradient.lse);
+        d[i] = gradient.of(exp2_approx(exponent), exponent);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int offset = gradients.of_half[h].target - first, row = gradients.row + 8 * h;
+        if (offset < 0 || offset >= COLUMNS || row >= inputs.rows) continue;
+        const float at_target = target_gradient(inputs, row);
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                if (offset == 8 * j + e) d[4 * j + 2 * h + e] = at_target;
+            }
+        }
+    }
+}
+
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo
