@@ -31,7 +31,7 @@ const EXPECTED: &[(&str, &str, &str, &[&str])] = &[
     ("attention_backward", "backward_kernel", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_backward", "backward_kernel", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     // wgmma, TMA in and out, registers handed to the consumers, panels by stmatrix.
-    ("linear_sm90", "", "sm_90a", PRODUCT),
+    ("linear_sm90", "product_kernel", "sm_90a", PRODUCT),
 ];
 
 /// A Hopper product, whatever its epilogue.
