@@ -311,8 +311,9 @@ struct Consumer {
     DEVICE void step_without_keys(int number, const StageCursor<P::kStages>& at) {
         const typename P::Ring ring{shared + P::kRing};
         mbarrier_wait(ring.full(at.stage), at.parity);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
         bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
+        // Behind the barrier: a lane that had not waited yet could miss the phase.
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
         float dq[32];
         pin_registers(dq);
         wgmma_fence();
