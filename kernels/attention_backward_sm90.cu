@@ -24,19 +24,19 @@ struct BackwardTiles {
     int producer_registers, consumer_registers;
 };
 
-// Two consumer warpgroups of 240 registers and a producer of 24 are 504 of the 512 that a warp's lanes share in a
-// block of three warpgroups; 192 KiB of shared memory for tiles leave 35 of a block's 227, too few for another stage
-// and dQ's second buffer.
+// Two consumer warpgroups of 240 registers and a producer of 24 are just what a block of 384 threads is launched with,
+// 168 each. 192 KiB of shared memory for tiles leave 35 of a block's 227: too few for another stage or dQ's second
+// buffer.
 constexpr BackwardTiles backward_tiles(int head_size) {
     // Registers of a consumer: dV and dK take E, S and dP take BLOCK_M, of which P^T and dS^T take half as operands
     // beside dQ's 32.
     if (head_size == 64) {
         // 64 + 128, then 64 + 64 + 32. KiB: K and V 32, Q and dO 2 x 32, dS 2 x 32, dQ 32.
-        return {128, 128, 2, 32, 240};
+        return {128, 128, 2, 24, 240};
     }
     // 128 + 64, then 128 + 32 + 32. KiB: K and V 64, Q and dO 2 x 32, dS 2 x 16, dQ 32. 128 queries would need 128 +
     // 128 registers for the scores alone.
-    return {64, 128, 2, 32, 240};
+    return {64, 128, 2, 24, 240};
 }
 
 constexpr int kConsumers = 2;  // warpgroups
@@ -52,6 +52,9 @@ template <int E>
 struct Plan {
     static constexpr BackwardTiles kTiles = backward_tiles(E);
     static constexpr int BLOCK_M = kTiles.block_m, BLOCK_N = kTiles.block_n, kStages = kTiles.stages;
+    static_assert(kTiles.producer_registers * kWarpgroupThreads + kTiles.consumer_registers * kConsumerThreads <=
+                      65536 / kThreads / 8 * 8 * kThreads,
+                  "setmaxnreg moves registers within what the block was launched with");
     static_assert(BLOCK_N == kConsumers * kGroupKeys, "a warpgroup owns the rows of one wgmma");
     static_assert(BLOCK_M * E == kConsumers * 64 * 64, "each warpgroup forms 64 x 64 values of dQ");
 
