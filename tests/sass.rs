@@ -30,7 +30,12 @@ const EXPECTED: &[(&str, &str, &str, &[&str])] = &[
     ),
     ("attention_backward", "backward_kernel", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_backward", "backward_kernel", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
+    // wgmma, TMA in and out, registers handed to the consumers, panels by stmatrix.
+    ("linear_sm90", "product_kernel", "sm_90a", PRODUCT),
 ];
+
+/// A Hopper product, whatever its epilogue.
+const PRODUCT: &[&str] = &["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS.PHASECHK"];
 
 /// Accesses of local memory: spills, and arrays that are not in registers.
 const FORBIDDEN: &[&str] = &["LDL", "STL"];

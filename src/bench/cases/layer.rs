@@ -165,6 +165,12 @@ impl Product {
     }
 }
 
+/// The product of a layer that is called `part`; the last of them for a name that none has.
+pub fn linear_shape(shape: &Shape, part: &str) -> LinearShape {
+    let all = [Product::Qkv, Product::AttentionOut, Product::GateUp];
+    all.into_iter().find(|product| product.name() == part).unwrap_or(Product::Down).shape(shape)
+}
+
 fn product_flops(linear: LinearShape) -> usize {
     2 * linear.rows * linear.inputs * linear.outputs
 }
