@@ -358,11 +358,12 @@ struct Consumer {
 
     // A block that only other warpgroups' rows see.
     DEVICE void skip_block() {
+        await_keys();
+        await_values();
+        // A barrier of the whole warpgroup before its one release: a warp that had not waited yet could miss the phase.
         take_turn();
         pass_turn();
-        await_keys();
         release_keys();
-        await_values();
         release_values();
     }
 
