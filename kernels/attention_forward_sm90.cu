@@ -18,6 +18,8 @@
 
 namespace {
 
+using namespace forward_plan;
+
 // ------------------------------------------------------------------------------------------------------- the producer
 
 // Descriptions of qkv for TMA.

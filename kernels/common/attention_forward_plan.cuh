@@ -6,6 +6,7 @@
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
+namespace forward_plan {
 
 // Rows of one wgmma, and of a consumer warpgroup's part of a tile.
 constexpr int kSlabRows = 64;
@@ -137,5 +138,6 @@ DEVICE void prepare(const Shared<E>& shared, const Problem& problem) {
     __syncthreads();
 }
 
+}  // namespace forward_plan
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo
