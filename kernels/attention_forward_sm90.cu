@@ -215,6 +215,14 @@ struct Consumer {
         wgmma_commit();
     }
 
+    DEVICE void start_output(bool half) {
+        if (half) {
+            start_output<BLOCK_N / 2>();
+        } else {
+            start_output<BLOCK_N>();
+        }
+    }
+
     DEVICE void round_weights() {
 #pragma unroll
         for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) accumulators_to_operand(weights[step], scores, step);
@@ -309,11 +317,7 @@ struct Consumer {
             wgmma_fence();
             start_scores<BLOCK_N>(queries);
             await_values();
-            if (half) {
-                start_output<BLOCK_N / 2>();
-            } else {
-                start_output<BLOCK_N>();
-            }
+            start_output(half);
             half = false;
             pass_turn();
             wgmma_wait<1>();
@@ -335,11 +339,7 @@ struct Consumer {
         }
         await_values();
         pin_operands();
-        if (half) {
-            start_output<BLOCK_N / 2>();
-        } else {
-            start_output<BLOCK_N>();
-        }
+        start_output(half);
         wgmma_wait<0>();
         pin_registers(out);
         release_values();
