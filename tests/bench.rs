@@ -126,7 +126,8 @@ fn mistakes_are_named() {
         (&["step", "--calls", "0"], 2, "must be at least 1"),
         (&["step", "--model", "no/such/folder", "--device", "cpu"], 5, "no/such/folder"),
         (&["step", "--shape", "tiny", "--layers", "0"], 2, "must be at least 1"),
-        (&["kernles"], 2, "kernels, step"),
+        (&["kernles"], 2, "kernels, step, products"),
+        (&["products", "--device", "emulated"], 2, "no cuBLASLt to compare with"),
     ] {
         let (got, stdout, stderr) = bench(arguments);
         assert_eq!(got, Some(code), "{arguments:?}: {stderr}");

@@ -174,6 +174,8 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     using L = Layout<Tile, Lines>;
     const typename L::Ring ring{shared + L::kRingAt};
     StageCursor<Tile::kStages> cursor;
+    prefetch_tensor_map(&problem.left);
+    prefetch_tensor_map(&problem.right);
     each_tile<Tile>(problem, [&](const TileWork& work) {
         for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
             const uint32_t stage = shared + uint32_t(cursor.stage * L::kStageBytes), full = ring.full(cursor.stage);

@@ -5,6 +5,8 @@ mod head;
 mod layer;
 mod optimizer;
 
+pub use layer::linear_shape;
+
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};
 use crate::device::{BatchBuffers, Compute, Device, Floats};

@@ -4,6 +4,7 @@ pub mod cases;
 pub mod inputs;
 mod kernels;
 mod measure;
+mod products;
 mod report;
 pub mod shapes;
 mod step;
@@ -22,6 +23,8 @@ use crate::model::LlamaConfig;
 pub enum Part {
     Kernels,
     Step,
+    /// Linear layers by our kernels and by the vendor's.
+    Products,
 }
 
 /// Whose shapes.
@@ -56,7 +59,10 @@ pub struct BenchConfig {
 
 /// Measures and prints.
 pub fn run(config: &BenchConfig) -> Result<()> {
-    run_on(config.device, config.threads, Task(config))
+    match config.parts[..] {
+        [Part::Products] => products::run(config),
+        _ => run_on(config.device, config.threads, Task(config)),
+    }
 }
 
 /// Where the work runs, as far as measuring cares.
@@ -116,6 +122,7 @@ impl DeviceTask for Task<'_> {
                     kernels::run(&*device, config, &shape, method)?;
                 }
                 Part::Step => step::run(&device, config, &shape, place)?,
+                Part::Products => products::run(config)?,
             }
         }
         Ok(())

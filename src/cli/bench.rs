@@ -10,7 +10,8 @@ use crate::config::{self, ObjectiveKind};
 use crate::error::{Error, Result};
 
 const ABOUT: &str = "Measure this machine: `kernels` times every kernel beside the machine's own ceilings (a large copy, a large \
-product), `step` a whole training step and its parts. Without a word: both.
+product), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
+cuBLASLt in turn.
 
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
 a model folder.";
@@ -26,8 +27,8 @@ pub fn command() -> Command {
         .long_about(ABOUT)
         .arg(
             Arg::new("part")
-                .value_parser(PossibleValuesParser::new(["kernels", "step"]))
-                .help("What to measure [default: both]"),
+                .value_parser(PossibleValuesParser::new(["kernels", "step", "products"]))
+                .help("What to measure [default: kernels and step]"),
         )
         .arg(own(
             "shape",
@@ -59,6 +60,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     let parts = match arguments::text(matches, "part").as_deref() {
         Some("kernels") => vec![Part::Kernels],
         Some("step") => vec![Part::Step],
+        Some("products") => vec![Part::Products],
         _ => vec![Part::Kernels, Part::Step],
     };
     if parts == [Part::Step] && arguments::text(matches, "only").is_some() {

@@ -5,14 +5,14 @@
 #     run.sh RESULTS [part ...]      all parts, in this order, if none is named:
 #
 #     machine layouts kernels goldens            what there is; fragment layouts, every kernel, a whole model against the goldens
-#     attention head bandwidth step train        times, ours and the peers' in turn
+#     attention head products bandwidth step train    times, ours and the peers' in turn
 #     determinism sanitize profile               the same bits twice; compute-sanitizer; counters of the main kernels (ncu)
 set -uo pipefail
 bundle=$(cd "$(dirname "$0")" && pwd)
 results=$(mkdir -p "${1:?usage: run.sh RESULTS [part ...]}" && cd "$1" && pwd)
 command="run.sh $*"
 shift
-parts=${*:-machine layouts kernels goldens attention head bandwidth step train determinism sanitize profile}
+parts=${*:-machine layouts kernels goldens attention head products bandwidth step train determinism sanitize profile}
 # Seconds in which all of it must be done, the summary included.
 limit=${MMPO_FAST_LIMIT:-525}
 export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
@@ -96,6 +96,9 @@ head() {
   each_case
   return $code
 }
+
+# Linear layers by our kernels and by cuBLASLt: products.txt ends with rows for src/device/cuda/product_table.rs.
+products() { ours products; }
 
 # Every other kernel beside the copy of the same run, and AdamW beside its peers.
 bandwidth() {
@@ -184,7 +187,7 @@ profile() {
 for name in $parts; do
   case $name in
     machine | layouts) part "$name" 30 ;;
-    kernels | goldens | profile) part "$name" 60 ;;
+    kernels | goldens | profile | products) part "$name" 60 ;;
     train | determinism) part "$name" 45 ;;
     attention | head | bandwidth | sanitize) part "$name" 100 ;;
     step) part "$name" 130 ;;

@@ -33,6 +33,7 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         attention_backward,
         attention_decode,
         swiglu_forward,
+        linear_swiglu_forward,
         swiglu_backward,
     ]
 }
@@ -164,6 +165,12 @@ impl Product {
     }
 }
 
+/// The product of a layer that is called `part`; the last of them for a name that none has.
+pub fn linear_shape(shape: &Shape, part: &str) -> LinearShape {
+    let all = [Product::Qkv, Product::AttentionOut, Product::GateUp];
+    all.into_iter().find(|product| product.name() == part).unwrap_or(Product::Down).shape(shape)
+}
+
 fn product_flops(linear: LinearShape) -> usize {
     2 * linear.rows * linear.inputs * linear.outputs
 }
@@ -291,6 +298,20 @@ fn swiglu_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         device.swiglu_forward(&mut out.compute[0], &gate_up, rows, width)
     });
     Ok(case.bytes(3 * compute_size::<D>() * rows * width))
+}
+
+fn linear_swiglu_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let (rows, inputs, width) = (shape.tokens(), shape.config.hidden_size, shape.config.intermediate_size);
+    let layer = LinearShape { rows, inputs, outputs: 2 * width };
+    let x = compute(device, 1, rows * inputs, 1.0)?;
+    let weight = compute(device, 2, layer.outputs * inputs, 0.05)?;
+    let out = outputs(device, &[rows * width, rows * layer.outputs], &[])?;
+    let case = Case::new("linear_swiglu_forward", out, move |device: &D, out| {
+        let [out, gate_up] = &mut out.compute[..] else { unreachable!("two outputs, as above") };
+        device.linear_swiglu_forward(out, gate_up, &x, &weight, None, layer)
+    });
+    let values = rows * (inputs + width + layer.outputs) + layer.outputs * inputs;
+    Ok(case.flops(2 * rows * inputs * layer.outputs).bytes(compute_size::<D>() * values))
 }
 
 fn swiglu_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

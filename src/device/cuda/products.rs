@@ -66,7 +66,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
         Implementation::Vendor => {
             let Some(vendor) = vendor else { return Err(no_vendor()) };
             // SAFETY: the caller's promise.
-            unsafe { vendor.multiply(&product.for_vendor(shape)) }
+            device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) })
         }
         Implementation::Portable => {
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;

@@ -1,0 +1,146 @@
+//! What the log-prob head does, counted by the emulated device: tensor-core work next to `6 N V D` (main mode) and
+//! `8 N V D` (recompute mode), the bytes beside the operands of products, and bank conflicts. Counts and options are of a
+//! whole process, so this is one test.
+//!
+//! `cargo test --release --test head_counts -- --nocapture` prints the table.
+
+#![cfg(mmpo_emulated)]
+
+use mmpo_fast::device::cuda::{
+    CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_LATE,
+    MMPO_EMULATOR_SCHEDULE_ORDERED,
+};
+use mmpo_fast::device::{Device, HeadMode, HeadShape, RawValues, TokenCoefficients, TokenScores};
+
+/// Watches ordinary loads and stores too.
+const VARIANT: EmulatorVariant = EmulatorVariant::Checked;
+
+/// Whole tiles of every product.
+const ROWS: usize = 256;
+const WIDTH: usize = 128;
+const VOCAB: usize = 1024;
+const LOGITS: usize = ROWS * VOCAB;
+
+/// Columns that share statistics, see `kernels/common/logp_epilogue.cuh`.
+const STATISTICS: usize = 128;
+
+fn configure() {
+    let options = EmulatorOptions {
+        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
+        seed: 0,
+        host_threads: 0,
+        multiprocessors: 0,
+        trace_accesses: 1,
+    };
+    VARIANT.configure(options).unwrap();
+}
+
+/// Counts of a forward and of its backward.
+fn count(device: &CudaDevice, mode: HeadMode, entropy: bool) -> [EmulatorCounters; 2] {
+    let values = |count: usize, scale: f32| {
+        let values: Vec<f32> =
+            (0..count).map(|i| ((i * 7919 % 401) as f32 - 200.0) / 200.0 * scale).collect();
+        let mut buffer = device.alloc(count).unwrap();
+        device.upload_values(&mut buffer, 0, RawValues::from_f32(&values)).unwrap();
+        buffer
+    };
+    let (mut hidden, weight) = (values(ROWS * WIDTH, 0.1), values(VOCAB * WIDTH, 1.0));
+    let mut workspace = device.alloc(device.logp_head_workspace(mode, ROWS, WIDTH, VOCAB).unwrap()).unwrap();
+    let mut targets = device.alloc(ROWS).unwrap();
+    let target_ids: Vec<u32> = (0..ROWS).map(|row| (row * 31 % VOCAB) as u32).collect();
+    device.upload(&mut targets, 0, &target_ids).unwrap();
+    let mut scores = TokenScores::new(device, ROWS).unwrap();
+    let mut coefficients = TokenCoefficients::new(device, ROWS).unwrap();
+    device.upload(&mut coefficients.logp, 0, &[0.5; ROWS]).unwrap();
+    device.upload(&mut coefficients.entropy, 0, &[0.1; ROWS]).unwrap();
+    let mut dweight = device.alloc(VOCAB * WIDTH).unwrap();
+    let shape = HeadShape { rows: 0..ROWS, width: WIDTH, vocab: VOCAB, entropy, mode };
+
+    VARIANT.reset_counters();
+    device.logp_head_forward(&mut scores, &mut workspace, &hidden, &weight, &targets, &shape).unwrap();
+    let forward = VARIANT.counters();
+    VARIANT.reset_counters();
+    device
+        .logp_head_backward(
+            &mut hidden,
+            Some(&mut dweight),
+            &mut workspace,
+            &weight,
+            &targets,
+            &scores,
+            &coefficients,
+            &shape,
+        )
+        .unwrap();
+    [forward, VARIANT.counters()]
+}
+
+fn flops(counters: &EmulatorCounters) -> usize {
+    (counters.mma_flops + counters.wgmma_flops) as usize
+}
+
+fn stored(counters: &EmulatorCounters) -> usize {
+    (counters.global_store_bytes + counters.tensor_store_bytes) as usize
+}
+
+/// Bytes that are no operand of a product: those go by cp.async or TMA.
+fn loaded(counters: &EmulatorCounters) -> usize {
+    counters.global_load_bytes as usize
+}
+
+fn print_row(pass: &str, counters: &EmulatorCounters) {
+    println!(
+        "  {pass:8} {:2} launches, {:.2} NVD FLOPs; per logit: {:.3} bytes stored, {:.3} loaded beside {:.3} of operands; \
+         {} conflicts of ldmatrix and stmatrix, shared wavefronts {:.2} times the least",
+        counters.launches,
+        flops(counters) as f64 / (LOGITS * WIDTH) as f64,
+        stored(counters) as f64 / LOGITS as f64,
+        loaded(counters) as f64 / LOGITS as f64,
+        (counters.copy_async_bytes + counters.tensor_load_bytes) as f64 / LOGITS as f64,
+        counters.matrix_bank_conflicts,
+        counters.shared_wavefronts as f64 / counters.shared_wavefronts_ideal.max(1) as f64,
+    );
+}
+
+#[test]
+fn the_head_does_the_least_work() {
+    configure();
+    // Statistics of a row: of each run of columns two f32 and the target's logit; lse, log-prob.
+    let statistics = ROWS * 4 * (2 * VOCAB / STATISTICS + 1 + 2);
+    for path in [KernelPath::Portable, KernelPath::Hopper] {
+        let device = CudaDevice::emulated(VARIANT).with_path(path);
+        for (mode, factor) in [(HeadMode::Main, 6), (HeadMode::Recompute, 8)] {
+            println!("{path:?}, {mode:?}: {factor} NVD FLOPs at least");
+            let [forward, backward] = count(&device, mode, false);
+            print_row("forward", &forward);
+            print_row("backward", &backward);
+            assert_eq!(flops(&forward) + flops(&backward), factor * LOGITS * WIDTH, "{path:?} {mode:?}");
+            // The product, and the merge of its statistics.
+            assert_eq!(forward.launches, 2, "{path:?} {mode:?}");
+            let exponentials = if mode == HeadMode::Main { 2 * LOGITS } else { 0 };
+            // No logit is written, and each exponential once.
+            assert_eq!(stored(&forward), exponentials + statistics, "{path:?} {mode:?}");
+            for counters in [&forward, &backward] {
+                assert_eq!(counters.matrix_bank_conflicts, 0, "{path:?} {mode:?}");
+                let (waves, ideal) = (counters.shared_wavefronts, counters.shared_wavefronts_ideal);
+                assert!(
+                    waves * 10 <= ideal * 11,
+                    "{path:?} {mode:?}: {waves} shared wavefronts, {ideal} at least"
+                );
+            }
+        }
+        // In place: dlogits are read once and written once, beside the products' own stores.
+        let [_, without] = count(&device, HeadMode::Main, false);
+        let products = 2 * ROWS * WIDTH + 4 * VOCAB * WIDTH;
+        assert_eq!(stored(&without), 2 * LOGITS + products, "{path:?}");
+        // An entropy term is one more f32 for each run of columns and row, and no other work of the tensor cores.
+        let [forward, backward] = count(&device, HeadMode::Main, true);
+        println!("{path:?}, with entropies");
+        print_row("forward", &forward);
+        print_row("backward", &backward);
+        assert_eq!(flops(&forward) + flops(&backward), 6 * LOGITS * WIDTH, "{path:?}");
+        let entropies = ROWS * 4 * (VOCAB / STATISTICS + 1);
+        assert_eq!(stored(&forward), 2 * LOGITS + statistics + entropies, "{path:?}");
+    }
+}
