@@ -77,7 +77,10 @@ fn backward_does_little_more_than_what_is_visible() {
                     terms / dq as f64,
                     counters.matrix_bank_conflicts
                 );
-                assert!(useful >= least, "{prompt}/{chosen}/{rejected} {shape:?} {path:?}: {useful} % useful");
+                assert!(
+                    useful >= least,
+                    "{prompt}/{chosen}/{rejected} {shape:?} {path:?}: {useful} % useful"
+                );
                 assert_eq!(counters.matrix_bank_conflicts, 0, "{shape:?} {path:?}");
                 assert_eq!(counters.launches, 3);
             }

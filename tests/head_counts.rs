@@ -46,8 +46,7 @@ fn count(device: &CudaDevice, mode: HeadMode, entropy: bool) -> [EmulatorCounter
         buffer
     };
     let (mut hidden, weight) = (values(ROWS * WIDTH, 0.1), values(VOCAB * WIDTH, 1.0));
-    let mut workspace =
-        device.alloc(device.logp_head_workspace(mode, ROWS, WIDTH, VOCAB).unwrap()).unwrap();
+    let mut workspace = device.alloc(device.logp_head_workspace(mode, ROWS, WIDTH, VOCAB).unwrap()).unwrap();
     let mut targets = device.alloc(ROWS).unwrap();
     let target_ids: Vec<u32> = (0..ROWS).map(|row| (row * 31 % VOCAB) as u32).collect();
     device.upload(&mut targets, 0, &target_ids).unwrap();
@@ -125,7 +124,10 @@ fn the_head_does_the_least_work() {
             for counters in [&forward, &backward] {
                 assert_eq!(counters.matrix_bank_conflicts, 0, "{path:?} {mode:?}");
                 let (waves, ideal) = (counters.shared_wavefronts, counters.shared_wavefronts_ideal);
-                assert!(waves * 10 <= ideal * 11, "{path:?} {mode:?}: {waves} shared wavefronts, {ideal} at least");
+                assert!(
+                    waves * 10 <= ideal * 11,
+                    "{path:?} {mode:?}: {waves} shared wavefronts, {ideal} at least"
+                );
             }
         }
         // In place: dlogits are read once and written once, beside the products' own stores.

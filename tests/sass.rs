@@ -133,7 +133,10 @@ fn kernels_have_the_instructions_they_are_written_for() {
     for &(stem, part, target, expected) in EXPECTED {
         let kernels = instructions(&tool, stem, target);
         let wanted = |name: &str| name.contains(part);
-        assert!(kernels.keys().any(|name| wanted(name)), "no {target} code of {part} in the object of {stem}");
+        assert!(
+            kernels.keys().any(|name| wanted(name)),
+            "no {target} code of {part} in the object of {stem}"
+        );
         for (kernel, instructions) in &kernels {
             let mix =
                 MIX.iter().map(|name| (name, count(instructions, name))).filter(|(_, count)| *count > 0);

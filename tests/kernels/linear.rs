@@ -168,6 +168,7 @@ path_tests! {
 #[cfg(mmpo_emulated)]
 #[test]
 fn choice_of_products() {
+    use mmpo_fast::device::Device;
     use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, Products};
     let shape = LinearShape { rows: 2, inputs: 8, outputs: 8 };
     for path in [KernelPath::Portable, KernelPath::Hopper] {
