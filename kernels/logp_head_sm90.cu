@@ -2,7 +2,8 @@
 // they compute, and why, is said in logp_head.cu.
 //
 // A consumer warp holds 16 whole rows of its tile, so that a row's statistics need the four lanes of a quad and no
-// barrier. Panels of 64 columns leave by TMA while the next are computed, and the producer runs ahead into the next tile.
+// barrier. Panels of 64 columns leave by TMA while the next are computed, and the producer runs ahead into the next
+// tile.
 
 #include "common/logp_epilogue.cuh"
 #include "common/logp_merge.cuh"
