@@ -110,29 +110,39 @@ path_tests! {
     }
 }
 
-/// Tiles hold 32, 64 or 128 queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one before, at
-/// and one behind a boundary, alone and in step with the others.
+/// Tiles hold 32, 64 or 128 rows of queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one
+/// before, at and one behind a boundary, alone and in step with the others; with two heads in a tile also at half of it.
 #[test]
 fn every_boundary_of_the_tiles() {
     let mut all = Vec::new();
-    for boundary in [32, 64, 128] {
+    for boundary in [16, 32, 64, 128] {
         for n in [boundary - 1, boundary, boundary + 1] {
             all.extend([(n, 0, 0), (n, 3, 2), (2, n - 2, 1), (5, 2, n), (n, 129 - n.min(129), n)]);
         }
     }
     all.extend([(257, 0, 0), (127, 129, 130), (255, 2, 193), (0, 129, 257), (256, 1, 1), (1, 255, 256)]);
     for sizes in all {
-        for head_size in [64, 128] {
-            let problem = Problem::new(&[sizes], (1, 1, head_size));
+        for heads in [(1, 1, 64), (2, 1, 64), (1, 1, 128), (2, 1, 128)] {
+            let problem = Problem::new(&[sizes], heads);
             both_paths().iter().for_each(|device| problem.check(device));
         }
     }
 }
 
-/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter, over several pairs.
+/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter; 5, 6 and 7 leave rows of a tile idle.
 #[test]
 fn heads_that_share_keys() {
-    for heads in [(2, 2, 64), (3, 1, 128), (9, 3, 64), (4, 1, 64), (8, 2, 128), (8, 1, 64)] {
+    for heads in [
+        (2, 2, 64),
+        (3, 1, 128),
+        (9, 3, 64),
+        (4, 1, 64),
+        (8, 2, 128),
+        (8, 1, 64),
+        (5, 1, 64),
+        (6, 1, 64),
+        (7, 1, 128),
+    ] {
         let problem = Problem::new(&[(60, 40, 77), (0, 5, 1), (31, 1, 0)], heads);
         both_paths().iter().for_each(|device| problem.check(device));
     }
