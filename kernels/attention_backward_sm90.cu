@@ -18,25 +18,25 @@
 namespace {
 
 struct BackwardTiles {
-    int block_m;  // queries of a step
+    int block_m;  // rows of queries of a step
     int block_n;  // keys of a block
     int stages;   // of Q and dO in shared memory
     int producer_registers, consumer_registers;
 };
 
-// Two consumer warpgroups of 240 registers and a producer of 24 are 504 of the 512 that a warp's lanes share in a
-// block of three warpgroups; 192 KiB of shared memory for tiles leave 35 of a block's 227, too few for another stage
-// and dQ's second buffer.
+// Two consumer warpgroups of 240 registers and a producer of 24 are just what a block of 384 threads is launched with,
+// 168 each. 192 KiB of shared memory for tiles leave 35 of a block's 227: too few for another stage or dQ's second
+// buffer.
 constexpr BackwardTiles backward_tiles(int head_size) {
     // Registers of a consumer: dV and dK take E, S and dP take BLOCK_M, of which P^T and dS^T take half as operands
     // beside dQ's 32.
     if (head_size == 64) {
         // 64 + 128, then 64 + 64 + 32. KiB: K and V 32, Q and dO 2 x 32, dS 2 x 32, dQ 32.
-        return {128, 128, 2, 32, 240};
+        return {128, 128, 2, 24, 240};
     }
     // 128 + 64, then 128 + 32 + 32. KiB: K and V 64, Q and dO 2 x 32, dS 2 x 16, dQ 32. 128 queries would need 128 +
     // 128 registers for the scores alone.
-    return {64, 128, 2, 32, 240};
+    return {64, 128, 2, 24, 240};
 }
 
 constexpr int kConsumers = 2;  // warpgroups
@@ -44,6 +44,7 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
 constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
 constexpr int kGroupKeys = 64;  // rows of a wgmma
 constexpr int kGradientBuffers = 2;
+constexpr int kTilesOfStage = 2;  // Q and dO
 
 enum class NamedBarrier : uint32_t { score_gradients = 1 };
 
@@ -51,6 +52,9 @@ template <int E>
 struct Plan {
     static constexpr BackwardTiles kTiles = backward_tiles(E);
     static constexpr int BLOCK_M = kTiles.block_m, BLOCK_N = kTiles.block_n, kStages = kTiles.stages;
+    static_assert(kTiles.producer_registers * kWarpgroupThreads + kTiles.consumer_registers * kConsumerThreads <=
+                      65536 / kThreads / 8 * 8 * kThreads,
+                  "setmaxnreg moves registers within what the block was launched with");
     static_assert(BLOCK_N == kConsumers * kGroupKeys, "a warpgroup owns the rows of one wgmma");
     static_assert(BLOCK_M * E == kConsumers * 64 * 64, "each warpgroup forms 64 x 64 values of dQ");
 
@@ -61,7 +65,7 @@ struct Plan {
 
     static constexpr int kDqBytes = BLOCK_M * E * int(sizeof(float));
     static constexpr int kStatisticsBytes = 2 * BLOCK_M * int(sizeof(float));
-    static constexpr int kStageBytes = 2 * Queries::kBytes;  // that TMA brings, beside the statistics
+    static constexpr int kStageBytes = kTilesOfStage * Queries::kBytes;  // that TMA brings, beside the statistics
 
     static constexpr int kKeys = 0;
     static constexpr int kValues = kKeys + Keys::kBytes;
@@ -86,13 +90,28 @@ struct Plan {
 };
 
 template <int E>
-using Walk = QueryWalk<Plan<E>::BLOCK_M, Plan<E>::BLOCK_N>;
+using Walk = QueryWalk<Plan<E>::BLOCK_N>;
 
 struct TensorMaps {
-    CUtensorMap queries, keys, dout;  // boxes of BLOCK_M rows of qkv, BLOCK_N rows of qkv, BLOCK_M rows of dout
+    CUtensorMap queries, dout;  // by [token, head, E], boxes of a tile of queries: its tokens x packed heads x 64
+    CUtensorMap keys;           // by [token, column], boxes of BLOCK_N x 64
 };
 
 #if MMPO_SM90
+
+// Rows of the stages that no load fills, because packed tokens leave them over: zeros, so that products do not meet
+// NaN. The __syncthreads of take_keys follows.
+template <int E>
+DEVICE void clear_idle_rows(uint32_t shared, int used) {
+    using P = Plan<E>;
+    constexpr int kRowChunks = kPanelRowBytes / kChunkBytes, kPanels = P::kStages * kTilesOfStage * P::Queries::kPanels;
+    const int chunks = (P::BLOCK_M - used) * kRowChunks;
+    for (int i = int(threadIdx.x); i < kPanels * chunks; i += kThreads) {
+        const int offset = i / chunks * P::Queries::kPanelBytes + used * kPanelRowBytes + i % chunks * kChunkBytes;
+        store_shared_128(shared + uint32_t(P::kStage + offset), make_uint4(0, 0, 0, 0));
+    }
+    fence_proxy_async();
+}
 
 // ---------------------------------------------------------------------------------------------------- loads, one
 // thread
@@ -107,18 +126,26 @@ DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGrad
     P::Keys::load(shared + P::kKeys, &maps.keys, problem.key_column(owned.kv_head), owned.keys.first, keys_full);
     P::Keys::load(shared + P::kValues, &maps.keys, problem.value_column(owned.kv_head), owned.keys.first, keys_full);
     StageCursor<P::kStages> at;
-    const int first_head = owned.kv_head * problem.group();
-    for (int head = first_head; head < first_head + problem.group(); ++head) {
+    const uint32_t bytes =
+        uint32_t(problem.tile_tokens * problem.packing.heads * 2 * E * int(sizeof(bf16)) + P::kStatisticsBytes);
+    const int first_pack = owned.kv_head * problem.packs();
+    for (int pack = first_pack; pack < first_pack + problem.packs(); ++pack) {
         for (int step = 0; step < walk.steps; ++step, at.advance()) {
             const QueryTile tile = walk.tile(step);
-            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             const uint32_t full = ring.full(at.stage);
+            const auto load = [&](uint32_t to, const CUtensorMap* map) {
+#pragma unroll
+                for (int panel = 0; panel < P::Queries::kPanels; ++panel)
+                    tma_load_3d(to + panel * P::Queries::kPanelBytes, map, panel * kPanelColumns,
+                                pack * problem.packing.heads, tile.first, full);
+            };
             mbarrier_wait(ring.empty(at.stage), at.parity ^ 1u);
-            mbarrier_arrive_expect_tx(full, P::kStageBytes + P::kStatisticsBytes);
-            P::Queries::load(P::queries(shared, at.stage), &maps.queries, problem.query_column(head), tile.first, full);
+            mbarrier_arrive_expect_tx(full, bytes);
+            load(P::queries(shared, at.stage), &maps.queries);
             bulk_load(P::statistics(shared, at.stage), workspace.statistics + slot * (2 * P::BLOCK_M),
                       P::kStatisticsBytes, full);
-            P::Queries::load(P::dout(shared, at.stage), &maps.dout, problem.query_column(head), tile.first, full);
+            load(P::dout(shared, at.stage), &maps.dout);
         }
     }
 }
@@ -131,11 +158,11 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
                         const OwnedKeys& owned, const Walk<E>& walk) {
     using P = Plan<E>;
     uint32_t parity = 0;
-    const int first_head = owned.kv_head * problem.group();
-    for (int head = first_head; head < first_head + problem.group(); ++head) {
+    const int first_pack = owned.kv_head * problem.packs();
+    for (int pack = first_pack; pack < first_pack + problem.packs(); ++pack) {
         for (int step = 0; step < walk.steps; ++step, parity ^= 1u) {
             const QueryTile tile = walk.tile(step);
-            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             float* to = workspace.dq + slot * (P::BLOCK_M * E);
             mbarrier_wait(shared + P::kDqFull, parity);
             wait_for_turn(workspace.turns + slot, tile.turn);
@@ -311,8 +338,9 @@ struct Consumer {
     DEVICE void step_without_keys(int number, const StageCursor<P::kStages>& at) {
         const typename P::Ring ring{shared + P::kRing};
         mbarrier_wait(ring.full(at.stage), at.parity);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
         bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
+        // Behind the barrier: a lane that had not waited yet could miss the phase.
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
         float dq[32];
         pin_registers(dq);
         wgmma_fence();
@@ -368,7 +396,7 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     mbarrier_wait(shared + P::kKeysFull, 0);
     StageCursor<P::kStages> at;
     int number = 0;
-    for (int head = 0; head < problem.group(); ++head)
+    for (int pack = 0; pack < problem.packs(); ++pack)
         for (int step = 0; step < walk.steps; ++step, ++number, at.advance())
             consumer.any_step(walk, walk.tile(step), number, at);
     const int first_key = owned.keys.first + consumer.key();
@@ -395,8 +423,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(shared + P::kDqEmpty, 1);
         fence_mbarrier_init();
     }
+    clear_idle_rows<E>(shared, problem.tile_tokens * problem.packing.heads);
     const OwnedKeys owned = take_keys<P::BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
-    const Walk<E> walk(owned.span, owned.pair, owned.keys);
+    const Walk<E> walk(owned.span, owned.pair, owned.keys, problem.tile_tokens, problem.packing.heads);
     if (threadIdx.x < kWarpgroupThreads) {
         setmaxnreg_decrease<P::kTiles.producer_registers>();
         if (threadIdx.x == 0) produce<E>(shared, maps, problem, workspace, owned, walk);
@@ -414,15 +443,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int E>
 int encode_maps(TensorMaps& maps, const AttentionGradient& problem) {
     using P = Plan<E>;
-    const uint64_t rows = uint64_t(problem.rows), stride = uint64_t(problem.stride()),
-                   out_stride = uint64_t(problem.out_stride());
-    int status = encode_tensor_map_2d(&maps.queries, problem.qkv, rows, stride, stride, P::BLOCK_M, kPanelColumns,
-                                      Swizzle::bytes_128);
+    const uint64_t rows = uint64_t(problem.rows), stride = uint64_t(problem.stride());
+    const auto packed_map = [&](CUtensorMap& map, const bf16* base, uint64_t heads) {
+        const TensorMapShape shape{3,
+                                   {E, heads, rows},
+                                   {E * sizeof(bf16), heads * E * sizeof(bf16)},
+                                   {kPanelColumns, uint32_t(problem.packing.heads), uint32_t(problem.tile_tokens)},
+                                   Swizzle::bytes_128};
+        return encode_tensor_map(&map, base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape);
+    };
+    int status = packed_map(maps.queries, problem.qkv, stride / E);
     if (status != kSuccess) return status;
-    status = encode_tensor_map_2d(&maps.keys, problem.qkv, rows, stride, stride, P::BLOCK_N, kPanelColumns,
-                                  Swizzle::bytes_128);
+    status = packed_map(maps.dout, problem.dout, uint64_t(problem.heads));
     if (status != kSuccess) return status;
-    return encode_tensor_map_2d(&maps.dout, problem.dout, rows, out_stride, out_stride, P::BLOCK_M, kPanelColumns,
+    return encode_tensor_map_2d(&maps.keys, problem.qkv, rows, stride, stride, P::BLOCK_N, kPanelColumns,
                                 Swizzle::bytes_128);
 }
 
@@ -445,10 +479,10 @@ int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_
 
 }  // namespace
 
-extern "C" int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t,
-                                                                  int32_t head_size) {
+extern "C" int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads,
+                                                                  int32_t kv_heads, int32_t head_size) {
     const BackwardTiles tiles = backward_tiles(head_size);
-    return GradientWorkspace::bytes(rows, pairs, heads, head_size, tiles.block_m, tiles.block_n);
+    return GradientWorkspace::bytes(rows, pairs, heads, kv_heads, head_size, tiles.block_m, tiles.block_n);
 }
 
 extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -457,7 +491,10 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, voi
                                                             const uint32_t* host_spans, int32_t pairs, int32_t rows,
                                                             int32_t heads, int32_t kv_heads, int32_t head_size,
                                                             float scale, mmpo_stream stream) {
-    const AttentionGradient problem{dqkv, dout, out, lse, qkv, spans, pairs, rows, heads, kv_heads, head_size, scale};
+    const int block_m = backward_tiles(head_size).block_m;
+    const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
+    const AttentionGradient problem{dqkv, dout,  out,      lse,       qkv,   spans,   pairs,
+                                    rows, heads, kv_heads, head_size, scale, packing, block_m / packing.heads};
     switch (head_size) {
         case 64:
             return launch<64>(problem, workspace, host_spans, cuda_stream(stream));

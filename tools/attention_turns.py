@@ -15,53 +15,53 @@ import random
 
 BLOCK_N = 128
 STEP, JITTER, DRAIN, VISIBLE, START = 3.5, 0.2, 0.3, 1.5, 3.0
-HEADS, KV_HEADS, MULTIPROCESSORS = 32, 8, 132
+KV_HEADS, MULTIPROCESSORS = 8, 132
 
 
 def ceil_div(a, b):
     return -(-a // b)
 
 
-def key_tiles(prompt, chosen, rejected, block_m, ascending):
-    """Of one pair in the order of tickets: per tile of keys, the (tile of queries, turn) that its block walks."""
-    per_key_tile = BLOCK_N // block_m
-    chosen_keys, rejected_keys = ceil_div(prompt + chosen, BLOCK_N), ceil_div(rejected, BLOCK_N)
-    prompt_keys = ceil_div(prompt, BLOCK_N)
-    own = [("chosen", n, chosen_keys, prompt + chosen) for n in range(chosen_keys)]
-    own = [("rejected", n, rejected_keys, rejected) for n in reversed(range(rejected_keys))] + own[::-1]
+def key_tiles(prompt, chosen, rejected, tokens, ascending):
+    """Of one pair in the order of tickets: per tile of keys, the (tile of queries, turn) that its block walks.
+
+    A tile of queries holds `tokens` tokens, of all heads that share the keys.
+    """
+    prompt_tiles = ceil_div(prompt, BLOCK_N)
+    tiles = [("rejected", n, rejected) for n in reversed(range(ceil_div(rejected, BLOCK_N)))]
+    tiles += [("chosen", n, prompt + chosen) for n in reversed(range(ceil_div(prompt + chosen, BLOCK_N)))]
     if ascending:
-        own.reverse()
-    for side, n, _, rows in own:
+        tiles.reverse()
+    for side, n, rows in tiles:
         walk = []
-        for m in range(n * per_key_tile, ceil_div(rows, block_m)):
-            diagonal = m // per_key_tile
-            before = prompt_keys if side == "rejected" and ascending else 0
+        for m in range(n * BLOCK_N // tokens, ceil_div(rows, tokens)):
+            diagonal = (min((m + 1) * tokens, rows) - 1) // BLOCK_N
+            before = prompt_tiles if side == "rejected" else 0
             walk.append(((side, m), before + n if ascending else diagonal - n))
-        if side == "chosen" and n < prompt_keys:
-            for m in range(ceil_div(rejected, block_m)):
-                own_terms = m // per_key_tile + 1
-                walk.append((("rejected", m), n if ascending else own_terms + prompt_keys - 1 - n))
+        if side == "chosen" and n < prompt_tiles:
+            for m in range(ceil_div(rejected, tokens)):
+                own_terms = (min((m + 1) * tokens, rejected) - 1) // BLOCK_N + 1
+                walk.append((("rejected", m), n if ascending else own_terms + prompt_tiles - 1 - n))
         yield walk
 
 
-def makespan(pairs, block_m, order):
+def makespan(pairs, tokens, order):
     """`order`: "any", "descending" or "ascending"."""
     noise = random.Random(7)
     free = [0.0] * MULTIPROCESSORS
     passed, end = {}, 0.0
     for pair, sizes in sorted(enumerate(pairs), key=lambda item: (-sum(item[1]), item[0])):
-        for walk in key_tiles(*sizes, block_m, order == "ascending"):
+        for walk in key_tiles(*sizes, tokens, order == "ascending"):
             for kv_head in range(KV_HEADS):
                 now, left = heapq.heappop(free) + START, 0.0
-                for head in range(HEADS // KV_HEADS):
-                    for tile, turn in walk:
-                        now = max(now + STEP * noise.uniform(1 - JITTER, 1 + JITTER), left)
-                        key = (pair, kv_head, head, tile)
-                        expected, visible = passed.get(key, (0, 0.0))
-                        if order != "any":
-                            assert turn == expected, "a block would wait for a later ticket"
-                        left = max(now, visible if order != "any" else 0.0) + DRAIN
-                        passed[key] = (expected + 1, left + VISIBLE)
+                for tile, turn in walk:
+                    now = max(now + STEP * noise.uniform(1 - JITTER, 1 + JITTER), left)
+                    key = (pair, kv_head, tile)
+                    expected, visible = passed.get(key, (0, 0.0))
+                    if order != "any":
+                        assert turn == expected, "a block would wait for a later ticket"
+                    left = max(now, visible if order != "any" else 0.0) + DRAIN
+                    passed[key] = (expected + 1, left + VISIBLE)
                 heapq.heappush(free, max(now, left))
                 end = max(end, now, left)
     return end
@@ -76,15 +76,15 @@ def batch(sizes, tokens):
 
 
 def main():
-    print("| lengths P / C / R | tokens | queries a step | descending | ascending |\n|---|---|---|---|---|")
+    print("| lengths P / C / R | tokens | tokens a step | descending | ascending |\n|---|---|---|---|---|")
     lengths = {"150 / 75 / 75": (150, 75, 75), "190 / 300 / 280": (190, 300, 280), "1800 / 512 / 512": (1800, 512, 512)}
     cases = [(name, tokens, batch(sizes, tokens)) for name, sizes in lengths.items() for tokens in (8192, 32768)]
     cases.append(("8192 / 0 / 0", 8192, [(8192, 0, 0)]))
     for name, tokens, pairs in cases:
-        for block_m in (64, 128):
-            free = makespan(pairs, block_m, "any")
-            ratios = [makespan(pairs, block_m, order) / free for order in ("descending", "ascending")]
-            print(f"| {name} | {tokens} | {block_m} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+        for step_tokens in (16, 42):
+            free = makespan(pairs, step_tokens, "any")
+            ratios = [makespan(pairs, step_tokens, order) / free for order in ("descending", "ascending")]
+            print(f"| {name} | {tokens} | {step_tokens} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
 
 
 if __name__ == "__main__":

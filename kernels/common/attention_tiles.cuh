@@ -71,34 +71,6 @@ inline int most_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     return most;
 }
 
-// The keys that a tile of queries sees, cut into blocks of BLOCK_N: first `shared` (every query sees all of it), then
-// `own` (a query sees keys up to itself). Chosen x rejected blocks do not exist here, so they cost nothing.
-template <int BLOCK_N>
-struct KeyBlocks {
-    int shared_first, shared_last, own_first, own_last, shared_blocks, blocks;
-
-    DEVICE KeyBlocks(const Span& span, const RowTile& queries) {
-        shared_first = span.start;
-        shared_last = queries.rejected ? span.start + span.prompt : span.start;
-        own_first = queries.rejected ? queries.sequence_first : span.start;
-        own_last = queries.last;
-        shared_blocks = (shared_last - shared_first + BLOCK_N - 1) / BLOCK_N;
-        blocks = shared_blocks + (own_last - own_first + BLOCK_N - 1) / BLOCK_N;
-    }
-
-    // First key of a block, and the end of the range that it belongs to.
-    DEVICE int first(int block) const {
-        return block < shared_blocks ? shared_first + block * BLOCK_N : own_first + (block - shared_blocks) * BLOCK_N;
-    }
-    DEVICE int limit(int block) const { return block < shared_blocks ? shared_last : own_last; }
-
-    // Whether some of the block's scores must be masked for queries that begin at `first_query`.
-    DEVICE bool crosses_boundary(int block, int first_query) const {
-        const int end = first(block) + BLOCK_N;
-        return end > limit(block) || (block >= shared_blocks && end - 1 > first_query);
-    }
-};
-
 // ------------------------------------------------------------------------------------------------ tiles in shared
 // memory ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the
 // eight rows of an ldmatrix fall into eight different groups of banks.

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorOptions, EmulatorVariant};
-use mmpo_fast::device::{AttentionShape, Device};
+use mmpo_fast::device::{AttentionShape, BatchBuffers, Compute, Device, Floats};
 
 use crate::harness::*;
 use crate::naive::{self, Precision};
@@ -19,6 +19,16 @@ struct Problem {
     dout: Vec<f32>,
 }
 
+/// A problem on a device, after the forward pass.
+struct Loaded<D: Device> {
+    shape: AttentionShape,
+    batch: BatchBuffers<D>,
+    qkv: Compute<D>,
+    dout: Compute<D>,
+    out: Compute<D>,
+    lse: Floats<D>,
+}
+
 impl Problem {
     fn new(sizes: Sizes<'_>, (heads, kv_heads, head_size): (usize, usize, usize)) -> Self {
         let shape = AttentionShape { heads, kv_heads, head_size };
@@ -31,26 +41,22 @@ impl Problem {
         }
     }
 
-    /// `dqkv[T, (H + 2K) * E]` of the device.
-    fn gradients<D: Device>(&self, device: &D) -> Vec<f32> {
+    fn load<D: Device>(&self, device: &D) -> Loaded<D> {
         let shape = self.shape;
         let batch = pair_batch(&self.sizes, 2);
-        let buffers = load_batch(device, &batch, &[]);
         let tokens = batch.tokens();
-        let (qkv, _) = compute(device, &self.qkv);
-        let (dout, _) = compute(device, &self.dout);
+        let batch = load_batch(device, &batch, &[]);
+        let (qkv, dout) = (compute(device, &self.qkv).0, compute(device, &self.dout).0);
         let mut out = unset_compute(device, tokens * shape.out_width());
         let mut lse = unset_floats(device, tokens * shape.heads);
-        device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape).unwrap();
-        let mut dqkv = unset_compute(device, tokens * shape.qkv_width());
-        device.attention_backward(&mut dqkv, &dout, &out, &lse, &qkv, &buffers, shape).unwrap();
-        read_compute(device, &dqkv)
+        device.attention_forward(&mut out, &mut lse, &qkv, &batch, shape).unwrap();
+        Loaded { shape, batch, qkv, dout, out, lse }
     }
 
     /// Holds dQ, dK and dV, each by itself, to twice the error of the naive bf16 version.
     #[track_caller]
     fn check<D: Device>(&self, device: &D) {
-        let got = self.gradients(device);
+        let got = self.load(device).gradients(device);
         let (_, qkv) = compute(device, &self.qkv);
         let (_, dout) = compute(device, &self.dout);
         let spans = spans(&self.sizes);
@@ -59,16 +65,24 @@ impl Problem {
             precision.attention_backward(&dout, &pass, &qkv, self.shape)
         });
         for (what, columns) in parts(self.shape) {
-            let what = format!("{what} of {:?}, {:?}", self.sizes, self.shape);
-            let columns = |values: &[f64]| part(values, &columns, self.shape);
             assert_no_worse(
-                &what,
-                &columns(&wide(&got)).iter().map(|&value| value as f32).collect::<Vec<f32>>(),
+                &format!("{what} of {:?}, {:?}", self.sizes, self.shape),
+                &part(&got, &columns, self.shape),
                 Stored::Bf16,
-                &columns(&exact),
-                &columns(&eager),
+                &part(&exact, &columns, self.shape),
+                &part(&eager, &columns, self.shape),
             );
         }
+    }
+}
+
+impl<D: Device> Loaded<D> {
+    /// `dqkv[T, (H + 2K) * E]`.
+    fn gradients(&self, device: &D) -> Vec<f32> {
+        let mut dqkv = unset_compute(device, device.len(&self.qkv));
+        let Loaded { shape, batch, qkv, dout, out, lse } = self;
+        device.attention_backward(&mut dqkv, dout, out, lse, qkv, batch, *shape).unwrap();
+        read_compute(device, &dqkv)
     }
 }
 
@@ -78,7 +92,7 @@ fn parts(shape: AttentionShape) -> [(&'static str, Range<usize>); 3] {
     [("dQ", 0..queries), ("dK", queries..queries + keys), ("dV", queries + keys..queries + 2 * keys)]
 }
 
-fn part(values: &[f64], columns: &Range<usize>, shape: AttentionShape) -> Vec<f64> {
+fn part<T: Copy>(values: &[T], columns: &Range<usize>, shape: AttentionShape) -> Vec<T> {
     values.chunks(shape.qkv_width()).flat_map(|row| row[columns.clone()].to_vec()).collect()
 }
 
@@ -92,58 +106,57 @@ path_tests! {
     fn kinds_of_pairs(device, bounds) {
         Problem::new(RAGGED, (3, 1, 64)).check(device);
         Problem::new(&[(1, 0, 0), (130, 1, 66)], (1, 1, 128)).check(device);
+        Problem::new(&[(40, 90, 70), (0, 1, 1), (65, 0, 130)], (4, 2, 64)).check(device);
     }
 }
 
-/// Tiles hold 32, 64 or 128 queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one before, at
-/// and one behind a boundary, alone and in step with the others.
+/// Tiles hold 32, 64 or 128 rows of queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one
+/// before, at and one behind a boundary, alone and in step with the others; with two heads in a tile also at half of it.
 #[test]
 fn every_boundary_of_the_tiles() {
     let mut all = Vec::new();
-    for boundary in [32, 64, 128] {
+    for boundary in [16, 32, 64, 128] {
         for n in [boundary - 1, boundary, boundary + 1] {
             all.extend([(n, 0, 0), (n, 3, 2), (2, n - 2, 1), (5, 2, n), (n, 129 - n.min(129), n)]);
         }
     }
     all.extend([(257, 0, 0), (127, 129, 130), (255, 2, 193), (0, 129, 257), (256, 1, 1), (1, 255, 256)]);
     for sizes in all {
-        for head_size in [64, 128] {
-            let problem = Problem::new(&[sizes], (1, 1, head_size));
+        for heads in [(1, 1, 64), (2, 1, 64), (1, 1, 128), (2, 1, 128)] {
+            let problem = Problem::new(&[sizes], heads);
             both_paths().iter().for_each(|device| problem.check(device));
         }
     }
 }
 
-/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter, over several pairs.
+/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter; 5, 6 and 7 leave rows of a tile idle.
 #[test]
 fn heads_that_share_keys() {
-    for heads in [(2, 2, 64), (3, 1, 128), (9, 3, 64), (4, 1, 64), (8, 2, 128), (8, 1, 64)] {
+    for heads in [
+        (2, 2, 64),
+        (3, 1, 128),
+        (9, 3, 64),
+        (4, 1, 64),
+        (8, 2, 128),
+        (8, 1, 64),
+        (5, 1, 64),
+        (6, 1, 64),
+        (7, 1, 128),
+    ] {
         let problem = Problem::new(&[(60, 40, 77), (0, 5, 1), (31, 1, 0)], heads);
         both_paths().iter().for_each(|device| problem.check(device));
     }
 }
 
-/// Many short pairs, of which no two have the same length, and long ones among them.
+/// Many short pairs, of which few have the same length, and long ones among them.
 #[test]
 fn many_pairs() {
     let mut sizes: Vec<(usize, usize, usize)> = (0..40).map(|i| (i % 7, i % 5 + 1, (i * 3) % 11)).collect();
     sizes.insert(3, (150, 40, 30));
     sizes.push((20, 1, 160));
     let problem = Problem::new(&sizes, (2, 1, 64));
-    let wanted = problem.gradients(&cpu(2));
-    for device in both_paths() {
-        let got = problem.gradients(&device);
-        for (what, columns) in parts(problem.shape) {
-            let got: Vec<f32> =
-                part(&wide(&got), &columns, problem.shape).iter().map(|&value| value as f32).collect();
-            assert_close(what, &got, &part(&wide(&wanted), &columns, problem.shape), DOUBLE_BF16);
-        }
-    }
+    both_paths().iter().for_each(|device| problem.check(device));
 }
-
-/// P and dS are rounded to bf16 between two products: twice the error of storage alone.
-const DOUBLE_BF16: Tolerance =
-    Tolerance { relative: 2.0 * Tolerance::BF16.relative, absolute: 2.0 * Tolerance::BF16.absolute };
 
 /// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.
 #[test]
@@ -168,17 +181,28 @@ fn packed_equals_unpacked() {
             (order, problem)
         };
         for device in both_paths() {
-            let got = packed.gradients(&device);
-            let mut sums = vec![0.0_f64; got.len()];
+            let got = packed.load(&device).gradients(&device);
+            let (mut sums, mut magnitudes) = (vec![0.0_f64; got.len()], vec![0.0_f64; got.len()]);
             for (order, problem) in [alone(p..p + c, true), alone(p + c..p + c + r, false)] {
-                let side = problem.gradients(&device);
+                let side = problem.load(&device).gradients(&device);
                 for (i, &row) in order.iter().enumerate() {
                     for column in 0..width {
-                        sums[row * width + column] += f64::from(side[i * width + column]);
+                        let value = f64::from(side[i * width + column]);
+                        sums[row * width + column] += value;
+                        magnitudes[row * width + column] += value.abs();
                     }
                 }
             }
-            assert_close("dqkv", &got, &sums, DOUBLE_BF16);
+            let mean_square = inner(&sums, &sums) / sums.len() as f64;
+            for (i, ((&got, sum), magnitude)) in got.iter().zip(&sums).zip(&magnitudes).enumerate() {
+                // Each side is rounded to bf16, and so is the packed sum; outputs that differ in their last bit, for their
+                // order of summation, move delta.
+                let (error, allowed) = (
+                    (f64::from(got) - sum).abs(),
+                    (magnitude + sum.abs()) / 256.0 + 4e-3 * mean_square.sqrt(),
+                );
+                assert!(error <= allowed, "dqkv[{i}] = {got}, not {sum}: {error:e} > {allowed:e}");
+            }
         }
     }
 }
@@ -193,13 +217,14 @@ fn same_bits_in_any_order() {
     ];
     for device in both_paths() {
         for problem in &problems {
-            let wanted = problem.gradients(&device);
+            let loaded = problem.load(&device);
+            let wanted = loaded.gradients(&device);
             for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1), (4, 1, 2), (5, 2, 0)]
             {
                 let options =
                     EmulatorOptions { host_threads, async_: asynchronous, ..emulator_options(seed) };
                 EmulatorVariant::Plain.configure(options).unwrap();
-                let got = problem.gradients(&device);
+                let got = loaded.gradients(&device);
                 let differing = wanted.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!(differing, 0, "values of {}, seed {seed}, {:?}", wanted.len(), device.path());
             }
