@@ -68,7 +68,8 @@ struct ForwardEpilogue {
         for (int i = 0; i < L::kMmaM; ++i) {
             float reference[2], largest[2] = {kNoLogit, kNoLogit};
             mask_columns<COLUMNS>(logits[i], origin.n + part.n, statistics.vocab);
-            pick_targets<COLUMNS>(statistics, logits[i], origin.m + part.m + 16 * i, origin.n + part.n);
+            const int row = origin.m + part.m + 16 * i;
+            pick_targets<COLUMNS>(statistics, RowTargets(statistics, row), logits[i], row, origin.n + part.n);
             raise_largest<COLUMNS>(largest, logits[i]);
             row_references(reference, largest);
             tell(exchange.reference[neighbour], part.m + 16 * i, reference);

@@ -68,6 +68,7 @@ struct ForwardEpilogue {
     DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const {
         static_assert(kCount % (2 * kValues) == 0, "whole pairs of panels");
         if (row >= statistics.rows) return;
+        const RowTargets targets(statistics, row);
 #pragma unroll
         for (int first = 0; first < kCount; first += 2 * kValues) {
             const int x = column + 2 * first;
@@ -77,7 +78,7 @@ struct ForwardEpilogue {
             for (int panel = 0; panel < 2; ++panel) {
                 take_panel(values, d, first + panel * kValues);
                 mask_columns<kColumns>(values, x + panel * kColumns, statistics.vocab);
-                pick_targets<kColumns>(statistics, values, row, x + panel * kColumns);
+                pick_targets<kColumns>(statistics, targets, values, row, x + panel * kColumns);
                 raise_largest<kColumns>(largest, values);
             }
             row_references(reference, largest);

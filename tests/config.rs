@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
 use mmpo_fast::config::{RunConfig, Warmup, resolve};
+use mmpo_fast::model::{HeadChoice, HeadOptions};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::optimizer::Schedule;
 use mmpo_fast::{Error, Result};
@@ -107,6 +108,17 @@ fn defaults_follow_the_options_they_depend_on() {
     assert_eq!(run("max_length = 4096", &[]).unwrap().limits.max_prompt_length, 1800);
     assert_eq!(run("max_length = 2", &[]).unwrap().limits.max_prompt_length, 1);
     assert_eq!(run("max_grad_norm = 0", &[]).unwrap().optimizer.max_grad_norm, None);
+}
+
+#[test]
+fn the_head_may_be_told_its_mode_and_workspace() {
+    assert_eq!(run("", &[]).unwrap().head, HeadOptions { mode: HeadChoice::Auto, workspace: 1 << 30 });
+    let config = run("head_mode = \"main\"\nhead_workspace = 256", &[("head_mode", "recompute")]).unwrap();
+    assert_eq!(config.head, HeadOptions { mode: HeadChoice::Recompute, workspace: 256 << 20 });
+    assert_round_trip(&config);
+    let message = refusal(run("head_mode = \"recomputed\"", &[]));
+    assert!(message.contains("run.toml:4: ") && message.contains("did you mean `recompute`?"), "{message}");
+    assert!(refusal(run("head_workspace = 0", &[])).contains("at least 1"));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{self, CudaDevice};
 use mmpo_fast::device::{AdamWStep, Device};
-use mmpo_fast::model::Llama;
+use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
@@ -81,6 +81,10 @@ fn numbers(scores: &[mmpo_fast::score::PairScore]) -> Vec<[f64; 4]> {
 }
 
 fn run<D: Device>(device: D, model: &str) -> Run {
+    run_with(device, model, HeadOptions::default())
+}
+
+fn run_with<D: Device>(device: D, model: &str, head: HeadOptions) -> Run {
     let pairs = golden_pairs(model);
     let folder = goldens().join(model).join("model");
     let folder = ModelFolder::open(&folder).expect("model folder");
@@ -92,6 +96,7 @@ fn run<D: Device>(device: D, model: &str) -> Run {
         .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
         .collect();
     let workload = Workload::plan(&pairs, &OBJECTIVE, pairs.len(), TOKEN_BUDGET);
+    let workload = Workload { head, ..workload };
     let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
     let (mut losses, mut gradient_norms, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
     let mut memory = None;
@@ -183,6 +188,15 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
     }
     // The threads of blocks run in whatever order the host's do.
     assert_same_bits(&run(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
+}
+
+/// The head keeps no probabilities, and Hopper's kernels run.
+#[cfg(mmpo_emulated)]
+#[test]
+fn the_emulated_gpu_trains_with_a_recomputing_head() {
+    let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
+    let hopper = || emulated().with_path(cuda::KernelPath::Hopper);
+    compare(MODELS[0], &run_with(hopper(), MODELS[0], head), &run(cpu(), MODELS[0]));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use golden::{Golden, adamw, array, ids, number, score};
 use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::generate::{Sampling, generate};
-use mmpo_fast::model::Generation;
+use mmpo_fast::model::{Generation, HeadChoice, HeadOptions};
 use mmpo_fast::train::{StepResult, Trainer};
 use serde_json::Value;
 
@@ -48,15 +48,24 @@ fn losses_gradients_and_one_adamw_step_agree() {
     for golden in Golden::all() {
         let objectives = golden.json["objectives"].as_object().expect("objectives");
         for (name, expected) in objectives {
-            check_objective(&golden, &device, name, expected);
+            for mode in [HeadChoice::Auto, HeadChoice::Recompute] {
+                let head = HeadOptions { mode, ..HeadOptions::default() };
+                check_objective(&golden, &device, name, expected, head);
+            }
         }
     }
 }
 
-fn check_objective<D: Device>(golden: &Golden, device: &Arc<D>, name: &str, expected: &Value) {
-    let what = format!("{} {name}", golden.name());
+fn check_objective<D: Device>(
+    golden: &Golden,
+    device: &Arc<D>,
+    name: &str,
+    expected: &Value,
+    head: HeadOptions,
+) {
+    let what = format!("{} {name}, head {:?}", golden.name(), head.mode);
     let objective = golden.objective(name, &expected["options"]);
-    golden.with_trainer(device, objective, |trainer, pairs| {
+    golden.with_trainer(device, objective, head, |trainer, pairs| {
         let result = trainer.accumulate_gradients(pairs, None).expect("gradients");
         check_gradients(&what, trainer, &result, expected);
         trainer.update(adamw(&expected["adamw"], None, 1)).expect("update");
@@ -72,7 +81,7 @@ fn three_adamw_steps_agree() {
             let what = format!("{} {name}", golden.name());
             let single = &golden.json["objectives"][name];
             let objective = golden.objective(name, &single["options"]);
-            golden.with_trainer(&device, objective, |trainer, pairs| {
+            golden.with_trainer(&device, objective, HeadOptions::default(), |trainer, pairs| {
                 for step in 0..3 {
                     let what = format!("{what} step {}", step + 1);
                     let settings = adamw(&single["adamw"], expected["lr"].as_f64(), step as u32 + 1);

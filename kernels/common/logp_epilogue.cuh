@@ -74,20 +74,34 @@ DEVICE void mask_columns(float (&d)[COLUMNS / 2], int column, int vocab) {
     }
 }
 
-// The lane whose rows' target lies in these columns writes its logit.
+// Targets of a lane's two rows; -1 past the last.
+struct RowTargets {
+    int target[2];
+
+    DEVICE RowTargets(const TileStatistics& statistics, int row) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int own_row = row + int(lane_id()) / 4 + 8 * h;
+            target[h] = own_row < statistics.rows ? int(statistics.targets[own_row]) : -1;
+        }
+    }
+};
+
+// The lane that holds the logit of a row's target writes it.
 template <int COLUMNS>
-DEVICE void pick_targets(const TileStatistics& statistics, const float (&d)[COLUMNS / 2], int row, int column) {
+DEVICE void pick_targets(const TileStatistics& statistics, const RowTargets& targets, const float (&d)[COLUMNS / 2],
+                         int row, int column) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int own_row = row + int(lane_id()) / 4 + 8 * h;
-        if (own_row >= statistics.rows) continue;
-        const int offset = int(statistics.targets[own_row]) - column - int(lane_id()) % 4 * 2;
+        const int offset = targets.target[h] - column - int(lane_id()) % 4 * 2;
         if (offset < 0 || offset >= COLUMNS) continue;
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                if (offset == 8 * j + e) statistics.target_logit[own_row] = d[4 * j + 2 * h + e];
+                if (offset == 8 * j + e) {
+                    statistics.target_logit[row + int(lane_id()) / 4 + 8 * h] = d[4 * j + 2 * h + e];
+                }
             }
         }
     }

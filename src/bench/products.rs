@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 /// Tokens of a batch at which each layer is timed.
 const ROWS: [usize; 3] = [2048, 8192, 16384];
 const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
-const PRODUCTS: [&str; 3] = ["linear_forward", "linear_backward_input", "linear_backward_weight"];
+const PRODUCTS: [&str; 4] =
+    ["linear_forward", "linear_swiglu_forward", "linear_backward_input", "linear_backward_weight"];
 
 /// One product of one layer, timed both ways.
 struct Duel {
@@ -60,8 +61,10 @@ pub fn run(config: &BenchConfig) -> Result<()> {
                 let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
                 if product && config.only.as_ref().is_none_or(|only| name.name().contains(only.as_str())) {
                     let case = make(&device, &shape)?;
-                    let linear = cases::linear_shape(&shape, case.part);
-                    let (operation, layer, flops) = (case.operation, case.part, case.flops);
+                    // SwiGLU stands behind one layer alone, so its case names none.
+                    let layer = if case.part.is_empty() { "gate_up" } else { case.part };
+                    let linear = cases::linear_shape(&shape, layer);
+                    let (operation, flops) = (case.operation, case.flops);
                     let [ours, vendor];
                     (device, [ours, vendor]) = time(device, case, &flush, &method)?;
                     duels.push(Duel { operation, layer, shape: shape.clone(), linear, flops, ours, vendor });
@@ -159,6 +162,7 @@ fn print(device: &CudaDevice, config: &BenchConfig, method: &Method, duels: &[Du
 fn measured(duel: &Duel) -> String {
     let kind = match duel.operation {
         "linear_forward" => "Forward",
+        "linear_swiglu_forward" => "ForwardSwiGlu",
         "linear_backward_input" => "BackwardInput",
         _ => "BackwardWeight",
     };

@@ -136,6 +136,39 @@ impl<D: Device> HeadBuffers<D> {
             return vec![0..scored.len()];
         }
         let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
-        micro_batches(&rows, self.plan.chunk_rows)
+        even_chunks(&rows, self.plan.chunk_rows)
+    }
+}
+
+/// As few runs as [`micro_batches`] of at most `most` rows, and the largest of them as small as it can be: every run walks
+/// over the whole vocabulary matrix, so a last one of a few rows would cost as much as a full one.
+fn even_chunks(rows: &[usize], most: usize) -> Vec<Range<usize>> {
+    let chunks = micro_batches(rows, most);
+    let (mut least, mut enough) = (rows.iter().sum::<usize>() / chunks.len().max(1), most);
+    while least < enough {
+        let middle = least + (enough - least) / 2;
+        match micro_batches(rows, middle).len() > chunks.len() {
+            true => least = middle + 1,
+            false => enough = middle,
+        }
+    }
+    micro_batches(rows, enough)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_few_and_even() {
+        let sizes = |rows: &[usize], most| -> Vec<usize> {
+            even_chunks(rows, most).into_iter().map(|run| rows[run].iter().sum()).collect()
+        };
+        assert_eq!(sizes(&[100; 41], 2000), [1400, 1400, 1300]);
+        assert_eq!(sizes(&[5, 5, 5], 100), [15]);
+        // A pair of more than the limit is a chunk of its own.
+        assert_eq!(sizes(&[3, 50, 3, 3], 10), [3, 50, 6]);
+        assert_eq!(sizes(&[0, 0], 10), [0]);
+        assert!(even_chunks(&[], 10).is_empty());
     }
 }

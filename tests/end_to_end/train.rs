@@ -125,6 +125,34 @@ fn the_loss_does_not_depend_on_the_micro_batches() {
 }
 
 #[test]
+fn both_modes_of_the_head_give_the_same_run() {
+    let work = Workplace::new();
+    let run = |mode: &str, output: &str| {
+        let finished = work.succeed(&format!("{TRAIN} --head-mode {mode} --epochs 2 --output {output}"));
+        (finished.stderr, work.series(output, "loss"), work.series(output, "grad_norm"))
+    };
+    let (printed, losses, norms) = run("main", "main");
+    assert!(
+        printed.contains("log-prob head: main mode") && printed.contains("MiB of workspace"),
+        "{printed}"
+    );
+    let (printed, ..) = run("auto", "auto");
+    assert!(printed.contains("log-prob head: main mode"), "{printed}");
+    work.assert_same_bits("main", "auto", 6);
+
+    let (printed, recomputed_losses, recomputed_norms) = run("recompute", "recompute");
+    assert!(printed.contains("log-prob head: recompute mode"), "{printed}");
+    for (what, got, wanted) in [("loss", recomputed_losses, losses), ("grad_norm", recomputed_norms, norms)] {
+        assert_eq!((got.len(), wanted.len()), (6, 6));
+        for (step, (&got, &wanted)) in got.iter().zip(&wanted).enumerate() {
+            assert_close(got, wanted, 1e-5, &format!("{what} of step {}", step + 1));
+        }
+    }
+    run("recompute", "again");
+    work.assert_same_bits("recompute", "again", 6);
+}
+
+#[test]
 fn sft_and_simpo_need_no_reference_and_the_first_loss_of_dpo_is_ln_2() {
     let work = Workplace::new();
     for objective in ["sft", "simpo"] {

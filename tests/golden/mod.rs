@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::{AdamWStep, Device};
-use mmpo_fast::model::Llama;
+use mmpo_fast::model::{HeadOptions, Llama};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::score::{PairScore, Scorer};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
@@ -82,11 +82,13 @@ impl Golden {
         }
     }
 
-    /// Runs `body` with a trainer at the stored weights, and the pairs with their references.
+    /// Runs `body` with a trainer at the stored weights, whose head works as `head` says, and the pairs with their
+    /// references.
     pub fn with_trainer<D: Device>(
         &self,
         device: &Arc<D>,
         objective: Objective,
+        head: HeadOptions,
         body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
     ) {
         let model = self.load(device);
@@ -97,7 +99,7 @@ impl Golden {
             .zip(references)
             .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
             .collect();
-        let workload = Workload::plan(&self.pairs, &objective, pairs.len(), 700);
+        let workload = Workload { head, ..Workload::plan(&self.pairs, &objective, pairs.len(), 700) };
         let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
         body(&mut trainer, &pairs);
     }

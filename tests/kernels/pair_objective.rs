@@ -10,7 +10,8 @@ use proptest::prelude::*;
 
 use crate::harness::*;
 
-/// MMPO plain and with every switch, DPO, SimPO and SFT.
+/// MMPO plain, with each switch alone and with all, DPO plain and smoothed, SimPO and SFT. (`reward_normalize` only changes
+/// constants.)
 fn objectives() -> Vec<Objective> {
     let mmpo = Mmpo {
         beta: 0.05,
@@ -21,14 +22,14 @@ fn objectives() -> Vec<Objective> {
         preference_weight: 0.0,
         entropy_weight: 0.0,
     };
+    let all = Mmpo { length_normalize: true, preference_weight: 0.5, entropy_weight: 0.05, ..mmpo };
     vec![
         Objective::Mmpo(mmpo),
-        Objective::Mmpo(Mmpo {
-            length_normalize: true,
-            preference_weight: 0.5,
-            entropy_weight: 0.05,
-            ..mmpo
-        }),
+        Objective::Mmpo(Mmpo { length_normalize: true, ..mmpo }),
+        Objective::Mmpo(Mmpo { preference_weight: 1.0, ..mmpo }),
+        Objective::Mmpo(Mmpo { entropy_weight: 0.05, ..mmpo }),
+        Objective::Mmpo(all),
+        Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 }),
         Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.1 }),
         Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 1.6 }),
         Objective::Sft,
@@ -121,7 +122,7 @@ proptest! {
         responses in proptest::collection::vec((0_usize..90, 0_usize..90), 1..4),
         seed in 0_u64..1000,
         size in prop_oneof![Just(0.0_f32), Just(1.0), Just(1e4)],
-        objective in 0_usize..5,
+        objective in 0..objectives().len(),
     ) {
         let sizes: Vec<_> = responses.iter().map(|&(chosen, rejected)| (1, chosen, rejected)).collect();
         Scores::new(&sizes, seed, size).check(&emulated(), &objectives()[objective], 0..sizes.len());
@@ -134,6 +135,24 @@ device_tests! {
         let scores = Scores::new(RAGGED, 1, 1.0);
         for objective in objectives() {
             scores.check(device, &objective, 1..RAGGED.len());
+        }
+    }
+
+    /// Single tokens, equal scores, and log-probs of -1e4 on either side or both.
+    fn extremes(device, bounds) {
+        let mut scores = Scores::new(&[(1, 1, 1), (3, 1, 40), (3, 40, 1), (2, 33, 33)], 1, 1.0);
+        for constants in &mut scores.constants {
+            (constants.chosen, constants.rejected) = (0.0, 0.0);
+        }
+        for (chosen, rejected) in [(-1.0, -1.0), (-1e4, -1e4), (0.0, -1e4), (-1e4, 0.0), (0.0, 0.0)] {
+            for pair in 0..scores.batch.scored.len() {
+                let ranges = scores.batch.scored[pair].clone();
+                scores.logp[ranges.chosen].fill(chosen);
+                scores.logp[ranges.rejected].fill(rejected);
+            }
+            for objective in objectives() {
+                scores.check(device, &objective, 0..4);
+            }
         }
     }
 

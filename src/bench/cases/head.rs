@@ -220,7 +220,7 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode) -> Result<Cas
         head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients)
     });
     let part = match mode {
-        HeadMode::Recompute => "forward and backward, recomputed",
+        HeadMode::Recompute => "forward and backward recomputed",
         _ => "forward and backward",
     };
     Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))
