@@ -133,10 +133,15 @@ fn outputs<D: Device>(
     device: &D,
     mode: HeadMode,
     sizes: (usize, usize, usize),
+    entropy: bool,
     workspace: Option<usize>,
 ) -> [Vec<f32>; 5] {
     let (rows, width, vocab) = sizes;
     let mut case = Case::new(device, mode, sizes, 2.0);
+    case.shape.entropy = entropy;
+    if !entropy {
+        case.scores.entropy = floats(device, &vec![0.0; rows]);
+    }
     if let Some(values) = workspace {
         case.workspace = unset_compute(device, values);
     }
@@ -249,8 +254,8 @@ path_tests! {
     /// and leaving it out changes nothing else.
     fn backward(device, bounds) {
         let cases = SHAPES.iter().enumerate().flat_map(|(index, &sizes)| {
-            // An entropy term of weight zero takes other branches, not other tiles.
-            let entropies: &[bool] = if index < 3 { &[true, false] } else { &[true] };
+            // With and without entropies the tiles are the same.
+            let entropies: &[bool] = if index < 3 { &[true, false] } else { &[false] };
             entropies.iter().flat_map(move |&entropy| GRADIENT_MODES.map(|mode| (sizes, mode, entropy)))
         });
         for (sizes, mode, with_entropy) in cases {
@@ -318,18 +323,45 @@ path_tests! {
     /// Both ways to the gradient give the same within the rounding of what main mode keeps, whatever the chunks of the
     /// recompute mode; and each gives the same bits every time.
     fn modes_agree(device, bounds) {
-        let (rows, width, vocab) = (270, 128, 530);
-        let main = outputs(device, HeadMode::Main, (rows, width, vocab), None);
-        assert_eq!(main, outputs(device, HeadMode::Main, (rows, width, vocab), None));
-        let recompute = outputs(device, HeadMode::Recompute, (rows, width, vocab), None);
-        assert_agree(&recompute, &main, bounds);
+        let sizes = (270, 128, 530);
+        let (rows, width, vocab) = sizes;
         // Two runs of rows times three of columns on a GPU, many runs of rows on the CPU.
         let small = if is_cpu::<D>() { 7 * vocab } else { 132_000 };
         assert!(small < device.logp_head_workspace(HeadMode::Recompute, rows, width, vocab).unwrap());
-        let chunked = outputs(device, HeadMode::Recompute, (rows, width, vocab), Some(small));
-        assert_eq!(chunked[..3], recompute[..3]);
-        assert_agree(&chunked, &main, bounds);
-        assert_eq!(chunked, outputs(device, HeadMode::Recompute, (rows, width, vocab), Some(small)));
+        for entropy in [true, false] {
+            let main = outputs(device, HeadMode::Main, sizes, entropy, None);
+            assert_eq!(main, outputs(device, HeadMode::Main, sizes, entropy, None));
+            let recompute = outputs(device, HeadMode::Recompute, sizes, entropy, None);
+            assert_agree(&recompute, &main, bounds);
+            let chunked = outputs(device, HeadMode::Recompute, sizes, entropy, Some(small));
+            assert_eq!(chunked[..3], recompute[..3]);
+            assert_agree(&chunked, &main, bounds);
+            assert_eq!(chunked, outputs(device, HeadMode::Recompute, sizes, entropy, Some(small)));
+        }
+    }
+
+    /// Logits that differ by hundreds, and targets among the unlikeliest: tiles that cannot share the row's reference.
+    fn far_logits(device, bounds) {
+        let (rows, width, vocab) = (40, 16, 391);
+        for mode in GRADIENT_MODES {
+            let mut case = Case::new(device, mode, (rows, width, vocab), 60.0);
+            case.shape.entropy = false;
+            case.forward(device);
+            let wanted = case.naive();
+            assert!(wanted.logp.iter().any(|&logp| logp < -100.0) && wanted.logp.iter().any(|&logp| logp > -40.0));
+            assert_close("lse", &read(device, &case.scores.lse), &wanted.lse, Tolerance::F32);
+            assert_close("logp", &read(device, &case.scores.logp), &wanted.logp, Tolerance::F32);
+            let a = random(3, rows, 1.0);
+            let mut dweight = floats(device, &vec![0.0; vocab * width]);
+            case.backward(device, &a, &vec![0.0; rows], Some(&mut dweight));
+            let zeros = vec![0.0; vocab * width];
+            let [dhidden, wanted] =
+                gradients(Precision::Exact, &case, &wide(&a), &vec![0.0; rows], &zeros);
+            // An f32 logit of 200 is off by 1e-5, and so is its probability.
+            let bounds = Tolerance { relative: bounds.relative.max(1e-4), absolute: bounds.absolute.max(1e-4) };
+            assert_close("dhidden", &read_compute(device, &case.hidden), &dhidden, bounds);
+            assert_close("dweight", &read(device, &dweight), &wanted, bounds);
+        }
     }
 
     /// Log-probs alone of more rows than the workspace holds statistics of.
@@ -438,7 +470,8 @@ fn large_tiles() {
     let (portable, hopper) = (emulated(), emulated().with_path(KernelPath::Hopper));
     for mode in GRADIENT_MODES {
         let sizes = (130, 16, 17_003);
-        let (got, wanted) = (outputs(&hopper, mode, sizes, None), outputs(&portable, mode, sizes, None));
+        let (got, wanted) =
+            (outputs(&hopper, mode, sizes, false, None), outputs(&portable, mode, sizes, false, None));
         assert_agree(&got, &wanted, Tolerance::BF16);
     }
 }
