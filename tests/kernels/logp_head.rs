@@ -157,19 +157,26 @@ fn outputs<D: Device>(
     ]
 }
 
-/// Within twice `bounds`, as each of the two may be off by them.
+/// Log-probs are the same but for f32's rounding. Gradients may differ in the rounding of each term of their sums, so they
+/// are compared as wholes.
 #[track_caller]
 fn assert_agree(got: &[Vec<f32>; 5], wanted: &[Vec<f32>; 5], bounds: Tolerance) {
-    let bounds = Tolerance { relative: 2.0 * bounds.relative, absolute: 2.0 * bounds.absolute };
-    for (name, index, bounds) in [
-        ("lse", 0, Tolerance::F32),
-        ("logp", 1, Tolerance::F32),
-        ("entropy", 2, Tolerance::F32),
-        ("dhidden", 3, bounds),
-        ("dweight", 4, bounds),
-    ] {
-        assert_close(name, &got[index], &wide(&wanted[index]), bounds);
+    for (name, got, wanted) in
+        [("lse", &got[0], &wanted[0]), ("logp", &got[1], &wanted[1]), ("entropy", &got[2], &wanted[2])]
+    {
+        assert_close(name, got, &wide(wanted), Tolerance::F32);
     }
+    for (name, got, wanted) in [("dhidden", &got[3], &wanted[3]), ("dweight", &got[4], &wanted[4])] {
+        assert_near(name, got, &wide(wanted), bounds.relative);
+    }
+}
+
+/// Asserts that the difference is at most `relative` of `wanted`, in the Euclidean norm.
+#[track_caller]
+fn assert_near(what: &str, got: &[f32], wanted: &[f64], relative: f64) {
+    let difference: Vec<f64> = wide(got).iter().zip(wanted).map(|(got, wanted)| got - wanted).collect();
+    let distance = (inner(&difference, &difference) / inner(wanted, wanted)).sqrt();
+    assert!(distance <= relative, "{what}: {distance:e} of its norm off, {relative:e} allowed");
 }
 
 path_tests! {
@@ -358,9 +365,9 @@ path_tests! {
             let [dhidden, wanted] =
                 gradients(Precision::Exact, &case, &wide(&a), &vec![0.0; rows], &zeros);
             // An f32 logit of 200 is off by 1e-5, and so is its probability.
-            let bounds = Tolerance { relative: bounds.relative.max(1e-4), absolute: bounds.absolute.max(1e-4) };
-            assert_close("dhidden", &read_compute(device, &case.hidden), &dhidden, bounds);
-            assert_close("dweight", &read(device, &dweight), &wanted, bounds);
+            let relative = bounds.relative.max(1e-4);
+            assert_near("dhidden", &read_compute(device, &case.hidden), &dhidden, relative);
+            assert_near("dweight", &read(device, &dweight), &wanted, relative);
         }
     }
 
@@ -370,7 +377,7 @@ path_tests! {
         let mut case = Case::new(device, HeadMode::Score, (rows, width, vocab), 2.0);
         case.forward(device);
         let mut small = Case::new(device, HeadMode::Score, (rows, width, vocab), 2.0);
-        let values = if is_cpu::<D>() { 100 * vocab } else { 7_000 };
+        let values = if is_cpu::<D>() { 100 * vocab } else { 7_300 };
         assert!(values < device.logp_head_workspace(HeadMode::Score, rows, width, vocab).unwrap());
         small.workspace = unset_compute(device, values);
         small.forward(device);
