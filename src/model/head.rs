@@ -1,7 +1,7 @@
 //! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
 //!
 //! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode a chunk
-//! of whole pairs runs forward, learns its coefficients, and turns its probabilities into the logits' gradient in place:
+//! of whole pairs runs forward, learns its coefficients, and takes its kept probabilities to the gradients:
 //! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
 //! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
 //! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
