@@ -98,6 +98,7 @@ fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
     let cache = objects::Cache::new(out, &sources.headers)?;
     let compiled = toolkit.compile(sources, &cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
+    ptxas::write_resources(&compiled, &toolkit.build, &out.join("ptxas"))?;
     if asked == GpuKernels::Require && !findings.is_empty() {
         return Err(format!(
             "MMPO_FAST_CUDA=require, but nvcc had something to say:\n{}",

@@ -24,6 +24,8 @@ pub struct Toolkit {
     libraries: PathBuf,
     /// `major.minor`.
     pub version: String,
+    /// `major.minor.build`: another compiler gives other registers.
+    pub build: String,
 }
 
 impl Toolkit {
@@ -63,7 +65,9 @@ impl Toolkit {
             .into_iter()
             .find(|folder| folder.join("libcudart_static.a").exists())
             .ok_or_else(|| format!("{shown} comes without libcudart_static.a"))?;
-        Ok(Toolkit { version: format!("{major}.{minor}"), nvcc, libraries })
+        let build = text.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
+        let build = build.unwrap_or(version).to_owned();
+        Ok(Toolkit { version: format!("{major}.{minor}"), build, nvcc, libraries })
     }
 
     /// Compiles and archives every kernel.

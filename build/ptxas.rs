@@ -47,3 +47,142 @@ fn findings_of(output: &str) -> Vec<String> {
     }
     findings
 }
+
+/// What ptxas gave every kernel for every target, which the tests hold against a committed table: writes `resources.csv`
+/// with file, kernel, target, registers, bytes of stack, of spills and of static shared memory, below a line that names the
+/// compiler. The rows are sorted, so that two builds can be compared line by line.
+pub fn write_resources(compiled: &[Compiled], nvcc: &str, folder: &Path) -> Result<()> {
+    let mut rows: Vec<String> = compiled.iter().flat_map(resources_of).collect();
+    rows.sort();
+    rows.dedup();
+    let mut text =
+        format!("# nvcc {nvcc}\nfile,kernel,target,registers,stack,spill_stores,spill_loads,shared\n");
+    for row in rows {
+        text.push_str(&row);
+        text.push('\n');
+    }
+    let path = folder.join("resources.csv");
+    std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn resources_of(file: &Compiled) -> Vec<String> {
+    let name = file.source.file_name().unwrap_or_default().to_string_lossy();
+    let mut rows = Vec::new();
+    let (mut kernel, mut target, mut memory) = (String::new(), "", [0; 3]);
+    for line in file.output.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function ") {
+            let quoted: Vec<&str> = rest.split('\'').collect();
+            kernel = kernel_name(quoted.get(1).unwrap_or(&""));
+            target = quoted.get(3).copied().unwrap_or_default();
+        } else if line.contains("bytes stack frame") {
+            for (memory, part) in memory.iter_mut().zip(line.split(',')) {
+                *memory = leading_number(part);
+            }
+        } else if let Some((_, used)) = line.split_once(": Used ") {
+            let shared = used.split(", ").find(|part| part.ends_with("bytes smem")).map_or(0, leading_number);
+            let [stack, stores, loads] = memory;
+            let registers = leading_number(used);
+            // Template arguments hold commas.
+            rows.push(format!("{name},\"{kernel}\",{target},{registers},{stack},{stores},{loads},{shared}"));
+        }
+    }
+    rows
+}
+
+fn leading_number(text: &str) -> u32 {
+    let digits = text.trim_start().split(|character: char| !character.is_ascii_digit()).next();
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// `adamw_kernel<true>` of `_ZN40_GLOBAL__N__33b5038a_8_adamw_cu_01f8f83012adamw_kernelILb1EEEvP9mmpo_bf16`: without the
+/// namespaces, one of which holds a hash, and without the parameters. What this does not read stays as it is.
+fn kernel_name(mangled: &str) -> String {
+    let Some(mut rest) = mangled.strip_prefix("_ZN") else { return mangled.to_owned() };
+    let mut name = "";
+    while let Some((identifier, behind)) = identifier(rest) {
+        (name, rest) = (identifier, behind);
+    }
+    match rest.strip_prefix('I') {
+        Some(arguments) => match template_arguments(arguments) {
+            Some((arguments, _)) => format!("{name}<{arguments}>"),
+            None => mangled.to_owned(),
+        },
+        None => name.to_owned(),
+    }
+}
+
+/// `4nameREST` is `name` and `REST`.
+fn identifier(text: &str) -> Option<(&str, &str)> {
+    let digits = text.find(|character: char| !character.is_ascii_digit())?;
+    let length: usize = text[..digits].parse().ok()?;
+    Some((text.get(digits..digits + length)?, &text[digits + length..]))
+}
+
+/// Literals (`Lb1E`, `Li64E`), classes with or without a namespace and template arguments of their own, and single letters
+/// for types of the language, up to the `E` that closes them.
+fn template_arguments(mut text: &str) -> Option<(String, &str)> {
+    let mut arguments = Vec::new();
+    loop {
+        if let Some(rest) = text.strip_prefix('E') {
+            return Some((arguments.join(", "), rest));
+        }
+        let argument;
+        (argument, text) = template_argument(text)?;
+        arguments.push(argument);
+    }
+}
+
+fn template_argument(text: &str) -> Option<(String, &str)> {
+    if let Some(literal) = text.strip_prefix('L') {
+        // An enumerator is written as its type and number.
+        let (kind, rest) = match literal.strip_prefix('N') {
+            Some(nested) => {
+                let (name, rest) = nested_name(nested)?;
+                (name, rest)
+            }
+            None => match identifier(literal) {
+                Some((name, rest)) => (name.to_owned(), rest),
+                None => (literal.get(..1)?.to_owned(), literal.get(1..)?),
+            },
+        };
+        let (digits, rest) = rest.split_once('E')?;
+        let value = match (kind.as_str(), digits) {
+            ("b", "0") => "false".to_owned(),
+            ("b", "1") => "true".to_owned(),
+            (kind, digits) if kind.len() == 1 => digits.replace('n', "-"),
+            (kind, digits) => format!("{kind} {digits}"),
+        };
+        return Some((value, rest));
+    }
+    if let Some(nested) = text.strip_prefix('N') {
+        return nested_name(nested);
+    }
+    if let Some((name, rest)) = identifier(text) {
+        return match rest.strip_prefix('I') {
+            Some(arguments) => {
+                let (arguments, rest) = template_arguments(arguments)?;
+                Some((format!("{name}<{arguments}>"), rest))
+            }
+            None => Some((name.to_owned(), rest)),
+        };
+    }
+    let letter = text.chars().next().filter(char::is_ascii_lowercase)?;
+    Some((letter.to_string(), &text[1..]))
+}
+
+/// Behind `N`: `S_9SmallTileE`, a class of the kernel's own namespace.
+fn nested_name(text: &str) -> Option<(String, &str)> {
+    let mut rest = match text.strip_prefix('S') {
+        Some(substitution) => substitution.split_once('_')?.1,
+        None => text,
+    };
+    let mut name = String::new();
+    while let Some((identifier, behind)) = identifier(rest) {
+        (name, rest) = (identifier.to_owned(), behind);
+    }
+    if let Some(arguments) = rest.strip_prefix('I') {
+        let (arguments, behind) = template_arguments(arguments)?;
+        (name, rest) = (format!("{name}<{arguments}>"), behind);
+    }
+    Some((name, rest.strip_prefix('E')?))
+}

@@ -141,6 +141,12 @@ mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                              mmpo_stream stream);
 
+/* Assigns gate_up[rows, 2F] = x[rows, inputs] * weight[2F, inputs]^T + bias[2F], then out[rows, F] as swiglu_forward of
+ * it; bias may be NULL. F = width, a multiple of 8 too. */
+mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
+                                                    const mmpo_bf16* weight, const mmpo_bf16* bias, int32_t rows,
+                                                    int32_t inputs, int32_t width, mmpo_stream stream);
+
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                     int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
 

@@ -12,7 +12,7 @@
 namespace {
 
 struct BackwardTiles {
-    int block_m;      // queries of a step
+    int block_m;      // rows of queries of a step
     int block_n;      // keys of a block
     int dout_stages;  // of shared memory for dO; Q has two
 
@@ -62,47 +62,67 @@ struct Plan {
 // ----------------------------------------------------------------------------------------------------------------
 // loads
 
+// Starts copying a tile of queries' rows: tokens first.. of a matrix with `stride` values a token, packed heads from
+// `source` on. Rows without a query become zeros.
+template <int E>
+DEVICE void load_packed_async(uint32_t tile, const bf16* source, int64_t stride, const AttentionGradient& problem,
+                              int first) {
+    using P = Plan<E>;
+    constexpr int kChunks = E / kChunkValues;
+    static_assert(P::BLOCK_M * kChunks % P::kThreads == 0, "every thread copies the same number of chunks");
+#pragma unroll
+    for (int i = 0; i < P::BLOCK_M * kChunks / P::kThreads; ++i) {
+        const int index = int(threadIdx.x) + i * P::kThreads;
+        const int row = index / kChunks, chunk = index % kChunks;
+        const int offset = problem.packing.token(row);
+        const bool valid = offset < problem.tile_tokens && first + offset < problem.rows;
+        const int64_t from = valid ? (first + offset) * stride + (row - offset * problem.packing.heads) * E : 0;
+        cp_async_16(tile_address<E>(tile, row, chunk), source + from + chunk * kChunkValues, valid);
+    }
+}
+
 template <int E>
 DEVICE void load_queries(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
-                         const QueryTile& tile, int head, int step) {
+                         const QueryTile& tile, int pack, int step) {
     using P = Plan<E>;
-    load_tile_async<P::BLOCK_M, E, P::kThreads>(shared + P::queries(step), problem.qkv + problem.query_column(head),
-                                                problem.stride(), tile.first, problem.rows);
+    load_packed_async<E>(shared + P::queries(step), problem.qkv + problem.query_column(pack * problem.packing.heads),
+                         problem.stride(), problem, tile.first);
     if (int(threadIdx.x) < P::kStatisticsBytes / kChunkBytes) {
-        const int64_t slot = int64_t(tile.number) * problem.heads + head;
+        const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
         cp_async_16(shared + P::statistics(step) + threadIdx.x * kChunkBytes,
                     workspace.statistics + slot * (2 * P::BLOCK_M) + threadIdx.x * 4, true);
     }
 }
 
 template <int E>
-DEVICE void load_dout(uint32_t shared, const AttentionGradient& problem, const QueryTile& tile, int head, int step) {
+DEVICE void load_dout(uint32_t shared, const AttentionGradient& problem, const QueryTile& tile, int pack, int step) {
     using P = Plan<E>;
-    load_tile_async<P::BLOCK_M, E, P::kThreads>(shared + P::dout(step), problem.dout + problem.query_column(head),
-                                                problem.out_stride(), tile.first, problem.rows);
+    load_packed_async<E>(shared + P::dout(step), problem.dout + problem.query_column(pack * problem.packing.heads),
+                         problem.out_stride(), problem, tile.first);
 }
 
 // ------------------------------------------------------------------------------------------------------- scores, dS
 
-// Scores that the mask hides become -inf. Rows are keys, columns queries.
+// Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int NT, class Walk>
 DEVICE void hide_scores(float (&scores)[NT][4], const Walk& walk, const QueryTile& tile, int first_key) {
-    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+    const int key = first_key + int(lane_id()) / 4, query = int(lane_id()) % 4 * 2;
+    const int top = walk.first_seeing(tile, key) - query, bottom = walk.first_seeing(tile, key + 8) - query;
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (!walk.seen(tile, query + n * 8 + i % 2, key + i / 2 * 8)) scores[n][i] = -INFINITY;
+            if (n * 8 + i % 2 < (i < 2 ? top : bottom)) scores[n][i] = -INFINITY;
 }
 
 // Turns scores into P and dP into dS. `statistics` holds lse of the columns, then delta.
 template <int NT>
-DEVICE void score_gradients(float (&scores)[NT][4], float (&dp)[NT][4], float scale_log2, const float* statistics) {
-    const float* own = statistics + int(lane_id()) % 4 * 2;
+DEVICE void score_gradients(float (&scores)[NT][4], float (&dp)[NT][4], float scale_log2, uint32_t statistics) {
+    const uint32_t own = statistics + lane_id() % 4 * uint32_t(sizeof(float2));
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(own + n * 8);
-        const float2 delta = *reinterpret_cast<const float2*>(own + NT * 8 + n * 8);
+        const float2 lse = load_shared_f32x2(own + uint32_t(n * 32));
+        const float2 delta = load_shared_f32x2(own + uint32_t((NT + n) * 32));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             scores[n][i] = exp2_approx(scores[n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
@@ -133,13 +153,13 @@ DEVICE void store_gradients(uint32_t tile, const float (&ds)[BLOCK_M / 8][4], in
 // -------------------------------------------------------------------------------------------------------------------
 // dQ
 
-// The warp's part of dS K: dq[4][4] of 16 queries and 32 columns.
+// The warp's part of dS K over the first `keys` of the block: dq[4][4] of 16 queries and 32 columns.
 template <int E>
-DEVICE void multiply_keys(float (&dq)[4][4], uint32_t shared, int row_group, int column_part) {
+DEVICE void multiply_keys(float (&dq)[4][4], uint32_t shared, int keys, int row_group, int column_part) {
     using P = Plan<E>;
     const int lane = int(lane_id());
-#pragma unroll
-    for (int k = 0; k < P::BLOCK_N; k += 16) {
+#pragma unroll 4
+    for (int k = 0; k < keys; k += 16) {
         uint32_t a[4];
         ldmatrix_x4_trans(a, gradient_address<P::BLOCK_M>(shared + P::kScoreGradients, k + lane % 8 + lane / 16 * 8,
                                                           2 * row_group + lane / 8 % 2));
@@ -187,68 +207,72 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
     const uint32_t shared = shared_address(raw);
     const OwnedKeys owned = take_keys<BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
     const RowTile& keys = owned.keys;
-    const QueryWalk<BLOCK_M, BLOCK_N> walk(owned.span, owned.pair, keys);
-    const int warp = int(threadIdx.x) / 32, first_key = keys.first + warp * 16;
+    const QueryWalk<BLOCK_N> walk(owned.span, owned.pair, keys, problem.tile_tokens, problem.packing.heads);
+    const int warp = int(threadIdx.x) / 32;
     const int row_group = warp / P::kPartsAcross, column_part = warp % P::kPartsAcross;
-    const int first_head = owned.kv_head * problem.group();
+    const int first_pack = owned.kv_head * problem.packs();
     const float scale_log2 = problem.scale * kLog2E;
 
     load_tile_async<BLOCK_N, E, P::kThreads>(shared + P::kKeys, problem.qkv + problem.key_column(owned.kv_head),
                                              problem.stride(), keys.first, keys.last);
     load_tile_async<BLOCK_N, E, P::kThreads>(shared + P::kValues, problem.qkv + problem.value_column(owned.kv_head),
                                              problem.stride(), keys.first, keys.last);
-    load_queries<E>(shared, problem, workspace, walk.tile(0), first_head, 0);
-    load_dout<E>(shared, problem, walk.tile(0), first_head, 0);
+    load_queries<E>(shared, problem, workspace, walk.tile(0), first_pack, 0);
+    load_dout<E>(shared, problem, walk.tile(0), first_pack, 0);
     cp_async_commit();
 
     float dk[E / 8][4], dv[E / 8][4];
     clear(dk);
     clear(dv);
-    uint32_t* counter = nullptr;  // of the rows of dQ that the step before added to, and its turn
+    int slot = 0;  // (tile of queries, pack) that the step before added to, and its turn
     uint32_t turn = 0;
-    int head = first_head, index = 0;  // of the step
-    const int steps = walk.steps * problem.group();
+    int pack = first_pack, index = 0;  // of the step
+    const int steps = walk.steps * problem.packs();
     for (int step = 0; step < steps; ++step) {
         const QueryTile tile = walk.tile(index);
         const int next_index = index + 1 == walk.steps ? 0 : index + 1;
-        const int next_head = head + int(next_index == 0);
+        const int next_pack = pack + int(next_index == 0);
         const bool more = step + 1 < steps;
         cp_async_wait<0>();
         // The stage has arrived, and all warps are done with the stage filled next, with dS, and with their sums of dQ.
         __syncthreads();
-        if (threadIdx.x == 0 && step != 0) pass_turn(counter, turn);
+        if (threadIdx.x == 0 && step != 0) pass_turn(workspace.turns + slot, turn);
         if (more) {
-            load_queries<E>(shared, problem, workspace, walk.tile(next_index), next_head, step + 1);
-            if (P::kDoutStages > 1) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
+            load_queries<E>(shared, problem, workspace, walk.tile(next_index), next_pack, step + 1);
+            if (P::kDoutStages > 1) load_dout<E>(shared, problem, walk.tile(next_index), next_pack, step + 1);
         }
         cp_async_commit();
 
         float scores[BLOCK_M / 8][4], dp[BLOCK_M / 8][4];
         clear(scores);
         clear(dp);
-        multiply_transposed<E>(scores, shared + P::kKeys, warp * 16, shared + P::queries(step));
-        multiply_transposed<E>(dp, shared + P::kValues, warp * 16, shared + P::dout(step));
-        if (tile.crosses) hide_scores(scores, walk, tile, first_key);
-        score_gradients(scores, dp, scale_log2, reinterpret_cast<const float*>(raw + P::statistics(step)));
-        store_gradients<BLOCK_M>(shared + P::kScoreGradients, dp, warp * 16);
-        multiply_from_accumulators<E>(dv, scores, shared + P::dout(step));
+        const bool seen = warp * 16 < tile.keys;  // some of this warp's keys
+        if (seen) {
+            multiply_transposed<E>(scores, shared + P::kKeys, warp * 16, shared + P::queries(step));
+            multiply_transposed<E>(dp, shared + P::kValues, warp * 16, shared + P::dout(step));
+            if (tile.crosses) hide_scores(scores, walk, tile, warp * 16);
+            score_gradients(scores, dp, scale_log2, shared + P::statistics(step));
+            store_gradients<BLOCK_M>(shared + P::kScoreGradients, dp, warp * 16);
+            multiply_from_accumulators<E>(dv, scores, shared + P::dout(step));
+        }
         __syncthreads();  // all of dS is there, and all warps are done with dO
-        if (P::kDoutStages == 1 && more) load_dout<E>(shared, problem, walk.tile(next_index), next_head, step + 1);
+        if (P::kDoutStages == 1 && more) load_dout<E>(shared, problem, walk.tile(next_index), next_pack, step + 1);
         cp_async_commit();
-        multiply_from_accumulators<E>(dk, dp, shared + P::queries(step));
+        if (seen) multiply_from_accumulators<E>(dk, dp, shared + P::queries(step));
 
         float dq[4][4];
         clear(dq);
-        multiply_keys<E>(dq, shared, row_group, column_part);
-        const int64_t slot = int64_t(tile.number) * problem.heads + head;
-        counter = workspace.turns + slot;
+        multiply_keys<E>(dq, shared, tile.keys, row_group, column_part);
+        slot = tile.number * problem.packing.groups + pack;
         turn = tile.turn;
-        add_in_turn<E>(workspace.dq + slot * (BLOCK_M * E), counter, turn, dq, row_group, column_part);
+        add_in_turn<E>(workspace.dq + int64_t(slot) * (BLOCK_M * E), workspace.turns + slot, turn, dq, row_group,
+                       column_part);
         index = next_index;
-        head = next_head;
+        pack = next_pack;
     }
     __syncthreads();
-    if (threadIdx.x == 0) pass_turn(counter, turn);
+    if (threadIdx.x == 0) pass_turn(workspace.turns + slot, turn);
+    const int first_key = keys.first + warp * 16;
     store_rows<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key, keys.last, dk,
                   problem.scale, problem.scale);
     store_rows<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key, keys.last, dv, 1.0f,
@@ -274,10 +298,10 @@ int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_
 
 }  // namespace
 
-extern "C" int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t,
-                                                             int32_t head_size) {
+extern "C" int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads,
+                                                             int32_t kv_heads, int32_t head_size) {
     const BackwardTiles tiles = backward_tiles(head_size);
-    return GradientWorkspace::bytes(rows, pairs, heads, head_size, tiles.block_m, tiles.block_n);
+    return GradientWorkspace::bytes(rows, pairs, heads, kv_heads, head_size, tiles.block_m, tiles.block_n);
 }
 
 extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -285,7 +309,10 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* wo
                                                        const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                                        int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                                        float scale, mmpo_stream stream) {
-    const AttentionGradient problem{dqkv, dout, out, lse, qkv, spans, pairs, rows, heads, kv_heads, head_size, scale};
+    const int block_m = backward_tiles(head_size).block_m;
+    const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
+    const AttentionGradient problem{dqkv, dout,  out,      lse,       qkv,   spans,   pairs,
+                                    rows, heads, kv_heads, head_size, scale, packing, block_m / packing.heads};
     switch (head_size) {
         case 64:
             return launch<64>(problem, workspace, host_spans, cuda_stream(stream));

@@ -18,25 +18,25 @@
 namespace {
 
 struct BackwardTiles {
-    int block_m;  // queries of a step
+    int block_m;  // rows of queries of a step
     int block_n;  // keys of a block
     int stages;   // of Q and dO in shared memory
     int producer_registers, consumer_registers;
 };
 
-// Two consumer warpgroups of 240 registers and a producer of 24 are 504 of the 512 that a warp's lanes share in a
-// block of three warpgroups; 192 KiB of shared memory for tiles leave 35 of a block's 227, too few for another stage
-// and dQ's second buffer.
+// Two consumer warpgroups of 240 registers and a producer of 24 are just what a block of 384 threads is launched with,
+// 168 each. 192 KiB of shared memory for tiles leave 35 of a block's 227: too few for another stage or dQ's second
+// buffer.
 constexpr BackwardTiles backward_tiles(int head_size) {
     // Registers of a consumer: dV and dK take E, S and dP take BLOCK_M, of which P^T and dS^T take half as operands
     // beside dQ's 32.
     if (head_size == 64) {
         // 64 + 128, then 64 + 64 + 32. KiB: K and V 32, Q and dO 2 x 32, dS 2 x 32, dQ 32.
-        return {128, 128, 2, 32, 240};
+        return {128, 128, 2, 24, 240};
     }
     // 128 + 64, then 128 + 32 + 32. KiB: K and V 64, Q and dO 2 x 32, dS 2 x 16, dQ 32. 128 queries would need 128 +
     // 128 registers for the scores alone.
-    return {64, 128, 2, 32, 240};
+    return {64, 128, 2, 24, 240};
 }
 
 constexpr int kConsumers = 2;  // warpgroups
@@ -44,6 +44,7 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
 constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
 constexpr int kGroupKeys = 64;  // rows of a wgmma
 constexpr int kGradientBuffers = 2;
+constexpr int kTilesOfStage = 2;  // Q and dO
 
 enum class NamedBarrier : uint32_t { score_gradients = 1 };
 
@@ -51,6 +52,9 @@ template <int E>
 struct Plan {
     static constexpr BackwardTiles kTiles = backward_tiles(E);
     static constexpr int BLOCK_M = kTiles.block_m, BLOCK_N = kTiles.block_n, kStages = kTiles.stages;
+    static_assert(kTiles.producer_registers * kWarpgroupThreads + kTiles.consumer_registers * kConsumerThreads <=
+                      65536 / kThreads / 8 * 8 * kThreads,
+                  "setmaxnreg moves registers within what the block was launched with");
     static_assert(BLOCK_N == kConsumers * kGroupKeys, "a warpgroup owns the rows of one wgmma");
     static_assert(BLOCK_M * E == kConsumers * 64 * 64, "each warpgroup forms 64 x 64 values of dQ");
 
@@ -61,7 +65,7 @@ struct Plan {
 
     static constexpr int kDqBytes = BLOCK_M * E * int(sizeof(float));
     static constexpr int kStatisticsBytes = 2 * BLOCK_M * int(sizeof(float));
-    static constexpr int kStageBytes = 2 * Queries::kBytes;  // that TMA brings, beside the statistics
+    static constexpr int kStageBytes = kTilesOfStage * Queries::kBytes;  // that TMA brings, beside the statistics
 
     static constexpr int kKeys = 0;
     static constexpr int kValues = kKeys + Keys::kBytes;
@@ -86,13 +90,28 @@ struct Plan {
 };
 
 template <int E>
-using Walk = QueryWalk<Plan<E>::BLOCK_M, Plan<E>::BLOCK_N>;
+using Walk = QueryWalk<Plan<E>::BLOCK_N>;
 
 struct TensorMaps {
-    CUtensorMap queries, keys, dout;  // boxes of BLOCK_M rows of qkv, BLOCK_N rows of qkv, BLOCK_M rows of dout
+    CUtensorMap queries, dout;  // by [token, head, E], boxes of a tile of queries: its tokens x packed heads x 64
+    CUtensorMap keys;           // by [token, column], boxes of BLOCK_N x 64
 };
 
 #if MMPO_SM90
+
+// Rows of the stages that no load fills, because packed tokens leave them over: zeros, so that products do not meet
+// NaN. The __syncthreads of take_keys follows.
+template <int E>
+DEVICE void clear_idle_rows(uint32_t shared, int used) {
+    using P = Plan<E>;
+    constexpr int kRowChunks = kPanelRowBytes / kChunkBytes, kPanels = P::kStages * kTilesOfStage * P::Queries::kPanels;
+    const int chunks = (P::BLOCK_M - used) * kRowChunks;
+    for (int i = int(threadIdx.x); i < kPanels * chunks; i += kThreads) {
+        const int offset = i / chunks * P::Queries::kPanelBytes + used * kPanelRowBytes + i % chunks * kChunkBytes;
+        store_shared_128(shared + uint32_t(P::kStage + offset), make_uint4(0, 0, 0, 0));
+    }
+    fence_proxy_async();
+}
 
 // ---------------------------------------------------------------------------------------------------- loads, one
 // thread
@@ -107,18 +126,26 @@ DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGrad
     P::Keys::load(shared + P::kKeys, &maps.keys, problem.key_column(owned.kv_head), owned.keys.first, keys_full);
     P::Keys::load(shared + P::kValues, &maps.keys, problem.value_column(owned.kv_head), owned.keys.first, keys_full);
     StageCursor<P::kStages> at;
-    const int first_head = owned.kv_head * problem.group();
-    for (int head = first_head; head < first_head + problem.group(); ++head) {
+    const uint32_t bytes =
+        uint32_t(problem.tile_tokens * problem.packing.heads * 2 * E * int(sizeof(bf16)) + P::kStatisticsBytes);
+    const int first_pack = owned.kv_head * problem.packs();
+    for (int pack = first_pack; pack < first_pack + problem.packs(); ++pack) {
         for (int step = 0; step < walk.steps; ++step, at.advance()) {
             const QueryTile tile = walk.tile(step);
-            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             const uint32_t full = ring.full(at.stage);
+            const auto load = [&](uint32_t to, const CUtensorMap* map) {
+#pragma unroll
+                for (int panel = 0; panel < P::Queries::kPanels; ++panel)
+                    tma_load_3d(to + panel * P::Queries::kPanelBytes, map, panel * kPanelColumns,
+                                pack * problem.packing.heads, tile.first, full);
+            };
             mbarrier_wait(ring.empty(at.stage), at.parity ^ 1u);
-            mbarrier_arrive_expect_tx(full, P::kStageBytes + P::kStatisticsBytes);
-            P::Queries::load(P::queries(shared, at.stage), &maps.queries, problem.query_column(head), tile.first, full);
+            mbarrier_arrive_expect_tx(full, bytes);
+            load(P::queries(shared, at.stage), &maps.queries);
             bulk_load(P::statistics(shared, at.stage), workspace.statistics + slot * (2 * P::BLOCK_M),
                       P::kStatisticsBytes, full);
-            P::Queries::load(P::dout(shared, at.stage), &maps.dout, problem.query_column(head), tile.first, full);
+            load(P::dout(shared, at.stage), &maps.dout);
         }
     }
 }
@@ -131,11 +158,11 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
                         const OwnedKeys& owned, const Walk<E>& walk) {
     using P = Plan<E>;
     uint32_t parity = 0;
-    const int first_head = owned.kv_head * problem.group();
-    for (int head = first_head; head < first_head + problem.group(); ++head) {
+    const int first_pack = owned.kv_head * problem.packs();
+    for (int pack = first_pack; pack < first_pack + problem.packs(); ++pack) {
         for (int step = 0; step < walk.steps; ++step, parity ^= 1u) {
             const QueryTile tile = walk.tile(step);
-            const int64_t slot = int64_t(tile.number) * problem.heads + head;
+            const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             float* to = workspace.dq + slot * (P::BLOCK_M * E);
             mbarrier_wait(shared + P::kDqFull, parity);
             wait_for_turn(workspace.turns + slot, tile.turn);
@@ -156,13 +183,14 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
 // ----------------------------------------------------------------------------------------------------------- a
 // consumer
 
-// Scores that the mask hides become -inf. Rows are keys, columns queries.
+// Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int E, int kCount>
 DEVICE void hide_scores(float (&scores)[kCount], const Walk<E>& walk, const QueryTile& tile, int first_key) {
-    const int key = first_key + int(lane_id()) / 4, query = tile.first + int(lane_id()) % 4 * 2;
+    const int key = first_key + int(lane_id()) / 4, query = int(lane_id()) % 4 * 2;
+    const int top = walk.first_seeing(tile, key) - query, bottom = walk.first_seeing(tile, key + 8) - query;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-        if (!walk.seen(tile, query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8)) scores[i] = -INFINITY;
+        if (i / 4 * 8 + i % 2 < (i % 4 < 2 ? top : bottom)) scores[i] = -INFINITY;
 }
 
 // Turns scores into P. `lse` is in base 2, of the tile's queries, from this lane's first column on; `delta` below too.
@@ -195,12 +223,13 @@ struct Consumer {
     static constexpr int BLOCK_M = P::BLOCK_M, kDepthSteps = BLOCK_M / kWgmmaDepth;
 
     uint32_t shared;
-    int group;      // 0 or 1
-    int first_key;  // of this warp
+    int group;  // 0 or 1
     float scale_log2;
     float dk[E / 2], dv[E / 2];
 
     DEVICE int warp() const { return int(threadIdx.x) / 32 % 4; }
+    // First of this warp's 16 keys in the block.
+    DEVICE int key() const { return group * kGroupKeys + warp() * 16; }
 
     // S^T and dP^T of this warpgroup's keys and the stage's queries, committed one after the other.
     DEVICE void form_scores(float (&scores)[BLOCK_M / 2], float (&dp)[BLOCK_M / 2], int stage) {
@@ -221,7 +250,7 @@ struct Consumer {
 
     // Writes this warp's 16 rows of dS^T.
     DEVICE void store_gradients(const uint32_t (&ds)[kDepthSteps][4], int step) const {
-        const int row = group * kGroupKeys + warp() * 16 + int(lane_id()) % 16;
+        const int row = key() + int(lane_id()) % 16;
         const uint32_t first = P::Gradients::address(P::gradients(shared, step), row, int(lane_id()) / 16);
         // Chunks 2k further on: the swizzle exchanges chunks by xor, which one register for all of them allows.
 #pragma unroll
@@ -229,11 +258,13 @@ struct Consumer {
             stmatrix_x4((first + uint32_t(k / 4 * P::Gradients::kPanelBytes)) ^ uint32_t(k % 4 * 32), ds[k]);
     }
 
-    // dQ's part: for E = 128 half of the columns of 64 queries, for E = 64 half of 128 queries.
+    // dQ's part, over the first `kKeys` of the block: for E = 128 half of the columns of 64 queries, for E = 64 half of
+    // 128 queries.
+    template <int kKeys>
     DEVICE void multiply_keys(float (&dq)[32], int step) const {
         constexpr bool kColumns = E == 128;
 #pragma unroll
-        for (int k = 0; k < P::BLOCK_N / kWgmmaDepth; ++k)
+        for (int k = 0; k < kKeys / kWgmmaDepth; ++k)
             wgmma_ss<64, true, true>(
                 dq, P::Gradients::depth_in_rows(P::gradients(shared, step), kColumns ? 0 : group * 64, k),
                 P::Keys::depth_in_rows(shared + P::kKeys, kColumns ? group * 64 : 0, k), k != 0);
@@ -257,6 +288,8 @@ struct Consumer {
         wgmma_commit();
     }
 
+    // A step of a warpgroup some of whose keys are seen; `kKeys` of the block's are.
+    template <int kKeys>
     DEVICE void step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
         const typename P::Ring ring{shared + P::kRing};
         uint32_t p[kDepthSteps][4], ds[kDepthSteps][4];
@@ -268,7 +301,7 @@ struct Consumer {
             form_scores(scores, dp, at.stage);
             wgmma_wait<1>();
             pin_registers(scores);
-            if (tile.crosses) hide_scores<E>(scores, walk, tile, first_key);
+            if (tile.crosses) hide_scores<E>(scores, walk, tile, key());
             probabilities(scores, scale_log2, lse);
 #pragma unroll
             for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(p[k], scores, k);
@@ -289,20 +322,51 @@ struct Consumer {
         pin_registers(dq);
         pin_registers(dk);
         wgmma_fence();
-        multiply_keys(dq, number);
+        multiply_keys<kKeys>(dq, number);
         wgmma_commit();
         accumulate(dk, ds, P::queries(shared, at.stage));
         wgmma_wait<1>();
         pin_registers(dq);
         pin_registers(dv);
+        hand_over(dq, number);
+        wgmma_wait<0>();
+        pin_registers(dk);
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+    }
+
+    // A step of the second warpgroup when only the first one's keys are seen: it has its part of dQ to form.
+    DEVICE void step_without_keys(int number, const StageCursor<P::kStages>& at) {
+        const typename P::Ring ring{shared + P::kRing};
+        mbarrier_wait(ring.full(at.stage), at.parity);
+        bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
+        // Behind the barrier: a lane that had not waited yet could miss the phase.
+        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        float dq[32];
+        pin_registers(dq);
+        wgmma_fence();
+        multiply_keys<kGroupKeys>(dq, number);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin_registers(dq);
+        hand_over(dq, number);
+    }
+
+    // Stages this warpgroup's part of dQ when the part before has left.
+    DEVICE void hand_over(const float (&dq)[32], int number) const {
         mbarrier_wait(shared + P::kDqEmpty, uint32_t(number + 1) & 1u);
         stage_dq(dq);
         fence_proxy_async();
         __syncwarp();
         if (lane_id() == 0) mbarrier_arrive(shared + P::kDqFull);
-        wgmma_wait<0>();
-        pin_registers(dk);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+    }
+
+    DEVICE void any_step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
+        if (tile.keys > kGroupKeys)
+            step<P::BLOCK_N>(walk, tile, number, at);
+        else if (group == 0)
+            step<kGroupKeys>(walk, tile, number, at);
+        else
+            step_without_keys(number, at);
     }
 };
 
@@ -326,20 +390,19 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     consumer.shared = shared;
     // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
     consumer.group = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
-    consumer.first_key = owned.keys.first + consumer.group * kGroupKeys + consumer.warp() * 16;
     consumer.scale_log2 = problem.scale * kLog2E;
 #pragma unroll
     for (int i = 0; i < E / 2; ++i) consumer.dk[i] = consumer.dv[i] = 0.0f;
     mbarrier_wait(shared + P::kKeysFull, 0);
     StageCursor<P::kStages> at;
     int number = 0;
-    for (int head = 0; head < problem.group(); ++head)
+    for (int pack = 0; pack < problem.packs(); ++pack)
         for (int step = 0; step < walk.steps; ++step, ++number, at.advance())
-            consumer.step(walk, walk.tile(step), number, at);
-    const int64_t stride = problem.stride();
-    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), stride, consumer.first_key, owned.keys.last,
-                          consumer.dk, problem.scale);
-    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), stride, consumer.first_key,
+            consumer.any_step(walk, walk.tile(step), number, at);
+    const int first_key = owned.keys.first + consumer.key();
+    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key,
+                          owned.keys.last, consumer.dk, problem.scale);
+    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key,
                           owned.keys.last, consumer.dv, 1.0f);
 }
 
@@ -360,8 +423,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(shared + P::kDqEmpty, 1);
         fence_mbarrier_init();
     }
+    clear_idle_rows<E>(shared, problem.tile_tokens * problem.packing.heads);
     const OwnedKeys owned = take_keys<P::BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));
-    const Walk<E> walk(owned.span, owned.pair, owned.keys);
+    const Walk<E> walk(owned.span, owned.pair, owned.keys, problem.tile_tokens, problem.packing.heads);
     if (threadIdx.x < kWarpgroupThreads) {
         setmaxnreg_decrease<P::kTiles.producer_registers>();
         if (threadIdx.x == 0) produce<E>(shared, maps, problem, workspace, owned, walk);
@@ -379,15 +443,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int E>
 int encode_maps(TensorMaps& maps, const AttentionGradient& problem) {
     using P = Plan<E>;
-    const uint64_t rows = uint64_t(problem.rows), stride = uint64_t(problem.stride()),
-                   out_stride = uint64_t(problem.out_stride());
-    int status = encode_tensor_map_2d(&maps.queries, problem.qkv, rows, stride, stride, P::BLOCK_M, kPanelColumns,
-                                      Swizzle::bytes_128);
+    const uint64_t rows = uint64_t(problem.rows), stride = uint64_t(problem.stride());
+    const auto packed_map = [&](CUtensorMap& map, const bf16* base, uint64_t heads) {
+        const TensorMapShape shape{3,
+                                   {E, heads, rows},
+                                   {E * sizeof(bf16), heads * E * sizeof(bf16)},
+                                   {kPanelColumns, uint32_t(problem.packing.heads), uint32_t(problem.tile_tokens)},
+                                   Swizzle::bytes_128};
+        return encode_tensor_map(&map, base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape);
+    };
+    int status = packed_map(maps.queries, problem.qkv, stride / E);
     if (status != kSuccess) return status;
-    status = encode_tensor_map_2d(&maps.keys, problem.qkv, rows, stride, stride, P::BLOCK_N, kPanelColumns,
-                                  Swizzle::bytes_128);
+    status = packed_map(maps.dout, problem.dout, uint64_t(problem.heads));
     if (status != kSuccess) return status;
-    return encode_tensor_map_2d(&maps.dout, problem.dout, rows, out_stride, out_stride, P::BLOCK_M, kPanelColumns,
+    return encode_tensor_map_2d(&maps.keys, problem.qkv, rows, stride, stride, P::BLOCK_N, kPanelColumns,
                                 Swizzle::bytes_128);
 }
 
@@ -410,10 +479,10 @@ int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_
 
 }  // namespace
 
-extern "C" int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t,
-                                                                  int32_t head_size) {
+extern "C" int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads,
+                                                                  int32_t kv_heads, int32_t head_size) {
     const BackwardTiles tiles = backward_tiles(head_size);
-    return GradientWorkspace::bytes(rows, pairs, heads, head_size, tiles.block_m, tiles.block_n);
+    return GradientWorkspace::bytes(rows, pairs, heads, kv_heads, head_size, tiles.block_m, tiles.block_n);
 }
 
 extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
@@ -422,7 +491,10 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, voi
                                                             const uint32_t* host_spans, int32_t pairs, int32_t rows,
                                                             int32_t heads, int32_t kv_heads, int32_t head_size,
                                                             float scale, mmpo_stream stream) {
-    const AttentionGradient problem{dqkv, dout, out, lse, qkv, spans, pairs, rows, heads, kv_heads, head_size, scale};
+    const int block_m = backward_tiles(head_size).block_m;
+    const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
+    const AttentionGradient problem{dqkv, dout,  out,      lse,       qkv,   spans,   pairs,
+                                    rows, heads, kv_heads, head_size, scale, packing, block_m / packing.heads};
     switch (head_size) {
         case 64:
             return launch<64>(problem, workspace, host_spans, cuda_stream(stream));

@@ -61,7 +61,6 @@ struct Config {
 
     // cp.async copies row by row: no gap is needed where prompt and own keys meet.
     using Cut = TileCut<BLOCK_N, 1>;
-    using Softmax = OnlineSoftmax<BLOCK_N / 2>;
 };
 
 struct Problem {
@@ -187,7 +186,7 @@ struct WarpRows {
     float scores[C::kRowTiles][BLOCK_N / 2];
     float out[C::kRowTiles][E / 2];
     uint32_t queries[C::kQueriesInRegisters ? E / 16 : 1][C::kRowTiles][4];
-    typename C::Softmax softmax[C::kRowTiles];
+    OnlineSoftmax softmax[C::kRowTiles];
     uint32_t query_tile;  // shared address
     int row;              // first of the tile's rows
 

@@ -13,142 +13,12 @@
 // keys, behind row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not
 // stored. Their values are other rows of the same qkv: a NaN or infinity among them spreads as 0 * infinity does, one
 // tile earlier than it would anyway.
-#include "common/attention_schedule.cuh"
-#include "common/hopper.cuh"
+#include "common/attention_forward_plan.cuh"
 #include "common/online_softmax.cuh"
 
 namespace {
 
-// Rows of one wgmma, and of a consumer warpgroup's part of a tile.
-constexpr int kSlabRows = 64;
-constexpr int kBlockRegisters = 65536;
-constexpr int kSharedLimit = 227 * 1024;
-// Rows of the small copies of which a key block is put together where prompt and own keys meet. 16 is 8 copies a panel
-// at the most, and a gap of at most 15 slots.
-constexpr int kSeamRows = 16;
-
-// How a block of the grid is cut.
-struct ForwardTiles {
-    int consumer_warpgroups;  // slabs of a tile
-    int block_n;              // keys of a block
-    int key_stages;           // key blocks in flight, and as many value blocks
-    int query_stages;         // tiles whose queries are in flight; output leaves through the same memory
-    int producer_registers, consumer_registers;
-
-    constexpr int threads() const { return (consumer_warpgroups + 1) * kWarpgroupThreads; }
-    constexpr int shared_bytes(int head_size) const {
-        const int queries = query_stages * consumer_warpgroups * kSlabRows * head_size * 2;
-        return queries + 2 * key_stages * block_n * head_size * 2;
-    }
-};
-
-// Registers of a consumer thread: scores block_n / 2, their bf16 copy (the next product's operand) block_n / 4, output
-// E / 2, and about 30 for the rest. Together with the producer's they must fit into 64 Ki a multiprocessor.
-//   E = 64:  64 + 32 + 32 + 30 = 158: three warpgroups at 160. A wider block would not fit; three slabs instead of two
-//            read keys and values once for 192 rows. Shared: queries 2 * 24, keys and values 4 * 2 * 16: 176 KiB; four
-//            stages, because the blocks of a short pair's tile are few and the next tile's should be under way.
-//   E = 128: 64 + 32 + 64 + 30 = 190: two warpgroups at 232. Shared: queries 2 * 32, keys and values 2 * 2 * 32:
-//            192 KiB; a third stage of 64 KiB does not fit beside the second stage of queries.
-// block_n = 128 in both: a wgmma of 64 x 128 reads shared memory (6 KiB in 64 cycles) well below its bandwidth, where
-// one of 64 x 64 would be bound by it. Two query stages: a tile's first copies run under the tile before.
-constexpr ForwardTiles forward_tiles(int head_size) {
-    return head_size == 64 ? ForwardTiles{3, 128, 4, 2, 32, 160} : ForwardTiles{2, 128, 2, 2, 40, 232};
-}
-
-constexpr bool fits(int head_size) {
-    const ForwardTiles tiles = forward_tiles(head_size);
-    const int registers = tiles.producer_registers + tiles.consumer_warpgroups * tiles.consumer_registers;
-    return registers * kWarpgroupThreads <= kBlockRegisters && tiles.shared_bytes(head_size) + 1024 <= kSharedLimit;
-}
-static_assert(fits(64) && fits(128), "a block has the multiprocessor to itself, and no more than that");
-
-// Named barriers; 0 is __syncthreads'.
-enum class Barrier : uint32_t { turn = 1 /* one a consumer warpgroup */ };
-
-struct Problem {
-    int heads, kv_heads;
-    HeadPacking packing;
-    int slab_tokens;
-    float scale_log2;  // scale * log2(e): scores in base 2
-    int pairs;
-    TileCount count;
-};
-
-// What the consumers of a tile need to know, as the producer leaves it in shared memory. No blocks: there are no more
-// tiles.
-struct alignas(16) TileWork {
-    int blocks;      // of its last row
-    int first_row;   // of the tile
-    int last_row;    // end of the sequence
-    int first_slot;  // of the tile's first row
-    int gap_first, gap_last;
-    int first_head;
-    int unused;
-};
-
-template <int E>
-struct Config {
-    static constexpr ForwardTiles kTiles = forward_tiles(E);
-    static constexpr int kSlabs = kTiles.consumer_warpgroups;
-    static constexpr int BLOCK_N = kTiles.block_n;
-    static constexpr int kThreads = kTiles.threads();
-    static constexpr int kProducerRegisters = kTiles.producer_registers;
-    static constexpr int kConsumerRegisters = kTiles.consumer_registers;
-
-    using Cut = TileCut<BLOCK_N, kSeamRows>;
-    using Slab = PanelTile<kSlabRows, E>;
-    using Keys = PanelTile<BLOCK_N, E>;
-    using QueryRing = StageRing<kTiles.query_stages>;
-    using KeyRing = StageRing<kTiles.key_stages>;
-    using QueryCursor = StageCursor<kTiles.query_stages>;
-    using KeyCursor = StageCursor<kTiles.key_stages>;
-    using Softmax = OnlineSoftmax<BLOCK_N / 2>;
-};
-
-// Shared memory, in order: queries, keys, values, the tiles' descriptions, the rings' barriers.
-template <int E>
-struct Shared {
-    using C = Config<E>;
-    static constexpr int kKeys = C::kTiles.query_stages * C::kSlabs * C::Slab::kBytes;
-    static constexpr int kValues = kKeys + C::kTiles.key_stages * C::Keys::kBytes;
-    static constexpr int kWork = kValues + C::kTiles.key_stages * C::Keys::kBytes;
-    static constexpr int kQueryRing = kWork + C::kTiles.query_stages * int(sizeof(TileWork));
-    static constexpr int kKeyRing = kQueryRing + C::QueryRing::kBytes;
-    static constexpr int kValueRing = kKeyRing + C::KeyRing::kBytes;
-    static constexpr int kBytes = kValueRing + C::KeyRing::kBytes;
-
-    uint32_t base;
-
-    DEVICE uint32_t slab(int stage, int slab) const {
-        return base + uint32_t((stage * C::kSlabs + slab) * C::Slab::kBytes);
-    }
-    DEVICE uint32_t keys(int stage) const { return base + uint32_t(kKeys + stage * C::Keys::kBytes); }
-    DEVICE uint32_t values(int stage) const { return base + uint32_t(kValues + stage * C::Keys::kBytes); }
-    DEVICE uint32_t work(int stage) const { return base + uint32_t(kWork + stage * int(sizeof(TileWork))); }
-    DEVICE typename C::QueryRing query_ring() const { return {base + kQueryRing}; }
-    DEVICE typename C::KeyRing key_ring() const { return {base + kKeyRing}; }
-    DEVICE typename C::KeyRing value_ring() const { return {base + kValueRing}; }
-};
-
-// Barriers, and zeros in the slabs' rows that no token fills: TMA never writes them, and products read them.
-template <int E>
-DEVICE void prepare(const Shared<E>& shared, const Problem& problem) {
-    using C = Config<E>;
-    if (threadIdx.x == 0) {
-        // A consumer warpgroup is done with keys when its product is; with queries, when each of its warps has stored.
-        shared.query_ring().init(C::kSlabs * 4);
-        shared.key_ring().init(C::kSlabs);
-        shared.value_ring().init(C::kSlabs);
-        fence_mbarrier_init();
-    }
-    const int used = problem.slab_tokens * problem.packing.heads, chunks = (kSlabRows - used) * (E / kChunkValues);
-    for (int i = int(threadIdx.x); i < chunks * C::kTiles.query_stages * C::kSlabs; i += C::kThreads) {
-        const int row = used + i % chunks / (E / kChunkValues), chunk = i % chunks % (E / kChunkValues);
-        store_shared_128(C::Slab::address(shared.slab(0, i / chunks), row, chunk), uint4{0, 0, 0, 0});
-    }
-    fence_proxy_async();
-    __syncthreads();
-}
+using namespace forward_plan;
 
 // ------------------------------------------------------------------------------------------------------- the producer
 
@@ -251,6 +121,11 @@ DEVICE void produce(const Shared<E>& shared, const Maps& maps, const Problem& pr
     const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
     TileWalk<typename C::Cut> walk(cut, spans, problem.pairs, problem.packing.groups, problem.count);
     Producer<E> producer{shared, maps, problem, {}, {}};
+    if (lane_id() == 0) {
+        prefetch_tensor_map(&maps.queries);
+        prefetch_tensor_map(&maps.key_block);
+        prefetch_tensor_map(&maps.key_seam);
+    }
     ScheduledTile tile;
     while (walk.next(tile)) {
         if (lane_id() == 0) producer.start_tile(tile);
@@ -272,8 +147,10 @@ struct SlabWork {
         first_row = work.first_row + skipped;
         last_row = min(first_row + problem.slab_tokens, work.last_row);
         first_slot = work.first_slot + skipped;
-        blocks = first_row < work.last_row ? (first_slot + last_row - first_row - 1) / block_n + 1 : 0;
+        blocks = first_row < work.last_row ? last_slot() / block_n + 1 : 0;
     }
+
+    DEVICE int last_slot() const { return first_slot + last_row - first_row - 1; }
 };
 
 template <int E>
@@ -307,25 +184,43 @@ struct Consumer {
     DEVICE void await_keys() const { mbarrier_wait(shared.key_ring().full(key.stage), key.parity); }
     DEVICE void await_values() const { mbarrier_wait(shared.value_ring().full(value.stage), value.parity); }
 
-    // scores = queries * keys^T; weights and output of earlier blocks may still be in use by the tensor cores.
+    // The scores of a block's first N keys.
+    template <int N>
+    DEVICE float (&first_scores())[N / 2] {
+        return *reinterpret_cast<float (*)[N / 2]>(&scores);
+    }
+
+    // scores = queries * keys^T, of the first N keys; weights and output of earlier blocks may still be in use by the
+    // tensor cores.
+    template <int N>
     DEVICE void start_scores(uint32_t queries) {
         const uint32_t keys = shared.keys(key.stage);
 #pragma unroll
         for (int step = 0; step < E / kWgmmaDepth; ++step) {
-            wgmma_ss<BLOCK_N>(scores, C::Slab::depth_in_columns(queries, 0, step),
-                              C::Keys::depth_in_columns(keys, 0, step), step != 0);
+            wgmma_ss<N>(first_scores<N>(), C::Slab::depth_in_columns(queries, 0, step),
+                        C::Keys::depth_in_columns(keys, 0, step), step != 0);
         }
         wgmma_commit();
     }
 
-    // out += weights * values.
+    // out += weights * values, of the first N keys.
+    template <int N>
     DEVICE void start_output() {
         const uint32_t values = shared.values(value.stage);
+        wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) {
+        for (int step = 0; step < N / kWgmmaDepth; ++step) {
             wgmma_rs<E, true>(out, weights[step], C::Keys::depth_in_rows(values, 0, step), true);
         }
         wgmma_commit();
+    }
+
+    DEVICE void start_output(bool half) {
+        if (half) {
+            start_output<BLOCK_N / 2>();
+        } else {
+            start_output<BLOCK_N>();
+        }
     }
 
     DEVICE void round_weights() {
@@ -342,11 +237,12 @@ struct Consumer {
 
     // A block that only other warpgroups' rows see.
     DEVICE void skip_block() {
+        await_keys();
+        await_values();
+        // A barrier of the whole warpgroup before its one release: a warp that had not waited yet could miss the phase.
         take_turn();
         pass_turn();
-        await_keys();
         release_keys();
-        await_values();
         release_values();
     }
 
@@ -357,13 +253,14 @@ struct Consumer {
 
     // Sets scores of keys behind a row's own, and of the gap, to -inf. Blocks before a slab's first slot without a gap
     // need neither.
+    template <int N>
     DEVICE void mask(const TileWork& tile, const SlabWork& work, int block) {
         const int first = block * BLOCK_N;
         if (first + BLOCK_N - 1 > work.first_slot) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int limit = work.first_slot + token(half) - first - int(lane_id()) % 4 * 2;
-                mask_scores(scores, half, [=](int column) { return column > limit; });
+                mask_scores(first_scores<N>(), half, [=](int column) { return column > limit; });
             }
         }
         if (first < tile.gap_last && first + BLOCK_N > tile.gap_first && tile.gap_first != tile.gap_last) {
@@ -371,45 +268,69 @@ struct Consumer {
             const int gap_first = tile.gap_first - offset, gap_last = tile.gap_last - offset;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                mask_scores(scores, half, [=](int column) { return column >= gap_first && column < gap_last; });
+                mask_scores(first_scores<N>(), half,
+                            [=](int column) { return column >= gap_first && column < gap_last; });
             }
         }
     }
 
-    // One slab of a tile. The scores of a block are started before the output of the block before is waited for: its
-    // exponentials run under that product.
-    DEVICE void attend(const TileWork& tile, const SlabWork& work, uint32_t queries, typename C::Softmax& softmax) {
-        for (int block = tile.blocks - 1; block >= work.blocks; --block) skip_block();
-        if (work.blocks == 0) return;
+    // The last block that the slab's rows see, of which they see at most N keys: its scores, as weights.
+    template <int N>
+    DEVICE void first_block(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
         await_keys();
         take_turn();
         wgmma_fence();
-        start_scores(queries);
+        start_scores<N>(queries);
         pass_turn();
         wgmma_wait<0>();
-        pin_registers(scores);
+        pin_registers(first_scores<N>());
         release_keys();
-        mask(tile, work, work.blocks - 1);
+        mask<N>(tile, work, work.blocks - 1);
         float rescale[2];
-        softmax.update(scores, problem.scale_log2, rescale);
+        softmax.update(first_scores<N>(), problem.scale_log2, rescale);
+        // Left undefined, the other weights cost ptxas so many registers that it gives the products up to run one by
+        // one.
+#pragma unroll
+        for (int i = N / 2; i < BLOCK_N / 2; ++i) scores[i] = 0.0f;
         round_weights();
+    }
+
+    // One slab of a tile. The scores of a block are started before the output of the block before is waited for: its
+    // exponentials run under that product.
+    DEVICE void attend(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
+        for (int block = tile.blocks - 1; block >= work.blocks; --block) skip_block();
+        if (work.blocks == 0) return;
+        // Half a block is often enough for the diagonal: for a short response half of all there is. Both products of it
+        // are then half as wide; the second one in the loop's first round.
+        bool half = work.last_slot() % BLOCK_N < BLOCK_N / 2;
+        if (half) {
+            first_block<BLOCK_N / 2>(tile, work, queries, softmax);
+        } else {
+            first_block<BLOCK_N>(tile, work, queries, softmax);
+        }
 #pragma unroll
         for (int i = 0; i < E / 2; ++i) out[i] = 0.0f;
+        float rescale[2];
+        if (work.blocks > 1) await_keys();
         for (int block = work.blocks - 2; block >= 0; --block) {
-            await_keys();
             take_turn();
             pin_operands();
             wgmma_fence();
-            start_scores(queries);
+            start_scores<BLOCK_N>(queries);
             await_values();
-            wgmma_fence();
-            start_output();
+            start_output(half);
+            half = false;
             pass_turn();
             wgmma_wait<1>();
             pin_registers(scores);
             release_keys();
-            mask(tile, work, block);
+            mask<BLOCK_N>(tile, work, block);
             softmax.update(scores, problem.scale_log2, rescale);
+            pin_registers(scores);
+            // Here and not at the loop's head, because it also keeps the exponentials before the wait that follows:
+            // with no branch between them ptxas sinks them behind it, where no product runs over them. (The pin does
+            // the same for the compiler before ptxas; tests/sass.rs looks at the outcome.)
+            if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);
             release_values();
@@ -419,8 +340,7 @@ struct Consumer {
         }
         await_values();
         pin_operands();
-        wgmma_fence();
-        start_output();
+        start_output(half);
         wgmma_wait<0>();
         pin_registers(out);
         release_values();
@@ -429,7 +349,7 @@ struct Consumer {
     // Output, divided by the sums, through the slab's own queries, which no product needs any more, so that a store
     // covers whole lines. A warp stages and stores its own 16 rows.
     DEVICE void store(bf16* out_rows, float* lse, const TileWork& tile, const SlabWork& work, uint32_t staging,
-                      const typename C::Softmax& softmax) {
+                      const OnlineSoftmax& softmax) {
         const int lane = int(lane_id()), warp_row = int(threadIdx.x) % kWarpgroupThreads / 32 * 16;
         const float factors[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
 #pragma unroll
@@ -480,7 +400,7 @@ DEVICE void consume(bf16* out, float* lse, const Shared<E>& shared, const Proble
         if (tile.blocks == 0) break;
         const SlabWork work(tile, problem, consumer.slab, C::BLOCK_N);
         const uint32_t queries = shared.slab(query.stage, consumer.slab);
-        typename C::Softmax softmax;
+        OnlineSoftmax softmax;
         consumer.attend(tile, work, queries, softmax);
         if (work.blocks != 0) {
             softmax.finish();

@@ -4,6 +4,7 @@
 //   forward          x[T, I]              weight[O, I], by rows  bf16 assigned (+ bias)
 //   backward_input   dout[T, O]           weight[O, I]           bf16 assigned, or f32 accumulated
 //   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
+//   swiglu_forward   x[T, I]              weight[2F, I], by rows bf16 gate_up[T, 2F] assigned (+ bias), and out[T, F]
 //
 // T may be anything; I and O are multiples of 8 and arrays start on 16 bytes, which tensor maps ask for.
 
@@ -67,6 +68,24 @@ mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                              mmpo_stream stream) {
     return launch_bf16<ForwardLines>(out, bias, {x, weight, rows, outputs, inputs}, stream);
+}
+
+mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
+                                                    const mmpo_bf16* weight, const mmpo_bf16* bias, int32_t rows,
+                                                    int32_t inputs, int32_t width, mmpo_stream stream) {
+    const Operands operands{x, weight, rows, 2 * width, inputs};
+    if (empty(operands)) return kSuccess;
+    const bool mappable = operands_mappable<GatedForwardLines>(operands) && vector_rows(width);
+    if (!mappable || !vector_aligned(out, gate_up)) return kInvalidValue;
+    StoreSwiGlu epilogue{{}, {}, {}, bias, rows, width};
+    if (const int error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
+    if (const int error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
+    if (const int error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
+    // Tiles whose halves are whole panels of one consumer.
+    constexpr TileShape kShapes[] = {{128, 256}, {128, 128}};
+    const ProductPlan plan = plan_among(kShapes, 2, rows, 2 * width, inputs, false);
+    if (plan.block_n == 256) return launch_tiles<Tile128x256, GatedForwardLines>(operands, plan, epilogue, stream);
+    return launch_tiles<Tile128x128, GatedForwardLines>(operands, plan, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,

@@ -2,14 +2,13 @@
 //
 // A row of gate_up[T, 2F] is F gate values, then F up values. Both directions assign.
 
+#include "common/sigmoid.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
 // Vectors a lane: with two or three inputs 64 or 96 bytes are under way in each lane.
 constexpr int kVectors = 2;
-
-DEVICE float sigmoid(float x) { return rcp_approx(1.0f + __expf(-x)); }
 
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)

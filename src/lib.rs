@@ -3,6 +3,7 @@
 //! Tokens of pairs flow down through the model to per-token log-probs, an objective turns those into per-token
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -1,5 +1,5 @@
 //! What the build promises: a binary without CUDA libraries that starts anywhere, objects that are compiled again only
-//! when their input changed, and a complaint for every spill.
+//! when their input changed, a complaint for every spill, and a table of what each kernel takes.
 
 #[path = "../build/choices.rs"]
 mod choices;
@@ -155,4 +155,44 @@ fn spills_stack_frames_and_warnings_are_found() {
         "{findings:?}"
     );
     assert!(findings[1].contains("#177-D"), "{findings:?}");
+}
+
+/// Kernel names without hashes and parameters, and the numbers of each.
+#[test]
+fn resources_are_read_from_what_ptxas_prints() {
+    let entry = |name: &str, used: &str| {
+        format!(
+            "ptxas info    : Compiling entry function '{name}' for 'sm_90a'\n\
+             ptxas info    : Function properties for {name}\n    \
+             8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads\n\
+             ptxas info    : Used {used}\n"
+        )
+    };
+    let hash = "_ZN44_GLOBAL__N__af19f3eb_11_rms_norm_cu_0360fd70";
+    let output = [
+        entry(&format!("{hash}10add_kernelILb0EEEvP9mmpo_bf16PKS1_S4_l"), "29 registers, used 0 barriers"),
+        entry(
+            &format!("{hash}23rms_norm_forward_kernelINS_9RowLayoutILi2ELi4ELb1EEELb1EEEvP9mmpo_bf16"),
+            "52 registers, used 1 barriers, 1056 bytes smem, 440 bytes cmem[0]",
+        ),
+        entry("_ZN4mmpo3gpu19add_partials_kernelEPfPKfii", "24 registers, used 0 barriers"),
+        entry("no_mangled_name", "7 registers"),
+    ]
+    .concat();
+    let folder = tempfile::tempdir().unwrap();
+    let compiled = Compiled { source: "kernels/rms_norm.cu".into(), object: "rms_norm.o".into(), output };
+    ptxas::write_resources(&[compiled], "13.0.88", folder.path()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("resources.csv")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "# nvcc 13.0.88",
+            "file,kernel,target,registers,stack,spill_stores,spill_loads,shared",
+            "rms_norm.cu,\"add_kernel<false>\",sm_90a,29,8,4,2,0",
+            "rms_norm.cu,\"add_partials_kernel\",sm_90a,24,8,4,2,0",
+            "rms_norm.cu,\"no_mangled_name\",sm_90a,7,8,4,2,0",
+            "rms_norm.cu,\"rms_norm_forward_kernel<RowLayout<2, 4, true>, true>\",sm_90a,52,8,4,2,1056",
+        ]
+    );
 }

@@ -1,19 +1,47 @@
-//! What the kernels do, counted exactly by the emulated device: work and traffic that a change of a kernel should not
-//! raise unseen. Counts are of a whole process, so this is one test.
+//! What the kernels do, counted exactly by the emulated device, and what ptxas gives them: work, traffic and registers
+//! that a change of a kernel must not raise unseen.
+//!
+//! `tests/counts/kernels.csv` has every launcher's counts at fixed shapes, `tests/counts/ptxas.csv` every kernel's
+//! registers, stack, spills and static shared memory. A test fails where a number differs, and says which rose and which
+//! fell. Where the change is meant, record the tables again and commit them:
+//!
+//! ```text
+//! MMPO_FAST_RECORD=1 cargo test --release --test kernel_counts
+//! ```
 
 #![cfg(mmpo_emulated)]
 
+#[path = "kernel_counts/table.rs"]
+mod table;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use mmpo_fast::bench::cases::{self, Maker};
+use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
-    CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_SCHEDULE_ORDERED,
+    self, CudaDevice, EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
 };
-use mmpo_fast::device::{Device, LinearShape};
+use mmpo_fast::device::{Device, LinearShape, RawValues};
+
+use table::Table;
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
+
+/// The checked variant's options and counters are the process's: one test at a time.
+fn checked_variant() -> MutexGuard<'static, ()> {
+    static CHECKED: Mutex<()> = Mutex::new(());
+    CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
 const BF16: usize = 2;
+
+/// The compiler of tools/setup_cuda.sh; others give other registers.
+const NVCC: &str = "# nvcc 13.0.88";
 
 fn counted(run: impl FnOnce()) -> EmulatorCounters {
     VARIANT.reset_counters();
@@ -78,6 +106,7 @@ fn assert_hopper_product(
 
 #[test]
 fn hopper_products_read_each_operand_once_a_tile() {
+    let _alone = checked_variant();
     let variant = EmulatorVariant::Checked;
     let options = EmulatorOptions {
         async_: MMPO_EMULATOR_ASYNC_LATE as i32,
@@ -109,4 +138,191 @@ fn hopper_products_read_each_operand_once_a_tile() {
     assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
     let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
     assert_hopper_product(&inputs, shape.rows, shape.inputs, shape.outputs, BF16);
+}
+
+/// The counted columns, then what the operation needs at least; a minimum is the whole operation's, and stands in its row,
+/// or in a row `all` where several launchers share the work.
+const COLUMNS: [&str; 9] = [
+    "launches",
+    "mma_operations",
+    "mma_flops",
+    "minimum_flops",
+    "load_bytes",
+    "store_bytes",
+    "minimum_bytes",
+    "sectors",
+    "bank_conflicts",
+];
+
+/// Counts of launches, in the order of [`COLUMNS`] without the minima.
+#[derive(Clone, Copy, Default)]
+struct Counts([u64; 7]);
+
+impl Counts {
+    fn of(counters: &EmulatorCounters) -> Self {
+        let c = counters;
+        Counts([
+            c.launches,
+            c.mma_operations + c.wgmma_operations,
+            c.mma_flops + c.wgmma_flops,
+            c.global_load_bytes + c.copy_async_bytes + c.tensor_load_bytes,
+            c.global_store_bytes + c.tensor_store_bytes,
+            c.global_load_sectors + c.global_store_sectors,
+            c.matrix_bank_conflicts + c.shared_wavefronts - c.shared_wavefronts_ideal,
+        ])
+    }
+
+    fn add(&mut self, more: Counts) {
+        for (sum, more) in self.0.iter_mut().zip(more.0) {
+            *sum += more;
+        }
+    }
+
+    /// A row's cells; `minimum` is floating-point operations and bytes.
+    fn cells(self, minimum: Option<[f64; 2]>) -> Vec<String> {
+        let [launches, operations, flops, loads, stores, sectors, conflicts] =
+            self.0.map(|count| count.to_string());
+        let [least_flops, least_bytes] = match minimum {
+            Some(minimum) => minimum.map(|value| format!("{value:.0}")),
+            None => [const { String::new() }; 2],
+        };
+        vec![launches, operations, flops, least_flops, loads, stores, least_bytes, sectors, conflicts]
+    }
+}
+
+fn shape(model: &str, profile: &str, pairs: usize) -> Shape {
+    Shape {
+        model: model.into(),
+        config: shapes::model(model, None).unwrap(),
+        profile: profile.into(),
+        lengths: shapes::lengths(profile).unwrap(),
+        pairs,
+    }
+}
+
+/// Two pairs that fill whole tiles, and ragged ones of a model with heads of 128.
+fn counted_shapes() -> [Shape; 2] {
+    [shape("tiny", "64/32/32", 2), shape("tiny-128", "40/21/9", 2)]
+}
+
+/// What a case's launchers do at `shape`: its row's key, without the path, and cells.
+fn count_case(device: &CudaDevice, make: Maker<CudaDevice>, shape: &Shape) -> Vec<(String, Vec<String>)> {
+    let mut case = make(device, shape).unwrap();
+    case.prepare_operands(device).unwrap();
+    let (done, launches) = EmulatorVariant::Checked.count_launches(|| case.run(device));
+    done.unwrap();
+    let mut by_launcher: BTreeMap<&str, Counts> = BTreeMap::new();
+    let mut total = Counts::default();
+    for EmulatedLaunch { launcher, counters } in &launches {
+        let counts = Counts::of(counters);
+        by_launcher.entry(launcher).or_default().add(counts);
+        total.add(counts);
+    }
+    let minimum = Some([case.flops, case.bytes]);
+    let key = |launcher: &str| format!("{};{};{launcher}", shape.name(), case.name());
+    let alone = by_launcher.len() == 1;
+    let mut rows: Vec<_> = by_launcher
+        .into_iter()
+        .map(|(launcher, counts)| (key(launcher), counts.cells(minimum.filter(|_| alone))))
+        .collect();
+    if !alone && !rows.is_empty() {
+        rows.push((key("all"), total.cells(minimum)));
+    }
+    rows
+}
+
+/// The conversion of uploaded weights, which no case times: it is a part of reading a checkpoint.
+fn count_conversion(device: &CudaDevice) -> Vec<(String, Vec<String>)> {
+    let values = vec![1.5; 4096];
+    let mut buffer = device.alloc(values.len()).unwrap();
+    let upload = || device.upload_values(&mut buffer, 0, RawValues::from_f32(&values));
+    let (done, launches) = EmulatorVariant::Checked.count_launches(upload);
+    done.unwrap();
+    let minimum = (values.len() * (size_of::<f32>() + BF16)) as f64;
+    let row = |launch: &EmulatedLaunch| {
+        let cells = Counts::of(&launch.counters).cells(Some([0.0, minimum]));
+        (format!("4096 values;upload_values;{}", launch.launcher), cells)
+    };
+    launches.iter().map(row).collect()
+}
+
+/// Launchers of `kernels/api.h` that run a kernel of ours: `zero` is the runtime's.
+fn launchers() -> BTreeSet<String> {
+    let header =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/api.h")).unwrap();
+    let declared = header.split("mmpo_status MMPO_EXPORT(").skip(1);
+    let mut names: BTreeSet<String> =
+        declared.filter_map(|rest| rest.split_once(')')).map(|(name, _)| name.to_owned()).collect();
+    assert!(names.remove("zero") && names.len() >= 25, "{names:?}");
+    names
+}
+
+#[test]
+fn every_launcher_does_what_the_committed_table_says() {
+    let _alone = checked_variant();
+    EmulatorVariant::Checked
+        .configure(EmulatorOptions {
+            async_: MMPO_EMULATOR_ASYNC_LATE as i32,
+            schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
+            seed: 0,
+            host_threads: 0,
+            multiprocessors: 0,
+            trace_accesses: 1,
+        })
+        .unwrap();
+    let header = format!("path;shape;operation;launcher;{}", COLUMNS.join(";"));
+    let mut table = Table::new("kernels.csv", header);
+    let device = CudaDevice::emulated(EmulatorVariant::Checked);
+    let mut portable = count_conversion(&device);
+    for shape in &counted_shapes() {
+        for make in cases::all() {
+            portable.extend(count_case(&device, make, shape));
+        }
+    }
+    let hopper_device = device.with_path(KernelPath::Hopper);
+    for shape in &counted_shapes() {
+        for make in cases::all() {
+            for row in count_case(&hopper_device, make, shape) {
+                // Most operations have one set of kernels.
+                if !portable.contains(&row) {
+                    table.insert(format!("hopper;{}", row.0), row.1);
+                }
+            }
+        }
+    }
+    for (key, cells) in portable {
+        table.insert(format!("portable;{key}"), cells);
+    }
+    let counted: BTreeSet<String> =
+        table.rows().keys().filter_map(|key| key.split(';').nth(3)).map(str::to_owned).collect();
+    let missing: Vec<String> = launchers().difference(&counted).cloned().collect();
+    assert!(missing.is_empty(), "no case of src/bench/cases runs {missing:?}: add one");
+    table.hold_against_the_committed_one();
+}
+
+/// The build's own table against the committed one, where the build had the project's nvcc.
+#[test]
+fn every_kernel_takes_the_registers_that_the_committed_table_says() {
+    let built = Path::new(env!("OUT_DIR")).join("ptxas/resources.csv");
+    if !cuda::build_info().starts_with("nvcc ") {
+        eprintln!("built without nvcc ({}): skipped", cuda::build_info());
+        return;
+    }
+    let text = std::fs::read_to_string(&built).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
+    let (compiler, rows) = text.split_once('\n').unwrap();
+    if compiler != NVCC {
+        eprintln!("built by {compiler}, the table is of {NVCC}: skipped");
+        return;
+    }
+    let mut rows = rows.lines();
+    let header = rows.next().unwrap().replace(',', ";");
+    let mut table = Table::new("ptxas.csv", header);
+    for row in rows {
+        // file,"kernel<a, b>",target,numbers
+        let [file, kernel, numbers] = row.split('"').collect::<Vec<_>>()[..] else { panic!("{row}") };
+        let numbers: Vec<&str> = numbers.trim_start_matches(',').split(',').collect();
+        let cells = numbers[1..].iter().map(|&cell| cell.to_owned()).collect();
+        table.insert(format!("{};{kernel};{}", file.trim_end_matches(','), numbers[0]), cells);
+    }
+    table.hold_against_the_committed_one();
 }

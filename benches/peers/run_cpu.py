@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = Path("benches/peers")
 PYTHON = Path(".venv/bin/python")
-ENGINES = ("mmpo-fast", "pytorch-eager", "pytorch-sliced", "pytorch-compile", "candle")
+ENGINES = ("mmpo-fast", "pytorch-padded", "pytorch-sliced", "pytorch-compile", "pytorch-packed", "candle")
 OURS, BASELINE = ENGINES[0], ENGINES[1]
 # Warm-up and timed steps of one process.
 STEPS = {"smollm2-135m": (2, 5), "tiny-5m": (5, 20)}
@@ -51,14 +51,14 @@ def commands(engines):
     found = {}
     for engine in engines:
         if engine == OURS:
-            found[engine] = [build("bench", "--no-run", "--bench", "step")]
+            found[engine] = [build("build", "--release", "--bin", "mmpo-fast"), "--quiet", "bench", "step", "--device", "cpu"]
         elif engine == "candle":
-            found[engine] = [build("build", "--release", "--package", "candle-peer")]
+            found[engine] = [build("build", "--release", "--package", "candle-peer"), "step", "--device", "cpu"]
         else:
             if not (ROOT / PYTHON).exists():
                 sys.exit("run_cpu.py: there is no .venv: run tests/reference/setup.sh, or choose engines with --engine")
             variant = engine.removeprefix("pytorch-")
-            found[engine] = [str(PYTHON), str(PEERS / "pytorch_step.py"), "--variant", variant]
+            found[engine] = [str(PYTHON), str(PEERS / "step.py"), "--device", "cpu", "--variant", variant]
     return found
 
 
@@ -67,11 +67,10 @@ def measure(command, shape, arguments):
     options = {
         "shape": shape,
         "pairs": arguments.pairs,
-        "prompt": arguments.prompt,
-        "response": arguments.response,
+        "profile": f"{arguments.prompt}/{arguments.response}/{arguments.response}",
         "threads": arguments.threads,
-        "warmup": warmup,
-        "steps": arguments.steps or steps,
+        "warmups": warmup,
+        "calls": arguments.steps or steps,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run = subprocess.run([*command, *flags, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -90,7 +89,7 @@ def summary(shape, runs):
     medians = {engine: statistics.median(values) for engine, values in seconds.items()}
     base = medians[reference[0]["name"]]
     lines = [
-        f"## {shape}: {reference[0]['pairs']} pairs, prompt {reference[0]['prompt']}, responses {reference[0]['response']}",
+        f"## {shape}: {reference[0]['pairs']} pairs, prompt {reference[0]['prompt']}, responses {reference[0]['chosen']}",
         "",
         f"| engine | s/step, median | quartiles | range | pair tokens/s | time, {reference[0]['name']} = 1 | peak MiB | above start MiB | loss differs by |",
         "|---|---|---|---|---|---|---|---|---|",

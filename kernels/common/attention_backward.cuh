@@ -5,8 +5,11 @@
 //   main     a block owns a tile of keys of one key/value head: S, dP, dV, dK and its term of dQ (5 products)
 //   finish   dQ's f32 sums to bf16
 //
+// Query heads that share keys share tiles: row r of a tile of queries is token r / packed, head r % packed. (A "pack"
+// is those heads.) dK and dV want the sum over them anyway, and a short response fills its tiles.
+//
 // The order of dQ. Blocks that own different keys add to the same rows of dQ, and f32 sums depend on their order. So
-// each (tile of queries, head) has a counter of turns: the tile of keys on the diagonal assigns, then its neighbour
+// each (tile of queries, pack) has a counter of turns: the tile of keys on the diagonal assigns, then its neighbour
 // towards the first key adds, and so on; rejected queries take the prompt's tiles, again descending, after their own. A
 // block walks its queries upwards from its own diagonal, so at any moment the blocks of one sequence are at tiles of
 // queries a few apart, and the one that a block waits for has been there before it. (Ascending order would have all
@@ -14,6 +17,7 @@
 // only for earlier tickets, so it never waits for a block that has not started.
 #pragma once
 
+#include "attention_mask.cuh"
 #include "attention_tiles.cuh"
 #include "launch.cuh"
 
@@ -29,14 +33,27 @@ struct AttentionGradient {
     const uint32_t* spans;
     int pairs, rows, heads, kv_heads, head_size;
     float scale;
+    HeadPacking packing;
+    int tile_tokens;  // of a tile of queries: BLOCK_M / packing.heads
 
-    HOST_DEVICE int group() const { return heads / kv_heads; }
+    // Groups of packed heads that share a key/value head.
+    HOST_DEVICE int packs() const { return packing.groups / kv_heads; }
     HOST_DEVICE int64_t stride() const { return int64_t(heads + 2 * kv_heads) * head_size; }
     HOST_DEVICE int64_t out_stride() const { return int64_t(heads) * head_size; }
     HOST_DEVICE int query_column(int head) const { return head * head_size; }
     HOST_DEVICE int key_column(int kv_head) const { return (heads + kv_head) * head_size; }
     HOST_DEVICE int value_column(int kv_head) const { return key_column(kv_heads + kv_head); }
 };
+
+// The most heads of a group that share tiles of block_m queries and leave at most a sixteenth of their rows idle. Row r
+// of a tile is token r / heads, head r % heads: a short response fills its tiles, and the diagonal cuts fewer of them.
+inline HeadPacking gradient_packing(int heads, int kv_heads, int block_m) {
+    const int group = heads / kv_heads;
+    int packed = 1;
+    for (int candidate = 2; candidate <= group && candidate <= block_m; ++candidate)
+        if (group % candidate == 0 && block_m % candidate <= block_m / 16) packed = candidate;
+    return {packed, heads / packed, uint32_t((65536 + packed - 1) / packed)};
+}
 
 // A tile of keys to be owned by a block: `tile` as find_row_tile counts.
 struct KeyTileEntry {
@@ -67,20 +84,22 @@ inline int64_t all_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
 
 // Workspace of a backward pass with tiles of BLOCK_M queries and BLOCK_N keys.
 struct GradientWorkspace {
-    float* dq;              // [query tiles, H, BLOCK_M * E] in fragments: see dq_fragment
-    float* statistics;      // [query tiles, H, 2, BLOCK_M]: lse in base 2, delta
-    uint32_t* turns;        // [query tiles, H]
+    float* dq;              // [query tiles, packs, BLOCK_M * E] in fragments: see dq_fragment
+    float* statistics;      // [query tiles, packs, 2, BLOCK_M]: lse in base 2, delta
+    uint32_t* turns;        // [query tiles, packs]
     uint32_t* next_ticket;  // [1]
     KeyTileEntry* key_tiles;
 
-    static int64_t bytes(int64_t rows, int64_t pairs, int heads, int head_size, int block_m, int block_n) {
-        const int64_t tiles = tile_numbers(rows, pairs, block_m) * heads;
+    static int64_t bytes(int64_t rows, int64_t pairs, int heads, int kv_heads, int head_size, int block_m,
+                         int block_n) {
+        const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
+        const int64_t tiles = tile_numbers(rows, pairs, block_m / packing.heads) * packing.groups;
         return tiles * block_m * (head_size + 2) * int64_t(sizeof(float)) + ceil_div(tiles + 1, 4) * 16 +
                tile_numbers(rows, pairs, block_n) * int64_t(sizeof(KeyTileEntry));
     }
 
     GradientWorkspace(void* start, const AttentionGradient& problem, int block_m) {
-        const int64_t tiles = tile_numbers(problem.rows, problem.pairs, block_m) * problem.heads;
+        const int64_t tiles = tile_numbers(problem.rows, problem.pairs, problem.tile_tokens) * problem.packing.groups;
         dq = static_cast<float*>(start);
         statistics = dq + tiles * block_m * problem.head_size;
         turns = reinterpret_cast<uint32_t*>(statistics + tiles * block_m * 2);
@@ -91,56 +110,69 @@ struct GradientWorkspace {
 
 // ------------------------------------------------------------------------------------------- queries of a tile of keys
 
-// One step of a block's walk: BLOCK_M rows of queries that see some of its keys.
+// One step of a block's walk: a tile of queries that see some of its keys.
 struct QueryTile {
-    int first;      // first row; the tile ends early where its sequence does
+    int first;      // first token; the tile ends early where its sequence does
     int number;     // see tile_number
     uint32_t turn;  // of this block at the tile's rows of dQ
-    bool other;     // rejected queries on the prompt's keys: they see keys before `QueryWalk::prompt_last`
+    int keys;       // of the block, from its first on, that some of the queries see: products leave out the rest
+    bool other;     // rejected queries on the prompt's keys: they see the first `keys` whatever their own place
     bool crosses;   // a boundary of the mask runs through keys x queries
 };
 
 // The tiles of queries that see a tile of keys, ascending from its diagonal; then, for keys of the prompt, those of the
 // rejected response. A tile of chosen keys alone has none of the latter.
-template <int BLOCK_M, int BLOCK_N>
+template <int BLOCK_N>
 struct QueryWalk {
-    static_assert(BLOCK_N % BLOCK_M == 0, "a tile of queries meets the diagonal in one tile of keys");
-    static constexpr int kPerKeyTile = BLOCK_N / BLOCK_M;
-
     int steps;
-    int prompt_last;
-    int own_first, own_number, own_steps;
-    int other_first, other_number;
-    uint32_t other_turn;
-    bool crosses_prompt_end;
+    int tokens, packed;   // of a tile of queries: its tokens, and the rows of each
+    int first_key, keys;  // of the tile of keys
+    int prompt_keys;      // of them
+    int own_first, own_number, own_steps, own_last;
+    int other_first, other_number, other_last;
+    int key_tile, prompt_tiles;  // in the sequence
 
-    DEVICE QueryWalk(const Span& span, int pair, const RowTile& keys) {
-        const int key_tile = (keys.first - keys.sequence_first) / BLOCK_N;
-        prompt_last = span.start + span.prompt;
-        own_first = keys.first;
-        own_number = tile_number(keys.sequence_first, pair, keys.rejected, BLOCK_M) + key_tile * kPerKeyTile;
-        own_steps = (keys.sequence_last - keys.first + BLOCK_M - 1) / BLOCK_M;
-        other_first = prompt_last + span.chosen;
-        other_number = tile_number(other_first, pair, true, BLOCK_M);
-        const bool visited = !keys.rejected && keys.first < prompt_last;
-        steps = own_steps + (visited ? (span.rejected + BLOCK_M - 1) / BLOCK_M : 0);
-        other_turn = visited ? uint32_t(1 + (span.prompt - 1) / BLOCK_N - key_tile) : 0;
-        crosses_prompt_end = keys.first + BLOCK_N > prompt_last;
+    DEVICE QueryWalk(const Span& span, int pair, const RowTile& tile, int tile_tokens, int packed_heads) {
+        tokens = tile_tokens;
+        packed = packed_heads;
+        first_key = tile.first;
+        keys = tile.last - tile.first;
+        key_tile = (tile.first - tile.sequence_first) / BLOCK_N;
+        prompt_tiles = (span.prompt + BLOCK_N - 1) / BLOCK_N;
+        prompt_keys = tile.rejected ? 0 : min(keys, span.start + span.prompt - tile.first);
+        const int diagonal = (tile.first - tile.sequence_first) / tokens;
+        own_first = tile.sequence_first + diagonal * tokens;
+        own_last = tile.sequence_last;
+        own_number = tile_number(tile.sequence_first, pair, tile.rejected, tokens) + diagonal;
+        own_steps = (own_last - own_first + tokens - 1) / tokens;
+        other_first = span.start + span.prompt + span.chosen;
+        other_last = other_first + span.rejected;
+        other_number = tile_number(other_first, pair, true, tokens);
+        steps = own_steps + (prompt_keys > 0 ? (span.rejected + tokens - 1) / tokens : 0);
     }
 
     DEVICE QueryTile tile(int step) const {
         if (step < own_steps) {
-            return {own_first + step * BLOCK_M, own_number + step, uint32_t(step / kPerKeyTile), false,
-                    step < kPerKeyTile};
+            const int first = own_first + step * tokens, last = min(first + tokens, own_last);
+            return {first,
+                    own_number + step,
+                    uint32_t((last - 1 - first_key) / BLOCK_N),
+                    min(keys, last - first_key),
+                    false,
+                    first < first_key + BLOCK_N - 1};
         }
         const int behind = step - own_steps;
-        return {other_first + behind * BLOCK_M, other_number + behind, other_turn + uint32_t(behind / kPerKeyTile),
-                true, crosses_prompt_end};
+        const int first = other_first + behind * tokens, last = min(first + tokens, other_last);
+        const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
+        return {first, other_number + behind, uint32_t(own_terms + prompt_tiles - 1 - key_tile), prompt_keys,
+                true,  prompt_keys < BLOCK_N};
     }
 
-    // Of a tile that `crosses`. Queries behind the end of their sequence need no mask: their lse is infinite.
-    DEVICE bool seen(const QueryTile& queries, int query, int key) const {
-        return queries.other ? key < prompt_last : key <= query;
+    // The first row of a tile that sees the `key`-th key of the block; all behind it do too. (Those behind the end of
+    // their sequence as well: their lse is infinite instead.)
+    DEVICE int first_seeing(const QueryTile& tile, int key) const {
+        if (key >= tile.keys) return tokens * packed;
+        return tile.other ? 0 : (first_key + key - tile.first) * packed;
     }
 };
 
@@ -216,32 +248,50 @@ DEVICE void list_key_tiles(KeyTileEntry* key_tiles, const uint32_t* spans, int p
         key_tiles[before + i] = {uint32_t(pair), tiles - 1 - i};
 }
 
-// A block a tile of queries of one head: (tile of the pair, head, pair).
+// The tile of queries of a block of the grid (tile of the pair, pack, pair).
+struct PreparedTile {
+    RowTile queries;
+    int64_t slot;
+    int first_head;
+
+    // False behind the pair's last tile.
+    DEVICE bool find(const AttentionGradient& problem) {
+        const int pair = int(blockIdx.z), pack = int(blockIdx.y);
+        if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), problem.tile_tokens)) return false;
+        const int number = tile_number(queries.sequence_first, pair, queries.rejected, problem.tile_tokens) +
+                           (queries.first - queries.sequence_first) / problem.tile_tokens;
+        slot = int64_t(number) * problem.packing.groups + pack;
+        first_head = pack * problem.packing.heads;
+        return true;
+    }
+
+    // Index in [T, H] of a row; -1 where it has no query.
+    DEVICE int64_t position(const AttentionGradient& problem, int row) const {
+        return problem.packing.position(row, queries.first, queries.last, first_head);
+    }
+};
+
 template <int E, int BLOCK_M, int BLOCK_N>
 __global__ void __launch_bounds__(kGradientThreads)
     attention_prepare_kernel(AttentionGradient problem, GradientWorkspace workspace) {
     SHARED_ARRAY(uint32_t, partials, kGradientThreads / 32);
-    const int pair = int(blockIdx.z), head = int(blockIdx.y);
-    if (blockIdx.x == 0 && head == 0) {
+    const int pair = int(blockIdx.z);
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
         if (pair == 0 && threadIdx.x == 0) *workspace.next_ticket = 0;
         list_key_tiles<BLOCK_N>(workspace.key_tiles, problem.spans, problem.pairs, pair, partials);
     }
-    RowTile queries;
-    if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), BLOCK_M)) return;
-    const int number = tile_number(queries.sequence_first, pair, queries.rejected, BLOCK_M) +
-                       (queries.first - queries.sequence_first) / BLOCK_M;
-    const int64_t slot = int64_t(number) * problem.heads + head;
-    if (threadIdx.x == 0) workspace.turns[slot] = 0;
+    PreparedTile tile;
+    if (!tile.find(problem)) return;
+    if (threadIdx.x == 0) workspace.turns[tile.slot] = 0;
 
     // Lanes that share a row, 16 bytes each.
     constexpr int kLanes = E / kChunkValues, kRowsAtOnce = kGradientThreads / kLanes;
-    float* statistics = workspace.statistics + slot * 2 * BLOCK_M;
+    float* statistics = workspace.statistics + tile.slot * 2 * BLOCK_M;
     const int lane = int(threadIdx.x) % kLanes;
 #pragma unroll
     for (int first = 0; first < BLOCK_M; first += kRowsAtOnce) {
         const int row = first + int(threadIdx.x) / kLanes;
-        const bool valid = row < BLOCK_M && queries.first + row < queries.last;
-        const int64_t index = int64_t(valid ? queries.first + row : queries.first) * problem.heads + head;
+        const int64_t position = tile.position(problem, row), index = max(position, int64_t(0));
         const uint4 a = load_128(problem.dout + index * E + lane * kChunkValues);
         const uint4 b = load_128(problem.out + index * E + lane * kChunkValues);
         const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
@@ -252,9 +302,9 @@ __global__ void __launch_bounds__(kGradientThreads)
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
         if (lane == 0 && row < BLOCK_M) {
-            // Rows behind the end: an infinite lse makes every probability an exact zero.
-            statistics[row] = valid ? problem.lse[index] * kLog2E : INFINITY;
-            statistics[BLOCK_M + row] = valid ? delta : 0.0f;
+            // Rows without a query: an infinite lse makes every probability an exact zero.
+            statistics[row] = position >= 0 ? problem.lse[index] * kLog2E : INFINITY;
+            statistics[BLOCK_M + row] = position >= 0 ? delta : 0.0f;
         }
     }
 }
@@ -263,49 +313,47 @@ __global__ void __launch_bounds__(kGradientThreads)
 template <int E, int BLOCK_M>
 __global__ void __launch_bounds__(kGradientThreads)
     attention_finish_kernel(AttentionGradient problem, GradientWorkspace workspace) {
-    const int pair = int(blockIdx.z), head = int(blockIdx.y), lane = int(lane_id());
-    RowTile queries;
-    if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), BLOCK_M)) return;
-    const int number = tile_number(queries.sequence_first, pair, queries.rejected, BLOCK_M) +
-                       (queries.first - queries.sequence_first) / BLOCK_M;
-    const float* dq = workspace.dq + (int64_t(number) * problem.heads + head) * (BLOCK_M * E);
+    PreparedTile tile;
+    if (!tile.find(problem)) return;
+    const float* dq = workspace.dq + tile.slot * (BLOCK_M * E);
+    const int lane = int(lane_id());
     constexpr int kParts = BLOCK_M / 16 * (E / 8);
 #pragma unroll 4
     for (int part = int(threadIdx.x) / 32; part < kParts; part += kGradientThreads / 32) {
         const int row_group = part / (E / 8), column_group = part % (E / 8);
         const uint4 v = load_128(dq + dq_fragment<E>(row_group, column_group));
-        const int top = queries.first + row_group * 16 + lane / 4;
-        const int column = problem.query_column(head) + column_group * 8 + lane % 4 * 2;
-        bf16* to = problem.dqkv + top * problem.stride() + column;
-        const float scale = problem.scale;
-        if (top < queries.last) {
-            *reinterpret_cast<uint32_t*>(to) = pack_bf16x2(__uint_as_float(v.x) * scale, __uint_as_float(v.y) * scale);
-        }
-        if (top + 8 < queries.last) {
-            *reinterpret_cast<uint32_t*>(to + 8 * problem.stride()) =
-                pack_bf16x2(__uint_as_float(v.z) * scale, __uint_as_float(v.w) * scale);
+        const float values[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                                 __uint_as_float(v.w)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t position = tile.position(problem, row_group * 16 + lane / 4 + 8 * half);
+            if (position < 0) continue;
+            const int64_t token = position / problem.heads, head = position % problem.heads;
+            bf16* to = problem.dqkv + token * problem.stride() + head * E + column_group * 8 + lane % 4 * 2;
+            *reinterpret_cast<uint32_t*>(to) =
+                pack_bf16x2(values[2 * half] * problem.scale, values[2 * half + 1] * problem.scale);
         }
     }
 }
 
-// A block a tile of queries of one head.
-inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* host_spans, int block_m) {
-    return dim3(unsigned(most_row_tiles(host_spans, problem.pairs, block_m)), unsigned(problem.heads),
-                unsigned(problem.pairs));
+// A block a tile of queries of packed heads.
+inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* host_spans) {
+    return dim3(unsigned(most_row_tiles(host_spans, problem.pairs, problem.tile_tokens)),
+                unsigned(problem.packing.groups), unsigned(problem.pairs));
 }
 
 template <int E, int BLOCK_M, int BLOCK_N>
 int launch_prepare(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
                    cudaStream_t stream) {
-    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N>), query_tile_grid(problem, host_spans, BLOCK_M),
+    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N>), query_tile_grid(problem, host_spans),
                   dim3(kGradientThreads), 0, stream, problem, workspace);
 }
 
 template <int E, int BLOCK_M>
 int launch_finish(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
                   cudaStream_t stream) {
-    return LAUNCH((attention_finish_kernel<E, BLOCK_M>), query_tile_grid(problem, host_spans, BLOCK_M),
-                  dim3(kGradientThreads), 0, stream, problem, workspace);
+    return LAUNCH((attention_finish_kernel<E, BLOCK_M>), query_tile_grid(problem, host_spans), dim3(kGradientThreads),
+                  0, stream, problem, workspace);
 }
 
 }  // namespace

@@ -71,34 +71,6 @@ inline int most_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     return most;
 }
 
-// The keys that a tile of queries sees, cut into blocks of BLOCK_N: first `shared` (every query sees all of it), then
-// `own` (a query sees keys up to itself). Chosen x rejected blocks do not exist here, so they cost nothing.
-template <int BLOCK_N>
-struct KeyBlocks {
-    int shared_first, shared_last, own_first, own_last, shared_blocks, blocks;
-
-    DEVICE KeyBlocks(const Span& span, const RowTile& queries) {
-        shared_first = span.start;
-        shared_last = queries.rejected ? span.start + span.prompt : span.start;
-        own_first = queries.rejected ? queries.sequence_first : span.start;
-        own_last = queries.last;
-        shared_blocks = (shared_last - shared_first + BLOCK_N - 1) / BLOCK_N;
-        blocks = shared_blocks + (own_last - own_first + BLOCK_N - 1) / BLOCK_N;
-    }
-
-    // First key of a block, and the end of the range that it belongs to.
-    DEVICE int first(int block) const {
-        return block < shared_blocks ? shared_first + block * BLOCK_N : own_first + (block - shared_blocks) * BLOCK_N;
-    }
-    DEVICE int limit(int block) const { return block < shared_blocks ? shared_last : own_last; }
-
-    // Whether some of the block's scores must be masked for queries that begin at `first_query`.
-    DEVICE bool crosses_boundary(int block, int first_query) const {
-        const int end = first(block) + BLOCK_N;
-        return end > limit(block) || (block >= shared_blocks && end - 1 > first_query);
-    }
-};
-
 // ------------------------------------------------------------------------------------------------ tiles in shared
 // memory ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the
 // eight rows of an ldmatrix fall into eight different groups of banks.
@@ -126,11 +98,15 @@ DEVICE void load_tile_async(uint32_t tile, const bf16* source, int64_t stride, i
     }
 }
 
+// From chunk 0 or 1 of a row to chunk 2 * step or the next: chunks are exchanged by xor, and tiles start on a multiple
+// of a row's bytes. So one register holds a lane's address for every step.
+DEVICE uint32_t depth_offset(int step) { return uint32_t(2 * step * kChunkBytes); }
+
 // A[16, 16]: rows row.., columns 16 * step.. of a tile.
 template <int E>
 DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
-    ldmatrix_x4(a, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+    ldmatrix_x4(a, tile_address<E>(tile, row + lane % 16, lane / 16) ^ depth_offset(step));
 }
 
 // Two B[16, 8] whose columns are 16 rows of the tile and whose depth is its columns 16 * step..: products with a tile's
@@ -139,7 +115,7 @@ template <int E>
 DEVICE void load_b_transposed(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
     uint32_t r[4];
-    ldmatrix_x4(r, tile_address<E>(tile, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    ldmatrix_x4(r, tile_address<E>(tile, row + lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ depth_offset(step));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
@@ -148,7 +124,7 @@ template <int E>
 DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
     const int lane = int(lane_id());
     uint32_t r[4];
-    ldmatrix_x4_trans(r, tile_address<E>(tile, row + lane % 16, 2 * step + lane / 16));
+    ldmatrix_x4_trans(r, tile_address<E>(tile, row + lane % 16, lane / 16) ^ depth_offset(step));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 

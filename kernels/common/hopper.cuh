@@ -45,16 +45,16 @@ struct PanelTile {
     // columns 16 * step .. of it ("K-major").
     static DEVICE uint64_t depth_in_columns(uint32_t tile, int row, int step) {
         const int panel = step / 4;
-        return wgmma_descriptor(tile + uint32_t(panel * kPanelBytes + row * kPanelRowBytes + step % 4 * 32), 16, 1024,
-                                Swizzle::bytes_128);
+        return wgmma_descriptor(tile, 16, 1024, Swizzle::bytes_128,
+                                uint32_t(panel * kPanelBytes + row * kPanelRowBytes + step % 4 * 32));
     }
 
     // An operand whose outer index runs over the tile's columns from `column` (a multiple of 64) on, and whose depth is
     // rows 16 * step .. of it ("MN-major": pass it as transposed).
     static DEVICE uint64_t depth_in_rows(uint32_t tile, int column, int step) {
         const int panel = column / kPanelColumns;
-        return wgmma_descriptor(tile + uint32_t(panel * kPanelBytes + step * kWgmmaDepth * kPanelRowBytes), kPanelBytes,
-                                1024, Swizzle::bytes_128);
+        return wgmma_descriptor(tile, kPanelBytes, 1024, Swizzle::bytes_128,
+                                uint32_t(panel * kPanelBytes + step * kWgmmaDepth * kPanelRowBytes));
     }
 };
 

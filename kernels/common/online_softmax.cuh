@@ -20,14 +20,14 @@ DEVICE void mask_scores(float (&scores)[kScores], int half, Hidden hidden) {
     }
 }
 
-// Of a lane's two rows, kScores values a block.
-template <int kScores>
+// Of a lane's two rows.
 struct OnlineSoftmax {
     float maximum[2] = {-INFINITY, -INFINITY};  // of unscaled scores
     float sum[2] = {0.0f, 0.0f};                // this lane's columns only, until finish
 
     // Replaces scores by exp2(scale * (score - maximum)), and gives the factors by which results of earlier blocks are
     // to be multiplied. The scale is folded into one multiply-add a score; it must be positive.
+    template <int kScores>
     DEVICE void update(float (&scores)[kScores], float scale, float (&rescale)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

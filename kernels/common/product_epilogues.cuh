@@ -2,10 +2,25 @@
 #pragma once
 
 #include "product_sm90.cuh"
+#include "sigmoid.cuh"
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace hopper {
+
+// Adds columns x .. x + 64 of bias[width] to a panel's accumulators.
+DEVICE void add_bias(float (&values)[kPanelAccumulatorsBf16], const bf16* bias, int x, int width) {
+    const int pair = x + int(lane_id()) % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kPanelAccumulatorsBf16 / 4; ++j) {
+        if (pair + 8 * j >= width) return;
+        const float low = to_float(bias[pair + 8 * j]), high = to_float(bias[pair + 8 * j + 1]);
+        values[4 * j] += low;
+        values[4 * j + 1] += high;
+        values[4 * j + 2] += low;
+        values[4 * j + 3] += high;
+    }
+}
 
 // out[M, N] (+ bias), rounded once.
 struct StoreBf16 {
@@ -23,22 +38,9 @@ struct StoreBf16 {
             float values[kPanelAccumulatorsBf16];
 #pragma unroll
             for (int i = 0; i < kPanelAccumulatorsBf16; ++i) values[i] = d[first + i];
-            if (bias != nullptr) add_bias(values, x);
+            if (bias != nullptr) add_bias(values, bias, x, shape_n);
             write_panel_bf16(panels.acquire(), values);
             panels.send([&](uint32_t panel) { tma_store_2d(&out, panel, x, row); });
-        }
-    }
-
-    DEVICE void add_bias(float (&values)[kPanelAccumulatorsBf16], int x) const {
-        const int pair = x + int(lane_id()) % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < kPanelAccumulatorsBf16 / 4; ++j) {
-            if (pair + 8 * j >= shape_n) return;
-            const float low = to_float(bias[pair + 8 * j]), high = to_float(bias[pair + 8 * j + 1]);
-            values[4 * j] += low;
-            values[4 * j + 1] += high;
-            values[4 * j + 2] += low;
-            values[4 * j + 3] += high;
         }
     }
 };
@@ -68,6 +70,50 @@ struct StoreF32 {
                     tma_store_2d(&out, panel, x, row);
             });
         }
+    }
+};
+
+// gate_up[M, 2F] (+ bias), and out[M, F] = silu(gate) * up of what was stored, as swiglu.cu has it: a pass over gate_up
+// less. For GatedForwardLines in tiles whose consumers hold gate and up of the same 64 columns at least.
+struct StoreSwiGlu {
+    CUtensorMap gate, up, out;  // [M, F] each; gate and up are the halves of gate_up's rows
+    const bf16* bias;           // [2F], or null
+    int shape_m, width;         // M, F
+
+    template <int kCount, class Panels>
+    DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const {
+        static_assert(kCount % (2 * kPanelAccumulatorsBf16) == 0, "whole panels of gate, then as many of up");
+        if (row >= shape_m) return;
+#pragma unroll
+        for (int first = 0; first < kCount / 2; first += kPanelAccumulatorsBf16) {
+            const int x = column / 2 + 2 * first;
+            if (x >= width) return;
+            float gates[kPanelAccumulatorsBf16], ups[kPanelAccumulatorsBf16];
+#pragma unroll
+            for (int i = 0; i < kPanelAccumulatorsBf16; ++i) {
+                gates[i] = d[first + i];
+                ups[i] = d[kCount / 2 + first + i];
+            }
+            if (bias != nullptr) {
+                add_bias(gates, bias, x, width);
+                add_bias(ups, bias + width, x, width);
+            }
+            store(panels, gate, gates, x, row);
+            store(panels, up, ups, x, row);
+#pragma unroll
+            for (int i = 0; i < kPanelAccumulatorsBf16; ++i) {
+                const float stored = to_float(to_bf16(gates[i]));
+                ups[i] = to_float(to_bf16(ups[i])) * (stored * sigmoid(stored));
+            }
+            store(panels, out, ups, x, row);
+        }
+    }
+
+    template <class Panels>
+    static DEVICE void store(Panels& panels, const CUtensorMap& map, const float (&values)[kPanelAccumulatorsBf16],
+                             int x, int row) {
+        write_panel_bf16(panels.acquire(), values);
+        panels.send([&](uint32_t panel) { tma_store_2d(&map, panel, x, row); });
     }
 };
 

@@ -83,25 +83,30 @@ inline int square_tile_group(TileShape shape) {
     return group;
 }
 
-// The plan of out[M, N] with depth K. Only products whose caller adds partial sums up in order may be split, and only
-// where the tiles would occupy less than half of the multiprocessors.
-inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split) {
+// The plan of out[M, N] with depth K, in one of the tiles shapes[0 .. count]. Only products whose caller adds partial
+// sums up in order may be split, and only where the tiles would occupy less than half of the multiprocessors.
+inline ProductPlan plan_among(const TileShape* shapes, int count, int64_t shape_m, int64_t shape_n, int64_t shape_k,
+                              bool may_split) {
     ProductPlan best{};
     double least = 0.0;
-    for (const TileShape& shape : kTileShapes) {
-        const bool few = 2 * tiles_of(shape, shape_m, shape_n) <= kPlannedMultiprocessors;
+    for (const TileShape* shape = shapes; shape != shapes + count; ++shape) {
+        const bool few = 2 * tiles_of(*shape, shape_m, shape_n) <= kPlannedMultiprocessors;
         const int64_t longest = ceil_div(shape_k, kSliceDepth) / kLeastSlicesPerSplit;
         const int64_t most = may_split && few ? (longest < kMostSplits ? longest : kMostSplits) : 1;
         for (int splits = 1; splits <= (most > 1 ? most : 1); ++splits) {
-            const double cycles = estimated_cycles(shape, splits, shape_m, shape_n, shape_k);
+            const double cycles = estimated_cycles(*shape, splits, shape_m, shape_n, shape_k);
             if (best.block_m != 0 && cycles >= least) continue;
             least = cycles;
-            best = {shape.block_m, shape.block_n, splits, square_tile_group(shape), 0.0};
+            best = {shape->block_m, shape->block_n, splits, square_tile_group(*shape), 0.0};
         }
     }
     const double useful = double(shape_m) * double(shape_n) * double(shape_k) / kProductsPerCycle;
     best.efficiency = useful / kPlannedMultiprocessors / least;
     return best;
+}
+
+inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split) {
+    return plan_among(kTileShapes, int(sizeof kTileShapes / sizeof *kTileShapes), shape_m, shape_n, shape_k, may_split);
 }
 
 }  // namespace MMPO_VARIANT

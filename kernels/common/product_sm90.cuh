@@ -81,21 +81,33 @@ struct Slice {
     }
 };
 
-// The three products of a linear layer x[T, I] -> out[T, O] with weight[O, I]; none needs a transposed copy.
-struct ForwardLines {  // x, weight
+// The three products of a linear layer x[T, I] -> out[T, O] with weight[O, I]; none needs a transposed copy. A tile's
+// columns come from kRightParts equal parts of the right operand's columns, the same of each, side by side.
+struct OneRightPart {
+    static constexpr int kRightParts = 1;
+};
+struct ForwardLines : OneRightPart {  // x, weight
     static constexpr Line kLeft = Line::depth, kRight = Line::depth;
 };
-struct BackwardInputLines {  // dout, weight
+struct BackwardInputLines : OneRightPart {  // dout, weight
     static constexpr Line kLeft = Line::depth, kRight = Line::outer;
 };
-struct BackwardWeightLines {  // dout, x
+struct BackwardWeightLines : OneRightPart {  // dout, x
     static constexpr Line kLeft = Line::outer, kRight = Line::outer;
+};
+// A weight of gate rows, then as many up rows: half a tile's columns are of the one, half the same columns of the
+// other.
+struct GatedForwardLines {
+    static constexpr Line kLeft = Line::depth, kRight = Line::depth;
+    static constexpr int kRightParts = 2;
 };
 
 template <class Tile, class Lines>
 struct Layout {
     using Left = Slice<Tile::BLOCK_M, Lines::kLeft>;
     using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
+    using RightPart = Slice<Tile::BLOCK_N / Lines::kRightParts, Lines::kRight>;
+    static_assert(Lines::kRightParts == 1 || !Right::kTransposed, "parts of a slice lie below each other");
     using Ring = StageRing<Tile::kStages>;
     using Panels = WarpPanels<Tile::kPanels>;
     static constexpr int kConsumers = Tile::kConsumersM * Tile::kConsumersN;
@@ -126,6 +138,7 @@ struct Problem {
     int tiles_m, tiles_n, slices;
     int splits, tile_group;
     int split_rows;
+    int right_part;  // distance between the parts of the right operand
     Epilogue epilogue;
 };
 
@@ -161,13 +174,19 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     using L = Layout<Tile, Lines>;
     const typename L::Ring ring{shared + L::kRingAt};
     StageCursor<Tile::kStages> cursor;
+    prefetch_tensor_map(&problem.left);
+    prefetch_tensor_map(&problem.right);
     each_tile<Tile>(problem, [&](const TileWork& work) {
         for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
             const uint32_t stage = shared + uint32_t(cursor.stage * L::kStageBytes), full = ring.full(cursor.stage);
             mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
             mbarrier_arrive_expect_tx(full, L::kStageBytes);
             L::Left::load(stage, &problem.left, work.m, slice * BLOCK_K, full);
-            L::Right::load(stage + L::Left::kBytes, &problem.right, work.n, slice * BLOCK_K, full);
+#pragma unroll
+            for (int part = 0; part < Lines::kRightParts; ++part) {
+                L::RightPart::load(stage + L::Left::kBytes + part * L::RightPart::kBytes, &problem.right,
+                                   work.n / Lines::kRightParts + part * problem.right_part, slice * BLOCK_K, full);
+            }
             cursor.advance();
         }
     });
@@ -287,10 +306,11 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
                               plan.splits,
                               plan.tile_group,
                               int(rows),
+                              operands.shape_n / Lines::kRightParts,
                               epilogue};
     if (const int error = L::Left::encode(&problem.left, operands.left, operands.shape_m, operands.shape_k))
         return error;
-    if (const int error = L::Right::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
+    if (const int error = L::RightPart::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
         return error;
     const unsigned blocks = unsigned(count < multiprocessors() ? count : multiprocessors());
     return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(L::kThreads), L::kSharedBytes,

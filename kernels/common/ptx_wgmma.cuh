@@ -58,10 +58,13 @@ enum class Swizzle { none = 0, bytes_128 = 1, bytes_64 = 2, bytes_32 = 3 };
 // Describes an operand in shared memory. With swizzling: `stride_bytes` between groups of 8 rows (K-major) or of 8 k
 // (transposed), `leading_bytes` between swizzle-wide column groups of a transposed operand (K-major ignores it).
 // Without: 8x8 cores of 128 bytes; `leading_bytes` between cores along K, `stride_bytes` along M or N.
-HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes,
-                                      Swizzle swizzle) {
-    return uint64_t((address & 0x3ffffu) >> 4) | uint64_t((leading_bytes & 0x3ffffu) >> 4) << 16 |
-           uint64_t((stride_bytes & 0x3ffffu) >> 4) << 32 | uint64_t(swizzle) << 62;
+// The operand starts `offset` bytes behind `address`: where the offset is a constant, the descriptors of one tile
+// differ by one addition.
+HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes, Swizzle swizzle,
+                                      uint32_t offset = 0) {
+    const uint32_t low = ((address & 0x3ffffu) >> 4 | (leading_bytes & 0x3ffffu) >> 4 << 16) + (offset >> 4);
+    const uint32_t high = (stride_bytes & 0x3ffffu) >> 4 | uint32_t(swizzle) << 30;
+    return uint64_t(high) << 32 | low;
 }
 
 // Orders earlier writes of accumulator and operand registers before the warpgroup's next wgmma.

@@ -34,13 +34,16 @@ inline int encode_tensor_map(CUtensorMap* out, const void* base, CUtensorMapData
 #if MMPO_EMULATED
     const auto encode = &cuTensorMapEncodeTiled;
 #else
-    // Asked of the driver at run time, so that the program does not link against it.
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || entry == nullptr) return int(cudaErrorNotSupported);
-    const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+    // Asked of the driver at run time, once, so that the program does not link against it.
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+        return error == cudaSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+    }();
+    if (encode == nullptr) return int(cudaErrorNotSupported);
 #endif
     const cuuint32_t element_strides[3] = {1, 1, 1};
     return int(encode(out, type, cuuint32_t(shape.rank), const_cast<void*>(base), shape.sizes, shape.strides_bytes,

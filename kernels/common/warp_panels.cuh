@@ -50,10 +50,14 @@ struct WarpPanels {
     }
 };
 
-// Maps of row-major arrays for the stores of panels. `columns` must be a multiple of 8 (bf16) or 4 (f32).
-inline int encode_panel_map(CUtensorMap* out, bf16* base, int64_t rows, int64_t columns) {
-    return encode_tensor_map_2d(out, base, uint64_t(rows), uint64_t(columns), uint64_t(columns), kPanelRows,
+// Maps of row-major arrays for the stores of panels. `columns` (and the distance between rows, where it is another)
+// must be a multiple of 8 (bf16) or 4 (f32).
+inline int encode_panel_map(CUtensorMap* out, bf16* base, int64_t rows, int64_t columns, int64_t row_elements) {
+    return encode_tensor_map_2d(out, base, uint64_t(rows), uint64_t(columns), uint64_t(row_elements), kPanelRows,
                                 kPanelColumns, Swizzle::bytes_128);
+}
+inline int encode_panel_map(CUtensorMap* out, bf16* base, int64_t rows, int64_t columns) {
+    return encode_panel_map(out, base, rows, columns, columns);
 }
 inline int encode_panel_map(CUtensorMap* out, float* base, int64_t rows, int64_t columns) {
     const TensorMapShape shape{2,

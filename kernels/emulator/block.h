@@ -174,6 +174,7 @@ struct Warpgroup {
     std::deque<WgmmaOperation> queue;  // operations [first, first + queue.size())
     uint64_t first = 0, done = 0;
     std::vector<Thread*> waiters;
+    uint32_t registers = 0;  // a thread, by setmaxnreg; 0 before one
 };
 
 struct MbarrierClock {

@@ -165,10 +165,31 @@ uint32_t reduce_u32(uint32_t mask, uint32_t value, Reduce operation, bool is_sig
     return mine;
 }
 
+namespace {
+
+// Registers move within what the block was launched with: at most as many a thread as a multiprocessor has for one
+// block of its size, in steps of 8. A warpgroup that wants more waits for ever.
+void check_register_pool(Site site) {
+    constexpr uint32_t kRegisters = 65536, kMost = 255;
+    const uint32_t each = std::min(kMost, kRegisters / running->thread_count) / 8 * 8;
+    uint32_t wanted = 0;
+    for (const Warpgroup& group : running->warpgroups) {
+        if (group.registers == 0) return;
+        wanted += group.registers * kWarpgroup;
+    }
+    if (wanted > each * running->thread_count)
+        fail(site, "setmaxnreg: the block's warpgroups want %u registers, of %u that it can be launched with", wanted,
+             each * running->thread_count);
+}
+
+}  // namespace
+
 void set_max_registers(int count, bool, Site site) {
     if (count < 24 || count > 256 || count % 8 != 0)
         fail(site, "setmaxnreg: %d is not a multiple of 8 between 24 and 256", count);
     collective(Collective::setmaxnreg, kAllLanes, nullptr, true, site, [](Warp&) {});
+    running->warpgroups[self().linear / kWarpgroup].registers = uint32_t(count);
+    check_register_pool(site);
 }
 
 // -------------------------------------------------------------------------------------------------- ldmatrix, stmatrix

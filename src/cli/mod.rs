@@ -1,6 +1,7 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score` and `generate`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate` and `bench`.
 
 mod arguments;
+mod bench;
 mod generate;
 mod score;
 mod train;
@@ -11,6 +12,7 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
+use crate::bench::BenchConfig;
 use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
@@ -32,6 +34,7 @@ enum Parsed {
     Train(Box<RunConfig>),
     Score(ScoreConfig),
     Generate(GenerateConfig),
+    Bench(BenchConfig),
 }
 
 /// What parsing ended in when there is nothing to run.
@@ -57,10 +60,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
+        Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         _ => {
-            return Err(Stop::Clap(
-                command.error(ErrorKind::MissingSubcommand, "a command is missing: train, score or generate"),
-            ));
+            return Err(Stop::Clap(command.error(
+                ErrorKind::MissingSubcommand,
+                "a command is missing: train, score, generate or bench",
+            )));
         }
     };
     Ok(Invocation { verbosity, command: parsed })
@@ -74,6 +79,7 @@ impl Invocation {
             Parsed::Train(config) => crate::train::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
+            Parsed::Bench(config) => crate::bench::run(&config),
         }
     }
 }
@@ -104,6 +110,7 @@ fn command() -> Command {
         .subcommand(train::command())
         .subcommand(score::command())
         .subcommand(generate::command())
+        .subcommand(bench::command())
 }
 
 /// An unknown flag or command names the nearest known one, in our words; the rest is clap's.

@@ -109,18 +109,13 @@ impl<D: Device> Llama<D> {
     fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer];
         let slot = activations.slot(layer);
-        self.device.linear_forward(
+        self.device.linear_swiglu_forward(
+            &mut activations.activated,
             &mut activations.gate_up[slot],
             &activations.normed,
             &weights.gate_up,
             weights.gate_up_bias.as_ref(),
             self.gate_up_shape(tokens),
-        )?;
-        self.device.swiglu_forward(
-            &mut activations.activated,
-            &activations.gate_up[slot],
-            tokens,
-            self.config.intermediate_size,
         )?;
         self.device.linear_forward(
             &mut activations.delta,

@@ -224,6 +224,25 @@ CASE(turn_passed_early) {
                    std::vector<float>(128, float(kBlocks * (kBlocks - 1) / 2)));
 }
 
+// ---------------------------------------------------------------------------------------------------------- registers
+
+// 65536 registers of a multiprocessor are 168 for each of 384 threads: 24 + 2 * 240 is all of it, 32 + 2 * 240 more.
+template <int kProducer>
+__global__ void __launch_bounds__(384) register_pool_kernel(float* out) {
+#if MMPO_SM90
+    if (threadIdx.x < 128) setmaxnreg_decrease<kProducer>();  // FAULT register_pool
+    else setmaxnreg_increase<240>();  // FAULT register_pool
+    out[threadIdx.x] = float(threadIdx.x);
+#endif
+}
+
+CASE(register_pool) {
+    DeviceArray<float> out(384);
+    const int error = bug ? LAUNCH(register_pool_kernel<32>, dim3(1), dim3(384), 0, nullptr, out.data())
+                          : LAUNCH(register_pool_kernel<24>, dim3(1), dim3(384), 0, nullptr, out.data());
+    return outcome(error, out, iota(384));
+}
+
 // ------------------------------------------------------------------------------------------------------------------ wgmma
 
 struct WgmmaFaults {

@@ -1,5 +1,7 @@
 // Hopper products (common/product_sm90.cuh) in every tile and operand order, exact on small integers: ragged, of several
 // tiles a block, in parts.
+#include <cmath>
+
 #include "common/product_epilogues.cuh"
 #include "harness.h"
 
@@ -110,5 +112,41 @@ CASE(product_bf16) {
     for (float& value : expected) value = to_float(to_bf16(value));
     return compare(found, expected);
 }
+
+// Gate and up side by side in one tile; 200 columns of each, so that the last tile is cut in both halves.
+template <class Tile>
+std::string run_swiglu() {
+    constexpr int kWidth = 200;
+    const Shape shape{150, 2 * kWidth, 72};
+    const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
+    const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3);
+    DeviceArray<bf16> left(left_values), right(right_values);
+    DeviceArray<bf16> gate_up(size_t(shape.m * shape.n)), out(size_t(shape.m * kWidth));
+    StoreSwiGlu epilogue{{}, {}, {}, nullptr, shape.m, kWidth};
+    if (encode_panel_map(&epilogue.gate, gate_up.data(), shape.m, kWidth, shape.n) != 0 ||
+        encode_panel_map(&epilogue.up, gate_up.data() + kWidth, shape.m, kWidth, shape.n) != 0 ||
+        encode_panel_map(&epilogue.out, out.data(), shape.m, kWidth) != 0)
+        return "no tensor map";
+    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const int error = launch_tiles<Tile, GatedForwardLines>(operands, one_group(), epilogue, nullptr))
+        return device_error(error);
+    std::vector<float> expected(size_t(shape.m * shape.n), 0.0f), found;
+    multiply<GatedForwardLines>(expected, left_values, right_values, shape);
+    for (float& value : expected) value = to_float(to_bf16(value));
+    const std::vector<bf16> stored = gate_up.download(), activated = out.download();
+    for (const bf16 value : stored) found.push_back(to_float(value));
+    if (const std::string wrong = compare(found, expected); !wrong.empty()) return "gate_up: " + wrong;
+    for (int row = 0; row < shape.m; ++row) {
+        for (int column = 0; column < kWidth; ++column) {
+            const float gate = expected[size_t(row * shape.n + column)], up = expected[size_t(row * shape.n + kWidth + column)];
+            const float wanted = gate / (1.0f + std::exp(-gate)) * up, value = to_float(activated[size_t(row * kWidth + column)]);
+            if (!(std::fabs(value - wanted) <= 0.004f * std::fabs(wanted))) return "out: " + std::to_string(value) + ", not " + std::to_string(wanted);
+        }
+    }
+    return "";
+}
+
+CASE(product_swiglu_128x256) { return run_swiglu<Tile128x256>(); }
+CASE(product_swiglu_128x128) { return run_swiglu<Tile128x128>(); }
 
 }  // namespace

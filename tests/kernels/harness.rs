@@ -375,7 +375,9 @@ fn no_worse_means_at_most_twice_the_error() {
     assert!(verdict([1.0, 2.02, 3.0, 4.0], Stored::F32));
     assert!(!verdict([1.0, 2.021, 3.0, 4.0], Stored::F32), "the largest");
     assert!(!verdict([1.015, 2.015, 3.015, 4.015], Stored::F32), "the mean");
-    assert!(verdict([1.0, 2.0, 3.0, 4.03125], Stored::Bf16), "a unit in the last place");
+    // Half of bf16's unit at 4 is 0.016.
+    assert!(verdict([1.0, 2.0, 3.0, 4.025], Stored::Bf16));
+    assert!(!verdict([1.0, 2.0, 3.0, 4.025], Stored::F32));
     assert!(!verdict([1.0, 2.0, 3.0, 4.0625], Stored::Bf16));
     for place in 0..4 {
         let mut got = [1.0, 2.0, 3.0, 4.0];

@@ -108,9 +108,10 @@ path_tests! {
         let mut dweight = floats(device, &vec![1.0; shape.outputs * shape.inputs]);
         device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
         device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-        for _ in 0..2 {
-            device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
-        }
+        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+        let used = device.memory().now;
+        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+        assert_eq!(device.memory().now, used, "a product allocates nothing once it has run");
 
         let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
         assert_eq!(wide(&read_compute(device, &out)), wanted);
@@ -129,6 +130,29 @@ path_tests! {
         assert_eq!(wide(&read(device, &dweight)), dweight64);
     }
 
+    /// The product of gate and up with SwiGLU behind it: what each of the two gives by itself, to the bit.
+    fn swiglu(device, bounds) {
+        for (rows, inputs, width) in [(1, 8, 8), (70, 72, 136), (5, 17, 31), (150, 64, 280)] {
+            let outputs = 2 * width;
+            let (x, _) = random_compute(device, 1, rows * inputs, 1.0);
+            let (weight, _) = random_compute(device, 2, outputs * inputs, 0.3);
+            let (bias, _) = random_compute(device, 3, outputs, 1.0);
+            let shape = LinearShape { rows, inputs, outputs };
+            for bias in [None, Some(&bias)] {
+                let (mut gate_up, mut out) =
+                    (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
+                device.linear_swiglu_forward(&mut out, &mut gate_up, &x, &weight, bias, shape).unwrap();
+                let (mut gate_up_alone, mut out_alone) =
+                    (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
+                device.linear_forward(&mut gate_up_alone, &x, &weight, bias, shape).unwrap();
+                device.swiglu_forward(&mut out_alone, &gate_up_alone, rows, width).unwrap();
+                let bits = |buffer| read_compute(device, buffer).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                assert_eq!(bits(&gate_up), bits(&gate_up_alone), "gate_up of {shape:?}");
+                assert_eq!(bits(&out), bits(&out_alone), "out of {shape:?}");
+            }
+        }
+    }
+
     /// A buffer that is too small is an error that names the operation and the buffer.
     fn too_small(device, bounds) {
         let (x, _) = random_compute(device, 1, 8, 1.0);
@@ -137,5 +161,30 @@ path_tests! {
         let shape = LinearShape { rows: 2, inputs: 4, outputs: 3 };
         let error = device.linear_forward(&mut out, &x, &weight, None, shape).unwrap_err().to_string();
         assert!(error.contains("linear_forward") && error.contains("`weight`"), "{error}");
+    }
+}
+
+/// Where cuBLASLt is not loaded it cannot be insisted on; leaving the choice open or insisting on our kernels works.
+#[cfg(mmpo_emulated)]
+#[test]
+fn choice_of_products() {
+    use mmpo_fast::device::Device;
+    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, Products};
+    let shape = LinearShape { rows: 2, inputs: 8, outputs: 8 };
+    for path in [KernelPath::Portable, KernelPath::Hopper] {
+        for products in [Products::Fastest, Products::Ours, Products::Vendor] {
+            let device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(path).with_products(products);
+            let (x, _) = random_compute(&device, 1, 16, 1.0);
+            let (weight, _) = random_compute(&device, 2, 64, 1.0);
+            let mut out = unset_compute(&device, 16);
+            let done = device.linear_forward(&mut out, &x, &weight, None, shape);
+            match products {
+                Products::Vendor => {
+                    let error = done.unwrap_err().to_string();
+                    assert!(error.contains("cuBLASLt"), "{error}");
+                }
+                _ => done.unwrap(),
+            }
+        }
     }
 }

@@ -7,6 +7,8 @@ mod naive;
 
 mod adamw;
 mod attention;
+#[cfg(mmpo_emulated)]
+mod attention_backward;
 mod attention_forward;
 mod batch_buffers;
 mod determinism;

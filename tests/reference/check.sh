@@ -20,3 +20,6 @@ for model in base tied; do
   printf '%-6s' "$model"
   .venv/bin/python tests/reference/check_saved_model.py "$work/$model/model" "$work/$model.json"
 done
+
+# The benchmark's peers, on the smallest shapes.
+.venv/bin/python -W ignore tests/reference/check_peers.py "$program/mmpo-fast"

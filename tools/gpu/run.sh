@@ -1,43 +1,141 @@
 #!/usr/bin/env bash
-# On a GPU machine: checks the kernels on hardware, then times a training run. Goes on when a part fails, and says so.
+# On a GPU machine: checks the kernels on hardware first, then measures them beside their peers, and writes everything into RESULTS
+# within nine minutes. Goes on when a part fails, and says so. Needs the driver and python3; the peers need PyTorch.
 #
-#     run.sh RESULTS [part ...]      parts: machine layouts kernels goldens bandwidth train determinism sanitize; all of them if none is named
+#     run.sh RESULTS [part ...]      all parts, in this order, if none is named:
+#
+#     machine layouts kernels goldens            what there is; fragment layouts, every kernel, a whole model against the goldens
+#     attention head products bandwidth step train    times, ours and the peers' in turn
+#     determinism sanitize profile               the same bits twice; compute-sanitizer; counters of the main kernels (ncu)
 set -uo pipefail
 bundle=$(cd "$(dirname "$0")" && pwd)
 results=$(mkdir -p "${1:?usage: run.sh RESULTS [part ...]}" && cd "$1" && pwd)
+command="run.sh $*"
 shift
-parts=${*:-machine layouts kernels goldens bandwidth train determinism sanitize}
-export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1
+parts=${*:-machine layouts kernels goldens attention head products bandwidth step train determinism sanitize profile}
+# Seconds in which all of it must be done, the summary included.
+limit=${MMPO_FAST_LIMIT:-525}
+export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
 # cuBLASLt where it comes with PyTorch.
 cublas=$(python3 -c 'import nvidia, pathlib; print(":".join(str(p) for r in nvidia.__path__ for p in pathlib.Path(r).glob("*/lib")))' 2>/dev/null || true)
 export LD_LIBRARY_PATH=$cublas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 tar -C "$scratch" -xzf "$bundle/bin.tar.gz"
-bin=$scratch/bin
+bin=$scratch/bin peers=$bundle/peers raw=$results/raw.csv
+# Python packages that came along as wheels: Liger kernels, bitsandbytes.
+for wheel in "$bundle"/wheels/*.whl; do
+  [ -e "$wheel" ] && python3 -m zipfile -e "$wheel" "$scratch/site"
+done
+export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH} TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton
 failed=0
 
-# Runs one part: its output goes to RESULTS/NAME.txt, its outcome to the summary.
+# Runs one part for at most so many seconds: its output goes to RESULTS/NAME.txt, its outcome to summary.txt.
 part() {
-  local name=$1 start=$SECONDS
-  shift
-  "$@" > "$results/$name.txt" 2>&1
-  local code=$?
-  [ $code -eq 0 ] || failed=1
+  local name=$1 seconds=$2 start=$SECONDS code
+  local left=$((limit - SECONDS))
+  [ "$left" -lt "$seconds" ] && seconds=$left
+  if [ "$seconds" -lt 5 ]; then
+    code="no time left"
+  else
+    # A part is a function of this script, so it runs in a shell of its own that can be ended as a whole.
+    set -m
+    ( "$name" ) > "$results/$name.txt" 2>&1 &
+    local job=$!
+    set +m
+    ( sleep "$seconds" && kill -TERM -- -$job ) 2> /dev/null &
+    local watch=$!
+    wait $job
+    code=$?
+    kill $watch 2> /dev/null
+    wait $watch 2> /dev/null
+  fi
+  [ "$code" = 0 ] || failed=1
   printf '%s: exit %s, %s s\n' "$name" "$code" $((SECONDS - start)) | tee -a "$results/summary.txt"
 }
 
-machine() { nvidia-smi && cat "$bundle/commit" && "$bin/mmpo-fast" --version --verbose; }
-# Whether the hardware does what the emulated device does; compute capability 9.0 alone.
+clocks() {
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv,noheader ||
+    echo "nvidia-smi does not say"
+}
+
+ours() { "$bin/mmpo-fast" --quiet bench "$@" --device cuda --csv "$raw"; }
+
+machine() { nvidia-smi; cat "$bundle/commit"; "$bin/mmpo-fast" --version --verbose; python3 -m pip list 2> /dev/null; true; }
+
 layouts() { "$bin/layouts"; }
 kernels() { "$bin/kernels" gpu --test-threads=1; }
 goldens() { "$bin/cuda_training" a_real_gpu --test-threads=1; }
 
-# Memory-bound kernels beside the copy bandwidth of the same run, at the four models' widths.
-bandwidth() { "$bin/memory_bound" > "$results/memory_bound.csv" && cat "$results/memory_bound.csv"; }
+# Ours, the peers, ours again.
+attention() {
+  local cases="smollm2-135m:ultrafeedback llama-3.2-1b:hh-rlhf llama-3-8b:ultrafeedback llama-3-8b:long" case code=0
+  each_case() {
+    for case in $cases; do
+      ours kernels --only attention_ --shape "${case%:*}" --profile "${case#*:}" || code=1
+    done
+  }
+  each_case
+  # shellcheck disable=SC2086
+  python3 "$peers/attention.py" --csv "$raw" $(printf -- '--case %s ' $cases) || code=1
+  candle ops llama-3.2-1b hh-rlhf || code=1
+  each_case
+  return $code
+}
+
+head() {
+  local cases="smollm2-135m:ultrafeedback llama-3.2-1b:ultrafeedback" case code=0
+  each_case() {
+    for case in $cases; do
+      ours kernels --only logp_head --shape "${case%:*}" --profile "${case#*:}" || code=1
+    done
+  }
+  each_case
+  # shellcheck disable=SC2086
+  python3 "$peers/head.py" --csv "$raw" $(printf -- '--case %s ' $cases) || code=1
+  each_case
+  return $code
+}
+
+# Linear layers by our kernels and by cuBLASLt: products.txt ends with rows for src/device/cuda/product_table.rs.
+products() { ours products; }
+
+# Every other kernel beside the copy of the same run, and AdamW beside its peers.
+bandwidth() {
+  local shape code=0
+  for shape in smollm2-135m llama-3.2-1b; do
+    ours kernels --shape "$shape" --profile ultrafeedback --calls 20 || code=1
+    python3 "$peers/optimizer.py" --csv "$raw" --case "$shape:ultrafeedback" || code=1
+  done
+  return $code
+}
+
+# SmolLM2-135M's whole step; the peers' models are made by the same formula.
+step() {
+  local shape="--shape smollm2-135m --profile ultrafeedback --tokens 8192" variant code=0
+  # shellcheck disable=SC2086
+  {
+    ours step $shape || code=1
+    for variant in padded sliced packed compile; do
+      python3 "$peers/step.py" $shape --calls 20 --variant "$variant" --csv "$raw" || code=1
+    done
+    candle step smollm2-135m ultrafeedback || code=1
+    ours step $shape || code=1
+    ours step --shape llama-3.2-1b --profile ultrafeedback --tokens 8192 --warmups 10 --calls 10 || code=1
+  }
+  return $code
+}
+
+# Where the bundle was made with MMPO_FAST_BUNDLE_CANDLE.
+candle() {
+  [ -x "$bin/candle-peer" ] || { echo "no candle in this bundle"; return 0; }
+  "$bin/candle-peer" "$1" --device cuda --shape "$2" --profile "$3" --pairs 10 --warmups 10 --calls 20 --csv "$raw"
+}
 
 # 20 steps of the ordinary training path at SmolLM2-135M's shapes, random weights.
-train() {
+train() { training train; }
+
+training() {
   local model=$scratch/model
   if [ ! -d "$model" ]; then
     cp -r "$bundle/smollm2-135m" "$model" && "$bin/random_model" "$model" || return
@@ -47,25 +145,60 @@ train() {
   cp "$scratch/$1/metrics.jsonl" "$results/$1-metrics.jsonl"
 }
 
-# The same run again: the same weights to the bit.
+# Two runs: the same weights to the bit.
 determinism() {
-  train train && mv "$scratch/train" "$scratch/first" && train train &&
-    cmp "$scratch/first/model/model.safetensors" "$scratch/train/model/model.safetensors" && echo "the same bits"
+  [ -d "$scratch/train" ] || training train || return
+  training again && cmp "$scratch/train/model/model.safetensors" "$scratch/again/model/model.safetensors" && echo "the same bits"
 }
 
+# Memory errors and races over the small shapes of the kernels' tests.
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer here"; return 1; }
-  local tool
+  local tool code=0
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/cuda_training" a_real_gpu --test-threads=1 || return
+    echo "== $tool"
+    timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kernels" gpu --test-threads=1 || code=1
   done
+  return $code
 }
 
+# Counters of the kernels that matter, at a size that fills the GPU.
+profile() {
+  command -v ncu > /dev/null || { echo "no ncu here"; return 1; }
+  local metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
+  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,lts__t_sector_hit_rate.pct
+  metrics+=,sm__inst_executed_pipe_tensor.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,launch__registers_per_thread
+  metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active
+  ncu --clock-control none --csv --metrics "$metrics" --launch-count 150 \
+    --kernel-name 'regex:attention|product|logp_head|rms_norm|swiglu|rope|adamw|gather|embedding' \
+    --log-file "$results/profile.csv" \
+    "$bin/mmpo-fast" --quiet bench kernels --device cuda --shape llama-3.2-1b --profile ultrafeedback --warmups 0 --calls 1 &&
+    wc -l "$results/profile.csv"
+}
+
+{
+  echo "command: $command"
+  echo "date: $(date -u +%Y-%m-%dT%H:%MZ)"
+  echo "commit: $(cat "$bundle/commit")"
+  "$bin/mmpo-fast" --version --verbose | tr '\n' ';' | sed 's/^/mmpo-fast: /; s/;$/\n/; s/;/; /g'
+  python3 -c 'import torch, transformers; print(f"peers: torch {torch.__version__}, transformers {transformers.__version__}")' 2> /dev/null
+  echo "before: $(clocks)"
+} > "$results/about.txt"
 for name in $parts; do
   case $name in
-    train) part train train train && rm -rf "$scratch/train" ;;
-    machine | layouts | kernels | goldens | bandwidth | determinism | sanitize) part "$name" "$name" ;;
+    machine | layouts) part "$name" 30 ;;
+    kernels | goldens | profile | products) part "$name" 60 ;;
+    train | determinism) part "$name" 45 ;;
+    attention | head | bandwidth | sanitize) part "$name" 100 ;;
+    step) part "$name" 130 ;;
     *) echo "run.sh: no part is called $name" >&2; failed=1 ;;
   esac
 done
+{
+  echo "after: $(clocks)"
+  sed 's/^/part /' "$results/summary.txt" 2> /dev/null
+} >> "$results/about.txt"
+if [ -e "$raw" ]; then
+  python3 "$bundle/summary.py" "$results" > /dev/null || failed=1
+fi
 exit $failed

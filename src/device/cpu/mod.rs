@@ -27,11 +27,13 @@ mod transpose;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use memory::CpuBuffer;
 use memory::MemoryCounter;
 use scratch::ScratchPool;
 
+use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
@@ -50,6 +52,7 @@ pub struct CpuDevice {
     arch: pulp::Arch,
     memory: Arc<MemoryCounter>,
     scratch: ScratchPool,
+    trace: Trace<Instant>,
 }
 
 impl Debug for CpuDevice {
@@ -86,7 +89,7 @@ impl CpuDevice {
             })?;
         let memory = Arc::default();
         let scratch = ScratchPool::new(&memory);
-        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory, scratch })
+        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory, scratch, trace: Trace::default() })
     }
 
     /// Number of threads of the device's pool.
@@ -105,6 +108,11 @@ impl CpuDevice {
     #[inline(always)]
     fn vectorized<R>(&self, work: impl FnOnce() -> R) -> R {
         self.arch.dispatch(work)
+    }
+
+    /// Runs one operation, and notes its time if a trace runs.
+    fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.trace.around(operation, || Ok(Instant::now()), work)
     }
 
     /// Rows of one block of parallel work on `[rows, width]`.
@@ -175,6 +183,16 @@ impl Device for CpuDevice {
         Ok(None)
     }
 
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let started = Instant::now();
+        work()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)> {
+        self.trace.run(work, |start, end| Ok((*end - *start).as_secs_f64()))
+    }
+
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
         CpuBuffer::new(len, &self.memory)
     }
@@ -184,7 +202,7 @@ impl Device for CpuDevice {
     }
 
     fn upload<T: Element>(&self, out: &mut CpuBuffer<T>, offset: usize, source: &[T]) -> Result<()> {
-        memory::upload(out, offset, source)
+        self.traced("upload", || memory::upload(out, offset, source))
     }
 
     fn download<T: Element>(&self, out: &mut [T], source: &CpuBuffer<T>, offset: usize) -> Result<()> {
@@ -192,7 +210,7 @@ impl Device for CpuDevice {
     }
 
     fn upload_values(&self, out: &mut CpuBuffer<f32>, offset: usize, source: RawValues<'_>) -> Result<()> {
-        memory::upload_values(self, out, offset, source)
+        self.traced("upload_values", || memory::upload_values(self, out, offset, source))
     }
 
     fn download_compute(&self, out: &mut [f32], source: &CpuBuffer<f32>, offset: usize) -> Result<()> {
@@ -200,7 +218,7 @@ impl Device for CpuDevice {
     }
 
     fn zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>) -> Result<()> {
-        memory::zero(self, out, range)
+        self.traced("zero", || memory::zero(self, out, range))
     }
 
     fn copy<T: Element>(
@@ -211,7 +229,7 @@ impl Device for CpuDevice {
         offset: usize,
         len: usize,
     ) -> Result<()> {
-        memory::copy(out, out_offset, source, offset, len)
+        self.traced("copy", || memory::copy(out, out_offset, source, offset, len))
     }
 
     fn embedding_forward(
@@ -222,7 +240,7 @@ impl Device for CpuDevice {
         rows: usize,
         width: usize,
     ) -> Result<()> {
-        embedding::forward(self, out, table, token_ids, rows, width)
+        self.traced("embedding_forward", || embedding::forward(self, out, table, token_ids, rows, width))
     }
 
     fn embedding_backward(
@@ -233,7 +251,7 @@ impl Device for CpuDevice {
         rows: usize,
         width: usize,
     ) -> Result<()> {
-        embedding::backward(self, dtable, dout, batch, rows, width)
+        self.traced("embedding_backward", || embedding::backward(self, dtable, dout, batch, rows, width))
     }
 
     fn rms_norm_forward(
@@ -244,7 +262,7 @@ impl Device for CpuDevice {
         weight: &Compute<Self>,
         shape: NormShape,
     ) -> Result<()> {
-        rms_norm::forward(self, out, rstd, x, weight, shape)
+        self.traced("rms_norm_forward", || rms_norm::forward(self, out, rstd, x, weight, shape))
     }
 
     fn add_rms_norm_forward(
@@ -257,7 +275,9 @@ impl Device for CpuDevice {
         weight: &Compute<Self>,
         shape: NormShape,
     ) -> Result<()> {
-        rms_norm::add_forward(self, sum, out, rstd, x, delta, weight, shape)
+        self.traced("add_rms_norm_forward", || {
+            rms_norm::add_forward(self, sum, out, rstd, x, delta, weight, shape)
+        })
     }
 
     fn add(
@@ -267,7 +287,7 @@ impl Device for CpuDevice {
         delta: &Compute<Self>,
         len: usize,
     ) -> Result<()> {
-        rms_norm::add(self, sum, x, delta, len)
+        self.traced("add", || rms_norm::add(self, sum, x, delta, len))
     }
 
     fn rms_norm_backward(
@@ -280,7 +300,9 @@ impl Device for CpuDevice {
         rstd: &Floats<Self>,
         shape: NormShape,
     ) -> Result<()> {
-        rms_norm::backward(self, dx, dweight, dout, x, weight, rstd, shape)
+        self.traced("rms_norm_backward", || {
+            rms_norm::backward(self, dx, dweight, dout, x, weight, rstd, shape)
+        })
     }
 
     fn linear_forward(
@@ -291,7 +313,7 @@ impl Device for CpuDevice {
         bias: Option<&Compute<Self>>,
         shape: LinearShape,
     ) -> Result<()> {
-        linear::forward(self, out, x, weight, bias, shape)
+        self.traced("linear_forward", || linear::forward(self, out, x, weight, bias, shape))
     }
 
     fn linear_backward_input(
@@ -301,7 +323,7 @@ impl Device for CpuDevice {
         weight: &Compute<Self>,
         shape: LinearShape,
     ) -> Result<()> {
-        linear::backward_input(self, dx, dout, weight, shape)
+        self.traced("linear_backward_input", || linear::backward_input(self, dx, dout, weight, shape))
     }
 
     fn linear_backward_weight(
@@ -312,7 +334,9 @@ impl Device for CpuDevice {
         x: &Compute<Self>,
         shape: LinearShape,
     ) -> Result<()> {
-        linear::backward_weight(self, dweight, dbias, dout, x, shape)
+        self.traced("linear_backward_weight", || {
+            linear::backward_weight(self, dweight, dbias, dout, x, shape)
+        })
     }
 
     fn rope(
@@ -324,7 +348,7 @@ impl Device for CpuDevice {
         shape: AttentionShape,
         direction: RopeDirection,
     ) -> Result<()> {
-        rope::rotate(self, qkv, table, positions, rows, shape, direction)
+        self.traced("rope", || rope::rotate(self, qkv, table, positions, rows, shape, direction))
     }
 
     fn attention_forward(
@@ -335,7 +359,7 @@ impl Device for CpuDevice {
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()> {
-        attention_forward::forward(self, out, lse, qkv, batch, shape)
+        self.traced("attention_forward", || attention_forward::forward(self, out, lse, qkv, batch, shape))
     }
 
     fn attention_backward(
@@ -348,7 +372,9 @@ impl Device for CpuDevice {
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()> {
-        attention_backward::backward(self, dqkv, dout, out, lse, qkv, batch, shape)
+        self.traced("attention_backward", || {
+            attention_backward::backward(self, dqkv, dout, out, lse, qkv, batch, shape)
+        })
     }
 
     fn attention_decode(
@@ -358,7 +384,7 @@ impl Device for CpuDevice {
         length: usize,
         shape: AttentionShape,
     ) -> Result<()> {
-        attention_forward::decode(self, out, cache, length, shape)
+        self.traced("attention_decode", || attention_forward::decode(self, out, cache, length, shape))
     }
 
     fn swiglu_forward(
@@ -368,7 +394,7 @@ impl Device for CpuDevice {
         rows: usize,
         width: usize,
     ) -> Result<()> {
-        swiglu::forward(self, out, gate_up, rows, width)
+        self.traced("swiglu_forward", || swiglu::forward(self, out, gate_up, rows, width))
     }
 
     fn swiglu_backward(
@@ -379,7 +405,7 @@ impl Device for CpuDevice {
         rows: usize,
         width: usize,
     ) -> Result<()> {
-        swiglu::backward(self, dgate_up, dout, gate_up, rows, width)
+        self.traced("swiglu_backward", || swiglu::backward(self, dgate_up, dout, gate_up, rows, width))
     }
 
     fn gather_rows(
@@ -390,7 +416,7 @@ impl Device for CpuDevice {
         scored: usize,
         width: usize,
     ) -> Result<()> {
-        embedding::gather_rows(self, out, hidden, batch, scored, width)
+        self.traced("gather_rows", || embedding::gather_rows(self, out, hidden, batch, scored, width))
     }
 
     fn gather_rows_backward(
@@ -401,7 +427,9 @@ impl Device for CpuDevice {
         rows: usize,
         width: usize,
     ) -> Result<()> {
-        embedding::gather_rows_backward(self, dhidden, dout, batch, rows, width)
+        self.traced("gather_rows_backward", || {
+            embedding::gather_rows_backward(self, dhidden, dout, batch, rows, width)
+        })
     }
 
     /// Logits of more rows than this would leave the caches between the passes over them, with nothing gained.
@@ -420,7 +448,9 @@ impl Device for CpuDevice {
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
+        self.traced("logp_head_forward", || {
+            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
+        })
     }
 
     fn pair_objective(
@@ -432,7 +462,9 @@ impl Device for CpuDevice {
         objective: &Objective,
         pairs: Range<usize>,
     ) -> Result<()> {
-        pair_objective::evaluate(outcomes, coefficients, scores, batch, objective, pairs)
+        self.traced("pair_objective", || {
+            pair_objective::evaluate(outcomes, coefficients, scores, batch, objective, pairs)
+        })
     }
 
     fn logp_head_backward(
@@ -446,7 +478,19 @@ impl Device for CpuDevice {
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, workspace, weight, targets, scores, coefficients, shape)
+        self.traced("logp_head_backward", || {
+            logp_head::backward(
+                self,
+                hidden,
+                dweight,
+                workspace,
+                weight,
+                targets,
+                scores,
+                coefficients,
+                shape,
+            )
+        })
     }
 
     fn gradient_norm(
@@ -455,7 +499,7 @@ impl Device for CpuDevice {
         gradients: &[&Floats<Self>],
         max_norm: Option<f32>,
     ) -> Result<()> {
-        grad_norm::gradient_norm(self, out, gradients, max_norm)
+        self.traced("gradient_norm", || grad_norm::gradient_norm(self, out, gradients, max_norm))
     }
 
     fn adamw(
@@ -466,6 +510,6 @@ impl Device for CpuDevice {
         norm: &Floats<Self>,
         step: AdamWStep,
     ) -> Result<()> {
-        adamw::update(self, weight, state, gradient, norm, step)
+        self.traced("adamw", || adamw::update(self, weight, state, gradient, norm, step))
     }
 }

@@ -58,8 +58,9 @@ pub(super) fn forward(
     let [pairs, rows, heads, kv_heads, head_size] =
         launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
+    let launcher = device.path().launcher(name, "attention_forward_sm90");
     // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
-    device.launch(name, &(rows, shape), |kernels, stream| unsafe {
+    device.launch(launcher, &(rows, shape), |kernels, stream| unsafe {
         let launcher = match device.path() {
             KernelPath::Portable => kernels.attention_forward,
             KernelPath::Hopper => kernels.attention_forward_sm90,
@@ -111,7 +112,7 @@ pub(super) fn backward(
     let path = device.path();
     // SAFETY: the workspace is as large as this path's own rule says; the rest is as in `forward`.
     device.launch_with_workspace(
-        name,
+        path.launcher(name, "attention_backward_sm90"),
         &(rows, shape),
         |kernels| unsafe {
             let bytes = match path {

@@ -3,11 +3,21 @@
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::ptr::NonNull;
+use std::time::Instant;
 
 use half::bf16;
 
 use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
 use crate::error::Result;
+
+/// When the work queued before it was done.
+#[derive(Debug)]
+pub(super) enum Moment {
+    /// Of a device whose calls end with their work.
+    Host(Instant),
+    #[cfg(mmpo_gpu_kernels)]
+    Stream(cudarc::driver::CudaEvent),
+}
 
 /// An address in device memory; the host must not dereference it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +81,14 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
 
     /// Runs `call` with the device current on this thread; `operation` and `shape` are for the message of an error.
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()>;
+
+    /// The moment at which all work queued so far is done.
+    fn moment(&self) -> Result<Moment> {
+        Ok(Moment::Host(Instant::now()))
+    }
+
+    /// Seconds from one moment of this backend to a later one, which is waited for.
+    fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64>;
 
     /// The vendor's matrix products, where there are some; see `products.rs` for who does them otherwise.
     fn products(&self) -> Option<&dyn MatrixProducts> {

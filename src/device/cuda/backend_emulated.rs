@@ -5,7 +5,7 @@ use std::fmt::{self, Debug};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::backend::{Address, Backend, LaunchCall};
+use super::backend::{Address, Backend, LaunchCall, Moment};
 use super::bindings::{
     EmulatorTable, KernelTable, checked, emulated, mmpo_emulator_counters, mmpo_emulator_options,
 };
@@ -19,6 +19,14 @@ pub use super::bindings::{
 pub type EmulatorOptions = mmpo_emulator_options;
 /// What the emulated device counted since the last reset, see `kernels/emulator/emulator_api.h`.
 pub type EmulatorCounters = mmpo_emulator_counters;
+
+/// What one launcher did.
+#[derive(Clone, Debug)]
+pub struct EmulatedLaunch {
+    /// The launcher, as `kernels/api.h` names it.
+    pub launcher: String,
+    pub counters: EmulatorCounters,
+}
 
 /// Which build of the kernels runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +43,8 @@ struct Variant {
     kernels: &'static KernelTable,
     emulator: &'static EmulatorTable,
     calls: Mutex<()>,
+    /// Launches since counting began; `None` while nobody wants them.
+    launches: Mutex<Option<Vec<EmulatedLaunch>>>,
 }
 
 static PLAIN: Variant = Variant {
@@ -42,12 +52,14 @@ static PLAIN: Variant = Variant {
     kernels: &emulated::KERNELS,
     emulator: &emulated::EMULATOR,
     calls: Mutex::new(()),
+    launches: Mutex::new(None),
 };
 static CHECKED: Variant = Variant {
     name: "emulated, every access checked",
     kernels: &checked::KERNELS,
     emulator: &checked::EMULATOR,
     calls: Mutex::new(()),
+    launches: Mutex::new(None),
 };
 
 impl EmulatorVariant {
@@ -70,25 +82,44 @@ impl EmulatorVariant {
     pub fn counters(self) -> EmulatorCounters {
         let variant = self.get();
         let _one_at_a_time = variant.lock();
-        let mut counters = std::mem::MaybeUninit::zeroed();
-        // SAFETY: the call assigns the counters, which are plain numbers and valid as zeros anyway.
-        unsafe {
-            (variant.emulator.counters)(counters.as_mut_ptr());
-            counters.assume_init()
-        }
+        variant.counters()
     }
 
     pub fn reset_counters(self) {
         let variant = self.get();
         let _one_at_a_time = variant.lock();
-        // SAFETY: no launch is running, because the lock is held.
-        unsafe { (variant.emulator.reset_counters)() };
+        variant.reset_counters();
+    }
+
+    /// Runs `work` and says what each launcher in it did, in order. Resets the counters.
+    pub fn count_launches<R>(self, work: impl FnOnce() -> R) -> (R, Vec<EmulatedLaunch>) {
+        let variant = self.get();
+        *variant.launches.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+        let result = work();
+        let launches = variant.launches.lock().unwrap_or_else(PoisonError::into_inner).take();
+        (result, launches.unwrap_or_default())
     }
 }
 
 impl Variant {
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The calls' lock must be held.
+    fn counters(&self) -> EmulatorCounters {
+        let mut counters = std::mem::MaybeUninit::zeroed();
+        // SAFETY: the call assigns the counters, which are plain numbers and valid as zeros anyway.
+        unsafe {
+            (self.emulator.counters)(counters.as_mut_ptr());
+            counters.assume_init()
+        }
+    }
+
+    /// The calls' lock must be held.
+    fn reset_counters(&self) {
+        // SAFETY: no launch is running, because the lock is held.
+        unsafe { (self.emulator.reset_counters)() };
     }
 
     fn check(&self, operation: &str, status: c_int) -> Result<()> {
@@ -168,7 +199,26 @@ impl Backend for EmulatedBackend {
 
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
         let _one_at_a_time = self.0.lock();
+        let mut launches = self.0.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        if launches.is_some() {
+            self.0.reset_counters();
+        }
         let status = call(self.0.kernels, std::ptr::null_mut());
+        if let Some(launches) = &mut *launches {
+            let launch = EmulatedLaunch { launcher: operation.to_owned(), counters: self.0.counters() };
+            // A question to the host, or memory set by the runtime, runs no kernel.
+            if launch.counters.launches > 0 {
+                launches.push(launch);
+            }
+        }
         self.0.check(&format!("{operation} of {shape:?}"), status)
+    }
+
+    fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
+        match (start, end) {
+            (Moment::Host(start), Moment::Host(end)) => Ok((*end - *start).as_secs_f64()),
+            #[cfg(mmpo_gpu_kernels)]
+            _ => Err(Error::device("a moment of another device", super::REPORT)),
+        }
     }
 }

@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use miette::Diagnostic as _;
 
 use super::arena::{Arena, PieceSource};
-use super::backend::{Address, Backend, LaunchCall, MatrixProducts};
+use super::backend::{Address, Backend, LaunchCall, MatrixProducts, Moment};
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
 use super::probe::{Gpu, driver_error};
@@ -156,6 +156,24 @@ impl Backend for GpuBackend {
             format!("{operation} of {shape:?}: {text}"),
             "if `nvidia-smi` shows a healthy GPU, please report this",
         ))
+    }
+
+    fn moment(&self) -> Result<Moment> {
+        self.bind()?;
+        // The default of cudarc's events takes no times.
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = self.stream.record_event(flags);
+        event.map(Moment::Stream).map_err(|error| driver_error("recording an event", error))
+    }
+
+    fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
+        let (Moment::Stream(start), Moment::Stream(end)) = (start, end) else {
+            return Err(Error::device("a moment of another device", super::REPORT));
+        };
+        let milliseconds = start.elapsed_ms(end);
+        milliseconds
+            .map(|milliseconds| f64::from(milliseconds) * 1e-3)
+            .map_err(|error| driver_error("waiting for the GPU's work between two events", error))
     }
 
     fn products(&self) -> Option<&dyn MatrixProducts> {

@@ -443,6 +443,17 @@ pub struct KernelTable {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub linear_swiglu_forward_sm90: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        gate_up: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        bias: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        width: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
     pub linear_backward_input_sm90: unsafe extern "C" fn(
         dx: *mut mmpo_bf16,
         dout: *const mmpo_bf16,
@@ -944,6 +955,18 @@ pub mod gpu {
             outputs: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_linear_backward_input_sm90"]
         fn linear_backward_input_sm90(
             dx: *mut mmpo_bf16,
@@ -1285,6 +1308,7 @@ pub mod gpu {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
         linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
@@ -1482,6 +1506,18 @@ pub mod emulated {
             rows: i32,
             inputs: i32,
             outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_emulated_linear_backward_input_sm90"]
@@ -1865,6 +1901,7 @@ pub mod emulated {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
         linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,
@@ -2076,6 +2113,18 @@ pub mod checked {
             rows: i32,
             inputs: i32,
             outputs: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_linear_swiglu_forward_sm90"]
+        fn linear_swiglu_forward_sm90(
+            out: *mut mmpo_bf16,
+            gate_up: *mut mmpo_bf16,
+            x: *const mmpo_bf16,
+            weight: *const mmpo_bf16,
+            bias: *const mmpo_bf16,
+            rows: i32,
+            inputs: i32,
+            width: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
         #[link_name = "mmpo_checked_linear_backward_input_sm90"]
@@ -2459,6 +2508,7 @@ pub mod checked {
         linear_backward_input_f32,
         linear_backward_weight,
         linear_forward_sm90,
+        linear_swiglu_forward_sm90,
         linear_backward_input_sm90,
         linear_backward_input_f32_sm90,
         linear_backward_weight_sm90_workspace,

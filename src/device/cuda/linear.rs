@@ -78,7 +78,7 @@ pub(super) unsafe fn add_backward_input_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::AddBackwardInput { dx, dout, weight }, shape) }
+    unsafe { multiply(device, LinearProduct::BackwardInputF32 { dx, dout, weight }, shape) }
 }
 
 pub(super) fn backward_weight(

@@ -126,8 +126,9 @@ pub(super) fn forward(
             HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
         };
         let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
+        let launcher = if hopper { "logp_head_forward_sm90" } else { name };
         // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
-        device.launch(name, shape, |kernels, stream| unsafe {
+        device.launch(launcher, shape, |kernels, stream| unsafe {
             let launch = if hopper { kernels.logp_head_forward_sm90 } else { kernels.logp_head_forward };
             launch(
                 scores.lse.at_mut(first),
@@ -357,8 +358,9 @@ impl Backward<'_> {
         let [count, width, first_column, columns] = launch_sizes(name, sizes)?;
         let (dentropy, entropy) = self.entropies(first);
         let hopper = runs_on_hopper(self.device, self.shape.width);
+        let launcher = if hopper { "logp_head_dlogits_sm90" } else { name };
         // SAFETY: the buffers cover the shape, and `dlogits` has room for the rows and columns.
-        self.device.launch(name, self.shape, |kernels, stream| unsafe {
+        self.device.launch(launcher, self.shape, |kernels, stream| unsafe {
             let launch = if hopper { kernels.logp_head_dlogits_sm90 } else { kernels.logp_head_dlogits };
             launch(
                 dlogits,

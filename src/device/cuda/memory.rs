@@ -150,7 +150,9 @@ pub(super) fn upload<T: Element>(
     let end = offset.saturating_add(source.len());
     check_sizes("upload", &(offset..end), &[("out", out.len(), end)])?;
     // SAFETY: the range was just checked to lie inside the buffer.
-    unsafe { device.backend().copy_in(out.at_mut(offset).cast(), bytemuck::cast_slice(source)) }
+    device.traced("upload", || unsafe {
+        device.backend().copy_in(out.at_mut(offset).cast(), bytemuck::cast_slice(source))
+    })
 }
 
 pub(super) fn download<T: Element>(
@@ -191,7 +193,7 @@ pub(super) fn upload_values(
             unsafe { device.backend().copy_in(scratch, chunk)? };
             let out = out.at_mut(first);
             // SAFETY: `len` values of `scratch` were just written, and the range of `out` was checked.
-            device.launch("upload_values", &source.storage, |kernels, stream| unsafe {
+            device.launch("cast_to_bf16", &source.storage, |kernels, stream| unsafe {
                 (kernels.cast_to_bf16)(out, scratch, storage as i32, len as i64, stream)
             })
         })?;
@@ -246,5 +248,7 @@ pub(super) fn copy<T: Element>(
     check_sizes("copy", &len, &[("out", out.len(), out_end), ("source", source.len(), end)])?;
     let out = out.at_mut(out_offset).cast();
     // SAFETY: both ranges were just checked to lie inside their buffers, which are different ones.
-    unsafe { device.backend().copy(out, source.at(offset).cast(), len * size_of::<T>()) }
+    device.traced("copy", || unsafe {
+        device.backend().copy(out, source.at(offset).cast(), len * size_of::<T>())
+    })
 }

@@ -38,11 +38,12 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use self::backend::Backend;
+use self::backend::{Backend, Moment};
 #[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
-    EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED, MMPO_EMULATOR_SCHEDULE_RANDOM,
+    EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, MMPO_EMULATOR_ASYNC_EARLY,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
@@ -51,6 +52,7 @@ use self::memory::{Memory, Workspace};
 pub(super) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::Products;
+use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
@@ -65,6 +67,7 @@ pub struct CudaDevice {
     workspace: Workspace,
     path: KernelPath,
     products: Products,
+    trace: Trace<Moment>,
 }
 
 /// Which kernels run where an operation has two sets of them.
@@ -77,6 +80,14 @@ pub enum KernelPath {
 }
 
 impl KernelPath {
+    /// The launcher's name on this path, as `kernels/api.h` has it.
+    fn launcher(self, portable: &'static str, hopper: &'static str) -> &'static str {
+        match self {
+            KernelPath::Portable => portable,
+            KernelPath::Hopper => hopper,
+        }
+    }
+
     #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
     fn of(gpu: &Gpu) -> Self {
         if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }
@@ -117,12 +128,8 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        CudaDevice {
-            memory: Memory::new(backend),
-            workspace: Workspace::default(),
-            path,
-            products: Products::default(),
-        }
+        let (workspace, products, trace) = (Workspace::default(), Products::default(), Trace::default());
+        CudaDevice { memory: Memory::new(backend), workspace, path, products, trace }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -159,7 +166,22 @@ impl CudaDevice {
         shape: &dyn Debug,
         mut call: impl FnMut(&KernelTable, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        self.backend().launch(operation, shape, &mut call)
+        self.traced(operation, || self.backend().launch(operation, shape, &mut call))
+    }
+
+    /// Queues work, and notes when the device did it if a trace runs.
+    fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.trace.around(operation, || self.backend().moment(), work)
+    }
+
+    /// What a launcher says of its sizes: a pure function on the host, which launches nothing and is not traced.
+    fn ask(&self, operation: &str, shape: &dyn Debug, call: impl Fn(&KernelTable) -> i64) -> Result<i64> {
+        let mut answer = 0;
+        self.backend().launch(operation, shape, &mut |kernels, _| {
+            answer = call(kernels);
+            0
+        })?;
+        Ok(answer)
     }
 
     /// Runs one launcher with the scratch memory that `bytes` asks for.
@@ -170,11 +192,7 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
         mut call: impl FnMut(&KernelTable, *mut c_void, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        let mut needed = 0;
-        self.launch(operation, shape, |kernels, _| {
-            needed = bytes(kernels);
-            0
-        })?;
+        let needed = self.ask(operation, shape, bytes)?;
         let needed = usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })?;
@@ -239,6 +257,17 @@ impl Device for CudaDevice {
 
     fn free_memory(&self) -> Result<Option<usize>> {
         self.backend().free_memory()
+    }
+
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let start = self.backend().moment()?;
+        work()?;
+        let end = self.backend().moment()?;
+        self.backend().seconds_between(&start, &end)
+    }
+
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)> {
+        self.trace.run(work, |start, end| self.backend().seconds_between(start, end))
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
@@ -427,6 +456,18 @@ impl Device for CudaDevice {
         attention::decode(self, out, cache, length, shape)
     }
 
+    fn linear_swiglu_forward(
+        &self,
+        out: &mut Compute<Self>,
+        gate_up: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        swiglu::linear_forward(self, out, gate_up, x, weight, bias, shape)
+    }
+
     fn swiglu_forward(
         &self,
         out: &mut Compute<Self>,
@@ -487,7 +528,9 @@ impl Device for CudaDevice {
         targets: &Indices<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
+        self.trace.scope("logp_head_forward", || {
+            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
+        })
     }
 
     fn pair_objective(
@@ -513,7 +556,19 @@ impl Device for CudaDevice {
         coefficients: &TokenCoefficients<Self>,
         shape: &HeadShape,
     ) -> Result<()> {
-        logp_head::backward(self, hidden, dweight, workspace, weight, targets, scores, coefficients, shape)
+        self.trace.scope("logp_head_backward", || {
+            logp_head::backward(
+                self,
+                hidden,
+                dweight,
+                workspace,
+                weight,
+                targets,
+                scores,
+                coefficients,
+                shape,
+            )
+        })
     }
 
     fn gradient_norm(
@@ -522,7 +577,7 @@ impl Device for CudaDevice {
         gradients: &[&Floats<Self>],
         max_norm: Option<f32>,
     ) -> Result<()> {
-        optimizer::gradient_norm(self, out, gradients, max_norm)
+        self.trace.scope("gradient_norm", || optimizer::gradient_norm(self, out, gradients, max_norm))
     }
 
     fn adamw(

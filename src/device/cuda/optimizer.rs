@@ -20,10 +20,9 @@ pub(super) fn gradient_norm(
     let mut first_partial = Vec::with_capacity(gradients.len());
     for gradient in gradients {
         first_partial.push(partials);
-        device.launch(name, &gradient.len(), |kernels, _| {
+        partials += device.ask(name, &gradient.len(), |kernels| {
             // SAFETY: a pure function of a number.
-            partials += unsafe { (kernels.gradient_norm_partials)(gradient.len() as i64) };
-            0
+            unsafe { (kernels.gradient_norm_partials)(gradient.len() as i64) }
         })?;
     }
     let max_norm = max_norm.unwrap_or(f32::INFINITY);
@@ -33,12 +32,12 @@ pub(super) fn gradient_norm(
         for (gradient, &first) in gradients.iter().zip(&first_partial) {
             let partials = workspace.wrapping_add(first as usize);
             // SAFETY: the workspace holds the partial sums of all tensors, and this one's begin at `first`.
-            device.launch(name, &gradient.len(), |kernels, stream| unsafe {
+            device.launch("gradient_norm_partial", &gradient.len(), |kernels, stream| unsafe {
                 (kernels.gradient_norm_partial)(partials, gradient.start(), gradient.len() as i64, stream)
             })?;
         }
         // SAFETY: the launches above fill all `partials` values.
-        device.launch(name, &gradients.len(), |kernels, stream| unsafe {
+        device.launch("gradient_norm_finish", &gradients.len(), |kernels, stream| unsafe {
             (kernels.gradient_norm_finish)(out.start_mut(), workspace, partials, max_norm, stream)
         })
     })

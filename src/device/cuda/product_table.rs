@@ -1,8 +1,8 @@
 //! Which implementation of a linear layer's products is the faster one on Hopper: measurements, nothing else.
 //!
-//! Made by `mmpo-fast bench`, which times both on random data on one GPU of compute capability 9.0 and prints
-//! rows in this form. A table in the source rather than timing at run time: the two round differently, and a run must give the
-//! same bits every time.
+//! Made by `mmpo-fast bench products` on a GPU of compute capability 9.0: it times both on random data and prints the rows
+//! of [`MEASURED`]. A table in the source rather than timing at run time: the two round differently, and a run must give
+//! the same bits every time.
 
 use super::products::ProductKind;
 use crate::device::LinearShape;

@@ -29,8 +29,10 @@ pub enum Products {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProductKind {
     Forward,
+    /// Gate and up, then SwiGLU of both in the same kernel; the library's product and a kernel for the rest otherwise.
+    ForwardSwiGlu,
     BackwardInput,
-    AddBackwardInput,
+    BackwardInputF32,
     BackwardWeight,
 }
 
@@ -41,8 +43,8 @@ pub(super) enum LinearProduct {
     Forward { out: *mut bf16, x: *const bf16, weight: *const bf16, bias: Option<*const bf16> },
     /// Assigns `dx[rows, inputs] = dout * weight`.
     BackwardInput { dx: *mut bf16, dout: *const bf16, weight: *const bf16 },
-    /// Accumulates `dx[rows, inputs] += dout * weight`.
-    AddBackwardInput { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
+    /// Accumulates `dx[rows, inputs] += dout * weight` in f32.
+    BackwardInputF32 { dx: *mut f32, dout: *const bf16, weight: *const bf16 },
     /// Accumulates `dweight[outputs, inputs] += dout^T * x`.
     BackwardWeight { dweight: *mut f32, dout: *const bf16, x: *const bf16 },
 }
@@ -60,11 +62,11 @@ enum Implementation {
 /// From each address on, the memory covers `shape`; the output overlaps none of the others.
 pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape: LinearShape) -> Result<()> {
     let vendor = device.backend().products();
-    match choose(device, vendor.is_some(), &product, shape) {
+    match choose(device, product.kind(), shape, product.has_hopper_kernel(shape)) {
         Implementation::Vendor => {
             let Some(vendor) = vendor else { return Err(no_vendor()) };
             // SAFETY: the caller's promise.
-            unsafe { vendor.multiply(&product.for_vendor(shape)) }
+            device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) })
         }
         Implementation::Portable => {
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
@@ -77,7 +79,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
             // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
             device.launch_with_workspace(
-                product.name(),
+                product.hopper_name(),
                 &shape,
                 |kernels| product.hopper_workspace(kernels, sizes),
                 |kernels, workspace, stream| unsafe {
@@ -88,21 +90,29 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
     }
 }
 
-fn choose(
-    device: &CudaDevice,
-    vendor_installed: bool,
-    product: &LinearProduct,
-    shape: LinearShape,
-) -> Implementation {
-    let hopper = device.path() == KernelPath::Hopper && product.has_hopper_kernel(shape);
+/// `hopper`: whether Hopper's kernels take the product.
+fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bool) -> Implementation {
+    let hopper = hopper && device.path() == KernelPath::Hopper;
     let ours = if hopper { Implementation::Hopper } else { Implementation::Portable };
     match device.products() {
         Products::Vendor => Implementation::Vendor,
         Products::Ours => ours,
-        Products::Fastest if !vendor_installed => ours,
-        Products::Fastest if hopper && ours_is_faster(MEASURED, product.kind(), shape) => ours,
+        Products::Fastest if device.backend().products().is_none() => ours,
+        Products::Fastest if hopper && ours_is_faster(MEASURED, kind, shape) => ours,
         Products::Fastest => Implementation::Vendor,
     }
+}
+
+/// Whether gate, up and SwiGLU of them are one kernel for these addresses and this shape of the product (`outputs` = 2F).
+pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: LinearShape) -> bool {
+    let hopper = mappable(&addresses, shape) && shape.outputs.is_multiple_of(16);
+    choose(device, ProductKind::ForwardSwiGlu, shape, hopper) == Implementation::Hopper
+}
+
+/// Whether tensor maps of a product's matrices exist: they need 16-byte strides and addresses.
+fn mappable(addresses: &[usize], shape: LinearShape) -> bool {
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    aligned && shape.inputs.is_multiple_of(8) && shape.outputs.is_multiple_of(8)
 }
 
 fn no_vendor() -> Error {
@@ -117,31 +127,39 @@ impl LinearProduct {
         match self {
             LinearProduct::Forward { .. } => ProductKind::Forward,
             LinearProduct::BackwardInput { .. } => ProductKind::BackwardInput,
-            LinearProduct::AddBackwardInput { .. } => ProductKind::AddBackwardInput,
+            LinearProduct::BackwardInputF32 { .. } => ProductKind::BackwardInputF32,
             LinearProduct::BackwardWeight { .. } => ProductKind::BackwardWeight,
         }
     }
 
     /// As errors name it.
     fn name(&self) -> &'static str {
-        match self.kind() {
-            ProductKind::Forward => "linear_forward",
-            ProductKind::BackwardInput => "linear_backward_input",
-            ProductKind::AddBackwardInput => "linear_backward_input_f32",
-            ProductKind::BackwardWeight => "linear_backward_weight",
+        match self {
+            LinearProduct::Forward { .. } => "linear_forward",
+            LinearProduct::BackwardInput { .. } => "linear_backward_input",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32",
+            LinearProduct::BackwardWeight { .. } => "linear_backward_weight",
         }
     }
 
-    /// Whether `kernels/linear_sm90.cu` takes it: tensor maps need 16-byte strides and addresses.
+    fn hopper_name(&self) -> &'static str {
+        match self {
+            LinearProduct::Forward { .. } => "linear_forward_sm90",
+            LinearProduct::BackwardInput { .. } => "linear_backward_input_sm90",
+            LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32_sm90",
+            LinearProduct::BackwardWeight { .. } => "linear_backward_weight_sm90",
+        }
+    }
+
+    /// Whether `kernels/linear_sm90.cu` takes it.
     fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
         let addresses = match *self {
             LinearProduct::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
             LinearProduct::BackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
-            LinearProduct::AddBackwardInput { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => [dx.addr(), dout.addr(), weight.addr()],
             LinearProduct::BackwardWeight { dweight, dout, x } => [dweight.addr(), dout.addr(), x.addr()],
         };
-        let aligned = addresses.iter().all(|address| address % 16 == 0);
-        aligned && shape.inputs % 8 == 0 && shape.outputs % 8 == 0
+        mappable(&addresses, shape)
     }
 
     fn for_vendor(&self, shape: LinearShape) -> Product {
@@ -167,7 +185,7 @@ impl LinearProduct {
             LinearProduct::BackwardInput { dx, dout, weight } => {
                 product(ProductOut::Bf16(dx), as_it_is(dout), as_it_is(weight), [rows, inputs, outputs])
             }
-            LinearProduct::AddBackwardInput { dx, dout, weight } => {
+            LinearProduct::BackwardInputF32 { dx, dout, weight } => {
                 let sizes = [rows, inputs, outputs];
                 let gradient = product(ProductOut::F32(dx), as_it_is(dout), as_it_is(weight), sizes);
                 Product { accumulate: true, ..gradient }
@@ -198,7 +216,7 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::AddBackwardInput { dx, dout, weight } => {
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
                     (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {
@@ -237,7 +255,7 @@ impl LinearProduct {
                 LinearProduct::BackwardInput { dx, dout, weight } => {
                     (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::AddBackwardInput { dx, dout, weight } => {
+                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
                     (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardWeight { dweight, dout, x } => {

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_nn::{ops, rotary_emb};
 
-use crate::step_bench::{Matrix, ModelShape};
+use crate::bench::{Matrix, ModelShape};
 
 pub struct Llama {
     shape: ModelShape,
@@ -29,11 +29,12 @@ const MLP_NORM: usize = 8;
 const PER_LAYER: usize = 9;
 
 impl Llama {
-    pub fn new(shape: ModelShape, sequence: usize, device: &Device) -> Result<Llama> {
+    pub fn new(shape: ModelShape, sequence: usize, device: &Device, dtype: DType) -> Result<Llama> {
         let hidden = shape.hidden;
         let (q_width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let matrix = |matrix: Matrix, rows: usize, columns: usize| {
-            Var::from_vec(matrix.values(rows * columns), (rows, columns), device)
+            let values = Tensor::from_vec(matrix.values(rows * columns), (rows, columns), device)?;
+            Var::from_tensor(&values.to_dtype(dtype)?)
         };
         let mut weights = vec![matrix(Matrix::Embedding, shape.vocabulary, hidden)?];
         let projections = [
@@ -49,18 +50,16 @@ impl Llama {
             for (projection, &(rows, columns)) in projections.iter().enumerate() {
                 weights.push(matrix(Matrix::Layer { layer, projection }, rows, columns)?);
             }
-            weights.push(Var::ones(hidden, DType::F32, device)?);
-            weights.push(Var::ones(hidden, DType::F32, device)?);
+            weights.push(Var::ones(hidden, dtype, device)?);
+            weights.push(Var::ones(hidden, dtype, device)?);
         }
-        weights.push(Var::ones(hidden, DType::F32, device)?);
+        weights.push(Var::ones(hidden, dtype, device)?);
         if !shape.tied {
             weights.push(matrix(Matrix::Head { layers: shape.layers }, shape.vocabulary, hidden)?);
         }
         let (cos, sin) = rope_tables(&shape, sequence, device)?;
-        let mask: Vec<f32> = (0..sequence * sequence)
-            .map(|at| if at % sequence <= at / sequence { 0.0 } else { f32::NEG_INFINITY })
-            .collect();
-        let mask = Tensor::from_vec(mask, (sequence, sequence), device)?;
+        let (cos, sin) = (cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
+        let mask = causal_mask(sequence, device)?.to_dtype(dtype)?;
         Ok(Llama { shape, weights, cos, sin, mask })
     }
 
@@ -91,7 +90,7 @@ impl Llama {
 
     fn attention(&self, weights: &[Var], x: &Tensor) -> Result<Tensor> {
         let (rows, sequence, _) = x.dims3()?;
-        let ModelShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let &ModelShape { heads, kv_heads, head_dim, .. } = &self.shape;
         let split = |x: Tensor, heads: usize| {
             x.reshape((rows, sequence, heads, head_dim))?.transpose(1, 2)?.contiguous()
         };
@@ -99,9 +98,8 @@ impl Llama {
         let k = rotary_emb::rope_slow(&split(linear(x, &weights[K])?, kv_heads)?, &self.cos, &self.sin)?;
         let k = repeat_heads(&k, heads / kv_heads)?;
         let v = repeat_heads(&split(linear(x, &weights[V])?, kv_heads)?, heads / kv_heads)?;
-        let scores = (q.matmul(&k.t()?)? * (1.0 / (head_dim as f64).sqrt()))?;
-        let probabilities = ops::softmax(&scores.broadcast_add(&self.mask)?, D::Minus1)?;
-        let out = probabilities.matmul(&v)?.transpose(1, 2)?.reshape((rows, sequence, heads * head_dim))?;
+        let out = scaled_attention(&q, &k, &v, &self.mask)?;
+        let out = out.transpose(1, 2)?.reshape((rows, sequence, heads * head_dim))?;
         linear(&out, &weights[O])
     }
 
@@ -111,6 +109,20 @@ impl Llama {
     }
 }
 
+/// `[sequence, sequence]`: 0 where a row may look, -inf elsewhere.
+pub fn causal_mask(sequence: usize, device: &Device) -> Result<Tensor> {
+    let mask = (0..sequence * sequence)
+        .map(|at| if at % sequence <= at / sequence { 0f32 } else { f32::NEG_INFINITY });
+    Tensor::from_iter(mask, device)?.reshape((sequence, sequence))
+}
+
+/// Of `[rows, heads, sequence, head_dim]`, as many key and value heads as query heads.
+pub fn scaled_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let scores = (q.matmul(&k.t()?)? * scale)?;
+    ops::softmax(&scores.broadcast_add(mask)?, D::Minus1)?.matmul(v)
+}
+
 /// `x [rows, sequence, in]` by `weight [out, in]`, as one two-dimensional product.
 fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (rows, sequence, width) = x.dims3()?;
@@ -118,7 +130,7 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 /// `[rows, heads, sequence, head_dim]`, each head `times` in a row.
-fn repeat_heads(x: &Tensor, times: usize) -> Result<Tensor> {
+pub fn repeat_heads(x: &Tensor, times: usize) -> Result<Tensor> {
     let (rows, heads, sequence, head_dim) = x.dims4()?;
     Tensor::cat(&vec![x; times], 2)?.reshape((rows, heads * times, sequence, head_dim))
 }
@@ -128,7 +140,7 @@ fn rope_tables(shape: &ModelShape, sequence: usize, device: &Device) -> Result<(
     let angles: Vec<f64> = (0..sequence * half)
         .map(|at| {
             let exponent = (at % half) as f64 / half as f64;
-            (at / half) as f64 * shape.rope_theta.powf(-exponent)
+            (at / half) as f64 * shape.rope_theta().powf(-exponent)
         })
         .collect();
     let table = |f: fn(f64) -> f64| {

@@ -1,0 +1,143 @@
+// How Hopper's attention forward is cut: tiles, registers, shared memory, and what its warps tell one another.
+#pragma once
+
+#include "attention_schedule.cuh"
+#include "hopper.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+namespace forward_plan {
+
+// Rows of one wgmma, and of a consumer warpgroup's part of a tile.
+constexpr int kSlabRows = 64;
+constexpr int kBlockRegisters = 65536;
+constexpr int kSharedLimit = 227 * 1024;
+// Rows of the small copies of which a key block is put together where prompt and own keys meet. 16 is 8 copies a panel
+// at the most, and a gap of at most 15 slots.
+constexpr int kSeamRows = 16;
+
+// How a block of the grid is cut.
+struct ForwardTiles {
+    int consumer_warpgroups;  // slabs of a tile
+    int block_n;              // keys of a block
+    int key_stages;           // key blocks in flight, and as many value blocks
+    int query_stages;         // tiles whose queries are in flight; output leaves through the same memory
+    int producer_registers, consumer_registers;
+
+    constexpr int threads() const { return (consumer_warpgroups + 1) * kWarpgroupThreads; }
+    constexpr int shared_bytes(int head_size) const {
+        const int queries = query_stages * consumer_warpgroups * kSlabRows * head_size * 2;
+        return queries + 2 * key_stages * block_n * head_size * 2;
+    }
+};
+
+// Registers of a consumer thread: scores block_n / 2, their bf16 copy (the next product's operand) block_n / 4, output
+// E / 2, and about 30 for the rest. Together with the producer's they must fit into 64 Ki a multiprocessor.
+//   E = 64:  64 + 32 + 32 + 30 = 158: three warpgroups at 160. A wider block would not fit; three slabs instead of two
+//            read keys and values once for 192 rows. Shared: queries 2 * 24, keys and values 4 * 2 * 16: 176 KiB; four
+//            stages, because the blocks of a short pair's tile are few and the next tile's should be under way.
+//   E = 128: 64 + 32 + 64 + 30 = 190: two warpgroups at 232. Shared: queries 2 * 32, keys and values 2 * 2 * 32:
+//            192 KiB; a third stage of 64 KiB does not fit beside the second stage of queries.
+// block_n = 128 in both: a wgmma of 64 x 128 reads shared memory (6 KiB in 64 cycles) well below its bandwidth, where
+// one of 64 x 64 would be bound by it. Two query stages: a tile's first copies run under the tile before.
+constexpr ForwardTiles forward_tiles(int head_size) {
+    return head_size == 64 ? ForwardTiles{3, 128, 4, 2, 32, 160} : ForwardTiles{2, 128, 2, 2, 40, 232};
+}
+
+constexpr bool fits(int head_size) {
+    const ForwardTiles tiles = forward_tiles(head_size);
+    const int registers = tiles.producer_registers + tiles.consumer_warpgroups * tiles.consumer_registers;
+    return registers * kWarpgroupThreads <= kBlockRegisters && tiles.shared_bytes(head_size) + 1024 <= kSharedLimit;
+}
+static_assert(fits(64) && fits(128), "a block has the multiprocessor to itself, and no more than that");
+
+// Named barriers; 0 is __syncthreads'.
+enum class Barrier : uint32_t { turn = 1 /* one a consumer warpgroup */ };
+
+struct Problem {
+    int heads, kv_heads;
+    HeadPacking packing;
+    int slab_tokens;
+    float scale_log2;  // scale * log2(e): scores in base 2
+    int pairs;
+    TileCount count;
+};
+
+// What the consumers of a tile need to know, as the producer leaves it in shared memory. No blocks: there are no more
+// tiles.
+struct alignas(16) TileWork {
+    int blocks;      // of its last row
+    int first_row;   // of the tile
+    int last_row;    // end of the sequence
+    int first_slot;  // of the tile's first row
+    int gap_first, gap_last;
+    int first_head;
+    int unused;
+};
+
+template <int E>
+struct Config {
+    static constexpr ForwardTiles kTiles = forward_tiles(E);
+    static constexpr int kSlabs = kTiles.consumer_warpgroups;
+    static constexpr int BLOCK_N = kTiles.block_n;
+    static constexpr int kThreads = kTiles.threads();
+    static constexpr int kProducerRegisters = kTiles.producer_registers;
+    static constexpr int kConsumerRegisters = kTiles.consumer_registers;
+
+    using Cut = TileCut<BLOCK_N, kSeamRows>;
+    using Slab = PanelTile<kSlabRows, E>;
+    using Keys = PanelTile<BLOCK_N, E>;
+    using QueryRing = StageRing<kTiles.query_stages>;
+    using KeyRing = StageRing<kTiles.key_stages>;
+    using QueryCursor = StageCursor<kTiles.query_stages>;
+    using KeyCursor = StageCursor<kTiles.key_stages>;
+};
+
+// Shared memory, in order: queries, keys, values, the tiles' descriptions, the rings' barriers.
+template <int E>
+struct Shared {
+    using C = Config<E>;
+    static constexpr int kKeys = C::kTiles.query_stages * C::kSlabs * C::Slab::kBytes;
+    static constexpr int kValues = kKeys + C::kTiles.key_stages * C::Keys::kBytes;
+    static constexpr int kWork = kValues + C::kTiles.key_stages * C::Keys::kBytes;
+    static constexpr int kQueryRing = kWork + C::kTiles.query_stages * int(sizeof(TileWork));
+    static constexpr int kKeyRing = kQueryRing + C::QueryRing::kBytes;
+    static constexpr int kValueRing = kKeyRing + C::KeyRing::kBytes;
+    static constexpr int kBytes = kValueRing + C::KeyRing::kBytes;
+
+    uint32_t base;
+
+    DEVICE uint32_t slab(int stage, int slab) const {
+        return base + uint32_t((stage * C::kSlabs + slab) * C::Slab::kBytes);
+    }
+    DEVICE uint32_t keys(int stage) const { return base + uint32_t(kKeys + stage * C::Keys::kBytes); }
+    DEVICE uint32_t values(int stage) const { return base + uint32_t(kValues + stage * C::Keys::kBytes); }
+    DEVICE uint32_t work(int stage) const { return base + uint32_t(kWork + stage * int(sizeof(TileWork))); }
+    DEVICE typename C::QueryRing query_ring() const { return {base + kQueryRing}; }
+    DEVICE typename C::KeyRing key_ring() const { return {base + kKeyRing}; }
+    DEVICE typename C::KeyRing value_ring() const { return {base + kValueRing}; }
+};
+
+// Barriers, and zeros in the slabs' rows that no token fills: TMA never writes them, and products read them.
+template <int E>
+DEVICE void prepare(const Shared<E>& shared, const Problem& problem) {
+    using C = Config<E>;
+    if (threadIdx.x == 0) {
+        // A consumer warpgroup is done with keys when its product is; with queries, when each of its warps has stored.
+        shared.query_ring().init(C::kSlabs * 4);
+        shared.key_ring().init(C::kSlabs);
+        shared.value_ring().init(C::kSlabs);
+        fence_mbarrier_init();
+    }
+    const int used = problem.slab_tokens * problem.packing.heads, chunks = (kSlabRows - used) * (E / kChunkValues);
+    for (int i = int(threadIdx.x); i < chunks * C::kTiles.query_stages * C::kSlabs; i += C::kThreads) {
+        const int row = used + i % chunks / (E / kChunkValues), chunk = i % chunks % (E / kChunkValues);
+        store_shared_128(C::Slab::address(shared.slab(0, i / chunks), row, chunk), uint4{0, 0, 0, 0});
+    }
+    fence_proxy_async();
+    __syncthreads();
+}
+
+}  // namespace forward_plan
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

@@ -1,0 +1,160 @@
+//! One case an operation of the `Device` trait: its operands, the operations it must do, and the fewest bytes it can move
+//! (each input read once, each output written once, what is updated both).
+
+mod head;
+mod layer;
+mod optimizer;
+
+pub use layer::linear_shape;
+
+use super::shapes::Shape;
+use crate::data::{PairBatch, Sides};
+use crate::device::{BatchBuffers, Compute, Device, Floats};
+use crate::error::Result;
+use crate::objective::{PairConstants, ReferencePair};
+
+/// Bytes of an f32 or an index.
+const WORD: usize = 4;
+
+/// What an operation writes or updates; its inputs live in its closure.
+pub struct Outputs<D: Device> {
+    pub compute: Vec<Compute<D>>,
+    pub floats: Vec<Floats<D>>,
+}
+
+type Work<D> = Box<dyn FnMut(&D, &mut Outputs<D>) -> Result<()>>;
+
+/// An operation with operands.
+pub struct Case<D: Device> {
+    /// Its name in the `Device` trait.
+    pub operation: &'static str,
+    /// Which of several uses; empty where there is one.
+    pub part: &'static str,
+    /// Floating-point operations of its products; 0 where memory bounds it anyway.
+    pub flops: f64,
+    /// The fewest bytes it can move.
+    pub bytes: f64,
+    pub outputs: Outputs<D>,
+    /// Whether outputs are assigned, and so may hold anything before.
+    assigns: bool,
+    prepare: Option<Work<D>>,
+    run: Work<D>,
+}
+
+impl<D: Device> Case<D> {
+    /// An operation that assigns `outputs`.
+    fn new(
+        operation: &'static str,
+        outputs: Outputs<D>,
+        run: impl FnMut(&D, &mut Outputs<D>) -> Result<()> + 'static,
+    ) -> Self {
+        let run = Box::new(run);
+        Case { operation, part: "", flops: 0.0, bytes: 0.0, outputs, assigns: true, prepare: None, run }
+    }
+
+    fn part(self, part: &'static str) -> Self {
+        Case { part, ..self }
+    }
+
+    fn flops(self, flops: usize) -> Self {
+        Case { flops: flops as f64, ..self }
+    }
+
+    fn bytes(self, bytes: usize) -> Self {
+        Case { bytes: bytes as f64, ..self }
+    }
+
+    /// It updates its outputs: they are not poisoned.
+    fn updates(self) -> Self {
+        Case { assigns: false, ..self }
+    }
+
+    /// What brings its operands back to where a call needs them.
+    fn prepare(self, prepare: impl FnMut(&D, &mut Outputs<D>) -> Result<()> + 'static) -> Self {
+        Case { prepare: Some(Box::new(prepare)), ..self }
+    }
+
+    /// `rope`, `linear_forward qkv`.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.operation, self.part).trim_end().to_owned()
+    }
+
+    pub fn prepare_operands(&mut self, device: &D) -> Result<()> {
+        match &mut self.prepare {
+            Some(prepare) => prepare(device, &mut self.outputs),
+            None => Ok(()),
+        }
+    }
+
+    pub fn run(&mut self, device: &D) -> Result<()> {
+        (self.run)(device, &mut self.outputs)
+    }
+
+    /// Poisons what the operation assigns, runs it once, and returns all of its outputs.
+    pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
+        if self.assigns {
+            for buffer in &mut self.outputs.compute {
+                let poison = vec![f32::NAN; device.len(buffer)];
+                device.upload_values(buffer, 0, crate::device::RawValues::from_f32(&poison))?;
+            }
+            for buffer in &mut self.outputs.floats {
+                device.upload(buffer, 0, &vec![f32::NAN; device.len(buffer)])?;
+            }
+        }
+        self.prepare_operands(device)?;
+        self.run(device)?;
+        let mut values = Vec::new();
+        for buffer in &self.outputs.compute {
+            let mut part = vec![0.0; device.len(buffer)];
+            device.download_compute(&mut part, buffer, 0)?;
+            values.append(&mut part);
+        }
+        for buffer in &self.outputs.floats {
+            let mut part = vec![0.0; device.len(buffer)];
+            device.download(&mut part, buffer, 0)?;
+            values.append(&mut part);
+        }
+        Ok(values)
+    }
+}
+
+/// Makes a case when its turn comes, so that only one's operands exist at a time.
+pub type Maker<D> = fn(&D, &Shape) -> Result<Case<D>>;
+
+/// Every operation of a training step and of generation.
+pub fn all<D: Device>() -> Vec<Maker<D>> {
+    [layer::makers(), head::makers(), optimizer::makers()].concat()
+}
+
+/// Bytes of a weight or activation.
+fn compute_size<D: Device>() -> usize {
+    size_of::<D::Compute>()
+}
+
+/// Buffers of these many values.
+fn outputs<D: Device>(device: &D, compute: &[usize], floats: &[usize]) -> Result<Outputs<D>> {
+    Ok(Outputs {
+        compute: compute.iter().map(|&len| device.alloc(len)).collect::<Result<_>>()?,
+        floats: floats.iter().map(|&len| device.alloc(len)).collect::<Result<_>>()?,
+    })
+}
+
+/// The batch of `shape`, with the constants that a reference would give.
+fn batch<D: Device>(device: &D, shape: &Shape) -> Result<BatchBuffers<D>> {
+    let pairs = super::inputs::pairs(shape.lengths, shape.pairs, shape.config.vocab_size);
+    let packed = PairBatch::pack(&pairs, Sides::Both);
+    let references: Vec<ReferencePair> = (0..shape.pairs)
+        .map(|pair| ReferencePair {
+            logp_chosen: -80.0 - pair as f32,
+            logp_rejected: -90.0 - pair as f32,
+            tokens_chosen: shape.lengths.chosen as u32,
+            tokens_rejected: shape.lengths.rejected as u32,
+        })
+        .collect();
+    let objective = super::shapes::settings()?.objective(shape.pairs);
+    let chosen = vec![shape.lengths.chosen; shape.pairs];
+    let constants: Vec<PairConstants> = objective.batch_constants(&references, &chosen);
+    let mut buffers = BatchBuffers::new(device, packed.tokens(), shape.pairs, packed.scored_tokens())?;
+    buffers.load(device, &packed, &constants)?;
+    Ok(buffers)
+}

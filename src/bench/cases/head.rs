@@ -1,0 +1,250 @@
+//! The operations between the last layer and the loss.
+
+use super::{Case, Maker, WORD, batch, compute_size, outputs};
+use crate::bench::inputs::{compute, floats};
+use crate::bench::shapes::{self, Shape};
+use crate::device::{
+    BatchBuffers, Compute, Device, Floats, HeadMode, HeadShape, TokenCoefficients, TokenScores,
+};
+use crate::error::Result;
+use crate::objective::{Objective, PairOutcome};
+
+pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
+    vec![
+        gather_rows,
+        gather_rows_backward,
+        head_forward,
+        head_backward,
+        |device, shape| head_both(device, shape, HeadMode::Main),
+        |device, shape| head_both(device, shape, HeadMode::Recompute),
+        pair_objective,
+    ]
+}
+
+fn gather_rows<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let (rows, scored, width) = (shape.tokens(), shape.scored(), shape.config.hidden_size);
+    let hidden = compute(device, 1, rows * width, 1.0)?;
+    let batch = batch(device, shape)?;
+    let out = outputs(device, &[scored * width], &[])?;
+    let case = Case::new("gather_rows", out, move |device: &D, out| {
+        device.gather_rows(&mut out.compute[0], &hidden, &batch, scored, width)
+    });
+    Ok(case.bytes(2 * compute_size::<D>() * scored * width + WORD * scored))
+}
+
+fn gather_rows_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let (rows, scored, width) = (shape.tokens(), shape.scored(), shape.config.hidden_size);
+    let dout = compute(device, 1, scored * width, 1.0)?;
+    let batch = batch(device, shape)?;
+    let out = outputs(device, &[rows * width], &[])?;
+    let case = Case::new("gather_rows_backward", out, move |device: &D, out| {
+        device.gather_rows_backward(&mut out.compute[0], &dout, &batch, rows, width)
+    });
+    Ok(case.bytes(compute_size::<D>() * (rows + scored) * width + 2 * WORD * rows))
+}
+
+/// The head's operands over all scored tokens of a batch.
+struct Head<D: Device> {
+    shape: HeadShape,
+    batch: BatchBuffers<D>,
+    objective: Objective,
+    weight: Compute<D>,
+    /// The hidden rows as they are before the backward replaces them.
+    pristine: Compute<D>,
+    coefficients: TokenCoefficients<D>,
+}
+
+impl<D: Device> Head<D> {
+    fn new(device: &D, shape: &Shape, mode: HeadMode) -> Result<Self> {
+        let (scored, config) = (shape.scored(), &shape.config);
+        Ok(Head {
+            shape: HeadShape {
+                rows: 0..scored,
+                width: config.hidden_size,
+                vocab: config.vocab_size,
+                entropy: false,
+                mode,
+            },
+            batch: batch(device, shape)?,
+            objective: shapes::settings()?.objective(shape.pairs),
+            weight: compute(device, 2, config.vocab_size * config.hidden_size, 0.05)?,
+            pristine: compute(device, 1, scored * config.hidden_size, 1.0)?,
+            coefficients: TokenCoefficients {
+                logp: floats(device, 3, scored, 1.0)?,
+                entropy: floats(device, 4, scored, 1.0)?,
+            },
+        })
+    }
+
+    fn hidden(&self, device: &D) -> Result<Compute<D>> {
+        let mut hidden = device.alloc(device.len(&self.pristine))?;
+        self.restore(device, &mut hidden)?;
+        Ok(hidden)
+    }
+
+    fn restore(&self, device: &D, hidden: &mut Compute<D>) -> Result<()> {
+        device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
+    }
+
+    fn workspace(&self, device: &D) -> Result<Compute<D>> {
+        let HeadShape { mode, width, vocab, .. } = self.shape;
+        device.alloc(device.logp_head_workspace(mode, self.scored(), width, vocab)?)
+    }
+
+    fn scored(&self) -> usize {
+        self.shape.rows.len()
+    }
+
+    /// Of one product with the vocabulary.
+    fn product_flops(&self) -> usize {
+        2 * self.scored() * self.shape.vocab * self.shape.width
+    }
+
+    /// Hidden rows, their weights, targets and results; no logits, which need not be moved at all.
+    fn forward_bytes(&self) -> usize {
+        let values = (self.scored() + self.shape.vocab) * self.shape.width;
+        compute_size::<D>() * values + 3 * WORD * self.scored()
+    }
+
+    fn backward_bytes(&self) -> usize {
+        let HeadShape { vocab, width, .. } = self.shape;
+        let hidden = 2 * compute_size::<D>() * self.scored() * width;
+        hidden + (compute_size::<D>() + 2 * WORD) * vocab * width + 3 * WORD * self.scored()
+    }
+
+    fn forward(
+        &self,
+        device: &D,
+        scores: &mut TokenScores<D>,
+        workspace: &mut Compute<D>,
+        hidden: &Compute<D>,
+    ) -> Result<()> {
+        device.logp_head_forward(scores, workspace, hidden, &self.weight, &self.batch.targets, &self.shape)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn backward(
+        &self,
+        device: &D,
+        hidden: &mut Compute<D>,
+        dweight: &mut Floats<D>,
+        workspace: &mut Compute<D>,
+        scores: &TokenScores<D>,
+        coefficients: &TokenCoefficients<D>,
+    ) -> Result<()> {
+        device.logp_head_backward(
+            hidden,
+            Some(dweight),
+            workspace,
+            &self.weight,
+            &self.batch.targets,
+            scores,
+            coefficients,
+            &self.shape,
+        )
+    }
+}
+
+fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let head = Head::new(device, shape, HeadMode::Main)?;
+    let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
+    let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device)?);
+    let mut scores = TokenScores::new(device, scored)?;
+    let out = outputs(device, &[], &[scored, scored])?;
+    let case = Case::new("logp_head_forward", out, move |device: &D, out| {
+        let exchange = |scores: &mut TokenScores<D>, out: &mut super::Outputs<D>| {
+            std::mem::swap(&mut scores.lse, &mut out.floats[0]);
+            std::mem::swap(&mut scores.logp, &mut out.floats[1]);
+        };
+        exchange(&mut scores, out);
+        head.forward(device, &mut scores, &mut workspace, &hidden)?;
+        exchange(&mut scores, out);
+        Ok(())
+    });
+    Ok(case.flops(flops).bytes(bytes))
+}
+
+fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main)?);
+    let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
+    let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device)?));
+    let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
+    let out = super::Outputs {
+        compute: vec![head.hidden(device)?],
+        floats: vec![device.alloc(head.shape.vocab * head.shape.width)?],
+    };
+    let prepare = {
+        let (head, workspace, scores) = (head.clone(), workspace.clone(), scores.clone());
+        move |device: &D, out: &mut super::Outputs<D>| {
+            head.restore(device, &mut out.compute[0])?;
+            head.forward(device, &mut scores.borrow_mut(), &mut workspace.borrow_mut(), &out.compute[0])
+        }
+    };
+    let case = Case::new("logp_head_backward", out, move |device: &D, out| {
+        let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
+        let workspace = &mut workspace.borrow_mut();
+        head.backward(device, hidden, dweight, workspace, &scores.borrow(), &head.coefficients)
+    });
+    Ok(case.prepare(prepare).updates().flops(flops).bytes(bytes))
+}
+
+/// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
+fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, mode)?);
+    let flops = 3 * head.product_flops();
+    let bytes = head.forward_bytes() + head.backward_bytes();
+    let (scored, pairs) = (head.scored(), shape.pairs);
+    let mut workspace = head.workspace(device)?;
+    let mut scores = TokenScores::new(device, scored)?;
+    let mut coefficients = TokenCoefficients::new(device, scored)?;
+    let mut outcomes: Floats<D> = device.alloc(pairs * PairOutcome::WIDTH)?;
+    let out = super::Outputs {
+        compute: vec![head.hidden(device)?],
+        floats: vec![device.alloc(head.shape.vocab * head.shape.width)?],
+    };
+    let prepare = {
+        let head = head.clone();
+        move |device: &D, out: &mut super::Outputs<D>| head.restore(device, &mut out.compute[0])
+    };
+    let case = Case::new("logp_head", out, move |device: &D, out| {
+        let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
+        head.forward(device, &mut scores, &mut workspace, hidden)?;
+        device.pair_objective(
+            &mut outcomes,
+            &mut coefficients,
+            &scores,
+            &head.batch,
+            &head.objective,
+            0..pairs,
+        )?;
+        head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients)
+    });
+    let part = match mode {
+        HeadMode::Recompute => "forward and backward recomputed",
+        _ => "forward and backward",
+    };
+    Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))
+}
+
+fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let (scored, pairs) = (shape.scored(), shape.pairs);
+    let batch = batch(device, shape)?;
+    let objective = shapes::settings()?.objective(pairs);
+    let scores = TokenScores {
+        lse: floats(device, 1, scored, 1.0)?,
+        logp: floats(device, 2, scored, 1.0)?,
+        entropy: floats(device, 3, scored, 1.0)?,
+    };
+    let mut coefficients = TokenCoefficients::new(device, scored)?;
+    let out = outputs(device, &[], &[pairs * PairOutcome::WIDTH, scored])?;
+    let case = Case::new("pair_objective", out, move |device: &D, out| {
+        let (outcomes, dlogp) = out.floats.split_at_mut(1);
+        std::mem::swap(&mut coefficients.logp, &mut dlogp[0]);
+        let done =
+            device.pair_objective(&mut outcomes[0], &mut coefficients, &scores, &batch, &objective, 0..pairs);
+        std::mem::swap(&mut coefficients.logp, &mut dlogp[0]);
+        done
+    });
+    // Log-probs in; two coefficients a token and the outcomes out.
+    Ok(case.bytes(3 * WORD * scored + WORD * pairs * (PairOutcome::WIDTH + 8)))
+}

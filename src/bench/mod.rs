@@ -1,0 +1,151 @@
+//! `mmpo-fast bench`: each kernel beside this machine's ceilings, and a whole training step by its parts.
+
+pub mod cases;
+pub mod inputs;
+mod kernels;
+mod measure;
+mod products;
+mod report;
+pub mod shapes;
+mod step;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use self::measure::Method;
+use self::shapes::{Lengths, Shape};
+use crate::device::{Device, DeviceChoice, DeviceTask, run_on};
+use crate::error::Result;
+use crate::model::LlamaConfig;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Kernels,
+    Step,
+    /// Linear layers by our kernels and by the vendor's.
+    Products,
+}
+
+/// Whose shapes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelChoice {
+    /// A name in `benches/shapes.json`.
+    Named(String),
+    /// A Hugging Face folder, of which `config.json` is read; the step takes its weights too.
+    Folder(PathBuf),
+}
+
+/// A checked command line; `None` leaves a number to the device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BenchConfig {
+    pub parts: Vec<Part>,
+    pub model: Option<ModelChoice>,
+    pub layers: Option<usize>,
+    /// A name in `benches/shapes.json`, or `P/C/R`.
+    pub profile: Option<String>,
+    pub pairs: Option<usize>,
+    pub tokens: Option<usize>,
+    /// Only kernels whose name contains this.
+    pub only: Option<String>,
+    pub warmups: Option<usize>,
+    pub calls: Option<usize>,
+    pub json: bool,
+    /// Receives a row a result, behind those that it has.
+    pub csv: Option<PathBuf>,
+    pub device: DeviceChoice,
+    pub threads: Option<usize>,
+}
+
+/// Measures and prints.
+pub fn run(config: &BenchConfig) -> Result<()> {
+    match config.parts[..] {
+        [Part::Products] => products::run(config),
+        _ => run_on(config.device, config.threads, Task(config)),
+    }
+}
+
+/// Where the work runs, as far as measuring cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Gpu,
+    Cpu,
+    Emulated,
+}
+
+impl Place {
+    fn of<D: Device>(choice: DeviceChoice) -> Self {
+        match choice {
+            DeviceChoice::Emulated => Place::Emulated,
+            // The CPU device computes in f32, GPUs in bf16.
+            _ if size_of::<D::Compute>() == size_of::<f32>() => Place::Cpu,
+            _ => Place::Gpu,
+        }
+    }
+
+    fn method(self) -> Method {
+        match self {
+            Place::Gpu => Method::GPU,
+            Place::Cpu => Method::CPU,
+            Place::Emulated => Method::EMULATED,
+        }
+    }
+
+    /// Model, profile and tokens of a batch where none are named.
+    fn defaults(self) -> (&'static str, &'static str, usize) {
+        match self {
+            Place::Gpu => ("smollm2-135m", "ultrafeedback", 8192),
+            Place::Cpu => ("smollm2-135m", "hh-rlhf", 600),
+            Place::Emulated => ("tiny", "tiny", 104),
+        }
+    }
+}
+
+struct Task<'a>(&'a BenchConfig);
+
+impl DeviceTask for Task<'_> {
+    type Output = ();
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
+        let config = self.0;
+        let place = Place::of::<D>(config.device);
+        let shape = shape(config, place)?;
+        if place == Place::Emulated {
+            tracing::warn!("the emulated device runs kernels on the CPU: its times say nothing about a GPU");
+        }
+        for part in &config.parts {
+            match part {
+                Part::Kernels => {
+                    let mut method = place.method();
+                    method.warmups = config.warmups.unwrap_or(method.warmups);
+                    method.calls = config.calls.unwrap_or(method.calls);
+                    kernels::run(&*device, config, &shape, method)?;
+                }
+                Part::Step => step::run(&device, config, &shape, place)?,
+                Part::Products => products::run(config)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {
+    let (model, profile, tokens) = place.defaults();
+    let (model, llama) = match &config.model {
+        None => (model.to_owned(), shapes::model(model, config.layers)?),
+        Some(ModelChoice::Named(name)) => (name.clone(), shapes::model(name, config.layers)?),
+        Some(ModelChoice::Folder(folder)) => {
+            let name = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned();
+            (name, LlamaConfig::from_folder(folder)?)
+        }
+    };
+    let profile = config.profile.as_deref().unwrap_or(profile);
+    let lengths: Lengths = shapes::lengths(profile)?;
+    let model = match config.layers {
+        Some(layers) => format!("{model}[{layers}]"),
+        None => model,
+    };
+    let tokens = config.tokens.unwrap_or(tokens);
+    let pairs = config.pairs.unwrap_or((tokens / lengths.tokens()).max(1));
+    Ok(Shape { model, config: llama, profile: profile.to_owned(), lengths, pairs })
+}

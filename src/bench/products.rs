@@ -1,0 +1,197 @@
+//! `mmpo-fast bench products`: a GPU's linear layers by our kernels and by cuBLASLt, call by call in turn, as rows of
+//! `src/device/cuda/product_table.rs`.
+
+use serde_json::json;
+
+use super::BenchConfig;
+use super::cases::{self, Case};
+use super::measure::{Method, Sample};
+use super::report::{self, ResultRow, figures};
+use super::shapes::{self, Shape};
+use crate::device::cuda::{CudaDevice, Products};
+use crate::device::{Device, DeviceChoice, Floats, LinearShape};
+use crate::error::{Error, Result};
+
+/// Tokens of a batch at which each layer is timed.
+const ROWS: [usize; 3] = [2048, 8192, 16384];
+const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
+const PRODUCTS: [&str; 4] =
+    ["linear_forward", "linear_swiglu_forward", "linear_backward_input", "linear_backward_weight"];
+
+/// One product of one layer, timed both ways.
+struct Duel {
+    operation: &'static str,
+    layer: &'static str,
+    shape: Shape,
+    linear: LinearShape,
+    flops: f64,
+    ours: Sample,
+    vendor: Sample,
+}
+
+pub fn run(config: &BenchConfig) -> Result<()> {
+    let mut device = match config.device {
+        DeviceChoice::Cuda(ordinal) => CudaDevice::open(ordinal)?,
+        DeviceChoice::Auto => CudaDevice::open(0)?,
+        DeviceChoice::Cpu | DeviceChoice::Emulated => {
+            return Err(Error::config(
+                format!("`--device` = {}: there is no cuBLASLt to compare with", config.device),
+                "bench products needs a GPU",
+            ));
+        }
+    };
+    let mut method = Method::GPU;
+    method.warmups = config.warmups.unwrap_or(method.warmups);
+    method.calls = config.calls.unwrap_or(method.calls);
+    let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
+    device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
+    let mut duels = Vec::new();
+    for model in MODELS {
+        for rows in ROWS {
+            let shape = Shape {
+                model: model.into(),
+                config: shapes::model(model, None)?,
+                profile: format!("{}/{}/{}", rows / 2, rows / 4, rows / 4),
+                lengths: shapes::lengths(&format!("{}/{}/{}", rows / 2, rows / 4, rows / 4))?,
+                pairs: 1,
+            };
+            for make in cases::all::<CudaDevice>() {
+                // A case's name is known once it is made, and the smallest is made at once.
+                let name = make(&device, &smallest()?)?;
+                let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
+                if product && config.only.as_ref().is_none_or(|only| name.name().contains(only.as_str())) {
+                    let case = make(&device, &shape)?;
+                    // SwiGLU stands behind one layer alone, so its case names none.
+                    let layer = if case.part.is_empty() { "gate_up" } else { case.part };
+                    let linear = cases::linear_shape(&shape, layer);
+                    let (operation, flops) = (case.operation, case.flops);
+                    let [ours, vendor];
+                    (device, [ours, vendor]) = time(device, case, &flush, &method)?;
+                    duels.push(Duel { operation, layer, shape: shape.clone(), linear, flops, ours, vendor });
+                }
+            }
+        }
+    }
+    print(&device, config, &method, &duels)
+}
+
+fn smallest() -> Result<Shape> {
+    let lengths = shapes::lengths("8/4/4")?;
+    Ok(Shape {
+        model: "tiny".into(),
+        config: shapes::model("tiny", None)?,
+        profile: "8/4/4".into(),
+        lengths,
+        pairs: 1,
+    })
+}
+
+/// A B A B: a GPU that changes its clock changes it for both.
+fn time(
+    mut device: CudaDevice,
+    mut case: Case<CudaDevice>,
+    flush: &Floats<CudaDevice>,
+    method: &Method,
+) -> Result<(CudaDevice, [Sample; 2])> {
+    let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
+    let mut samples = [Sample::default(), Sample::default()];
+    for call in 0..method.warmups + method.calls {
+        for (sample, products) in samples.iter_mut().zip([Products::Ours, Products::Vendor]) {
+            device = device.with_products(products);
+            device.gradient_norm(&mut flushed, &[flush], None)?;
+            let seconds = device.time(|| case.run(&device))?;
+            if call >= method.warmups {
+                sample.0.push(seconds);
+            }
+        }
+    }
+    Ok((device.with_products(Products::Fastest), samples))
+}
+
+fn print(device: &CudaDevice, config: &BenchConfig, method: &Method, duels: &[Duel]) -> Result<()> {
+    if let Some(path) = &config.csv {
+        for (engine, choose) in [("", 0), (" by cuBLASLt", 1)] {
+            let row = |duel: &Duel| {
+                let sample = [&duel.ours, &duel.vendor][choose];
+                let op = format!("{} {}{engine}", duel.operation, duel.layer);
+                ResultRow::new(&op, &duel.shape.name(), sample, duel.flops, 0.0)
+            };
+            report::append_csv(path, &device.describe(), &duels.iter().map(row).collect::<Vec<_>>())?;
+        }
+    }
+    if config.json {
+        let rows: Vec<_> = duels
+            .iter()
+            .map(|duel| {
+                json!({
+                    "product": duel.operation,
+                    "rows": duel.linear.rows,
+                    "inputs": duel.linear.inputs,
+                    "outputs": duel.linear.outputs,
+                    "ours_seconds": duel.ours.median(),
+                    "vendor_seconds": duel.vendor.median(),
+                })
+            })
+            .collect();
+        return report::print(&format!("{}\n", json!({ "bench": "products", "products": rows })));
+    }
+    let rows: Vec<Vec<String>> = duels
+        .iter()
+        .map(|duel| {
+            let rate = |sample: &Sample| figures(duel.flops / sample.median() / 1e12);
+            vec![
+                format!("{} {} {}", duel.shape.model, duel.operation, duel.layer),
+                duel.linear.rows.to_string(),
+                rate(&duel.ours),
+                rate(&duel.vendor),
+                figures(duel.vendor.median() / duel.ours.median()),
+            ]
+        })
+        .collect();
+    let header = ["product", "rows", "ours, TFLOP/s", "cuBLASLt", "speedup"];
+    let measured: String = duels.iter().map(measured).collect();
+    report::print(&format!(
+        "device   {}\nmethod   {}, ours and cuBLASLt in turn\n\n{}\nFor src/device/cuda/product_table.rs:\n\n{measured}",
+        device.describe(),
+        method.describe(),
+        report::table(&header, &rows),
+    ))
+}
+
+/// A row of the table of measurements, as it is written there.
+fn measured(duel: &Duel) -> String {
+    let kind = match duel.operation {
+        "linear_forward" => "Forward",
+        "linear_swiglu_forward" => "ForwardSwiGlu",
+        "linear_backward_input" => "BackwardInput",
+        _ => "BackwardWeight",
+    };
+    let LinearShape { rows, inputs, outputs } = duel.linear;
+    let speedup = duel.vendor.median() / duel.ours.median();
+    format!(
+        "    Measured {{ kind: ProductKind::{kind}, shape: LinearShape {{ rows: {rows}, inputs: {inputs}, outputs: {outputs} }}, \
+         speedup: {speedup:.2} }},\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_the_table_is_rust() {
+        let shape = smallest().unwrap();
+        let duel = Duel {
+            operation: "linear_backward_input",
+            layer: "down",
+            linear: cases::linear_shape(&shape, "down"),
+            shape,
+            flops: 1.0,
+            ours: Sample(vec![2.0]),
+            vendor: Sample(vec![3.0]),
+        };
+        let wanted = "    Measured { kind: ProductKind::BackwardInput, shape: LinearShape { rows: 16, inputs: 256, outputs: 128 }, \
+                      speedup: 1.50 },\n";
+        assert_eq!(measured(&duel), wanted);
+    }
+}

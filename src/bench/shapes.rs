@@ -1,0 +1,235 @@
+//! What is measured: models, lengths of pairs, and a training step's settings, as `benches/shapes.json` lists them. The
+//! peers in `benches/peers/` read the same file.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::config::suggest;
+use crate::data::PairSpan;
+use crate::device::AdamWStep;
+use crate::error::{Error, Result};
+use crate::model::LlamaConfig;
+use crate::objective::{Mmpo, Objective};
+
+const TEXT: &str = include_str!("../../benches/shapes.json");
+
+#[derive(Deserialize)]
+struct File {
+    models: Map<String, Value>,
+    common: Map<String, Value>,
+    profiles: Map<String, Value>,
+    step: StepSettings,
+}
+
+/// Of MMPO and AdamW in the measured step; see `docs/objectives.md`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct StepSettings {
+    beta: f64,
+    epsilon: f64,
+    length_normalize: bool,
+    learning_rate: f32,
+    beta1: f32,
+    beta2: f32,
+    adam_epsilon: f32,
+    weight_decay: f32,
+}
+
+impl StepSettings {
+    /// MMPO whose `pairs` of a step are one group of rewards.
+    pub fn objective(&self, pairs: usize) -> Objective {
+        Objective::Mmpo(Mmpo {
+            beta: self.beta,
+            epsilon: self.epsilon,
+            reward_group: pairs,
+            reward_normalize: true,
+            length_normalize: self.length_normalize,
+            preference_weight: 0.0,
+            entropy_weight: 0.0,
+        })
+    }
+
+    /// Update `step`, counted from 1.
+    pub fn adamw(&self, step: u32) -> AdamWStep {
+        AdamWStep {
+            learning_rate: self.learning_rate,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            step,
+        }
+    }
+}
+
+/// Tokens of a pair's parts: `P`, `C`, `R`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Lengths {
+    pub prompt: usize,
+    pub chosen: usize,
+    pub rejected: usize,
+}
+
+impl Lengths {
+    /// Tokens of a pair, its prompt once.
+    pub fn tokens(&self) -> usize {
+        self.prompt + self.chosen + self.rejected
+    }
+
+    /// Query-key pairs that the shared-prefix mask lets through.
+    pub fn visible(&self) -> usize {
+        let triangle = |rows: usize| rows * (rows + 1) / 2;
+        let responses = [self.chosen, self.rejected];
+        triangle(self.prompt)
+            + responses.map(|rows| rows * self.prompt + triangle(rows)).iter().sum::<usize>()
+    }
+}
+
+/// A model, the lengths of its pairs, and how many of them are packed into a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// `llama-3.2-1b`, or the folder's name.
+    pub model: String,
+    pub config: LlamaConfig,
+    /// `hh-rlhf`, or `P/C/R`.
+    pub profile: String,
+    pub lengths: Lengths,
+    pub pairs: usize,
+}
+
+impl Shape {
+    /// The key under which results of all engines are compared.
+    pub fn name(&self) -> String {
+        format!("{} {} x{}", self.model, self.profile, self.pairs)
+    }
+
+    /// `T`
+    pub fn tokens(&self) -> usize {
+        self.pairs * self.lengths.tokens()
+    }
+
+    /// `N`
+    pub fn scored(&self) -> usize {
+        self.pairs * (self.lengths.chosen + self.lengths.rejected)
+    }
+
+    /// Query-key pairs of the batch that the mask lets through.
+    pub fn visible(&self) -> usize {
+        self.pairs * self.lengths.visible()
+    }
+
+    pub fn spans(&self) -> Vec<PairSpan> {
+        let Lengths { prompt, chosen, rejected } = self.lengths;
+        (0..self.pairs)
+            .map(|pair| PairSpan {
+                start: (pair * self.lengths.tokens()) as u32,
+                prompt: prompt as u32,
+                chosen: chosen as u32,
+                rejected: rejected as u32,
+            })
+            .collect()
+    }
+}
+
+fn file() -> Result<File> {
+    serde_json::from_str(TEXT).map_err(|error| {
+        Error::config(
+            format!("benches/shapes.json: {error}"),
+            "this is a mistake in the program, not in your input; please report it",
+        )
+    })
+}
+
+/// Names of the models, for people.
+pub fn model_names() -> Result<Vec<String>> {
+    Ok(file()?.models.keys().cloned().collect())
+}
+
+pub fn settings() -> Result<StepSettings> {
+    Ok(file()?.step)
+}
+
+/// The built-in model of this name, with `layers` of its layers (`None`: all).
+///
+/// # Errors
+/// [`Error::Config`] naming the nearest one for an unknown name.
+pub fn model(name: &str, layers: Option<usize>) -> Result<LlamaConfig> {
+    let file = file()?;
+    let Some(Value::Object(sizes)) = file.models.get(name) else {
+        return Err(unknown("--shape", name, file.models.keys()));
+    };
+    let mut config =
+        json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"});
+    if let Value::Object(config) = &mut config {
+        config.extend(file.common);
+        config.extend(sizes.clone());
+        if let Some(layers) = layers {
+            config.insert("num_hidden_layers".into(), layers.into());
+        }
+    }
+    LlamaConfig::parse(Path::new("benches/shapes.json"), &config.to_string())
+}
+
+/// `hh-rlhf`, or `P/C/R`.
+///
+/// # Errors
+/// [`Error::Config`] for text that is neither.
+pub fn lengths(text: &str) -> Result<Lengths> {
+    let numbers: Vec<Option<usize>> = text.split('/').map(|part| part.parse().ok()).collect();
+    if let [Some(prompt), Some(chosen @ 1..), Some(rejected @ 1..)] = numbers[..] {
+        return Ok(Lengths { prompt: prompt.max(1), chosen, rejected });
+    }
+    let file = file()?;
+    match file.profiles.get(text).map(Lengths::deserialize) {
+        Some(Ok(lengths)) => Ok(lengths),
+        _ => Err(unknown("--profile", text, file.profiles.keys())),
+    }
+}
+
+fn unknown<'a>(flag: &str, text: &str, known: impl Iterator<Item = &'a String> + Clone) -> Error {
+    let nearest = suggest::nearest(text, known.clone().map(String::as_str)).unwrap_or_default();
+    let names: Vec<&str> = known.map(String::as_str).collect();
+    Error::config(
+        format!("`{flag}` = {text} is not known; did you mean `{nearest}`?"),
+        format!("known are {}; lengths can also be given as P/C/R", names.join(", ")),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_model_and_profile_is_one() {
+        for name in model_names().unwrap() {
+            let config = model(&name, None).unwrap();
+            assert!(config.heads.is_multiple_of(config.kv_heads), "{name}");
+            assert_eq!(model(&name, Some(1)).unwrap().layers, 1);
+        }
+        for name in file().unwrap().profiles.keys() {
+            assert!(lengths(name).unwrap().prompt > 0, "{name}");
+        }
+        assert!(model("llama-3.2-1b", None).unwrap().parameters() > 1_200_000_000);
+        assert!(settings().unwrap().objective(2).needs_reference());
+    }
+
+    #[test]
+    fn lengths_are_names_or_numbers() {
+        assert_eq!(lengths("64/32/16").unwrap(), Lengths { prompt: 64, chosen: 32, rejected: 16 });
+        let error = lengths("hh-rhlf").unwrap_err().to_string();
+        assert!(error.contains("did you mean `hh-rlhf`"), "{error}");
+        assert!(lengths("1/2").is_err() && lengths("1/0/1").is_err());
+    }
+
+    #[test]
+    fn the_mask_lets_through_what_counting_finds() {
+        let lengths = Lengths { prompt: 3, chosen: 2, rejected: 4 };
+        let row = |at: usize| match at {
+            0..3 => at + 1,
+            3..5 => at + 1,
+            _ => 3 + at - 4,
+        };
+        assert_eq!(lengths.visible(), (0..9).map(row).sum::<usize>());
+    }
+}

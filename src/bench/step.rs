@@ -1,0 +1,317 @@
+//! `mmpo-fast bench step`: a whole training step (forward, MMPO loss, backward, AdamW), and where its time goes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::measure::{Ceilings, Sample, Stopwatch};
+use super::report::{self, ResultRow, figures};
+use super::shapes::{self, Shape};
+use super::{BenchConfig, ModelChoice, Place, inputs};
+use crate::checkpoint::ModelFolder;
+use crate::data::TokenizedPair;
+use crate::device::{Device, OperationTime};
+use crate::error::Result;
+use crate::model::Llama;
+use crate::objective::ReferencePair;
+use crate::train::{Trainer, TrainingPair, Workload};
+
+/// Time of one part of a step.
+#[derive(Clone, Debug, Serialize)]
+struct Phase {
+    phase: &'static str,
+    operations: usize,
+    seconds: f64,
+}
+
+/// What the timed steps came to.
+struct Steps {
+    parameters: usize,
+    sample: Sample,
+    losses: Vec<f64>,
+    /// Seconds of the step that was traced, and the operations in it.
+    traced: f64,
+    operations: Vec<OperationTime>,
+    baseline_rss_bytes: u64,
+    peak_device_bytes: usize,
+}
+
+pub fn run<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape, place: Place) -> Result<()> {
+    let (warmups, calls) = match place {
+        Place::Gpu => (50, 20),
+        Place::Cpu => (2, 5),
+        Place::Emulated => (0, 1),
+    };
+    let (warmups, calls) = (config.warmups.unwrap_or(warmups), config.calls.unwrap_or(calls));
+    let steps = measure(device, config, shape, warmups, calls)?;
+    let ceilings = match config.json {
+        // A program that compares engines wants no more than the step in its memory and its time.
+        true => None,
+        false => Some(Ceilings::measure(&mut Stopwatch::new(&**device, place.method())?)?),
+    };
+    report(&**device, config, shape, warmups, ceilings, steps)
+}
+
+fn measure<D: Device>(
+    device: &Arc<D>,
+    config: &BenchConfig,
+    shape: &Shape,
+    warmups: usize,
+    calls: usize,
+) -> Result<Steps> {
+    let baseline_rss_bytes = memory("VmRSS:");
+    let model = load(device, config, shape)?;
+    let parameters = model.parameters();
+    let settings = shapes::settings()?;
+    let objective = settings.objective(shape.pairs);
+    let pairs = inputs::pairs(shape.lengths, shape.pairs, shape.config.vocab_size);
+    let workload = Workload::plan(
+        &pairs,
+        &objective,
+        pairs.len(),
+        config.tokens.unwrap_or(usize::MAX).min(shape.tokens()),
+    );
+    let mut trainer = Trainer::new(model, objective, workload)?;
+    let batch = with_reference(&mut trainer, &pairs)?;
+    let (mut number, mut losses, mut sample) = (0, Vec::new(), Sample::default());
+    let mut step = |trainer: &mut Trainer<D>| -> Result<f64> {
+        number += 1;
+        let started = Instant::now();
+        losses.push(trainer.step(&batch, settings.adamw(number), None)?.loss);
+        // The last update is queued and not waited for: a step ends when the device is done.
+        device.download(&mut [0.0f32], &trainer.states.final_norm.first_moment, 0)?;
+        Ok(started.elapsed().as_secs_f64())
+    };
+    for index in 0..warmups + calls {
+        let seconds = step(&mut trainer)?;
+        if index >= warmups {
+            sample.0.push(seconds);
+        }
+    }
+    let (traced, operations) = device.trace(|| step(&mut trainer))?;
+    let peak_device_bytes = device.memory().peak;
+    Ok(Steps { parameters, sample, losses, traced, operations, baseline_rss_bytes, peak_device_bytes })
+}
+
+fn load<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape) -> Result<Llama<D>> {
+    let positions = shape.lengths.prompt + shape.lengths.chosen.max(shape.lengths.rejected);
+    match &config.model {
+        Some(ModelChoice::Folder(folder)) => {
+            Llama::load(device.clone(), &ModelFolder::open(folder)?, positions)
+        }
+        _ => {
+            let values = |tensor: &_| inputs::weights(&shape.config, tensor);
+            Llama::from_values(device.clone(), shape.config.clone(), positions, values)
+        }
+    }
+}
+
+/// The pairs with their log-probs under the untrained model, which is the reference.
+fn with_reference<'a, D: Device>(
+    trainer: &mut Trainer<D>,
+    pairs: &'a [TokenizedPair],
+) -> Result<Vec<TrainingPair<'a>>> {
+    let mut batch: Vec<TrainingPair> =
+        pairs.iter().map(|pair| TrainingPair { pair, reference: ReferencePair::default() }).collect();
+    let (outcomes, _) = trainer.evaluate(&batch)?;
+    for (member, outcome) in batch.iter_mut().zip(outcomes) {
+        let [tokens_chosen, tokens_rejected] = member.pair.scored_tokens().map(|tokens| tokens as u32);
+        member.reference = ReferencePair {
+            logp_chosen: outcome.logp_chosen,
+            logp_rejected: outcome.logp_rejected,
+            tokens_chosen,
+            tokens_rejected,
+        };
+    }
+    Ok(batch)
+}
+
+/// The part of a step that an operation belongs to.
+fn phase_of(operation: &str) -> &'static str {
+    match operation.split('/').next().unwrap_or_default() {
+        "embedding_forward" | "embedding_backward" => "embedding",
+        "rms_norm_forward" | "add_rms_norm_forward" | "rms_norm_backward" | "add" => "norms, residual sums",
+        "rope" => "rope",
+        "attention_forward" | "attention_backward" => "attention",
+        "swiglu_forward" | "swiglu_backward" => "swiglu",
+        "logp_head_forward" | "logp_head_backward" | "gather_rows" | "gather_rows_backward" => {
+            "log-prob head"
+        }
+        "pair_objective" => "objective",
+        "gradient_norm" => "gradient norm",
+        "adamw" => "adamw",
+        "upload" | "upload_values" | "zero" | "copy" => "uploads, zeroing, copies",
+        product if product.starts_with("linear_") => "products",
+        _ => "other",
+    }
+}
+
+/// Phases in descending order of time, then what lies between the operations: launches that came late, and the host.
+fn phases(operations: &[OperationTime], total: f64) -> Vec<Phase> {
+    let mut by_phase: BTreeMap<&'static str, Phase> = BTreeMap::new();
+    for operation in operations {
+        let phase = phase_of(&operation.operation);
+        let entry = by_phase.entry(phase).or_insert(Phase { phase, operations: 0, seconds: 0.0 });
+        entry.operations += 1;
+        entry.seconds += operation.seconds;
+    }
+    let mut phases: Vec<Phase> = by_phase.into_values().collect();
+    phases.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    let noted: f64 = phases.iter().map(|phase| phase.seconds).sum();
+    phases.push(Phase { phase: "between operations", operations: 0, seconds: (total - noted).max(0.0) });
+    phases
+}
+
+/// Floating-point operations that a step's products must do: 6 a weight and token, the head on scored tokens alone, and
+/// attention on the pairs of tokens that see each other.
+fn flops(shape: &Shape) -> f64 {
+    let config = &shape.config;
+    let attention = config.attention_shape();
+    let layer = config.hidden_size
+        * (attention.qkv_width() + attention.out_width() + 3 * config.intermediate_size)
+        * shape.tokens();
+    let head = shape.scored() * config.vocab_size * config.hidden_size;
+    let scores = 14 * shape.visible() * attention.out_width();
+    (6 * (config.layers * layer + head) + config.layers * scores) as f64
+}
+
+fn report<D: Device>(
+    device: &D,
+    config: &BenchConfig,
+    shape: &Shape,
+    warmup: usize,
+    ceilings: Option<Ceilings>,
+    steps: Steps,
+) -> Result<()> {
+    let (flops, median) = (flops(shape), steps.sample.median());
+    if let Some(path) = &config.csv {
+        let row = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
+        report::append_csv(path, &device.describe(), &[row])?;
+    }
+    let phases = phases(&steps.operations, steps.traced);
+    let tokens = shape.tokens() as f64;
+    if config.json {
+        let report = json!({
+            "engine": "mmpo-fast",
+            "version": env!("CARGO_PKG_VERSION"),
+            "variant": "shared prompts, packed",
+            "device": device.describe(),
+            "shape": shape.model,
+            "profile": shape.profile,
+            "pairs": shape.pairs,
+            "prompt": shape.lengths.prompt,
+            "chosen": shape.lengths.chosen,
+            "rejected": shape.lengths.rejected,
+            "warmup": warmup,
+            "steps": steps.sample.0.len(),
+            "parameters": steps.parameters,
+            "seconds": steps.sample.0,
+            "seconds_median": median,
+            "seconds_min": steps.sample.min(),
+            "seconds_max": steps.sample.max(),
+            "pair_tokens": shape.tokens(),
+            "computed_tokens": shape.tokens(),
+            "pair_tokens_per_second": tokens / median,
+            "flops": flops,
+            "tflop_per_s": flops / median / 1e12,
+            "peak_rss_bytes": memory("VmHWM:"),
+            "baseline_rss_bytes": steps.baseline_rss_bytes,
+            "peak_device_bytes": steps.peak_device_bytes,
+            "losses": steps.losses,
+            "phases": phases,
+            "traced_seconds": steps.traced,
+        });
+        return report::print(&format!("{report}\n"));
+    }
+    let rows: Vec<Vec<String>> = phases
+        .iter()
+        .map(|phase| {
+            vec![
+                phase.phase.to_owned(),
+                phase.operations.to_string(),
+                figures(phase.seconds * 1e3),
+                format!("{:.1} %", 100.0 * phase.seconds / steps.traced),
+            ]
+        })
+        .collect();
+    let share = ceilings.map(|ceilings| {
+        let rate = ceilings.rate();
+        format!(
+            ", {:.0} % of the {} of a product of {side} x {side} x {side}",
+            100.0 * flops / median / rate,
+            figures(rate / 1e12),
+            side = ceilings.product_side
+        )
+    });
+    report::print(&format!(
+        "training step of {}: {} parameters, {} tokens, {} scored\ndevice   {}\nstep     {} ms ({} to {}; {warmup} steps \
+         to warm up, {} timed)\nspeed    {} tokens/s, {} pairs/s, {} TFLOP/s{}\nmemory   {:.2} GiB on the device\n\n{}\n\
+         Of one step more, traced: {} ms.\n",
+        shape.name(),
+        steps.parameters,
+        shape.tokens(),
+        shape.scored(),
+        device.describe(),
+        figures(median * 1e3),
+        figures(steps.sample.min() * 1e3),
+        figures(steps.sample.max() * 1e3),
+        steps.sample.0.len(),
+        figures(tokens / median),
+        figures(shape.pairs as f64 / median),
+        figures(flops / median / 1e12),
+        share.unwrap_or_default(),
+        steps.peak_device_bytes as f64 / f64::from(1 << 30),
+        report::table(&["part", "operations", "ms", "share"], &rows),
+        figures(steps.traced * 1e3),
+    ))
+}
+
+/// Bytes in a line of Linux's account of this process; 0 where the system does not say.
+fn memory(field: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_step_and_what_lies_between() {
+        let time = |operation: &str, seconds| OperationTime { operation: operation.into(), seconds };
+        let operations = [
+            time("rope", 1.0),
+            time("linear_forward", 2.0),
+            time("logp_head_forward/linear_forward_f32", 4.0),
+            time("linear_backward_input", 1.0),
+        ];
+        let phases = phases(&operations, 10.0);
+        let found: Vec<(&str, usize, f64)> =
+            phases.iter().map(|phase| (phase.phase, phase.operations, phase.seconds)).collect();
+        assert_eq!(
+            found,
+            [
+                ("log-prob head", 1, 4.0),
+                ("products", 2, 3.0),
+                ("rope", 1, 1.0),
+                ("between operations", 0, 2.0)
+            ]
+        );
+    }
+
+    /// 6 N T, as the literature has it, plus attention.
+    #[test]
+    fn a_steps_operations() {
+        let config = shapes::model("smollm2-135m", None).unwrap();
+        let lengths = shapes::lengths("1/1024/1024").unwrap();
+        let parameters = config.parameters() as f64;
+        let shape = Shape { model: String::new(), config, profile: String::new(), lengths, pairs: 1 };
+        let rough = 6.0 * parameters * shape.tokens() as f64;
+        let ratio = flops(&shape) / rough;
+        assert!(1.0 < ratio && ratio <= 1.3, "{ratio}");
+    }
+}

@@ -1,0 +1,89 @@
+//! `mmpo-fast bench`.
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::arguments::{self, own, value};
+use crate::bench::{BenchConfig, ModelChoice, Part};
+use crate::config::options::Row;
+use crate::config::{self, ObjectiveKind};
+use crate::error::{Error, Result};
+
+const ABOUT: &str = "Measure this machine: `kernels` times every kernel beside the machine's own ceilings (a large copy, a large \
+product), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
+cuBLASLt in turn.
+
+Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
+a model folder.";
+
+/// The options of `train` that mean the same here.
+fn shared(row: &Row) -> bool {
+    ["device", "threads"].contains(&row.name)
+}
+
+pub fn command() -> Command {
+    Command::new("bench")
+        .about("Measure kernels and training steps on this machine")
+        .long_about(ABOUT)
+        .arg(
+            Arg::new("part")
+                .value_parser(PossibleValuesParser::new(["kernels", "step", "products"]))
+                .help("What to measure [default: kernels and step]"),
+        )
+        .arg(own(
+            "shape",
+            "NAME",
+            "Model shapes: smollm2-135m, llama-3.2-1b, llama-3-8b, tiny-5m, tiny [default: smollm2-135m; tiny on the emulated device]",
+        ))
+        .arg(own("model", "DIR", "Hugging Face folder instead: its shapes, and the step's weights").conflicts_with("shape"))
+        .arg(own("layers", "COUNT", "Layers of the named model, where all are too many").conflicts_with("model"))
+        .arg(own(
+            "profile",
+            "NAME|P/C/R",
+            "Tokens of prompt, chosen and rejected: hh-rlhf, ultrafeedback, long, tiny, or numbers",
+        ))
+        .arg(own("pairs", "COUNT", "Pairs of a batch [default: as many as the tokens hold]"))
+        .arg(own("tokens", "COUNT", "Tokens of a batch, and of a step's micro-batch"))
+        .arg(own("only", "TEXT", "Kernels whose names contain TEXT"))
+        .arg(own("warmups", "COUNT", "Calls before the timed ones"))
+        .arg(own("calls", "COUNT", "Timed calls"))
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON, an object a part"))
+        .arg(own("csv", "FILE", "Add a row a result to FILE too"))
+        .args(arguments::flags(shared))
+}
+
+pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
+    let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
+    let at_least_1 = |count: &usize| *count >= 1;
+    let count = |name| value(matches, name, at_least_1, "must be at least 1");
+    let path = |name| value(matches, name, config::is_path, "must name a file or folder");
+    let parts = match arguments::text(matches, "part").as_deref() {
+        Some("kernels") => vec![Part::Kernels],
+        Some("step") => vec![Part::Step],
+        Some("products") => vec![Part::Products],
+        _ => vec![Part::Kernels, Part::Step],
+    };
+    if parts == [Part::Step] && arguments::text(matches, "only").is_some() {
+        return Err(Error::config("`--only` chooses kernels, and a step has none to choose", "leave it out"));
+    }
+    let model = match (path("model")?, arguments::text(matches, "shape")) {
+        (Some(folder), _) => Some(ModelChoice::Folder(folder)),
+        (None, Some(name)) => Some(ModelChoice::Named(name)),
+        (None, None) => None,
+    };
+    Ok(BenchConfig {
+        parts,
+        model,
+        layers: count("layers")?,
+        profile: arguments::text(matches, "profile"),
+        pairs: count("pairs")?,
+        tokens: count("tokens")?,
+        only: arguments::text(matches, "only"),
+        warmups: value(matches, "warmups", |_: &usize| true, "")?,
+        calls: count("calls")?,
+        json: matches.get_flag("json"),
+        csv: path("csv")?,
+        device: settled.device,
+        threads: settled.threads,
+    })
+}

@@ -1,0 +1,137 @@
+//! `mmpo-fast bench` as a user meets it. Times are not looked at; results are.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+fn bench(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_mmpo-fast"))
+        .arg("bench")
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .env("NO_COLOR", "1")
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+/// The one JSON object that a part prints.
+fn json(arguments: &[&str]) -> Value {
+    let (code, stdout, stderr) = bench(arguments);
+    assert_eq!(code, Some(0), "{stderr}");
+    serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
+}
+
+const SMALL: [&str; 8] = ["--shape", "tiny", "--profile", "tiny", "--pairs", "2", "--calls", "2"];
+
+/// On the CPU, and on the emulated device, where every kernel must agree with the CPU before it is timed.
+#[test]
+fn kernels_are_checked_timed_and_written_down() {
+    let folder = tempfile::tempdir().unwrap();
+    let csv = folder.path().join("raw.csv");
+    for device in ["cpu", "emulated"] {
+        let arguments =
+            [&["kernels", "--device", device, "--json", "--csv", csv.to_str().unwrap()][..], &SMALL].concat();
+        let report = json(&arguments);
+        let kernels = report["kernels"].as_array().unwrap();
+        let names: Vec<&str> = kernels.iter().map(|kernel| kernel["op"].as_str().unwrap()).collect();
+        for name in ["rope", "linear_forward gate_up", "attention_backward", "logp_head_forward", "adamw"] {
+            assert!(names.contains(&name), "{name} is not among {names:?}");
+        }
+        for kernel in kernels {
+            let number = |key: &str| kernel[key].as_f64().unwrap();
+            let [low, median, high] = ["min_us", "median_us", "max_us"].map(number);
+            assert!(0.0 < low && low <= median && median <= high, "{kernel}");
+            assert!(number("bytes") > 0.0 && number("share_of_ceiling") > 0.0, "{kernel}");
+            let product = kernel["op"].as_str().unwrap().starts_with("linear_");
+            assert_eq!(product, product && number("flops") > 0.0, "{kernel}");
+            assert_eq!(kernel["error"].is_null(), device == "cpu", "{kernel}");
+        }
+        assert!(report["copy_gb_per_s"].as_f64().unwrap() > 0.0, "{report}");
+    }
+    assert_csv(&csv);
+}
+
+/// One header, and the columns that the peers write too.
+fn assert_csv(path: &Path) {
+    let text = std::fs::read_to_string(path).unwrap();
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some("date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes"));
+    for line in lines {
+        assert_eq!(line.split(',').count(), 10, "{line}");
+        assert_eq!(line.split(',').nth(2), Some("mmpo-fast"), "{line}");
+    }
+    assert!(text.contains(",ceiling copy,machine,") && text.contains(",tiny tiny x2,"), "{text}");
+}
+
+/// The losses that every engine comes to with these weights and pairs: `benches/peers/README.md`.
+#[test]
+fn the_measured_step_is_the_peers_step() {
+    let report = json(&[
+        "step",
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny-5m",
+        "--profile",
+        "64/64/64",
+        "--pairs",
+        "2",
+        "--warmups",
+        "5",
+        "--calls",
+        "5",
+        "--json",
+    ]);
+    let losses: Vec<f64> =
+        report["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 11, "warm-up, timed, and the traced one");
+    for (step, wanted) in [(0, 7.07913), (10, 5.48552)] {
+        assert!((losses[step] - wanted).abs() <= 2e-4, "{losses:?}");
+    }
+    let phases = report["phases"].as_array().unwrap();
+    let seconds: f64 = phases.iter().map(|phase| phase["seconds"].as_f64().unwrap()).sum();
+    let traced = report["traced_seconds"].as_f64().unwrap();
+    assert!((seconds - traced).abs() <= 1e-6, "{phases:?} in {traced}");
+    assert!(phases.iter().all(|phase| phase["phase"] != "other"), "{phases:?}");
+    assert!(phases.iter().any(|phase| phase["phase"] == "log-prob head"), "{phases:?}");
+}
+
+#[test]
+fn people_get_tables() {
+    let (code, stdout, stderr) =
+        bench(&[&["--device", "emulated", "--only", "rope", "--quiet"][..], &SMALL].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    for text in ["of ceiling", "rope", "training step of tiny", "between operations", "adamw"] {
+        assert!(stdout.contains(text), "{text} is not in\n{stdout}");
+    }
+    let (_, _, stderr) =
+        bench(&[&["kernels", "--device", "emulated", "--only", "rope"][..], &SMALL].concat());
+    assert!(stderr.contains("say nothing about a GPU"), "{stderr}");
+}
+
+#[test]
+fn mistakes_are_named() {
+    for (arguments, code, expected) in [
+        (&["kernels", "--shape", "smolm2-135m"][..], 2, "did you mean `smollm2-135m`?"),
+        (&["kernels", "--profile", "1/2"], 2, "`--profile` = 1/2 is not known"),
+        (
+            &["kernels", "--only", "nothing", "--shape", "tiny", "--device", "cpu"],
+            2,
+            "part of no kernel's name",
+        ),
+        (&["step", "--only", "rope"], 2, "a step has none to choose"),
+        (&["step", "--calls", "0"], 2, "must be at least 1"),
+        (&["step", "--model", "no/such/folder", "--device", "cpu"], 5, "no/such/folder"),
+        (&["step", "--shape", "tiny", "--layers", "0"], 2, "must be at least 1"),
+        (&["kernles"], 2, "kernels, step, products"),
+        (&["products", "--device", "emulated"], 2, "no cuBLASLt to compare with"),
+    ] {
+        let (got, stdout, stderr) = bench(arguments);
+        assert_eq!(got, Some(code), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
+        assert!(stdout.is_empty() && !stderr.contains("panicked"), "{stderr}");
+    }
+}

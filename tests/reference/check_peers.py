@@ -1,0 +1,90 @@
+"""Runs the benchmark's peers, mmpo-fast's own and the summary on the smallest shapes: each peer must compute what f64 says, all
+steps must come to one loss, the rows must have one set of columns, and the summary must set them side by side. Times are not looked at.
+
+    check_peers.py PROGRAM      the path of mmpo-fast
+"""
+
+import contextlib
+import csv
+import io
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "peers")]
+
+import attention
+import head
+import optimizer
+import step
+import summary
+from common import HEADER
+
+WANTED = {
+    ("attention_forward", "sdpa"),
+    ("attention_forward", "flex"),
+    ("attention_backward", "sdpa"),
+    ("logp_head forward and backward", "chunked"),
+    ("adamw", "fused f32"),
+    ("step", "pytorch padded"),
+    ("step", "pytorch packed"),
+}
+
+
+def run_peers(raw):
+    """The first loss of each variant of the step."""
+    common = ["--device", "cpu", "--tiny", "--csv", str(raw)]
+    for peer in (attention, head, optimizer):
+        peer.main(common)
+    return {variant: step.main([*common, "--json", "--variant", variant])["losses"][0] for variant in step.VARIANTS}
+
+
+def check_rows(raw):
+    rows = list(csv.DictReader(raw.open()))
+    assert tuple(rows[0]) == HEADER, rows[0]
+    found = {(row["op"], row["peer"]) for row in rows}
+    ours = {(op, summary.OURS) for op, _ in WANTED}
+    assert WANTED | ours <= found, (WANTED | ours) - found
+    for row in rows:
+        assert row["shape"] in ("tiny tiny x2", "machine"), row
+        low, median, high = (float(row[column]) for column in ("min_us", "median_us", "max_us"))
+        assert 0 < low <= median <= high, row
+    return rows
+
+
+def check_summary(folder):
+    (folder / "about.txt").write_text("command: check_peers.py\n")
+    readme = summary.write(folder)
+    for text in ("- command: check_peers.py", "| adamw | tiny tiny x2 | fused f32 |", "Ceilings, measured in this run", "rms_norm"):
+        assert text in readme, f"{text} is not in\n{readme}"
+    for peer, ratio in (("mmpo-fast", "1.00 |"),):
+        lines = [line for line in readme.splitlines() if line.startswith("| step |") and f"| {peer} |" in line]
+        assert lines and all(line.endswith(ratio) for line in lines[:1]), lines
+    for chart, mark in (("roofline.svg", "circle"), ("ratios.svg", "rect")):
+        drawing = xml.etree.ElementTree.parse(folder / chart).getroot()
+        marks = drawing.findall(f".//{{http://www.w3.org/2000/svg}}{mark}")
+        assert len(marks) > 5, f"{chart} has {len(marks)} of {mark}"
+        for place in (float(shape.get(name)) for shape in marks for name in ("cx", "cy", "x", "y", "width") if shape.get(name)):
+            assert 0 <= place <= 2000, f"{chart}: {place}"
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        raw = folder / "raw.csv"
+        ours = ["--quiet", "bench", "--device", "cpu", "--shape", "tiny", "--profile", "tiny", "--pairs", "2", "--calls", "2"]
+        subprocess.run([sys.argv[1], *ours, "--csv", str(raw)], check=True, stdout=subprocess.DEVNULL)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            losses = run_peers(raw)
+        assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
+        rows = check_rows(raw)
+        check_summary(folder)
+    print(f"peers  {len(rows)} rows, first loss {losses['padded']:.6f} in all of {', '.join(losses)}")
+
+
+if __name__ == "__main__":
+    main()
