@@ -99,19 +99,25 @@ static __global__ void __launch_bounds__(kBlock)
 
     // Relative to the row's reference a tile has 2^shift times its sum, and exponents that are larger by the shift.
     float sum = 0.0f, weighted = 0.0f;
+    if (valid) {
 #pragma unroll 8
-    for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-        const float shift = valid ? statistics.reference[index(tile)] - reference : 0.0f;
-        if (valid) {
-            const float factor = exp2_approx(shift), tile_sum = statistics.sum[index(tile)];
+        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
+            const float shift = statistics.reference[index(tile)] - reference, factor = exp2_approx(shift);
+            const float tile_sum = statistics.sum[index(tile)];
             sum = fmaf(tile_sum, factor, sum);
             // A tile that vanishes may have an infinite shift.
             if (entropy != nullptr && factor > 0.0f) {
                 weighted = fmaf(fmaf(tile_sum, shift, statistics.weighted[index(tile)]), factor, weighted);
             }
         }
-        if (exponentials != nullptr && __any_sync(0xffffffffu, shift != 0.0f)) {
-            rebase_tile(exponentials, statistics, int(blockIdx.x) * kWarp, tile, shift);
+    }
+    if (exponentials != nullptr) {
+#pragma unroll 1
+        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
+            const float shift = valid ? statistics.reference[index(tile)] - reference : 0.0f;
+            if (__any_sync(0xffffffffu, shift != 0.0f)) {
+                rebase_tile(exponentials, statistics, int(blockIdx.x) * kWarp, tile, shift);
+            }
         }
     }
     scratch.sum[warp][lane] = sum;

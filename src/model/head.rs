@@ -133,7 +133,7 @@ impl<D: Device> HeadBuffers<D> {
     /// Runs of whole pairs that go through the head together: as many as main mode has room for, or all of them.
     fn chunks(&self, scored: &[ScoredPair]) -> Vec<Range<usize>> {
         if self.plan.main_rows == 0 {
-            return vec![0..scored.len()];
+            return std::iter::once(0..scored.len()).collect();
         }
         let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
         even_chunks(&rows, self.plan.chunk_rows)
