@@ -1,9 +1,8 @@
 //! The kernels as host C++ for the emulated device, in its fast and its instrumented variant.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::compile::{self, RUNTIME_SOURCES, Variant};
+use crate::compile::{Compiler, RUNTIME_SOURCES, Variant};
 use crate::objects::{Cache, Job};
 use crate::{Result, Sources, archive};
 
@@ -13,13 +12,14 @@ const KERNELS: &str = "kernels";
 const COMPILE_STEPS: &str = include_str!("../kernels/emulator/compile.rs");
 
 pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
-    let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
+    let tool = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| {
         format!("no C++ compiler for the emulated device: {error}; install g++ or clang++, or set MMPO_FAST_EMULATED=off")
     })?;
+    let compiler = Compiler::new(tool.path())?;
     for variant in [Variant::Plain, Variant::Checked] {
         let name = variant.name();
-        let kernels = sources.kernels.iter().map(|source| kernel(compiler.path(), variant, source));
-        let runtime = RUNTIME_SOURCES.iter().map(|source| runtime(compiler.path(), variant, source));
+        let kernels = sources.kernels.iter().map(|source| kernel(&compiler, variant, source));
+        let runtime = RUNTIME_SOURCES.iter().map(|source| runtime(&compiler, variant, source));
         let compiled = cache.compile(name, &kernels.chain(runtime).collect::<Vec<_>>())?;
         archive(&format!("mmpo_kernels_{name}"), &compiled)?;
     }
@@ -27,27 +27,25 @@ pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
     Ok(())
 }
 
-fn kernel<'a>(compiler: &'a Path, variant: Variant, source: &'a Path) -> Job<'a> {
+fn kernel<'a>(compiler: &'a Compiler, variant: Variant, source: &'a Path) -> Job<'a> {
     let compile = move |object: &Path| {
-        let command = || Command::new(compiler);
-        compile::kernel(&command, variant, Path::new(KERNELS), source, object, &[]).map(|()| String::new())
+        compiler.kernel(variant, Path::new(KERNELS), source, object).map(|()| String::new())
     };
     job(compiler, source.to_path_buf(), compile)
 }
 
-fn runtime<'a>(compiler: &'a Path, variant: Variant, source: &'a str) -> Job<'a> {
+fn runtime<'a>(compiler: &'a Compiler, variant: Variant, source: &'a str) -> Job<'a> {
     let compile = move |object: &Path| {
-        let command = || Command::new(compiler);
-        compile::runtime(&command, variant, Path::new(KERNELS), source, object).map(|()| String::new())
+        compiler.runtime(variant, Path::new(KERNELS), source, object).map(|()| String::new())
     };
     job(compiler, Path::new(KERNELS).join("emulator").join(source), compile)
 }
 
 fn job<'a>(
-    compiler: &Path,
+    compiler: &Compiler,
     source: PathBuf,
     compile: impl Fn(&Path) -> Result<String> + Send + Sync + 'a,
 ) -> Job<'a> {
-    let fingerprint = format!("{}\n{COMPILE_STEPS}", compiler.display());
+    let fingerprint = format!("{compiler:?}\n{COMPILE_STEPS}");
     Job { source, fingerprint, compile: Box::new(compile) }
 }

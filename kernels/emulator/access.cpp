@@ -235,11 +235,11 @@ void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #if MMPO_CHECKED
 
 // What instrumented kernels call. compile.rs renames the compiler's `__tsan_*` and `__ubsan_*` calls to these and adds
-// the source line in the third and fourth argument registers, which those functions leave unused.
+// the source line in the argument registers behind their own: the third and fourth for most.
 using namespace mmpo::emulated;
 
 namespace {
-void instrumented(void* address, size_t bytes, bool write, const char* file, int line) {
+void instrumented(const void* address, size_t bytes, bool write, const char* file, int line) {
     if (current_thread != nullptr && bytes != 0)
         check_access(uintptr_t(address), uint32_t(bytes), write, Site{file, line});
 }
@@ -273,6 +273,22 @@ void mmpo_checked_access_read_range(void* address, size_t bytes, int line, const
 }
 void mmpo_checked_access_write_range(void* address, size_t bytes, int line, const char* file) {
     instrumented(address, bytes, true, file, line);
+}
+
+// Blocks that kernels copy or fill. Launchers do so too, hence the real work is done here.
+void* mmpo_checked_access_memcpy(void* to, const void* from, size_t bytes, int line, const char* file) {
+    instrumented(from, bytes, false, file, line);
+    instrumented(to, bytes, true, file, line);
+    return memcpy(to, from, bytes);
+}
+void* mmpo_checked_access_memmove(void* to, const void* from, size_t bytes, int line, const char* file) {
+    instrumented(from, bytes, false, file, line);
+    instrumented(to, bytes, true, file, line);
+    return memmove(to, from, bytes);
+}
+void* mmpo_checked_access_memset(void* to, int value, size_t bytes, int line, const char* file) {
+    instrumented(to, bytes, true, file, line);
+    return memset(to, value, bytes);
 }
 
 // The guard of a function's static variable, in a launcher.

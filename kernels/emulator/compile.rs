@@ -4,8 +4,9 @@
 // linked: the calls they insert are renamed in the assembly, and each gets the source line of the access as two more
 // arguments. So a report names the kernel's line without debug information, and no symbol clashes with a real sanitizer.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,84 +58,120 @@ const COMMON: &[&str] = &[
 /// AVX2 makes the emulated matrix products bearable. There is no emulated device but on x86-64.
 const MACHINE: &str = "-march=x86-64-v3";
 
-/// Later flags win: less optimisation, so that accesses stay as the source has them. Scalar replacement and
-/// vectorisation would change their number and width.
-const INSTRUMENTED: &[&str] = &[
-    "-O1",
-    "-g1",
-    "-fno-tree-sra",
-    "-fno-tree-vectorize",
-    "-fno-optimize-sibling-calls",
-    "-fsanitize=thread",
-    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+/// Later flags win: less optimisation, so that accesses stay as the source has them. Vectorisation would change their
+/// number and width.
+const INSTRUMENTED: &[&str] =
+    &["-O1", "-g1", "-fno-optimize-sibling-calls", "-fsanitize=thread", "-fno-tree-vectorize"];
+const CHECKED_BEHAVIOUR: &str = "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero";
+/// Scalar replacement would split accesses to vector types.
+const INSTRUMENTED_GNU: &[&str] = &["-fsanitize=bounds", "-fno-tree-sra"];
+/// Of `bounds`, the part that reports; the other part only traps. A read that a write to the same address follows is left
+/// uninstrumented unless asked for, and would hide `sum += x` of a sum that nothing has written.
+const INSTRUMENTED_CLANG: &[&str] = &[
+    "-fsanitize=array-bounds",
+    "-fno-slp-vectorize",
+    "-fno-unroll-loops",
+    "-mllvm",
+    "-tsan-instrument-read-before-write=1",
+    "-mllvm",
+    "-tsan-handle-cxx-exceptions=0",
 ];
 
-/// Compiles one kernel file (`.cu`) to `object`. `compiler` makes a command for the C++ compiler; `kernels` is the
-/// folder that holds `common/`; `extra` are further flags.
-pub fn kernel(
-    compiler: &dyn Fn() -> Command,
-    variant: Variant,
-    kernels: &Path,
-    source: &Path,
-    object: &Path,
-    extra: &[&str],
-) -> Result<(), String> {
-    let mut command = compile_command(compiler, variant, kernels, extra);
-    match variant {
-        Variant::Plain => run(command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(object)),
-        Variant::Checked => {
-            let assembly = object.with_extension("s");
-            command.args(INSTRUMENTED).args(["-x", "c++", "-S"]).arg(source).arg("-o").arg(&assembly);
-            run(&mut command)?;
-            let text = std::fs::read_to_string(&assembly)
-                .map_err(|error| format!("{}: {error}", assembly.display()))?;
-            std::fs::write(&assembly, pass_source_lines(&text))
-                .map_err(|error| format!("{}: {error}", assembly.display()))?;
-            run(compiler().arg("-c").arg(&assembly).arg("-o").arg(object))
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Gnu,
+    Clang,
+}
+
+/// A C++ compiler and whose flags it takes.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    program: OsString,
+    pub family: Family,
+}
+
+impl Compiler {
+    /// Asks `program` for its predefined macros: its name does not tell whether `c++` is g++ or clang.
+    pub fn new(program: impl Into<OsString>) -> Result<Self, String> {
+        let program = program.into();
+        let macros = run(Command::new(&program).args(["-dM", "-E", "-x", "c++", "/dev/null"]))?;
+        let family = if macros.contains("__clang__") { Family::Clang } else { Family::Gnu };
+        Ok(Compiler { program, family })
+    }
+
+    /// A command that runs the compiler, without arguments yet.
+    pub fn command(&self) -> Command {
+        Command::new(&self.program)
+    }
+
+    /// Compiles one kernel file (`.cu`) to `object`. `kernels` is the folder that holds `common/`.
+    pub fn kernel(
+        &self,
+        variant: Variant,
+        kernels: &Path,
+        source: &Path,
+        object: &Path,
+    ) -> Result<(), String> {
+        let mut command = self.compile_command(variant, kernels);
+        if variant == Variant::Plain {
+            return run(command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(object)).map(drop);
         }
+        let assembly = object.with_extension("s");
+        let of_family = match self.family {
+            Family::Gnu => INSTRUMENTED_GNU,
+            Family::Clang => INSTRUMENTED_CLANG,
+        };
+        command.args(INSTRUMENTED).arg(CHECKED_BEHAVIOUR).args(of_family);
+        run(command.args(["-x", "c++", "-S"]).arg(source).arg("-o").arg(&assembly))?;
+        let text =
+            std::fs::read_to_string(&assembly).map_err(|error| format!("{}: {error}", assembly.display()))?;
+        std::fs::write(&assembly, pass_source_lines(&text))
+            .map_err(|error| format!("{}: {error}", assembly.display()))?;
+        run(self.command().arg("-c").arg(&assembly).arg("-o").arg(object)).map(drop)
+    }
+
+    /// Compiles one of [`RUNTIME_SOURCES`] to `object`.
+    pub fn runtime(
+        &self,
+        variant: Variant,
+        kernels: &Path,
+        source: &str,
+        object: &Path,
+    ) -> Result<(), String> {
+        let source = kernels.join("emulator").join(source);
+        run(self.compile_command(variant, kernels).arg("-c").arg(source).arg("-o").arg(object)).map(drop)
+    }
+
+    fn compile_command(&self, variant: Variant, kernels: &Path) -> Command {
+        let mut command = self.command();
+        command.args(COMMON).arg(MACHINE).arg(format!("-DMMPO_EMULATED_VARIANT={}", variant.name()));
+        command.arg("-I").arg(kernels);
+        command
     }
 }
 
-/// Compiles one of [`RUNTIME_SOURCES`] to `object`.
-pub fn runtime(
-    compiler: &dyn Fn() -> Command,
-    variant: Variant,
-    kernels: &Path,
-    source: &str,
-    object: &Path,
-) -> Result<(), String> {
-    let source: PathBuf = kernels.join("emulator").join(source);
-    run(compile_command(compiler, variant, kernels, &[]).arg("-c").arg(source).arg("-o").arg(object))
-}
-
-fn compile_command(
-    compiler: &dyn Fn() -> Command,
-    variant: Variant,
-    kernels: &Path,
-    extra: &[&str],
-) -> Command {
-    let mut command = compiler();
-    command.args(COMMON).arg(MACHINE).arg(format!("-DMMPO_EMULATED_VARIANT={}", variant.name()));
-    command.arg("-I").arg(kernels).args(extra);
-    command
-}
-
-fn run(command: &mut Command) -> Result<(), String> {
+/// What the command prints.
+fn run(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(format!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)))
 }
 
-/// Renames the sanitizers' calls in x86-64 assembly, and has each access pass its line and file in the third and fourth
-/// argument registers, which it leaves unused.
+const ACCESS_PREFIX: &str = "mmpo_checked_access_";
+const UNKNOWN_FILE: u32 = u32::MAX;
+
+/// Renames the sanitizers' calls in x86-64 assembly of g++ or clang, and has each access pass its line and file in the
+/// argument registers that follow its own: the third and fourth, or the fourth and fifth of `memcpy` and the like.
 pub fn pass_source_lines(assembly: &str) -> String {
     let mut out = String::with_capacity(assembly.len() * 2);
     let mut files: Vec<(u32, String)> = Vec::new();
-    let mut here = (0, 0);
+    let mut here = None;
     for line in assembly.lines() {
         let mut words = line.split_whitespace();
+        let mut renamed =
+            line.replace("__tsan_", ACCESS_PREFIX).replace("__ubsan_handle_", "mmpo_checked_undefined_");
         match (words.next(), words.next()) {
             (Some(".file"), Some(number)) => {
                 if let (Ok(number), Some(name)) = (number.parse(), line.split('"').nth_back(1)) {
@@ -142,31 +179,40 @@ pub fn pass_source_lines(assembly: &str) -> String {
                 }
             }
             (Some(".loc"), Some(file)) => {
-                let number = words.next().and_then(|number| number.parse().ok());
-                here = (file.parse().unwrap_or(0), number.unwrap_or(here.1));
+                let place = (file.parse::<u32>().ok()).zip(words.next().and_then(|line| line.parse().ok()));
+                // Line 0 is clang's word for code that it moved or merged; the line before is the better guess.
+                here = place.filter(|&(_, line): &(u32, u32)| line != 0).or(here);
             }
-            (Some("call" | "callq" | "jmp"), Some(target)) if is_access(target) => {
-                let _ =
-                    writeln!(out, "\tmovl\t${}, %edx\n\tleaq\t.Lmmpo_file_{}(%rip), %rcx", here.1, here.0);
+            (Some("call" | "callq" | "jmp"), Some(target)) => {
+                if let Some((function, [line_register, file_register])) = touches_memory(target) {
+                    let (file, number) = here.unwrap_or((UNKNOWN_FILE, 0));
+                    let _ = writeln!(out, "	movl	${number}, %{line_register}");
+                    let _ = writeln!(out, "	leaq	.Lmmpo_file_{file}(%rip), %{file_register}");
+                    renamed = line.replace(target, &format!("{ACCESS_PREFIX}{function}@PLT"));
+                }
             }
             _ => {}
         }
-        out.push_str(
-            &line
-                .replace("__tsan_", "mmpo_checked_access_")
-                .replace("__ubsan_handle_", "mmpo_checked_undefined_"),
-        );
+        out.push_str(&renamed);
         out.push('\n');
     }
-    out.push_str("\t.section\t.rodata\n.Lmmpo_file_0:\n\t.string\t\"?\"\n");
+    let _ = writeln!(out, "\t.section\t.rodata\n.Lmmpo_file_{UNKNOWN_FILE}:\n\t.string\t\"?\"");
     files.sort();
     files.dedup_by_key(|(number, _)| *number);
-    for (number, name) in files.iter().filter(|(number, _)| *number != 0) {
+    for (number, name) in &files {
         let _ = writeln!(out, ".Lmmpo_file_{number}:\n\t.string\t\"{name}\"");
     }
     out
 }
 
-fn is_access(target: &str) -> bool {
-    target.strip_prefix("__tsan_").is_some_and(|name| name.contains("read") || name.contains("write"))
+/// If the call is of one of those that stand for accesses: its name behind the prefix, and the registers that it takes line
+/// and file in. clang 14 has `memcpy` and the like keep their names, later ones give them the sanitizer's prefix.
+fn touches_memory(target: &str) -> Option<(&str, [&'static str; 2])> {
+    let symbol = target.split('@').next().unwrap_or(target);
+    match (symbol.strip_prefix("__tsan_"), symbol) {
+        (Some(name @ ("memcpy" | "memmove" | "memset")), _)
+        | (None, name @ ("memcpy" | "memmove" | "memset")) => Some((name, ["ecx", "r8"])),
+        (Some(name), _) if name.contains("read") || name.contains("write") => Some((name, ["edx", "rcx"])),
+        _ => None,
+    }
 }
