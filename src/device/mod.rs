@@ -395,6 +395,9 @@ pub trait Device: Sized + Send + Sync + 'static {
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()>;
+    /// Sets the scratch memory aside that [`Device::attention_backward`] takes for batches of up to `rows` rows and `pairs`
+    /// pairs: no step allocates it then, and [`Device::free_memory`] no longer counts it.
+    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()>;
     /// Generation: assigns `out[1, H * E]`, the attention of the query in row `length - 1` of `cache` (rows as those
     /// of `qkv`) over rows `0..length`.
     fn attention_decode(
