@@ -192,11 +192,15 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     });
 }
 
+// A thread's part of a consumer's accumulators.
+template <class Tile, class Lines>
+using ConsumerPart = float[Layout<Tile, Lines>::CONSUMER_N / 2];
+
 // d = the consumer's part of one tile. The products of one slice are under way while the next is waited for, and a
 // stage is given back once those of the next are queued.
 template <class Tile, class Lines>
-DEVICE void multiply_tile(float (&d)[Layout<Tile, Lines>::CONSUMER_N / 2], StageCursor<Tile::kStages>& cursor,
-                          uint32_t shared, const TileWork& work, int consumer) {
+DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStages>& cursor, uint32_t shared,
+                          const TileWork& work, int consumer) {
     using L = Layout<Tile, Lines>;
     const typename L::Ring ring{shared + L::kRingAt};
     const int outer_m = consumer % Tile::kConsumersM * 64, outer_n = consumer / Tile::kConsumersM * L::CONSUMER_N;

@@ -234,7 +234,7 @@ void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 #if MMPO_CHECKED
 
-// What instrumented kernels call. compile.rs renames the compiler's `__tsan_*` and `__ubsan_*` calls to these and adds
+// What instrumented kernels call. compile.rs renames the compiler's `__tsan_*` (g++), `__asan_*` (clang) and `__ubsan_*` calls to these and adds
 // the source line in the argument registers behind their own: the third and fourth for most.
 using namespace mmpo::emulated;
 
@@ -255,7 +255,9 @@ void instrumented(const void* address, size_t bytes, bool write, const char* fil
     MMPO_ACCESS(unaligned_read##bytes, bytes, false) \
     MMPO_ACCESS(unaligned_write##bytes, bytes, true) \
     MMPO_ACCESS(volatile_read##bytes, bytes, false)  \
-    MMPO_ACCESS(volatile_write##bytes, bytes, true)
+    MMPO_ACCESS(volatile_write##bytes, bytes, true)  \
+    MMPO_ACCESS(load##bytes##_noabort, bytes, false) \
+    MMPO_ACCESS(store##bytes##_noabort, bytes, true)
 MMPO_ACCESSES(1)
 MMPO_ACCESSES(2)
 MMPO_ACCESSES(4)
@@ -263,6 +265,14 @@ MMPO_ACCESSES(8)
 MMPO_ACCESSES(16)
 
 extern "C" {
+
+void mmpo_checked_access_loadN_noabort(void* address, size_t bytes, int line, const char* file) {
+    instrumented(address, bytes, false, file, line);
+}
+void mmpo_checked_access_storeN_noabort(void* address, size_t bytes, int line, const char* file) {
+    instrumented(address, bytes, true, file, line);
+}
+void mmpo_checked_access_handle_no_return() {}
 
 void mmpo_checked_access_init() {}
 void mmpo_checked_access_func_entry(void*) {}

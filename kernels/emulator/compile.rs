@@ -60,21 +60,34 @@ const MACHINE: &str = "-march=x86-64-v3";
 
 /// Later flags win: less optimisation, so that accesses stay as the source has them. Vectorisation would change their
 /// number and width.
-const INSTRUMENTED: &[&str] =
-    &["-O1", "-g1", "-fno-optimize-sibling-calls", "-fsanitize=thread", "-fno-tree-vectorize"];
-const CHECKED_BEHAVIOUR: &str = "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero";
+const INSTRUMENTED: &[&str] = &[
+    "-O1",
+    "-g1",
+    "-fno-optimize-sibling-calls",
+    "-fno-tree-vectorize",
+    "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero",
+];
 /// Scalar replacement would split accesses to vector types.
-const INSTRUMENTED_GNU: &[&str] = &["-fsanitize=bounds", "-fno-tree-sra"];
-/// Of `bounds`, the part that reports; the other part only traps. A read that a write to the same address follows is left
-/// uninstrumented unless asked for, and would hide `sum += x` of a sum that nothing has written.
+const INSTRUMENTED_GNU: &[&str] = &["-fno-tree-sra", "-fsanitize=thread,bounds"];
+/// clang's thread sanitizer passes over local arrays, and so over wgmma's accumulators; its address sanitizer leaves
+/// nothing out, once told to check accesses by calls and to lay out neither stack nor globals. Of `bounds` the part that
+/// reports; the other part only traps.
 const INSTRUMENTED_CLANG: &[&str] = &[
-    "-fsanitize=array-bounds",
     "-fno-slp-vectorize",
     "-fno-unroll-loops",
+    "-fsanitize=kernel-address,array-bounds",
     "-mllvm",
-    "-tsan-instrument-read-before-write=1",
+    "-asan-instrumentation-with-call-threshold=0",
     "-mllvm",
-    "-tsan-handle-cxx-exceptions=0",
+    "-asan-opt=0",
+    "-mllvm",
+    "-asan-stack=0",
+    "-mllvm",
+    "-asan-globals=0",
+    "-mllvm",
+    "-asan-use-after-scope=0",
+    "-mllvm",
+    "-asan-use-stack-safety=0",
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +134,7 @@ impl Compiler {
             Family::Gnu => INSTRUMENTED_GNU,
             Family::Clang => INSTRUMENTED_CLANG,
         };
-        command.args(INSTRUMENTED).arg(CHECKED_BEHAVIOUR).args(of_family);
+        command.args(INSTRUMENTED).args(of_family);
         run(command.args(["-x", "c++", "-S"]).arg(source).arg("-o").arg(&assembly))?;
         let text =
             std::fs::read_to_string(&assembly).map_err(|error| format!("{}: {error}", assembly.display()))?;
@@ -170,8 +183,10 @@ pub fn pass_source_lines(assembly: &str) -> String {
     let mut here = None;
     for line in assembly.lines() {
         let mut words = line.split_whitespace();
-        let mut renamed =
-            line.replace("__tsan_", ACCESS_PREFIX).replace("__ubsan_handle_", "mmpo_checked_undefined_");
+        let mut renamed = line
+            .replace("__tsan_", ACCESS_PREFIX)
+            .replace("__asan_", ACCESS_PREFIX)
+            .replace("__ubsan_handle_", "mmpo_checked_undefined_");
         match (words.next(), words.next()) {
             (Some(".file"), Some(number)) => {
                 if let (Ok(number), Some(name)) = (number.parse(), line.split('"').nth_back(1)) {
@@ -205,14 +220,16 @@ pub fn pass_source_lines(assembly: &str) -> String {
     out
 }
 
-/// If the call is of one of those that stand for accesses: its name behind the prefix, and the registers that it takes line
-/// and file in. clang 14 has `memcpy` and the like keep their names, later ones give them the sanitizer's prefix.
+/// If the call stands for an access: its name behind the prefix, and the registers that it takes line and file in. Some
+/// versions of both compilers have `memcpy` and the like keep their names.
 fn touches_memory(target: &str) -> Option<(&str, [&'static str; 2])> {
     let symbol = target.split('@').next().unwrap_or(target);
-    match (symbol.strip_prefix("__tsan_"), symbol) {
-        (Some(name @ ("memcpy" | "memmove" | "memset")), _)
-        | (None, name @ ("memcpy" | "memmove" | "memset")) => Some((name, ["ecx", "r8"])),
-        (Some(name), _) if name.contains("read") || name.contains("write") => Some((name, ["edx", "rcx"])),
+    let inserted = symbol.strip_prefix("__tsan_").or_else(|| symbol.strip_prefix("__asan_"));
+    match inserted.unwrap_or(symbol) {
+        name @ ("memcpy" | "memmove" | "memset") => Some((name, ["ecx", "r8"])),
+        name if inserted.is_some() && ["read", "write", "load", "store"].iter().any(|w| name.contains(w)) => {
+            Some((name, ["edx", "rcx"]))
+        }
         _ => None,
     }
 }

@@ -38,23 +38,41 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
+#if MMPO_CHECKED && defined(__clang__)
+// clang checks the alignment of what it copies only where a constructor or an operator copies it.
+struct CopiedByCalls {
+    constexpr CopiedByCalls() {}
+    constexpr CopiedByCalls(const CopiedByCalls&) {}
+    constexpr CopiedByCalls& operator=(const CopiedByCalls&) { return *this; }
+};
+#define MMPO_COPIED_BY_CALLS [[no_unique_address]] CopiedByCalls copied_by_calls = {};
+#else
+#define MMPO_COPIED_BY_CALLS
+#endif
+
 struct alignas(8) float2 {
     float x, y;
+    MMPO_COPIED_BY_CALLS
 };
 struct alignas(16) float4 {
     float x, y, z, w;
+    MMPO_COPIED_BY_CALLS
 };
 struct alignas(8) int2 {
     int x, y;
+    MMPO_COPIED_BY_CALLS
 };
 struct alignas(16) int4 {
     int x, y, z, w;
+    MMPO_COPIED_BY_CALLS
 };
 struct alignas(8) uint2 {
     unsigned x, y;
+    MMPO_COPIED_BY_CALLS
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+    MMPO_COPIED_BY_CALLS
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
