@@ -67,7 +67,7 @@ const INSTRUMENTED: &[&str] = &[
     "-fno-tree-vectorize",
     "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero",
 ];
-/// Scalar replacement would split accesses to vector types.
+/// Scalar replacement would split accesses to vector types; `language.h` keeps clang from it.
 const INSTRUMENTED_GNU: &[&str] = &["-fno-tree-sra", "-fsanitize=thread,bounds"];
 /// clang's thread sanitizer passes over local arrays, and so over wgmma's accumulators; its address sanitizer leaves
 /// nothing out, once told to check accesses by calls and to lay out neither stack nor globals. Of `bounds` the part that

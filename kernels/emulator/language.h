@@ -39,40 +39,52 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
 #if MMPO_CHECKED && defined(__clang__)
-// clang checks the alignment of what it copies only where a constructor or an operator copies it.
-struct CopiedByCalls {
-    constexpr CopiedByCalls() {}
-    constexpr CopiedByCalls(const CopiedByCalls&) {}
-    constexpr CopiedByCalls& operator=(const CopiedByCalls&) { return *this; }
-};
-#define MMPO_COPIED_BY_CALLS [[no_unique_address]] CopiedByCalls copied_by_calls = {};
+// Left to itself, clang splits a copy of a vector into its elements and does not check its alignment. Here it is one
+// access, of the line that copies.
+#define MMPO_COPIED_WHOLE(vector, element, bytes)                                    \
+    typedef element Whole __attribute__((vector_size(bytes), may_alias));            \
+    vector() = default;                                                              \
+    __attribute__((always_inline, nodebug)) vector(const vector& other) {            \
+        *reinterpret_cast<Whole*>(this) = *reinterpret_cast<const Whole*>(&other);   \
+    }                                                                                \
+    __attribute__((always_inline, nodebug)) vector& operator=(const vector& other) { \
+        *reinterpret_cast<Whole*>(this) = *reinterpret_cast<const Whole*>(&other);   \
+        return *this;                                                                \
+    }
+#define MMPO_VECTOR_2(vector, element)                     \
+    constexpr vector(element x, element y) : x(x), y(y) {} \
+    MMPO_COPIED_WHOLE(vector, element, 8)
+#define MMPO_VECTOR_4(vector, element)                                                       \
+    constexpr vector(element x, element y, element z, element w) : x(x), y(y), z(z), w(w) {} \
+    MMPO_COPIED_WHOLE(vector, element, 16)
 #else
-#define MMPO_COPIED_BY_CALLS
+#define MMPO_VECTOR_2(vector, element)
+#define MMPO_VECTOR_4(vector, element)
 #endif
 
 struct alignas(8) float2 {
     float x, y;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_2(float2, float)
 };
 struct alignas(16) float4 {
     float x, y, z, w;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_4(float4, float)
 };
 struct alignas(8) int2 {
     int x, y;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_2(int2, int)
 };
 struct alignas(16) int4 {
     int x, y, z, w;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_4(int4, int)
 };
 struct alignas(8) uint2 {
     unsigned x, y;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_2(uint2, unsigned)
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
-    MMPO_COPIED_BY_CALLS
+    MMPO_VECTOR_4(uint4, unsigned)
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
