@@ -135,3 +135,20 @@ fn mistakes_are_named() {
         assert!(stdout.is_empty() && !stderr.contains("panicked"), "{stderr}");
     }
 }
+
+/// Both sets of kernels, with the least beside what they do.
+#[cfg(mmpo_emulated)]
+#[test]
+fn kernels_are_counted_beside_the_least() {
+    let profile = ["--profile", "150/75/75", "--pairs", "1"];
+    let report = json(&[&["counts", "--json", "--only", "attention_forward"], &profile[..]].concat());
+    for (path, launcher) in [("portable", "attention_forward"), ("hopper", "attention_forward_sm90")] {
+        let rows = report["paths"][path].as_array().unwrap();
+        assert_eq!(rows.len(), 1, "{rows:?}");
+        assert_eq!(rows[0]["launcher"], launcher);
+        let number = |value: &serde_json::Value| value.as_f64().unwrap();
+        let (done, least) = (number(&rows[0]["mma_flops"]), number(&rows[0]["minimum"][0]));
+        assert!(least > 0.0 && least <= done && done <= 2.0 * least, "{done} for {least}: {}", rows[0]);
+        assert_eq!(number(&rows[0]["bank_conflicts"]), 0.0, "{}", rows[0]);
+    }
+}

@@ -14,14 +14,15 @@
 #[path = "kernel_counts/table.rs"]
 mod table;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mmpo_fast::bench::cases::{self, Maker};
+use mmpo_fast::bench::counts::{self, Counted, Counts};
 use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
+    self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
 };
 use mmpo_fast::device::{Device, LinearShape, RawValues};
@@ -154,40 +155,18 @@ const COLUMNS: [&str; 9] = [
     "bank_conflicts",
 ];
 
-/// Counts of launches, in the order of [`COLUMNS`] without the minima.
-#[derive(Clone, Copy, Default)]
-struct Counts([u64; 7]);
-
-impl Counts {
-    fn of(counters: &EmulatorCounters) -> Self {
-        let c = counters;
-        Counts([
-            c.launches,
-            c.mma_operations + c.wgmma_operations,
-            c.mma_flops + c.wgmma_flops,
-            c.global_load_bytes + c.copy_async_bytes + c.tensor_load_bytes,
-            c.global_store_bytes + c.tensor_store_bytes,
-            c.global_load_sectors + c.global_store_sectors,
-            c.matrix_bank_conflicts + c.shared_wavefronts - c.shared_wavefronts_ideal,
-        ])
-    }
-
-    fn add(&mut self, more: Counts) {
-        for (sum, more) in self.0.iter_mut().zip(more.0) {
-            *sum += more;
-        }
-    }
-
-    /// A row's cells; `minimum` is floating-point operations and bytes.
-    fn cells(self, minimum: Option<[f64; 2]>) -> Vec<String> {
-        let [launches, operations, flops, loads, stores, sectors, conflicts] =
-            self.0.map(|count| count.to_string());
-        let [least_flops, least_bytes] = match minimum {
-            Some(minimum) => minimum.map(|value| format!("{value:.0}")),
-            None => [const { String::new() }; 2],
-        };
-        vec![launches, operations, flops, least_flops, loads, stores, least_bytes, sectors, conflicts]
-    }
+/// A row's cells, in the order of [`COLUMNS`].
+fn cells(counted: &Counted) -> Vec<String> {
+    let Counts { launches, mma_operations, mma_flops, load_bytes, store_bytes, sectors, bank_conflicts } =
+        counted.counts;
+    let [least_flops, least_bytes] = match counted.minimum {
+        Some(minimum) => minimum.map(|value| format!("{value:.0}")),
+        None => [const { String::new() }; 2],
+    };
+    let [launches, operations, flops, loads, stores, sectors, conflicts] =
+        [launches, mma_operations, mma_flops, load_bytes, store_bytes, sectors, bank_conflicts]
+            .map(|count| count.to_string());
+    vec![launches, operations, flops, least_flops, loads, stores, least_bytes, sectors, conflicts]
 }
 
 fn shape(model: &str, profile: &str, pairs: usize) -> Shape {
@@ -207,28 +186,10 @@ fn counted_shapes() -> [Shape; 2] {
 
 /// What a case's launchers do at `shape`: its row's key, without the path, and cells.
 fn count_case(device: &CudaDevice, make: Maker<CudaDevice>, shape: &Shape) -> Vec<(String, Vec<String>)> {
-    let mut case = make(device, shape).unwrap();
-    case.prepare_operands(device).unwrap();
-    let (done, launches) = EmulatorVariant::Checked.count_launches(|| case.run(device));
-    done.unwrap();
-    let mut by_launcher: BTreeMap<&str, Counts> = BTreeMap::new();
-    let mut total = Counts::default();
-    for EmulatedLaunch { launcher, counters } in &launches {
-        let counts = Counts::of(counters);
-        by_launcher.entry(launcher).or_default().add(counts);
-        total.add(counts);
-    }
-    let minimum = Some([case.flops, case.bytes]);
-    let key = |launcher: &str| format!("{};{};{launcher}", shape.name(), case.name());
-    let alone = by_launcher.len() == 1;
-    let mut rows: Vec<_> = by_launcher
-        .into_iter()
-        .map(|(launcher, counts)| (key(launcher), counts.cells(minimum.filter(|_| alone))))
-        .collect();
-    if !alone && !rows.is_empty() {
-        rows.push((key("all"), total.cells(minimum)));
-    }
-    rows
+    let rows = counts::count_case(device, make, shape).unwrap();
+    rows.iter()
+        .map(|row| (format!("{};{};{}", shape.name(), row.operation, row.launcher), cells(row)))
+        .collect()
 }
 
 /// The conversion of uploaded weights, which no case times: it is a part of reading a checkpoint.
@@ -239,11 +200,8 @@ fn count_conversion(device: &CudaDevice) -> Vec<(String, Vec<String>)> {
     let (done, launches) = EmulatorVariant::Checked.count_launches(upload);
     done.unwrap();
     let minimum = (values.len() * (size_of::<f32>() + BF16)) as f64;
-    let row = |launch: &EmulatedLaunch| {
-        let cells = Counts::of(&launch.counters).cells(Some([0.0, minimum]));
-        (format!("4096 values;upload_values;{}", launch.launcher), cells)
-    };
-    launches.iter().map(row).collect()
+    let rows = counts::sum_launches("upload_values", &launches, Some([0.0, minimum]));
+    rows.iter().map(|row| (format!("4096 values;upload_values;{}", row.launcher), cells(row))).collect()
 }
 
 /// Launchers of `kernels/api.h` that run a kernel of ours: `zero` is the runtime's.
@@ -260,19 +218,9 @@ fn launchers() -> BTreeSet<String> {
 #[test]
 fn every_launcher_does_what_the_committed_table_says() {
     let _alone = checked_variant();
-    EmulatorVariant::Checked
-        .configure(EmulatorOptions {
-            async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-            schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
-            seed: 0,
-            host_threads: 0,
-            multiprocessors: 0,
-            trace_accesses: 1,
-        })
-        .unwrap();
     let header = format!("path;shape;operation;launcher;{}", COLUMNS.join(";"));
     let mut table = Table::new("kernels.csv", header);
-    let device = CudaDevice::emulated(EmulatorVariant::Checked);
+    let device = counts::counting_device().unwrap();
     let mut portable = count_conversion(&device);
     for shape in &counted_shapes() {
         for make in cases::all() {

@@ -1,6 +1,8 @@
 //! `mmpo-fast bench`: each kernel beside this machine's ceilings, and a whole training step by its parts.
 
 pub mod cases;
+#[cfg(mmpo_emulated)]
+pub mod counts;
 pub mod inputs;
 mod kernels;
 mod measure;
@@ -25,6 +27,8 @@ pub enum Part {
     Step,
     /// Linear layers by our kernels and by the vendor's.
     Products,
+    /// What the kernels do, on the emulated device, instead of how long they take.
+    Counts,
 }
 
 /// Whose shapes.
@@ -61,8 +65,19 @@ pub struct BenchConfig {
 pub fn run(config: &BenchConfig) -> Result<()> {
     match config.parts[..] {
         [Part::Products] => products::run(config),
+        [Part::Counts] => counts(config),
         _ => run_on(config.device, config.threads, Task(config)),
     }
+}
+
+#[cfg(mmpo_emulated)]
+fn counts(config: &BenchConfig) -> Result<()> {
+    counts::run(config, &shape(config, Place::Emulated)?)
+}
+
+#[cfg(not(mmpo_emulated))]
+fn counts(_: &BenchConfig) -> Result<()> {
+    Err(crate::device::cuda::no_emulated_device())
 }
 
 /// Where the work runs, as far as measuring cares.
@@ -123,6 +138,7 @@ impl DeviceTask for Task<'_> {
                 }
                 Part::Step => step::run(&device, config, &shape, place)?,
                 Part::Products => products::run(config)?,
+                Part::Counts => counts(config)?,
             }
         }
         Ok(())

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 
 const ABOUT: &str = "Measure this machine: `kernels` times every kernel beside the machine's own ceilings (a large copy, a large \
 product), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
-cuBLASLt in turn.
+cuBLASLt in turn. `counts` needs no GPU: it counts on the emulated device what each kernel computes and moves, beside the least \
+that its operation needs.
 
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
 a model folder.";
@@ -27,7 +28,7 @@ pub fn command() -> Command {
         .long_about(ABOUT)
         .arg(
             Arg::new("part")
-                .value_parser(PossibleValuesParser::new(["kernels", "step", "products"]))
+                .value_parser(PossibleValuesParser::new(["kernels", "step", "products", "counts"]))
                 .help("What to measure [default: kernels and step]"),
         )
         .arg(own(
@@ -61,6 +62,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         Some("kernels") => vec![Part::Kernels],
         Some("step") => vec![Part::Step],
         Some("products") => vec![Part::Products],
+        Some("counts") => vec![Part::Counts],
         _ => vec![Part::Kernels, Part::Step],
     };
     if parts == [Part::Step] && arguments::text(matches, "only").is_some() {
