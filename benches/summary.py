@@ -179,7 +179,8 @@ def ratios(results):
 
 def write(folder):
     """README.md and the charts of `folder`; returns the README's text."""
-    results = read(folder / "raw.csv")
+    raw = folder / "raw.csv"
+    results = read(raw) if raw.exists() else {}
     about = (folder / "about.txt").read_text().splitlines()
     bandwidth, rate = ceilings(results)
     charts = {"roofline.svg": roofline(results, bandwidth, rate), "ratios.svg": ratios(results)}

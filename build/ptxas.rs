@@ -140,6 +140,8 @@ fn template_argument(text: &str) -> Option<(String, &str)> {
                 let (name, rest) = nested_name(nested)?;
                 (name, rest)
             }
+            // A type that was named before, by its number.
+            None if literal.starts_with('S') => (String::from("S"), literal.split_once('_')?.1),
             None => match identifier(literal) {
                 Some((name, rest)) => (name.to_owned(), rest),
                 None => (literal.get(..1)?.to_owned(), literal.get(1..)?),

@@ -249,22 +249,35 @@ int64_t MMPO_EXPORT(logp_head_workspace)(int32_t rows, int32_t vocab);
 
 /* Of the logits hidden[rows, D] * weight[V, D]^T (f32, never in memory) assigns lse[rows], logp[rows] =
  * logits[targets] - lse and entropy[rows] = -sum_v pi_v log pi_v. entropy may be NULL: not wanted.
- * exponentials[rows, V] is what logp_head_backward needs, with what stands in `workspace`: e^(logit - the row's largest
- * of the 128 columns around it). It may be NULL: none is kept, and logp_head_dlogits forms the logits once more. */
+ * exponentials[rows, V] is for the backward, with what stands in `workspace`. It may be NULL: nothing is kept, and
+ * logp_head_dlogits forms the logits once more. With entropies it holds e^(logit - the row's largest of the 128 columns
+ * around it), without them e^(logit - reference) with one reference a row, and at the target what makes all of it
+ * dlogits but for a factor a row, see logp_head_scale_hidden. */
 mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entropy, mmpo_bf16* exponentials,
                                            void* workspace, const mmpo_bf16* hidden, const mmpo_bf16* weight,
                                            const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
                                            mmpo_stream stream);
 
 /* In place: exponentials[rows, V] becomes dlogits = a * (onehot(target) - pi) - b * pi * (log pi + entropy) with
- * a = dlogp[rows], b = dentropy[rows]. dentropy and entropy are NULL together: then b = 0. */
+ * a = dlogp[rows], b = dentropy[rows]. Behind a forward with entropies. */
 mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void* workspace, const uint32_t* targets,
                                             const float* lse, const float* logp, const float* dlogp,
                                             const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream);
 
+/* Behind a forward without entropies, dlogits[row, :] = factor[row] * exponentials[row, :] with
+ * factor = -dlogp * e^(reference - lse). So dweight += exponentials^T * (factor * hidden), and
+ * dhidden = factor * (exponentials * weight). These assign out[rows, D] = factor * hidden, or * gradient. */
+mmpo_status MMPO_EXPORT(logp_head_scale_hidden)(mmpo_bf16* out, const mmpo_bf16* hidden, const void* workspace,
+                                                const float* lse, const float* dlogp, int32_t rows, int32_t width,
+                                                int32_t vocab, mmpo_stream stream);
+
+mmpo_status MMPO_EXPORT(logp_head_scale_gradient)(mmpo_bf16* out, const float* gradient, const void* workspace,
+                                                  const float* lse, const float* dlogp, int32_t rows, int32_t width,
+                                                  int32_t vocab, mmpo_stream stream);
+
 /* Assigns dlogits[rows, columns], those of vocabulary rows first_column .. first_column + columns of weight[V, D], from
- * the logits formed once more. */
+ * the logits formed once more. dentropy and entropy are NULL together: then b = 0. */
 mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,
                                            const uint32_t* targets, const float* lse, const float* logp,
                                            const float* dlogp, const float* dentropy, const float* entropy,

@@ -51,8 +51,17 @@ __global__ void __launch_bounds__(kBlock)
             for (int j = 0; j < kVector; ++j) sum[j] += values[j];
         }
     }
+    // Two halves of 16 bytes a lane, 32 bytes apart: every other group of four lanes stores its upper half first, so
+    // that eight lanes at once cover all banks.
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) warp_sums[warp][in_tile + j] = sum[j];
+    for (int turn = 0; turn < 2; ++turn) {
+        const bool upper = (lane_id() / 4 + turn) % 2 != 0;
+        uint32_t half[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) half[j] = __float_as_uint(upper ? sum[4 + j] : sum[j]);
+        store_shared_128(shared_address(&warp_sums[warp][in_tile + (upper ? 4 : 0)]),
+                         make_uint4(half[0], half[1], half[2], half[3]));
+    }
     __syncthreads();
 
     static_assert(kColumns == kBlock, "each thread adds up one column");

@@ -9,9 +9,10 @@
 // turns a tile of them into statistics of its rows, which a second kernel merges in a fixed order. For the backward
 // there are two ways:
 //
-//   main       The epilogue also writes the exponentials relative to the row's largest logit in the tile, as bf16.
-//   Later
-//              they become dlogits in place, by one multiplication each.
+//   main       The epilogue also writes the exponentials relative to a reference of the row, as bf16. A row's dlogits
+//              are these times -a e^(reference - lse), once the target's own is replaced. So they are never formed: the
+//              factor goes to the rows of hidden (for dweight), and to those of the product (for dhidden). An entropy
+//              term has no such factor; with one, references are tiles' largest logits, and dlogits formed in place.
 //   recompute  Nothing is kept. The product runs again, and its epilogue writes dlogits.
 //
 // Why exponentials and not logits: rounding a logit of 20 to bf16 puts its probability off by 6 %, rounding a log-prob
@@ -35,7 +36,7 @@ using product::Operands;
 // What the warps of a block tell each other about their columns of its rows.
 template <class L>
 struct Exchange {
-    float reference[L::Tile::kWarpsN][L::Tile::BLOCK_M];
+    float largest[L::Tile::kWarpsN][L::Tile::BLOCK_M];
     float sum[L::Tile::kWarpsN][L::Tile::BLOCK_M];
     float weighted[L::Tile::kWarpsN][L::Tile::BLOCK_M];
 };
@@ -66,13 +67,13 @@ struct ForwardEpilogue {
         constexpr int COLUMNS = L::WARP_N;
 #pragma unroll
         for (int i = 0; i < L::kMmaM; ++i) {
-            float reference[2], largest[2] = {kNoLogit, kNoLogit};
+            float largest[2] = {kNoLogit, kNoLogit};
             mask_columns<COLUMNS>(logits[i], origin.n + part.n, statistics.vocab);
             const int row = origin.m + part.m + 16 * i;
             pick_targets<COLUMNS>(statistics, RowTargets(statistics, row), logits[i], row, origin.n + part.n);
             raise_largest<COLUMNS>(largest, logits[i]);
-            row_references(reference, largest);
-            tell(exchange.reference[neighbour], part.m + 16 * i, reference);
+            join_largest(largest);
+            tell(exchange.largest[neighbour], part.m + 16 * i, largest);
         }
         __syncthreads();
 #pragma unroll
@@ -80,7 +81,7 @@ struct ForwardEpilogue {
             float reference[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                reference[h] = block_reference<L>(exchange, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
+                reference[h] = block_reference<L>(exchange, origin, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
             }
             RowSums sums;
             sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
@@ -99,13 +100,11 @@ struct ForwardEpilogue {
 
 private:
     template <class L>
-    static DEVICE float block_reference(const Exchange<L>& exchange, int row) {
-        float reference = exchange.reference[0][row];
+    DEVICE float block_reference(const Exchange<L>& exchange, product::TileOrigin origin, int row) const {
+        float largest = exchange.largest[0][row];
 #pragma unroll
-        for (int warp = 1; warp < L::Tile::kWarpsN; ++warp) {
-            reference = fmaxf(reference, exchange.reference[warp][row]);
-        }
-        return reference;
+        for (int warp = 1; warp < L::Tile::kWarpsN; ++warp) largest = fmaxf(largest, exchange.largest[warp][row]);
+        return statistics.reference_of(origin.m + row, largest);
     }
 
     // A thread a row.
@@ -121,7 +120,7 @@ private:
             weighted += exchange.weighted[warp][row];
         }
         const int64_t index = int64_t(origin.n / kStatisticsColumns) * statistics.rows + origin.m + row;
-        statistics.reference[index] = block_reference<L>(exchange, row);
+        statistics.reference[index] = block_reference<L>(exchange, origin, row);
         statistics.sum[index] = sum;
         if (statistics.weighted != nullptr) statistics.weighted[index] = weighted;
     }
@@ -195,6 +194,31 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
+// ---- Backward without an entropy term: dlogits are the kept exponentials times a factor a row
+
+template <class Input>
+__global__ void __launch_bounds__(kBlock)
+    scale_rows_kernel(bf16* __restrict__ out, const Input* __restrict__ x, const float* __restrict__ references,
+                      const float* __restrict__ lse, const float* __restrict__ dlogp, int width) {
+    const int row = int(blockIdx.x);
+    const float factor = -dlogp[row] * exp2_approx(fmaf(-lse[row], kLog2E, references[row]));
+    const int64_t first = int64_t(row) * width;
+    for (int column = int(threadIdx.x); column < width; column += kBlock) {
+        if constexpr (std::is_same_v<Input, bf16>)
+            out[first + column] = to_bf16(factor * to_float(x[first + column]));
+        else
+            out[first + column] = to_bf16(factor * x[first + column]);
+    }
+}
+
+template <class Input>
+mmpo_status scale_rows(bf16* out, const Input* x, const void* workspace, const float* lse, const float* dlogp, int rows,
+                       int width, int vocab, mmpo_stream stream) {
+    if (rows == 0 || width == 0) return kSuccess;
+    return LAUNCH(scale_rows_kernel<Input>, unsigned(rows), kBlock, 0, cuda_stream(stream), out, x,
+                  TileStatistics::row_references_in(workspace, rows, vocab), lse, dlogp, width);
+}
+
 // ---- Backward without anything kept: the product once more
 
 template <bool kAligned>
@@ -240,11 +264,11 @@ mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entro
                                            const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
                                            mmpo_stream stream) {
     if (rows == 0 || width == 0 || vocab == 0) return kSuccess;
-    const auto statistics = TileStatistics::of(workspace, targets, rows, vocab, entropy != nullptr);
+    const auto statistics = begin_statistics(exponentials, workspace, targets, rows, vocab, entropy);
     const Operands operands{hidden, weight, rows, vocab, width};
-    const mmpo_status status = launch_statistics(exponentials, statistics, operands, stream);
-    if (status != kSuccess) return status;
-    return merge_tiles(lse, logp, entropy, statistics, stream);
+    if (const mmpo_status error = target_references(statistics, hidden, weight, width, stream)) return error;
+    if (const mmpo_status error = launch_statistics(exponentials, statistics, operands, stream)) return error;
+    return merge_tiles(lse, logp, entropy, exponentials, statistics, stream);
 }
 
 mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void* workspace, const uint32_t* targets,
@@ -252,7 +276,7 @@ mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void*
                                             const float* dentropy, const float* entropy, int32_t rows, int32_t vocab,
                                             mmpo_stream stream) {
     if (rows == 0 || vocab == 0) return kSuccess;
-    if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
+    if (dentropy == nullptr || entropy == nullptr) return kInvalidValue;
     const GradientInputs inputs{targets, lse, logp, dlogp, dentropy, entropy, rows};
     const float* const references = static_cast<const float*>(workspace);
     const unsigned blocks = warp_tile_blocks<kBackwardVectors>(rows, vocab);
@@ -260,6 +284,18 @@ mmpo_status MMPO_EXPORT(logp_head_backward)(mmpo_bf16* exponentials, const void*
                                        exponentials, references, inputs, vocab)
                               : LAUNCH(logp_head_backward_kernel<false>, blocks, kBlock, 0, cuda_stream(stream),
                                        exponentials, references, inputs, vocab);
+}
+
+mmpo_status MMPO_EXPORT(logp_head_scale_hidden)(mmpo_bf16* out, const mmpo_bf16* hidden, const void* workspace,
+                                                const float* lse, const float* dlogp, int32_t rows, int32_t width,
+                                                int32_t vocab, mmpo_stream stream) {
+    return scale_rows(out, hidden, workspace, lse, dlogp, rows, width, vocab, stream);
+}
+
+mmpo_status MMPO_EXPORT(logp_head_scale_gradient)(mmpo_bf16* out, const float* gradient, const void* workspace,
+                                                  const float* lse, const float* dlogp, int32_t rows, int32_t width,
+                                                  int32_t vocab, mmpo_stream stream) {
+    return scale_rows(out, gradient, workspace, lse, dlogp, rows, width, vocab, stream);
 }
 
 mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,

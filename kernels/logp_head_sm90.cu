@@ -81,7 +81,11 @@ struct ForwardEpilogue {
                 pick_targets<kColumns>(statistics, targets, values, row, x + panel * kColumns);
                 raise_largest<kColumns>(largest, values);
             }
-            row_references(reference, largest);
+            join_largest(largest);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                reference[h] = statistics.reference_of(row + int(lane_id()) / 4 + 8 * h, largest[h]);
+            }
             RowSums sums;
 #pragma unroll
             for (int panel = 0; panel < 2; ++panel) {
@@ -166,12 +170,13 @@ mmpo_status MMPO_EXPORT(logp_head_forward_sm90)(float* lse, float* logp, float* 
     if (rows == 0 || width == 0 || vocab == 0) return kSuccess;
     const Operands operands{hidden, weight, rows, vocab, width};
     if (!operands_mappable<ForwardLines>(operands)) return kInvalidValue;
-    const auto statistics = TileStatistics::of(workspace, targets, rows, vocab, entropy != nullptr);
+    const auto statistics = begin_statistics(exponentials, workspace, targets, rows, vocab, entropy);
+    if (const mmpo_status error = target_references(statistics, hidden, weight, width, stream)) return error;
     const mmpo_status status = exponentials != nullptr
                                    ? launch_forward<true>(exponentials, statistics, operands, stream)
                                    : launch_forward<false>(nullptr, statistics, operands, stream);
     if (status != kSuccess) return status;
-    return merge_tiles(lse, logp, entropy, statistics, stream);
+    return merge_tiles(lse, logp, entropy, exponentials, statistics, stream);
 }
 
 mmpo_status MMPO_EXPORT(logp_head_dlogits_sm90)(mmpo_bf16* dlogits, const mmpo_bf16* hidden, const mmpo_bf16* weight,

@@ -23,10 +23,10 @@ const SHAPES: [AttentionShape; 2] = [
 /// and on the Hopper path.
 type Profile = ([usize; 3], [[usize; 2]; 2]);
 const PROFILES: [Profile; 4] = [
-    ([150, 75, 75], [[56, 43], [68, 50]]),
-    ([190, 300, 280], [[79, 64], [88, 78]]),
-    ([900, 256, 256], [[88, 75], [94, 88]]),
-    ([1024, 0, 0], [[94, 88], [97, 94]]),
+    ([150, 75, 75], [[79, 57], [86, 67]]),
+    ([190, 300, 280], [[87, 79], [95, 86]]),
+    ([900, 256, 256], [[91, 84], [98, 92]]),
+    ([1024, 0, 0], [[94, 85], [98, 94]]),
 ];
 
 fn counted(device: &CudaDevice, batch: &PairBatch, shape: AttentionShape) -> EmulatorCounters {

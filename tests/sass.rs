@@ -30,6 +30,14 @@ const EXPECTED: &[(&str, &str, &str, &[&str])] = &[
     ),
     ("attention_backward", "backward_kernel", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_backward", "backward_kernel", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
+    // The products of the log-prob head, whose epilogues hold exponentials.
+    (
+        "logp_head_sm90",
+        "product_kernel",
+        "sm_90a",
+        &["HGMMA", "UTMALDG", "USETMAXREG", "SYNCS.PHASECHK", "MUFU.EX2"],
+    ),
+    ("logp_head", "product_kernel", "sm_80", &["HMMA", "LDSM", "MUFU.EX2"]),
     // wgmma, TMA in and out, registers handed to the consumers, panels by stmatrix.
     ("linear_sm90", "product_kernel", "sm_90a", PRODUCT),
 ];

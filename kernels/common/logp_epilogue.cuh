@@ -5,7 +5,8 @@
 // d[4j + 2h + e], row `row + l/4 + 8h`, column `column + 8j + 2(l%4) + e`. A row lies in the four lanes of a quad.
 //
 // Exponents are of base 2 in here: 2^(log2(e) * logit - reference) is one fma and one ex2, and the exponent is rounded
-// once. A row's reference is log2(e) times its largest logit within kStatisticsColumns columns.
+// once. A tile's reference is log2(e) times a logit: the row's largest within kStatisticsColumns columns, or, for all
+// tiles of a row, the target's.
 #pragma once
 
 #include <cfloat>
@@ -22,6 +23,9 @@ constexpr float kLn2 = 0.693147181f;
 // exponentials, but a block of the portable product has no more.
 constexpr int kStatisticsColumns = 128;
 
+// A row's own exponents stay below this, and their sum far below f32's and bf16's 2^127.
+constexpr float kMostExponent = 64.0f;
+
 // What the forward leaves of each row and kStatisticsColumns columns, [tiles, rows] each, so that a block writes whole
 // lines; and of each row.
 struct TileStatistics {
@@ -32,27 +36,45 @@ struct TileStatistics {
     float* weighted;
     // [rows] the target's logit.
     float* target_logit;
+    // [rows] the reference that all of a row's tiles take where they can, see `reference_of`; NULL: each takes its own.
+    float* row_reference;
     const uint32_t* targets;
     int rows;
     int vocab;
 
     // Cuts `workspace` up. The references come first: logp_head_backward reads them there.
-    static TileStatistics of(void* workspace, const uint32_t* targets, int rows, int vocab, bool entropy) {
+    static TileStatistics of(void* workspace, const uint32_t* targets, int rows, int vocab, bool entropy,
+                             bool row_references) {
         float* const reference = static_cast<float*>(workspace);
         const int64_t values = tiles(vocab) * rows;
+        float* const of_rows = reference + 3 * values;
         return {reference,
                 reference + values,
                 entropy ? reference + 2 * values : nullptr,
-                reference + 3 * values,
+                of_rows,
+                row_references ? of_rows + rows : nullptr,
                 targets,
                 rows,
                 vocab};
     }
 
+    // The rows' references in the workspace of a forward that had some.
+    static const float* row_references_in(const void* workspace, int rows, int vocab) {
+        return static_cast<const float*>(workspace) + 3 * tiles(vocab) * rows + rows;
+    }
+
     static int64_t tiles(int vocab) { return ceil_div(vocab, kStatisticsColumns); }
 
     static int64_t workspace_bytes(int rows, int vocab) {
-        return (3 * tiles(vocab) + 1) * rows * int64_t(sizeof(float));
+        return (3 * tiles(vocab) + 2) * rows * int64_t(sizeof(float));
+    }
+
+    // The reference of a tile whose largest logit, times log2(e), is `largest`: the row's, as long as exponentials
+    // relative to it stay far from overflow.
+    DEVICE float reference_of(int row, float largest) const {
+        if (row_reference == nullptr) return largest;
+        const float of_row = row_reference[min(row, rows - 1)];
+        return largest > of_row + kMostExponent ? largest : of_row;
     }
 };
 
@@ -124,11 +146,11 @@ DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
     for (int i = 0; i < COLUMNS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], d[i]);
 }
 
-// The rows' references, from the lanes' largest logits.
-DEVICE void row_references(float (&reference)[2], float (&largest)[2]) {
+// The rows' largest logits times log2(e), from the lanes'.
+DEVICE void join_largest(float (&largest)[2]) {
     join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
-    for (int h = 0; h < 2; ++h) reference[h] = largest[h] * kLog2E;
+    for (int h = 0; h < 2; ++h) largest[h] *= kLog2E;
 }
 
 // A lane's part of the rows' sums; `join` makes them the rows'.

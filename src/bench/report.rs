@@ -50,9 +50,11 @@ pub fn append_csv(path: &Path, machine: &str, rows: &[ResultRow]) -> Result<()> 
         text.push('\n');
     }
     let date = jiff::Zoned::now().date();
-    let machine = machine.replace([',', '"', '\n'], ";");
+    let plain = |text: &str| text.replace([',', '"', '\n'], ";");
+    let machine = plain(machine);
     for row in rows {
-        let ResultRow { op, shape, median_us, min_us, max_us, flops, bytes } = row;
+        let (op, shape) = (plain(&row.op), plain(&row.shape));
+        let ResultRow { median_us, min_us, max_us, flops, bytes, .. } = row;
         text += &format!(
             "{date},{machine},mmpo-fast,{op},{shape},{median_us:.3},{min_us:.3},{max_us:.3},{flops},{bytes}\n"
         );
@@ -111,7 +113,7 @@ mod tests {
     fn a_csv_file_grows_under_one_header() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("raw.csv");
-        let row = ResultRow::new("rope", "tiny hh-rlhf x2", &Sample(vec![1e-6, 3e-6]), 0.0, 64.0);
+        let row = ResultRow::new("rope, turned", "tiny hh-rlhf x2", &Sample(vec![1e-6, 3e-6]), 0.0, 64.0);
         append_csv(&path, "cpu (a, b)", std::slice::from_ref(&row)).unwrap();
         append_csv(&path, "cpu (a, b)", &[row]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
@@ -119,7 +121,7 @@ mod tests {
         assert_eq!(lines.len(), 3, "{text}");
         assert_eq!(lines[0], CSV_HEADER);
         assert!(
-            lines[2].ends_with("cpu (a; b),mmpo-fast,rope,tiny hh-rlhf x2,2.000,1.000,3.000,0,64"),
+            lines[2].ends_with("cpu (a; b),mmpo-fast,rope; turned,tiny hh-rlhf x2,2.000,1.000,3.000,0,64"),
             "{text}"
         );
     }

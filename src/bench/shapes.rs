@@ -79,10 +79,8 @@ impl Lengths {
 
     /// Query-key pairs that the shared-prefix mask lets through.
     pub fn visible(&self) -> usize {
-        let triangle = |rows: usize| rows * (rows + 1) / 2;
-        let responses = [self.chosen, self.rejected];
-        triangle(self.prompt)
-            + responses.map(|rows| rows * self.prompt + triangle(rows)).iter().sum::<usize>()
+        let [prompt, chosen, rejected] = [self.prompt, self.chosen, self.rejected].map(|rows| rows as u32);
+        PairSpan { start: 0, prompt, chosen, rejected }.visible()
     }
 }
 

@@ -132,8 +132,7 @@ pub enum RopeDirection {
 pub enum HeadMode {
     /// Log-probs alone: no backward follows.
     Score,
-    /// The probabilities of all of a call's rows, which the backward turns into their gradient in place: `6 N V D`
-    /// operations, and a workspace that grows with the rows of a call.
+    /// The probabilities of all of a call's rows: `6 N V D` operations, and a workspace that grows with the rows of a call.
     Main,
     /// Nothing: the backward forms the logits once more. `8 N V D` operations in less than [`RECOMPUTE_WORKSPACE`].
     Recompute,
@@ -396,6 +395,9 @@ pub trait Device: Sized + Send + Sync + 'static {
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()>;
+    /// Sets the scratch memory aside that [`Device::attention_backward`] takes for batches of up to `rows` rows and `pairs`
+    /// pairs: no step allocates it then, and [`Device::free_memory`] no longer counts it.
+    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()>;
     /// Generation: assigns `out[1, H * E]`, the attention of the query in row `length - 1` of `cache` (rows as those
     /// of `qkv`) over rows `0..length`.
     fn attention_decode(
@@ -485,7 +487,7 @@ pub trait Device: Sized + Send + Sync + 'static {
         objective: &Objective,
         pairs: Range<usize>,
     ) -> Result<()>;
-    /// Of `dlogits = a * (onehot - pi) - b * pi * (log pi + entropy)`, formed in `workspace`, accumulates
+    /// Of `dlogits = a * (onehot - pi) - b * pi * (log pi + entropy)` accumulates
     /// `dweight[V, D] += dlogits^T * hidden` and replaces rows `shape.rows` of `hidden` by their gradient.
     #[allow(clippy::too_many_arguments)]
     fn logp_head_backward(

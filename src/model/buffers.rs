@@ -167,6 +167,11 @@ impl<D: Device> HeadBuffers<D> {
         let shape = (config.hidden_size, config.vocab_size);
         let plan = match purpose {
             Purpose::Training(options) => {
+                device.reserve_attention_backward(
+                    capacity.tokens,
+                    capacity.pairs,
+                    config.attention_shape(),
+                )?;
                 HeadPlan::training(device, shape, capacity.scored, capacity.longest, options)?
             }
             Purpose::Inference => HeadPlan::inference(device, shape, capacity.scored)?,

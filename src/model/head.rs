@@ -1,7 +1,7 @@
 //! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
 //!
 //! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode a chunk
-//! of whole pairs runs forward, learns its coefficients, and turns its probabilities into the logits' gradient in place:
+//! of whole pairs runs forward, learns its coefficients, and takes its kept probabilities to the gradients:
 //! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
 //! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
 //! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
@@ -133,7 +133,7 @@ impl<D: Device> HeadBuffers<D> {
     /// Runs of whole pairs that go through the head together: as many as main mode has room for, or all of them.
     fn chunks(&self, scored: &[ScoredPair]) -> Vec<Range<usize>> {
         if self.plan.main_rows == 0 {
-            return vec![0..scored.len()];
+            return std::iter::once(0..scored.len()).collect();
         }
         let rows: Vec<usize> = scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).collect();
         even_chunks(&rows, self.plan.chunk_rows)

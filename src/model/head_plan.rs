@@ -154,7 +154,7 @@ mod tests {
 
     /// Llama-3-8B's micro-batch of 8192 scored tokens on a GPU with `free` bytes left.
     fn sizes(free: Option<usize>, longest: usize) -> Sizes {
-        Sizes { scored: 8192, longest, row_bytes: 268_544, chunk_bytes: usize::MAX, free }
+        Sizes { scored: 8192, longest, row_bytes: 284_928, chunk_bytes: usize::MAX, free }
     }
 
     const AUTO: HeadOptions = HeadOptions { mode: HeadChoice::Auto, workspace: 1 << 30 };
@@ -162,22 +162,22 @@ mod tests {
     #[test]
     fn main_mode_takes_the_stated_workspace() {
         let (chunk_rows, main_rows) = cut(sizes(Some(20 << 30), 3000), AUTO);
-        assert_eq!((chunk_rows, main_rows), (3998, 3998));
-        assert!(main_rows * 268_544 <= 1 << 30);
+        assert_eq!((chunk_rows, main_rows), (3768, 3768));
+        assert!(main_rows * 284_928 <= 1 << 30);
         let half = HeadOptions { workspace: 512 << 20, ..AUTO };
-        assert_eq!(cut(sizes(None, 1000), half), (1999, 1999));
+        assert_eq!(cut(sizes(None, 1000), half), (1884, 1884));
     }
 
     #[test]
     fn tight_memory_shrinks_the_chunk_and_then_recomputes() {
         let (chunk_rows, main_rows) = cut(sizes(Some(SPARE + (400 << 20)), 1000), AUTO);
-        assert_eq!((chunk_rows, main_rows), (1561, 1561));
+        assert_eq!((chunk_rows, main_rows), (1472, 1472));
         // The longest pair does not fit, but most do.
-        assert_eq!(cut(sizes(Some(SPARE + (200 << 20)), 1000), AUTO).1, 780);
+        assert_eq!(cut(sizes(Some(SPARE + (200 << 20)), 1000), AUTO).1, 736);
         assert_eq!(cut(sizes(Some(SPARE + (100 << 20)), 1000), AUTO), (0, 0));
         assert_eq!(cut(sizes(Some(0), 1000), AUTO), (0, 0));
         // Short pairs fit even then.
-        assert_eq!(cut(sizes(Some(SPARE + (100 << 20)), 300), AUTO).1, 390);
+        assert_eq!(cut(sizes(Some(SPARE + (100 << 20)), 300), AUTO).1, 368);
     }
 
     #[test]
@@ -191,8 +191,8 @@ mod tests {
     #[test]
     fn a_device_that_likes_small_chunks_gets_them() {
         let cpu = Sizes { chunk_bytes: 64 << 20, ..sizes(None, 100) };
-        assert_eq!(cut(cpu, AUTO), (249, 3998));
-        assert_eq!(cut(Sizes { longest: 2000, ..cpu }, AUTO), (2000, 3998));
-        assert_eq!(cut(Sizes { longest: 5000, ..cpu }, AUTO), (3998, 3998));
+        assert_eq!(cut(cpu, AUTO), (235, 3768));
+        assert_eq!(cut(Sizes { longest: 2000, ..cpu }, AUTO), (2000, 3768));
+        assert_eq!(cut(Sizes { longest: 5000, ..cpu }, AUTO), (3768, 3768));
     }
 }

@@ -20,7 +20,8 @@ export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAS
 cublas=$(python3 -c 'import nvidia, pathlib; print(":".join(str(p) for r in nvidia.__path__ for p in pathlib.Path(r).glob("*/lib")))' 2>/dev/null || true)
 export LD_LIBRARY_PATH=$cublas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+# A shell of a part that is ended early may not have forgotten this trap yet.
+trap '[ "$BASHPID" = $$ ] && rm -rf "$scratch"' EXIT
 tar -C "$scratch" -xzf "$bundle/bin.tar.gz"
 bin=$scratch/bin peers=$bundle/peers raw=$results/raw.csv
 # Python packages that came along as wheels: Liger kernels, bitsandbytes.
@@ -198,7 +199,5 @@ done
   echo "after: $(clocks)"
   sed 's/^/part /' "$results/summary.txt" 2> /dev/null
 } >> "$results/about.txt"
-if [ -e "$raw" ]; then
-  python3 "$bundle/summary.py" "$results" > /dev/null || failed=1
-fi
+python3 "$bundle/summary.py" "$results" > /dev/null || failed=1
 exit $failed

@@ -15,8 +15,9 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         gather_rows_backward,
         head_forward,
         head_backward,
-        |device, shape| head_both(device, shape, HeadMode::Main),
-        |device, shape| head_both(device, shape, HeadMode::Recompute),
+        |device, shape| head_both(device, shape, HeadMode::Main, false),
+        |device, shape| head_both(device, shape, HeadMode::Main, true),
+        |device, shape| head_both(device, shape, HeadMode::Recompute, false),
         pair_objective,
     ]
 }
@@ -55,14 +56,14 @@ struct Head<D: Device> {
 }
 
 impl<D: Device> Head<D> {
-    fn new(device: &D, shape: &Shape, mode: HeadMode) -> Result<Self> {
+    fn new(device: &D, shape: &Shape, mode: HeadMode, entropy: bool) -> Result<Self> {
         let (scored, config) = (shape.scored(), &shape.config);
         Ok(Head {
             shape: HeadShape {
                 rows: 0..scored,
                 width: config.hidden_size,
                 vocab: config.vocab_size,
-                entropy: false,
+                entropy,
                 mode,
             },
             batch: batch(device, shape)?,
@@ -146,7 +147,7 @@ impl<D: Device> Head<D> {
 }
 
 fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let head = Head::new(device, shape, HeadMode::Main)?;
+    let head = Head::new(device, shape, HeadMode::Main, false)?;
     let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
     let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device)?);
     let mut scores = TokenScores::new(device, scored)?;
@@ -165,7 +166,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 }
 
 fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main)?);
+    let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main, false)?);
     let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
     let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device)?));
     let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
@@ -189,8 +190,8 @@ fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 }
 
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
-fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape, mode)?);
+fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, mode, entropy)?);
     let flops = 3 * head.product_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
@@ -219,8 +220,9 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode) -> Result<Cas
         )?;
         head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients)
     });
-    let part = match mode {
-        HeadMode::Recompute => "forward and backward recomputed",
+    let part = match (mode, entropy) {
+        (HeadMode::Recompute, _) => "forward and backward recomputed",
+        (_, true) => "forward and backward with entropy",
         _ => "forward and backward",
     };
     Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))

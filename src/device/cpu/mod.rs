@@ -377,6 +377,10 @@ impl Device for CpuDevice {
         })
     }
 
+    fn reserve_attention_backward(&self, _: usize, _: usize, _: AttentionShape) -> Result<()> {
+        Ok(())
+    }
+
     fn attention_decode(
         &self,
         out: &mut Compute<Self>,

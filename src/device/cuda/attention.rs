@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::bindings::KernelTable;
 use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, check_sizes, launch_sizes};
 use crate::data::PairSpan;
 use crate::device::{AttentionShape, BatchBuffers};
@@ -114,13 +115,7 @@ pub(super) fn backward(
     device.launch_with_workspace(
         path.launcher(name, "attention_backward_sm90"),
         &(rows, shape),
-        |kernels| unsafe {
-            let bytes = match path {
-                KernelPath::Portable => kernels.attention_backward_workspace,
-                KernelPath::Hopper => kernels.attention_backward_sm90_workspace,
-            };
-            bytes(rows, pairs, heads, kv_heads, head_size)
-        },
+        |kernels| backward_workspace(kernels, path, [rows, pairs, heads, kv_heads, head_size]),
         |kernels, workspace, stream| unsafe {
             let launch = match path {
                 KernelPath::Portable => kernels.attention_backward,
@@ -145,6 +140,30 @@ pub(super) fn backward(
             )
         },
     )
+}
+
+fn backward_workspace(kernels: &KernelTable, path: KernelPath, sizes: [i32; 5]) -> i64 {
+    let bytes = match path {
+        KernelPath::Portable => kernels.attention_backward_workspace,
+        KernelPath::Hopper => kernels.attention_backward_sm90_workspace,
+    };
+    let [rows, pairs, heads, kv_heads, head_size] = sizes;
+    // SAFETY: a pure function of numbers.
+    unsafe { bytes(rows, pairs, heads, kv_heads, head_size) }
+}
+
+pub(super) fn reserve_backward(
+    device: &CudaDevice,
+    rows: usize,
+    pairs: usize,
+    shape: AttentionShape,
+) -> Result<()> {
+    let name = "attention_backward";
+    check_heads(name, shape)?;
+    let sizes = launch_sizes(name, [rows, pairs, shape.heads, shape.kv_heads, shape.head_size])?;
+    let bytes = device
+        .workspace_bytes(name, &(rows, shape), |kernels| backward_workspace(kernels, device.path(), sizes))?;
+    device.workspace.with(&device.memory, bytes, |_| Ok(()))
 }
 
 pub(super) fn decode(

@@ -642,6 +642,28 @@ pub struct KernelTable {
         vocab: i32,
         stream: mmpo_stream,
     ) -> mmpo_status,
+    pub logp_head_scale_hidden: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        hidden: *const mmpo_bf16,
+        workspace: *const ::core::ffi::c_void,
+        lse: *const f32,
+        dlogp: *const f32,
+        rows: i32,
+        width: i32,
+        vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
+    pub logp_head_scale_gradient: unsafe extern "C" fn(
+        out: *mut mmpo_bf16,
+        gradient: *const f32,
+        workspace: *const ::core::ffi::c_void,
+        lse: *const f32,
+        dlogp: *const f32,
+        rows: i32,
+        width: i32,
+        vocab: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status,
     pub logp_head_dlogits: unsafe extern "C" fn(
         dlogits: *mut mmpo_bf16,
         hidden: *const mmpo_bf16,
@@ -1150,6 +1172,30 @@ pub mod gpu {
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_scale_hidden"]
+        fn logp_head_scale_hidden(
+            out: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_logp_head_scale_gradient"]
+        fn logp_head_scale_gradient(
+            out: *mut mmpo_bf16,
+            gradient: *const f32,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_logp_head_dlogits"]
         fn logp_head_dlogits(
             dlogits: *mut mmpo_bf16,
@@ -1283,6 +1329,8 @@ pub mod gpu {
         logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_scale_hidden,
+        logp_head_scale_gradient,
         logp_head_dlogits,
         logp_head_forward_sm90,
         logp_head_dlogits_sm90,
@@ -1677,6 +1725,30 @@ pub mod emulated {
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_scale_hidden"]
+        fn logp_head_scale_hidden(
+            out: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_emulated_logp_head_scale_gradient"]
+        fn logp_head_scale_gradient(
+            out: *mut mmpo_bf16,
+            gradient: *const f32,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_emulated_logp_head_dlogits"]
         fn logp_head_dlogits(
             dlogits: *mut mmpo_bf16,
@@ -1850,6 +1922,8 @@ pub mod emulated {
         logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_scale_hidden,
+        logp_head_scale_gradient,
         logp_head_dlogits,
         logp_head_forward_sm90,
         logp_head_dlogits_sm90,
@@ -2258,6 +2332,30 @@ pub mod checked {
             vocab: i32,
             stream: mmpo_stream,
         ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_scale_hidden"]
+        fn logp_head_scale_hidden(
+            out: *mut mmpo_bf16,
+            hidden: *const mmpo_bf16,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
+        #[link_name = "mmpo_checked_logp_head_scale_gradient"]
+        fn logp_head_scale_gradient(
+            out: *mut mmpo_bf16,
+            gradient: *const f32,
+            workspace: *const ::core::ffi::c_void,
+            lse: *const f32,
+            dlogp: *const f32,
+            rows: i32,
+            width: i32,
+            vocab: i32,
+            stream: mmpo_stream,
+        ) -> mmpo_status;
         #[link_name = "mmpo_checked_logp_head_dlogits"]
         fn logp_head_dlogits(
             dlogits: *mut mmpo_bf16,
@@ -2431,6 +2529,8 @@ pub mod checked {
         logp_head_workspace,
         logp_head_forward,
         logp_head_backward,
+        logp_head_scale_hidden,
+        logp_head_scale_gradient,
         logp_head_dlogits,
         logp_head_forward_sm90,
         logp_head_dlogits_sm90,

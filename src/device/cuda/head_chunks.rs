@@ -78,7 +78,7 @@ mod tests {
 
     /// Bytes a row of `logp_head_workspace`.
     fn statistics(vocab: usize) -> usize {
-        4 * (3 * vocab.div_ceil(128) + 1)
+        4 * (3 * vocab.div_ceil(128) + 2)
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!
 //! | mode | in the forward | in the backward |
 //! |---|---|---|
-//! | main | `[rows, V]` bf16 exponentials, then the tiles' statistics | dlogits in place, the same statistics |
+//! | main | `[rows, V]` bf16 exponentials, the tiles' statistics | the same, `[rows, D]` for scaled rows or f32 gradients |
+//! | main, with entropies | the same | dlogits in place, the same statistics |
 //! | recompute | statistics of some rows at a time | f32 gradient of some rows, then their dlogits for a run of columns |
 
 use std::ffi::c_void;
@@ -51,7 +52,7 @@ impl Layout {
         let bytes = match mode {
             HeadMode::Score => chunks.forward_bytes(statistics),
             HeadMode::Recompute => chunks.forward_bytes(statistics).max(chunks.backward_bytes(width)),
-            HeadMode::Main => statistics_offset(rows, vocab) + rows * statistics,
+            HeadMode::Main => scaled_offset(rows, vocab, statistics) + rows * width * size_of::<f32>(),
         };
         Ok(Layout { chunks, values: bytes.div_ceil(size_of::<bf16>()) })
     }
@@ -78,6 +79,11 @@ fn runs_on_hopper(device: &CudaDevice, width: usize) -> bool {
 /// Offset of the statistics in main mode, behind the exponentials.
 fn statistics_offset(rows: usize, vocab: usize) -> usize {
     (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
+}
+
+/// Offset of the scaled rows in main mode, behind the statistics of `row_statistics` bytes a row.
+fn scaled_offset(rows: usize, vocab: usize, row_statistics: usize) -> usize {
+    statistics_offset(rows, vocab) + (rows * row_statistics).next_multiple_of(ALIGNMENT)
 }
 
 /// The address `bytes` into the workspace.
@@ -174,7 +180,8 @@ pub(super) fn backward(
     check_sizes(name, shape, &sizes)?;
     let backward = Backward { device, weight, targets, scores, coefficients, shape };
     match mode {
-        HeadMode::Main => backward.in_place(hidden, dweight, workspace),
+        HeadMode::Main if *entropy => backward.in_place(hidden, dweight, workspace),
+        HeadMode::Main => backward.by_rows(hidden, dweight, workspace),
         HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
         HeadMode::Score => {
             Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
@@ -201,7 +208,57 @@ impl Backward<'_> {
         }
     }
 
-    /// Main mode: the exponentials that the forward left become dlogits.
+    /// Main mode without entropies: dlogits are the exponentials that the forward left, times a factor a row. So they are
+    /// never formed: the factor goes to the rows of `hidden`, and of the gradient.
+    fn by_rows(
+        &self,
+        hidden: &mut CudaBuffer<bf16>,
+        dweight: Option<&mut CudaBuffer<f32>>,
+        workspace: &mut CudaBuffer<bf16>,
+    ) -> Result<()> {
+        let HeadShape { rows, width, vocab, .. } = self.shape;
+        let first = rows.start;
+        let [count, width_size, vocab_size] =
+            launch_sizes("logp_head_backward", [rows.len(), *width, *vocab])?;
+        let exponentials = workspace.start();
+        let statistics = inside(workspace, statistics_offset(rows.len(), *vocab));
+        let scaled_at = scaled_offset(rows.len(), *vocab, row_statistics(self.device, *vocab)?);
+        let (lse, dlogp) = (self.scores.lse.at(first), self.coefficients.logp.at(first));
+        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        if let Some(dweight) = dweight {
+            let scaled: *mut bf16 = inside(workspace, scaled_at).cast();
+            // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left, with
+            // room for as many rows of f32 behind it.
+            self.device.launch("logp_head_scale_hidden", self.shape, |kernels, stream| unsafe {
+                let x = hidden.at(first * width);
+                (kernels.logp_head_scale_hidden)(
+                    scaled, x, statistics, lse, dlogp, count, width_size, vocab_size, stream,
+                )
+            })?;
+            // SAFETY: as above.
+            unsafe {
+                linear::backward_weight_at(self.device, dweight.start_mut(), exponentials, scaled, product)?;
+            }
+        }
+        let gradient: *mut f32 = inside(workspace, scaled_at).cast();
+        // SAFETY: as above; the product above was queued first, so its scaled rows may be overwritten.
+        self.device.launch("zero", self.shape, |kernels, stream| unsafe {
+            (kernels.zero)(gradient.cast(), (rows.len() * width * size_of::<f32>()) as i64, stream)
+        })?;
+        // SAFETY: as above.
+        unsafe {
+            linear::add_backward_input_at(self.device, gradient, exponentials, self.weight.start(), product)?;
+        }
+        // SAFETY: as above; whatever reads `hidden` was queued first.
+        self.device.launch("logp_head_scale_gradient", self.shape, |kernels, stream| unsafe {
+            let dx = hidden.at_mut(first * width);
+            (kernels.logp_head_scale_gradient)(
+                dx, gradient, statistics, lse, dlogp, count, width_size, vocab_size, stream,
+            )
+        })
+    }
+
+    /// Main mode with entropies: the exponentials that the forward left become dlogits.
     fn in_place(
         &self,
         hidden: &mut CudaBuffer<bf16>,

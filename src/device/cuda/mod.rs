@@ -184,6 +184,23 @@ impl CudaDevice {
         Ok(answer)
     }
 
+    /// What a launcher's own rule, a pure function, asks for.
+    fn workspace_bytes(
+        &self,
+        operation: &str,
+        shape: &dyn Debug,
+        bytes: impl Fn(&KernelTable) -> i64,
+    ) -> Result<usize> {
+        let mut needed = 0;
+        self.launch(operation, shape, |kernels, _| {
+            needed = bytes(kernels);
+            0
+        })?;
+        usize::try_from(needed).map_err(|_| {
+            Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
+        })
+    }
+
     /// Runs one launcher with the scratch memory that `bytes` asks for.
     fn launch_with_workspace(
         &self,
@@ -444,6 +461,10 @@ impl Device for CudaDevice {
         shape: AttentionShape,
     ) -> Result<()> {
         attention::backward(self, dqkv, dout, out, lse, qkv, batch, shape)
+    }
+
+    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()> {
+        attention::reserve_backward(self, rows, pairs, shape)
     }
 
     fn attention_decode(
