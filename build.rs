@@ -42,7 +42,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels, mmpo_emulated)");
+    println!("cargo:rustc-check-cfg=cfg(mmpo_gpu_kernels, mmpo_emulated, mmpo_emulated_by_clang)");
     // A path that does not exist would make cargo run this, and compile the crate, every time; so the script that
     // installs the toolchain touches this file.
     for path in ["build.rs", "build", "kernels", nvcc::PROJECT_NVCC] {

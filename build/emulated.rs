@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::compile::{Compiler, RUNTIME_SOURCES, Variant};
+use crate::compile::{Compiler, Family, RUNTIME_SOURCES, Variant};
 use crate::objects::{Cache, Job};
 use crate::{Result, Sources, archive};
 
@@ -22,6 +22,9 @@ pub fn build(sources: &Sources, cache: &Cache) -> Result<()> {
         let runtime = RUNTIME_SOURCES.iter().map(|source| runtime(&compiler, variant, source));
         let compiled = cache.compile(name, &kernels.chain(runtime).collect::<Vec<_>>())?;
         archive(&format!("mmpo_kernels_{name}"), &compiled)?;
+    }
+    if compiler.family == Family::Clang {
+        println!("cargo:rustc-cfg=mmpo_emulated_by_clang");
     }
     println!("cargo:rustc-link-lib=pthread");
     Ok(())

@@ -89,7 +89,7 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     ("block_order", Variant::Plain, SHUFFLED, "wrong data"),
     ("block_order", Variant::Checked, LATE, "that another block wrote in the same launch: the result depends on the order of blocks"),
     ("warp_order", Variant::Plain, SHUFFLED, "wrong data"),
-    ("turn_too_late", Variant::Plain, LATE, "waiting for turn 1 of the counter at 0x"),
+    ("turn_too_late", Variant::Plain, LATE, "of the counter at 0x"),
     ("turn_too_late", Variant::Checked, RANDOM, "which stands at 0, while no running block can move it, at faults_order.cu:"),
     ("turn_taken_twice", Variant::Plain, SHUFFLED, "waits for turn 2 of a counter that stands at 3 already"),
     ("turn_of_unstarted_block", Variant::Plain, LATE, "which stands at 0, while no running block can move it, at faults_order.cu:"),
