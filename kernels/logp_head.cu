@@ -196,27 +196,40 @@ __global__ void __launch_bounds__(kBlock)
 
 // ---- Backward without an entropy term: dlogits are the kept exponentials times a factor a row
 
-template <class Input>
+template <bool kVectorized>
+DEVICE void load_values(float (&values)[kVector], const bf16* row, int column, int width) {
+    unpack8(values, load8<kVectorized>(row, column, width));
+}
+template <bool kVectorized>
+DEVICE void load_values(float (&values)[kVector], const float* row, int column, int width) {
+    load8<kVectorized>(values, row, column, width);
+}
+
+template <bool kVectorized, class Input>
 __global__ void __launch_bounds__(kBlock)
     scale_rows_kernel(bf16* __restrict__ out, const Input* __restrict__ x, const float* __restrict__ references,
-                      const float* __restrict__ lse, const float* __restrict__ dlogp, int width) {
-    const int row = int(blockIdx.x);
-    const float factor = -dlogp[row] * exp2_approx(fmaf(-lse[row], kLog2E, references[row]));
-    const int64_t first = int64_t(row) * width;
-    for (int column = int(threadIdx.x); column < width; column += kBlock) {
-        if constexpr (std::is_same_v<Input, bf16>)
-            out[first + column] = to_bf16(factor * to_float(x[first + column]));
-        else
-            out[first + column] = to_bf16(factor * x[first + column]);
-    }
+                      const float* __restrict__ lse, const float* __restrict__ dlogp, int rows, int width) {
+    const WarpTile tile = warp_tile<1>(width);
+    if (tile.row >= rows) return;
+    const int64_t first = int64_t(tile.row) * width;
+    float values[kVector];
+    load_values<kVectorized>(values, x + first, tile.column, width);
+    const float factor = -dlogp[tile.row] * exp2_approx(fmaf(-lse[tile.row], kLog2E, references[tile.row]));
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] *= factor;
+    store8<kVectorized>(out + first, tile.column, width, pack8(values));
 }
 
 template <class Input>
 mmpo_status scale_rows(bf16* out, const Input* x, const void* workspace, const float* lse, const float* dlogp, int rows,
                        int width, int vocab, mmpo_stream stream) {
     if (rows == 0 || width == 0) return kSuccess;
-    return LAUNCH(scale_rows_kernel<Input>, unsigned(rows), kBlock, 0, cuda_stream(stream), out, x,
-                  TileStatistics::row_references_in(workspace, rows, vocab), lse, dlogp, width);
+    const float* const references = TileStatistics::row_references_in(workspace, rows, vocab);
+    const unsigned blocks = warp_tile_blocks<1>(rows, width);
+    return vector_rows(width) ? LAUNCH((scale_rows_kernel<true, Input>), blocks, kBlock, 0, cuda_stream(stream), out, x,
+                                       references, lse, dlogp, rows, width)
+                              : LAUNCH((scale_rows_kernel<false, Input>), blocks, kBlock, 0, cuda_stream(stream), out,
+                                       x, references, lse, dlogp, rows, width);
 }
 
 // ---- Backward without anything kept: the product once more
