@@ -49,7 +49,7 @@ use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
 #[cfg(not(mmpo_emulated))]
-pub(super) use self::probe::no_emulated_device;
+pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::Products;
 use super::trace::{OperationTime, Trace};
