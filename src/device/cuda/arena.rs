@@ -67,6 +67,7 @@ impl Arena {
     }
 
     /// Bytes of the largest free range of all pieces.
+    #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
     pub(super) fn largest_free(&self) -> usize {
         self.pieces.values().flat_map(|piece| piece.free.values()).copied().max().unwrap_or(0)
     }
