@@ -10,7 +10,9 @@ use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{self, CudaDevice};
 use mmpo_fast::device::{AdamWStep, Device};
-use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
+#[cfg(mmpo_emulated)]
+use mmpo_fast::model::HeadChoice;
+use mmpo_fast::model::{HeadOptions, Llama};
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
