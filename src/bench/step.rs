@@ -194,36 +194,7 @@ fn report<D: Device>(
     let phases = phases(&steps.operations, steps.traced);
     let tokens = shape.tokens() as f64;
     if config.json {
-        let report = json!({
-            "engine": "mmpo-fast",
-            "version": env!("CARGO_PKG_VERSION"),
-            "variant": "shared prompts, packed",
-            "device": device.describe(),
-            "shape": shape.model,
-            "profile": shape.profile,
-            "pairs": shape.pairs,
-            "prompt": shape.lengths.prompt,
-            "chosen": shape.lengths.chosen,
-            "rejected": shape.lengths.rejected,
-            "warmup": warmup,
-            "steps": steps.sample.0.len(),
-            "parameters": steps.parameters,
-            "seconds": steps.sample.0,
-            "seconds_median": median,
-            "seconds_min": steps.sample.min(),
-            "seconds_max": steps.sample.max(),
-            "pair_tokens": shape.tokens(),
-            "computed_tokens": shape.tokens(),
-            "pair_tokens_per_second": tokens / median,
-            "flops": flops,
-            "tflop_per_s": flops / median / 1e12,
-            "peak_rss_bytes": memory("VmHWM:"),
-            "baseline_rss_bytes": steps.baseline_rss_bytes,
-            "peak_device_bytes": steps.peak_device_bytes,
-            "losses": steps.losses,
-            "phases": phases,
-            "traced_seconds": steps.traced,
-        });
+        let report = as_json(&device.describe(), shape, warmup, flops, &steps, &phases);
         return report::print(&format!("{report}\n"));
     }
     let rows: Vec<Vec<String>> = phases
@@ -267,6 +238,47 @@ fn report<D: Device>(
         report::table(&["part", "operations", "ms", "share"], &rows),
         figures(steps.traced * 1e3),
     ))
+}
+
+fn as_json(
+    device: &str,
+    shape: &Shape,
+    warmup: usize,
+    flops: f64,
+    steps: &Steps,
+    phases: &[Phase],
+) -> serde_json::Value {
+    let (median, tokens) = (steps.sample.median(), shape.tokens() as f64);
+    json!({
+        "engine": "mmpo-fast",
+        "version": env!("CARGO_PKG_VERSION"),
+        "variant": "shared prompts, packed",
+        "device": device,
+        "shape": shape.model,
+        "profile": shape.profile,
+        "pairs": shape.pairs,
+        "prompt": shape.lengths.prompt,
+        "chosen": shape.lengths.chosen,
+        "rejected": shape.lengths.rejected,
+        "warmup": warmup,
+        "steps": steps.sample.0.len(),
+        "parameters": steps.parameters,
+        "seconds": steps.sample.0,
+        "seconds_median": median,
+        "seconds_min": steps.sample.min(),
+        "seconds_max": steps.sample.max(),
+        "pair_tokens": shape.tokens(),
+        "computed_tokens": shape.tokens(),
+        "pair_tokens_per_second": tokens / median,
+        "flops": flops,
+        "tflop_per_s": flops / median / 1e12,
+        "peak_rss_bytes": memory("VmHWM:"),
+        "baseline_rss_bytes": steps.baseline_rss_bytes,
+        "peak_device_bytes": steps.peak_device_bytes,
+        "losses": steps.losses,
+        "phases": phases,
+        "traced_seconds": steps.traced,
+    })
 }
 
 /// Bytes in a line of Linux's account of this process; 0 where the system does not say.
