@@ -1,7 +1,7 @@
 /* The whole C interface between Rust and the kernels: one launcher an operation of the Device trait.
  *
  * Plain C with no system header but stdint, so that bindgen needs no CUDA headers. `tools/bindings` turns this file
- * into src/device/cuda/bindings.rs; a change here is followed by `cargo run -p bindings`.
+ * into src/device/cuda/bindings/; a change here is followed by `cargo run -p bindings`.
  *
  * Three builds of every launcher can be linked side by side; MMPO_EXPORT (common/variant.h) gives each its own names.
  *

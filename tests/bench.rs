@@ -24,6 +24,9 @@ fn json(arguments: &[&str]) -> Value {
     serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
 }
 
+/// Where this build can run kernels, as far as no GPU is needed.
+const DEVICES: &[&str] = if cfg!(mmpo_emulated) { &["cpu", "emulated"] } else { &["cpu"] };
+
 const SMALL: [&str; 8] = ["--shape", "tiny", "--profile", "tiny", "--pairs", "2", "--calls", "2"];
 
 /// On the CPU, and on the emulated device, where every kernel must agree with the CPU before it is timed.
@@ -31,7 +34,7 @@ const SMALL: [&str; 8] = ["--shape", "tiny", "--profile", "tiny", "--pairs", "2"
 fn kernels_are_checked_timed_and_written_down() {
     let folder = tempfile::tempdir().unwrap();
     let csv = folder.path().join("raw.csv");
-    for device in ["cpu", "emulated"] {
+    for &device in DEVICES {
         let arguments =
             [&["kernels", "--device", device, "--json", "--csv", csv.to_str().unwrap()][..], &SMALL].concat();
         let report = json(&arguments);
@@ -101,15 +104,17 @@ fn the_measured_step_is_the_peers_step() {
 
 #[test]
 fn people_get_tables() {
-    let (code, stdout, stderr) =
-        bench(&[&["--device", "emulated", "--only", "rope", "--quiet"][..], &SMALL].concat());
-    assert_eq!(code, Some(0), "{stderr}");
-    for text in ["of ceiling", "rope", "training step of tiny", "between operations", "adamw"] {
-        assert!(stdout.contains(text), "{text} is not in\n{stdout}");
+    for &device in DEVICES {
+        let (code, stdout, stderr) =
+            bench(&[&["--device", device, "--only", "rope", "--quiet"][..], &SMALL].concat());
+        assert_eq!(code, Some(0), "{stderr}");
+        for text in ["of ceiling", "rope", "training step of tiny", "between operations", "adamw"] {
+            assert!(stdout.contains(text), "{text} is not in\n{stdout}");
+        }
+        let (_, _, stderr) =
+            bench(&[&["kernels", "--device", device, "--only", "rope"][..], &SMALL].concat());
+        assert_eq!(stderr.contains("say nothing about a GPU"), device == "emulated", "{stderr}");
     }
-    let (_, _, stderr) =
-        bench(&[&["kernels", "--device", "emulated", "--only", "rope"][..], &SMALL].concat());
-    assert!(stderr.contains("say nothing about a GPU"), "{stderr}");
 }
 
 #[test]
@@ -128,6 +133,12 @@ fn mistakes_are_named() {
         (&["step", "--shape", "tiny", "--layers", "0"], 2, "must be at least 1"),
         (&["kernles"], 2, "kernels, step, products"),
         (&["products", "--device", "emulated"], 2, "no cuBLASLt to compare with"),
+        (&["products", "--tokens", "600"], 2, "`--tokens` does nothing in `bench products`"),
+        (&["counts", "--device", "cpu"], 2, "`--device` does nothing in `bench counts`"),
+        #[cfg(mmpo_emulated)]
+        (&["counts", "--only", "nothing"], 2, "part of no kernel's name"),
+        #[cfg(not(mmpo_emulated))]
+        (&["counts"], 6, "emulated"),
     ] {
         let (got, stdout, stderr) = bench(arguments);
         assert_eq!(got, Some(code), "{arguments:?}: {stderr}");

@@ -65,9 +65,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         Some("counts") => vec![Part::Counts],
         _ => vec![Part::Kernels, Part::Step],
     };
-    if parts == [Part::Step] && arguments::text(matches, "only").is_some() {
-        return Err(Error::config("`--only` chooses kernels, and a step has none to choose", "leave it out"));
-    }
+    refuse_unused(matches, &parts)?;
     let model = match (path("model")?, arguments::text(matches, "shape")) {
         (Some(folder), _) => Some(ModelChoice::Folder(folder)),
         (None, Some(name)) => Some(ModelChoice::Named(name)),
@@ -88,4 +86,28 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         device: settled.device,
         threads: settled.threads,
     })
+}
+
+/// Flags that a part would ignore are mistakes.
+fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
+    let (part, flags, why): (_, &[&str], _) = match parts {
+        [Part::Step] => ("step", &["only"], "it chooses kernels, and a step has none to choose"),
+        [Part::Products] => (
+            "products",
+            &["shape", "model", "layers", "profile", "pairs", "tokens", "threads"],
+            "the layers and batches that it times are fixed",
+        ),
+        [Part::Counts] => (
+            "counts",
+            &["device", "threads", "warmups", "calls", "csv"],
+            "it counts on the emulated device, and times nothing",
+        ),
+        _ => return Ok(()),
+    };
+    match flags.iter().find(|flag| arguments::text(matches, flag).is_some()) {
+        Some(flag) => {
+            Err(Error::config(format!("`--{flag}` does nothing in `bench {part}`: {why}"), "leave it out"))
+        }
+        None => Ok(()),
+    }
 }

@@ -266,9 +266,9 @@ options! {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
-        /// them twice with less than 64 MiB, auto takes main where memory allows. The result stays the same.
+        /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
-        /// MiB that kept probabilities may take.
+        /// MiB that kept probabilities may take; the recompute mode keeps none.
         head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::at_least_one;
         /// CPU threads.
         threads: usize, Absent = Absent("all cores"), ALL, check::at_least_one;

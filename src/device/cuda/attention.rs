@@ -59,14 +59,11 @@ pub(super) fn forward(
     let [pairs, rows, heads, kv_heads, head_size] =
         launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
-    let launcher = device.path().launcher(name, "attention_forward_sm90");
+    let path = device.path();
     // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
-    device.launch(launcher, &(rows, shape), |kernels, stream| unsafe {
-        let launcher = match device.path() {
-            KernelPath::Portable => kernels.attention_forward,
-            KernelPath::Hopper => kernels.attention_forward_sm90,
-        };
-        launcher(
+    device.launch(path.either(name, "attention_forward_sm90"), &(rows, shape), |kernels, stream| unsafe {
+        let launch = path.either(kernels.attention_forward, kernels.attention_forward_sm90);
+        launch(
             out.start_mut(),
             lse.start_mut(),
             qkv.start(),
@@ -113,14 +110,11 @@ pub(super) fn backward(
     let path = device.path();
     // SAFETY: the workspace is as large as this path's own rule says; the rest is as in `forward`.
     device.launch_with_workspace(
-        path.launcher(name, "attention_backward_sm90"),
+        path.either(name, "attention_backward_sm90"),
         &(rows, shape),
         |kernels| backward_workspace(kernels, path, [rows, pairs, heads, kv_heads, head_size]),
         |kernels, workspace, stream| unsafe {
-            let launch = match path {
-                KernelPath::Portable => kernels.attention_backward,
-                KernelPath::Hopper => kernels.attention_backward_sm90,
-            };
+            let launch = path.either(kernels.attention_backward, kernels.attention_backward_sm90);
             launch(
                 dqkv.start_mut(),
                 workspace,
@@ -143,10 +137,7 @@ pub(super) fn backward(
 }
 
 fn backward_workspace(kernels: &KernelTable, path: KernelPath, sizes: [i32; 5]) -> i64 {
-    let bytes = match path {
-        KernelPath::Portable => kernels.attention_backward_workspace,
-        KernelPath::Hopper => kernels.attention_backward_sm90_workspace,
-    };
+    let bytes = path.either(kernels.attention_backward_workspace, kernels.attention_backward_sm90_workspace);
     let [rows, pairs, heads, kv_heads, head_size] = sizes;
     // SAFETY: a pure function of numbers.
     unsafe { bytes(rows, pairs, heads, kv_heads, head_size) }

@@ -62,18 +62,13 @@ impl Layout {
 fn row_statistics(device: &CudaDevice, vocab: usize) -> Result<usize> {
     let name = "logp_head_workspace";
     let [vocab] = launch_sizes(name, [vocab])?;
-    let mut bytes = 0;
     // SAFETY: a pure function of two numbers.
-    device.launch(name, &vocab, |kernels, _| unsafe {
-        bytes = (kernels.logp_head_workspace)(1, vocab);
-        0
-    })?;
-    usize::try_from(bytes).map_err(|_| Error::device(format!("{name}: {bytes} bytes"), REPORT))
+    device.workspace_bytes(name, &vocab, |kernels| unsafe { (kernels.logp_head_workspace)(1, vocab) })
 }
 
-/// Whether `logp_head_sm90.cu` forms the logits: its tensor maps need rows on 16-byte boundaries.
-fn runs_on_hopper(device: &CudaDevice, width: usize) -> bool {
-    device.path() == KernelPath::Hopper && width.is_multiple_of(8)
+/// Which kernels form the logits: the tensor maps of `logp_head_sm90.cu` need rows on 16-byte boundaries.
+fn logits_path(device: &CudaDevice, width: usize) -> KernelPath {
+    if width.is_multiple_of(8) { device.path() } else { KernelPath::Portable }
 }
 
 /// Offset of the statistics in main mode, behind the exponentials.
@@ -117,7 +112,7 @@ pub(super) fn forward(
         HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
         HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
     };
-    let hopper = runs_on_hopper(device, *width);
+    let path = logits_path(device, *width);
     for first in rows.clone().step_by(rows_at_once.max(1)) {
         let count = rows_at_once.min(rows.end - first);
         let [count, width_size, vocab_size] = launch_sizes(name, [count, *width, *vocab])?;
@@ -126,10 +121,10 @@ pub(super) fn forward(
             HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
         };
         let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
-        let launcher = if hopper { "logp_head_forward_sm90" } else { name };
+        let launcher = path.either(name, "logp_head_forward_sm90");
         // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
         device.launch(launcher, shape, |kernels, stream| unsafe {
-            let launch = if hopper { kernels.logp_head_forward_sm90 } else { kernels.logp_head_forward };
+            let launch = path.either(kernels.logp_head_forward, kernels.logp_head_forward_sm90);
             launch(
                 scores.lse.at_mut(first),
                 scores.logp.at_mut(first),
@@ -357,11 +352,11 @@ impl Backward<'_> {
         let sizes = [rows.len(), self.shape.width, columns.start, columns.len()];
         let [count, width, first_column, columns] = launch_sizes(name, sizes)?;
         let (dentropy, entropy) = self.entropies(first);
-        let hopper = runs_on_hopper(self.device, self.shape.width);
-        let launcher = if hopper { "logp_head_dlogits_sm90" } else { name };
+        let path = logits_path(self.device, self.shape.width);
+        let launcher = path.either(name, "logp_head_dlogits_sm90");
         // SAFETY: the buffers cover the shape, and `dlogits` has room for the rows and columns.
         self.device.launch(launcher, self.shape, |kernels, stream| unsafe {
-            let launch = if hopper { kernels.logp_head_dlogits_sm90 } else { kernels.logp_head_dlogits };
+            let launch = path.either(kernels.logp_head_dlogits, kernels.logp_head_dlogits_sm90);
             launch(
                 dlogits,
                 x,

@@ -12,13 +12,13 @@ mod backend;
 mod backend_emulated;
 #[cfg(mmpo_gpu_kernels)]
 mod backend_gpu;
-#[rustfmt::skip]
 mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
 mod gather_rows;
 mod head_chunks;
+mod kernel_path;
 mod linear;
 mod logp_head;
 mod memory;
@@ -46,6 +46,7 @@ pub use self::backend_emulated::{
     MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
+pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{Memory, Workspace};
 #[cfg(not(mmpo_emulated))]
@@ -68,30 +69,6 @@ pub struct CudaDevice {
     path: KernelPath,
     products: Products,
     trace: Trace<Moment>,
-}
-
-/// Which kernels run where an operation has two sets of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KernelPath {
-    /// `kernels/<stem>.cu`: mma.sync and cp.async, on every GPU from compute capability 8.0 on.
-    Portable,
-    /// `kernels/<stem>_sm90.cu`: wgmma and TMA, on compute capability 9.0 alone.
-    Hopper,
-}
-
-impl KernelPath {
-    /// The launcher's name on this path, as `kernels/api.h` has it.
-    fn launcher(self, portable: &'static str, hopper: &'static str) -> &'static str {
-        match self {
-            KernelPath::Portable => portable,
-            KernelPath::Hopper => hopper,
-        }
-    }
-
-    #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a real GPU is asked"))]
-    fn of(gpu: &Gpu) -> Self {
-        if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }
-    }
 }
 
 impl Debug for CudaDevice {

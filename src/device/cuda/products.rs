@@ -52,8 +52,7 @@ pub(super) enum LinearProduct {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Implementation {
     Vendor,
-    Hopper,
-    Portable,
+    Ours(KernelPath),
 }
 
 /// Queues one product.
@@ -68,22 +67,15 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
             // SAFETY: the caller's promise.
             device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) })
         }
-        Implementation::Portable => {
-            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
-            // SAFETY: the caller's promise.
-            device.launch(product.name(), &shape, |kernels, stream| unsafe {
-                product.launch_portable(kernels, sizes, stream)
-            })
-        }
-        Implementation::Hopper => {
+        Implementation::Ours(path) => {
             let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
             // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
             device.launch_with_workspace(
-                product.hopper_name(),
+                product.launcher(path),
                 &shape,
-                |kernels| product.hopper_workspace(kernels, sizes),
+                |kernels| product.workspace(kernels, path, sizes),
                 |kernels, workspace, stream| unsafe {
-                    product.launch_hopper(kernels, sizes, workspace, stream)
+                    product.launch(kernels, path, sizes, workspace, stream)
                 },
             )
         }
@@ -93,7 +85,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape
 /// `hopper`: whether Hopper's kernels take the product.
 fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bool) -> Implementation {
     let hopper = hopper && device.path() == KernelPath::Hopper;
-    let ours = if hopper { Implementation::Hopper } else { Implementation::Portable };
+    let ours = Implementation::Ours(if hopper { KernelPath::Hopper } else { KernelPath::Portable });
     match device.products() {
         Products::Vendor => Implementation::Vendor,
         Products::Ours => ours,
@@ -106,7 +98,7 @@ fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bo
 /// Whether gate, up and SwiGLU of them are one kernel for these addresses and this shape of the product (`outputs` = 2F).
 pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: LinearShape) -> bool {
     let hopper = mappable(&addresses, shape) && shape.outputs.is_multiple_of(16);
-    choose(device, ProductKind::ForwardSwiGlu, shape, hopper) == Implementation::Hopper
+    choose(device, ProductKind::ForwardSwiGlu, shape, hopper) == Implementation::Ours(KernelPath::Hopper)
 }
 
 /// Whether tensor maps of a product's matrices exist: they need 16-byte strides and addresses.
@@ -142,13 +134,15 @@ impl LinearProduct {
         }
     }
 
-    fn hopper_name(&self) -> &'static str {
-        match self {
+    /// As `kernels/api.h` names it.
+    fn launcher(&self, path: KernelPath) -> &'static str {
+        let hopper = match self {
             LinearProduct::Forward { .. } => "linear_forward_sm90",
             LinearProduct::BackwardInput { .. } => "linear_backward_input_sm90",
             LinearProduct::BackwardInputF32 { .. } => "linear_backward_input_f32_sm90",
             LinearProduct::BackwardWeight { .. } => "linear_backward_weight_sm90",
-        }
+        };
+        path.either(self.name(), hopper)
     }
 
     /// Whether `kernels/linear_sm90.cu` takes it.
@@ -198,38 +192,11 @@ impl LinearProduct {
         }
     }
 
-    /// # Safety
-    /// As [`multiply`].
-    unsafe fn launch_portable(
-        &self,
-        kernels: &KernelTable,
-        [rows, inputs, outputs]: [i32; 3],
-        stream: mmpo_stream,
-    ) -> mmpo_status {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match *self {
-                LinearProduct::Forward { out, x, weight, bias } => {
-                    let bias = bias.unwrap_or(std::ptr::null());
-                    (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardInput { dx, dout, weight } => {
-                    (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
-                    (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardWeight { dweight, dout, x } => {
-                    (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
-                }
-            }
-        }
-    }
-
-    fn hopper_workspace(&self, kernels: &KernelTable, [rows, inputs, outputs]: [i32; 3]) -> i64 {
-        match self.kind() {
+    /// Bytes of scratch memory.
+    fn workspace(&self, kernels: &KernelTable, path: KernelPath, [rows, inputs, outputs]: [i32; 3]) -> i64 {
+        match (path, self.kind()) {
             // SAFETY: a pure function of numbers.
-            ProductKind::BackwardWeight => unsafe {
+            (KernelPath::Hopper, ProductKind::BackwardWeight) => unsafe {
                 (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs)
             },
             _ => 0,
@@ -237,10 +204,12 @@ impl LinearProduct {
     }
 
     /// # Safety
-    /// As [`multiply`]; `workspace` holds [`LinearProduct::hopper_workspace`] bytes, and [`LinearProduct::has_hopper_kernel`].
-    unsafe fn launch_hopper(
+    /// As [`multiply`]; `workspace` holds [`LinearProduct::workspace`] bytes, and Hopper's kernels take the product
+    /// ([`LinearProduct::has_hopper_kernel`]) where `path` says so.
+    unsafe fn launch(
         &self,
         kernels: &KernelTable,
+        path: KernelPath,
         [rows, inputs, outputs]: [i32; 3],
         workspace: *mut c_void,
         stream: mmpo_stream,
@@ -249,19 +218,28 @@ impl LinearProduct {
         unsafe {
             match *self {
                 LinearProduct::Forward { out, x, weight, bias } => {
-                    let bias = bias.unwrap_or(std::ptr::null());
-                    (kernels.linear_forward_sm90)(out, x, weight, bias, rows, inputs, outputs, stream)
+                    let launch = path.either(kernels.linear_forward, kernels.linear_forward_sm90);
+                    launch(out, x, weight, bias.unwrap_or(std::ptr::null()), rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardInput { dx, dout, weight } => {
-                    (kernels.linear_backward_input_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                    let launch =
+                        path.either(kernels.linear_backward_input, kernels.linear_backward_input_sm90);
+                    launch(dx, dout, weight, rows, inputs, outputs, stream)
                 }
                 LinearProduct::BackwardInputF32 { dx, dout, weight } => {
-                    (kernels.linear_backward_input_f32_sm90)(dx, dout, weight, rows, inputs, outputs, stream)
+                    let launch = path
+                        .either(kernels.linear_backward_input_f32, kernels.linear_backward_input_f32_sm90);
+                    launch(dx, dout, weight, rows, inputs, outputs, stream)
                 }
-                LinearProduct::BackwardWeight { dweight, dout, x } => {
-                    let launch = kernels.linear_backward_weight_sm90;
-                    launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
-                }
+                LinearProduct::BackwardWeight { dweight, dout, x } => match path {
+                    KernelPath::Portable => {
+                        (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+                    }
+                    KernelPath::Hopper => {
+                        let launch = kernels.linear_backward_weight_sm90;
+                        launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
+                    }
+                },
             }
         }
     }

@@ -1,17 +1,18 @@
-//! Generates `src/device/cuda/bindings.rs` from the kernels' C headers: `cargo run -p bindings [-- --check]`.
+//! Generates `src/device/cuda/bindings/` from the kernels' C headers: `cargo run -p bindings [-- --check]`.
 //!
-//! bindgen reads the headers once, under the names of the nvcc build. The launchers become a struct of function
-//! pointers, and each build of them (nvcc, emulated, checked) a static that fills it; so the Rust above is written
-//! once, and a launcher added to a header is bound everywhere or fails to link.
+//! bindgen reads the headers once, under the names of the nvcc build; `src/device/cuda/bindings.rs` says what becomes of
+//! its output.
 //!
 //! libclang: `LIBCLANG_PATH`, else the one that `tools/setup_cuda.sh` puts into `.toolchain/`.
 
-mod tables;
+mod output;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const HEADERS: &str = "#include <api.h>\n#include <emulator/emulator_api.h>\n";
+
+const FOLDER: &str = "src/device/cuda/bindings";
 
 fn main() -> ExitCode {
     let check = std::env::args().skip(1).any(|argument| argument == "--check");
@@ -30,19 +31,17 @@ fn main() -> ExitCode {
 fn run(check: bool) -> Result<String, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let root = root.canonicalize().map_err(|error| format!("{}: {error}", root.display()))?;
-    let wanted = tables::source(&parse_headers(&root)?)?;
-    let path = root.join("src/device/cuda/bindings.rs");
-    let shown = "src/device/cuda/bindings.rs";
-    if check {
-        let present = std::fs::read_to_string(&path).map_err(|error| format!("{shown}: {error}"))?;
-        if present != wanted {
-            return Err(format!("{shown} does not match kernels/*.h; run `cargo run -p bindings`"));
+    let headers = output::Headers::split(&parse_headers(&root)?)?;
+    for (name, wanted) in [("types.rs", headers.types()?), ("functions.rs", headers.functions()?)] {
+        let path = root.join(FOLDER).join(name);
+        let failed = |error| format!("{FOLDER}/{name}: {error}");
+        if !check {
+            std::fs::write(&path, wanted).map_err(failed)?;
+        } else if std::fs::read_to_string(&path).map_err(failed)? != wanted {
+            return Err(format!("{FOLDER}/{name} does not match kernels/*.h; run `cargo run -p bindings`"));
         }
-        Ok(format!("{shown} is up to date"))
-    } else {
-        std::fs::write(&path, wanted).map_err(|error| format!("{shown}: {error}"))?;
-        Ok(format!("{shown} written"))
     }
+    Ok(format!("{FOLDER} {}", if check { "is up to date" } else { "written" }))
 }
 
 /// What bindgen makes of the headers, as Rust source.
