@@ -162,11 +162,13 @@ mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* works
                                                      const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
                                                      mmpo_stream stream);
 
-/* How a product out[M, N] of depth K is cut: tiles block_m x block_n, the depth in `splits` parts, tile_group rows of
- * tiles walked together; efficiency estimates the share of the tensor cores' time on an H100 that does useful work. */
+/* How a product out[M, N] of depth K is cut: tiles block_m x block_n, by clusters of 1 or 2 blocks with tiles one below
+ * the other, the depth in `splits` parts, tile_group rows of tiles walked together; efficiency estimates the share of
+ * the tensor cores' time on an H100 that does useful work. */
 typedef struct mmpo_product_plan {
     int32_t block_m;
     int32_t block_n;
+    int32_t cluster;
     int32_t splits;
     int32_t tile_group;
     double efficiency;

@@ -81,11 +81,8 @@ mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* g
     if (const int error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
     if (const int error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
     if (const int error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
-    // Tiles whose halves are whole panels of one consumer.
-    constexpr TileShape kShapes[] = {{128, 256}, {128, 128}};
-    const ProductPlan plan = plan_among(kShapes, 2, rows, 2 * width, inputs, false);
-    if (plan.block_n == 256) return launch_tiles<Tile128x256, GatedForwardLines>(operands, plan, epilogue, stream);
-    return launch_tiles<Tile128x128, GatedForwardLines>(operands, plan, epilogue, stream);
+    const ProductPlan plan = plan_panel_tiles(rows, 2 * width, inputs);
+    return launch_panel_tiles<GatedForwardLines>(operands, plan, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
@@ -125,5 +122,5 @@ mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* works
 
 mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split) {
     const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, may_split != 0);
-    return {plan.block_m, plan.block_n, plan.splits, plan.tile_group, plan.efficiency};
+    return {plan.block_m, plan.block_n, plan.cluster, plan.splits, plan.tile_group, plan.efficiency};
 }
