@@ -121,8 +121,12 @@ inline ProductPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t sh
     return plan_among(kShapes, 3, shape_m, shape_n, shape_k, false);
 }
 
-inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split) {
-    return plan_among(kTileShapes, int(sizeof kTileShapes / sizeof *kTileShapes), shape_m, shape_n, shape_k, may_split);
+constexpr int kTileShapeCount = int(sizeof kTileShapes / sizeof *kTileShapes);
+
+// With tile shape number `tile`, or the best of them for MMPO_PLANNED_TILE.
+inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split, int tile) {
+    return tile < 0 ? plan_among(kTileShapes, kTileShapeCount, shape_m, shape_n, shape_k, may_split)
+                    : plan_among(kTileShapes + tile, 1, shape_m, shape_n, shape_k, may_split);
 }
 
 }  // namespace MMPO_VARIANT

@@ -5,6 +5,7 @@
     allow(dead_code, reason = "the emulated device's options")
 )]
 pub type mmpo_bf16 = half::bf16;
+pub const MMPO_PLANNED_TILE: i32 = -1;
 #[repr(C)]
 #[derive(Debug)]
 pub struct CUstream_st {
