@@ -91,7 +91,8 @@ int launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 
     config.stream = stream;
     config.attrs = &size;
     config.numAttrs = 1;
-    return int(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
+    cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
+    return int(cudaGetLastError());
 }
 // Multiprocessors of the current device, 1 where it cannot be asked: the number of blocks of a persistent kernel.
 inline int multiprocessors() {

@@ -59,8 +59,10 @@ constexpr TileShape kTileShapes[] = {
     {192, 192, 2},
     // As narrow, for fewer rows.
     {128, 192, 1},
+    {128, 192, 2},
     // For products with too few of the larger ones.
     {128, 128, 1},
+    {128, 128, 2},
     // For a handful of rows: batches of short pairs, the last rows of an evaluation.
     {64, 128, 1},
 };
@@ -117,8 +119,8 @@ inline ProductPlan plan_among(const TileShape* shapes, int count, int64_t shape_
 
 // Of the tiles of which each consumer has a multiple of 128 columns: those whose halves are whole panels.
 inline ProductPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k) {
-    constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}};
-    return plan_among(kShapes, 3, shape_m, shape_n, shape_k, false);
+    constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
+    return plan_among(kShapes, 4, shape_m, shape_n, shape_k, false);
 }
 
 constexpr int kTileShapeCount = int(sizeof kTileShapes / sizeof *kTileShapes);

@@ -387,10 +387,10 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
     }
 }
 
-// A tile that exists for one block and for two.
+// In clusters of one block or two.
 template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_widest(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
-                          mmpo_stream stream) {
+mmpo_status launch_alone_or_paired(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
+                                   mmpo_stream stream) {
     return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
                              : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
 }
@@ -400,18 +400,18 @@ template <class Lines, class Epilogue>
 mmpo_status launch_product(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
                            mmpo_stream stream) {
     if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 128) return launch_tiles<Tile128x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_m == 192) return launch_widest<Tile192x192, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 192) return launch_tiles<Tile128x192, Lines>(operands, plan, epilogue, stream);
-    return launch_widest<Tile128x256, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 128) return launch_alone_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_m == 192) return launch_alone_or_paired<Tile192x192, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 192) return launch_alone_or_paired<Tile128x192, Lines>(operands, plan, epilogue, stream);
+    return launch_alone_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
 }
 
 // As launch_product, for a plan of plan_panel_tiles.
 template <class Lines, class Epilogue>
 mmpo_status launch_panel_tiles(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
                                mmpo_stream stream) {
-    return plan.block_n == 128 ? launch_tiles<Tile128x128, Lines>(operands, plan, epilogue, stream)
-                               : launch_widest<Tile128x256, Lines>(operands, plan, epilogue, stream);
+    return plan.block_n == 128 ? launch_alone_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream)
+                               : launch_alone_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
 }
 
 }  // namespace hopper
