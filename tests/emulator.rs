@@ -124,6 +124,7 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     // Clusters.
     ("unordered_cluster_init", Variant::Plain, EARLY, "is not an initialised mbarrier"),
     ("unordered_cluster_init", Variant::Checked, RANDOM, "faults_clusters.cu"),
+    ("missing_init_fence", Variant::Checked, LATE, "race in shared memory"),
     ("missing_cluster_exit", Variant::Plain, LATE, "mbarrier.arrive: the cluster's block 0 has exited, and its shared memory with it"),
     ("cluster_barrier", Variant::Plain, LATE, "waiting for the cluster's barrier, where 160 of 192 threads have arrived"),
     ("missing_peer_release", Variant::Plain, LATE, "with 2 of 4 arrivals and 0 bytes to come"),

@@ -209,15 +209,6 @@ DEVICE void sync_cluster() {
         cluster_sync();
 }
 
-// Until the stage is free, here and wherever this block multicasts to.
-template <class Tile>
-DEVICE void wait_empty(uint32_t mbarrier, uint32_t parity) {
-    if constexpr (Tile::kCluster == 1)
-        mbarrier_wait(mbarrier, parity);
-    else
-        mbarrier_wait_cluster(mbarrier, parity);
-}
-
 // One thread: loads slices as stages become free.
 template <class Tile, class Lines, class Epilogue>
 DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
@@ -230,7 +221,8 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     each_tile<Tile>(problem, [&](const TileWork& work) {
         for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
             const uint32_t stage = shared + uint32_t(cursor.stage * L::kStageBytes), full = ring.full(cursor.stage);
-            wait_empty<Tile>(ring.empty(cursor.stage), cursor.parity ^ 1);
+            // Free in all blocks of the cluster, since this one may multicast to all.
+            mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
             mbarrier_arrive_expect_tx(full, L::kStageBytes);
             L::Left::load(stage, &problem.left, work.m, slice * BLOCK_K, full, rank);
 #pragma unroll

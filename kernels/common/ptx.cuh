@@ -256,12 +256,13 @@ DEVICE void mbarrier_arrive(uint32_t address MMPO_SITE) {
                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory"));
 }
 
-// At the same address of the block `rank` of the cluster. What this thread did before is done for those who wait there
-// with mbarrier_wait_cluster.
+// At the same address of the block `rank` of the cluster. Tells it that this thread is through with shared memory that
+// the other block's copies will overwrite; ordinary stores are not made visible there. (`.release.cluster` would, by a
+// fence of the whole GPU at every arrival.)
 DEVICE void mbarrier_arrive_at(uint32_t address, uint32_t rank MMPO_SITE) {
     PTX90_TWIN(emulated::mbarrier_arrive_at(address, rank, site),
                asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(address),
+                            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(address),
                             "r"(rank) : "memory"));
 }
 
@@ -303,18 +304,6 @@ DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
 // Waits for the completion of the phase with this parity: 0 for the first, then alternating.
 DEVICE void mbarrier_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     while (!mmpo::mbarrier_try_wait(address, parity MMPO_PASS_SITE)) {
-    }
-}
-
-// As mbarrier_wait, where other blocks of the cluster arrive too.
-DEVICE void mbarrier_wait_cluster(uint32_t address, uint32_t parity MMPO_SITE) {
-    uint32_t done = 0;
-    while (done == 0) {
-        PTX90_TWIN(done = emulated::mbarrier_try_wait(address, parity, site),
-                   asm volatile("{\n.reg .pred p;\n"
-                                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                                "selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(address),
-                                "r"(parity) : "memory"));
     }
 }
 
@@ -480,11 +469,12 @@ DEVICE uint32_t cluster_rank() {
     return rank;
 }
 
-// All threads of the cluster that have not exited: what they did before, shared memory of other blocks included, is
-// done for all behind it. A block must not exit while others may still reach into its shared memory.
+// All threads of the cluster that have not exited. Orders mbarriers initialised before fence_mbarrier_init, and nothing
+// else: a full release would wait for every store of the block to reach the whole GPU. A block must not exit while
+// others may still reach into its shared memory.
 DEVICE void cluster_sync(MMPO_SITE_ONLY) {
-    PTX90_TWIN(emulated::cluster_sync(site), asm volatile("barrier.cluster.arrive.release;\n"
-                                                          "barrier.cluster.wait.acquire;" :: : "memory"));
+    PTX90_TWIN(emulated::cluster_sync(site), asm volatile("barrier.cluster.arrive.relaxed;\n"
+                                                          "barrier.cluster.wait;" :: : "memory"));
 }
 
 // ------------------------------------------------------------------------------------------------- warps and

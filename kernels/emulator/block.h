@@ -259,7 +259,7 @@ struct Cluster {
     // barrier.cluster
     uint32_t arrived = 0;
     std::vector<Thread*> waiters;
-    ClockPair clock;
+    ClockPair clock;  // what came before a fence_mbarrier_init
 
     uint32_t live() const;
     uint32_t units() const;  // identities in the race checker

@@ -14,7 +14,6 @@ void open_barrier(Cluster& cluster) {
     }
     cluster.waiters.clear();
     cluster.arrived = 0;
-    cluster.clock = {};
 }
 
 }  // namespace
@@ -30,7 +29,6 @@ uint32_t Cluster::units() const { return uint32_t(blocks.size()) * blocks[0]->un
 void cluster_sync(Site site) {
     Cluster& cluster = *running->cluster;
     ++running->counters.barriers;
-    if (kChecked) race_release(cluster.clock, self());
     if (++cluster.arrived == cluster.live()) {
         if (kChecked) race_acquire(self(), cluster.clock);
         return open_barrier(cluster);

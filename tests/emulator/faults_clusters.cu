@@ -9,7 +9,7 @@ namespace {
 constexpr int kRows = 16, kColumns = 64, kTileBytes = kRows * kColumns * 2, kBlocks = 4, kSlices = 5;
 
 struct ClusterFaults {
-    bool sync_after_init = true, sync_before_exit = true, sync_everywhere = true;
+    bool fence_after_init = true, sync_after_init = true, sync_before_exit = true, sync_everywhere = true;
     bool release_peer = true, wait_for_peer = true;
     uint16_t ranks = 3;
 };
@@ -21,22 +21,22 @@ __global__ void __launch_bounds__(96) shared_slices_kernel(float* out, const __g
     DYNAMIC_SHARED(raw);
     const uint32_t stage = shared_address(raw), full = stage + 2 * kTileBytes, empty = full + 8, rank = cluster_rank();
     if (threadIdx.x == 0) {
-        mbarrier_init(full, 1);
+        mbarrier_init(full, 1);  // FAULT missing_init_fence
         mbarrier_init(empty, form.wait_for_peer ? 4 : 2);
-        fence_mbarrier_init();
+        if (form.fence_after_init) fence_mbarrier_init();
     }
     if (form.sync_after_init) cluster_sync();
     else __syncthreads();
     if (threadIdx.x < 32) {
         for (int slice = 0; slice < kSlices && threadIdx.x == 0; ++slice) {
-            mbarrier_wait_cluster(empty, uint32_t(slice + 1) % 2);  // FAULT missing_peer_release
+            mbarrier_wait(empty, uint32_t(slice + 1) % 2);  // FAULT missing_peer_release missing_init_fence
             mbarrier_arrive_expect_tx(full, 2 * kTileBytes);
-            tma_load_2d_multicast(stage + rank * kTileBytes, &map, 0, (2 * slice + int(rank)) * kRows, full, form.ranks);  // FAULT multicast_outside unordered_cluster_init missing_peer_wait
+            tma_load_2d_multicast(stage + rank * kTileBytes, &map, 0, (2 * slice + int(rank)) * kRows, full, form.ranks);  // FAULT multicast_outside unordered_cluster_init missing_peer_wait missing_init_fence
         }
     } else {
         float sum = 0.0f;
         for (int slice = 0; slice < kSlices; ++slice) {
-            mbarrier_wait(full, uint32_t(slice) % 2);
+            mbarrier_wait(full, uint32_t(slice) % 2);  // FAULT missing_init_fence
             for (int i = int(threadIdx.x) - 32; i < kTileBytes; i += 64) sum += to_float(reinterpret_cast<const bf16*>(raw)[i]);  // FAULT missing_peer_wait
             __syncwarp();
             const uint32_t lane = lane_id();
@@ -72,6 +72,11 @@ std::string run_slices(ClusterFaults form) {
 CASE(unordered_cluster_init) {
     ClusterFaults form;
     form.sync_after_init = !bug;
+    return run_slices(form);
+}
+CASE(missing_init_fence) {
+    ClusterFaults form;
+    form.fence_after_init = !bug;
     return run_slices(form);
 }
 CASE(missing_cluster_exit) {

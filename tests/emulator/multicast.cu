@@ -34,10 +34,12 @@ __global__ void masks_kernel(float* out, const __grid_constant__ CUtensorMap map
     DYNAMIC_SHARED(raw);
     const uint32_t tiles = shared_address(raw), full = tiles + 4 * kTileBytes;
     const uint32_t rank = cluster_rank(), own = (first_mask + rank * 5) % 15 + 1;
-    uint32_t received = 0;
-    for (uint32_t sender = 0; sender < 4; ++sender) received += ((first_mask + sender * 5) % 15 + 1) >> rank & 1u;
-    for (int i = int(threadIdx.x); i < 4 * kTileBytes / 2; i += int(blockDim.x)) reinterpret_cast<bf16*>(raw)[i] = to_bf16(0.0f);
-    fence_proxy_async();
+    uint32_t received = 0, senders = 0;
+    for (uint32_t sender = 0; sender < 4; ++sender) {
+        const uint32_t gets = ((first_mask + sender * 5) % 15 + 1) >> rank & 1u;
+        received += gets;
+        senders |= gets << sender;
+    }
     if (threadIdx.x == 0) {
         mbarrier_init(full, 1);
         fence_mbarrier_init();
@@ -50,7 +52,9 @@ __global__ void masks_kernel(float* out, const __grid_constant__ CUtensorMap map
     mbarrier_wait(full, 0);
     for (int i = int(threadIdx.x); i < 4 * kTileBytes / 2; i += int(blockDim.x)) {
         const int row = i / kColumns, column = i % kColumns, chunk = column / 8 ^ row % 8;
-        out[int(blockIdx.x) * 4 * kRows * kColumns + i] = to_float(reinterpret_cast<const bf16*>(raw)[row * kColumns + chunk * 8 + column % 8]);
+        float value = 0.0f;
+        if ((senders >> (row / kRows) & 1u) != 0) value = to_float(reinterpret_cast<const bf16*>(raw)[row * kColumns + chunk * 8 + column % 8]);
+        out[int(blockIdx.x) * 4 * kRows * kColumns + i] = value;
     }
     cluster_sync();
 #endif
@@ -92,7 +96,7 @@ __global__ void ring_kernel(float* out, int rounds) {
         uint32_t parity = 0;
         for (int round = 0; round < rounds; ++round) {
             if (rank == 0) mbarrier_arrive_at(heard, 1);
-            mbarrier_wait_cluster(heard, parity);
+            mbarrier_wait(heard, parity);
             if (rank != 0) mbarrier_arrive_at(heard, rank == 3 ? 0 : rank + 1);
             parity ^= 1;
         }
