@@ -302,12 +302,15 @@ struct Consumer {
         if (work.blocks == 0) return;
         // Half a block is often enough for the diagonal: for a short response half of all there is. Both products of it
         // are then half as wide; the second one in the loop's first round.
-        bool half = work.last_slot() % BLOCK_N < BLOCK_N / 2;
-        if (half) {
+        uint32_t half[1] = {work.last_slot() % BLOCK_N < BLOCK_N / 2};
+        if (half[0]) {
             first_block<BLOCK_N / 2>(tile, work, queries, softmax);
         } else {
             first_block<BLOCK_N>(tile, work, queries, softmax);
         }
+        // Two separate branches: where the compiler joins them to one, ptxas runs short of registers and gives the
+        // products up to run one by one.
+        pin_registers(half);
 #pragma unroll
         for (int i = 0; i < E / 2; ++i) out[i] = 0.0f;
         float rescale[2];
@@ -318,8 +321,8 @@ struct Consumer {
             wgmma_fence();
             start_scores<BLOCK_N>(queries);
             await_values();
-            start_output(half);
-            half = false;
+            start_output(half[0]);
+            half[0] = 0;
             pass_turn();
             wgmma_wait<1>();
             pin_registers(scores);
@@ -340,7 +343,7 @@ struct Consumer {
         }
         await_values();
         pin_operands();
-        start_output(half);
+        start_output(half[0]);
         wgmma_wait<0>();
         pin_registers(out);
         release_values();
@@ -361,14 +364,17 @@ struct Consumer {
             stmatrix_x4(C::Slab::address(staging, warp_row + lane % 16, 2 * step + lane / 16), values);
         }
         __syncwarp();
-        constexpr int kRowChunks = E / kChunkValues;
+        constexpr int kRowChunks = E / kChunkValues, kRowsAtOnce = 32 / kRowChunks, kAccesses = 16 / kRowsAtOnce;
+        const int row = warp_row + lane / kRowChunks, chunk = lane % kRowChunks;
+        uint4 chunks[kAccesses];
 #pragma unroll
-        for (int i = 0; i < 16 * kRowChunks / 32; ++i) {
-            const int row = warp_row + (i * 32 + lane) / kRowChunks, chunk = (i * 32 + lane) % kRowChunks;
-            const int64_t to = problem.packing.position(row, work.first_row, work.last_row, tile.first_head);
-            if (to >= 0)
-                store_128(out_rows + to * E + chunk * kChunkValues,
-                          load_shared_128(C::Slab::address(staging, row, chunk)));
+        for (int i = 0; i < kAccesses; ++i)
+            chunks[i] = load_shared_128(C::Slab::address(staging, row + i * kRowsAtOnce, chunk));
+#pragma unroll
+        for (int i = 0; i < kAccesses; ++i) {
+            const int64_t to =
+                problem.packing.position(row + i * kRowsAtOnce, work.first_row, work.last_row, tile.first_head);
+            if (to >= 0) store_128(out_rows + to * E + chunk * kChunkValues, chunks[i]);
         }
         if (lane % 4 == 0) {
 #pragma unroll
@@ -389,7 +395,9 @@ DEVICE TileWork load_work(uint32_t address) {
 template <int E>
 DEVICE void consume(bf16* out, float* lse, const Shared<E>& shared, const Problem& problem) {
     using C = Config<E>;
-    Consumer<E> consumer{shared, problem, int(threadIdx.x) / kWarpgroupThreads - 1, {}, {}, {}, {}, {}};
+    // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
+    const int slab = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
+    Consumer<E> consumer{shared, problem, slab, {}, {}, {}, {}, {}};
     const typename C::QueryRing ring = shared.query_ring();
     typename C::QueryCursor query;
     // The first turn is warpgroup 0's.
@@ -459,6 +467,7 @@ int launch(bf16* out, float* lse, const bf16* qkv, const uint32_t* spans, const 
     using C = Config<E>;
     const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
     problem.count = count_tiles(cut, host_spans, problem.pairs, problem.packing.groups);
+    if (problem.count.tiles == 0) return 0;
     Maps maps;
     if (const int error = encode_maps<E>(maps, qkv, rows, problem)) return error;
     const int blocks = min(problem.count.tiles, multiprocessors());
