@@ -346,7 +346,7 @@ struct Consumer {
         hand_over(dq, number);
         wgmma_wait<0>();
         pin_registers(dk);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        mbarrier_arrive_if(ring.empty(at.stage), lane_id() == 0);
     }
 
     // A step of the second warpgroup when only the first one's keys are seen: it has its part of dQ to form.
@@ -355,7 +355,7 @@ struct Consumer {
         mbarrier_wait(ring.full(at.stage), at.parity);
         bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
         // Behind the barrier: a lane that had not waited yet could miss the phase.
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        mbarrier_arrive_if(ring.empty(at.stage), lane_id() == 0);
         float dq[32];
         pin_registers(dq);
         wgmma_fence();
@@ -372,7 +372,7 @@ struct Consumer {
         stage_dq(dq);
         fence_proxy_async();
         __syncwarp();
-        if (lane_id() == 0) mbarrier_arrive(shared + P::kDqFull);
+        mbarrier_arrive_if(shared + P::kDqFull, lane_id() == 0);
     }
 
     // Stores this warp's 16 rows of dK or dV, times `factor`, to rows first_key.. of a matrix; rows from `limit` on are

@@ -174,9 +174,10 @@ struct Consumer {
         bar_arrive(uint32_t(Barrier::turn) + (slab + 1) % C::kSlabs, 2 * kWarpgroupThreads);
     }
 
-    // Products that a wait has seen finish have read their operands: the stage may be filled again.
+    // Products that a wait has seen finish have read their operands: the stage may be filled again. A warp's wait
+    // speaks for that warp, so each of them arrives.
     DEVICE static void release(const typename C::KeyRing& ring, typename C::KeyCursor& cursor) {
-        if (threadIdx.x % kWarpgroupThreads == 0) mbarrier_arrive(ring.empty(cursor.stage));
+        mbarrier_arrive_if(ring.empty(cursor.stage), lane_id() == 0);
         cursor.advance();
     }
     DEVICE void release_keys() { release(shared.key_ring(), key); }
@@ -239,7 +240,7 @@ struct Consumer {
     DEVICE void skip_block() {
         await_keys();
         await_values();
-        // A barrier of the whole warpgroup before its one release: a warp that had not waited yet could miss the phase.
+        // Behind the barrier: a lane that had not waited yet could miss the phase.
         take_turn();
         pass_turn();
         release_keys();
@@ -302,15 +303,12 @@ struct Consumer {
         if (work.blocks == 0) return;
         // Half a block is often enough for the diagonal: for a short response half of all there is. Both products of it
         // are then half as wide; the second one in the loop's first round.
-        uint32_t half[1] = {work.last_slot() % BLOCK_N < BLOCK_N / 2};
-        if (half[0]) {
+        bool half = work.last_slot() % BLOCK_N < BLOCK_N / 2;
+        if (half) {
             first_block<BLOCK_N / 2>(tile, work, queries, softmax);
         } else {
             first_block<BLOCK_N>(tile, work, queries, softmax);
         }
-        // Two separate branches: where the compiler joins them to one, ptxas runs short of registers and gives the
-        // products up to run one by one.
-        pin_registers(half);
 #pragma unroll
         for (int i = 0; i < E / 2; ++i) out[i] = 0.0f;
         float rescale[2];
@@ -321,8 +319,8 @@ struct Consumer {
             wgmma_fence();
             start_scores<BLOCK_N>(queries);
             await_values();
-            start_output(half[0]);
-            half[0] = 0;
+            start_output(half);
+            half = false;
             pass_turn();
             wgmma_wait<1>();
             pin_registers(scores);
@@ -343,7 +341,7 @@ struct Consumer {
         }
         await_values();
         pin_operands();
-        start_output(half[0]);
+        start_output(half);
         wgmma_wait<0>();
         pin_registers(out);
         release_values();
