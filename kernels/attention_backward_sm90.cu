@@ -164,9 +164,10 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
             const QueryTile tile = walk.tile(step);
             const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             float* to = workspace.dq + slot * (P::BLOCK_M * E);
-            mbarrier_wait(shared + P::kDqFull, parity);
+            // The turn first: it comes while this step's term is still formed.
             wait_for_turn(workspace.turns + slot, tile.turn);
             fence_proxy_async_global();
+            mbarrier_wait(shared + P::kDqFull, parity);
             if (tile.turn == 0)
                 bulk_store(to, shared + P::kDq, P::kDqBytes);
             else
@@ -183,14 +184,14 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
 // ----------------------------------------------------------------------------------------------------------- a
 // consumer
 
-// Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
+// Probabilities that the mask hides become 0. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int E, int kCount>
-DEVICE void hide_scores(float (&scores)[kCount], const Walk<E>& walk, const QueryTile& tile, int first_key) {
+DEVICE void hide_probabilities(float (&p)[kCount], const Walk<E>& walk, const QueryTile& tile, int first_key) {
     const int key = first_key + int(lane_id()) / 4, query = int(lane_id()) % 4 * 2;
     const int top = walk.first_seeing(tile, key) - query, bottom = walk.first_seeing(tile, key + 8) - query;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-        if (i / 4 * 8 + i % 2 < (i % 4 < 2 ? top : bottom)) scores[i] = -INFINITY;
+        if (i / 4 * 8 + i % 2 < (i % 4 < 2 ? top : bottom)) p[i] = 0.0f;
 }
 
 // Turns scores into P. `lse` is in base 2, of the tile's queries, from this lane's first column on; `delta` below too.
@@ -221,6 +222,9 @@ template <int E>
 struct Consumer {
     using P = Plan<E>;
     static constexpr int BLOCK_M = P::BLOCK_M, kDepthSteps = BLOCK_M / kWgmmaDepth;
+    // Whether dS is formed under dV's product. At E = 64 registers do not suffice for P as that product's operand
+    // beside P and dP in f32.
+    static constexpr bool kFormsUnderDv = E == 128;
 
     uint32_t shared;
     int group;  // 0 or 1
@@ -288,6 +292,12 @@ struct Consumer {
         wgmma_commit();
     }
 
+    DEVICE void add_to_dv(const uint32_t (&p)[kDepthSteps][4], int stage) {
+        pin_registers(dv);
+        wgmma_fence();
+        accumulate(dv, p, P::dout(shared, stage));
+    }
+
     // A step of a warpgroup some of whose keys are seen; `kKeys` of the block's are.
     template <int kKeys>
     DEVICE void step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
@@ -301,19 +311,24 @@ struct Consumer {
             form_scores(scores, dp, at.stage);
             wgmma_wait<1>();
             pin_registers(scores);
-            if (tile.crosses) hide_scores<E>(scores, walk, tile, key());
+            // The mask behind the exponentials: with the branch between them and dP's wait ptxas leaves them before it,
+            // under dP's product (tests/sass.rs looks at the outcome). What is hidden may overflow here.
             probabilities(scores, scale_log2, lse);
+            if (tile.crosses) hide_probabilities<E>(scores, walk, tile, key());
 #pragma unroll
             for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(p[k], scores, k);
-            wgmma_wait<0>();
+            if constexpr (kFormsUnderDv) {
+                add_to_dv(p, at.stage);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
             pin_registers(dp);
             score_gradients(dp, scores, delta);
 #pragma unroll
             for (int k = 0; k < kDepthSteps; ++k) accumulators_to_operand(ds[k], dp, k);
         }
-        pin_registers(dv);
-        wgmma_fence();
-        accumulate(dv, p, P::dout(shared, at.stage));
+        if constexpr (!kFormsUnderDv) add_to_dv(p, at.stage);
         store_gradients(ds, number);
         fence_proxy_async();
         bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
@@ -331,7 +346,7 @@ struct Consumer {
         hand_over(dq, number);
         wgmma_wait<0>();
         pin_registers(dk);
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        mbarrier_arrive_if(ring.empty(at.stage), lane_id() == 0);
     }
 
     // A step of the second warpgroup when only the first one's keys are seen: it has its part of dQ to form.
@@ -340,7 +355,7 @@ struct Consumer {
         mbarrier_wait(ring.full(at.stage), at.parity);
         bar_sync(uint32_t(NamedBarrier::score_gradients), kConsumerThreads);
         // Behind the barrier: a lane that had not waited yet could miss the phase.
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(at.stage));
+        mbarrier_arrive_if(ring.empty(at.stage), lane_id() == 0);
         float dq[32];
         pin_registers(dq);
         wgmma_fence();
@@ -357,7 +372,34 @@ struct Consumer {
         stage_dq(dq);
         fence_proxy_async();
         __syncwarp();
-        if (lane_id() == 0) mbarrier_arrive(shared + P::kDqFull);
+        mbarrier_arrive_if(shared + P::kDqFull, lane_id() == 0);
+    }
+
+    // Stores this warp's 16 rows of dK or dV, times `factor`, to rows first_key.. of a matrix; rows from `limit` on are
+    // dropped. Through this warp's rows of V, which no product needs any more, so that a store covers whole lines.
+    DEVICE void store(bf16* out, int64_t stride, int first_key, int limit, float (&sum)[E / 2], float factor) const {
+        const int lane = int(lane_id());
+        constexpr int kRowChunks = E / kChunkValues;
+#pragma unroll
+        for (int i = 0; i < E / 2; ++i) sum[i] *= factor;
+#pragma unroll
+        for (int k = 0; k < E / 16; ++k) {
+            uint32_t values[4];
+            accumulators_to_operand(values, sum, k);
+            stmatrix_x4(P::Keys::address(shared + P::kValues, key() + lane % 16, 2 * k + lane / 16), values);
+        }
+        __syncwarp();
+        constexpr int kRowsAtOnce = 32 / kRowChunks, kAccesses = 16 / kRowsAtOnce;
+        const int row = key() + lane / kRowChunks, chunk = lane % kRowChunks;
+        uint4 chunks[kAccesses];
+#pragma unroll
+        for (int i = 0; i < kAccesses; ++i)
+            chunks[i] = load_shared_128(P::Keys::address(shared + P::kValues, row + i * kRowsAtOnce, chunk));
+        bf16* to = out + (first_key + row) * stride + chunk * kChunkValues;
+#pragma unroll
+        for (int i = 0; i < kAccesses; ++i)
+            if (first_key + row + i * kRowsAtOnce < limit) store_128(to + i * kRowsAtOnce * stride, chunks[i]);
+        __syncwarp();
     }
 
     DEVICE void any_step(const Walk<E>& walk, const QueryTile& tile, int number, const StageCursor<P::kStages>& at) {
@@ -369,19 +411,6 @@ struct Consumer {
             step_without_keys(number, at);
     }
 };
-
-// Stores 16 rows of accumulators, times `factor`; rows from `limit` on are dropped.
-template <int E>
-DEVICE void store_accumulators(bf16* out, int64_t stride, int row, int limit, const float (&d)[E / 2], float factor) {
-    const int top = row + int(lane_id()) / 4, column = int(lane_id()) % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < E / 2; i += 2) {
-        const int to = top + i / 2 % 2 * 8;
-        if (to < limit)
-            *reinterpret_cast<uint32_t*>(out + to * stride + i / 4 * 8 + column) =
-                pack_bf16x2(d[i] * factor, d[i + 1] * factor);
-    }
-}
 
 template <int E>
 DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const OwnedKeys& owned, const Walk<E>& walk) {
@@ -399,11 +428,10 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
     for (int pack = 0; pack < problem.packs(); ++pack)
         for (int step = 0; step < walk.steps; ++step, ++number, at.advance())
             consumer.any_step(walk, walk.tile(step), number, at);
-    const int first_key = owned.keys.first + consumer.key();
-    store_accumulators<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key,
-                          owned.keys.last, consumer.dk, problem.scale);
-    store_accumulators<E>(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), first_key,
-                          owned.keys.last, consumer.dv, 1.0f);
+    consumer.store(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), owned.keys.first,
+                   owned.keys.last, consumer.dk, problem.scale);
+    consumer.store(problem.dqkv + problem.value_column(owned.kv_head), problem.stride(), owned.keys.first,
+                   owned.keys.last, consumer.dv, 1.0f);
 }
 
 #endif  // MMPO_SM90
@@ -422,6 +450,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(shared + P::kDqFull, kConsumerThreads / 32);
         mbarrier_init(shared + P::kDqEmpty, 1);
         fence_mbarrier_init();
+    }
+    // While the ticket travels.
+    if (threadIdx.x == 32) {
+        prefetch_tensor_map(&maps.keys);
+        prefetch_tensor_map(&maps.queries);
+        prefetch_tensor_map(&maps.dout);
     }
     clear_idle_rows<E>(shared, problem.tile_tokens * problem.packing.heads);
     const OwnedKeys owned = take_keys<P::BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + P::kTicket));

@@ -174,9 +174,10 @@ struct Consumer {
         bar_arrive(uint32_t(Barrier::turn) + (slab + 1) % C::kSlabs, 2 * kWarpgroupThreads);
     }
 
-    // Products that a wait has seen finish have read their operands: the stage may be filled again.
+    // Products that a wait has seen finish have read their operands: the stage may be filled again. A warp's wait
+    // speaks for that warp, so each of them arrives.
     DEVICE static void release(const typename C::KeyRing& ring, typename C::KeyCursor& cursor) {
-        if (threadIdx.x % kWarpgroupThreads == 0) mbarrier_arrive(ring.empty(cursor.stage));
+        mbarrier_arrive_if(ring.empty(cursor.stage), lane_id() == 0);
         cursor.advance();
     }
     DEVICE void release_keys() { release(shared.key_ring(), key); }
@@ -239,7 +240,7 @@ struct Consumer {
     DEVICE void skip_block() {
         await_keys();
         await_values();
-        // A barrier of the whole warpgroup before its one release: a warp that had not waited yet could miss the phase.
+        // Behind the barrier: a lane that had not waited yet could miss the phase.
         take_turn();
         pass_turn();
         release_keys();
@@ -361,14 +362,17 @@ struct Consumer {
             stmatrix_x4(C::Slab::address(staging, warp_row + lane % 16, 2 * step + lane / 16), values);
         }
         __syncwarp();
-        constexpr int kRowChunks = E / kChunkValues;
+        constexpr int kRowChunks = E / kChunkValues, kRowsAtOnce = 32 / kRowChunks, kAccesses = 16 / kRowsAtOnce;
+        const int row = warp_row + lane / kRowChunks, chunk = lane % kRowChunks;
+        uint4 chunks[kAccesses];
 #pragma unroll
-        for (int i = 0; i < 16 * kRowChunks / 32; ++i) {
-            const int row = warp_row + (i * 32 + lane) / kRowChunks, chunk = (i * 32 + lane) % kRowChunks;
-            const int64_t to = problem.packing.position(row, work.first_row, work.last_row, tile.first_head);
-            if (to >= 0)
-                store_128(out_rows + to * E + chunk * kChunkValues,
-                          load_shared_128(C::Slab::address(staging, row, chunk)));
+        for (int i = 0; i < kAccesses; ++i)
+            chunks[i] = load_shared_128(C::Slab::address(staging, row + i * kRowsAtOnce, chunk));
+#pragma unroll
+        for (int i = 0; i < kAccesses; ++i) {
+            const int64_t to =
+                problem.packing.position(row + i * kRowsAtOnce, work.first_row, work.last_row, tile.first_head);
+            if (to >= 0) store_128(out_rows + to * E + chunk * kChunkValues, chunks[i]);
         }
         if (lane % 4 == 0) {
 #pragma unroll
@@ -389,7 +393,9 @@ DEVICE TileWork load_work(uint32_t address) {
 template <int E>
 DEVICE void consume(bf16* out, float* lse, const Shared<E>& shared, const Problem& problem) {
     using C = Config<E>;
-    Consumer<E> consumer{shared, problem, int(threadIdx.x) / kWarpgroupThreads - 1, {}, {}, {}, {}, {}};
+    // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
+    const int slab = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
+    Consumer<E> consumer{shared, problem, slab, {}, {}, {}, {}, {}};
     const typename C::QueryRing ring = shared.query_ring();
     typename C::QueryCursor query;
     // The first turn is warpgroup 0's.
@@ -459,6 +465,7 @@ int launch(bf16* out, float* lse, const bf16* qkv, const uint32_t* spans, const 
     using C = Config<E>;
     const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
     problem.count = count_tiles(cut, host_spans, problem.pairs, problem.packing.groups);
+    if (problem.count.tiles == 0) return 0;
     Maps maps;
     if (const int error = encode_maps<E>(maps, qkv, rows, problem)) return error;
     const int blocks = min(problem.count.tiles, multiprocessors());

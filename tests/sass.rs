@@ -21,12 +21,21 @@ const EXPECTED: &[(&str, &str, &str, &[&str])] = &[
     // mma.sync, cp.async, ldmatrix.
     ("attention_forward", "", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_forward", "", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
-    // As forward; dQ's terms in bulk, assigned and added, behind an acquiring load.
+    // As forward; dQ's terms in bulk, assigned and added, behind an acquiring load and the fence between its proxy and theirs.
     (
         "attention_backward_sm90",
         "backward_sm90_kernel",
         "sm_90a",
-        &["HGMMA", "UTMALDG", "USETMAXREG", "UBLKCP.G.S", "UBLKRED.G.S.ADD.F32", "LDG.E.STRONG.GPU", "STSM"],
+        &[
+            "HGMMA",
+            "UTMALDG",
+            "USETMAXREG",
+            "UBLKCP.G.S",
+            "UBLKRED.G.S.ADD.F32",
+            "LDG.E.STRONG.GPU",
+            "FENCE.VIEW.ASYNC.G",
+            "STSM",
+        ],
     ),
     ("attention_backward", "backward_kernel", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_backward", "backward_kernel", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
@@ -105,30 +114,50 @@ fn count(instructions: &[String], name: &str) -> usize {
     instructions.iter().filter(|instruction| instruction.starts_with(name)).count()
 }
 
-/// Exponentials between a wait that leaves one group of products under way and the wait for that group: they run under the
-/// tensor cores. Both compilers would rather have them behind the second wait.
+/// Exponentials between a wait that leaves one group of products under way and the next wait: they run under the tensor
+/// cores. Both compilers would rather have them behind the second wait.
 fn overlapped(instructions: &[String]) -> usize {
-    let waits = |left: &str| {
-        let wait = format!("WARPGROUP.DEPBAR.LE gsb0, {left}");
-        move |instruction: &String| instruction.starts_with(&wait)
-    };
-    let behind = instructions.iter().skip_while(|instruction| !waits("0x1")(instruction));
-    behind
-        .take_while(|instruction| !waits("0x0")(instruction))
-        .filter(|code| code.starts_with("MUFU.EX2"))
-        .count()
+    let wait = "WARPGROUP.DEPBAR.LE gsb0";
+    let behind = instructions.iter().skip_while(|code| !code.starts_with(&format!("{wait}, 0x1"))).skip(1);
+    behind.take_while(|code| !code.starts_with(wait)).filter(|code| code.starts_with("MUFU.EX2")).count()
 }
 
 #[test]
-fn softmax_runs_under_the_second_product() {
+fn exponentials_run_under_a_product() {
     let Some(tool) = cuobjdump() else {
         eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
         return;
     };
-    for (kernel, instructions) in instructions(&tool, "attention_forward_sm90", "sm_90a") {
-        // A thread's scores of a block of 128 keys.
+    // A thread's scores: of a block of 128 keys; of 128 queries (E = 64) or 64.
+    let forward =
+        instructions(&tool, "attention_forward_sm90", "sm_90a").into_iter().map(|kernel| (64, kernel));
+    let backward = instructions(&tool, "attention_backward_sm90", "sm_90a").into_iter();
+    let backward = backward
+        .filter(|(name, _)| name.contains("backward_sm90_kernel"))
+        .map(|kernel| (if kernel.0.contains("ILi64E") { 64 } else { 32 }, kernel));
+    for (scores, (kernel, instructions)) in forward.chain(backward) {
         let overlapped = overlapped(&instructions);
-        assert!(overlapped >= 64, "{overlapped} exponentials under the products of {kernel}");
+        assert!(overlapped >= scores, "{overlapped} of {scores} exponentials under the products of {kernel}");
+    }
+}
+
+/// Moves of descriptors from ordinary registers between two products of a group, where the tensor cores may wait for them.
+#[test]
+fn attention_keeps_descriptors_in_uniform_registers() {
+    let Some(tool) = cuobjdump() else {
+        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
+        return;
+    };
+    for stem in ["attention_forward_sm90", "attention_backward_sm90"] {
+        for (kernel, instructions) in instructions(&tool, stem, "sm_90a") {
+            let mut group_open = false;
+            for code in &instructions {
+                if code.starts_with("HGMMA") {
+                    group_open = !code.ends_with("gsb0");
+                }
+                assert!(!(group_open && code.starts_with("R2UR")), "{code} between the products of {kernel}");
+            }
+        }
     }
 }
 

@@ -55,8 +55,10 @@ inline HeadPacking gradient_packing(int heads, int kv_heads, int block_m) {
     return {packed, heads / packed, uint32_t((65536 + packed - 1) / packed)};
 }
 
-// A tile of keys to be owned by a block: `tile` as find_row_tile counts.
-struct KeyTileEntry {
+// A tile of keys to be owned by a block: `tile` as find_row_tile counts. With the pair's span, which a block would
+// otherwise read behind it: its start is a chain of such latencies, and no other block hides them.
+struct alignas(16) KeyTileEntry {
+    Span span;
     uint32_t pair, tile;
 };
 
@@ -193,7 +195,7 @@ DEVICE OwnedKeys take_keys(const AttentionGradient& problem, const GradientWorks
     __syncthreads();
     const int taken = int(*ticket);
     const KeyTileEntry entry = workspace.key_tiles[taken / problem.kv_heads];
-    OwnedKeys owned{int(entry.pair), taken % problem.kv_heads, load_span(problem.spans, int(entry.pair)), {}};
+    OwnedKeys owned{int(entry.pair), taken % problem.kv_heads, entry.span, {}};
     find_row_tile(owned.keys, owned.span, int(entry.tile), BLOCK_N);
     return owned;
 }
@@ -245,7 +247,7 @@ DEVICE void list_key_tiles(KeyTileEntry* key_tiles, const uint32_t* spans, int p
     before = block_sum(before, partials);
     const uint32_t tiles = tiles_of(own);
     for (uint32_t i = threadIdx.x; i < tiles; i += kGradientThreads)
-        key_tiles[before + i] = {uint32_t(pair), tiles - 1 - i};
+        key_tiles[before + i] = {own, uint32_t(pair), tiles - 1 - i};
 }
 
 // The tile of queries of a block of the grid (tile of the pair, pack, pair).
@@ -268,6 +270,13 @@ struct PreparedTile {
     // Index in [T, H] of a row; -1 where it has no query.
     DEVICE int64_t position(const AttentionGradient& problem, int row) const {
         return problem.packing.position(row, queries.first, queries.last, first_head);
+    }
+
+    // Index in dqkv of a row of dQ; -1 where it has no query.
+    DEVICE int64_t gradient(const AttentionGradient& problem, int row) const {
+        const int offset = problem.packing.token(row), token = queries.first + offset;
+        if (token >= queries.last) return -1;
+        return token * problem.stride() + problem.query_column(first_head + row - offset * problem.packing.heads);
     }
 };
 
@@ -309,29 +318,34 @@ __global__ void __launch_bounds__(kGradientThreads)
     }
 }
 
-// As prepare's grid; a warp writes 16 x 8 values of dQ at a time.
+// As prepare's grid; a warp writes 16 x 8 values of dQ at a time, and reads four such neighbours at once.
 template <int E, int BLOCK_M>
 __global__ void __launch_bounds__(kGradientThreads)
     attention_finish_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    constexpr int kAtOnce = 4, kColumnGroups = E / 8, kWarps = kGradientThreads / 32;
+    constexpr int kBatches = BLOCK_M / 16 * kColumnGroups / kAtOnce;
+    static_assert(kColumnGroups % kAtOnce == 0 && kBatches % kWarps == 0, "whole batches of one row group a warp");
     PreparedTile tile;
     if (!tile.find(problem)) return;
     const float* dq = workspace.dq + tile.slot * (BLOCK_M * E);
     const int lane = int(lane_id());
-    constexpr int kParts = BLOCK_M / 16 * (E / 8);
-#pragma unroll 4
-    for (int part = int(threadIdx.x) / 32; part < kParts; part += kGradientThreads / 32) {
-        const int row_group = part / (E / 8), column_group = part % (E / 8);
-        const uint4 v = load_128(dq + dq_fragment<E>(row_group, column_group));
-        const float values[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                                 __uint_as_float(v.w)};
+#pragma unroll
+    for (int batch = int(threadIdx.x) / 32; batch < kBatches; batch += kWarps) {
+        const int row_group = batch * kAtOnce / kColumnGroups, column_group = batch * kAtOnce % kColumnGroups;
+        uint4 sums[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sums[i] = load_128(dq + dq_fragment<E>(row_group, column_group + i));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t position = tile.position(problem, row_group * 16 + lane / 4 + 8 * half);
-            if (position < 0) continue;
-            const int64_t token = position / problem.heads, head = position % problem.heads;
-            bf16* to = problem.dqkv + token * problem.stride() + head * E + column_group * 8 + lane % 4 * 2;
-            *reinterpret_cast<uint32_t*>(to) =
-                pack_bf16x2(values[2 * half] * problem.scale, values[2 * half + 1] * problem.scale);
+            const int64_t at = tile.gradient(problem, row_group * 16 + lane / 4 + 8 * half);
+            if (at < 0) continue;
+            bf16* to = problem.dqkv + at + column_group * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const float left = __uint_as_float(half == 0 ? sums[i].x : sums[i].z);
+                const float right = __uint_as_float(half == 0 ? sums[i].y : sums[i].w);
+                *reinterpret_cast<uint32_t*>(to + i * 8) = pack_bf16x2(left * problem.scale, right * problem.scale);
+            }
         }
     }
 }

@@ -123,10 +123,11 @@ template <int E>
 DEVICE void prepare(const Shared<E>& shared, const Problem& problem) {
     using C = Config<E>;
     if (threadIdx.x == 0) {
-        // A consumer warpgroup is done with keys when its product is; with queries, when each of its warps has stored.
-        shared.query_ring().init(C::kSlabs * 4);
-        shared.key_ring().init(C::kSlabs);
-        shared.value_ring().init(C::kSlabs);
+        // A consumer warp is done with keys and values when its product is; with queries, when it has stored.
+        constexpr int kWarps = C::kSlabs * kWarpgroupThreads / 32;
+        shared.query_ring().init(kWarps);
+        shared.key_ring().init(kWarps);
+        shared.value_ring().init(kWarps);
         fence_mbarrier_init();
     }
     const int used = problem.slab_tokens * problem.packing.heads, chunks = (kSlabRows - used) * (E / kChunkValues);

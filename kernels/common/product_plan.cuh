@@ -79,7 +79,11 @@ inline double estimated_cycles(TileShape shape, int splits, int64_t shape_m, int
     const double products = double(shape.block_m) * shape.block_n * kSliceDepth / kProductsPerCycle;
     const double lines = shape.block_m + double(shape.block_n) / shape.cluster;
     const double loads = lines * kSliceDepth * sizeof(bf16) / kOperandBytesPerCycle;
-    const double slice = (products > loads ? products : loads) * (shape.cluster > 1 ? kPairedCost : 1.0);
+    // A tile that only completes a cluster takes power and L2 from the others, if no time of theirs.
+    const double completed = double(tiles_of(shape, shape_m, shape_n)) /
+                             double(tiles_of({shape.block_m, shape.block_n, 1}, shape_m, shape_n));
+    const double paired = shape.cluster > 1 ? kPairedCost * completed : 1.0;
+    const double slice = (products > loads ? products : loads) * paired;
     const double epilogue = double(shape.block_m) * shape.block_n / kEpilogueValuesPerCycle;
     const double tile = double(slices) * slice + epilogue;
     const double partials = double(shape_m) * double(shape_n) * sizeof(float) * splits * 2;

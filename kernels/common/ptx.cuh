@@ -266,6 +266,15 @@ DEVICE void mbarrier_arrive_at(uint32_t address, uint32_t rank MMPO_SITE) {
                             "r"(rank) : "memory"));
 }
 
+// Where `arrives`; without a branch, across which compilers would have to keep accumulators of products under way.
+DEVICE void mbarrier_arrive_if(uint32_t address, bool arrives MMPO_SITE) {
+    PTX90_TWIN(
+        arrives ? emulated::mbarrier_arrive(address, 1, site) : void(),
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(address),
+            "r"(int(arrives)) : "memory"));
+}
+
 DEVICE void mbarrier_expect_tx(uint32_t address, uint32_t bytes MMPO_SITE) {
     PTX90_TWIN(
         emulated::mbarrier_expect_tx(address, bytes, site),
