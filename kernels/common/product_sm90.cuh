@@ -258,7 +258,9 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
     };
     int previous = 0;
     for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
-        const uint32_t left = shared + uint32_t(cursor.stage * L::kStageBytes), right = left + L::Left::kBytes;
+        // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
+        const uint32_t left = __shfl_sync(0xffffffffu, shared + uint32_t(cursor.stage * L::kStageBytes), 0);
+        const uint32_t right = left + L::Left::kBytes;
         mbarrier_wait(ring.full(cursor.stage), cursor.parity);
         pin_registers(d);
         wgmma_fence();
