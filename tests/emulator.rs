@@ -96,6 +96,7 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     ("turn_without_wait", Variant::Plain, LATE, "of a counter that stands at 0"),
     // Hopper.
     ("register_pool", Variant::Plain, LATE, "want 65536 registers, of 64512 that it can be launched with"),
+    ("turn_without_fence", Variant::Plain, LATE, "a bulk store after wait_for_turn without a fence.proxy.async.global"),
     ("turn_passed_early", Variant::Plain, LATE, "the thread passes its turn without waiting for this bulk store"),
     ("load_without_wait", Variant::Plain, LATE, "the block ends without waiting for this load to shared memory"),
     ("wrong_parity", Variant::Checked, LATE, "which nothing has written"),

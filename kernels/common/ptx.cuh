@@ -323,7 +323,7 @@ DEVICE void fence_proxy_async(MMPO_SITE_ONLY) {
 
 // As fence_proxy_async, for accesses of global memory: between another block's and the async proxy's.
 DEVICE void fence_proxy_async_global() {
-    PTX90_TWIN(emulated::memory_fence(), asm volatile("fence.proxy.async.global;" :: : "memory"));
+    PTX90_TWIN(emulated::fence_proxy_async_global(), asm volatile("fence.proxy.async.global;" :: : "memory"));
 }
 
 // ---------------------------------------------------------------------------------------------- turns between blocks

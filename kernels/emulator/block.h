@@ -143,6 +143,7 @@ struct Thread : ThreadView {
     Wait wait;
     GroupQueue<CopyAsync> copies;
     GroupQueue<TensorStore> stores;
+    bool turn_unfenced = false;  // a turn has come, and no fence.proxy.async.global since
     WgmmaState wgmma;
     ClockPair clock;
     std::unordered_map<uint64_t, uint32_t> visits;  // how often each source line was passed, for the access trace

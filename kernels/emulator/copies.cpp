@@ -317,6 +317,9 @@ void land(TensorStore& store, Thread& thread) {
 
 void start_store(const TensorStore& store) {
     Thread& thread = self();
+    if (thread.turn_unfenced)
+        fail(store.site,
+             "a bulk store after wait_for_turn without a fence.proxy.async.global: it may pass the other block's");
     running->counters.tensor_store_bytes += store.bytes();
     if (kChecked) {
         const uint32_t offset = store.source - kSharedBase;

@@ -111,6 +111,7 @@ bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site);
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Site);
 void fence_mbarrier_init(Site);
 void fence_proxy_async(Site);
+void fence_proxy_async_global();
 void memory_fence();
 
 // TMA.

@@ -122,6 +122,7 @@ void reset_thread(Block& block, uint32_t linear) {
     thread.wait = {};
     thread.copies.clear();
     thread.stores.clear();
+    thread.turn_unfenced = false;
     thread.wgmma.issued = thread.wgmma.waited = 0;
     thread.wgmma.groups.clear();
     thread.wgmma.fenced = false;

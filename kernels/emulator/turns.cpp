@@ -55,8 +55,14 @@ void wait_for_turn(const uint32_t* counter, uint32_t turn, Site site) {
         running->turn_waiters.push_back(&self());
         wait_for(WaitFor::turn, turn, 0, site, counter);
     }
+    self().turn_unfenced = true;
     const uint32_t now = turn_counter(counter);
     if (now != turn) fail(site, "waits for turn %u of a counter that stands at %u already", turn, now);
+}
+
+void fence_proxy_async_global() {
+    self().turn_unfenced = false;
+    memory_fence();
 }
 
 void pass_turn(uint32_t* counter, uint32_t turn, Site site) {

@@ -194,7 +194,7 @@ CASE(missing_store_wait) { return run_tile_store({true, true, !bug, true}); }
 CASE(missing_store_sync) { return run_tile_store({true, true, true, !bug}); }
 
 // Blocks add a tile in bulk, in turns. A turn may be passed only when the addition has landed.
-__global__ void bulk_turns_kernel(float* sums, uint32_t* counter, uint32_t* next_ticket, bool wait) {
+__global__ void bulk_turns_kernel(float* sums, uint32_t* counter, uint32_t* next_ticket, bool fence, bool wait) {
 #if MMPO_SM90
     DYNAMIC_SHARED(raw);
     SHARED_ARRAY(uint32_t, ticket, 1);
@@ -205,9 +205,9 @@ __global__ void bulk_turns_kernel(float* sums, uint32_t* counter, uint32_t* next
     __syncthreads();
     if (threadIdx.x == 0) {
         wait_for_turn(counter, ticket[0]);
-        fence_proxy_async_global();
-        if (ticket[0] == 0) bulk_store(sums, shared_address(raw), 512);  // FAULT turn_passed_early
-        else bulk_add_f32(sums, shared_address(raw), 512);  // FAULT turn_passed_early
+        if (fence) fence_proxy_async_global();
+        if (ticket[0] == 0) bulk_store(sums, shared_address(raw), 512);  // FAULT turn_passed_early turn_without_fence
+        else bulk_add_f32(sums, shared_address(raw), 512);  // FAULT turn_passed_early turn_without_fence
         bulk_commit();
         if (wait) bulk_wait<0>();
         pass_turn(counter, ticket[0]);
@@ -216,13 +216,16 @@ __global__ void bulk_turns_kernel(float* sums, uint32_t* counter, uint32_t* next
 #endif
 }
 
-CASE(turn_passed_early) {
+std::string run_bulk_turns(bool fence, bool wait) {
     constexpr uint32_t kBlocks = 20;
     DeviceArray<float> sums(128);
     DeviceArray<uint32_t> counters(std::vector<uint32_t>(2, 0u));
-    return outcome(LAUNCH(bulk_turns_kernel, dim3(kBlocks), dim3(128), 512, nullptr, sums.data(), counters.data(), counters.data() + 1, !bug), sums,
+    return outcome(LAUNCH(bulk_turns_kernel, dim3(kBlocks), dim3(128), 512, nullptr, sums.data(), counters.data(), counters.data() + 1, fence, wait), sums,
                    std::vector<float>(128, float(kBlocks * (kBlocks - 1) / 2)));
 }
+
+CASE(turn_passed_early) { return run_bulk_turns(true, !bug); }
+CASE(turn_without_fence) { return run_bulk_turns(!bug, true); }
 
 // ---------------------------------------------------------------------------------------------------------- registers
 
