@@ -18,20 +18,20 @@ using namespace hopper;
 // Accumulates out[M, N] += the sum of a split product's parts, in their order. `part` is the distance between two.
 __global__ void __launch_bounds__(kBlock)
     add_parts_kernel(float* out, const float* __restrict__ parts, int64_t length, int64_t part, int count) {
-    const int64_t index = flat_index();
+    const int64_t index = flat_index<kVectorF32>();
     if (index >= length) return;
-    float sum[kVector], term[kVector];
-    load8<true>(sum, parts + index, 0, kVector);
+    float sum[kVectorF32], term[kVectorF32];
+    load4<true>(sum, parts + index, 0, kVectorF32);
 #pragma unroll 4
     for (int i = 1; i < count; ++i) {
-        load8<true>(term, parts + i * part + index, 0, kVector);
+        load4<true>(term, parts + i * part + index, 0, kVectorF32);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) sum[j] += term[j];
+        for (int j = 0; j < kVectorF32; ++j) sum[j] += term[j];
     }
-    load8<true>(term, out + index, 0, kVector);
+    load4<true>(term, out + index, 0, kVectorF32);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) term[j] += sum[j];
-    store8<true>(out + index, 0, kVector, term);
+    for (int j = 0; j < kVectorF32; ++j) term[j] += sum[j];
+    store4<true>(out + index, 0, kVectorF32, term);
 }
 
 template <class Lines>
@@ -58,7 +58,7 @@ mmpo_status launch_parts(float* out, float* parts, const Operands& operands, con
     if (const int error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
     if (const int error = launch_product<BackwardWeightLines>(operands, plan, epilogue, stream)) return error;
     const int64_t length = operands.shape_m * width;
-    return LAUNCH(add_parts_kernel, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, parts, length,
+    return LAUNCH(add_parts_kernel, flat_blocks<kVectorF32>(length), kBlock, 0, cuda_stream(stream), out, parts, length,
                   rows * width, plan.splits);
 }
 
