@@ -135,11 +135,17 @@ mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16*
                                                 int32_t inputs, int32_t outputs, mmpo_stream stream);
 
 /* ---- linear_sm90.cu: the same on wgmma and TMA; inputs and outputs multiples of 8, arrays on 16-byte boundaries (else
- * status 1: take linear.cu's) ------------------------------------------------------------------------------------- */
+ * status 1: take linear.cu's). `tile`: a tile shape by its number, or MMPO_PLANNED_TILE -----------------------------
+ */
+
+#define MMPO_PLANNED_TILE (-1)
+
+/* How many tile shapes there are. */
+int32_t MMPO_EXPORT(product_tiles_sm90)(void);
 
 mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
-                                             mmpo_stream stream);
+                                             int32_t tile, mmpo_stream stream);
 
 /* Assigns gate_up[rows, 2F] = x[rows, inputs] * weight[2F, inputs]^T + bias[2F], then out[rows, F] as swiglu_forward of
  * it; bias may be NULL. F = width, a multiple of 8 too. */
@@ -148,32 +154,37 @@ mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* g
                                                     int32_t inputs, int32_t width, mmpo_stream stream);
 
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                    int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+                                                    int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
+                                                    mmpo_stream stream);
 
 mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                        int32_t rows, int32_t inputs, int32_t outputs,
+                                                        int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
                                                         mmpo_stream stream);
 
 /* Bytes of `workspace` that linear_backward_weight_sm90 needs for these sizes: 0 unless it sums parts of the rows
  * apart. A pure function on the host. */
-int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs);
+int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs, int32_t tile);
 
 mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
                                                      const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
-                                                     mmpo_stream stream);
+                                                     int32_t tile, mmpo_stream stream);
 
-/* How a product out[M, N] of depth K is cut: tiles block_m x block_n, the depth in `splits` parts, tile_group rows of
- * tiles walked together; efficiency estimates the share of the tensor cores' time on an H100 that does useful work. */
+/* How a product out[M, N] of depth K is cut: tiles block_m x block_n, by clusters of 1 or 2 blocks with tiles one below
+ * the other, the depth in `splits` parts, tile_group rows of tiles walked together; efficiency estimates the share of
+ * the tensor cores' time on an H100 that does useful work. */
 typedef struct mmpo_product_plan {
     int32_t block_m;
     int32_t block_n;
+    int32_t cluster;
     int32_t splits;
     int32_t tile_group;
     double efficiency;
 } mmpo_product_plan;
 
-/* A pure function on the host. may_split: 0 or 1, for products whose sums may be made in parts. */
-mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split);
+/* A pure function on the host. may_split: 0 or 1, for products whose sums may be made in parts. Zeros for a tile that
+ * does not exist. */
+mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split,
+                                                 int32_t tile);
 
 /* ---- linear_bias.cu ----------------------------------------------------------------------------------------- */
 

@@ -6,7 +6,8 @@
 //   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
 //   swiglu_forward   x[T, I]              weight[2F, I], by rows bf16 gate_up[T, 2F] assigned (+ bias), and out[T, F]
 //
-// T may be anything; I and O are multiples of 8 and arrays start on 16 bytes, which tensor maps ask for.
+// T may be anything; I and O are multiples of 8 and arrays start on 16 bytes, which tensor maps ask for. `tile` is a
+// tile shape of common/product_plan.cuh by its number, or MMPO_PLANNED_TILE.
 
 #include "common/product_epilogues.cuh"
 #include "common/vector.cuh"
@@ -35,19 +36,20 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class Lines>
-bool takes(const Operands& operands, const void* out) {
-    return operands_mappable<Lines>(operands) && vector_rows(operands.shape_n) && vector_aligned(out);
+bool takes(const Operands& operands, const void* out, int tile) {
+    return operands_mappable<Lines>(operands) && vector_rows(operands.shape_n) && vector_aligned(out) &&
+           tile < kTileShapeCount;
 }
 
 bool empty(const Operands& operands) { return operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0; }
 
 template <class Lines>
-mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, mmpo_stream stream) {
+mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, int tile, mmpo_stream stream) {
     if (empty(operands)) return kSuccess;
-    if (!takes<Lines>(operands, out)) return kInvalidValue;
+    if (!takes<Lines>(operands, out, tile)) return kInvalidValue;
     StoreBf16 epilogue{{}, bias, operands.shape_m, operands.shape_n};
     if (const int error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n)) return error;
-    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, false);
+    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, false, tile);
     return launch_product<Lines>(operands, plan, epilogue, stream);
 }
 
@@ -66,8 +68,8 @@ mmpo_status launch_parts(float* out, float* parts, const Operands& operands, con
 
 mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
                                              const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
-                                             mmpo_stream stream) {
-    return launch_bf16<ForwardLines>(out, bias, {x, weight, rows, outputs, inputs}, stream);
+                                             int32_t tile, mmpo_stream stream) {
+    return launch_bf16<ForwardLines>(out, bias, {x, weight, rows, outputs, inputs}, tile, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
@@ -81,49 +83,53 @@ mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* g
     if (const int error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
     if (const int error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
     if (const int error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
-    // Tiles whose halves are whole panels of one consumer.
-    constexpr TileShape kShapes[] = {{128, 256}, {128, 128}};
-    const ProductPlan plan = plan_among(kShapes, 2, rows, 2 * width, inputs, false);
-    if (plan.block_n == 256) return launch_tiles<Tile128x256, GatedForwardLines>(operands, plan, epilogue, stream);
-    return launch_tiles<Tile128x128, GatedForwardLines>(operands, plan, epilogue, stream);
+    const ProductPlan plan = plan_panel_tiles(rows, 2 * width, inputs);
+    return launch_panel_tiles<GatedForwardLines>(operands, plan, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                    int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream) {
-    return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, stream);
+                                                    int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
+                                                    mmpo_stream stream) {
+    return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, tile, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                        int32_t rows, int32_t inputs, int32_t outputs,
+                                                        int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
                                                         mmpo_stream stream) {
     const Operands operands{dout, weight, rows, inputs, outputs};
     if (empty(operands)) return kSuccess;
-    if (!takes<BackwardInputLines>(operands, dx)) return kInvalidValue;
+    if (!takes<BackwardInputLines>(operands, dx, tile)) return kInvalidValue;
     StoreF32 epilogue{{}, rows, inputs, true};
     if (const int error = encode_panel_map(&epilogue.out, dx, rows, inputs)) return error;
-    const ProductPlan plan = plan_product(rows, inputs, outputs, false);
+    const ProductPlan plan = plan_product(rows, inputs, outputs, false, tile);
     return launch_product<BackwardInputLines>(operands, plan, epilogue, stream);
 }
 
-int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs) {
-    const ProductPlan plan = plan_product(outputs, inputs, rows, true);
+int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs,
+                                                           int32_t tile) {
+    if (tile >= kTileShapeCount) return 0;
+    const ProductPlan plan = plan_product(outputs, inputs, rows, true, tile);
     return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, outputs) * inputs * int64_t(sizeof(float));
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
                                                      const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
-                                                     mmpo_stream stream) {
+                                                     int32_t tile, mmpo_stream stream) {
     const Operands operands{dout, x, outputs, inputs, rows};
     if (empty(operands)) return kSuccess;
-    if (!takes<BackwardWeightLines>(operands, dweight)) return kInvalidValue;
-    const ProductPlan plan = plan_product(outputs, inputs, rows, true);
+    if (!takes<BackwardWeightLines>(operands, dweight, tile)) return kInvalidValue;
+    const ProductPlan plan = plan_product(outputs, inputs, rows, true, tile);
     if (plan.splits > 1) return launch_parts(dweight, static_cast<float*>(workspace), operands, plan, stream);
     StoreF32 epilogue{{}, outputs, inputs, true};
     if (const int error = encode_panel_map(&epilogue.out, dweight, outputs, inputs)) return error;
     return launch_product<BackwardWeightLines>(operands, plan, epilogue, stream);
 }
 
-mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split) {
-    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, may_split != 0);
-    return {plan.block_m, plan.block_n, plan.splits, plan.tile_group, plan.efficiency};
+int32_t MMPO_EXPORT(product_tiles_sm90)(void) { return kTileShapeCount; }
+
+mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split,
+                                                 int32_t tile) {
+    if (tile >= kTileShapeCount) return {};
+    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, may_split != 0, tile);
+    return {plan.block_m, plan.block_n, plan.cluster, plan.splits, plan.tile_group, plan.efficiency};
 }

@@ -171,15 +171,11 @@ struct GradientEpilogue {
     }
 };
 
-// Tiles whose consumers hold whole runs of kStatisticsColumns columns: the large one, and one of half the size for
-// products of too few large tiles.
+// In tiles whose consumers hold whole runs of kStatisticsColumns columns.
 template <class Epilogue>
 mmpo_status launch_logits(const Operands& operands, const Epilogue& epilogue, mmpo_stream stream) {
-    const int64_t large = ceil_div(operands.shape_m, 128) * ceil_div(operands.shape_n, 256);
-    const TileShape shape{128, large < kPlannedMultiprocessors ? 128 : 256};
-    const ProductPlan plan{shape.block_m, shape.block_n, 1, square_tile_group(shape), 0.0};
-    return plan.block_n == 128 ? launch_tiles<Tile128x128, ForwardLines>(operands, plan, epilogue, stream)
-                               : launch_tiles<Tile128x256, ForwardLines>(operands, plan, epilogue, stream);
+    const ProductPlan plan = plan_panel_tiles(operands.shape_m, operands.shape_n, operands.shape_k);
+    return launch_panel_tiles<ForwardLines>(operands, plan, epilogue, stream);
 }
 
 template <bool kExponentials>

@@ -121,7 +121,21 @@ const FAULTS: &[(&str, Variant, Mode, &str)] = &[
     ("operand_overwritten", Variant::Checked, LATE, "not ordered after the read by wgmma of warpgroup 0"),
     ("operand_overwritten", Variant::Plain, LATE, "wrong data"),
     ("descriptor_stride", Variant::Plain, LATE, "wrong data"),
+    // Clusters.
+    ("unordered_cluster_init", Variant::Plain, EARLY, "is not an initialised mbarrier"),
+    ("unordered_cluster_init", Variant::Checked, RANDOM, "faults_clusters.cu"),
+    ("missing_cluster_exit", Variant::Plain, LATE, "mbarrier.arrive: the cluster's block 0 has exited, and its shared memory with it"),
+    ("cluster_barrier", Variant::Plain, LATE, "waiting for the cluster's barrier, where 160 of 192 threads have arrived"),
+    ("missing_peer_release", Variant::Plain, LATE, "with 2 of 4 arrivals and 0 bytes to come"),
+    ("missing_peer_wait", Variant::Checked, LATE, "which nothing has written"),
+    ("missing_peer_wait", Variant::Checked, EARLY, "write by an asynchronous load, not ordered after the read by thread"),
+    ("missing_peer_wait", Variant::Plain, RANDOM, "wrong data"),
+    ("multicast_outside", Variant::Plain, LATE, "TMA multicast: mask 5 names blocks that a cluster of 2 has not"),
 ];
+
+/// The files of planted faults.
+const FAULT_SOURCES: [&str; 4] =
+    ["faults_memory.cu", "faults_order.cu", "faults_hopper.cu", "faults_clusters.cu"];
 
 #[test]
 fn fragments_lie_where_the_isa_says() {
@@ -149,13 +163,18 @@ fn hopper_products_under_every_timing_and_schedule() {
 }
 
 #[test]
+fn clusters_under_every_timing_and_schedule() {
+    expect_sound(&["multicast.cu"], &MODES);
+}
+
+#[test]
 fn counters_count() {
     expect_sound(&["counters.cu"], &[LATE]);
 }
 
 #[test]
 fn right_forms_of_the_faulty_kernels_pass() {
-    expect_sound(&["faults_memory.cu", "faults_order.cu", "faults_hopper.cu"], &MODES);
+    expect_sound(&FAULT_SOURCES, &MODES);
 }
 
 #[test]
@@ -175,8 +194,9 @@ fn planted_faults_are_caught_when_clang_compiles() {
     let Some(clang) = names.into_iter().find_map(|name| Compiler::new(name).ok()) else {
         return eprintln!("no clang++ here: skipped");
     };
-    let sources = ["faults_memory.cu", "faults_order.cu", "faults_hopper.cu", "programs.cu", "registry.cu"];
-    let program = build(&clang, "emulator_clang", |source| sources.contains(&source));
+    let wanted =
+        |source: &str| FAULT_SOURCES.contains(&source) || ["programs.cu", "registry.cu"].contains(&source);
+    let program = build(&clang, "emulator_clang", wanted);
     expect_faults_caught(&program.unwrap_or_else(|error| panic!("{error}")));
 }
 
@@ -209,8 +229,7 @@ fn expect_faults_caught(program: &Path) {
 
 #[test]
 fn every_planted_fault_is_expected_to_be_caught() {
-    let sources = ["faults_memory.cu", "faults_order.cu", "faults_hopper.cu"];
-    for case in sources.iter().flat_map(|source| case_names(source)) {
+    for case in FAULT_SOURCES.iter().flat_map(|source| case_names(source)) {
         assert!(FAULTS.iter().any(|(name, ..)| *name == case), "the table of faults lacks {case}");
     }
 }
@@ -226,7 +245,8 @@ fn the_same_cases_on_a_gpu() {
     let words = [built.stdout, built.stderr].concat();
     assert!(built.status.success() && words.is_empty(), "{}", String::from_utf8_lossy(&words));
 
-    let sources = ["layouts.cu", "tensors.cu", "collectives.cu", "instructions.cu", "programs.cu"];
+    let sources =
+        ["layouts.cu", "tensors.cu", "collectives.cu", "instructions.cu", "programs.cu", "multicast.cu"];
     // These are about the emulated device's own memory and limits.
     let emulated_only = ["memory_calls", "refused_launches"];
     let expected: Vec<String> = sources
@@ -303,7 +323,7 @@ fn case_names(source: &str) -> Vec<String> {
 /// `file:line` of every `FAULT` mark, by the cases it names.
 fn marked_lines() -> BTreeMap<String, Vec<String>> {
     let mut marks: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for source in ["faults_memory.cu", "faults_order.cu", "faults_hopper.cu"] {
+    for source in FAULT_SOURCES {
         let text = fs::read_to_string(folder().join(source)).unwrap();
         for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with("//")) {
             let Some((_, names)) = line.split_once("// FAULT ") else { continue };

@@ -23,7 +23,7 @@ use mmpo_fast::bench::counts::{self, Counted, Counts};
 use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
-    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED, ProductTile, Products,
 };
 use mmpo_fast::device::{Device, LinearShape, RawValues};
 
@@ -139,6 +139,30 @@ fn hopper_products_read_each_operand_once_a_tile() {
     assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
     let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
     assert_hopper_product(&inputs, shape.rows, shape.inputs, shape.outputs, BF16);
+}
+
+/// Two blocks of a cluster read their shared operand from global memory once between them: 128 x 256 tiles ask for 2/3 of
+/// what they would ask for alone.
+#[test]
+fn clusters_read_the_shared_operand_once() {
+    let _alone = checked_variant();
+    let variant = EmulatorVariant::Checked;
+    let shape = LinearShape { rows: 512, inputs: 128, outputs: 256 };
+    let loaded = |cluster: i32| {
+        let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
+        let wanted = ProductTile { block_m: 128, block_n: 256, cluster };
+        let tile = device.product_tiles().unwrap().iter().position(|&tile| tile == wanted);
+        let products = Products::Tile(tile.expect("the tile exists").try_into().unwrap());
+        let device = device.with_products(products);
+        let x = device.alloc(shape.rows * shape.inputs).unwrap();
+        let weight = device.alloc(shape.outputs * shape.inputs).unwrap();
+        let mut out = device.alloc(shape.rows * shape.outputs).unwrap();
+        variant.reset_counters();
+        device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
+        variant.counters().tensor_load_bytes as usize
+    };
+    assert_eq!(loaded(1), shape.rows / 128 * (128 + 256) * shape.inputs * BF16);
+    assert_eq!(loaded(2), shape.rows / 128 * (128 + 128) * shape.inputs * BF16);
 }
 
 /// The counted columns, then what the operation needs at least; a minimum is the whole operation's, and stands in its row,

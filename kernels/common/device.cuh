@@ -28,7 +28,11 @@
 // `LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)`: 0, or an error code. A kernel whose template
 // arguments hold a comma goes in parentheses.
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    ((void)(stream), ::mmpo::emulated::launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__))
+    LAUNCH_CLUSTERS(kernel, 1, grid, block, shared_bytes, stream, __VA_ARGS__)
+// As LAUNCH, in clusters of `cluster` blocks side by side along x, which the grid's x must be a multiple of.
+#define LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+    ((void)(stream),                                                             \
+     ::mmpo::emulated::launch(#kernel, {grid, block, shared_bytes, unsigned(cluster)}, kernel, __VA_ARGS__))
 
 #else
 
@@ -47,6 +51,9 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
     (::mmpo::allow_dynamic_shared(reinterpret_cast<const void*>(&kernel), shared_bytes), \
      kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__), static_cast<int>(cudaGetLastError()))
+#define LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...)         \
+    (::mmpo::allow_dynamic_shared(reinterpret_cast<const void*>(&kernel), shared_bytes), \
+     ::mmpo::launch_clusters(kernel, cluster, grid, block, shared_bytes, stream, __VA_ARGS__))
 
 #endif
 
@@ -70,6 +77,22 @@ using emulated::multiprocessors;
 // Above 48 KiB a kernel must ask for its dynamic shared memory; a refusal surfaces as the launch's own error.
 inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
     if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+template <class... Parameters, class... Arguments>
+int launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream, Arguments&&... arguments) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &size;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
+    return int(cudaGetLastError());
 }
 // Multiprocessors of the current device, 1 where it cannot be asked: the number of blocks of a persistent kernel.
 inline int multiprocessors() {

@@ -19,6 +19,8 @@ constexpr int kProductsPerCycle = 2048;
 constexpr int kOperandBytesPerCycle = 40;
 // Values that the consumers of a block turn into panels in a cycle: what the next tile's products wait for.
 constexpr int kEpilogueValuesPerCycle = 32;
+// Blocks of a cluster wait for one another at every slice: the slower of the two decides.
+constexpr double kPairedCost = 1.01;
 // Latency of a tile's first operands when no earlier tile hides it: about 0.6 us.
 constexpr int kFillCycles = 1000;
 // Partial sums of a split product pass through L2 twice, at what all multiprocessors write and read together.
@@ -32,6 +34,8 @@ constexpr int kLeastSlicesPerSplit = 8;
 
 struct ProductPlan {
     int block_m, block_n;
+    // Blocks that share the right operand's slices, their tiles one below the other.
+    int cluster;
     // Parts of the depth that are summed apart, then added in order; 1: the depth is not split.
     int splits;
     // Rows of tiles that are walked together before the next column of tiles.
@@ -41,25 +45,31 @@ struct ProductPlan {
 };
 
 struct TileShape {
-    int block_m, block_n;
+    int block_m, block_n, cluster;
 };
 // Widest first: on a tie the tile that reads less wins.
 constexpr TileShape kTileShapes[] = {
     // Two consumers of 64 x 256: the most that their registers hold, and 43 products a byte loaded.
-    {128, 256},
+    {128, 256, 1},
+    // The same by two blocks, each of which loads half of the right operand for both: 64 products a byte.
+    {128, 256, 2},
     // Three consumers of 64 x 192. Divides 576 and 960, widths of SmolLM2-135M, where 256 would leave half a tile idle:
     // 8192 x 576 is one wave of 129 tiles, with nothing but its last row of tiles cut off.
-    {192, 192},
+    {192, 192, 1},
+    {192, 192, 2},
     // As narrow, for fewer rows.
-    {128, 192},
+    {128, 192, 1},
+    {128, 192, 2},
     // For products with too few of the larger ones.
-    {128, 128},
+    {128, 128, 1},
+    {128, 128, 2},
     // For a handful of rows: batches of short pairs, the last rows of an evaluation.
-    {64, 128},
+    {64, 128, 1},
 };
 
+// Tiles, those that only complete a cluster included.
 HOST_DEVICE constexpr int64_t tiles_of(TileShape shape, int64_t shape_m, int64_t shape_n) {
-    return ceil_div(shape_m, shape.block_m) * ceil_div(shape_n, shape.block_n);
+    return ceil_div(shape_m, shape.block_m * shape.cluster) * shape.cluster * ceil_div(shape_n, shape.block_n);
 }
 
 // Estimated cycles of a product, all multiprocessors taking tiles in waves.
@@ -67,20 +77,22 @@ inline double estimated_cycles(TileShape shape, int splits, int64_t shape_m, int
     const int64_t waves = ceil_div(tiles_of(shape, shape_m, shape_n) * splits, kPlannedMultiprocessors);
     const int64_t slices = ceil_div(ceil_div(shape_k, kSliceDepth), splits);
     const double products = double(shape.block_m) * shape.block_n * kSliceDepth / kProductsPerCycle;
-    const double loads = double(shape.block_m + shape.block_n) * kSliceDepth * sizeof(bf16) / kOperandBytesPerCycle;
+    const double lines = shape.block_m + double(shape.block_n) / shape.cluster;
+    const double loads = lines * kSliceDepth * sizeof(bf16) / kOperandBytesPerCycle;
+    const double slice = (products > loads ? products : loads) * (shape.cluster > 1 ? kPairedCost : 1.0);
     const double epilogue = double(shape.block_m) * shape.block_n / kEpilogueValuesPerCycle;
-    const double tile = double(slices) * (products > loads ? products : loads) + epilogue;
+    const double tile = double(slices) * slice + epilogue;
     const double partials = double(shape_m) * double(shape_n) * sizeof(float) * splits * 2;
     const double second = splits > 1 ? partials / kPartialBytesPerCycle + kSecondLaunchCycles : 0.0;
     return double(waves) * tile + kFillCycles + second;
 }
 
-// Rows of tiles such that a wave's block of tiles is about square in `out`: it then touches the fewest bytes of both
-// operands, which is what L2 has to bring in.
+// Rows of tiles, in whole clusters, such that a wave's block of tiles is about square in `out`: it then touches the
+// fewest bytes of both operands, which is what L2 has to bring in.
 inline int square_tile_group(TileShape shape) {
     int group = 1;
     while ((group + 1) * (group + 1) * shape.block_m <= kPlannedMultiprocessors * shape.block_n) ++group;
-    return group;
+    return int(ceil_div(group, shape.cluster)) * shape.cluster;
 }
 
 // The plan of out[M, N] with depth K, in one of the tiles shapes[0 .. count]. Only products whose caller adds partial
@@ -97,7 +109,7 @@ inline ProductPlan plan_among(const TileShape* shapes, int count, int64_t shape_
             const double cycles = estimated_cycles(*shape, splits, shape_m, shape_n, shape_k);
             if (best.block_m != 0 && cycles >= least) continue;
             least = cycles;
-            best = {shape->block_m, shape->block_n, splits, square_tile_group(*shape), 0.0};
+            best = {shape->block_m, shape->block_n, shape->cluster, splits, square_tile_group(*shape), 0.0};
         }
     }
     const double useful = double(shape_m) * double(shape_n) * double(shape_k) / kProductsPerCycle;
@@ -105,8 +117,18 @@ inline ProductPlan plan_among(const TileShape* shapes, int count, int64_t shape_
     return best;
 }
 
-inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split) {
-    return plan_among(kTileShapes, int(sizeof kTileShapes / sizeof *kTileShapes), shape_m, shape_n, shape_k, may_split);
+// Of the tiles of which each consumer has a multiple of 128 columns: those whose halves are whole panels.
+inline ProductPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k) {
+    constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
+    return plan_among(kShapes, 4, shape_m, shape_n, shape_k, false);
+}
+
+constexpr int kTileShapeCount = int(sizeof kTileShapes / sizeof *kTileShapes);
+
+// With tile shape number `tile`, or the best of them for MMPO_PLANNED_TILE.
+inline ProductPlan plan_product(int64_t shape_m, int64_t shape_n, int64_t shape_k, bool may_split, int tile) {
+    return tile < 0 ? plan_among(kTileShapes, kTileShapeCount, shape_m, shape_n, shape_k, may_split)
+                    : plan_among(kTileShapes + tile, 1, shape_m, shape_n, shape_k, may_split);
 }
 
 }  // namespace MMPO_VARIANT

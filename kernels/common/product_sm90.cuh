@@ -10,9 +10,9 @@
 // The producer runs ahead into the next tile while consumers are in the epilogue, and the epilogue's stores are TMA's,
 // so that of it only the conversion of accumulators to panels of shared memory keeps the tensor cores waiting.
 //
-// NOTE clusters: two blocks side by side could load half a slice of their shared operand each and multicast it to both,
-// which halves that operand's L2 reads: 128 x 256 tiles would ask L2 for 32 instead of 48 bytes a cycle. Public
-// worklogs of such kernels measure 5 % of an 8192^3 product. The emulated device has no clusters to test it on.
+// Two blocks may form a cluster, with tiles one below the other: each loads half of every slice of the right operand,
+// which both need, and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes a cycle. The price
+// is that a stage is free only when the consumers of both blocks have left it.
 #pragma once
 
 #include <type_traits>
@@ -32,13 +32,16 @@ constexpr int kMostSharedBytes = 227 * 1024;
 // warp for its epilogue (two let one leave while the next is written; more where memory is left, so that a tile's
 // stores rarely wait for one another). Registers: 65536 are shared out evenly at first; the producer gives most of its
 // up.
-struct TwoConsumers {
+struct Alone {
+    static constexpr int kCluster = 1;
+};
+struct TwoConsumers : Alone {
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 struct Tile128x256 : TwoConsumers {
     static constexpr int BLOCK_M = 128, BLOCK_N = 256, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 2;
 };
-struct Tile192x192 {
+struct Tile192x192 : Alone {
     static constexpr int BLOCK_M = 192, BLOCK_N = 192, kConsumersM = 3, kConsumersN = 1, kStages = 3, kPanels = 3;
     static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 };
@@ -52,25 +55,46 @@ struct Tile64x128 : TwoConsumers {
     static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kConsumersN = 2, kStages = 6, kPanels = 4;
 };
 
+// By two blocks of a cluster.
+template <class Tile>
+struct Paired : Tile {
+    static constexpr int kCluster = 2;
+};
+
 // Which index of an operand's matrix runs along memory: K, or the one that also indexes `out`.
 enum class Line { depth, outer };
 
-// A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K.
-template <int OUTER, Line kLine>
+// A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K, by kShares blocks of a
+// cluster that each load as many of its rows, for all of them.
+template <int OUTER, Line kLine, int kShares = 1>
 struct Slice {
     static constexpr bool kTransposed = kLine == Line::outer;
     static constexpr int kRows = kTransposed ? BLOCK_K : OUTER, kColumns = kTransposed ? OUTER : BLOCK_K;
     using Panels = PanelTile<kRows, kColumns>;
     static constexpr int kBytes = Panels::kBytes;
+    static constexpr int kShareRows = kRows / kShares;
+    static_assert(kRows % (8 * kShares) == 0, "whole repetitions of the swizzle");
 
     // A map of the operand, whose lines lie back to back.
     static int encode(CUtensorMap* map, const bf16* operand, int outer_size, int depth_size) {
         const uint64_t rows = uint64_t(kTransposed ? depth_size : outer_size);
         const uint64_t columns = uint64_t(kTransposed ? outer_size : depth_size);
-        return encode_tensor_map_2d(map, operand, rows, columns, columns, kRows, kPanelColumns, Swizzle::bytes_128);
+        return encode_tensor_map_2d(map, operand, rows, columns, columns, kShareRows, kPanelColumns,
+                                    Swizzle::bytes_128);
     }
-    static DEVICE void load(uint32_t slice, const CUtensorMap* map, int outer, int depth, uint32_t mbarrier) {
-        Panels::load(slice, map, kTransposed ? outer : depth, kTransposed ? depth : outer, mbarrier);
+    // `rank`: of the block in its cluster.
+    static DEVICE void load(uint32_t slice, const CUtensorMap* map, int outer, int depth, uint32_t mbarrier, int rank) {
+        const int column = kTransposed ? outer : depth, row = kTransposed ? depth : outer;
+        if constexpr (kShares == 1) {
+            Panels::load(slice, map, column, row, mbarrier);
+        } else {
+            const int first = rank * kShareRows;
+#pragma unroll
+            for (int panel = 0; panel < Panels::kPanels; ++panel) {
+                tma_load_2d_multicast(slice + uint32_t(panel * Panels::kPanelBytes + first * kPanelRowBytes), map,
+                                      column + panel * kPanelColumns, row + first, mbarrier, (1 << kShares) - 1);
+            }
+        }
     }
     // The operand of one wgmma: depth 16 * step .., outer index from `outer` (a multiple of 64) on.
     static DEVICE uint64_t operand(uint32_t slice, int outer, int step) {
@@ -106,7 +130,7 @@ template <class Tile, class Lines>
 struct Layout {
     using Left = Slice<Tile::BLOCK_M, Lines::kLeft>;
     using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
-    using RightPart = Slice<Tile::BLOCK_N / Lines::kRightParts, Lines::kRight>;
+    using RightPart = Slice<Tile::BLOCK_N / Lines::kRightParts, Lines::kRight, Tile::kCluster>;
     static_assert(Lines::kRightParts == 1 || !Right::kTransposed, "parts of a slice lie below each other");
     using Ring = StageRing<Tile::kStages>;
     using Panels = WarpPanels<Tile::kPanels>;
@@ -135,7 +159,7 @@ struct Layout {
 template <class Epilogue>
 struct Problem {
     CUtensorMap left, right;
-    int tiles_m, tiles_n, slices;
+    int tiles_m, tiles_n, slices;  // tiles_m and tile_group in whole clusters
     int splits, tile_group;
     int split_rows;
     int right_part;  // distance between the parts of the right operand
@@ -147,26 +171,52 @@ struct TileWork {
     int m, n, first_slice, end_slice, out_row;
 };
 
+// The tiles of a cluster, one below the other, are number `index` of all.
 template <class Tile, class Epilogue>
-DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index) {
+DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index, int rank) {
     const int tiles = problem.tiles_m * problem.tiles_n;
     const int split = index / tiles, tile = index % tiles;
     const int group_tiles = problem.tile_group * problem.tiles_n;
     const int group = tile / group_tiles, within = tile % group_tiles;
     const int rows = min(problem.tile_group, problem.tiles_m - group * problem.tile_group);
-    const int m = (group * problem.tile_group + within % rows) * Tile::BLOCK_M;
+    const int m = ((group * problem.tile_group + within % rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
     return {m, within / rows * Tile::BLOCK_N, int(int64_t(problem.slices) * split / problem.splits),
             int(int64_t(problem.slices) * (split + 1) / problem.splits), m + split * problem.split_rows};
+}
+
+template <class Tile>
+DEVICE int rank_in_cluster() {
+    return Tile::kCluster == 1 ? 0 : int(cluster_rank());
 }
 
 // Calls `visit` with each of the block's tiles. Producer and consumers walk the same ones.
 template <class Tile, class Epilogue, class Visit>
 DEVICE void each_tile(const Problem<Epilogue>& problem, const Visit& visit) {
-    const int count = problem.tiles_m * problem.tiles_n * problem.splits;
-    for (int index = int(blockIdx.x); index < count; index += int(gridDim.x)) visit(tile_work<Tile>(problem, index));
+    const int count = problem.tiles_m * problem.tiles_n * problem.splits, rank = rank_in_cluster<Tile>();
+    const int step = int(gridDim.x) / Tile::kCluster;
+    for (int index = int(blockIdx.x) / Tile::kCluster; index < count; index += step) {
+        visit(tile_work<Tile>(problem, index, rank));
+    }
 }
 
 #if MMPO_SM90
+
+template <class Tile>
+DEVICE void sync_cluster() {
+    if constexpr (Tile::kCluster == 1)
+        __syncthreads();
+    else
+        cluster_sync();
+}
+
+// Until the stage is free, here and wherever this block multicasts to.
+template <class Tile>
+DEVICE void wait_empty(uint32_t mbarrier, uint32_t parity) {
+    if constexpr (Tile::kCluster == 1)
+        mbarrier_wait(mbarrier, parity);
+    else
+        mbarrier_wait_cluster(mbarrier, parity);
+}
 
 // One thread: loads slices as stages become free.
 template <class Tile, class Lines, class Epilogue>
@@ -174,18 +224,20 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     using L = Layout<Tile, Lines>;
     const typename L::Ring ring{shared + L::kRingAt};
     StageCursor<Tile::kStages> cursor;
+    const int rank = rank_in_cluster<Tile>();
     prefetch_tensor_map(&problem.left);
     prefetch_tensor_map(&problem.right);
     each_tile<Tile>(problem, [&](const TileWork& work) {
         for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
             const uint32_t stage = shared + uint32_t(cursor.stage * L::kStageBytes), full = ring.full(cursor.stage);
-            mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+            wait_empty<Tile>(ring.empty(cursor.stage), cursor.parity ^ 1);
             mbarrier_arrive_expect_tx(full, L::kStageBytes);
-            L::Left::load(stage, &problem.left, work.m, slice * BLOCK_K, full);
+            L::Left::load(stage, &problem.left, work.m, slice * BLOCK_K, full, rank);
 #pragma unroll
             for (int part = 0; part < Lines::kRightParts; ++part) {
                 L::RightPart::load(stage + L::Left::kBytes + part * L::RightPart::kBytes, &problem.right,
-                                   work.n / Lines::kRightParts + part * problem.right_part, slice * BLOCK_K, full);
+                                   work.n / Lines::kRightParts + part * problem.right_part, slice * BLOCK_K, full,
+                                   rank);
             }
             cursor.advance();
         }
@@ -204,9 +256,13 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
     using L = Layout<Tile, Lines>;
     const typename L::Ring ring{shared + L::kRingAt};
     const int outer_m = consumer % Tile::kConsumersM * 64, outer_n = consumer / Tile::kConsumersM * L::CONSUMER_N;
+    // Each warp for itself: one may be a slice behind its warpgroup's others.
     const auto release = [&](int stage) {
-        // Each warp for itself: one may be a slice behind its warpgroup's others.
-        if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
+        if constexpr (Tile::kCluster == 1) {
+            if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
+        } else if (lane_id() < Tile::kCluster) {
+            mbarrier_arrive_at(ring.empty(stage), lane_id());
+        }
     };
     int previous = 0;
     for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
@@ -257,10 +313,10 @@ static __global__ void __launch_bounds__(Layout<Tile, Lines>::kThreads, 1)
     DYNAMIC_SHARED(raw);
     const uint32_t shared = shared_address(raw);
     if (threadIdx.x == 0) {
-        typename L::Ring{shared + L::kRingAt}.init(L::kConsumerWarps);
+        typename L::Ring{shared + L::kRingAt}.init(L::kConsumerWarps * Tile::kCluster);
         fence_mbarrier_init();
     }
-    __syncthreads();
+    sync_cluster<Tile>();
     // The shuffle tells the compiler that a warp has one role.
     const int role = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0);
     if (role == L::kConsumers) {
@@ -270,6 +326,8 @@ static __global__ void __launch_bounds__(Layout<Tile, Lines>::kThreads, 1)
         setmaxnreg_increase<Tile::kConsumerRegisters>();
         consume<Tile, Lines>(problem, shared, role);
     }
+    // The other block may still multicast into this one, and arrive at its mbarriers.
+    if constexpr (Tile::kCluster > 1) sync_cluster<Tile>();
 #endif
 }
 
@@ -280,9 +338,11 @@ struct Operands {
     int shape_m, shape_n, shape_k;
 };
 
-// Rows that each part of a split product has in the array its epilogue writes: whole tiles, so that parts stay apart.
+// Rows that each part of a split product has in the array its epilogue writes: whole clusters, so that parts stay
+// apart.
 inline int64_t split_rows(const ProductPlan& plan, int shape_m) {
-    return ceil_div(shape_m, plan.block_m) * plan.block_m;
+    const int64_t rows = int64_t(plan.block_m) * plan.cluster;
+    return ceil_div(shape_m, rows) * rows;
 }
 
 // Whether tensor maps of the operands exist for Lines.
@@ -297,10 +357,10 @@ template <class Tile, class Lines, class Epilogue>
 mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
                          mmpo_stream stream) {
     using L = Layout<Tile, Lines>;
-    const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M);
+    const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M * Tile::kCluster);
     const int64_t tiles_n = ceil_div(operands.shape_n, Tile::BLOCK_N);
     const int64_t count = tiles_m * tiles_n * plan.splits;
-    const int64_t rows = tiles_m * Tile::BLOCK_M;
+    const int64_t rows = tiles_m * Tile::BLOCK_M * Tile::kCluster;
     if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
     Problem<Epilogue> problem{{},
                               {},
@@ -308,7 +368,7 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
                               int(tiles_n),
                               int(ceil_div(operands.shape_k, BLOCK_K)),
                               plan.splits,
-                              plan.tile_group,
+                              plan.tile_group / Tile::kCluster,
                               int(rows),
                               operands.shape_n / Lines::kRightParts,
                               epilogue};
@@ -316,9 +376,23 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
         return error;
     if (const int error = L::RightPart::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
         return error;
-    const unsigned blocks = unsigned(count < multiprocessors() ? count : multiprocessors());
-    return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(L::kThreads), L::kSharedBytes,
-                  cuda_stream(stream), problem);
+    const int64_t resident = multiprocessors() / Tile::kCluster > 0 ? multiprocessors() / Tile::kCluster : 1;
+    const unsigned blocks = unsigned(count < resident ? count : resident) * Tile::kCluster;
+    if constexpr (Tile::kCluster == 1) {
+        return LAUNCH((product_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(L::kThreads), L::kSharedBytes,
+                      cuda_stream(stream), problem);
+    } else {
+        return LAUNCH_CLUSTERS((product_kernel<Tile, Lines, Epilogue>), Tile::kCluster, dim3(blocks), dim3(L::kThreads),
+                               L::kSharedBytes, cuda_stream(stream), problem);
+    }
+}
+
+// In clusters of one block or two.
+template <class Tile, class Lines, class Epilogue>
+mmpo_status launch_alone_or_paired(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
+                                   mmpo_stream stream) {
+    return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
+                             : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
 }
 
 // Queues one product with the tile that `plan` names. `out` of a split product has splits * split_rows rows.
@@ -326,10 +400,18 @@ template <class Lines, class Epilogue>
 mmpo_status launch_product(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
                            mmpo_stream stream) {
     if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 128) return launch_tiles<Tile128x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_m == 192) return launch_tiles<Tile192x192, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 192) return launch_tiles<Tile128x192, Lines>(operands, plan, epilogue, stream);
-    return launch_tiles<Tile128x256, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 128) return launch_alone_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_m == 192) return launch_alone_or_paired<Tile192x192, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 192) return launch_alone_or_paired<Tile128x192, Lines>(operands, plan, epilogue, stream);
+    return launch_alone_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
+}
+
+// As launch_product, for a plan of plan_panel_tiles.
+template <class Lines, class Epilogue>
+mmpo_status launch_panel_tiles(const Operands& operands, const ProductPlan& plan, const Epilogue& epilogue,
+                               mmpo_stream stream) {
+    return plan.block_n == 128 ? launch_alone_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream)
+                               : launch_alone_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
 }
 
 }  // namespace hopper

@@ -246,7 +246,7 @@ DEVICE void mbarrier_invalidate(uint32_t address MMPO_SITE) {
                asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address) : "memory"));
 }
 
-// Makes initialised mbarriers visible to the async proxy; a __syncthreads follows.
+// Makes initialised mbarriers visible to the async proxy and to the cluster; a __syncthreads or cluster_sync follows.
 DEVICE void fence_mbarrier_init(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::fence_mbarrier_init(site), asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
 }
@@ -254,6 +254,15 @@ DEVICE void fence_mbarrier_init(MMPO_SITE_ONLY) {
 DEVICE void mbarrier_arrive(uint32_t address MMPO_SITE) {
     PTX90_TWIN(emulated::mbarrier_arrive(address, 1, site),
                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory"));
+}
+
+// At the same address of the block `rank` of the cluster. What this thread did before is done for those who wait there
+// with mbarrier_wait_cluster.
+DEVICE void mbarrier_arrive_at(uint32_t address, uint32_t rank MMPO_SITE) {
+    PTX90_TWIN(emulated::mbarrier_arrive_at(address, rank, site),
+               asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(address),
+                            "r"(rank) : "memory"));
 }
 
 DEVICE void mbarrier_expect_tx(uint32_t address, uint32_t bytes MMPO_SITE) {
@@ -294,6 +303,18 @@ DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
 // Waits for the completion of the phase with this parity: 0 for the first, then alternating.
 DEVICE void mbarrier_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     while (!mmpo::mbarrier_try_wait(address, parity MMPO_PASS_SITE)) {
+    }
+}
+
+// As mbarrier_wait, where other blocks of the cluster arrive too.
+DEVICE void mbarrier_wait_cluster(uint32_t address, uint32_t parity MMPO_SITE) {
+    uint32_t done = 0;
+    while (done == 0) {
+        PTX90_TWIN(done = emulated::mbarrier_try_wait(address, parity, site),
+                   asm volatile("{\n.reg .pred p;\n"
+                                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                                "selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(address),
+                                "r"(parity) : "memory"));
     }
 }
 
@@ -361,6 +382,18 @@ DEVICE void tma_load_3d(uint32_t destination, const CUtensorMap* map, int x, int
                asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                             "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(destination),
                             "l"(map), "r"(x), "r"(y), "r"(z), "r"(mbarrier) : "memory"));
+}
+
+// As tma_load_2d, to the same address of every block of the cluster whose rank is a bit of `ranks`: the bytes complete
+// on the mbarrier at the same address of each.
+DEVICE void tma_load_2d_multicast(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t mbarrier,
+                                  uint16_t ranks MMPO_SITE) {
+    PTX90_TWIN(
+        emulated::tensor_load_multicast(destination, map, emulated::Coordinates(x, y), mbarrier, ranks, site),
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+            "l"(map), "r"(x), "r"(y), "r"(mbarrier), "h"(ranks) : "memory"));
 }
 
 // The inverse: parts outside the tensor are not written. Needs bulk_commit and a wait before shared memory is reused.
@@ -436,6 +469,22 @@ template <int kGroupsLeft>
 DEVICE void bulk_wait_read(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::bulk_wait(kGroupsLeft, true, site),
                asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory"));
+}
+
+// ------------------------------------------------------------------------------------------------- clusters, sm_90
+
+// Rank of the calling block among those of its cluster.
+DEVICE uint32_t cluster_rank() {
+    uint32_t rank = 0;
+    PTX90_TWIN(rank = emulated::cluster_rank(), asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
+    return rank;
+}
+
+// All threads of the cluster that have not exited: what they did before, shared memory of other blocks included, is
+// done for all behind it. A block must not exit while others may still reach into its shared memory.
+DEVICE void cluster_sync(MMPO_SITE_ONLY) {
+    PTX90_TWIN(emulated::cluster_sync(site), asm volatile("barrier.cluster.arrive.release;\n"
+                                                          "barrier.cluster.wait.acquire;" :: : "memory"));
 }
 
 // ------------------------------------------------------------------------------------------------- warps and

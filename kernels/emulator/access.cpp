@@ -221,6 +221,7 @@ bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes) {
 #if MMPO_CHECKED
 uint3 thread_index() { return current_thread->index; }
 uint32_t thread_lane() { return current_thread->lane; }
+uint32_t cluster_rank() { return current_block->cluster_rank; }
 uint3 block_index() { return current_block->index; }
 dim3 block_size() { return current_block->threads; }
 dim3 grid_size() { return current_block->blocks; }

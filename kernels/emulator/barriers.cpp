@@ -136,7 +136,7 @@ void mbarrier_init(uint32_t address, uint32_t count, Site site) {
         race_access(self(), SharedAccess{offset, 8, true, Proxy::generic, true}, site);
         mark_shared_written(offset, 8);
         MbarrierClock& clock = running->mbarrier_clocks[address];
-        clock.arriving.reset(running->units());
+        clock.arriving.reset(running->cluster->units());
         clock.completed = clock.arriving;
         clock.unit = running->load_unit(uint32_t(running->mbarrier_clocks.size() - 1) % Block::kLoadUnits);
     }

@@ -1,4 +1,5 @@
-// The state of one running block: its threads, warps, barriers and asynchronous units. Internal to the emulated device.
+// The state of a running block, and of the cluster it is in: threads, warps, barriers and asynchronous units. Internal
+// to the emulated device.
 #pragma once
 
 #include <deque>
@@ -25,6 +26,8 @@ constexpr size_t kSharedLimit = 232448;
 constexpr size_t kSharedGuard = 1024;  // on either side, so that a near miss is told from a wild pointer
 constexpr uint8_t kFreshByte = 0xff;   // fills memory that nothing has written: NaN in f32 and bf16
 constexpr uint32_t kMaxThreads = 1024;
+// What every GPU with clusters takes; more must be asked for.
+constexpr uint32_t kMostClusterBlocks = 8;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kWarpgroup = 128;
 
@@ -33,7 +36,7 @@ using Options = mmpo_emulator_options;
 extern Options options;
 
 enum class Collective : uint8_t { sync, shuffle, vote, elect, reduce, ldmatrix, stmatrix, mma, setmaxnreg };
-enum class WaitFor : uint8_t { nothing, warp, barrier, mbarrier, wgmma, turn };
+enum class WaitFor : uint8_t { nothing, warp, barrier, mbarrier, wgmma, turn, cluster };
 
 struct Wait {
     WaitFor what = WaitFor::nothing;
@@ -102,6 +105,7 @@ struct TensorStore {
 };
 
 struct Thread;
+struct Block;
 
 // A load under way to shared memory: a tensor box, or `bulk_bytes` of plain memory.
 struct BulkLoad {
@@ -112,6 +116,7 @@ struct BulkLoad {
     Coordinates at;
     Thread* issuer;
     uint32_t unit, tick;  // the asynchronous unit's identity and time in the race checker
+    bool repeated;        // another block of the cluster gets the same box: it is read from global memory once
     Site site;
 
     uint32_t bytes() const { return bulk_source != nullptr ? bulk_bytes : map.box_bytes(); }
@@ -132,6 +137,8 @@ struct WgmmaState {
 };
 
 struct Thread : ThreadView {
+    Block* block = nullptr;
+    uint32_t unit = 0;  // identity in the race checker
     Context context;
     Wait wait;
     GroupQueue<CopyAsync> copies;
@@ -196,21 +203,23 @@ struct StaticShared {
     uint32_t offset;
 };
 
+struct Cluster;
+
 struct Block : BlockView {
     const char* kernel = "";
     Entry entry = nullptr;
     const void* arguments = nullptr;
     size_t argument_bytes = 0;
 
+    Cluster* cluster = nullptr;
+
     StackSlab stacks;
-    Context host;
     std::vector<Thread> pool;
     uint32_t thread_count = 0, warp_count = 0, live = 0;
     std::vector<Warp> warps;
     uint32_t runnable_warps = 0, current_warp = 0;
     uint64_t random_state = 1;
     uint32_t number = 0;  // of the block in its grid
-    bool failed = false;
     bool uses_global_atomics = false;
 
     unsigned char* shared_memory = nullptr;  // with guards
@@ -233,15 +242,41 @@ struct Block : BlockView {
     Block();
     ~Block();
     uint64_t random();
-    // Identities in the race checker: threads, then bulk-load units, then warpgroups.
-    uint32_t load_unit(uint32_t index) const { return thread_count + index; }
-    uint32_t warpgroup_unit(uint32_t index) const { return thread_count + kLoadUnits + index; }
+    // Identities in the race checker, from those of one block of the cluster to the next: threads, then bulk-load
+    // units, then warpgroups.
+    uint32_t thread_unit(uint32_t linear) const { return cluster_rank * units() + linear; }
+    uint32_t load_unit(uint32_t index) const { return thread_unit(thread_count) + index; }
+    uint32_t warpgroup_unit(uint32_t index) const { return load_unit(kLoadUnits) + index; }
     uint32_t units() const { return thread_count + kLoadUnits + (thread_count + kWarpgroup - 1) / kWarpgroup; }
     static constexpr uint32_t kLoadUnits = 32;
 };
 
+// Blocks that run together, inside one host thread, and reach into each other's shared memory. Most have one.
+struct Cluster {
+    std::vector<Block*> blocks;  // by rank
+    Context host;
+    bool failed = false;
+    // barrier.cluster
+    uint32_t arrived = 0;
+    std::vector<Thread*> waiters;
+    ClockPair clock;
+
+    uint32_t live() const;
+    uint32_t units() const;  // identities in the race checker
+};
+
 extern __thread Block* running;  // the block this host thread is inside of
 inline Thread& self() { return *static_cast<Thread*>(current_thread); }
+// While it lives, the calling thread acts on another block of its cluster.
+class Inside {
+public:
+    explicit Inside(Block& block) : outer_(running) { running = &block; }
+    ~Inside() { running = outer_; }
+    Inside(const Inside&) = delete;
+
+private:
+    Block* outer_;
+};
 inline Thread& thread_at(uint32_t linear) { return running->pool[linear]; }
 
 // Scheduler.
@@ -249,7 +284,7 @@ void wait_for(WaitFor what, uint32_t id, uint32_t detail, Site, const uint32_t* 
 void make_runnable(Thread&);
 void leave_block();
 
-// Sleeps until a turn has come that a thread of this block waits for; false if none can come any more.
+// Sleeps until a turn has come that a thread of this cluster waits for; false if none waits, or none can come any more.
 bool await_turns();
 // Where the counter of a thread that waits for a turn stands.
 uint32_t turn_counter(const uint32_t* counter);
@@ -259,8 +294,11 @@ unsigned char* shared_storage(uint32_t address, uint32_t bytes, uint32_t alignme
 
 // Asynchronous units, driven by the scheduler.
 void mbarrier_complete_bytes(const BulkLoad&);
+// Fails if all threads of another block have exited: its shared memory is gone.
+void require_present(const Block&, const char* what, Site);
 void land_one_load();
 void check_barrier_after_exit();
+void check_cluster_after_exit();
 void check_thread_exit(Thread&);
 bool early(Block&);  // whether an asynchronous operation issued now takes effect at once
 

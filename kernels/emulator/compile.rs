@@ -29,6 +29,7 @@ impl Variant {
 pub const RUNTIME_SOURCES: &[&str] = &[
     "access.cpp",
     "barriers.cpp",
+    "clusters.cpp",
     "context.cpp",
     "copies.cpp",
     "device.cpp",

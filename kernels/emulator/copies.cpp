@@ -203,6 +203,7 @@ void land_one_load() {
     Block& block = *running;
     const size_t index = block.random() % block.loads.size();
     const BulkLoad load = block.loads[index];
+    if (load.issuer->block != &block) require_present(block, "TMA multicast", load.site);
     block.loads.erase(block.loads.begin() + std::ptrdiff_t(index));
     if (load.bulk_source != nullptr) {
         check_global(*load.issuer, uintptr_t(load.bulk_source), load.bulk_bytes, false, load.site);
@@ -211,14 +212,31 @@ void land_one_load() {
         land_box(load);
     }
     if (kChecked) mark_shared_written(load.destination - kSharedBase, load.bytes());
-    block.counters.tensor_load_bytes += load.bytes();
+    if (!load.repeated) block.counters.tensor_load_bytes += load.bytes();
     mbarrier_complete_bytes(load);
 }
 
 void tensor_load(uint32_t destination, const void* map, Coordinates at, uint32_t mbarrier, Site site) {
     const TensorMap& tensor = checked_map(map, at, destination, "TMA load", site);
     check_mbarrier(mbarrier, "TMA load", site);
-    start_load({tensor, nullptr, 0, destination, mbarrier, at, &self(), 0, 0, site});
+    start_load({tensor, nullptr, 0, destination, mbarrier, at, &self(), 0, 0, false, site});
+}
+
+void tensor_load_multicast(uint32_t destination, const void* map, Coordinates at, uint32_t mbarrier, uint32_t ranks,
+                           Site site) {
+    const std::vector<Block*>& blocks = running->cluster->blocks;
+    if (ranks == 0 || ranks >> blocks.size() != 0)
+        fail(site, "TMA multicast: mask %x names blocks that a cluster of %zu has not", ranks, blocks.size());
+    bool repeated = false;
+    for (Block* block : blocks) {
+        if ((ranks >> block->cluster_rank & 1u) == 0) continue;
+        require_present(*block, "TMA multicast", site);
+        const Inside inside(*block);
+        const TensorMap& tensor = checked_map(map, at, destination, "TMA multicast", site);
+        check_mbarrier(mbarrier, "TMA multicast", site);
+        start_load({tensor, nullptr, 0, destination, mbarrier, at, &self(), 0, 0, repeated, site});
+        repeated = true;
+    }
 }
 
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier, Site site) {
@@ -226,7 +244,7 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
     if (uintptr_t(source) % 16 != 0 || bytes % 16 != 0 || bytes == 0)
         fail(site, "bulk load: %u bytes from %p; both must be multiples of 16", bytes, source);
     check_mbarrier(mbarrier, "bulk load", site);
-    start_load({TensorMap{}, source, bytes, destination, mbarrier, Coordinates(0, 0), &self(), 0, 0, site});
+    start_load({TensorMap{}, source, bytes, destination, mbarrier, Coordinates(0, 0), &self(), 0, 0, false, site});
 }
 
 // --------------------------------------------------------------------------------------------------------- bulk stores

@@ -41,6 +41,7 @@ struct BlockView {
     uint3 index;
     dim3 threads;
     dim3 blocks;
+    uint32_t cluster_rank;
 };
 extern __thread ThreadView* current_thread;
 extern __thread BlockView* current_block;
@@ -49,12 +50,14 @@ extern __thread BlockView* current_block;
 // Out of line, where reading the emulated device's own variables is not instrumented.
 uint3 thread_index();
 uint32_t thread_lane();
+uint32_t cluster_rank();
 uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
 #else
 inline uint3 thread_index() { return current_thread->index; }
 inline uint32_t thread_lane() { return current_thread->lane; }
+inline uint32_t cluster_rank() { return current_block->cluster_rank; }
 inline uint3 block_index() { return current_block->index; }
 inline dim3 block_size() { return current_block->threads; }
 inline dim3 grid_size() { return current_block->blocks; }
@@ -68,6 +71,8 @@ uint32_t shared_address(const void* pointer, Site);
 // Barriers of the block; `threads` 0 means every thread that has not exited.
 void barrier_sync(uint32_t id, uint32_t threads, Site);
 void barrier_arrive(uint32_t id, uint32_t threads, Site);
+// Of every thread of the cluster that has not exited.
+void cluster_sync(Site);
 
 // Warp collectives.
 enum class Shuffle { index, up, down, butterfly };
@@ -99,6 +104,8 @@ void copy_async_wait(int groups_left, Site);
 void mbarrier_init(uint32_t address, uint32_t count, Site);
 void mbarrier_invalidate(uint32_t address, Site);
 void mbarrier_arrive(uint32_t address, uint32_t count, Site);
+// At the same address of another block of the cluster.
+void mbarrier_arrive_at(uint32_t address, uint32_t rank, Site);
 void mbarrier_expect_tx(uint32_t address, uint32_t bytes, Site);
 bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site);
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Site);
@@ -115,6 +122,8 @@ struct Coordinates {
 };
 enum class BulkStore { assign, add };
 void tensor_load(uint32_t destination, const void* map, Coordinates, uint32_t mbarrier, Site);
+// To the same addresses of the blocks whose ranks are bits of `ranks`.
+void tensor_load_multicast(uint32_t destination, const void* map, Coordinates, uint32_t mbarrier, uint32_t ranks, Site);
 void tensor_store(const void* map, uint32_t source, Coordinates, BulkStore, Site);
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier, Site);
 void bulk_store(void* destination, uint32_t source, uint32_t bytes, BulkStore, Site);
@@ -151,12 +160,16 @@ int copy_memory(void* destination, const void* source, size_t bytes);
 int multiprocessors();
 
 using Entry = void (*)(const void* arguments);
-int run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry, const void* arguments, size_t size);
+struct Geometry {
+    dim3 grid, block;
+    size_t shared_bytes;
+    unsigned cluster;  // blocks side by side along x that run together
+};
+int run_grid(const char* kernel, const Geometry&, Entry, const void* arguments, size_t size);
 
 // Runs `kernel` over the grid. Arguments are converted once, as a CUDA launch does, and copied for every thread.
 template <class... Parameters, class... Arguments>
-int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
-           Arguments&&... arguments) {
+int launch(const char* name, const Geometry& geometry, void (*kernel)(Parameters...), Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<Parameters...> arguments;
@@ -166,7 +179,7 @@ int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*
         const Call& call = *static_cast<const Call*>(context);
         std::apply(call.kernel, call.arguments);
     };
-    return run_grid(name, grid, block, shared_bytes, entry, &call, sizeof call);
+    return run_grid(name, geometry, entry, &call, sizeof call);
 }
 
 template <class T>

@@ -11,8 +11,9 @@ namespace emulated {
 
 namespace {
 
-// An epoch is a unit and its time in 32 bits: 11 bits hold the units of a block, 21 its barriers.
-constexpr uint32_t kUnitBits = 11;
+// An epoch is a unit and its time in 32 bits: 12 bits hold the units of a cluster, 20 its barriers.
+constexpr uint32_t kUnitBits = 12;
+static_assert(kMostUnits == 1u << kUnitBits, "a unit's number fits");
 uint32_t epoch(uint32_t unit, uint32_t time) { return time << kUnitBits | unit; }
 uint32_t unit_of(uint32_t epoch) { return epoch & ((1u << kUnitBits) - 1); }
 uint32_t time_of(uint32_t epoch) { return epoch >> kUnitBits; }
@@ -27,10 +28,13 @@ void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
 }
 
 std::string name_unit(uint32_t unit) {
-    if (unit < running->thread_count) return "thread " + std::to_string(unit);
+    const uint32_t rank = unit / running->units();
+    const std::string where = rank == running->cluster_rank ? "" : " of the cluster's block " + std::to_string(rank);
+    unit %= running->units();
+    if (unit < running->thread_count) return "thread " + std::to_string(unit) + where;
     unit -= running->thread_count;
-    if (unit < Block::kLoadUnits) return "an asynchronous load";
-    return "wgmma of warpgroup " + std::to_string(unit - Block::kLoadUnits);
+    if (unit < Block::kLoadUnits) return "an asynchronous load" + where;
+    return "wgmma of warpgroup " + std::to_string(unit - Block::kLoadUnits) + where;
 }
 
 std::string name_site(Site site) { return std::string(file_name(site)) + ":" + std::to_string(site.line); }
@@ -145,12 +149,12 @@ void race_access(Thread& observer, uint32_t unit, uint32_t time, SharedAccess ac
 }
 
 void race_access(Thread& thread, SharedAccess access, Site site) {
-    race_access(thread, thread.linear, thread.clock.seen[thread.linear], access, site);
+    race_access(thread, thread.unit, thread.clock.seen[thread.unit], access, site);
 }
 
 void race_release(ClockPair& to, Thread& from) {
     to.join(from.clock);
-    ++from.clock.seen[from.linear];
+    ++from.clock.seen[from.unit];
 }
 
 void race_acquire(Thread& to, const ClockPair& from) { to.clock.join(from); }
@@ -165,7 +169,7 @@ void fence_proxy_async(Site) {
     if (!kChecked) return;
     ClockPair& clock = self().clock;
     clock.fenced = clock.seen;
-    ++clock.seen[self().linear];
+    ++clock.seen[self().unit];
 }
 
 void check_shared(Thread& thread, uint32_t offset, uint32_t bytes, bool write, Site site) {

@@ -18,6 +18,9 @@ namespace emulated {
 struct Thread;
 struct Block;
 
+// Units that a cluster may have, so that epochs can name them.
+constexpr uint32_t kMostUnits = 4096;
+
 struct ClockPair {
     std::vector<uint32_t> seen;    // the time of every unit that happens before now
     std::vector<uint32_t> fenced;  // likewise, what the async proxy may rely on

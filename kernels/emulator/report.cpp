@@ -14,7 +14,7 @@ namespace {
 
 std::string describe(const Thread* thread, Site site) {
     char text[300];
-    const uint3 block = running->index;
+    const uint3 block = (thread != nullptr ? thread->block : running)->index;
     snprintf(text, sizeof text, "%s, block (%u, %u, %u)", running->kernel, block.x, block.y, block.z);
     std::string result = text;
     if (thread != nullptr) {
@@ -30,7 +30,7 @@ std::string describe(const Thread* thread, Site site) {
     char text[3000];
     vsnprintf(text, sizeof text, format, arguments);
     Launch::current().record(describe(thread, site) + ": " + text);
-    running->failed = true;
+    running->cluster->failed = true;
     leave_block();
     abort();  // not reached: no one switches back to a failed block's threads
 }
@@ -61,6 +61,10 @@ std::string describe_wait(const Thread& thread) {
                      "turn %u of the counter at %p, which stands at %u, while no running block can "
                      "move it,",
                      wait.id, static_cast<const void*>(wait.counter), turn_counter(wait.counter));
+            break;
+        case WaitFor::cluster:
+            snprintf(text, sizeof text, "the cluster's barrier, where %u of %u threads have arrived,",
+                     running->cluster->arrived, running->cluster->live());
             break;
         case WaitFor::nothing:
             snprintf(text, sizeof text, "nothing");
@@ -99,22 +103,29 @@ void fail_block(const char* format, ...) {
 }
 
 void report_deadlock() {
-    std::map<std::string, std::map<uint32_t, uint32_t>> waits;  // what is waited for -> warp -> lanes
-    for (uint32_t i = 0; i < running->thread_count; ++i) {
-        const Thread& thread = thread_at(i);
-        if ((running->warps[thread.warp].alive >> thread.lane & 1u) == 0) continue;
-        waits[describe_wait(thread)][thread.warp] |= 1u << thread.lane;
+    const Cluster& cluster = *running->cluster;
+    std::map<std::string, std::map<std::pair<uint32_t, uint32_t>, uint32_t>> waits;  // what for -> block, warp -> lanes
+    uint32_t exited = 0;
+    for (Block* block : cluster.blocks) {
+        const Inside inside(*block);
+        exited += block->thread_count - block->live;
+        for (uint32_t i = 0; i < block->thread_count; ++i) {
+            const Thread& thread = thread_at(i);
+            if ((block->warps[thread.warp].alive >> thread.lane & 1u) == 0) continue;
+            waits[describe_wait(thread)][{block->cluster_rank, thread.warp}] |= 1u << thread.lane;
+        }
     }
     std::string text = "deadlock:";
     for (const auto& [what, warps] : waits) {
         text += "\n  waiting for " + what + ":";
-        for (const auto& [warp, lanes] : warps) {
+        for (const auto& [place, lanes] : warps) {
+            text += " warp " + std::to_string(place.second);
+            if (cluster.blocks.size() > 1) text += " of the cluster's block " + std::to_string(place.first);
             char who[64];
-            snprintf(who, sizeof who, lanes == kAllLanes ? " warp %u" : " warp %u (lanes %08x)", warp, lanes);
-            text += who;
+            snprintf(who, sizeof who, " (lanes %08x)", lanes);
+            if (lanes != kAllLanes) text += who;
         }
     }
-    const uint32_t exited = running->thread_count - running->live;
     if (exited != 0) text += "\n  exited: " + std::to_string(exited) + " threads";
     fail_block("%s", text.c_str());
 }

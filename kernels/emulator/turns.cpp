@@ -1,5 +1,7 @@
 // Turns: blocks of one launch that wait for one another at counters in global memory. A block whose threads all wait
 // puts its host thread to sleep until another passes a turn.
+#include <algorithm>
+
 #include "block.h"
 #include "device.h"
 #include "memory.h"
@@ -19,8 +21,7 @@ void check_counter(const uint32_t* counter, const char* what, Site site) {
 }
 
 // Whether any thread goes on: its turn has come, or is over, which it reports itself.
-bool wake_due_threads() {
-    std::vector<Thread*>& waiters = running->turn_waiters;
+bool wake_due_threads(std::vector<Thread*>& waiters) {
     size_t kept = 0;
     for (Thread* waiter : waiters) {
         if (turn_counter(waiter->wait.counter) >= waiter->wait.id)
@@ -37,7 +38,16 @@ bool wake_due_threads() {
 
 uint32_t turn_counter(const uint32_t* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 
-bool await_turns() { return Launch::current().await_others(&wake_due_threads); }
+bool await_turns() {
+    const std::vector<Block*>& blocks = running->cluster->blocks;
+    const auto waits = [](const Block* block) { return !block->turn_waiters.empty(); };
+    if (std::none_of(blocks.begin(), blocks.end(), waits)) return false;
+    return Launch::current().await_others([&] {
+        bool some = false;
+        for (Block* block : blocks) some |= wake_due_threads(block->turn_waiters);
+        return some;
+    });
+}
 
 void wait_for_turn(const uint32_t* counter, uint32_t turn, Site site) {
     check_counter(counter, "wait_for_turn", site);

@@ -1,5 +1,5 @@
-//! `mmpo-fast bench products`: a GPU's linear layers by our kernels and by cuBLASLt, call by call in turn, as rows of
-//! `src/device/cuda/product_table.rs`.
+//! `mmpo-fast bench products`: a GPU's linear layers by our kernels in every tile shape and by cuBLASLt, call by call in
+//! turn, as rows of `src/device/cuda/product_table.rs`.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use super::cases::{self, Case};
 use super::measure::{Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
-use crate::device::cuda::{CudaDevice, Products};
+use crate::device::cuda::{CudaDevice, ProductTile, Products};
 use crate::device::{Device, DeviceChoice, Floats, LinearShape};
 use crate::error::{Error, Result};
 
@@ -18,15 +18,31 @@ const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
 const PRODUCTS: [&str; 4] =
     ["linear_forward", "linear_swiglu_forward", "linear_backward_input", "linear_backward_weight"];
 
-/// One product of one layer, timed both ways.
+/// One product of one layer, timed every way.
 struct Duel {
     operation: &'static str,
     layer: &'static str,
     shape: Shape,
     linear: LinearShape,
     flops: f64,
-    ours: Sample,
     vendor: Sample,
+    /// Our kernel in the tile that it plans.
+    planned: Sample,
+    /// Our kernel in each tile shape; none where the operation has but one plan.
+    tiles: Vec<Sample>,
+}
+
+impl Duel {
+    /// The tile shape in which our kernel is fastest, none for the planned one, and its time.
+    fn fastest(&self) -> (Option<usize>, &Sample) {
+        let tiles = self.tiles.iter().enumerate().map(|(tile, sample)| (Some(tile), sample));
+        let all = std::iter::once((None, &self.planned)).chain(tiles);
+        all.min_by(|a, b| a.1.median().total_cmp(&b.1.median())).unwrap_or((None, &self.planned))
+    }
+
+    fn speedup(&self) -> f64 {
+        self.vendor.median() / self.fastest().1.median()
+    }
 }
 
 pub fn run(config: &BenchConfig) -> Result<()> {
@@ -45,6 +61,7 @@ pub fn run(config: &BenchConfig) -> Result<()> {
     method.calls = config.calls.unwrap_or(method.calls);
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
+    let tiles = device.product_tiles()?;
     let mut duels = Vec::new();
     for model in MODELS {
         for rows in ROWS {
@@ -65,14 +82,29 @@ pub fn run(config: &BenchConfig) -> Result<()> {
                     let layer = if case.part.is_empty() { "gate_up" } else { case.part };
                     let linear = cases::linear_shape(&shape, layer);
                     let (operation, flops) = (case.operation, case.flops);
-                    let [ours, vendor];
-                    (device, [ours, vendor]) = time(device, case, &flush, &method)?;
-                    duels.push(Duel { operation, layer, shape: shape.clone(), linear, flops, ours, vendor });
+                    let mut ways = vec![Products::Vendor, Products::Ours];
+                    if operation != "linear_swiglu_forward" {
+                        ways.extend((0..).take(tiles.len()).map(Products::Tile));
+                    }
+                    let mut samples;
+                    (device, samples) = time(device, case, &flush, &method, &ways)?;
+                    let tiles = samples.split_off(2);
+                    let [vendor, planned] = [samples.remove(0), samples.remove(0)];
+                    duels.push(Duel {
+                        operation,
+                        layer,
+                        shape: shape.clone(),
+                        linear,
+                        flops,
+                        vendor,
+                        planned,
+                        tiles,
+                    });
                 }
             }
         }
     }
-    print(&device, config, &method, &duels)
+    print(&device, config, &method, &duels, &tiles)
 }
 
 fn smallest() -> Result<Shape> {
@@ -86,17 +118,18 @@ fn smallest() -> Result<Shape> {
     })
 }
 
-/// A B A B: a GPU that changes its clock changes it for both.
+/// All ways in turn, call by call: a GPU that changes its clock changes it for all.
 fn time(
     mut device: CudaDevice,
     mut case: Case<CudaDevice>,
     flush: &Floats<CudaDevice>,
     method: &Method,
-) -> Result<(CudaDevice, [Sample; 2])> {
+    ways: &[Products],
+) -> Result<(CudaDevice, Vec<Sample>)> {
     let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
-    let mut samples = [Sample::default(), Sample::default()];
+    let mut samples = vec![Sample::default(); ways.len()];
     for call in 0..method.warmups + method.calls {
-        for (sample, products) in samples.iter_mut().zip([Products::Ours, Products::Vendor]) {
+        for (sample, &products) in samples.iter_mut().zip(ways) {
             device = device.with_products(products);
             device.gradient_norm(&mut flushed, &[flush], None)?;
             let seconds = device.time(|| case.run(&device))?;
@@ -108,17 +141,24 @@ fn time(
     Ok((device.with_products(Products::Fastest), samples))
 }
 
-fn print(device: &CudaDevice, config: &BenchConfig, method: &Method, duels: &[Duel]) -> Result<()> {
+fn print(
+    device: &CudaDevice,
+    config: &BenchConfig,
+    method: &Method,
+    duels: &[Duel],
+    tiles: &[ProductTile],
+) -> Result<()> {
     if let Some(path) = &config.csv {
         for (engine, choose) in [("", 0), (" by cuBLASLt", 1)] {
             let row = |duel: &Duel| {
-                let sample = [&duel.ours, &duel.vendor][choose];
+                let sample = [duel.fastest().1, &duel.vendor][choose];
                 let op = format!("{} {}{engine}", duel.operation, duel.layer);
                 ResultRow::new(&op, &duel.shape.name(), sample, duel.flops, 0.0)
             };
             report::append_csv(path, &device.describe(), &duels.iter().map(row).collect::<Vec<_>>())?;
         }
     }
+    let names: Vec<String> = tiles.iter().map(ProductTile::to_string).collect();
     if config.json {
         let rows: Vec<_> = duels
             .iter()
@@ -128,12 +168,17 @@ fn print(device: &CudaDevice, config: &BenchConfig, method: &Method, duels: &[Du
                     "rows": duel.linear.rows,
                     "inputs": duel.linear.inputs,
                     "outputs": duel.linear.outputs,
-                    "ours_seconds": duel.ours.median(),
+                    "ours_seconds": duel.fastest().1.median(),
                     "vendor_seconds": duel.vendor.median(),
+                    "planned_seconds": duel.planned.median(),
+                    "tile_seconds": duel.tiles.iter().map(Sample::median).collect::<Vec<_>>(),
                 })
             })
             .collect();
-        return report::print(&format!("{}\n", json!({ "bench": "products", "products": rows })));
+        return report::print(&format!(
+            "{}\n",
+            json!({ "bench": "products", "tiles": names, "products": rows })
+        ));
     }
     let rows: Vec<Vec<String>> = duels
         .iter()
@@ -142,13 +187,18 @@ fn print(device: &CudaDevice, config: &BenchConfig, method: &Method, duels: &[Du
             vec![
                 format!("{} {} {}", duel.shape.model, duel.operation, duel.layer),
                 duel.linear.rows.to_string(),
-                rate(&duel.ours),
                 rate(&duel.vendor),
-                figures(duel.vendor.median() / duel.ours.median()),
+                rate(duel.fastest().1),
+                figures(duel.speedup()),
+                rate(&duel.planned),
             ]
+            .into_iter()
+            .chain((0..names.len()).map(|tile| duel.tiles.get(tile).map_or("-".into(), rate)))
+            .collect()
         })
         .collect();
-    let header = ["product", "rows", "ours, TFLOP/s", "cuBLASLt", "speedup"];
+    let header = ["product", "rows", "cuBLASLt, TFLOP/s", "ours", "speedup", "planned"];
+    let header: Vec<&str> = header.into_iter().chain(names.iter().map(String::as_str)).collect();
     let measured: String = duels.iter().map(measured).collect();
     report::print(&format!(
         "device   {}\nmethod   {}, ours and cuBLASLt in turn\n\n{}\nFor src/device/cuda/product_table.rs:\n\n{measured}",
@@ -167,10 +217,10 @@ fn measured(duel: &Duel) -> String {
         _ => "BackwardWeight",
     };
     let LinearShape { rows, inputs, outputs } = duel.linear;
-    let speedup = duel.vendor.median() / duel.ours.median();
+    let (tile, speedup) = (duel.fastest().0, duel.speedup());
     format!(
         "    Measured {{ kind: ProductKind::{kind}, shape: LinearShape {{ rows: {rows}, inputs: {inputs}, outputs: {outputs} }}, \
-         speedup: {speedup:.2} }},\n"
+         tile: {tile:?}, speedup: {speedup:.2} }},\n"
     )
 }
 
@@ -187,11 +237,12 @@ mod tests {
             linear: cases::linear_shape(&shape, "down"),
             shape,
             flops: 1.0,
-            ours: Sample(vec![2.0]),
             vendor: Sample(vec![3.0]),
+            planned: Sample(vec![2.5]),
+            tiles: vec![Sample(vec![4.0]), Sample(vec![2.0])],
         };
         let wanted = "    Measured { kind: ProductKind::BackwardInput, shape: LinearShape { rows: 16, inputs: 256, outputs: 128 }, \
-                      speedup: 1.50 },\n";
+                      tile: Some(1), speedup: 1.50 },\n";
         assert_eq!(measured(&duel), wanted);
     }
 }

@@ -37,7 +37,10 @@ void multiply(std::vector<float>& out, const std::vector<bf16>& left, const std:
     }
 }
 
-ProductPlan one_group() { return {0, 0, 1, 2, 0.0}; }
+template <class Tile>
+ProductPlan plan_of(int splits = 1) {
+    return {Tile::BLOCK_M, Tile::BLOCK_N, Tile::kCluster, splits, 2, 0.0};
+}
 
 // Adds to what is there; rounding to bf16 is another case's.
 template <class Tile, class Lines>
@@ -51,16 +54,20 @@ std::string run_f32(Shape shape) {
     StoreF32 epilogue{{}, shape.m, shape.n, true};
     if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
     const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    return outcome(launch_tiles<Tile, Lines>(operands, one_group(), epilogue, nullptr), out, expected);
+    return outcome(launch_tiles<Tile, Lines>(operands, plan_of<Tile>(), epilogue, nullptr), out, expected);
 }
 
-// Five tiles for each of the emulated device's four multiprocessors would take long: one block gets two.
+// Six tiles, so that one of the emulated device's four blocks gets two; rows of tiles are odd in number, so that the last
+// cluster of two has one tile that is no part of `out`.
 template <class Tile, class Lines>
 std::string run_tiles() {
     return run_f32<Tile, Lines>({2 * Tile::BLOCK_M + 24, Tile::BLOCK_N + 40, 200});
 }
 
 CASE(product_128x256) { return run_tiles<Tile128x256, ForwardLines>(); }
+CASE(product_128x256_paired) { return run_tiles<Paired<Tile128x256>, ForwardLines>(); }
+CASE(product_128x256_paired_input) { return run_tiles<Paired<Tile128x256>, BackwardInputLines>(); }
+CASE(product_192x192_paired_weight) { return run_tiles<Paired<Tile192x192>, BackwardWeightLines>(); }
 CASE(product_192x192_input) { return run_tiles<Tile192x192, BackwardInputLines>(); }
 CASE(product_128x192_weight) { return run_tiles<Tile128x192, BackwardWeightLines>(); }
 CASE(product_128x128_weight) { return run_tiles<Tile128x128, BackwardWeightLines>(); }
@@ -68,29 +75,35 @@ CASE(product_64x128_input) { return run_tiles<Tile64x128, BackwardInputLines>();
 CASE(product_64x128_weight) { return run_tiles<Tile64x128, BackwardWeightLines>(); }
 // Less than one slice, one row, a stage ring that is never filled.
 CASE(product_smallest) { return run_f32<Tile128x192, ForwardLines>({1, 8, 8}); }
+CASE(product_smallest_paired) { return run_f32<Paired<Tile192x192>, ForwardLines>({1, 8, 8}); }
 
 // Parts of the depth, each in rows of its own; the last part is a slice longer.
-CASE(product_parts) {
-    using Tile = Tile64x128;
-    constexpr int kParts = 3, kRows = 2 * Tile::BLOCK_M;
+template <class Tile>
+std::string run_parts() {
+    constexpr int kParts = 3;
     const Shape shape{Tile::BLOCK_M + 6, 72, 7 * BLOCK_K};
+    const ProductPlan plan = plan_of<Tile>(kParts);
+    const int rows = int(split_rows(plan, shape.m));
     const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
     const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3);
     DeviceArray<bf16> left(left_values), right(right_values);
-    DeviceArray<float> parts(size_t(kParts * kRows * shape.n));
-    StoreF32 epilogue{{}, kParts * kRows, shape.n, false};
-    if (encode_panel_map(&epilogue.out, parts.data(), kParts * kRows, shape.n) != 0) return "no tensor map";
-    const ProductPlan plan{Tile::BLOCK_M, Tile::BLOCK_N, kParts, 1, 0.0};
+    DeviceArray<float> parts(size_t(kParts * rows * shape.n));
+    StoreF32 epilogue{{}, kParts * rows, shape.n, false};
+    if (encode_panel_map(&epilogue.out, parts.data(), kParts * rows, shape.n) != 0) return "no tensor map";
     const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
     if (const int error = launch_tiles<Tile, ForwardLines>(operands, plan, epilogue, nullptr)) return device_error(error);
     std::vector<float> sum(size_t(shape.m * shape.n), 0.0f), expected(sum);
     const std::vector<float> found = parts.download();
     for (int part = 0; part < kParts; ++part) {
-        for (int i = 0; i < shape.m * shape.n; ++i) sum[size_t(i)] += found[size_t(part * kRows * shape.n + i)];
+        for (int i = 0; i < shape.m * shape.n; ++i) sum[size_t(i)] += found[size_t(part * rows * shape.n + i)];
     }
     multiply<ForwardLines>(expected, left_values, right_values, shape);
     return compare(sum, expected);
 }
+
+CASE(product_parts) { return run_parts<Tile64x128>(); }
+// The second part starts behind the tile that completes the cluster of the first.
+CASE(product_parts_paired) { return run_parts<Paired<Tile128x256>>(); }
 
 // Bias, and one rounding.
 CASE(product_bf16) {
@@ -102,7 +115,7 @@ CASE(product_bf16) {
     StoreBf16 epilogue{{}, bias.data(), shape.m, shape.n};
     if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
     const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    if (const int error = launch_tiles<Tile, ForwardLines>(operands, one_group(), epilogue, nullptr))
+    if (const int error = launch_tiles<Tile, ForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
         return device_error(error);
     std::vector<float> expected(size_t(shape.m * shape.n));
     for (size_t i = 0; i < expected.size(); ++i) expected[i] = to_float(bias_values[i % size_t(shape.n)]);
@@ -128,7 +141,7 @@ std::string run_swiglu() {
         encode_panel_map(&epilogue.out, out.data(), shape.m, kWidth) != 0)
         return "no tensor map";
     const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    if (const int error = launch_tiles<Tile, GatedForwardLines>(operands, one_group(), epilogue, nullptr))
+    if (const int error = launch_tiles<Tile, GatedForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
         return device_error(error);
     std::vector<float> expected(size_t(shape.m * shape.n), 0.0f), found;
     multiply<GatedForwardLines>(expected, left_values, right_values, shape);
@@ -147,6 +160,7 @@ std::string run_swiglu() {
 }
 
 CASE(product_swiglu_128x256) { return run_swiglu<Tile128x256>(); }
+CASE(product_swiglu_128x256_paired) { return run_swiglu<Paired<Tile128x256>>(); }
 CASE(product_swiglu_128x128) { return run_swiglu<Tile128x128>(); }
 
 }  // namespace

@@ -8,7 +8,7 @@ program=$(realpath -m "${1:?usage: build_layouts.sh PROGRAM}")
 cd "$(dirname "$0")/../.."
 
 # Planted faults and counters mean something on the emulated device alone.
-cases="layouts tensors collectives instructions programs registry"
+cases="layouts tensors collectives instructions programs multicast registry"
 
 find_nvcc() {
   local candidate

@@ -52,7 +52,7 @@ use self::memory::{Memory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
-pub use self::products::Products;
+pub use self::products::{ProductTile, Products};
 use super::trace::{OperationTime, Trace};
 use super::{
     AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,

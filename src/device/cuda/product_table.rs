@@ -12,15 +12,18 @@ use crate::device::LinearShape;
 pub(super) struct Measured {
     pub kind: ProductKind,
     pub shape: LinearShape,
-    /// cuBLASLt's time / the time of our kernel.
+    /// The fastest of our kernel's tile shapes, by its number in `kernels/common/product_plan.cuh`; none: the planned one.
+    pub tile: Option<u8>,
+    /// cuBLASLt's time / the time of our kernel in that tile.
     pub speedup: f32,
 }
 
 pub(super) const MEASURED: &[Measured] = &[];
 
-/// Whether our kernel is the faster one by `table`: of the layers with these inputs and outputs, the one counts whose rows
-/// are nearest by ratio (the lesser on a tie). The library takes what was never measured.
-pub(super) fn ours_is_faster(table: &[Measured], kind: ProductKind, shape: LinearShape) -> bool {
+/// The tile in which our kernel is the faster one by `table`, none if it is not: of the layers with these inputs and
+/// outputs, the one counts whose rows are nearest by ratio (the lesser on a tie). The library takes what was never
+/// measured.
+pub(super) fn faster_tile(table: &[Measured], kind: ProductKind, shape: LinearShape) -> Option<Option<u8>> {
     let distance = |rows: usize| {
         let (more, less) = (rows.max(shape.rows), rows.min(shape.rows));
         more as f64 / less.max(1) as f64
@@ -32,7 +35,8 @@ pub(super) fn ours_is_faster(table: &[Measured], kind: ProductKind, shape: Linea
         .min_by(|a, b| {
             distance(a.shape.rows).total_cmp(&distance(b.shape.rows)).then(a.shape.rows.cmp(&b.shape.rows))
         })
-        .is_some_and(|row| row.speedup > 1.0)
+        .filter(|row| row.speedup > 1.0)
+        .map(|row| row.tile)
 }
 
 #[cfg(test)]
@@ -40,7 +44,7 @@ mod tests {
     use super::*;
 
     fn row(kind: ProductKind, rows: usize, speedup: f32) -> Measured {
-        Measured { kind, shape: LinearShape { rows, inputs: 576, outputs: 1536 }, speedup }
+        Measured { kind, shape: LinearShape { rows, inputs: 576, outputs: 1536 }, tile: Some(3), speedup }
     }
 
     #[test]
@@ -51,13 +55,13 @@ mod tests {
             row(ProductKind::BackwardInput, 2048, 0.5),
         ];
         let ours =
-            |kind, rows, outputs| ours_is_faster(&table, kind, LinearShape { rows, inputs: 576, outputs });
-        assert!(ours(ProductKind::Forward, 1, 1536));
-        assert!(ours(ProductKind::Forward, 4096, 1536), "a tie goes to fewer rows");
-        assert!(!ours(ProductKind::Forward, 4097, 1536));
-        assert!(!ours(ProductKind::BackwardInput, 2048, 1536));
-        assert!(!ours(ProductKind::BackwardWeight, 2048, 1536), "never measured");
-        assert!(!ours(ProductKind::Forward, 2048, 1544), "never measured");
+            |kind, rows, outputs| faster_tile(&table, kind, LinearShape { rows, inputs: 576, outputs });
+        assert_eq!(ours(ProductKind::Forward, 1, 1536), Some(Some(3)));
+        assert!(ours(ProductKind::Forward, 4096, 1536).is_some(), "a tie goes to fewer rows");
+        assert_eq!(ours(ProductKind::Forward, 4097, 1536), None);
+        assert_eq!(ours(ProductKind::BackwardInput, 2048, 1536), None);
+        assert_eq!(ours(ProductKind::BackwardWeight, 2048, 1536), None, "never measured");
+        assert_eq!(ours(ProductKind::Forward, 2048, 1544), None, "never measured");
     }
 
     #[test]

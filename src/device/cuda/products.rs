@@ -7,8 +7,8 @@ use std::ffi::c_void;
 use half::bf16;
 
 use super::backend::{Operand, Product, ProductOut};
-use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
-use super::product_table::{MEASURED, ours_is_faster};
+use super::bindings::{KernelTable, MMPO_PLANNED_TILE, mmpo_status, mmpo_stream};
+use super::product_table::{MEASURED, faster_tile};
 use super::{CudaDevice, KernelPath, launch_sizes};
 use crate::device::LinearShape;
 use crate::error::{Error, Result};
@@ -21,8 +21,49 @@ pub enum Products {
     Fastest,
     /// This program's kernels: to test or to time them.
     Ours,
+    /// As `Ours`, in Hopper's tile shape of this number (`0..`[`CudaDevice::product_tiles`]) where there is a choice.
+    Tile(u8),
     /// cuBLASLt, and an error where it is not installed: to time it.
     Vendor,
+}
+
+/// A tile shape of Hopper's products: `block_m` x `block_n` of the output, by clusters of so many blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductTile {
+    /// Rows of a tile.
+    pub block_m: i32,
+    /// Columns of a tile.
+    pub block_n: i32,
+    /// Blocks that share the right operand's slices.
+    pub cluster: i32,
+}
+
+impl std::fmt::Display for ProductTile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}x{}", self.block_m, self.block_n)?;
+        if self.cluster > 1 { write!(f, " by {}", self.cluster) } else { Ok(()) }
+    }
+}
+
+impl CudaDevice {
+    /// The tile shapes that [`Products::Tile`] names by their number.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn product_tiles(&self) -> Result<Vec<ProductTile>> {
+        let mut tiles = Vec::new();
+        self.backend().launch("product_tiles_sm90", &(), &mut |kernels, _| {
+            // SAFETY: pure functions of numbers.
+            let (count, plan) = unsafe { ((kernels.product_tiles_sm90)(), kernels.product_plan_sm90) };
+            tiles.extend((0..count).map(|tile| {
+                // SAFETY: as above.
+                let plan = unsafe { plan(1, 1, 1, 0, tile) };
+                ProductTile { block_m: plan.block_m, block_n: plan.block_n, cluster: plan.cluster }
+            }));
+            0
+        })?;
+        Ok(tiles)
+    }
 }
 
 /// Which product of a linear layer.
@@ -52,7 +93,15 @@ pub(super) enum LinearProduct {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Implementation {
     Vendor,
-    Ours(KernelPath),
+    Portable,
+    Hopper(Tile),
+}
+
+/// A tile shape of `kernels/common/product_plan.cuh` by its number, or none: the one that it plans.
+type Tile = Option<u8>;
+
+fn tile_number(tile: Tile) -> i32 {
+    tile.map_or(MMPO_PLANNED_TILE, i32::from)
 }
 
 /// Queues one product.
@@ -60,37 +109,37 @@ enum Implementation {
 /// # Safety
 /// From each address on, the memory covers `shape`; the output overlaps none of the others.
 pub(super) unsafe fn multiply(device: &CudaDevice, product: LinearProduct, shape: LinearShape) -> Result<()> {
-    let vendor = device.backend().products();
-    match choose(device, product.kind(), shape, product.has_hopper_kernel(shape)) {
+    let (path, tile) = match choose(device, product.kind(), shape, product.has_hopper_kernel(shape)) {
         Implementation::Vendor => {
-            let Some(vendor) = vendor else { return Err(no_vendor()) };
+            let Some(vendor) = device.backend().products() else { return Err(no_vendor()) };
             // SAFETY: the caller's promise.
-            device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) })
+            return device.traced(product.name(), || unsafe { vendor.multiply(&product.for_vendor(shape)) });
         }
-        Implementation::Ours(path) => {
-            let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
-            // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
-            device.launch_with_workspace(
-                product.launcher(path),
-                &shape,
-                |kernels| product.workspace(kernels, path, sizes),
-                |kernels, workspace, stream| unsafe {
-                    product.launch(kernels, path, sizes, workspace, stream)
-                },
-            )
-        }
-    }
+        Implementation::Portable => (KernelPath::Portable, None),
+        Implementation::Hopper(tile) => (KernelPath::Hopper, tile),
+    };
+    let sizes = launch_sizes(product.name(), [shape.rows, shape.inputs, shape.outputs])?;
+    // SAFETY: the caller's promise, and the workspace is as large as the launcher's own rule says.
+    device.launch_with_workspace(
+        product.launcher(path),
+        &shape,
+        |kernels| product.workspace(kernels, path, sizes, tile),
+        |kernels, workspace, stream| unsafe { product.launch(kernels, path, sizes, tile, workspace, stream) },
+    )
 }
 
 /// `hopper`: whether Hopper's kernels take the product.
 fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bool) -> Implementation {
     let hopper = hopper && device.path() == KernelPath::Hopper;
-    let ours = Implementation::Ours(if hopper { KernelPath::Hopper } else { KernelPath::Portable });
+    let ours = |tile| if hopper { Implementation::Hopper(tile) } else { Implementation::Portable };
     match device.products() {
         Products::Vendor => Implementation::Vendor,
-        Products::Ours => ours,
-        Products::Fastest if device.backend().products().is_none() => ours,
-        Products::Fastest if hopper && ours_is_faster(MEASURED, kind, shape) => ours,
+        Products::Ours => ours(None),
+        Products::Tile(tile) => ours(Some(tile)),
+        Products::Fastest if device.backend().products().is_none() => ours(None),
+        Products::Fastest if hopper => {
+            faster_tile(MEASURED, kind, shape).map_or(Implementation::Vendor, Implementation::Hopper)
+        }
         Products::Fastest => Implementation::Vendor,
     }
 }
@@ -98,7 +147,7 @@ fn choose(device: &CudaDevice, kind: ProductKind, shape: LinearShape, hopper: bo
 /// Whether gate, up and SwiGLU of them are one kernel for these addresses and this shape of the product (`outputs` = 2F).
 pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: LinearShape) -> bool {
     let hopper = mappable(&addresses, shape) && shape.outputs.is_multiple_of(16);
-    choose(device, ProductKind::ForwardSwiGlu, shape, hopper) == Implementation::Ours(KernelPath::Hopper)
+    matches!(choose(device, ProductKind::ForwardSwiGlu, shape, hopper), Implementation::Hopper(_))
 }
 
 /// Whether tensor maps of a product's matrices exist: they need 16-byte strides and addresses.
@@ -193,11 +242,17 @@ impl LinearProduct {
     }
 
     /// Bytes of scratch memory.
-    fn workspace(&self, kernels: &KernelTable, path: KernelPath, [rows, inputs, outputs]: [i32; 3]) -> i64 {
+    fn workspace(
+        &self,
+        kernels: &KernelTable,
+        path: KernelPath,
+        [rows, inputs, outputs]: [i32; 3],
+        tile: Tile,
+    ) -> i64 {
         match (path, self.kind()) {
             // SAFETY: a pure function of numbers.
             (KernelPath::Hopper, ProductKind::BackwardWeight) => unsafe {
-                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs)
+                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
             },
             _ => 0,
         }
@@ -211,35 +266,46 @@ impl LinearProduct {
         kernels: &KernelTable,
         path: KernelPath,
         [rows, inputs, outputs]: [i32; 3],
+        tile: Tile,
         workspace: *mut c_void,
         stream: mmpo_stream,
     ) -> mmpo_status {
+        let tile = tile_number(tile);
         // SAFETY: the caller's promise.
         unsafe {
-            match *self {
-                LinearProduct::Forward { out, x, weight, bias } => {
-                    let launch = path.either(kernels.linear_forward, kernels.linear_forward_sm90);
-                    launch(out, x, weight, bias.unwrap_or(std::ptr::null()), rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardInput { dx, dout, weight } => {
-                    let launch =
-                        path.either(kernels.linear_backward_input, kernels.linear_backward_input_sm90);
-                    launch(dx, dout, weight, rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardInputF32 { dx, dout, weight } => {
-                    let launch = path
-                        .either(kernels.linear_backward_input_f32, kernels.linear_backward_input_f32_sm90);
-                    launch(dx, dout, weight, rows, inputs, outputs, stream)
-                }
-                LinearProduct::BackwardWeight { dweight, dout, x } => match path {
-                    KernelPath::Portable => {
-                        (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+            match (*self, path) {
+                (LinearProduct::Forward { out, x, weight, bias }, path) => {
+                    let bias = bias.unwrap_or(std::ptr::null());
+                    match path {
+                        KernelPath::Portable => {
+                            (kernels.linear_forward)(out, x, weight, bias, rows, inputs, outputs, stream)
+                        }
+                        KernelPath::Hopper => (kernels.linear_forward_sm90)(
+                            out, x, weight, bias, rows, inputs, outputs, tile, stream,
+                        ),
                     }
-                    KernelPath::Hopper => {
-                        let launch = kernels.linear_backward_weight_sm90;
-                        launch(dweight, workspace, dout, x, rows, inputs, outputs, stream)
-                    }
-                },
+                }
+                (LinearProduct::BackwardInput { dx, dout, weight }, KernelPath::Portable) => {
+                    (kernels.linear_backward_input)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                (LinearProduct::BackwardInput { dx, dout, weight }, KernelPath::Hopper) => (kernels
+                    .linear_backward_input_sm90)(
+                    dx, dout, weight, rows, inputs, outputs, tile, stream,
+                ),
+                (LinearProduct::BackwardInputF32 { dx, dout, weight }, KernelPath::Portable) => {
+                    (kernels.linear_backward_input_f32)(dx, dout, weight, rows, inputs, outputs, stream)
+                }
+                (LinearProduct::BackwardInputF32 { dx, dout, weight }, KernelPath::Hopper) => (kernels
+                    .linear_backward_input_f32_sm90)(
+                    dx, dout, weight, rows, inputs, outputs, tile, stream,
+                ),
+                (LinearProduct::BackwardWeight { dweight, dout, x }, KernelPath::Portable) => {
+                    (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)
+                }
+                (LinearProduct::BackwardWeight { dweight, dout, x }, KernelPath::Hopper) => (kernels
+                    .linear_backward_weight_sm90)(
+                    dweight, workspace, dout, x, rows, inputs, outputs, tile, stream,
+                ),
             }
         }
     }
@@ -247,7 +313,7 @@ impl LinearProduct {
 
 #[cfg(all(test, mmpo_emulated))]
 mod tests {
-    use super::super::bindings::{emulated::KERNELS, mmpo_product_plan};
+    use super::super::bindings::{MMPO_PLANNED_TILE, emulated::KERNELS, mmpo_product_plan};
     use super::ProductKind;
 
     const MULTIPROCESSORS: usize = 132;
@@ -262,8 +328,9 @@ mod tests {
         let [m, n, k] = sizes.map(|size| i32::try_from(size).unwrap());
         let may_split = i32::from(kind == ProductKind::BackwardWeight);
         // SAFETY: a pure function of numbers.
-        let plan = unsafe { (KERNELS.product_plan_sm90)(m, n, k, may_split) };
-        let tiles = sizes[0].div_ceil(plan.block_m as usize)
+        let plan = unsafe { (KERNELS.product_plan_sm90)(m, n, k, may_split, MMPO_PLANNED_TILE) };
+        let tiles = sizes[0].div_ceil((plan.block_m * plan.cluster) as usize)
+            * plan.cluster as usize
             * sizes[1].div_ceil(plan.block_n as usize)
             * plan.splits as usize;
         let waves = tiles.div_ceil(MULTIPROCESSORS);
@@ -284,6 +351,10 @@ mod tests {
                 let (plan, busy) = plan(kind, 8192, layer);
                 assert!(plan.block_m * plan.block_n >= 128 * 192, "{kind:?} {layer:?}: {plan:?}");
                 assert_eq!(plan.splits, 1, "{kind:?} {layer:?}: {plan:?}");
+                assert_eq!(
+                    plan.cluster, 2,
+                    "{kind:?} {layer:?}: two blocks halve what L2 must deliver, {plan:?}"
+                );
                 assert!(busy >= 0.93, "{kind:?} {layer:?}: {busy} of the waves are tiles, {plan:?}");
             }
         }

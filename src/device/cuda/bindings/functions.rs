@@ -138,6 +138,7 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn product_tiles_sm90() -> i32;
     fn linear_forward_sm90(
         out: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -146,6 +147,7 @@ kernels {
         rows: i32,
         inputs: i32,
         outputs: i32,
+        tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn linear_swiglu_forward_sm90(
@@ -166,6 +168,7 @@ kernels {
         rows: i32,
         inputs: i32,
         outputs: i32,
+        tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn linear_backward_input_f32_sm90(
@@ -175,12 +178,14 @@ kernels {
         rows: i32,
         inputs: i32,
         outputs: i32,
+        tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn linear_backward_weight_sm90_workspace(
         rows: i32,
         inputs: i32,
         outputs: i32,
+        tile: i32,
     ) -> i64;
     fn linear_backward_weight_sm90(
         dweight: *mut f32,
@@ -190,6 +195,7 @@ kernels {
         rows: i32,
         inputs: i32,
         outputs: i32,
+        tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn product_plan_sm90(
@@ -197,6 +203,7 @@ kernels {
         shape_n: i32,
         shape_k: i32,
         may_split: i32,
+        tile: i32,
     ) -> mmpo_product_plan;
     fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
     fn linear_bias_backward(

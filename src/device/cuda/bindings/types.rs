@@ -5,6 +5,7 @@
     allow(dead_code, reason = "the emulated device's options")
 )]
 pub type mmpo_bf16 = half::bf16;
+pub const MMPO_PLANNED_TILE: i32 = -1;
 #[repr(C)]
 #[derive(Debug)]
 pub struct CUstream_st {
@@ -24,13 +25,14 @@ pub type mmpo_rope_direction = ::core::ffi::c_uint;
 pub struct mmpo_product_plan {
     pub block_m: i32,
     pub block_n: i32,
+    pub cluster: i32,
     pub splits: i32,
     pub tile_group: i32,
     pub efficiency: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_product_plan"][::core::mem::size_of::<mmpo_product_plan>() - 24usize];
+    ["Size of mmpo_product_plan"][::core::mem::size_of::<mmpo_product_plan>() - 32usize];
     [
         "Alignment of mmpo_product_plan",
     ][::core::mem::align_of::<mmpo_product_plan>() - 8usize];
@@ -41,14 +43,17 @@ const _: () = {
         "Offset of field: mmpo_product_plan::block_n",
     ][::core::mem::offset_of!(mmpo_product_plan, block_n) - 4usize];
     [
+        "Offset of field: mmpo_product_plan::cluster",
+    ][::core::mem::offset_of!(mmpo_product_plan, cluster) - 8usize];
+    [
         "Offset of field: mmpo_product_plan::splits",
-    ][::core::mem::offset_of!(mmpo_product_plan, splits) - 8usize];
+    ][::core::mem::offset_of!(mmpo_product_plan, splits) - 12usize];
     [
         "Offset of field: mmpo_product_plan::tile_group",
-    ][::core::mem::offset_of!(mmpo_product_plan, tile_group) - 12usize];
+    ][::core::mem::offset_of!(mmpo_product_plan, tile_group) - 16usize];
     [
         "Offset of field: mmpo_product_plan::efficiency",
-    ][::core::mem::offset_of!(mmpo_product_plan, efficiency) - 16usize];
+    ][::core::mem::offset_of!(mmpo_product_plan, efficiency) - 24usize];
 };
 pub const MMPO_OBJECTIVE_MMPO: mmpo_objective_kind = 0;
 pub const MMPO_OBJECTIVE_DPO: mmpo_objective_kind = 1;
