@@ -147,6 +147,19 @@ struct Layout {
     static_assert(kSharedBytes <= kMostSharedBytes, "fewer stages or panels");
 };
 
+// Division of numbers below 2^31 by one that the host knows: a product and two shifts. The device's own division is a
+// chain of some hundred cycles, and consumers would begin each tile with five of them.
+struct Divisor {
+    uint32_t multiplier, shift;
+
+    static Divisor of(int64_t divisor) {
+        uint32_t shift = 0;
+        while (int64_t(1) << shift < divisor) ++shift;
+        return {uint32_t(ceil_div(int64_t(1) << (31 + shift), divisor)), shift};
+    }
+    DEVICE int quotient(int number) const { return int(uint64_t(uint32_t(number)) * multiplier >> 31 >> shift); }
+};
+
 // What a kernel is told. An epilogue is a struct with
 //
 //   template <int kCount, class Panels>
@@ -159,8 +172,12 @@ struct Layout {
 template <class Epilogue>
 struct Problem {
     CUtensorMap left, right;
-    int tiles_m, tiles_n, slices;  // tiles_m and tile_group in whole clusters
+    int tiles_m, tiles_n;  // tiles_m and tile_group in whole clusters
     int splits, tile_group;
+    // Slices of a split; the first `longer_splits` have one more.
+    int split_slices, longer_splits;
+    // Tiles of a split, of a group of rows of tiles, rows of a group, and of the last one if it has fewer.
+    Divisor by_tiles, by_group_tiles, by_group_rows, by_last_rows;
     int split_rows;
     int right_part;  // distance between the parts of the right operand
     Epilogue epilogue;
@@ -174,14 +191,16 @@ struct TileWork {
 // The tiles of a cluster, one below the other, are number `index` of all.
 template <class Tile, class Epilogue>
 DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index, int rank) {
-    const int tiles = problem.tiles_m * problem.tiles_n;
-    const int split = index / tiles, tile = index % tiles;
-    const int group_tiles = problem.tile_group * problem.tiles_n;
-    const int group = tile / group_tiles, within = tile % group_tiles;
-    const int rows = min(problem.tile_group, problem.tiles_m - group * problem.tile_group);
-    const int m = ((group * problem.tile_group + within % rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
-    return {m, within / rows * Tile::BLOCK_N, int(int64_t(problem.slices) * split / problem.splits),
-            int(int64_t(problem.slices) * (split + 1) / problem.splits), m + split * problem.split_rows};
+    const int split = problem.by_tiles.quotient(index), tile = index - split * problem.tiles_m * problem.tiles_n;
+    const int group = problem.by_group_tiles.quotient(tile), first_row = group * problem.tile_group;
+    const int within = tile - first_row * problem.tiles_n;
+    const bool whole = first_row + problem.tile_group <= problem.tiles_m;
+    const int rows = whole ? problem.tile_group : problem.tiles_m - first_row;
+    const int column = (whole ? problem.by_group_rows : problem.by_last_rows).quotient(within);
+    const int m = ((first_row + within - column * rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
+    const int first_slice = split * problem.split_slices + min(split, problem.longer_splits);
+    const int slices = problem.split_slices + (split < problem.longer_splits ? 1 : 0);
+    return {m, column * Tile::BLOCK_N, first_slice, first_slice + slices, m + split * problem.split_rows};
 }
 
 template <class Tile>
@@ -362,13 +381,20 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
     const int64_t count = tiles_m * tiles_n * plan.splits;
     const int64_t rows = tiles_m * Tile::BLOCK_M * Tile::kCluster;
     if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
+    const int64_t slices = ceil_div(operands.shape_k, BLOCK_K);
+    const int group = plan.tile_group / Tile::kCluster, last_rows = int(tiles_m % group);
     Problem<Epilogue> problem{{},
                               {},
                               int(tiles_m),
                               int(tiles_n),
-                              int(ceil_div(operands.shape_k, BLOCK_K)),
                               plan.splits,
-                              plan.tile_group / Tile::kCluster,
+                              group,
+                              int(slices / plan.splits),
+                              int(slices % plan.splits),
+                              Divisor::of(tiles_m * tiles_n),
+                              Divisor::of(group * tiles_n),
+                              Divisor::of(group),
+                              Divisor::of(last_rows > 0 ? last_rows : 1),
                               int(rows),
                               operands.shape_n / Lines::kRightParts,
                               epilogue};
