@@ -263,6 +263,29 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     });
 }
 
+// Two consumers that finish a tile together leave the tensor cores idle while both are in the epilogue. So the second
+// starts a tile when the products of the first's kLead slices are queued: it still multiplies while the first is in the
+// epilogue, and the first is in the next tile while it is. The ring holds the slices between them; where copies do not
+// keep up, the first waits and the lead shrinks.
+template <class Tile>
+struct Lead {
+    static constexpr int kLead = Tile::kConsumersM * Tile::kConsumersN == 2 ? Tile::kStages / 2 : 0;
+    static constexpr uint32_t kBarrier = 1, kThreads = 2 * kWarpgroupThreads;
+
+    // Whether a tile is so deep that the first consumer, at most a ring ahead, cannot arrive for the next tile before
+    // the second has started this one.
+    static DEVICE bool wanted(const TileWork& work) {
+        return kLead > 0 && work.end_slice - work.first_slice > Tile::kStages;
+    }
+    static DEVICE void wait(const TileWork& work, int consumer) {
+        if (consumer == 1 && wanted(work)) bar_sync(kBarrier, kThreads);
+    }
+    // Behind the products of `slice`.
+    static DEVICE void give(const TileWork& work, int consumer, int slice) {
+        if (consumer == 0 && slice + 1 - work.first_slice == kLead && wanted(work)) bar_arrive(kBarrier, kThreads);
+    }
+};
+
 // A thread's part of a consumer's accumulators.
 template <class Tile, class Lines>
 using ConsumerPart = float[Layout<Tile, Lines>::CONSUMER_N / 2];
@@ -284,6 +307,7 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
         }
     };
     int previous = 0;
+    Lead<Tile>::wait(work, consumer);
     for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
         const uint32_t left = shared + uint32_t(cursor.stage * L::kStageBytes), right = left + L::Left::kBytes;
         mbarrier_wait(ring.full(cursor.stage), cursor.parity);
@@ -296,6 +320,7 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
                 slice != work.first_slice || step != 0);
         }
         wgmma_commit();
+        Lead<Tile>::give(work, consumer, slice);
         wgmma_wait<1>();
         if (slice != work.first_slice) release(previous);
         previous = cursor.stage;
