@@ -157,13 +157,15 @@ mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf
                                                     int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
                                                     mmpo_stream stream);
 
-mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                        int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
-                                                        mmpo_stream stream);
-
-/* Bytes of `workspace` that linear_backward_weight_sm90 needs for these sizes: 0 unless it sums parts of the rows
- * apart. A pure function on the host. */
+/* Bytes of `workspace` that the launcher of this name needs for these sizes: 0 unless it sums parts of the outputs (the
+ * rows) apart. Pure functions on the host. */
+int64_t MMPO_EXPORT(linear_backward_input_f32_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs,
+                                                              int32_t tile);
 int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs, int32_t tile);
+
+mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, void* workspace, const mmpo_bf16* dout,
+                                                        const mmpo_bf16* weight, int32_t rows, int32_t inputs,
+                                                        int32_t outputs, int32_t tile, mmpo_stream stream);
 
 mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
                                                      const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,

@@ -13,27 +13,27 @@ namespace {
 // partial norms of an 8-billion-parameter model take 2 MB.
 constexpr int64_t kPart = 16384;
 // 64 bytes a thread are under way.
-constexpr int kVectorsAtOnce = 2;
-constexpr int kStep = kBlock * kVector;
+constexpr int kVectorsAtOnce = 4;
+constexpr int kStep = kBlock * kVectorF32;
 static_assert(kPart % (kStep * kVectorsAtOnce) == 0, "a part is whole steps");
 
 // One block reads the parts' norms: as many threads as a block can have.
 constexpr int kFinishThreads = 1024;
 
-DEVICE double sum_of_squares(const float (&values)[kVector]) {
+DEVICE double sum_of_squares(const float (&values)[kVectorF32]) {
     double sum = 0.0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) sum += double(values[i]) * double(values[i]);
+    for (int i = 0; i < kVectorF32; ++i) sum += double(values[i]) * double(values[i]);
     return sum;
 }
 
 template <bool kVectorized>
 DEVICE double thread_sum(const float* part, int length) {
     double sum = 0.0;
-    for (int first = int(threadIdx.x) * kVector; first < length; first += kVectorsAtOnce * kStep) {
-        float values[kVectorsAtOnce][kVector];
+    for (int first = int(threadIdx.x) * kVectorF32; first < length; first += kVectorsAtOnce * kStep) {
+        float values[kVectorsAtOnce][kVectorF32];
 #pragma unroll
-        for (int v = 0; v < kVectorsAtOnce; ++v) load8<kVectorized>(values[v], part, first + v * kStep, length);
+        for (int v = 0; v < kVectorsAtOnce; ++v) load4<kVectorized>(values[v], part, first + v * kStep, length);
 #pragma unroll
         for (int v = 0; v < kVectorsAtOnce; ++v) sum += sum_of_squares(values[v]);
     }
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kBlock)
     DYNAMIC_SHARED(shared);
     const int64_t start = int64_t(blockIdx.x) * kPart;
     const int count = int(min(length - start, kPart));
-    const double sum = vectorized && count % kVector == 0 ? thread_sum<true>(gradient + start, count)
-                                                          : thread_sum<false>(gradient + start, count);
+    const double sum = vectorized && count % kVectorF32 == 0 ? thread_sum<true>(gradient + start, count)
+                                                             : thread_sum<false>(gradient + start, count);
     const double total = block_sum<kBlock>(sum, reinterpret_cast<double*>(shared));
     if (threadIdx.x == 0) partials[blockIdx.x] = float(sqrt(total));
 }

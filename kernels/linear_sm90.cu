@@ -19,20 +19,20 @@ using namespace hopper;
 // Accumulates out[M, N] += the sum of a split product's parts, in their order. `part` is the distance between two.
 __global__ void __launch_bounds__(kBlock)
     add_parts_kernel(float* out, const float* __restrict__ parts, int64_t length, int64_t part, int count) {
-    const int64_t index = flat_index();
+    const int64_t index = flat_index<kVectorF32>();
     if (index >= length) return;
-    float sum[kVector], term[kVector];
-    load8<true>(sum, parts + index, 0, kVector);
+    float sum[kVectorF32], term[kVectorF32];
+    load4<true>(sum, parts + index, 0, kVectorF32);
 #pragma unroll 4
     for (int i = 1; i < count; ++i) {
-        load8<true>(term, parts + i * part + index, 0, kVector);
+        load4<true>(term, parts + i * part + index, 0, kVectorF32);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) sum[j] += term[j];
+        for (int j = 0; j < kVectorF32; ++j) sum[j] += term[j];
     }
-    load8<true>(term, out + index, 0, kVector);
+    load4<true>(term, out + index, 0, kVectorF32);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) term[j] += sum[j];
-    store8<true>(out + index, 0, kVector, term);
+    for (int j = 0; j < kVectorF32; ++j) term[j] += sum[j];
+    store4<true>(out + index, 0, kVectorF32, term);
 }
 
 template <class Lines>
@@ -53,15 +53,34 @@ mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, i
     return launch_product<Lines>(operands, plan, epilogue, stream);
 }
 
+template <class Lines>
 mmpo_status launch_parts(float* out, float* parts, const Operands& operands, const ProductPlan& plan,
                          mmpo_stream stream) {
     const int64_t rows = split_rows(plan, operands.shape_m), width = operands.shape_n;
     StoreF32 epilogue{{}, int(rows * plan.splits), operands.shape_n, false};
     if (const int error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
-    if (const int error = launch_product<BackwardWeightLines>(operands, plan, epilogue, stream)) return error;
+    if (const int error = launch_product<Lines>(operands, plan, epilogue, stream)) return error;
     const int64_t length = operands.shape_m * width;
-    return LAUNCH(add_parts_kernel, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, parts, length,
+    return LAUNCH(add_parts_kernel, flat_blocks<kVectorF32>(length), kBlock, 0, cuda_stream(stream), out, parts, length,
                   rows * width, plan.splits);
+}
+
+// Bytes of the parts of out[M, N] of depth K.
+int64_t parts_bytes(int shape_m, int shape_n, int shape_k, int tile) {
+    if (tile >= kTileShapeCount) return 0;
+    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, true, tile);
+    return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, shape_m) * shape_n * int64_t(sizeof(float));
+}
+
+template <class Lines>
+mmpo_status launch_add_f32(float* out, void* workspace, const Operands& operands, int tile, mmpo_stream stream) {
+    if (empty(operands)) return kSuccess;
+    if (!takes<Lines>(operands, out, tile)) return kInvalidValue;
+    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, true, tile);
+    if (plan.splits > 1) return launch_parts<Lines>(out, static_cast<float*>(workspace), operands, plan, stream);
+    StoreF32 epilogue{{}, operands.shape_m, operands.shape_n, true};
+    if (const int error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n)) return error;
+    return launch_product<Lines>(operands, plan, epilogue, stream);
 }
 
 }  // namespace
@@ -93,36 +112,26 @@ mmpo_status MMPO_EXPORT(linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf
     return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, tile, stream);
 }
 
-mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
-                                                        int32_t rows, int32_t inputs, int32_t outputs, int32_t tile,
-                                                        mmpo_stream stream) {
-    const Operands operands{dout, weight, rows, inputs, outputs};
-    if (empty(operands)) return kSuccess;
-    if (!takes<BackwardInputLines>(operands, dx, tile)) return kInvalidValue;
-    StoreF32 epilogue{{}, rows, inputs, true};
-    if (const int error = encode_panel_map(&epilogue.out, dx, rows, inputs)) return error;
-    const ProductPlan plan = plan_product(rows, inputs, outputs, false, tile);
-    return launch_product<BackwardInputLines>(operands, plan, epilogue, stream);
+int64_t MMPO_EXPORT(linear_backward_input_f32_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs,
+                                                              int32_t tile) {
+    return parts_bytes(rows, inputs, outputs, tile);
+}
+
+mmpo_status MMPO_EXPORT(linear_backward_input_f32_sm90)(float* dx, void* workspace, const mmpo_bf16* dout,
+                                                        const mmpo_bf16* weight, int32_t rows, int32_t inputs,
+                                                        int32_t outputs, int32_t tile, mmpo_stream stream) {
+    return launch_add_f32<BackwardInputLines>(dx, workspace, {dout, weight, rows, inputs, outputs}, tile, stream);
 }
 
 int64_t MMPO_EXPORT(linear_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t outputs,
                                                            int32_t tile) {
-    if (tile >= kTileShapeCount) return 0;
-    const ProductPlan plan = plan_product(outputs, inputs, rows, true, tile);
-    return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, outputs) * inputs * int64_t(sizeof(float));
+    return parts_bytes(outputs, inputs, rows, tile);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* workspace, const mmpo_bf16* dout,
                                                      const mmpo_bf16* x, int32_t rows, int32_t inputs, int32_t outputs,
                                                      int32_t tile, mmpo_stream stream) {
-    const Operands operands{dout, x, outputs, inputs, rows};
-    if (empty(operands)) return kSuccess;
-    if (!takes<BackwardWeightLines>(operands, dweight, tile)) return kInvalidValue;
-    const ProductPlan plan = plan_product(outputs, inputs, rows, true, tile);
-    if (plan.splits > 1) return launch_parts(dweight, static_cast<float*>(workspace), operands, plan, stream);
-    StoreF32 epilogue{{}, outputs, inputs, true};
-    if (const int error = encode_panel_map(&epilogue.out, dweight, outputs, inputs)) return error;
-    return launch_product<BackwardWeightLines>(operands, plan, epilogue, stream);
+    return launch_add_f32<BackwardWeightLines>(dweight, workspace, {dout, x, outputs, inputs, rows}, tile, stream);
 }
 
 int32_t MMPO_EXPORT(product_tiles_sm90)(void) { return kTileShapeCount; }

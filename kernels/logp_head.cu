@@ -85,7 +85,7 @@ struct ForwardEpilogue {
             }
             RowSums sums;
             sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
-            sums.join();
+            sums.join<true>();
             tell(exchange.sum[neighbour], part.m + 16 * i, sums.sum);
             tell(exchange.weighted[neighbour], part.m + 16 * i, sums.weighted);
         }

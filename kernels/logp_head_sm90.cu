@@ -30,80 +30,111 @@ struct PanelTarget {
     }
 
     template <class Panels>
-    DEVICE void store(Panels& panels, const float (&values)[kValues], int row, int column) const {
+    DEVICE void store(Panels& panels, const PanelPairs& pairs, int row, int column) const {
         if (mapped) {
-            write_panel_bf16(panels.acquire(), values);
+            write_panel_bf16(panels.acquire(), pairs);
             panels.send([&](uint32_t panel) { tma_store_2d(&map, panel, column, row); });
         } else {
-            store_values(values, row + int(lane_id()) / 4, column + int(lane_id()) % 4 * 2);
+            store_values(pairs, row + int(lane_id()) / 4, column + int(lane_id()) % 4 * 2);
         }
     }
 
 private:
-    DEVICE void store_values(const float (&values)[kValues], int row, int column) const {
+    DEVICE void store_values(const PanelPairs& pairs, int row, int column) const {
 #pragma unroll
         for (int i = 0; i < kValues; ++i) {
             const int own_row = row + i / 2 % 2 * 8, own_column = column + i / 4 * 8 + i % 2;
             if (own_row < rows && own_column < columns) {
-                out[int64_t(own_row) * columns + own_column] = to_bf16(values[i]);
+                out[int64_t(own_row) * columns + own_column] = bf16{uint16_t(pairs[i / 2] >> 16 * (i % 2))};
             }
         }
     }
 };
 
-// Accumulators `first` .. of a consumer's, as an array of their own.
-template <int kCount>
-DEVICE void take_panel(float (&values)[kValues], const float (&d)[kCount], int first) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = d[first + i];
-}
-
 // Statistics, and exponentials where they are kept.
 template <bool kExponentials>
 struct ForwardEpilogue {
+    // Accumulators of the columns that share a reference, and their exponentials.
+    static constexpr int kTileValues = 2 * kValues;
+    using Logits = float[kTileValues];
+    using Pairs = PanelPairs[2];
+
     PanelTarget exponentials;
     TileStatistics statistics;
 
     template <int kCount, class Panels>
-    DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const {
-        static_assert(kCount % (2 * kValues) == 0, "whole pairs of panels");
+    DEVICE void operator()(float (&d)[kCount], int row, int column, Panels& panels) const {
+        static_assert(kCount % kTileValues == 0, "whole pairs of panels");
         if (row >= statistics.rows) return;
         const RowTargets targets(statistics, row);
 #pragma unroll
-        for (int first = 0; first < kCount; first += 2 * kValues) {
+        for (int first = 0; first < kCount; first += kTileValues) {
             const int x = column + 2 * first;
             if (x >= statistics.vocab) return;
-            float reference[2], largest[2] = {kNoLogit, kNoLogit}, values[kValues];
-#pragma unroll
-            for (int panel = 0; panel < 2; ++panel) {
-                take_panel(values, d, first + panel * kValues);
-                mask_columns<kColumns>(values, x + panel * kColumns, statistics.vocab);
-                pick_targets<kColumns>(statistics, targets, values, row, x + panel * kColumns);
-                raise_largest<kColumns>(largest, values);
-            }
-            join_largest(largest);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                reference[h] = statistics.reference_of(row + int(lane_id()) / 4 + 8 * h, largest[h]);
-            }
+            Logits& logits = reinterpret_cast<Logits&>(d[first]);
+            mask_columns<kStatisticsColumns>(logits, x, statistics.vocab);
+            pick_targets<kStatisticsColumns>(statistics, targets, logits, row, x);
+            Pairs pairs;
+            float reference[2];
             RowSums sums;
+            if (!take_by_row(pairs, sums, reference, logits, row)) take_by_tile(pairs, sums, reference, logits, row);
+            if constexpr (kExponentials) {
 #pragma unroll
-            for (int panel = 0; panel < 2; ++panel) {
-                take_panel(values, d, first + panel * kValues);
-                mask_columns<kColumns>(values, x + panel * kColumns, statistics.vocab);
-                sums.take_in<kColumns>(values, reference, statistics.weighted != nullptr);
-                if constexpr (kExponentials) {
-                    if (x + panel * kColumns < statistics.vocab) {
-                        exponentials.store(panels, values, row, x + panel * kColumns);
-                    }
+                for (int panel = 0; panel < 2; ++panel) {
+                    const int panel_column = x + panel * kColumns;
+                    if (panel_column < statistics.vocab) exponentials.store(panels, pairs[panel], row, panel_column);
                 }
             }
-            sums.join();
             if (lane_id() % 4 == 0) write_statistics(reference, sums, row + int(lane_id()) / 4, x);
         }
     }
 
 private:
+    // Exponentials relative to the rows' references, and their sums: false where there are none, or where one is too
+    // far below the tile's logits. The sums say so, which spares the search for the largest logit.
+    DEVICE bool take_by_row(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
+        if constexpr (kExponentials) {
+            if (statistics.row_reference == nullptr) return false;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) reference[h] = statistics.reference_of_row(row + int(lane_id()) / 4 + 8 * h);
+            take_in<false>(pairs, sums, reference, logits);
+            return !__any_sync(0xffffffffu, sums.sum[0] > kMostSum || sums.sum[1] > kMostSum);
+        } else {
+            return false;
+        }
+    }
+
+    // The same where a tile's largest logits have to be known.
+    DEVICE void take_by_tile(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
+        float largest[2] = {kNoLogit, kNoLogit};
+        raise_largest<kStatisticsColumns>(largest, logits);
+        join_largest(largest);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            reference[h] = statistics.reference_of(row + int(lane_id()) / 4 + 8 * h, largest[h]);
+        }
+        if (statistics.weighted != nullptr)
+            take_in<true>(pairs, sums, reference, logits);
+        else
+            take_in<false>(pairs, sums, reference, logits);
+    }
+
+    // The logits stay as they are: half as many registers hold their exponentials.
+    template <bool kEntropy>
+    static DEVICE void take_in(Pairs& pairs, RowSums& sums, const float (&reference)[2], const Logits& logits) {
+        sums = RowSums();
+#pragma unroll
+        for (int j = 0; j < kTileValues / 4; ++j) {
+            float values[4] = {logits[4 * j], logits[4 * j + 1], logits[4 * j + 2], logits[4 * j + 3]};
+            sums.take_in<8, kEntropy>(values, reference);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                pairs[4 * j / kValues][2 * j % (kValues / 2) + h] = pack_bf16x2(values[2 * h], values[2 * h + 1]);
+            }
+        }
+        sums.join<kEntropy>();
+    }
+
     DEVICE void write_statistics(const float (&reference)[2], const RowSums& sums, int row, int column) const {
         const int64_t tile = int64_t(column / kStatisticsColumns) * statistics.rows;
 #pragma unroll
@@ -124,17 +155,18 @@ struct GradientEpilogue {
     int first_column;
 
     template <int kCount, class Panels>
-    DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const {
+    DEVICE void operator()(float (&d)[kCount], int row, int column, Panels& panels) const {
         if (row >= inputs.rows) return;
         const RowGradients gradients(inputs, row);
 #pragma unroll
         for (int first = 0; first < kCount; first += kValues) {
             const int x = column + 2 * first;
             if (x >= dlogits.columns) return;
-            float values[kValues];
-            take_panel(values, d, first);
+            float (&values)[kValues] = reinterpret_cast<float (&)[kValues]>(d[first]);
             logits_to_gradient<kColumns>(values, gradients, inputs, first_column + x);
-            dlogits.store(panels, values, row, x);
+            PanelPairs pairs;
+            pack_panel(pairs, values);
+            dlogits.store(panels, pairs, row, x);
         }
     }
 };

@@ -135,7 +135,9 @@ fn the_head_does_the_least_work() {
         // No dlogits: rows of hidden scaled, gradients of them in f32 and in bf16, and the vocabulary matrix's.
         let [_, without] = count(&device, HeadMode::Main, false);
         let products = 2 * ROWS * WIDTH + 4 * VOCAB * WIDTH;
-        assert_eq!(stored(&without), 6 * ROWS * WIDTH + products, "{path:?}");
+        // Hopper sums the f32 gradient of so few tiles in two parts.
+        let parts = if path == KernelPath::Hopper { 2 * 4 * ROWS * WIDTH } else { 0 };
+        assert_eq!(stored(&without), 6 * ROWS * WIDTH + parts + products, "{path:?}");
         // An entropy term is one more f32 for each run of columns and row, and no other work of the tensor cores. dlogits
         // are formed in place: read once and written once.
         let [forward, backward] = count(&device, HeadMode::Main, true);

@@ -13,6 +13,8 @@ constexpr int kBlock = 256;
 constexpr int kBlockWarps = kBlock / kWarp;
 // Values of one vector: 16 bytes of bf16, the widest access a thread can make.
 constexpr int kVector = 8;
+// The same of f32.
+constexpr int kVectorF32 = 4;
 
 constexpr mmpo_status kSuccess = 0;
 // cudaErrorInvalidValue, by which error_text names it.
@@ -62,10 +64,16 @@ DEVICE WarpTile warp_tile(int width) {
 
 // ---- Flat arrays: a thread owns one vector.
 
-inline unsigned flat_blocks(int64_t length) { return unsigned(ceil_div(length, int64_t(kBlock) * kVector)); }
+template <int kValues = kVector>
+unsigned flat_blocks(int64_t length) {
+    return unsigned(ceil_div(length, int64_t(kBlock) * kValues));
+}
 
 // First value of the calling thread's vector.
-DEVICE int64_t flat_index() { return (int64_t(blockIdx.x) * kBlock + threadIdx.x) * kVector; }
+template <int kValues = kVector>
+DEVICE int64_t flat_index() {
+    return (int64_t(blockIdx.x) * kBlock + threadIdx.x) * kValues;
+}
 
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo

@@ -25,6 +25,8 @@ constexpr int kStatisticsColumns = 128;
 
 // A row's own exponents stay below this, and their sum far below f32's and bf16's 2^127.
 constexpr float kMostExponent = 64.0f;
+// 2^kMostExponent: a sum of exponentials that is no larger holds no larger one.
+constexpr float kMostSum = 0x1p64f;
 
 // What the forward leaves of each row and kStatisticsColumns columns, [tiles, rows] each, so that a block writes whole
 // lines; and of each row.
@@ -69,11 +71,14 @@ struct TileStatistics {
         return (3 * tiles(vocab) + 2) * rows * int64_t(sizeof(float));
     }
 
+    // The row's own, where there are any. Rows past the last are given the last one's.
+    DEVICE float reference_of_row(int row) const { return row_reference[min(row, rows - 1)]; }
+
     // The reference of a tile whose largest logit, times log2(e), is `largest`: the row's, as long as exponentials
     // relative to it stay far from overflow.
     DEVICE float reference_of(int row, float largest) const {
         if (row_reference == nullptr) return largest;
-        const float of_row = row_reference[min(row, rows - 1)];
+        const float of_row = reference_of_row(row);
         return largest > of_row + kMostExponent ? largest : of_row;
     }
 };
@@ -178,10 +183,11 @@ struct RowSums {
             take_in<COLUMNS, false>(d, reference);
     }
 
+    template <bool kEntropy>
     DEVICE void join() {
         const auto add = [](float a, float b) { return a + b; };
         join_quad(sum, add);
-        join_quad(weighted, add);
+        if constexpr (kEntropy) join_quad(weighted, add);
     }
 };
 

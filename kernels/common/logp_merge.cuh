@@ -99,10 +99,12 @@ static __global__ void __launch_bounds__(kBlock)
 
     // Relative to the row's reference a tile has 2^shift times its sum, and exponents that are larger by the shift.
     float sum = 0.0f, weighted = 0.0f;
+    bool shifted = false;
     if (valid) {
 #pragma unroll 8
         for (int tile = warp; tile < tiles; tile += kBlockWarps) {
             const float shift = statistics.reference[index(tile)] - reference, factor = exp2_approx(shift);
+            shifted = shifted || shift != 0.0f;
             const float tile_sum = statistics.sum[index(tile)];
             sum = fmaf(tile_sum, factor, sum);
             // A tile that vanishes may have an infinite shift.
@@ -111,7 +113,8 @@ static __global__ void __launch_bounds__(kBlock)
             }
         }
     }
-    if (exponentials != nullptr) {
+    // Seldom: a walk over the tiles in which each waits for the one before.
+    if (exponentials != nullptr && __any_sync(0xffffffffu, shifted)) {
 #pragma unroll 1
         for (int tile = warp; tile < tiles; tile += kBlockWarps) {
             const float shift = valid ? statistics.reference[index(tile)] - reference : 0.0f;

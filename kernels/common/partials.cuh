@@ -6,11 +6,13 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-constexpr int kPartialSlices = kBlock / kWarp;
+// Columns are few (18 blocks at 576), so a block is as large as it can be: it has a few hundred rows under way at once.
+constexpr int kPartialThreads = 1024;
+constexpr int kPartialSlices = kPartialThreads / kWarp;
 
 // Accumulates out[width] += the column sums of partials[count, width]. A block has 32 columns, one a lane; its warps
 // take the rows in turn, and the warps' sums are added in order.
-static __global__ void __launch_bounds__(kBlock)
+static __global__ void __launch_bounds__(kPartialThreads)
     add_partials_kernel(float* out, const float* __restrict__ partials, int count, int width) {
     DYNAMIC_SHARED(shared);
     float (*const slice_sums)[kWarp] = reinterpret_cast<float (*)[kWarp]>(shared);
@@ -19,7 +21,7 @@ static __global__ void __launch_bounds__(kBlock)
     const int column = int(blockIdx.x) * kWarp + lane;
     float sum = 0.0f;
     if (column < width) {
-#pragma unroll 4
+#pragma unroll 8
         for (int row = slice; row < count; row += kPartialSlices) sum += partials[int64_t(row) * width + column];
     }
     slice_sums[slice][lane] = sum;
@@ -32,8 +34,8 @@ static __global__ void __launch_bounds__(kBlock)
 }
 
 inline mmpo_status add_partials(float* out, const float* partials, int count, int width, mmpo_stream stream) {
-    return LAUNCH(add_partials_kernel, unsigned(ceil_div(width, kWarp)), kBlock, kBlock * sizeof(float),
-                  cuda_stream(stream), out, partials, count, width);
+    return LAUNCH(add_partials_kernel, unsigned(ceil_div(width, kWarp)), kPartialThreads,
+                  kPartialThreads * sizeof(float), cuda_stream(stream), out, partials, count, width);
 }
 
 }  // namespace MMPO_VARIANT

@@ -98,21 +98,24 @@ struct StoreSwiGlu {
                 add_bias(gates, bias, x, width);
                 add_bias(ups, bias + width, x, width);
             }
-            store(panels, gate, gates, x, row);
-            store(panels, up, ups, x, row);
+            PanelPairs gate_pairs, up_pairs;
+            pack_panel(gate_pairs, gates);
+            pack_panel(up_pairs, ups);
+            store(panels, gate, gate_pairs, x, row);
+            store(panels, up, up_pairs, x, row);
 #pragma unroll
-            for (int i = 0; i < kPanelAccumulatorsBf16; ++i) {
-                const float stored = to_float(to_bf16(gates[i]));
-                ups[i] = to_float(to_bf16(ups[i])) * (stored * sigmoid(stored));
+            for (int i = 0; i < kPanelAccumulatorsBf16 / 2; ++i) {
+                const float low = low_bf16(gate_pairs[i]), high = high_bf16(gate_pairs[i]);
+                up_pairs[i] = pack_bf16x2(low_bf16(up_pairs[i]) * (low * sigmoid(low)),
+                                          high_bf16(up_pairs[i]) * (high * sigmoid(high)));
             }
-            store(panels, out, ups, x, row);
+            store(panels, out, up_pairs, x, row);
         }
     }
 
     template <class Panels>
-    static DEVICE void store(Panels& panels, const CUtensorMap& map, const float (&values)[kPanelAccumulatorsBf16],
-                             int x, int row) {
-        write_panel_bf16(panels.acquire(), values);
+    static DEVICE void store(Panels& panels, const CUtensorMap& map, const PanelPairs& pairs, int x, int row) {
+        write_panel_bf16(panels.acquire(), pairs);
         panels.send([&](uint32_t panel) { tma_store_2d(&map, panel, x, row); });
     }
 };

@@ -147,6 +147,19 @@ struct Layout {
     static_assert(kSharedBytes <= kMostSharedBytes, "fewer stages or panels");
 };
 
+// Division of numbers below 2^31 by one that the host knows: a product and two shifts. The device's own division is a
+// chain of some hundred cycles, and consumers would begin each tile with five of them.
+struct Divisor {
+    uint32_t multiplier, shift;
+
+    static Divisor of(int64_t divisor) {
+        uint32_t shift = 0;
+        while (int64_t(1) << shift < divisor) ++shift;
+        return {uint32_t(ceil_div(int64_t(1) << (31 + shift), divisor)), shift};
+    }
+    DEVICE int quotient(int number) const { return int(uint64_t(uint32_t(number)) * multiplier >> 31 >> shift); }
+};
+
 // What a kernel is told. An epilogue is a struct with
 //
 //   template <int kCount, class Panels>
@@ -159,8 +172,12 @@ struct Layout {
 template <class Epilogue>
 struct Problem {
     CUtensorMap left, right;
-    int tiles_m, tiles_n, slices;  // tiles_m and tile_group in whole clusters
+    int tiles_m, tiles_n;  // tiles_m and tile_group in whole clusters
     int splits, tile_group;
+    // Slices of a split; the first `longer_splits` have one more.
+    int split_slices, longer_splits;
+    // Tiles of a split, of a group of rows of tiles, rows of a group, and of the last one if it has fewer.
+    Divisor by_tiles, by_group_tiles, by_group_rows, by_last_rows;
     int split_rows;
     int right_part;  // distance between the parts of the right operand
     Epilogue epilogue;
@@ -174,14 +191,16 @@ struct TileWork {
 // The tiles of a cluster, one below the other, are number `index` of all.
 template <class Tile, class Epilogue>
 DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index, int rank) {
-    const int tiles = problem.tiles_m * problem.tiles_n;
-    const int split = index / tiles, tile = index % tiles;
-    const int group_tiles = problem.tile_group * problem.tiles_n;
-    const int group = tile / group_tiles, within = tile % group_tiles;
-    const int rows = min(problem.tile_group, problem.tiles_m - group * problem.tile_group);
-    const int m = ((group * problem.tile_group + within % rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
-    return {m, within / rows * Tile::BLOCK_N, int(int64_t(problem.slices) * split / problem.splits),
-            int(int64_t(problem.slices) * (split + 1) / problem.splits), m + split * problem.split_rows};
+    const int split = problem.by_tiles.quotient(index), tile = index - split * problem.tiles_m * problem.tiles_n;
+    const int group = problem.by_group_tiles.quotient(tile), first_row = group * problem.tile_group;
+    const int within = tile - first_row * problem.tiles_n;
+    const bool whole = first_row + problem.tile_group <= problem.tiles_m;
+    const int rows = whole ? problem.tile_group : problem.tiles_m - first_row;
+    const int column = (whole ? problem.by_group_rows : problem.by_last_rows).quotient(within);
+    const int m = ((first_row + within - column * rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
+    const int first_slice = split * problem.split_slices + min(split, problem.longer_splits);
+    const int slices = problem.split_slices + (split < problem.longer_splits ? 1 : 0);
+    return {m, column * Tile::BLOCK_N, first_slice, first_slice + slices, m + split * problem.split_rows};
 }
 
 template <class Tile>
@@ -236,6 +255,29 @@ DEVICE void produce(const Problem<Epilogue>& problem, uint32_t shared) {
     });
 }
 
+// Two consumers that finish a tile together leave the tensor cores idle while both are in the epilogue. So the second
+// starts a tile when the products of the first's kLead slices are queued: it still multiplies while the first is in the
+// epilogue, and the first is in the next tile while it is. The ring holds the slices between them; where copies do not
+// keep up, the first waits and the lead shrinks.
+template <class Tile>
+struct Lead {
+    static constexpr int kLead = Tile::kConsumersM * Tile::kConsumersN == 2 ? Tile::kStages / 2 : 0;
+    static constexpr uint32_t kBarrier = 1, kThreads = 2 * kWarpgroupThreads;
+
+    // Whether a tile is so deep that the first consumer, at most a ring ahead, cannot arrive for the next tile before
+    // the second has started this one.
+    static DEVICE bool wanted(const TileWork& work) {
+        return kLead > 0 && work.end_slice - work.first_slice > Tile::kStages;
+    }
+    static DEVICE void wait(const TileWork& work, int consumer) {
+        if (consumer == 1 && wanted(work)) bar_sync(kBarrier, kThreads);
+    }
+    // Behind the products of `slice`.
+    static DEVICE void give(const TileWork& work, int consumer, int slice) {
+        if (consumer == 0 && slice + 1 - work.first_slice == kLead && wanted(work)) bar_arrive(kBarrier, kThreads);
+    }
+};
+
 // A thread's part of a consumer's accumulators.
 template <class Tile, class Lines>
 using ConsumerPart = float[Layout<Tile, Lines>::CONSUMER_N / 2];
@@ -257,6 +299,7 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
         }
     };
     int previous = 0;
+    Lead<Tile>::wait(work, consumer);
     for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
         // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
         const uint32_t left = __shfl_sync(0xffffffffu, shared + uint32_t(cursor.stage * L::kStageBytes), 0);
@@ -271,6 +314,7 @@ DEVICE void multiply_tile(ConsumerPart<Tile, Lines>& d, StageCursor<Tile::kStage
                 slice != work.first_slice || step != 0);
         }
         wgmma_commit();
+        Lead<Tile>::give(work, consumer, slice);
         wgmma_wait<1>();
         if (slice != work.first_slice) release(previous);
         previous = cursor.stage;
@@ -356,13 +400,20 @@ mmpo_status launch_tiles(const Operands& operands, const ProductPlan& plan, cons
     const int64_t count = tiles_m * tiles_n * plan.splits;
     const int64_t rows = tiles_m * Tile::BLOCK_M * Tile::kCluster;
     if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
+    const int64_t slices = ceil_div(operands.shape_k, BLOCK_K);
+    const int group = plan.tile_group / Tile::kCluster, last_rows = int(tiles_m % group);
     Problem<Epilogue> problem{{},
                               {},
                               int(tiles_m),
                               int(tiles_n),
-                              int(ceil_div(operands.shape_k, BLOCK_K)),
                               plan.splits,
-                              plan.tile_group / Tile::kCluster,
+                              group,
+                              int(slices / plan.splits),
+                              int(slices % plan.splits),
+                              Divisor::of(tiles_m * tiles_n),
+                              Divisor::of(group * tiles_n),
+                              Divisor::of(group),
+                              Divisor::of(last_rows > 0 ? last_rows : 1),
                               int(rows),
                               operands.shape_n / Lines::kRightParts,
                               epilogue};

@@ -6,7 +6,11 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-DEVICE float sigmoid(float x) { return rcp_approx(1.0f + __expf(-x)); }
+// An exponential that is flushed to zero would vanish beside 1 anyway.
+DEVICE float sigmoid(float x) {
+    constexpr float kLog2E = 1.44269504f;
+    return rcp_approx(1.0f + exp2_approx(-kLog2E * x));
+}
 
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo

@@ -100,5 +100,53 @@ DEVICE void store8(float* row, int column, int width, const float (&values)[kVec
     }
 }
 
+// ---- f32, four values at a time: for arrays that a whole warp reads or writes. Where a lane takes eight, each of its
+// two accesses touches every sector of the warp's line, and fills but half of it.
+
+template <bool kVectorized>
+DEVICE void load4(float (&values)[kVectorF32], const float* row, int column, int width) {
+    if constexpr (kVectorized) {
+        const uint4 packed = column < width ? load_128(row + column) : make_uint4(0, 0, 0, 0);
+        values[0] = __uint_as_float(packed.x);
+        values[1] = __uint_as_float(packed.y);
+        values[2] = __uint_as_float(packed.z);
+        values[3] = __uint_as_float(packed.w);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) values[i] = column + i < width ? row[column + i] : 0.0f;
+    }
+}
+
+template <bool kVectorized>
+DEVICE void store4(float* row, int column, int width, const float (&values)[kVectorF32]) {
+    if constexpr (kVectorized) {
+        if (column < width) {
+            store_128(row + column, make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
+                                               __float_as_uint(values[2]), __float_as_uint(values[3])));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) {
+            if (column + i < width) row[column + i] = values[i];
+        }
+    }
+}
+
+// As many bf16 values, 8 bytes.
+template <bool kVectorized>
+DEVICE void store4(bf16* row, int column, int width, const float (&values)[kVectorF32]) {
+    if constexpr (kVectorized) {
+        if (column < width) {
+            *reinterpret_cast<uint2*>(row + column) =
+                make_uint2(pack_bf16x2(values[0], values[1]), pack_bf16x2(values[2], values[3]));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) {
+            if (column + i < width) row[column + i] = to_bf16(values[i]);
+        }
+    }
+}
+
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo

@@ -68,17 +68,30 @@ inline int encode_panel_map(CUtensorMap* out, float* base, int64_t rows, int64_t
     return encode_tensor_map(out, base, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, shape);
 }
 
-// Writes accumulators of 64 columns to a panel, rounded to bf16. The eight rows that stmatrix writes at once lie in
-// eight different chunk columns.
-DEVICE void write_panel_bf16(uint32_t panel, const float (&values)[kPanelAccumulatorsBf16]) {
+// A lane's accumulators of a panel rounded to bf16, two to a register.
+using PanelPairs = uint32_t[kPanelAccumulatorsBf16 / 2];
+
+// Writes a panel of bf16 values. The eight rows that stmatrix writes at once lie in eight different chunk columns.
+DEVICE void write_panel_bf16(uint32_t panel, const PanelPairs& pairs) {
     const int lane = int(lane_id()), matrix = lane / 8;
     const int row = matrix % 2 * 8 + lane % 8;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {  // Columns 16 * pair ..: two matrices side by side, two below each other.
-        uint32_t r[4];
-        accumulators_to_operand(r, values, pair);
+        const uint32_t r[4] = {pairs[4 * pair], pairs[4 * pair + 1], pairs[4 * pair + 2], pairs[4 * pair + 3]};
         stmatrix_x4(PanelTile<kPanelRows, kPanelColumns>::address(panel, row, 2 * pair + matrix / 2), r);
     }
+}
+
+DEVICE void pack_panel(PanelPairs& pairs, const float (&values)[kPanelAccumulatorsBf16]) {
+#pragma unroll
+    for (int i = 0; i < kPanelAccumulatorsBf16 / 2; ++i) pairs[i] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
+}
+
+// Writes accumulators of 64 columns to a panel, rounded to bf16.
+DEVICE void write_panel_bf16(uint32_t panel, const float (&values)[kPanelAccumulatorsBf16]) {
+    PanelPairs pairs;
+    pack_panel(pairs, values);
+    write_panel_bf16(panel, pairs);
 }
 
 // Writes accumulators of 32 columns to a panel as they are. A half warp's stores cover rows 4i .. 4i+4, eight bytes a

@@ -4,8 +4,9 @@ use crate::harness::*;
 use crate::naive;
 
 /// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models, one of which all
-/// three products take the portable kernels' large tiles, and one whose weight gradient Hopper's sum in parts. Where
-/// inputs or outputs are no multiples of 8 Hopper takes the portable kernels.
+/// three products take the portable kernels' large tiles, one whose weight gradient Hopper's sum in parts, and one of
+/// which each of Hopper's blocks has several tiles, deeper than its ring of stages. Where inputs or outputs are no
+/// multiples of 8 Hopper takes the portable kernels.
 const SHAPES: &[(usize, usize, usize)] = &[
     (1, 16, 48),
     (1, 8, 8),
@@ -16,6 +17,7 @@ const SHAPES: &[(usize, usize, usize)] = &[
     (3, 1536, 576),
     (136, 264, 280),
     (1101, 24, 40),
+    (150, 456, 264),
 ];
 
 path_tests! {

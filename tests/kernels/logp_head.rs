@@ -5,8 +5,16 @@ use crate::naive::{self, Precision};
 
 /// Scored tokens, width, vocabulary: one token, tails of tiles in every direction, widths and vocabularies that are no
 /// whole vectors, more tiles than warps that merge them.
-const SHAPES: &[(usize, usize, usize)] =
-    &[(1, 16, 40), (5, 24, 77), (12, 64, 1000), (3, 136, 650), (9, 17, 300), (131, 32, 264), (2, 16, 2500)];
+const SHAPES: &[(usize, usize, usize)] = &[
+    (1, 16, 40),
+    (5, 24, 77),
+    (12, 64, 1000),
+    (3, 136, 650),
+    (9, 17, 300),
+    (131, 32, 264),
+    (2, 16, 2500),
+    (6, 24, 2048),
+];
 
 /// The widths of the paper's models.
 const MODEL_WIDTHS: &[(usize, usize, usize)] =

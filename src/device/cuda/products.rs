@@ -251,6 +251,10 @@ impl LinearProduct {
     ) -> i64 {
         match (path, self.kind()) {
             // SAFETY: a pure function of numbers.
+            (KernelPath::Hopper, ProductKind::BackwardInputF32) => unsafe {
+                (kernels.linear_backward_input_f32_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
+            },
+            // SAFETY: as above.
             (KernelPath::Hopper, ProductKind::BackwardWeight) => unsafe {
                 (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
             },
@@ -297,7 +301,7 @@ impl LinearProduct {
                 }
                 (LinearProduct::BackwardInputF32 { dx, dout, weight }, KernelPath::Hopper) => (kernels
                     .linear_backward_input_f32_sm90)(
-                    dx, dout, weight, rows, inputs, outputs, tile, stream,
+                    dx, workspace, dout, weight, rows, inputs, outputs, tile, stream,
                 ),
                 (LinearProduct::BackwardWeight { dweight, dout, x }, KernelPath::Portable) => {
                     (kernels.linear_backward_weight)(dweight, dout, x, rows, inputs, outputs, stream)

@@ -171,8 +171,21 @@ kernels {
         tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn linear_backward_input_f32_sm90_workspace(
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        tile: i32,
+    ) -> i64;
+    fn linear_backward_weight_sm90_workspace(
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        tile: i32,
+    ) -> i64;
     fn linear_backward_input_f32_sm90(
         dx: *mut f32,
+        workspace: *mut ::core::ffi::c_void,
         dout: *const mmpo_bf16,
         weight: *const mmpo_bf16,
         rows: i32,
@@ -181,12 +194,6 @@ kernels {
         tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn linear_backward_weight_sm90_workspace(
-        rows: i32,
-        inputs: i32,
-        outputs: i32,
-        tile: i32,
-    ) -> i64;
     fn linear_backward_weight_sm90(
         dweight: *mut f32,
         workspace: *mut ::core::ffi::c_void,
