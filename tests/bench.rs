@@ -61,9 +61,12 @@ fn kernels_are_checked_timed_and_written_down() {
 fn assert_csv(path: &Path) {
     let text = std::fs::read_to_string(path).unwrap();
     let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes"));
+    assert_eq!(
+        lines.next(),
+        Some("date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace")
+    );
     for line in lines {
-        assert_eq!(line.split(',').count(), 10, "{line}");
+        assert_eq!(line.split(',').count(), 11, "{line}");
         assert_eq!(line.split(',').nth(2), Some("mmpo-fast"), "{line}");
     }
     assert!(text.contains(",ceiling copy,machine,") && text.contains(",tiny tiny x2,"), "{text}");

@@ -34,6 +34,8 @@ pub struct Case<D: Device> {
     pub flops: f64,
     /// The fewest bytes it can move.
     pub bytes: f64,
+    /// Bytes of memory that it needs beside operands and results; 0 where nobody compares them.
+    pub workspace: f64,
     pub outputs: Outputs<D>,
     /// Whether outputs are assigned, and so may hold anything before.
     assigns: bool,
@@ -49,7 +51,17 @@ impl<D: Device> Case<D> {
         run: impl FnMut(&D, &mut Outputs<D>) -> Result<()> + 'static,
     ) -> Self {
         let run = Box::new(run);
-        Case { operation, part: "", flops: 0.0, bytes: 0.0, outputs, assigns: true, prepare: None, run }
+        Case {
+            operation,
+            part: "",
+            flops: 0.0,
+            bytes: 0.0,
+            workspace: 0.0,
+            outputs,
+            assigns: true,
+            prepare: None,
+            run,
+        }
     }
 
     fn part(self, part: &'static str) -> Self {
@@ -62,6 +74,10 @@ impl<D: Device> Case<D> {
 
     fn bytes(self, bytes: usize) -> Self {
         Case { bytes: bytes as f64, ..self }
+    }
+
+    fn workspace(self, bytes: usize) -> Self {
+        Case { workspace: bytes as f64, ..self }
     }
 
     /// It updates its outputs: they are not poisoned.

@@ -118,14 +118,12 @@ pub(super) fn run(config: &BenchConfig, shape: &Shape) -> Result<()> {
         for make in cases::all::<CudaDevice>() {
             rows.extend(count_case(&device, make, shape)?);
         }
-        if let Some(only) = &config.only {
-            rows.retain(|row| row.operation.contains(only.as_str()) || row.launcher.contains(only.as_str()));
-        }
+        rows.retain(|row| config.wants(&row.operation) || config.wants(&row.launcher));
         paths.push((if path == KernelPath::Hopper { "hopper" } else { "portable" }, rows));
     }
     if paths.iter().all(|(_, rows)| rows.is_empty()) {
         return Err(Error::config(
-            format!("`--only` = {} is part of no kernel's name", config.only.as_deref().unwrap_or_default()),
+            format!("`--only` = {} is part of no kernel's name", config.only.join(", ")),
             "run without it to see the names",
         ));
     }

@@ -189,7 +189,7 @@ fn report<D: Device>(
     let (flops, median) = (flops(shape), steps.sample.median());
     if let Some(path) = &config.csv {
         let row = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
-        report::append_csv(path, &device.describe(), &[row])?;
+        report::append_csv(path, &device.describe(), report::OURS, &[row])?;
     }
     let phases = phases(&steps.operations, steps.traced);
     let tokens = shape.tokens() as f64;

@@ -196,6 +196,7 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
     let mut workspace = head.workspace(device)?;
+    let workspace_bytes = compute_size::<D>() * device.len(&workspace);
     let mut scores = TokenScores::new(device, scored)?;
     let mut coefficients = TokenCoefficients::new(device, scored)?;
     let mut outcomes: Floats<D> = device.alloc(pairs * PairOutcome::WIDTH)?;
@@ -225,7 +226,8 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool
         (_, true) => "forward and backward with entropy",
         _ => "forward and backward",
     };
-    Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))
+    let case = case.prepare(prepare).part(part).updates();
+    Ok(case.flops(flops).bytes(bytes).workspace(workspace_bytes))
 }
 
 fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
