@@ -5,15 +5,15 @@ Variants:
     eager       linear, f32 logits, cross entropy
     compile     the same under torch.compile
     chunked     `compile` on 1024 rows at a time, their logits computed again in the backward
-    liger       Liger kernels' fused linear cross entropy, where the package is; its sum weighs all tokens alike. As it comes: by
-                CuTe where CUTLASS's Python package is, else by Triton
-    liger triton    its Triton kernels, where it would take others
-    liger whole     its kernels with all rows in one chunk, the fastest cut and the most memory
+    liger triton    Liger kernels' fused linear cross entropy by Triton, where the package is; its sum weighs all tokens alike
+    liger cute      the same by CuTe, which it prefers where CUTLASS's Python package is
+    liger whole     the one it prefers, with all rows in one chunk: the fastest cut, and the most memory
     three products  the bare products alone, by cuBLASLt: logits, gradient of the rows, gradient of the weights
 """
 
 import importlib.util
 import os
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +72,25 @@ def liger(inputs, implementation=None, **options):
 
 def liger_variants(inputs):
     """Those that this version of the package and this machine have."""
+    cute = importlib.util.find_spec("cutlass")
     try:
-        variants = {"liger": liger(inputs)}
+        variants = {"liger triton": liger(inputs, "nvidia-triton" if cute else None)}
     except ImportError as error:
         print(f"liger: not on this machine: {error}", flush=True)
         return {}
-    if importlib.util.find_spec("cutlass"):
-        variants["liger triton"] = liger(inputs, "nvidia-triton")
+    if cute:
+        variants["liger cute"] = liger(inputs)
     vocabulary, width = inputs.weight.shape
     variants["liger whole"] = liger(inputs, chunk_mem_const=-(-vocabulary // width))
     return variants
+
+
+@contextmanager
+def cublaslt():
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    yield
+    torch.backends.cuda.preferred_blas_library(before)
 
 
 def three_products(inputs):
@@ -90,12 +99,10 @@ def three_products(inputs):
     dlogits = common.normal(4, len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
 
     def run():
-        before = torch.backends.cuda.preferred_blas_library()
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-        torch.mm(hidden, weight.T)
-        torch.mm(dlogits, weight)
-        torch.mm(dlogits.T, hidden)
-        torch.backends.cuda.preferred_blas_library(before)
+        with cublaslt() if hidden.is_cuda else nullcontext():
+            torch.mm(hidden, weight.T)
+            torch.mm(dlogits, weight)
+            torch.mm(dlogits.T, hidden)
 
     return run
 

@@ -106,8 +106,8 @@ impl<D: Device> Case<D> {
         (self.run)(device, &mut self.outputs)
     }
 
-    /// Poisons what the operation assigns, runs it once, and returns all of its outputs.
-    pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
+    /// Poisons what the operation assigns, and runs it once.
+    fn poisoned_run(&mut self, device: &D) -> Result<()> {
         if self.assigns {
             for buffer in &mut self.outputs.compute {
                 let poison = vec![f32::NAN; device.len(buffer)];
@@ -118,7 +118,33 @@ impl<D: Device> Case<D> {
             }
         }
         self.prepare_operands(device)?;
-        self.run(device)?;
+        self.run(device)
+    }
+
+    /// One run on poisoned outputs, and what is not finite in them. Sums of gradients may be gigabytes: their norm says it.
+    pub fn not_finite(&mut self, device: &D) -> Result<Option<String>> {
+        self.poisoned_run(device)?;
+        for buffer in &self.outputs.compute {
+            let mut values = vec![0.0; device.len(buffer)];
+            device.download_compute(&mut values, buffer, 0)?;
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                return Ok(Some(format!("value {at} of its output is {}", values[at])));
+            }
+        }
+        let (mut norm, mut found) = (device.alloc(2)?, [0.0f32; 2]);
+        for buffer in &self.outputs.floats {
+            device.gradient_norm(&mut norm, &[buffer], None)?;
+            device.download(&mut found, &norm, 0)?;
+            if !found[0].is_finite() {
+                return Ok(Some(format!("the norm of its output is {}", found[0])));
+            }
+        }
+        Ok(None)
+    }
+
+    /// One run on poisoned outputs, and all of them.
+    pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
+        self.poisoned_run(device)?;
         let mut values = Vec::new();
         for buffer in &self.outputs.compute {
             let mut part = vec![0.0; device.len(buffer)];

@@ -150,11 +150,9 @@ fn measure<D: Device>(
     error: Option<f64>,
 ) -> Result<Measured> {
     let name = case.name();
-    let values = case.checked_run(device)?;
-    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-        return Err(wrong(&name, &format!("value {at} of its output is {}", values[at])));
+    if let Some(what) = case.not_finite(device)? {
+        return Err(wrong(&name, &what));
     }
-    drop(values);
     let case = std::cell::RefCell::new(case);
     let sample =
         stopwatch.measure(|| case.borrow_mut().prepare_operands(device), || case.borrow_mut().run(device))?;
