@@ -27,7 +27,7 @@ for name in ${*:-first second third}; do
 done
 # Seconds in which all of it must be done, the summary included.
 limit=${MMPO_FAST_LIMIT:-525}
-export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
+export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 RUST_BACKTRACE=0
 # cuBLASLt where it comes with PyTorch.
 cublas=$(python3 -c 'import nvidia, pathlib; print(":".join(str(p) for r in nvidia.__path__ for p in pathlib.Path(r).glob("*/lib")))' 2>/dev/null || true)
 export LD_LIBRARY_PATH=$cublas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -78,18 +78,22 @@ ours() { "$bin/mmpo-fast" --quiet bench "$@" --device cuda --csv "$raw"; }
 machine() { nvidia-smi; cat "$bundle/commit"; "$bin/mmpo-fast" --version --verbose; python3 -m pip list 2> /dev/null; true; }
 
 layouts() { "$bin/layouts"; }
-kernels() { gpu_tests 25; }
+kernels() { gpu_tests gpu 25; }
 goldens() { "$bin/cuda_training" a_real_gpu --test-threads=1; }
 
 # Every test of the kernels in a process of its own, several at once, for at most so many seconds: one that faults or never ends takes
-# no other with it. A command may stand before it.
+# no other with it. gpu_tests PATTERN SECONDS [command that stands before it ...]
 gpu_tests() {
-  local names=$scratch/tests.txt
-  "$bin/kernels" gpu --list --format terse 2> /dev/null | sed -n 's/: test$//p' > "$names"
+  local names=$scratch/tests.txt outcomes=$scratch/outcomes.txt code
+  "$bin/kernels" gpu --list --format terse 2> /dev/null | sed -n 's/: test$//p' | grep -E "$1" > "$names"
+  shift
   [ -s "$names" ] || { echo "the program lists no tests"; return 1; }
   export -f gpu_test
   export bin scratch
-  xargs -P 6 -I{} bash -c 'gpu_test "$@"' gpu_test {} "$@" < "$names"
+  xargs -P 8 -I{} bash -c 'gpu_test "$@"' gpu_test {} "$@" < "$names" | tee "$outcomes"
+  code=$?
+  echo "$(grep -c '^ok ' "$outcomes") of $(wc -l < "$names") tests pass"
+  return $code
 }
 
 # gpu_test NAME SECONDS [command ...]
@@ -216,7 +220,7 @@ sanitize() {
   local tool code=0
   for tool in memcheck racecheck; do
     echo "== $tool"
-    gpu_tests 60 compute-sanitizer --tool "$tool" --error-exitcode 9 || code=1
+    gpu_tests '::gpu(_our_products)?$' 60 compute-sanitizer --tool "$tool" --error-exitcode 9 || code=1
   done
   return $code
 }
@@ -228,10 +232,11 @@ profile() {
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,lts__t_sector_hit_rate.pct
   metrics+=,sm__inst_executed_pipe_tensor.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,launch__registers_per_thread
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active
-  ncu --clock-control none --csv --metrics "$metrics" --launch-count 150 \
-    --kernel-name 'regex:attention|product|logp_head|rms_norm|swiglu|rope|adamw|gather|embedding' \
-    --log-file "$results/profile.csv" \
-    "$bin/mmpo-fast" --quiet bench kernels --device cuda --shape llama-3.2-1b --profile ultrafeedback --warmups 0 --calls 1 &&
+  # Each case launches at a small shape first, where it is checked, and at the named one then.
+  ncu --clock-control none --csv --metrics "$metrics" --launch-count 400 \
+    --kernel-name 'regex:attention|product|logp_head|rms_norm|swiglu|rope|adamw' --log-file "$results/profile.csv" \
+    "$bin/mmpo-fast" --quiet bench kernels --device cuda --case llama-3.2-1b:ultrafeedback --warmups 0 --calls 1 \
+    --only attention_forward --only attention_backward --only "logp_head forward" --only rms_norm --only swiglu --only rope --only adamw &&
     wc -l "$results/profile.csv"
 }
 
@@ -246,10 +251,11 @@ profile() {
 for name in $parts; do
   case $name in
     machine) part "$name" 30 ;;
-    layouts | goldens | profile) part "$name" 60 ;;
+    layouts | goldens) part "$name" 60 ;;
     train | determinism) part "$name" 45 ;;
-    causal | products | bandwidth) part "$name" 100 ;;
-    kernels | sanitize) part "$name" 120 ;;
+    causal | products | bandwidth | profile) part "$name" 100 ;;
+    kernels) part "$name" 120 ;;
+    sanitize) part "$name" 150 ;;
     pairs | head | step) part "$name" 230 ;;
     *) echo "run.sh: no part is called $name" >&2; failed=1 ;;
   esac
