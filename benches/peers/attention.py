@@ -124,25 +124,23 @@ def measure(shape, arguments):
     inputs = Inputs(shape, arguments)
     reference = inputs.reference()
     forward, backward = {}, {}
-    for name, (operands, run, dout, packed_of) in variants_of(inputs, arguments).items():
-        try:
-            out = run(*operands)
-            if dout is not None:
-                torch.autograd.grad(out, operands, dout, retain_graph=True)
-        # A peer that fails, in whatever way, is left out and said so.
-        except Exception as error:
-            print(f"{name}: not on this machine: {type(error).__name__}: {error}", flush=True)
-            continue
-        common.check(f"attention, {name}", packed_of(out)[:, : inputs.checked_rows], reference, dtype)
 
-        def without_gradient(run=run, operands=operands):
+    def add(name, operands, run, dout, out):
+        def without_gradient():
             with torch.no_grad():
                 run(*operands)
 
         forward[name] = without_gradient, None
         if dout is not None:
-            gradients = lambda out=out, inputs=operands, dout=dout: torch.autograd.grad(out, inputs, dout, retain_graph=True)
-            backward[name] = gradients, None
+            backward[name] = lambda: torch.autograd.grad(out, operands, dout, retain_graph=True), None
+
+    for name, (operands, run, dout, packed_of) in variants_of(inputs, arguments).items():
+        with common.left_out(arguments, name):
+            out = run(*operands)
+            if dout is not None:
+                torch.autograd.grad(out, operands, dout, retain_graph=True)
+            common.check(f"attention, {name}", packed_of(out)[:, : inputs.checked_rows], reference, dtype)
+            add(name, operands, run, dout, out)
     stopwatch = common.Stopwatch(arguments)
     products = shape.visible * shape.heads * shape.head_size
     common.report(arguments, shape, "attention_forward", stopwatch.measure(forward), flops=4 * products)
@@ -154,6 +152,7 @@ def main(argv=None):
     arguments = common.arguments_of(__doc__, argv)
     for shape in common.shapes_of(arguments):
         measure(shape, arguments)
+    common.finish(arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -146,11 +147,15 @@ def relative_error(got, wanted):
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
+class Wrong(Exception):
+    """A peer's results are not what f64 says."""
+
+
 def check(what, got, wanted, dtype):
     """Nothing is timed that computes wrong."""
     error, allowed = relative_error(got, wanted), 2e-2 if dtype == torch.bfloat16 else 1e-4
     if not error <= allowed:
-        raise SystemExit(f"{what}: its results differ by {error:.2e} from those in f64, {allowed:.0e} is allowed")
+        raise Wrong(f"{what}: its results differ by {error:.2e} from those in f64, {allowed:.0e} is allowed")
     print(f"{what}: checked, {error:.1e} from f64", flush=True)
 
 
@@ -233,6 +238,24 @@ def report(arguments, shape, op, seconds, flops=0, bytes_=0, workspaces=None):
         with arguments.csv.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([HEADER, *rows] if new else rows)
+
+
+@contextmanager
+def left_out(arguments, name):
+    """A peer that this machine lacks, or that computes wrong, is named and left out; the others are measured all the same."""
+    try:
+        yield
+    except Wrong as error:
+        print(f"{name}: left out: {error}", flush=True)
+        arguments.wrong = True
+    except Exception as error:
+        print(f"{name}: not on this machine: {type(error).__name__}: {error}", flush=True)
+
+
+def finish(arguments):
+    """Ends the program with an error if a peer computed wrong."""
+    if getattr(arguments, "wrong", False):
+        raise SystemExit(1)
 
 
 def wanted(arguments, variants):

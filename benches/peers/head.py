@@ -139,15 +139,9 @@ def measure(shape, arguments):
     for name, loss in variants_of(inputs, arguments).items():
         gradients = lambda loss=loss: torch.autograd.grad(loss(), (inputs.hidden, inputs.weight))
         coefficients = -torch.ones_like(inputs.coefficients) if name.startswith("liger") else inputs.coefficients
-        try:
-            results = gradients()
-        # A peer that fails, in whatever way, is left out and said so.
-        except Exception as error:
-            print(f"{name}: not on this machine: {type(error).__name__}: {error}", flush=True)
-            continue
-        inputs.check(f"head, {name}", results, coefficients, dtype)
-        del results
-        runs[name], workspaces[name] = (gradients, None), common.workspace(arguments, gradients)
+        with common.left_out(arguments, name):
+            inputs.check(f"head, {name}", gradients(), coefficients, dtype)
+            runs[name], workspaces[name] = (gradients, None), common.workspace(arguments, gradients)
     runs |= common.wanted(arguments, {"three products": (three_products(inputs), None)})
     flops = 6 * shape.scored * shape.vocabulary * shape.hidden
     seconds = common.Stopwatch(arguments).measure(runs)
@@ -161,6 +155,7 @@ def main(argv=None):
     arguments = common.arguments_of(__doc__, argv, extra)
     for shape in common.shapes_of(arguments):
         measure(shape, arguments)
+    common.finish(arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ steps must come to one loss, the rows must have one set of columns, and the summ
     check_peers.py PROGRAM      the path of mmpo-fast
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -17,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "peers")]
 
 import attention
+import common
 import head
 import optimizer
 import step
 import summary
+import torch
 from common import HEADER
 
 WANTED = {
@@ -41,6 +44,24 @@ def run_peers(raw):
     for peer in (attention, head, optimizer):
         peer.main(common)
     return {variant: step.main([*common, "--json", "--variant", variant])["losses"][0] for variant in step.VARIANTS}
+
+
+def check_left_out():
+    """A peer that is missing ends nothing; one that computes wrong makes the end an error."""
+    arguments = argparse.Namespace()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with common.left_out(arguments, "one"):
+            raise ImportError("no such package")
+        common.finish(arguments)
+        with common.left_out(arguments, "another"):
+            common.check("it", torch.ones(3), torch.zeros(3), torch.float32)
+    assert "one: not on this machine: ImportError" in printed.getvalue() and "another: left out: it:" in printed.getvalue()
+    try:
+        common.finish(arguments)
+    except SystemExit as end:
+        assert end.code == 1
+    else:
+        raise AssertionError("a wrong peer is an error")
 
 
 def check_rows(raw):
@@ -106,6 +127,7 @@ def check_summary(folder):
 
 
 def main():
+    check_left_out()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         raw = folder / "raw.csv"
