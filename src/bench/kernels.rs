@@ -211,18 +211,7 @@ fn report<D: Device>(
     lines: Vec<Line>,
 ) -> Result<()> {
     if config.json {
-        let report = json!({
-            "bench": "kernels",
-            "version": env!("CARGO_PKG_VERSION"),
-            "device": device.describe(),
-            "shape": shape.name(),
-            "tokens": shape.tokens(),
-            "scored": shape.scored(),
-            "method": method.describe(),
-            "copy_gb_per_s": ceilings.bandwidth() / 1e9,
-            "product_tflop_per_s": ceilings.rate() / 1e12,
-            "kernels": lines,
-        });
+        let report = as_json(&device.describe(), shape, method, ceilings, &lines);
         return report::print(&format!("{report}\n"));
     }
     let rows: Vec<Vec<String>> = lines
@@ -265,4 +254,25 @@ fn report<D: Device>(
         report::table(&header, &rows),
         side = ceilings.product_side,
     ))
+}
+
+fn as_json(
+    device: &str,
+    shape: &Shape,
+    method: &Method,
+    ceilings: &Ceilings,
+    lines: &[Line],
+) -> serde_json::Value {
+    json!({
+        "bench": "kernels",
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": device,
+        "shape": shape.name(),
+        "tokens": shape.tokens(),
+        "scored": shape.scored(),
+        "method": method.describe(),
+        "copy_gb_per_s": ceilings.bandwidth() / 1e9,
+        "product_tflop_per_s": ceilings.rate() / 1e12,
+        "kernels": lines,
+    })
 }

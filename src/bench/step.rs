@@ -190,12 +190,7 @@ fn report<D: Device>(
     let (flops, median) = (flops(shape), steps.sample.median());
     let phases = phases(&steps.operations, steps.traced);
     if let Some(path) = &config.csv {
-        let step = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
-        let part = |phase: &Phase| {
-            let (op, seconds) = (format!("step: {}", phase.phase), Sample(vec![phase.seconds]));
-            ResultRow::new(&op, &shape.name(), &seconds, 0.0, 0.0)
-        };
-        let rows: Vec<ResultRow> = std::iter::once(step).chain(phases.iter().map(part)).collect();
+        let rows = rows(shape, flops, &steps, &phases);
         report::append_csv(path, &device.describe(), report::OURS, &rows)?;
     }
     let tokens = shape.tokens() as f64;
@@ -244,6 +239,16 @@ fn report<D: Device>(
         report::table(&["part", "operations", "ms", "share"], &rows),
         figures(steps.traced * 1e3),
     ))
+}
+
+/// Of the whole step, and of each part of the traced one.
+fn rows(shape: &Shape, flops: f64, steps: &Steps, phases: &[Phase]) -> Vec<ResultRow> {
+    let step = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
+    let part = |phase: &Phase| {
+        let (op, seconds) = (format!("step: {}", phase.phase), Sample(vec![phase.seconds]));
+        ResultRow::new(&op, &shape.name(), &seconds, 0.0, 0.0)
+    };
+    std::iter::once(step).chain(phases.iter().map(part)).collect()
 }
 
 fn as_json(
