@@ -107,7 +107,6 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     arguments.warmups = arguments.warmups if arguments.warmups is not None else (50 if on_gpu else 2)
     arguments.calls = arguments.calls or (50 if on_gpu else 7)
     torch.set_num_threads(arguments.threads)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return arguments
 
 

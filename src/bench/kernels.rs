@@ -276,3 +276,21 @@ fn as_json(
         "kernels": lines,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_kernel_is_noted_and_the_others_go_on() {
+        let device = CpuDevice::new(Some(1)).unwrap();
+        let mut failures = Failures::default();
+        failures.note(&device, "rope", wrong("rope", "value 3 of its output is NaN"));
+        failures.note(&device, "add", wrong("add", "value 0 of its output is NaN"));
+        assert!(!failures.lost_device);
+        assert!(
+            failures.first.unwrap().to_string().starts_with("rope: "),
+            "the first is the program's error"
+        );
+    }
+}
