@@ -211,6 +211,8 @@ fn a_real_gpu_trains_as_the_cpu_does() {
         return eprintln!("{missing}: skipped");
     }
     let open = || CudaDevice::open(0).expect("the first GPU opens");
+    // It stays open, so that the others share its context: to make one takes longer than a run.
+    let _kept = open();
     for model in MODELS {
         let first = run(open(), model);
         compare(model, &first, &run(cpu(), model));

@@ -103,6 +103,10 @@ pub fn sum_launches(operation: &str, launches: &[EmulatedLaunch], minimum: Optio
 /// Runs a case once on the counting device.
 pub fn count_case(device: &CudaDevice, make: Maker<CudaDevice>, shape: &Shape) -> Result<Vec<Counted>> {
     let mut case = make(device, shape)?;
+    // Shapes that are counted fit into one chunk of the head anyway.
+    if case.part.ends_with("in one chunk") {
+        return Ok(Vec::new());
+    }
     case.prepare_operands(device)?;
     let (done, launches) = EmulatorVariant::Checked.count_launches(|| case.run(device));
     done?;

@@ -18,9 +18,10 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         gather_rows_backward,
         head_forward,
         head_backward,
-        |device, shape| head_both(device, shape, HeadMode::Main, false),
-        |device, shape| head_both(device, shape, HeadMode::Main, true),
-        |device, shape| head_both(device, shape, HeadMode::Recompute, false),
+        |device, shape| head_both(device, shape, Both::Main),
+        |device, shape| head_both(device, shape, Both::WithEntropy),
+        |device, shape| head_both(device, shape, Both::Recomputed),
+        |device, shape| head_both(device, shape, Both::InOneChunk),
         pair_objective,
     ]
 }
@@ -96,13 +97,13 @@ impl<D: Device> Head<D> {
         device.alloc(device.logp_head_workspace(mode, rows, width, vocab)?)
     }
 
-    /// Runs of whole pairs, as a training step takes them: of one size, as large as its workspace may be by default.
-    fn chunks(&self, device: &D, pairs: usize) -> Result<Vec<Range<usize>>> {
+    /// Runs of whole pairs, as a training step takes them: of one size, as large as its workspace may be.
+    fn chunks(&self, device: &D, pairs: usize, most_bytes: usize) -> Result<Vec<Range<usize>>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
         let mut most = pairs;
         while mode == HeadMode::Main && most > 1 {
             let values = device.logp_head_workspace(mode, most * self.scored() / pairs, width, vocab)?;
-            if compute_size::<D>() * values <= HeadOptions::DEFAULT_WORKSPACE.min(D::HEAD_CHUNK_BYTES) {
+            if compute_size::<D>() * values <= most_bytes {
                 break;
             }
             most -= 1;
@@ -217,13 +218,46 @@ fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.prepare(prepare).updates().flops(flops).bytes(bytes))
 }
 
+/// How the head goes both ways.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Both {
+    Main,
+    WithEntropy,
+    Recomputed,
+    /// Main mode with as much workspace as that takes.
+    InOneChunk,
+}
+
+impl Both {
+    fn part(self) -> &'static str {
+        match self {
+            Both::Main => "forward and backward",
+            Both::WithEntropy => "forward and backward with entropy",
+            Both::Recomputed => "forward and backward recomputed",
+            Both::InOneChunk => "forward and backward in one chunk",
+        }
+    }
+
+    fn mode(self) -> HeadMode {
+        if self == Both::Recomputed { HeadMode::Recompute } else { HeadMode::Main }
+    }
+
+    /// Bytes that a chunk may take.
+    fn workspace<D: Device>(self) -> usize {
+        match self {
+            Both::InOneChunk => usize::MAX,
+            _ => HeadOptions::DEFAULT_WORKSPACE.min(D::HEAD_CHUNK_BYTES),
+        }
+    }
+}
+
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
-fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape, mode, entropy)?);
+fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, both.mode(), both == Both::WithEntropy)?);
     let flops = 3 * head.product_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
-    let chunks = head.chunks(device, pairs)?;
+    let chunks = head.chunks(device, pairs, both.workspace::<D>())?;
     let largest = chunks.first().map_or(0, |chunk| head.part(chunk, pairs).rows.len());
     let mut workspace = head.workspace(device, largest)?;
     let workspace_bytes = compute_size::<D>() * device.len(&workspace);
@@ -255,12 +289,7 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool
         }
         Ok(())
     });
-    let part = match (mode, entropy) {
-        (HeadMode::Recompute, _) => "forward and backward recomputed",
-        (_, true) => "forward and backward with entropy",
-        _ => "forward and backward",
-    };
-    let case = case.prepare(prepare).part(part).updates();
+    let case = case.prepare(prepare).part(both.part()).updates();
     Ok(case.flops(flops).bytes(bytes).workspace(workspace_bytes))
 }
 

@@ -38,7 +38,10 @@ impl GpuBackend {
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
         let (products, how) = match CublasLt::open(&stream) {
-            Ok(products) => (Some(products), "cuBLASLt".to_owned()),
+            Ok(products) => {
+                let how = format!("cuBLASLt {}", products.version());
+                (Some(products), how)
+            }
             Err(why) => {
                 let advice = why.help().map_or(String::new(), |help| format!("; {help}"));
                 tracing::warn!("{why}: matrix products run on the slower portable kernel instead{advice}");
