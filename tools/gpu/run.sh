@@ -257,7 +257,9 @@ for name in $parts; do
     causal | products | bandwidth | profile) part "$name" 100 ;;
     kernels) part "$name" 120 ;;
     sanitize) part "$name" 150 ;;
-    pairs | head | step) part "$name" 230 ;;
+    pairs) part "$name" 200 ;;
+    step) part "$name" 230 ;;
+    head) part "$name" 260 ;;
     *) echo "run.sh: no part is called $name" >&2; failed=1 ;;
   esac
 done
