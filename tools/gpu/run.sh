@@ -57,10 +57,13 @@ part() {
     local job=$!
     set +m
     # It holds no output of ours open: whoever reads that would wait for a sleep that outlives it.
-    ( sleep "$seconds" && kill -TERM -- -$job && sleep 3 && kill -KILL -- -$job ) > /dev/null 2>&1 &
+    ( sleep "$seconds" && kill -TERM -- -$job ) > /dev/null 2>&1 &
     local watch=$!
     wait $job
     code=$?
+    # What is left of it, compilers' workers for instance, would take time from the next part.
+    [ "$code" -lt 128 ] || sleep 1
+    kill -KILL -- -$job 2> /dev/null
     kill $watch 2> /dev/null
     wait $watch 2> /dev/null
   fi
