@@ -29,6 +29,9 @@ class Result:
         self.median = statistics.median(numbers("median_us"))
         self.low, self.high = min(numbers("min_us")), max(numbers("max_us"))
         self.flops, self.bytes = max(numbers("flops")), max(numbers("bytes"))
+        self.on_gpu = rows[0]["machine"].startswith("cuda")
+        # Older results lack the column.
+        self.workspace = max(float(row.get("workspace") or 0) for row in rows)
 
 
 def read(path):
@@ -61,8 +64,8 @@ def least_seconds(result, bandwidth, rate):
 def comparison(results):
     """Markdown table of what was measured with its peers in the same run."""
     lines = [
-        "| operation | shape | engine | median, us | range, us | TFLOP/s | time, mmpo-fast = 1 |",
-        "|---|---|---|---|---|---|---|",
+        "| operation | shape | engine | median, us | range, us | TFLOP/s | workspace, MiB | time, mmpo-fast = 1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape), peers in results.items():
         if OURS not in peers or len(peers) == 1:
@@ -72,10 +75,86 @@ def comparison(results):
             # The same work for all: what the packed pairs need.
             rate = figures(ours.flops / result.median / 1e6) if ours.flops else "-"
             spread = f"{figures(result.low)} to {figures(result.high)}"
-            lines.append(
-                f"| {op} | {shape} | {peer} | {figures(result.median)} | {spread} | {rate} | {result.median / ours.median:.2f} |"
-            )
+            held = figures(result.workspace / 2**20) if result.workspace else "-"
+            ratio = f"{result.median / ours.median:.2f}"
+            lines.append(f"| {op} | {shape} | {peer} | {figures(result.median)} | {spread} | {rate} | {held} | {ratio} |")
     return lines if len(lines) > 2 else ["No peer was measured in this run."]
+
+
+class Asked:
+    """A ratio that the project asks for: a peer's time over ours, or ours over a peer's."""
+
+    def __init__(self, op, engines, least=None, most=None, only=lambda shape: True):
+        self.op, self.engines, self.least, self.most, self.only = op, engines, least, most, only
+
+    def lines(self, results):
+        for (op, shape), peers in results.items():
+            if op == self.op and self.only(shape) and OURS in peers:
+                found = {peer: result.median for peer, result in peers.items() if any(peer.startswith(e) for e in self.engines)}
+                peer = min(found, key=found.get) if found else None
+                yield self.line(shape, peer, found.get(peer), peers[OURS].median)
+
+    def line(self, shape, peer, theirs, ours):
+        what = f"{self.op}, {shape}"
+        if self.most is not None:
+            asked, value, holds = f"at most {self.most} of", theirs and ours / theirs, lambda value: value <= self.most
+        else:
+            asked, value, holds = f"at least {self.least} x", theirs and theirs / ours, lambda value: value >= self.least
+        asked += f" {peer or ' or '.join(self.engines)}"
+        return f"| {what} | {asked} | {verdict(value, holds)} |"
+
+
+def verdict(value, holds):
+    return "not measured | -" if value is None else f"{value:.3f} | {'yes' if holds(value) else '**no**'}"
+
+
+plain = lambda shape: "/0/0 " in shape
+HEAD = "logp_head forward and backward"
+ASKED = (
+    Asked("attention_forward", ("sdpa cudnn", "sdpa flash"), least=1.0, only=plain),
+    Asked("attention_backward", ("sdpa cudnn",), least=1.15, only=lambda shape: not plain(shape)),
+    Asked("attention_backward", ("flex",), least=2.0, only=lambda shape: not plain(shape)),
+    Asked(HEAD, ("liger",), least=1.05),
+    Asked(HEAD, ("liger triton",), least=3.0),
+    Asked(HEAD, ("compile",), least=1.5),
+    Asked(HEAD, ("three products",), most=1.1),
+)
+PRODUCTS = ("linear_forward ", "linear_backward_input ", "linear_backward_weight ")
+LEAST_OF_PRODUCTS = 0.98
+MOST_OF_STEP = 0.05
+
+
+def products(results):
+    """Geometric means of cuBLASLt's time over ours, by model and of all."""
+    logs = defaultdict(list)
+    for (op, shape), peers in results.items():
+        if op.startswith(PRODUCTS) and OURS in peers and "cuBLASLt" in peers:
+            logs[shape.split()[0]].append(math.log(peers["cuBLASLt"].median / peers[OURS].median))
+    if len(logs) > 1:
+        logs["all models"] = [value for values in logs.values() for value in values]
+    for model, values in logs.items():
+        mean = math.exp(statistics.fmean(values))
+        asked = f"at least {LEAST_OF_PRODUCTS} x cuBLASLt"
+        what = f"geometric mean of {len(values)} plain products, {model}"
+        yield f"| {what} | {asked} | {verdict(mean, lambda value: value >= LEAST_OF_PRODUCTS)} |"
+
+
+def order(results):
+    """All of the attention's backward, of which the order of dQ's sums is a part."""
+    for (op, shape), peers in results.items():
+        part = results.get(("step: attention backward", shape), {}).get(OURS)
+        if op == "step" and part and OURS in peers:
+            share = part.median / peers[OURS].median
+            what = f"attention backward of a step (dQ's order costs less), {shape}"
+            yield f"| {what} | at most {MOST_OF_STEP} | {verdict(share, lambda value: value <= MOST_OF_STEP)} |"
+
+
+def asked(results):
+    """Markdown table of the ratios that are asked for, measured or not; they are a GPU's."""
+    results = {key: peers for key, peers in results.items() if OURS in peers and peers[OURS].on_gpu}
+    lines = [line for ratio in ASKED for line in ratio.lines(results)]
+    lines += [*products(results), *order(results)]
+    return ["| what | asked | measured | holds |", "|---|---|---|---|", *lines] if lines else []
 
 
 def alone(results, bandwidth, rate):
@@ -187,6 +266,9 @@ def write(folder):
     lines = [f"# {folder.resolve().name}", "", *(f"- {entry}" for entry in about), ""]
     if bandwidth and rate:
         lines += [f"Ceilings, measured in this run: copy {bandwidth / 1e9:.4g} GB/s, large product {rate / 1e12:.3g} TFLOP/s.", ""]
+    wanted = asked(results)
+    if wanted:
+        lines += ["## What was asked for", "", *wanted, ""]
     lines += [
         "## Beside the peers",
         "",

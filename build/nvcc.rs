@@ -15,8 +15,8 @@ pub const TARGETS_FOR_PEOPLE: &str = "sm_80, sm_90a, PTX for later GPUs";
 /// Where tools/setup_cuda.sh puts nvcc.
 pub const PROJECT_NVCC: &str = ".toolchain/nvidia/cu13/bin/nvcc";
 
-/// The oldest toolkit that knows sm_90a's wgmma and TMA in full.
-const OLDEST: (u32, u32) = (12, 4);
+/// The oldest toolkit that knows sm_90a in full and has `cudaGetDriverEntryPointByVersion`.
+const OLDEST: (u32, u32) = (12, 5);
 
 pub struct Toolkit {
     nvcc: PathBuf,

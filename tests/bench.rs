@@ -57,13 +57,35 @@ fn kernels_are_checked_timed_and_written_down() {
     assert_csv(&csv);
 }
 
+/// Plain sequences and pairs in one run, beside the same ceilings.
+#[test]
+fn several_shapes_are_measured_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let csv = folder.path().join("raw.csv");
+    let cases = ["--case", "tiny:40/0/0:3", "--case", "tiny-128:tiny", "--pairs", "2", "--calls", "1"];
+    let only = ["--only", "attention_forward", "--only", "attention_backward", "--device", "cpu"];
+    let (code, stdout, stderr) =
+        bench(&[&["kernels", "--csv", csv.to_str().unwrap()], &cases[..], &only[..]].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    for shape in ["tiny 40/0/0 x3: 120 tokens, 0 scored", "tiny-128 tiny x2: 104 tokens, 56 scored"] {
+        assert!(stdout.contains(shape), "{shape} is not in\n{stdout}");
+    }
+    let text = std::fs::read_to_string(&csv).unwrap();
+    let rows: Vec<&str> = text.lines().map(|line| line.split(',').nth(3).unwrap()).collect();
+    let (both, ceilings) = (["attention_forward", "attention_backward"], ["ceiling copy", "ceiling product"]);
+    assert_eq!(rows, [&["op"], &ceilings[..], &both, &both, &ceilings].concat(), "{text}");
+}
+
 /// One header, and the columns that the peers write too.
 fn assert_csv(path: &Path) {
     let text = std::fs::read_to_string(path).unwrap();
     let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes"));
+    assert_eq!(
+        lines.next(),
+        Some("date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace")
+    );
     for line in lines {
-        assert_eq!(line.split(',').count(), 10, "{line}");
+        assert_eq!(line.split(',').count(), 11, "{line}");
         assert_eq!(line.split(',').nth(2), Some("mmpo-fast"), "{line}");
     }
     assert!(text.contains(",ceiling copy,machine,") && text.contains(",tiny tiny x2,"), "{text}");
@@ -129,6 +151,10 @@ fn mistakes_are_named() {
         ),
         (&["step", "--only", "rope"], 2, "a step has none to choose"),
         (&["step", "--calls", "0"], 2, "must be at least 1"),
+        (&["step", "--case", "tiny:tiny"], 2, "for `bench kernels` alone"),
+        (&["kernels", "--case", "tiny"], 2, "is not MODEL:PROFILE"),
+        (&["kernels", "--case", "tiny:tiny:0"], 2, "is not MODEL:PROFILE"),
+        (&["kernels", "--profile", "40/0/0", "--device", "cpu"], 2, "only attention has something to do"),
         (&["step", "--model", "no/such/folder", "--device", "cpu"], 5, "no/such/folder"),
         (&["step", "--shape", "tiny", "--layers", "0"], 2, "must be at least 1"),
         (&["kernles"], 2, "kernels, step, products"),

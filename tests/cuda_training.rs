@@ -8,11 +8,9 @@ use std::sync::Arc;
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::cpu::CpuDevice;
-use mmpo_fast::device::cuda::{self, CudaDevice};
+use mmpo_fast::device::cuda::{self, CudaDevice, KernelPath, Products};
 use mmpo_fast::device::{AdamWStep, Device};
-#[cfg(mmpo_emulated)]
-use mmpo_fast::model::HeadChoice;
-use mmpo_fast::model::{HeadOptions, Llama};
+use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
@@ -197,7 +195,7 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
 #[test]
 fn the_emulated_gpu_trains_with_a_recomputing_head() {
     let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
-    let hopper = || emulated().with_path(cuda::KernelPath::Hopper);
+    let hopper = || emulated().with_path(KernelPath::Hopper);
     compare(MODELS[0], &run_with(hopper(), MODELS[0], head), &run(cpu(), MODELS[0]));
 }
 
@@ -213,9 +211,21 @@ fn a_real_gpu_trains_as_the_cpu_does() {
         return eprintln!("{missing}: skipped");
     }
     let open = || CudaDevice::open(0).expect("the first GPU opens");
+    // It stays open, so that the others share its context: to make one takes longer than a run.
+    let _kept = open();
     for model in MODELS {
         let first = run(open(), model);
         compare(model, &first, &run(cpu(), model));
         assert_same_bits(&first, &run(open(), model));
+    }
+    // Where the device would take the vendor's products: both sets of our own kernels, and the head that keeps nothing.
+    let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
+    let reference = run(cpu(), MODELS[0]);
+    for path in [open().path(), KernelPath::Portable] {
+        let ours = || open().with_path(path).with_products(Products::Ours);
+        let first = run_with(ours(), MODELS[0], head);
+        compare(MODELS[0], &first, &reference);
+        assert_same_bits(&first, &run_with(ours(), MODELS[0], head));
+        compare(MODELS[0], &run(ours(), MODELS[0]), &reference);
     }
 }

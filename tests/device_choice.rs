@@ -104,6 +104,14 @@ mod with_gpu_kernels {
         assert_says(&message, &["lower the token budget"]);
     }
 
+    /// A fault shows at whatever call comes next.
+    #[test]
+    fn a_fault_of_an_earlier_kernel() {
+        let (code, message) = generate("cuda", fake_driver(), &[("FAKE_CUDA_ALLOCATION", "700")]);
+        assert_eq!(code, DEVICE_ERROR, "{message}");
+        assert_says(&message, &["allocating GPU memory: pretended error", "CUDA_LAUNCH_BLOCKING=1"]);
+    }
+
     #[test]
     fn no_driver() {
         if mmpo_fast::device::cuda::gpus().is_ok() {

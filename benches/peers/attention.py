@@ -2,9 +2,10 @@
 
 Variants:
     sdpa flash, sdpa cudnn, sdpa    scaled_dot_product_attention by that backend (on a CPU: PyTorch's own choice), causal, on the
-                                    pairs unpacked: chosen and rejected rows with the prompt in each, padded to the longer one
+                                    pairs unpacked: chosen and rejected rows with the prompt in each, padded to the longer one;
+                                    on plain sequences as they are, forward alone
     flex                            FlexAttention on the packed pairs, the shared-prefix mask as a block mask, compiled
-All count the operations that the packed pairs need, so a rate says how fast the same pairs are done.
+On plain sequences (profile P/0/0) it stays out. All count the operations that the packed pairs need, so a rate says how fast the same pairs are done.
 """
 
 import math
@@ -31,10 +32,17 @@ class Inputs:
         self.v = common.normal(3, shape.kv_heads, shape.tokens, shape.head_size, **options)
         self.dout = common.normal(4, shape.heads, shape.tokens, shape.head_size, **options)
 
+    @property
+    def checked_rows(self):
+        """Rows that see no later ones."""
+        return min(self.shape.pair_tokens, 1024) if self.shape.plain else self.shape.pair_tokens
+
     def rows_of(self, packed):
         """`[2 * pairs, heads, longest, E]`: the pairs unpacked, chosen rows first, zeros behind the shorter ones."""
         shape = self.shape
         pairs = packed.view(packed.shape[0], shape.pairs, shape.pair_tokens, shape.head_size).transpose(0, 1)
+        if shape.plain:
+            return pairs.contiguous()
         prompt, chosen, rejected = pairs.split([shape.prompt, shape.chosen, shape.rejected], dim=2)
         longest = shape.prompt + max(shape.chosen, shape.rejected)
         rows = [torch.cat([prompt, response], dim=2) for response in (chosen, rejected)]
@@ -43,17 +51,20 @@ class Inputs:
     def packed_of(self, rows):
         """The other way round; the prompt's rows are the same in both."""
         shape = self.shape
-        chosen, rejected = rows.split(shape.pairs)
-        rejected = rejected[:, :, shape.prompt : shape.prompt + shape.rejected]
-        pairs = torch.cat([chosen[:, :, : shape.prompt + shape.chosen], rejected], dim=2)
+        if shape.plain:
+            pairs = rows
+        else:
+            chosen, rejected = rows.split(shape.pairs)
+            rejected = rejected[:, :, shape.prompt : shape.prompt + shape.rejected]
+            pairs = torch.cat([chosen[:, :, : shape.prompt + shape.chosen], rejected], dim=2)
         return pairs.transpose(0, 1).reshape(-1, shape.tokens, shape.head_size)
 
     def reference(self):
-        """Output of the first pair in f64, `[heads, P + C + R, E]`, by the mask written out."""
-        shape, rows = self.shape, self.shape.pair_tokens
-        q, k, v = (part[:, :rows].double().cpu() for part in (self.q, self.k, self.v))
+        """Output of the first pair, or of the first rows of a sequence, in f64, `[heads, rows, E]`, by the mask written out."""
+        shape, rows = self.shape, self.checked_rows
+        q, k, v = (part[:, :rows].double() for part in (self.q, self.k, self.v))
         k, v = (part.repeat_interleave(shape.heads // shape.kv_heads, dim=0) for part in (k, v))
-        at = torch.arange(rows)
+        at = torch.arange(rows, device=q.device)
         segment = (at >= shape.prompt).long() + (at >= shape.prompt + shape.chosen).long()
         sees = (at[:, None] >= at[None]) & ((segment[None] == 0) | (segment[None] == segment[:, None]))
         scores = (q @ k.transpose(1, 2) / math.sqrt(shape.head_size)).masked_fill(~sees, float("-inf"))
@@ -92,9 +103,15 @@ def variants_of(inputs, arguments):
     else:
         variants["sdpa"] = sdpa(None)
 
+    if shape.plain:
+        return common.wanted(arguments, {name: (*variant[:2], None, variant[3]) for name, variant in variants.items()})
     mask = pair_mask(shape, arguments.device)
     on_gpu = arguments.device == "cuda"
-    attend = flex_attention if arguments.tiny else torch.compile(flex_attention)
+    # A kernel of its own for every shape, as ours are.
+    torch._dynamo.reset()
+    attend = flex_attention if arguments.tiny else torch.compile(flex_attention, dynamic=False)
+    # Its backward runs many times over one forward's results.
+    torch._functorch.config.donated_buffer = False
     # It has no backward on a CPU, and refuses operands that ask for one.
     packed = [part[None].clone().requires_grad_(on_gpu) for part in operands]
     flex = lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True)
@@ -107,34 +124,35 @@ def measure(shape, arguments):
     inputs = Inputs(shape, arguments)
     reference = inputs.reference()
     forward, backward = {}, {}
-    for name, (operands, run, dout, packed_of) in variants_of(inputs, arguments).items():
-        try:
-            out = run(*operands)
-            if dout is not None:
-                torch.autograd.grad(out, operands, dout, retain_graph=True)
-        except RuntimeError as error:
-            print(f"{name}: not on this machine: {str(error).splitlines()[0]}", flush=True)
-            continue
-        common.check(f"attention, {name}", packed_of(out)[:, : shape.pair_tokens], reference, dtype)
 
-        def without_gradient(run=run, operands=operands):
+    def add(name, operands, run, dout, out):
+        def without_gradient():
             with torch.no_grad():
                 run(*operands)
 
         forward[name] = without_gradient, None
         if dout is not None:
-            gradients = lambda out=out, inputs=operands, dout=dout: torch.autograd.grad(out, inputs, dout, retain_graph=True)
-            backward[name] = gradients, None
+            backward[name] = lambda: torch.autograd.grad(out, operands, dout, retain_graph=True), None
+
+    for name, (operands, run, dout, packed_of) in variants_of(inputs, arguments).items():
+        with common.left_out(arguments, name):
+            out = run(*operands)
+            if dout is not None:
+                torch.autograd.grad(out, operands, dout, retain_graph=True)
+            common.check(f"attention, {name}", packed_of(out)[:, : inputs.checked_rows], reference, dtype)
+            add(name, operands, run, dout, out)
     stopwatch = common.Stopwatch(arguments)
     products = shape.visible * shape.heads * shape.head_size
     common.report(arguments, shape, "attention_forward", stopwatch.measure(forward), flops=4 * products)
-    common.report(arguments, shape, "attention_backward", stopwatch.measure(backward), flops=10 * products)
+    if backward:
+        common.report(arguments, shape, "attention_backward", stopwatch.measure(backward), flops=10 * products)
 
 
 def main(argv=None):
     arguments = common.arguments_of(__doc__, argv)
     for shape in common.shapes_of(arguments):
         measure(shape, arguments)
+    common.finish(arguments)
 
 
 if __name__ == "__main__":

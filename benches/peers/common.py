@@ -12,14 +12,17 @@ import platform
 import re
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-HEADER = ("date", "machine", "peer", "op", "shape", "median_us", "min_us", "max_us", "flops", "bytes")
+HEADER = ("date", "machine", "peer", "op", "shape", "median_us", "min_us", "max_us", "flops", "bytes", "workspace")
 TOKEN_STREAM = 1 << 20
 OPERAND_STREAM = 1 << 21
+# About 1.5 ms: longer than PyTorch takes to queue what is timed.
+SLEEP_CYCLES = 3_000_000
 
 
 def find_shapes():
@@ -35,8 +38,8 @@ class Shape:
     """As `bench::shapes::Shape` in Rust: a model, the lengths of its pairs, and how many pairs there are."""
 
     def __init__(self, arguments, case=None):
-        """`case`: `MODEL:PROFILE` instead of the arguments' own."""
-        self.model, self.profile = case.split(":") if case else (arguments.shape, arguments.profile)
+        """`case`: `MODEL:PROFILE` or `MODEL:PROFILE:PAIRS` instead of the arguments' own."""
+        self.model, self.profile, *pairs = case.split(":") if case else (arguments.shape, arguments.profile)
         self.config = dict(SHAPES["common"], **SHAPES["models"][self.model])
         if arguments.layers:
             self.config["num_hidden_layers"] = arguments.layers
@@ -47,7 +50,7 @@ class Shape:
         else:
             self.prompt, self.chosen, self.rejected = (int(part) for part in self.profile.split("/"))
         self.pair_tokens = self.prompt + self.chosen + self.rejected
-        self.pairs = arguments.pairs or max(1, arguments.tokens // self.pair_tokens)
+        self.pairs = int(pairs[0]) if pairs else arguments.pairs or max(1, arguments.tokens // self.pair_tokens)
         self.hidden = self.config["hidden_size"]
         self.mlp = self.config["intermediate_size"]
         self.heads = self.config["num_attention_heads"]
@@ -68,6 +71,11 @@ class Shape:
         return self.pairs * (self.chosen + self.rejected)
 
     @property
+    def plain(self):
+        """Causal sequences without responses."""
+        return self.scored == 0
+
+    @property
     def visible(self):
         """Query-key pairs that the shared-prefix mask lets through."""
         triangle = lambda rows: rows * (rows + 1) // 2
@@ -80,8 +88,8 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=SHAPES["models"], default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="layers of the model, where all are too many")
-    parser.add_argument("--profile", default="ultrafeedback", help="a name in shapes.json, or P/C/R")
-    parser.add_argument("--case", action="append", help="MODEL:PROFILE, instead of both; may be repeated")
+    parser.add_argument("--profile", default="ultrafeedback", help="a name in shapes.json, or P/C/R; P/0/0 are causal sequences")
+    parser.add_argument("--case", action="append", help="MODEL:PROFILE[:PAIRS], instead of these; may be repeated")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, prompts once")
     parser.add_argument("--pairs", type=int, help="pairs of a batch, instead of tokens")
     parser.add_argument("--warmups", type=int)
@@ -99,7 +107,6 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     arguments.warmups = arguments.warmups if arguments.warmups is not None else (50 if on_gpu else 2)
     arguments.calls = arguments.calls or (50 if on_gpu else 7)
     torch.set_num_threads(arguments.threads)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return arguments
 
 
@@ -139,11 +146,15 @@ def relative_error(got, wanted):
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
+class Wrong(Exception):
+    """A peer's results are not what f64 says."""
+
+
 def check(what, got, wanted, dtype):
     """Nothing is timed that computes wrong."""
     error, allowed = relative_error(got, wanted), 2e-2 if dtype == torch.bfloat16 else 1e-4
     if not error <= allowed:
-        raise SystemExit(f"{what}: its results differ by {error:.2e} from those in f64, {allowed:.0e} is allowed")
+        raise Wrong(f"{what}: its results differ by {error:.2e} from those in f64, {allowed:.0e} is allowed")
     print(f"{what}: checked, {error:.1e} from f64", flush=True)
 
 
@@ -170,6 +181,9 @@ class Stopwatch:
         return seconds
 
     def time(self, run):
+        if self.on_gpu:
+            # The GPU waits while the host queues, so that the time between the events is the GPU's and not Python's.
+            torch.cuda._sleep(SLEEP_CYCLES)
         self.flush.sum()
         if self.on_gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -193,21 +207,54 @@ def machine(arguments):
     return f"cpu ({name}; {arguments.threads} threads)"
 
 
-def report(arguments, shape, op, seconds, flops=0, bytes_=0):
-    """Prints a line a variant, and adds a row to the file of `--csv`."""
+def workspace(arguments, run):
+    """Most bytes that a run takes on a GPU at once, beside what was there before and what it returns."""
+    if arguments.device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run()
+    torch.cuda.synchronize()
+    kept = sum(result.numel() * result.element_size() for result in results)
+    return torch.cuda.max_memory_allocated() - before - kept
+
+
+def report(arguments, shape, op, seconds, flops=0, bytes_=0, workspaces=None):
+    """Prints a line a variant, and adds a row to the file of `--csv`. `workspaces`: bytes by variant."""
     rows = []
     for peer, samples in seconds.items():
         low, median, high = (1e6 * value for value in (min(samples), statistics.median(samples), max(samples)))
         rate = f", {flops / median / 1e6:.2f} TFLOP/s" if flops else f", {bytes_ / median / 1e3:.0f} GB/s"
         pairs = f", {shape.pairs / median * 1e6:.0f} pairs/s"
-        print(f"{op:24} {peer:40} {median:12.1f} us ({low:.1f} to {high:.1f}){rate}{pairs}", flush=True)
+        held = (workspaces or {}).get(peer, 0)
+        memory = f", workspace {held / 2**20:.0f} MiB" if held else ""
+        print(f"{op:24} {peer:40} {median:12.1f} us ({low:.1f} to {high:.1f}){rate}{pairs}{memory}", flush=True)
         columns = (datetime.date.today(), machine(arguments), peer, op, shape.name)
-        rows.append((*columns, *(f"{value:.3f}" for value in (median, low, high)), flops, bytes_))
+        rows.append((*columns, *(f"{value:.3f}" for value in (median, low, high)), flops, bytes_, held))
     if arguments.csv:
         new = not arguments.csv.exists() or arguments.csv.stat().st_size == 0
         with arguments.csv.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([HEADER, *rows] if new else rows)
+
+
+@contextmanager
+def left_out(arguments, name):
+    """A peer that this machine lacks, or that computes wrong, is named and left out; the others are measured all the same."""
+    try:
+        yield
+    except Wrong as error:
+        print(f"{name}: left out: {error}", flush=True)
+        arguments.wrong = True
+    except Exception as error:
+        print(f"{name}: not on this machine: {type(error).__name__}: {error}", flush=True)
+
+
+def finish(arguments):
+    """Ends the program with an error if a peer computed wrong."""
+    if getattr(arguments, "wrong", False):
+        raise SystemExit(1)
 
 
 def wanted(arguments, variants):

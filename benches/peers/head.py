@@ -5,8 +5,15 @@ Variants:
     eager       linear, f32 logits, cross entropy
     compile     the same under torch.compile
     chunked     `compile` on 1024 rows at a time, their logits computed again in the backward
-    liger       Liger kernels' fused linear cross entropy, where the package is; its sum weighs all tokens alike
+    liger triton    Liger kernels' fused linear cross entropy by Triton, where the package is; its sum weighs all tokens alike
+    liger cute      the same by CuTe, which it prefers where CUTLASS's Python package is
+    liger whole     the one it prefers, with all rows in one chunk: the fastest cut, and the most memory
+    three products  the bare products alone, by cuBLASLt: logits, gradient of the rows, gradient of the weights
 """
+
+import importlib.util
+import os
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import common
 
 CHUNK = 1024
+# Of the kernel that is in question; the products are cuBLAS's either way.
+LIGER_CHOICE = "LIGER_KERNEL_IMPL_CROSS_ENTROPY_LOSS_AND_GRAD"
 
 
 def logps(hidden, weight, targets):
@@ -30,33 +39,80 @@ class Inputs:
         tokens = common.pair_tokens(shape)[:, shape.prompt :].reshape(-1)
         self.targets = tokens.to(arguments.device)
         self.coefficients = common.normal(3, shape.scored, device=arguments.device, dtype=torch.float32)
+        self.reference = self.gradients_of_logps()
+
+    def gradients_of_logps(self):
+        """Of some rows' log-probs to their hidden rows, in f64."""
+        rows = slice(0, min(64, len(self.hidden)))
+        hidden = self.hidden[rows].detach().double().requires_grad_()
+        logps = -F.cross_entropy(hidden @ self.weight.detach().double().T, self.targets[rows], reduction="none")
+        return torch.autograd.grad(logps.sum(), hidden)[0]
 
     def check(self, what, gradients, coefficients, dtype):
-        """Gradients of some hidden rows against f64."""
-        rows = slice(0, min(64, len(self.hidden)))
-        hidden = self.hidden[rows].detach().double().cpu().requires_grad_()
-        weight = self.weight.detach().double().cpu()
-        loss = -F.cross_entropy(hidden @ weight.T, self.targets[rows].cpu(), reduction="none")
-        (loss * coefficients[rows].double().cpu()).sum().backward()
-        common.check(what, gradients[0][rows], hidden.grad, dtype)
+        rows = len(self.reference)
+        common.check(what, gradients[0][:rows], self.reference * coefficients[:rows, None].double(), dtype)
 
 
-def liger(inputs):
+def liger(inputs, implementation=None, **options):
     """Its forward computes the gradients; the loss is the negative sum of the log-probs."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss():
-        result = liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="sum")
+        if implementation:
+            os.environ[LIGER_CHOICE] = implementation
+        try:
+            result = liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="sum", **options)
+        finally:
+            os.environ.pop(LIGER_CHOICE, None)
         # Some versions return a second loss beside it.
         return result[0] if isinstance(result, tuple) else result
 
     return loss
 
 
+def liger_variants(inputs):
+    """Those that this version of the package and this machine have."""
+    cute = importlib.util.find_spec("cutlass")
+    try:
+        variants = {"liger triton": liger(inputs, "nvidia-triton" if cute else None)}
+    except ImportError as error:
+        print(f"liger: not on this machine: {error}", flush=True)
+        return {}
+    if cute:
+        variants["liger cute"] = liger(inputs)
+    vocabulary, width = inputs.weight.shape
+    variants["liger whole"] = liger(inputs, chunk_mem_const=-(-vocabulary // width))
+    return variants
+
+
+@contextmanager
+def cublaslt():
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    yield
+    torch.backends.cuda.preferred_blas_library(before)
+
+
+def three_products(inputs):
+    """What every head must do at least; dlogits are random, since zeros would be faster."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    dlogits = common.normal(4, len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
+
+    def run():
+        with cublaslt() if hidden.is_cuda else nullcontext():
+            torch.mm(hidden, weight.T)
+            torch.mm(dlogits, weight)
+            torch.mm(dlogits.T, hidden)
+
+    return run
+
+
 def variants_of(inputs, arguments):
     """Name -> the sum of the weighted log-probs, or of the negative ones for Liger."""
     operands = inputs.hidden, inputs.weight, inputs.targets
-    compiled = torch.compile(logps) if not arguments.tiny else logps
+    # A kernel of its own for every shape, as ours are.
+    torch._dynamo.reset()
+    compiled = torch.compile(logps, dynamic=False) if not arguments.tiny else logps
 
     def chunked():
         total = 0.0
@@ -71,32 +127,35 @@ def variants_of(inputs, arguments):
         "compile": lambda: (compiled(*operands) * inputs.coefficients).sum(),
         "chunked": chunked,
     }
-    if arguments.device == "cuda":
-        try:
-            variants["liger"] = liger(inputs)
-        except ImportError as error:
-            print(f"liger: not on this machine: {error}", flush=True)
+    if arguments.device == "cuda" or arguments.interpret:
+        variants |= liger_variants(inputs)
     return common.wanted(arguments, variants)
 
 
 def measure(shape, arguments):
     dtype = common.dtype_of(arguments)
     inputs = Inputs(shape, arguments)
-    runs = {}
+    runs, workspaces = {}, {}
     for name, loss in variants_of(inputs, arguments).items():
         gradients = lambda loss=loss: torch.autograd.grad(loss(), (inputs.hidden, inputs.weight))
-        coefficients = inputs.coefficients if name != "liger" else -torch.ones_like(inputs.coefficients)
-        inputs.check(f"head, {name}", gradients(), coefficients, dtype)
-        runs[name] = gradients, None
+        coefficients = -torch.ones_like(inputs.coefficients) if name.startswith("liger") else inputs.coefficients
+        with common.left_out(arguments, name):
+            inputs.check(f"head, {name}", gradients(), coefficients, dtype)
+            runs[name], workspaces[name] = (gradients, None), common.workspace(arguments, gradients)
+    runs |= common.wanted(arguments, {"three products": (three_products(inputs), None)})
     flops = 6 * shape.scored * shape.vocabulary * shape.hidden
     seconds = common.Stopwatch(arguments).measure(runs)
-    common.report(arguments, shape, "logp_head forward and backward", seconds, flops=flops)
+    common.report(arguments, shape, "logp_head forward and backward", seconds, flops=flops, workspaces=workspaces)
 
 
 def main(argv=None):
-    arguments = common.arguments_of(__doc__, argv)
+    def extra(parser):
+        parser.add_argument("--interpret", action="store_true", help="Liger on a CPU too, by TRITON_INTERPRET=1: to see that it runs")
+
+    arguments = common.arguments_of(__doc__, argv, extra)
     for shape in common.shapes_of(arguments):
         measure(shape, arguments)
+    common.finish(arguments)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ pub struct Case<D: Device> {
     pub flops: f64,
     /// The fewest bytes it can move.
     pub bytes: f64,
+    /// Bytes of memory that it needs beside operands and results; 0 where nobody compares them.
+    pub workspace: f64,
     pub outputs: Outputs<D>,
     /// Whether outputs are assigned, and so may hold anything before.
     assigns: bool,
@@ -49,7 +51,17 @@ impl<D: Device> Case<D> {
         run: impl FnMut(&D, &mut Outputs<D>) -> Result<()> + 'static,
     ) -> Self {
         let run = Box::new(run);
-        Case { operation, part: "", flops: 0.0, bytes: 0.0, outputs, assigns: true, prepare: None, run }
+        Case {
+            operation,
+            part: "",
+            flops: 0.0,
+            bytes: 0.0,
+            workspace: 0.0,
+            outputs,
+            assigns: true,
+            prepare: None,
+            run,
+        }
     }
 
     fn part(self, part: &'static str) -> Self {
@@ -62,6 +74,10 @@ impl<D: Device> Case<D> {
 
     fn bytes(self, bytes: usize) -> Self {
         Case { bytes: bytes as f64, ..self }
+    }
+
+    fn workspace(self, bytes: usize) -> Self {
+        Case { workspace: bytes as f64, ..self }
     }
 
     /// It updates its outputs: they are not poisoned.
@@ -90,8 +106,8 @@ impl<D: Device> Case<D> {
         (self.run)(device, &mut self.outputs)
     }
 
-    /// Poisons what the operation assigns, runs it once, and returns all of its outputs.
-    pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
+    /// Poisons what the operation assigns, and runs it once.
+    fn poisoned_run(&mut self, device: &D) -> Result<()> {
         if self.assigns {
             for buffer in &mut self.outputs.compute {
                 let poison = vec![f32::NAN; device.len(buffer)];
@@ -102,7 +118,33 @@ impl<D: Device> Case<D> {
             }
         }
         self.prepare_operands(device)?;
-        self.run(device)?;
+        self.run(device)
+    }
+
+    /// One run on poisoned outputs, and what is not finite in them. Sums of gradients may be gigabytes: their norm says it.
+    pub fn not_finite(&mut self, device: &D) -> Result<Option<String>> {
+        self.poisoned_run(device)?;
+        for buffer in &self.outputs.compute {
+            let mut values = vec![0.0; device.len(buffer)];
+            device.download_compute(&mut values, buffer, 0)?;
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                return Ok(Some(format!("value {at} of its output is {}", values[at])));
+            }
+        }
+        let (mut norm, mut found) = (device.alloc(2)?, [0.0f32; 2]);
+        for buffer in &self.outputs.floats {
+            device.gradient_norm(&mut norm, &[buffer], None)?;
+            device.download(&mut found, &norm, 0)?;
+            if !found[0].is_finite() {
+                return Ok(Some(format!("the norm of its output is {}", found[0])));
+            }
+        }
+        Ok(None)
+    }
+
+    /// One run on poisoned outputs, and all of them.
+    pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
+        self.poisoned_run(device)?;
         let mut values = Vec::new();
         for buffer in &self.outputs.compute {
             let mut part = vec![0.0; device.len(buffer)];

@@ -28,64 +28,137 @@ struct Line {
     share_of_ceiling: f64,
 }
 
-pub fn run<D: Device>(device: &D, config: &BenchConfig, shape: &Shape, method: Method) -> Result<()> {
+/// Measures every shape, whatever is wrong with one kernel, and then fails if something was.
+pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method: Method) -> Result<()> {
     let mut stopwatch = Stopwatch::new(device, method)?;
-    let before = Ceilings::measure(&mut stopwatch)?;
-    let reference = CpuDevice::new(config.threads)?;
+    let mut ceilings = Ceilings::measure(&mut stopwatch)?;
+    write(config, device, &ceiling_rows(&ceilings))?;
+    let mut failures = Failures::default();
     let mut measured = Vec::new();
-    for (make, make_reference) in cases::all::<D>().into_iter().zip(cases::all::<CpuDevice>()) {
-        let wanted = |name: &str| config.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
-        let small = make(device, &small_shape()?)?;
-        let name = small.name();
-        if !wanted(&name) {
-            continue;
+    for shape in shapes {
+        let rows = measure_shape(&mut stopwatch, device, config, shape, &mut failures)?;
+        // At once: what was measured is there even if something later brings the program to an end.
+        write(config, device, &rows.iter().map(|row| row.row.clone()).collect::<Vec<_>>())?;
+        measured.push((shape, rows));
+        if failures.lost_device {
+            break;
         }
-        let error = check(device, small, &reference, make_reference)?;
-        let case = make(device, shape)?;
-        tracing::debug!("{name}: {error:?} from the CPU device");
-        measured.push((name, error, measure(&mut stopwatch, device, case)?));
     }
-    if measured.is_empty() {
+    if measured.iter().all(|(_, rows)| rows.is_empty()) && failures.first.is_none() {
         return Err(Error::config(
-            format!("`--only` = {} is part of no kernel's name", config.only.as_deref().unwrap_or_default()),
+            format!("`--only` = {} is part of no kernel's name", config.only.join(", ")),
             "run without it to see the names",
         ));
     }
-    let ceilings = before.join(Ceilings::measure(&mut stopwatch)?);
-    let lines: Vec<Line> = measured
-        .into_iter()
-        .map(|(name, error, measured)| {
-            let (flops, bytes, median) = (measured.flops, measured.bytes, measured.sample.median());
-            Line {
-                row: ResultRow::new(&name, &shape.name(), &measured.sample, flops, bytes),
-                error,
-                tflop_per_s: flops / median / 1e12,
-                gb_per_s: bytes / median / 1e9,
-                share_of_ceiling: ceilings.share(flops, bytes, median),
-            }
-        })
-        .collect();
-    report(device, config, shape, &method, &ceilings, lines)
+    if !failures.lost_device {
+        let later = Ceilings::measure(&mut stopwatch)?;
+        write(config, device, &ceiling_rows(&later))?;
+        ceilings = ceilings.join(later);
+    }
+    for (shape, rows) in measured {
+        let lines = rows.into_iter().map(|measured| Line::new(measured, &ceilings)).collect();
+        report(device, config, shape, &method, &ceilings, lines)?;
+    }
+    failures.first.map_or(Ok(()), Err)
 }
 
+/// What went wrong so far; the rest is measured all the same.
+#[derive(Default)]
+struct Failures {
+    first: Option<Error>,
+    /// A kernel that faults takes the process's use of its GPU with it.
+    lost_device: bool,
+}
+
+impl Failures {
+    fn note<D: Device>(&mut self, device: &D, name: &str, error: Error) {
+        tracing::error!("{name} is not timed: {error}");
+        let answers = || device.download(&mut [0.0f32], &device.alloc(1)?, 0);
+        self.lost_device = answers().is_err();
+        self.first.get_or_insert(error);
+    }
+}
+
+fn measure_shape<D: Device>(
+    stopwatch: &mut Stopwatch<'_, D>,
+    device: &D,
+    config: &BenchConfig,
+    shape: &Shape,
+    failures: &mut Failures,
+) -> Result<Vec<Measured>> {
+    let reference = CpuDevice::new(config.threads)?;
+    let mut measured = Vec::new();
+    for (make, make_reference) in cases::all::<D>().into_iter().zip(cases::all::<CpuDevice>()) {
+        let small = make(device, &small_shape()?)?;
+        let name = small.name();
+        if !config.wants(&name) {
+            continue;
+        }
+        let checked_and_timed = check(device, small, &reference, make_reference)
+            .and_then(|error| measure(stopwatch, device, shape, make(device, shape)?, error));
+        match checked_and_timed {
+            Ok(row) => measured.push(row),
+            Err(error) => failures.note(device, &name, error),
+        }
+        if failures.lost_device {
+            break;
+        }
+    }
+    Ok(measured)
+}
+
+fn ceiling_rows(ceilings: &Ceilings) -> Vec<ResultRow> {
+    let copied = 2.0 * ceilings.copy_bytes as f64;
+    vec![
+        ResultRow::new("ceiling copy", "machine", &ceilings.copy, 0.0, copied),
+        ResultRow::new("ceiling product", "machine", &ceilings.product, ceilings.product_flops(), 0.0),
+    ]
+}
+
+fn write<D: Device>(config: &BenchConfig, device: &D, rows: &[ResultRow]) -> Result<()> {
+    match &config.csv {
+        Some(path) => report::append_csv(path, &device.describe(), report::OURS, rows),
+        None => Ok(()),
+    }
+}
+
+/// A kernel's result, and how far it is from the CPU device's.
 struct Measured {
-    flops: f64,
-    bytes: f64,
-    sample: super::measure::Sample,
+    row: ResultRow,
+    error: Option<f64>,
+}
+
+impl Line {
+    fn new(Measured { row, error }: Measured, ceilings: &Ceilings) -> Self {
+        let seconds = row.median_us * 1e-6;
+        Line {
+            error,
+            tflop_per_s: row.flops / seconds / 1e12,
+            gb_per_s: row.bytes / seconds / 1e9,
+            share_of_ceiling: ceilings.share(row.flops, row.bytes, seconds),
+            row,
+        }
+    }
 }
 
 /// Checks a case on poisoned outputs, then times it.
-fn measure<D: Device>(stopwatch: &mut Stopwatch<'_, D>, device: &D, mut case: Case<D>) -> Result<Measured> {
-    let values = case.checked_run(device)?;
-    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-        return Err(wrong(&case.name(), &format!("value {at} of its output is {}", values[at])));
+fn measure<D: Device>(
+    stopwatch: &mut Stopwatch<'_, D>,
+    device: &D,
+    shape: &Shape,
+    mut case: Case<D>,
+    error: Option<f64>,
+) -> Result<Measured> {
+    let name = case.name();
+    if let Some(what) = case.not_finite(device)? {
+        return Err(wrong(&name, &what));
     }
-    drop(values);
-    let (flops, bytes) = (case.flops, case.bytes);
     let case = std::cell::RefCell::new(case);
     let sample =
         stopwatch.measure(|| case.borrow_mut().prepare_operands(device), || case.borrow_mut().run(device))?;
-    Ok(Measured { flops, bytes, sample })
+    let case = case.into_inner();
+    let row = ResultRow::new(&name, &shape.name(), &sample, case.flops, case.bytes);
+    Ok(Measured { row: ResultRow { workspace: case.workspace, ..row }, error })
 }
 
 /// The shape at which results are compared: every part of the mask, and rows that fill no tile.
@@ -137,27 +210,8 @@ fn report<D: Device>(
     ceilings: &Ceilings,
     lines: Vec<Line>,
 ) -> Result<()> {
-    if let Some(path) = &config.csv {
-        let mut rows: Vec<ResultRow> = lines.iter().map(|line| line.row.clone()).collect();
-        let copied = 2.0 * ceilings.copy_bytes as f64;
-        rows.push(ResultRow::new("ceiling copy", "machine", &ceilings.copy, 0.0, copied));
-        let flops = ceilings.product_flops();
-        rows.push(ResultRow::new("ceiling product", "machine", &ceilings.product, flops, 0.0));
-        report::append_csv(path, &device.describe(), &rows)?;
-    }
     if config.json {
-        let report = json!({
-            "bench": "kernels",
-            "version": env!("CARGO_PKG_VERSION"),
-            "device": device.describe(),
-            "shape": shape.name(),
-            "tokens": shape.tokens(),
-            "scored": shape.scored(),
-            "method": method.describe(),
-            "copy_gb_per_s": ceilings.bandwidth() / 1e9,
-            "product_tflop_per_s": ceilings.rate() / 1e12,
-            "kernels": lines,
-        });
+        let report = as_json(&device.describe(), shape, method, ceilings, &lines);
         return report::print(&format!("{report}\n"));
     }
     let rows: Vec<Vec<String>> = lines
@@ -171,10 +225,15 @@ fn report<D: Device>(
                 if line.row.flops > 0.0 { figures(line.tflop_per_s) } else { "-".into() },
                 figures(line.gb_per_s),
                 format!("{:.0} %", 100.0 * line.share_of_ceiling),
+                if line.row.workspace > 0.0 {
+                    figures(line.row.workspace / f64::from(1 << 20))
+                } else {
+                    "-".into()
+                },
             ]
         })
         .collect();
-    let header = ["kernel", "median us", "min", "max", "TFLOP/s", "GB/s", "of ceiling"];
+    let header = ["kernel", "median us", "min", "max", "TFLOP/s", "GB/s", "of ceiling", "workspace, MiB"];
     let range = |sample: &super::measure::Sample, amount: f64| {
         let [most, least] = [sample.min(), sample.max()].map(|seconds| figures(amount / seconds));
         format!("{least} to {most}")
@@ -195,4 +254,43 @@ fn report<D: Device>(
         report::table(&header, &rows),
         side = ceilings.product_side,
     ))
+}
+
+fn as_json(
+    device: &str,
+    shape: &Shape,
+    method: &Method,
+    ceilings: &Ceilings,
+    lines: &[Line],
+) -> serde_json::Value {
+    json!({
+        "bench": "kernels",
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": device,
+        "shape": shape.name(),
+        "tokens": shape.tokens(),
+        "scored": shape.scored(),
+        "method": method.describe(),
+        "copy_gb_per_s": ceilings.bandwidth() / 1e9,
+        "product_tflop_per_s": ceilings.rate() / 1e12,
+        "kernels": lines,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_kernel_is_noted_and_the_others_go_on() {
+        let device = CpuDevice::new(Some(1)).unwrap();
+        let mut failures = Failures::default();
+        failures.note(&device, "rope", wrong("rope", "value 3 of its output is NaN"));
+        failures.note(&device, "add", wrong("add", "value 0 of its output is NaN"));
+        assert!(!failures.lost_device);
+        assert!(
+            failures.first.unwrap().to_string().starts_with("rope: "),
+            "the first is the program's error"
+        );
+    }
 }

@@ -116,7 +116,7 @@ impl Ceilings {
     pub fn measure<D: Device>(stopwatch: &mut Stopwatch<'_, D>) -> Result<Self> {
         let (device, method) = (stopwatch.device, stopwatch.method);
         let values = method.copy_bytes / size_of::<f32>();
-        let source = inputs::floats(device, 0, values, 1.0)?;
+        let source = Self::copy_source(device, values)?;
         let mut target: Floats<D> = device.alloc(values)?;
         let copy = stopwatch.measure(|| Ok(()), || device.copy(&mut target, 0, &source, 0, values))?;
         drop((source, target));
@@ -129,6 +129,16 @@ impl Ceilings {
         let product =
             stopwatch.measure(|| Ok(()), || device.linear_forward(&mut out, &x, &weight, None, shape))?;
         Ok(Ceilings { copy, copy_bytes: method.copy_bytes, product, product_side: side })
+    }
+
+    /// Random values, a few of them again and again: to make gigabytes on the host would take longer than all copies.
+    fn copy_source<D: Device>(device: &D, values: usize) -> Result<Floats<D>> {
+        let some = inputs::floats(device, 0, values.min(1 << 24), 1.0)?;
+        let mut source = device.alloc(values)?;
+        for offset in (0..values).step_by(device.len(&some).max(1)) {
+            device.copy(&mut source, offset, &some, 0, device.len(&some).min(values - offset))?;
+        }
+        Ok(source)
     }
 
     /// Samples of two measurements, one before and one behind all else.

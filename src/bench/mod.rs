@@ -17,7 +17,7 @@ use std::sync::Arc;
 use self::measure::Method;
 use self::shapes::{Lengths, Shape};
 use crate::device::{Device, DeviceChoice, DeviceTask, run_on};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 
 /// What is measured.
@@ -40,18 +40,41 @@ pub enum ModelChoice {
     Folder(PathBuf),
 }
 
+/// One of several shapes that are measured beside the same ceilings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BenchCase {
+    pub model: String,
+    pub profile: String,
+    pub pairs: Option<usize>,
+}
+
+impl BenchCase {
+    /// `MODEL:PROFILE`, or `MODEL:PROFILE:PAIRS`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let parts: Vec<&str> = text.split(':').collect();
+        let (model, profile, pairs) = match parts[..] {
+            [model, profile] => (model, profile, None),
+            [model, profile, pairs] => (model, profile, Some(pairs.parse().ok().filter(|&pairs| pairs > 0)?)),
+            _ => return None,
+        };
+        Some(BenchCase { model: model.to_owned(), profile: profile.to_owned(), pairs })
+    }
+}
+
 /// A checked command line; `None` leaves a number to the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BenchConfig {
     pub parts: Vec<Part>,
+    /// Of `bench kernels`, instead of model, profile and pairs.
+    pub cases: Vec<BenchCase>,
     pub model: Option<ModelChoice>,
     pub layers: Option<usize>,
     /// A name in `benches/shapes.json`, or `P/C/R`.
     pub profile: Option<String>,
     pub pairs: Option<usize>,
     pub tokens: Option<usize>,
-    /// Only kernels whose name contains this.
-    pub only: Option<String>,
+    /// Only kernels whose names contain one of these; all if there is none.
+    pub only: Vec<String>,
     pub warmups: Option<usize>,
     pub calls: Option<usize>,
     pub json: bool,
@@ -59,6 +82,13 @@ pub struct BenchConfig {
     pub csv: Option<PathBuf>,
     pub device: DeviceChoice,
     pub threads: Option<usize>,
+}
+
+impl BenchConfig {
+    /// Whether a kernel of this name is wanted.
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| name.contains(only.as_str()))
+    }
 }
 
 /// Measures and prints.
@@ -124,7 +154,7 @@ impl DeviceTask for Task<'_> {
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let config = self.0;
         let place = Place::of::<D>(config.device);
-        let shape = shape(config, place)?;
+        let shapes = shapes(config, place)?;
         if place == Place::Emulated {
             tracing::warn!("the emulated device runs kernels on the CPU: its times say nothing about a GPU");
         }
@@ -132,13 +162,29 @@ impl DeviceTask for Task<'_> {
             let mut method = place.method();
             method.warmups = config.warmups.unwrap_or(method.warmups);
             method.calls = config.calls.unwrap_or(method.calls);
-            kernels::run(&*device, config, &shape, method)?;
+            kernels::run(&*device, config, &shapes, method)?;
         }
         if config.parts.contains(&Part::Step) {
-            step::run(&device, config, &shape, place)?;
+            step::run(&device, config, &shape(config, place)?, place)?;
         }
         Ok(())
     }
+}
+
+fn shapes(config: &BenchConfig, place: Place) -> Result<Vec<Shape>> {
+    if config.cases.is_empty() {
+        return Ok(vec![shape(config, place)?]);
+    }
+    let of_case = |case: &BenchCase| {
+        let case = BenchConfig {
+            model: Some(ModelChoice::Named(case.model.clone())),
+            profile: Some(case.profile.clone()),
+            pairs: case.pairs.or(config.pairs),
+            ..config.clone()
+        };
+        shape(&case, place)
+    };
+    config.cases.iter().map(of_case).collect()
 }
 
 fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {
@@ -159,5 +205,13 @@ fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {
     };
     let tokens = config.tokens.unwrap_or(tokens);
     let pairs = config.pairs.unwrap_or((tokens / lengths.tokens()).max(1));
-    Ok(Shape { model, config: llama, profile: profile.to_owned(), lengths, pairs })
+    let shape = Shape { model, config: llama, profile: profile.to_owned(), lengths, pairs };
+    let attention = |only: &String| only.starts_with("attention_");
+    if shape.is_plain() && (config.only.is_empty() || !config.only.iter().all(attention)) {
+        return Err(Error::config(
+            format!("`--profile` = {profile}: without responses only attention has something to do"),
+            "add `--only attention_forward`, or give the responses some tokens",
+        ));
+    }
+    Ok(shape)
 }

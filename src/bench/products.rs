@@ -62,49 +62,51 @@ pub fn run(config: &BenchConfig) -> Result<()> {
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.product_tiles()?;
-    let mut duels = Vec::new();
-    for model in MODELS {
-        for rows in ROWS {
-            let shape = Shape {
-                model: model.into(),
-                config: shapes::model(model, None)?,
-                profile: format!("{}/{}/{}", rows / 2, rows / 4, rows / 4),
-                lengths: shapes::lengths(&format!("{}/{}/{}", rows / 2, rows / 4, rows / 4))?,
-                pairs: 1,
-            };
-            for make in cases::all::<CudaDevice>() {
-                // A case's name is known once it is made, and the smallest is made at once.
-                let name = make(&device, &smallest()?)?;
-                let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
-                if product && config.only.as_ref().is_none_or(|only| name.name().contains(only.as_str())) {
-                    let case = make(&device, &shape)?;
-                    // SwiGLU stands behind one layer alone, so its case names none.
-                    let layer = if case.part.is_empty() { "gate_up" } else { case.part };
-                    let linear = cases::linear_shape(&shape, layer);
-                    let (operation, flops) = (case.operation, case.flops);
-                    let mut ways = vec![Products::Vendor, Products::Ours];
-                    if operation != "linear_swiglu_forward" {
-                        ways.extend((0..).take(tiles.len()).map(Products::Tile));
-                    }
-                    let mut samples;
-                    (device, samples) = time(device, case, &flush, &method, &ways)?;
-                    let tiles = samples.split_off(2);
-                    let [vendor, planned] = [samples.remove(0), samples.remove(0)];
-                    duels.push(Duel {
-                        operation,
-                        layer,
-                        shape: shape.clone(),
-                        linear,
-                        flops,
-                        vendor,
-                        planned,
-                        tiles,
-                    });
+    let (mut duels, mut failure) = (Vec::new(), None);
+    for (model, rows) in MODELS.into_iter().flat_map(|model| ROWS.map(|rows| (model, rows))) {
+        let shape = shape(model, rows)?;
+        for make in cases::all::<CudaDevice>() {
+            // A case's name is known once it is made, and the smallest is made at once.
+            let name = make(&device, &smallest()?)?;
+            let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
+            if !product || !config.wants(&name.name()) {
+                continue;
+            }
+            let case = make(&device, &shape)?;
+            // SwiGLU stands behind one layer alone, so its case names none.
+            let layer = if case.part.is_empty() { "gate_up" } else { case.part };
+            let linear = cases::linear_shape(&shape, layer);
+            let (operation, flops) = (case.operation, case.flops);
+            let mut ways = vec![Products::Vendor, Products::Ours];
+            if operation != "linear_swiglu_forward" {
+                ways.extend((0..).take(tiles.len()).map(Products::Tile));
+            }
+            let samples;
+            (device, samples) = time(device, case, &flush, &method, &ways, rows == ROWS[0]);
+            match samples {
+                Ok(samples) => {
+                    let mut samples = samples.into_iter();
+                    let [vendor, planned] = [(); 2].map(|()| samples.next().unwrap_or_default());
+                    let (shape, tiles) = (shape.clone(), samples.collect());
+                    let duel = Duel { operation, layer, shape, linear, flops, vendor, planned, tiles };
+                    write(&device, config, &duel)?;
+                    duels.push(duel);
+                }
+                Err(error) => {
+                    tracing::error!("{operation} {layer} of {linear:?} is not timed: {error}");
+                    failure.get_or_insert(error);
                 }
             }
         }
     }
-    print(&device, config, &method, &duels, &tiles)
+    print(&device, config, &method, &duels, &tiles)?;
+    failure.map_or(Ok(()), Err)
+}
+
+fn shape(model: &str, rows: usize) -> Result<Shape> {
+    let profile = format!("{}/{}/{}", rows / 2, rows / 4, rows / 4);
+    let (config, lengths) = (shapes::model(model, None)?, shapes::lengths(&profile)?);
+    Ok(Shape { model: model.into(), config, profile, lengths, pairs: 1 })
 }
 
 fn smallest() -> Result<Shape> {
@@ -118,27 +120,73 @@ fn smallest() -> Result<Shape> {
     })
 }
 
-/// All ways in turn, call by call: a GPU that changes its clock changes it for all.
+/// All ways in turn, call by call: a GPU that changes its clock changes it for all. With `check`, all must compute the same as
+/// the first before.
 fn time(
     mut device: CudaDevice,
     mut case: Case<CudaDevice>,
     flush: &Floats<CudaDevice>,
     method: &Method,
     ways: &[Products],
-) -> Result<(CudaDevice, Vec<Sample>)> {
-    let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
+    check: bool,
+) -> (CudaDevice, Result<Vec<Sample>>) {
     let mut samples = vec![Sample::default(); ways.len()];
-    for call in 0..method.warmups + method.calls {
-        for (sample, &products) in samples.iter_mut().zip(ways) {
+    let mut expected = None;
+    let mut step = |device: &CudaDevice, call: usize, which: usize| -> Result<()> {
+        if call == 0 && check {
+            let found = fresh_run(device, &mut case)?;
+            let name = || format!("{} by {:?}", case.name(), ways[which]);
+            return same(name, &found, expected.get_or_insert_with(|| found.clone()));
+        }
+        let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
+        device.gradient_norm(&mut flushed, &[flush], None)?;
+        let seconds = device.time(|| case.run(device))?;
+        if call > method.warmups {
+            samples[which].0.push(seconds);
+        }
+        Ok(())
+    };
+    for call in 0..=method.warmups + method.calls {
+        for (which, &products) in ways.iter().enumerate() {
             device = device.with_products(products);
-            device.gradient_norm(&mut flushed, &[flush], None)?;
-            let seconds = device.time(|| case.run(&device))?;
-            if call >= method.warmups {
-                sample.0.push(seconds);
+            if let Err(error) = step(&device, call, which) {
+                return (device.with_products(Products::Fastest), Err(error));
             }
         }
     }
-    Ok((device.with_products(Products::Fastest), samples))
+    (device.with_products(Products::Fastest), Ok(samples))
+}
+
+/// Outputs of one run that has nothing to add to.
+fn fresh_run(device: &CudaDevice, case: &mut Case<CudaDevice>) -> Result<Vec<f32>> {
+    for sums in &mut case.outputs.floats {
+        device.zero(sums, 0..device.len(sums))?;
+    }
+    case.checked_run(device)
+}
+
+/// Both round to bf16 once, after sums in different orders.
+fn same(name: impl Fn() -> String, found: &[f32], expected: &[f32]) -> Result<()> {
+    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+    let difference = squares(&mut found.iter().zip(expected).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    let error = (difference / squares(&mut expected.iter().map(|&value| f64::from(value)))).sqrt();
+    if error <= 1e-2 {
+        return Ok(());
+    }
+    Err(Error::numerics(
+        format!("{}: differs from cuBLASLt by {error:e}, relative to its norm", name()),
+        "nothing is timed that computes wrong; please report this",
+    ))
+}
+
+fn write(device: &CudaDevice, config: &BenchConfig, duel: &Duel) -> Result<()> {
+    let Some(path) = &config.csv else { return Ok(()) };
+    for (engine, sample) in [(report::OURS, duel.fastest().1), ("cuBLASLt", &duel.vendor)] {
+        let op = format!("{} {}", duel.operation, duel.layer);
+        let row = ResultRow::new(&op, &duel.shape.name(), sample, duel.flops, 0.0);
+        report::append_csv(path, &device.describe(), engine, &[row])?;
+    }
+    Ok(())
 }
 
 fn print(
@@ -148,16 +196,6 @@ fn print(
     duels: &[Duel],
     tiles: &[ProductTile],
 ) -> Result<()> {
-    if let Some(path) = &config.csv {
-        for (engine, choose) in [("", 0), (" by cuBLASLt", 1)] {
-            let row = |duel: &Duel| {
-                let sample = [duel.fastest().1, &duel.vendor][choose];
-                let op = format!("{} {}{engine}", duel.operation, duel.layer);
-                ResultRow::new(&op, &duel.shape.name(), sample, duel.flops, 0.0)
-            };
-            report::append_csv(path, &device.describe(), &duels.iter().map(row).collect::<Vec<_>>())?;
-        }
-    }
     let names: Vec<String> = tiles.iter().map(ProductTile::to_string).collect();
     if config.json {
         let rows: Vec<_> = duels

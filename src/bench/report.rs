@@ -9,7 +9,10 @@ use super::measure::Sample;
 use crate::error::{Error, Result};
 
 /// The columns of every CSV file of results, of ours and of the peers.
-pub const CSV_HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes";
+pub const CSV_HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace";
+
+/// How rows of this program's own results are marked.
+pub const OURS: &str = "mmpo-fast";
 
 /// One result, in the columns of [`CSV_HEADER`].
 #[derive(Clone, Debug, Serialize)]
@@ -21,6 +24,8 @@ pub struct ResultRow {
     pub max_us: f64,
     pub flops: f64,
     pub bytes: f64,
+    /// Bytes of memory beside operands and results, where they are counted.
+    pub workspace: f64,
 }
 
 impl ResultRow {
@@ -33,15 +38,16 @@ impl ResultRow {
             max_us: sample.max() * 1e6,
             flops,
             bytes,
+            workspace: 0.0,
         }
     }
 }
 
-/// Adds rows to a file, with the header if it is new.
+/// Adds rows of one engine, `peer`, to a file, with the header if it is new.
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn append_csv(path: &Path, machine: &str, rows: &[ResultRow]) -> Result<()> {
+pub fn append_csv(path: &Path, machine: &str, peer: &str, rows: &[ResultRow]) -> Result<()> {
     let failed = |error| Error::io(path, "write", error);
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(failed)?;
     let mut text = String::new();
@@ -54,9 +60,9 @@ pub fn append_csv(path: &Path, machine: &str, rows: &[ResultRow]) -> Result<()> 
     let machine = plain(machine);
     for row in rows {
         let (op, shape) = (plain(&row.op), plain(&row.shape));
-        let ResultRow { median_us, min_us, max_us, flops, bytes, .. } = row;
+        let ResultRow { median_us, min_us, max_us, flops, bytes, workspace, .. } = row;
         text += &format!(
-            "{date},{machine},mmpo-fast,{op},{shape},{median_us:.3},{min_us:.3},{max_us:.3},{flops},{bytes}\n"
+            "{date},{machine},{peer},{op},{shape},{median_us:.3},{min_us:.3},{max_us:.3},{flops},{bytes},{workspace}\n"
         );
     }
     file.write_all(text.as_bytes()).map_err(failed)
@@ -114,14 +120,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("raw.csv");
         let row = ResultRow::new("rope, turned", "tiny hh-rlhf x2", &Sample(vec![1e-6, 3e-6]), 0.0, 64.0);
-        append_csv(&path, "cpu (a, b)", std::slice::from_ref(&row)).unwrap();
-        append_csv(&path, "cpu (a, b)", &[row]).unwrap();
+        append_csv(&path, "cpu (a, b)", OURS, std::slice::from_ref(&row)).unwrap();
+        append_csv(&path, "cpu (a, b)", OURS, &[row]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3, "{text}");
         assert_eq!(lines[0], CSV_HEADER);
         assert!(
-            lines[2].ends_with("cpu (a; b),mmpo-fast,rope; turned,tiny hh-rlhf x2,2.000,1.000,3.000,0,64"),
+            lines[2].ends_with("cpu (a; b),mmpo-fast,rope; turned,tiny hh-rlhf x2,2.000,1.000,3.000,0,64,0"),
             "{text}"
         );
     }

@@ -112,6 +112,11 @@ impl Shape {
         self.pairs * (self.lengths.chosen + self.lengths.rejected)
     }
 
+    /// Whether the pairs are plain causal sequences, on which only attention has something to do.
+    pub fn is_plain(&self) -> bool {
+        self.scored() == 0
+    }
+
     /// Query-key pairs of the batch that the mask lets through.
     pub fn visible(&self) -> usize {
         self.pairs * self.lengths.visible()
@@ -169,14 +174,20 @@ pub fn model(name: &str, layers: Option<usize>) -> Result<LlamaConfig> {
     LlamaConfig::parse(Path::new("benches/shapes.json"), &config.to_string())
 }
 
-/// `hh-rlhf`, or `P/C/R`.
+/// `hh-rlhf`, or `P/C/R`; `P/0/0` are plain causal sequences.
 ///
 /// # Errors
 /// [`Error::Config`] for text that is neither.
 pub fn lengths(text: &str) -> Result<Lengths> {
     let numbers: Vec<Option<usize>> = text.split('/').map(|part| part.parse().ok()).collect();
-    if let [Some(prompt), Some(chosen @ 1..), Some(rejected @ 1..)] = numbers[..] {
-        return Ok(Lengths { prompt: prompt.max(1), chosen, rejected });
+    match numbers[..] {
+        [Some(prompt), Some(chosen @ 1..), Some(rejected @ 1..)] => {
+            return Ok(Lengths { prompt: prompt.max(1), chosen, rejected });
+        }
+        [Some(prompt @ 1..), Some(0), Some(0)] => {
+            return Ok(Lengths { prompt, chosen: 0, rejected: 0 });
+        }
+        _ => {}
     }
     let file = file()?;
     match file.profiles.get(text).map(Lengths::deserialize) {
@@ -217,7 +228,10 @@ mod tests {
         assert_eq!(lengths("64/32/16").unwrap(), Lengths { prompt: 64, chosen: 32, rejected: 16 });
         let error = lengths("hh-rhlf").unwrap_err().to_string();
         assert!(error.contains("did you mean `hh-rlhf`"), "{error}");
-        assert!(lengths("1/2").is_err() && lengths("1/0/1").is_err());
+        assert_eq!(lengths("64/0/0").unwrap(), Lengths { prompt: 64, chosen: 0, rejected: 0 });
+        for neither in ["1/2", "1/0/1", "0/0/0"] {
+            assert!(lengths(neither).is_err(), "{neither}");
+        }
     }
 
     #[test]

@@ -132,11 +132,12 @@ fn with_reference<'a, D: Device>(
 /// The part of a step that an operation belongs to.
 fn phase_of(operation: &str) -> &'static str {
     // The first that fits; a launcher of Hopper's is called as the operation with an ending.
-    const PHASES: [(&str, &[&str]); 11] = [
+    const PHASES: [(&str, &[&str]); 12] = [
         ("embedding", &["embedding_"]),
         ("norms, residual sums", &["rms_norm_", "add_rms_norm_", "add"]),
         ("rope", &["rope"]),
-        ("attention", &["attention_"]),
+        ("attention forward", &["attention_forward"]),
+        ("attention backward", &["attention_backward"]),
         ("swiglu", &["swiglu_"]),
         ("log-prob head", &["logp_head", "gather_rows"]),
         ("objective", &["pair_objective"]),
@@ -187,11 +188,11 @@ fn report<D: Device>(
     steps: Steps,
 ) -> Result<()> {
     let (flops, median) = (flops(shape), steps.sample.median());
-    if let Some(path) = &config.csv {
-        let row = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
-        report::append_csv(path, &device.describe(), &[row])?;
-    }
     let phases = phases(&steps.operations, steps.traced);
+    if let Some(path) = &config.csv {
+        let rows = rows(shape, flops, &steps, &phases);
+        report::append_csv(path, &device.describe(), report::OURS, &rows)?;
+    }
     let tokens = shape.tokens() as f64;
     if config.json {
         let report = as_json(&device.describe(), shape, warmup, flops, &steps, &phases);
@@ -238,6 +239,16 @@ fn report<D: Device>(
         report::table(&["part", "operations", "ms", "share"], &rows),
         figures(steps.traced * 1e3),
     ))
+}
+
+/// Of the whole step, and of each part of the traced one.
+fn rows(shape: &Shape, flops: f64, steps: &Steps, phases: &[Phase]) -> Vec<ResultRow> {
+    let step = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
+    let part = |phase: &Phase| {
+        let (op, seconds) = (format!("step: {}", phase.phase), Sample(vec![phase.seconds]));
+        ResultRow::new(&op, &shape.name(), &seconds, 0.0, 0.0)
+    };
+    std::iter::once(step).chain(phases.iter().map(part)).collect()
 }
 
 fn as_json(

@@ -4,7 +4,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use super::arguments::{self, own, value};
-use crate::bench::{BenchConfig, ModelChoice, Part};
+use crate::bench::{BenchCase, BenchConfig, ModelChoice, Part};
 use crate::config::options::Row;
 use crate::config::{self, ObjectiveKind};
 use crate::error::{Error, Result};
@@ -43,9 +43,14 @@ pub fn command() -> Command {
             "NAME|P/C/R",
             "Tokens of prompt, chosen and rejected: hh-rlhf, ultrafeedback, long, tiny, or numbers",
         ))
+        .arg(
+            own("case", "MODEL:PROFILE[:PAIRS]", "Several shapes of `bench kernels` beside the same ceilings; may be repeated")
+                .action(ArgAction::Append)
+                .conflicts_with_all(["shape", "model", "profile"]),
+        )
         .arg(own("pairs", "COUNT", "Pairs of a batch [default: as many as the tokens hold]"))
         .arg(own("tokens", "COUNT", "Tokens of a batch, and of a step's micro-batch"))
-        .arg(own("only", "TEXT", "Kernels whose names contain TEXT"))
+        .arg(own("only", "TEXT", "Kernels whose names contain TEXT; may be repeated").action(ArgAction::Append))
         .arg(own("warmups", "COUNT", "Calls before the timed ones"))
         .arg(own("calls", "COUNT", "Timed calls"))
         .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON, an object a part"))
@@ -66,6 +71,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         _ => vec![Part::Kernels, Part::Step],
     };
     refuse_unused(matches, &parts)?;
+    let cases = cases(matches, &parts)?;
     let model = match (path("model")?, arguments::text(matches, "shape")) {
         (Some(folder), _) => Some(ModelChoice::Folder(folder)),
         (None, Some(name)) => Some(ModelChoice::Named(name)),
@@ -73,12 +79,13 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     };
     Ok(BenchConfig {
         parts,
+        cases,
         model,
         layers: count("layers")?,
         profile: arguments::text(matches, "profile"),
         pairs: count("pairs")?,
         tokens: count("tokens")?,
-        only: arguments::text(matches, "only"),
+        only: matches.get_many("only").into_iter().flatten().cloned().collect(),
         warmups: value(matches, "warmups", |_: &usize| true, "")?,
         calls: count("calls")?,
         json: matches.get_flag("json"),
@@ -86,6 +93,25 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         device: settled.device,
         threads: settled.threads,
     })
+}
+
+fn cases(matches: &ArgMatches, parts: &[Part]) -> Result<Vec<BenchCase>> {
+    let texts = matches.get_many::<String>("case").into_iter().flatten();
+    let parse = |text: &String| {
+        let wrong = || {
+            let message = format!("`--case` = {text} is not MODEL:PROFILE or MODEL:PROFILE:PAIRS");
+            Error::config(message, "for instance `--case llama-3-8b:hh-rlhf:20`")
+        };
+        BenchCase::parse(text).ok_or_else(wrong)
+    };
+    let cases = texts.map(parse).collect::<Result<Vec<_>>>()?;
+    if !cases.is_empty() && parts != [Part::Kernels] {
+        return Err(Error::config(
+            "`--case` is for `bench kernels` alone",
+            "elsewhere `--shape` and `--profile` name one shape",
+        ));
+    }
+    Ok(cases)
 }
 
 /// Flags that a part would ignore are mistakes.

@@ -1,6 +1,6 @@
 /* A CUDA driver without a GPU behind it: as much of libcuda.so.1 as the program calls before its first launch, so that
  * its messages about drivers, GPUs and memory can be tested anywhere. The environment says what it pretends:
- * FAKE_CUDA_VERSION (13000), FAKE_CUDA_GPUS (1), FAKE_CUDA_CAPABILITY (90). It has no free memory. */
+ * FAKE_CUDA_VERSION (13000), FAKE_CUDA_GPUS (1), FAKE_CUDA_CAPABILITY (90), FAKE_CUDA_ALLOCATION (2: it has no free memory). */
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -93,7 +93,7 @@ int cuMemFreeHost(void *memory) {
 int cuMemAlloc_v2(uint64_t *out, size_t bytes) {
     (void)bytes;
     *out = 0;
-    return OUT_OF_MEMORY;
+    return pretended("FAKE_CUDA_ALLOCATION", OUT_OF_MEMORY);
 }
 int cuMemFree_v2(uint64_t memory) { return memory == 0 ? SUCCESS : 1; }
 int cuMemGetInfo_v2(size_t *unused, size_t *total) {

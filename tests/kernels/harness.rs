@@ -1,8 +1,8 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
-pub use mmpo_fast::device::cuda::KernelPath;
 use mmpo_fast::device::cuda::{self, CudaDevice};
+pub use mmpo_fast::device::cuda::{KernelPath, Products};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
@@ -62,11 +62,20 @@ macro_rules! hopper_tests {
             body(&device, $crate::harness::Tolerance::BF16);
         }
 
-        /// The kernels that any GPU runs, also where the device would choose others.
+        /// The kernels that any GPU runs, also where the device would choose others or the vendor's products.
         #[test]
         fn gpu_portable() {
             if let Some(device) = $crate::harness::gpu() {
-                body(&device.with_path(KernelPath::Portable), $crate::harness::Tolerance::BF16);
+                let device = device.with_path(KernelPath::Portable).with_products(Products::Ours);
+                body(&device, $crate::harness::Tolerance::BF16);
+            }
+        }
+
+        /// The GPU's own path without the vendor's products, which [`gpu`] takes for shapes that were never measured.
+        #[test]
+        fn gpu_our_products() {
+            if let Some(device) = $crate::harness::gpu() {
+                body(&device.with_products(Products::Ours), $crate::harness::Tolerance::BF16);
             }
         }
     };

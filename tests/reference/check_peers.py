@@ -4,6 +4,7 @@ steps must come to one loss, the rows must have one set of columns, and the summ
     check_peers.py PROGRAM      the path of mmpo-fast
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -17,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "peers")]
 
 import attention
+import common
 import head
 import optimizer
 import step
 import summary
+import torch
 from common import HEADER
 
 WANTED = {
@@ -28,6 +31,7 @@ WANTED = {
     ("attention_forward", "flex"),
     ("attention_backward", "sdpa"),
     ("logp_head forward and backward", "chunked"),
+    ("logp_head forward and backward", "three products"),
     ("adamw", "fused f32"),
     ("step", "pytorch padded"),
     ("step", "pytorch packed"),
@@ -42,6 +46,24 @@ def run_peers(raw):
     return {variant: step.main([*common, "--json", "--variant", variant])["losses"][0] for variant in step.VARIANTS}
 
 
+def check_left_out():
+    """A peer that is missing ends nothing; one that computes wrong makes the end an error."""
+    arguments = argparse.Namespace()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with common.left_out(arguments, "one"):
+            raise ImportError("no such package")
+        common.finish(arguments)
+        with common.left_out(arguments, "another"):
+            common.check("it", torch.ones(3), torch.zeros(3), torch.float32)
+    assert "one: not on this machine: ImportError" in printed.getvalue() and "another: left out: it:" in printed.getvalue()
+    try:
+        common.finish(arguments)
+    except SystemExit as end:
+        assert end.code == 1
+    else:
+        raise AssertionError("a wrong peer is an error")
+
+
 def check_rows(raw):
     rows = list(csv.DictReader(raw.open()))
     assert tuple(rows[0]) == HEADER, rows[0]
@@ -53,6 +75,39 @@ def check_rows(raw):
         low, median, high = (float(row[column]) for column in ("min_us", "median_us", "max_us"))
         assert 0 < low <= median <= high, row
     return rows
+
+
+# Operation, shape, microseconds by engine; and what the summary must say of it.
+MADE_UP = (
+    ("attention_forward", "m 4096/0/0 x1", {"mmpo-fast": 10, "sdpa cudnn": 11, "sdpa flash": 20}, "at least 1.0 x sdpa cudnn | 1.100 | yes |"),
+    ("attention_forward", "m 8192/0/0 x1", {"mmpo-fast": 10}, "sdpa cudnn or sdpa flash | not measured | - |"),
+    ("attention_backward", "m hh-rlhf x2", {"mmpo-fast": 10, "sdpa cudnn": 11, "flex": 30}, "at least 1.15 x sdpa cudnn | 1.100 | **no** |"),
+    (
+        "logp_head forward and backward",
+        "m 1/1/1 x4",
+        {"mmpo-fast": 10, "liger triton": 40, "liger whole": 12, "compile": 15, "three products": 8},
+        "at most 1.1 of three products | 1.250 | **no** |",
+    ),
+    ("linear_forward qkv", "m 1/1/1 x1", {"mmpo-fast": 10, "cuBLASLt": 20}, "mean of 2 plain products, m | at least 0.98 x cuBLASLt | 1.000 |"),
+    ("linear_backward_weight qkv", "m 1/1/1 x1", {"mmpo-fast": 10, "cuBLASLt": 5}, "yes |"),
+    ("step", "m hh-rlhf x2", {"mmpo-fast": 100}, "step (dQ's order costs less), m hh-rlhf x2 | at most 0.05 | 0.040 | yes |"),
+    ("step: attention backward", "m hh-rlhf x2", {"mmpo-fast": 4}, "What was asked for"),
+)
+
+
+def check_asked(folder):
+    """The ratios of a GPU's made-up results, with peers that are missing."""
+    folder.mkdir()
+    rows = [",".join(HEADER)]
+    for op, shape, engines, _ in MADE_UP:
+        rows += [f"2026-01-01,cuda:0 (made up),{engine},{op},{shape},{us},{us},{us},0,0,0" for engine, us in engines.items()]
+    (folder / "raw.csv").write_text("\n".join(rows) + "\n")
+    (folder / "about.txt").write_text("command: none\n")
+    readme = summary.write(folder)
+    for *_, wanted in MADE_UP:
+        assert wanted in readme, f"{wanted} is not in\n{readme}"
+    for wanted in ("at least 1.05 x liger whole | 1.200 | yes", "at least 3.0 x liger triton | 4.000 | yes", "at least 2.0 x flex | 3.000 | yes"):
+        assert wanted in readme, f"{wanted} is not in\n{readme}"
 
 
 def check_summary(folder):
@@ -72,6 +127,7 @@ def check_summary(folder):
 
 
 def main():
+    check_left_out()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         raw = folder / "raw.csv"
@@ -83,6 +139,7 @@ def main():
         assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
         rows = check_rows(raw)
         check_summary(folder)
+        check_asked(folder / "asked")
     print(f"peers  {len(rows)} rows, first loss {losses['padded']:.6f} in all of {', '.join(losses)}")
 
 

@@ -6,7 +6,8 @@
 #     target/gpu-bundle/run.sh RESULTS        there
 #
 # MMPO_FAST_BUNDLE_CANDLE=1 builds candle for CUDA too: half an hour on two cores the first time, and it needs CUDA_PATH at a toolkit
-# whose lib64 holds the libraries' stubs. Wheels in tools/gpu/wheels/ (liger_kernel, bitsandbytes) go along.
+# whose lib64 holds the libraries' stubs. Wheels in tools/gpu/wheels/ go along: `pip download --no-deps -d tools/gpu/wheels liger-kernel`
+# (and bitsandbytes, 43 MB, where the bundle has room).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export MMPO_FAST_CUDA=require

@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# On a GPU machine: checks the kernels on hardware first, then measures them beside their peers, and writes everything into RESULTS
-# within nine minutes. Goes on when a part fails, and says so. Needs the driver and python3; the peers need PyTorch.
+# On a GPU machine: checks the kernels on hardware first, then measures them beside their peers, and writes everything into RESULTS.
+# Goes on when a part fails, and says so. Needs the driver and python3; the peers need PyTorch.
 #
-#     run.sh RESULTS [part ...]      all parts, in this order, if none is named:
+#     run.sh RESULTS first|second|third|PART ...      each of the three within nine minutes, into one RESULTS or several:
 #
-#     machine layouts kernels goldens            what there is; fragment layouts, every kernel, a whole model against the goldens
-#     attention head products bandwidth step train    times, ours and the peers' in turn
-#     determinism sanitize profile               the same bits twice; compute-sanitizer; counters of the main kernels (ncu)
+#     first: machine layouts kernels goldens products train determinism
+#         what there is; the emulated device's cases, every kernel, a whole model against the goldens; linear layers beside cuBLASLt's;
+#         ordinary training, twice to the same bits
+#     second: causal pairs head
+#         attention and log-prob head beside their peers: every ratio that is asked of them
+#     third: step bandwidth sanitize profile
+#         a whole step and the other kernels beside their peers; compute-sanitizer; counters of the main kernels (ncu)
 set -uo pipefail
 bundle=$(cd "$(dirname "$0")" && pwd)
 results=$(mkdir -p "${1:?usage: run.sh RESULTS [part ...]}" && cd "$1" && pwd)
 command="run.sh $*"
 shift
-parts=${*:-machine layouts kernels goldens attention head products bandwidth step train determinism sanitize profile}
+parts=
+for name in ${*:-first second third}; do
+  case $name in
+    first) parts+=" machine layouts kernels goldens products train determinism" ;;
+    second) parts+=" causal pairs head" ;;
+    third) parts+=" step bandwidth sanitize profile" ;;
+    *) parts+=" $name" ;;
+  esac
+done
 # Seconds in which all of it must be done, the summary included.
 limit=${MMPO_FAST_LIMIT:-525}
-export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
+export MMPO_FAST_GOLDENS=$bundle/goldens MMPO_FAST_CACHE=$results/cache MMPO_FAST_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 RUST_BACKTRACE=0
 # cuBLASLt where it comes with PyTorch.
 cublas=$(python3 -c 'import nvidia, pathlib; print(":".join(str(p) for r in nvidia.__path__ for p in pathlib.Path(r).glob("*/lib")))' 2>/dev/null || true)
 export LD_LIBRARY_PATH=$cublas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -44,10 +56,14 @@ part() {
     ( "$name" ) > "$results/$name.txt" 2>&1 &
     local job=$!
     set +m
-    ( sleep "$seconds" && kill -TERM -- -$job ) 2> /dev/null &
+    # It holds no output of ours open: whoever reads that would wait for a sleep that outlives it.
+    ( sleep "$seconds" && kill -TERM -- -$job ) > /dev/null 2>&1 &
     local watch=$!
     wait $job
     code=$?
+    # What is left of it, compilers' workers for instance, would take time from the next part.
+    [ "$code" -lt 128 ] || sleep 1
+    kill -KILL -- -$job 2> /dev/null
     kill $watch 2> /dev/null
     wait $watch 2> /dev/null
   fi
@@ -65,41 +81,90 @@ ours() { "$bin/mmpo-fast" --quiet bench "$@" --device cuda --csv "$raw"; }
 machine() { nvidia-smi; cat "$bundle/commit"; "$bin/mmpo-fast" --version --verbose; python3 -m pip list 2> /dev/null; true; }
 
 layouts() { "$bin/layouts"; }
-kernels() { "$bin/kernels" gpu --test-threads=1; }
+kernels() { gpu_tests gpu 25; }
 goldens() { "$bin/cuda_training" a_real_gpu --test-threads=1; }
 
-# Ours, the peers, ours again.
-attention() {
-  local cases="smollm2-135m:ultrafeedback llama-3.2-1b:hh-rlhf llama-3-8b:ultrafeedback llama-3-8b:long" case code=0
-  each_case() {
-    for case in $cases; do
-      ours kernels --only attention_ --shape "${case%:*}" --profile "${case#*:}" || code=1
-    done
-  }
-  each_case
-  # shellcheck disable=SC2086
-  python3 "$peers/attention.py" --csv "$raw" $(printf -- '--case %s ' $cases) || code=1
-  candle ops llama-3.2-1b hh-rlhf || code=1
-  each_case
+# Every test of the kernels in a process of its own, several at once, for at most so many seconds: one that faults or never ends takes
+# no other with it. gpu_tests PATTERN SECONDS [command that stands before it ...]
+gpu_tests() {
+  local names=$scratch/tests.txt outcomes=$scratch/outcomes.txt code
+  "$bin/kernels" gpu --list --format terse 2> /dev/null | sed -n 's/: test$//p' | grep -E "$1" > "$names"
+  shift
+  [ -s "$names" ] || { echo "the program lists no tests"; return 1; }
+  export -f gpu_test
+  export bin scratch
+  xargs -P 8 -I{} bash -c 'gpu_test "$@"' gpu_test {} "$@" < "$names" | tee "$outcomes"
+  code=$?
+  echo "$(grep -c '^ok ' "$outcomes") of $(wc -l < "$names") tests pass"
   return $code
 }
 
-head() {
-  local cases="smollm2-135m:ultrafeedback llama-3.2-1b:ultrafeedback" case code=0
-  each_case() {
-    for case in $cases; do
-      ours kernels --only logp_head --shape "${case%:*}" --profile "${case#*:}" || code=1
-    done
-  }
-  each_case
+# gpu_test NAME SECONDS [command ...]
+gpu_test() {
+  local name=$1 seconds=$2 log=$scratch/test-$BASHPID.txt code=0 why
+  shift 2
+  timeout -k 5 "$seconds" "$@" "$bin/kernels" --exact "$name" --nocapture > "$log" 2>&1 &
+  # timeout's process group is its own: an early end of the part must be told to it.
+  trap 'kill -TERM $!' TERM
+  wait $! || code=$?
+  case $code in
+    0) echo "ok $name"; return ;;
+    124 | 137) why="it did not come to an end in $seconds s" ;;
+    *) why="exit $code" ;;
+  esac
+  # In one piece, because others print too.
+  printf '%s\n' "FAILED $name: $why"$'\n'"$(grep -v '^$' "$log" | tail -n 15 | sed 's/^/    /')"
+  return 1
+}
+
+# `ours ARGUMENTS` before and behind the peer's script, over the same cases.
+beside() {
+  local script=$1 code=0 case cases=()
+  shift
+  for case in $1; do cases+=(--case "$case"); done
+  local calls=$2
+  shift 2
   # shellcheck disable=SC2086
-  python3 "$peers/head.py" --csv "$raw" $(printf -- '--case %s ' $cases) || code=1
-  each_case
+  {
+    ours kernels "$@" "${cases[@]}" $calls || code=1
+    python3 "$peers/$script" --threads 8 --csv "$raw" "${cases[@]}" $calls $peer_options || code=1
+    ours kernels "$@" "${cases[@]}" $calls || code=1
+  }
   return $code
+}
+
+# Plain causal sequences of head size 64, then 128.
+causal() {
+  local cases= model tokens peer_options=
+  for model in llama-3.2-1b llama-3-8b; do
+    for tokens in 4096 8192 16384 32768; do cases+=" $model:$tokens/0/0:1"; done
+  done
+  beside attention.py "$cases" "--warmups 20 --calls 30" --only attention_forward
+}
+
+# Pairs, in both directions: the peers unpack them, or mask them as we do.
+pairs() {
+  local cases= model profile peer_options=
+  for profile in hh-rlhf ultrafeedback long; do
+    for model in llama-3.2-1b llama-3-8b; do cases+=" $model:$profile"; done
+  done
+  beside attention.py "$cases" "--warmups 20 --calls 30" --only attention_forward --only attention_backward
+  local code=$?
+  candle ops llama-3.2-1b hh-rlhf && return $code
+}
+
+# 4096 and 8192 scored tokens.
+head() {
+  local cases= model count
+  local peer_options="--only compile --only liger --only products"
+  for model in smollm2-135m llama-3.2-1b llama-3-8b; do
+    for count in 8 16; do cases+=" $model:256/256/256:$count"; done
+  done
+  beside head.py "$cases" "--warmups 10 --calls 20" --only "logp_head forward and backward"
 }
 
 # Linear layers by our kernels and by cuBLASLt: products.txt ends with rows for src/device/cuda/product_table.rs.
-products() { ours products; }
+products() { ours products --warmups 10 --calls 30; }
 
 # Every other kernel beside the copy of the same run, and AdamW beside its peers.
 bandwidth() {
@@ -116,13 +181,14 @@ step() {
   local shape="--shape smollm2-135m --profile ultrafeedback --tokens 8192" variant code=0
   # shellcheck disable=SC2086
   {
+    peer() { python3 "$peers/step.py" $shape --warmups 10 --calls 20 --variant "$1" --csv "$raw" || code=1; }
     ours step $shape || code=1
-    for variant in padded sliced packed compile; do
-      python3 "$peers/step.py" $shape --calls 20 --variant "$variant" --csv "$raw" || code=1
-    done
+    for variant in packed sliced padded; do peer "$variant"; done
     candle step smollm2-135m ultrafeedback || code=1
     ours step $shape || code=1
     ours step --shape llama-3.2-1b --profile ultrafeedback --tokens 8192 --warmups 10 --calls 10 || code=1
+    # Last, because it compiles for a minute or two.
+    peer compile
   }
   return $code
 }
@@ -158,7 +224,7 @@ sanitize() {
   local tool code=0
   for tool in memcheck racecheck; do
     echo "== $tool"
-    timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kernels" gpu --test-threads=1 || code=1
+    gpu_tests '::gpu(_our_products)?$' 60 compute-sanitizer --tool "$tool" --error-exitcode 9 || code=1
   done
   return $code
 }
@@ -170,10 +236,11 @@ profile() {
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,lts__t_sector_hit_rate.pct
   metrics+=,sm__inst_executed_pipe_tensor.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,launch__registers_per_thread
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active
-  ncu --clock-control none --csv --metrics "$metrics" --launch-count 150 \
-    --kernel-name 'regex:attention|product|logp_head|rms_norm|swiglu|rope|adamw|gather|embedding' \
-    --log-file "$results/profile.csv" \
-    "$bin/mmpo-fast" --quiet bench kernels --device cuda --shape llama-3.2-1b --profile ultrafeedback --warmups 0 --calls 1 &&
+  # Each case launches at a small shape first, where it is checked, and at the named one then.
+  ncu --clock-control none --csv --metrics "$metrics" --launch-count 400 \
+    --kernel-name 'regex:attention|product|logp_head|rms_norm|swiglu|rope|adamw' --log-file "$results/profile.csv" \
+    "$bin/mmpo-fast" --quiet bench kernels --device cuda --case llama-3.2-1b:ultrafeedback --warmups 0 --calls 1 \
+    --only attention_forward --only attention_backward --only "logp_head forward" --only rms_norm --only swiglu --only rope --only adamw &&
     wc -l "$results/profile.csv"
 }
 
@@ -187,11 +254,15 @@ profile() {
 } > "$results/about.txt"
 for name in $parts; do
   case $name in
-    machine | layouts) part "$name" 30 ;;
-    kernels | goldens | profile | products) part "$name" 60 ;;
+    machine) part "$name" 30 ;;
+    layouts | goldens) part "$name" 60 ;;
     train | determinism) part "$name" 45 ;;
-    attention | head | bandwidth | sanitize) part "$name" 100 ;;
-    step) part "$name" 130 ;;
+    causal | products | bandwidth | profile) part "$name" 100 ;;
+    kernels) part "$name" 120 ;;
+    sanitize) part "$name" 150 ;;
+    pairs) part "$name" 200 ;;
+    step) part "$name" 230 ;;
+    head) part "$name" 260 ;;
     *) echo "run.sh: no part is called $name" >&2; failed=1 ;;
   esac
 done

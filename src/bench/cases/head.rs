@@ -1,5 +1,7 @@
 //! The operations between the last layer and the loss.
 
+use std::ops::Range;
+
 use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
@@ -7,6 +9,7 @@ use crate::device::{
     BatchBuffers, Compute, Device, Floats, HeadMode, HeadShape, TokenCoefficients, TokenScores,
 };
 use crate::error::Result;
+use crate::model::HeadOptions;
 use crate::objective::{Objective, PairOutcome};
 
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
@@ -15,9 +18,10 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         gather_rows_backward,
         head_forward,
         head_backward,
-        |device, shape| head_both(device, shape, HeadMode::Main, false),
-        |device, shape| head_both(device, shape, HeadMode::Main, true),
-        |device, shape| head_both(device, shape, HeadMode::Recompute, false),
+        |device, shape| head_both(device, shape, Both::Main),
+        |device, shape| head_both(device, shape, Both::WithEntropy),
+        |device, shape| head_both(device, shape, Both::Recomputed),
+        |device, shape| head_both(device, shape, Both::InOneChunk),
         pair_objective,
     ]
 }
@@ -87,9 +91,31 @@ impl<D: Device> Head<D> {
         device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
     }
 
-    fn workspace(&self, device: &D) -> Result<Compute<D>> {
+    /// For so many rows at once.
+    fn workspace(&self, device: &D, rows: usize) -> Result<Compute<D>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
-        device.alloc(device.logp_head_workspace(mode, self.scored(), width, vocab)?)
+        device.alloc(device.logp_head_workspace(mode, rows, width, vocab)?)
+    }
+
+    /// Runs of whole pairs, as a training step takes them: of one size, as large as its workspace may be.
+    fn chunks(&self, device: &D, pairs: usize, most_bytes: usize) -> Result<Vec<Range<usize>>> {
+        let HeadShape { mode, width, vocab, .. } = self.shape;
+        let mut most = pairs;
+        while mode == HeadMode::Main && most > 1 {
+            let values = device.logp_head_workspace(mode, most * self.scored() / pairs, width, vocab)?;
+            if compute_size::<D>() * values <= most_bytes {
+                break;
+            }
+            most -= 1;
+        }
+        let even = pairs.div_ceil(pairs.div_ceil(most));
+        Ok((0..pairs).step_by(even).map(|first| first..pairs.min(first + even)).collect())
+    }
+
+    /// The rows of some of `pairs` pairs.
+    fn part(&self, chunk: &Range<usize>, pairs: usize) -> HeadShape {
+        let rows_of_pair = self.scored() / pairs;
+        HeadShape { rows: chunk.start * rows_of_pair..chunk.end * rows_of_pair, ..self.shape.clone() }
     }
 
     fn scored(&self) -> usize {
@@ -119,8 +145,9 @@ impl<D: Device> Head<D> {
         scores: &mut TokenScores<D>,
         workspace: &mut Compute<D>,
         hidden: &Compute<D>,
+        shape: &HeadShape,
     ) -> Result<()> {
-        device.logp_head_forward(scores, workspace, hidden, &self.weight, &self.batch.targets, &self.shape)
+        device.logp_head_forward(scores, workspace, hidden, &self.weight, &self.batch.targets, shape)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -132,6 +159,7 @@ impl<D: Device> Head<D> {
         workspace: &mut Compute<D>,
         scores: &TokenScores<D>,
         coefficients: &TokenCoefficients<D>,
+        shape: &HeadShape,
     ) -> Result<()> {
         device.logp_head_backward(
             hidden,
@@ -141,7 +169,7 @@ impl<D: Device> Head<D> {
             &self.batch.targets,
             scores,
             coefficients,
-            &self.shape,
+            shape,
         )
     }
 }
@@ -149,7 +177,7 @@ impl<D: Device> Head<D> {
 fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = Head::new(device, shape, HeadMode::Main, false)?;
     let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
-    let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device)?);
+    let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device, scored)?);
     let mut scores = TokenScores::new(device, scored)?;
     let out = outputs(device, &[], &[scored, scored])?;
     let case = Case::new("logp_head_forward", out, move |device: &D, out| {
@@ -158,7 +186,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             std::mem::swap(&mut scores.logp, &mut out.floats[1]);
         };
         exchange(&mut scores, out);
-        head.forward(device, &mut scores, &mut workspace, &hidden)?;
+        head.forward(device, &mut scores, &mut workspace, &hidden, &head.shape)?;
         exchange(&mut scores, out);
         Ok(())
     });
@@ -168,7 +196,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main, false)?);
     let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
-    let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device)?));
+    let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device, scored)?));
     let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
     let out = super::Outputs {
         compute: vec![head.hidden(device)?],
@@ -178,24 +206,61 @@ fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         let (head, workspace, scores) = (head.clone(), workspace.clone(), scores.clone());
         move |device: &D, out: &mut super::Outputs<D>| {
             head.restore(device, &mut out.compute[0])?;
-            head.forward(device, &mut scores.borrow_mut(), &mut workspace.borrow_mut(), &out.compute[0])
+            let (scores, workspace) = (&mut scores.borrow_mut(), &mut workspace.borrow_mut());
+            head.forward(device, scores, workspace, &out.compute[0], &head.shape)
         }
     };
     let case = Case::new("logp_head_backward", out, move |device: &D, out| {
         let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
         let workspace = &mut workspace.borrow_mut();
-        head.backward(device, hidden, dweight, workspace, &scores.borrow(), &head.coefficients)
+        head.backward(device, hidden, dweight, workspace, &scores.borrow(), &head.coefficients, &head.shape)
     });
     Ok(case.prepare(prepare).updates().flops(flops).bytes(bytes))
 }
 
+/// How the head goes both ways.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Both {
+    Main,
+    WithEntropy,
+    Recomputed,
+    /// Main mode with as much workspace as that takes.
+    InOneChunk,
+}
+
+impl Both {
+    fn part(self) -> &'static str {
+        match self {
+            Both::Main => "forward and backward",
+            Both::WithEntropy => "forward and backward with entropy",
+            Both::Recomputed => "forward and backward recomputed",
+            Both::InOneChunk => "forward and backward in one chunk",
+        }
+    }
+
+    fn mode(self) -> HeadMode {
+        if self == Both::Recomputed { HeadMode::Recompute } else { HeadMode::Main }
+    }
+
+    /// Bytes that a chunk may take.
+    fn workspace<D: Device>(self) -> usize {
+        match self {
+            Both::InOneChunk => usize::MAX,
+            _ => HeadOptions::DEFAULT_WORKSPACE.min(D::HEAD_CHUNK_BYTES),
+        }
+    }
+}
+
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
-fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool) -> Result<Case<D>> {
-    let head = std::rc::Rc::new(Head::new(device, shape, mode, entropy)?);
+fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>> {
+    let head = std::rc::Rc::new(Head::new(device, shape, both.mode(), both == Both::WithEntropy)?);
     let flops = 3 * head.product_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
-    let mut workspace = head.workspace(device)?;
+    let chunks = head.chunks(device, pairs, both.workspace::<D>())?;
+    let largest = chunks.first().map_or(0, |chunk| head.part(chunk, pairs).rows.len());
+    let mut workspace = head.workspace(device, largest)?;
+    let workspace_bytes = compute_size::<D>() * device.len(&workspace);
     let mut scores = TokenScores::new(device, scored)?;
     let mut coefficients = TokenCoefficients::new(device, scored)?;
     let mut outcomes: Floats<D> = device.alloc(pairs * PairOutcome::WIDTH)?;
@@ -209,23 +274,23 @@ fn head_both<D: Device>(device: &D, shape: &Shape, mode: HeadMode, entropy: bool
     };
     let case = Case::new("logp_head", out, move |device: &D, out| {
         let (hidden, dweight) = (&mut out.compute[0], &mut out.floats[0]);
-        head.forward(device, &mut scores, &mut workspace, hidden)?;
-        device.pair_objective(
-            &mut outcomes,
-            &mut coefficients,
-            &scores,
-            &head.batch,
-            &head.objective,
-            0..pairs,
-        )?;
-        head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients)
+        for chunk in &chunks {
+            let shape = head.part(chunk, pairs);
+            head.forward(device, &mut scores, &mut workspace, hidden, &shape)?;
+            device.pair_objective(
+                &mut outcomes,
+                &mut coefficients,
+                &scores,
+                &head.batch,
+                &head.objective,
+                chunk.clone(),
+            )?;
+            head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients, &shape)?;
+        }
+        Ok(())
     });
-    let part = match (mode, entropy) {
-        (HeadMode::Recompute, _) => "forward and backward recomputed",
-        (_, true) => "forward and backward with entropy",
-        _ => "forward and backward",
-    };
-    Ok(case.prepare(prepare).part(part).updates().flops(flops).bytes(bytes))
+    let case = case.prepare(prepare).part(both.part()).updates();
+    Ok(case.flops(flops).bytes(bytes).workspace(workspace_bytes))
 }
 
 fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

@@ -13,7 +13,7 @@ use super::arena::{Arena, PieceSource};
 use super::backend::{Address, Backend, LaunchCall, MatrixProducts, Moment};
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
-use super::probe::{Gpu, driver_error};
+use super::probe::{Gpu, advice, driver_error};
 use crate::error::{Error, Result};
 
 /// Pinned slots: enough that the uploads of two micro-batches never wait for each other.
@@ -38,7 +38,10 @@ impl GpuBackend {
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
         let (products, how) = match CublasLt::open(&stream) {
-            Ok(products) => (Some(products), "cuBLASLt".to_owned()),
+            Ok(products) => {
+                let how = format!("cuBLASLt {}", products.version());
+                (Some(products), how)
+            }
             Err(why) => {
                 let advice = why.help().map_or(String::new(), |help| format!("; {help}"));
                 tracing::warn!("{why}: matrix products run on the slower portable kernel instead{advice}");
@@ -152,10 +155,7 @@ impl Backend for GpuBackend {
         }
         // SAFETY: the launcher returns a static C string.
         let text = unsafe { CStr::from_ptr((KERNELS.error_text)(status)) }.to_string_lossy();
-        Err(Error::device(
-            format!("{operation} of {shape:?}: {text}"),
-            "if `nvidia-smi` shows a healthy GPU, please report this",
-        ))
+        Err(Error::device(format!("{operation} of {shape:?}: {text}"), advice(status)))
     }
 
     fn moment(&self) -> Result<Moment> {

@@ -77,6 +77,13 @@ impl CublasLt {
         Ok(CublasLt { handle, workspace, plans: Mutex::default(), stream: Arc::clone(stream) })
     }
 
+    /// `13.1.0`: another version may pick other algorithms, and so give other last bits.
+    pub(super) fn version(&self) -> String {
+        // SAFETY: the library is loaded, or there were no handle.
+        let number = unsafe { sys::cublasLtGetVersion() };
+        format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100)
+    }
+
     fn plan(&self, kind: &Kind, product: &Product) -> std::result::Result<Plan, CublasError> {
         use sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
         use sys::cublasLtMatmulDescAttributes_t::{

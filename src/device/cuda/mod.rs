@@ -168,11 +168,7 @@ impl CudaDevice {
         shape: &dyn Debug,
         bytes: impl Fn(&KernelTable) -> i64,
     ) -> Result<usize> {
-        let mut needed = 0;
-        self.launch(operation, shape, |kernels, _| {
-            needed = bytes(kernels);
-            0
-        })?;
+        let needed = self.ask(operation, shape, bytes)?;
         usize::try_from(needed).map_err(|_| {
             Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
         })
@@ -186,10 +182,7 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
         mut call: impl FnMut(&KernelTable, *mut c_void, mmpo_stream) -> mmpo_status,
     ) -> Result<()> {
-        let needed = self.ask(operation, shape, bytes)?;
-        let needed = usize::try_from(needed).map_err(|_| {
-            Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
-        })?;
+        let needed = self.workspace_bytes(operation, shape, bytes)?;
         if needed == 0 {
             return self
                 .launch(operation, shape, |kernels, stream| call(kernels, std::ptr::null_mut(), stream));

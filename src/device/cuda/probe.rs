@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 /// The oldest architecture with bf16 tensor cores and asynchronous copies: Ampere.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 
+/// The oldest driver that has every function that the program looks up in it (`cuEventElapsedTime_v2` is the youngest).
+const OLDEST_DRIVER: i32 = 12080;
+
 /// The CUDA version of the kernels' runtime as the driver counts: `1000 * major + 10 * minor`; 0 without kernels.
 const RUNTIME_VERSION: &str = env!("MMPO_FAST_CUDA_VERSION");
 
@@ -139,12 +142,14 @@ fn check_build_and_driver() -> Result<()> {
 /// Within a major version of CUDA, older drivers run newer runtimes.
 fn check_driver_version(driver: i32, runtime: &str) -> Result<()> {
     let needed: i32 = runtime.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
-    if driver / 1000 >= needed {
+    if driver >= OLDEST_DRIVER.max(1000 * needed) {
         return Ok(());
     }
     Err(Error::device(
         format!("the NVIDIA driver is too old: it knows CUDA {}.{}", driver / 1000, driver % 1000 / 10),
-        format!("the kernels were built with CUDA {runtime}: update the driver, or build with an older nvcc"),
+        format!(
+            "the kernels were built with CUDA {runtime}: update the driver, or build with an older nvcc; 12.8 is the least"
+        ),
     ))
 }
 
@@ -152,7 +157,17 @@ fn check_driver_version(driver: i32, runtime: &str) -> Result<()> {
 pub(super) fn driver_error(doing: &str, error: DriverError) -> Error {
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     let text = text.unwrap_or_else(|_| format!("{error:?}"));
-    Error::device(format!("{doing}: {text}"), "`nvidia-smi` shows whether driver and GPU are well")
+    Error::device(format!("{doing}: {text}"), advice(error.0 as i32))
+}
+
+/// What to do about an error of the driver or of the runtime, which share these numbers.
+pub(super) fn advice(code: i32) -> &'static str {
+    // From an illegal address to a launch that failed: found by whatever asks the GPU next.
+    if (700..720).contains(&code) {
+        "a kernel queued earlier may be the one that failed: CUDA_LAUNCH_BLOCKING=1 shows which; please report it"
+    } else {
+        "`nvidia-smi` shows whether driver and GPU are well; if they are, please report this"
+    }
 }
 
 #[cfg(test)]
@@ -164,6 +179,8 @@ mod tests {
         assert!(check_driver_version(13000, "13.0").is_ok());
         assert!(check_driver_version(13020, "13.0").is_ok());
         assert!(check_driver_version(13000, "13.2").is_ok());
+        assert!(check_driver_version(12080, "12.6").is_ok());
+        assert!(check_driver_version(12060, "12.6").is_err());
         let error = check_driver_version(12080, "13.0").unwrap_err().to_string();
         assert!(error.contains("CUDA 12.8"), "{error}");
     }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 const TEXT: &str = include_str!("../../../shapes.json");
-const HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes";
+const HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace";
 
 #[derive(Deserialize)]
 struct File {
@@ -215,7 +215,7 @@ impl Arguments {
         let shape = format!("{} {} x{}", self.name, self.profile, self.pairs);
         writeln!(
             file,
-            "{date},{machine},candle,{operation},{shape},{median:.3},{low:.3},{high:.3},{flops},0"
+            "{date},{machine},candle,{operation},{shape},{median:.3},{low:.3},{high:.3},{flops},0,0"
         )?;
         Ok(())
     }
