@@ -168,42 +168,57 @@ path_tests! {
 
 /// Products of small integers are exact in every tile shape that Hopper's kernels have, also in those that no plan takes for
 /// so small a product.
-#[cfg(mmpo_emulated)]
-#[test]
-fn every_tile_of_hopper() {
+mod every_tile_of_hopper {
     use mmpo_fast::device::Device;
-    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, Products};
-    let mut device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(KernelPath::Hopper);
-    let tiles = device.product_tiles().unwrap();
-    assert!(tiles.iter().any(|tile| tile.cluster > 1), "{tiles:?}");
-    let shape = LinearShape { rows: 1100, inputs: 200, outputs: 232 };
-    let integers = |count: usize, step: usize| -> Vec<f32> {
-        (0..count).map(|i| ((i * step + i / 7) % 3) as f32 - 1.0).collect()
-    };
-    let (x, x64) = compute(&device, &integers(shape.rows * shape.inputs, 5));
-    let (weight, weight64) = compute(&device, &integers(shape.outputs * shape.inputs, 7));
-    let (dout, dout64) = compute(&device, &integers(shape.rows * shape.outputs, 11));
-    let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
-    let [dx64, dweight64] = [
-        naive::Precision::Exact.linear_backward_input(&dout64, &weight64, shape.inputs),
-        naive::Precision::Exact.linear_backward_weight(&dout64, &x64, shape.inputs),
-    ];
-    for (number, tile) in tiles.iter().enumerate() {
-        device = device.with_products(Products::Tile(number.try_into().unwrap()));
-        let mut out = unset_compute(&device, shape.rows * shape.outputs);
-        let mut dx = unset_compute(&device, shape.rows * shape.inputs);
-        let mut dweight = floats(&device, &vec![0.0; shape.outputs * shape.inputs]);
-        device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
-        device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
-        assert_eq!(wide(&read_compute(&device, &out)), wanted, "{tile}");
-        assert_eq!(wide(&read_compute(&device, &dx)), dx64, "{tile}");
-        assert_eq!(wide(&read(&device, &dweight)), dweight64, "{tile}");
+    use mmpo_fast::device::cuda::CudaDevice;
+
+    use super::*;
+
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn emulated_hopper() {
+        body(emulated().with_path(KernelPath::Hopper));
     }
-    device = device.with_products(Products::Tile(tiles.len().try_into().unwrap()));
-    let mut out = unset_compute(&device, shape.rows * shape.outputs);
-    let error = device.linear_forward(&mut out, &x, &weight, None, shape).unwrap_err().to_string();
-    assert!(error.contains("linear_forward_sm90"), "{error}");
+
+    #[test]
+    fn gpu() {
+        if let Some(device) = crate::harness::gpu().filter(|device| device.path() == KernelPath::Hopper) {
+            body(device);
+        }
+    }
+
+    fn body(mut device: CudaDevice) {
+        let tiles = device.product_tiles().unwrap();
+        assert!(tiles.iter().any(|tile| tile.cluster > 1), "{tiles:?}");
+        let shape = LinearShape { rows: 1100, inputs: 200, outputs: 232 };
+        let integers = |count: usize, step: usize| -> Vec<f32> {
+            (0..count).map(|i| ((i * step + i / 7) % 3) as f32 - 1.0).collect()
+        };
+        let (x, x64) = compute(&device, &integers(shape.rows * shape.inputs, 5));
+        let (weight, weight64) = compute(&device, &integers(shape.outputs * shape.inputs, 7));
+        let (dout, dout64) = compute(&device, &integers(shape.rows * shape.outputs, 11));
+        let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
+        let [dx64, dweight64] = [
+            naive::Precision::Exact.linear_backward_input(&dout64, &weight64, shape.inputs),
+            naive::Precision::Exact.linear_backward_weight(&dout64, &x64, shape.inputs),
+        ];
+        for (number, tile) in tiles.iter().enumerate() {
+            device = device.with_products(Products::Tile(number.try_into().unwrap()));
+            let mut out = unset_compute(&device, shape.rows * shape.outputs);
+            let mut dx = unset_compute(&device, shape.rows * shape.inputs);
+            let mut dweight = floats(&device, &vec![0.0; shape.outputs * shape.inputs]);
+            device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
+            device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
+            device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+            assert_eq!(wide(&read_compute(&device, &out)), wanted, "{tile}");
+            assert_eq!(wide(&read_compute(&device, &dx)), dx64, "{tile}");
+            assert_eq!(wide(&read(&device, &dweight)), dweight64, "{tile}");
+        }
+        device = device.with_products(Products::Tile(tiles.len().try_into().unwrap()));
+        let mut out = unset_compute(&device, shape.rows * shape.outputs);
+        let error = device.linear_forward(&mut out, &x, &weight, None, shape).unwrap_err().to_string();
+        assert!(error.contains("linear_forward_sm90"), "{error}");
+    }
 }
 
 /// Where cuBLASLt is not loaded it cannot be insisted on; leaving the choice open or insisting on our kernels works.
