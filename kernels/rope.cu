@@ -3,6 +3,11 @@
 // The pair (i, i + E/2) of a head turns by the angle of its position, as in Hugging Face checkpoints: the two halves of
 // a head are one vector apart, so both are read and written in 16 bytes. The backward of a rotation is its inverse.
 // Scaling (linear, llama3) lies in the table of angles, not here. Value heads are never touched.
+//
+// NOTE: a kernel of its own rather than part of attention's loads. Attention copies a key for every tile of queries
+// that sees it, 2 to 15 times at usual lengths, by TMA, which passes by the registers that could turn it; and the
+// backward pass wants turned queries and keys again. Apart it costs 4 (H + K) E bytes a token, about a hundredth of the
+// time of that token's products (docs/kernels.md). Its free place would be the epilogue of the product that makes qkv.
 
 #include "common/vector.cuh"
 
