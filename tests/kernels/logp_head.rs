@@ -482,16 +482,17 @@ path_tests! {
     }
 }
 
-/// The large tiles of Hopper's product, which only large products get, against the portable ones.
+/// The large tiles of Hopper's product, alone and in clusters, against the portable ones. Only large products get them.
 #[cfg(mmpo_emulated)]
 #[test]
 fn large_tiles() {
     let (portable, hopper) = (emulated(), emulated().with_path(KernelPath::Hopper));
     for mode in GRADIENT_MODES {
-        let sizes = (130, 16, 17_003);
-        let (got, wanted) =
-            (outputs(&hopper, mode, sizes, false, None), outputs(&portable, mode, sizes, false, None));
-        assert_agree(&got, &wanted, Tolerance::BF16);
+        for sizes in [(100, 16, 17_003), (250, 16, 9_003)] {
+            let (got, wanted) =
+                (outputs(&hopper, mode, sizes, false, None), outputs(&portable, mode, sizes, false, None));
+            assert_agree(&got, &wanted, Tolerance::BF16);
+        }
     }
 }
 
