@@ -1,5 +1,5 @@
 //! Attention backward on both kernel paths: every boundary of the tiles, shared heads, shared prompts, and the order in which
-//! dQ receives its terms, or none.
+//! dQ receives its terms, which may be none.
 
 use std::ops::Range;
 
@@ -234,7 +234,7 @@ fn any_order_is_as_exact() {
 /// Blocks of one sequence add to the same rows of dQ: whichever runs first or faster, on one or two cores, with copies that
 /// land early or late, the bits are those of the first run.
 #[test]
-fn same_bits_in_any_order() {
+fn same_bits_however_blocks_run() {
     let problems = [
         Problem::new(&[(300, 70, 140), (10, 130, 0), (0, 97, 298)], (2, 1, 64)),
         Problem::new(&[(200, 60, 270)], (2, 2, 128)),
