@@ -17,7 +17,8 @@
  * Products of sizes may exceed 32 bits. Arithmetic, statistics and accumulators are f32 unless a comment says more.
  *
  * Launchers enqueue work on `stream` and return at once, 0 on success; any other value is an error code whose text
- * `error_text` gives. They allocate nothing and never wait. Same inputs give the same bits, launch after launch.
+ * `error_text` gives. They allocate nothing and never wait. Same inputs give the same bits, launch after launch, except
+ * where a comment says otherwise.
  */
 #ifndef MMPO_API_H
 #define MMPO_API_H
@@ -219,12 +220,13 @@ mmpo_status MMPO_EXPORT(attention_forward_sm90)(mmpo_bf16* out, float* lse, cons
 int64_t MMPO_EXPORT(attention_backward_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
                                                   int32_t head_size);
 
-/* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. */
+/* Assigns dqkv[T, (H + 2K) * E] from dout and what attention_forward left. Where `any_order` is not 0, dQ receives its
+ * terms as blocks come to it, and its last bits may differ from launch to launch: to measure what the order costs. */
 mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* workspace, const mmpo_bf16* dout,
                                             const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
                                             const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                             int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
-                                            float scale, mmpo_stream stream);
+                                            float scale, int32_t any_order, mmpo_stream stream);
 
 /* As attention_backward and its workspace, for sm_90a: attention_backward_sm90.cu. */
 int64_t MMPO_EXPORT(attention_backward_sm90_workspace)(int32_t rows, int32_t pairs, int32_t heads, int32_t kv_heads,
@@ -233,7 +235,7 @@ mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, void* workspac
                                                  const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
                                                  const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                                  int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
-                                                 float scale, mmpo_stream stream);
+                                                 float scale, int32_t any_order, mmpo_stream stream);
 
 /* Bytes of `workspace` that attention_decode needs for any length up to `length`. A pure function on the host. */
 int64_t MMPO_EXPORT(attention_decode_workspace)(int32_t length, int32_t heads, int32_t kv_heads, int32_t head_size);

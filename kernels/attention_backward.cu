@@ -195,10 +195,22 @@ DEVICE void add_in_turn(float* dq_tile, const uint32_t* counter, uint32_t turn, 
     }
 }
 
+// Adds as many f32 at once as sm_80 has an instruction for: one.
+template <int E>
+DEVICE void add_in_any_order(float* dq_tile, const float (&dq)[4][4], int row_group, int column_part) {
+    __syncwarp();  // else addresses are formed under the product, and registers do not suffice
+    float* to = dq_tile + dq_fragment<E>(row_group, column_part * 4);
+    constexpr int kNext = 32 * 4;
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) atomicAdd(to + n * kNext + i, dq[n][i]);
+}
+
 // ----------------------------------------------------------------------------------------------------------- the
 // kernel
 
-template <int E>
+template <int E, class Order>
 __global__ void __launch_bounds__(Plan<E>::kThreads)
     attention_backward_kernel(AttentionGradient problem, GradientWorkspace workspace) {
     using P = Plan<E>;
@@ -236,7 +248,7 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
         cp_async_wait<0>();
         // The stage has arrived, and all warps are done with the stage filled next, with dS, and with their sums of dQ.
         __syncthreads();
-        if (threadIdx.x == 0 && step != 0) pass_turn(workspace.turns + slot, turn);
+        if (Order::kTurns && threadIdx.x == 0 && step != 0) pass_turn(workspace.turns + slot, turn);
         if (more) {
             load_queries<E>(shared, problem, workspace, walk.tile(next_index), next_pack, step + 1);
             if (P::kDoutStages > 1) load_dout<E>(shared, problem, walk.tile(next_index), next_pack, step + 1);
@@ -265,13 +277,18 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
         multiply_keys<E>(dq, shared, tile.keys, row_group, column_part);
         slot = tile.number * problem.packing.groups + pack;
         turn = tile.turn;
-        add_in_turn<E>(workspace.dq + int64_t(slot) * (BLOCK_M * E), workspace.turns + slot, turn, dq, row_group,
-                       column_part);
+        float* dq_tile = workspace.dq + int64_t(slot) * (BLOCK_M * E);
+        if constexpr (Order::kTurns)
+            add_in_turn<E>(dq_tile, workspace.turns + slot, turn, dq, row_group, column_part);
+        else
+            add_in_any_order<E>(dq_tile, dq, row_group, column_part);
         index = next_index;
         pack = next_pack;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) pass_turn(workspace.turns + slot, turn);
+    if constexpr (Order::kTurns) {
+        __syncthreads();
+        if (threadIdx.x == 0) pass_turn(workspace.turns + slot, turn);
+    }
     const int first_key = keys.first + warp * 16;
     store_rows<E>(problem.dqkv + problem.key_column(owned.kv_head), problem.stride(), first_key, keys.last, dk,
                   problem.scale, problem.scale);
@@ -282,18 +299,25 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
 // ------------------------------------------------------------------------------------------------------------
 // launchers
 
-template <int E>
+template <int E, class Order>
 int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {
     using P = Plan<E>;
     const unsigned key_tiles = unsigned(all_row_tiles(host_spans, problem.pairs, P::BLOCK_N) * problem.kv_heads);
     if (key_tiles == 0) return kSuccess;
     const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
-    int status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N>(problem, workspace, host_spans, stream);
+    int status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N, Order>(problem, workspace, host_spans, stream);
     if (status != kSuccess) return status;
-    status =
-        LAUNCH(attention_backward_kernel<E>, dim3(key_tiles), dim3(P::kThreads), P::kBytes, stream, problem, workspace);
+    status = LAUNCH((attention_backward_kernel<E, Order>), dim3(key_tiles), dim3(P::kThreads), P::kBytes, stream,
+                    problem, workspace);
     if (status != kSuccess) return status;
     return launch_finish<E, P::BLOCK_M>(problem, workspace, host_spans, stream);
+}
+
+template <int E>
+int launch_ordered(bool any_order, const AttentionGradient& problem, void* memory, const uint32_t* host_spans,
+                   cudaStream_t stream) {
+    return any_order ? launch<E, AnyOrder>(problem, memory, host_spans, stream)
+                     : launch<E, FixedOrder>(problem, memory, host_spans, stream);
 }
 
 }  // namespace
@@ -308,16 +332,16 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward)(mmpo_bf16* dqkv, void* wo
                                                        const mmpo_bf16* out, const float* lse, const mmpo_bf16* qkv,
                                                        const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                                        int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
-                                                       float scale, mmpo_stream stream) {
+                                                       float scale, int32_t any_order, mmpo_stream stream) {
     const int block_m = backward_tiles(head_size).block_m;
     const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
     const AttentionGradient problem{dqkv, dout,  out,      lse,       qkv,   spans,   pairs,
                                     rows, heads, kv_heads, head_size, scale, packing, block_m / packing.heads};
     switch (head_size) {
         case 64:
-            return launch<64>(problem, workspace, host_spans, cuda_stream(stream));
+            return launch_ordered<64>(any_order != 0, problem, workspace, host_spans, cuda_stream(stream));
         case 128:
-            return launch<128>(problem, workspace, host_spans, cuda_stream(stream));
+            return launch_ordered<128>(any_order != 0, problem, workspace, host_spans, cuda_stream(stream));
         default:
             return kInvalidValue;
     }

@@ -4,7 +4,7 @@
 //   dqkv[T, (H + 2K) * E]   bf16, assigned
 //
 // A block owns 128 keys of one key/value head. Its first warpgroup moves data: one thread of warp 0 loads tiles of Q
-// and dO ahead, one thread of warp 1 adds finished terms of dQ in turn. The two others own 64 keys each:
+// and dO ahead, one thread of warp 1 adds finished terms of dQ, in turn. The two others own 64 keys each:
 //
 //   S^T = K Q^T, dP^T = V dO^T       both operands in shared memory
 //   dV += P^T dO, dK += dS^T Q       P^T and dS^T are in the registers that the product wants, dV and dK stay in others
@@ -153,9 +153,9 @@ DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGrad
 // ------------------------------------------------------------------------------------------------ dQ's sums, one
 // thread
 
-template <int E>
-DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
-                        const OwnedKeys& owned, const Walk<E>& walk) {
+template <int E, class Order>
+DEVICE void add_terms(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
+                      const OwnedKeys& owned, const Walk<E>& walk) {
     using P = Plan<E>;
     uint32_t parity = 0;
     const int first_pack = owned.kv_head * problem.packs();
@@ -165,18 +165,22 @@ DEVICE void add_in_turn(uint32_t shared, const AttentionGradient& problem, const
             const int64_t slot = int64_t(tile.number) * problem.packing.groups + pack;
             float* to = workspace.dq + slot * (P::BLOCK_M * E);
             // The turn first: it comes while this step's term is still formed.
-            wait_for_turn(workspace.turns + slot, tile.turn);
-            fence_proxy_async_global();
+            if constexpr (Order::kTurns) {
+                wait_for_turn(workspace.turns + slot, tile.turn);
+                fence_proxy_async_global();
+            }
             mbarrier_wait(shared + P::kDqFull, parity);
-            if (tile.turn == 0)
+            if (Order::kTurns && tile.turn == 0)
                 bulk_store(to, shared + P::kDq, P::kDqBytes);
             else
                 bulk_add_f32(to, shared + P::kDq, P::kDqBytes);
             bulk_commit();
             bulk_wait_read<0>();
             mbarrier_arrive(shared + P::kDqEmpty);
-            bulk_wait<0>();
-            pass_turn(workspace.turns + slot, tile.turn);
+            if constexpr (Order::kTurns) {
+                bulk_wait<0>();
+                pass_turn(workspace.turns + slot, tile.turn);
+            }
         }
     }
 }
@@ -436,7 +440,7 @@ DEVICE void consume(uint32_t shared, const AttentionGradient& problem, const Own
 
 #endif  // MMPO_SM90
 
-template <int E>
+template <int E, class Order>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_sm90_kernel(const __grid_constant__ TensorMaps maps, AttentionGradient problem,
                                    GradientWorkspace workspace) {
@@ -463,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kWarpgroupThreads) {
         setmaxnreg_decrease<P::kTiles.producer_registers>();
         if (threadIdx.x == 0) produce<E>(shared, maps, problem, workspace, owned, walk);
-        if (threadIdx.x == 32) add_in_turn<E>(shared, problem, workspace, owned, walk);
+        if (threadIdx.x == 32) add_terms<E, Order>(shared, problem, workspace, owned, walk);
     } else {
         setmaxnreg_increase<P::kTiles.consumer_registers>();
         consume<E>(shared, problem, owned, walk);
@@ -494,7 +498,7 @@ int encode_maps(TensorMaps& maps, const AttentionGradient& problem) {
                                 Swizzle::bytes_128);
 }
 
-template <int E>
+template <int E, class Order>
 int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {
     using P = Plan<E>;
     const unsigned key_tiles = unsigned(all_row_tiles(host_spans, problem.pairs, P::BLOCK_N) * problem.kv_heads);
@@ -503,12 +507,19 @@ int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_
     int status = encode_maps<E>(maps, problem);
     if (status != kSuccess) return status;
     const GradientWorkspace workspace(memory, problem, P::BLOCK_M);
-    status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N>(problem, workspace, host_spans, stream);
+    status = launch_prepare<E, P::BLOCK_M, P::BLOCK_N, Order>(problem, workspace, host_spans, stream);
     if (status != kSuccess) return status;
-    status = LAUNCH(attention_backward_sm90_kernel<E>, dim3(key_tiles), dim3(kThreads), P::kBytes, stream, maps,
-                    problem, workspace);
+    status = LAUNCH((attention_backward_sm90_kernel<E, Order>), dim3(key_tiles), dim3(kThreads), P::kBytes, stream,
+                    maps, problem, workspace);
     if (status != kSuccess) return status;
     return launch_finish<E, P::BLOCK_M>(problem, workspace, host_spans, stream);
+}
+
+template <int E>
+int launch_ordered(bool any_order, const AttentionGradient& problem, void* memory, const uint32_t* host_spans,
+                   cudaStream_t stream) {
+    return any_order ? launch<E, AnyOrder>(problem, memory, host_spans, stream)
+                     : launch<E, FixedOrder>(problem, memory, host_spans, stream);
 }
 
 }  // namespace
@@ -524,16 +535,16 @@ extern "C" mmpo_status MMPO_EXPORT(attention_backward_sm90)(mmpo_bf16* dqkv, voi
                                                             const mmpo_bf16* qkv, const uint32_t* spans,
                                                             const uint32_t* host_spans, int32_t pairs, int32_t rows,
                                                             int32_t heads, int32_t kv_heads, int32_t head_size,
-                                                            float scale, mmpo_stream stream) {
+                                                            float scale, int32_t any_order, mmpo_stream stream) {
     const int block_m = backward_tiles(head_size).block_m;
     const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
     const AttentionGradient problem{dqkv, dout,  out,      lse,       qkv,   spans,   pairs,
                                     rows, heads, kv_heads, head_size, scale, packing, block_m / packing.heads};
     switch (head_size) {
         case 64:
-            return launch<64>(problem, workspace, host_spans, cuda_stream(stream));
+            return launch_ordered<64>(any_order != 0, problem, workspace, host_spans, cuda_stream(stream));
         case 128:
-            return launch<128>(problem, workspace, host_spans, cuda_stream(stream));
+            return launch_ordered<128>(any_order != 0, problem, workspace, host_spans, cuda_stream(stream));
         default:
             return kInvalidValue;
     }

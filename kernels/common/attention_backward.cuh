@@ -1,7 +1,8 @@
 // What both attention backward kernels share: the tiles of queries that see a tile of keys, the order in which a row of
 // dQ receives its terms, and the small kernels before and behind the main one.
 //
-//   prepare  delta[T, H] = row sums of dout * out and lse in base 2, tile by tile; turns at zero; the list of key tiles
+//   prepare  delta[T, H] = row sums of dout * out and lse in base 2, tile by tile; turns (or sums) at zero; the list of
+//            key tiles
 //   main     a block owns a tile of keys of one key/value head: S, dP, dV, dK and its term of dQ (5 products)
 //   finish   dQ's f32 sums to bf16
 //
@@ -15,6 +16,8 @@
 // queries a few apart, and the one that a block waits for has been there before it. (Ascending order would have all
 // blocks stand behind the first at every step.) Blocks take tiles of keys by tickets in an order in which each waits
 // only for earlier tickets, so it never waits for a block that has not started.
+//
+// What that order costs is measured beside kernels that add as they come (AnyOrder): the same but for the turns.
 #pragma once
 
 #include "attention_mask.cuh"
@@ -23,6 +26,16 @@
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
+
+// By turns: the same bits every time.
+struct FixedOrder {
+    static constexpr bool kTurns = true;
+};
+
+// As blocks come to it, into sums that prepare has cleared.
+struct AnyOrder {
+    static constexpr bool kTurns = false;
+};
 
 struct AttentionGradient {
     bf16* dqkv;
@@ -280,7 +293,17 @@ struct PreparedTile {
     }
 };
 
-template <int E, int BLOCK_M, int BLOCK_N>
+// A tile of dQ to zeros.
+template <int kValues>
+DEVICE void clear_sums(float* sums) {
+    constexpr int kOfThread = 4;  // values a thread, 16 bytes
+    static_assert(kValues % (kGradientThreads * kOfThread) == 0, "whole rounds of the block");
+#pragma unroll
+    for (int i = 0; i < kValues; i += kGradientThreads * kOfThread)
+        store_128(sums + i + int(threadIdx.x) * kOfThread, make_uint4(0, 0, 0, 0));
+}
+
+template <int E, int BLOCK_M, int BLOCK_N, class Order>
 __global__ void __launch_bounds__(kGradientThreads)
     attention_prepare_kernel(AttentionGradient problem, GradientWorkspace workspace) {
     SHARED_ARRAY(uint32_t, partials, kGradientThreads / 32);
@@ -291,7 +314,11 @@ __global__ void __launch_bounds__(kGradientThreads)
     }
     PreparedTile tile;
     if (!tile.find(problem)) return;
-    if (threadIdx.x == 0) workspace.turns[tile.slot] = 0;
+    if constexpr (Order::kTurns) {
+        if (threadIdx.x == 0) workspace.turns[tile.slot] = 0;
+    } else {
+        clear_sums<BLOCK_M * E>(workspace.dq + tile.slot * (BLOCK_M * E));
+    }
 
     // Lanes that share a row, 16 bytes each.
     constexpr int kLanes = E / kChunkValues, kRowsAtOnce = kGradientThreads / kLanes;
@@ -356,10 +383,10 @@ inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* ho
                 unsigned(problem.packing.groups), unsigned(problem.pairs));
 }
 
-template <int E, int BLOCK_M, int BLOCK_N>
+template <int E, int BLOCK_M, int BLOCK_N, class Order>
 int launch_prepare(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
                    cudaStream_t stream) {
-    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N>), query_tile_grid(problem, host_spans),
+    return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N, Order>), query_tile_grid(problem, host_spans),
                   dim3(kGradientThreads), 0, stream, problem, workspace);
 }
 

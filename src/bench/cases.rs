@@ -37,6 +37,8 @@ pub struct Case<D: Device> {
     /// Bytes of memory that it needs beside operands and results; 0 where nobody compares them.
     pub workspace: f64,
     pub outputs: Outputs<D>,
+    /// Whether this device does in it what it does in another case: nothing to measure.
+    pub redundant: bool,
     /// Whether outputs are assigned, and so may hold anything before.
     assigns: bool,
     prepare: Option<Work<D>>,
@@ -58,6 +60,7 @@ impl<D: Device> Case<D> {
             bytes: 0.0,
             workspace: 0.0,
             outputs,
+            redundant: false,
             assigns: true,
             prepare: None,
             run,
@@ -66,6 +69,10 @@ impl<D: Device> Case<D> {
 
     fn part(self, part: &'static str) -> Self {
         Case { part, ..self }
+    }
+
+    fn redundant(self, redundant: bool) -> Self {
+        Case { redundant, ..self }
     }
 
     fn flops(self, flops: usize) -> Self {

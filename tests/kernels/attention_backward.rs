@@ -1,5 +1,5 @@
 //! Attention backward on both kernel paths: every boundary of the tiles, shared heads, shared prompts, and the order in which
-//! dQ receives its terms.
+//! dQ receives its terms, which may be none.
 
 use std::ops::Range;
 
@@ -101,7 +101,14 @@ fn both_paths() -> [CudaDevice; 2] {
     [KernelPath::Portable, KernelPath::Hopper].map(|path| emulated().with_path(path))
 }
 
-path_tests! {
+/// Both sets of kernels, each with dQ's terms in the fixed order and in any.
+fn all_ways() -> [CudaDevice; 4] {
+    let [portable, hopper] = both_paths();
+    let any_order = |device: &CudaDevice| device.with_attention_order(AttentionOrder::Any);
+    [any_order(&portable), any_order(&hopper), portable, hopper]
+}
+
+order_tests! {
     /// Pairs of every kind in one batch, and a pair whose every part ends inside a tile.
     fn kinds_of_pairs(device, bounds) {
         Problem::new(RAGGED, (3, 1, 64)).check(device);
@@ -124,7 +131,7 @@ fn every_boundary_of_the_tiles() {
     for sizes in all {
         for heads in [(1, 1, 64), (2, 1, 64), (1, 1, 128), (2, 1, 128)] {
             let problem = Problem::new(&[sizes], heads);
-            both_paths().iter().for_each(|device| problem.check(device));
+            all_ways().iter().for_each(|device| problem.check(device));
         }
     }
 }
@@ -144,7 +151,7 @@ fn heads_that_share_keys() {
         (7, 1, 128),
     ] {
         let problem = Problem::new(&[(60, 40, 77), (0, 5, 1), (31, 1, 0)], heads);
-        both_paths().iter().for_each(|device| problem.check(device));
+        all_ways().iter().for_each(|device| problem.check(device));
     }
 }
 
@@ -155,7 +162,7 @@ fn many_pairs() {
     sizes.insert(3, (150, 40, 30));
     sizes.push((20, 1, 160));
     let problem = Problem::new(&sizes, (2, 1, 64));
-    both_paths().iter().for_each(|device| problem.check(device));
+    all_ways().iter().for_each(|device| problem.check(device));
 }
 
 /// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.
@@ -180,7 +187,7 @@ fn packed_equals_unpacked() {
             }
             (order, problem)
         };
-        for device in both_paths() {
+        for device in all_ways() {
             let got = packed.load(&device).gradients(&device);
             let (mut sums, mut magnitudes) = (vec![0.0_f64; got.len()], vec![0.0_f64; got.len()]);
             for (order, problem) in [alone(p..p + c, true), alone(p + c..p + c + r, false)] {
@@ -207,10 +214,27 @@ fn packed_equals_unpacked() {
     }
 }
 
+/// In any order the sums are other ones, none of them worse, whichever block runs first or faster.
+#[test]
+fn any_order_is_as_exact() {
+    let problem = Problem::new(&[(300, 70, 140), (0, 97, 298)], (2, 1, 64));
+    let wide = Problem::new(&[(200, 60, 270)], (2, 2, 128));
+    for device in both_paths() {
+        let device = device.with_attention_order(AttentionOrder::Any);
+        for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1)] {
+            let options = EmulatorOptions { host_threads, async_: asynchronous, ..emulator_options(seed) };
+            EmulatorVariant::Plain.configure(options).unwrap();
+            problem.check(&device);
+            wide.check(&device);
+        }
+        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
+    }
+}
+
 /// Blocks of one sequence add to the same rows of dQ: whichever runs first or faster, on one or two cores, with copies that
 /// land early or late, the bits are those of the first run.
 #[test]
-fn same_bits_in_any_order() {
+fn same_bits_however_blocks_run() {
     let problems = [
         Problem::new(&[(300, 70, 140), (10, 130, 0), (0, 97, 298)], (2, 1, 64)),
         Problem::new(&[(200, 60, 270)], (2, 2, 128)),

@@ -2,7 +2,7 @@
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{self, CudaDevice};
-pub use mmpo_fast::device::cuda::{KernelPath, Products};
+pub use mmpo_fast::device::cuda::{AttentionOrder, KernelPath, Products};
 use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
@@ -40,6 +40,12 @@ macro_rules! path_tests {
     ($($item:tt)+) => { $crate::harness::define_tests! { hopper_tests $($item)+ } };
 }
 pub(crate) use path_tests;
+
+/// As [`path_tests`], for operations that a GPU may also do in any order, to the same tolerance.
+macro_rules! order_tests {
+    ($($item:tt)+) => { $crate::harness::define_tests! { any_order_tests $($item)+ } };
+}
+pub(crate) use order_tests;
 
 macro_rules! no_more_tests {
     () => {};
@@ -81,6 +87,39 @@ macro_rules! hopper_tests {
     };
 }
 pub(crate) use hopper_tests;
+
+macro_rules! any_order_tests {
+    () => {
+        $crate::harness::hopper_tests! {}
+
+        #[cfg(mmpo_emulated)]
+        #[test]
+        fn emulated_any_order() {
+            for path in [KernelPath::Portable, KernelPath::Hopper] {
+                let device = $crate::harness::emulated().with_path(path);
+                body(&device.with_attention_order(AttentionOrder::Any), $crate::harness::Tolerance::BF16);
+            }
+        }
+
+        #[cfg(mmpo_emulated)]
+        #[test]
+        fn checked_any_order() {
+            for path in [KernelPath::Portable, KernelPath::Hopper] {
+                let device = $crate::harness::checked().with_path(path);
+                body(&device.with_attention_order(AttentionOrder::Any), $crate::harness::Tolerance::BF16);
+            }
+        }
+
+        #[test]
+        fn gpu_any_order() {
+            let Some(device) = $crate::harness::gpu() else { return };
+            let device = device.with_attention_order(AttentionOrder::Any);
+            body(&device, $crate::harness::Tolerance::BF16);
+            body(&device.with_path(KernelPath::Portable), $crate::harness::Tolerance::BF16);
+        }
+    };
+}
+pub(crate) use any_order_tests;
 
 macro_rules! define_tests {
     ($more:ident $($(#[doc = $doc:literal])+ fn $name:ident($device:ident, $bounds:ident) $body:block)+) => {$(

@@ -142,7 +142,7 @@ causal() {
   beside attention.py "$cases" "--warmups 20 --calls 30" --only attention_forward
 }
 
-# Pairs, in both directions: the peers unpack them, or mask them as we do.
+# Pairs, in both directions, backward also with dQ in any order: the peers unpack them, or mask them as we do.
 pairs() {
   local cases= model profile peer_options=
   for profile in hh-rlhf ultrafeedback long; do
@@ -166,7 +166,8 @@ head() {
 # Linear layers by our kernels and by cuBLASLt: products.txt ends with rows for src/device/cuda/product_table.rs.
 products() { ours products --warmups 10 --calls 30; }
 
-# Every other kernel beside the copy of the same run, and AdamW beside its peers.
+# Every kernel beside the copy of the same run, and AdamW beside its peers. Models and pairs are those of `step`, of whose time the
+# summary says how much the order of dQ takes.
 bandwidth() {
   local shape code=0
   for shape in smollm2-135m llama-3.2-1b; do

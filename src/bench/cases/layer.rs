@@ -1,8 +1,11 @@
 //! The operations of the embedding and the layers.
 
+use std::any::Any;
+
 use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, filled};
 use crate::bench::shapes::Shape;
+use crate::device::cuda::{AttentionOrder, CudaDevice};
 use crate::device::{AttentionShape, Device, LinearShape, NormShape, RopeDirection};
 use crate::error::Result;
 
@@ -30,7 +33,8 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         product_backward_bias,
         rope,
         attention_forward,
-        attention_backward,
+        |device, shape| attention_backward(device, shape, AttentionOrder::Fixed),
+        |device, shape| attention_backward(device, shape, AttentionOrder::Any),
         attention_decode,
         swiglu_forward,
         linear_swiglu_forward,
@@ -261,7 +265,14 @@ fn attention_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.flops(flops).bytes(attention_bytes::<D>(rows, attention)))
 }
 
-fn attention_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+/// Another handle of a CUDA device, which sums in any order; other devices have one order.
+fn in_any_order<D: Device>(device: &D) -> Option<D> {
+    let device = (device as &dyn Any).downcast_ref::<CudaDevice>()?;
+    let unordered: Box<dyn Any> = Box::new(device.with_attention_order(AttentionOrder::Any));
+    unordered.downcast().ok().map(|unordered| *unordered)
+}
+
+fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrder) -> Result<Case<D>> {
     let (rows, attention) = (shape.tokens(), shape.config.attention_shape());
     let qkv = compute(device, 1, rows * attention.qkv_width(), 1.0)?;
     let dout = compute(device, 2, rows * attention.out_width(), 1.0)?;
@@ -270,9 +281,16 @@ fn attention_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let mut lse = device.alloc(rows * attention.heads)?;
     device.attention_forward(&mut out, &mut lse, &qkv, &batch, attention)?;
     let gradient = outputs(device, &[rows * attention.qkv_width()], &[])?;
+    let (part, other) = match order {
+        AttentionOrder::Fixed => ("", None),
+        AttentionOrder::Any => ("any order", in_any_order(device)),
+    };
+    let redundant = order == AttentionOrder::Any && other.is_none();
     let case = Case::new("attention_backward", gradient, move |device: &D, gradient| {
+        let device = other.as_ref().unwrap_or(device);
         device.attention_backward(&mut gradient.compute[0], &dout, &out, &lse, &qkv, &batch, attention)
     });
+    let case = case.part(part).redundant(redundant);
     // q k^T again, then dv, dp, dq and dk.
     let flops = 10 * shape.visible() * attention.out_width();
     let gradients = compute_size::<D>() * rows * (attention.qkv_width() + attention.out_width());

@@ -8,6 +8,17 @@ use crate::data::PairSpan;
 use crate::device::{AttentionShape, BatchBuffers};
 use crate::error::{Error, Result};
 
+/// The order in which the gradient of the queries receives its terms, which come from blocks of the GPU that each own some
+/// of the keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttentionOrder {
+    /// The same every time, and so are the bits: blocks add in turn.
+    #[default]
+    Fixed,
+    /// As the blocks come to it. The last bits may differ from run to run: it is there to measure what the order costs.
+    Any,
+}
+
 /// Head sizes that the kernels are compiled for.
 const HEAD_SIZES: [usize; 2] = [64, 128];
 
@@ -108,6 +119,7 @@ pub(super) fn backward(
         launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
     let host_spans: &[u32] = bytemuck::cast_slice(spans);
     let path = device.path();
+    let any_order = i32::from(device.attention_order == AttentionOrder::Any);
     // SAFETY: the workspace is as large as this path's own rule says; the rest is as in `forward`.
     device.launch_with_workspace(
         path.either(name, "attention_backward_sm90"),
@@ -130,6 +142,7 @@ pub(super) fn backward(
                 kv_heads,
                 head_size,
                 shape.scale(),
+                any_order,
                 stream,
             )
         },

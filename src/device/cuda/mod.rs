@@ -38,6 +38,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
+pub use self::attention::AttentionOrder;
 use self::backend::{Backend, Moment};
 #[cfg(mmpo_emulated)]
 pub use self::backend_emulated::{
@@ -68,6 +69,7 @@ pub struct CudaDevice {
     workspace: Workspace,
     path: KernelPath,
     products: Products,
+    attention_order: AttentionOrder,
     trace: Trace<Moment>,
 }
 
@@ -105,8 +107,14 @@ impl CudaDevice {
 
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
-        let (workspace, products, trace) = (Workspace::default(), Products::default(), Trace::default());
-        CudaDevice { memory: Memory::new(backend), workspace, path, products, trace }
+        CudaDevice {
+            memory: Memory::new(backend),
+            workspace: Workspace::default(),
+            path,
+            products: Products::default(),
+            attention_order: AttentionOrder::default(),
+            trace: Trace::default(),
+        }
     }
 
     /// The same device on the other set of kernels: to test or to time them side by side. The emulated device runs both;
@@ -130,6 +138,23 @@ impl CudaDevice {
     /// Whose matrix products run where there is a choice.
     pub fn products(&self) -> Products {
         self.products
+    }
+
+    /// Another handle of this GPU, whose buffers either takes, with this order of the sums in attention's backward pass: to
+    /// time or to test them side by side. It has scratch memory and a trace of its own.
+    ///
+    /// No option of a training run: a device starts with the fixed order, nothing but tests and benchmarks asks for
+    /// another, and training gives the same bits every time.
+    #[must_use]
+    pub fn with_attention_order(&self, attention_order: AttentionOrder) -> Self {
+        CudaDevice {
+            memory: Arc::clone(&self.memory),
+            workspace: Workspace::default(),
+            path: self.path,
+            products: self.products,
+            attention_order,
+            trace: Trace::default(),
+        }
     }
 
     fn backend(&self) -> &dyn Backend {

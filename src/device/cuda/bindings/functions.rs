@@ -271,6 +271,7 @@ kernels {
         kv_heads: i32,
         head_size: i32,
         scale: f32,
+        any_order: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn attention_backward_sm90_workspace(
@@ -295,6 +296,7 @@ kernels {
         kv_heads: i32,
         head_size: i32,
         scale: f32,
+        any_order: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn attention_decode_workspace(
