@@ -164,7 +164,7 @@ head() {
 }
 
 # Linear layers by our kernels and by cuBLASLt: products.txt ends with rows for src/device/cuda/product_table.rs.
-products() { ours products --warmups 10 --calls 30; }
+products() { ours products --warmups 5 --calls 20; }
 
 # Every kernel beside the copy of the same run, and AdamW beside its peers. Models and pairs are those of `step`, of whose time the
 # summary says how much the order of dQ takes.
@@ -225,7 +225,7 @@ sanitize() {
   local tool code=0
   for tool in memcheck racecheck; do
     echo "== $tool"
-    gpu_tests '::gpu(_our_products)?$' 60 compute-sanitizer --tool "$tool" --error-exitcode 9 || code=1
+    gpu_tests '::gpu(_our_products|_any_order)?$' 60 compute-sanitizer --tool "$tool" --error-exitcode 9 || code=1
   done
   return $code
 }
@@ -258,8 +258,8 @@ for name in $parts; do
     machine) part "$name" 30 ;;
     layouts | goldens) part "$name" 60 ;;
     train | determinism) part "$name" 45 ;;
-    causal | products | bandwidth | profile) part "$name" 100 ;;
-    kernels) part "$name" 120 ;;
+    causal | bandwidth | profile) part "$name" 100 ;;
+    kernels | products) part "$name" 120 ;;
     sanitize) part "$name" 150 ;;
     pairs) part "$name" 200 ;;
     step) part "$name" 230 ;;
