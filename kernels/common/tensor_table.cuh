@@ -1,6 +1,6 @@
 // Many tensors in one launch. A table of them travels as a kernel parameter, each tensor has blocks of its own, side by
-// side in the grid, and a block finds its tensor by a search: a model has hundreds of tensors, most of them so small that
-// a launch for each would cost more than its work.
+// side in the grid, and a block finds its tensor by a search: a model has hundreds of tensors, most of them so small
+// that a launch for each would cost more than its work.
 #pragma once
 
 #include "launch.cuh"
