@@ -1,8 +1,9 @@
-// One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of a tensor with f32 states.
+// One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of many tensors with f32 states.
 //
 // Updates master, first_moment and second_moment, assigns weight = bf16(master). Clipping costs nothing: every gradient
 // is multiplied by the coefficient that grad_norm.cu left in norm[1]. A value is 16 bytes read and 14 written.
 
+#include "common/tensor_table.cuh"
 #include "common/vector.cuh"
 
 namespace {
@@ -43,35 +44,35 @@ DEVICE void update_vector(bf16* weight, float* master, float* first_moment, floa
     store4<kVectorized>(weight, 0, count, masters);
 }
 
+constexpr int kBlockValues = kBlock * kVectorF32;
+using Table = TensorTable<mmpo_adamw_tensor>;
+
 // A thread updates four values: 64 bytes of loads under way in each.
-template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
-    adamw_kernel(bf16* __restrict__ weight, float* __restrict__ master, float* __restrict__ first_moment,
-                 float* __restrict__ second_moment, const float* __restrict__ gradient, const float* __restrict__ norm,
-                 int64_t length, mmpo_adamw_step step) {
-    const int64_t at = flat_index<kVectorF32>();
-    if (at >= length) return;
-    const int64_t left = length - at;
+    adamw_kernel(const __grid_constant__ Table table, const float* __restrict__ norm, mmpo_adamw_step step) {
+    const int found = table.find();
+    const mmpo_adamw_tensor& tensor = table.tensors[found];
+    const int64_t at = table.first_value<kBlockValues>(found) + int(threadIdx.x) * kVectorF32;
+    if (at >= tensor.length) return;
+    const int64_t left = tensor.length - at;
     const float coefficient = norm[1];
-    if (kVectorized && left >= kVectorF32) {
-        update_vector<true>(weight + at, master + at, first_moment + at, second_moment + at, gradient + at, kVectorF32,
-                            coefficient, step);
+    bf16* const weight = tensor.weight;
+    float *const master = tensor.master, *const first = tensor.first_moment, *const second = tensor.second_moment;
+    const float* const gradient = tensor.gradient;
+    if (left >= kVectorF32 && vector_aligned(weight, master, first, second, gradient)) {
+        update_vector<true>(weight + at, master + at, first + at, second + at, gradient + at, kVectorF32, coefficient,
+                            step);
     } else {
-        update_vector<false>(weight + at, master + at, first_moment + at, second_moment + at, gradient + at,
+        update_vector<false>(weight + at, master + at, first + at, second + at, gradient + at,
                              int(min(left, int64_t(kVectorF32))), coefficient, step);
     }
 }
 
 }  // namespace
 
-mmpo_status MMPO_EXPORT(adamw)(bf16* weight, float* master, float* first_moment, float* second_moment,
-                               const float* gradient, const float* norm, int64_t length, mmpo_adamw_step step,
+mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                                mmpo_stream stream) {
-    if (length == 0) return kSuccess;
-    const unsigned blocks = flat_blocks<kVectorF32>(length);
-    return vector_aligned(weight, master, first_moment, second_moment, gradient)
-               ? LAUNCH(adamw_kernel<true>, blocks, kBlock, 0, cuda_stream(stream), weight, master, first_moment,
-                        second_moment, gradient, norm, length, step)
-               : LAUNCH(adamw_kernel<false>, blocks, kBlock, 0, cuda_stream(stream), weight, master, first_moment,
-                        second_moment, gradient, norm, length, step);
+    return launch_tables(tensors, count, kBlockValues, [=](const Table& table, unsigned blocks) {
+        return LAUNCH(adamw_kernel, blocks, kBlock, 0, cuda_stream(stream), table, norm, step);
+    });
 }

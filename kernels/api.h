@@ -51,6 +51,15 @@ const char* MMPO_EXPORT(error_text)(mmpo_status status);
 /* Assigns 0 to `bytes` bytes, of any alignment. */
 mmpo_status MMPO_EXPORT(zero)(void* out, int64_t bytes, mmpo_stream stream);
 
+/* One of many tensors that a launcher takes at once, in few launches: `length` values in device memory. */
+typedef struct mmpo_floats {
+    float* values;
+    int64_t length;
+} mmpo_floats;
+
+/* Assigns 0 to all values of all tensors. `tensors` is in host memory, read during the call only. */
+mmpo_status MMPO_EXPORT(zero_all)(const mmpo_floats* tensors, int32_t count, mmpo_stream stream);
+
 /* Types of numbers as they lie in a checkpoint. */
 enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF16 = 2 };
 
@@ -346,17 +355,14 @@ mmpo_status MMPO_EXPORT(pair_objective)(float* outcomes, float* dlogp, float* de
 
 /* ---- grad_norm.cu ------------------------------------------------------------------------------------------- */
 
-/* Partial norms that gradient_norm_partial leaves for a tensor of this length. A pure function on the host. */
-int64_t MMPO_EXPORT(gradient_norm_partials)(int64_t length);
+/* Bytes of `workspace` that gradient_norm needs for these tensors. A pure function on the host. */
+int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_floats* gradients, int32_t count);
 
-/* Assigns partials[gradient_norm_partials(length)]: the norms of fixed parts of gradient[length]; the sums are f64. */
-mmpo_status MMPO_EXPORT(gradient_norm_partial)(float* partials, const float* gradient, int64_t length,
-                                               mmpo_stream stream);
-
-/* Assigns out[0] = sqrt(sum of partials[count]^2) and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
- * max_norm = infinity: out[1] = 1. A NaN stays a NaN in both. The sum is f64, in a fixed order. */
-mmpo_status MMPO_EXPORT(gradient_norm_finish)(float* out, const float* partials, int64_t count, float max_norm,
-                                              mmpo_stream stream);
+/* Assigns out[0], the l2 norm over all gradients, and out[1] = min(1, max_norm / (out[0] + 1e-6)), as PyTorch clips;
+ * max_norm = infinity: out[1] = 1. A NaN stays a NaN in both. Norms of fixed parts of each tensor go to `workspace`,
+ * then theirs is formed; the sums are f64, in a fixed order. `gradients` is in host memory, and is not written. */
+mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_floats* gradients, int32_t count,
+                                       float max_norm, mmpo_stream stream);
 
 /* ---- adamw.cu ----------------------------------------------------------------------------------------------- */
 
@@ -372,13 +378,23 @@ typedef struct mmpo_adamw_step {
     float epsilon;
 } mmpo_adamw_step;
 
+/* A tensor to update: arrays of `length` values in device memory. */
+typedef struct mmpo_adamw_tensor {
+    mmpo_bf16* weight;
+    float* master;
+    float* first_moment;
+    float* second_moment;
+    const float* gradient;
+    int64_t length;
+} mmpo_adamw_tensor;
+
 /* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1]:
  *   first  = beta1 * first + rest1 * g
  *   second = beta2 * second + rest2 * g^2
  *   master = decay * master - step_size * first / (sqrt(second) * root_correction + epsilon)
- * Updates master, first and second (f32, [length]) and assigns weight[length] = bf16(master). */
-mmpo_status MMPO_EXPORT(adamw)(mmpo_bf16* weight, float* master, float* first_moment, float* second_moment,
-                               const float* gradient, const float* norm, int64_t length, mmpo_adamw_step step,
+ * Of each tensor updates master, first_moment and second_moment (f32) and assigns weight = bf16(master). `tensors` is
+ * in host memory, read during the call only. */
+mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                                mmpo_stream stream);
 
 #ifdef __cplusplus

@@ -5,13 +5,14 @@
 // are cheaper than reading it.
 
 #include "common/reduce.cuh"
+#include "common/tensor_table.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
 // Values of a part: 64 KiB, so that even a small model's tensors give each multiprocessor several blocks, while the
 // partial norms of an 8-billion-parameter model take 2 MB.
-constexpr int64_t kPart = 16384;
+constexpr int kPart = 16384;
 // 64 bytes a thread are under way.
 constexpr int kVectorsAtOnce = 4;
 constexpr int kStep = kBlock * kVectorF32;
@@ -40,15 +41,20 @@ DEVICE double thread_sum(const float* part, int length) {
     return sum;
 }
 
-// A block has one part. `vectorized` holds for the tensor's start, and so for every part's; the last part may have a
+using Table = TensorTable<mmpo_floats>;
+
+// A block has one part. What holds of the alignment of a tensor's start holds of every part's; the last part may have a
 // tail.
 __global__ void __launch_bounds__(kBlock)
-    partial_kernel(float* __restrict__ partials, const float* __restrict__ gradient, int64_t length, bool vectorized) {
+    partial_kernel(float* __restrict__ partials, const __grid_constant__ Table table) {
     DYNAMIC_SHARED(shared);
-    const int64_t start = int64_t(blockIdx.x) * kPart;
-    const int count = int(min(length - start, kPart));
-    const double sum = vectorized && count % kVectorF32 == 0 ? thread_sum<true>(gradient + start, count)
-                                                             : thread_sum<false>(gradient + start, count);
+    const int found = table.find();
+    const mmpo_floats& tensor = table.tensors[found];
+    const int64_t start = table.first_value<kPart>(found);
+    const int count = int(min(tensor.length - start, int64_t(kPart)));
+    const double sum = vector_aligned(tensor.values) && count % kVectorF32 == 0
+                           ? thread_sum<true>(tensor.values + start, count)
+                           : thread_sum<false>(tensor.values + start, count);
     const double total = block_sum<kBlock>(sum, reinterpret_cast<double*>(shared));
     if (threadIdx.x == 0) partials[blockIdx.x] = float(sqrt(total));
 }
@@ -69,20 +75,30 @@ __global__ void __launch_bounds__(kFinishThreads)
     out[1] = ratio > 1.0f ? 1.0f : ratio;
 }
 
-}  // namespace
-
-int64_t MMPO_EXPORT(gradient_norm_partials)(int64_t length) { return ceil_div(length, kPart); }
-
-mmpo_status MMPO_EXPORT(gradient_norm_partial)(float* partials, const float* gradient, int64_t length,
-                                               mmpo_stream stream) {
-    if (length == 0) return kSuccess;
-    return LAUNCH(partial_kernel, unsigned(ceil_div(length, kPart)), kBlock, kBlockWarps * sizeof(double),
-                  cuda_stream(stream), partials, gradient, length, vector_aligned(gradient));
+int64_t count_parts(const mmpo_floats* gradients, int count) {
+    int64_t parts = 0;
+    for (int i = 0; i < count; ++i) parts += ceil_div(gradients[i].length, kPart);
+    return parts;
 }
 
-// With no partials there is still a norm to assign: 0.
-mmpo_status MMPO_EXPORT(gradient_norm_finish)(float* out, const float* partials, int64_t count, float max_norm,
-                                              mmpo_stream stream) {
+}  // namespace
+
+int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_floats* gradients, int32_t count) {
+    return count_parts(gradients, count) * int64_t(sizeof(float));
+}
+
+// The parts of a tensor follow those of the one before it, whatever the tables: the order of the sum never changes.
+// With no parts there is still a norm to assign: 0.
+mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_floats* gradients, int32_t count,
+                                       float max_norm, mmpo_stream stream) {
+    float* const partials = static_cast<float*>(workspace);
+    int64_t first = 0;
+    const mmpo_status status = launch_tables(gradients, count, kPart, [&](const Table& table, unsigned blocks) {
+        float* const parts = partials + first;
+        first += blocks;
+        return LAUNCH(partial_kernel, blocks, kBlock, kBlockWarps * sizeof(double), cuda_stream(stream), parts, table);
+    });
+    if (status != kSuccess) return status;
     return LAUNCH(finish_kernel, 1u, kFinishThreads, kFinishThreads / kWarp * sizeof(double), cuda_stream(stream), out,
-                  partials, count, max_norm);
+                  partials, count_parts(gradients, count), max_norm);
 }

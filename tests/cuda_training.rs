@@ -11,7 +11,7 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{self, CudaDevice, KernelPath, Products};
 use mmpo_fast::device::{AdamWStep, Device};
 use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
-use mmpo_fast::objective::{Mmpo, Objective};
+use mmpo_fast::objective::{Mmpo, Objective, ReferencePair};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
@@ -191,6 +191,28 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
 }
 
 /// The head keeps no probabilities, and Hopper's kernels run.
+/// No other test of this program runs the checked variant, so all of its launches are this one's.
+#[cfg(mmpo_emulated)]
+#[test]
+fn the_optimiser_launches_once_for_all_tensors() {
+    let variant = cuda::EmulatorVariant::Checked;
+    let pairs = &golden_pairs(MODELS[0])[..1];
+    let folder = ModelFolder::open(&goldens().join(MODELS[0]).join("model")).expect("model folder");
+    let llama = Llama::load(Arc::new(CudaDevice::emulated(variant)), &folder, 2048).expect("weights");
+    let workload = Workload::plan(pairs, &OBJECTIVE, pairs.len(), TOKEN_BUDGET);
+    let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
+    let batch = [TrainingPair { pair: &pairs[0], reference: ReferencePair::default() }];
+    let (done, launches) = variant.count_launches(|| trainer.step(&batch, adamw(1), Some(1.0)));
+    done.expect("step");
+    let tensors = trainer.gradients.iter().count();
+    assert!(tensors > 10, "{tensors}");
+    for (launcher, wanted) in [("zero_all", 1), ("gradient_norm", 2), ("adamw", 1)] {
+        let launches = launches.iter().filter(|launch| launch.launcher == launcher);
+        let launches: u64 = launches.map(|launch| launch.counters.launches).sum();
+        assert_eq!(launches, wanted, "{launcher}, {tensors} tensors");
+    }
+}
+
 #[cfg(mmpo_emulated)]
 #[test]
 fn the_emulated_gpu_trains_with_a_recomputing_head() {

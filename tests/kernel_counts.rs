@@ -25,7 +25,8 @@ use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED, ProductTile, Products,
 };
-use mmpo_fast::device::{Device, LinearShape, RawValues};
+use mmpo_fast::device::{AdamWState, AdamWUpdate, Device, LinearShape, RawValues};
+use mmpo_fast::error::Result;
 
 use table::Table;
 
@@ -163,6 +164,32 @@ fn clusters_read_the_shared_operand_once() {
     };
     assert_eq!(loaded(1), shape.rows / 128 * (128 + 256) * shape.inputs * BF16);
     assert_eq!(loaded(2), shape.rows / 128 * (128 + 128) * shape.inputs * BF16);
+}
+
+/// As many tensors as SmolLM2-135M has: a launch for each would take longer than most of them do.
+#[test]
+fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
+    const TENSORS: usize = 182;
+    let _alone = checked_variant();
+    let variant = EmulatorVariant::Checked;
+    let device = CudaDevice::emulated(variant);
+    let mut weights: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
+    let mut states: Vec<_> = (0..TENSORS).map(|_| AdamWState::new(&device, 5).unwrap()).collect();
+    let mut gradients: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
+    let mut norm = device.alloc(2).unwrap();
+    let launches = |work: &mut dyn FnMut() -> Result<()>| -> u64 {
+        let (done, launches) = variant.count_launches(work);
+        done.unwrap();
+        launches.iter().map(|launch| launch.counters.launches).sum()
+    };
+    assert_eq!(launches(&mut || device.zero_all(&mut gradients.iter_mut().collect::<Vec<_>>())), 1);
+    let all: Vec<_> = gradients.iter().collect();
+    assert_eq!(launches(&mut || device.gradient_norm(&mut norm, &all, None)), 2);
+    let tensors = weights.iter_mut().zip(&mut states).zip(&gradients);
+    let mut updates: Vec<_> =
+        tensors.map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient }).collect();
+    let step = shapes::settings().unwrap().adamw(1);
+    assert_eq!(launches(&mut || device.adamw(&mut updates, &norm, step)), 3);
 }
 
 /// The counted columns, then what the operation needs at least; a minimum is the whole operation's, and stands in its row,

@@ -29,7 +29,7 @@ inline bool vector_rows(int width) { return width % kVector == 0; }
 
 // Whether 16-byte accesses are allowed at all of `pointers`.
 template <class... Pointers>
-bool vector_aligned(Pointers... pointers) {
+HOST_DEVICE bool vector_aligned(Pointers... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
 }
 

@@ -5,7 +5,7 @@ mod head;
 mod layer;
 mod optimizer;
 
-pub use layer::linear_shape;
+pub use layer::{head_products, linear_shape};
 
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};

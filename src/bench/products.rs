@@ -1,10 +1,10 @@
-//! `mmpo-fast bench products`: a GPU's linear layers by our kernels in every tile shape and by cuBLASLt, call by call in
+//! `mmpo-fast bench products`: a GPU's linear layers and the head's gradients by our kernels in every tile shape and by cuBLASLt, call by call in
 //! turn, as rows of `src/device/cuda/product_table.rs`.
 
 use serde_json::json;
 
 use super::BenchConfig;
-use super::cases::{self, Case};
+use super::cases::{self, Case, Maker};
 use super::measure::{Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
@@ -14,9 +14,16 @@ use crate::error::{Error, Result};
 
 /// Tokens of a batch at which each layer is timed.
 const ROWS: [usize; 3] = [2048, 8192, 16384];
+/// Scored tokens at which the head's gradients are timed.
+const SCORED: usize = 4096;
 const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
-const PRODUCTS: [&str; 4] =
-    ["linear_forward", "linear_swiglu_forward", "linear_backward_input", "linear_backward_weight"];
+const PRODUCTS: [&str; 5] = [
+    "linear_forward",
+    "linear_swiglu_forward",
+    "linear_backward_input",
+    "linear_backward_input_f32",
+    "linear_backward_weight",
+];
 
 /// One product of one layer, timed every way.
 struct Duel {
@@ -63,9 +70,9 @@ pub fn run(config: &BenchConfig) -> Result<()> {
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.product_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
-    for (model, rows) in MODELS.into_iter().flat_map(|model| ROWS.map(|rows| (model, rows))) {
+    for Plan { model, rows, makers, check } in plans() {
         let shape = shape(model, rows)?;
-        for make in cases::all::<CudaDevice>() {
+        for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
             let name = make(&device, &smallest()?)?;
             let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
@@ -82,7 +89,7 @@ pub fn run(config: &BenchConfig) -> Result<()> {
                 ways.extend((0..).take(tiles.len()).map(Products::Tile));
             }
             let samples;
-            (device, samples) = time(device, case, &flush, &method, &ways, rows == ROWS[0]);
+            (device, samples) = time(device, case, &flush, &method, &ways, check);
             match samples {
                 Ok(samples) => {
                     let mut samples = samples.into_iter();
@@ -101,6 +108,22 @@ pub fn run(config: &BenchConfig) -> Result<()> {
     }
     print(&device, config, &method, &duels, &tiles)?;
     failure.map_or(Ok(()), Err)
+}
+
+/// What is timed of a model at once.
+struct Plan {
+    model: &'static str,
+    rows: usize,
+    makers: Vec<Maker<CudaDevice>>,
+    /// Whether results are compared too. The heads of the larger models have gigabytes of them.
+    check: bool,
+}
+
+fn plans() -> impl Iterator<Item = Plan> {
+    let layers = |model| ROWS.map(|rows| Plan { model, rows, makers: cases::all(), check: rows == ROWS[0] });
+    let head =
+        |model| Plan { model, rows: SCORED, makers: cases::head_products(), check: model == MODELS[0] };
+    MODELS.into_iter().flat_map(layers).chain(MODELS.map(head))
 }
 
 fn shape(model: &str, rows: usize) -> Result<Shape> {
@@ -252,6 +275,7 @@ fn measured(duel: &Duel) -> String {
         "linear_forward" => "Forward",
         "linear_swiglu_forward" => "ForwardSwiGlu",
         "linear_backward_input" => "BackwardInput",
+        "linear_backward_input_f32" => "BackwardInputF32",
         _ => "BackwardWeight",
     };
     let LinearShape { rows, inputs, outputs } = duel.linear;
@@ -266,21 +290,60 @@ fn measured(duel: &Duel) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_row_of_the_table_is_rust() {
+    fn duel(operation: &'static str, layer: &'static str) -> Duel {
         let shape = smallest().unwrap();
-        let duel = Duel {
-            operation: "linear_backward_input",
-            layer: "down",
-            linear: cases::linear_shape(&shape, "down"),
+        Duel {
+            operation,
+            layer,
+            linear: cases::linear_shape(&shape, layer),
             shape,
             flops: 1.0,
             vendor: Sample(vec![3.0]),
             planned: Sample(vec![2.5]),
             tiles: vec![Sample(vec![4.0]), Sample(vec![2.0])],
-        };
+        }
+    }
+
+    #[test]
+    fn a_row_of_the_table_is_rust() {
         let wanted = "    Measured { kind: ProductKind::BackwardInput, shape: LinearShape { rows: 16, inputs: 256, outputs: 128 }, \
                       tile: Some(1), speedup: 1.50 },\n";
-        assert_eq!(measured(&duel), wanted);
+        assert_eq!(measured(&duel("linear_backward_input", "down")), wanted);
+        let vocab = smallest().unwrap().config.vocab_size;
+        let wanted =
+            format!("BackwardInputF32, shape: LinearShape {{ rows: 16, inputs: 128, outputs: {vocab} }}");
+        let head = measured(&duel("linear_backward_input_f32", "head"));
+        assert!(head.contains(&wanted), "{head}");
+    }
+
+    /// Both gradients of the head at every size, each a product that is timed.
+    #[test]
+    fn the_head_is_timed() {
+        let heads: Vec<Plan> = plans().filter(|plan| plan.rows == SCORED).collect();
+        let sizes: Vec<(usize, usize)> = heads
+            .iter()
+            .map(|plan| cases::linear_shape(&shape(plan.model, plan.rows).unwrap(), "head"))
+            .map(|linear| (linear.inputs, linear.outputs))
+            .collect();
+        assert_eq!(sizes, [(576, 49_152), (2048, 128_256), (4096, 128_256)]);
+        assert!(heads.iter().all(|plan| plan.makers.len() == 2));
+    }
+
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn the_products_of_the_head_run() {
+        use crate::device::cuda::{EmulatorVariant, KernelPath};
+        for path in [KernelPath::Portable, KernelPath::Hopper] {
+            let device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
+            for make in cases::head_products() {
+                let mut case = make(&device, &smallest().unwrap()).unwrap();
+                assert!(PRODUCTS.contains(&case.operation) && case.part == "head", "{}", case.name());
+                assert_eq!(case.not_finite(&device).unwrap(), None, "{}", case.name());
+                let (mut norm, mut found) = (device.alloc(2).unwrap(), [0.0f32; 2]);
+                device.gradient_norm(&mut norm, &[&case.outputs.floats[0]], None).unwrap();
+                device.download(&mut found, &norm, 0).unwrap();
+                assert!(found[0] > 0.0, "{}", case.name());
+            }
+        }
     }
 }

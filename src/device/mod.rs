@@ -220,6 +220,14 @@ pub struct AdamWState<D: Device> {
     pub second_moment: Floats<D>,
 }
 
+/// One of the tensors that a call of [`Device::adamw`] updates.
+#[derive(Debug)]
+pub struct AdamWUpdate<'a, D: Device> {
+    pub weight: &'a mut Compute<D>,
+    pub state: &'a mut AdamWState<D>,
+    pub gradient: &'a Floats<D>,
+}
+
 /// What computes: the CPU, a CUDA GPU, or the emulated one.
 ///
 /// Operations are asynchronous where the device is; [`Device::download`] waits. Errors name the operation and shapes.
@@ -259,6 +267,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn download_compute(&self, out: &mut [f32], source: &Compute<Self>, offset: usize) -> Result<()>;
     /// Assigns zero to `out[range]`.
     fn zero<T: Element>(&self, out: &mut Self::Buffer<T>, range: Range<usize>) -> Result<()>;
+    /// Assigns zero to all of `outs`, in a few launches however many they are.
+    fn zero_all(&self, outs: &mut [&mut Floats<Self>]) -> Result<()>;
     /// `out[out_offset..][..len] = source[offset..][..len]`.
     fn copy<T: Element>(
         &self,
@@ -511,12 +521,10 @@ pub trait Device: Sized + Send + Sync + 'static {
         gradients: &[&Floats<Self>],
         max_norm: Option<f32>,
     ) -> Result<()>;
-    /// Updates `weight` and `state` from `gradient * norm[1]`.
+    /// Updates each tensor's `weight` and `state` from `gradient * norm[1]`, in a few launches however many they are.
     fn adamw(
         &self,
-        weight: &mut Compute<Self>,
-        state: &mut AdamWState<Self>,
-        gradient: &Floats<Self>,
+        updates: &mut [AdamWUpdate<'_, Self>],
         norm: &Floats<Self>,
         step: AdamWStep,
     ) -> Result<()>;

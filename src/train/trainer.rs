@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{AdamWState, AdamWStep, BatchBuffers, Device, Floats};
+use crate::device::{AdamWState, AdamWStep, AdamWUpdate, BatchBuffers, Device, Floats};
 use crate::error::Result;
 use crate::model::{
     Activations, Capacity, Context, Gradients, HeadOptions, HeadPlan, Llama, LlamaTensors, Purpose,
@@ -139,9 +139,7 @@ impl<D: Device> Trainer<D> {
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
         let device = Arc::clone(&self.model.device);
-        for (gradient, fused) in self.gradients.iter_mut().zip(self.model.layout.iter()) {
-            device.zero(gradient, 0..fused.values())?;
-        }
+        device.zero_all(&mut self.gradients.iter_mut().collect::<Vec<_>>())?;
         let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
@@ -174,10 +172,11 @@ impl<D: Device> Trainer<D> {
         let device = &self.model.device;
         let gradients = self.gradients.iter();
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
-        for ((weight, state), gradient) in weights.zip(gradients) {
-            device.adamw(weight, state, gradient, &self.norm, adamw)?;
-        }
-        Ok(())
+        let mut updates: Vec<_> = weights
+            .zip(gradients)
+            .map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient })
+            .collect();
+        device.adamw(&mut updates, &self.norm, adamw)
     }
 
     /// Outcomes of `pairs` under the current weights, and their mean loss.

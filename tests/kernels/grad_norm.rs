@@ -1,4 +1,16 @@
+use mmpo_fast::device::{Device, Floats};
+
 use crate::harness::*;
+
+/// Values of a partial norm on CUDA.
+const PART: usize = 16_384;
+
+/// Norm and factor.
+fn norm_of<D: Device>(device: &D, gradients: &[&Floats<D>]) -> Vec<f32> {
+    let mut out = unset_floats(device, 2);
+    device.gradient_norm(&mut out, gradients, Some(1.0)).unwrap();
+    read(device, &out)
+}
 
 device_tests! {
     /// The norm over several gradients, and PyTorch's clipping factor.
@@ -36,6 +48,35 @@ device_tests! {
                 assert!(out[0].is_nan() && out[1].is_nan(), "NaN at {at} of {len}: {out:?}");
             }
         }
+    }
+
+    /// Many gradients, with and without values, ragged, more than a table has room for. On CUDA the norm is that of the
+    /// norms of their parts, bit for bit those of a call each.
+    fn together_as_one_by_one(device, bounds) {
+        let lengths: Vec<usize> = (0..500).map(|tensor| tensor % 11).chain([PART, 0, 2 * PART + 7233, 0]).collect();
+        let values: Vec<Vec<f32>> =
+            lengths.iter().zip(1..).map(|(&len, seed)| random(seed, len, 0.3)).collect();
+        let buffers: Vec<_> = values.iter().map(|values| floats(device, values)).collect();
+        let got = norm_of(device, &buffers.iter().collect::<Vec<_>>());
+        let norm = |squares: &mut dyn Iterator<Item = f32>| {
+            squares.map(|value| f64::from(value).powi(2)).sum::<f64>().sqrt()
+        };
+        let wanted = norm(&mut values.iter().flatten().copied());
+        assert_close("norm and factor", &got, &[wanted, 1.0 / (wanted + 1e-6)], Tolerance::F32);
+        if !is_cpu::<D>() {
+            let parts = values.iter().flat_map(|values| values.chunks(PART));
+            let of_norms = norm(&mut parts.map(|part| norm_of(device, &[&floats(device, part)])[0]));
+            assert_eq!(got[0], of_norms as f32);
+        }
+    }
+
+    /// Gradients without values, between others, change no bit.
+    fn empty_gradients_change_nothing(device, bounds) {
+        let (first, second) = (floats(device, &random(1, 20_000, 1.0)), floats(device, &random(2, 77, 1.0)));
+        let empty = floats(device, &[]);
+        let between = [&empty, &first, &empty, &empty, &second, &empty];
+        assert_eq!(norm_of(device, &between), norm_of(device, &[&first, &second]));
+        assert_eq!(norm_of(device, &[&empty, &empty]), [0.0, 1.0]);
     }
 
     /// No gradients: norm 0, nothing to clip.

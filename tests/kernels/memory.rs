@@ -20,6 +20,20 @@ device_tests! {
         assert_eq!(part, [1.0, 0.0, 3.0]);
     }
 
+    /// All values of many buffers, with and without values, ragged, more than a table has room for, and none else's.
+    fn zero_all(device, bounds) {
+        let lengths = (0..500).map(|buffer| buffer % 9).chain([4096, 0, 12_289, 0, 1]);
+        let mut buffers: Vec<_> = lengths.map(|len| unset_floats(device, len)).collect();
+        let untouched = buffers.remove(7);
+        device.zero_all(&mut buffers.iter_mut().collect::<Vec<_>>()).unwrap();
+        for (number, buffer) in buffers.iter().enumerate() {
+            let values = read(device, buffer);
+            assert!(values.iter().all(|value| value.to_bits() == 0), "buffer {number}: {values:?}");
+        }
+        assert!(read(device, &untouched).iter().all(|value| value.is_nan()));
+        device.zero_all(&mut []).unwrap();
+    }
+
     /// Ranges that do not fit are errors.
     fn outside(device, bounds) {
         let mut a = device.alloc::<u32>(4).unwrap();

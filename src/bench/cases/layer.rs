@@ -137,13 +137,14 @@ fn rms_norm_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.updates().bytes(bytes))
 }
 
-/// The products of a layer.
+/// The products of a layer, and those of the head's gradients.
 #[derive(Clone, Copy)]
 enum Product {
     Qkv,
     AttentionOut,
     GateUp,
     Down,
+    Head,
 }
 
 impl Product {
@@ -153,6 +154,7 @@ impl Product {
             Product::AttentionOut => "attention_out",
             Product::GateUp => "gate_up",
             Product::Down => "down",
+            Product::Head => "head",
         }
     }
 
@@ -164,14 +166,15 @@ impl Product {
             Product::AttentionOut => (attention.out_width(), config.hidden_size),
             Product::GateUp => (config.hidden_size, 2 * config.intermediate_size),
             Product::Down => (config.intermediate_size, config.hidden_size),
+            Product::Head => (config.hidden_size, config.vocab_size),
         };
         LinearShape { rows, inputs, outputs }
     }
 }
 
-/// The product of a layer that is called `part`; the last of them for a name that none has.
+/// The product that is called `part`; `down` for a name that none has.
 pub fn linear_shape(shape: &Shape, part: &str) -> LinearShape {
-    let all = [Product::Qkv, Product::AttentionOut, Product::GateUp];
+    let all = [Product::Qkv, Product::AttentionOut, Product::GateUp, Product::Head];
     all.into_iter().find(|product| product.name() == part).unwrap_or(Product::Down).shape(shape)
 }
 
@@ -214,6 +217,25 @@ fn product_backward_weight<D: Device>(device: &D, shape: &Shape, product: Produc
     });
     let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * inputs * columns;
     Ok(case.updates().part(product.name()).flops(product_flops(linear)).bytes(bytes))
+}
+
+/// What the head's backward multiplies, of the logits' gradients `[N, V]`: those of the scored tokens, which are all tokens
+/// here, and of the embedding. Only CUDA has the first as an operation of its own.
+pub fn head_products() -> Vec<Maker<CudaDevice>> {
+    vec![head_backward_input, |device, shape| product_backward_weight(device, shape, Product::Head)]
+}
+
+fn head_backward_input(device: &CudaDevice, shape: &Shape) -> Result<Case<CudaDevice>> {
+    let linear = Product::Head.shape(shape);
+    let LinearShape { rows, inputs, outputs: columns } = linear;
+    let (dout, weight) =
+        (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, columns * inputs, 0.02)?);
+    let out = outputs(device, &[], &[rows * inputs])?;
+    let case = Case::new("linear_backward_input_f32", out, move |device: &CudaDevice, out| {
+        device.linear_backward_input_f32(&mut out.floats[0], &dout, &weight, linear)
+    });
+    let bytes = compute_size::<CudaDevice>() * columns * (rows + inputs) + 2 * WORD * rows * inputs;
+    Ok(case.updates().part(Product::Head.name()).flops(product_flops(linear)).bytes(bytes))
 }
 
 /// With the gradient of a bias, as models with biases have it on q, k and v.

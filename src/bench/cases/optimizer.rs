@@ -1,43 +1,72 @@
-//! The operations of the optimiser, over as many weights as the products of an MLP have.
+//! The operations of the optimiser, over the weights that the products of an MLP have.
 
 use super::{Case, Maker, Outputs, WORD, compute_size, outputs};
 use crate::bench::inputs::{compute, filled, floats, normal};
 use crate::bench::shapes::{self, Shape};
-use crate::device::{AdamWState, Device};
+use crate::device::{AdamWState, AdamWUpdate, Device, Floats};
 use crate::error::Result;
 
+/// Gate, up and down: these operations take many tensors at once.
+const TENSORS: usize = 3;
+
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
-    vec![gradient_norm, adamw]
+    vec![zero_all, gradient_norm, adamw]
 }
 
-fn weights(shape: &Shape) -> usize {
-    3 * shape.config.hidden_size * shape.config.intermediate_size
+/// Values of one tensor.
+fn values(shape: &Shape) -> usize {
+    shape.config.hidden_size * shape.config.intermediate_size
+}
+
+fn tensors<T>(make: impl FnMut(usize) -> Result<T>) -> Result<Vec<T>> {
+    (0..TENSORS).map(make).collect()
+}
+
+fn gradients<D: Device>(device: &D, shape: &Shape) -> Result<Vec<Floats<D>>> {
+    tensors(|tensor| floats(device, 10 + tensor as u64, values(shape), 1.0))
+}
+
+fn zero_all<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let out = outputs(device, &[], &[values(shape); TENSORS])?;
+    let case = Case::new("zero_all", out, |device: &D, out| {
+        device.zero_all(&mut out.floats.iter_mut().collect::<Vec<_>>())
+    });
+    Ok(case.bytes(WORD * TENSORS * values(shape)))
 }
 
 fn gradient_norm<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let values = weights(shape);
-    let gradient = floats(device, 1, values, 1.0)?;
+    let gradients = gradients(device, shape)?;
     let out = outputs(device, &[], &[2])?;
     let case = Case::new("gradient_norm", out, move |device: &D, out| {
-        device.gradient_norm(&mut out.floats[0], &[&gradient], Some(1.0))
+        device.gradient_norm(&mut out.floats[0], &gradients.iter().collect::<Vec<_>>(), Some(1.0))
     });
-    Ok(case.bytes(WORD * values))
+    Ok(case.bytes(WORD * TENSORS * values(shape)))
 }
 
 fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let values = weights(shape);
-    let mut state = AdamWState::new(device, values)?;
-    if let Some(master) = &mut state.master {
-        device.upload(master, 0, &normal(1, values, 0.02))?;
+    let values = values(shape);
+    let mut states = tensors(|_| AdamWState::new(device, values))?;
+    for (tensor, state) in states.iter_mut().enumerate() {
+        if let Some(master) = &mut state.master {
+            device.upload(master, 0, &normal(tensor as u64, values, 0.02))?;
+        }
     }
-    let (gradient, norm) = (floats(device, 2, values, 1.0)?, filled(device, &[1.0f32, 1.0])?);
+    let (gradients, norm) = (gradients(device, shape)?, filled(device, &[1.0f32, 1.0])?);
     let settings = shapes::settings()?;
-    let masters = if state.master.is_some() { 2 * WORD } else { compute_size::<D>() };
-    let out = Outputs { compute: vec![compute(device, 1, values, 0.02)?], floats: Vec::new() };
+    let masters = if device.needs_master() { 2 * WORD } else { compute_size::<D>() };
+    let weights = tensors(|tensor| compute(device, tensor as u64, values, 0.02))?;
+    let out = Outputs { compute: weights, floats: Vec::new() };
     let case = Case::new("adamw", out, move |device: &D, out| {
-        device.adamw(&mut out.compute[0], &mut state, &gradient, &norm, settings.adamw(1))
+        let states = states.iter_mut().zip(&gradients);
+        let mut updates: Vec<_> = out
+            .compute
+            .iter_mut()
+            .zip(states)
+            .map(|(weight, (state, gradient))| AdamWUpdate { weight, state, gradient })
+            .collect();
+        device.adamw(&mut updates, &norm, settings.adamw(1))
     });
     // Both moments are read and written, the gradient read, the weight written and what it comes from read.
     let bytes = 5 * WORD + compute_size::<D>() + masters;
-    Ok(case.updates().bytes(bytes * values))
+    Ok(case.updates().bytes(bytes * TENSORS * values))
 }

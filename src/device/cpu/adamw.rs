@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, check_sizes};
-use crate::device::{AdamWState, AdamWStep};
+use crate::device::{AdamWState, AdamWStep, AdamWUpdate};
 use crate::error::Result;
 
 /// One update's numbers, worked out in f64 once.
@@ -53,28 +53,23 @@ fn decimal(value: f32) -> f64 {
 
 pub(super) fn update(
     device: &CpuDevice,
-    weight: &mut CpuBuffer<f32>,
-    state: &mut AdamWState<CpuDevice>,
-    gradient: &CpuBuffer<f32>,
+    updates: &mut [AdamWUpdate<'_, CpuDevice>],
     norm: &CpuBuffer<f32>,
     step: AdamWStep,
 ) -> Result<()> {
-    let len = weight.len();
-    let AdamWState { first_moment, second_moment, .. } = state;
-    let needs = [
-        ("first_moment", first_moment.len(), len),
-        ("second_moment", second_moment.len(), len),
-        ("gradient", gradient.len(), len),
-        ("norm", norm.len(), 2),
-        ("step number", step.step as usize, 1),
-    ];
-    check_sizes("adamw", &step, &needs)?;
+    check_sizes("adamw", &step, &[("norm", norm.len(), 2), ("step number", step.step as usize, 1)])?;
+    for AdamWUpdate { weight, state, gradient } in updates.iter() {
+        let len = weight.len();
+        let needs = [
+            ("first_moment", state.first_moment.len(), len),
+            ("second_moment", state.second_moment.len(), len),
+            ("gradient", gradient.len(), len),
+        ];
+        check_sizes("adamw", &step, &needs)?;
+    }
     let factors = Factors::new(step, norm[1]);
-    let moments =
-        first_moment.par_chunks_mut(BLOCK_ELEMENTS).zip(second_moment.par_chunks_mut(BLOCK_ELEMENTS));
-    let blocks = weight.par_chunks_mut(BLOCK_ELEMENTS).zip(moments).zip(gradient.par_chunks(BLOCK_ELEMENTS));
     device.parallel(|| {
-        blocks.for_each(|((weight, (first, second)), gradient)| {
+        updates.par_iter_mut().flat_map(blocks).for_each(|((weight, (first, second)), gradient)| {
             device.vectorized(
                 #[inline(always)]
                 || update_block(weight, first, second, gradient, factors),
@@ -82,6 +77,19 @@ pub(super) fn update(
         });
     });
     Ok(())
+}
+
+type Block<'a> = ((&'a mut [f32], (&'a mut [f32], &'a mut [f32])), &'a [f32]);
+
+/// Weights, both moments and gradient of a tensor, a block at a time.
+fn blocks<'a>(
+    update: &'a mut AdamWUpdate<'_, CpuDevice>,
+) -> impl ParallelIterator<Item = Block<'a>> + use<'a> {
+    let AdamWState { first_moment, second_moment, .. } = &mut *update.state;
+    let moments =
+        first_moment.par_chunks_mut(BLOCK_ELEMENTS).zip(second_moment.par_chunks_mut(BLOCK_ELEMENTS));
+    let weights = update.weight.par_chunks_mut(BLOCK_ELEMENTS);
+    weights.zip(moments).zip(update.gradient.par_chunks(BLOCK_ELEMENTS))
 }
 
 #[inline(always)]

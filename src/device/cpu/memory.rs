@@ -99,6 +99,15 @@ pub(super) fn zero<T: Element>(
     Ok(())
 }
 
+pub(super) fn zero_all(device: &CpuDevice, outs: &mut [&mut CpuBuffer<f32>]) -> Result<()> {
+    device.parallel(|| {
+        outs.par_iter_mut()
+            .flat_map(|out| out.par_chunks_mut(BLOCK_ELEMENTS))
+            .for_each(|block| block.fill(0.0));
+    });
+    Ok(())
+}
+
 pub(super) fn copy<T: Element>(
     out: &mut CpuBuffer<T>,
     out_offset: usize,

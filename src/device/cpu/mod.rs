@@ -35,7 +35,7 @@ use scratch::ScratchPool;
 
 use super::trace::{OperationTime, Trace};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    AdamWStep, AdamWUpdate, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
     TokenScores,
 };
@@ -219,6 +219,10 @@ impl Device for CpuDevice {
 
     fn zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>) -> Result<()> {
         self.traced("zero", || memory::zero(self, out, range))
+    }
+
+    fn zero_all(&self, outs: &mut [&mut Floats<Self>]) -> Result<()> {
+        self.traced("zero_all", || memory::zero_all(self, outs))
     }
 
     fn copy<T: Element>(
@@ -508,12 +512,10 @@ impl Device for CpuDevice {
 
     fn adamw(
         &self,
-        weight: &mut Compute<Self>,
-        state: &mut AdamWState<Self>,
-        gradient: &Floats<Self>,
+        updates: &mut [AdamWUpdate<'_, Self>],
         norm: &Floats<Self>,
         step: AdamWStep,
     ) -> Result<()> {
-        self.traced("adamw", || adamw::update(self, weight, state, gradient, norm, step))
+        self.traced("adamw", || adamw::update(self, updates, norm, step))
     }
 }

@@ -41,12 +41,7 @@ pub(super) fn backward_input(
     weight: &CudaBuffer<bf16>,
     shape: LinearShape,
 ) -> Result<()> {
-    let sizes = [
-        ("dx", dx.len(), shape.rows * shape.inputs),
-        ("dout", dout.len(), shape.rows * shape.outputs),
-        ("weight", weight.len(), shape.outputs * shape.inputs),
-    ];
-    check_sizes("linear_backward_input", &shape, &sizes)?;
+    check_backward_input("linear_backward_input", [dx.len(), dout.len(), weight.len()], shape)?;
     // SAFETY: the buffers cover the sizes.
     unsafe { backward_input_at(device, dx.start_mut(), dout.start(), weight.start(), shape) }
 }
@@ -64,6 +59,36 @@ pub(super) unsafe fn backward_input_at(
 ) -> Result<()> {
     // SAFETY: the caller's promise.
     unsafe { multiply(device, LinearProduct::BackwardInput { dx, dout, weight }, shape) }
+}
+
+impl CudaDevice {
+    /// As [`crate::device::Device::linear_backward_input`], accumulated in f32: what the log-prob head's backward does with
+    /// the gradients of its logits.
+    ///
+    /// # Errors
+    /// Those of the device, and buffers that are smaller than `shape`.
+    pub fn linear_backward_input_f32(
+        &self,
+        dx: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<bf16>,
+        weight: &CudaBuffer<bf16>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        check_backward_input("linear_backward_input_f32", [dx.len(), dout.len(), weight.len()], shape)?;
+        // SAFETY: the buffers cover the sizes.
+        unsafe { add_backward_input_at(self, dx.start_mut(), dout.start(), weight.start(), shape) }
+    }
+}
+
+/// `holds`: values of dx, dout and weight.
+fn check_backward_input(name: &str, holds: [usize; 3], shape: LinearShape) -> Result<()> {
+    let [dx, dout, weight] = holds;
+    let sizes = [
+        ("dx", dx, shape.rows * shape.inputs),
+        ("dout", dout, shape.rows * shape.outputs),
+        ("weight", weight, shape.outputs * shape.inputs),
+    ];
+    check_sizes(name, &shape, &sizes)
 }
 
 /// Accumulates `dx[rows, inputs] += dout[rows, outputs] * weight[outputs, inputs]` in f32.

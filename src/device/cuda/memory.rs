@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::bf16;
 
 use super::backend::{Address, Backend};
-use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32};
-use super::{CudaDevice, REPORT, check_sizes};
+use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32, mmpo_floats};
+use super::{CudaDevice, REPORT, check_sizes, launch_sizes};
 use crate::device::{Element, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
 
@@ -95,6 +95,13 @@ impl<T> CudaBuffer<T> {
 
     pub(super) fn start_mut(&mut self) -> *mut T {
         self.at_mut(0)
+    }
+}
+
+impl CudaBuffer<f32> {
+    /// The buffer as one of many that a launcher takes.
+    pub(super) fn as_tensor(&self) -> mmpo_floats {
+        mmpo_floats { values: self.start().cast_mut(), length: self.len as i64 }
     }
 }
 
@@ -233,6 +240,15 @@ pub(super) fn zero<T: Element>(
     // SAFETY: the range was just checked to lie inside the buffer, and zero bytes are a value of every element type.
     device.launch("zero", &range, |kernels, stream| unsafe {
         (kernels.zero)(out.at_mut(range.start).cast(), bytes as i64, stream)
+    })
+}
+
+pub(super) fn zero_all(device: &CudaDevice, outs: &mut [&mut CudaBuffer<f32>]) -> Result<()> {
+    let tensors: Vec<_> = outs.iter().map(|out| out.as_tensor()).collect();
+    let [count] = launch_sizes("zero_all", [tensors.len()])?;
+    // SAFETY: each tensor is a whole buffer, which `outs` borrows to be written.
+    device.launch("zero_all", &count, |kernels, stream| unsafe {
+        (kernels.zero_all)(tensors.as_ptr(), count, stream)
     })
 }
 

@@ -56,7 +56,7 @@ pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::{ProductTile, Products};
 use super::trace::{OperationTime, Trace};
 use super::{
-    AdamWState, AdamWStep, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
+    AdamWStep, AdamWUpdate, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
     HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
     TokenScores,
 };
@@ -308,6 +308,10 @@ impl Device for CudaDevice {
 
     fn zero<T: Element>(&self, out: &mut CudaBuffer<T>, range: Range<usize>) -> Result<()> {
         memory::zero(self, out, range)
+    }
+
+    fn zero_all(&self, outs: &mut [&mut Floats<Self>]) -> Result<()> {
+        memory::zero_all(self, outs)
     }
 
     fn copy<T: Element>(
@@ -598,12 +602,10 @@ impl Device for CudaDevice {
 
     fn adamw(
         &self,
-        weight: &mut Compute<Self>,
-        state: &mut AdamWState<Self>,
-        gradient: &Floats<Self>,
+        updates: &mut [AdamWUpdate<'_, Self>],
         norm: &Floats<Self>,
         step: AdamWStep,
     ) -> Result<()> {
-        optimizer::adamw(self, weight, state, gradient, norm, step)
+        optimizer::adamw(self, updates, norm, step)
     }
 }

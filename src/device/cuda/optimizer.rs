@@ -1,10 +1,8 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
-use half::bf16;
-
-use super::bindings::mmpo_adamw_step;
-use super::{CudaBuffer, CudaDevice, REPORT, check_sizes};
-use crate::device::{AdamWState, AdamWStep};
+use super::bindings::{mmpo_adamw_step, mmpo_adamw_tensor};
+use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes};
+use crate::device::{AdamWStep, AdamWUpdate};
 use crate::error::{Error, Result};
 
 pub(super) fn gradient_norm(
@@ -15,42 +13,46 @@ pub(super) fn gradient_norm(
 ) -> Result<()> {
     let name = "gradient_norm";
     check_sizes(name, &gradients.len(), &[("out", out.len(), 2)])?;
-    // Each tensor's partial sums follow those of the one before it, so that their order never changes.
-    let mut partials = 0;
-    let mut first_partial = Vec::with_capacity(gradients.len());
-    for gradient in gradients {
-        first_partial.push(partials);
-        partials += device.ask(name, &gradient.len(), |kernels| {
-            // SAFETY: a pure function of a number.
-            unsafe { (kernels.gradient_norm_partials)(gradient.len() as i64) }
-        })?;
-    }
+    let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+    let [count] = launch_sizes(name, [tensors.len()])?;
     let max_norm = max_norm.unwrap_or(f32::INFINITY);
-    let bytes = partials as usize * size_of::<f32>();
-    device.workspace.with(&device.memory, bytes, |workspace| {
-        let workspace: *mut f32 = workspace.cast();
-        for (gradient, &first) in gradients.iter().zip(&first_partial) {
-            let partials = workspace.wrapping_add(first as usize);
-            // SAFETY: the workspace holds the partial sums of all tensors, and this one's begin at `first`.
-            device.launch("gradient_norm_partial", &gradient.len(), |kernels, stream| unsafe {
-                (kernels.gradient_norm_partial)(partials, gradient.start(), gradient.len() as i64, stream)
-            })?;
-        }
-        // SAFETY: the launches above fill all `partials` values.
-        device.launch("gradient_norm_finish", &gradients.len(), |kernels, stream| unsafe {
-            (kernels.gradient_norm_finish)(out.start_mut(), workspace, partials, max_norm, stream)
-        })
-    })
+    device.launch_with_workspace(
+        name,
+        &count,
+        // SAFETY: reads `count` lengths in host memory.
+        |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
+        // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
+        |kernels, workspace, stream| unsafe {
+            (kernels.gradient_norm)(out.start_mut(), workspace, tensors.as_ptr(), count, max_norm, stream)
+        },
+    )
 }
 
 pub(super) fn adamw(
     device: &CudaDevice,
-    weight: &mut CudaBuffer<bf16>,
-    state: &mut AdamWState<CudaDevice>,
-    gradient: &CudaBuffer<f32>,
+    updates: &mut [AdamWUpdate<'_, CudaDevice>],
     norm: &CudaBuffer<f32>,
     step: AdamWStep,
 ) -> Result<()> {
+    check_sizes("adamw", &step, &[("norm", norm.len(), 2)])?;
+    if step.step == 0 {
+        return Err(Error::device(
+            "adamw: update number 0 has no bias correction; updates are numbered from 1",
+            REPORT,
+        ));
+    }
+    let tensors = updates.iter_mut().map(tensor).collect::<Result<Vec<_>>>()?;
+    let [count] = launch_sizes("adamw", [tensors.len()])?;
+    let parameters = parameters(step);
+    // SAFETY: `tensor` has seen that all buffers of a tensor hold its values, and `updates` borrows those that are written.
+    device.launch("adamw", &count, |kernels, stream| unsafe {
+        (kernels.adamw)(tensors.as_ptr(), count, norm.start(), parameters, stream)
+    })
+}
+
+/// A tensor as the launcher takes it.
+fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> Result<mmpo_adamw_tensor> {
+    let AdamWUpdate { weight, state, gradient } = update;
     let len = weight.len();
     let Some(master) = state.master.as_mut() else {
         let message = "adamw: bf16 weights are updated through an f32 master copy, and this state has none";
@@ -61,30 +63,15 @@ pub(super) fn adamw(
         ("first_moment", state.first_moment.len(), len),
         ("second_moment", state.second_moment.len(), len),
         ("gradient", gradient.len(), len),
-        ("norm", norm.len(), 2),
-        ("step number", step.step as usize, 1),
     ];
     check_sizes("adamw", &len, &sizes)?;
-    if step.step == 0 {
-        return Err(Error::device(
-            "adamw: update number 0 has no bias correction; updates are numbered from 1",
-            "this is a mistake in the program, not in your input; please report it",
-        ));
-    }
-    let parameters = parameters(step);
-    // SAFETY: all buffers hold `len` values.
-    device.launch("adamw", &len, |kernels, stream| unsafe {
-        (kernels.adamw)(
-            weight.start_mut(),
-            master.start_mut(),
-            state.first_moment.start_mut(),
-            state.second_moment.start_mut(),
-            gradient.start(),
-            norm.start(),
-            len as i64,
-            parameters,
-            stream,
-        )
+    Ok(mmpo_adamw_tensor {
+        weight: weight.start_mut(),
+        master: master.start_mut(),
+        first_moment: state.first_moment.start_mut(),
+        second_moment: state.second_moment.start_mut(),
+        gradient: gradient.start(),
+        length: len as i64,
     })
 }
 

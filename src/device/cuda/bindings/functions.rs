@@ -9,6 +9,11 @@ kernels {
         bytes: i64,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn zero_all(
+        tensors: *const mmpo_floats,
+        count: i32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
     fn cast_to_bf16(
         out: *mut mmpo_bf16,
         source: *const ::core::ffi::c_void,
@@ -441,28 +446,19 @@ kernels {
         objective: mmpo_objective,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn gradient_norm_partials(length: i64) -> i64;
-    fn gradient_norm_partial(
-        partials: *mut f32,
-        gradient: *const f32,
-        length: i64,
-        stream: mmpo_stream,
-    ) -> mmpo_status;
-    fn gradient_norm_finish(
+    fn gradient_norm_workspace(gradients: *const mmpo_floats, count: i32) -> i64;
+    fn gradient_norm(
         out: *mut f32,
-        partials: *const f32,
-        count: i64,
+        workspace: *mut ::core::ffi::c_void,
+        gradients: *const mmpo_floats,
+        count: i32,
         max_norm: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn adamw(
-        weight: *mut mmpo_bf16,
-        master: *mut f32,
-        first_moment: *mut f32,
-        second_moment: *mut f32,
-        gradient: *const f32,
+        tensors: *const mmpo_adamw_tensor,
+        count: i32,
         norm: *const f32,
-        length: i64,
         step: mmpo_adamw_step,
         stream: mmpo_stream,
     ) -> mmpo_status;

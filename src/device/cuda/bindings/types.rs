@@ -13,6 +13,23 @@ pub struct CUstream_st {
 }
 pub type mmpo_stream = *mut CUstream_st;
 pub type mmpo_status = i32;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_floats {
+    pub values: *mut f32,
+    pub length: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of mmpo_floats"][::core::mem::size_of::<mmpo_floats>() - 16usize];
+    ["Alignment of mmpo_floats"][::core::mem::align_of::<mmpo_floats>() - 8usize];
+    [
+        "Offset of field: mmpo_floats::values",
+    ][::core::mem::offset_of!(mmpo_floats, values) - 0usize];
+    [
+        "Offset of field: mmpo_floats::length",
+    ][::core::mem::offset_of!(mmpo_floats, length) - 8usize];
+};
 pub const MMPO_STORAGE_F32: mmpo_storage = 0;
 pub const MMPO_STORAGE_F16: mmpo_storage = 1;
 pub const MMPO_STORAGE_BF16: mmpo_storage = 2;
@@ -139,6 +156,41 @@ const _: () = {
     [
         "Offset of field: mmpo_adamw_step::epsilon",
     ][::core::mem::offset_of!(mmpo_adamw_step, epsilon) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_adamw_tensor {
+    pub weight: *mut mmpo_bf16,
+    pub master: *mut f32,
+    pub first_moment: *mut f32,
+    pub second_moment: *mut f32,
+    pub gradient: *const f32,
+    pub length: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of mmpo_adamw_tensor"][::core::mem::size_of::<mmpo_adamw_tensor>() - 48usize];
+    [
+        "Alignment of mmpo_adamw_tensor",
+    ][::core::mem::align_of::<mmpo_adamw_tensor>() - 8usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::weight",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, weight) - 0usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::master",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, master) - 8usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::first_moment",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_moment) - 16usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::second_moment",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_moment) - 24usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::gradient",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, gradient) - 32usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::length",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, length) - 40usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;
