@@ -11,7 +11,7 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{self, CudaDevice, KernelPath, Products};
 use mmpo_fast::device::{AdamWStep, Device};
 use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
-use mmpo_fast::objective::{Mmpo, Objective, ReferencePair};
+use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
@@ -201,7 +201,7 @@ fn the_optimiser_launches_once_for_all_tensors() {
     let llama = Llama::load(Arc::new(CudaDevice::emulated(variant)), &folder, 2048).expect("weights");
     let workload = Workload::plan(pairs, &OBJECTIVE, pairs.len(), TOKEN_BUDGET);
     let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
-    let batch = [TrainingPair { pair: &pairs[0], reference: ReferencePair::default() }];
+    let batch = [TrainingPair { pair: &pairs[0], reference: mmpo_fast::objective::ReferencePair::default() }];
     let (done, launches) = variant.count_launches(|| trainer.step(&batch, adamw(1), Some(1.0)));
     done.expect("step");
     let tensors = trainer.gradients.iter().count();
