@@ -156,6 +156,12 @@ fn mistakes_are_named() {
         (&["step", "--case", "tiny:tiny"], 2, "for `bench kernels` alone"),
         (&["kernels", "--case", "tiny"], 2, "is not MODEL:PROFILE"),
         (&["kernels", "--case", "tiny:tiny:0"], 2, "is not MODEL:PROFILE"),
+        (&["kernels", "--case", "tiny:9999999999/1/1"], 2, "a batch of more than 16777216 tokens"),
+        (
+            &["step", "--pairs", "99999999999999", "--device", "cpu"],
+            2,
+            "a batch of more than 16777216 tokens",
+        ),
         (&["kernels", "--profile", "40/0/0", "--device", "cpu"], 2, "only attention has something to do"),
         (&["step", "--model", "no/such/folder", "--device", "cpu"], 5, "no/such/folder"),
         (&["step", "--shape", "tiny", "--layers", "0"], 2, "must be at least 1"),

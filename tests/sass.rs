@@ -57,7 +57,7 @@ const MIX: &[&str] = &[
     "FSEL", "F2FP", "BAR", "SHFL",
 ];
 
-/// cuobjdump of tools/setup_cuda.sh, of a toolkit that the environment names, or on the path.
+/// cuobjdump of tools/setup_cuda.sh, of a toolkit that the environment names, or on the path; says so where there is none.
 fn cuobjdump() -> Option<PathBuf> {
     let name = "cuobjdump";
     let mut candidates =
@@ -70,7 +70,11 @@ fn cuobjdump() -> Option<PathBuf> {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     candidates.extend(std::env::split_paths(&path).map(|folder| folder.join(name)));
-    candidates.into_iter().filter_map(|candidate| candidate.canonicalize().ok()).next()
+    let found = candidates.into_iter().filter_map(|candidate| candidate.canonicalize().ok()).next();
+    if found.is_none() {
+        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
+    }
+    found
 }
 
 /// The instructions of each kernel of an object, without their predicates: `FFMA R1, R2, R3, R4`.
@@ -118,10 +122,7 @@ fn overlapped(instructions: &[String]) -> usize {
 
 #[test]
 fn exponentials_run_under_a_product() {
-    let Some(tool) = cuobjdump() else {
-        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
-        return;
-    };
+    let Some(tool) = cuobjdump() else { return };
     // A thread's scores: of a block of 128 keys; of 128 queries (E = 64) or 64.
     let forward =
         instructions(&tool, "attention_forward_sm90", "sm_90a").into_iter().map(|kernel| (64, kernel));
@@ -138,10 +139,7 @@ fn exponentials_run_under_a_product() {
 /// Moves of descriptors from ordinary registers between two products of a group, where the tensor cores may wait for them.
 #[test]
 fn descriptors_stay_in_uniform_registers() {
-    let Some(tool) = cuobjdump() else {
-        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
-        return;
-    };
+    let Some(tool) = cuobjdump() else { return };
     // Some tiles of the linear layers keep one move, of four operands a product that there would be.
     let most = [
         ("attention_forward_sm90", 0),
@@ -167,10 +165,7 @@ fn descriptors_stay_in_uniform_registers() {
 /// Nothing of it is left where any order will do, so that the difference is what the order costs.
 #[test]
 fn only_the_fixed_order_waits() {
-    let Some(tool) = cuobjdump() else {
-        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
-        return;
-    };
+    let Some(tool) = cuobjdump() else { return };
     let mut seen = [0, 0];
     for (kernel, instructions) in instructions(&tool, "attention_backward_sm90", "sm_90a") {
         if !kernel.contains("backward_sm90_kernel") {
@@ -190,10 +185,7 @@ fn only_the_fixed_order_waits() {
 /// slice.
 #[test]
 fn products_never_fence_the_whole_gpu() {
-    let Some(tool) = cuobjdump() else {
-        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
-        return;
-    };
+    let Some(tool) = cuobjdump() else { return };
     for stem in ["linear_sm90", "logp_head_sm90"] {
         for (kernel, instructions) in instructions(&tool, stem, "sm_90a") {
             let fences = ["MEMBAR.ALL.GPU", "MEMBAR.SC.GPU"].map(|name| count(&instructions, name));
@@ -204,10 +196,7 @@ fn products_never_fence_the_whole_gpu() {
 
 #[test]
 fn kernels_have_the_instructions_they_are_written_for() {
-    let Some(tool) = cuobjdump() else {
-        eprintln!("no cuobjdump (tools/setup_cuda.sh installs one): the machine code is not looked at");
-        return;
-    };
+    let Some(tool) = cuobjdump() else { return };
     for &(stem, part, target, expected) in EXPECTED {
         let kernels = instructions(&tool, stem, target);
         let wanted = |name: &str| name.contains(part);

@@ -187,6 +187,9 @@ fn shapes(config: &BenchConfig, place: Place) -> Result<Vec<Shape>> {
     config.cases.iter().map(of_case).collect()
 }
 
+/// Tokens of a batch: more than any GPU holds, and few enough to count in 32 bits.
+const MOST_TOKENS: usize = 1 << 24;
+
 fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {
     let (model, profile, tokens) = place.defaults();
     let (model, llama) = match &config.model {
@@ -199,6 +202,13 @@ fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {
     };
     let profile = config.profile.as_deref().unwrap_or(profile);
     let lengths: Lengths = shapes::lengths(profile)?;
+    let of_pair = lengths.prompt.saturating_add(lengths.chosen).saturating_add(lengths.rejected);
+    if of_pair.saturating_mul(config.pairs.unwrap_or(1)) > MOST_TOKENS {
+        return Err(Error::config(
+            format!("`--profile` = {profile}: a batch of more than {MOST_TOKENS} tokens"),
+            "give fewer tokens, or fewer `--pairs`",
+        ));
+    }
     let model = match config.layers {
         Some(layers) => format!("{model}[{layers}]"),
         None => model,
