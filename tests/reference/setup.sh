@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository's root: PyTorch (CPU) and transformers, pinned, from PyPI alone.
-# Downloads about 560 MB, takes 1.7 GB of disk. Needs python3 (3.11 or later), cc and binutils.
+# Downloads about 720 MB, takes 2.2 GB of disk. Needs python3 (3.11 or later), cc and binutils.
 # Only the scripts under tests/reference and benches/peers need it: the goldens they made are committed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
