@@ -84,6 +84,7 @@ impl LlamaConfig {
     /// # Errors
     /// [`Error::Io`] where a file cannot be read, [`Error::Model`] naming the file and the key otherwise.
     pub fn from_folder(folder: &Path) -> Result<Self> {
+        foreign::folder::check_holds_config(folder)?;
         let path = folder.join("config.json");
         let mut config = LlamaConfig::parse(&path, &foreign::read_text(&path, "the model's config")?)?;
         for warning in &config.warnings {
@@ -176,6 +177,11 @@ impl LlamaConfig {
         format!(
             "heads {heads} {kv_heads} {head_size}, rms_norm_eps {rms_norm_eps:?}, pad {pad_token_id:?}, {rope:?}"
         )
+    }
+
+    /// Positions that the model was trained for; where its rope depends on other sequences beyond fewer, those.
+    pub fn context(&self) -> usize {
+        self.max_position_embeddings.min(self.rope.positions().unwrap_or(usize::MAX))
     }
 
     pub fn attention_shape(&self) -> AttentionShape {

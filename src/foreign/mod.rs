@@ -1,6 +1,8 @@
 //! What a file really is, told from its first bytes: people give a git-lfs pointer, an archive or a page of HTML where
 //! the program reads weights, a tokenizer, a config or pairs, and the error of a parser would not tell them so.
 
+pub mod folder;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
