@@ -40,6 +40,8 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
+    // What is saved, and what a resumed run must agree with, are the lengths that the run has.
+    let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     atomic::check_writable(output.path())?;
     run_on(config.device, config.threads, Training { config, inputs, output, started })
 }

@@ -1,6 +1,7 @@
 //! The program as a user runs it, from the command line to the files it leaves.
 
 mod bad_input;
+mod context;
 mod demo;
 #[cfg(mmpo_emulated)]
 mod emulated;
