@@ -45,7 +45,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
     let dataset = load_pairs(&config.data, &encoder, config.limits)?;
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    tracing::info!("{}: {}", config.data.display(), dataset.report);
+    dataset.report.log(&config.data.display().to_string());
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
     if let Some(reference) = &reference {
         reference.check_finite()?;
