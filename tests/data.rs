@@ -92,12 +92,11 @@ fn shown(record: &mmpo_fast::data::Record) -> [String; 3] {
         mmpo_fast::data::Body::Text { prompt, chosen, rejected } => {
             [prompt, chosen, rejected].map(|text| format!("{text:?}"))
         }
-        mmpo_fast::data::Body::Conversation { prompt, chosen, rejected, .. } => {
-            [prompt, chosen, rejected].map(|messages| {
+        mmpo_fast::data::Body::Conversation { prompt, chosen, rejected, .. } => [prompt, chosen, rejected]
+            .map(|messages| {
                 let turns = messages.iter().map(|message| format!("{}: {}", message.role, message.content));
                 turns.collect::<Vec<_>>().join(" | ")
-            })
-        }
+            }),
     }
 }
 

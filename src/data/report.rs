@@ -86,15 +86,15 @@ impl Cause {
             Cause::PromptRepeated => Some(
                 "the prompt is scored a second time as part of the response: leave it out of `chosen` and `rejected`",
             ),
-            Cause::ListAsText => {
-                Some("it is used as plain text: parse such lists before writing the file (Python: `ast.literal_eval`)")
-            }
+            Cause::ListAsText => Some(
+                "it is used as plain text: parse such lists before writing the file (Python: `ast.literal_eval`)",
+            ),
             Cause::UserTurnInResponse => Some(
                 "the user's words are scored too: cut the response there, or make the turns before the last one the prompt",
             ),
-            Cause::PromptEndsWithAssistant => {
-                Some("the response is a second message of the assistant: does the prompt hold an answer already?")
-            }
+            Cause::PromptEndsWithAssistant => Some(
+                "the response is a second message of the assistant: does the prompt hold an answer already?",
+            ),
             Cause::Repeated => Some("such pairs count twice: leave them out if that is not meant"),
             Cause::Opposite => Some("such pairs teach nothing: keep the right one"),
             Cause::RepeatedKey => Some("the last one counts, as in Python"),

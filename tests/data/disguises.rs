@@ -55,7 +55,8 @@ fn json_is_told_by_its_bytes_whatever_the_name_says() {
     }
     let columns = r#"{"prompt":["a","a"],"chosen":[" b"," b"],"rejected":[" c"," c"]}"#;
     assert_read(columns, &[1, 2]);
-    let pandas = r#"{"prompt":{"0":"a","1":"a"},"chosen":{"0":" b","1":" b"},"rejected":{"0":" c","1":" c"}}"#;
+    let pandas =
+        r#"{"prompt":{"0":"a","1":"a"},"chosen":{"0":" b","1":" b"},"rejected":{"0":" c","1":" c"}}"#;
     assert_read(pandas, &[1, 2]);
     let shifted = pandas.replace(r#""rejected":{"0""#, r#""rejected":{"7""#);
     assert_named(shifted, None, &["the rows of column `rejected` have other names"], "records");
@@ -86,7 +87,11 @@ fn gzip_may_have_members_and_padding_and_must_be_whole() {
 fn files_of_other_kinds_are_named_with_what_to_do() {
     let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
     for (bytes, words, advice) in [
-        (&b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"[..], "git-lfs pointer", "git lfs pull"),
+        (
+            &b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"[..],
+            "git-lfs pointer",
+            "git lfs pull",
+        ),
         (b"GGUF\x03\x00\x00\x00", "GGUF", "--model"),
         (b"\x28\xb5\x2f\xfd\x24", "Zstandard", "unzstd"),
         (b"BZh91AY", "bzip2", "bunzip2"),
@@ -120,15 +125,33 @@ fn text_that_is_not_utf8_is_named_with_its_byte_and_line() {
 
 #[test]
 fn numbers_that_json_lacks_pass_where_nobody_reads_them() {
-    for value in ["NaN", "Infinity", "-Infinity", "[1, {\"a\": NaN}]", "1e999", "123456789012345678901234567890", "\"\\ud83d\""] {
+    for value in [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "[1, {\"a\": NaN}]",
+        "1e999",
+        "123456789012345678901234567890",
+        "\"\\ud83d\"",
+    ] {
         assert_read(PAIR.replace('}', &format!(",\"score\":{value}}}")), &[1]);
         assert_read(format!("[{}]", PAIR.replace('}', &format!(",\"score\":{value}}}"))), &[1]);
     }
     let used = |column: &str, value: &str| PAIR.replace('}', &format!(",\"{column}\":{value}}}"));
     assert_named(used("input", "NaN"), Some(1), &["column `input` holds NaN"], "null");
     assert_named(used("tools", "[{\"a\": -Infinity}]"), Some(1), &["column `tools` holds -Infinity"], "null");
-    assert_named(used("tools", "[{\"a\": 1e999}]"), Some(1), &["column `tools`", "number out of range"], "64 bits");
-    assert_named(used("system", "\"a\\udc00\""), Some(1), &["column `system` holds `\\udc00`", "surrogate"], "emoji");
+    assert_named(
+        used("tools", "[{\"a\": 1e999}]"),
+        Some(1),
+        &["column `tools`", "number out of range"],
+        "64 bits",
+    );
+    assert_named(
+        used("system", "\"a\\udc00\""),
+        Some(1),
+        &["column `system` holds `\\udc00`", "surrogate"],
+        "emoji",
+    );
     let paired = PAIR.replace(" b", " \\ud83d\\ude00");
     assert_read(paired, &[1]);
 }
@@ -148,9 +171,19 @@ fn broken_json_is_named_in_the_words_of_its_author() {
         (PAIR.replace("\"a\"", "01"), "`01` is no number"),
         (format!("{PAIR}]"), "trailing text"),
     ] {
-        assert_named(format!("{PAIR}\n{line}\n"), Some(2), &["broken JSON", words, "at column"], "JSON Lines");
+        assert_named(
+            format!("{PAIR}\n{line}\n"),
+            Some(2),
+            &["broken JSON", words, "at column"],
+            "JSON Lines",
+        );
         if !line.ends_with(',') && !line.ends_with(']') && !line.ends_with(&PAIR.repeat(2)) {
-            assert_named(format!("[{PAIR},\n\n{line}\n]"), Some(3), &["broken JSON", words, "record 2"], "line");
+            assert_named(
+                format!("[{PAIR},\n\n{line}\n]"),
+                Some(3),
+                &["broken JSON", words, "record 2"],
+                "line",
+            );
         }
     }
     assert_named(format!("[{PAIR},\n{PAIR},\n]"), Some(3), &["trailing comma", "record 3"], "line");
@@ -170,7 +203,12 @@ fn depth_and_length_are_bounded_with_one_clear_error() {
     }
     assert_named(&deep, Some(1), &["nested more than 1000 deep"], "line");
     let tools = format!("[{}{}]", "[".repeat(500), "]".repeat(500));
-    assert_named(PAIR.replace('}', &format!(",\"tools\":{tools}}}")), Some(1), &["column `tools`", "recursion"], "deep");
+    assert_named(
+        PAIR.replace('}', &format!(",\"tools\":{tools}}}")),
+        Some(1),
+        &["column `tools`", "recursion"],
+        "deep",
+    );
 
     let junk = |bytes: usize| PAIR.replace('}', &format!(",\"e\":[{}0]}}", "0,".repeat(bytes / 2)));
     assert_read(junk(1 << 20), &[1]);
@@ -179,7 +217,10 @@ fn depth_and_length_are_bounded_with_one_clear_error() {
         let (_folder, path) = temporary("pairs.jsonl", text);
         let error = read_records(&path).unwrap_err();
         assert_eq!(error.exit_code(), 3);
-        assert!(error.to_string().contains(":2: this record") && error.to_string().contains("longer than 32 MiB"), "{error}");
+        assert!(
+            error.to_string().contains(":2: this record") && error.to_string().contains("longer than 32 MiB"),
+            "{error}"
+        );
     }
     let long = PAIR.replace(" b", &"word ".repeat(1 << 20));
     assert_named(format!("{PAIR}\n{long}\n"), Some(2), &["`prompt`, `chosen`, `rejected`", "4 MiB"], "cut");

@@ -24,9 +24,7 @@ fn assert_pair(record: Value, prompt: &str, chosen: &str, rejected: &str) {
 #[test]
 fn alpaca_pairs_join_instruction_and_input_by_a_line_break() {
     let answers = ["assistant: The sum is twelve.", "assistant: The sum is eleven."];
-    let record = |input: Value| {
-        json!({"instruction": "Add the numbers.", "input": input, "chosen": "The sum is twelve.", "rejected": "The sum is eleven."})
-    };
+    let record = |input: Value| json!({"instruction": "Add the numbers.", "input": input, "chosen": "The sum is twelve.", "rejected": "The sum is eleven."});
     assert_pair(record(json!("3 and 9")), "user: Add the numbers.\n3 and 9", answers[0], answers[1]);
     for empty in [json!(""), Value::Null] {
         assert_pair(record(empty), "user: Add the numbers.", answers[0], answers[1]);
@@ -47,7 +45,12 @@ fn a_system_column_and_a_text_are_a_conversation_whatever_the_text_is_called() {
     for column in ["prompt", "instruction", "question", "query", "input", "problem", "post", "context"] {
         for system in ["system", "system_prompt", "system_message"] {
             let record = json!({system: "You label.", column: "Is it spam?", "chosen": "Answer: yes", "rejected": "Answer: no"});
-            assert_pair(record, "system: You label. | user: Is it spam?", "assistant: Answer: yes", "assistant: Answer: no");
+            assert_pair(
+                record,
+                "system: You label. | user: Is it spam?",
+                "assistant: Answer: yes",
+                "assistant: Answer: no",
+            );
         }
     }
 }
@@ -63,7 +66,8 @@ fn a_prompt_string_alone_is_plain_text_and_other_texts_are_not() {
 
 #[test]
 fn the_system_column_stands_before_messages_in_every_format() {
-    let expected = ["system: In French. | user: What colour is snow?", "assistant: Blanche.", "assistant: White."];
+    let expected =
+        ["system: In French. | user: What colour is snow?", "assistant: Blanche.", "assistant: White."];
     let (ask, chosen, rejected) = (user("What colour is snow?"), assistant("Blanche."), assistant("White."));
     for record in [
         json!({"system": "In French.", "chosen": [ask, chosen], "rejected": [ask, rejected]}),
@@ -77,7 +81,8 @@ fn the_system_column_stands_before_messages_in_every_format() {
     ] {
         assert_pair(record, expected[0], expected[1], expected[2]);
     }
-    let two = json!({"system": "In Dutch.", "prompt": [system("In French."), ask], "chosen": "a", "rejected": "b"});
+    let two =
+        json!({"system": "In Dutch.", "prompt": [system("In French."), ask], "chosen": "a", "rejected": "b"});
     assert!(refusal(two).contains("column `system` (`In Dutch.`)"));
 }
 
@@ -133,9 +138,18 @@ fn published_sets_are_read() {
 #[test]
 fn sets_that_are_no_pairs_are_named() {
     for (record, words) in [
-        (json!({"context": [user("a")], "response1": "b", "response2": "c", "overall_preference": -1}), "HelpSteer3"),
-        (json!({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2}), "HelpSteer2"),
-        (json!({"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 1}), "PKU-SafeRLHF"),
+        (
+            json!({"context": [user("a")], "response1": "b", "response2": "c", "overall_preference": -1}),
+            "HelpSteer3",
+        ),
+        (
+            json!({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2}),
+            "HelpSteer2",
+        ),
+        (
+            json!({"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 1}),
+            "PKU-SafeRLHF",
+        ),
         (json!({"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 1}), "SHP"),
         (json!({"prompt": "a", "answers": [{"answer": "b", "rank": 1.0}]}), "Nectar"),
         (json!({"instruction": "a", "completions": [{"response": "b"}]}), "UltraFeedback"),
@@ -169,27 +183,43 @@ fn two_prompts_are_one_if_one_contains_the_other_and_refused_by_name_otherwise()
     let whole = json!([user("Hi"), assistant("a")]);
     for column in ["question", "instruction", "input", "context", "query"] {
         let record = json!({"chosen": whole, "rejected": [user("Hi"), assistant("b")], column: "Not there."});
-        assert!(refusal(record).contains(&format!("column `{column}` holds text that is not among the messages")));
+        assert!(
+            refusal(record).contains(&format!("column `{column}` holds text that is not among the messages"))
+        );
     }
-    let lists = json!({"messages": [user("a")], "conversations": [user("b")], "chosen": "c", "rejected": "d"});
+    let lists =
+        json!({"messages": [user("a")], "conversations": [user("b")], "chosen": "c", "rejected": "d"});
     assert!(refusal(lists).contains("columns `messages` and `conversations` both hold a prompt"));
 }
 
 #[test]
 fn a_name_in_other_letters_is_not_passed_over() {
-    for name in ["Prompt", "PROMPT", "prompts", "System", "Instruction", "Question", "Messages", "system-prompt"] {
+    for name in
+        ["Prompt", "PROMPT", "prompts", "System", "Instruction", "Question", "Messages", "system-prompt"]
+    {
         let value = if name == "Messages" { json!([user("a")]) } else { json!("a") };
         let message = refusal(json!({name: value, "chosen": "The a", "rejected": "The b"}));
-        assert!(message.contains(&format!("column `{name}`")) && message.contains("did you mean"), "{message}");
+        assert!(
+            message.contains(&format!("column `{name}`")) && message.contains("did you mean"),
+            "{message}"
+        );
     }
     for name in ["promt", "user_prompt", "question_text", "chat_history", "instuction"] {
         let message = refusal(json!({name: "a", "chosen": "The a", "rejected": "The b"}));
         assert!(message.contains(&format!("column `{name}`")), "{message}");
     }
     for name in ["prompt_id", "question_id", "context_length", "margin"] {
-        assert_pair(json!({name: "x7", "chosen": "The a", "rejected": "The b"}), "\"The\"", "\" a\"", "\" b\"");
+        assert_pair(
+            json!({name: "x7", "chosen": "The a", "rejected": "The b"}),
+            "\"The\"",
+            "\" a\"",
+            "\" b\"",
+        );
     }
-    assert!(refusal(json!({"prompt": "a", "images": ["x.png"], "chosen": "b", "rejected": "c"})).contains("`images`"));
+    assert!(
+        refusal(json!({"prompt": "a", "images": ["x.png"], "chosen": "b", "rejected": "c"}))
+            .contains("`images`")
+    );
 }
 
 #[test]
@@ -204,7 +234,10 @@ fn a_record_reads_the_same_after_any_other_and_kinds_do_not_mix() {
     let text = json!({"prompt": "q", "chosen": "a", "rejected": "b"});
     let conversation = json!({"system": "S", "prompt": "q", "chosen": "a", "rejected": "b"});
     for (values, words) in [
-        ([text.clone(), conversation.clone()], "this record is a conversation and the one at 1 is plain text"),
+        (
+            [text.clone(), conversation.clone()],
+            "this record is a conversation and the one at 1 is plain text",
+        ),
         ([conversation, text.clone()], "this record is plain text and the one at 1 is a conversation"),
     ] {
         let error = read_values(&values).unwrap_err().to_string();
@@ -219,7 +252,9 @@ fn splits_are_those_of_trl() {
     for golden in json(&file("trl_rows.json")).as_array().unwrap() {
         let record = read_value(golden["row"].clone());
         let found: [Value; 3] = match &record.body {
-            mmpo_fast::data::Body::Text { prompt, chosen, rejected } => [prompt, chosen, rejected].map(|text| json!(text)),
+            mmpo_fast::data::Body::Text { prompt, chosen, rejected } => {
+                [prompt, chosen, rejected].map(|text| json!(text))
+            }
             mmpo_fast::data::Body::Conversation { prompt, chosen, rejected, .. } => {
                 [prompt, chosen, rejected].map(|messages| json!(messages))
             }
@@ -231,6 +266,44 @@ fn splits_are_those_of_trl() {
                 message.as_object_mut().unwrap().entry("content").or_insert(json!(""));
             }
             assert_eq!(found, expected, "{part} of {}", golden["row"]);
+        }
+    }
+}
+
+/// The parts of a line of Markdown that stand in backticks.
+fn in_backticks(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+#[test]
+fn the_documented_examples_are_read_and_the_documented_roles_known() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/data.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let section = |title: &str| {
+        let start = text.find(title).unwrap_or_else(|| panic!("no section {title}"));
+        text[start..].lines().skip(1).take_while(|line| !line.starts_with('#'))
+    };
+    let examples: Vec<Value> = section("\n## Formats\n")
+        .filter(|line| line.starts_with('|'))
+        .flat_map(in_backticks)
+        .filter(|code| code.starts_with('{'))
+        .map(|code| serde_json::from_str(code).unwrap_or_else(|error| panic!("{code}: {error}")))
+        .collect();
+    assert!(examples.len() > 10, "{}", examples.len());
+    for example in examples {
+        let [_, chosen, rejected] = shown(&read_value(example.clone()));
+        assert!(chosen != rejected, "{example}");
+    }
+    let rows: Vec<&str> = section("\n## Messages\n").filter(|line| line.starts_with("| `")).collect();
+    assert_eq!(rows.len(), 6);
+    for row in rows {
+        let role = in_backticks(row).next().unwrap();
+        let others = row.split('|').nth(2).unwrap().split(',').map(str::trim).filter(|name| !name.is_empty());
+        for name in others.chain([role]) {
+            let content = if name.ends_with("_call") { "{\"name\": \"f\"}" } else { "x" };
+            let record =
+                json!({"prompt": [{"role": name, "content": content}], "chosen": "a", "rejected": "b"});
+            assert!(shown(&read_value(record))[0].starts_with(&format!("{role}: ")), "{name}");
         }
     }
 }

@@ -29,9 +29,13 @@ fn roles_are_known_by_the_names_that_people_write() {
         ("ipython", &["ipython"]),
     ] {
         for name in names {
-            for (role_key, content_key) in
-                [("role", "content"), ("from", "value"), ("from", "content"), ("role", "value"), ("role", "text")]
-            {
+            for (role_key, content_key) in [
+                ("role", "content"),
+                ("from", "value"),
+                ("from", "content"),
+                ("role", "value"),
+                ("role", "text"),
+            ] {
                 let message = json!({role_key: name, content_key: "x"});
                 let expected = json!([{"role": role, "content": "x"}]);
                 assert_eq!(prompt_of(turns(json!([message]))), expected, "{message}");
@@ -97,7 +101,9 @@ fn content_beside_tool_calls_may_be_absent_null_or_empty() {
             "null" => message["content"] = Value::Null,
             _ => {}
         }
-        turns(json!([{"role": "user", "content": "q"}, message, {"role": "tool", "content": "14:05", "tool_call_id": "c1"}]))
+        turns(
+            json!([{"role": "user", "content": "q"}, message, {"role": "tool", "content": "14:05", "tool_call_id": "c1"}]),
+        )
     };
     let expected = prompt_of(record("empty"));
     assert_eq!(expected[1], json!({"role": "assistant", "content": "", "tool_calls": call}));
@@ -109,7 +115,9 @@ fn content_beside_tool_calls_may_be_absent_null_or_empty() {
         let call = json!([{"type": "function", "function": {"name": "clock", "arguments": arguments}}]);
         let record = json!({"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": null, "tool_calls": call}],
             "rejected": [{"role": "assistant", "content": "no"}], "tools": "[{\"name\": \"clock\", \"default\": null}]"});
-        let Body::Conversation { chosen, variables, .. } = read_value(record).body else { panic!("no conversation") };
+        let Body::Conversation { chosen, variables, .. } = read_value(record).body else {
+            panic!("no conversation")
+        };
         assert_eq!(json!(chosen), json!([{"role": "assistant", "content": "", "tool_calls": call}]));
         assert_eq!(json!(variables["tools"]), json!([{"name": "clock", "default": null}]), "JSON text stays");
     }
@@ -151,5 +159,7 @@ fn function_calls_of_share_gpt_are_tool_calls() {
     let call = json!([{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]);
     assert_eq!(prompt[1], json!({"role": "assistant", "content": "", "tool_calls": call}));
     assert_eq!(prompt[2], json!({"role": "tool", "content": "r"}));
-    assert!(refusal(record("clock()")).contains("`function_call` message of column `conversations` is not JSON"));
+    assert!(
+        refusal(record("clock()")).contains("`function_call` message of column `conversations` is not JSON")
+    );
 }

@@ -51,9 +51,14 @@ fn prompts_repeated_in_responses_are_shown() {
         &[good(), repeated, once],
         Cause::PromptRepeated,
         &[2, 3],
-        &["2 with a response that begins with the text of its prompt (at 2, 3, such as `", "Human: Name a tree.", "scored a second time"],
+        &[
+            "2 with a response that begins with the text of its prompt (at 2, 3, such as `",
+            "Human: Name a tree.",
+            "scored a second time",
+        ],
     );
-    let conversation = json!({"question": "Name a tree.", "chosen": "Name a tree. An oak.", "rejected": "A sofa."});
+    let conversation =
+        json!({"question": "Name a tree.", "chosen": "Name a tree. An oak.", "rejected": "A sofa."});
     assert_warned(&[conversation], Cause::PromptRepeated, &[1], &["`Name a tree. An oak.`"]);
 }
 
@@ -75,7 +80,9 @@ fn messages_of_the_prompt_in_the_responses_are_taken_off_and_counted() {
 #[test]
 fn lists_written_as_text_are_shown() {
     let list = |answer: &str| {
-        format!("[{{'role': 'user', 'content': 'Name a tree.'}}, {{'role': 'assistant', 'content': '{answer}'}}]")
+        format!(
+            "[{{'role': 'user', 'content': 'Name a tree.'}}, {{'role': 'assistant', 'content': '{answer}'}}]"
+        )
     };
     let written = text("Name a tree.", &list("An oak."), &list("A sofa."));
     let prompt = text("[{\"role\": \"user\", \"content\": \"Hi\"}]", "a", "b");
@@ -90,7 +97,15 @@ fn lists_written_as_text_are_shown() {
 
 #[test]
 fn turns_of_the_user_in_responses_are_shown() {
-    for turn in ["\nHuman:", "\nUser:", "<|im_start|>user\n", "<|user|>\n", "[INST]", "### Instruction:\n", "<start_of_turn>user"] {
+    for turn in [
+        "\nHuman:",
+        "\nUser:",
+        "<|im_start|>user\n",
+        "<|user|>\n",
+        "[INST]",
+        "### Instruction:\n",
+        "<start_of_turn>user",
+    ] {
         let response = format!(" An oak.{turn} And another?");
         assert_warned(
             &[good(), text("Name a tree:", &response, " A sofa.")],
@@ -138,5 +153,9 @@ fn other_oddities_are_shown() {
     let (_folder, path) = temporary("pairs.jsonl", twice);
     let dataset = load_pairs(&path, &encoder("chatml"), golden_limits()).unwrap();
     assert_eq!(dataset.report.tally(Cause::RepeatedKey).example.as_deref(), Some("chosen"));
-    assert_eq!(encoder("chatml").tokenizer.decode(&dataset.pairs[0].chosen, true).unwrap(), "z", "as Python's json");
+    assert_eq!(
+        encoder("chatml").tokenizer.decode(&dataset.pairs[0].chosen, true).unwrap(),
+        "z",
+        "as Python's json"
+    );
 }

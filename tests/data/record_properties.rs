@@ -51,9 +51,11 @@ fn texts(value: &Value) -> Vec<&str> {
     match value {
         Value::String(text) => vec![text],
         Value::Array(items) => items.iter().flat_map(texts).collect(),
-        Value::Object(members) => {
-            members.iter().filter(|(key, _)| !["role", "from"].contains(&key.as_str())).flat_map(|(_, v)| texts(v)).collect()
-        }
+        Value::Object(members) => members
+            .iter()
+            .filter(|(key, _)| !["role", "from"].contains(&key.as_str()))
+            .flat_map(|(_, v)| texts(v))
+            .collect(),
         _ => Vec::new(),
     }
 }

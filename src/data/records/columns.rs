@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::FORMATS_HELP;
 use super::message::{Message, take_turns};
 use super::plausible::Note;
 use super::scan::{Kind, Scanner, Span, excerpt};
 use super::source::{Start, broken};
-use super::FORMATS_HELP;
 use crate::data::Cause;
 use crate::{Error, Result};
 
@@ -101,15 +101,8 @@ pub(super) fn is_known(name: &str) -> bool {
 impl<'a> Columns<'a> {
     /// Reads the record's text, which is UTF-8. Columns without a meaning are passed over.
     pub fn parse(path: &'a Path, index: usize, place: usize, text: &[u8], start: Start) -> Result<Self> {
-        let mut columns = Columns {
-            path,
-            index,
-            place,
-            start,
-            members: Map::new(),
-            unread: Vec::new(),
-            notes: Vec::new(),
-        };
+        let mut columns =
+            Columns { path, index, place, start, members: Map::new(), unread: Vec::new(), notes: Vec::new() };
         let mut known: Vec<(String, Span)> = Vec::new();
         let mut scanner = Scanner::new(text, 0);
         if !matches!(scanner.peek(), Some(b'{')) {
@@ -164,7 +157,9 @@ impl<'a> Columns<'a> {
             }
             if let Some(half) = span.surrogate {
                 return Err(Fault::new(
-                    format!("column `{name}` holds `{half}`, one half of a character (a lone surrogate), which is no text"),
+                    format!(
+                        "column `{name}` holds `{half}`, one half of a character (a lone surrogate), which is no text"
+                    ),
                     "the text was cut within an emoji or the like: write the whole character or leave the half out \
                      (Python: `text.encode(\"utf-8\", \"ignore\").decode()`)",
                 ));
@@ -263,36 +258,48 @@ impl<'a> Columns<'a> {
         take_turns(self.take(name)?, name)
     }
 
-    /// Refuses pictures and the like, and columns that are nearly named like one with a prompt.
-    pub fn check_names(&self, implicit: bool) -> Parsed<()> {
-        for (name, kind) in self.unread() {
-            let filled = !matches!(
-                kind,
-                Kind::Null
-                    | Kind::Text { empty: true }
-                    | Kind::List { empty: true }
-                    | Kind::Object { empty: true }
-            );
-            if !filled {
-                continue;
-            }
-            if MEDIA_COLUMNS.contains(&name) && !matches!(kind, Kind::Bool | Kind::Number) {
+    /// Refuses pictures and the like, and columns with the name of a prompt in other letters.
+    pub fn check_names(&self) -> Parsed<()> {
+        for name in self.filled_unread() {
+            if MEDIA_COLUMNS.contains(&name) {
                 return Err(Fault::new(
                     format!("column `{name}` is filled: the record has more than text"),
                     "only text can be trained on: leave such records out, or remove the column where it does not matter",
                 ));
             }
-            let holds_text = !matches!(kind, Kind::Bool | Kind::Number);
-            let known = known_spelling(name).or_else(|| if implicit { resembled(name) } else { None });
-            if let Some(known) = known.filter(|_| holds_text) {
-                return Err(Fault::new(
-                    format!("column `{}` is not known and seems to hold a prompt; did you mean `{known}`?", excerpt(name)),
-                    format!("rename it to `{known}`, or remove it if the pair is complete without it"),
-                ));
+            if let Some(known) = known_spelling(name) {
+                return Err(prompt_under_another_name(name, known));
             }
         }
         Ok(())
     }
+
+    /// For a record without any prompt: refuses columns whose name resembles that of one.
+    pub fn check_resembling_names(&self) -> Parsed<()> {
+        match self.filled_unread().find_map(|name| Some((name, resembled(name)?))) {
+            Some((name, known)) => Err(prompt_under_another_name(name, known)),
+            None => Ok(()),
+        }
+    }
+
+    /// The columns without a meaning that hold a text, a list or an object with something in it.
+    fn filled_unread(&self) -> impl Iterator<Item = &str> {
+        let filled = |kind| {
+            matches!(
+                kind,
+                Kind::Text { empty: false } | Kind::List { empty: false } | Kind::Object { empty: false }
+            )
+        };
+        self.unread().filter(move |(_, kind)| filled(*kind)).map(|(name, _)| name)
+    }
+}
+
+fn prompt_under_another_name(name: &str, known: &str) -> Fault {
+    let name = excerpt(name);
+    Fault::new(
+        format!("column `{name}` is not known and seems to hold a prompt; did you mean `{known}`?"),
+        format!("rename it to `{known}`, or remove it if the pair is complete without it"),
+    )
 }
 
 /// The name with a prompt that this one is in other letters: `Prompt`, `SYSTEM`, `system-prompt`, `questions`.
@@ -312,8 +319,8 @@ fn resembled(name: &str) -> Option<&'static str> {
     let words: Vec<&str> = lower.split(|c: char| !c.is_alphanumeric()).collect();
     // Words after which a column says something about a prompt, and is not it.
     const ABOUT: [&str; 16] = [
-        "id", "ids", "idx", "index", "hash", "length", "len", "count", "tokens", "type", "source", "lang", "language",
-        "category", "name", "model",
+        "id", "ids", "idx", "index", "hash", "length", "len", "count", "tokens", "type", "source", "lang",
+        "language", "category", "name", "model",
     ];
     if words.last().is_some_and(|last| ABOUT.contains(last)) {
         return None;

@@ -23,7 +23,12 @@ pub(super) fn read(mut columns: Columns) -> Result<Record> {
             notes.extend(plausible::notes(&body));
             // A record counts once for each cause; the first example is the one to show.
             let mut seen = Vec::new();
-            notes.retain(|note| !seen.contains(&note.cause) && { seen.push(note.cause); true });
+            notes.retain(|note| {
+                !seen.contains(&note.cause) && {
+                    seen.push(note.cause);
+                    true
+                }
+            });
             Ok(Record { index: columns.index, place: columns.place, body, notes })
         }
         Err(fault) => Err(columns.error(fault)),
@@ -64,17 +69,16 @@ fn pair(columns: &mut Columns) -> Parsed<Body> {
     if let Some(prompt) = &responses.prompt {
         sources.turns.push(prompt.clone());
     }
-    columns.check_names(sources.is_empty())?;
+    columns.check_names()?;
     let Responses { names, chosen, rejected, .. } = responses;
     let (chosen, rejected) = match (chosen, rejected) {
         (Side::Text(chosen), Side::Text(rejected)) => {
-            if sources.is_empty() && variables.is_empty() && !sources.asks_for_template {
+            if sources.is_empty() && variables.is_empty() {
                 return implicit_text(columns, chosen, rejected);
             }
-            if variables.is_empty() && !sources.asks_for_template {
-                if let Some(prompt) = sources.plain_prompt()? {
-                    return Ok(Body::Text { prompt, chosen, rejected });
-                }
+            let plain = variables.is_empty() && !sources.asks_for_template;
+            if plain && let Some(prompt) = sources.plain_prompt()? {
+                return Ok(Body::Text { prompt, chosen, rejected });
             }
             (Side::Text(chosen).messages(), Side::Text(rejected).messages())
         }
@@ -83,7 +87,10 @@ fn pair(columns: &mut Columns) -> Parsed<Body> {
         (chosen, _) => {
             let text = if matches!(chosen, Side::Text(_)) { 0 } else { 1 };
             return Err(Fault::new(
-                format!("column `{}` is a string, not a list of messages like the other response", names[text]),
+                format!(
+                    "column `{}` is a string, not a list of messages like the other response",
+                    names[text]
+                ),
                 FORMATS_HELP,
             ));
         }
@@ -113,7 +120,10 @@ fn responses(columns: &mut Columns) -> Parsed<Responses> {
     }
     let named = RESPONSE_COLUMNS.into_iter().find(|[chosen, _]| columns.get(chosen).is_some());
     Err(match named {
-        Some([_, rejected]) => columns.missing(rejected),
+        Some([chosen, rejected]) => match side(columns, chosen) {
+            Ok(_) => columns.missing(rejected),
+            Err(fault) => fault,
+        },
         None => columns.missing("chosen"),
     })
 }
@@ -156,8 +166,14 @@ fn last_turn_is_chosen(
 fn other_layout(columns: &Columns) -> Option<Fault> {
     const LAYOUTS: [(&[&str], &str); 16] = [
         (&["response1", "response2"], "two responses and a preference between them (as HelpSteer3 has them)"),
-        (&["response_1", "response_2"], "two responses and a preference between them (as HelpSteer2 has them)"),
-        (&["response_0", "response_1"], "two responses and the better one's number (as PKU-SafeRLHF has them)"),
+        (
+            &["response_1", "response_2"],
+            "two responses and a preference between them (as HelpSteer2 has them)",
+        ),
+        (
+            &["response_0", "response_1"],
+            "two responses and the better one's number (as PKU-SafeRLHF has them)",
+        ),
         (&["human_ref_A", "human_ref_B"], "two answers with scores (as SHP has them)"),
         (&["answer_0", "answer_1"], "two answers with scores (as WebGPT comparisons have them)"),
         (&["conversation_a", "conversation_b"], "two conversations and a winner (as Chatbot Arena has them)"),
@@ -193,6 +209,7 @@ fn implicit_text(columns: &mut Columns, mut chosen: String, mut rejected: String
         fault.message += ", and the two responses share no beginning that could be one";
         return Err(fault);
     }
+    columns.check_resembling_names()?;
     let prompt = chosen[..cut].to_string();
     chosen.drain(..cut);
     rejected.drain(..cut);

@@ -105,7 +105,10 @@ fn table_too_long(path: &Path, limit: usize) -> Error {
     Error::data(
         path,
         None,
-        format!("a file that is one JSON object is held in memory, and this one is longer than {} MiB", limit >> 20),
+        format!(
+            "a file that is one JSON object is held in memory, and this one is longer than {} MiB",
+            limit >> 20
+        ),
         "write it as JSON Lines, one record a line",
     )
 }

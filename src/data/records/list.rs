@@ -8,7 +8,12 @@ use super::source::{Chunks, MAX_RECORD_BYTES, Position, Start, broken, read_erro
 use crate::{Error, Result};
 
 /// Reads the list whose `[` is next.
-pub(super) fn read(path: &Path, reader: Box<dyn BufRead>, position: Position, chunks: &mut Chunks) -> Result<()> {
+pub(super) fn read(
+    path: &Path,
+    reader: Box<dyn BufRead>,
+    position: Position,
+    chunks: &mut Chunks,
+) -> Result<()> {
     let mut text = Text { reader, position, after_return: false };
     let outcome = read_items(path, &mut text, chunks);
     if outcome.is_err() {
@@ -58,7 +63,8 @@ fn read_items(path: &Path, text: &mut Text, chunks: &mut Chunks) -> Result<()> {
 /// The error of a record at whose end the file ends: that of the first break in it, which may be a quote that
 /// was never closed.
 fn unfinished(path: &Path, item: &[u8], start: Start, record: usize) -> Error {
-    let ended = Broken { at: item.len(), message: "the text ends inside a record (EOF)".to_string(), ended: true };
+    let ended =
+        Broken { at: item.len(), message: "the text ends inside a record (EOF)".to_string(), ended: true };
     let fault = Scanner::new(item, 0).value().err().unwrap_or(ended);
     broken(path, item, start, &fault, &format!(" (in record {record})"))
 }

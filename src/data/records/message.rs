@@ -13,7 +13,20 @@ const ROLES: [(&str, &[&str]); 6] = [
     ("user", &["human", "prompter", "customer"]),
     (
         "assistant",
-        &["gpt", "bot", "model", "chatgpt", "chatbot", "ai", "agent", "bing", "bard", "claude", "function_call", "tool_call"],
+        &[
+            "gpt",
+            "bot",
+            "model",
+            "chatgpt",
+            "chatbot",
+            "ai",
+            "agent",
+            "bing",
+            "bard",
+            "claude",
+            "function_call",
+            "tool_call",
+        ],
     ),
     ("tool", &["observation", "function", "function_response", "tool_response", "tool_result"]),
     ("ipython", &[]),
@@ -106,7 +119,9 @@ impl Message {
             }
             Some(content) => message.content = content,
             None if message.has_tool_calls() => {}
-            None if blank && role == "assistant" && CONTENT_KEYS.iter().any(|key| nulls.iter().any(|null| null == key)) => {}
+            None if blank
+                && role == "assistant"
+                && CONTENT_KEYS.iter().any(|key| nulls.iter().any(|null| null == key)) => {}
             None => return Err(bad_member(column, "content", None, &message.other, &nulls)),
         }
         Ok(message)
@@ -133,7 +148,10 @@ pub(super) fn take_turns(value: Value, column: &str) -> Parsed<Vec<Message>> {
                         Value::Null => {}
                         other => {
                             return Err(Fault::new(
-                                format!("column `{column}` has a turn whose {role} text is {}", value_type(&other)),
+                                format!(
+                                    "column `{column}` has a turn whose {role} text is {}",
+                                    value_type(&other)
+                                ),
                                 "a turn is [\"the user's text\", \"the assistant's text\"]",
                             ));
                         }
@@ -159,7 +177,8 @@ fn both_turns(item: &Value) -> Option<[Value; 2]> {
             _ => None,
         },
         Value::Object(members) if !ROLE_KEYS.iter().any(|key| members.contains_key(*key)) => {
-            let keys = TURN_KEYS.into_iter().find(|keys| keys.iter().all(|key| members.contains_key(*key)))?;
+            let keys =
+                TURN_KEYS.into_iter().find(|keys| keys.iter().all(|key| members.contains_key(*key)))?;
             Some(keys.map(|key| members[key].clone()))
         }
         _ => None,
@@ -168,7 +187,8 @@ fn both_turns(item: &Value) -> Option<[Value; 2]> {
 
 fn known_role(written: &str, column: &str) -> Parsed<&'static str> {
     let lower = written.trim().to_lowercase();
-    let is_role = |(role, others): &&(&'static str, &[&str])| *role == lower || others.contains(&lower.as_str());
+    let is_role =
+        |(role, others): &&(&'static str, &[&str])| *role == lower || others.contains(&lower.as_str());
     if let Some((role, _)) = ROLES.iter().find(is_role) {
         return Ok(role);
     }
@@ -192,7 +212,8 @@ fn known_role(written: &str, column: &str) -> Parsed<&'static str> {
 
 /// The texts of a content that is a list of parts, one after the other, as templates that know parts write them.
 fn join_parts(parts: Vec<Value>, role: &str, column: &str, key: &str) -> Parsed<String> {
-    let place = format!("a `{}` message of column `{column}` has a list of parts as its `{key}`", excerpt(role));
+    let place =
+        format!("a `{}` message of column `{column}` has a list of parts as its `{key}`", excerpt(role));
     let mut text = String::new();
     for (position, part) in parts.into_iter().enumerate() {
         let number = position + 1;

@@ -85,7 +85,11 @@ pub(crate) struct Read {
 
 impl Read {
     pub fn of(record: &Record) -> Self {
-        Read { is_text: record.is_text(), notes: record.notes.clone(), digests: plausible::digests(&record.body) }
+        Read {
+            is_text: record.is_text(),
+            notes: record.notes.clone(),
+            digests: plausible::digests(&record.body),
+        }
     }
 }
 

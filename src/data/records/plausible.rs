@@ -56,7 +56,8 @@ pub(super) fn notes(body: &Body) -> Vec<Note> {
             if let Some(last) = prompt.last().filter(|last| last.role == "assistant") {
                 notes.push(Note::new(Cause::PromptEndsWithAssistant, excerpt(&last.content)));
             }
-            let text = |side: &[Message]| side.first().map(|message| message.content.clone()).unwrap_or_default();
+            let text =
+                |side: &[Message]| side.first().map(|message| message.content.clone()).unwrap_or_default();
             let asked = asked.map_or("", |message| message.content.as_str());
             look_at_texts(asked, [&text(chosen), &text(rejected)], &mut notes);
             let user = chosen.iter().chain(rejected).find(|message| message.role == "user");
@@ -203,7 +204,9 @@ mod tests {
 
     #[test]
     fn lists_written_as_text_are_told_from_texts_with_brackets() {
-        for text in ["[{'role': 'user', 'content': 'a'}]", "['a']", " [\"a\", \"b\"]\n", "[{\"from\": \"human\"}]"] {
+        for text in
+            ["[{'role': 'user', 'content': 'a'}]", "['a']", " [\"a\", \"b\"]\n", "[{\"from\": \"human\"}]"]
+        {
             assert!(is_list_as_text(text), "{text}");
         }
         for text in ["[1, 2]", "[a]", "a ['b']", "[]", "['a'] and more", "[x for x in 'role']", "[\""] {

@@ -216,10 +216,9 @@ impl Sources {
         let text = self.main_text()?.map(|text| text.text.clone());
         if text.is_none() && self.history.is_empty() {
             return Err(match self.empty {
-                Some(name) => Fault::new(
-                    format!("column `{name}` is an empty list"),
-                    "it holds the prompt's messages",
-                ),
+                Some(name) => {
+                    Fault::new(format!("column `{name}` is an empty list"), "it holds the prompt's messages")
+                }
                 None => {
                     let mut fault = columns.missing("prompt");
                     fault.message += ", and the two responses share no message that could be one";
@@ -306,6 +305,8 @@ fn says_no_more(turns: &[Message], others: &[&[Message]]) -> bool {
 fn two_prompts(first: &str, second: &str) -> Fault {
     Fault::new(
         format!("columns `{first}` and `{second}` both hold a prompt, and neither contains the other"),
-        format!("write the whole prompt to one column (such as `{first}`) as the model shall see it, and remove the other"),
+        format!(
+            "write the whole prompt to one column (such as `{first}`) as the model shall see it, and remove the other"
+        ),
     )
 }

@@ -174,8 +174,7 @@ impl<'a> Scanner<'a> {
         match found {
             Some(b',') => {
                 if self.peek() == Some(bracket) {
-                    let message =
-                        format!("a comma stands before `{}`: trailing comma", char::from(bracket));
+                    let message = format!("a comma stands before `{}`: trailing comma", char::from(bracket));
                     return Err(Broken::new(self.at, message));
                 }
                 Ok(false)
@@ -341,7 +340,9 @@ impl<'a> Scanner<'a> {
                 self.at += 2;
                 return Ok(());
             }
-            Some(_) => return Err(Broken::new(start, "a string holds `\\` before a character that is no escape")),
+            Some(_) => {
+                return Err(Broken::new(start, "a string holds `\\` before a character that is no escape"));
+            }
             None => return Err(self.ended("a string")),
         }
         self.at += 6;
@@ -362,10 +363,11 @@ impl<'a> Scanner<'a> {
     /// The number in the escape `\uXXXX` at `start`.
     fn code_unit(&self, start: usize) -> Result<u32, Broken> {
         let Some(digits) = self.text.get(start + 2..start + 6) else { return Err(self.ended("a string")) };
-        let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.bytes().all(|d| d.is_ascii_hexdigit()));
-        digits
-            .and_then(|digits| u32::from_str_radix(digits, 16).ok())
-            .ok_or_else(|| Broken::new(start, "a string holds `\\u` without four hexadecimal digits after it"))
+        let digits =
+            std::str::from_utf8(digits).ok().filter(|digits| digits.bytes().all(|d| d.is_ascii_hexdigit()));
+        digits.and_then(|digits| u32::from_str_radix(digits, 16).ok()).ok_or_else(|| {
+            Broken::new(start, "a string holds `\\u` without four hexadecimal digits after it")
+        })
     }
 
     fn lone_surrogate(&mut self, start: usize) {
@@ -392,7 +394,10 @@ impl<'a> Scanner<'a> {
         ];
         let rest = &self.text[self.at..];
         if rest.is_empty() {
-            return Broken { ended: true, ..Broken::new(self.at, "the text ends where a value should begin (EOF)") };
+            return Broken {
+                ended: true,
+                ..Broken::new(self.at, "the text ends where a value should begin (EOF)")
+            };
         }
         if let Some(broken) = self.comment() {
             return broken;
@@ -413,10 +418,9 @@ impl<'a> Scanner<'a> {
             Some(b',') => Broken::new(self.at, "a comma stands where a key should begin"),
             Some(_) => match self.comment() {
                 Some(broken) => broken,
-                None => Broken::new(
-                    self.at,
-                    format!("expected a key in double quotes, found {}", self.found()),
-                ),
+                None => {
+                    Broken::new(self.at, format!("expected a key in double quotes, found {}", self.found()))
+                }
             },
         }
     }
@@ -478,9 +482,40 @@ mod tests {
     #[test]
     fn what_serde_json_reads_is_read_and_what_it_refuses_is_refused() {
         for text in [
-            "{}", "[]", "[[],{}]", "0", "-0.5e+10", "1e5", "\"\"", "\"\\u00e9\\n\"", " [1 , {\"a\" : null}] ", "true",
-            "01", "-", "1.", ".5", "+1", "[1,]", "{\"a\":1,}", "{a:1}", "[1 2]", "\"\\x\"", "\"\\u12g4\"", "\"\t\"", "[",
-            "{\"a\"", "{\"a\":", "\"a", "tru", "[1]]", "", "1 2", "'a'", "[,1]", "{\"a\" 1}", "\"\\u+123\"",
+            "{}",
+            "[]",
+            "[[],{}]",
+            "0",
+            "-0.5e+10",
+            "1e5",
+            "\"\"",
+            "\"\\u00e9\\n\"",
+            " [1 , {\"a\" : null}] ",
+            "true",
+            "01",
+            "-",
+            "1.",
+            ".5",
+            "+1",
+            "[1,]",
+            "{\"a\":1,}",
+            "{a:1}",
+            "[1 2]",
+            "\"\\x\"",
+            "\"\\u12g4\"",
+            "\"\t\"",
+            "[",
+            "{\"a\"",
+            "{\"a\":",
+            "\"a",
+            "tru",
+            "[1]]",
+            "",
+            "1 2",
+            "'a'",
+            "[,1]",
+            "{\"a\" 1}",
+            "\"\\u+123\"",
         ] {
             let ours = scan(text);
             let theirs = serde_json::from_str::<serde::de::IgnoredAny>(text);
@@ -493,7 +528,11 @@ mod tests {
         let span = scan("[1, {\"a\": -Infinity}, NaN]").unwrap();
         assert_eq!(span.not_finite.as_deref(), Some("-Infinity"));
         assert_eq!(scan("\"\\ud83d\\ude00\"").unwrap().surrogate, None);
-        for (text, half) in [("\"a\\ud83d\"", "\\ud83d"), ("\"\\ude00\\ud83d\"", "\\ude00"), ("\"\\ud83d\\u0041\"", "\\ud83d")] {
+        for (text, half) in [
+            ("\"a\\ud83d\"", "\\ud83d"),
+            ("\"\\ude00\\ud83d\"", "\\ude00"),
+            ("\"\\ud83d\\u0041\"", "\\ud83d"),
+        ] {
             assert_eq!(scan(text).unwrap().surrogate.as_deref(), Some(half), "{text}");
         }
     }

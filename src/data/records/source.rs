@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::columns::Columns;
 use super::gzip::Gzip;
-use super::lines::{Lines, Line};
+use super::lines::{Line, Lines};
 use super::scan::{Broken, Scanner, excerpt};
 use super::{FORMATS_HELP, list, table};
 use crate::foreign::{self, Foreign};
@@ -138,10 +138,10 @@ fn refuse_foreign(path: &Path, head: &[u8], under: &str) -> Result<()> {
         Foreign::Parquet => {
             "write it as JSON Lines first: `datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_json(...)`"
         }
-        Foreign::Arrow => {
-            "write it as JSON Lines first: `datasets.Dataset.from_file(FILE).to_json(...)`"
+        Foreign::Arrow => "write it as JSON Lines first: `datasets.Dataset.from_file(FILE).to_json(...)`",
+        Foreign::Zip => {
+            "unpack it (`unzip`; a spreadsheet: save it as CSV and convert that) and give the file of pairs in it"
         }
-        Foreign::Zip => "unpack it (`unzip`; a spreadsheet: save it as CSV and convert that) and give the file of pairs in it",
         Foreign::Gguf | Foreign::Safetensors | Foreign::Pickle | Foreign::Hdf5 | Foreign::Numpy => {
             "give the pairs file with --data and the model's folder with --model"
         }
@@ -214,7 +214,8 @@ fn read_whole(path: &Path, mut first: Line, lines: Lines, chunks: &mut Chunks) -
     let mut scanner = Scanner::new(&first.text, 0);
     let mut values = Vec::new();
     while scanner.peek().is_some() {
-        let value = scanner.value().map_err(|fault| broken(path, &first.text, first.start(false), &fault, ""))?;
+        let value =
+            scanner.value().map_err(|fault| broken(path, &first.text, first.start(false), &fault, ""))?;
         values.push(value.range);
     }
     if values.len() <= 1 {
@@ -263,14 +264,19 @@ fn no_json(path: &Path, reader: &mut dyn BufRead, line: usize) -> Error {
         )
     };
     let (what, help) = match () {
-        () if head.iter().any(|&byte| byte == 0 || (byte < 0x20 && !byte.is_ascii_whitespace() && byte != 0x1b)) => {
+        () if head
+            .iter()
+            .any(|&byte| byte == 0 || (byte < 0x20 && !byte.is_ascii_whitespace() && byte != 0x1b)) =>
+        {
             ("binary data, not JSON".to_string(), FORMATS_HELP.to_string())
         }
         () if [&b"//"[..], b"/*", b"#"].iter().any(|mark| head.starts_with(mark)) => (
             format!("broken JSON: a comment begins here; JSON has none: `{}`", excerpt(&words)),
             "remove the comments".to_string(),
         ),
-        () if has_column('\t') => ("a table with tabs between its columns (TSV), not JSON".to_string(), table_help(", sep=\"\\t\"")),
+        () if has_column('\t') => {
+            ("a table with tabs between its columns (TSV), not JSON".to_string(), table_help(", sep=\"\\t\""))
+        }
         () if has_column(',') || has_column(';') => ("a CSV table, not JSON".to_string(), table_help("")),
         () => (
             format!("broken JSON: neither `{{` nor `[` begins the file, but `{}`", excerpt(&words)),
@@ -335,7 +341,8 @@ fn looks_like_pairs_of_bytes(text: &[u8]) -> bool {
 /// The error of a break in a text that begins at `start`; its line is that of the break.
 pub(super) fn broken(path: &Path, text: &[u8], start: Start, fault: &Broken, inside: &str) -> Error {
     let at = fault.at.min(text.len());
-    let line_start = text[..at].iter().rposition(|&byte| byte == b'\n' || byte == b'\r').map_or(0, |end| end + 1);
+    let line_start =
+        text[..at].iter().rposition(|&byte| byte == b'\n' || byte == b'\r').map_or(0, |end| end + 1);
     let column = String::from_utf8_lossy(&text[line_start..at]).chars().count() + 1;
     let help = if start.is_line {
         "every line of a JSON Lines file is one whole JSON object"

@@ -37,7 +37,7 @@ pub(super) fn read(path: &Path, line: Line, chunks: &mut Chunks) -> Result<()> {
         return chunks.push(start, line.text);
     }
     let lists: Vec<&(String, Span)> =
-        object.members.iter().filter(|(name, span)| object.is_rows(name, span)).collect();
+        object.members.iter().filter(|(_, span)| object.is_rows(span)).collect();
     match lists.as_slice() {
         [] => chunks.push(start, line.text),
         [(_, rows)] => object.items(rows).into_iter().try_for_each(|row| {
@@ -84,8 +84,10 @@ impl Object<'_> {
         keys
     }
 
-    fn is_rows(&self, name: &str, span: &Span) -> bool {
-        if is_prompt_column(name) || !matches!(span.kind, Kind::List { empty: false }) {
+    fn is_rows(&self, span: &Span) -> bool {
+        // An object with a prompt is a record itself, such as one with a list of rated answers.
+        let has_prompt = self.members.iter().any(|(name, _)| is_prompt_column(name));
+        if has_prompt || !matches!(span.kind, Kind::List { empty: false }) {
             return false;
         }
         let first = self.items(span).into_iter().next();
