@@ -5,7 +5,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::records::{Digests, OneKind, RawRecord, Read, for_each_chunk, no_record};
-use super::{EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
+use super::{Cause, EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
 use crate::config::LengthLimits;
 use crate::{Error, Result};
 
@@ -58,6 +58,9 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
             one_kind.check(path, encoded.place, read.is_text)?;
             for note in &read.notes {
                 dataset.report.add_note(note, encoded.place);
+            }
+            if let Some(same) = read.same.filter(|_| encoded.causes.contains(&Cause::Identical)) {
+                dataset.report.illustrate(Cause::Identical, &same);
             }
             if let Some(cause) = digests.add(read.digests) {
                 dataset.report.add(cause, encoded.place);

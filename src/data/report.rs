@@ -95,6 +95,7 @@ impl Cause {
             Cause::PromptEndsWithAssistant => Some(
                 "the response is a second message of the assistant: does the prompt hold an answer already?",
             ),
+            Cause::Identical => Some("such pairs prefer nothing: leave them out"),
             Cause::Repeated => Some("such pairs count twice: leave them out if that is not meant"),
             Cause::Opposite => Some("such pairs teach nothing: keep the right one"),
             Cause::RepeatedKey => Some("the last one counts, as in Python"),
@@ -117,7 +118,8 @@ pub struct Tally {
     pub example: Option<String>,
 }
 
-/// The account of a file's records; `Display` shows it to people.
+/// The account of a file's records; `Display` shows it to people, and its alternate form leaves out what
+/// [`EncodingReport::warnings`] says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodingReport {
     /// Records read.
@@ -163,7 +165,12 @@ impl EncodingReport {
 
     pub(super) fn add_note(&mut self, note: &Note, place: usize) {
         self.add(note.cause, place);
-        self.tallies[note.cause as usize].example.get_or_insert_with(|| note.example.clone());
+        self.illustrate(note.cause, &note.example);
+    }
+
+    /// Keeps `example` for `cause` if it has none.
+    pub(super) fn illustrate(&mut self, cause: Cause, example: &str) {
+        self.tallies[cause as usize].example.get_or_insert_with(|| example.to_string());
     }
 
     /// What suggests mistakes in the file: a line for each kind, with its count and an example.
@@ -179,7 +186,7 @@ impl EncodingReport {
 
     /// Tells the user what became of the records of the file `name`: the account, and each warning once.
     pub fn log(&self, name: &str) {
-        tracing::info!("{name}: {self}");
+        tracing::info!("{name}: {self:#}");
         for warning in self.warnings() {
             tracing::warn!("{name}: {warning}");
         }
@@ -194,7 +201,7 @@ impl EncodingReport {
             Some(example) if !example.is_empty() => format!(", such as `{example}`"),
             _ => String::new(),
         };
-        format!("{count} {} (at {}{more}{example})", self.describe(cause), places.join(", "))
+        format!("{count} {} (at {}{more}){example}", self.describe(cause), places.join(", "))
     }
 
     /// The cause in words, with the limit that it met.
@@ -203,7 +210,7 @@ impl EncodingReport {
         match cause {
             Cause::BlankResponse => "dropped: a response is empty".to_string(),
             Cause::NoRoom => {
-                format!("dropped: no room for a response after the prompt within max_length {max_length}")
+                format!("dropped: no room for a response behind the prompt within max_length {max_length}")
             }
             Cause::NothingToScore => "dropped: an empty prompt and a response of one token".to_string(),
             Cause::PromptCut => format!("prompts cut on the left to max_prompt_length {max_prompt_length}"),
@@ -246,7 +253,8 @@ impl fmt::Display for EncodingReport {
             write!(formatter, " (largest pair {})", self.largest_pair)?;
         }
         for cause in Cause::ALL {
-            if self.tally(cause).count > 0 && cause.advice().is_none() {
+            let said = formatter.alternate() && cause.advice().is_some();
+            if self.tally(cause).count > 0 && !said {
                 write!(formatter, "\n  {}", self.counted(cause))?;
             }
         }

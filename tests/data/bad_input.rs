@@ -49,6 +49,7 @@ fn broken_json_names_its_line() {
     assert_fault("p.json", format!("[{GOOD}] trailing"), Some(1), &["broken JSON", "trailing"]);
     assert_fault("p.json", format!("[{GOOD},"), Some(1), &["broken JSON", "EOF"]);
     assert_fault("p.json", "{\n\"chosen\": \"a\",\n\"rejected\" 3}", Some(3), &["broken JSON"]);
+    assert_fault("p.jsonl", "prompt,chosen,rejected\n", Some(1), &["neither `{` nor `[`"]);
     assert_fault("p.jsonl", "prompt: a\n", Some(1), &["neither `{` nor `[`", "`prompt: a`"]);
     assert_fault("p.jsonl", [GOOD.as_bytes(), b"\n{\"prompt\": \"\xff\"}"].concat(), Some(2), &["UTF-8"]);
 }
@@ -117,7 +118,7 @@ fn a_wrong_type_is_an_error_and_an_unknown_column_is_not() {
         "p.jsonl",
         format!("{GOOD}\n{{\"prompt\":[\"a\"],\"chosen\":\"b\",\"rejected\":\"c\"}}"),
         Some(2),
-        &["`prompt` holds a message that is a string"],
+        &["`prompt` is a list, not a string"],
     );
     assert_fault("p.jsonl", format!("{GOOD}\n[1]"), Some(2), &["the record is a list"]);
     assert_fault("p.json", "[1]", Some(1), &["the record is a number"]);

@@ -281,7 +281,7 @@ fn the_documented_examples_are_read_and_the_documented_roles_known() {
     let text = std::fs::read_to_string(path).unwrap();
     let section = |title: &str| {
         let start = text.find(title).unwrap_or_else(|| panic!("no section {title}"));
-        text[start..].lines().skip(1).take_while(|line| !line.starts_with('#'))
+        text[start..].lines().skip(2).take_while(|line| !line.starts_with('#'))
     };
     let examples: Vec<Value> = section("\n## Formats\n")
         .filter(|line| line.starts_with('|'))

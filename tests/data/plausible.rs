@@ -36,9 +36,11 @@ fn a_good_file_has_no_warning() {
     let values = [good(), text("Hi", "Hi there", "Hi you"), text("List?", "[1, 2]", "['a'] or so")];
     assert_eq!(load(&values).report.warnings(), [""; 0]);
     let limits = golden_limits();
+    // Their last pair has two equal responses.
     for name in ["conversational.jsonl", "sharegpt.json", "orca.jsonl", "ultrafeedback.jsonl"] {
         let dataset = load_pairs(&file("pairs").join(name), &encoder("chatml"), limits).unwrap();
-        assert_eq!(dataset.report.warnings(), [""; 0], "{name}");
+        let warnings = dataset.report.warnings();
+        assert!(warnings.len() == 1 && warnings[0].contains("identical"), "{name}: {warnings:?}");
     }
 }
 
@@ -52,7 +54,7 @@ fn prompts_repeated_in_responses_are_shown() {
         Cause::PromptRepeated,
         &[2, 3],
         &[
-            "2 with a response that begins with the text of its prompt (at 2, 3, such as `",
+            "2 with a response that begins with the text of its prompt (at 2, 3), such as `",
             "Human: Name a tree.",
             "scored a second time",
         ],
@@ -91,7 +93,7 @@ fn lists_written_as_text_are_shown() {
         &[good(), written, prompt, strings],
         Cause::ListAsText,
         &[2, 3, 4],
-        &["3 with a list written as text (at 2, 3, 4, such as `[{'role': 'user'", "ast.literal_eval"],
+        &["3 with a list written as text (at 2, 3, 4), such as `[{'role': 'user'", "ast.literal_eval"],
     );
 }
 
@@ -111,7 +113,7 @@ fn turns_of_the_user_in_responses_are_shown() {
             &[good(), text("Name a tree:", &response, " A sofa.")],
             Cause::UserTurnInResponse,
             &[2],
-            &["1 with a turn of the user inside a response (at 2, such as `", "And another?"],
+            &["1 with a turn of the user inside a response (at 2), such as `", "And another?"],
         );
     }
     let message = |role: &str, content: &str| json!({"role": role, "content": content});
@@ -126,8 +128,7 @@ fn pairs_that_come_again_are_shown() {
     let exchanged = text("Name a tree, please:", " A sofa.", " An oak.");
     assert_warned(&[good(), exchanged], Cause::Opposite, &[2], &["1 contradicted", "teach nothing"]);
     let same = text("x", "a", "a");
-    let report = load(&[good(), same]).report;
-    assert_eq!(report.tally(Cause::Identical).first, [2]);
+    assert_warned(&[good(), same], Cause::Identical, &[2], &["identical", "such as `a`", "prefer nothing"]);
 }
 
 #[test]

@@ -48,6 +48,9 @@ const MEDIA_COLUMNS: [&str; 7] = ["images", "image", "videos", "video", "audios"
 /// Bytes of all texts of a record. Tokenising takes some hundred bytes of memory for each.
 const MAX_TEXT_BYTES: usize = 4 << 20;
 
+/// Columns of one record; no table has as many.
+const MAX_COLUMNS: usize = 10_000;
+
 /// What is wrong with a value, before it is known where the value stands.
 #[derive(Debug)]
 pub(super) struct Fault {
@@ -114,7 +117,9 @@ impl<'a> Columns<'a> {
         let (unread, notes) = (&mut columns.unread, &mut columns.notes);
         let read = scanner.members(|name, span| {
             if !is_known(&name) {
-                unread.push((name, span.kind));
+                if unread.len() <= MAX_COLUMNS {
+                    unread.push((name, span.kind));
+                }
                 return Ok(());
             }
             // The last of several counts, as in Python.
@@ -127,6 +132,10 @@ impl<'a> Columns<'a> {
         });
         let read = read.and_then(|()| scanner.end());
         read.map_err(|fault| broken(path, text, start, &fault, &columns.inside()))?;
+        if columns.unread.len() > MAX_COLUMNS {
+            let message = format!("the record has more than {MAX_COLUMNS} columns");
+            return Err(columns.error(Fault::new(message, FORMATS_HELP)));
+        }
         columns.take_values(text, known).map_err(|fault| columns.error(fault))?;
         Ok(columns)
     }

@@ -81,6 +81,8 @@ pub(crate) struct Read {
     pub is_text: bool,
     pub notes: Vec<Note>,
     pub digests: PairDigests,
+    /// The beginning of the response, if both are the same.
+    pub same: Option<String>,
 }
 
 impl Read {
@@ -89,6 +91,7 @@ impl Read {
             is_text: record.is_text(),
             notes: record.notes.clone(),
             digests: plausible::digests(&record.body),
+            same: plausible::same_response(&record.body),
         }
     }
 }

@@ -97,6 +97,16 @@ fn look_at_texts(prompt: &str, responses: [&String; 2], notes: &mut Vec<Note>) {
     }
 }
 
+/// The beginning of the response of a pair whose responses are the same.
+pub(super) fn same_response(body: &Body) -> Option<String> {
+    match body {
+        Body::Text { chosen, rejected, .. } => (chosen == rejected).then(|| excerpt(chosen)),
+        Body::Conversation { chosen, rejected, .. } => {
+            (chosen == rejected).then(|| excerpt(chosen.first().map_or("", |first| &first.content)))
+        }
+    }
+}
+
 /// Whether a text is a list as Python or JSON writes it: of messages, or of strings alone.
 fn is_list_as_text(text: &str) -> bool {
     let text = text.trim();

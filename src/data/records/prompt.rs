@@ -74,6 +74,14 @@ impl Sources {
                     let messages = request.shift_remove("messages").unwrap_or_default();
                     sources.turns.push((name, take_turns(messages, name)?));
                 }
+                Value::Array(items) if items.first().is_some_and(Value::is_string) => {
+                    return Err(Fault::new(
+                        format!(
+                            "column `{name}` is a list, not a string or a list of messages: it holds a message that is a string"
+                        ),
+                        "a message is an object {\"role\": ..., \"content\": ...}; a turn of `history` is a pair in a list",
+                    ));
+                }
                 turns @ (Value::Array(_) | Value::Object(_)) if name == HISTORY => {
                     sources.history = take_turns(turns, name)?;
                 }

@@ -274,10 +274,14 @@ fn no_json(path: &Path, reader: &mut dyn BufRead, line: usize) -> Error {
             format!("broken JSON: a comment begins here; JSON has none: `{}`", excerpt(&words)),
             "remove the comments".to_string(),
         ),
-        () if has_column('\t') => {
-            ("a table with tabs between its columns (TSV), not JSON".to_string(), table_help(", sep=\"\\t\""))
+        () if has_column('\t') => (
+            "a table with tabs between its columns (TSV), not JSON: neither `{` nor `[` begins the file"
+                .to_string(),
+            table_help(", sep=\"\\t\""),
+        ),
+        () if has_column(',') || has_column(';') => {
+            ("a CSV table, not JSON: neither `{` nor `[` begins the file".to_string(), table_help(""))
         }
-        () if has_column(',') || has_column(';') => ("a CSV table, not JSON".to_string(), table_help("")),
         () => (
             format!("broken JSON: neither `{{` nor `[` begins the file, but `{}`", excerpt(&words)),
             "pairs are read from JSON Lines, JSON, and either of them under gzip".to_string(),

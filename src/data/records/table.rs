@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::columns::{self, is_prompt_column};
 use super::lines::Line;
-use super::scan::{Kind, Scanner, Span};
+use super::scan::{Broken, Kind, Scanner, Span};
 use super::source::{Chunks, Start, broken};
 use crate::{Error, Result};
 
@@ -40,9 +40,9 @@ pub(super) fn read(path: &Path, line: Line, chunks: &mut Chunks) -> Result<()> {
         object.members.iter().filter(|(_, span)| object.is_rows(span)).collect();
     match lists.as_slice() {
         [] => chunks.push(start, line.text),
-        [(_, rows)] => object.items(rows).into_iter().try_for_each(|row| {
-            let start = Start { is_line: false, ..start }.moved(&line.text, row.range.start);
-            chunks.push(start, line.text[row.range].to_vec())
+        [(_, rows)] => object.ranges(rows).into_iter().try_for_each(|row| {
+            let start = Start { is_line: false, ..start }.moved(&line.text, row.start);
+            chunks.push(start, line.text[row].to_vec())
         }),
         several => {
             let names: Vec<&str> = several.iter().map(|(name, _)| name.as_str()).collect();
@@ -57,22 +57,42 @@ pub(super) fn read(path: &Path, line: Line, chunks: &mut Chunks) -> Result<()> {
 }
 
 impl Object<'_> {
-    /// The items of a list, or the values of an object, which were scanned before.
-    fn items(&self, span: &Span) -> Vec<Span> {
-        let mut items = Vec::new();
+    /// Goes through the items of a list, or the values of an object, until `each` has seen enough (`false`).
+    fn each_item(&self, span: &Span, mut each: impl FnMut(&Span) -> bool) {
         let mut scanner = Scanner::new(self.text, span.range.start);
-        // The text was read once already, so that it cannot break here.
+        let mut step = |item: Span| if each(&item) { Ok(()) } else { Err(Broken::stop()) };
+        // The text was read once already, so that only `each` ends this early.
         let _ = match span.kind {
-            Kind::Object { .. } => scanner.members(|_, item| {
-                items.push(item);
-                Ok(())
-            }),
-            _ => scanner.items(|item| {
-                items.push(item);
-                Ok(())
-            }),
+            Kind::Object { .. } => scanner.members(|_, item| step(item)),
+            _ => scanner.items(step),
         };
-        items
+    }
+
+    fn first_item(&self, span: &Span) -> Option<Span> {
+        let mut first = None;
+        self.each_item(span, |item| {
+            first = Some(item.clone());
+            false
+        });
+        first
+    }
+
+    fn count(&self, span: &Span) -> usize {
+        let mut count = 0;
+        self.each_item(span, |_| {
+            count += 1;
+            true
+        });
+        count
+    }
+
+    fn ranges(&self, span: &Span) -> Vec<Range<usize>> {
+        let mut ranges = Vec::new();
+        self.each_item(span, |item| {
+            ranges.push(item.range.clone());
+            true
+        });
+        ranges
     }
 
     fn keys(&self, span: &Span) -> Vec<String> {
@@ -90,8 +110,7 @@ impl Object<'_> {
         if has_prompt || !matches!(span.kind, Kind::List { empty: false }) {
             return false;
         }
-        let first = self.items(span).into_iter().next();
-        first.is_some_and(|first| {
+        self.first_item(span).is_some_and(|first| {
             matches!(first.kind, Kind::Object { .. })
                 && self.keys(&first).iter().any(|key| columns::is_known(key))
         })
@@ -102,17 +121,20 @@ impl Object<'_> {
     fn is_columns(&self, chosen: &Span) -> Option<usize> {
         match chosen.kind {
             Kind::List { .. } => {
-                let values = self.items(chosen);
-                let no_objects = values.iter().all(|value| !matches!(value.kind, Kind::Object { .. }));
+                let mut no_objects = true;
+                self.each_item(chosen, |value| {
+                    no_objects = !matches!(value.kind, Kind::Object { .. });
+                    no_objects
+                });
                 let holds_lists = |column: &str| {
                     let span = self.members.iter().find(|(name, _)| name == column).map(|(_, span)| span);
                     let first = span.filter(|span| matches!(span.kind, Kind::List { .. }));
-                    let first = first.and_then(|span| self.items(span).into_iter().next());
+                    let first = first.and_then(|span| self.first_item(span));
                     first.is_some_and(|first| matches!(first.kind, Kind::List { .. }))
                 };
                 let columns =
                     no_objects || ["conversations", "messages", "prompt"].into_iter().any(holds_lists);
-                columns.then_some(values.len())
+                columns.then(|| self.count(chosen))
             }
             Kind::Object { empty: false } => {
                 let keys = self.keys(chosen);
@@ -126,28 +148,26 @@ impl Object<'_> {
     fn read_columns(&self, chosen: &str, rows: usize, chunks: &mut Chunks) -> Result<()> {
         let mut columns: Vec<(&str, Vec<Range<usize>>)> = Vec::with_capacity(self.members.len());
         for (name, span) in &self.members {
-            let values = match span.kind {
-                Kind::List { .. } | Kind::Object { .. } => self.items(span),
-                _ => {
-                    return Err(self.fault(
-                        format!("column `{name}` is neither a list nor an object"),
-                        "every column of an object of columns is a list with one value a record",
-                    ));
-                }
-            };
+            if !matches!(span.kind, Kind::List { .. } | Kind::Object { .. }) {
+                return Err(self.fault(
+                    format!("column `{name}` is neither a list nor an object"),
+                    "every column of an object of columns is a list with one value a record",
+                ));
+            }
             if matches!(span.kind, Kind::Object { .. }) && self.keys(span) != self.row_names(chosen) {
                 return Err(self.fault(
                     format!("the rows of column `{name}` have other names than those of `{chosen}`"),
                     "write one record a line (pandas: `to_json(FILE, orient=\"records\", lines=True)`)",
                 ));
             }
-            if values.len() != rows {
+            let values = self.count(span);
+            if values != rows {
                 return Err(self.fault(
-                    format!("column `{name}` has {} values and `{chosen}` has {rows}", values.len()),
+                    format!("column `{name}` has {values} values and `{chosen}` has {rows}"),
                     "every column of an object of columns has one value a record",
                 ));
             }
-            columns.push((name, values.into_iter().map(|value| value.range).collect()));
+            columns.push((name, self.ranges(span)));
         }
         let start = Start { is_line: false, byte: None, ..self.start };
         (0..rows).try_for_each(|row| {
