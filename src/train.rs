@@ -56,9 +56,9 @@ pub fn run(config: &RunConfig) -> Result<()> {
         return say_finished(&output, &plan);
     }
     plan.log(config.batch.pairs_per_step.is_some());
-    let (device, threads, path) = (config.device, config.threads, output.path().to_path_buf());
+    let (device, threads) = (config.device, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
-    run_on(device, threads, training).map_err(|error| guard::with_last_checkpoint(error, &path))
+    run_on(device, threads, training)
 }
 
 /// What must not change between the parts of a run.
@@ -112,11 +112,14 @@ impl DeviceTask for Training<'_> {
             recorder.evaluation(before)?;
         }
 
-        let after = run.train(&output, &mut recorder, resumed.unwrap_or(0))?;
+        let after = run
+            .train(&output, &mut recorder, resumed.unwrap_or(0))
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs.folder)?;
-        checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)?;
+        checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
@@ -223,12 +226,12 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    /// Refuses to keep weights that make no number of a pair they were just trained on: an update may be finite and
-    /// its model broken all the same.
+    /// Refuses to keep weights that make no loss or no gradient of pairs they were just trained on: an update may be
+    /// finite and its model broken all the same.
     fn probe(&mut self, batch: &StepBatch) -> Result<()> {
         let few = batch.pairs.iter().copied().take(PROBED_PAIRS);
         let pairs = training_pairs(&self.inputs.training, &self.references.training, few);
-        self.trainer.evaluate(&pairs).map(|_| ())
+        self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
     }
 
     /// Once an epoch unless the configuration says how often, and after the last step.

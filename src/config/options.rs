@@ -234,7 +234,7 @@ options! {
         max_grad_norm: f64, Always<f64> = Always(1.0), ALL, check::not_negative;
         /// Shape of the learning rate after the warm-up: cosine, linear or constant.
         schedule: Schedule, Always<Schedule> = Always(Schedule::Cosine), ALL, check::anything;
-        /// Warm-up as a share of all steps. Step `i` of a warm-up of `n` steps has `i / (n + 1)` of the peak learning
+        /// Warm-up as a share of all steps, at most all but one. Step `i` of a warm-up of `n` steps has `i / (n + 1)` of the peak learning
         /// rate, so that no step has none.
         warmup_ratio: f64, Absent = Absent("0.1, unless --warmup-steps is given"), ALL, check::zero_to_one;
         /// Warm-up in steps.

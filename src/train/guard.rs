@@ -53,12 +53,12 @@ pub fn check_saved(name: &str, offset: usize, values: &[f32]) -> Result<()> {
     ))
 }
 
-/// Names, in the advice of a numerical error, the newest checkpoint of `run`, from before it.
+/// Names, in the advice of a numerical error, the newest checkpoint of `run`: one is only saved of weights that pass.
 pub fn with_last_checkpoint(error: Error, run: &Path) -> Error {
     let Error::Numerics { message, help } = error else { return error };
     let kept = match run_state::latest(run) {
-        Ok(Some(path)) => format!("{} is from before and still good", path.display()),
-        _ => "no checkpoint was saved before (--save-steps saves some)".to_string(),
+        Ok(Some(path)) => format!("the newest checkpoint, {}, is from before that", path.display()),
+        _ => "no checkpoint was saved before that (--save-steps saves some)".to_string(),
     };
     Error::Numerics { message, help: format!("{help}; {kept}") }
 }

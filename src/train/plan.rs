@@ -23,6 +23,8 @@ pub struct Plan {
     schedule: Schedule,
     optimizer: OptimizerConfig,
     seed: u64,
+    /// Whether the number of steps was asked for.
+    is_given: bool,
 }
 
 impl Plan {
@@ -34,7 +36,10 @@ impl Plan {
         let schedule = config.schedule;
         let total_steps = schedule.max_steps.unwrap_or_else(|| order.steps_of(schedule.epochs));
         let warmup_steps = match schedule.warmup {
-            Warmup::Ratio(ratio) => (ratio * total_steps as f64).ceil() as usize,
+            // A share of the run leaves it a step at the peak.
+            Warmup::Ratio(ratio) => {
+                ((ratio * total_steps as f64).ceil() as usize).min(total_steps.saturating_sub(1))
+            }
             Warmup::Steps(steps) => steps,
         };
         Plan {
@@ -46,6 +51,7 @@ impl Plan {
             schedule: schedule.kind,
             optimizer: config.optimizer,
             seed: config.seed,
+            is_given: schedule.max_steps.is_some(),
         }
     }
 
@@ -171,22 +177,19 @@ impl Plan {
         );
         let unseen = pairs.saturating_sub(total_steps.saturating_mul(pairs_per_step));
         if unseen > 0 {
-            tracing::warn!("the run ends before {unseen} of the {pairs} pairs were trained on once");
+            tracing::info!("the run ends before {unseen} of the {pairs} pairs were trained on once");
         }
         if warmup_steps >= total_steps {
             tracing::warn!(
-                "the warm-up of {warmup_steps} steps is as long as the run of {total_steps}: the learning rate never \
-                 reaches its peak of {:.3e}",
+                "the warm-up of {warmup_steps} steps is not over when the run ends after {total_steps}: the learning rate \
+                 never reaches its peak of {:.3e}",
                 self.optimizer.learning_rate
             );
         }
-        if total_steps < FEW_STEPS {
+        if total_steps == 1 && !self.is_given {
             tracing::warn!(
-                "{total_steps} optimiser steps teach little: a smaller --pairs-per-step or more --epochs make more of them"
+                "one optimiser step teaches little: a smaller --pairs-per-step or more --epochs make more of them"
             );
         }
     }
 }
-
-/// Fewer steps than this are said to be few.
-const FEW_STEPS: usize = 5;
