@@ -226,11 +226,12 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    /// Refuses to keep weights that make no loss or no gradient of pairs they were just trained on: an update may be
-    /// finite and its model broken all the same.
+    /// Refuses to keep weights that make no loss or no gradient of the shortest pair they were just trained on: an update
+    /// may be finite and its model broken all the same.
     fn probe(&mut self, batch: &StepBatch) -> Result<()> {
-        let few = batch.pairs.iter().copied().take(PROBED_PAIRS);
-        let pairs = training_pairs(&self.inputs.training, &self.references.training, few);
+        let tokens = |&index: &usize| self.inputs.training.pairs[index].tokens();
+        let shortest = batch.pairs.iter().copied().min_by_key(tokens);
+        let pairs = training_pairs(&self.inputs.training, &self.references.training, shortest.into_iter());
         self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
     }
 
@@ -252,9 +253,6 @@ impl<'a, D: Device> Run<'a, D> {
         }))
     }
 }
-
-/// Pairs that are looked at before a checkpoint is saved.
-const PROBED_PAIRS: usize = 2;
 
 fn training_pairs<'a>(
     dataset: &'a PairDataset,
