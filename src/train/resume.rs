@@ -18,7 +18,7 @@ const LEFT_BY_A_START: [&str; 5] =
 #[derive(Debug)]
 pub enum Start {
     Fresh,
-    After(Checkpoint),
+    After(Box<Checkpoint>),
     /// All steps are done, and model and report are written.
     Finished,
 }
@@ -53,7 +53,7 @@ pub fn find(
                     return Ok(Start::Finished);
                 }
                 tracing::info!("resuming after step {step} of {}", plan.total_steps);
-                return Ok(Start::After(checkpoint));
+                return Ok(Start::After(Box::new(checkpoint)));
             }
             Err(error @ Error::Config { .. }) => return Err(error),
             Err(error) => damaged.push((path, error)),
