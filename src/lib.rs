@@ -12,6 +12,7 @@ pub mod demo;
 pub mod device;
 pub mod error;
 pub mod generate;
+pub mod interrupt;
 pub mod model;
 pub mod objective;
 pub mod optimizer;

@@ -7,7 +7,7 @@
 mod checkpoint;
 mod guard;
 mod inputs;
-mod interrupt;
+mod lock;
 mod output;
 mod recorder;
 mod reference;
@@ -21,12 +21,12 @@ pub use inputs::Inputs;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
-use crate::checkpoint::atomic;
 use crate::checkpoint::run_state::RunIdentity;
 use crate::config::{RunConfig, Warmup};
 use crate::data::{BatchOrder, PairDataset, StepBatch};
 use crate::device::{AdamWStep, Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::report::{EvalMetrics, PairMetrics, StepMetrics};
@@ -40,7 +40,8 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
-    atomic::check_writable(output.path())?;
+    interrupt::check()?;
+    let output = output.claim(config)?;
     run_on(config.device, config.threads, Training { config, inputs, output, started })
 }
 
@@ -57,6 +58,7 @@ impl DeviceTask for Training<'_> {
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, inputs, output, started } = self;
         let model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        interrupt::check()?;
         let references = References::compute(config, &inputs, &model)?;
         let samples = Samples::choose(&inputs)?;
         let answers_before = samples.answers(&model, &inputs)?;
@@ -64,6 +66,7 @@ impl DeviceTask for Training<'_> {
         let mut run = Run::new(config, &inputs, &references, model)?;
         let before = run.evaluate(0)?;
         let resumed = run.resume(&output)?;
+        let steps = interrupt::steps()?;
         output.begin(config)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
         if let (None, Some(before)) = (resumed, &before) {
@@ -73,6 +76,9 @@ impl DeviceTask for Training<'_> {
         let after = run.train(&output, &mut recorder, resumed.unwrap_or(0))?;
 
         checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)?;
+        let saved = format!("the trained model is in {}; only the report is missing", output.model().display());
+        let keeper = interrupt::keep_before_end(|| Some(saved));
+        drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
@@ -81,7 +87,9 @@ impl DeviceTask for Training<'_> {
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
             seconds: started.elapsed().as_secs_f64(),
-        })
+        })?;
+        drop(keeper);
+        Ok(())
     }
 }
 
@@ -102,6 +110,17 @@ impl Plan {
             Warmup::Steps(steps) => steps,
         };
         Plan { order, total_steps, warmup_steps }
+    }
+
+    /// AdamW counts its steps in 32 bits.
+    fn check(&self) -> Result<()> {
+        match u32::try_from(self.total_steps) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::config(
+                format!("the run would take {} optimiser steps", self.total_steps),
+                "lower --epochs, or raise --pairs-per-step",
+            )),
+        }
     }
 }
 
@@ -136,6 +155,7 @@ impl<'a, D: Device> Run<'a, D> {
             data: hex(&inputs.training.fingerprint),
         };
         let plan = Plan::new(config, inputs.training.pairs.len());
+        plan.check()?;
         let trainer = Trainer::new(model, config.objective, workload)?;
         tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })
@@ -180,14 +200,16 @@ impl<'a, D: Device> Run<'a, D> {
                 last_evaluation = self.evaluate(done)?;
                 last_evaluation.iter().try_for_each(|metrics| recorder.evaluation(metrics))?;
             }
-            let interrupted = interrupt::requested() && done < total;
+            let interrupted = interrupt::requested().filter(|_| done < total);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
-            if let (true, Some(next)) = (due || interrupted, batches.peek()) {
+            if let (true, Some(next)) = (due || interrupted.is_some(), batches.peek()) {
                 recorder.sync()?;
                 self.save(output, next)?;
             }
-            if interrupted {
-                return Err(Error::Interrupted { saved: output.path().to_path_buf() });
+            if let Some(signal) = interrupted {
+                let output = output.path().display();
+                let kept = format!("the run was saved in {output} and `--resume` continues it");
+                return Err(interrupt::stopped(signal, kept));
             }
         }
         match last_evaluation {

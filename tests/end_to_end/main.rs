@@ -6,6 +6,7 @@ mod demo;
 mod emulated;
 mod generate;
 mod harness;
+mod reliability;
 mod resume;
 mod score;
 mod train;
