@@ -12,6 +12,11 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::debug_fn;
 
 fn main() -> ExitCode {
+    guarded(command)
+}
+
+/// Turns a panic of any thread that `command` waits for into a message and an exit code of its own.
+fn guarded(command: impl FnOnce() -> ExitCode) -> ExitCode {
     report::note_panics();
     // Nothing is used after a panic but the note of it: the program ends.
     match catch_unwind(AssertUnwindSafe(command)) {
@@ -81,4 +86,28 @@ fn start_log(verbosity: Verbosity) -> Result<()> {
         .without_time()
         .init();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_has_an_exit_code_of_its_own_and_says_where_it_was() {
+        let ends = |command: fn()| {
+            let code = guarded(|| {
+                command();
+                ExitCode::SUCCESS
+            });
+            assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(70)));
+        };
+        ends(|| panic!("planted"));
+        // A worker of rayon's hands its panic to the thread that waits.
+        ends(|| _ = rayon::join(|| panic!("planted in a worker"), || ()));
+        report::note_panics();
+        let _ = catch_unwind(|| panic!("planted again"));
+        let message = report::bug_message();
+        assert!(message.contains("this is a bug in mmpo-fast"), "{message}");
+        assert!(message.contains("planted again (src/main.rs:"), "{message}");
+    }
 }

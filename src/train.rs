@@ -76,7 +76,8 @@ impl DeviceTask for Training<'_> {
         let after = run.train(&output, &mut recorder, resumed.unwrap_or(0))?;
 
         checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)?;
-        let saved = format!("the trained model is in {}; only the report is missing", output.model().display());
+        let saved =
+            format!("the trained model is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;

@@ -28,7 +28,7 @@ pub fn command() -> Command {
                 "FILE.jsonl",
                 "File that receives a line a pair, in the order of the data; `-` is standard output",
             )
-                .required(true),
+            .required(true),
         )
         .arg(own(
             "reference",

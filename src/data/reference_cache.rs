@@ -112,9 +112,7 @@ impl ReferenceCache {
                 warn(&fault);
                 None
             }
-            Ok(Some(bytes)) => {
-                self.parse(&bytes, pairs, accepts).inspect_err(|fault| warn(fault)).ok()
-            }
+            Ok(Some(bytes)) => self.parse(&bytes, pairs, accepts).inspect_err(|fault| warn(fault)).ok(),
         }
     }
 
@@ -267,9 +265,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     file.as_file().sync_all().map_err(|error| Error::io(path, "sync", error))?;
     file.persist(path).map_err(|error| Error::io(path, "replace", error.error))?;
     // The rename itself is durable only once the folder is.
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(|error| Error::io(folder, "sync", error))
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
 }
 
 /// Makes a folder and its parents for this user alone; one that exists keeps its mode.

@@ -38,7 +38,10 @@ mod tests {
     #[test]
     fn what_commands_a_terminal_is_shown_and_all_else_stays() {
         for (text, shown) in [
-            ("two\n\tlines, caf\u{e9} \u{1f469}\u{200d}\u{1f680}", "two\n\tlines, caf\u{e9} \u{1f469}\u{200d}\u{1f680}"),
+            (
+                "two\n\tlines, caf\u{e9} \u{1f469}\u{200d}\u{1f680}",
+                "two\n\tlines, caf\u{e9} \u{1f469}\u{200d}\u{1f680}",
+            ),
             ("\u{1b}]0;title\u{7}", "\\u{1b}]0;title\\u{7}"),
             ("\u{9b}31m red \u{7f}\r", "\\u{9b}31m red \\u{7f}\\u{d}"),
             ("admin\u{202e}gpj.exe\u{2066}", "admin\\u{202e}gpj.exe\\u{2066}"),

@@ -29,14 +29,16 @@ pub fn print_error(error: &Error) {
 
 /// Prints the latest panic as a fault of the program; to be called where a panic has ended the command.
 pub fn print_bug() {
-    let panic = LAST_PANIC.lock().ok().and_then(|mut last| last.take());
-    let message = format!(
-        "this is a bug in mmpo-fast, not a mistake of yours: {}",
-        panic.as_deref().unwrap_or("a thread panicked")
-    );
     let help = "please report it with this message, the command line and, if you can, the input; RUST_BACKTRACE=1 \
                 adds where it happened. Finished checkpoints and models are as they were";
-    print_diagnostic(&message, Some("bug".into()), Some(help.into()));
+    print_diagnostic(&bug_message(), Some("bug".into()), Some(help.into()));
+}
+
+/// The latest panic in words.
+pub fn bug_message() -> String {
+    let panic = LAST_PANIC.lock().ok().and_then(|mut last| last.take());
+    let panic = panic.unwrap_or_else(|| "a thread panicked".to_string());
+    format!("this is a bug in mmpo-fast, not a mistake of yours: {panic}")
 }
 
 /// Notes panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an error

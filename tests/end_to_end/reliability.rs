@@ -3,15 +3,14 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::harness::{TRAIN, Workplace};
 use crate::resume::wait_for_lines;
 
-const SCORE: &str = "score --model base --data pairs.jsonl --max-length 160 --max-prompt-length 64 --device cpu";
+const SCORE: &str =
+    "score --model base --data pairs.jsonl --max-length 160 --max-prompt-length 64 --device cpu";
 
 fn full() -> Stdio {
     OpenOptions::new().write(true).open("/dev/full").unwrap().into()
@@ -104,7 +103,8 @@ fn a_standard_output_that_cannot_be_written_is_an_error_and_one_that_nobody_read
         assert!(!message.contains('×') && !message.contains("panicked"), "{arguments}: {message}");
     }
     // All files of a run are there before anything is printed.
-    let output = work.command(&format!("{TRAIN} --max-steps 1 --output run")).stdout(full()).output().unwrap();
+    let output =
+        work.command(&format!("{TRAIN} --max-steps 1 --output run")).stdout(full()).output().unwrap();
     assert_eq!(output.status.code(), Some(5));
     assert!(work.path("run/report.html").is_file() && work.path("run/model/config.json").is_file());
 }
@@ -225,7 +225,10 @@ fn generate_stops_at_a_signal() {
         signal(&child, "INT");
         let code = child.wait().unwrap().code();
         let message = messages.join().unwrap();
-        assert!(code == Some(130) && message.contains("the answer ends after 65536 tokens"), "{code:?} {message}");
+        assert!(
+            code == Some(130) && message.contains("the answer ends after 65536 tokens"),
+            "{code:?} {message}"
+        );
     }
 }
 
@@ -324,17 +327,51 @@ fn a_cache_that_is_something_else_costs_time_alone() {
 fn absurd_numbers_are_refused_by_name_or_carried_on() {
     let work = Workplace::new();
     let absurd = [
-        "-1", "0", "nan", "inf", "-inf", "1e400", "0x10", "1e", "", "18446744073709551615",
-        "18446744073709551616", "9223372036854775808", "4294967295", "1e300", "1e-320", "1e38",
+        "-1",
+        "0",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "0x10",
+        "1e",
+        "",
+        "18446744073709551615",
+        "18446744073709551616",
+        "9223372036854775808",
+        "4294967295",
+        "1e300",
+        "1e-320",
+        "1e38",
     ];
     let counts = [
-        "max-length", "max-prompt-length", "pairs-per-step", "tokens-per-micro-batch", "max-steps",
-        "warmup-steps", "reward-group", "save-steps", "eval-steps", "keep-checkpoints", "head-workspace",
-        "threads", "seed",
+        "max-length",
+        "max-prompt-length",
+        "pairs-per-step",
+        "tokens-per-micro-batch",
+        "max-steps",
+        "warmup-steps",
+        "reward-group",
+        "save-steps",
+        "eval-steps",
+        "keep-checkpoints",
+        "head-workspace",
+        "threads",
+        "seed",
     ];
     let numbers = [
-        "epochs", "beta", "epsilon", "preference-weight", "entropy-weight", "learning-rate", "adam-beta1",
-        "adam-beta2", "adam-epsilon", "weight-decay", "max-grad-norm", "warmup-ratio",
+        "epochs",
+        "beta",
+        "epsilon",
+        "preference-weight",
+        "entropy-weight",
+        "learning-rate",
+        "adam-beta1",
+        "adam-beta2",
+        "adam-epsilon",
+        "weight-decay",
+        "max-grad-norm",
+        "warmup-ratio",
     ];
     // No data file: only what is wrong with the numbers is found before it.
     let commands = [
@@ -406,17 +443,17 @@ fn a_token_beyond_the_vocabulary_is_the_models_fault() {
     assert!(message.contains("base/tokenizer.json") && message.contains("vocab_size"), "{message}");
 }
 
-/// Runs a command with a terminal for all three standard streams; `script` is part of every Linux distribution.
-fn on_a_terminal(work: &Workplace, arguments: &str) -> Option<Output> {
+/// What a command prints where its standard output is a terminal; `script` is part of every Linux distribution.
+fn on_a_terminal(work: &Workplace, arguments: &str) -> String {
     let program = env!("CARGO_BIN_EXE_mmpo-fast");
     let mut script = Command::new("script");
     script
         .args(["-qec", &format!("{program} {arguments}"), "/dev/null"])
         .current_dir(work.path(""))
-        .env("NO_COLOR", "1")
-        .env("MMPO_FAST_CACHE", work.path("cache"))
         .stdin(Stdio::null());
-    script.output().ok()
+    let output = script.output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stdout));
+    text(&output.stdout)
 }
 
 #[test]
@@ -437,8 +474,6 @@ fn a_terminal_obeys_no_file() {
         assert!(message.contains(shown) && !commands(&message), "{message:?}");
     }
     std::fs::copy(work.path("pairs.jsonl"), work.path(&format!("{hostile}.jsonl"))).unwrap();
-    let mut command = work.command(SCORE);
-    command.args(["--output", "s.jsonl", "--data", &format!("{hostile}.jsonl")]);
     let output = work
         .command("score --model base --max-length 160 --max-prompt-length 64 --device cpu --output s.jsonl")
         .args(["--data", &format!("{hostile}.jsonl")])
@@ -452,21 +487,16 @@ fn a_terminal_obeys_no_file() {
     let refused = work.run("generate --model base --prompt hello --chat-template bad.jinja");
     assert!(refused.stderr.contains(shown) && !commands(&refused.stderr), "{:?}", refused.stderr);
 
-    // An answer: raw where it is piped, escaped on a terminal.
+    // An answer: as it is where it is piped, escaped on a terminal.
     let mut tokenizer: serde_json::Value = serde_json::from_slice(&work.read("base/tokenizer.json")).unwrap();
-    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
-    assert!(vocabulary.len() > 10);
-    work.write("echo.jinja", "{{ messages[0]['content'] }}");
-    let Some(output) = on_a_terminal(&work, "generate --model base --prompt hello --device cpu") else { return };
-    assert!(output.status.success(), "{}", text(&output.stdout));
-}
-
-#[test]
-fn a_panic_is_told_as_a_bug() {
-    // The hook and the message, without a bug to show them: in the program's own process nothing panics on input.
-    let message = std::panic::catch_unwind(|| panic!("planted")).unwrap_err();
-    assert_eq!(message.downcast_ref::<&str>(), Some(&"planted"));
-    let _ = Path::new("");
-    let mut command = Command::new("true");
-    let _ = command.arg0("true");
+    let replace =
+        serde_json::json!({ "type": "Replace", "pattern": { "String": "Red" }, "content": hostile });
+    let decoders = serde_json::json!([tokenizer["decoder"].take(), replace]);
+    tokenizer["decoder"] = serde_json::json!({ "type": "Sequence", "decoders": decoders });
+    work.write("base/tokenizer.json", tokenizer.to_string());
+    let generate = "generate --model base --device cpu --prompt";
+    let piped = work.command(generate).arg("Name three colours.").output().unwrap();
+    assert!(text(&piped.stdout).starts_with(hostile), "{:?}", text(&piped.stdout));
+    let terminal = on_a_terminal(&work, &format!("{generate} 'Name three colours.' 2>/dev/null"));
+    assert!(terminal.starts_with(shown) && !commands(&terminal), "{terminal:?}");
 }
