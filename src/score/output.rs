@@ -58,7 +58,8 @@ impl ScoreOutput {
                 "choose a new file for the scores; nothing was changed",
             ));
         }
-        Ok(ScoreOutput::File(real))
+        // What a link points at is replaced, not the link.
+        Ok(ScoreOutput::File(if named.is_symlink() { real } else { path.clone() }))
     }
 
     /// Fails now if nothing can be written there.

@@ -37,16 +37,18 @@ impl Output {
     /// another process writes in, a file, a folder that the run reads. The demo may be run again over itself.
     ///
     /// # Errors
-    /// [`Error::Config`].
+    /// [`Error::Io`] for what is no folder, [`Error::Config`] for the rest.
     pub fn check(config: &RunConfig) -> Result<Self> {
         let path = config.output.clone();
         if let Ok(metadata) = std::fs::metadata(&path)
             && !metadata.is_dir()
         {
-            return Err(Error::config(
-                format!("`--output` = {} is {}, not a folder", path.display(), kind_of(&metadata)),
-                "choose a folder for the run, new or empty",
-            ));
+            return Err(Error::Io {
+                cause: std::io::Error::other(format!("it is {}, not a folder", kind_of(&metadata))),
+                path,
+                action: "write in",
+                help: "choose another --output: a folder that is new or empty".into(),
+            });
         }
         refuse_inputs(config)?;
         RunLock::check(&path)?;

@@ -20,8 +20,20 @@ const LIMITS: LengthLimits = LengthLimits { max_length: 160, max_prompt_length: 
 
 /// All formats by name.
 pub const ALL: [&str; 14] = [
-    "config", "generation_config", "tokenizer", "tokenizer_config", "template", "safetensors", "index", "jsonl",
-    "json", "gzip", "recipe", "state", "cache", "metrics",
+    "config",
+    "generation_config",
+    "tokenizer",
+    "tokenizer_config",
+    "template",
+    "safetensors",
+    "index",
+    "jsonl",
+    "json",
+    "gzip",
+    "recipe",
+    "state",
+    "cache",
+    "metrics",
 ];
 
 /// A folder in which inputs are tried: the golden model, its pairs, and what a short run of the program leaves.
@@ -106,8 +118,10 @@ impl Place {
     /// Valid inputs of a format.
     pub fn seeds(&self, format: &str) -> Vec<Vec<u8>> {
         let data = |end: &str| {
-            let entries = std::fs::read_dir(tests().join("data/pairs")).unwrap().map(|entry| entry.unwrap().path());
-            let mut paths: Vec<PathBuf> = entries.filter(|path| path.to_string_lossy().ends_with(end)).collect();
+            let entries =
+                std::fs::read_dir(tests().join("data/pairs")).unwrap().map(|entry| entry.unwrap().path());
+            let mut paths: Vec<PathBuf> =
+                entries.filter(|path| path.to_string_lossy().ends_with(end)).collect();
             paths.sort();
             paths.iter().map(read).collect::<Vec<_>>()
         };
@@ -169,7 +183,8 @@ impl Place {
             "gzip" => {
                 let mut plain = Vec::new();
                 let mut reader = flate2::read::MultiGzDecoder::new(bytes.as_slice());
-                let _ = std::io::Read::read_to_end(&mut std::io::Read::take(&mut reader, 1 << 20), &mut plain);
+                let _ =
+                    std::io::Read::read_to_end(&mut std::io::Read::take(&mut reader, 1 << 20), &mut plain);
                 let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
                 writer.write_all(&plain).unwrap();
                 bytes = writer.finish().unwrap();
@@ -227,7 +242,8 @@ fn use_text(folder: &Path) -> Result {
         stream.push(id)?;
     }
     stream.finish()?;
-    let messages = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Name a colour.")];
+    let messages =
+        [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Name a colour.")];
     encoder.encode_chat_prompt(&messages.map(|(role, content)| Message::new(role, content))).map(|_| ())
 }
 

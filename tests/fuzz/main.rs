@@ -55,7 +55,8 @@ fn options() -> Options {
         arguments.get(at + 1).cloned()
     };
     let number = |flag: &str, default: u64| {
-        value(flag).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{flag} {text}: no number")))
+        value(flag)
+            .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{flag} {text}: no number")))
     };
     Options {
         formats: match value("--format") {
@@ -97,7 +98,8 @@ fn main() -> ExitCode {
 
 fn report(options: &Options, mut results: Vec<Outcome>, started: Instant) -> ExitCode {
     results.sort_by(|one, other| one.summary.cmp(&other.summary));
-    let mut log = format!("seed {}, {} inputs a format, from {}\n", options.seed, options.inputs, options.first);
+    let mut log =
+        format!("seed {}, {} inputs a format, from {}\n", options.seed, options.inputs, options.first);
     for result in &results {
         log.push_str(&format!("{}\n", result.summary));
     }
@@ -179,7 +181,9 @@ impl Worker {
             .unwrap();
         let (sender, lines) = channel();
         let output = BufReader::new(process.stdout.take().unwrap());
-        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        std::thread::spawn(move || {
+            output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
         let errors = BufReader::new(process.stderr.take().unwrap());
         let errors = std::thread::spawn(move || {
             let lines = errors.lines().map_while(Result::ok);
@@ -266,7 +270,8 @@ fn seeds(folder: &Path, format: &str) -> Vec<Vec<u8>> {
             std::fs::write(kept.join(format!("{number:03}")), seed).unwrap();
         }
     }
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
 }

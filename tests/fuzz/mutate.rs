@@ -6,11 +6,54 @@ use serde_json::{Map, Value, json};
 
 /// Texts that readers have stumbled over somewhere: numbers at the edges of types, brackets, escapes, words of formats.
 const FRAGMENTS: [&str; 48] = [
-    "0", "-1", "1e309", "-0.0", "18446744073709551615", "18446744073709551616", "9223372036854775808", "4294967296",
-    "2147483648", "1e-320", "NaN", "Infinity", "null", "true", "\"\"", "[]", "{}", "[[", "}}", "{{", "{%", "%}", "{#",
-    "\\u0000", "\\ud800", "\u{feff}", "\u{0}", "\u{1b}[2J", "\u{202e}", "\n", "\r\n", "\t", ",", ":", "\"", "\\",
-    "../..", "/dev/zero", "builtin:demo", "| tojson", "| length", "messages", "for x in range(99999)", "loop.index",
-    "eos_token", "\"type\"", "\"content\"", "(((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((",
+    "0",
+    "-1",
+    "1e309",
+    "-0.0",
+    "18446744073709551615",
+    "18446744073709551616",
+    "9223372036854775808",
+    "4294967296",
+    "2147483648",
+    "1e-320",
+    "NaN",
+    "Infinity",
+    "null",
+    "true",
+    "\"\"",
+    "[]",
+    "{}",
+    "[[",
+    "}}",
+    "{{",
+    "{%",
+    "%}",
+    "{#",
+    "\\u0000",
+    "\\ud800",
+    "\u{feff}",
+    "\u{0}",
+    "\u{1b}[2J",
+    "\u{202e}",
+    "\n",
+    "\r\n",
+    "\t",
+    ",",
+    ":",
+    "\"",
+    "\\",
+    "../..",
+    "/dev/zero",
+    "builtin:demo",
+    "| tojson",
+    "| length",
+    "messages",
+    "for x in range(99999)",
+    "loop.index",
+    "eos_token",
+    "\"type\"",
+    "\"content\"",
+    "(((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((",
 ];
 
 /// The input number `index` of `seed`: one of `seeds` with a few changes. Equal arguments give equal bytes.
@@ -59,7 +102,8 @@ fn change(random: &mut impl Rng, bytes: &mut Vec<u8>, seeds: &[Vec<u8>]) {
         6 => edit_number(random, bytes),
         7 => {
             let (range, depth) = (range(random, len, 32), random.random_range(1..=400));
-            let (open, close) = *pick(random, &[("[", "]"), ("{\"a\":", "}"), ("(", ")"), ("not ", ""), ("a.", "")]);
+            let (open, close) =
+                *pick(random, &[("[", "]"), ("{\"a\":", "}"), ("(", ")"), ("not ", ""), ("a.", "")]);
             let inner = String::from_utf8_lossy(&bytes[range.clone()]).into_owned();
             bytes.splice(range, (open.repeat(depth) + &inner + &close.repeat(depth)).into_bytes());
         }
