@@ -1,5 +1,6 @@
 //! The formats: valid inputs to begin with, and what the program does with such a file.
 
+use std::cell::OnceCell;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,8 @@ pub const ALL: [&str; 14] = [
 /// A folder in which inputs are tried: the golden model, its pairs, and what a short run of the program leaves.
 pub struct Place {
     folder: PathBuf,
+    /// The valid model's, loaded when the first pairs are read.
+    encoder: OnceCell<TextEncoder>,
 }
 
 fn tests() -> &'static Path {
@@ -52,7 +55,7 @@ fn read(path: impl AsRef<Path>) -> Vec<u8> {
 impl Place {
     /// Fills an empty folder.
     pub fn prepare(folder: &Path) -> Self {
-        let place = Place { folder: folder.to_path_buf() };
+        let place = Place { folder: folder.to_path_buf(), encoder: OnceCell::new() };
         for model in ["model", "sharded"] {
             std::fs::create_dir(place.path(model)).unwrap();
             for entry in std::fs::read_dir(tests().join("goldens/base/model")).unwrap() {
@@ -79,7 +82,7 @@ impl Place {
     }
 
     pub fn open(folder: &Path) -> Self {
-        Place { folder: folder.to_path_buf() }
+        Place { folder: folder.to_path_buf(), encoder: OnceCell::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -207,8 +210,8 @@ impl Place {
             "index" => load_model(&self.path("sharded")),
             "tokenizer" | "tokenizer_config" | "template" => use_text(&self.path("model")),
             "jsonl" | "json" | "gzip" => {
-                let encoder = TextEncoder::load(&self.path("model"), None)?;
-                load_pairs(&self.file(format), &encoder, LIMITS).map(|_| ())
+                let load = || TextEncoder::load(&self.path("model"), None).unwrap();
+                load_pairs(&self.file(format), self.encoder.get_or_init(load), LIMITS).map(|_| ())
             }
             "recipe" => read_recipe(&self.file(format)),
             "state" => {
