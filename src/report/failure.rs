@@ -52,7 +52,9 @@ pub fn note_panics() {
 }
 
 fn describe(panic: &PanicHookInfo<'_>) -> String {
-    let what = panic.payload_as_str().unwrap_or("a value that is no text");
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let what = text.or(payload.downcast_ref().copied()).unwrap_or("a value that is no text");
     let place = panic.location().map(|place| format!(" ({}:{})", place.file(), place.line()));
     let trace = Backtrace::capture();
     let trace = match trace.status() {

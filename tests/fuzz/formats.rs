@@ -138,7 +138,7 @@ impl Place {
             }
             "cache" => {
                 let cache = self.cache();
-                cache.store(&vec![ReferencePair::default(); 7]).unwrap();
+                cache.store(&[ReferencePair::default(); 7]).unwrap();
                 vec![read(cache.path())]
             }
             "template" => {
