@@ -23,5 +23,7 @@ pub(crate) use records::common_prefix;
 pub use records::{Body, Format, Message, Record, read_records};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
-pub use template::{ChatTemplate, TemplateRefusal};
+pub use template::{ChatTemplate, TemplateRefusal, Watch};
+#[allow(unused_imports)]
+pub(crate) use template::{DEFAULT as DEFAULT_TEMPLATE, TEMPLATE_FILE, TEMPLATE_FOLDER};
 pub use tokenizer::{StreamDecoder, Tokenizer};
