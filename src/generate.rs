@@ -26,7 +26,12 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
             encoder.encode_chat_prompt(&messages)?
         }
     };
-    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt })
+    // A template may end its turns with a token that the model's files do not list.
+    let end_of_turn = match &encoder.template {
+        Some(template) if !config.raw => template.end_of_turn(&encoder.tokenizer)?,
+        _ => None,
+    };
+    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt, end_of_turn })
 }
 
 struct Generating<'a> {
@@ -34,14 +39,17 @@ struct Generating<'a> {
     folder: ModelFolder,
     encoder: TextEncoder,
     prompt: Vec<u32>,
+    /// Ends the answer, beside the model's own end tokens.
+    end_of_turn: Option<u32>,
 }
 
 impl DeviceTask for Generating<'_> {
     type Output = ();
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
-        let Generating { config, folder, encoder, prompt } = self;
-        let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
+        let Generating { config, folder, encoder, prompt, end_of_turn } = self;
+        let mut model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
+        model.config.stop_token_ids.extend(end_of_turn);
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);
         generate(&model, &prompt, config.max_new_tokens, sampling, |token| print_result(&text.push(token)?))?;

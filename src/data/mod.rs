@@ -24,6 +24,5 @@ pub use records::{Body, Format, Message, Record, read_records};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
 pub use template::{ChatTemplate, TemplateRefusal, Watch};
-#[allow(unused_imports)]
-pub(crate) use template::{DEFAULT as DEFAULT_TEMPLATE, TEMPLATE_FILE, TEMPLATE_FOLDER};
+pub(crate) use template::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 pub use tokenizer::{StreamDecoder, Tokenizer};

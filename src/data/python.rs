@@ -211,7 +211,10 @@ impl Writer {
 
 fn not_json(value: &Value) -> Error {
     let kind = value.kind();
-    Error::new(ErrorKind::InvalidOperation, format!("tojson: a value of kind {kind} cannot be written as JSON"))
+    Error::new(
+        ErrorKind::InvalidOperation,
+        format!("tojson: a value of kind {kind} cannot be written as JSON"),
+    )
 }
 
 /// The member name that `json.dumps` makes of a key.
@@ -281,7 +284,14 @@ pub(super) fn is_printable(c: char) -> bool {
 /// Python's `repr` of a float: the shortest digits, in scientific form below 1e-4 and from 1e16 on.
 fn python_float(float: f64) -> String {
     if !float.is_finite() {
-        return (if float.is_nan() { "nan" } else if float > 0.0 { "inf" } else { "-inf" }).to_string();
+        return (if float.is_nan() {
+            "nan"
+        } else if float > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        })
+        .to_string();
     }
     let scientific = format!("{float:e}");
     let Some((digits, exponent)) = scientific.split_once('e') else { return scientific };
@@ -327,7 +337,8 @@ mod tests {
 
     #[test]
     fn layouts_are_those_of_json_dumps() {
-        let value = value(serde_json::json!({"b": [1, {"x": null}], "a": "é\u{1F600}\u{1}\"", "e": [], "o": {}}));
+        let value =
+            value(serde_json::json!({"b": [1, {"x": null}], "a": "é\u{1F600}\u{1}\"", "e": [], "o": {}}));
         assert_eq!(
             dumps(&value, &Layout::default(), BOUNDS).unwrap(),
             "{\"b\": [1, {\"x\": null}], \"a\": \"é\u{1F600}\\u0001\\\"\", \"e\": [], \"o\": {}}"

@@ -7,8 +7,8 @@
 use serde_json::Map;
 
 use super::ChatTemplate;
-use crate::data::{Message, Tokenizer};
 use crate::Result;
+use crate::data::{Message, Tokenizer};
 
 /// Contents that no template writes by itself or looks for.
 const QUESTION: &str = "mmpoquestion";

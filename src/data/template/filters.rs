@@ -54,11 +54,18 @@ fn escaped(text: &str) -> String {
 }
 
 /// Jinja's `join(d='', attribute=None)`: every item as `str` writes it.
-fn join(state: &State, value: &Value, between: Option<&Value>, attribute: Option<&Value>, named: Kwargs) -> Result<String> {
+fn join(
+    state: &State,
+    value: &Value,
+    between: Option<&Value>,
+    attribute: Option<&Value>,
+    named: Kwargs,
+) -> Result<String> {
     let named_between: Option<Value> = named.get("d")?;
     let named_attribute: Option<Value> = named.get("attribute")?;
     named.assert_all_used()?;
-    let between = between.or(named_between.as_ref()).map_or(Ok(String::new()), |between| text(state, between))?;
+    let between =
+        between.or(named_between.as_ref()).map_or(Ok(String::new()), |between| text(state, between))?;
     let attribute = attribute.or(named_attribute.as_ref()).filter(|attribute| !attribute.is_none());
     if value.is_undefined() {
         return Ok(String::new());

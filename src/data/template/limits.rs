@@ -1,9 +1,10 @@
 //! What a template may use: templates come from the internet with their models, and some are hostile or broken.
 //!
 //! Work and memory are bounded by minijinja's fuel, the stack by running on one of a known size, and time by whoever
-//! watches [`overrun`], since a few operations on long strings cost no fuel.
+//! watches ([`Watch`]), since a few operations on long strings cost no fuel.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use minijinja::{Error, ErrorKind, State};
@@ -45,11 +46,19 @@ pub(super) fn pay_for_bytes(state: &State, bytes: usize) -> Result<(), Error> {
     }
 }
 
-/// A thread's renderings, numbered from 1, and whether one is under way.
+/// A thread's renderings.
 #[derive(Debug, Default)]
 struct Renderings {
+    /// How many there have been.
     number: AtomicU64,
-    under_way: AtomicBool,
+    /// Where the template of the one under way comes from.
+    under_way: Mutex<Option<Arc<Path>>>,
+}
+
+impl Renderings {
+    fn set(&self, path: Option<Arc<Path>>) {
+        *self.under_way.lock().unwrap_or_else(PoisonError::into_inner) = path;
+    }
 }
 
 static THREADS: Mutex<Vec<Weak<Renderings>>> = Mutex::new(Vec::new());
@@ -64,19 +73,19 @@ thread_local! {
     };
 }
 
-/// Runs one rendering where [`Watch`] sees it.
-pub(super) fn watched<R>(render: impl FnOnce() -> R) -> R {
+/// Runs one rendering of the template at `path` where a [`Watch`] sees it.
+pub(super) fn watched<R>(path: &Arc<Path>, render: impl FnOnce() -> R) -> R {
     MINE.with(|mine| {
         mine.number.fetch_add(1, Ordering::Relaxed);
-        mine.under_way.store(true, Ordering::Release);
+        mine.set(Some(path.clone()));
         let result = render();
-        mine.under_way.store(false, Ordering::Release);
+        mine.set(None);
         result
     })
 }
 
-/// Watches for a rendering that does not end. Looks are counted, not seconds, so that a stopped process that goes on
-/// has not used up its time.
+/// Watches for a rendering that does not end. Looks are counted, not seconds, so that a process that was stopped and
+/// goes on has not used up its time.
 #[derive(Debug, Default)]
 pub struct Watch {
     /// Thread, its rendering's number, and how many looks in a row found it under way.
@@ -84,22 +93,25 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Whether some rendering has been under way at each of the last `looks` calls, this one included.
-    pub fn overrun(&mut self, looks: u32) -> bool {
+    /// The template of a rendering that has been under way at each of the last `looks` calls, this one included.
+    pub fn overrun(&mut self, looks: u32) -> Option<PathBuf> {
         let threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut seen = Vec::with_capacity(threads.len());
+        let mut overrun = None;
         for thread in threads {
             let Some(state) = thread.upgrade() else { continue };
-            if !state.under_way.load(Ordering::Acquire) {
-                continue;
-            }
+            let under_way = state.under_way.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let Some(path) = under_way else { continue };
             let number = state.number.load(Ordering::Relaxed);
             let before = self.seen.iter().find(|(other, known, _)| other.ptr_eq(&thread) && *known == number);
             let count = before.map_or(1, |(_, _, count)| count + 1);
+            if count >= looks {
+                overrun = Some(path.to_path_buf());
+            }
             seen.push((thread, number, count));
         }
         self.seen = seen;
-        self.seen.iter().any(|(_, _, count)| *count >= looks)
+        overrun
     }
 }
 
@@ -109,12 +121,13 @@ mod tests {
 
     #[test]
     fn a_rendering_that_does_not_end_is_seen() {
+        let mine: Arc<Path> = Path::new("mine").into();
         let mut watch = Watch::default();
-        watched(|| {
-            assert!(!watch.overrun(3));
-            assert!(!watch.overrun(3));
-            assert!(watch.overrun(3));
+        watched(&mine, || {
+            assert_eq!(watch.overrun(3), None);
+            assert_eq!(watch.overrun(3), None);
+            assert_eq!(watch.overrun(3).as_deref(), Some(&*mine));
         });
-        watched(|| assert!(!watch.overrun(2), "another rendering"));
+        watched(&mine, || assert_eq!(watch.overrun(2), None, "another rendering"));
     }
 }

@@ -267,7 +267,13 @@ fn window(text: &str, start: Option<i64>, end: Option<i64>) -> Option<(&str, usi
     Some((&text[offset(start)..offset(end)], start as usize))
 }
 
-fn has_affix(text: &str, at_start: bool, affixes: &Value, start: Option<i64>, end: Option<i64>) -> Result<bool> {
+fn has_affix(
+    text: &str,
+    at_start: bool,
+    affixes: &Value,
+    start: Option<i64>,
+    end: Option<i64>,
+) -> Result<bool> {
     let Some((text, _)) = window(text, start, end) else { return Ok(false) };
     let has = |affix: &Value| match (affix.as_str(), at_start) {
         (Some(affix), true) => Ok(text.starts_with(affix)),

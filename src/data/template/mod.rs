@@ -27,17 +27,18 @@ use super::Message;
 use crate::{Error, Result};
 
 pub use limits::Watch;
+pub(crate) use limits::too_deep;
 pub(crate) use limits::with_deep_stack;
 pub use refusal::TemplateRefusal;
-pub(crate) use limits::too_deep;
-pub(crate) use sources::{DEFAULT, Sources, TEMPLATE_FILE, TEMPLATE_FOLDER};
-use sources::TOOL_USE;
+use sources::{DEFAULT, Sources, TOOL_USE};
+pub(crate) use sources::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 
 /// A compiled chat template with the special tokens it may name.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     sources: Sources,
+    path: Arc<Path>,
     special_tokens: BTreeMap<String, String>,
     has_tool_use: bool,
     fingerprint: [u8; 32],
@@ -94,9 +95,10 @@ impl ChatTemplate {
         for (name, token) in &special_tokens {
             hasher.update(name.as_bytes()).update(&[0]).update(token.as_bytes()).update(&[0]);
         }
+        let path = sources.templates.get(DEFAULT).map_or(Path::new(""), |source| &source.path).into();
         let has_tool_use = sources.templates.contains_key(TOOL_USE);
         let fingerprint = *hasher.finalize().as_bytes();
-        Ok(ChatTemplate { environment, sources, special_tokens, has_tool_use, fingerprint, time })
+        Ok(ChatTemplate { environment, sources, path, special_tokens, has_tool_use, fingerprint, time })
     }
 
     /// Fixes what `strftime_now` calls now, so that a resumed run sees the texts of the run it continues. Without
@@ -115,12 +117,14 @@ impl ChatTemplate {
 
     /// Where the template was read from.
     pub fn path(&self) -> &Path {
-        self.sources.templates.get(DEFAULT).map_or(Path::new(""), |source| &source.path)
+        &self.path
     }
 
-    /// All templates of the model, for a folder that is saved.
-    pub(crate) fn sources(&self) -> &Sources {
-        &self.sources
+    /// The templates that a saved folder must hold where --chat-template replaced the model's: names and texts.
+    /// `None` where the model's own templates are used, which are kept as they are.
+    pub fn replaced(&self) -> Option<BTreeMap<&str, &str>> {
+        let texts = self.sources.templates.iter().map(|(name, source)| (name.as_str(), source.text.as_str()));
+        self.sources.overridden.then(|| texts.collect())
     }
 
     /// Hash of the template's sources and special tokens.
@@ -170,7 +174,7 @@ impl ChatTemplate {
         let with_tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
         let name = if self.has_tool_use && with_tools { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|error| refusal::refusal(&error))?;
-        limits::watched(|| with_deep_stack(|| template.render(context)))
+        limits::watched(&self.path, || with_deep_stack(|| template.render(context)))
             .map_err(|error| refusal::refusal(&error))
     }
 }

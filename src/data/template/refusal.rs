@@ -50,7 +50,10 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
         if let Some(Raised(message)) = current.downcast_ref() {
             return TemplateRefusal { message: message.clone(), raised: true, exceeded: false };
         }
-        if current.downcast_ref::<minijinja::Error>().is_some_and(|error| error.kind() == ErrorKind::OutOfFuel) {
+        if current
+            .downcast_ref::<minijinja::Error>()
+            .is_some_and(|error| error.kind() == ErrorKind::OutOfFuel)
+        {
             let message = format!("takes more than {STEPS} steps for one conversation{line}");
             return TemplateRefusal { message, raised: false, exceeded: true };
         }

@@ -287,7 +287,10 @@ mod tests {
             "é{é%é}",
             "{% set a = {'b': '%}'}['b'] %}{% generation",
         ] {
-            assert_eq!(prepared(source).replace("__mmpo_keep((", "").replace("['b'])) %}", "['b'] %}"), source);
+            assert_eq!(
+                prepared(source).replace("__mmpo_keep((", "").replace("['b'])) %}", "['b'] %}"),
+                source
+            );
         }
     }
 
@@ -298,7 +301,10 @@ mod tests {
             ("{%- set x = f(1)-%}", "{%- set x = __mmpo_keep((f(1)))-%}"),
             ("{% set x, y = 1, 2 %}", "{% set x, y = __mmpo_keep((1, 2)) %}"),
             ("{% set n.x = n.x + 1 %}", "{% set n.x = __mmpo_keep_in_namespace((n.x + 1)) %}"),
-            ("{% set n.x = namespace(a=(1)) %}", "{% set n.x = __mmpo_keep_in_namespace((namespace(a=(1))), true) %}"),
+            (
+                "{% set n.x = namespace(a=(1)) %}",
+                "{% set n.x = __mmpo_keep_in_namespace((namespace(a=(1))), true) %}",
+            ),
             (
                 "{% set n.x = namespace() if n else namespace() %}",
                 "{% set n.x = __mmpo_keep_in_namespace((namespace() if n else namespace())) %}",
@@ -306,7 +312,9 @@ mod tests {
         ] {
             assert_eq!(prepared(source), expected);
         }
-        for source in ["{% set x = a.b[1:] %}", "{% set x %}[1]{% endset %}", "{% set x = %}", "{% set x == [] %}"] {
+        for source in
+            ["{% set x = a.b[1:] %}", "{% set x %}[1]{% endset %}", "{% set x = %}", "{% set x == [] %}"]
+        {
             assert_eq!(prepared(source), source);
         }
     }

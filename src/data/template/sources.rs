@@ -14,9 +14,9 @@ use serde_json::{Map, Value};
 use crate::{Error, Result};
 
 /// The template that is used where nothing else is said.
-pub(crate) const DEFAULT: &str = "default";
+pub(super) const DEFAULT: &str = "default";
 /// The named template that transformers picks for conversations with tools, where there is one.
-pub(crate) const TOOL_USE: &str = "tool_use";
+pub(super) const TOOL_USE: &str = "tool_use";
 pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
 pub(crate) const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 const LEGACY_FILE: &str = "chat_template.json";
@@ -25,14 +25,14 @@ const MEND: &str = "mend it, or pass --chat-template FILE";
 
 /// A model's templates by their names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Sources {
+pub(super) struct Sources {
     pub templates: BTreeMap<String, Source>,
     /// Whether --chat-template chose the default, which then also stands for tools.
     pub overridden: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Source {
+pub(super) struct Source {
     /// The file that holds the template: what errors name.
     pub path: PathBuf,
     pub text: String,
@@ -129,7 +129,8 @@ fn of_files(folder: &Path) -> Result<BTreeMap<String, Source>> {
         let failed = |error| Error::io(&additional, "read", error);
         for entry in fs::read_dir(&additional).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".jinja"));
+            let name =
+                path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".jinja"));
             if let (Some(name), true) = (name, path.is_file()) {
                 templates.insert(name.to_string(), path);
             }
@@ -155,7 +156,8 @@ fn of_json(path: &Path, templates: Option<&Value>) -> Result<BTreeMap<String, So
             for entry in entries {
                 let text = |name: &str| entry.get(name).and_then(Value::as_str);
                 let (Some(name), Some(template)) = (text("name"), text("template")) else {
-                    let message = "an entry of the list `chat_template` lacks a `name` or a `template` string";
+                    let message =
+                        "an entry of the list `chat_template` lacks a `name` or a `template` string";
                     return Err(Error::model(path, message, MEND));
                 };
                 named.insert(name.to_string(), source(template)?);
