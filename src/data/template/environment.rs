@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State};
 use minijinja_contrib::globals::{cycler, joiner};
 
@@ -37,7 +37,7 @@ pub(super) fn environment(time: Arc<OnceLock<Timestamp>>) -> Result<Environment<
     filters::add(&mut environment);
     environment.add_filter("string", |state: &State, value: &Value| text(state, value));
     environment.add_filter("tojson", to_json);
-    environment.add_function("cycler", cycler);
+    environment.add_function("cycler", |items: Rest<Value>| cycler(items.to_vec()));
     environment.add_function("joiner", joiner);
     environment.add_function("raise_exception", |state: &State, message: Option<&Value>| -> Result<Value> {
         let message = message.map_or(Ok(String::new()), |message| text(state, message))?;
@@ -87,7 +87,6 @@ fn add_tests(environment: &mut Environment) {
             ValueKind::String | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map | ValueKind::Undefined
         )
     });
-    environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
 }
 
 /// Refuses a value of too many levels, and where `namespaces` are not welcome, those: a namespace that holds itself

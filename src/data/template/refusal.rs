@@ -14,7 +14,7 @@ pub struct TemplateRefusal {
     pub message: String,
     /// Whether the template raised on purpose.
     pub raised: bool,
-    /// Whether the template asked for more work or memory than a template may use: no conversation is at fault then.
+    /// Whether the template asked for more work, memory or depth than a template may use: no conversation is at fault.
     pub exceeded: bool,
 }
 
@@ -59,8 +59,25 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
         }
         cause = current.source();
     }
-    TemplateRefusal { message: describe(error) + &line, raised: false, exceeded: false }
+    let description = describe(error);
+    match LIMITS.iter().any(|limit| description.contains(limit)) {
+        true => TemplateRefusal {
+            message: format!("asks for more than a template may use: {description}{line}"),
+            raised: false,
+            exceeded: true,
+        },
+        false => TemplateRefusal { message: description + &line, raised: false, exceeded: false },
+    }
 }
+
+/// How minijinja and the checks of this module say that a limit was met; these errors have no kind of their own.
+const LIMITS: [&str; 5] = [
+    "recursion limit exceeded",
+    "too many elements",
+    "is too large",
+    "levels deep",
+    "a namespace can hold another namespace only",
+];
 
 /// ` (line N of the template)`, where the error knows its line.
 pub(super) fn line(error: &minijinja::Error) -> String {
