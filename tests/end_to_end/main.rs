@@ -8,4 +8,5 @@ mod generate;
 mod harness;
 mod resume;
 mod score;
+mod templates;
 mod train;

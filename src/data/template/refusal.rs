@@ -16,6 +16,8 @@ pub struct TemplateRefusal {
     pub raised: bool,
     /// Whether the template asked for more work, memory or depth than a template may use: no conversation is at fault.
     pub exceeded: bool,
+    /// The template's line that raised, 1-based; other messages hold their line.
+    pub line: Option<usize>,
 }
 
 impl fmt::Display for TemplateRefusal {
@@ -23,7 +25,8 @@ impl fmt::Display for TemplateRefusal {
         match self {
             TemplateRefusal { exceeded: true, .. } => write!(formatter, "the chat template {}", self.message),
             TemplateRefusal { raised: true, .. } => {
-                write!(formatter, "the chat template refuses this conversation: {}", self.message)
+                write!(formatter, "the chat template refuses this conversation: {}", self.message)?;
+                self.line.map_or(Ok(()), |line| write!(formatter, " (line {line} of the template)"))
             }
             _ => write!(formatter, "the chat template fails on this conversation: {}", self.message),
         }
@@ -48,14 +51,15 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(current) = cause {
         if let Some(Raised(message)) = current.downcast_ref() {
-            return TemplateRefusal { message: message.clone(), raised: true, exceeded: false };
+            let message = message.clone();
+            return TemplateRefusal { message, raised: true, exceeded: false, line: error.line() };
         }
         if current
             .downcast_ref::<minijinja::Error>()
             .is_some_and(|error| error.kind() == ErrorKind::OutOfFuel)
         {
             let message = format!("takes more than {STEPS} steps for one conversation{line}");
-            return TemplateRefusal { message, raised: false, exceeded: true };
+            return TemplateRefusal { message, raised: false, exceeded: true, line: None };
         }
         cause = current.source();
     }
@@ -65,8 +69,9 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
             message: format!("asks for more than a template may use: {description}{line}"),
             raised: false,
             exceeded: true,
+            line: None,
         },
-        false => TemplateRefusal { message: description + &line, raised: false, exceeded: false },
+        false => TemplateRefusal { message: description + &line, raised: false, exceeded: false, line: None },
     }
 }
 
