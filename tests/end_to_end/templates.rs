@@ -59,10 +59,11 @@ fn a_chosen_template_is_saved_as_the_default() {
         assert!(!work.path(&format!("{model}/additional_chat_templates/tool_use.jinja")).exists());
         assert_eq!(work.answer_of(&model), "Red, green and blue.\n");
     }
-    work.refuse(&format!("train --model base --chat-template other --output run {FLAGS}"), 2, &[
-        "--chat-template other",
-        "default, named, tool_use",
-    ]);
+    work.refuse(
+        &format!("train --model base --chat-template other --output run {FLAGS}"),
+        2,
+        &["--chat-template other", "default, named, tool_use"],
+    );
     work.succeed(&format!("train --model base --output run {FLAGS}"));
     assert_eq!(work.read("run/model/chat_template.jinja"), own);
     assert_eq!(work.read("run/model/additional_chat_templates/tool_use.jinja"), b"tools");
@@ -71,9 +72,13 @@ fn a_chosen_template_is_saved_as_the_default() {
 #[test]
 fn a_template_without_bounds_is_a_fault_of_the_model() {
     let work = Workplace::new();
-    work.write("endless.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}");
-    work.refuse(&format!("train --model base --chat-template endless.jinja --output run {FLAGS}"), 4, &[
+    work.write(
         "endless.jinja",
-        "steps for one conversation",
-    ]);
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    );
+    work.refuse(
+        &format!("train --model base --chat-template endless.jinja --output run {FLAGS}"),
+        4,
+        &["endless.jinja", "steps for one conversation"],
+    );
 }

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use minijinja::{Error, ErrorKind, State};
 
+use super::scan::Prepared;
+
 /// Steps of one rendering: an instruction, or 64 bytes of text that is made or looked through. A conversation of 200
 /// turns and 100 thousand characters takes under 200 thousand with the longest published templates.
 pub(super) const STEPS: u64 = 8_000_000;
@@ -18,13 +20,21 @@ pub(super) const LEVELS: usize = 200;
 /// minijinja's count of nested calls, of which a macro's call takes 4.
 pub(super) const CALLS: usize = 400;
 
-/// Stack that compiling or rendering within the limits cannot exhaust, and what is made where less is left.
-const STACK_NEEDED: usize = 64 << 20;
-const STACK: usize = 96 << 20;
+/// Stack that compiling within the limits cannot exhaust, and that is enough for every rendering too.
+pub(super) const DEEP_STACK: usize = 64 << 20;
 
-/// Runs `work` with enough stack: on the caller's where that has it, else on one made for it.
-pub(crate) fn with_deep_stack<R>(work: impl FnOnce() -> R) -> R {
-    stacker::maybe_grow(STACK_NEEDED, STACK, work)
+/// Runs `work` with `bytes` of stack at least: on the caller's where that has them, else on one made for it, which
+/// takes longer than most renderings.
+pub(crate) fn with_stack<R>(bytes: usize, work: impl FnOnce() -> R) -> R {
+    stacker::maybe_grow(bytes, bytes + bytes / 2, work)
+}
+
+/// Stack that a rendering of this template cannot exhaust. Calls nest at most [`CALLS`] / 4 deep; values nest
+/// [`LEVELS`] deep and, before they are checked, as much deeper as one tag of each call has signs.
+pub(super) fn stack_of(template: &Prepared) -> usize {
+    let one_call = (8 << 10) + template.largest_tag * (1 << 10);
+    let calls = if template.has_calls { CALLS / 4 } else { 1 };
+    ((512 << 10) + calls * one_call).min(DEEP_STACK)
 }
 
 /// The error for a value that nests too deep.

@@ -28,7 +28,6 @@ use crate::{Error, Result};
 
 pub use limits::Watch;
 pub(crate) use limits::too_deep;
-pub(crate) use limits::with_deep_stack;
 pub use refusal::TemplateRefusal;
 use sources::{DEFAULT, Sources, TOOL_USE};
 pub(crate) use sources::{TEMPLATE_FILE, TEMPLATE_FOLDER};
@@ -41,6 +40,8 @@ pub struct ChatTemplate {
     path: Arc<Path>,
     special_tokens: BTreeMap<String, String>,
     has_tool_use: bool,
+    /// Bytes that a rendering needs.
+    stack: usize,
     fingerprint: [u8; 32],
     time: Arc<OnceLock<Timestamp>>,
 }
@@ -76,6 +77,7 @@ impl ChatTemplate {
         let mut environment = environment::environment(time.clone())
             .map_err(|error| Error::model(Path::new("minijinja"), error.to_string(), "report this"))?;
         let mut hasher = blake3::Hasher::new();
+        let mut stack = 0;
         for name in [DEFAULT, TOOL_USE] {
             let Some(source) = sources.templates.get(name) else { continue };
             hasher.update(name.as_bytes()).update(&[0]).update(source.text.as_bytes()).update(&[0]);
@@ -89,7 +91,8 @@ impl ChatTemplate {
             let prepared = scan::prepare(&unix_line_ends(&source.text)).map_err(|too_large| {
                 does_not_compile(&format!(" (line {} of the template)", too_large.line), &too_large.message)
             })?;
-            with_deep_stack(|| environment.add_template_owned(name, prepared))
+            stack = stack.max(limits::stack_of(&prepared));
+            limits::with_stack(limits::DEEP_STACK, || environment.add_template_owned(name, prepared.text))
                 .map_err(|error| does_not_compile(&refusal::line(&error), &refusal::describe(&error)))?;
         }
         for (name, token) in &special_tokens {
@@ -98,7 +101,16 @@ impl ChatTemplate {
         let path = sources.templates.get(DEFAULT).map_or(Path::new(""), |source| &source.path).into();
         let has_tool_use = sources.templates.contains_key(TOOL_USE);
         let fingerprint = *hasher.finalize().as_bytes();
-        Ok(ChatTemplate { environment, sources, path, special_tokens, has_tool_use, fingerprint, time })
+        Ok(ChatTemplate {
+            environment,
+            sources,
+            path,
+            special_tokens,
+            has_tool_use,
+            stack,
+            fingerprint,
+            time,
+        })
     }
 
     /// Fixes what `strftime_now` calls now, so that a resumed run sees the texts of the run it continues. Without
@@ -174,7 +186,7 @@ impl ChatTemplate {
         let with_tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
         let name = if self.has_tool_use && with_tools { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|error| refusal::refusal(&error))?;
-        limits::watched(&self.path, || with_deep_stack(|| template.render(context)))
+        limits::watched(&self.path, || limits::with_stack(self.stack, || template.render(context)))
             .map_err(|error| refusal::refusal(&error))
     }
 }

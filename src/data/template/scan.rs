@@ -25,8 +25,18 @@ pub(super) struct TooLarge {
     pub line: usize,
 }
 
+/// A source that is ready to be compiled.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Prepared {
+    pub text: String,
+    /// Words and signs in the tag that has most of them.
+    pub largest_tag: usize,
+    /// Whether it has macros or recursive loops, which can call themselves.
+    pub has_calls: bool,
+}
+
 /// The source that minijinja compiles.
-pub(super) fn prepare(source: &str) -> Result<String, TooLarge> {
+pub(super) fn prepare(source: &str) -> Result<Prepared, TooLarge> {
     let refuse = |message: String, offset: usize| TooLarge {
         message,
         line: 1 + source[..offset].bytes().filter(|&byte| byte == b'\n').count(),
@@ -38,10 +48,12 @@ pub(super) fn prepare(source: &str) -> Result<String, TooLarge> {
     let mut text = String::with_capacity(source.len());
     let mut copied = 0;
     let mut all_tokens = 0;
+    let (mut largest_tag, mut has_calls) = (0, false);
     let mut at = 0;
     while let Some(tag) = next_tag(source, at) {
         at = tag.end;
         all_tokens += tag.tokens.len();
+        largest_tag = largest_tag.max(tag.tokens.len());
         if tag.tokens.len() > TAG_TOKENS {
             let message = format!("one tag holds more than {TAG_TOKENS} words and signs");
             return Err(refuse(message, tag.start));
@@ -51,6 +63,8 @@ pub(super) fn prepare(source: &str) -> Result<String, TooLarge> {
             return Err(refuse(message, tag.start));
         }
         if tag.is_block {
+            has_calls |=
+                tag.tokens.iter().any(|token| matches!(&source[token.place.clone()], "macro" | "recursive"));
             for (place, replacement) in rewritten(source, &tag.tokens) {
                 text.push_str(&source[copied..place.start]);
                 text.push_str(&replacement);
@@ -59,7 +73,7 @@ pub(super) fn prepare(source: &str) -> Result<String, TooLarge> {
         }
     }
     text.push_str(&source[copied..]);
-    Ok(text)
+    Ok(Prepared { text, largest_tag, has_calls })
 }
 
 /// A `{{ ... }}` or a `{% ... %}`.
@@ -253,7 +267,7 @@ mod tests {
     use super::*;
 
     fn prepared(source: &str) -> String {
-        prepare(source).expect("a small source")
+        prepare(source).expect("a small source").text
     }
 
     #[test]
