@@ -62,7 +62,7 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, TooLarge> {
             let message = format!("its tags hold more than {TEMPLATE_TOKENS} words and signs");
             return Err(refuse(message, tag.start));
         }
-        if tag.is_block {
+        if tag.is_block && source[..tag.end].ends_with("%}") {
             has_calls |=
                 tag.tokens.iter().any(|token| matches!(&source[token.place.clone()], "macro" | "recursive"));
             for (place, replacement) in rewritten(source, &tag.tokens) {
