@@ -38,7 +38,13 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
     interrupt::check()?;
     let max_new_tokens = most_new_tokens(config.max_new_tokens, folder.config().max_position_embeddings);
     check_context(&folder, prompt.len(), max_new_tokens)?;
-    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt, max_new_tokens })
+    // A template may end its turns with a token that the model's files do not list.
+    let end_of_turn = match &encoder.template {
+        Some(template) if !config.raw => template.end_of_turn(&encoder.tokenizer)?,
+        _ => None,
+    };
+    let task = Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn };
+    run_on(config.device, config.threads, task)
 }
 
 /// A tokenizer that is not the model's gives tokens that the model has no embedding for.
@@ -84,14 +90,17 @@ struct Generating<'a> {
     encoder: TextEncoder,
     prompt: Vec<u32>,
     max_new_tokens: usize,
+    /// Ends the answer, beside the model's own end tokens.
+    end_of_turn: Option<u32>,
 }
 
 impl DeviceTask for Generating<'_> {
     type Output = ();
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
-        let Generating { config, folder, encoder, prompt, max_new_tokens } = self;
-        let model = Llama::load(device, &folder, prompt.len() + max_new_tokens)?;
+        let Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn } = self;
+        let mut model = Llama::load(device, &folder, prompt.len() + max_new_tokens)?;
+        model.config.stop_token_ids.extend(end_of_turn);
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);
         let mut is_read = true;

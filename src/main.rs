@@ -4,8 +4,12 @@
 use std::io::{ErrorKind, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use mmpo_fast::cli::{self, Invocation, Stop, Verbosity};
+use mmpo_fast::data::Watch;
 use mmpo_fast::report::{self, BUG_EXIT_CODE, LogWriter};
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
@@ -34,9 +38,53 @@ fn command() -> ExitCode {
         Err(Stop::Clap(error)) => return usage(&error),
         Err(Stop::Error(error)) => return fail(&error),
     };
-    match start_log(invocation.verbosity).and_then(|()| Invocation::run(invocation)) {
+    match start_log(invocation.verbosity).and_then(|()| run_watched(invocation)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
+    }
+}
+
+/// How often a rendering of a chat template is looked at, and at how many looks in a row it must have ended.
+const LOOK: Duration = Duration::from_millis(250);
+const LOOKS: u32 = 14;
+/// Enough for every chat template within its limits, which then need no stack of their own.
+const STACK: usize = 128 << 20;
+
+/// Runs the command in a thread, beside which this one watches for a chat template that does not end: nothing can
+/// stop that but the end of the process.
+fn run_watched(invocation: Invocation) -> Result<()> {
+    let (sender, receiver) = mpsc::channel();
+    let command = move || {
+        // The receiver is gone only where the process is about to end.
+        let _ = sender.send(invocation.run());
+    };
+    let worker = thread::Builder::new().name("main".to_string()).stack_size(STACK).spawn(command).map_err(
+        |error| {
+            Error::device(
+                format!("cannot start a thread: {error}"),
+                "raise the limits on memory or processes",
+            )
+        },
+    )?;
+    let mut watch = Watch::default();
+    loop {
+        match receiver.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(path) = watch.overrun(LOOKS) {
+                    return Err(Error::model(
+                        &path,
+                        format!("the chat template takes more than {:?} for one conversation", LOOK * LOOKS),
+                        "mend the template, or pass another --chat-template FILE",
+                    ));
+                }
+            }
+            // The command panicked, and its message is out.
+            Err(RecvTimeoutError::Disconnected) => match worker.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Ok(()),
+            },
+        }
     }
 }
 

@@ -185,7 +185,7 @@ options! {
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), &[Mmpo, Dpo], check::path;
-        /// Jinja file that replaces the model's own chat template.
+        /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
         /// Prompts are cut from the left to this many tokens.
         max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),

@@ -40,7 +40,8 @@ struct Texts {
 }
 
 impl TextEncoder {
-    /// Loads tokenizer and template of a model folder; `chat_template` is a file to use instead of its template.
+    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a
+    /// file, to use instead.
     pub fn load(folder: &Path, chat_template: Option<&Path>) -> Result<Self> {
         let (tokenizer, config) = Tokenizer::load(folder)?;
         let special_tokens = tokenizer.special_tokens().clone();
@@ -208,9 +209,12 @@ impl TextEncoder {
         let template = self.template().map_err(RenderFailure::Model)?;
         let render = |parts: [&[Message]; 2], open: bool| {
             let messages: Vec<&Message> = parts.into_iter().flatten().collect();
-            template
-                .render(&messages, variables, open)
-                .map_err(|refusal| RenderFailure::Record(refusal.to_string()))
+            template.render(&messages, variables, open).map_err(|refusal| match refusal.exceeded {
+                true => {
+                    RenderFailure::Model(Error::model(template.path(), refusal.to_string(), EXCEEDED_HELP))
+                }
+                false => RenderFailure::Record(refusal.to_string()),
+            })
         };
         let mut prompt_text = render([prompt, &[]], true)?;
         let with_chosen = render([prompt, chosen], false)?;
@@ -244,6 +248,7 @@ enum RenderFailure {
     Record(String),
 }
 
+const EXCEEDED_HELP: &str = "mend the template, or pass another --chat-template FILE";
 const TEMPLATE_HELP: &str = "mend the conversation (roles usually alternate, a system message comes first), or pass another --chat-template FILE";
 
 fn has_blank_response(body: &Body) -> bool {

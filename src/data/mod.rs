@@ -23,5 +23,6 @@ pub(crate) use records::common_prefix;
 pub use records::{Body, Message, Note, Record, read_records};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
-pub use template::{ChatTemplate, TemplateRefusal};
+pub use template::{ChatTemplate, TemplateRefusal, Watch};
+pub(crate) use template::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 pub use tokenizer::{StreamDecoder, Tokenizer};

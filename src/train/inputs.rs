@@ -49,8 +49,8 @@ impl Inputs {
         check_dropout(&folder)?;
         let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
         let limits = context::limits(config.asked_lengths, &models)?;
-        let companions = CompanionFiles::read(&model, folder.config())?;
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
+        let companions = companions(&model, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
             let dataset = load_pairs(path, &encoder, limits)?;
             dataset.report.log(&name(given));
@@ -144,4 +144,19 @@ fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
         dropped: counted(true),
         cut: counted(false),
     }
+}
+
+/// The files that are saved beside the weights: the model's, with the chat template and the end tokens that the model
+/// is trained with.
+fn companions(model: &Path, folder: &ModelFolder, encoder: &TextEncoder) -> Result<CompanionFiles> {
+    let mut companions = CompanionFiles::read(model, folder.config())?;
+    let mut ends: Vec<u32> = encoder.tokenizer.eos().into_iter().collect();
+    if let Some(template) = &encoder.template {
+        if let Some(templates) = template.replaced() {
+            companions.replace_chat_templates(model, &templates)?;
+        }
+        ends.extend(template.end_of_turn(&encoder.tokenizer)?);
+    }
+    companions.stop_at(model, folder.config(), &ends)?;
+    Ok(companions)
 }

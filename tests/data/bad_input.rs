@@ -237,7 +237,8 @@ fn a_template_that_raises_names_the_record() {
     let message = error.to_string();
     assert!(
         message.ends_with(
-            "conversational.jsonl:2: the chat template refuses this conversation: System role not supported"
+            "conversational.jsonl:2: the chat template refuses this conversation: System role not supported \
+             (line 1 of the template)"
         ),
         "{message}"
     );

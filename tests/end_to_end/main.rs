@@ -12,4 +12,5 @@ mod learning;
 mod reliability;
 mod resume;
 mod score;
+mod templates;
 mod train;
