@@ -49,7 +49,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
     let dataset = load_pairs(&config.data, &encoder, limits)?;
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    tracing::info!("{}: {}", config.data.display(), dataset.report);
+    dataset.report.log(&config.data.display().to_string());
     if let Some(reference) = &reference {
         reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;

@@ -64,7 +64,7 @@ fn defaults_are_those_of_the_documents() {
         }
     );
     assert_eq!((config.limits.max_length, config.limits.max_prompt_length), (2312, 1800));
-    assert_eq!((config.seed, config.batch.pairs_per_step), (42, 128));
+    assert_eq!((config.seed, config.batch.pairs_per_step), (42, None));
     assert_eq!((config.schedule.kind, config.schedule.warmup), (Schedule::Cosine, Warmup::Ratio(0.1)));
     assert_eq!((config.schedule.epochs, config.schedule.max_steps), (1.0, None));
     assert_eq!((config.optimizer.learning_rate, config.optimizer.max_grad_norm), (1e-4, Some(1.0)));
@@ -116,6 +116,58 @@ fn defaults_follow_the_options_they_depend_on() {
     let short = run("max_prompt_length = 600", &[]).unwrap().asked_lengths;
     assert!(short.limits(Some(512)).unwrap_err().to_string().contains("leaves no room"));
     assert_eq!(run("max_grad_norm = 0", &[]).unwrap().optimizer.max_grad_norm, None);
+}
+
+#[test]
+fn small_files_have_small_steps_unless_a_number_is_given() {
+    let config = run("", &[]).unwrap();
+    for (pairs, per_step) in [
+        (1, 2),
+        (20, 2),
+        (50, 2),
+        (79, 2),
+        (80, 4),
+        (120, 4),
+        (200, 8),
+        (2559, 64),
+        (2560, 128),
+        (1_000_000, 128),
+    ] {
+        assert_eq!(config.pairs_per_step(pairs), per_step, "{pairs} pairs");
+        assert!(pairs < 40 || pairs.div_ceil(per_step) >= 20, "{pairs} pairs");
+    }
+    let given = run("pairs_per_step = 128", &[]).unwrap();
+    assert_eq!(given.pairs_per_step(20), 128, "a number that is given is kept");
+    // A group of rewards lies in one step.
+    let group = run("reward_group = 6", &[]).unwrap();
+    assert_eq!((group.pairs_per_step(20), group.pairs_per_step(200)), (6, 8));
+    assert!(refusal(run("reward_group = 129", &[])).contains("more than the pairs of a step"));
+}
+
+#[test]
+fn what_is_recorded_can_be_read_from_any_folder() {
+    let config = run("eval_data = './e/../e.jsonl'", &[("model", "./m/"), ("reference", "r")]).unwrap();
+    let recorded = config.recorded(120).unwrap();
+    let here = std::env::current_dir().unwrap();
+    for (path, name) in [
+        (recorded.model.as_ref(), "m"),
+        (recorded.data.as_ref(), "d.jsonl"),
+        (recorded.reference.as_ref(), "r"),
+        (Some(&recorded.output), "o"),
+    ] {
+        assert_eq!(path.unwrap(), &here.join(name));
+    }
+    assert!(recorded.evaluation.data.as_ref().unwrap().is_absolute());
+    assert_eq!(recorded.batch.pairs_per_step, Some(4));
+    assert_eq!(recorded.recorded(120).unwrap(), recorded);
+    let demo = resolve(Options::default(), None, false).unwrap().recorded(640).unwrap();
+    assert_eq!((demo.model, demo.data), (None, None), "what is built in has no path");
+}
+
+#[test]
+fn a_warm_up_may_be_longer_than_the_run() {
+    let config = run("warmup_steps = 5\nmax_steps = 3", &[]).unwrap();
+    assert_eq!((config.schedule.warmup, config.schedule.max_steps), (Warmup::Steps(5), Some(3)));
 }
 
 #[test]
@@ -182,7 +234,6 @@ fn values_out_of_range_or_of_the_wrong_kind_are_refused() {
         ("epsilon = 0.4", "from 0.5 to 1"),
         ("epsilon = 1.1", "from 0.5 to 1"),
         ("warmup_ratio = 1.5", "from 0 to 1"),
-        ("warmup_steps = 5\nmax_steps = 3", "more than the whole run"),
         ("epochs = 0", "greater than 0"),
         ("max_steps = 0", "at least 1"),
         ("max_steps = 2.5", "whole number"),
@@ -266,6 +317,10 @@ fn resume_with_the_output_alone_takes_up_that_runs_options() {
     // Lengths that followed the defaults are given ones now.
     assert_eq!(resumed, RunConfig { resume: true, asked_lengths: resumed.asked_lengths, ..saved });
     assert_eq!(resumed.asked_lengths.max_length, Some(2312));
+
+    // The same line begins the demo and goes on with it.
+    let demo = resolve(Options::default(), None, true).unwrap();
+    assert_eq!(demo, RunConfig { resume: true, ..resolve(Options::default(), None, false).unwrap() });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! there before stays intact until the new is complete.
 
 pub mod atomic;
+pub mod checksums;
 pub mod model_folder;
 pub mod run_state;
 pub mod save;

@@ -17,6 +17,7 @@ pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
+use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::Objective;
 use crate::optimizer::Schedule;
@@ -76,6 +77,50 @@ pub struct RunConfig {
     pub resume: bool,
 }
 
+/// Pairs of one optimiser step where none are given and the file is large enough.
+const PAIRS_PER_STEP: usize = 128;
+/// A small file's pairs are parted into at least this many steps an epoch.
+const LEAST_STEPS: usize = 20;
+
+impl RunConfig {
+    /// Pairs of one optimiser step of a run over `pairs` pairs: the number that was given, else 128, or for a file of
+    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
+    /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
+    pub fn pairs_per_step(&self, pairs: usize) -> usize {
+        let group = match self.objective {
+            Objective::Mmpo(mmpo) => mmpo.reward_group,
+            _ => 1,
+        };
+        let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
+        self.batch.pairs_per_step.unwrap_or((1 << most.ilog2()).max(group))
+    }
+
+    /// The configuration as a run over `pairs` pairs writes it down: defaults that depend on the data are numbers, and
+    /// paths are absolute, so that the run can be resumed from any folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the current folder is needed and cannot be read.
+    pub fn recorded(&self, pairs: usize) -> Result<Self> {
+        let absolute = |path: &PathBuf| {
+            std::path::absolute(path).map_err(|error| Error::io(path, "find the absolute path of", error))
+        };
+        let mut recorded = self.clone();
+        recorded.batch.pairs_per_step = Some(self.pairs_per_step(pairs));
+        recorded.output = absolute(&self.output)?;
+        let optional = [
+            &mut recorded.model,
+            &mut recorded.data,
+            &mut recorded.reference,
+            &mut recorded.chat_template,
+            &mut recorded.evaluation.data,
+        ];
+        for path in optional.into_iter().flatten() {
+            *path = absolute(path)?;
+        }
+        Ok(recorded)
+    }
+}
+
 /// AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OptimizerConfig {
@@ -107,8 +152,8 @@ pub enum Warmup {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchConfig {
-    /// Pairs of one optimiser step.
-    pub pairs_per_step: usize,
+    /// Pairs of one optimiser step; `None`: as many as suit the file, see [`RunConfig::pairs_per_step`].
+    pub pairs_per_step: Option<usize>,
     /// Tokens of one micro-batch; the result does not depend on it.
     pub tokens_per_micro_batch: usize,
 }

@@ -6,7 +6,8 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, RunConfig,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, PAIRS_PER_STEP,
+    RunConfig,
     ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
@@ -36,6 +37,9 @@ pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Resu
         None if bare => demo(&flags)?,
         None => Options::default(),
     };
+    if let (Some(path), true, None) = (recipe_file, resume, &flags.output) {
+        refuse_moved_run(path, &base)?;
+    }
     let options = layer(flags, base);
     require_one_of_rivals(&options)?;
     let kind = options.objective.as_ref().map_or(ObjectiveKind::Mmpo, |given| given.value);
@@ -55,13 +59,47 @@ fn demo(flags: &Options) -> Result<Options> {
     Ok(demo)
 }
 
-/// The recipe that an earlier run left in its output folder.
+/// A resolved recipe that lies in another run's folder than the one it names: the run was moved, or the recipe has a
+/// relative path and is read from elsewhere. Resuming would begin a new run in the folder that it names.
+fn refuse_moved_run(recipe_file: &Path, recipe: &Options) -> Result<()> {
+    let Some(output) = &recipe.output else { return Ok(()) };
+    let folder =
+        recipe_file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if recipe_file.file_name() != Some(RESOLVED_FILE.as_ref()) || is_same_folder(folder, &output.value) {
+        return Ok(());
+    }
+    Err(Error::config(
+        format!(
+            "{}: this recipe's run is in {}, and `output` names {}",
+            recipe_file.display(),
+            folder.display(),
+            output.value.display()
+        ),
+        format!(
+            "give --output {} to resume the run there; or leave --resume out to start another",
+            folder.display()
+        ),
+    ))
+}
+
+fn is_same_folder(one: &Path, other: &Path) -> bool {
+    match (std::fs::canonicalize(one), std::fs::canonicalize(other)) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => false,
+    }
+}
+
+/// The recipe that an earlier run left in its output folder. With no flags at all the run is the demo, which begins
+/// where none has been.
 fn saved_run(flags: &Options) -> Result<Options> {
     let output = match &flags.output {
         Some(given) => given.value.clone(),
         None => recipe::demo()?.output.map(|given| given.value).unwrap_or_default(),
     };
     let saved = output.join(RESOLVED_FILE);
+    if flags.output.is_none() && !output.exists() {
+        return demo(flags);
+    }
     if !saved.is_file() {
         return Err(Error::config(
             format!("nothing to resume: {} does not exist", saved.display()),
@@ -175,14 +213,6 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         (Some(steps), _) => Warmup::Steps(steps),
         (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
     };
-    if let (Warmup::Steps(warmup), Some(steps)) = (warmup, settled.max_steps)
-        && warmup > steps
-    {
-        return Err(Error::config(
-            format!("`warmup_steps` = {warmup} is more than the whole run, `max_steps` = {steps}"),
-            "warm up for fewer steps, or use --warmup-ratio",
-        ));
-    }
     Ok(RunConfig {
         model: files.model.into_path(),
         data: files.data.into_path(),
@@ -276,7 +306,7 @@ fn objective(settled: &Settled) -> Result<Objective> {
 }
 
 fn reward_group(settled: &Settled) -> Result<usize> {
-    let pairs = settled.pairs_per_step;
+    let pairs = settled.pairs_per_step.unwrap_or(PAIRS_PER_STEP);
     let group = settled.reward_group.unwrap_or(REWARD_GROUP.min(pairs));
     if group > pairs {
         return Err(Error::config(

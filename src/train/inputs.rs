@@ -53,7 +53,7 @@ impl Inputs {
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
             let dataset = load_pairs(path, &encoder, limits)?;
-            tracing::info!("{}: {}", name(given), dataset.report);
+            dataset.report.log(&name(given));
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
             Ok(dataset)
         };
