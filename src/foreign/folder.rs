@@ -116,22 +116,23 @@ impl Listing {
                 format!("the weights are in {name}, which is a git-lfs pointer, not the real file"),
                 format!(
                     "download the safetensors version of this model; else run `git lfs pull`, and then {}",
-                    self.save_again("")
+                    self.save_again("", "", "")
                 ),
             ));
         }
         Some((
             format!("the weights are in {name}; only safetensors is read, because pickle files can run code"),
-            format!("convert them with transformers: {}", self.save_again("")),
+            format!("convert them with transformers: {}", self.save_again("", "", "")),
         ))
     }
 
-    /// The command that makes a folder of safetensors; `arguments` follow the folder's name.
-    fn save_again(&self, arguments: &str) -> String {
+    /// The command that makes a folder of safetensors. `imports` come first; `arguments` follow the folder's name for
+    /// model and tokenizer, `of_model` for the model alone.
+    fn save_again(&self, imports: &str, arguments: &str, of_model: &str) -> String {
         let folder = self.shown();
         format!(
-            "`python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
-             M.from_pretrained('{folder}'{arguments}).save_pretrained('NEW'); \
+            "`python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; {imports}\
+             M.from_pretrained('{folder}'{arguments}{of_model}).save_pretrained('NEW'); \
              T.from_pretrained('{folder}'{arguments}).save_pretrained('NEW')\"` writes the folder NEW"
         )
     }
@@ -176,7 +177,11 @@ impl Listing {
     fn convert_gguf(&self, name: &str) -> String {
         format!(
             "take the model's original folder; or let transformers (with the packages gguf and accelerate) convert it: {}",
-            self.save_again(&format!(", gguf_file='{name}'"))
+            self.save_again(
+                "from transformers import GgufConfig; ",
+                &format!(", gguf_file='{name}'"),
+                ", quantization_config=GgufConfig(dequantize=True)"
+            )
         )
     }
 
@@ -381,6 +386,15 @@ fn absent(path: &Path, error: std::io::Error) -> Error {
             "no such folder; it looks like the name of a model on the Hugging Face Hub, and nothing is downloaded here",
             format!("fetch it with `hf download {owner}/{name} --local-dir {name}` and give --model {name}"),
         ),
+        // A word alone may be a path that is wrong, or the name of one of the Hub's old models.
+        [name] if is_word(name) => Error::Io {
+            path: path.to_path_buf(),
+            action: "read",
+            cause: error,
+            help: format!(
+                "check the path; a model of that name on the Hugging Face Hub must be fetched first: `hf download {name} --local-dir {name}`"
+            ),
+        },
         _ => Error::io(path, "read", error),
     }
 }
@@ -407,7 +421,7 @@ fn not_a_folder(path: &Path) -> Error {
             format!("give the folder: {}", parent.display()),
         );
     }
-    let kind = recognise_file(path).map_or("a file".to_string(), |kind| format!("a file ({})", kind.name()));
+    let kind = recognise_file(path).map_or("a file".to_string(), |kind| kind.name().to_string());
     Error::model(
         path,
         format!("this is {kind}; a model is a folder"),

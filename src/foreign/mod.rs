@@ -143,11 +143,11 @@ impl Foreign {
         match self {
             Foreign::Empty => "an empty file",
             Foreign::LfsPointer => {
-                "a git-lfs pointer, a few lines of text that stand for the real file, which was not downloaded"
+                "a git-lfs pointer (a few lines of text in place of the real file, which was not downloaded)"
             }
             Foreign::Gguf => "a GGUF file of llama.cpp",
             Foreign::Safetensors => "a safetensors file",
-            Foreign::Zip => "a ZIP archive (torch.save writes such files)",
+            Foreign::Zip => "a ZIP archive, as torch.save writes it",
             Foreign::Pickle => "a Python pickle",
             Foreign::Hdf5 => "an HDF5 file",
             Foreign::Numpy => "a NumPy array",
@@ -163,7 +163,7 @@ impl Foreign {
             Foreign::Pdf => "a PDF document",
             Foreign::Utf16 => "text in UTF-16",
             Foreign::Utf32 => "text in UTF-32",
-            Foreign::Html => "a web page (a failed download saves its error page)",
+            Foreign::Html => "a web page, as a failed download saves it",
         }
     }
 

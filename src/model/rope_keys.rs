@@ -149,6 +149,12 @@ impl Section<'_> {
     }
 
     fn yarn(&self) -> Result<RopeScaling> {
+        if !self.map.contains_key("factor") {
+            return Err(self.keys.error(
+                format!("`{}.factor` is missing, which rope type yarn needs", self.name),
+                "download config.json again",
+            ));
+        }
         let original = self.original_positions()?;
         let factor = self.factor_or_ratio(original)?;
         let strength = |scale: f64| match factor <= 1.0 {

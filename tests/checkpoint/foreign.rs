@@ -152,7 +152,7 @@ fn files_and_names_of_the_hub_are_no_folders() {
     let lone = folder_of(&["a.gguf", "b.bin"]);
     named(&lone.path().join("a.gguf"), "this is a GGUF file", "gguf_file='a.gguf'");
     std::fs::write(lone.path().join("b.bin"), b"PK\x03\x04").unwrap();
-    named(&lone.path().join("b.bin"), "this is a file (a ZIP archive", "give the folder");
+    named(&lone.path().join("b.bin"), "this is a ZIP archive", "give the folder");
     std::fs::write(lone.path().join("b.bin"), b"GGUF\x03\x00\x00\x00").unwrap();
     named(&lone.path().join("b.bin"), "this is a GGUF file", "gguf_file='b.bin'");
     let hub = "fetch it with `hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M`";

@@ -51,7 +51,7 @@ fn a_rope_that_depends_on_the_batch_is_refused_beyond_its_context() {
     change_config(&work, "rope_parameters", Value::Null);
     change_config(&work, "rope_scaling", json!({"type": "dynamic", "factor": 2.0}));
     scored_tokens(&work, "");
-    let parts = ["the longest sequence has 599 positions", "--max-length 512 or less"];
+    let parts = ["the longest sequence has 600 positions", "--max-length 512 or less"];
     let score = "score --model base --data long.jsonl --output s.jsonl --device cpu --max-length 600";
     work.refuse(score, 4, &parts);
     let generate = "generate --model base --prompt Hi --max-new-tokens 600 --device cpu";
