@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
+pub mod context;
 pub mod data;
 pub mod demo;
 pub mod device;
