@@ -166,7 +166,7 @@ fn pairs_that_are_broken_or_incomplete() {
         "base",
         "type.jsonl",
         DATA,
-        &["type.jsonl:2: ", "column `chosen` is a string, not a list of messages"],
+        &["type.jsonl:2: ", "column `rejected` is a number, not a string or a list of messages"],
     );
     for (name, content) in [("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("none.json", "[]")] {
         work.write(name, content);
