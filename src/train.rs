@@ -45,6 +45,8 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
+    // What is saved, and what a resumed run must agree with, are the lengths that the run has.
+    let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
     atomic::check_writable(output.path())?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
-use mmpo_fast::config::{RunConfig, Warmup, resolve};
+use mmpo_fast::config::{LengthLimits, RunConfig, Warmup, resolve};
 use mmpo_fast::model::{HeadChoice, HeadOptions};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::optimizer::Schedule;
@@ -107,6 +107,14 @@ fn defaults_follow_the_options_they_depend_on() {
     assert_eq!((config.limits.max_prompt_length, mmpo(&config).reward_group), (512 * 1800 / 2312, 1));
     assert_eq!(run("max_length = 4096", &[]).unwrap().limits.max_prompt_length, 1800);
     assert_eq!(run("max_length = 2", &[]).unwrap().limits.max_prompt_length, 1);
+    let within = |text: &str, context| run(text, &[]).unwrap().asked_lengths.limits(Some(context)).unwrap();
+    let lengths = |limits: LengthLimits| (limits.max_length, limits.max_prompt_length);
+    assert_eq!(lengths(within("", 512)), (512, 512 * 1800 / 2312));
+    assert_eq!(lengths(within("", 8192)), (2312, 1800));
+    assert_eq!(lengths(within("", 1)), (2, 1));
+    assert_eq!(lengths(within("max_length = 4096", 512)), (4096, 1800));
+    let short = run("max_prompt_length = 600", &[]).unwrap().asked_lengths;
+    assert!(short.limits(Some(512)).unwrap_err().to_string().contains("leaves no room"));
     assert_eq!(run("max_grad_norm = 0", &[]).unwrap().optimizer.max_grad_norm, None);
 }
 
@@ -306,7 +314,9 @@ fn resume_with_the_output_alone_takes_up_that_runs_options() {
     let saved = run("beta = 0.3\nepochs = 4", &[("output", output)]).unwrap();
     std::fs::write(folder.path().join(RESOLVED_FILE), saved.to_toml()).unwrap();
     let resumed = resolve(flags(&[("output", output)]).unwrap(), None, true).unwrap();
-    assert_eq!(resumed, RunConfig { resume: true, ..saved });
+    // Lengths that followed the defaults are given ones now.
+    assert_eq!(resumed, RunConfig { resume: true, asked_lengths: resumed.asked_lengths, ..saved });
+    assert_eq!(resumed.asked_lengths.max_length, Some(2312));
 
     // The same line begins the demo and goes on with it.
     let demo = resolve(Options::default(), None, true).unwrap();
@@ -343,7 +353,7 @@ fn options_have_distinct_names_and_help() {
     assert_eq!(flag_name("tokens_per_micro_batch"), "--tokens-per-micro-batch");
 }
 
-/// What goes out as a resolved recipe comes back as the same configuration.
+/// What goes out as a resolved recipe comes back as the same configuration, but that all lengths are given ones now.
 fn assert_round_trip(config: &RunConfig) {
     let text = config.to_toml();
     let folder = tempfile::tempdir().unwrap();
@@ -351,7 +361,8 @@ fn assert_round_trip(config: &RunConfig) {
     std::fs::write(&path, &text).unwrap();
     let back =
         resolve(Options::default(), Some(&path), false).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    assert_eq!(&back, config, "{text}");
+    assert_eq!(back.asked_lengths.limits(Some(64)).unwrap(), config.limits, "{text}");
+    assert_eq!(back, RunConfig { asked_lengths: back.asked_lengths, ..config.clone() }, "{text}");
     assert_eq!(back.to_toml(), text);
 }
 

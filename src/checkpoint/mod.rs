@@ -7,6 +7,7 @@ pub mod model_folder;
 pub mod run_state;
 pub mod save;
 pub mod tensor_file;
+mod tensor_names;
 pub mod tensor_writer;
 
 pub use model_folder::ModelFolder;

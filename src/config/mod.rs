@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 pub use check::is_path;
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{limits, resolve};
+pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -61,7 +61,9 @@ pub struct RunConfig {
     pub optimizer: OptimizerConfig,
     pub schedule: ScheduleConfig,
     pub batch: BatchConfig,
+    /// Limits that do not yet know the model's context.
     pub limits: LengthLimits,
+    pub asked_lengths: AskedLengths,
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
     pub save_steps: Option<usize>,
@@ -164,6 +166,13 @@ pub struct LengthLimits {
     pub max_prompt_length: usize,
 }
 
+/// The lengths that were given; what was not follows the defaults and the model's context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AskedLengths {
+    pub max_length: Option<usize>,
+    pub max_prompt_length: Option<usize>,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationConfig {
     pub data: Option<PathBuf>,
@@ -183,7 +192,7 @@ pub struct ScoreConfig {
     /// Factor of the rewards; of no meaning without a reference.
     pub beta: f64,
     pub chat_template: Option<PathBuf>,
-    pub limits: LengthLimits,
+    pub asked_lengths: AskedLengths,
     pub tokens_per_micro_batch: usize,
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.

@@ -191,7 +191,8 @@ options! {
         max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
             ALL, check::at_least_one;
         /// Prompt plus one response are cut to this many tokens, the response from the right.
-        max_length: usize, Always<usize> = Always(2312), ALL, check::at_least_two;
+        max_length: usize, Absent = Absent("2312, or the model's max_position_embeddings where that is less"),
+            ALL, check::at_least_two;
     }
     "Objective" {
         /// What is optimised: mmpo, dpo, simpo or sft.

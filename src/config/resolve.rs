@@ -6,7 +6,8 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, PAIRS_PER_STEP, RunConfig,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, PAIRS_PER_STEP,
+    RunConfig,
     ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
@@ -206,7 +207,7 @@ fn require_files(options: &Options) -> Result<Files> {
 }
 
 fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
-    let limits = limits(&settled)?;
+    let asked_lengths = asked_lengths(&settled)?;
     let objective = objective(&settled)?;
     let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
         (Some(steps), _) => Warmup::Steps(steps),
@@ -237,7 +238,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
             pairs_per_step: settled.pairs_per_step,
             tokens_per_micro_batch: settled.tokens_per_micro_batch,
         },
-        limits,
+        limits: asked_lengths.limits(None)?,
+        asked_lengths,
         evaluation: EvaluationConfig { data: settled.eval_data, steps: settled.eval_steps },
         save_steps: settled.save_steps,
         keep_checkpoints: settled.keep_checkpoints,
@@ -252,20 +254,34 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     })
 }
 
-/// The limits of `train` and `score`; a prompt must leave room for a response.
-pub fn limits(settled: &Settled) -> Result<LengthLimits> {
-    let max_length = settled.max_length;
-    let same_share = (max_length as u128 * MAX_PROMPT_LENGTH as u128 / MAX_LENGTH as u128) as usize;
-    let max_prompt_length = settled.max_prompt_length.unwrap_or(MAX_PROMPT_LENGTH.min(same_share.max(1)));
-    if max_prompt_length >= max_length {
-        return Err(Error::config(
-            format!(
-                "`max_prompt_length` = {max_prompt_length} leaves no room for a response in `max_length` = {max_length}"
-            ),
-            "max_length counts the prompt and one response: raise --max-length or lower --max-prompt-length",
-        ));
+/// The lengths given to `train` or `score`, checked as far as they can be without the model.
+pub fn asked_lengths(settled: &Settled) -> Result<AskedLengths> {
+    let asked = AskedLengths { max_length: settled.max_length, max_prompt_length: settled.max_prompt_length };
+    asked.limits(None)?;
+    Ok(asked)
+}
+
+impl AskedLengths {
+    /// The least `max_length`: a token of the prompt and one of the response.
+    pub const LEAST: usize = 2;
+
+    /// The limits for a model that was trained for `context` positions, which a default does not pass; a prompt must
+    /// leave room for a response.
+    pub fn limits(self, context: Option<usize>) -> Result<LengthLimits> {
+        let default = MAX_LENGTH.min(context.unwrap_or(MAX_LENGTH)).max(Self::LEAST);
+        let max_length = self.max_length.unwrap_or(default);
+        let same_share = (max_length as u128 * MAX_PROMPT_LENGTH as u128 / MAX_LENGTH as u128) as usize;
+        let max_prompt_length = self.max_prompt_length.unwrap_or(MAX_PROMPT_LENGTH.min(same_share.max(1)));
+        if max_prompt_length >= max_length {
+            return Err(Error::config(
+                format!(
+                    "`max_prompt_length` = {max_prompt_length} leaves no room for a response in `max_length` = {max_length}"
+                ),
+                "max_length counts the prompt and one response: raise --max-length or lower --max-prompt-length",
+            ));
+        }
+        Ok(LengthLimits { max_length, max_prompt_length })
     }
-    Ok(LengthLimits { max_length, max_prompt_length })
 }
 
 fn objective(settled: &Settled) -> Result<Objective> {

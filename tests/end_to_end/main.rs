@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod checkpoints;
+mod context;
 mod demo;
 #[cfg(mmpo_emulated)]
 mod emulated;
