@@ -203,7 +203,8 @@ def record(folder, options):
         print(f"compare.py: {options.steps} steps only: for trying out, not for recording", file=sys.stderr)
     if os.getloadavg()[0] > 0.5:
         print("compare.py: something else runs on this machine: times will be off", file=sys.stderr)
-    words = about(options, records)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.txt").write_text("\n".join(about(options, records)) + "\n")
     runs, steps = [], []
     for objective in options.objective or TRL:
         for turn, engine in enumerate(turns(objective)):
@@ -213,10 +214,9 @@ def record(folder, options):
             for step, values in numbers.items() if turn <= len(TRL[objective]) else ():
                 name = {"objective": objective, "engine": engine, "step": step}
                 steps += [name | {"metric": metric, "value": repr(value)} for metric, value in values.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "runs.csv", runs)
-    write_rows(folder / "steps.csv", steps)
-    (folder / "about.txt").write_text("\n".join(words) + "\n")
+            # After each run: what was measured before one fails is kept.
+            write_rows(folder / "runs.csv", runs)
+            write_rows(folder / "steps.csv", steps)
 
 
 def main():

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch  # noqa: E402
 from datasets import Dataset, disable_progress_bars  # noqa: E402
 from order import permutation  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback  # noqa: E402
 
 disable_progress_bars()
 
@@ -122,6 +122,7 @@ def train(objective, model, records, output, *, pairs_per_step, learning_rate, s
         processing_class=AutoTokenizer.from_pretrained(model),
         callbacks=[clock],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer, clock.lines, clock.seconds
 
