@@ -29,7 +29,7 @@ PROMPTS = (
     "Q: When was one of the members of the band born?\nA:",
 )
 NEW_TOKENS = 24
-# Sums of some hundred log-probs in another order; relative.
+# Of the sum of a response's log-probs, relative to it, or to 1 where it is smaller.
 LOGP_TOLERANCE = 1e-5
 # The same after an optimiser step, whose first update of a weight is the sign of its gradient: five digits of each number, and
 # of rewards, which are small differences of large numbers, five places. A gradient's norm adds 135 million roundings.
@@ -82,7 +82,7 @@ def check_scores(program, folder, model, tokenizer, records, pairs, work):
             theirs, tokens = response_logp(model, tokenizer, record, side)
             if line[f"tokens_{side}"] != tokens:
                 sys.exit(f"record {line['record']}, {side}: {line[f'tokens_{side}']} tokens, transformers has {tokens}")
-            error = abs(line[f"logp_{side}"] - theirs) / abs(theirs)
+            error = abs(line[f"logp_{side}"] - theirs) / max(1.0, abs(theirs))
             if not error <= LOGP_TOLERANCE:
                 sys.exit(f"record {line['record']}, {side}: log-prob {line[f'logp_{side}']}, transformers' {theirs}: {error:.1e}")
             worst = max(worst, error)
