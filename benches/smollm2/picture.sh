@@ -5,7 +5,7 @@
 set -euo pipefail
 page=$(realpath "$1")
 picture=$2
-height=${3:-1500}
+height=${3:-2300}
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome || true)
 if [ -z "$browser" ]; then
   echo "picture.sh: chromium is not here (Debian: apt-get install chromium): $picture is not made" >&2
