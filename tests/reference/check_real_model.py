@@ -34,7 +34,7 @@ LOGP_TOLERANCE = 1e-5
 # Before and after an optimiser step: five digits of each number, and five places of a reward, which is a small difference of
 # large numbers. TRL's gradient norm is taken in f64: see `clip_in_f64`.
 TOLERANCE = 1e-5
-STEPS, PAIRS_PER_STEP, THREADS = 2, 4, 2
+STEPS, PAIRS_PER_STEP, THREADS = 2, 3, 2
 
 
 def run(*command):
