@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::checkpoint::ModelFolder;
 use crate::config::GenerateConfig;
+use crate::context;
 use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
@@ -26,7 +27,24 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
             encoder.encode_chat_prompt(&messages)?
         }
     };
+    check_context(config, &folder, prompt.len())?;
     run_on(config.device, config.threads, Generating { config, folder, encoder, prompt })
+}
+
+/// Warns where the answer may pass the model's context, and refuses what its rope does not hold for.
+fn check_context(config: &GenerateConfig, folder: &ModelFolder, prompt: usize) -> Result<()> {
+    let (context, most) = (folder.config().context(), prompt.saturating_add(config.max_new_tokens));
+    context::check_positions(folder, most, |positions| match positions.saturating_sub(prompt) {
+        0 => format!("the prompt has {prompt} tokens: shorten it"),
+        room => format!("give --max-new-tokens {room} or less"),
+    })?;
+    if most > context {
+        tracing::warn!(
+            "the prompt's {prompt} tokens and --max-new-tokens {} may pass the {context} positions that the model was trained for",
+            config.max_new_tokens
+        );
+    }
+    Ok(())
 }
 
 struct Generating<'a> {
