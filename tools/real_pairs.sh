@@ -16,7 +16,9 @@ if ! is_right "$file"; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   # pip asks a source archive for its metadata, and for that builds in an environment of its own, which takes a while.
-  python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llamafactory --dest "$work" \
+  python="$root/.venv/bin/python"
+  [ -x "$python" ] || python=python3
+  "$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llamafactory --dest "$work" \
     "llamafactory==$release" >&2 || {
     echo "real_pairs.sh: llamafactory $release cannot be had from PyPI: the pairs are not here" >&2
     exit 3

@@ -192,13 +192,13 @@ def about(options, records):
         f"system: {platform.system()} {platform.release()}, {text_of('rustc', '--version')}, Python {platform.python_version()}",
         f"packages: {text_of(str(ROOT / PYTHON), '-c', versions)}",
         "model: SmolLM2-135M-Instruct (tools/real_model.sh), trained in f32 everywhere",
-        f"pairs: {len(records)} of benches/trl/pairs.json, {options.pairs_per_step} a step, constant learning rate",
+        f"pairs: the first {len(records)} of benches/trl/pairs.json, one epoch, {options.pairs_per_step} a step, constant learning rate",
     ]
 
 
 def record(folder, options):
     """Runs everything and writes the raw rows."""
-    records = json.loads((ROOT / HERE / "pairs.json").read_text())
+    records = json.loads((ROOT / HERE / "pairs.json").read_text())[: options.pairs]
     if options.steps:
         print(f"compare.py: {options.steps} steps only: for trying out, not for recording", file=sys.stderr)
     if os.getloadavg()[0] > 0.5:
@@ -226,6 +226,7 @@ def main():
     parser.add_argument("--program", type=Path, default=Path(os.environ.get("CARGO_TARGET_DIR", "target")) / "release/mmpo-fast")
     parser.add_argument("--model", type=Path, default=Path("target/real/SmolLM2-135M-Instruct"))
     parser.add_argument("--objective", action="append", choices=TRL, help="default: all")
+    parser.add_argument("--pairs", type=int, default=24, help="so many of pairs.json")
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--steps", type=int, help="default: one epoch")
     parser.add_argument("--threads", type=int, default=2)
