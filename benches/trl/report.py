@@ -151,7 +151,7 @@ def curve(left, top, width, height, title, ours, theirs):
     x_of = lambda step: left + width * step / max(len(ours) - 1, 1)
     y_of = lambda value: top + height * (1 - (value - low) / span)
     parts = [text(left, top - 8, title), line(left, top, left, top + height), line(left, top + height, left + width, top + height)]
-    parts += [text(left - 52, top + 8, f"{high:.4g}"), text(left - 52, top + height, f"{low:.4g}")]
+    parts += [*(text(left - 6, y, f"{value:.3g}", 'text-anchor="end"') for y, value in ((top + 8, high), (top + height, low)))]
     points = " ".join(f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in enumerate(ours))
     parts.append(f'<polyline points="{points}" fill="none" stroke="{COLORS[0]}" stroke-width="2"/>')
     for step, value in enumerate(theirs):
