@@ -14,6 +14,7 @@ pub mod device;
 pub mod error;
 pub mod foreign;
 pub mod generate;
+pub mod interrupt;
 pub mod model;
 pub mod objective;
 pub mod optimizer;

@@ -8,7 +8,7 @@
 mod checkpoint;
 mod guard;
 mod inputs;
-mod interrupt;
+mod lock;
 mod output;
 mod plan;
 mod recorder;
@@ -24,12 +24,12 @@ pub use inputs::Inputs;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
-use crate::checkpoint::atomic;
 use crate::checkpoint::run_state::RunIdentity;
 use crate::config::RunConfig;
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::{Llama, LlamaTensors};
 use crate::objective::ReferencePair;
 use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
@@ -49,7 +49,8 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
-    atomic::check_writable(output.path())?;
+    interrupt::check()?;
+    let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
     let identity = identity(&recorded, &inputs);
     let tensors = checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()));
@@ -101,6 +102,7 @@ impl DeviceTask for Training<'_> {
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
         let model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        interrupt::check()?;
         let references = References::compute(config, &inputs, &model)?;
         let samples = Samples::choose(&inputs)?;
         let answers_before = samples.answers(&model, &inputs)?;
@@ -108,6 +110,7 @@ impl DeviceTask for Training<'_> {
         let mut run = Run::new(config, &inputs, &references, plan, identity, model)?;
         let before = run.evaluate(0)?;
         let resumed = run.restore(start)?;
+        let steps = interrupt::steps()?;
         output.begin(&recorded)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
         if let (None, Some(before)) = (resumed, &before) {
@@ -122,6 +125,10 @@ impl DeviceTask for Training<'_> {
         guard::check_trained(output.path(), &run.trainer, &inputs.folder)?;
         checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)
             .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+        let saved =
+            format!("the trained model is in {}; only the report is missing", output.model().display());
+        let keeper = interrupt::keep_before_end(|| Some(saved));
+        drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
@@ -130,7 +137,9 @@ impl DeviceTask for Training<'_> {
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
             seconds: started.elapsed().as_secs_f64(),
-        })
+        })?;
+        drop(keeper);
+        Ok(())
     }
 }
 
@@ -190,16 +199,18 @@ impl<'a, D: Device> Run<'a, D> {
                 last_evaluation = self.evaluate(done)?;
                 last_evaluation.iter().try_for_each(|metrics| recorder.evaluation(metrics))?;
             }
-            let interrupted = interrupt::requested() && done < total;
+            let interrupted = interrupt::requested().filter(|_| done < total);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
-            if due || interrupted {
+            if due || interrupted.is_some() {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
                 checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
             }
-            if interrupted {
-                return Err(Error::Interrupted { saved: output.path().to_path_buf() });
+            if let Some(signal) = interrupted {
+                let output = output.path().display();
+                let kept = format!("the run was saved in {output} and `--resume` continues it");
+                return Err(interrupt::stopped(signal, kept));
             }
         }
         match last_evaluation {

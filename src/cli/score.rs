@@ -23,8 +23,12 @@ pub fn command() -> Command {
         .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
-            own("output", "FILE.jsonl", "File that receives a line a pair, in the order of the data")
-                .required(true),
+            own(
+                "output",
+                "FILE.jsonl",
+                "File that receives a line a pair, in the order of the data; `-` is standard output",
+            )
+            .required(true),
         )
         .arg(own(
             "reference",

@@ -239,9 +239,9 @@ options! {
         /// rate, so that no step has none.
         warmup_ratio: f64, Absent = Absent("0.1, unless --warmup-steps is given"), ALL, check::zero_to_one;
         /// Warm-up in steps.
-        warmup_steps: usize, Absent = Absent("see --warmup-ratio"), ALL, check::anything;
+        warmup_steps: usize, Absent = Absent("see --warmup-ratio"), ALL, check::count;
         /// Passes over the data; fractions are allowed.
-        epochs: f64, Absent = Absent("1, unless --max-steps is given"), ALL, check::positive;
+        epochs: f64, Absent = Absent("1, unless --max-steps is given"), ALL, check::epochs;
         /// Optimiser steps of the whole run, instead of --epochs.
         max_steps: usize, Absent = Absent("see --epochs"), ALL, check::at_least_one;
     }
@@ -272,8 +272,8 @@ options! {
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
         /// MiB that kept probabilities may take; the recompute mode keeps none.
-        head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::at_least_one;
+        head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::mebibytes;
         /// CPU threads.
-        threads: usize, Absent = Absent("all cores"), ALL, check::at_least_one;
+        threads: usize, Absent = Absent("all cores"), ALL, check::threads;
     }
 }

@@ -91,6 +91,15 @@ impl Plan {
     /// # Errors
     /// [`Error::Numerics`] naming the option.
     pub fn check_numbers(&self) -> Result<()> {
+        if u32::try_from(self.total_steps).is_err() {
+            return Err(Error::config(
+                format!(
+                    "the run would take {} optimiser steps, and AdamW counts them in 32 bits",
+                    self.total_steps
+                ),
+                "lower --epochs, or raise --pairs-per-step",
+            ));
+        }
         let optimizer = &self.optimizer;
         let rate = self.largest_rate();
         if rate as f32 == 0.0 {

@@ -9,6 +9,7 @@ mod emulated;
 mod generate;
 mod harness;
 mod learning;
+mod reliability;
 mod resume;
 mod score;
 mod train;
