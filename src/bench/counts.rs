@@ -10,7 +10,7 @@ use super::BenchConfig;
 use super::cases::{self, Maker};
 use super::report::{self, figures};
 use super::shapes::Shape;
-use crate::device::Device;
+use crate::device::Hardware;
 use crate::device::cuda::{
     CudaDevice, EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,

@@ -6,7 +6,7 @@
 use super::Llama;
 use super::buffers::{Activations, Gradients};
 use super::tensors::LlamaTensors;
-use crate::device::{BatchBuffers, Device, Floats, RopeDirection};
+use crate::device::{AttentionGradient, BatchBuffers, Device, Floats, RmsNormBackward, RopeDirection};
 use crate::error::Result;
 
 impl<D: Device> Llama<D> {
@@ -92,15 +92,15 @@ impl<D: Device> Llama<D> {
         )?;
 
         // normed = rms_norm(middle)
-        device.rms_norm_backward(
-            &mut gradients.residual,
-            &mut dweights.post_norm,
-            &gradients.normed,
-            &activations.middle[slot],
-            &weights.post_norm,
-            &activations.post_rstd[slot],
-            self.norm_shape(tokens),
-        )
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut gradients.residual,
+            dweight: &mut dweights.post_norm,
+            dout: &gradients.normed,
+            x: &activations.middle[slot],
+            weight: &weights.post_norm,
+            rstd: &activations.post_rstd[slot],
+            shape: self.norm_shape(tokens),
+        })
     }
 
     fn attention_backward(
@@ -133,15 +133,15 @@ impl<D: Device> Llama<D> {
         )?;
 
         // attention = softmax(q k^T) v, q and k rotated
-        device.attention_backward(
-            &mut gradients.qkv,
-            &gradients.attention,
-            &activations.attention[slot],
-            &activations.attention_lse[slot],
-            &activations.qkv[slot],
+        device.attention_backward(AttentionGradient {
+            dqkv: &mut gradients.qkv,
+            dout: &gradients.attention,
+            out: &activations.attention[slot],
+            lse: &activations.attention_lse[slot],
+            qkv: &activations.qkv[slot],
             batch,
             shape,
-        )?;
+        })?;
         device.rope(
             &mut gradients.qkv,
             &self.rope_table,
@@ -174,14 +174,14 @@ impl<D: Device> Llama<D> {
         )?;
 
         // normed = rms_norm(residual)
-        device.rms_norm_backward(
-            &mut gradients.residual,
-            &mut dweights.input_norm,
-            &gradients.normed,
-            &activations.residual[residual],
-            &weights.input_norm,
-            &activations.input_rstd[slot],
-            self.norm_shape(tokens),
-        )
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut gradients.residual,
+            dweight: &mut dweights.input_norm,
+            dout: &gradients.normed,
+            x: &activations.residual[residual],
+            weight: &weights.input_norm,
+            rstd: &activations.input_rstd[slot],
+            shape: self.norm_shape(tokens),
+        })
     }
 }

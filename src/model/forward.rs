@@ -6,7 +6,7 @@
 use super::Llama;
 use super::buffers::Activations;
 use super::decode::KvCache;
-use crate::device::{BatchBuffers, Device, LinearShape, NormShape, RopeDirection};
+use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearShape, LinearSwiglu, NormShape, RopeDirection};
 use crate::error::Result;
 
 /// What the queries of a forward see.
@@ -94,29 +94,29 @@ impl<D: Device> Llama<D> {
             weights.attention_out_bias.as_ref(),
             self.attention_out_shape(tokens),
         )?;
-        self.device.add_rms_norm_forward(
-            &mut activations.middle[slot],
-            &mut activations.normed,
-            &mut activations.post_rstd[slot],
-            &activations.residual[residual],
-            &activations.delta,
-            &weights.post_norm,
-            self.norm_shape(tokens),
-        )
+        self.device.add_rms_norm_forward(AddRmsNorm {
+            sum: &mut activations.middle[slot],
+            out: &mut activations.normed,
+            rstd: &mut activations.post_rstd[slot],
+            x: &activations.residual[residual],
+            delta: &activations.delta,
+            weight: &weights.post_norm,
+            shape: self.norm_shape(tokens),
+        })
     }
 
     /// From `normed` to `delta`.
     fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer];
         let slot = activations.slot(layer);
-        self.device.linear_swiglu_forward(
-            &mut activations.activated,
-            &mut activations.gate_up[slot],
-            &activations.normed,
-            &weights.gate_up,
-            weights.gate_up_bias.as_ref(),
-            self.gate_up_shape(tokens),
-        )?;
+        self.device.linear_swiglu_forward(LinearSwiglu {
+            out: &mut activations.activated,
+            gate_up: &mut activations.gate_up[slot],
+            x: &activations.normed,
+            weight: &weights.gate_up,
+            bias: weights.gate_up_bias.as_ref(),
+            shape: self.gate_up_shape(tokens),
+        })?;
         self.device.linear_forward(
             &mut activations.delta,
             &activations.activated,
@@ -132,15 +132,15 @@ impl<D: Device> Llama<D> {
         let next_slot = activations.slot(layer + 1);
         let next_residual = activations.residual_slot(layer + 1);
         match self.weights.layers.get(layer + 1) {
-            Some(next) => self.device.add_rms_norm_forward(
-                &mut activations.residual[next_residual],
-                &mut activations.normed,
-                &mut activations.input_rstd[next_slot],
-                &activations.middle[slot],
-                &activations.delta,
-                &next.input_norm,
-                self.norm_shape(tokens),
-            ),
+            Some(next) => self.device.add_rms_norm_forward(AddRmsNorm {
+                sum: &mut activations.residual[next_residual],
+                out: &mut activations.normed,
+                rstd: &mut activations.input_rstd[next_slot],
+                x: &activations.middle[slot],
+                delta: &activations.delta,
+                weight: &next.input_norm,
+                shape: self.norm_shape(tokens),
+            }),
             None => self.device.add(
                 &mut activations.residual[next_residual],
                 &activations.middle[slot],

@@ -12,7 +12,10 @@ use super::Llama;
 use super::buffers::{Activations, Gradients, HeadBuffers};
 use super::tensors::LlamaTensors;
 use crate::data::{ScoredPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, HeadMode, HeadShape};
+use crate::device::{
+    BatchBuffers, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
+    RmsNormBackward,
+};
 use crate::error::Result;
 use crate::objective::Objective;
 
@@ -39,44 +42,44 @@ impl<D: Device> Llama<D> {
         for pairs in head.chunks(scored) {
             let mut shape = self.head_shape(scored, &pairs, objective.needs_entropy());
             shape.mode = head.plan.mode(shape.rows.len());
-            device.logp_head_forward(
-                &mut head.scores,
-                &mut head.workspace,
-                &head.normed,
+            device.logp_head_forward(HeadForward {
+                scores: &mut head.scores,
+                workspace: &mut head.workspace,
+                hidden: &head.normed,
                 weight,
-                &batch.targets,
-                &shape,
-            )?;
-            device.pair_objective(
-                &mut head.outcomes,
-                &mut head.coefficients,
-                &head.scores,
+                targets: &batch.targets,
+                shape: &shape,
+            })?;
+            device.pair_objective(ObjectiveOperands {
+                outcomes: &mut head.outcomes,
+                coefficients: &mut head.coefficients,
+                scores: &head.scores,
                 batch,
                 objective,
                 pairs,
-            )?;
-            device.logp_head_backward(
-                &mut head.normed,
-                Some(dweights.head_mut()),
-                &mut head.workspace,
+            })?;
+            device.logp_head_backward(HeadBackward {
+                hidden: &mut head.normed,
+                dweight: Some(dweights.head_mut()),
+                workspace: &mut head.workspace,
                 weight,
-                &batch.targets,
-                &head.scores,
-                &head.coefficients,
-                &shape,
-            )?;
+                targets: &batch.targets,
+                scores: &head.scores,
+                coefficients: &head.coefficients,
+                shape: &shape,
+            })?;
         }
 
         device.zero(&mut gradients.gathered, 0..total * width)?;
-        device.rms_norm_backward(
-            &mut gradients.gathered,
-            &mut dweights.final_norm,
-            &head.normed,
-            &head.gathered,
-            &self.weights.final_norm,
-            &head.rstd,
-            self.norm_shape(total),
-        )?;
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut gradients.gathered,
+            dweight: &mut dweights.final_norm,
+            dout: &head.normed,
+            x: &head.gathered,
+            weight: &self.weights.final_norm,
+            rstd: &head.rstd,
+            shape: self.norm_shape(total),
+        })?;
         let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
         device.gather_rows_backward(&mut gradients.residual, &gradients.gathered, batch, tokens, width)
     }
@@ -96,23 +99,23 @@ impl<D: Device> Llama<D> {
         self.head_input(activations, batch, total)?;
         let head = &mut activations.head;
         let shape = self.head_shape(scored, &(0..scored.len()), entropy);
-        device.logp_head_forward(
-            &mut head.scores,
-            &mut head.workspace,
-            &head.normed,
-            self.weights.head(),
-            &batch.targets,
-            &shape,
-        )?;
+        device.logp_head_forward(HeadForward {
+            scores: &mut head.scores,
+            workspace: &mut head.workspace,
+            hidden: &head.normed,
+            weight: self.weights.head(),
+            targets: &batch.targets,
+            shape: &shape,
+        })?;
         match objective {
-            Some(objective) => device.pair_objective(
-                &mut head.outcomes,
-                &mut head.coefficients,
-                &head.scores,
+            Some(objective) => device.pair_objective(ObjectiveOperands {
+                outcomes: &mut head.outcomes,
+                coefficients: &mut head.coefficients,
+                scores: &head.scores,
                 batch,
                 objective,
-                0..scored.len(),
-            ),
+                pairs: 0..scored.len(),
+            }),
             None => Ok(()),
         }
     }
