@@ -39,7 +39,7 @@ fn checked_variant() -> MutexGuard<'static, ()> {
     CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Of the tiles of `kernels/linear.cu`.
+/// Sizes of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
 const BF16: usize = 2;
 

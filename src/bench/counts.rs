@@ -24,7 +24,7 @@ pub struct Counts {
     /// mma.sync and wgmma instructions, and the floating-point operations of both.
     pub mma_operations: u64,
     pub mma_flops: u64,
-    /// Of global memory, by ordinary accesses, cp.async and TMA.
+    /// Bytes of global memory, by ordinary accesses, cp.async and TMA.
     pub load_bytes: u64,
     pub store_bytes: u64,
     /// 32-byte sectors of the ordinary accesses.

@@ -111,7 +111,7 @@ pub struct HeadBackward<'a, D: Memory> {
     pub targets: &'a Indices<D>,
     /// As the forward assigned them.
     pub scores: &'a TokenScores<D>,
-    /// Of the objective.
+    /// As the objective assigned them.
     pub coefficients: &'a TokenCoefficients<D>,
     /// Rows and sizes.
     pub shape: &'a HeadShape,

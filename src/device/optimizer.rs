@@ -7,7 +7,7 @@ use crate::error::Result;
 /// One AdamW update (decoupled weight decay, as PyTorch's).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
-    /// Of this update, after the schedule.
+    /// Learning rate of this update, as the schedule gives it.
     pub learning_rate: f32,
     /// Decay of the first moment.
     pub beta1: f32,
@@ -54,7 +54,7 @@ pub struct AdamWUpdate<'a, D: Memory> {
     pub weight: &'a mut Compute<D>,
     /// Updated.
     pub state: &'a mut AdamWState<D>,
-    /// Of the loss, before clipping.
+    /// Gradient of the loss, before clipping.
     pub gradient: &'a Floats<D>,
 }
 

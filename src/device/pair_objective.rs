@@ -14,7 +14,7 @@ pub struct ObjectiveOperands<'a, D: Memory> {
     pub outcomes: &'a mut Floats<D>,
     /// The tokens of `pairs` are assigned.
     pub coefficients: &'a mut TokenCoefficients<D>,
-    /// Of the head's forward.
+    /// As the head's forward assigned them.
     pub scores: &'a TokenScores<D>,
     /// The batch that was scored.
     pub batch: &'a BatchBuffers<D>,

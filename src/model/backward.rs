@@ -1,4 +1,4 @@
-//! The Llama backward: from the gradient of the residual stream behind the last layer to all weight gradients.
+//! The Llama backward: from the gradient of the residual stream after the last layer to all weight gradients.
 //!
 //! `gradients.residual` flows from the top of the model down; each block adds what reaches it through its own norm.
 //! Weight gradients accumulate over micro-batches, in f32.

@@ -1,6 +1,6 @@
 //! Activations of the largest micro-batch, allocated once.
 //!
-//! Kept for the backward: the residual stream at both norms of a layer, `qkv` behind RoPE, the attention's output and
+//! Kept for the backward: the residual stream at both norms of a layer, `qkv` after RoPE, the attention's output and
 //! lse, and `gate_up`. Normed inputs and SwiGLU outputs are cheap and are computed again.
 
 use super::config::LlamaConfig;
@@ -47,7 +47,7 @@ pub enum Purpose {
 #[derive(Debug)]
 pub struct Activations<D: Device> {
     slots: usize,
-    /// `[T, D]` the residual stream entering each layer, and behind the last.
+    /// `[T, D]` the residual stream entering each layer, and after the last.
     pub residual: Vec<Compute<D>>,
     /// `[T]` of the norm before attention.
     pub input_rstd: Vec<Floats<D>>,
@@ -77,7 +77,7 @@ pub struct Activations<D: Device> {
 pub struct HeadBuffers<D: Device> {
     /// `[N, D]` the residual rows that predict a target; in the backward, their gradient.
     pub gathered: Compute<D>,
-    /// `[N, D]` the same behind the final norm; the head's backward replaces it by its gradient.
+    /// `[N, D]` the same after the final norm; the head's backward replaces it by its gradient.
     pub normed: Compute<D>,
     /// `[N]`
     pub rstd: Floats<D>,

@@ -1,7 +1,7 @@
-//! The Llama forward: from a packed batch to the residual stream behind the last layer.
+//! The Llama forward: from a packed batch to the residual stream after the last layer.
 //!
 //! As transformers defines it (`LlamaForCausalLM`): RMSNorm, attention with rotary positions, RMSNorm, SwiGLU MLP,
-//! each block added to the residual stream. The norm behind a residual sum is fused with it.
+//! each block added to the residual stream. The norm after a residual sum is fused with it.
 
 use super::Llama;
 use super::buffers::Activations;
@@ -15,7 +15,7 @@ pub enum Context<'a, D: Device> {
     Packed,
     /// The same, and their keys and values are kept for what follows.
     Prefill(&'a mut KvCache<D>),
-    /// One token behind all that the cache holds.
+    /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),
 }
 
@@ -51,7 +51,7 @@ impl<D: Device> Llama<D> {
         Ok(())
     }
 
-    /// From `normed` to `normed`: the attention block, its residual sum and the norm behind it.
+    /// From `normed` to `normed`: the attention block, its residual sum and the norm after it.
     fn attention_block(
         &self,
         layer: usize,
@@ -126,7 +126,7 @@ impl<D: Device> Llama<D> {
         )
     }
 
-    /// The residual sum behind the MLP and, but for the last layer, the next layer's norm.
+    /// The residual sum after the MLP and, except in the last layer, the next layer's norm.
     fn close_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let slot = activations.slot(layer);
         let next_slot = activations.slot(layer + 1);
@@ -150,7 +150,7 @@ impl<D: Device> Llama<D> {
         }
     }
 
-    /// The scored rows behind the final norm: `head.gathered` and `head.normed`, `[N, D]`.
+    /// The scored rows after the final norm: `head.gathered` and `head.normed`, `[N, D]`.
     pub(super) fn head_input(
         &self,
         activations: &mut Activations<D>,

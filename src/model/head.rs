@@ -1,7 +1,7 @@
 //! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
 //!
-//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode a chunk
-//! of whole pairs runs forward, learns its coefficients, and takes its kept probabilities to the gradients:
+//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode each
+//! chunk of whole pairs runs the forward, evaluates the objective, and reuses its saved probabilities in the backward:
 //! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
 //! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
 //! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
@@ -120,7 +120,7 @@ impl<D: Device> Llama<D> {
         }
     }
 
-    /// Of a forward without backward.
+    /// The head's shape for these pairs, in the mode of scoring; callers that run a backward set `mode`.
     fn head_shape(&self, scored: &[ScoredPair], pairs: &Range<usize>, entropy: bool) -> HeadShape {
         let pairs = &scored[pairs.clone()];
         let rows = match (pairs.first(), pairs.last()) {

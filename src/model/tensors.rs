@@ -42,7 +42,7 @@ pub struct LayerTensors<T> {
     pub down_bias: Option<T>,
 }
 
-/// The checkpoint tensors that lie one behind the other in a fused tensor.
+/// The checkpoint tensors that lie one after the other in a fused tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FusedTensor {
     pub parts: Vec<TensorSpec>,

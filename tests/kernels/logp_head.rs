@@ -42,7 +42,7 @@ struct Case<D: Device> {
 }
 
 impl<D: Device> Case<D> {
-    /// Of all rows; `scale` is the standard deviation of the logits.
+    /// The case's shape over all rows; `scale` is the standard deviation of the logits.
     fn new(device: &D, mode: HeadMode, (rows, width, vocab): (usize, usize, usize), scale: f32) -> Self {
         let (hidden, hidden64) = random_compute(device, 1, rows * width, scale / (width as f32).sqrt());
         let (weight, weight64) = random_compute(device, 2, vocab * width, 1.0);

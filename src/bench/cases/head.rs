@@ -123,7 +123,7 @@ impl<D: Device> Head<D> {
         self.shape.rows.len()
     }
 
-    /// Of one product with the vocabulary.
+    /// Operations of one gemm with the vocabulary matrix.
     fn product_flops(&self) -> usize {
         2 * self.scored() * self.shape.vocab * self.shape.width
     }

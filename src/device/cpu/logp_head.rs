@@ -272,7 +272,7 @@ fn summarize_tile(summaries: &mut [RowSummary], logits: &[f32], first: usize, ro
     }
 }
 
-/// `values`, at most [`LANES`], with zeros behind them.
+/// `values`, at most [`LANES`], with zeros after them.
 #[inline(always)]
 fn lanes(values: &[f32]) -> [f32; LANES] {
     match values.first_chunk::<LANES>() {

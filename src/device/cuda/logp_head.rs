@@ -107,7 +107,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// Of a workspace that holds `held` values.
+    /// The layout of a workspace that holds `held` values.
     fn new(
         device: &CudaDevice,
         mode: HeadMode,
@@ -139,12 +139,12 @@ fn logits_path(device: &CudaDevice, width: usize) -> KernelPath {
     if width.is_multiple_of(8) { device.path() } else { KernelPath::Portable }
 }
 
-/// Offset of the statistics in main mode, behind the exponentials.
+/// Offset of the statistics in main mode, after the exponentials.
 fn statistics_offset(rows: usize, vocab: usize) -> usize {
     (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
 }
 
-/// Offset of the scaled rows in main mode, behind the statistics of `row_statistics` bytes a row.
+/// Offset of the scaled rows in main mode, after the statistics of `row_statistics` bytes a row.
 fn scaled_offset(rows: usize, vocab: usize, row_statistics: usize) -> usize {
     statistics_offset(rows, vocab) + (rows * row_statistics).next_multiple_of(ALIGNMENT)
 }
@@ -193,7 +193,7 @@ impl Backward<'_> {
         if let Some(dweight) = dweight {
             let scaled: *mut bf16 = inside(workspace, scaled_at).cast();
             // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left, with
-            // room for as many rows of f32 behind it.
+            // room for as many rows of f32 after it.
             self.device.launch("logp_head_scale_hidden", self.shape, |kernels, stream| unsafe {
                 let x = hidden.at(first * width);
                 (kernels.logp_head_scale_hidden)(

@@ -1,4 +1,4 @@
-//! RMSNorm, alone and behind a residual addition: `kernels/rms_norm.cu`.
+//! RMSNorm, alone and after a residual addition: `kernels/rms_norm.cu`.
 
 use half::bf16;
 
