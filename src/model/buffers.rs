@@ -90,9 +90,9 @@ pub struct HeadBuffers<D: Device> {
     pub outcomes: Floats<D>,
 }
 
-/// Scratch of the backward.
+/// Scratch of the backward: gradients of activations, reused from layer to layer.
 #[derive(Debug)]
-pub struct Gradients<D: Device> {
+pub struct BackwardScratch<D: Device> {
     /// `[T, D]` of the residual stream, from the top of the model down.
     pub residual: Compute<D>,
     /// `[T, D]`
@@ -181,11 +181,11 @@ impl<D: Device> HeadBuffers<D> {
     }
 }
 
-impl<D: Device> Gradients<D> {
+impl<D: Device> BackwardScratch<D> {
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
-        Ok(Gradients {
+        Ok(BackwardScratch {
             residual: device.alloc(tokens * config.hidden_size)?,
             normed: device.alloc(tokens * config.hidden_size)?,
             qkv: device.alloc(tokens * shape.qkv_width())?,

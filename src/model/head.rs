@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::Llama;
-use super::buffers::{Activations, Gradients, HeadBuffers};
+use super::buffers::{Activations, BackwardScratch, HeadBuffers};
 use super::tensors::LlamaTensors;
 use crate::data::{ScoredPair, micro_batches};
 use crate::device::{
@@ -21,12 +21,12 @@ use crate::objective::Objective;
 
 impl<D: Device> Llama<D> {
     /// Log-probs, objective and gradient of a batch. Reads the residual stream that [`Llama::forward`] left, assigns
-    /// `gradients.residual`, accumulates into the head's and the final norm's weight gradients, and leaves
+    /// `scratch.residual`, accumulates into the head's and the final norm's weight scratch, and leaves
     /// `activations.head.outcomes`.
     pub fn head_forward_backward(
         &self,
-        dweights: &mut LlamaTensors<Floats<D>>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut LlamaTensors<Floats<D>>,
+        scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
         scored: &[ScoredPair],
@@ -60,7 +60,7 @@ impl<D: Device> Llama<D> {
             })?;
             device.logp_head_backward(HeadBackward {
                 hidden: &mut head.normed,
-                dweight: Some(dweights.head_mut()),
+                dweight: Some(gradients.head_mut()),
                 workspace: &mut head.workspace,
                 weight,
                 targets: &batch.targets,
@@ -70,10 +70,10 @@ impl<D: Device> Llama<D> {
             })?;
         }
 
-        device.zero(&mut gradients.gathered, 0..total * width)?;
+        device.zero(&mut scratch.gathered, 0..total * width)?;
         device.rms_norm_backward(RmsNormBackward {
-            dx: &mut gradients.gathered,
-            dweight: &mut dweights.final_norm,
+            dx: &mut scratch.gathered,
+            dweight: &mut gradients.final_norm,
             dout: &head.normed,
             x: &head.gathered,
             weight: &self.weights.final_norm,
@@ -81,7 +81,7 @@ impl<D: Device> Llama<D> {
             shape: self.norm_shape(total),
         })?;
         let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
-        device.gather_rows_backward(&mut gradients.residual, &gradients.gathered, batch, tokens, width)
+        device.gather_rows_backward(&mut scratch.residual, &scratch.gathered, batch, tokens, width)
     }
 
     /// Per-token scores of a batch in `activations.head.scores`, without any gradient; with `objective`, its outcomes
