@@ -144,9 +144,9 @@ mmpo_status MMPO_EXPORT(linear_backward_input_f32)(float* dx, const mmpo_bf16* d
 mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16* dout, const mmpo_bf16* x, int32_t rows,
                                                 int32_t inputs, int32_t outputs, mmpo_stream stream);
 
-/* ---- linear_sm90.cu: the same on wgmma and TMA; inputs and outputs multiples of 8, arrays on 16-byte boundaries (else
- * status 1: take linear.cu's). `tile`: a tile shape by its number, or MMPO_PLANNED_TILE -----------------------------
- */
+/* ---- linear_sm90.cu: the same on wgmma and TMA
+ * Inputs and outputs are multiples of 8 and arrays start on 16-byte boundaries; otherwise the launcher returns status 1
+ * and linear.cu's is to be taken. `tile` is the number of a tile shape, or MMPO_PLANNED_TILE. */
 
 #define MMPO_PLANNED_TILE (-1)
 

@@ -59,8 +59,7 @@ struct Plan {
     static DEVICE int statistics(int step) { return kStatistics + step % kQueryStages * kStatisticsBytes; }
 };
 
-// ----------------------------------------------------------------------------------------------------------------
-// loads
+// ---- loads
 
 // Starts copying a tile of queries' rows: tokens first.. of a matrix with `stride` values a token, packed heads from
 // `source` on. Rows without a query become zeros.
@@ -101,7 +100,7 @@ DEVICE void load_dout(uint32_t shared, const AttentionGradient& problem, const Q
                          problem.out_stride(), problem, tile.first);
 }
 
-// ------------------------------------------------------------------------------------------------------- scores, dS
+// ---- scores, dS
 
 // Scores that the mask hides become -inf. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int NT, class Walk>
@@ -150,8 +149,7 @@ DEVICE void store_gradients(uint32_t tile, const float (&ds)[BLOCK_M / 8][4], in
     }
 }
 
-// -------------------------------------------------------------------------------------------------------------------
-// dQ
+// ---- dQ
 
 // The warp's part of dS K over the first `keys` of the block: dq[4][4] of 16 queries and 32 columns.
 template <int E>
@@ -207,8 +205,7 @@ DEVICE void add_in_any_order(float* dq_tile, const float (&dq)[4][4], int row_gr
         for (int i = 0; i < 4; ++i) atomicAdd(to + n * kNext + i, dq[n][i]);
 }
 
-// ----------------------------------------------------------------------------------------------------------- the
-// kernel
+// ---- the kernel
 
 template <int E, class Order>
 __global__ void __launch_bounds__(Plan<E>::kThreads)
@@ -296,8 +293,7 @@ __global__ void __launch_bounds__(Plan<E>::kThreads)
                   1.0f);
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// launchers
+// ---- launchers
 
 template <int E, class Order>
 int launch(const AttentionGradient& problem, void* memory, const uint32_t* host_spans, cudaStream_t stream) {

@@ -10,8 +10,8 @@
 //   dV += P^T dO, dK += dS^T Q       P^T and dS^T are in the registers that the product wants, dV and dK stay in others
 //   dQ = dS K                        over all 128 keys, so dS goes through shared memory; each forms a 64 x 64 part
 //
-// dS has two buffers, so that one barrier a step is enough: who fills a buffer again has met the other warpgroup once
-// since that one read it.
+// dS has two buffers, so that one barrier a step is enough: a warpgroup refills a buffer only after a barrier that the
+// other warpgroup reached after reading it.
 #include "common/attention_backward.cuh"
 #include "common/hopper.cuh"
 
@@ -113,8 +113,7 @@ DEVICE void clear_idle_rows(uint32_t shared, int used) {
     fence_proxy_async();
 }
 
-// ---------------------------------------------------------------------------------------------------- loads, one
-// thread
+// ---- loads, one thread
 
 template <int E>
 DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGradient& problem,
@@ -150,8 +149,7 @@ DEVICE void produce(uint32_t shared, const TensorMaps& maps, const AttentionGrad
     }
 }
 
-// ------------------------------------------------------------------------------------------------ dQ's sums, one
-// thread
+// ---- dQ's sums, one thread
 
 template <int E, class Order>
 DEVICE void add_terms(uint32_t shared, const AttentionGradient& problem, const GradientWorkspace& workspace,
@@ -185,8 +183,7 @@ DEVICE void add_terms(uint32_t shared, const AttentionGradient& problem, const G
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------- a
-// consumer
+// ---- a consumer
 
 // Probabilities that the mask hides become 0. Rows are keys, from the `first_key`-th of the block on, columns queries.
 template <int E, int kCount>
@@ -315,8 +312,9 @@ struct Consumer {
             form_scores(scores, dp, at.stage);
             wgmma_wait<1>();
             pin_registers(scores);
-            // The mask behind the exponentials: with the branch between them and dP's wait ptxas leaves them before it,
-            // under dP's product (tests/sass.rs looks at the outcome). What is hidden may overflow here.
+            // Apply the mask after the exponentials. The branch then separates them from the wait for dP, and ptxas
+            // keeps them ahead of that wait, overlapped with dP's gemm (tests/sass.rs checks this). Exponentials that
+            // the mask hides may overflow.
             probabilities(scores, scale_log2, lse);
             if (tile.crosses) hide_probabilities<E>(scores, walk, tile, key());
 #pragma unroll
@@ -475,8 +473,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// launchers
+// ---- launchers
 
 template <int E>
 int encode_maps(TensorMaps& maps, const AttentionGradient& problem) {

@@ -31,12 +31,10 @@ struct ForwardTiles {
 
 // Two row tiles a warp: an ldmatrix of 16 keys (4 cycles of shared memory) then feeds four mma (8 cycles of an A100's
 // tensor cores); with one row tile shared memory would be as busy as they are.
-//   E = 64:  registers: scores 64, output 64, queries 32 and about 60: two blocks at 255 at most. Shared: queries 16,
-//   four
-//            tiles of 8: 48 KiB, two blocks also in the 100 KiB of sm_86.
-//   E = 128: scores 64, output 128, queries from shared memory: two blocks at 255. Shared: queries 32, three tiles of
-//   16:
-//            80 KiB, two blocks in sm_80's 164 KiB and one in the 100 KiB of sm_86.
+//   E = 64:  registers: scores 64, output 64, queries 32 and about 60, so two blocks of at most 255 fit.
+//            Shared memory: queries 16, four tiles of 8: 48 KiB, two blocks even in the 100 KiB of sm_86.
+//   E = 128: registers: scores 64, output 128, queries from shared memory, so two blocks of 255 fit.
+//            Shared memory: queries 32, three tiles of 16: 80 KiB, two blocks in sm_80's 164 KiB, one in sm_86's 100.
 // 64 keys a block: 128 would double the scores' registers, which then spill beside either output.
 constexpr ForwardTiles forward_tiles(int head_size) {
     return head_size == 64 ? ForwardTiles{2, 64, 4, 2} : ForwardTiles{2, 64, 3, 2};
@@ -106,7 +104,7 @@ DEVICE bool find_work(TileWork& out, const Problem& problem, const uint32_t* spa
     return false;
 }
 
-// ------------------------------------------------------------------------------------------------------------ copies
+// ---- copies
 
 // Copies the tile's packed rows; those without a token become zeros.
 template <int E>
@@ -123,7 +121,7 @@ DEVICE void load_queries(uint32_t tile, const Problem& problem, const TileWork& 
     }
 }
 
-// Copies the keys (or values, by `column`) of slots first ..; those behind the tile's last slot become zeros.
+// Copies the keys (or values, by `column`) of slots first ..; those past the tile's last slot become zeros.
 template <int E>
 DEVICE void load_slots(uint32_t tile, const Problem& problem, const TileWork& work, int first, int column) {
     constexpr int kChunks = E / kChunkValues;
@@ -172,7 +170,7 @@ struct TileRing {
     }
 };
 
-// ------------------------------------------------------------------------------------------------------ a warp's rows
+// ---- a warp's rows
 
 template <int kCount>
 DEVICE float (&quad(float (&values)[kCount], int index))[4] {
@@ -233,7 +231,7 @@ struct WarpRows {
         }
     }
 
-    // Hides keys behind each row's own; needed only in blocks that reach behind the warp's first row.
+    // Hides the keys after each row's own; needed only in blocks that reach past the warp's first row.
     DEVICE void mask(const HeadPacking& packing, int first_slot, int block_first) {
         if (block_first + BLOCK_N - 1 <= first_slot + packing.token(row)) return;
         const int lane = int(lane_id());
@@ -329,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, Config<E>::kBlocks)
 
     WarpRows<E> rows(shared);
     const int first_slot = work.sequence.own_slot + work.first_token;
-    // Rows behind the sequence's end see what its last row sees.
+    // Rows past the sequence's end see what its last row sees.
     const int last_token = problem.packing.token(rows.row + C::kWarpRows - 1);
     const int warp_blocks = C::Cut::blocks(min(first_slot + last_token, work.last_slot));
     for (int block = ring.blocks - 1; block >= 0; --block) {

@@ -9,8 +9,8 @@
 // warpgroup owns a slab of 64 packed rows of the tile: tokens x the query heads that share a key/value head. Scores and
 // output stay in its registers.
 //
-// NOTE: rows that TMA reads and no query sees (behind a sequence's end, in the gap before a rejected response's own
-// keys, behind row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not
+// NOTE: rows that TMA reads and no query sees (past a sequence's end, in the gap before a rejected response's own
+// keys, past row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not
 // stored. Their values are other rows of the same qkv: a NaN or infinity among them spreads as 0 * infinity does, one
 // tile earlier than it would anyway.
 #include "common/attention_forward_plan.cuh"
@@ -20,7 +20,7 @@ namespace {
 
 using namespace forward_plan;
 
-// ------------------------------------------------------------------------------------------------------- the producer
+// ---- the producer
 
 // Descriptions of qkv for TMA.
 struct Maps {
@@ -134,7 +134,7 @@ DEVICE void produce(const Shared<E>& shared, const Maps& maps, const Problem& pr
     if (lane_id() == 0) producer.publish(TileWork{}, 0);
 }
 
-// ------------------------------------------------------------------------------------------------------ the consumers
+// ---- the consumers
 
 // The part of a tile that one consumer warpgroup works on.
 struct SlabWork {
@@ -229,7 +229,7 @@ struct Consumer {
         for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) accumulators_to_operand(weights[step], scores, step);
     }
 
-    // Keeps what the next products read in registers from being written behind the fence that follows.
+    // Keeps the compiler from writing the next products' register operands after the fence that follows.
     DEVICE void pin_operands() {
         pin_registers(out);
 #pragma unroll
@@ -252,7 +252,7 @@ struct Consumer {
         return problem.packing.token(int(threadIdx.x) % kWarpgroupThreads / 32 * 16 + int(lane_id()) / 4 + 8 * half);
     }
 
-    // Sets scores of keys behind a row's own, and of the gap, to -inf. Blocks before a slab's first slot without a gap
+    // Sets scores of keys after a row's own, and of the gap, to -inf. Blocks before a slab's first slot without a gap
     // need neither.
     template <int N>
     DEVICE void mask(const TileWork& tile, const SlabWork& work, int block) {
@@ -289,8 +289,7 @@ struct Consumer {
         mask<N>(tile, work, work.blocks - 1);
         float rescale[2];
         softmax.update(first_scores<N>(), problem.scale_log2, rescale);
-        // Left undefined, the other weights cost ptxas so many registers that it gives the products up to run one by
-        // one.
+        // Zero the unused weights; left undefined, they raise register pressure until ptxas serialises the wgmmas.
 #pragma unroll
         for (int i = N / 2; i < BLOCK_N / 2; ++i) scores[i] = 0.0f;
         round_weights();
@@ -329,7 +328,7 @@ struct Consumer {
             softmax.update(scores, problem.scale_log2, rescale);
             pin_registers(scores);
             // Here and not at the loop's head, because it also keeps the exponentials before the wait that follows:
-            // with no branch between them ptxas sinks them behind it, where no product runs over them. (The pin does
+            // with no branch between them ptxas sinks them below it, where no product overlaps them. (The pin does
             // the same for the compiler before ptxas; tests/sass.rs looks at the outcome.)
             if (block > 0) await_keys();
             wgmma_wait<0>();

@@ -60,7 +60,7 @@ struct ForwardEpilogue {
     template <class L>
     DEVICE void transform(product::Accumulators<L>& logits, product::TileOrigin origin, unsigned char* shared) const {
         static_assert(L::Tile::BLOCK_N == kStatisticsColumns, "a tile is a row's columns of one reference");
-        static_assert(L::kStagedBytes + sizeof(Exchange<L>) <= L::kSharedBytes, "room behind the staged tile");
+        static_assert(L::kStagedBytes + sizeof(Exchange<L>) <= L::kSharedBytes, "room after the staged tile");
         Exchange<L>& exchange = *reinterpret_cast<Exchange<L>*>(shared + L::kStagedBytes);
         const product::WarpPart part = product::warp_part<L>();
         const int neighbour = part.n / L::WARP_N;

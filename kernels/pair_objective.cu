@@ -134,7 +134,7 @@ DEVICE double sum_tokens(const float* values, int count) {
     return warp_sum(sum);
 }
 
-// Sum over the lanes behind this one.
+// Sum over the lanes after this one.
 DEVICE double sum_behind(double value) {
     double sum = value;
 #pragma unroll
@@ -152,7 +152,7 @@ DEVICE double add_entropy_term(float* dlogp, float* dentropy, const float* logp,
                                float slope, double weight) {
     const int lane = int(lane_id());
     double bonus = 0.0;
-    // Sum of the entropies behind the tile of 32 tokens at hand.
+    // Sum of the entropies after the tile of 32 tokens at hand.
     double behind_tile = 0.0;
     for (int start = (count - 1) / kWarp * kWarp; start >= 0 && count > 0; start -= kWarp) {
         const int token = start + lane;

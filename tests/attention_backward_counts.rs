@@ -9,7 +9,8 @@
 use half::bf16;
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath};
-use mmpo_fast::device::{AttentionShape, BatchBuffers, Device};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers};
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
 
@@ -44,7 +45,17 @@ fn counted(device: &CudaDevice, batch: &PairBatch, shape: AttentionShape) -> Emu
     device.zero(&mut lse, 0..rows * shape.heads).unwrap();
     let mut dqkv = zeros(rows * shape.qkv_width());
     VARIANT.reset_counters();
-    device.attention_backward(&mut dqkv, &dout, &out, &lse, &qkv, &buffers, shape).unwrap();
+    device
+        .attention_backward(AttentionGradient {
+            dqkv: &mut dqkv,
+            dout: &dout,
+            out: &out,
+            lse: &lse,
+            qkv: &qkv,
+            batch: &buffers,
+            shape,
+        })
+        .unwrap();
     VARIANT.counters()
 }
 

@@ -12,7 +12,8 @@ use mmpo_fast::device::cuda::{
     CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_EARLY,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED,
 };
-use mmpo_fast::device::{AttentionShape, BatchBuffers, Device, RawValues};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{AttentionShape, BatchBuffers, RawValues};
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
 

@@ -10,7 +10,10 @@ use mmpo_fast::device::cuda::{
     CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_LATE,
     MMPO_EMULATOR_SCHEDULE_ORDERED,
 };
-use mmpo_fast::device::{Device, HeadMode, HeadShape, RawValues, TokenCoefficients, TokenScores};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{
+    HeadBackward, HeadForward, HeadMode, HeadShape, RawValues, TokenCoefficients, TokenScores,
+};
 
 /// Watches ordinary loads and stores too.
 const VARIANT: EmulatorVariant = EmulatorVariant::Checked;
@@ -58,20 +61,29 @@ fn count(device: &CudaDevice, mode: HeadMode, entropy: bool) -> [EmulatorCounter
     let shape = HeadShape { rows: 0..ROWS, width: WIDTH, vocab: VOCAB, entropy, mode };
 
     VARIANT.reset_counters();
-    device.logp_head_forward(&mut scores, &mut workspace, &hidden, &weight, &targets, &shape).unwrap();
+    device
+        .logp_head_forward(HeadForward {
+            scores: &mut scores,
+            workspace: &mut workspace,
+            hidden: &hidden,
+            weight: &weight,
+            targets: &targets,
+            shape: &shape,
+        })
+        .unwrap();
     let forward = VARIANT.counters();
     VARIANT.reset_counters();
     device
-        .logp_head_backward(
-            &mut hidden,
-            Some(&mut dweight),
-            &mut workspace,
-            &weight,
-            &targets,
-            &scores,
-            &coefficients,
-            &shape,
-        )
+        .logp_head_backward(HeadBackward {
+            hidden: &mut hidden,
+            dweight: Some(&mut dweight),
+            workspace: &mut workspace,
+            weight: &weight,
+            targets: &targets,
+            scores: &scores,
+            coefficients: &coefficients,
+            shape: &shape,
+        })
         .unwrap();
     [forward, VARIANT.counters()]
 }

@@ -25,7 +25,8 @@ use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED, ProductTile, Products,
 };
-use mmpo_fast::device::{AdamWState, AdamWUpdate, Device, LinearShape, RawValues};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{AdamWState, AdamWUpdate, LinearShape, RawValues};
 use mmpo_fast::error::Result;
 
 use table::Table;
@@ -38,7 +39,7 @@ fn checked_variant() -> MutexGuard<'static, ()> {
     CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Of the tiles of `kernels/linear.cu`.
+/// Sizes of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
 const BF16: usize = 2;
 

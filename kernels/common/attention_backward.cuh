@@ -1,5 +1,5 @@
 // What both attention backward kernels share: the tiles of queries that see a tile of keys, the order in which a row of
-// dQ receives its terms, and the small kernels before and behind the main one.
+// dQ receives its terms, and the small kernels before and after the main one.
 //
 //   prepare  delta[T, H] = row sums of dout * out and lse in base 2, tile by tile; turns (or sums) at zero; the list of
 //            key tiles
@@ -14,7 +14,7 @@
 // towards the first key adds, and so on; rejected queries take the prompt's tiles, again descending, after their own. A
 // block walks its queries upwards from its own diagonal, so at any moment the blocks of one sequence are at tiles of
 // queries a few apart, and the one that a block waits for has been there before it. (Ascending order would have all
-// blocks stand behind the first at every step.) Blocks take tiles of keys by tickets in an order in which each waits
+// blocks wait for the first at every step.) Blocks take tiles of keys by tickets in an order in which each waits
 // only for earlier tickets, so it never waits for a block that has not started.
 //
 // What that order costs is measured beside kernels that add as they come (AnyOrder): the same but for the turns.
@@ -68,14 +68,14 @@ inline HeadPacking gradient_packing(int heads, int kv_heads, int block_m) {
     return {packed, heads / packed, uint32_t((65536 + packed - 1) / packed)};
 }
 
-// A tile of keys to be owned by a block: `tile` as find_row_tile counts. With the pair's span, which a block would
-// otherwise read behind it: its start is a chain of such latencies, and no other block hides them.
+// A tile of keys to be owned by a block: `tile` as find_row_tile counts. Includes the span: loading it separately would
+// add another dependent load at block start, which no other resident block can hide.
 struct alignas(16) KeyTileEntry {
     Span span;
     uint32_t pair, tile;
 };
 
-// ------------------------------------------------------------------------------------------------- numbers of tiles
+// ---- numbers of tiles
 // A tile of a sequence gets the number (first row of the sequence) / rows + (index of the sequence) + (tile in it).
 // Numbers are unique, need no table, and leave out at most two a pair.
 
@@ -123,7 +123,7 @@ struct GradientWorkspace {
     }
 };
 
-// ------------------------------------------------------------------------------------------- queries of a tile of keys
+// ---- queries of a tile of keys
 
 // One step of a block's walk: a tile of queries that see some of its keys.
 struct QueryTile {
@@ -176,22 +176,22 @@ struct QueryWalk {
                     false,
                     first < first_key + BLOCK_N - 1};
         }
-        const int behind = step - own_steps;
-        const int first = other_first + behind * tokens, last = min(first + tokens, other_last);
+        const int after_own = step - own_steps;
+        const int first = other_first + after_own * tokens, last = min(first + tokens, other_last);
         const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
-        return {first, other_number + behind, uint32_t(own_terms + prompt_tiles - 1 - key_tile), prompt_keys,
+        return {first, other_number + after_own, uint32_t(own_terms + prompt_tiles - 1 - key_tile), prompt_keys,
                 true,  prompt_keys < BLOCK_N};
     }
 
-    // The first row of a tile that sees the `key`-th key of the block; all behind it do too. (Those behind the end of
-    // their sequence as well: their lse is infinite instead.)
+    // The first row of a tile that sees the `key`-th key of the block; all rows after it do too. (Rows past the
+    // sequence's end also count as seeing the key; their infinite lse zeroes their weights.)
     DEVICE int first_seeing(const QueryTile& tile, int key) const {
         if (key >= tile.keys) return tokens * packed;
         return tile.other ? 0 : (first_key + key - tile.first) * packed;
     }
 };
 
-// ------------------------------------------------------------------------------------------------------------ tickets
+// ---- tickets
 
 // What a block works on.
 struct OwnedKeys {
@@ -213,7 +213,7 @@ DEVICE OwnedKeys take_keys(const AttentionGradient& problem, const GradientWorks
     return owned;
 }
 
-// ----------------------------------------------------------------------------------------------------------- fragments
+// ---- fragments
 
 // Where a lane's four f32 of a 16 x 8 part of dQ lie in its tile: parts of a row group are neighbours, and a warp moves
 // one in 512 contiguous bytes, in the order in which mma and wgmma leave accumulators.
@@ -225,7 +225,7 @@ DEVICE int dq_fragment(int row_group, int column_group) {
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo
 
-// ------------------------------------------------------------------------------------------------------- small kernels
+// ---- small kernels
 // Without external linkage: two files compile them, for different targets. (nvcc knows one anonymous namespace only.)
 namespace {
 
@@ -241,7 +241,7 @@ DEVICE uint32_t block_sum(uint32_t value, uint32_t* partials) {
     return sum;
 }
 
-// Lists the key tiles of one pair behind those of all longer pairs, so that no long pair begins when the others are
+// Lists the key tiles of one pair after those of all longer pairs, so that no long pair begins when the others are
 // done. Of a pair: the rejected response's tiles descending, then those of prompt and chosen descending, which is the
 // order in which dQ receives their terms.
 template <int BLOCK_N>
@@ -269,7 +269,7 @@ struct PreparedTile {
     int64_t slot;
     int first_head;
 
-    // False behind the pair's last tile.
+    // False after the pair's last tile.
     DEVICE bool find(const AttentionGradient& problem) {
         const int pair = int(blockIdx.z), pack = int(blockIdx.y);
         if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), problem.tile_tokens)) return false;

@@ -12,8 +12,8 @@ namespace forward_plan {
 constexpr int kSlabRows = 64;
 constexpr int kBlockRegisters = 65536;
 constexpr int kSharedLimit = 227 * 1024;
-// Rows of the small copies of which a key block is put together where prompt and own keys meet. 16 is 8 copies a panel
-// at the most, and a gap of at most 15 slots.
+// Where the prompt's keys meet the response's own, a key block is assembled from copies of this many rows. 16 means at
+// most 8 copies a panel, and a gap of at most 15 slots.
 constexpr int kSeamRows = 16;
 
 // How a block of the grid is cut.

@@ -38,7 +38,7 @@ struct HeadPacking {
     int groups;        // of heads, H / heads
     uint32_t inverse;  // 2^16 / heads, rounded up
 
-    // Of a row below 256; heads are at most 64.
+    // Exact for a row below 256; heads are at most 64.
     HOST_DEVICE int token(int row) const { return int(uint32_t(row) * inverse >> 16); }
 
     // Index in [T, H] of a row of a tile that starts at token first_row and head first_head; -1 from token last_row on.

@@ -83,7 +83,7 @@ struct TileWalk {
           tiles(count.tiles),
           level(count.levels) {}
 
-    // False behind the last tile.
+    // False after the last tile.
     DEVICE bool next(ScheduledTile& out) {
         const int column = int(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
         const int position = round++ * int(gridDim.x) + column;

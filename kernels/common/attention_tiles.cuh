@@ -37,7 +37,7 @@ struct RowTile {
     bool rejected;
 };
 
-// The `tile`-th tile of `rows` rows of a pair, sequences in order, none across a boundary; false behind the last.
+// The `tile`-th tile of `rows` rows of a pair, sequences in order, none across a boundary; false after the last.
 DEVICE bool find_row_tile(RowTile& out, const Span& span, int tile, int rows) {
     int first = span.start;
     const int lengths[kSequences] = {span.prompt + span.chosen, span.rejected};
@@ -71,9 +71,10 @@ inline int most_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     return most;
 }
 
-// ------------------------------------------------------------------------------------------------ tiles in shared
-// memory ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the
-// eight rows of an ldmatrix fall into eight different groups of banks.
+// ---- tiles in shared memory
+
+// ROWS rows of E bf16 values. The 16-byte chunks of a row are exchanged by the row's low three bits, so that the eight
+// rows of an ldmatrix fall into eight different groups of banks.
 
 template <int E>
 DEVICE uint32_t tile_address(uint32_t tile, int row, int chunk) {
@@ -128,7 +129,7 @@ DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int row, int step) {
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
-// ------------------------------------------------------------------------------------------------ products of a warp
+// ---- products of a warp
 // Accumulators c[columns / 8][4] of 16 rows: a lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and
 // the next one of each group of eight.
 

@@ -90,8 +90,8 @@ struct StageRing {
 template <int kStages>
 struct StageCursor {
     int stage = 0;
-    // Of the phase that a consumer waits for on `full`. A producer waits on `empty` with the opposite parity, so that
-    // its first round through the ring finds every stage free.
+    // Parity of the phase that a consumer waits for on `full`. A producer waits on `empty` with the opposite parity, so
+    // that its first round through the ring finds every stage free.
     uint32_t parity = 0;
 
     DEVICE void advance() {

@@ -25,7 +25,7 @@ constexpr int kStatisticsColumns = 128;
 
 // A row's own exponents stay below this, and their sum far below f32's and bf16's 2^127.
 constexpr float kMostExponent = 64.0f;
-// 2^kMostExponent: a sum of exponentials that is no larger holds no larger one.
+// 2^kMostExponent: if the sum of exponentials is at most this, so is every term.
 constexpr float kMostSum = 0x1p64f;
 
 // What the forward leaves of each row and kStatisticsColumns columns, [tiles, rows] each, so that a block writes whole

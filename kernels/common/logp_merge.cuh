@@ -1,4 +1,4 @@
-// What goes before and behind the head's product: rows' references, and from the statistics of a row's tiles
+// What runs before and after the head's product: rows' references, and from the statistics of a row's tiles
 // (logp_epilogue.cuh) to its lse, log-prob and entropy.
 #pragma once
 

@@ -20,7 +20,7 @@ DEVICE void mask_scores(float (&scores)[kScores], int half, Hidden hidden) {
     }
 }
 
-// Of a lane's two rows.
+// The running softmax of a lane's two rows.
 struct OnlineSoftmax {
     float maximum[2] = {-INFINITY, -INFINITY};  // of unscaled scores
     float sum[2] = {0.0f, 0.0f};                // this lane's columns only, until finish
@@ -64,7 +64,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // Of the row's scaled scores, natural log; after finish.
+    // logsumexp of the row's scaled scores, natural log; valid after finish.
     DEVICE float lse(int half, float scale) const { return maximum[half] * scale * kLn2 + logf(sum[half]); }
 };
 

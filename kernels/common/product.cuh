@@ -5,11 +5,11 @@
 // every thread gets a copy of, with
 //
 //   template <class L> void transform(Accumulators<L>&, TileOrigin, unsigned char* shared) const
-//     Called by every thread behind a barrier; shared memory from L::kStagedBytes to L::kSharedBytes is free for it.
+//     Called by every thread after a barrier; shared memory from L::kStagedBytes to L::kSharedBytes is free for it.
 //   static constexpr bool kStores
 //     Whether the tile, as `transform` leaves it, is written row by row through shared memory:
 //   void store(int row, int column, float4 value) const
-//     Columns column .. column + 4 of a row that lies inside the product; those behind its last column count for
+//     Columns column .. column + 4 of a row that lies inside the product; those past its last column count for
 //     nothing.
 #pragma once
 
@@ -86,7 +86,7 @@ struct Slice {
         }
     }
 
-    // Up to eight values from an address of any alignment, zeros behind them.
+    // Up to eight values from an address of any alignment, zeros after them.
     static DEVICE uint4 gather(const bf16* source, int count) {
         uint32_t pairs[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -102,7 +102,7 @@ struct Slice {
         fragment(r, slice, outer + 8 * low + (kDepthLines ? row : 0), depth + 8 * high + (kDepthLines ? 0 : row));
     }
     // Likewise with the halves exchanged: registers 0, 1 are the right operand of columns `outer` .. +8, 2 and 3 of the
-    // eight behind them.
+    // eight after them.
     static DEVICE void right_fragment(uint32_t (&r)[4], uint32_t slice, int outer, int depth) {
         const int lane = int(lane_id()), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
         fragment(r, slice, outer + 8 * high + (kDepthLines ? row : 0), depth + 8 * low + (kDepthLines ? 0 : row));
@@ -128,7 +128,7 @@ struct Layout {
     static constexpr int WARP_M = Tile::BLOCK_M / Tile::kWarpsM, WARP_N = Tile::BLOCK_N / Tile::kWarpsN;
     static constexpr int kMmaM = WARP_M / 16, kMmaN = WARP_N / 8;
     static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
-    // The finished tile is staged in the same memory, and the epilogue may use what lies behind it. Eight floats more a
+    // The finished tile is staged in the same memory, and the epilogue may use what lies after it. Eight floats more a
     // row put the rows that a warp writes at once into different banks.
     static constexpr int kStagedPitch = Tile::BLOCK_N + 8;
     static constexpr int kStagedBytes = Tile::BLOCK_M * kStagedPitch * int(sizeof(float));

@@ -40,7 +40,7 @@ struct ProductPlan {
     int splits;
     // Rows of tiles that are walked together before the next column of tiles.
     int tile_group;
-    // Of the cost model: tensor-core time of the useful products over all multiprocessors / estimated time.
+    // What the cost model predicts: tensor-core time of the useful products over all multiprocessors / estimated time.
     double efficiency;
 };
 
@@ -121,7 +121,7 @@ inline ProductPlan plan_among(const TileShape* shapes, int count, int64_t shape_
     return best;
 }
 
-// Of the tiles of which each consumer has a multiple of 128 columns: those whose halves are whole panels.
+// Considers only tiles whose columns per consumer are a multiple of 128, so that each half is a whole number of panels.
 inline ProductPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k) {
     constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
     return plan_among(kShapes, 4, shape_m, shape_n, shape_k, false);

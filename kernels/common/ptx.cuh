@@ -21,7 +21,7 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// ---------------------------------------------------------------------------------------------- registers and numbers
+// ---- registers and numbers
 
 DEVICE uint32_t lane_id() { return PTX_TWIN(emulated::thread_lane(), threadIdx.x & 31u); }
 
@@ -72,8 +72,7 @@ DEVICE float rsqrt_approx(float x) {
     return result;
 }
 
-// ------------------------------------------------------------------------------------------------------ vector
-// accesses
+// ---- vector accesses
 
 // 16 bytes of global memory, 16-byte aligned.
 DEVICE uint4 load_128(const void* source MMPO_SITE) {
@@ -137,7 +136,7 @@ DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
              asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));
 }
 
-// ---------------------------------------------------------------------------------------------------- matrix fragments
+// ---- matrix fragments
 
 // 8x8 matrices of 16-bit values; lanes 8i..8i+7 give the addresses of matrix i's rows, 16-byte aligned.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address MMPO_SITE) {
@@ -198,8 +197,7 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
                           "r"(b[1])));
 }
 
-// ------------------------------------------------------------------------------------------- asynchronous copies,
-// sm_80
+// ---- asynchronous copies, sm_80
 
 // 16 bytes from global to shared memory, both 16-byte aligned; zeros where not `valid` (`source` is not read then, but
 // must still be an address inside the allocation).
@@ -220,7 +218,7 @@ DEVICE void cp_async_wait(MMPO_SITE_ONLY) {
              asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------------ named barriers
+// ---- named barriers
 
 // Barrier `id` (1..15; 0 is __syncthreads') of `threads` threads, a multiple of 32.
 DEVICE void bar_sync(uint32_t id, uint32_t threads MMPO_SITE) {
@@ -233,8 +231,7 @@ DEVICE void bar_arrive(uint32_t id, uint32_t threads MMPO_SITE) {
              asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------------ mbarriers,
-// sm_90
+// ---- mbarriers, sm_90
 
 DEVICE void mbarrier_init(uint32_t address, uint32_t count MMPO_SITE) {
     PTX90_TWIN(emulated::mbarrier_init(address, count, site),
@@ -326,7 +323,7 @@ DEVICE void fence_proxy_async_global() {
     PTX90_TWIN(emulated::fence_proxy_async_global(), asm volatile("fence.proxy.async.global;" :: : "memory"));
 }
 
-// ---------------------------------------------------------------------------------------------- turns between blocks
+// ---- turns between blocks
 // A counter in global memory, zero before the launch, orders what blocks do to the memory that it guards: turn 0, 1, ..
 // A block that waits holds its place on the GPU, so it may wait only for blocks that have surely started: give out work
 // by tickets (an atomic counter), and let a ticket depend on earlier ones only.
@@ -352,14 +349,13 @@ DEVICE void wait_for_turn(const uint32_t* counter, uint32_t turn MMPO_SITE) {
 #endif
 }
 
-// Lets the next turn begin. One thread, after a barrier behind the accesses of its block's other threads, and after
-// bulk_wait<0> if it stored in bulk.
+// Lets the next turn begin. One thread, after a barrier that follows the accesses of its block's other threads, and
+// after bulk_wait<0> if it stored in bulk.
 DEVICE void pass_turn(uint32_t* counter, uint32_t turn MMPO_SITE) {
     PTX_TWIN(emulated::pass_turn(counter, turn, site), store_release(counter, turn + 1));
 }
 
-// --------------------------------------------------------------------------------------- tensor memory accelerator,
-// sm_90
+// ---- tensor memory accelerator, sm_90
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
     PTX90_TWIN((void)map, asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
@@ -469,7 +465,7 @@ DEVICE void bulk_wait_read(MMPO_SITE_ONLY) {
                asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------- clusters, sm_90
+// ---- clusters, sm_90
 
 // Rank of the calling block among those of its cluster.
 DEVICE uint32_t cluster_rank() {
@@ -486,8 +482,7 @@ DEVICE void cluster_sync(MMPO_SITE_ONLY) {
                                                           "barrier.cluster.wait;" :: : "memory"));
 }
 
-// ------------------------------------------------------------------------------------------------- warps and
-// warpgroups
+// ---- warps and warpgroups
 
 // sm_90. True in one lane of a converged warp.
 DEVICE bool elect_one(MMPO_SITE_ONLY) {

@@ -58,7 +58,7 @@ enum class Swizzle { none = 0, bytes_128 = 1, bytes_64 = 2, bytes_32 = 3 };
 // Describes an operand in shared memory. With swizzling: `stride_bytes` between groups of 8 rows (K-major) or of 8 k
 // (transposed), `leading_bytes` between swizzle-wide column groups of a transposed operand (K-major ignores it).
 // Without: 8x8 cores of 128 bytes; `leading_bytes` between cores along K, `stride_bytes` along M or N.
-// The operand starts `offset` bytes behind `address`: where the offset is a constant, the descriptors of one tile
+// The operand starts `offset` bytes after `address`: where the offset is a constant, the descriptors of one tile
 // differ by one addition.
 HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes, Swizzle swizzle,
                                       uint32_t offset = 0) {

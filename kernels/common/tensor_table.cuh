@@ -21,7 +21,7 @@ struct TensorTable {
     // search stays within a few lines of the constant cache.
     unsigned first_blocks[kCapacity];
 
-    // The tensor of the calling block: the last one that does not start behind it. The same steps in every block, and
+    // The tensor of the calling block: the last one that does not start after it. The same steps in every block, and
     // each reads what the whole block reads.
     DEVICE int find() const {
         int tensor = 0;

@@ -236,7 +236,7 @@ void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #if MMPO_CHECKED
 
 // What instrumented kernels call. compile.rs renames the compiler's `__tsan_*` (g++), `__asan_*` (clang) and
-// `__ubsan_*` calls to these and adds the source line in the argument registers behind their own: the third and fourth
+// `__ubsan_*` calls to these and adds the source line in the argument registers after their own: the third and fourth
 // for most.
 using namespace mmpo::emulated;
 

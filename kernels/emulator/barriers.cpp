@@ -7,7 +7,7 @@ namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace emulated {
 
-// ---------------------------------------------------------------------------------------------------- named barriers
+// ---- named barriers
 
 namespace {
 
@@ -71,7 +71,7 @@ void check_barrier_after_exit() {
     }
 }
 
-// --------------------------------------------------------------------------------------------------------- mbarriers
+// ---- mbarriers
 
 namespace {
 

@@ -290,7 +290,7 @@ bool await_turns();
 // Where the counter of a thread that waits for a turn stands.
 uint32_t turn_counter(const uint32_t* counter);
 
-// Shared memory: the storage behind a window address, after checking bounds and alignment.
+// Shared memory: the storage that a window address stands for, after checking bounds and alignment.
 unsigned char* shared_storage(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site);
 
 // Asynchronous units, driven by the scheduler.

@@ -221,7 +221,7 @@ pub fn pass_source_lines(assembly: &str) -> String {
     out
 }
 
-/// If the call stands for an access: its name behind the prefix, and the registers that it takes line and file in. Some
+/// If the call stands for an access: its name after the prefix, and the registers that it takes line and file in. Some
 /// versions of both compilers have `memcpy` and the like keep their names.
 fn touches_memory(target: &str) -> Option<(&str, [&'static str; 2])> {
     let symbol = target.split('@').next().unwrap_or(target);

@@ -10,7 +10,7 @@ namespace mmpo {
 inline namespace MMPO_VARIANT {
 namespace emulated {
 
-// ------------------------------------------------------------------------------------------------------ shared memory
+// ---- shared memory
 
 unsigned char* dynamic_shared() { return running->shared; }
 
@@ -58,7 +58,7 @@ bool early(Block& block) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ cp.async
+// ---- cp.async
 
 namespace {
 
@@ -104,7 +104,7 @@ void copy_async_wait(int groups_left, Site) {
     if (queue.drained()) queue.clear();
 }
 
-// --------------------------------------------------------------------------------------------------------- tensor maps
+// ---- tensor maps
 
 namespace {
 
@@ -159,7 +159,7 @@ void each_chunk(const TensorMap& map, uint32_t shared, uintptr_t global, uint32_
 
 }  // namespace
 
-// --------------------------------------------------------------------------------------------------------- bulk loads
+// ---- bulk loads
 
 namespace {
 
@@ -247,7 +247,7 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
     start_load({TensorMap{}, source, bytes, destination, mbarrier, Coordinates(0, 0), &self(), 0, 0, false, site});
 }
 
-// --------------------------------------------------------------------------------------------------------- bulk stores
+// ---- bulk stores
 
 namespace {
 
@@ -364,7 +364,7 @@ void bulk_wait(int groups_left, bool, Site) {
     if (queue.drained()) queue.clear();
 }
 
-// What a thread may not leave behind when it exits.
+// What a thread may not leave unfinished when it exits.
 void check_thread_exit(Thread& thread) {
     if (!thread.copies.drained())
         fail(thread.copies.operations.back().site, "the thread exits without waiting for this cp.async");

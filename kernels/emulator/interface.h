@@ -71,7 +71,7 @@ uint32_t shared_address(const void* pointer, Site);
 // Barriers of the block; `threads` 0 means every thread that has not exited.
 void barrier_sync(uint32_t id, uint32_t threads, Site);
 void barrier_arrive(uint32_t id, uint32_t threads, Site);
-// Of every thread of the cluster that has not exited; orders what came before a fence_mbarrier_init.
+// Barrier of every thread of the cluster that has not exited; orders what came before a fence_mbarrier_init.
 void cluster_sync(Site);
 
 // Warp collectives.

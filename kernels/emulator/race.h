@@ -3,7 +3,7 @@
 // Every thread, bulk-load unit and warpgroup's asynchronous unit of a block has a clock. A barrier, collective or
 // mbarrier joins the clocks of those it orders. Each 4-byte cell of shared memory remembers its last write and the
 // reads since; an access that does not happen after them is a race. The async proxy (TMA, wgmma) also needs ordinary
-// writes to be behind a fence.proxy.async, which `fenced` tracks.
+// writes to follow a fence.proxy.async, which `fenced` tracks.
 #pragma once
 
 #include <cstdint>

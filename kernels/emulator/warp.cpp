@@ -192,7 +192,7 @@ void set_max_registers(int count, bool, Site site) {
     check_register_pool(site);
 }
 
-// -------------------------------------------------------------------------------------------------- ldmatrix, stmatrix
+// ---- ldmatrix, stmatrix
 
 namespace {
 
@@ -262,7 +262,7 @@ void store_matrices(uint32_t address, const uint32_t* values, int count, bool tr
     move_matrices({nullptr, values, address, transposed}, count, true, site);
 }
 
-// ------------------------------------------------------------------------------------------------------------ mma.sync
+// ---- mma.sync
 
 namespace {
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kRows = 64, kDepth = 16, kMaxColumns = 256;
 typedef float Float8 __attribute__((vector_size(32)));
 
-// ------------------------------------------------------------------------------------------------- matrix descriptors
+// ---- matrix descriptors
 
 // PTX ISA, "Matrix descriptor". `span` is the width of the swizzle pattern in bytes, 16 without one.
 struct Descriptor {
@@ -73,7 +73,7 @@ void read_operand(uint64_t bits, bool transposed, uint32_t rows, float* out, uin
     });
 }
 
-// ------------------------------------------------------------------------------------------------------------ products
+// ---- products
 
 // PTX ISA, "D fragment of wgmma m64nNk16": thread t holds rows 16(t/32) + (t%32)/4 and 8 further, in pairs of columns.
 template <class Move>

@@ -10,7 +10,7 @@ use super::BenchConfig;
 use super::cases::{self, Maker};
 use super::report::{self, figures};
 use super::shapes::Shape;
-use crate::device::Device;
+use crate::device::Hardware;
 use crate::device::cuda::{
     CudaDevice, EmulatedLaunch, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
     MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
@@ -24,7 +24,7 @@ pub struct Counts {
     /// mma.sync and wgmma instructions, and the floating-point operations of both.
     pub mma_operations: u64,
     pub mma_flops: u64,
-    /// Of global memory, by ordinary accesses, cp.async and TMA.
+    /// Bytes of global memory, by ordinary accesses, cp.async and TMA.
     pub load_bytes: u64,
     pub store_bytes: u64,
     /// 32-byte sectors of the ordinary accesses.

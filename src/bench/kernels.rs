@@ -24,7 +24,7 @@ struct Line {
     error: Option<f64>,
     tflop_per_s: f64,
     gb_per_s: f64,
-    /// Of the ceiling that bounds it.
+    /// Share of the ceiling that bounds it.
     share_of_ceiling: f64,
 }
 

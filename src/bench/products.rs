@@ -9,7 +9,7 @@ use super::measure::{Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
 use crate::device::cuda::{CudaDevice, ProductTile, Products};
-use crate::device::{Device, DeviceChoice, Floats, LinearShape};
+use crate::device::{DeviceChoice, Floats, Hardware, LinearShape, Memory, Optimizer};
 use crate::error::{Error, Result};
 
 /// Tokens of a batch at which each layer is timed.

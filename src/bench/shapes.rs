@@ -23,7 +23,7 @@ struct File {
     step: StepSettings,
 }
 
-/// Of MMPO and AdamW in the measured step; see `docs/objectives.md`.
+/// Settings of MMPO and AdamW in the measured step; see `docs/objectives.md`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct StepSettings {
     beta: f64,

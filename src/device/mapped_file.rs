@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// The bytes of a whole file.
 ///
-/// The file must not be shortened while it is mapped: reading behind its new end would kill the process (SIGBUS).
+/// The file must not be shortened while it is mapped: reading past its new end would kill the process (SIGBUS).
 /// This program never does so itself; it writes new files and renames them into place.
 #[derive(Debug)]
 pub struct MappedFile {

@@ -3,9 +3,9 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::Device;
 use super::cpu::CpuDevice;
 use super::cuda::{self, CudaDevice};
+use super::{Device, Hardware};
 use crate::error::Result;
 
 /// What `--device` asks for.

@@ -33,7 +33,7 @@ impl<M> Trace<M> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `work`, and notes the moments before and behind it if a trace runs.
+    /// Runs `work`, and notes the moments before and after it if a trace runs.
     pub(super) fn around<R>(
         &self,
         operation: &str,
@@ -115,6 +115,6 @@ mod tests {
         assert_eq!(times, [("rope", 1.0), ("head/product", 1.0), ("head", 1.0), ("add", 2.0)]);
         let before = clock.get();
         trace.around("rope", now, || Ok(())).unwrap();
-        assert_eq!(clock.get(), before, "nobody asks the clock behind the end");
+        assert_eq!(clock.get(), before, "nobody asks the clock after the end");
     }
 }

@@ -1,32 +1,55 @@
-//! The Llama backward: from the gradient of the residual stream behind the last layer to all weight gradients.
+//! The Llama backward: from the gradient of the residual stream after the last layer to all weight gradients.
 //!
-//! `gradients.residual` flows from the top of the model down; each block adds what reaches it through its own norm.
+//! `scratch.residual` flows from the top of the model down; each block adds what reaches it through its own norm.
 //! Weight gradients accumulate over micro-batches, in f32.
 
 use super::Llama;
-use super::buffers::{Activations, Gradients};
-use super::tensors::LlamaTensors;
-use crate::device::{BatchBuffers, Device, Floats, RopeDirection};
+use super::buffers::{Activations, BackwardScratch};
+use super::projection::ProjectionBackward;
+use super::tensors::{LayerTensors, LlamaTensors};
+use crate::device::{AttentionGradient, BatchBuffers, Device, Floats, RmsNormBackward, RopeDirection};
 use crate::error::Result;
 
+/// Learns of each layer when the backward has added all that this micro-batch gives to its gradients: the place to reduce
+/// them between processes, or to apply them, while the layers below are still to come.
+pub trait GradientSink<D: Device> {
+    /// The gradients of `layer` are complete; layers come from the last to the first.
+    ///
+    /// # Errors
+    /// Those of what the sink does with them; they end the backward.
+    fn layer_complete(&mut self, layer: usize, gradients: &mut LayerTensors<Floats<D>>) -> Result<()>;
+}
+
+/// Leaves the gradients where they are: one optimiser step over all of them follows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KeepGradients;
+
+impl<D: Device> GradientSink<D> for KeepGradients {
+    fn layer_complete(&mut self, _: usize, _: &mut LayerTensors<Floats<D>>) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl<D: Device> Llama<D> {
-    /// Accumulates into `dweights`; `gradients.residual` holds `dL/d residual[L]` on entry and is consumed.
+    /// Accumulates into `gradients`; `scratch.residual` holds `dL/d residual[L]` on entry and is consumed.
     /// `activations` must be those of [`Llama::forward`] over the same batch.
     pub fn backward(
         &self,
-        dweights: &mut LlamaTensors<Floats<D>>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut LlamaTensors<Floats<D>>,
+        scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
         tokens: usize,
+        sink: &mut impl GradientSink<D>,
     ) -> Result<()> {
         for layer in (0..self.config.layers).rev() {
-            self.mlp_backward(layer, dweights, gradients, activations, tokens)?;
-            self.attention_backward(layer, dweights, gradients, activations, batch, tokens)?;
+            self.mlp_backward(layer, gradients, scratch, activations, tokens)?;
+            self.attention_backward(layer, gradients, scratch, activations, batch, tokens)?;
+            sink.layer_complete(layer, &mut gradients.layers[layer])?;
         }
         self.device.embedding_backward(
-            &mut dweights.embedding,
-            &gradients.residual,
+            &mut gradients.embedding,
+            &scratch.residual,
             batch,
             batch.embedding_rows,
             self.config.hidden_size,
@@ -36,36 +59,31 @@ impl<D: Device> Llama<D> {
     fn mlp_backward(
         &self,
         layer: usize,
-        dweights: &mut LlamaTensors<Floats<D>>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut LlamaTensors<Floats<D>>,
+        scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         tokens: usize,
     ) -> Result<()> {
         let device = &self.device;
-        let (weights, dweights) = (&self.weights.layers[layer], &mut dweights.layers[layer]);
+        let (weights, gradients) = (&self.weights.layers[layer], &mut gradients.layers[layer]);
         let slot = activations.slot(layer);
         let mlp_width = self.config.intermediate_size;
 
         // delta = down(activated)
         device.swiglu_forward(&mut activations.activated, &activations.gate_up[slot], tokens, mlp_width)?;
-        device.linear_backward_weight(
-            &mut dweights.down,
-            dweights.down_bias.as_mut(),
-            &gradients.residual,
-            &activations.activated,
-            self.down_shape(tokens),
-        )?;
-        device.linear_backward_input(
-            &mut gradients.activated,
-            &gradients.residual,
-            &weights.down,
-            self.down_shape(tokens),
-        )?;
+        self.project_backward(ProjectionBackward {
+            dx: &mut scratch.activated,
+            dweights: &mut gradients.down,
+            dout: &scratch.residual,
+            x: &activations.activated,
+            weights: &weights.down,
+            shape: self.down_shape(tokens),
+        })?;
 
         // activated = silu(gate) * up, gate_up = linear(normed)
         device.swiglu_backward(
-            &mut gradients.gate_up,
-            &gradients.activated,
+            &mut scratch.gate_up,
+            &scratch.activated,
             &activations.gate_up[slot],
             tokens,
             mlp_width,
@@ -77,73 +95,63 @@ impl<D: Device> Llama<D> {
             &weights.post_norm,
             self.norm_shape(tokens),
         )?;
-        device.linear_backward_weight(
-            &mut dweights.gate_up,
-            dweights.gate_up_bias.as_mut(),
-            &gradients.gate_up,
-            &activations.normed,
-            self.gate_up_shape(tokens),
-        )?;
-        device.linear_backward_input(
-            &mut gradients.normed,
-            &gradients.gate_up,
-            &weights.gate_up,
-            self.gate_up_shape(tokens),
-        )?;
+        self.project_backward(ProjectionBackward {
+            dx: &mut scratch.normed,
+            dweights: &mut gradients.gate_up,
+            dout: &scratch.gate_up,
+            x: &activations.normed,
+            weights: &weights.gate_up,
+            shape: self.gate_up_shape(tokens),
+        })?;
 
         // normed = rms_norm(middle)
-        device.rms_norm_backward(
-            &mut gradients.residual,
-            &mut dweights.post_norm,
-            &gradients.normed,
-            &activations.middle[slot],
-            &weights.post_norm,
-            &activations.post_rstd[slot],
-            self.norm_shape(tokens),
-        )
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut scratch.residual,
+            dweight: &mut gradients.post_norm,
+            dout: &scratch.normed,
+            x: &activations.middle[slot],
+            weight: &weights.post_norm,
+            rstd: &activations.post_rstd[slot],
+            shape: self.norm_shape(tokens),
+        })
     }
 
     fn attention_backward(
         &self,
         layer: usize,
-        dweights: &mut LlamaTensors<Floats<D>>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut LlamaTensors<Floats<D>>,
+        scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
         tokens: usize,
     ) -> Result<()> {
         let device = &self.device;
-        let (weights, dweights) = (&self.weights.layers[layer], &mut dweights.layers[layer]);
+        let (weights, gradients) = (&self.weights.layers[layer], &mut gradients.layers[layer]);
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
         let shape = self.config.attention_shape();
 
         // delta = attention_out(attention)
-        device.linear_backward_weight(
-            &mut dweights.attention_out,
-            dweights.attention_out_bias.as_mut(),
-            &gradients.residual,
-            &activations.attention[slot],
-            self.attention_out_shape(tokens),
-        )?;
-        device.linear_backward_input(
-            &mut gradients.attention,
-            &gradients.residual,
-            &weights.attention_out,
-            self.attention_out_shape(tokens),
-        )?;
+        self.project_backward(ProjectionBackward {
+            dx: &mut scratch.attention,
+            dweights: &mut gradients.attention_out,
+            dout: &scratch.residual,
+            x: &activations.attention[slot],
+            weights: &weights.attention_out,
+            shape: self.attention_out_shape(tokens),
+        })?;
 
         // attention = softmax(q k^T) v, q and k rotated
-        device.attention_backward(
-            &mut gradients.qkv,
-            &gradients.attention,
-            &activations.attention[slot],
-            &activations.attention_lse[slot],
-            &activations.qkv[slot],
+        device.attention_backward(AttentionGradient {
+            dqkv: &mut scratch.qkv,
+            dout: &scratch.attention,
+            out: &activations.attention[slot],
+            lse: &activations.attention_lse[slot],
+            qkv: &activations.qkv[slot],
             batch,
             shape,
-        )?;
+        })?;
         device.rope(
-            &mut gradients.qkv,
+            &mut scratch.qkv,
             &self.rope_table,
             &batch.positions,
             tokens,
@@ -159,29 +167,24 @@ impl<D: Device> Llama<D> {
             &weights.input_norm,
             self.norm_shape(tokens),
         )?;
-        device.linear_backward_weight(
-            &mut dweights.qkv,
-            dweights.qkv_bias.as_mut(),
-            &gradients.qkv,
-            &activations.normed,
-            self.qkv_shape(tokens),
-        )?;
-        device.linear_backward_input(
-            &mut gradients.normed,
-            &gradients.qkv,
-            &weights.qkv,
-            self.qkv_shape(tokens),
-        )?;
+        self.project_backward(ProjectionBackward {
+            dx: &mut scratch.normed,
+            dweights: &mut gradients.qkv,
+            dout: &scratch.qkv,
+            x: &activations.normed,
+            weights: &weights.qkv,
+            shape: self.qkv_shape(tokens),
+        })?;
 
         // normed = rms_norm(residual)
-        device.rms_norm_backward(
-            &mut gradients.residual,
-            &mut dweights.input_norm,
-            &gradients.normed,
-            &activations.residual[residual],
-            &weights.input_norm,
-            &activations.input_rstd[slot],
-            self.norm_shape(tokens),
-        )
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut scratch.residual,
+            dweight: &mut gradients.input_norm,
+            dout: &scratch.normed,
+            x: &activations.residual[residual],
+            weight: &weights.input_norm,
+            rstd: &activations.input_rstd[slot],
+            shape: self.norm_shape(tokens),
+        })
     }
 }

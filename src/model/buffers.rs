@@ -1,6 +1,6 @@
 //! Activations of the largest micro-batch, allocated once.
 //!
-//! Kept for the backward: the residual stream at both norms of a layer, `qkv` behind RoPE, the attention's output and
+//! Kept for the backward: the residual stream at both norms of a layer, `qkv` after RoPE, the attention's output and
 //! lse, and `gate_up`. Normed inputs and SwiGLU outputs are cheap and are computed again.
 
 use super::config::LlamaConfig;
@@ -47,7 +47,7 @@ pub enum Purpose {
 #[derive(Debug)]
 pub struct Activations<D: Device> {
     slots: usize,
-    /// `[T, D]` the residual stream entering each layer, and behind the last.
+    /// `[T, D]` the residual stream entering each layer, and after the last.
     pub residual: Vec<Compute<D>>,
     /// `[T]` of the norm before attention.
     pub input_rstd: Vec<Floats<D>>,
@@ -77,7 +77,7 @@ pub struct Activations<D: Device> {
 pub struct HeadBuffers<D: Device> {
     /// `[N, D]` the residual rows that predict a target; in the backward, their gradient.
     pub gathered: Compute<D>,
-    /// `[N, D]` the same behind the final norm; the head's backward replaces it by its gradient.
+    /// `[N, D]` the same after the final norm; the head's backward replaces it by its gradient.
     pub normed: Compute<D>,
     /// `[N]`
     pub rstd: Floats<D>,
@@ -90,9 +90,9 @@ pub struct HeadBuffers<D: Device> {
     pub outcomes: Floats<D>,
 }
 
-/// Scratch of the backward.
+/// Scratch of the backward: gradients of activations, reused from layer to layer.
 #[derive(Debug)]
-pub struct Gradients<D: Device> {
+pub struct BackwardScratch<D: Device> {
     /// `[T, D]` of the residual stream, from the top of the model down.
     pub residual: Compute<D>,
     /// `[T, D]`
@@ -181,11 +181,11 @@ impl<D: Device> HeadBuffers<D> {
     }
 }
 
-impl<D: Device> Gradients<D> {
+impl<D: Device> BackwardScratch<D> {
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
-        Ok(Gradients {
+        Ok(BackwardScratch {
             residual: device.alloc(tokens * config.hidden_size)?,
             normed: device.alloc(tokens * config.hidden_size)?,
             qkv: device.alloc(tokens * shape.qkv_width())?,

@@ -7,7 +7,7 @@ use crate::data::{PairBatch, PairSpan};
 use crate::device::{BatchBuffers, Compute, Device};
 use crate::error::{Error, Result};
 
-/// Rows of `qkv` behind RoPE of all tokens so far, for each layer; it grows with them.
+/// Rows of `qkv`, after RoPE, of all tokens so far, for each layer; it grows with them.
 #[derive(Debug)]
 pub struct KvCache<D: Device> {
     /// `[capacity, (H + 2K) * E]` each.

@@ -1,12 +1,13 @@
-//! The Llama forward: from a packed batch to the residual stream behind the last layer.
+//! The Llama forward: from a packed batch to the residual stream after the last layer.
 //!
 //! As transformers defines it (`LlamaForCausalLM`): RMSNorm, attention with rotary positions, RMSNorm, SwiGLU MLP,
-//! each block added to the residual stream. The norm behind a residual sum is fused with it.
+//! each block added to the residual stream. A layer is a closed unit with both of its norms; the residual sum before each
+//! norm is fused with it.
 
 use super::Llama;
 use super::buffers::Activations;
 use super::decode::KvCache;
-use crate::device::{BatchBuffers, Device, LinearShape, NormShape, RopeDirection};
+use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearShape, LinearSwiglu, NormShape, RopeDirection};
 use crate::error::Result;
 
 /// What the queries of a forward see.
@@ -15,7 +16,7 @@ pub enum Context<'a, D: Device> {
     Packed,
     /// The same, and their keys and values are kept for what follows.
     Prefill(&'a mut KvCache<D>),
-    /// One token behind all that the cache holds.
+    /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),
 }
 
@@ -36,22 +37,53 @@ impl<D: Device> Llama<D> {
             tokens,
             width,
         )?;
-        self.device.rms_norm_forward(
-            &mut activations.normed,
-            &mut activations.input_rstd[0],
-            &activations.residual[0],
-            &self.weights.layers[0].input_norm,
-            self.norm_shape(tokens),
-        )?;
         for layer in 0..self.config.layers {
-            self.attention_block(layer, activations, batch, tokens, &mut context)?;
-            self.mlp_block(layer, activations, tokens)?;
-            self.close_layer(layer, activations, tokens)?;
+            self.layer_forward(layer, activations, batch, tokens, &mut context)?;
         }
-        Ok(())
+        let last = activations.slot(self.config.layers - 1);
+        let end = activations.residual_slot(self.config.layers);
+        let values = tokens * width;
+        self.device.add(&mut activations.residual[end], &activations.middle[last], &activations.delta, values)
     }
 
-    /// From `normed` to `normed`: the attention block, its residual sum and the norm behind it.
+    /// One layer: its input norm, attention, the norm before the MLP, and the MLP, whose output is left in `delta` for
+    /// the residual sum that the next layer begins with.
+    fn layer_forward(
+        &self,
+        layer: usize,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+        context: &mut Context<'_, D>,
+    ) -> Result<()> {
+        self.open_layer(layer, activations, tokens)?;
+        self.attention_block(layer, activations, batch, tokens, context)?;
+        self.mlp_block(layer, activations, tokens)
+    }
+
+    /// The residual sum that ends the layer before, fused with this layer's input norm: to `residual` and `normed`. The
+    /// first layer has its residual stream from the embedding.
+    fn open_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
+        let before = layer.checked_sub(1).map(|before| activations.slot(before));
+        let weight = &self.weights.layers[layer].input_norm;
+        let shape = self.norm_shape(tokens);
+        let (out, rstd) = (&mut activations.normed, &mut activations.input_rstd[slot]);
+        let Some(before) = before else {
+            return self.device.rms_norm_forward(out, rstd, &activations.residual[residual], weight, shape);
+        };
+        self.device.add_rms_norm_forward(AddRmsNorm {
+            sum: &mut activations.residual[residual],
+            out,
+            rstd,
+            x: &activations.middle[before],
+            delta: &activations.delta,
+            weight,
+            shape,
+        })
+    }
+
+    /// From `normed` to `normed`: the attention block, its residual sum and the norm after it.
     fn attention_block(
         &self,
         layer: usize,
@@ -67,13 +99,7 @@ impl<D: Device> Llama<D> {
         let attention = &mut activations.attention[slot];
         let lse = &mut activations.attention_lse[slot];
 
-        self.device.linear_forward(
-            qkv,
-            &activations.normed,
-            &weights.qkv,
-            weights.qkv_bias.as_ref(),
-            self.qkv_shape(tokens),
-        )?;
+        self.project(qkv, &activations.normed, &weights.qkv, self.qkv_shape(tokens))?;
         self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
         match context {
             Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
@@ -87,70 +113,39 @@ impl<D: Device> Llama<D> {
                 self.device.attention_decode(attention, &cache.layers[layer], rows, shape)?;
             }
         }
-        self.device.linear_forward(
+        self.project(
             &mut activations.delta,
             attention,
             &weights.attention_out,
-            weights.attention_out_bias.as_ref(),
             self.attention_out_shape(tokens),
         )?;
-        self.device.add_rms_norm_forward(
-            &mut activations.middle[slot],
-            &mut activations.normed,
-            &mut activations.post_rstd[slot],
-            &activations.residual[residual],
-            &activations.delta,
-            &weights.post_norm,
-            self.norm_shape(tokens),
-        )
+        self.device.add_rms_norm_forward(AddRmsNorm {
+            sum: &mut activations.middle[slot],
+            out: &mut activations.normed,
+            rstd: &mut activations.post_rstd[slot],
+            x: &activations.residual[residual],
+            delta: &activations.delta,
+            weight: &weights.post_norm,
+            shape: self.norm_shape(tokens),
+        })
     }
 
     /// From `normed` to `delta`.
     fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer];
         let slot = activations.slot(layer);
-        self.device.linear_swiglu_forward(
-            &mut activations.activated,
-            &mut activations.gate_up[slot],
-            &activations.normed,
-            &weights.gate_up,
-            weights.gate_up_bias.as_ref(),
-            self.gate_up_shape(tokens),
-        )?;
-        self.device.linear_forward(
-            &mut activations.delta,
-            &activations.activated,
-            &weights.down,
-            weights.down_bias.as_ref(),
-            self.down_shape(tokens),
-        )
+        self.device.linear_swiglu_forward(LinearSwiglu {
+            out: &mut activations.activated,
+            gate_up: &mut activations.gate_up[slot],
+            x: &activations.normed,
+            weight: &weights.gate_up.weight,
+            bias: weights.gate_up.bias.as_ref(),
+            shape: self.gate_up_shape(tokens),
+        })?;
+        self.project(&mut activations.delta, &activations.activated, &weights.down, self.down_shape(tokens))
     }
 
-    /// The residual sum behind the MLP and, but for the last layer, the next layer's norm.
-    fn close_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
-        let slot = activations.slot(layer);
-        let next_slot = activations.slot(layer + 1);
-        let next_residual = activations.residual_slot(layer + 1);
-        match self.weights.layers.get(layer + 1) {
-            Some(next) => self.device.add_rms_norm_forward(
-                &mut activations.residual[next_residual],
-                &mut activations.normed,
-                &mut activations.input_rstd[next_slot],
-                &activations.middle[slot],
-                &activations.delta,
-                &next.input_norm,
-                self.norm_shape(tokens),
-            ),
-            None => self.device.add(
-                &mut activations.residual[next_residual],
-                &activations.middle[slot],
-                &activations.delta,
-                tokens * self.config.hidden_size,
-            ),
-        }
-    }
-
-    /// The scored rows behind the final norm: `head.gathered` and `head.normed`, `[N, D]`.
+    /// The scored rows after the final norm: `head.gathered` and `head.normed`, `[N, D]`.
     pub(super) fn head_input(
         &self,
         activations: &mut Activations<D>,

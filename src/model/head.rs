@@ -1,7 +1,7 @@
 //! The log-prob head: from the residual stream to per-token log-probs, the objective, and back.
 //!
-//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode a chunk
-//! of whole pairs runs forward, learns its coefficients, and takes its kept probabilities to the gradients:
+//! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode each
+//! chunk of whole pairs runs the forward, evaluates the objective, and reuses its saved probabilities in the backward:
 //! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
 //! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
 //! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
@@ -9,21 +9,24 @@
 use std::ops::Range;
 
 use super::Llama;
-use super::buffers::{Activations, Gradients, HeadBuffers};
+use super::buffers::{Activations, BackwardScratch, HeadBuffers};
 use super::tensors::LlamaTensors;
 use crate::data::{ScoredPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, HeadMode, HeadShape};
+use crate::device::{
+    BatchBuffers, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
+    RmsNormBackward,
+};
 use crate::error::Result;
 use crate::objective::Objective;
 
 impl<D: Device> Llama<D> {
     /// Log-probs, objective and gradient of a batch. Reads the residual stream that [`Llama::forward`] left, assigns
-    /// `gradients.residual`, accumulates into the head's and the final norm's weight gradients, and leaves
+    /// `scratch.residual`, accumulates into the head's and the final norm's weight scratch, and leaves
     /// `activations.head.outcomes`.
     pub fn head_forward_backward(
         &self,
-        dweights: &mut LlamaTensors<Floats<D>>,
-        gradients: &mut Gradients<D>,
+        gradients: &mut LlamaTensors<Floats<D>>,
+        scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
         scored: &[ScoredPair],
@@ -39,46 +42,46 @@ impl<D: Device> Llama<D> {
         for pairs in head.chunks(scored) {
             let mut shape = self.head_shape(scored, &pairs, objective.needs_entropy());
             shape.mode = head.plan.mode(shape.rows.len());
-            device.logp_head_forward(
-                &mut head.scores,
-                &mut head.workspace,
-                &head.normed,
+            device.logp_head_forward(HeadForward {
+                scores: &mut head.scores,
+                workspace: &mut head.workspace,
+                hidden: &head.normed,
                 weight,
-                &batch.targets,
-                &shape,
-            )?;
-            device.pair_objective(
-                &mut head.outcomes,
-                &mut head.coefficients,
-                &head.scores,
+                targets: &batch.targets,
+                shape: &shape,
+            })?;
+            device.pair_objective(ObjectiveOperands {
+                outcomes: &mut head.outcomes,
+                coefficients: &mut head.coefficients,
+                scores: &head.scores,
                 batch,
                 objective,
                 pairs,
-            )?;
-            device.logp_head_backward(
-                &mut head.normed,
-                Some(dweights.head_mut()),
-                &mut head.workspace,
+            })?;
+            device.logp_head_backward(HeadBackward {
+                hidden: &mut head.normed,
+                dweight: Some(gradients.head_mut()),
+                workspace: &mut head.workspace,
                 weight,
-                &batch.targets,
-                &head.scores,
-                &head.coefficients,
-                &shape,
-            )?;
+                targets: &batch.targets,
+                scores: &head.scores,
+                coefficients: &head.coefficients,
+                shape: &shape,
+            })?;
         }
 
-        device.zero(&mut gradients.gathered, 0..total * width)?;
-        device.rms_norm_backward(
-            &mut gradients.gathered,
-            &mut dweights.final_norm,
-            &head.normed,
-            &head.gathered,
-            &self.weights.final_norm,
-            &head.rstd,
-            self.norm_shape(total),
-        )?;
+        device.zero(&mut scratch.gathered, 0..total * width)?;
+        device.rms_norm_backward(RmsNormBackward {
+            dx: &mut scratch.gathered,
+            dweight: &mut gradients.final_norm,
+            dout: &head.normed,
+            x: &head.gathered,
+            weight: &self.weights.final_norm,
+            rstd: &head.rstd,
+            shape: self.norm_shape(total),
+        })?;
         let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
-        device.gather_rows_backward(&mut gradients.residual, &gradients.gathered, batch, tokens, width)
+        device.gather_rows_backward(&mut scratch.residual, &scratch.gathered, batch, tokens, width)
     }
 
     /// Per-token scores of a batch in `activations.head.scores`, without any gradient; with `objective`, its outcomes
@@ -96,28 +99,28 @@ impl<D: Device> Llama<D> {
         self.head_input(activations, batch, total)?;
         let head = &mut activations.head;
         let shape = self.head_shape(scored, &(0..scored.len()), entropy);
-        device.logp_head_forward(
-            &mut head.scores,
-            &mut head.workspace,
-            &head.normed,
-            self.weights.head(),
-            &batch.targets,
-            &shape,
-        )?;
+        device.logp_head_forward(HeadForward {
+            scores: &mut head.scores,
+            workspace: &mut head.workspace,
+            hidden: &head.normed,
+            weight: self.weights.head(),
+            targets: &batch.targets,
+            shape: &shape,
+        })?;
         match objective {
-            Some(objective) => device.pair_objective(
-                &mut head.outcomes,
-                &mut head.coefficients,
-                &head.scores,
+            Some(objective) => device.pair_objective(ObjectiveOperands {
+                outcomes: &mut head.outcomes,
+                coefficients: &mut head.coefficients,
+                scores: &head.scores,
                 batch,
                 objective,
-                0..scored.len(),
-            ),
+                pairs: 0..scored.len(),
+            }),
             None => Ok(()),
         }
     }
 
-    /// Of a forward without backward.
+    /// The head's shape for these pairs, in the mode of scoring; callers that run a backward set `mode`.
     fn head_shape(&self, scored: &[ScoredPair], pairs: &Range<usize>, entropy: bool) -> HeadShape {
         let pairs = &scored[pairs.clone()];
         let rows = match (pairs.first(), pairs.last()) {

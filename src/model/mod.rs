@@ -10,17 +10,20 @@ mod head;
 mod head_plan;
 mod known_keys;
 mod load;
+mod projection;
 mod rope;
 mod rope_keys;
 mod tensors;
 
 use std::sync::Arc;
 
-pub use buffers::{Activations, Capacity, Gradients, HeadBuffers, Purpose};
+pub use backward::{GradientSink, KeepGradients};
+pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
+pub use projection::Projection;
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 

@@ -3,6 +3,7 @@
 //! Matrices that read the same input are stored as one: query, key and value projections are rows of `qkv`, gate and
 //! up projections are rows of `gate_up`, so each is one product. A file still sees them by their own names.
 
+use super::Projection;
 use super::config::{LlamaConfig, TensorSpec};
 
 /// One value of type `T` for every fused tensor of a Llama.
@@ -22,27 +23,19 @@ pub struct LlamaTensors<T> {
 pub struct LayerTensors<T> {
     /// `[D]`
     pub input_norm: T,
-    /// `[(H + 2K) * E, D]`
-    pub qkv: T,
-    /// `[(H + 2K) * E]`
-    pub qkv_bias: Option<T>,
+    /// `[(H + 2K) * E, D]`: queries, keys and values.
+    pub qkv: Projection<T>,
     /// `[D, H * E]`
-    pub attention_out: T,
-    /// `[D]`
-    pub attention_out_bias: Option<T>,
+    pub attention_out: Projection<T>,
     /// `[D]`
     pub post_norm: T,
-    /// `[2F, D]`
-    pub gate_up: T,
-    /// `[2F]`
-    pub gate_up_bias: Option<T>,
+    /// `[2F, D]`: gate, then up.
+    pub gate_up: Projection<T>,
     /// `[D, F]`
-    pub down: T,
-    /// `[D]`
-    pub down_bias: Option<T>,
+    pub down: Projection<T>,
 }
 
-/// The checkpoint tensors that lie one behind the other in a fused tensor.
+/// The checkpoint tensors that lie one after the other in a fused tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FusedTensor {
     pub parts: Vec<TensorSpec>,
@@ -85,38 +78,34 @@ impl LlamaTensors<FusedTensor> {
 fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor> {
     let (width, mlp_width) = (config.hidden_size, config.intermediate_size);
     let (query, key) = (config.heads * config.head_size, config.kv_heads * config.head_size);
-    let fused = |module: &str, kind: &str, parts: &[(&str, &[usize])]| {
-        FusedTensor::of(
-            parts
-                .iter()
-                .map(|(name, shape)| {
-                    TensorSpec::new(format!("model.layers.{layer}.{module}{name}.{kind}"), shape)
-                })
-                .collect(),
-        )
+    let spec = |name: String, shape: &[usize]| TensorSpec::new(format!("model.layers.{layer}.{name}"), shape);
+    let norm = |name: &str| FusedTensor::of(vec![spec(format!("{name}.weight"), &[width])]);
+    // Projections of `inputs` values that are stored as one: `parts` gives each one's name and outputs.
+    let projection = |parts: &[(&str, usize)], inputs: usize, bias: bool| {
+        let of = |kind: &str, shape: &dyn Fn(usize) -> Vec<usize>| {
+            let parts = parts.iter().map(|(name, outputs)| spec(format!("{name}.{kind}"), &shape(*outputs)));
+            FusedTensor::of(parts.collect())
+        };
+        Projection {
+            weight: of("weight", &|outputs| vec![outputs, inputs]),
+            bias: bias.then(|| of("bias", &|outputs| vec![outputs])),
+        }
     };
-    let attention_bias =
-        |parts: &[(&str, &[usize])]| config.attention_bias.then(|| fused("self_attn.", "bias", parts));
-    let mlp_bias = |parts: &[(&str, &[usize])]| config.mlp_bias.then(|| fused("mlp.", "bias", parts));
     LayerTensors {
-        input_norm: fused("", "weight", &[("input_layernorm", &[width])]),
-        qkv: fused(
-            "self_attn.",
-            "weight",
-            &[("q_proj", &[query, width]), ("k_proj", &[key, width]), ("v_proj", &[key, width])],
+        input_norm: norm("input_layernorm"),
+        qkv: projection(
+            &[("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)],
+            width,
+            config.attention_bias,
         ),
-        qkv_bias: attention_bias(&[("q_proj", &[query]), ("k_proj", &[key]), ("v_proj", &[key])]),
-        attention_out: fused("self_attn.", "weight", &[("o_proj", &[width, query])]),
-        attention_out_bias: attention_bias(&[("o_proj", &[width])]),
-        post_norm: fused("", "weight", &[("post_attention_layernorm", &[width])]),
-        gate_up: fused(
-            "mlp.",
-            "weight",
-            &[("gate_proj", &[mlp_width, width]), ("up_proj", &[mlp_width, width])],
+        attention_out: projection(&[("self_attn.o_proj", width)], query, config.attention_bias),
+        post_norm: norm("post_attention_layernorm"),
+        gate_up: projection(
+            &[("mlp.gate_proj", mlp_width), ("mlp.up_proj", mlp_width)],
+            width,
+            config.mlp_bias,
         ),
-        gate_up_bias: mlp_bias(&[("gate_proj", &[mlp_width]), ("up_proj", &[mlp_width])]),
-        down: fused("mlp.", "weight", &[("down_proj", &[width, mlp_width])]),
-        down_bias: mlp_bias(&[("down_proj", &[width])]),
+        down: projection(&[("mlp.down_proj", width)], mlp_width, config.mlp_bias),
     }
 }
 
@@ -161,36 +150,25 @@ impl<T> LayerTensors<T> {
     fn try_map<U, E>(&self, make: &mut impl FnMut(&T) -> Result<U, E>) -> Result<LayerTensors<U>, E> {
         Ok(LayerTensors {
             input_norm: make(&self.input_norm)?,
-            qkv: make(&self.qkv)?,
-            qkv_bias: self.qkv_bias.as_ref().map(&mut *make).transpose()?,
-            attention_out: make(&self.attention_out)?,
-            attention_out_bias: self.attention_out_bias.as_ref().map(&mut *make).transpose()?,
+            qkv: self.qkv.try_map(make)?,
+            attention_out: self.attention_out.try_map(make)?,
             post_norm: make(&self.post_norm)?,
-            gate_up: make(&self.gate_up)?,
-            gate_up_bias: self.gate_up_bias.as_ref().map(&mut *make).transpose()?,
-            down: make(&self.down)?,
-            down_bias: self.down_bias.as_ref().map(&mut *make).transpose()?,
+            gate_up: self.gate_up.try_map(make)?,
+            down: self.down.try_map(make)?,
         })
     }
 
     fn iter(&self) -> impl Iterator<Item = &T> {
-        [Some(&self.input_norm), Some(&self.qkv), self.qkv_bias.as_ref(), Some(&self.attention_out)]
-            .into_iter()
-            .chain([self.attention_out_bias.as_ref(), Some(&self.post_norm), Some(&self.gate_up)])
-            .chain([self.gate_up_bias.as_ref(), Some(&self.down), self.down_bias.as_ref()])
-            .flatten()
+        let attention =
+            std::iter::once(&self.input_norm).chain(self.qkv.iter()).chain(self.attention_out.iter());
+        let mlp = std::iter::once(&self.post_norm).chain(self.gate_up.iter()).chain(self.down.iter());
+        attention.chain(mlp)
     }
 
     fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        [
-            Some(&mut self.input_norm),
-            Some(&mut self.qkv),
-            self.qkv_bias.as_mut(),
-            Some(&mut self.attention_out),
-        ]
-        .into_iter()
-        .chain([self.attention_out_bias.as_mut(), Some(&mut self.post_norm), Some(&mut self.gate_up)])
-        .chain([self.gate_up_bias.as_mut(), Some(&mut self.down), self.down_bias.as_mut()])
-        .flatten()
+        let LayerTensors { input_norm, qkv, attention_out, post_norm, gate_up, down } = self;
+        let attention = std::iter::once(input_norm).chain(qkv.iter_mut()).chain(attention_out.iter_mut());
+        let mlp = std::iter::once(post_norm).chain(gate_up.iter_mut()).chain(down.iter_mut());
+        attention.chain(mlp)
     }
 }

@@ -7,7 +7,8 @@ use crate::device::{AdamWState, AdamWStep, AdamWUpdate, BatchBuffers, Device, Fl
 use crate::error::Result;
 use crate::interrupt;
 use crate::model::{
-    Activations, Capacity, Context, Gradients, HeadOptions, HeadPlan, Llama, LlamaTensors, Purpose,
+    Activations, BackwardScratch, Capacity, Context, HeadOptions, HeadPlan, KeepGradients, Llama,
+    LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
 
@@ -40,7 +41,7 @@ pub struct Trainer<D: Device> {
     objective: Objective,
     token_budget: usize,
     activations: Activations<D>,
-    scratch: Gradients<D>,
+    scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
     /// `[pairs of a step, PairOutcome::WIDTH]`
     outcomes: Floats<D>,
@@ -111,7 +112,7 @@ impl<D: Device> Trainer<D> {
             gradients: model.zero_gradients()?,
             objective,
             token_budget: workload.token_budget,
-            scratch: Gradients::new(device, &model.config, capacity)?,
+            scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
@@ -156,6 +157,7 @@ impl<D: Device> Trainer<D> {
                 &mut trainer.activations,
                 &trainer.batch,
                 tokens,
+                &mut KeepGradients,
             )
         })?;
         let gradients: Vec<&Floats<D>> = self.gradients.iter().collect();

@@ -7,7 +7,7 @@ use crate::naive::Precision;
 const STEP: AdamWStep =
     AdamWStep { learning_rate: 5e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
 
-/// Of one tensor.
+/// An update of one tensor.
 fn update<D: Device>(
     device: &D,
     weight: &mut Compute<D>,

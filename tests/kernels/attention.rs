@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use mmpo_fast::device::{AttentionShape, Device};
+use mmpo_fast::device::{AttentionGradient, AttentionShape, Device};
 use proptest::prelude::*;
 
 use crate::harness::*;
@@ -54,7 +54,17 @@ fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f3
     let mut lse = unset_floats(device, tokens * shape.heads);
     device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape).unwrap();
     let mut dqkv = unset_compute(device, tokens * shape.qkv_width());
-    device.attention_backward(&mut dqkv, &dout, &out, &lse, &qkv, &buffers, shape).unwrap();
+    device
+        .attention_backward(AttentionGradient {
+            dqkv: &mut dqkv,
+            dout: &dout,
+            out: &out,
+            lse: &lse,
+            qkv: &qkv,
+            batch: &buffers,
+            shape,
+        })
+        .unwrap();
     Passes { out: read_compute(device, &out), lse: read(device, &lse), dqkv: read_compute(device, &dqkv) }
 }
 

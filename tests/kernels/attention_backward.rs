@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorOptions, EmulatorVariant};
-use mmpo_fast::device::{AttentionShape, BatchBuffers, Compute, Device, Floats};
+use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, Compute, Device, Floats};
 
 use crate::harness::*;
 use crate::naive::{self, Precision};
@@ -81,7 +81,17 @@ impl<D: Device> Loaded<D> {
     fn gradients(&self, device: &D) -> Vec<f32> {
         let mut dqkv = unset_compute(device, device.len(&self.qkv));
         let Loaded { shape, batch, qkv, dout, out, lse } = self;
-        device.attention_backward(&mut dqkv, dout, out, lse, qkv, batch, *shape).unwrap();
+        device
+            .attention_backward(AttentionGradient {
+                dqkv: &mut dqkv,
+                dout,
+                out,
+                lse,
+                qkv,
+                batch,
+                shape: *shape,
+            })
+            .unwrap();
         read_compute(device, &dqkv)
     }
 }

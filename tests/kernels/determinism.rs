@@ -1,7 +1,8 @@
 //! The CPU device gives the same bits at any number of threads.
 
 use mmpo_fast::device::{
-    AttentionShape, Device, HeadMode, HeadShape, LinearShape, NormShape, TokenCoefficients, TokenScores,
+    AttentionGradient, AttentionShape, Device, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape,
+    NormShape, RmsNormBackward, TokenCoefficients, TokenScores,
 };
 
 use crate::harness::*;
@@ -41,7 +42,17 @@ fn attention<D: Device>(device: &D) -> Outputs {
     let mut lse = unset_floats(device, batch.tokens() * shape.heads);
     let mut dqkv = unset_compute(device, batch.tokens() * shape.qkv_width());
     device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape).unwrap();
-    device.attention_backward(&mut dqkv, &dout, &out, &lse, &qkv, &buffers, shape).unwrap();
+    device
+        .attention_backward(AttentionGradient {
+            dqkv: &mut dqkv,
+            dout: &dout,
+            out: &out,
+            lse: &lse,
+            qkv: &qkv,
+            batch: &buffers,
+            shape,
+        })
+        .unwrap();
     vec![
         ("out", read_compute(device, &out)),
         ("lse", read(device, &lse)),
@@ -58,7 +69,17 @@ fn norms<D: Device>(device: &D) -> Outputs {
     device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).unwrap();
     let (mut dx, _) = compute(device, &vec![0.0; rows * width]);
     let mut dweight = floats(device, &vec![0.0; width]);
-    device.rms_norm_backward(&mut dx, &mut dweight, &out, &x, &weight, &rstd, shape).unwrap();
+    device
+        .rms_norm_backward(RmsNormBackward {
+            dx: &mut dx,
+            dweight: &mut dweight,
+            dout: &out,
+            x: &x,
+            weight: &weight,
+            rstd: &rstd,
+            shape,
+        })
+        .unwrap();
     let gradient = floats(device, &random(3, 300_000, 1.0));
     let mut norm = unset_floats(device, 2);
     device.gradient_norm(&mut norm, &[&gradient, &dweight], Some(1.0)).unwrap();
@@ -79,23 +100,32 @@ fn head<D: Device>(device: &D) -> Outputs {
     let shape = HeadShape { rows: 0..rows, width, vocab, entropy: true, mode: HeadMode::Main };
     let mut workspace =
         unset_compute(device, device.logp_head_workspace(shape.mode, rows, width, vocab).unwrap());
-    device.logp_head_forward(&mut scores, &mut workspace, &hidden, &weight, &targets, &shape).unwrap();
+    device
+        .logp_head_forward(HeadForward {
+            scores: &mut scores,
+            workspace: &mut workspace,
+            hidden: &hidden,
+            weight: &weight,
+            targets: &targets,
+            shape: &shape,
+        })
+        .unwrap();
     let coefficients: TokenCoefficients<D> = TokenCoefficients {
         logp: floats(device, &random(3, rows, 1.0)),
         entropy: floats(device, &random(4, rows, 0.1)),
     };
     let mut dweight = floats(device, &vec![0.0; vocab * width]);
     device
-        .logp_head_backward(
-            &mut hidden,
-            Some(&mut dweight),
-            &mut workspace,
-            &weight,
-            &targets,
-            &scores,
-            &coefficients,
-            &shape,
-        )
+        .logp_head_backward(HeadBackward {
+            hidden: &mut hidden,
+            dweight: Some(&mut dweight),
+            workspace: &mut workspace,
+            weight: &weight,
+            targets: &targets,
+            scores: &scores,
+            coefficients: &coefficients,
+            shape: &shape,
+        })
         .unwrap();
     vec![
         ("lse", read(device, &scores.lse)),

@@ -1,4 +1,4 @@
-use mmpo_fast::device::Device;
+use mmpo_fast::device::prelude::*;
 
 use crate::harness::*;
 use crate::naive::{self, Precision};

@@ -1,4 +1,5 @@
-use mmpo_fast::device::LinearShape;
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{LinearShape, LinearSwiglu};
 
 use crate::harness::*;
 use crate::naive;
@@ -143,7 +144,7 @@ path_tests! {
             for bias in [None, Some(&bias)] {
                 let (mut gate_up, mut out) =
                     (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
-                device.linear_swiglu_forward(&mut out, &mut gate_up, &x, &weight, bias, shape).unwrap();
+                device.linear_swiglu_forward(LinearSwiglu { out: &mut out, gate_up: &mut gate_up, x: &x, weight: &weight, bias, shape }).unwrap();
                 let (mut gate_up_alone, mut out_alone) =
                     (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
                 device.linear_forward(&mut gate_up_alone, &x, &weight, bias, shape).unwrap();
@@ -169,7 +170,6 @@ path_tests! {
 /// Products of small integers are exact in every tile shape that Hopper's kernels have, also in those that no plan takes for
 /// so small a product.
 mod every_tile_of_hopper {
-    use mmpo_fast::device::Device;
     use mmpo_fast::device::cuda::CudaDevice;
 
     use super::*;
@@ -225,7 +225,6 @@ mod every_tile_of_hopper {
 #[cfg(mmpo_emulated)]
 #[test]
 fn choice_of_products() {
-    use mmpo_fast::device::Device;
     use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, Products};
     let shape = LinearShape { rows: 2, inputs: 8, outputs: 8 };
     for path in [KernelPath::Portable, KernelPath::Hopper] {

@@ -1,4 +1,6 @@
-use mmpo_fast::device::{Device, HeadMode, HeadShape, Indices, TokenCoefficients, TokenScores};
+use mmpo_fast::device::{
+    Device, HeadBackward, HeadForward, HeadMode, HeadShape, Indices, TokenCoefficients, TokenScores,
+};
 
 use crate::harness::*;
 use crate::naive::{self, Precision};
@@ -40,7 +42,7 @@ struct Case<D: Device> {
 }
 
 impl<D: Device> Case<D> {
-    /// Of all rows; `scale` is the standard deviation of the logits.
+    /// The case's shape over all rows; `scale` is the standard deviation of the logits.
     fn new(device: &D, mode: HeadMode, (rows, width, vocab): (usize, usize, usize), scale: f32) -> Self {
         let (hidden, hidden64) = random_compute(device, 1, rows * width, scale / (width as f32).sqrt());
         let (weight, weight64) = random_compute(device, 2, vocab * width, 1.0);
@@ -61,14 +63,14 @@ impl<D: Device> Case<D> {
     }
 
     fn try_forward(&mut self, device: &D) -> mmpo_fast::error::Result<()> {
-        device.logp_head_forward(
-            &mut self.scores,
-            &mut self.workspace,
-            &self.hidden,
-            &self.weight,
-            &self.device_targets,
-            &self.shape,
-        )
+        device.logp_head_forward(HeadForward {
+            scores: &mut self.scores,
+            workspace: &mut self.workspace,
+            hidden: &self.hidden,
+            weight: &self.weight,
+            targets: &self.device_targets,
+            shape: &self.shape,
+        })
     }
 
     /// Replaces the rows of `hidden` by their gradient; `a` and `b` are `dL/dlogp` and `dL/dentropy`.
@@ -76,16 +78,16 @@ impl<D: Device> Case<D> {
         let coefficients: TokenCoefficients<D> =
             TokenCoefficients { logp: floats(device, a), entropy: floats(device, b) };
         device
-            .logp_head_backward(
-                &mut self.hidden,
+            .logp_head_backward(HeadBackward {
+                hidden: &mut self.hidden,
                 dweight,
-                &mut self.workspace,
-                &self.weight,
-                &self.device_targets,
-                &self.scores,
-                &coefficients,
-                &self.shape,
-            )
+                workspace: &mut self.workspace,
+                weight: &self.weight,
+                targets: &self.device_targets,
+                scores: &self.scores,
+                coefficients: &coefficients,
+                shape: &self.shape,
+            })
             .unwrap();
     }
 
@@ -473,10 +475,7 @@ path_tests! {
         assert!(error.contains("workspace"), "{error}");
         let coefficients = TokenCoefficients::new(device, 300).unwrap();
         case.workspace = unset_compute(device, 30_000);
-        let error = device.logp_head_backward(
-            &mut case.hidden, None, &mut case.workspace, &case.weight, &case.device_targets, &case.scores,
-            &coefficients, &case.shape,
-        );
+        let error = device.logp_head_backward(HeadBackward { hidden: &mut case.hidden, dweight: None, workspace: &mut case.workspace, weight: &case.weight, targets: &case.device_targets, scores: &case.scores, coefficients: &coefficients, shape: &case.shape });
         let error = error.unwrap_err().to_string();
         assert!(error.contains("nothing to go back from"), "{error}");
     }

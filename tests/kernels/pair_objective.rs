@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use mmpo_fast::data::PairBatch;
-use mmpo_fast::device::{Device, TokenCoefficients, TokenScores};
+use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
     Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
 };
@@ -93,7 +93,14 @@ impl Scores {
         let mut coefficients: TokenCoefficients<D> =
             TokenCoefficients { logp: unset_floats(device, scored), entropy: unset_floats(device, scored) };
         device
-            .pair_objective(&mut outcomes, &mut coefficients, &scores, &buffers, objective, asked.clone())
+            .pair_objective(ObjectiveOperands {
+                outcomes: &mut outcomes,
+                coefficients: &mut coefficients,
+                scores: &scores,
+                batch: &buffers,
+                objective,
+                pairs: asked.clone(),
+            })
             .unwrap();
         let outcomes = read(device, &outcomes);
         let (a, b) = (read(device, &coefficients.logp), read(device, &coefficients.entropy));
@@ -164,7 +171,7 @@ device_tests! {
         let mut coefficients = TokenCoefficients::new(device, 10).unwrap();
         let mut outcomes = unset_floats(device, PairOutcome::WIDTH);
         let error = device
-            .pair_objective(&mut outcomes, &mut coefficients, &scores, &buffers, &Objective::Sft, 0..2)
+            .pair_objective(ObjectiveOperands { outcomes: &mut outcomes, coefficients: &mut coefficients, scores: &scores, batch: &buffers, objective: &Objective::Sft, pairs: 0..2 })
             .unwrap_err()
             .to_string();
         assert!(error.contains("pair_objective") && error.contains("outcomes"), "{error}");

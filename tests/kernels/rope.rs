@@ -1,4 +1,5 @@
-use mmpo_fast::device::{AttentionShape, Device, RopeDirection};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{AttentionShape, RopeDirection};
 
 use crate::harness::*;
 use crate::naive;

@@ -1,7 +1,10 @@
 //! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
-use mmpo_fast::device::{Device, HeadMode, HeadShape, LinearShape, NormShape, TokenScores};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{
+    HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
+};
 
 use crate::harness::*;
 
@@ -18,7 +21,17 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     let mut dweight = floats(device, &[0.0; WIDTH]);
     let norm = NormShape { rows: ROWS, width: WIDTH, epsilon: 1e-5 };
     device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, norm).unwrap();
-    device.rms_norm_backward(&mut dx, &mut dweight, &out, &x, &weight, &rstd, norm).unwrap();
+    device
+        .rms_norm_backward(RmsNormBackward {
+            dx: &mut dx,
+            dweight: &mut dweight,
+            dout: &out,
+            x: &x,
+            weight: &weight,
+            rstd: &rstd,
+            shape: norm,
+        })
+        .unwrap();
 
     let batch = pair_batch(&[(40, 20, 15)], 2);
     let buffers = load_batch(device, &batch, &[]);
@@ -44,7 +57,16 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     let head = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true, mode: HeadMode::Main };
     let mut workspace =
         unset_compute(device, device.logp_head_workspace(head.mode, scored, WIDTH, vocab).unwrap());
-    device.logp_head_forward(&mut scores, &mut workspace, &x, &table, &targets, &head).unwrap();
+    device
+        .logp_head_forward(HeadForward {
+            scores: &mut scores,
+            workspace: &mut workspace,
+            hidden: &x,
+            weight: &table,
+            targets: &targets,
+            shape: &head,
+        })
+        .unwrap();
 
     [
         &rstd,

@@ -6,7 +6,8 @@ use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{
-    BatchBuffers, Compute, Device, Floats, HeadMode, HeadShape, TokenCoefficients, TokenScores,
+    BatchBuffers, Compute, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
+    TokenCoefficients, TokenScores,
 };
 use crate::error::Result;
 use crate::model::HeadOptions;
@@ -122,7 +123,7 @@ impl<D: Device> Head<D> {
         self.shape.rows.len()
     }
 
-    /// Of one product with the vocabulary.
+    /// Operations of one gemm with the vocabulary matrix.
     fn product_flops(&self) -> usize {
         2 * self.scored() * self.shape.vocab * self.shape.width
     }
@@ -147,7 +148,14 @@ impl<D: Device> Head<D> {
         hidden: &Compute<D>,
         shape: &HeadShape,
     ) -> Result<()> {
-        device.logp_head_forward(scores, workspace, hidden, &self.weight, &self.batch.targets, shape)
+        device.logp_head_forward(HeadForward {
+            scores,
+            workspace,
+            hidden,
+            weight: &self.weight,
+            targets: &self.batch.targets,
+            shape,
+        })
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -161,16 +169,16 @@ impl<D: Device> Head<D> {
         coefficients: &TokenCoefficients<D>,
         shape: &HeadShape,
     ) -> Result<()> {
-        device.logp_head_backward(
+        device.logp_head_backward(HeadBackward {
             hidden,
-            Some(dweight),
+            dweight: Some(dweight),
             workspace,
-            &self.weight,
-            &self.batch.targets,
+            weight: &self.weight,
+            targets: &self.batch.targets,
             scores,
             coefficients,
             shape,
-        )
+        })
     }
 }
 
@@ -277,14 +285,14 @@ fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>
         for chunk in &chunks {
             let shape = head.part(chunk, pairs);
             head.forward(device, &mut scores, &mut workspace, hidden, &shape)?;
-            device.pair_objective(
-                &mut outcomes,
-                &mut coefficients,
-                &scores,
-                &head.batch,
-                &head.objective,
-                chunk.clone(),
-            )?;
+            device.pair_objective(ObjectiveOperands {
+                outcomes: &mut outcomes,
+                coefficients: &mut coefficients,
+                scores: &scores,
+                batch: &head.batch,
+                objective: &head.objective,
+                pairs: chunk.clone(),
+            })?;
             head.backward(device, hidden, dweight, &mut workspace, &scores, &coefficients, &shape)?;
         }
         Ok(())
@@ -307,8 +315,14 @@ fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let case = Case::new("pair_objective", out, move |device: &D, out| {
         let (outcomes, dlogp) = out.floats.split_at_mut(1);
         std::mem::swap(&mut coefficients.logp, &mut dlogp[0]);
-        let done =
-            device.pair_objective(&mut outcomes[0], &mut coefficients, &scores, &batch, &objective, 0..pairs);
+        let done = device.pair_objective(ObjectiveOperands {
+            outcomes: &mut outcomes[0],
+            coefficients: &mut coefficients,
+            scores: &scores,
+            batch: &batch,
+            objective: &objective,
+            pairs: 0..pairs,
+        });
         std::mem::swap(&mut coefficients.logp, &mut dlogp[0]);
         done
     });

@@ -6,7 +6,10 @@ use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, filled};
 use crate::bench::shapes::Shape;
 use crate::device::cuda::{AttentionOrder, CudaDevice};
-use crate::device::{AttentionShape, Device, LinearShape, NormShape, RopeDirection};
+use crate::device::{
+    AddRmsNorm, AttentionGradient, AttentionShape, Device, LinearShape, LinearSwiglu, NormShape,
+    RmsNormBackward, RopeDirection,
+};
 use crate::error::Result;
 
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
@@ -108,7 +111,15 @@ fn add_rms_norm_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>>
     let case = Case::new("add_rms_norm_forward", out, move |device: &D, out| {
         let (sum, normed) = out.compute.split_at_mut(1);
         let rstd = &mut out.floats[0];
-        device.add_rms_norm_forward(&mut sum[0], &mut normed[0], rstd, &x, &delta, &weight, norm)
+        device.add_rms_norm_forward(AddRmsNorm {
+            sum: &mut sum[0],
+            out: &mut normed[0],
+            rstd,
+            x: &x,
+            delta: &delta,
+            weight: &weight,
+            shape: norm,
+        })
     });
     Ok(case.bytes(compute_size::<D>() * (4 * values + norm.width) + WORD * norm.rows))
 }
@@ -131,7 +142,15 @@ fn rms_norm_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let out = outputs(device, &[values], &[norm.width])?;
     let case = Case::new("rms_norm_backward", out, move |device: &D, out| {
         let (dx, dweight) = (&mut out.compute[0], &mut out.floats[0]);
-        device.rms_norm_backward(dx, dweight, &dout, &x, &weight, &rstd, norm)
+        device.rms_norm_backward(RmsNormBackward {
+            dx,
+            dweight,
+            dout: &dout,
+            x: &x,
+            weight: &weight,
+            rstd: &rstd,
+            shape: norm,
+        })
     });
     let bytes = compute_size::<D>() * (4 * values + norm.width) + WORD * (norm.rows + 2 * norm.width);
     Ok(case.updates().bytes(bytes))
@@ -310,7 +329,15 @@ fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrde
     let redundant = order == AttentionOrder::Any && other.is_none();
     let case = Case::new("attention_backward", gradient, move |device: &D, gradient| {
         let device = other.as_ref().unwrap_or(device);
-        device.attention_backward(&mut gradient.compute[0], &dout, &out, &lse, &qkv, &batch, attention)
+        device.attention_backward(AttentionGradient {
+            dqkv: &mut gradient.compute[0],
+            dout: &dout,
+            out: &out,
+            lse: &lse,
+            qkv: &qkv,
+            batch: &batch,
+            shape: attention,
+        })
     });
     let case = case.part(part).redundant(redundant);
     // q k^T again, then dv, dp, dq and dk.
@@ -348,7 +375,14 @@ fn linear_swiglu_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>
     let out = outputs(device, &[rows * width, rows * layer.outputs], &[])?;
     let case = Case::new("linear_swiglu_forward", out, move |device: &D, out| {
         let [out, gate_up] = &mut out.compute[..] else { unreachable!("two outputs, as above") };
-        device.linear_swiglu_forward(out, gate_up, &x, &weight, None, layer)
+        device.linear_swiglu_forward(LinearSwiglu {
+            out,
+            gate_up,
+            x: &x,
+            weight: &weight,
+            bias: None,
+            shape: layer,
+        })
     });
     let values = rows * (inputs + width + layer.outputs) + layer.outputs * inputs;
     Ok(case.flops(2 * rows * inputs * layer.outputs).bytes(compute_size::<D>() * values))

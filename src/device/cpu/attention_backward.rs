@@ -16,8 +16,8 @@ use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::shared_rows::SharedRows;
 use super::transpose::transpose;
-use super::{CpuBuffer, CpuDevice, simd};
-use crate::device::{AttentionShape, BatchBuffers};
+use super::{CpuDevice, simd};
+use crate::device::{AttentionBackward, AttentionGradient, AttentionShape, Checked};
 use crate::error::Result;
 
 /// What a unit reads.
@@ -30,45 +30,39 @@ struct Inputs<'a> {
     shape: AttentionShape,
 }
 
-#[allow(clippy::too_many_arguments)]
-pub(super) fn backward(
-    device: &CpuDevice,
-    dqkv: &mut CpuBuffer<f32>,
-    dout: &CpuBuffer<f32>,
-    out: &CpuBuffer<f32>,
-    lse: &CpuBuffer<f32>,
-    qkv: &CpuBuffer<f32>,
-    batch: &BatchBuffers<CpuDevice>,
-    shape: AttentionShape,
-) -> Result<()> {
-    let operation = "attention_backward";
-    tile::check_heads(operation, shape)?;
-    let rows = (dqkv.len().min(qkv.len()) / shape.qkv_width())
-        .min(dout.len().min(out.len()) / shape.out_width())
-        .min(lse.len() / shape.heads);
-    tile::check(operation, shape, batch, rows)?;
-    let inputs = Inputs { dout, out, lse, qkv, shape };
-    let kv_heads = shape.kv_heads;
-    // Responses first: they are the longer units, and the prompt's fill the gaps at the end.
-    let parts: Vec<[Part; 3]> = batch.host_spans.iter().map(Part::of).collect();
-    let units: Vec<(&Part, usize)> =
-        parts.iter().flatten().flat_map(|part| (0..kv_heads).map(move |head| (part, head))).collect();
-    let dqkv = SharedRows::new(dqkv, shape.qkv_width());
-    device.parallel(|| {
-        let prefix_gradients: Vec<KeyValueGradients> = units
-            .par_iter()
-            .with_max_len(1)
-            .map(|&(part, head)| Unit::new(inputs, part, head).run(device, &dqkv))
-            .collect();
-        (0..parts.len() * kv_heads).into_par_iter().for_each(|index| {
-            let (pair, head) = (index / kv_heads, index % kv_heads);
-            for response in 1..3 {
-                let gradients = &prefix_gradients[(pair * 3 + response) * kv_heads + head];
-                add_to_prompt(&dqkv, &parts[pair][0], HeadColumns::new(shape, head), gradients);
-            }
-        });
-    });
-    Ok(())
+impl AttentionBackward for CpuDevice {
+    /// Nothing to do: a unit of work allocates its own few tiles.
+    fn reserve_attention_backward(&self, _: usize, _: usize, _: AttentionShape) -> Result<()> {
+        Ok(())
+    }
+
+    fn run_attention_backward(&self, operands: AttentionGradient<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("attention_backward", || {
+            let AttentionGradient { dqkv, dout, out, lse, qkv, batch, shape } = operands;
+            let inputs = Inputs { dout, out, lse, qkv, shape };
+            let kv_heads = shape.kv_heads;
+            // Responses first: they are the longer units, and the prompt's fill the gaps at the end.
+            let parts: Vec<[Part; 3]> = batch.host_spans.iter().map(Part::of).collect();
+            let units: Vec<(&Part, usize)> =
+                parts.iter().flatten().flat_map(|part| (0..kv_heads).map(move |head| (part, head))).collect();
+            let dqkv = SharedRows::new(dqkv, shape.qkv_width());
+            self.parallel(|| {
+                let prefix_gradients: Vec<KeyValueGradients> = units
+                    .par_iter()
+                    .with_max_len(1)
+                    .map(|&(part, head)| Unit::new(inputs, part, head).run(self, &dqkv))
+                    .collect();
+                (0..parts.len() * kv_heads).into_par_iter().for_each(|index| {
+                    let (pair, head) = (index / kv_heads, index % kv_heads);
+                    for response in 1..3 {
+                        let gradients = &prefix_gradients[(pair * 3 + response) * kv_heads + head];
+                        add_to_prompt(&dqkv, &parts[pair][0], HeadColumns::new(shape, head), gradients);
+                    }
+                });
+            });
+            Ok(())
+        })
+    }
 }
 
 /// Gradients of consecutive keys and values, `[keys, E]` each.

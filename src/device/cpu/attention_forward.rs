@@ -9,78 +9,77 @@ use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::shared_rows::SharedRows;
 use super::transpose::transpose;
-use super::{CpuBuffer, CpuDevice, check_sizes, simd};
-use crate::device::{AttentionShape, BatchBuffers};
+use super::{CpuBuffer, CpuDevice, simd};
+use crate::device::{Attention, AttentionShape, BatchBuffers, Checked};
 use crate::error::Result;
 
-pub(super) fn forward(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    lse: &mut CpuBuffer<f32>,
-    qkv: &CpuBuffer<f32>,
-    batch: &BatchBuffers<CpuDevice>,
-    shape: AttentionShape,
-) -> Result<()> {
-    let operation = "attention_forward";
-    tile::check_heads(operation, shape)?;
-    let rows =
-        (qkv.len() / shape.qkv_width()).min(out.len() / shape.out_width()).min(lse.len() / shape.heads);
-    tile::check(operation, shape, batch, rows)?;
-    let parts: Vec<Part> = batch.host_spans.iter().flat_map(Part::of).collect();
-    let group = shape.heads / shape.kv_heads;
-    let blocks: Vec<(&Part, Range<usize>, usize)> = parts
-        .iter()
-        .flat_map(|part| part.query_blocks(group).map(move |queries| (part, queries)))
-        .flat_map(|(part, queries)| (0..shape.kv_heads).map(move |head| (part, queries.clone(), head)))
-        .collect();
-    let out = SharedRows::new(out, shape.out_width());
-    let lse = SharedRows::new(lse, shape.heads);
-    device.parallel(|| {
-        blocks.into_par_iter().for_each_init(
-            || Scratch::new(shape),
-            |scratch, (part, queries, kv_head)| {
-                let columns = HeadColumns::new(shape, kv_head);
-                scratch.attend(device, qkv, part, &queries, columns, shape.scale());
-                let heads = kv_head * group..(kv_head + 1) * group;
-                for (i, row) in queries.enumerate() {
-                    // SAFETY: each pair (query row, kv head) belongs to one block, and spans do not overlap.
-                    let (out, lse) = unsafe {
-                        (out.row_mut(row, columns.query_columns()), lse.row_mut(row, heads.clone()))
-                    };
-                    scratch.write(i * group, out, lse);
-                }
-            },
-        );
-    });
-    Ok(())
-}
+impl Attention for CpuDevice {
+    fn run_attention_forward(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        lse: &mut CpuBuffer<f32>,
+        qkv: &CpuBuffer<f32>,
+        batch: &BatchBuffers<CpuDevice>,
+        shape: AttentionShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("attention_forward", || {
+            let parts: Vec<Part> = batch.host_spans.iter().flat_map(Part::of).collect();
+            let group = shape.heads / shape.kv_heads;
+            let blocks: Vec<(&Part, Range<usize>, usize)> = parts
+                .iter()
+                .flat_map(|part| part.query_blocks(group).map(move |queries| (part, queries)))
+                .flat_map(|(part, queries)| {
+                    (0..shape.kv_heads).map(move |head| (part, queries.clone(), head))
+                })
+                .collect();
+            let out = SharedRows::new(out, shape.out_width());
+            let lse = SharedRows::new(lse, shape.heads);
+            self.parallel(|| {
+                blocks.into_par_iter().for_each_init(
+                    || Scratch::new(shape),
+                    |scratch, (part, queries, kv_head)| {
+                        let columns = HeadColumns::new(shape, kv_head);
+                        scratch.attend(self, qkv, part, &queries, columns, shape.scale());
+                        let heads = kv_head * group..(kv_head + 1) * group;
+                        for (i, row) in queries.enumerate() {
+                            // SAFETY: each pair (query row, kv head) belongs to one block, and spans do not overlap.
+                            let (out, lse) = unsafe {
+                                (out.row_mut(row, columns.query_columns()), lse.row_mut(row, heads.clone()))
+                            };
+                            scratch.write(i * group, out, lse);
+                        }
+                    },
+                );
+            });
+            Ok(())
+        })
+    }
 
-pub(super) fn decode(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    cache: &CpuBuffer<f32>,
-    length: usize,
-    shape: AttentionShape,
-) -> Result<()> {
-    let operation = "attention_decode";
-    tile::check_heads(operation, shape)?;
-    let needs = [
-        ("out", out.len(), shape.out_width()),
-        ("cache", cache.len(), length * shape.qkv_width()),
-        ("length", length, 1),
-    ];
-    check_sizes(operation, &(length, shape), &needs)?;
-    let part = Part { rows: length - 1..length, prefix: 0..length - 1 };
-    let group_width = shape.heads / shape.kv_heads * shape.head_size;
-    device.parallel(|| {
-        out[..shape.out_width()].par_chunks_exact_mut(group_width).enumerate().for_each(|(kv_head, out)| {
-            let columns = HeadColumns::new(shape, kv_head);
-            let mut scratch = Scratch::new(shape);
-            scratch.attend(device, cache, &part, &part.rows, columns, shape.scale());
-            scratch.write(0, out, &mut vec![0.0; columns.group]);
-        });
-    });
-    Ok(())
+    fn run_attention_decode(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        cache: &CpuBuffer<f32>,
+        length: usize,
+        shape: AttentionShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("attention_decode", || {
+            let part = Part { rows: length - 1..length, prefix: 0..length - 1 };
+            let group_width = shape.heads / shape.kv_heads * shape.head_size;
+            self.parallel(|| {
+                out[..shape.out_width()].par_chunks_exact_mut(group_width).enumerate().for_each(
+                    |(kv_head, out)| {
+                        let columns = HeadColumns::new(shape, kv_head);
+                        let mut scratch = Scratch::new(shape);
+                        scratch.attend(self, cache, &part, &part.rows, columns, shape.scale());
+                        scratch.write(0, out, &mut vec![0.0; columns.group]);
+                    },
+                );
+            });
+            Ok(())
+        })
+    }
 }
 
 /// The tiles of one thread. Rows are those of [`attention_tile`](tile): query row times head of the group.

@@ -5,10 +5,8 @@
 
 use std::ops::Range;
 
-use super::CpuDevice;
 use crate::data::PairSpan;
-use crate::device::{AttentionShape, BatchBuffers};
-use crate::error::{Error, Result};
+use crate::device::AttentionShape;
 
 /// Rows of a tile of queries, heads included: a multiple of the product's register block, small enough that scores
 /// `[TILE_M, TILE_N]` stay in the first-level cache beside the operands.
@@ -137,41 +135,4 @@ pub(super) fn pack(
 /// Scratch floats for `rows` rows of a tile of queries.
 pub(super) fn tile_rows(group: usize) -> usize {
     (TILE_M / group).max(1) * group
-}
-
-/// Errors unless heads divide evenly and the spans lie in order, without overlap, inside `rows` rows.
-pub(super) fn check(
-    operation: &str,
-    shape: AttentionShape,
-    batch: &BatchBuffers<CpuDevice>,
-    rows: usize,
-) -> Result<()> {
-    check_heads(operation, shape)?;
-    let mut end = 0;
-    for span in &batch.host_spans {
-        if (span.start as usize) < end || span.rows().end > rows {
-            return Err(Error::device(
-                format!(
-                    "{operation}: {span:?} overlaps the span before it or ends behind row {rows}, {shape:?}"
-                ),
-                "this is a mistake in the program, not in your input; please report it",
-            ));
-        }
-        end = span.rows().end;
-    }
-    Ok(())
-}
-
-/// Errors unless every key/value head serves the same number of query heads.
-pub(super) fn check_heads(operation: &str, shape: AttentionShape) -> Result<()> {
-    let AttentionShape { heads, kv_heads, head_size } = shape;
-    if kv_heads == 0 || head_size == 0 || heads == 0 || heads % kv_heads != 0 {
-        return Err(Error::device(
-            format!(
-                "{operation}: {heads} query heads cannot share {kv_heads} key/value heads of {head_size}"
-            ),
-            "the query heads of a model are a multiple of its key/value heads; check config.json",
-        ));
-    }
-    Ok(())
 }

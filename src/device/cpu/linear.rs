@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use super::shared_rows::SharedRows;
 use super::transpose::transpose;
-use super::{CpuBuffer, CpuDevice, check_sizes};
-use crate::device::LinearShape;
+use super::{CpuBuffer, CpuDevice};
+use crate::device::{Checked, Linear, LinearShape};
 use crate::error::Result;
 
 /// Columns of one block of a bias gradient.
@@ -138,125 +138,121 @@ unsafe fn multiply_into(
     }
 }
 
-/// A block of outputs a task. From [`TRANSPOSE_ROWS`] rows on the block's weights are turned around first: `gemm` packs a
-/// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
-/// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
-/// second-level cache. With fewer rows the weights are used once, and reading them is the limit.
-pub(super) fn forward(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    bias: Option<&CpuBuffer<f32>>,
-    shape: LinearShape,
-) -> Result<()> {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let needs = [
-        ("out", out.len(), rows * outputs),
-        ("x", x.len(), rows * inputs),
-        ("weight", weight.len(), outputs * inputs),
-        ("bias", bias.map_or(outputs, |bias| bias.len()), outputs),
-    ];
-    check_sizes("linear_forward", &shape, &needs)?;
-    if rows * outputs == 0 {
-        return Ok(());
-    }
-    let out = &mut out[..rows * outputs];
-    device.parallel(|| {
-        if let Some(bias) = bias {
-            out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
-        }
-        let blocks: Vec<usize> = (0..outputs).step_by(OUTPUT_BLOCK).collect();
-        let out = SharedRows::new(out, outputs);
-        blocks.into_par_iter().for_each(|first| {
-            let count = OUTPUT_BLOCK.min(outputs - first);
-            let weight = &weight[first * inputs..(first + count) * inputs];
-            let sizes = (rows, inputs, count);
-            let x = Matrix::rows(x, inputs);
-            if rows < TRANSPOSE_ROWS {
-                // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
-                unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs)) };
-            } else {
-                let mut turned = device.scratch.take(inputs * count);
-                transpose(&mut turned, count, weight, inputs, (count, inputs));
-                // SAFETY: as above.
-                unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count)) };
+impl Linear for CpuDevice {
+    /// A block of outputs a task. From [`TRANSPOSE_ROWS`] rows on the block's weights are turned around first: `gemm` packs a
+    /// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
+    /// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
+    /// second-level cache. With fewer rows the weights are used once, and reading them is the limit.
+    fn run_linear_forward(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        weight: &CpuBuffer<f32>,
+        bias: Option<&CpuBuffer<f32>>,
+        shape: LinearShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("linear_forward", || {
+            let LinearShape { rows, inputs, outputs } = shape;
+            if rows * outputs == 0 {
+                return Ok(());
             }
-        });
-    });
-    Ok(())
-}
-
-pub(super) fn backward_input(
-    device: &CpuDevice,
-    dx: &mut CpuBuffer<f32>,
-    dout: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    shape: LinearShape,
-) -> Result<()> {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let needs = [
-        ("dx", dx.len(), rows * inputs),
-        ("dout", dout.len(), rows * outputs),
-        ("weight", weight.len(), outputs * inputs),
-    ];
-    check_sizes("linear_backward_input", &shape, &needs)?;
-    if rows * inputs == 0 {
-        return Ok(());
-    }
-    let dx = SharedRows::new(&mut dx[..rows * inputs], inputs);
-    let blocks: Vec<usize> = (0..inputs).step_by(OUTPUT_BLOCK).collect();
-    device.parallel(|| {
-        blocks.into_par_iter().for_each(|first| {
-            let count = OUTPUT_BLOCK.min(inputs - first);
-            let (dout, weight) = (Matrix::rows(dout, outputs), Matrix::rows(&weight[first..], inputs));
-            // SAFETY: blocks are disjoint columns, and `dx` is this operation's alone.
-            unsafe { dx.multiply(first, false, (rows, outputs, count), dout, weight) };
-        });
-    });
-    Ok(())
-}
-
-pub(super) fn backward_weight(
-    device: &CpuDevice,
-    dweight: &mut CpuBuffer<f32>,
-    dbias: Option<&mut CpuBuffer<f32>>,
-    dout: &CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    shape: LinearShape,
-) -> Result<()> {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let needs = [
-        ("dweight", dweight.len(), outputs * inputs),
-        ("dbias", dbias.as_ref().map_or(outputs, |dbias| dbias.len()), outputs),
-        ("dout", dout.len(), rows * outputs),
-        ("x", x.len(), rows * inputs),
-    ];
-    check_sizes("linear_backward_weight", &shape, &needs)?;
-    device.parallel(|| {
-        dweight[..outputs * inputs].par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(
-            |(block, dweight)| {
-                let count = dweight.len() / inputs;
-                multiply(
-                    dweight,
-                    inputs,
-                    true,
-                    (count, rows, inputs),
-                    Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
-                    Matrix::rows(x, inputs),
-                );
-            },
-        );
-        if let Some(dbias) = dbias {
-            dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
-                device.vectorized(
-                    #[inline(always)]
-                    || column_sums(dbias, &dout[..rows * outputs], block * COLUMNS, outputs),
-                )
+            let out = &mut out[..rows * outputs];
+            self.parallel(|| {
+                if let Some(bias) = bias {
+                    out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
+                }
+                let blocks: Vec<usize> = (0..outputs).step_by(OUTPUT_BLOCK).collect();
+                let out = SharedRows::new(out, outputs);
+                blocks.into_par_iter().for_each(|first| {
+                    let count = OUTPUT_BLOCK.min(outputs - first);
+                    let weight = &weight[first * inputs..(first + count) * inputs];
+                    let sizes = (rows, inputs, count);
+                    let x = Matrix::rows(x, inputs);
+                    if rows < TRANSPOSE_ROWS {
+                        // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
+                        unsafe {
+                            out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs))
+                        };
+                    } else {
+                        let mut turned = self.scratch.take(inputs * count);
+                        transpose(&mut turned, count, weight, inputs, (count, inputs));
+                        // SAFETY: as above.
+                        unsafe {
+                            out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count))
+                        };
+                    }
+                });
             });
-        }
-    });
-    Ok(())
+            Ok(())
+        })
+    }
+
+    fn run_linear_backward_input(
+        &self,
+        dx: &mut CpuBuffer<f32>,
+        dout: &CpuBuffer<f32>,
+        weight: &CpuBuffer<f32>,
+        shape: LinearShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("linear_backward_input", || {
+            let LinearShape { rows, inputs, outputs } = shape;
+            if rows * inputs == 0 {
+                return Ok(());
+            }
+            let dx = SharedRows::new(&mut dx[..rows * inputs], inputs);
+            let blocks: Vec<usize> = (0..inputs).step_by(OUTPUT_BLOCK).collect();
+            self.parallel(|| {
+                blocks.into_par_iter().for_each(|first| {
+                    let count = OUTPUT_BLOCK.min(inputs - first);
+                    let (dout, weight) =
+                        (Matrix::rows(dout, outputs), Matrix::rows(&weight[first..], inputs));
+                    // SAFETY: blocks are disjoint columns, and `dx` is this operation's alone.
+                    unsafe { dx.multiply(first, false, (rows, outputs, count), dout, weight) };
+                });
+            });
+            Ok(())
+        })
+    }
+
+    fn run_linear_backward_weight(
+        &self,
+        dweight: &mut CpuBuffer<f32>,
+        dbias: Option<&mut CpuBuffer<f32>>,
+        dout: &CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        shape: LinearShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("linear_backward_weight", || {
+            let LinearShape { rows, inputs, outputs } = shape;
+            self.parallel(|| {
+                dweight[..outputs * inputs].par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(
+                    |(block, dweight)| {
+                        let count = dweight.len() / inputs;
+                        multiply(
+                            dweight,
+                            inputs,
+                            true,
+                            (count, rows, inputs),
+                            Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
+                            Matrix::rows(x, inputs),
+                        );
+                    },
+                );
+                if let Some(dbias) = dbias {
+                    dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || column_sums(dbias, &dout[..rows * outputs], block * COLUMNS, outputs),
+                        )
+                    });
+                }
+            });
+            Ok(())
+        })
+    }
 }
 
 /// `sums += ` the sums of columns `first..first + sums.len()` of `values[.., width]`, rows in order.

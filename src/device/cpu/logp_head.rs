@@ -11,12 +11,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::super::check::check_sizes;
 use super::linear::{Matrix, multiply};
 use super::scratch::Scratch;
 use super::transpose::transpose;
-use super::{CpuBuffer, CpuDevice, check_indices, check_sizes, simd};
-use crate::device::{HeadMode, HeadShape, RECOMPUTE_WORKSPACE, TokenCoefficients, TokenScores};
-use crate::error::{Error, Result};
+use super::{CpuDevice, check_indices, simd};
+use crate::device::{Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, RECOMPUTE_WORKSPACE};
+use crate::error::Result;
 
 /// Parts of the vocabulary that may run at the same time. Each has its own sum of `dhidden`, so more of them would cost
 /// memory.
@@ -37,57 +38,88 @@ fn rows_at_once(mode: HeadMode, rows: usize, vocab: usize, held: usize) -> usize
     }
 }
 
-/// Values of the workspace that a call needs.
-pub(super) fn workspace_values(mode: HeadMode, rows: usize, vocab: usize) -> usize {
-    rows_at_once(mode, rows, vocab, usize::MAX) * vocab
-}
-
 /// `rows` in runs of at most `at_once`.
 fn runs(rows: &Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>> {
     let end = rows.end;
     rows.clone().step_by(at_once.max(1)).map(move |first| first..end.min(first + at_once))
 }
 
-pub(super) fn forward(
-    device: &CpuDevice,
-    scores: &mut TokenScores<CpuDevice>,
-    workspace: &mut CpuBuffer<f32>,
-    hidden: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    targets: &CpuBuffer<u32>,
-    shape: &HeadShape,
-) -> Result<()> {
-    let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
-    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
-    let needs = [
-        ("scores.lse", scores.lse.len(), rows.end),
-        ("scores.logp", scores.logp.len(), rows.end),
-        ("scores.entropy", scores.entropy.len(), if entropy { rows.end } else { 0 }),
-        ("workspace", workspace.len(), at_once * vocab),
-        ("hidden", hidden.len(), rows.end * width),
-        ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), rows.end),
-    ];
-    check_sizes("logp_head_forward", shape, &needs)?;
-    if rows.is_empty() || vocab == 0 {
-        return Ok(());
+impl Head for CpuDevice {
+    /// Logits of more rows than this would leave the caches between the passes over them, with nothing gained.
+    const HEAD_CHUNK_BYTES: usize = 64 << 20;
+
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, _: usize, vocab: usize) -> Result<usize> {
+        Ok(rows_at_once(mode, rows, vocab, usize::MAX) * vocab)
     }
-    check_indices("logp_head_forward", "target", &targets[rows.clone()], vocab)?;
-    for run in runs(rows, at_once) {
-        let logits = &mut workspace[..run.len() * vocab];
-        let hidden = &hidden[run.start * width..run.end * width];
-        let strips = form_logits(device, logits, hidden, &weight[..vocab * width], run.len(), entropy);
-        for (row, token) in run.clone().enumerate() {
-            let mut total = RowSummary::EMPTY;
-            strips.iter().for_each(|strip| total.join(strip[row]));
-            scores.lse[token] = total.lse();
-            scores.logp[token] = total.logp(logits[targets[token] as usize * run.len() + row]);
-            if entropy {
-                scores.entropy[token] = total.entropy();
+
+    fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("logp_head_forward", || {
+            let HeadForward { scores, workspace, hidden, weight, targets, shape } = operands;
+            let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+            let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
+            check_sizes("logp_head_forward", shape, &[("workspace", workspace.len(), at_once * vocab)])?;
+            if rows.is_empty() || vocab == 0 {
+                return Ok(());
             }
-        }
+            check_indices("logp_head_forward", "target", &targets[rows.clone()], vocab)?;
+            for run in runs(rows, at_once) {
+                let logits = &mut workspace[..run.len() * vocab];
+                let hidden = &hidden[run.start * width..run.end * width];
+                let strips = form_logits(self, logits, hidden, &weight[..vocab * width], run.len(), entropy);
+                for (row, token) in run.clone().enumerate() {
+                    let mut total = RowSummary::EMPTY;
+                    strips.iter().for_each(|strip| total.join(strip[row]));
+                    scores.lse[token] = total.lse();
+                    scores.logp[token] = total.logp(logits[targets[token] as usize * run.len() + row]);
+                    if entropy {
+                        scores.entropy[token] = total.entropy();
+                    }
+                }
+            }
+            Ok(())
+        })
     }
-    Ok(())
+
+    fn run_logp_head_backward(&self, operands: HeadBackward<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("logp_head_backward", || {
+            let HeadBackward { hidden, dweight, workspace, weight, targets, scores, coefficients, shape } =
+                operands;
+            let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
+            let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
+            check_sizes("logp_head_backward", shape, &[("workspace", workspace.len(), at_once * vocab)])?;
+            if rows.is_empty() || vocab == 0 {
+                return Ok(());
+            }
+            check_indices("logp_head_backward", "target", &targets[rows.clone()], vocab)?;
+            let weight = &weight[..vocab * width];
+            let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
+            for run in runs(rows, at_once) {
+                let terms: Vec<RowTerms> = run
+                    .clone()
+                    .map(|token| RowTerms {
+                        a: coefficients.logp[token],
+                        b: if entropy { coefficients.entropy[token] } else { 0.0 },
+                        lse: scores.lse[token],
+                        entropy: if entropy { scores.entropy[token] } else { 0.0 },
+                        target: targets[token] as usize,
+                    })
+                    .collect();
+                let logits = &mut workspace[..run.len() * vocab];
+                let hidden = &mut hidden[run.start * width..run.end * width];
+                if mode == HeadMode::Recompute {
+                    form_logits(self, logits, hidden, weight, run.len(), false);
+                }
+                for first in (0..run.len()).step_by(BACKWARD_ROWS) {
+                    let block = first..(first + BACKWARD_ROWS).min(run.len());
+                    let pass =
+                        Pass { device: self, terms: &terms[block.clone()], first, rows: run.len(), width };
+                    let hidden = &mut hidden[block.start * width..block.end * width];
+                    pass.run(hidden, dweight.as_deref_mut(), logits, weight);
+                }
+            }
+            Ok(())
+        })
+    }
 }
 
 /// Assigns `logits[V, rows]`; gives each strip's summaries of the rows.
@@ -240,7 +272,7 @@ fn summarize_tile(summaries: &mut [RowSummary], logits: &[f32], first: usize, ro
     }
 }
 
-/// `values`, at most [`LANES`], with zeros behind them.
+/// `values`, at most [`LANES`], with zeros after them.
 #[inline(always)]
 fn lanes(values: &[f32]) -> [f32; LANES] {
     match values.first_chunk::<LANES>() {
@@ -251,71 +283,6 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
             padded
         }
     }
-}
-
-#[allow(clippy::too_many_arguments)]
-pub(super) fn backward(
-    device: &CpuDevice,
-    hidden: &mut CpuBuffer<f32>,
-    dweight: Option<&mut CpuBuffer<f32>>,
-    workspace: &mut CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    targets: &CpuBuffer<u32>,
-    scores: &TokenScores<CpuDevice>,
-    coefficients: &TokenCoefficients<CpuDevice>,
-    shape: &HeadShape,
-) -> Result<()> {
-    let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
-    let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
-    let entropy_needs = if entropy { rows.end } else { 0 };
-    let needs = [
-        ("hidden", hidden.len(), rows.end * width),
-        ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("workspace", workspace.len(), at_once * vocab),
-        ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), rows.end),
-        ("scores.lse", scores.lse.len(), rows.end),
-        ("scores.entropy", scores.entropy.len(), entropy_needs),
-        ("coefficients.logp", coefficients.logp.len(), rows.end),
-        ("coefficients.entropy", coefficients.entropy.len(), entropy_needs),
-    ];
-    check_sizes("logp_head_backward", shape, &needs)?;
-    if mode == HeadMode::Score {
-        return Err(Error::device(
-            format!("logp_head_backward: {shape:?} left nothing to go back from"),
-            "this is a mistake in the program, not in your input; please report it",
-        ));
-    }
-    if rows.is_empty() || vocab == 0 {
-        return Ok(());
-    }
-    check_indices("logp_head_backward", "target", &targets[rows.clone()], vocab)?;
-    let weight = &weight[..vocab * width];
-    let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
-    for run in runs(rows, at_once) {
-        let terms: Vec<RowTerms> = run
-            .clone()
-            .map(|token| RowTerms {
-                a: coefficients.logp[token],
-                b: if entropy { coefficients.entropy[token] } else { 0.0 },
-                lse: scores.lse[token],
-                entropy: if entropy { scores.entropy[token] } else { 0.0 },
-                target: targets[token] as usize,
-            })
-            .collect();
-        let logits = &mut workspace[..run.len() * vocab];
-        let hidden = &mut hidden[run.start * width..run.end * width];
-        if mode == HeadMode::Recompute {
-            form_logits(device, logits, hidden, weight, run.len(), false);
-        }
-        for first in (0..run.len()).step_by(BACKWARD_ROWS) {
-            let block = first..(first + BACKWARD_ROWS).min(run.len());
-            let pass = Pass { device, terms: &terms[block.clone()], first, rows: run.len(), width };
-            let hidden = &mut hidden[block.start * width..block.end * width];
-            pass.run(hidden, dweight.as_deref_mut(), logits, weight);
-        }
-    }
-    Ok(())
 }
 
 /// What a row's gradient is made of.

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{BLOCK_ELEMENTS, CpuDevice, check_sizes};
-use crate::device::{Element, MemoryUse, RawValues, StorageType};
+use super::{BLOCK_ELEMENTS, CpuDevice};
+use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
 
 /// Bytes held by all buffers of a device.
@@ -74,73 +74,115 @@ impl<T> DerefMut for CpuBuffer<T> {
     }
 }
 
-pub(super) fn upload<T: Element>(out: &mut CpuBuffer<T>, offset: usize, source: &[T]) -> Result<()> {
-    let end = offset.saturating_add(source.len());
-    check_sizes("upload", &(offset..end), &[("out", out.len(), end)])?;
-    out[offset..end].copy_from_slice(source);
-    Ok(())
-}
+impl Memory for CpuDevice {
+    type Compute = f32;
+    type Buffer<T: Element> = CpuBuffer<T>;
 
-pub(super) fn download<T: Element>(out: &mut [T], source: &CpuBuffer<T>, offset: usize) -> Result<()> {
-    let end = offset.saturating_add(out.len());
-    check_sizes("download", &(offset..end), &[("source", source.len(), end)])?;
-    out.copy_from_slice(&source[offset..end]);
-    Ok(())
-}
+    fn memory(&self) -> MemoryUse {
+        self.memory.read()
+    }
 
-pub(super) fn zero<T: Element>(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<T>,
-    range: Range<usize>,
-) -> Result<()> {
-    check_sizes("zero", &range, &[("out", out.len(), range.end), ("range", range.end, range.start)])?;
-    let out = &mut out[range];
-    device.parallel(|| out.par_chunks_mut(BLOCK_ELEMENTS).for_each(|block| block.fill(T::default())));
-    Ok(())
-}
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 
-pub(super) fn zero_all(device: &CpuDevice, outs: &mut [&mut CpuBuffer<f32>]) -> Result<()> {
-    device.parallel(|| {
-        outs.par_iter_mut()
-            .flat_map(|out| out.par_chunks_mut(BLOCK_ELEMENTS))
-            .for_each(|block| block.fill(0.0));
-    });
-    Ok(())
-}
+    fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
+        CpuBuffer::new(len, &self.memory)
+    }
 
-pub(super) fn copy<T: Element>(
-    out: &mut CpuBuffer<T>,
-    out_offset: usize,
-    source: &CpuBuffer<T>,
-    offset: usize,
-    len: usize,
-) -> Result<()> {
-    let (out_end, end) = (out_offset.saturating_add(len), offset.saturating_add(len));
-    check_sizes("copy", &len, &[("out", out.len(), out_end), ("source", source.len(), end)])?;
-    out[out_offset..out_end].copy_from_slice(&source[offset..end]);
-    Ok(())
-}
+    fn len<T: Element>(&self, buffer: &CpuBuffer<T>) -> usize {
+        buffer.values.len()
+    }
 
-pub(super) fn upload_values(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    offset: usize,
-    source: RawValues<'_>,
-) -> Result<()> {
-    let end = offset.saturating_add(source.len());
-    check_sizes("upload_values", &(offset..end), &[("out", out.len(), end)])?;
-    let size = source.storage.size();
-    let blocks = out[offset..end].par_chunks_mut(BLOCK_ELEMENTS);
-    let blocks = blocks.zip(source.bytes.par_chunks(BLOCK_ELEMENTS * size));
-    device.parallel(|| {
-        blocks.for_each(|(out, bytes)| {
-            device.vectorized(
-                #[inline(always)]
-                || widen(out, bytes, source.storage),
-            )
-        });
-    });
-    Ok(())
+    fn zero_all(&self, outs: &mut [&mut CpuBuffer<f32>]) -> Result<()> {
+        self.traced("zero_all", || {
+            self.parallel(|| {
+                outs.par_iter_mut()
+                    .flat_map(|out| out.par_chunks_mut(BLOCK_ELEMENTS))
+                    .for_each(|block| block.fill(0.0));
+            });
+            Ok(())
+        })
+    }
+
+    fn run_upload<T: Element>(
+        &self,
+        out: &mut CpuBuffer<T>,
+        offset: usize,
+        source: &[T],
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("upload", || {
+            out[offset..][..source.len()].copy_from_slice(source);
+            Ok(())
+        })
+    }
+
+    fn run_download<T: Element>(
+        &self,
+        out: &mut [T],
+        source: &CpuBuffer<T>,
+        offset: usize,
+        _: Checked,
+    ) -> Result<()> {
+        out.copy_from_slice(&source[offset..][..out.len()]);
+        Ok(())
+    }
+
+    fn run_upload_values(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        offset: usize,
+        source: RawValues<'_>,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("upload_values", || {
+            let size = source.storage.size();
+            let blocks = out[offset..][..source.len()].par_chunks_mut(BLOCK_ELEMENTS);
+            let blocks = blocks.zip(source.bytes.par_chunks(BLOCK_ELEMENTS * size));
+            self.parallel(|| {
+                blocks.for_each(|(out, bytes)| {
+                    self.vectorized(
+                        #[inline(always)]
+                        || widen(out, bytes, source.storage),
+                    )
+                });
+            });
+            Ok(())
+        })
+    }
+
+    fn run_download_compute(
+        &self,
+        out: &mut [f32],
+        source: &CpuBuffer<f32>,
+        offset: usize,
+        checked: Checked,
+    ) -> Result<()> {
+        self.run_download(out, source, offset, checked)
+    }
+
+    fn run_zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>, _: Checked) -> Result<()> {
+        self.traced("zero", || {
+            let out = &mut out[range];
+            self.parallel(|| out.par_chunks_mut(BLOCK_ELEMENTS).for_each(|block| block.fill(T::default())));
+            Ok(())
+        })
+    }
+
+    fn run_copy<T: Element>(
+        &self,
+        out: &mut CpuBuffer<T>,
+        out_offset: usize,
+        source: &CpuBuffer<T>,
+        range: Range<usize>,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("copy", || {
+            out[out_offset..][..range.len()].copy_from_slice(&source[range]);
+            Ok(())
+        })
+    }
 }
 
 /// `out = bytes`, little-endian values of any alignment, as f32.

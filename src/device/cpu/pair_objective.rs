@@ -2,53 +2,51 @@
 
 use std::ops::Range;
 
-use super::{CpuBuffer, CpuDevice, check_sizes};
-use crate::device::{BatchBuffers, TokenCoefficients, TokenScores};
+use super::super::check::check_sizes;
+use super::CpuDevice;
+use crate::device::{Checked, ObjectiveOperands, PairObjective};
 use crate::error::{Error, Result};
-use crate::objective::{Objective, PairCoefficients, PairConstants, PairOutcome, PairScores};
+use crate::objective::{PairCoefficients, PairConstants, PairOutcome, PairScores};
 
 const OPERATION: &str = "pair_objective";
 
-/// A few thousand additions a pair: not worth other threads.
-pub(super) fn evaluate(
-    outcomes: &mut CpuBuffer<f32>,
-    coefficients: &mut TokenCoefficients<CpuDevice>,
-    scores: &TokenScores<CpuDevice>,
-    batch: &BatchBuffers<CpuDevice>,
-    objective: &Objective,
-    pairs: Range<usize>,
-) -> Result<()> {
-    let needs = [
-        ("outcomes", outcomes.len(), pairs.end * PairOutcome::WIDTH),
-        ("scored", batch.scored.len(), pairs.end * 4),
-        ("constants", batch.constants.len(), pairs.end * 4),
-    ];
-    check_sizes(OPERATION, &pairs, &needs)?;
-    let capacity =
-        [scores.logp.len(), scores.entropy.len(), coefficients.logp.len(), coefficients.entropy.len()]
+impl PairObjective for CpuDevice {
+    /// A few thousand additions a pair: not worth other threads.
+    fn run_pair_objective(&self, operands: ObjectiveOperands<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("pair_objective", || {
+            let ObjectiveOperands { outcomes, coefficients, scores, batch, objective, pairs } = operands;
+            let capacity = [
+                scores.logp.len(),
+                scores.entropy.len(),
+                coefficients.logp.len(),
+                coefficients.entropy.len(),
+            ]
             .into_iter()
             .fold(usize::MAX, usize::min);
-    for pair in pairs {
-        let (chosen, rejected) = scored_ranges(&batch.scored[pair * 4..][..4], capacity)?;
-        let constants: &[PairConstants] = bytemuck::cast_slice(&batch.constants[pair * 4..][..4]);
-        let entropy = |range: &Range<usize>| {
-            if objective.needs_entropy() { &scores.entropy[range.clone()] } else { &[] }
-        };
-        let pair_scores = PairScores {
-            logp_chosen: &scores.logp[chosen.clone()],
-            logp_rejected: &scores.logp[rejected.clone()],
-            entropy_chosen: entropy(&chosen),
-            entropy_rejected: entropy(&rejected),
-            constants: constants[0],
-        };
-        let (logp_chosen, logp_rejected) = split(&mut coefficients.logp, &chosen, &rejected);
-        let (entropy_chosen, entropy_rejected) = split(&mut coefficients.entropy, &chosen, &rejected);
-        let mut out = PairCoefficients { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected };
-        let outcome = objective.evaluate(&pair_scores, &mut out);
-        outcomes[pair * PairOutcome::WIDTH..][..PairOutcome::WIDTH]
-            .copy_from_slice(bytemuck::cast_slice(&[outcome]));
+            for pair in pairs {
+                let (chosen, rejected) = scored_ranges(&batch.scored[pair * 4..][..4], capacity)?;
+                let constants: &[PairConstants] = bytemuck::cast_slice(&batch.constants[pair * 4..][..4]);
+                let entropy = |range: &Range<usize>| {
+                    if objective.needs_entropy() { &scores.entropy[range.clone()] } else { &[] }
+                };
+                let pair_scores = PairScores {
+                    logp_chosen: &scores.logp[chosen.clone()],
+                    logp_rejected: &scores.logp[rejected.clone()],
+                    entropy_chosen: entropy(&chosen),
+                    entropy_rejected: entropy(&rejected),
+                    constants: constants[0],
+                };
+                let (logp_chosen, logp_rejected) = split(&mut coefficients.logp, &chosen, &rejected);
+                let (entropy_chosen, entropy_rejected) = split(&mut coefficients.entropy, &chosen, &rejected);
+                let mut out =
+                    PairCoefficients { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected };
+                let outcome = objective.evaluate(&pair_scores, &mut out);
+                outcomes[pair * PairOutcome::WIDTH..][..PairOutcome::WIDTH]
+                    .copy_from_slice(bytemuck::cast_slice(&[outcome]));
+            }
+            Ok(())
+        })
     }
-    Ok(())
 }
 
 /// The chosen and the rejected range of one pair; chosen comes first.

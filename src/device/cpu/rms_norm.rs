@@ -5,8 +5,8 @@
 
 use rayon::prelude::*;
 
-use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, check_sizes, simd};
-use crate::device::NormShape;
+use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, simd};
+use crate::device::{AddRmsNorm, Checked, Norm, NormShape, RmsNormBackward};
 use crate::error::Result;
 
 /// Columns of one block of the weight's gradient.
@@ -14,158 +14,126 @@ const COLUMNS: usize = 64;
 /// Rows summed in one f32 run before they are added to the weight's gradient: keeps rounding independent of `T`.
 const RUN: usize = 64;
 
-pub(super) fn forward(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    rstd: &mut CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    shape: NormShape,
-) -> Result<()> {
-    let NormShape { rows, width, .. } = shape;
-    let size = rows * width;
-    let needs = [
-        ("out", out.len(), size),
-        ("rstd", rstd.len(), rows),
-        ("x", x.len(), size),
-        ("weight", weight.len(), width),
-    ];
-    check_sizes("rms_norm_forward", &shape, &needs)?;
-    if size == 0 {
-        return Ok(());
+impl Norm for CpuDevice {
+    fn run_rms_norm_forward(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        rstd: &mut CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        weight: &CpuBuffer<f32>,
+        shape: NormShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("rms_norm_forward", || {
+            let NormShape { rows, width, .. } = shape;
+            let size = rows * width;
+            if size == 0 {
+                return Ok(());
+            }
+            let (block_rows, weight) = (self.block_rows(width), &weight[..width]);
+            let block = block_rows * width;
+            self.parallel(|| {
+                out[..size]
+                    .par_chunks_mut(block)
+                    .zip(rstd[..rows].par_chunks_mut(block_rows))
+                    .zip(x[..size].par_chunks(block))
+                    .for_each(|((out, rstd), x)| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || normalize(out, rstd, x, weight, shape),
+                        )
+                    });
+            });
+            Ok(())
+        })
     }
-    let (block_rows, weight) = (device.block_rows(width), &weight[..width]);
-    let block = block_rows * width;
-    device.parallel(|| {
-        out[..size]
-            .par_chunks_mut(block)
-            .zip(rstd[..rows].par_chunks_mut(block_rows))
-            .zip(x[..size].par_chunks(block))
-            .for_each(|((out, rstd), x)| {
-                device.vectorized(
-                    #[inline(always)]
-                    || normalize(out, rstd, x, weight, shape),
-                )
-            });
-    });
-    Ok(())
-}
 
-#[allow(clippy::too_many_arguments)]
-pub(super) fn add_forward(
-    device: &CpuDevice,
-    sum: &mut CpuBuffer<f32>,
-    out: &mut CpuBuffer<f32>,
-    rstd: &mut CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    delta: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    shape: NormShape,
-) -> Result<()> {
-    let NormShape { rows, width, .. } = shape;
-    let size = rows * width;
-    let needs = [
-        ("sum", sum.len(), size),
-        ("out", out.len(), size),
-        ("rstd", rstd.len(), rows),
-        ("x", x.len(), size),
-        ("delta", delta.len(), size),
-        ("weight", weight.len(), width),
-    ];
-    check_sizes("add_rms_norm_forward", &shape, &needs)?;
-    if size == 0 {
-        return Ok(());
+    fn run_add_rms_norm_forward(&self, operands: AddRmsNorm<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("add_rms_norm_forward", || {
+            let AddRmsNorm { sum, out, rstd, x, delta, weight, shape } = operands;
+            let NormShape { rows, width, .. } = shape;
+            let size = rows * width;
+            if size == 0 {
+                return Ok(());
+            }
+            let (block_rows, weight) = (self.block_rows(width), &weight[..width]);
+            let block = block_rows * width;
+            self.parallel(|| {
+                sum[..size]
+                    .par_chunks_mut(block)
+                    .zip(out[..size].par_chunks_mut(block))
+                    .zip(rstd[..rows].par_chunks_mut(block_rows))
+                    .zip(x[..size].par_chunks(block).zip(delta[..size].par_chunks(block)))
+                    .for_each(|(((sum, out), rstd), (x, delta))| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || {
+                                add_values(sum, x, delta);
+                                normalize(out, rstd, sum, weight, shape);
+                            },
+                        )
+                    });
+            });
+            Ok(())
+        })
     }
-    let (block_rows, weight) = (device.block_rows(width), &weight[..width]);
-    let block = block_rows * width;
-    device.parallel(|| {
-        sum[..size]
-            .par_chunks_mut(block)
-            .zip(out[..size].par_chunks_mut(block))
-            .zip(rstd[..rows].par_chunks_mut(block_rows))
-            .zip(x[..size].par_chunks(block).zip(delta[..size].par_chunks(block)))
-            .for_each(|(((sum, out), rstd), (x, delta))| {
-                device.vectorized(
-                    #[inline(always)]
-                    || {
-                        add_values(sum, x, delta);
-                        normalize(out, rstd, sum, weight, shape);
-                    },
-                )
-            });
-    });
-    Ok(())
-}
 
-pub(super) fn add(
-    device: &CpuDevice,
-    sum: &mut CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    delta: &CpuBuffer<f32>,
-    len: usize,
-) -> Result<()> {
-    check_sizes("add", &len, &[("sum", sum.len(), len), ("x", x.len(), len), ("delta", delta.len(), len)])?;
-    device.parallel(|| {
-        sum[..len]
-            .par_chunks_mut(BLOCK_ELEMENTS)
-            .zip(x[..len].par_chunks(BLOCK_ELEMENTS).zip(delta[..len].par_chunks(BLOCK_ELEMENTS)))
-            .for_each(|(sum, (x, delta))| {
-                device.vectorized(
-                    #[inline(always)]
-                    || add_values(sum, x, delta),
-                )
+    fn run_add(
+        &self,
+        sum: &mut CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        delta: &CpuBuffer<f32>,
+        len: usize,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("add", || {
+            self.parallel(|| {
+                sum[..len]
+                    .par_chunks_mut(BLOCK_ELEMENTS)
+                    .zip(x[..len].par_chunks(BLOCK_ELEMENTS).zip(delta[..len].par_chunks(BLOCK_ELEMENTS)))
+                    .for_each(|(sum, (x, delta))| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || add_values(sum, x, delta),
+                        )
+                    });
             });
-    });
-    Ok(())
-}
-
-#[allow(clippy::too_many_arguments)]
-pub(super) fn backward(
-    device: &CpuDevice,
-    dx: &mut CpuBuffer<f32>,
-    dweight: &mut CpuBuffer<f32>,
-    dout: &CpuBuffer<f32>,
-    x: &CpuBuffer<f32>,
-    weight: &CpuBuffer<f32>,
-    rstd: &CpuBuffer<f32>,
-    shape: NormShape,
-) -> Result<()> {
-    let NormShape { rows, width, .. } = shape;
-    let size = rows * width;
-    let needs = [
-        ("dx", dx.len(), size),
-        ("dweight", dweight.len(), width),
-        ("dout", dout.len(), size),
-        ("x", x.len(), size),
-        ("weight", weight.len(), width),
-        ("rstd", rstd.len(), rows),
-    ];
-    check_sizes("rms_norm_backward", &shape, &needs)?;
-    if size == 0 {
-        return Ok(());
+            Ok(())
+        })
     }
-    let (dout, x, weight, rstd) = (&dout[..size], &x[..size], &weight[..width], &rstd[..rows]);
-    let block_rows = device.block_rows(width);
-    let block = block_rows * width;
-    device.parallel(|| {
-        dx[..size]
-            .par_chunks_mut(block)
-            .zip(dout.par_chunks(block).zip(x.par_chunks(block)))
-            .zip(rstd.par_chunks(block_rows))
-            .for_each(|((dx, (dout, x)), rstd)| {
-                device.vectorized(
-                    #[inline(always)]
-                    || input_gradient(dx, dout, x, weight, rstd),
-                )
+
+    fn run_rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>, _: Checked) -> Result<()> {
+        self.traced("rms_norm_backward", || {
+            let RmsNormBackward { dx, dweight, dout, x, weight, rstd, shape } = operands;
+            let NormShape { rows, width, .. } = shape;
+            let size = rows * width;
+            if size == 0 {
+                return Ok(());
+            }
+            let (dout, x, weight, rstd) = (&dout[..size], &x[..size], &weight[..width], &rstd[..rows]);
+            let block_rows = self.block_rows(width);
+            let block = block_rows * width;
+            self.parallel(|| {
+                dx[..size]
+                    .par_chunks_mut(block)
+                    .zip(dout.par_chunks(block).zip(x.par_chunks(block)))
+                    .zip(rstd.par_chunks(block_rows))
+                    .for_each(|((dx, (dout, x)), rstd)| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || input_gradient(dx, dout, x, weight, rstd),
+                        )
+                    });
+                dweight[..width].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dweight)| {
+                    self.vectorized(
+                        #[inline(always)]
+                        || weight_gradient(dweight, dout, x, rstd, block * COLUMNS, width),
+                    )
+                });
             });
-        dweight[..width].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dweight)| {
-            device.vectorized(
-                #[inline(always)]
-                || weight_gradient(dweight, dout, x, rstd, block * COLUMNS, width),
-            )
-        });
-    });
-    Ok(())
+            Ok(())
+        })
+    }
 }
 
 #[inline(always)]

@@ -2,54 +2,53 @@
 
 use rayon::prelude::*;
 
-use super::{CpuBuffer, CpuDevice, check_indices, check_sizes};
-use crate::device::{AttentionShape, RopeDirection};
+use super::{CpuBuffer, CpuDevice, check_indices};
+use crate::device::{AttentionShape, Checked, RopeDirection, RotaryPositions};
 use crate::error::Result;
 
-pub(super) fn rotate(
-    device: &CpuDevice,
-    qkv: &mut CpuBuffer<f32>,
-    table: &CpuBuffer<f32>,
-    positions: &CpuBuffer<u32>,
-    rows: usize,
-    shape: AttentionShape,
-    direction: RopeDirection,
-) -> Result<()> {
-    let (operation, width) = ("rope", shape.qkv_width());
-    check_sizes(
-        operation,
-        &shape,
-        &[("qkv", qkv.len(), rows * width), ("positions", positions.len(), rows)],
-    )?;
-    let head_size = shape.head_size;
-    check_indices(operation, "position", &positions[..rows], table.len() / head_size.max(1))?;
-    if rows * width == 0 {
-        return Ok(());
-    }
-    // The inverse of a rotation turns by the negative angle: the same cosine, the negative sine.
-    let sign = match direction {
-        RopeDirection::Forward => 1.0,
-        RopeDirection::Backward => -1.0,
-    };
-    let rotated = (shape.heads + shape.kv_heads) * head_size;
-    let block_rows = device.block_rows(width);
-    device.parallel(|| {
-        qkv[..rows * width]
-            .par_chunks_mut(block_rows * width)
-            .zip(positions[..rows].par_chunks(block_rows))
-            .for_each(|(qkv, positions)| {
-                device.vectorized(
-                    #[inline(always)]
-                    || {
-                        for (row, &position) in qkv.chunks_exact_mut(width).zip(positions) {
-                            let angles = &table[position as usize * head_size..][..head_size];
-                            rotate_row(&mut row[..rotated], angles, sign);
-                        }
-                    },
-                )
+impl RotaryPositions for CpuDevice {
+    fn run_rope(
+        &self,
+        qkv: &mut CpuBuffer<f32>,
+        table: &CpuBuffer<f32>,
+        positions: &CpuBuffer<u32>,
+        (rows, shape): (usize, AttentionShape),
+        direction: RopeDirection,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("rope", || {
+            let width = shape.qkv_width();
+            let head_size = shape.head_size;
+            check_indices("rope", "position", &positions[..rows], table.len() / head_size.max(1))?;
+            if rows * width == 0 {
+                return Ok(());
+            }
+            // The inverse of a rotation turns by the negative angle: the same cosine, the negative sine.
+            let sign = match direction {
+                RopeDirection::Forward => 1.0,
+                RopeDirection::Backward => -1.0,
+            };
+            let rotated = (shape.heads + shape.kv_heads) * head_size;
+            let block_rows = self.block_rows(width);
+            self.parallel(|| {
+                qkv[..rows * width]
+                    .par_chunks_mut(block_rows * width)
+                    .zip(positions[..rows].par_chunks(block_rows))
+                    .for_each(|(qkv, positions)| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || {
+                                for (row, &position) in qkv.chunks_exact_mut(width).zip(positions) {
+                                    let angles = &table[position as usize * head_size..][..head_size];
+                                    rotate_row(&mut row[..rotated], angles, sign);
+                                }
+                            },
+                        )
+                    });
             });
-    });
-    Ok(())
+            Ok(())
+        })
+    }
 }
 
 /// Turns every head of `row`; `angles` holds `E/2` cosines, then `E/2` sines.

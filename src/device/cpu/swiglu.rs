@@ -4,79 +4,80 @@
 
 use rayon::prelude::*;
 
-use super::{CpuBuffer, CpuDevice, check_sizes, simd};
+use super::{CpuBuffer, CpuDevice, simd};
+use crate::device::{Checked, Mlp};
 use crate::error::Result;
 
-pub(super) fn forward(
-    device: &CpuDevice,
-    out: &mut CpuBuffer<f32>,
-    gate_up: &CpuBuffer<f32>,
-    rows: usize,
-    width: usize,
-) -> Result<()> {
-    let size = rows * width;
-    let needs = [("out", out.len(), size), ("gate_up", gate_up.len(), 2 * size)];
-    check_sizes("swiglu_forward", &(rows, width), &needs)?;
-    if size == 0 {
-        return Ok(());
-    }
-    let block = device.block_rows(width) * width;
-    device.parallel(|| {
-        out[..size].par_chunks_mut(block).zip(gate_up[..2 * size].par_chunks(2 * block)).for_each(
-            |(out, gate_up)| {
-                device.vectorized(
-                    #[inline(always)]
-                    || {
-                        for (out, row) in out.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
-                            let (gate, up) = row.split_at(width);
-                            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                                *out = gate * simd::sigmoid(gate) * up;
-                            }
-                        }
+impl Mlp for CpuDevice {
+    fn run_swiglu_forward(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        gate_up: &CpuBuffer<f32>,
+        [rows, width]: [usize; 2],
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("swiglu_forward", || {
+            let size = rows * width;
+            if size == 0 {
+                return Ok(());
+            }
+            let block = self.block_rows(width) * width;
+            self.parallel(|| {
+                out[..size].par_chunks_mut(block).zip(gate_up[..2 * size].par_chunks(2 * block)).for_each(
+                    |(out, gate_up)| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || {
+                                for (out, row) in
+                                    out.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width))
+                                {
+                                    let (gate, up) = row.split_at(width);
+                                    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                                        *out = gate * simd::sigmoid(gate) * up;
+                                    }
+                                }
+                            },
+                        )
                     },
-                )
-            },
-        );
-    });
-    Ok(())
-}
-
-pub(super) fn backward(
-    device: &CpuDevice,
-    dgate_up: &mut CpuBuffer<f32>,
-    dout: &CpuBuffer<f32>,
-    gate_up: &CpuBuffer<f32>,
-    rows: usize,
-    width: usize,
-) -> Result<()> {
-    let size = rows * width;
-    let needs = [
-        ("dgate_up", dgate_up.len(), 2 * size),
-        ("dout", dout.len(), size),
-        ("gate_up", gate_up.len(), 2 * size),
-    ];
-    check_sizes("swiglu_backward", &(rows, width), &needs)?;
-    if size == 0 {
-        return Ok(());
-    }
-    let block = device.block_rows(width) * width;
-    device.parallel(|| {
-        dgate_up[..2 * size]
-            .par_chunks_mut(2 * block)
-            .zip(dout[..size].par_chunks(block).zip(gate_up[..2 * size].par_chunks(2 * block)))
-            .for_each(|(dgate_up, (dout, gate_up))| {
-                device.vectorized(
-                    #[inline(always)]
-                    || {
-                        let rows = dgate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact(width));
-                        for ((drow, dout), row) in rows.zip(gate_up.chunks_exact(2 * width)) {
-                            backward_row(drow, dout, row);
-                        }
-                    },
-                )
+                );
             });
-    });
-    Ok(())
+            Ok(())
+        })
+    }
+
+    fn run_swiglu_backward(
+        &self,
+        dgate_up: &mut CpuBuffer<f32>,
+        dout: &CpuBuffer<f32>,
+        gate_up: &CpuBuffer<f32>,
+        [rows, width]: [usize; 2],
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("swiglu_backward", || {
+            let size = rows * width;
+            if size == 0 {
+                return Ok(());
+            }
+            let block = self.block_rows(width) * width;
+            self.parallel(|| {
+                dgate_up[..2 * size]
+                    .par_chunks_mut(2 * block)
+                    .zip(dout[..size].par_chunks(block).zip(gate_up[..2 * size].par_chunks(2 * block)))
+                    .for_each(|(dgate_up, (dout, gate_up))| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || {
+                                let rows = dgate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact(width));
+                                for ((drow, dout), row) in rows.zip(gate_up.chunks_exact(2 * width)) {
+                                    backward_row(drow, dout, row);
+                                }
+                            },
+                        )
+                    });
+            });
+            Ok(())
+        })
+    }
 }
 
 #[inline(always)]

@@ -34,7 +34,7 @@ struct Piece {
 }
 
 impl Arena {
-    /// An address with `bytes` bytes behind it: of the first free range that is large enough, else of a new piece.
+    /// The address of `bytes` free bytes: of the first free range that is large enough, else of a new piece.
     pub(super) fn allocate<S: PieceSource>(&mut self, bytes: usize, source: &mut S) -> Result<u64, S::Error> {
         let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
         for (address, piece) in &mut self.pieces {
@@ -93,8 +93,8 @@ impl Piece {
     /// Frees the buffer at `offset`, and joins the range with its free neighbours.
     fn join(&mut self, mut offset: usize) {
         let Some(mut length) = self.used.remove(&offset) else { return };
-        if let Some(behind) = self.free.remove(&(offset + length)) {
-            length += behind;
+        if let Some(following) = self.free.remove(&(offset + length)) {
+            length += following;
         }
         if let Some((&before, &before_length)) = self.free.range(..offset).next_back()
             && before + before_length == offset

@@ -14,7 +14,7 @@ use crate::error::Result;
 #[derive(Debug)]
 #[cfg_attr(not(mmpo_emulated), allow(dead_code, reason = "only the emulated device reads the clock"))]
 pub(super) enum Moment {
-    /// Of a device whose calls end with their work.
+    /// A moment of a device whose calls end with their work.
     Host(Instant),
     #[cfg(mmpo_gpu_kernels)]
     Stream(cudarc::driver::CudaEvent),
@@ -56,7 +56,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
         Ok(None)
     }
 
-    /// Gives an allocation back. Work queued before may still use it: what is queued later runs behind that.
+    /// Gives an allocation back. Work queued before may still use it: what is queued later runs after that.
     ///
     /// # Safety
     /// `address` comes from [`Backend::allocate`] of this backend, and is not used again.

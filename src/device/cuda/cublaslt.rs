@@ -47,7 +47,7 @@ struct Kind {
     to_f32: bool,
     accumulate: bool,
     bias: bool,
-    /// Of the three matrices' addresses, in bytes.
+    /// Alignment of the three matrices' addresses, in bytes.
     alignments: [usize; 3],
 }
 

@@ -40,7 +40,7 @@ impl HeadChunks {
         HeadChunks { forward_rows, rows, columns }
     }
 
-    /// Offset of dlogits, behind the rows' f32 gradient.
+    /// Offset of dlogits, after the rows' f32 gradient.
     pub fn dlogits_offset(&self, width: usize) -> usize {
         (self.rows * width * size_of::<f32>()).next_multiple_of(ALIGNMENT)
     }

@@ -14,21 +14,89 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::super::check::check_sizes;
 use super::bindings::MMPO_STORAGE_F32;
 use super::head_chunks::{ALIGNMENT, HeadChunks};
-use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, check_sizes, launch_sizes, linear};
-use crate::device::{HeadMode, HeadShape, LinearShape, TokenCoefficients, TokenScores};
+use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, launch_sizes, linear};
+use crate::device::{
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape, TokenCoefficients,
+    TokenScores,
+};
 use crate::error::{Error, Result};
 
-/// Values of the workspace that a call needs.
-pub(super) fn workspace_values(
-    device: &CudaDevice,
-    mode: HeadMode,
-    rows: usize,
-    width: usize,
-    vocab: usize,
-) -> Result<usize> {
-    Ok(Layout::new(device, mode, (rows, width, vocab), usize::MAX)?.values)
+impl Head for CudaDevice {
+    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger gemms, fewer passes over the
+    /// vocabulary matrix.
+    const HEAD_CHUNK_BYTES: usize = usize::MAX;
+
+    /// Values of the workspace that a call needs.
+    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
+        Ok(Layout::new(self, mode, (rows, width, vocab), usize::MAX)?.values)
+    }
+
+    fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
+        self.trace.scope("logp_head_forward", || {
+            let HeadForward { scores, workspace, hidden, weight, targets, shape } = operands;
+            let name = "logp_head_forward";
+            let HeadShape { rows, width, vocab, entropy, mode } = shape;
+            let layout = Layout::new(self, *mode, (rows.len(), *width, *vocab), workspace.len())?;
+            check_sizes(name, shape, &[("workspace", workspace.len(), layout.values)])?;
+            let (rows_at_once, statistics) = match mode {
+                HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
+                HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
+            };
+            let path = logits_path(self, *width);
+            for first in rows.clone().step_by(rows_at_once.max(1)) {
+                let count = rows_at_once.min(rows.end - first);
+                let [count, width_size, vocab_size] = launch_sizes(name, [count, *width, *vocab])?;
+                let exponentials = match mode {
+                    HeadMode::Main => workspace.start_mut(),
+                    HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
+                };
+                let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
+                let launcher = path.either(name, "logp_head_forward_sm90");
+                // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
+                self.launch(launcher, shape, |kernels, stream| unsafe {
+                    let launch = path.either(kernels.logp_head_forward, kernels.logp_head_forward_sm90);
+                    launch(
+                        scores.lse.at_mut(first),
+                        scores.logp.at_mut(first),
+                        entropy,
+                        exponentials,
+                        inside(workspace, statistics),
+                        hidden.at(first * width),
+                        weight.start(),
+                        targets.at(first),
+                        count,
+                        width_size,
+                        vocab_size,
+                        stream,
+                    )
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    fn run_logp_head_backward(&self, operands: HeadBackward<'_, Self>, _: Checked) -> Result<()> {
+        self.trace.scope("logp_head_backward", || {
+            let HeadBackward { hidden, dweight, workspace, weight, targets, scores, coefficients, shape } =
+                operands;
+            let name = "logp_head_backward";
+            let HeadShape { rows, width, vocab, entropy, mode } = shape;
+            let layout = Layout::new(self, *mode, (rows.len(), *width, *vocab), workspace.len())?;
+            check_sizes(name, shape, &[("workspace", workspace.len(), layout.values)])?;
+            let backward = Backward { device: self, weight, targets, scores, coefficients, shape };
+            match mode {
+                HeadMode::Main if *entropy => backward.in_place(hidden, dweight, workspace),
+                HeadMode::Main => backward.by_rows(hidden, dweight, workspace),
+                HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
+                HeadMode::Score => {
+                    Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
+                }
+            }
+        })
+    }
 }
 
 /// How a call uses a workspace.
@@ -39,7 +107,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// Of a workspace that holds `held` values.
+    /// The layout of a workspace that holds `held` values.
     fn new(
         device: &CudaDevice,
         mode: HeadMode,
@@ -71,12 +139,12 @@ fn logits_path(device: &CudaDevice, width: usize) -> KernelPath {
     if width.is_multiple_of(8) { device.path() } else { KernelPath::Portable }
 }
 
-/// Offset of the statistics in main mode, behind the exponentials.
+/// Offset of the statistics in main mode, after the exponentials.
 fn statistics_offset(rows: usize, vocab: usize) -> usize {
     (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
 }
 
-/// Offset of the scaled rows in main mode, behind the statistics of `row_statistics` bytes a row.
+/// Offset of the scaled rows in main mode, after the statistics of `row_statistics` bytes a row.
 fn scaled_offset(rows: usize, vocab: usize, row_statistics: usize) -> usize {
     statistics_offset(rows, vocab) + (rows * row_statistics).next_multiple_of(ALIGNMENT)
 }
@@ -84,104 +152,6 @@ fn scaled_offset(rows: usize, vocab: usize, row_statistics: usize) -> usize {
 /// The address `bytes` into the workspace.
 fn inside(workspace: &mut CudaBuffer<bf16>, bytes: usize) -> *mut c_void {
     workspace.start_mut().cast::<c_void>().wrapping_byte_add(bytes)
-}
-
-pub(super) fn forward(
-    device: &CudaDevice,
-    scores: &mut TokenScores<CudaDevice>,
-    workspace: &mut CudaBuffer<bf16>,
-    hidden: &CudaBuffer<bf16>,
-    weight: &CudaBuffer<bf16>,
-    targets: &CudaBuffer<u32>,
-    shape: &HeadShape,
-) -> Result<()> {
-    let name = "logp_head_forward";
-    let HeadShape { rows, width, vocab, entropy, mode } = shape;
-    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
-    let sizes = [
-        ("scores.lse", scores.lse.len(), rows.end),
-        ("scores.logp", scores.logp.len(), rows.end),
-        ("scores.entropy", scores.entropy.len(), if *entropy { rows.end } else { 0 }),
-        ("workspace", workspace.len(), layout.values),
-        ("hidden", hidden.len(), rows.end * width),
-        ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), rows.end),
-    ];
-    check_sizes(name, shape, &sizes)?;
-    let (rows_at_once, statistics) = match mode {
-        HeadMode::Main => (rows.len(), statistics_offset(rows.len(), *vocab)),
-        HeadMode::Score | HeadMode::Recompute => (layout.chunks.forward_rows, 0),
-    };
-    let path = logits_path(device, *width);
-    for first in rows.clone().step_by(rows_at_once.max(1)) {
-        let count = rows_at_once.min(rows.end - first);
-        let [count, width_size, vocab_size] = launch_sizes(name, [count, *width, *vocab])?;
-        let exponentials = match mode {
-            HeadMode::Main => workspace.start_mut(),
-            HeadMode::Score | HeadMode::Recompute => std::ptr::null_mut(),
-        };
-        let entropy = if *entropy { scores.entropy.at_mut(first) } else { std::ptr::null_mut() };
-        let launcher = path.either(name, "logp_head_forward_sm90");
-        // SAFETY: rows `first..first + count` exist in every buffer, and the workspace holds what `Layout` says.
-        device.launch(launcher, shape, |kernels, stream| unsafe {
-            let launch = path.either(kernels.logp_head_forward, kernels.logp_head_forward_sm90);
-            launch(
-                scores.lse.at_mut(first),
-                scores.logp.at_mut(first),
-                entropy,
-                exponentials,
-                inside(workspace, statistics),
-                hidden.at(first * width),
-                weight.start(),
-                targets.at(first),
-                count,
-                width_size,
-                vocab_size,
-                stream,
-            )
-        })?;
-    }
-    Ok(())
-}
-
-#[allow(clippy::too_many_arguments)]
-pub(super) fn backward(
-    device: &CudaDevice,
-    hidden: &mut CudaBuffer<bf16>,
-    dweight: Option<&mut CudaBuffer<f32>>,
-    workspace: &mut CudaBuffer<bf16>,
-    weight: &CudaBuffer<bf16>,
-    targets: &CudaBuffer<u32>,
-    scores: &TokenScores<CudaDevice>,
-    coefficients: &TokenCoefficients<CudaDevice>,
-    shape: &HeadShape,
-) -> Result<()> {
-    let name = "logp_head_backward";
-    let HeadShape { rows, width, vocab, entropy, mode } = shape;
-    let layout = Layout::new(device, *mode, (rows.len(), *width, *vocab), workspace.len())?;
-    let entropy_rows = if *entropy { rows.end } else { 0 };
-    let sizes = [
-        ("hidden", hidden.len(), rows.end * width),
-        ("dweight", dweight.as_ref().map_or(vocab * width, |dweight| dweight.len()), vocab * width),
-        ("workspace", workspace.len(), layout.values),
-        ("weight", weight.len(), vocab * width),
-        ("targets", targets.len(), rows.end),
-        ("scores.lse", scores.lse.len(), rows.end),
-        ("scores.logp", scores.logp.len(), rows.end),
-        ("scores.entropy", scores.entropy.len(), entropy_rows),
-        ("coefficients.logp", coefficients.logp.len(), rows.end),
-        ("coefficients.entropy", coefficients.entropy.len(), entropy_rows),
-    ];
-    check_sizes(name, shape, &sizes)?;
-    let backward = Backward { device, weight, targets, scores, coefficients, shape };
-    match mode {
-        HeadMode::Main if *entropy => backward.in_place(hidden, dweight, workspace),
-        HeadMode::Main => backward.by_rows(hidden, dweight, workspace),
-        HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
-        HeadMode::Score => {
-            Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
-        }
-    }
 }
 
 /// What both modes read. The buffers cover `shape`.
@@ -223,7 +193,7 @@ impl Backward<'_> {
         if let Some(dweight) = dweight {
             let scaled: *mut bf16 = inside(workspace, scaled_at).cast();
             // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left, with
-            // room for as many rows of f32 behind it.
+            // room for as many rows of f32 after it.
             self.device.launch("logp_head_scale_hidden", self.shape, |kernels, stream| unsafe {
                 let x = hidden.at(first * width);
                 (kernels.logp_head_scale_hidden)(

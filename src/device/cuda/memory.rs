@@ -10,8 +10,8 @@ use half::bf16;
 
 use super::backend::{Address, Backend};
 use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32, mmpo_floats};
-use super::{CudaDevice, REPORT, check_sizes, launch_sizes};
-use crate::device::{Element, MemoryUse, RawValues, StorageType};
+use super::{CudaDevice, REPORT, launch_sizes};
+use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
 
 /// Bytes that pass through scratch memory at once when numbers are converted on their way to the device.
@@ -19,16 +19,16 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 
 /// A backend, and the bytes that are allocated on it.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
     now: AtomicUsize,
     peak: AtomicUsize,
 }
 
-impl Memory {
+impl DeviceMemory {
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(Memory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
+        Arc::new(DeviceMemory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
     }
 
     pub(super) fn read(&self) -> MemoryUse {
@@ -38,13 +38,13 @@ impl Memory {
 
 /// Bytes of device memory, given back when dropped.
 struct Allocation {
-    memory: Arc<Memory>,
+    memory: Arc<DeviceMemory>,
     address: Address,
     bytes: usize,
 }
 
 impl Allocation {
-    fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Self> {
+    fn new(memory: &Arc<DeviceMemory>, bytes: usize) -> Result<Self> {
         // No backend is asked for nothing: an empty buffer has an address too.
         let address = memory.backend.allocate(bytes.max(1))?;
         let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -116,7 +116,7 @@ impl Workspace {
     /// Runs `use_it` with at least `bytes` bytes of scratch memory.
     pub(super) fn with<R>(
         &self,
-        memory: &Arc<Memory>,
+        memory: &Arc<DeviceMemory>,
         bytes: usize,
         use_it: impl FnOnce(*mut std::ffi::c_void) -> Result<R>,
     ) -> Result<R> {
@@ -135,136 +135,142 @@ impl Workspace {
     }
 }
 
-pub(super) fn alloc<T: Element>(device: &CudaDevice, len: usize) -> Result<CudaBuffer<T>> {
-    let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
-        Error::device(
-            format!("no memory for a buffer of {len} values"),
-            "use a smaller model or token budget",
-        )
-    })?;
-    let allocation = Allocation::new(&device.memory, bytes)?;
-    let mut buffer = CudaBuffer { allocation, len, values: PhantomData };
-    zero(device, &mut buffer, 0..len)?;
-    Ok(buffer)
-}
+impl Memory for CudaDevice {
+    type Compute = bf16;
+    type Buffer<T: Element> = CudaBuffer<T>;
 
-pub(super) fn upload<T: Element>(
-    device: &CudaDevice,
-    out: &mut CudaBuffer<T>,
-    offset: usize,
-    source: &[T],
-) -> Result<()> {
-    let end = offset.saturating_add(source.len());
-    check_sizes("upload", &(offset..end), &[("out", out.len(), end)])?;
-    // SAFETY: the range was just checked to lie inside the buffer.
-    device.traced("upload", || unsafe {
-        device.backend().copy_in(out.at_mut(offset).cast(), bytemuck::cast_slice(source))
-    })
-}
-
-pub(super) fn download<T: Element>(
-    device: &CudaDevice,
-    out: &mut [T],
-    source: &CudaBuffer<T>,
-    offset: usize,
-) -> Result<()> {
-    let end = offset.saturating_add(out.len());
-    check_sizes("download", &(offset..end), &[("source", source.len(), end)])?;
-    // SAFETY: the range was just checked to lie inside the buffer.
-    unsafe { device.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
-}
-
-/// bf16 goes straight from the file's map to the device; other types are converted there, a chunk at a time.
-pub(super) fn upload_values(
-    device: &CudaDevice,
-    out: &mut CudaBuffer<bf16>,
-    offset: usize,
-    source: RawValues<'_>,
-) -> Result<()> {
-    let end = offset.saturating_add(source.len());
-    check_sizes("upload_values", &(offset..end), &[("out", out.len(), end)])?;
-    let storage = match source.storage {
-        StorageType::Bf16 => MMPO_STORAGE_BF16,
-        StorageType::F16 => MMPO_STORAGE_F16,
-        StorageType::F32 => MMPO_STORAGE_F32,
-    };
-    if storage == MMPO_STORAGE_BF16 {
-        // SAFETY: the range was just checked to lie inside the buffer.
-        return unsafe { device.backend().copy_in(out.at_mut(offset).cast(), source.bytes) };
+    fn memory(&self) -> MemoryUse {
+        self.memory.read()
     }
-    let mut first = offset;
-    for chunk in source.bytes.chunks(CONVERSION_CHUNK) {
-        let len = chunk.len() / source.storage.size();
-        device.workspace.with(&device.memory, CONVERSION_CHUNK, |scratch| {
-            // SAFETY: the scratch memory holds a chunk, and is next written by work queued behind the conversion.
-            unsafe { device.backend().copy_in(scratch, chunk)? };
-            let out = out.at_mut(first);
-            // SAFETY: `len` values of `scratch` were just written, and the range of `out` was checked.
-            device.launch("cast_to_bf16", &source.storage, |kernels, stream| unsafe {
-                (kernels.cast_to_bf16)(out, scratch, storage as i32, len as i64, stream)
-            })
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.backend().free_memory()
+    }
+
+    fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
+            Error::device(
+                format!("no memory for a buffer of {len} values"),
+                "use a smaller model or token budget",
+            )
         })?;
-        first += len;
+        let allocation = Allocation::new(&self.memory, bytes)?;
+        let mut buffer = CudaBuffer { allocation, len, values: PhantomData };
+        self.zero(&mut buffer, 0..len)?;
+        Ok(buffer)
     }
-    Ok(())
-}
 
-pub(super) fn download_compute(
-    device: &CudaDevice,
-    out: &mut [f32],
-    source: &CudaBuffer<bf16>,
-    offset: usize,
-) -> Result<()> {
-    let end = offset.saturating_add(out.len());
-    check_sizes("download_compute", &(offset..end), &[("source", source.len(), end)])?;
-    let mut values = vec![bf16::ZERO; out.len().min(CONVERSION_CHUNK)];
-    let mut first = offset;
-    for out in out.chunks_mut(CONVERSION_CHUNK) {
-        let values = &mut values[..out.len()];
-        download(device, values, source, first)?;
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = value.to_f32();
+    fn len<T: Element>(&self, buffer: &CudaBuffer<T>) -> usize {
+        buffer.len()
+    }
+
+    fn zero_all(&self, outs: &mut [&mut CudaBuffer<f32>]) -> Result<()> {
+        let tensors: Vec<_> = outs.iter().map(|out| out.as_tensor()).collect();
+        let [count] = launch_sizes("zero_all", [tensors.len()])?;
+        // SAFETY: each tensor is a whole buffer, which `outs` borrows to be written.
+        self.launch("zero_all", &count, |kernels, stream| unsafe {
+            (kernels.zero_all)(tensors.as_ptr(), count, stream)
+        })
+    }
+
+    fn run_upload<T: Element>(
+        &self,
+        out: &mut CudaBuffer<T>,
+        offset: usize,
+        source: &[T],
+        _: Checked,
+    ) -> Result<()> {
+        // SAFETY: the range was checked to lie inside the buffer.
+        self.traced("upload", || unsafe {
+            self.backend().copy_in(out.at_mut(offset).cast(), bytemuck::cast_slice(source))
+        })
+    }
+
+    fn run_download<T: Element>(
+        &self,
+        out: &mut [T],
+        source: &CudaBuffer<T>,
+        offset: usize,
+        _: Checked,
+    ) -> Result<()> {
+        // SAFETY: the range was checked to lie inside the buffer.
+        unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
+    }
+
+    /// bf16 goes straight from the file's map to the device; other types are converted there, a chunk at a time.
+    fn run_upload_values(
+        &self,
+        out: &mut CudaBuffer<bf16>,
+        offset: usize,
+        source: RawValues<'_>,
+        _: Checked,
+    ) -> Result<()> {
+        let storage = match source.storage {
+            StorageType::Bf16 => MMPO_STORAGE_BF16,
+            StorageType::F16 => MMPO_STORAGE_F16,
+            StorageType::F32 => MMPO_STORAGE_F32,
+        };
+        if storage == MMPO_STORAGE_BF16 {
+            // SAFETY: the range was checked to lie inside the buffer.
+            return unsafe { self.backend().copy_in(out.at_mut(offset).cast(), source.bytes) };
         }
-        first += out.len();
+        let mut first = offset;
+        for chunk in source.bytes.chunks(CONVERSION_CHUNK) {
+            let len = chunk.len() / source.storage.size();
+            self.workspace.with(&self.memory, CONVERSION_CHUNK, |scratch| {
+                // SAFETY: the scratch memory holds a chunk, and is next written by work queued after the conversion.
+                unsafe { self.backend().copy_in(scratch, chunk)? };
+                let out = out.at_mut(first);
+                // SAFETY: `len` values of `scratch` were just written, and the range of `out` was checked.
+                self.launch("cast_to_bf16", &source.storage, |kernels, stream| unsafe {
+                    (kernels.cast_to_bf16)(out, scratch, storage as i32, len as i64, stream)
+                })
+            })?;
+            first += len;
+        }
+        Ok(())
     }
-    Ok(())
-}
 
-pub(super) fn zero<T: Element>(
-    device: &CudaDevice,
-    out: &mut CudaBuffer<T>,
-    range: Range<usize>,
-) -> Result<()> {
-    check_sizes("zero", &range, &[("out", out.len(), range.end), ("range", range.end, range.start)])?;
-    let bytes = range.len() * size_of::<T>();
-    // SAFETY: the range was just checked to lie inside the buffer, and zero bytes are a value of every element type.
-    device.launch("zero", &range, |kernels, stream| unsafe {
-        (kernels.zero)(out.at_mut(range.start).cast(), bytes as i64, stream)
-    })
-}
+    fn run_download_compute(
+        &self,
+        out: &mut [f32],
+        source: &CudaBuffer<bf16>,
+        offset: usize,
+        checked: Checked,
+    ) -> Result<()> {
+        let mut values = vec![bf16::ZERO; out.len().min(CONVERSION_CHUNK)];
+        let mut first = offset;
+        for out in out.chunks_mut(CONVERSION_CHUNK) {
+            let values = &mut values[..out.len()];
+            self.run_download(values, source, first, checked)?;
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = value.to_f32();
+            }
+            first += out.len();
+        }
+        Ok(())
+    }
 
-pub(super) fn zero_all(device: &CudaDevice, outs: &mut [&mut CudaBuffer<f32>]) -> Result<()> {
-    let tensors: Vec<_> = outs.iter().map(|out| out.as_tensor()).collect();
-    let [count] = launch_sizes("zero_all", [tensors.len()])?;
-    // SAFETY: each tensor is a whole buffer, which `outs` borrows to be written.
-    device.launch("zero_all", &count, |kernels, stream| unsafe {
-        (kernels.zero_all)(tensors.as_ptr(), count, stream)
-    })
-}
+    fn run_zero<T: Element>(&self, out: &mut CudaBuffer<T>, range: Range<usize>, _: Checked) -> Result<()> {
+        let bytes = range.len() * size_of::<T>();
+        // SAFETY: the range was checked to lie inside the buffer, and zero bytes are a value of every element type.
+        self.launch("zero", &range, |kernels, stream| unsafe {
+            (kernels.zero)(out.at_mut(range.start).cast(), bytes as i64, stream)
+        })
+    }
 
-pub(super) fn copy<T: Element>(
-    device: &CudaDevice,
-    out: &mut CudaBuffer<T>,
-    out_offset: usize,
-    source: &CudaBuffer<T>,
-    offset: usize,
-    len: usize,
-) -> Result<()> {
-    let (out_end, end) = (out_offset.saturating_add(len), offset.saturating_add(len));
-    check_sizes("copy", &len, &[("out", out.len(), out_end), ("source", source.len(), end)])?;
-    let out = out.at_mut(out_offset).cast();
-    // SAFETY: both ranges were just checked to lie inside their buffers, which are different ones.
-    device.traced("copy", || unsafe {
-        device.backend().copy(out, source.at(offset).cast(), len * size_of::<T>())
-    })
+    fn run_copy<T: Element>(
+        &self,
+        out: &mut CudaBuffer<T>,
+        out_offset: usize,
+        source: &CudaBuffer<T>,
+        range: Range<usize>,
+        _: Checked,
+    ) -> Result<()> {
+        let out = out.at_mut(out_offset).cast();
+        // SAFETY: both ranges were checked to lie inside their buffers, which are different ones.
+        self.traced("copy", || unsafe {
+            self.backend().copy(out, source.at(range.start).cast(), range.len() * size_of::<T>())
+        })
+    }
 }

@@ -1,6 +1,6 @@
 //! The CUDA device: bf16 weights and activations, the kernels of `kernels/*.cu`, on a real GPU or on the emulated one.
 //!
-//! A file here is one operation, named as its kernels: it checks sizes and launches. `backend.rs` says what a device is
+//! A file here is one family of operations, which launches its kernels. `backend.rs` says what a device is
 //! to them, `backend_gpu.rs` and `backend_emulated.rs` are the two there are. All work of a device is queued on one
 //! stream; only downloads wait.
 
@@ -16,7 +16,6 @@ mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
-mod gather_rows;
 mod head_chunks;
 mod kernel_path;
 mod linear;
@@ -33,10 +32,7 @@ mod swiglu;
 
 use std::ffi::c_void;
 use std::fmt::{self, Debug};
-use std::ops::Range;
 use std::sync::Arc;
-
-use half::bf16;
 
 pub use self::attention::AttentionOrder;
 use self::backend::{Backend, Moment};
@@ -49,23 +45,19 @@ pub use self::backend_emulated::{
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
-use self::memory::{Memory, Workspace};
+use self::memory::{DeviceMemory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 pub use self::products::{ProductTile, Products};
+use super::Hardware;
+use super::check::REPORT;
 use super::trace::{OperationTime, Trace};
-use super::{
-    AdamWStep, AdamWUpdate, AttentionShape, BatchBuffers, Compute, Device, Element, Floats, HeadMode,
-    HeadShape, Indices, LinearShape, MemoryUse, NormShape, RawValues, RopeDirection, TokenCoefficients,
-    TokenScores,
-};
 use crate::error::{Error, Result};
-use crate::objective::Objective;
 
-/// A GPU, or the emulated one, as a [`Device`].
+/// A GPU, or the emulated one, as a [`Device`](super::Device).
 pub struct CudaDevice {
-    memory: Arc<Memory>,
+    memory: Arc<DeviceMemory>,
     workspace: Workspace,
     path: KernelPath,
     products: Products,
@@ -108,7 +100,7 @@ impl CudaDevice {
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
         CudaDevice {
-            memory: Memory::new(backend),
+            memory: DeviceMemory::new(backend),
             workspace: Workspace::default(),
             path,
             products: Products::default(),
@@ -218,21 +210,6 @@ impl CudaDevice {
     }
 }
 
-const REPORT: &str = "this is a mistake in the program, not in your input; please report it";
-
-/// Refuses a launch whose buffers are smaller than its shape: `(name, values it holds, values needed)`.
-fn check_sizes(operation: &str, shape: &dyn Debug, buffers: &[(&str, usize, usize)]) -> Result<()> {
-    for &(name, holds, needed) in buffers {
-        if holds < needed {
-            return Err(Error::device(
-                format!("{operation}: `{name}` holds {holds} values, {needed} are needed for {shape:?}"),
-                REPORT,
-            ));
-        }
-    }
-    Ok(())
-}
-
 /// Sizes as the launchers take them.
 fn launch_sizes<const COUNT: usize>(operation: &str, sizes: [usize; COUNT]) -> Result<[i32; COUNT]> {
     let mut converted = [0; COUNT];
@@ -247,28 +224,13 @@ fn launch_sizes<const COUNT: usize>(operation: &str, sizes: [usize; COUNT]) -> R
     Ok(converted)
 }
 
-impl Device for CudaDevice {
-    type Compute = bf16;
-    type Buffer<T: Element> = CudaBuffer<T>;
-
+impl Hardware for CudaDevice {
     fn describe(&self) -> String {
         self.backend().describe()
     }
 
     fn arithmetic(&self) -> String {
         format!("{} bf16", self.backend().describe())
-    }
-
-    fn needs_master(&self) -> bool {
-        true
-    }
-
-    fn memory(&self) -> MemoryUse {
-        self.memory.read()
-    }
-
-    fn free_memory(&self) -> Result<Option<usize>> {
-        self.backend().free_memory()
     }
 
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -280,332 +242,5 @@ impl Device for CudaDevice {
 
     fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)> {
         self.trace.run(work, |start, end| self.backend().seconds_between(start, end))
-    }
-
-    fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
-        memory::alloc(self, len)
-    }
-
-    fn len<T: Element>(&self, buffer: &CudaBuffer<T>) -> usize {
-        buffer.len()
-    }
-
-    fn upload<T: Element>(&self, out: &mut CudaBuffer<T>, offset: usize, source: &[T]) -> Result<()> {
-        memory::upload(self, out, offset, source)
-    }
-
-    fn download<T: Element>(&self, out: &mut [T], source: &CudaBuffer<T>, offset: usize) -> Result<()> {
-        memory::download(self, out, source, offset)
-    }
-
-    fn upload_values(&self, out: &mut CudaBuffer<bf16>, offset: usize, source: RawValues<'_>) -> Result<()> {
-        memory::upload_values(self, out, offset, source)
-    }
-
-    fn download_compute(&self, out: &mut [f32], source: &CudaBuffer<bf16>, offset: usize) -> Result<()> {
-        memory::download_compute(self, out, source, offset)
-    }
-
-    fn zero<T: Element>(&self, out: &mut CudaBuffer<T>, range: Range<usize>) -> Result<()> {
-        memory::zero(self, out, range)
-    }
-
-    fn zero_all(&self, outs: &mut [&mut Floats<Self>]) -> Result<()> {
-        memory::zero_all(self, outs)
-    }
-
-    fn copy<T: Element>(
-        &self,
-        out: &mut CudaBuffer<T>,
-        out_offset: usize,
-        source: &CudaBuffer<T>,
-        offset: usize,
-        len: usize,
-    ) -> Result<()> {
-        memory::copy(self, out, out_offset, source, offset, len)
-    }
-
-    fn embedding_forward(
-        &self,
-        out: &mut Compute<Self>,
-        table: &Compute<Self>,
-        token_ids: &Indices<Self>,
-        rows: usize,
-        width: usize,
-    ) -> Result<()> {
-        embedding::forward(self, out, table, token_ids, rows, width)
-    }
-
-    fn embedding_backward(
-        &self,
-        dtable: &mut Floats<Self>,
-        dout: &Compute<Self>,
-        batch: &BatchBuffers<Self>,
-        rows: usize,
-        width: usize,
-    ) -> Result<()> {
-        embedding::backward(self, dtable, dout, batch, rows, width)
-    }
-
-    fn rms_norm_forward(
-        &self,
-        out: &mut Compute<Self>,
-        rstd: &mut Floats<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        shape: NormShape,
-    ) -> Result<()> {
-        rms_norm::forward(self, out, rstd, x, weight, shape)
-    }
-
-    fn add_rms_norm_forward(
-        &self,
-        sum: &mut Compute<Self>,
-        out: &mut Compute<Self>,
-        rstd: &mut Floats<Self>,
-        x: &Compute<Self>,
-        delta: &Compute<Self>,
-        weight: &Compute<Self>,
-        shape: NormShape,
-    ) -> Result<()> {
-        rms_norm::add_forward(self, sum, out, rstd, x, delta, weight, shape)
-    }
-
-    fn add(
-        &self,
-        sum: &mut Compute<Self>,
-        x: &Compute<Self>,
-        delta: &Compute<Self>,
-        len: usize,
-    ) -> Result<()> {
-        rms_norm::add(self, sum, x, delta, len)
-    }
-
-    fn rms_norm_backward(
-        &self,
-        dx: &mut Compute<Self>,
-        dweight: &mut Floats<Self>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        rstd: &Floats<Self>,
-        shape: NormShape,
-    ) -> Result<()> {
-        rms_norm::backward(self, dx, dweight, dout, x, weight, rstd, shape)
-    }
-
-    fn linear_forward(
-        &self,
-        out: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
-        shape: LinearShape,
-    ) -> Result<()> {
-        linear::forward(self, out, x, weight, bias, shape)
-    }
-
-    fn linear_backward_input(
-        &self,
-        dx: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        weight: &Compute<Self>,
-        shape: LinearShape,
-    ) -> Result<()> {
-        linear::backward_input(self, dx, dout, weight, shape)
-    }
-
-    fn linear_backward_weight(
-        &self,
-        dweight: &mut Floats<Self>,
-        dbias: Option<&mut Floats<Self>>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
-        shape: LinearShape,
-    ) -> Result<()> {
-        linear::backward_weight(self, dweight, dbias, dout, x, shape)
-    }
-
-    fn rope(
-        &self,
-        qkv: &mut Compute<Self>,
-        table: &Floats<Self>,
-        positions: &Indices<Self>,
-        rows: usize,
-        shape: AttentionShape,
-        direction: RopeDirection,
-    ) -> Result<()> {
-        rope::rope(self, qkv, table, positions, rows, shape, direction)
-    }
-
-    fn attention_forward(
-        &self,
-        out: &mut Compute<Self>,
-        lse: &mut Floats<Self>,
-        qkv: &Compute<Self>,
-        batch: &BatchBuffers<Self>,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        attention::forward(self, out, lse, qkv, batch, shape)
-    }
-
-    fn attention_backward(
-        &self,
-        dqkv: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        out: &Compute<Self>,
-        lse: &Floats<Self>,
-        qkv: &Compute<Self>,
-        batch: &BatchBuffers<Self>,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        attention::backward(self, dqkv, dout, out, lse, qkv, batch, shape)
-    }
-
-    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()> {
-        attention::reserve_backward(self, rows, pairs, shape)
-    }
-
-    fn attention_decode(
-        &self,
-        out: &mut Compute<Self>,
-        cache: &Compute<Self>,
-        length: usize,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        attention::decode(self, out, cache, length, shape)
-    }
-
-    fn linear_swiglu_forward(
-        &self,
-        out: &mut Compute<Self>,
-        gate_up: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
-        shape: LinearShape,
-    ) -> Result<()> {
-        swiglu::linear_forward(self, out, gate_up, x, weight, bias, shape)
-    }
-
-    fn swiglu_forward(
-        &self,
-        out: &mut Compute<Self>,
-        gate_up: &Compute<Self>,
-        rows: usize,
-        width: usize,
-    ) -> Result<()> {
-        swiglu::forward(self, out, gate_up, rows, width)
-    }
-
-    fn swiglu_backward(
-        &self,
-        dgate_up: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        gate_up: &Compute<Self>,
-        rows: usize,
-        width: usize,
-    ) -> Result<()> {
-        swiglu::backward(self, dgate_up, dout, gate_up, rows, width)
-    }
-
-    fn gather_rows(
-        &self,
-        out: &mut Compute<Self>,
-        hidden: &Compute<Self>,
-        batch: &BatchBuffers<Self>,
-        scored: usize,
-        width: usize,
-    ) -> Result<()> {
-        gather_rows::forward(self, out, hidden, batch, scored, width)
-    }
-
-    fn gather_rows_backward(
-        &self,
-        dhidden: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        batch: &BatchBuffers<Self>,
-        rows: usize,
-        width: usize,
-    ) -> Result<()> {
-        gather_rows::backward(self, dhidden, dout, batch, rows, width)
-    }
-
-    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger products, fewer walks over the
-    /// vocabulary matrix.
-    const HEAD_CHUNK_BYTES: usize = usize::MAX;
-
-    fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
-        logp_head::workspace_values(self, mode, rows, width, vocab)
-    }
-
-    fn logp_head_forward(
-        &self,
-        scores: &mut TokenScores<Self>,
-        workspace: &mut Compute<Self>,
-        hidden: &Compute<Self>,
-        weight: &Compute<Self>,
-        targets: &Indices<Self>,
-        shape: &HeadShape,
-    ) -> Result<()> {
-        self.trace.scope("logp_head_forward", || {
-            logp_head::forward(self, scores, workspace, hidden, weight, targets, shape)
-        })
-    }
-
-    fn pair_objective(
-        &self,
-        outcomes: &mut Floats<Self>,
-        coefficients: &mut TokenCoefficients<Self>,
-        scores: &TokenScores<Self>,
-        batch: &BatchBuffers<Self>,
-        objective: &Objective,
-        pairs: Range<usize>,
-    ) -> Result<()> {
-        pair_objective::pair_objective(self, outcomes, coefficients, scores, batch, objective, pairs)
-    }
-
-    fn logp_head_backward(
-        &self,
-        hidden: &mut Compute<Self>,
-        dweight: Option<&mut Floats<Self>>,
-        workspace: &mut Compute<Self>,
-        weight: &Compute<Self>,
-        targets: &Indices<Self>,
-        scores: &TokenScores<Self>,
-        coefficients: &TokenCoefficients<Self>,
-        shape: &HeadShape,
-    ) -> Result<()> {
-        self.trace.scope("logp_head_backward", || {
-            logp_head::backward(
-                self,
-                hidden,
-                dweight,
-                workspace,
-                weight,
-                targets,
-                scores,
-                coefficients,
-                shape,
-            )
-        })
-    }
-
-    fn gradient_norm(
-        &self,
-        out: &mut Floats<Self>,
-        gradients: &[&Floats<Self>],
-        max_norm: Option<f32>,
-    ) -> Result<()> {
-        self.trace.scope("gradient_norm", || optimizer::gradient_norm(self, out, gradients, max_norm))
-    }
-
-    fn adamw(
-        &self,
-        updates: &mut [AdamWUpdate<'_, Self>],
-        norm: &Floats<Self>,
-        step: AdamWStep,
-    ) -> Result<()> {
-        optimizer::adamw(self, updates, norm, step)
     }
 }

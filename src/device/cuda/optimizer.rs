@@ -1,53 +1,62 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::bindings::{mmpo_adamw_step, mmpo_adamw_tensor};
-use super::{CudaBuffer, CudaDevice, REPORT, check_sizes, launch_sizes};
-use crate::device::{AdamWStep, AdamWUpdate};
+use super::{CudaBuffer, CudaDevice, REPORT, launch_sizes};
+use crate::device::{AdamWStep, AdamWUpdate, Checked, Optimizer};
 use crate::error::{Error, Result};
 
-pub(super) fn gradient_norm(
-    device: &CudaDevice,
-    out: &mut CudaBuffer<f32>,
-    gradients: &[&CudaBuffer<f32>],
-    max_norm: Option<f32>,
-) -> Result<()> {
-    let name = "gradient_norm";
-    check_sizes(name, &gradients.len(), &[("out", out.len(), 2)])?;
-    let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
-    let [count] = launch_sizes(name, [tensors.len()])?;
-    let max_norm = max_norm.unwrap_or(f32::INFINITY);
-    device.launch_with_workspace(
-        name,
-        &count,
-        // SAFETY: reads `count` lengths in host memory.
-        |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
-        // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
-        |kernels, workspace, stream| unsafe {
-            (kernels.gradient_norm)(out.start_mut(), workspace, tensors.as_ptr(), count, max_norm, stream)
-        },
-    )
-}
-
-pub(super) fn adamw(
-    device: &CudaDevice,
-    updates: &mut [AdamWUpdate<'_, CudaDevice>],
-    norm: &CudaBuffer<f32>,
-    step: AdamWStep,
-) -> Result<()> {
-    check_sizes("adamw", &step, &[("norm", norm.len(), 2)])?;
-    if step.step == 0 {
-        return Err(Error::device(
-            "adamw: update number 0 has no bias correction; updates are numbered from 1",
-            REPORT,
-        ));
+impl Optimizer for CudaDevice {
+    fn needs_master(&self) -> bool {
+        true
     }
-    let tensors = updates.iter_mut().map(tensor).collect::<Result<Vec<_>>>()?;
-    let [count] = launch_sizes("adamw", [tensors.len()])?;
-    let parameters = parameters(step);
-    // SAFETY: `tensor` has seen that all buffers of a tensor hold its values, and `updates` borrows those that are written.
-    device.launch("adamw", &count, |kernels, stream| unsafe {
-        (kernels.adamw)(tensors.as_ptr(), count, norm.start(), parameters, stream)
-    })
+
+    fn run_gradient_norm(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        gradients: &[&CudaBuffer<f32>],
+        max_norm: Option<f32>,
+        _: Checked,
+    ) -> Result<()> {
+        self.trace.scope("gradient_norm", || {
+            let name = "gradient_norm";
+            let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+            let [count] = launch_sizes(name, [tensors.len()])?;
+            let max_norm = max_norm.unwrap_or(f32::INFINITY);
+            self.launch_with_workspace(
+                name,
+                &count,
+                // SAFETY: reads `count` lengths in host memory.
+                |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
+                // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
+                |kernels, workspace, stream| unsafe {
+                    (kernels.gradient_norm)(
+                        out.start_mut(),
+                        workspace,
+                        tensors.as_ptr(),
+                        count,
+                        max_norm,
+                        stream,
+                    )
+                },
+            )
+        })
+    }
+
+    fn run_adamw(
+        &self,
+        updates: &mut [AdamWUpdate<'_, Self>],
+        norm: &CudaBuffer<f32>,
+        step: AdamWStep,
+        _: Checked,
+    ) -> Result<()> {
+        let tensors = updates.iter_mut().map(tensor).collect::<Result<Vec<_>>>()?;
+        let [count] = launch_sizes("adamw", [tensors.len()])?;
+        let parameters = parameters(step);
+        // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are written.
+        self.launch("adamw", &count, |kernels, stream| unsafe {
+            (kernels.adamw)(tensors.as_ptr(), count, norm.start(), parameters, stream)
+        })
+    }
 }
 
 /// A tensor as the launcher takes it.
@@ -58,13 +67,6 @@ fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> Result<mmpo_adamw_tensor>
         let message = "adamw: bf16 weights are updated through an f32 master copy, and this state has none";
         return Err(Error::device(message, REPORT));
     };
-    let sizes = [
-        ("master", master.len(), len),
-        ("first_moment", state.first_moment.len(), len),
-        ("second_moment", state.second_moment.len(), len),
-        ("gradient", gradient.len(), len),
-    ];
-    check_sizes("adamw", &len, &sizes)?;
     Ok(mmpo_adamw_tensor {
         weight: weight.start_mut(),
         master: master.start_mut(),

@@ -1,53 +1,37 @@
 //! Losses, rewards and per-token coefficients of pairs: `kernels/pair_objective.cu`.
 
-use std::ops::Range;
-
 use super::bindings::{
     MMPO_OBJECTIVE_DPO, MMPO_OBJECTIVE_MMPO, MMPO_OBJECTIVE_SFT, MMPO_OBJECTIVE_SIMPO, mmpo_objective,
 };
-use super::{CudaBuffer, CudaDevice, check_sizes, launch_sizes};
-use crate::device::{BatchBuffers, TokenCoefficients, TokenScores};
+use super::{CudaDevice, launch_sizes};
+use crate::device::{Checked, ObjectiveOperands, PairObjective};
 use crate::error::Result;
-use crate::objective::{Objective, PairOutcome};
+use crate::objective::Objective;
 
-pub(super) fn pair_objective(
-    device: &CudaDevice,
-    outcomes: &mut CudaBuffer<f32>,
-    coefficients: &mut TokenCoefficients<CudaDevice>,
-    scores: &TokenScores<CudaDevice>,
-    batch: &BatchBuffers<CudaDevice>,
-    objective: &Objective,
-    pairs: Range<usize>,
-) -> Result<()> {
-    let name = "pair_objective";
-    let sizes = [
-        ("outcomes", outcomes.len(), pairs.end * PairOutcome::WIDTH),
-        ("scored", batch.scored.len(), 4 * pairs.end),
-        ("constants", batch.constants.len(), 4 * pairs.end),
-        ("coefficients.logp", coefficients.logp.len(), scores.logp.len()),
-        ("coefficients.entropy", coefficients.entropy.len(), scores.logp.len()),
-        ("scores.entropy", scores.entropy.len(), scores.logp.len()),
-    ];
-    check_sizes(name, &pairs, &sizes)?;
-    let [first_pair, pair_count] = launch_sizes(name, [pairs.start, pairs.len()])?;
-    let parameters = parameters(objective);
-    let entropy = if objective.needs_entropy() { scores.entropy.start() } else { std::ptr::null() };
-    // SAFETY: the per-pair buffers cover the pairs, and `scored` names tokens of the batch that the scores belong to.
-    device.launch(name, &pairs, |kernels, stream| unsafe {
-        (kernels.pair_objective)(
-            outcomes.start_mut(),
-            coefficients.logp.start_mut(),
-            coefficients.entropy.start_mut(),
-            scores.logp.start(),
-            entropy,
-            batch.scored.start(),
-            batch.constants.start(),
-            first_pair,
-            pair_count,
-            parameters,
-            stream,
-        )
-    })
+impl PairObjective for CudaDevice {
+    fn run_pair_objective(&self, operands: ObjectiveOperands<'_, Self>, _: Checked) -> Result<()> {
+        let ObjectiveOperands { outcomes, coefficients, scores, batch, objective, pairs } = operands;
+        let name = "pair_objective";
+        let [first_pair, pair_count] = launch_sizes(name, [pairs.start, pairs.len()])?;
+        let parameters = parameters(objective);
+        let entropy = if objective.needs_entropy() { scores.entropy.start() } else { std::ptr::null() };
+        // SAFETY: the per-pair buffers cover the pairs, and `scored` names tokens of the batch that the scores belong to.
+        self.launch(name, &pairs, |kernels, stream| unsafe {
+            (kernels.pair_objective)(
+                outcomes.start_mut(),
+                coefficients.logp.start_mut(),
+                coefficients.entropy.start_mut(),
+                scores.logp.start(),
+                entropy,
+                batch.scored.start(),
+                batch.constants.start(),
+                first_pair,
+                pair_count,
+                parameters,
+                stream,
+            )
+        })
+    }
 }
 
 /// The objective as the kernel takes it.

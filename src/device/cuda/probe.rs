@@ -75,7 +75,7 @@ pub(super) fn usable(ordinal: usize) -> Result<Gpu> {
     let gpu = gpus.into_iter().nth(ordinal).ok_or_else(|| {
         Error::device(
             format!("there is no GPU {ordinal}: the driver lists {count}"),
-            "use a smaller number behind `cuda:`, and look at CUDA_VISIBLE_DEVICES",
+            "use a smaller number after `cuda:`, and look at CUDA_VISIBLE_DEVICES",
         )
     })?;
     gpu.check()?;

@@ -1,41 +1,40 @@
-//! Making and filling the buffers that belong to a batch or to a weight, for any device.
+//! A packed batch on a device: its buffers, and how they are filled.
 
-use super::{AdamWState, BatchBuffers, Device, Indices, TokenCoefficients, TokenScores};
-use crate::data::PairBatch;
+use super::{Floats, Indices, Memory};
+use crate::data::{PairBatch, PairSpan};
 use crate::error::{Error, Result};
 use crate::objective::PairConstants;
 
-impl<D: Device> TokenScores<D> {
-    /// Room for `scored` tokens.
-    pub fn new(device: &D, scored: usize) -> Result<Self> {
-        Ok(TokenScores {
-            lse: device.alloc(scored)?,
-            logp: device.alloc(scored)?,
-            entropy: device.alloc(scored)?,
-        })
-    }
+/// A packed batch on the device. Capacities are fixed when it is made; [`BatchBuffers::load`] refills it.
+#[derive(Debug)]
+pub struct BatchBuffers<D: Memory> {
+    /// Host copy of the spans: launchers choose their work from it.
+    pub host_spans: Vec<PairSpan>,
+    /// This token's row of the embedding gets no gradient from its use as an input, as transformers' `padding_idx`.
+    pub padding_token: Option<u32>,
+    /// Rows listed in `rows_by_token`: all but those of the padding token.
+    pub embedding_rows: usize,
+    /// `[pairs, 4]`: start, prompt, chosen, rejected.
+    pub spans: Indices<D>,
+    /// `[T]`
+    pub token_ids: Indices<D>,
+    /// `[T]`
+    pub positions: Indices<D>,
+    /// `[T]` row numbers sorted by token id (ties by row): the fixed order of the embedding's gradient.
+    pub rows_by_token: Indices<D>,
+    /// `[N]` the row that predicts each target.
+    pub scored_rows: Indices<D>,
+    /// `[N]`
+    pub targets: Indices<D>,
+    /// `[T, 2]` the scored tokens each row predicts, `u32::MAX` for none: the inverse of `scored_rows`.
+    pub row_scores: Indices<D>,
+    /// `[pairs, 4]` the ranges of the scored tokens: chosen start, chosen end, rejected start, rejected end.
+    pub scored: Indices<D>,
+    /// `[pairs, 4]` constants of each pair for the objective, see [`PairConstants`].
+    pub constants: Floats<D>,
 }
 
-impl<D: Device> TokenCoefficients<D> {
-    /// Room for `scored` tokens.
-    pub fn new(device: &D, scored: usize) -> Result<Self> {
-        Ok(TokenCoefficients { logp: device.alloc(scored)?, entropy: device.alloc(scored)? })
-    }
-}
-
-impl<D: Device> AdamWState<D> {
-    /// Zero moments for `len` weights. The f32 master copy, where the device keeps one, starts as zero too: upload the
-    /// weights to it before the first update.
-    pub fn new(device: &D, len: usize) -> Result<Self> {
-        Ok(AdamWState {
-            master: if device.needs_master() { Some(device.alloc(len)?) } else { None },
-            first_moment: device.alloc(len)?,
-            second_moment: device.alloc(len)?,
-        })
-    }
-}
-
-impl<D: Device> BatchBuffers<D> {
+impl<D: Memory> BatchBuffers<D> {
     /// Room for batches of up to `max_tokens` tokens, `max_pairs` pairs and `max_scored` scored tokens.
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {

@@ -1,11 +1,18 @@
+//! The norm over all gradients with the factor that clips it, and AdamW.
+//!
 //! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
 //! the corrected square root.
 
 use rayon::prelude::*;
 
-use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, check_sizes};
-use crate::device::{AdamWState, AdamWStep, AdamWUpdate};
+use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice};
+use crate::device::{AdamWState, AdamWStep, AdamWUpdate, Checked, Optimizer};
 use crate::error::Result;
+
+/// Values of one partial sum; fixed, so that the order of summation does not depend on the threads.
+const CHUNK: usize = 64 * 1024;
+/// f64 partial sums inside a chunk: two AVX-512 registers; LLVM keeps longer arrays on the stack.
+const LANES: usize = 16;
 
 /// One update's numbers, worked out in f64 once.
 #[derive(Clone, Copy)]
@@ -51,32 +58,63 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(value as f64)
 }
 
-pub(super) fn update(
-    device: &CpuDevice,
-    updates: &mut [AdamWUpdate<'_, CpuDevice>],
-    norm: &CpuBuffer<f32>,
-    step: AdamWStep,
-) -> Result<()> {
-    check_sizes("adamw", &step, &[("norm", norm.len(), 2), ("step number", step.step as usize, 1)])?;
-    for AdamWUpdate { weight, state, gradient } in updates.iter() {
-        let len = weight.len();
-        let needs = [
-            ("first_moment", state.first_moment.len(), len),
-            ("second_moment", state.second_moment.len(), len),
-            ("gradient", gradient.len(), len),
-        ];
-        check_sizes("adamw", &step, &needs)?;
+impl Optimizer for CpuDevice {
+    fn needs_master(&self) -> bool {
+        false
     }
-    let factors = Factors::new(step, norm[1]);
-    device.parallel(|| {
-        updates.par_iter_mut().flat_map(blocks).for_each(|((weight, (first, second)), gradient)| {
-            device.vectorized(
-                #[inline(always)]
-                || update_block(weight, first, second, gradient, factors),
-            )
-        });
-    });
-    Ok(())
+
+    fn run_gradient_norm(
+        &self,
+        out: &mut CpuBuffer<f32>,
+        gradients: &[&CpuBuffer<f32>],
+        max_norm: Option<f32>,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("gradient_norm", || {
+            let partials: Vec<f64> = self.parallel(|| {
+                gradients
+                    .par_iter()
+                    .flat_map(|gradient| gradient.par_chunks(CHUNK))
+                    .map(|chunk| {
+                        self.vectorized(
+                            #[inline(always)]
+                            || sum_of_squares(chunk),
+                        )
+                    })
+                    .collect()
+            });
+            let norm = partials.iter().sum::<f64>().sqrt();
+            // As torch.nn.utils.clip_grad_norm_: 1e-6 keeps a zero norm finite. Written so that a NaN norm gives a NaN factor.
+            let factor = match max_norm.map(|max_norm| max_norm as f64 / (norm + 1e-6)) {
+                Some(factor) if factor < 1.0 || factor.is_nan() => factor,
+                _ => 1.0,
+            };
+            out[0] = norm as f32;
+            out[1] = factor as f32;
+            Ok(())
+        })
+    }
+
+    fn run_adamw(
+        &self,
+        updates: &mut [AdamWUpdate<'_, Self>],
+        norm: &CpuBuffer<f32>,
+        step: AdamWStep,
+        _: Checked,
+    ) -> Result<()> {
+        self.traced("adamw", || {
+            let factors = Factors::new(step, norm[1]);
+            self.parallel(|| {
+                updates.par_iter_mut().flat_map(blocks).for_each(|((weight, (first, second)), gradient)| {
+                    self.vectorized(
+                        #[inline(always)]
+                        || update_block(weight, first, second, gradient, factors),
+                    )
+                });
+            });
+            Ok(())
+        })
+    }
 }
 
 type Block<'a> = ((&'a mut [f32], (&'a mut [f32], &'a mut [f32])), &'a [f32]);
@@ -108,4 +146,20 @@ fn update_block(
         let denominator = second.sqrt().mul_add(factors.root_correction, factors.epsilon);
         *weight = weight.mul_add(factors.decay, -factors.step_size * *first / denominator);
     }
+}
+
+#[inline(always)]
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for i in 0..LANES {
+            let value = block[i] as f64;
+            lanes[i] = value.mul_add(value, lanes[i]);
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane += value as f64 * value as f64;
+    }
+    lanes.iter().sum()
 }

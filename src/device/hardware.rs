@@ -1,0 +1,26 @@
+//! What a device is, and how long its work takes.
+
+use super::OperationTime;
+use crate::error::Result;
+
+/// A processor that computes: the CPU, a CUDA GPU, or the emulated one.
+pub trait Hardware: Sized + Send + Sync + 'static {
+    /// One line for people: `cpu (AMD EPYC, 2 threads, AVX-512)`.
+    fn describe(&self) -> String;
+
+    /// Kind of device and number format, `cpu f32`: results of different arithmetic differ in their last bits.
+    fn arithmetic(&self) -> String;
+
+    /// Seconds of the device's own time for what `work` queues: between two events on a GPU, by the clock elsewhere.
+    ///
+    /// # Errors
+    /// Those of `work`, and those of the device's clock.
+    fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64>;
+
+    /// Runs `work` and says how long each operation in it took, in order. Noting the moments costs a few microseconds
+    /// an operation.
+    ///
+    /// # Errors
+    /// Those of `work`, and those of the device's clock.
+    fn trace<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<OperationTime>)>;
+}

@@ -1,0 +1,112 @@
+//! Linear layers: one gemm forward, two backward.
+
+use super::check::check_sizes;
+use super::{Checked, Compute, Floats, Memory};
+use crate::error::Result;
+
+/// `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T + bias[outputs]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// `T`, or `N` for the head.
+    pub rows: usize,
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output.
+    pub outputs: usize,
+}
+
+/// Gemms of linear layers; sums are f32.
+///
+/// # Errors
+/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+pub trait Linear: Memory {
+    /// Assigns `out[rows, outputs] = x * weight^T (+ bias)`.
+    fn linear_forward(
+        &self,
+        out: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let sizes = [
+            ("out", self.len(out), rows * outputs),
+            ("x", self.len(x), rows * inputs),
+            ("weight", self.len(weight), outputs * inputs),
+            ("bias", bias.map_or(outputs, |bias| self.len(bias)), outputs),
+        ];
+        let checked = check_sizes("linear_forward", &shape, &sizes)?;
+        self.run_linear_forward(out, x, weight, bias, shape, checked)
+    }
+
+    /// Assigns `dx[rows, inputs] = dout * weight`.
+    fn linear_backward_input(
+        &self,
+        dx: &mut Compute<Self>,
+        dout: &Compute<Self>,
+        weight: &Compute<Self>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let sizes = [
+            ("dx", self.len(dx), rows * inputs),
+            ("dout", self.len(dout), rows * outputs),
+            ("weight", self.len(weight), outputs * inputs),
+        ];
+        let checked = check_sizes("linear_backward_input", &shape, &sizes)?;
+        self.run_linear_backward_input(dx, dout, weight, shape, checked)
+    }
+
+    /// Accumulates `dweight[outputs, inputs] += dout^T * x` and `dbias[outputs] += column sums of dout`.
+    fn linear_backward_weight(
+        &self,
+        dweight: &mut Floats<Self>,
+        dbias: Option<&mut Floats<Self>>,
+        dout: &Compute<Self>,
+        x: &Compute<Self>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let sizes = [
+            ("dweight", self.len(dweight), outputs * inputs),
+            ("dbias", dbias.as_ref().map_or(outputs, |dbias| self.len(dbias)), outputs),
+            ("dout", self.len(dout), rows * outputs),
+            ("x", self.len(x), rows * inputs),
+        ];
+        let checked = check_sizes("linear_backward_weight", &shape, &sizes)?;
+        self.run_linear_backward_weight(dweight, dbias, dout, x, shape, checked)
+    }
+
+    /// The device's part of [`Linear::linear_forward`].
+    fn run_linear_forward(
+        &self,
+        out: &mut Compute<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        bias: Option<&Compute<Self>>,
+        shape: LinearShape,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Linear::linear_backward_input`].
+    fn run_linear_backward_input(
+        &self,
+        dx: &mut Compute<Self>,
+        dout: &Compute<Self>,
+        weight: &Compute<Self>,
+        shape: LinearShape,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Linear::linear_backward_weight`].
+    fn run_linear_backward_weight(
+        &self,
+        dweight: &mut Floats<Self>,
+        dbias: Option<&mut Floats<Self>>,
+        dout: &Compute<Self>,
+        x: &Compute<Self>,
+        shape: LinearShape,
+        checked: Checked,
+    ) -> Result<()>;
+}

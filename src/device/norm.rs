@@ -1,0 +1,152 @@
+//! RMSNorm (Zhang and Sennrich 2019), alone and fused with the residual addition before it.
+
+use super::check::check_sizes;
+use super::{Checked, Compute, Floats, Memory};
+use crate::error::Result;
+
+/// RMSNorm over the last axis of `[rows, width]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormShape {
+    /// `T`, or `N` for the final norm.
+    pub rows: usize,
+    /// `D`
+    pub width: usize,
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
+
+/// Operands of [`Norm::add_rms_norm_forward`]. Activations are `[rows, width]`.
+#[derive(Debug)]
+pub struct AddRmsNorm<'a, D: Memory> {
+    /// Assigned: `x + delta`.
+    pub sum: &'a mut Compute<D>,
+    /// Assigned: the norm of `sum`.
+    pub out: &'a mut Compute<D>,
+    /// Assigned, `[rows]`: `1 / sqrt(mean(sum^2) + epsilon)`.
+    pub rstd: &'a mut Floats<D>,
+    /// The residual stream.
+    pub x: &'a Compute<D>,
+    /// What a block adds to it.
+    pub delta: &'a Compute<D>,
+    /// `[width]`
+    pub weight: &'a Compute<D>,
+    /// Sizes.
+    pub shape: NormShape,
+}
+
+/// Operands of [`Norm::rms_norm_backward`]. Activations are `[rows, width]`.
+#[derive(Debug)]
+pub struct RmsNormBackward<'a, D: Memory> {
+    /// Accumulated: the gradient of `x`.
+    pub dx: &'a mut Compute<D>,
+    /// Accumulated, `[width]`: the gradient of `weight`.
+    pub dweight: &'a mut Floats<D>,
+    /// Gradient of the forward's output.
+    pub dout: &'a Compute<D>,
+    /// Input of the forward.
+    pub x: &'a Compute<D>,
+    /// `[width]`
+    pub weight: &'a Compute<D>,
+    /// `[rows]`, as the forward assigned it.
+    pub rstd: &'a Floats<D>,
+    /// Sizes.
+    pub shape: NormShape,
+}
+
+/// RMSNorm and the residual addition.
+///
+/// # Errors
+/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+pub trait Norm: Memory {
+    /// Assigns `out = x * rstd * weight` and `rstd[rows] = 1 / sqrt(mean(x^2) + epsilon)`.
+    fn rms_norm_forward(
+        &self,
+        out: &mut Compute<Self>,
+        rstd: &mut Floats<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        shape: NormShape,
+    ) -> Result<()> {
+        let values = shape.rows * shape.width;
+        let sizes = [
+            ("out", self.len(out), values),
+            ("rstd", self.len(rstd), shape.rows),
+            ("x", self.len(x), values),
+            ("weight", self.len(weight), shape.width),
+        ];
+        let checked = check_sizes("rms_norm_forward", &shape, &sizes)?;
+        self.run_rms_norm_forward(out, rstd, x, weight, shape, checked)
+    }
+
+    /// Assigns `sum = x + delta`, then as [`Norm::rms_norm_forward`] over `sum`.
+    fn add_rms_norm_forward(&self, operands: AddRmsNorm<'_, Self>) -> Result<()> {
+        let shape = operands.shape;
+        let values = shape.rows * shape.width;
+        let sizes = [
+            ("sum", self.len(operands.sum), values),
+            ("out", self.len(operands.out), values),
+            ("rstd", self.len(operands.rstd), shape.rows),
+            ("x", self.len(operands.x), values),
+            ("delta", self.len(operands.delta), values),
+            ("weight", self.len(operands.weight), shape.width),
+        ];
+        let checked = check_sizes("add_rms_norm_forward", &shape, &sizes)?;
+        self.run_add_rms_norm_forward(operands, checked)
+    }
+
+    /// Assigns `sum = x + delta` over `[len]`.
+    fn add(
+        &self,
+        sum: &mut Compute<Self>,
+        x: &Compute<Self>,
+        delta: &Compute<Self>,
+        len: usize,
+    ) -> Result<()> {
+        let sizes = [("sum", self.len(sum), len), ("x", self.len(x), len), ("delta", self.len(delta), len)];
+        let checked = check_sizes("add", &len, &sizes)?;
+        self.run_add(sum, x, delta, len, checked)
+    }
+
+    /// Accumulates `dx[rows, width] += ..` and `dweight[width] += ..`.
+    fn rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>) -> Result<()> {
+        let shape = operands.shape;
+        let values = shape.rows * shape.width;
+        let sizes = [
+            ("dx", self.len(operands.dx), values),
+            ("dweight", self.len(operands.dweight), shape.width),
+            ("dout", self.len(operands.dout), values),
+            ("x", self.len(operands.x), values),
+            ("weight", self.len(operands.weight), shape.width),
+            ("rstd", self.len(operands.rstd), shape.rows),
+        ];
+        let checked = check_sizes("rms_norm_backward", &shape, &sizes)?;
+        self.run_rms_norm_backward(operands, checked)
+    }
+
+    /// The device's part of [`Norm::rms_norm_forward`].
+    fn run_rms_norm_forward(
+        &self,
+        out: &mut Compute<Self>,
+        rstd: &mut Floats<Self>,
+        x: &Compute<Self>,
+        weight: &Compute<Self>,
+        shape: NormShape,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Norm::add_rms_norm_forward`].
+    fn run_add_rms_norm_forward(&self, operands: AddRmsNorm<'_, Self>, checked: Checked) -> Result<()>;
+
+    /// The device's part of [`Norm::add`].
+    fn run_add(
+        &self,
+        sum: &mut Compute<Self>,
+        x: &Compute<Self>,
+        delta: &Compute<Self>,
+        len: usize,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Norm::rms_norm_backward`].
+    fn run_rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>, checked: Checked) -> Result<()>;
+}

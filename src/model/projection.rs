@@ -1,0 +1,71 @@
+//! A linear layer of the model: its tensors, its gemm forward, and its two gemms backward.
+
+use super::Llama;
+use crate::device::{Compute, Device, Floats, LinearShape};
+use crate::error::Result;
+
+/// One value of type `T` for each tensor of a linear layer: a weight, a gradient, an optimiser state or a name.
+#[derive(Clone, Debug)]
+pub struct Projection<T> {
+    /// `[outputs, inputs]`
+    pub weight: T,
+    /// `[outputs]`
+    pub bias: Option<T>,
+}
+
+impl<T> Projection<T> {
+    /// A projection of the same form, made value by value in the order of [`Projection::iter`].
+    pub(super) fn try_map<U, E>(
+        &self,
+        make: &mut impl FnMut(&T) -> Result<U, E>,
+    ) -> Result<Projection<U>, E> {
+        Ok(Projection { weight: make(&self.weight)?, bias: self.bias.as_ref().map(make).transpose()? })
+    }
+
+    /// The weight, then the bias if there is one.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        std::iter::once(&self.weight).chain(&self.bias)
+    }
+
+    /// As [`Projection::iter`].
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        std::iter::once(&mut self.weight).chain(&mut self.bias)
+    }
+}
+
+/// Operands of [`Llama::project_backward`].
+pub(super) struct ProjectionBackward<'a, D: Device> {
+    /// Assigned, `[rows, inputs]`: the gradient of `x`.
+    pub dx: &'a mut Compute<D>,
+    /// Accumulated: the gradients of the layer's tensors.
+    pub dweights: &'a mut Projection<Floats<D>>,
+    /// `[rows, outputs]`: the gradient of the layer's output.
+    pub dout: &'a Compute<D>,
+    /// `[rows, inputs]`, the input of the forward.
+    pub x: &'a Compute<D>,
+    /// The layer's tensors.
+    pub weights: &'a Projection<Compute<D>>,
+    /// Sizes.
+    pub shape: LinearShape,
+}
+
+impl<D: Device> Llama<D> {
+    /// Assigns `out[rows, outputs] = x[rows, inputs] * weight^T + bias`.
+    pub(super) fn project(
+        &self,
+        out: &mut Compute<D>,
+        x: &Compute<D>,
+        weights: &Projection<Compute<D>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.device.linear_forward(out, x, &weights.weight, weights.bias.as_ref(), shape)
+    }
+
+    /// Accumulates the gradients of weight and bias, then assigns the gradient of the input.
+    pub(super) fn project_backward(&self, operands: ProjectionBackward<'_, D>) -> Result<()> {
+        let ProjectionBackward { dx, dweights, dout, x, weights, shape } = operands;
+        let Projection { weight: dweight, bias: dbias } = dweights;
+        self.device.linear_backward_weight(dweight, dbias.as_mut(), dout, x, shape)?;
+        self.device.linear_backward_input(dx, dout, &weights.weight, shape)
+    }
+}
