@@ -5,15 +5,17 @@ use serde_json::json;
 
 use super::BenchConfig;
 use super::cases::{self, Case, Maker};
-use super::measure::{Method, Sample};
+use super::measure::{Deadline, Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
 use crate::device::cuda::{CudaDevice, ProductTile, Products};
 use crate::device::{Device, DeviceChoice, Floats, LinearShape};
 use crate::error::{Error, Result};
 
-/// Tokens of a batch at which each layer is timed.
-const ROWS: [usize; 3] = [2048, 8192, 16384];
+/// Tokens of a batch at which each layer is timed, the usual ones first: time may not suffice for all.
+const ROWS: [usize; 3] = [8192, 2048, 16384];
+/// Values of each output's start and of its end that must be the vendor's.
+const COMPARED: usize = 1 << 18;
 /// Scored tokens at which the head's gradients are timed.
 const SCORED: usize = 4096;
 const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
@@ -63,20 +65,26 @@ pub fn run(config: &BenchConfig) -> Result<()> {
             ));
         }
     };
-    let mut method = Method::GPU;
-    method.warmups = config.warmups.unwrap_or(method.warmups);
-    method.calls = config.calls.unwrap_or(method.calls);
+    let method = Method::GPU.with_calls(config.warmups, config.calls);
+    let deadline = Deadline::of(config.seconds);
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.product_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
-    for Plan { model, rows, makers, check } in plans() {
+    for Plan { model, rows, makers } in plans() {
         let shape = shape(model, rows)?;
         for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
             let name = make(&device, &smallest()?)?;
             let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
             if !product || !config.wants(&name.name()) {
+                continue;
+            }
+            if deadline.is_over() {
+                tracing::warn!(
+                    "{} of {model} at {rows} rows is left out: the time of `--seconds` is over",
+                    name.name()
+                );
                 continue;
             }
             let case = make(&device, &shape)?;
@@ -89,7 +97,7 @@ pub fn run(config: &BenchConfig) -> Result<()> {
                 ways.extend((0..).take(tiles.len()).map(Products::Tile));
             }
             let samples;
-            (device, samples) = time(device, case, &flush, &method, &ways, check);
+            (device, samples) = time(device, case, &flush, &method, &ways);
             match samples {
                 Ok(samples) => {
                     let mut samples = samples.into_iter();
@@ -115,15 +123,14 @@ struct Plan {
     model: &'static str,
     rows: usize,
     makers: Vec<Maker<CudaDevice>>,
-    /// Whether results are compared too. The heads of the larger models have gigabytes of them.
-    check: bool,
 }
 
+/// By worth: all models' layers at the usual batch, the heads, then the layers at other batches.
 fn plans() -> impl Iterator<Item = Plan> {
-    let layers = |model| ROWS.map(|rows| Plan { model, rows, makers: cases::all(), check: rows == ROWS[0] });
-    let head =
-        |model| Plan { model, rows: SCORED, makers: cases::head_products(), check: model == MODELS[0] };
-    MODELS.into_iter().flat_map(layers).chain(MODELS.map(head))
+    let layers = |rows| MODELS.map(|model| Plan { model, rows, makers: cases::all() });
+    let heads = MODELS.map(|model| Plan { model, rows: SCORED, makers: cases::head_products() });
+    let [usual, other @ ..] = ROWS;
+    layers(usual).into_iter().chain(heads).chain(other.into_iter().flat_map(layers))
 }
 
 fn shape(model: &str, rows: usize) -> Result<Shape> {
@@ -143,39 +150,43 @@ fn smallest() -> Result<Shape> {
     })
 }
 
-/// All ways in turn, call by call: a GPU that changes its clock changes it for all. With `check`, all must compute the same as
-/// the first before.
+/// All ways in turn, call by call: a GPU that changes its clock changes it for all. Before, all must compute the same as the first.
 fn time(
     mut device: CudaDevice,
     mut case: Case<CudaDevice>,
     flush: &Floats<CudaDevice>,
     method: &Method,
     ways: &[Products],
-    check: bool,
 ) -> (CudaDevice, Result<Vec<Sample>>) {
     let mut samples = vec![Sample::default(); ways.len()];
     let mut expected = None;
-    let mut step = |device: &CudaDevice, call: usize, which: usize| -> Result<()> {
-        if call == 0 && check {
+    let (mut warmups, mut calls) = (method.warmups, method.calls);
+    let mut step = |device: &CudaDevice, round: usize, which: usize| -> Result<f64> {
+        if round == 0 {
             let found = fresh_run(device, &mut case)?;
             let name = || format!("{} by {:?}", case.name(), ways[which]);
-            return same(name, &found, expected.get_or_insert_with(|| found.clone()));
+            same(name, &found, expected.get_or_insert_with(|| found.clone()))?;
         }
         let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
         device.gradient_norm(&mut flushed, &[flush], None)?;
-        let seconds = device.time(|| case.run(device))?;
-        if call > method.warmups {
-            samples[which].0.push(seconds);
-        }
-        Ok(())
+        device.time(|| case.run(device))
     };
-    for call in 0..=method.warmups + method.calls {
+    let mut round = 0;
+    while round < warmups.max(1) + calls {
+        let mut together = 0.0;
         for (which, &products) in ways.iter().enumerate() {
             device = device.with_products(products);
-            if let Err(error) = step(&device, call, which) {
-                return (device.with_products(Products::Fastest), Err(error));
+            match step(&device, round, which) {
+                Ok(seconds) if round >= warmups.max(1) => samples[which].0.push(seconds),
+                Ok(seconds) => together += seconds,
+                Err(error) => return (device.with_products(Products::Fastest), Err(error)),
             }
         }
+        // The first round also loads the kernels.
+        if round < 2.min(warmups.max(1)) {
+            (warmups, calls) = method.calls_of(together);
+        }
+        round += 1;
     }
     (device.with_products(Products::Fastest), Ok(samples))
 }
@@ -185,7 +196,7 @@ fn fresh_run(device: &CudaDevice, case: &mut Case<CudaDevice>) -> Result<Vec<f32
     for sums in &mut case.outputs.floats {
         device.zero(sums, 0..device.len(sums))?;
     }
-    case.checked_run(device)
+    case.sampled_run(device, COMPARED)
 }
 
 /// Both round to bf16 once, after sums in different orders.
