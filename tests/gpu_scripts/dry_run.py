@@ -110,7 +110,8 @@ def wants(text, *parts):
 
 def check_good_calls(run, results):
     for name in ("first", "second", "third"):
-        code, printed = call(run, results, name)
+        # No time limit decides whether this test passes on a busy machine.
+        code, printed = call(run, results, name, limit=1800)
         assert code == 0, printed
         wants(printed, "no failures", *(f"{part}: " for part in run.CALLS[name][1]))
     readme = (results / "README.md").read_text()
@@ -162,6 +163,8 @@ def main():
             "MMPO_FAST_PEER_CACHE": str(folder / "peer-cache"),
             "PATH": f"{HERE / 'path'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(HERE / "site"),
+            # More threads spin while they wait for a core.
+            "OMP_NUM_THREADS": "1",
         }
         sys.path.insert(0, str(bundle))
         with Coverage(bundle) as coverage:

@@ -41,6 +41,8 @@ MORE_ATTENTION += ["llama-3.2-1b:hh-rlhf", "llama-3-8b:hh-rlhf"]
 MORE_HEADS = ["llama-3-8b:256/256/256:8", "llama-3.2-1b:256/256/256:16", "smollm2-135m:256/256/256:16"]
 # Whose step is timed, and of whose time the order of dQ takes a share.
 STEP = "smollm2-135m", "ultrafeedback"
+# Of the CPU, which only queues.
+PEER_THREADS = "8"
 # As many as ours.
 STEPS = ["--warmups", "10", "--calls", "20"]
 ATTENTION = ["--only", "attention_forward", "--only", "attention_backward"]
@@ -57,7 +59,7 @@ TINY = os.environ.get("MMPO_FAST_DRY_RUN") is not None
 if TINY:
     CAUSAL, PAIRS, HEADS = ["tiny:40/0/0:2"], ["tiny:tiny:2"], ["tiny:tiny:2"]
     MORE_ATTENTION, MORE_HEADS, STEP = ["tiny-128:tiny:1"], ["tiny-128:tiny:1"], ("tiny", "tiny")
-    STEPS = ["--warmups", "1", "--calls", "2"]
+    STEPS, PEER_THREADS = ["--warmups", "1", "--calls", "2"], "1"
     TEST_SECONDS = CHECKED_TEST_SECONDS = 6
 
 
@@ -161,7 +163,7 @@ class Run:
 
     def peer(self, clock, log, share, script, *arguments):
         seconds = clock.left() * share
-        command = [sys.executable, BUNDLE / "peers" / script, "--threads", "8", "--csv", self.raw, *arguments]
+        command = [sys.executable, BUNDLE / "peers" / script, "--threads", PEER_THREADS, "--csv", self.raw, *arguments]
         command += ["--seconds", f"{0.8 * seconds:.1f}", *(["--tiny"] if TINY else [])]
         return self.program(f"{script} {' '.join(arguments)}", command, log, seconds)
 

@@ -3,7 +3,7 @@ for GPUs alone are replaced by what they compute."""
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ def flex_attention(query, key, value, block_mask=None, enable_gqa=False, scale=N
     return (out, out.detach().float().sum(-1)) if return_lse else out
 
 
+@contextmanager
+def sdpa_kernel(*_):
+    yield
+
+
 def nothing(*_):
     return None
 
@@ -55,7 +60,7 @@ torch.cuda.get_device_name = lambda *_: "pretended"
 torch.cuda.memory_allocated = lambda *_: 0
 torch.cuda.max_memory_allocated = lambda *_: 1 << 30
 torch.compile = lambda function=None, **_: function
-attention.sdpa_kernel = lambda *_: nullcontext()
+attention.sdpa_kernel = sdpa_kernel
 flex.flex_attention = flex_attention
 
 script = next(word for word in sys.orig_argv if "/peers/" in word)
