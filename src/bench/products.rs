@@ -55,7 +55,7 @@ impl Duel {
 }
 
 pub fn run(config: &BenchConfig) -> Result<()> {
-    let mut device = match config.device {
+    let device = match config.device {
         DeviceChoice::Cuda(ordinal) => CudaDevice::open(ordinal)?,
         DeviceChoice::Auto => CudaDevice::open(0)?,
         DeviceChoice::Cpu | DeviceChoice::Emulated => {
@@ -66,12 +66,23 @@ pub fn run(config: &BenchConfig) -> Result<()> {
         }
     };
     let method = Method::GPU.with_calls(config.warmups, config.calls);
+    compare(device, config, &method, plans(), Products::Vendor)
+}
+
+/// Times the products of `plans` by ours and by those of `other`, the vendor's.
+fn compare(
+    mut device: CudaDevice,
+    config: &BenchConfig,
+    method: &Method,
+    plans: impl Iterator<Item = Plan>,
+    other: Products,
+) -> Result<()> {
     let deadline = Deadline::of(config.seconds);
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.product_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
-    for Plan { model, rows, makers } in plans() {
+    for Plan { model, rows, makers } in plans {
         let shape = shape(model, rows)?;
         for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
@@ -80,42 +91,66 @@ pub fn run(config: &BenchConfig) -> Result<()> {
             if !product || !config.wants(&name.name()) {
                 continue;
             }
+            let name = name.name();
             if deadline.is_over() {
                 tracing::warn!(
-                    "{} of {model} at {rows} rows is left out: the time of `--seconds` is over",
-                    name.name()
+                    "{name} of {model} at {rows} rows is left out: the time of `--seconds` is over"
                 );
                 continue;
             }
-            let case = make(&device, &shape)?;
-            // SwiGLU stands behind one layer alone, so its case names none.
-            let layer = if case.part.is_empty() { "gate_up" } else { case.part };
-            let linear = cases::linear_shape(&shape, layer);
-            let (operation, flops) = (case.operation, case.flops);
-            let mut ways = vec![Products::Vendor, Products::Ours];
-            if operation != "linear_swiglu_forward" {
-                ways.extend((0..).take(tiles.len()).map(Products::Tile));
-            }
-            let samples;
-            (device, samples) = time(device, case, &flush, &method, &ways);
-            match samples {
-                Ok(samples) => {
-                    let mut samples = samples.into_iter();
-                    let [vendor, planned] = [(); 2].map(|()| samples.next().unwrap_or_default());
-                    let (shape, tiles) = (shape.clone(), samples.collect());
-                    let duel = Duel { operation, layer, shape, linear, flops, vendor, planned, tiles };
-                    write(&device, config, &duel)?;
-                    duels.push(duel);
-                }
+            let duel;
+            (device, duel) = fight(device, make, &shape, &flush, method, other, tiles.len());
+            match duel.and_then(|duel| write(&device, config, &duel).map(|()| duel)) {
+                Ok(duel) => duels.push(duel),
                 Err(error) => {
-                    tracing::error!("{operation} {layer} of {linear:?} is not timed: {error}");
+                    tracing::error!("{name} of {model} at {rows} rows is not timed: {error}");
                     failure.get_or_insert(error);
                 }
             }
         }
     }
-    print(&device, config, &method, &duels, &tiles)?;
+    print(&device, config, method, &duels, &tiles)?;
     failure.map_or(Ok(()), Err)
+}
+
+/// One product every way: the other engine's, ours as planned, ours in each tile.
+fn fight(
+    device: CudaDevice,
+    make: Maker<CudaDevice>,
+    shape: &Shape,
+    flush: &Floats<CudaDevice>,
+    method: &Method,
+    other: Products,
+    tiles: usize,
+) -> (CudaDevice, Result<Duel>) {
+    let case = match make(&device, shape) {
+        Ok(case) => case,
+        Err(error) => return (device, Err(error)),
+    };
+    // SwiGLU stands behind one layer alone, so its case names none.
+    let layer = if case.part.is_empty() { "gate_up" } else { case.part };
+    let (operation, flops) = (case.operation, case.flops);
+    let mut ways = vec![other, Products::Ours];
+    if operation != "linear_swiglu_forward" {
+        ways.extend((0..).take(tiles).map(Products::Tile));
+    }
+    let (device, samples) = time(device, case, flush, method, &ways);
+    let duel = samples.map(|samples| {
+        let mut samples = samples.into_iter();
+        let [vendor, planned] = [(); 2].map(|()| samples.next().unwrap_or_default());
+        let linear = cases::linear_shape(shape, layer);
+        Duel {
+            operation,
+            layer,
+            shape: shape.clone(),
+            linear,
+            flops,
+            vendor,
+            planned,
+            tiles: samples.collect(),
+        }
+    });
+    (device, duel)
 }
 
 /// What is timed of a model at once.
@@ -338,6 +373,48 @@ mod tests {
             .collect();
         assert_eq!(sizes, [(576, 49_152), (2048, 128_256), (4096, 128_256)]);
         assert!(heads.iter().all(|plan| plan.makers.len() == 2));
+    }
+
+    /// All of it but cuBLASLt, in whose place our own portable products stand: rows for the file and for the table.
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn products_are_compared_and_written_down() {
+        use crate::device::cuda::{EmulatorVariant, KernelPath};
+        let folder = tempfile::tempdir().unwrap();
+        let csv = folder.path().join("raw.csv");
+        let config = |seconds| BenchConfig {
+            parts: vec![super::super::Part::Products],
+            cases: Vec::new(),
+            model: None,
+            layers: None,
+            profile: None,
+            pairs: None,
+            tokens: None,
+            only: Vec::new(),
+            warmups: None,
+            calls: None,
+            seconds,
+            json: true,
+            csv: Some(csv.clone()),
+            device: DeviceChoice::Emulated,
+            threads: None,
+        };
+        let plans = || {
+            let layers = Plan { model: "tiny", rows: 32, makers: cases::all() };
+            let head = Plan { model: "tiny", rows: 32, makers: cases::head_products() };
+            [layers, head].into_iter()
+        };
+        let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(KernelPath::Hopper);
+        compare(device(), &config(None), &Method::EMULATED, plans(), Products::Ours).unwrap();
+        let rows = std::fs::read_to_string(&csv).unwrap();
+        for row in [
+            "mmpo-fast,linear_forward gate_up,tiny 16/8/8 x1",
+            "cuBLASLt,linear_backward_input_f32 head,tiny",
+        ] {
+            assert!(rows.contains(row), "{row} is not in\n{rows}");
+        }
+        compare(device(), &config(Some(0.0)), &Method::EMULATED, plans(), Products::Ours).unwrap();
+        assert_eq!(std::fs::read_to_string(&csv).unwrap(), rows, "no time, no rows");
     }
 
     #[cfg(mmpo_emulated)]

@@ -1,6 +1,7 @@
 """The parts of run.sh, which README.md describes. Every part has a share of its call's time and stops with what it has; after each,
 the summary is written again, so that a machine that is taken away costs what was not yet done and nothing else."""
 
+import importlib.util
 import json
 import os
 import re
@@ -158,7 +159,7 @@ class Run:
     def ours(self, clock, log, share, *arguments):
         """`mmpo-fast bench` for a share of the time that is left; a text if it fails."""
         seconds = clock.left() * share
-        command = [self.bin / "mmpo-fast", "--quiet", "bench", *arguments, "--device", "cuda", "--csv", self.raw]
+        command = [self.bin / "mmpo-fast", "bench", *arguments, "--device", "cuda", "--csv", self.raw]
         return self.program(f"bench {' '.join(arguments)}", [*command, "--seconds", f"{0.8 * seconds:.1f}"], log, seconds)
 
     def peer(self, clock, log, share, script, *arguments):
@@ -180,11 +181,8 @@ class Run:
 
 def nvidia_libraries():
     """cuBLASLt where it comes with PyTorch."""
-    try:
-        import nvidia
-    except ImportError:
-        return []
-    return [str(path) for root in nvidia.__path__ for path in Path(root).glob("*/lib")]
+    spec = importlib.util.find_spec("nvidia")
+    return [str(path) for root in (spec.submodule_search_locations if spec else []) for path in Path(root).glob("*/lib")]
 
 
 def must(*results):
@@ -201,10 +199,7 @@ def cases_of(names):
 def machine(run, clock, log):
     # Only for people: nothing here can fail.
     for command in (["nvidia-smi"], ["nvcc", "--version"], [sys.executable, "-m", "pip", "list", "--format", "freeze"]):
-        try:
-            processes.run(command, log, clock.left() / 2)
-        except OSError as error:
-            print(error, file=log)
+        print(f"{command[0]}: {processes.run(command, log, clock.left() / 2) or 'done'}", file=log, flush=True)
 
 
 def layouts(run, clock, log):
@@ -342,7 +337,7 @@ def profile(run, clock, log):
     """Counters of the kernels that matter, at a size that fills the GPU. Each case launches at a small shape first, where it is checked."""
     shape = "tiny:tiny:2" if TINY else "llama-3.2-1b:ultrafeedback"
     command = ["ncu", "--clock-control", "none", "--csv", "--metrics", METRICS, "--launch-count", "300"]
-    command += ["--kernel-name", f"regex:{COUNTED}", "--log-file", run.results / "profile.csv", run.bin / "mmpo-fast", "--quiet"]
+    command += ["--kernel-name", f"regex:{COUNTED}", "--log-file", run.results / "profile.csv", run.bin / "mmpo-fast"]
     command += ["bench", "kernels", "--device", "cuda", "--case", shape, "--warmups", "0", "--calls", "1"]
     command += ["--seconds", f"{0.6 * clock.left():.1f}"]
     for name in ("attention_forward", "attention_backward", "logp_head forward", "linear_forward gate_up", "linear_backward_weight gate_up"):
@@ -401,7 +396,7 @@ def show(run):
     text = run.report()
     readme = run.results / "README.md"
     if readme.exists():
-        found = re.search(r"## What was asked for\n.*?(?=\n## Beside)", readme.read_text(), re.DOTALL)
+        found = re.search(r"## What was (asked|predicted).*?(?=\n## Beside)", readme.read_text(), re.DOTALL)
         text += "\n" + (found.group(0) if found else "")
     if len(text) > MOST_PRINTED:
         text = text[:MOST_PRINTED] + f"\n... the rest is in report.txt and README.md of {run.results}"
