@@ -387,7 +387,7 @@ def planned(words):
             sys.exit(f"run.sh: no part is called {word}; there are {', '.join([*CALLS, *PARTS])}")
         limit, shares = CALLS[calls[0]]
         parts |= shares if word == calls[0] else {word: shares[word]}
-        seconds += limit if word == calls[0] else limit * shares[word] / sum(shares.values())
+        seconds += limit if word == calls[0] else limit * shares[word] / sum(shares.values()) + RESERVE
     return parts, float(os.environ.get("MMPO_FAST_LIMIT", seconds))
 
 
