@@ -238,7 +238,7 @@ fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()>
 }
 
 /// Paths of a folder's entries, sorted; none where there is no such folder.
-pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(folder, "read", error);
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -267,6 +267,34 @@ fn sync_folder(folder: &Path) -> Result<()> {
         return Ok(());
     }
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
+}
+
+/// What something is for people: `a folder`, `a FIFO`, `a device`.
+pub fn kind_of(metadata: &std::fs::Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        return "a file";
+    }
+    if kind.is_dir() {
+        return "a folder";
+    }
+    if kind.is_symlink() {
+        return "a symbolic link";
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if kind.is_fifo() {
+            return "a FIFO";
+        }
+        if kind.is_socket() {
+            return "a socket";
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return "a device";
+        }
+    }
+    "no ordinary file"
 }
 
 /// The folder that holds `path`.
