@@ -2,14 +2,17 @@
 """Turns a folder of raw results into its README.md, roofline.svg and ratios.svg. Needs Python alone.
 
     python3 benches/summary.py RESULTS
+    python3 benches/summary.py --questions      what waits for a GPU, for benches/results/README.md
 
 RESULTS holds raw.csv, rows of mmpo-fast and its peers in the columns of `common.HEADER`, and about.txt, lines of `name: value`: the
 command, the commit, versions, clocks and watts before and after. A peer that was measured several times (A B A) has several rows of
-one operation and shape; its median is the median of theirs, its range all of them.
+one operation and shape; its median is the median of theirs, its range all of them. A GPU's results may also hold parts.json, the outcome of
+each part of tools/gpu/run.py, and profile.csv, counters of ncu. predictions.json says what was expected before anything was measured.
 """
 
 import csv
 import html
+import json
 import math
 import statistics
 import sys
@@ -163,6 +166,76 @@ def asked(results):
     return ["| what | asked | measured | holds |", "|---|---|---|---|", *lines] if lines else []
 
 
+def predictions():
+    """Beside this script, in the repository and in a bundle."""
+    return json.loads((Path(__file__).resolve().parent / "predictions.json").read_text())
+
+
+def questions():
+    """Markdown table of what waits for a GPU."""
+    lines = ["| question | prediction | answered by |", "|---|---|---|"]
+    return lines + [f"| {entry['question']} | {entry['prediction']} | `{entry['part']}` |" for entry in predictions()]
+
+
+def measured(entry, results, bandwidth, rate):
+    """The figure of a prediction, None where it was not measured."""
+    for (op, shape), peers in results.items():
+        if op != entry["op"] or not shape.startswith(entry["shape"]) or OURS not in peers:
+            continue
+        ours, figure = peers[OURS], entry["figure"]
+        if figure == "of product":
+            return ours.flops / ours.median * 1e6 / rate if rate else None
+        if figure == "of copy":
+            return ours.bytes / ours.median * 1e6 / bandwidth if bandwidth else None
+        if figure == "over any order":
+            other, over = results.get((op + " any order", shape), {}).get(OURS), ours
+        elif figure == "of the step":
+            other, over = results.get(("step", shape), {}).get(OURS), ours
+        else:
+            first, second = figure.split(" over ")
+            name = first if second == "ours" else second
+            other = next((result for peer, result in peers.items() if peer.startswith(name)), None)
+            over, other = (other, ours) if second == "ours" else (ours, other)
+        return over.median / other.median if over and other else None
+    return None
+
+
+def predicted(results, parts, bandwidth, rate):
+    """Markdown table of what was predicted and what came out."""
+    lines = ["| question | predicted | measured | as predicted |", "|---|---|---|---|"]
+    for entry in predictions():
+        part = entry["part"].split()[1]
+        if part not in parts:
+            continue
+        if "figure" not in entry:
+            found = parts[part]["outcome"] + " | -"
+        else:
+            value = measured(entry, results, bandwidth, rate)
+            found = verdict(value, lambda value: entry["low"] <= value <= entry["high"])
+        lines.append(f"| {entry['question']} | {entry['prediction']} | {found} |")
+    return lines
+
+
+def counters(path):
+    """Markdown table of ncu's counters: of each kernel its longest launch."""
+    launches = defaultdict(dict)
+    with path.open() as file:
+        rows = csv.DictReader(line for line in file if line.startswith('"'))
+        for row in rows:
+            launches[row["ID"], row["Kernel Name"]][row["Metric Name"]] = row["Metric Value"]
+    number = lambda text: float(text.replace(",", "")) if text else 0.0
+    longest = {}
+    for (_, kernel), values in launches.items():
+        kernel = kernel.split("(")[0][:60]
+        if number(values.get("gpu__time_duration.sum")) >= number(longest.get(kernel, {}).get("gpu__time_duration.sum")):
+            longest[kernel] = values
+    names = list(dict.fromkeys(name for values in longest.values() for name in values))
+    lines = ["| kernel | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for kernel, values in longest.items():
+        lines.append(f"| {kernel} | " + " | ".join(values.get(name, "-") for name in names) + " |")
+    return lines
+
+
 def alone(results, bandwidth, rate):
     """Markdown table of our kernels beside the ceilings."""
     lines = [
@@ -272,9 +345,11 @@ def write(folder):
     lines = [f"# {folder.resolve().name}", "", *(f"- {entry}" for entry in about), ""]
     if bandwidth and rate:
         lines += [f"Ceilings, measured in this run: copy {bandwidth / 1e9:.4g} GB/s, large product {rate / 1e12:.3g} TFLOP/s.", ""]
-    wanted = asked(results)
+    wanted, parts = asked(results), folder / "parts.json"
     if wanted:
         lines += ["## What was asked for", "", *wanted, ""]
+    if parts.exists():
+        lines += ["## What was predicted", "", *predicted(results, json.loads(parts.read_text()), bandwidth, rate), ""]
     lines += [
         "## Beside the peers",
         "",
@@ -286,6 +361,7 @@ def write(folder):
         "",
         *alone(results, bandwidth, rate),
         "",
+        *(["## Counters", "", *counters(folder / "profile.csv"), ""] if (folder / "profile.csv").exists() else []),
         "Raw rows are in raw.csv; `benches/README.md` says how they were measured.",
     ]
     for name, chart in charts.items():
@@ -300,4 +376,7 @@ def write(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print(write(Path(sys.argv[1])))
+    if sys.argv[1] == "--questions":
+        print("\n".join(questions()))
+    else:
+        print(write(Path(sys.argv[1])))

@@ -78,6 +78,21 @@ fn several_shapes_are_measured_at_once() {
     assert_eq!(rows, [&["op"], &ceilings[..], &both, &both, &ceilings].concat(), "{text}");
 }
 
+/// Time that is over ends the measurement and not the program: what is left out is named, and one step is timed in any case.
+#[test]
+fn nothing_begins_after_its_time() {
+    let small = ["--shape", "tiny", "--profile", "tiny", "--pairs", "1", "--device", "cpu", "--seconds", "0"];
+    let (code, stdout, stderr) = bench(&[&["kernels", "--only", "rope"], &small[..]].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(
+        stdout.contains("of ceiling") && stderr.contains("rope of tiny tiny x1 is left out"),
+        "{stdout}{stderr}"
+    );
+    let (code, stdout, stderr) = bench(&[&["step", "--calls", "5"], &small[..]].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("1 timed") && stderr.contains("only 1 of 5 steps"), "{stdout}{stderr}");
+}
+
 /// One header, and the columns that the peers write too.
 fn assert_csv(path: &Path) {
     let text = std::fs::read_to_string(path).unwrap();
@@ -155,6 +170,8 @@ fn mistakes_are_named() {
         (&["step", "--calls", "0"], 2, "must be at least 1"),
         (&["step", "--case", "tiny:tiny"], 2, "for `bench kernels` alone"),
         (&["kernels", "--case", "tiny"], 2, "is not MODEL:PROFILE"),
+        (&["kernels", "--seconds", "-1"], 2, "--seconds"),
+        (&["kernels", "--seconds", "nan"], 2, "`--seconds`"),
         (&["kernels", "--case", "tiny:tiny:0"], 2, "is not MODEL:PROFILE"),
         (&["kernels", "--case", "tiny:9999999999/1/1"], 2, "a batch of more than 16777216 tokens"),
         (

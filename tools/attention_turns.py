@@ -7,15 +7,17 @@ Blocks start in the order of tickets, as multiprocessors fall free. A step takes
 over that of the same blocks when terms are added in any order (f32 atomics). Times are guesses for an H100; ratios hold
 for a wide range of them, which is what the model is for.
 
-    tools/attention_turns.py
+    tools/attention_turns.py [MULTIPROCESSORS]      an H100 SXM's or H200's 132 otherwise
 """
 
 import heapq
 import random
+import sys
 
 BLOCK_N = 128
 STEP, JITTER, DRAIN, VISIBLE, START = 3.5, 0.2, 0.3, 1.5, 3.0
-KV_HEADS, MULTIPROCESSORS = 8, 132
+KV_HEADS = 8
+MULTIPROCESSORS = int(sys.argv[1]) if len(sys.argv) > 1 else 132
 
 
 def ceil_div(a, b):

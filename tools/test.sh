@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, on a machine with Rust, a C++ compiler and python3: the Rust tests, which run every kernel on
-# the emulated device, then, in .venv (made on the first call), transformers loading a folder that `train` wrote, and a real model
-# beside transformers and TRL.
+# the emulated device, then, in .venv (made on the first call), transformers loading a folder that `train` wrote, a real model
+# beside transformers and TRL, and the scripts that a GPU machine runs, tried without one.
 #
 #     tools/test.sh            all of it
 #     tools/test.sh --rust     the Rust tests alone
@@ -13,3 +13,4 @@ cargo test --release --locked
 bash tests/reference/setup.sh
 bash tests/reference/check.sh
 bash tests/reference/check_real_model.sh
+bash tests/gpu_scripts/check.sh

@@ -3,7 +3,7 @@
 Variants:
     sdpa flash, sdpa cudnn, sdpa    scaled_dot_product_attention by that backend (on a CPU: PyTorch's own choice), causal, on the
                                     pairs unpacked: chosen and rejected rows with the prompt in each, padded to the longer one;
-                                    on plain sequences as they are, forward alone
+                                    on plain sequences as they are
     flex                            FlexAttention on the packed pairs, the shared-prefix mask as a block mask, compiled
 On plain sequences (profile P/0/0) it stays out. All count the operations that the packed pairs need, so a rate says how fast the same pairs are done.
 """
@@ -104,7 +104,7 @@ def variants_of(inputs, arguments):
         variants["sdpa"] = sdpa(None)
 
     if shape.plain:
-        return common.wanted(arguments, {name: (*variant[:2], None, variant[3]) for name, variant in variants.items()})
+        return common.wanted(arguments, variants)
     mask = pair_mask(shape, arguments.device)
     on_gpu = arguments.device == "cuda"
     # A kernel of its own for every shape, as ours are.
@@ -135,12 +135,16 @@ def measure(shape, arguments):
             backward[name] = lambda: torch.autograd.grad(out, operands, dout, retain_graph=True), None
 
     for name, (operands, run, dout, packed_of) in variants_of(inputs, arguments).items():
+        if not common.has_time(arguments, f"{name} at {shape.name}"):
+            continue
         with common.left_out(arguments, name):
             out = run(*operands)
             if dout is not None:
                 torch.autograd.grad(out, operands, dout, retain_graph=True)
             common.check(f"attention, {name}", packed_of(out)[:, : inputs.checked_rows], reference, dtype)
             add(name, operands, run, dout, out)
+    if arguments.compile_only:
+        return
     stopwatch = common.Stopwatch(arguments)
     products = shape.visible * shape.heads * shape.head_size
     common.report(arguments, shape, "attention_forward", stopwatch.measure(forward), flops=4 * products)
@@ -149,7 +153,10 @@ def measure(shape, arguments):
 
 
 def main(argv=None):
-    arguments = common.arguments_of(__doc__, argv)
+    def extra(parser):
+        parser.add_argument("--compile-only", action="store_true", help="check once and time nothing: fills the compilers' caches")
+
+    arguments = common.arguments_of(__doc__, argv, extra)
     for shape in common.shapes_of(arguments):
         measure(shape, arguments)
     common.finish(arguments)

@@ -8,6 +8,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import platform
 import re
 import statistics
@@ -23,6 +24,10 @@ TOKEN_STREAM = 1 << 20
 OPERAND_STREAM = 1 << 21
 # About 1.5 ms: longer than PyTorch takes to queue what is timed.
 SLEEP_CYCLES = 3_000_000
+# As `bench::measure::Method` in Rust: seconds of the device after which a long operation has warmed up.
+ENOUGH = 0.04
+# Importing PyTorch takes a good part of a short time.
+STARTED = time.monotonic()
 
 
 def find_shapes():
@@ -92,8 +97,9 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     parser.add_argument("--case", action="append", help="MODEL:PROFILE[:PAIRS], instead of these; may be repeated")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, prompts once")
     parser.add_argument("--pairs", type=int, help="pairs of a batch, instead of tokens")
-    parser.add_argument("--warmups", type=int)
-    parser.add_argument("--calls", type=int)
+    parser.add_argument("--warmups", type=int, help="calls before the timed ones, however long each is")
+    parser.add_argument("--calls", type=int, help="timed calls, however long each is")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more when these are over")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--only", action="append", default=[], help="variants whose names contain this")
     parser.add_argument("--csv", type=Path, help="add a row a result to this file")
@@ -104,15 +110,29 @@ def arguments_of(description, argv=None, extra=lambda parser: None):
     if arguments.tiny:
         arguments.shape, arguments.profile, arguments.pairs = "tiny", "tiny", 2
         arguments.warmups, arguments.calls = arguments.warmups or 0, arguments.calls or 1
+    asked = arguments.warmups is not None or arguments.calls is not None
     arguments.warmups = arguments.warmups if arguments.warmups is not None else (50 if on_gpu else 2)
     arguments.calls = arguments.calls or (50 if on_gpu else 7)
+    arguments.enough = ENOUGH if on_gpu and not asked else float("inf")
+    arguments.end = STARTED + arguments.seconds
     torch.set_num_threads(arguments.threads)
     return arguments
 
 
+def has_time(arguments, what):
+    """Whether something more may begin; says what is left out otherwise."""
+    if time.monotonic() < arguments.end:
+        return True
+    print(f"{what}: left out, the time of --seconds is over", flush=True)
+    return False
+
+
 def shapes_of(arguments):
-    """What is measured in one process: the cases, or the one shape."""
-    return [Shape(arguments, case) for case in arguments.case or [None]]
+    """What is measured in one process: the cases, or the one shape, as far as time goes."""
+    for case in arguments.case or [None]:
+        shape = Shape(arguments, case)
+        if has_time(arguments, shape.name):
+            yield shape
 
 
 def dtype_of(arguments):
@@ -161,23 +181,44 @@ def check(what, got, wanted, dtype):
 class Stopwatch:
     def __init__(self, arguments):
         self.on_gpu = arguments.device == "cuda"
-        self.warmups, self.calls = arguments.warmups, arguments.calls
+        self.warmups, self.calls, self.enough = arguments.warmups, arguments.calls, arguments.enough
         size = 0 if arguments.tiny else (256 << 20 if self.on_gpu else 128 << 20)
         self.flush = torch.ones(size // 4, device=arguments.device)
 
     def measure(self, variants):
         """`variants`: name -> (run, prepare or None). Returns name -> seconds of the timed calls; variants take turns."""
-        for run, prepare in variants.values():
-            for _ in range(self.warmups):
-                if prepare:
-                    prepare()
-                run()
+        warmed = [self.warm_up(*variant) for variant in variants.values()]
+        # The slowest decides: variants take turns.
+        calls = self.calls_of(max(warmed, default=0.0))[1]
         seconds = {name: [] for name in variants}
-        for _ in range(self.calls):
+        for _ in range(calls):
             for name, (run, prepare) in variants.items():
                 if prepare:
                     prepare()
                 seconds[name].append(self.time(run))
+        return seconds
+
+    def calls_of(self, seconds):
+        """Warm-up calls and timed calls of an operation that takes so long: the numbers that were asked for, fewer of long ones."""
+
+        def within(enough, least, most):
+            return min(most, max(least, math.ceil(min(enough / max(seconds, 1e-9), most))))
+
+        return within(self.enough, 3, self.warmups), within(2 * self.enough, 7, self.calls)
+
+    def warm_up(self, run, prepare):
+        """Seconds of a call that is warm, or 0 where no warm-up was asked for."""
+        done, wanted, seconds = 0, self.warmups, 0.0
+        while done < wanted:
+            if prepare:
+                prepare()
+            if done < 2:
+                # The first call also compiles or loads.
+                seconds = self.time(run)
+                wanted = self.calls_of(seconds)[0]
+            else:
+                run()
+            done += 1
         return seconds
 
     def time(self, run):

@@ -137,11 +137,15 @@ def measure(shape, arguments):
     inputs = Inputs(shape, arguments)
     runs, workspaces = {}, {}
     for name, loss in variants_of(inputs, arguments).items():
+        if not common.has_time(arguments, f"{name} at {shape.name}"):
+            continue
         gradients = lambda loss=loss: torch.autograd.grad(loss(), (inputs.hidden, inputs.weight))
         coefficients = -torch.ones_like(inputs.coefficients) if name.startswith("liger") else inputs.coefficients
         with common.left_out(arguments, name):
             inputs.check(f"head, {name}", gradients(), coefficients, dtype)
             runs[name], workspaces[name] = (gradients, None), common.workspace(arguments, gradients)
+    if arguments.compile_only:
+        return
     runs |= common.wanted(arguments, {"three products": (three_products(inputs), None)})
     flops = 6 * shape.scored * shape.vocabulary * shape.hidden
     seconds = common.Stopwatch(arguments).measure(runs)
@@ -150,6 +154,7 @@ def measure(shape, arguments):
 
 def main(argv=None):
     def extra(parser):
+        parser.add_argument("--compile-only", action="store_true", help="check once and time nothing: fills the compilers' caches")
         parser.add_argument("--interpret", action="store_true", help="Liger on a CPU too, by TRITON_INTERPRET=1: to see that it runs")
 
     arguments = common.arguments_of(__doc__, argv, extra)

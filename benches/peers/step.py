@@ -174,17 +174,24 @@ def make_step(variant, shape, arguments):
 
 
 def measure(variant, shape, arguments):
-    """One process, one variant: its peak memory is its own."""
+    """The host's peak memory is that of all variants so far, so whoever compares it runs one a process."""
     baseline = memory("VmRSS:")
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     step, model, batch = make_step(variant, shape, arguments)
     seconds, losses = [], []
     for index in range(arguments.warmups + arguments.calls):
+        # Time that is up ends the warm-up too: one step is timed in any case.
+        last = time.monotonic() >= arguments.end
         started = time.perf_counter()
         losses.append(step())
         if arguments.device == "cuda":
             torch.cuda.synchronize()
-        if index >= arguments.warmups:
+        if index >= arguments.warmups or last:
             seconds.append(time.perf_counter() - started)
+        if last:
+            break
     median = statistics.median(seconds)
     return {
         "engine": "pytorch",
@@ -222,18 +229,30 @@ def flops_of(shape):
 
 def main(argv=None):
     def extra(parser):
-        parser.add_argument("--variant", choices=VARIANTS, default="padded")
+        parser.add_argument("--variant", choices=VARIANTS, action="append", help="may be repeated [default: padded]")
         parser.add_argument("--json", action="store_true")
 
     arguments = common.arguments_of(__doc__, argv, extra)
     shape = common.Shape(arguments)
-    report = measure(arguments.variant, shape, arguments)
+    reports = []
+    for variant in arguments.variant or ["padded"]:
+        if not common.has_time(arguments, variant):
+            continue
+        with common.left_out(arguments, variant):
+            reports.append(report_of(variant, shape, arguments))
+    if not reports:
+        raise SystemExit(f"{shape.name}: no step was measured")
+    return reports[-1]
+
+
+def report_of(variant, shape, arguments):
+    report = measure(variant, shape, arguments)
     if arguments.json:
         print(json.dumps(report))
     else:
         print(f"first loss {report['losses'][0]:.5f}, peak {report['peak_device_bytes'] / 2**30:.2f} GiB on the device")
     if arguments.csv or not arguments.json:
-        common.report(arguments, shape, "step", {f"pytorch {arguments.variant}": report["seconds"]}, flops=flops_of(shape))
+        common.report(arguments, shape, "step", {f"pytorch {variant}": report["seconds"]}, flops=flops_of(shape))
     return report
 
 

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::BenchConfig;
 use super::cases::{self, Case, Maker};
-use super::measure::{Ceilings, Method, Stopwatch};
+use super::measure::{Ceilings, Deadline, Method, Stopwatch};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
 use crate::device::Device;
@@ -30,13 +30,14 @@ struct Line {
 
 /// Measures every shape, whatever is wrong with one kernel, and then fails if something was.
 pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method: Method) -> Result<()> {
+    let deadline = Deadline::of(config.seconds);
     let mut stopwatch = Stopwatch::new(device, method)?;
     let mut ceilings = Ceilings::measure(&mut stopwatch)?;
     write(config, device, &ceiling_rows(&ceilings))?;
     let mut failures = Failures::default();
     let mut measured = Vec::new();
     for shape in shapes {
-        let rows = measure_shape(&mut stopwatch, device, config, shape, &mut failures)?;
+        let rows = measure_shape(&mut stopwatch, device, config, shape, deadline, &mut failures)?;
         // At once: what was measured is there even if something later brings the program to an end.
         write(config, device, &rows.iter().map(|row| row.row.clone()).collect::<Vec<_>>())?;
         measured.push((shape, rows));
@@ -44,7 +45,7 @@ pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method
             break;
         }
     }
-    if measured.iter().all(|(_, rows)| rows.is_empty()) && failures.first.is_none() {
+    if measured.iter().all(|(_, rows)| rows.is_empty()) && failures.first.is_none() && !deadline.is_over() {
         return Err(Error::config(
             format!("`--only` = {} is part of no kernel's name", config.only.join(", ")),
             "run without it to see the names",
@@ -84,6 +85,7 @@ fn measure_shape<D: Device>(
     device: &D,
     config: &BenchConfig,
     shape: &Shape,
+    deadline: Deadline,
     failures: &mut Failures,
 ) -> Result<Vec<Measured>> {
     let reference = CpuDevice::new(config.threads)?;
@@ -92,6 +94,10 @@ fn measure_shape<D: Device>(
         let small = make(device, &small_shape()?)?;
         let name = small.name();
         if small.redundant || !config.wants(&name) {
+            continue;
+        }
+        if deadline.is_over() {
+            tracing::warn!("{name} of {} is left out: the time of `--seconds` is over", shape.name());
             continue;
         }
         let checked_and_timed = check(device, small, &reference, make_reference)

@@ -3,17 +3,22 @@
 //! Before anything is timed its outputs are poisoned and checked. A call is timed alone, by events on a GPU, behind a
 //! read of other memory that pushes its operands out of the caches; so the launch's own cost on the host hides behind that.
 
+use std::time::{Duration, Instant};
+
 use super::inputs;
 use crate::device::{Device, Floats, LinearShape};
 use crate::error::Result;
 
 /// How often a thing runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Method {
-    /// Calls before the timed ones.
+    /// Calls before the timed ones, at most.
     pub warmups: usize,
-    /// Timed calls.
+    /// Timed calls, at most.
     pub calls: usize,
+    /// Seconds of the device after which a long operation has warmed up, and as many timed ones twice over; infinite where a
+    /// number of calls was asked for. A GPU is warm after so much work, whether that is one call or fifty.
+    pub enough: f64,
     /// Bytes read before each timed call: several times the last cache.
     pub flush_bytes: usize,
     /// Sides of the square product whose rate is the ceiling.
@@ -23,13 +28,52 @@ pub struct Method {
 }
 
 impl Method {
-    pub const GPU: Method =
-        Method { warmups: 50, calls: 50, flush_bytes: 256 << 20, product_side: 8192, copy_bytes: 2 << 30 };
-    pub const CPU: Method =
-        Method { warmups: 2, calls: 7, flush_bytes: 128 << 20, product_side: 2048, copy_bytes: 256 << 20 };
+    pub const GPU: Method = Method {
+        warmups: 50,
+        calls: 50,
+        enough: 0.04,
+        flush_bytes: 256 << 20,
+        product_side: 8192,
+        copy_bytes: 2 << 30,
+    };
+    pub const CPU: Method = Method {
+        warmups: 2,
+        calls: 7,
+        enough: f64::INFINITY,
+        flush_bytes: 128 << 20,
+        product_side: 2048,
+        copy_bytes: 256 << 20,
+    };
     /// To see that everything runs; its times mean nothing.
-    pub const EMULATED: Method =
-        Method { warmups: 0, calls: 1, flush_bytes: 0, product_side: 64, copy_bytes: 1 << 16 };
+    pub const EMULATED: Method = Method {
+        warmups: 0,
+        calls: 1,
+        enough: f64::INFINITY,
+        flush_bytes: 0,
+        product_side: 64,
+        copy_bytes: 1 << 16,
+    };
+
+    /// With these numbers of calls where they are asked for, exactly.
+    pub fn with_calls(self, warmups: Option<usize>, calls: Option<usize>) -> Self {
+        let asked = warmups.or(calls).is_some();
+        Method {
+            warmups: warmups.unwrap_or(self.warmups),
+            calls: calls.unwrap_or(self.calls),
+            enough: if asked { f64::INFINITY } else { self.enough },
+            ..self
+        }
+    }
+
+    /// Warm-up calls and timed calls of an operation that takes so many seconds.
+    pub fn calls_of(&self, seconds: f64) -> (usize, usize) {
+        let within = |enough: f64, least: usize, most: usize| {
+            let calls = (enough / seconds.max(1e-9)).ceil();
+            // The least may be more than was asked for.
+            if calls >= most as f64 { most } else { (calls as usize).max(least).min(most) }
+        };
+        (within(self.enough, 3, self.warmups), within(2.0 * self.enough, 7, self.calls))
+    }
 
     /// For people.
     pub fn describe(&self) -> String {
@@ -37,7 +81,26 @@ impl Method {
             0 => String::new(),
             mebibytes => format!(", {mebibytes} MiB read before each to empty the caches"),
         };
-        format!("{} calls to warm up, {} timed one by one{flush}", self.warmups, self.calls)
+        let (most, long) = match self.enough.is_finite() {
+            true => ("up to ", ", fewer where a call is long"),
+            false => ("", ""),
+        };
+        format!("{most}{} calls to warm up, {most}{} timed one by one{long}{flush}", self.warmups, self.calls)
+    }
+}
+
+/// The time after which nothing more is begun: what was measured by then is the result.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// So many seconds from now; never without.
+    pub fn of(seconds: Option<f64>) -> Self {
+        Deadline(seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds)))
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.0.is_some_and(|end| Instant::now() >= end)
     }
 }
 
@@ -87,12 +150,20 @@ impl<'a, D: Device> Stopwatch<'a, D> {
         mut prepare: impl FnMut() -> Result<()>,
         mut run: impl FnMut() -> Result<()>,
     ) -> Result<Sample> {
-        for _ in 0..self.method.warmups {
+        let (mut warmups, mut calls) = (self.method.warmups, self.method.calls);
+        let mut warm = 0;
+        while warm < warmups {
             prepare()?;
-            run()?;
+            if self.method.enough.is_finite() && warm < 2 {
+                // The first call also loads the kernel.
+                (warmups, calls) = self.method.calls_of(self.device.time(&mut run)?);
+            } else {
+                run()?;
+            }
+            warm += 1;
         }
-        let mut seconds = Vec::with_capacity(self.method.calls);
-        for _ in 0..self.method.calls {
+        let mut seconds = Vec::with_capacity(calls);
+        for _ in 0..calls {
             prepare()?;
             self.device.gradient_norm(&mut self.flushed, &[&self.flush], None)?;
             seconds.push(self.device.time(&mut run)?);
@@ -178,6 +249,22 @@ mod tests {
         let sample = Sample(vec![3.0, 1.0, 2.0, 10.0]);
         assert_eq!((sample.median(), sample.min(), sample.max()), (2.5, 1.0, 10.0));
         assert!(Sample::default().median().is_nan());
+    }
+
+    #[test]
+    fn long_operations_are_called_less_often() {
+        assert_eq!(Method::GPU.calls_of(1e-5), (50, 50));
+        assert_eq!(Method::GPU.calls_of(2e-3), (20, 40));
+        assert_eq!(Method::GPU.calls_of(0.035), (3, 7));
+        assert_eq!(Method::CPU.calls_of(10.0), (2, 7), "nothing is cut where it was not meant to be");
+        assert_eq!(Method::GPU.with_calls(Some(0), Some(2)).calls_of(10.0), (0, 2));
+        assert_eq!(Method::GPU.with_calls(None, Some(5)).calls_of(10.0), (50, 5));
+    }
+
+    #[test]
+    fn a_deadline_passes() {
+        assert!(!Deadline::of(None).is_over() && !Deadline::of(Some(3600.0)).is_over());
+        assert!(Deadline::of(Some(0.0)).is_over());
     }
 
     #[test]

@@ -77,6 +77,8 @@ pub struct BenchConfig {
     pub only: Vec<String>,
     pub warmups: Option<usize>,
     pub calls: Option<usize>,
+    /// Nothing more is begun when so many seconds are over.
+    pub seconds: Option<f64>,
     pub json: bool,
     /// Receives a row a result, behind those that it has.
     pub csv: Option<PathBuf>,
@@ -159,9 +161,7 @@ impl DeviceTask for Task<'_> {
             tracing::warn!("the emulated device runs kernels on the CPU: its times say nothing about a GPU");
         }
         if config.parts.contains(&Part::Kernels) {
-            let mut method = place.method();
-            method.warmups = config.warmups.unwrap_or(method.warmups);
-            method.calls = config.calls.unwrap_or(method.calls);
+            let method = place.method().with_calls(config.warmups, config.calls);
             kernels::run(&*device, config, &shapes, method)?;
         }
         if config.parts.contains(&Part::Step) {

@@ -5,15 +5,17 @@ use serde_json::json;
 
 use super::BenchConfig;
 use super::cases::{self, Case, Maker};
-use super::measure::{Method, Sample};
+use super::measure::{Deadline, Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
 use crate::device::cuda::{CudaDevice, ProductTile, Products};
 use crate::device::{DeviceChoice, Floats, Hardware, LinearShape, Memory, Optimizer};
 use crate::error::{Error, Result};
 
-/// Tokens of a batch at which each layer is timed.
-const ROWS: [usize; 3] = [2048, 8192, 16384];
+/// Tokens of a batch at which each layer is timed, the usual ones first: time may not suffice for all.
+const ROWS: [usize; 3] = [8192, 2048, 16384];
+/// Values of each output's start and of its end that must be the vendor's.
+const COMPARED: usize = 1 << 18;
 /// Scored tokens at which the head's gradients are timed.
 const SCORED: usize = 4096;
 const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
@@ -53,7 +55,7 @@ impl Duel {
 }
 
 pub fn run(config: &BenchConfig) -> Result<()> {
-    let mut device = match config.device {
+    let device = match config.device {
         DeviceChoice::Cuda(ordinal) => CudaDevice::open(ordinal)?,
         DeviceChoice::Auto => CudaDevice::open(0)?,
         DeviceChoice::Cpu | DeviceChoice::Emulated => {
@@ -63,14 +65,24 @@ pub fn run(config: &BenchConfig) -> Result<()> {
             ));
         }
     };
-    let mut method = Method::GPU;
-    method.warmups = config.warmups.unwrap_or(method.warmups);
-    method.calls = config.calls.unwrap_or(method.calls);
+    let method = Method::GPU.with_calls(config.warmups, config.calls);
+    compare(device, config, &method, plans(), Products::Vendor)
+}
+
+/// Times the products of `plans` by ours and by those of `other`, the vendor's.
+fn compare(
+    mut device: CudaDevice,
+    config: &BenchConfig,
+    method: &Method,
+    plans: impl Iterator<Item = Plan>,
+    other: Products,
+) -> Result<()> {
+    let deadline = Deadline::of(config.seconds);
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.product_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
-    for Plan { model, rows, makers, check } in plans() {
+    for Plan { model, rows, makers } in plans {
         let shape = shape(model, rows)?;
         for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
@@ -79,35 +91,66 @@ pub fn run(config: &BenchConfig) -> Result<()> {
             if !product || !config.wants(&name.name()) {
                 continue;
             }
-            let case = make(&device, &shape)?;
-            // SwiGLU stands behind one layer alone, so its case names none.
-            let layer = if case.part.is_empty() { "gate_up" } else { case.part };
-            let linear = cases::linear_shape(&shape, layer);
-            let (operation, flops) = (case.operation, case.flops);
-            let mut ways = vec![Products::Vendor, Products::Ours];
-            if operation != "linear_swiglu_forward" {
-                ways.extend((0..).take(tiles.len()).map(Products::Tile));
+            let name = name.name();
+            if deadline.is_over() {
+                tracing::warn!(
+                    "{name} of {model} at {rows} rows is left out: the time of `--seconds` is over"
+                );
+                continue;
             }
-            let samples;
-            (device, samples) = time(device, case, &flush, &method, &ways, check);
-            match samples {
-                Ok(samples) => {
-                    let mut samples = samples.into_iter();
-                    let [vendor, planned] = [(); 2].map(|()| samples.next().unwrap_or_default());
-                    let (shape, tiles) = (shape.clone(), samples.collect());
-                    let duel = Duel { operation, layer, shape, linear, flops, vendor, planned, tiles };
-                    write(&device, config, &duel)?;
-                    duels.push(duel);
-                }
+            let duel;
+            (device, duel) = fight(device, make, &shape, &flush, method, other, tiles.len());
+            match duel.and_then(|duel| write(&device, config, &duel).map(|()| duel)) {
+                Ok(duel) => duels.push(duel),
                 Err(error) => {
-                    tracing::error!("{operation} {layer} of {linear:?} is not timed: {error}");
+                    tracing::error!("{name} of {model} at {rows} rows is not timed: {error}");
                     failure.get_or_insert(error);
                 }
             }
         }
     }
-    print(&device, config, &method, &duels, &tiles)?;
+    print(&device, config, method, &duels, &tiles)?;
     failure.map_or(Ok(()), Err)
+}
+
+/// One product every way: the other engine's, ours as planned, ours in each tile.
+fn fight(
+    device: CudaDevice,
+    make: Maker<CudaDevice>,
+    shape: &Shape,
+    flush: &Floats<CudaDevice>,
+    method: &Method,
+    other: Products,
+    tiles: usize,
+) -> (CudaDevice, Result<Duel>) {
+    let case = match make(&device, shape) {
+        Ok(case) => case,
+        Err(error) => return (device, Err(error)),
+    };
+    // SwiGLU stands behind one layer alone, so its case names none.
+    let layer = if case.part.is_empty() { "gate_up" } else { case.part };
+    let (operation, flops) = (case.operation, case.flops);
+    let mut ways = vec![other, Products::Ours];
+    if operation != "linear_swiglu_forward" {
+        ways.extend((0..).take(tiles).map(Products::Tile));
+    }
+    let (device, samples) = time(device, case, flush, method, &ways);
+    let duel = samples.map(|samples| {
+        let mut samples = samples.into_iter();
+        let [vendor, planned] = [(); 2].map(|()| samples.next().unwrap_or_default());
+        let linear = cases::linear_shape(shape, layer);
+        Duel {
+            operation,
+            layer,
+            shape: shape.clone(),
+            linear,
+            flops,
+            vendor,
+            planned,
+            tiles: samples.collect(),
+        }
+    });
+    (device, duel)
 }
 
 /// What is timed of a model at once.
@@ -115,15 +158,14 @@ struct Plan {
     model: &'static str,
     rows: usize,
     makers: Vec<Maker<CudaDevice>>,
-    /// Whether results are compared too. The heads of the larger models have gigabytes of them.
-    check: bool,
 }
 
+/// By worth: all models' layers at the usual batch, the heads, then the layers at other batches.
 fn plans() -> impl Iterator<Item = Plan> {
-    let layers = |model| ROWS.map(|rows| Plan { model, rows, makers: cases::all(), check: rows == ROWS[0] });
-    let head =
-        |model| Plan { model, rows: SCORED, makers: cases::head_products(), check: model == MODELS[0] };
-    MODELS.into_iter().flat_map(layers).chain(MODELS.map(head))
+    let layers = |rows| MODELS.map(|model| Plan { model, rows, makers: cases::all() });
+    let heads = MODELS.map(|model| Plan { model, rows: SCORED, makers: cases::head_products() });
+    let [usual, other @ ..] = ROWS;
+    layers(usual).into_iter().chain(heads).chain(other.into_iter().flat_map(layers))
 }
 
 fn shape(model: &str, rows: usize) -> Result<Shape> {
@@ -143,39 +185,43 @@ fn smallest() -> Result<Shape> {
     })
 }
 
-/// All ways in turn, call by call: a GPU that changes its clock changes it for all. With `check`, all must compute the same as
-/// the first before.
+/// All ways in turn, call by call: a GPU that changes its clock changes it for all. Before, all must compute the same as the first.
 fn time(
     mut device: CudaDevice,
     mut case: Case<CudaDevice>,
     flush: &Floats<CudaDevice>,
     method: &Method,
     ways: &[Products],
-    check: bool,
 ) -> (CudaDevice, Result<Vec<Sample>>) {
     let mut samples = vec![Sample::default(); ways.len()];
     let mut expected = None;
-    let mut step = |device: &CudaDevice, call: usize, which: usize| -> Result<()> {
-        if call == 0 && check {
+    let (mut warmups, mut calls) = (method.warmups, method.calls);
+    let mut step = |device: &CudaDevice, round: usize, which: usize| -> Result<f64> {
+        if round == 0 {
             let found = fresh_run(device, &mut case)?;
             let name = || format!("{} by {:?}", case.name(), ways[which]);
-            return same(name, &found, expected.get_or_insert_with(|| found.clone()));
+            same(name, &found, expected.get_or_insert_with(|| found.clone()))?;
         }
         let mut flushed: Floats<CudaDevice> = device.alloc(2)?;
         device.gradient_norm(&mut flushed, &[flush], None)?;
-        let seconds = device.time(|| case.run(device))?;
-        if call > method.warmups {
-            samples[which].0.push(seconds);
-        }
-        Ok(())
+        device.time(|| case.run(device))
     };
-    for call in 0..=method.warmups + method.calls {
+    let mut round = 0;
+    while round < warmups.max(1) + calls {
+        let mut together = 0.0;
         for (which, &products) in ways.iter().enumerate() {
             device = device.with_products(products);
-            if let Err(error) = step(&device, call, which) {
-                return (device.with_products(Products::Fastest), Err(error));
+            match step(&device, round, which) {
+                Ok(seconds) if round >= warmups.max(1) => samples[which].0.push(seconds),
+                Ok(seconds) => together += seconds,
+                Err(error) => return (device.with_products(Products::Fastest), Err(error)),
             }
         }
+        // The first round also loads the kernels.
+        if round < 2.min(warmups.max(1)) {
+            (warmups, calls) = method.calls_of(together);
+        }
+        round += 1;
     }
     (device.with_products(Products::Fastest), Ok(samples))
 }
@@ -185,7 +231,7 @@ fn fresh_run(device: &CudaDevice, case: &mut Case<CudaDevice>) -> Result<Vec<f32
     for sums in &mut case.outputs.floats {
         device.zero(sums, 0..device.len(sums))?;
     }
-    case.checked_run(device)
+    case.sampled_run(device, COMPARED)
 }
 
 /// Both round to bf16 once, after sums in different orders.
@@ -327,6 +373,48 @@ mod tests {
             .collect();
         assert_eq!(sizes, [(576, 49_152), (2048, 128_256), (4096, 128_256)]);
         assert!(heads.iter().all(|plan| plan.makers.len() == 2));
+    }
+
+    /// All of it but cuBLASLt, in whose place our own portable products stand: rows for the file and for the table.
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn products_are_compared_and_written_down() {
+        use crate::device::cuda::{EmulatorVariant, KernelPath};
+        let folder = tempfile::tempdir().unwrap();
+        let csv = folder.path().join("raw.csv");
+        let config = |seconds| BenchConfig {
+            parts: vec![super::super::Part::Products],
+            cases: Vec::new(),
+            model: None,
+            layers: None,
+            profile: None,
+            pairs: None,
+            tokens: None,
+            only: Vec::new(),
+            warmups: None,
+            calls: None,
+            seconds,
+            json: true,
+            csv: Some(csv.clone()),
+            device: DeviceChoice::Emulated,
+            threads: None,
+        };
+        let plans = || {
+            let layers = Plan { model: "tiny", rows: 32, makers: cases::all() };
+            let head = Plan { model: "tiny", rows: 32, makers: cases::head_products() };
+            [layers, head].into_iter()
+        };
+        let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(KernelPath::Hopper);
+        compare(device(), &config(None), &Method::EMULATED, plans(), Products::Ours).unwrap();
+        let rows = std::fs::read_to_string(&csv).unwrap();
+        for row in [
+            "mmpo-fast,linear_forward gate_up,tiny 16/8/8 x1",
+            "cuBLASLt,linear_backward_input_f32 head,tiny",
+        ] {
+            assert!(rows.contains(row), "{row} is not in\n{rows}");
+        }
+        compare(device(), &config(Some(0.0)), &Method::EMULATED, plans(), Products::Ours).unwrap();
+        assert_eq!(std::fs::read_to_string(&csv).unwrap(), rows, "no time, no rows");
     }
 
     #[cfg(mmpo_emulated)]

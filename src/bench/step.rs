@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::json;
 
-use super::measure::{Ceilings, Sample, Stopwatch};
+use super::measure::{Ceilings, Deadline, Sample, Stopwatch};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
 use super::{BenchConfig, ModelChoice, Place, inputs};
@@ -41,7 +41,7 @@ struct Steps {
 
 pub fn run<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape, place: Place) -> Result<()> {
     let (warmups, calls) = match place {
-        Place::Gpu => (50, 20),
+        Place::Gpu => (10, 20),
         Place::Cpu => (2, 5),
         Place::Emulated => (0, 1),
     };
@@ -85,10 +85,20 @@ fn measure<D: Device>(
         device.download(&mut [0.0f32], &trainer.states.final_norm.first_moment, 0)?;
         Ok(started.elapsed().as_secs_f64())
     };
+    let deadline = Deadline::of(config.seconds);
     for index in 0..warmups + calls {
+        // Time that is up ends the warm-up too: one step is timed in any case.
+        let last = deadline.is_over();
         let seconds = step(&mut trainer)?;
-        if index >= warmups {
+        if index >= warmups || last {
             sample.0.push(seconds);
+        }
+        if last {
+            tracing::warn!(
+                "only {} of {calls} steps are timed: the time of `--seconds` is over",
+                sample.0.len()
+            );
+            break;
         }
     }
     let (traced, operations) = device.trace(|| step(&mut trainer))?;

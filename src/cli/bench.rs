@@ -56,6 +56,7 @@ pub fn command() -> Command {
         .arg(own("only", "TEXT", "Kernels whose names contain TEXT; may be repeated").action(ArgAction::Append))
         .arg(own("warmups", "COUNT", "Calls before the timed ones"))
         .arg(own("calls", "COUNT", "Timed calls"))
+        .arg(own("seconds", "SECONDS", "Begin nothing more when these are over, and report what was measured"))
         .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON, an object a part"))
         .arg(own("csv", "FILE", "Add a row a result to FILE too"))
         .args(arguments::flags(shared))
@@ -91,6 +92,12 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         only: matches.get_many("only").into_iter().flatten().cloned().collect(),
         warmups: value(matches, "warmups", |count: &usize| *count <= MOST, "must be at most 16777216")?,
         calls: count("calls")?,
+        seconds: value(
+            matches,
+            "seconds",
+            |seconds: &f64| (0.0..=1e6).contains(seconds),
+            "must be 0 to 1000000",
+        )?,
         json: matches.get_flag("json"),
         csv: path("csv")?,
         device: settled.device,
@@ -128,7 +135,7 @@ fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
         ),
         [Part::Counts] => (
             "counts",
-            &["device", "threads", "warmups", "calls", "csv"],
+            &["device", "threads", "warmups", "calls", "seconds", "csv"],
             "it counts on the emulated device, and times nothing",
         ),
         _ => return Ok(()),

@@ -77,6 +77,7 @@ device_tests! {
     /// Five updates, with decay and a clipping factor, against the formulas of PyTorch's documentation.
     fn five_updates(device, bounds) {
         for len in [1, 50, 4095, 40_000] {
+            trying("values", len);
             let (mut weight, weight64) = random_compute(device, 1, len, 1.0);
             let mut state = AdamWState::new(device, len).unwrap();
             if let Some(master) = &mut state.master {

@@ -56,6 +56,7 @@ impl Problem {
     /// Holds dQ, dK and dV, each by itself, to twice the error of the naive bf16 version.
     #[track_caller]
     fn check<D: Device>(&self, device: &D) {
+        trying("(pairs, shape)", (&self.sizes, self.shape));
         let got = self.load(device).gradients(device);
         let (_, qkv) = compute(device, &self.qkv);
         let (_, dout) = compute(device, &self.dout);
@@ -127,10 +128,17 @@ order_tests! {
     }
 }
 
+/// As [`all_ways`], on a real GPU: its own kernels and the portable ones.
+fn all_ways_of_a_gpu() -> Vec<CudaDevice> {
+    let (Some(own), Some(other)) = (gpu(), gpu()) else { return Vec::new() };
+    let portable = other.with_path(KernelPath::Portable);
+    let any_order = |device: &CudaDevice| device.with_attention_order(AttentionOrder::Any);
+    vec![any_order(&own), any_order(&portable), own, portable]
+}
+
 /// Tiles hold 32, 64 or 128 rows of queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one
 /// before, at and one behind a boundary, alone and in step with the others; with two heads in a tile also at half of it.
-#[test]
-fn every_boundary_of_the_tiles() {
+fn check_boundaries(devices: &[CudaDevice]) {
     let mut all = Vec::new();
     for boundary in [16, 32, 64, 128] {
         for n in [boundary - 1, boundary, boundary + 1] {
@@ -141,14 +149,26 @@ fn every_boundary_of_the_tiles() {
     for sizes in all {
         for heads in [(1, 1, 64), (2, 1, 64), (1, 1, 128), (2, 1, 128)] {
             let problem = Problem::new(&[sizes], heads);
-            all_ways().iter().for_each(|device| problem.check(device));
+            devices.iter().for_each(|device| problem.check(device));
         }
     }
 }
 
-/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter; 5, 6 and 7 leave rows of a tile idle.
 #[test]
-fn heads_that_share_keys() {
+fn every_boundary_of_the_tiles() {
+    check_boundaries(&all_ways());
+}
+
+#[test]
+fn gpu_every_boundary_of_the_tiles() {
+    let devices = all_ways_of_a_gpu();
+    if !devices.is_empty() {
+        check_boundaries(&devices);
+    }
+}
+
+/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter; 5, 6 and 7 leave rows of a tile idle.
+fn check_shared_heads(devices: &[CudaDevice]) {
     for heads in [
         (2, 2, 64),
         (3, 1, 128),
@@ -161,18 +181,57 @@ fn heads_that_share_keys() {
         (7, 1, 128),
     ] {
         let problem = Problem::new(&[(60, 40, 77), (0, 5, 1), (31, 1, 0)], heads);
-        all_ways().iter().for_each(|device| problem.check(device));
+        devices.iter().for_each(|device| problem.check(device));
     }
 }
 
-/// Many short pairs, of which few have the same length, and long ones among them.
 #[test]
-fn many_pairs() {
+fn heads_that_share_keys() {
+    check_shared_heads(&all_ways());
+}
+
+#[test]
+fn gpu_heads_that_share_keys() {
+    check_shared_heads(&all_ways_of_a_gpu());
+}
+
+/// Many short pairs, of which few have the same length, and long ones among them.
+fn check_many_pairs(devices: &[CudaDevice]) {
     let mut sizes: Vec<(usize, usize, usize)> = (0..40).map(|i| (i % 7, i % 5 + 1, (i * 3) % 11)).collect();
     sizes.insert(3, (150, 40, 30));
     sizes.push((20, 1, 160));
     let problem = Problem::new(&sizes, (2, 1, 64));
-    all_ways().iter().for_each(|device| problem.check(device));
+    devices.iter().for_each(|device| problem.check(device));
+}
+
+#[test]
+fn many_pairs() {
+    check_many_pairs(&all_ways());
+}
+
+#[test]
+fn gpu_many_pairs() {
+    check_many_pairs(&all_ways_of_a_gpu());
+}
+
+/// Blocks of one sequence add to the same rows of dQ in turns: 20 runs on a real GPU, which starts and delays blocks as it
+/// likes, give the same bits.
+#[test]
+fn gpu_same_bits_again_and_again() {
+    let (Some(own), Some(other)) = (gpu(), gpu()) else { return };
+    let problems = [
+        Problem::new(&[(300, 70, 140), (10, 130, 0), (0, 97, 298), (900, 256, 256)], (8, 2, 64)),
+        Problem::new(&[(200, 60, 270), (900, 256, 256)], (8, 2, 128)),
+    ];
+    for device in [own, other.with_path(KernelPath::Portable)] {
+        for problem in &problems {
+            trying("(kernels, pairs, shape)", (device.path(), &problem.sizes, problem.shape));
+            let loaded = problem.load(&device);
+            let wanted = loaded.gradients(&device);
+            assert!(wanted.iter().all(|value| value.is_finite()));
+            (0..20).for_each(|_| assert_same_bits("dqkv", &loaded.gradients(&device), &wanted));
+        }
+    }
 }
 
 /// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.

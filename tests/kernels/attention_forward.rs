@@ -111,6 +111,7 @@ fn references() -> &'static [(Case, OnceLock<Reference>)] {
 
 /// `out[T, H * E]` and `lse[T, H]`.
 fn forward<D: Device>(device: &D, case: &Case, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    trying("(pairs, shape)", (&case.sizes, case.shape));
     let rows = qkv.len() / case.shape.qkv_width();
     let buffers = load_batch(device, &pair_batch(&case.sizes, 2), &[]);
     let (qkv, _) = compute(device, qkv);
@@ -161,7 +162,8 @@ path_tests! {
                     let (alone_out, alone_lse) = forward(device, &alone, &gather(&qkv, rows, &order));
                     let (packed_out, packed_lse) = (gather(&out, rows, &order), gather(&lse, rows, &order));
                     if p % 16 == 0 && !is_cpu::<D>() {
-                        assert!(packed_out == alone_out && packed_lse == alone_lse, "{heads:?} {p}/{c}/{r}");
+                        assert_same_bits("out", &packed_out, &alone_out);
+                        assert_same_bits("lse", &packed_lse, &alone_lse);
                     }
                     assert_close("out", &packed_out, &wide(&alone_out), bounds);
                     assert_close("lse", &packed_lse, &wide(&alone_lse), Tolerance { relative: 1e-5, absolute: 1e-5 });
@@ -179,8 +181,8 @@ path_tests! {
         for (span, &sizes) in spans.iter().zip(&batch.sizes) {
             let order: Vec<usize> = span.rows().collect();
             let alone = forward(device, &Case::new((6, 2, 64), vec![sizes]), &gather(&qkv, rows, &order));
-            assert!(alone.0 == gather(&out, rows, &order), "out of {span:?}");
-            assert!(alone.1 == gather(&lse, rows, &order), "lse of {span:?}");
+            assert_same_bits(&format!("out of {span:?}"), &gather(&out, rows, &order), &alone.0);
+            assert_same_bits(&format!("lse of {span:?}"), &gather(&lse, rows, &order), &alone.1);
         }
     }
 
@@ -197,6 +199,7 @@ path_tests! {
         let mut lse = unset_floats(device, rows * case.shape.heads);
         device.attention_forward(&mut out, &mut lse, &longer, &buffers, case.shape).unwrap();
         let alone = forward(device, &case, &qkv);
-        assert!(read_compute(device, &out) == alone.0 && read(device, &lse) == alone.1);
+        assert_same_bits("out", &read_compute(device, &out), &alone.0);
+        assert_same_bits("lse", &read(device, &lse), &alone.1);
     }
 }

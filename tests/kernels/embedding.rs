@@ -17,19 +17,21 @@ device_tests! {
     /// Rows of the table by token id.
     fn forward(device, bounds) {
         for &width in WIDTHS {
+            trying("width", width);
             let batch = pair_batch(RAGGED, VOCAB as u32);
             let (table, table64) = random_compute(device, 1, VOCAB * width, 1.0);
             let buffers = load_batch(device, &batch, &[]);
             let mut out = unset_compute(device, batch.tokens() * width);
             device.embedding_forward(&mut out, &table, &buffers.token_ids, batch.tokens(), width).unwrap();
             let wanted = naive::gather(&table64, &batch.token_ids, width);
-            assert_eq!(wide(&read_compute(device, &out)), wanted);
+            assert_exact("out", &read_compute(device, &out), &wanted);
         }
     }
 
     /// The table's gradient accumulates over repeated tokens and over what was there.
     fn backward(device, bounds) {
         for (&width, &(sizes, vocab)) in WIDTHS.iter().flat_map(|width| RUNS.iter().map(move |run| (width, run))) {
+            trying("(width, pairs, vocabulary)", (width, sizes, vocab));
             let batch = pair_batch(sizes, vocab);
             let table = wide(&random(1, VOCAB * width, 1.0));
             let (dout, dout64) = random_compute(device, 2, batch.tokens() * width, 1.0);
@@ -61,6 +63,7 @@ device_tests! {
     /// The rows that predict scored tokens, and their gradient: the last prompt row's is the sum of two.
     fn scored_rows(device, bounds) {
         for &width in WIDTHS {
+            trying("width", width);
             let batch = pair_batch(RAGGED, VOCAB as u32);
             let (rows, scored) = (batch.tokens(), batch.scored_tokens());
             let (hidden, hidden64) = random_compute(device, 1, rows * width, 1.0);
@@ -69,7 +72,7 @@ device_tests! {
             let mut out = unset_compute(device, scored * width);
             device.gather_rows(&mut out, &hidden, &buffers, scored, width).unwrap();
             let wanted = naive::gather(&hidden64, &batch.scored_rows, width);
-            assert_eq!(wide(&read_compute(device, &out)), wanted);
+            assert_exact("out", &read_compute(device, &out), &wanted);
 
             let mut dhidden = unset_compute(device, rows * width);
             device.gather_rows_backward(&mut dhidden, &dout, &buffers, rows, width).unwrap();

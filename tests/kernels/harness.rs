@@ -1,5 +1,8 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
+use std::cell::RefCell;
+use std::sync::Once;
+
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 #[cfg(mmpo_emulated)]
 pub use mmpo_fast::device::cuda::AttentionOrder;
@@ -277,19 +280,115 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| f64::from(value)).collect()
 }
 
-/// Asserts that every value of `got` is within `bounds` of `wanted`, naming the worst one otherwise.
+thread_local! {
+    static TRYING: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Says what the test is trying: whatever fails next, an assertion or an operation, prints it. A fix must be possible from the
+/// output alone, because a GPU is at hand for minutes.
+pub fn trying(what: &str, shape: impl std::fmt::Debug) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            usual(panic);
+            TRYING.with_borrow(|trying| {
+                if !trying.is_empty() {
+                    eprintln!("  with {trying}");
+                }
+            });
+        }));
+    });
+    TRYING.set(format!("{what} = {shape:?}"));
+}
+
+/// The wrong values of a tensor: how many, and where. Their pattern tells a missing tile from a wrong number.
+#[derive(Clone, Copy, Debug, Default)]
+struct WrongValues {
+    count: usize,
+    /// Of the count, those that are NaN or infinite.
+    not_finite: usize,
+    first: usize,
+    last: usize,
+    worst: usize,
+    worst_error: f64,
+}
+
+impl WrongValues {
+    /// Values whose error exceeds what `allowed` gives for their index.
+    fn find(got: &[f32], wanted: &[f64], allowed: impl Fn(usize) -> f64) -> Self {
+        let mut wrong = WrongValues::default();
+        for (i, (&got, &wanted)) in got.iter().zip(wanted).enumerate() {
+            let error = (f64::from(got) - wanted).abs();
+            if error <= allowed(i) {
+                continue;
+            }
+            if wrong.count == 0 {
+                (wrong.first, wrong.worst) = (i, i);
+            }
+            (wrong.count, wrong.last) = (wrong.count + 1, i);
+            if !got.is_finite() {
+                wrong.not_finite += 1;
+            }
+            // A NaN is worse than any number, and the first one stays the worst.
+            if !wrong.worst_error.is_nan() && (error.is_nan() || error > wrong.worst_error) {
+                (wrong.worst, wrong.worst_error) = (i, error);
+            }
+        }
+        wrong
+    }
+
+    /// For people: the first and the worst, with what was wanted.
+    fn describe(&self, got: &[f32], wanted: &[f64]) -> String {
+        let value = |i: usize| format!("[{i}] = {:e}, wanted {:e}", got[i], wanted[i]);
+        let WrongValues { count, not_finite, first, last, worst, worst_error } = *self;
+        format!(
+            "{count} of {} values are wrong, {not_finite} of them not finite; first {}; last [{last}]; worst {}, off by {worst_error:e}",
+            got.len(),
+            value(first),
+            value(worst),
+        )
+    }
+}
+
+/// Asserts that every value of `got` is within `bounds` of `wanted`; otherwise names the first wrong one and the worst.
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) {
     assert_eq!(got.len(), wanted.len(), "{what}: lengths");
     let mean_square = wanted.iter().map(|value| value * value).sum::<f64>() / wanted.len().max(1) as f64;
     let absolute = bounds.absolute * mean_square.sqrt();
-    for (i, (&got, &wanted)) in got.iter().zip(wanted).enumerate() {
-        let (error, allowed) = ((f64::from(got) - wanted).abs(), bounds.relative * wanted.abs() + absolute);
-        assert!(
-            error <= allowed,
-            "{what}[{i}] = {got}, wanted {wanted}: error {error:e} > {allowed:e} ({bounds:?})"
-        );
-    }
+    let allowed = |i: usize| bounds.relative * wanted[i].abs() + absolute;
+    let wrong = WrongValues::find(got, wanted, allowed);
+    assert!(
+        wrong.count == 0,
+        "{what}: {}, {:e} allowed ({bounds:?})",
+        wrong.describe(got, wanted),
+        allowed(wrong.worst)
+    );
+}
+
+/// Asserts that every value is the one wanted, as a copy or a product of small integers is in any format.
+#[track_caller]
+pub fn assert_exact(what: &str, got: &[f32], wanted: &[f64]) {
+    assert_eq!(got.len(), wanted.len(), "{what}: lengths");
+    let wrong = WrongValues::find(got, wanted, |_| 0.0);
+    assert!(wrong.count == 0, "{what}: {}", wrong.describe(got, wanted));
+}
+
+/// Asserts that two runs gave the same bits; otherwise says how many values differ and where the first does.
+#[track_caller]
+pub fn assert_same_bits(what: &str, got: &[f32], wanted: &[f32]) {
+    assert_eq!(got.len(), wanted.len(), "{what}: lengths");
+    let differs = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits();
+    let count = got.iter().zip(wanted).filter(|&pair| differs(pair)).count();
+    let first = got.iter().zip(wanted).position(differs).unwrap_or(0);
+    assert!(
+        count == 0,
+        "{what}: {count} of {} values have other bits; first [{first}] = {:e}, before {:e}",
+        got.len(),
+        got[first],
+        wanted[first]
+    );
 }
 
 /// The type of a result, which decides how far a right one may be from the truth.
@@ -331,10 +430,17 @@ pub fn assert_no_worse(what: &str, got: &[f32], stored: Stored, exact: &[f64], n
     };
     let (ours, naive, slack) = (errors(&wide(got)), errors(naive_bf16), stored.slack(norms(exact)));
     for (i, name) in ["largest", "root mean square"].into_iter().enumerate() {
-        let (ours, naive, slack) = (ours[i], naive[i], slack[i]);
+        let allowed = 2.0 * naive[i] + slack[i];
+        // Where the mean alone is too large, values that are off by more than the mean may be show where.
+        let wrong = || WrongValues::find(got, exact, |_| allowed).describe(got, exact);
         assert!(
-            ours <= 2.0 * naive + slack,
-            "{what}: {name} error {ours:e}, the naive bf16 version's {naive:e}: more than twice that and {slack:e}"
+            ours[i] <= allowed,
+            "{what}: {name} error {:e}, {allowed:e} allowed: twice the naive bf16 version's {:e} and {:e}; beyond what is \
+             allowed, {}",
+            ours[i],
+            naive[i],
+            slack[i],
+            wrong()
         );
     }
 }
@@ -370,7 +476,9 @@ pub fn assert_gradient(
     };
     let wanted: Vec<f64> = coordinates.iter().map(|&index| derivative(&f, x, index)).collect();
     let got: Vec<f32> = coordinates.iter().map(|&index| got[index]).collect();
-    assert_close(what, &got, &wanted, bounds);
+    // An index in a message is a place in this list.
+    let what = format!("{what} at {coordinates:?}");
+    assert_close(&what, &got, &wanted, bounds);
 }
 
 /// `sum_i a_i b_i`: the scalar whose gradients a backward pass gives.
@@ -438,4 +546,30 @@ fn no_worse_means_at_most_twice_the_error() {
         got[place] = f32::NAN;
         assert!(!verdict(got, Stored::Bf16), "a NaN in place {place}");
     }
+}
+
+/// A failure names the shape, how many values are wrong, and the first with its index: what a fix needs.
+#[test]
+fn a_failure_says_where() {
+    let message = |run: fn()| {
+        let panic = std::panic::catch_unwind(run).unwrap_err();
+        panic.downcast_ref::<String>().cloned().unwrap_or_default()
+    };
+    let said = message(|| {
+        assert_close("out", &[1.0, 2.5, f32::NAN, 3.5, 5.0], &[1.0, 2.0, 3.0, 3.0, 5.0], Tolerance::F32)
+    });
+    let wanted = "out: 3 of 5 values are wrong, 1 of them not finite; first [1] = 2.5e0, wanted 2e0; last [3]; worst [2] = NaN";
+    assert!(said.starts_with(wanted), "{said}");
+    let said = message(|| assert_no_worse("dx", &[1.0, 9.0], Stored::F32, &[1.0, 2.0], &[1.0, 2.0]));
+    assert!(said.contains("dx: largest error 7e0") && said.contains("first [1] = 9e0, wanted 2e0"), "{said}");
+    let said = message(|| assert_same_bits("lse", &[1.0, 0.0, 2.0], &[1.0, -0.0, 3.0]));
+    assert!(said.contains("lse: 2 of 3 values have other bits; first [1] = 0e0, before -0e0"), "{said}");
+    let said = message(|| {
+        assert_gradient("dx", &[2.0, 7.0], |x| x[0] * x[0] + x[1], &[1.0, 1.0], 4, Tolerance::BF16)
+    });
+    assert!(
+        said.contains("dx at [0, 1]: 1 of 2 values are wrong")
+            && said.contains("first [1] = 7e0, wanted 9.99"),
+        "{said}"
+    );
 }

@@ -25,6 +25,7 @@ path_tests! {
     /// With and without a bias, `out` assigned in full.
     fn forward(device, bounds) {
         for &(rows, inputs, outputs) in SHAPES {
+            trying("(rows, inputs, outputs)", (rows, inputs, outputs));
             let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
             let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
             let (bias, bias64) = random_compute(device, 3, outputs, 4.0);
@@ -46,6 +47,7 @@ path_tests! {
     /// The three gradients agree with central differences; `dx` is assigned, the weight's and bias' accumulate.
     fn backward(device, bounds) {
         for &(rows, inputs, outputs) in SHAPES {
+            trying("(rows, inputs, outputs)", (rows, inputs, outputs));
             let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
             let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
             let (dout, dout64) = random_compute(device, 4, rows * outputs, 1.0);
@@ -100,6 +102,7 @@ path_tests! {
     /// weight's gradient accumulates over calls.
     fn exact_integers(device, bounds) {
         let shape = LinearShape { rows: 213, inputs: 200, outputs: 232 };
+        trying("shape", shape);
         let integers = |count: usize, step: usize| -> Vec<f32> {
             (0..count).map(|i| ((i * step + i / 7) % 3) as f32 - 1.0).collect()
         };
@@ -117,7 +120,7 @@ path_tests! {
         assert_eq!(device.memory().now, used, "a product allocates nothing once it has run");
 
         let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
-        assert_eq!(wide(&read_compute(device, &out)), wanted);
+        assert_exact("out", &read_compute(device, &out), &wanted);
         let (mut dx64, mut dweight64) =
             (vec![0.0; shape.rows * shape.inputs], vec![1.0; shape.outputs * shape.inputs]);
         for row in 0..shape.rows {
@@ -129,13 +132,14 @@ path_tests! {
                 }
             }
         }
-        assert_eq!(wide(&read_compute(device, &dx)), dx64);
-        assert_eq!(wide(&read(device, &dweight)), dweight64);
+        assert_exact("dx", &read_compute(device, &dx), &dx64);
+        assert_exact("dweight", &read(device, &dweight), &dweight64);
     }
 
     /// The product of gate and up with SwiGLU behind it: what each of the two gives by itself, to the bit.
     fn swiglu(device, bounds) {
         for (rows, inputs, width) in [(1, 8, 8), (70, 72, 136), (5, 17, 31), (150, 64, 280)] {
+            trying("(rows, inputs, width)", (rows, inputs, width));
             let outputs = 2 * width;
             let (x, _) = random_compute(device, 1, rows * inputs, 1.0);
             let (weight, _) = random_compute(device, 2, outputs * inputs, 0.3);
@@ -149,9 +153,8 @@ path_tests! {
                     (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
                 device.linear_forward(&mut gate_up_alone, &x, &weight, bias, shape).unwrap();
                 device.swiglu_forward(&mut out_alone, &gate_up_alone, rows, width).unwrap();
-                let bits = |buffer| read_compute(device, buffer).into_iter().map(f32::to_bits).collect::<Vec<_>>();
-                assert_eq!(bits(&gate_up), bits(&gate_up_alone), "gate_up of {shape:?}");
-                assert_eq!(bits(&out), bits(&out_alone), "out of {shape:?}");
+                assert_same_bits("gate_up", &read_compute(device, &gate_up), &read_compute(device, &gate_up_alone));
+                assert_same_bits("out", &read_compute(device, &out), &read_compute(device, &out_alone));
             }
         }
     }
@@ -210,9 +213,10 @@ mod every_tile_of_hopper {
             device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
             device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
             device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
-            assert_eq!(wide(&read_compute(&device, &out)), wanted, "{tile}");
-            assert_eq!(wide(&read_compute(&device, &dx)), dx64, "{tile}");
-            assert_eq!(wide(&read(&device, &dweight)), dweight64, "{tile}");
+            trying("(tile, shape)", (tile.to_string(), shape));
+            assert_exact("out", &read_compute(&device, &out), &wanted);
+            assert_exact("dx", &read_compute(&device, &dx), &dx64);
+            assert_exact("dweight", &read(&device, &dweight), &dweight64);
         }
         device = device.with_products(Products::Tile(tiles.len().try_into().unwrap()));
         let mut out = unset_compute(&device, shape.rows * shape.outputs);

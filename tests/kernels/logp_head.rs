@@ -44,6 +44,7 @@ struct Case<D: Device> {
 impl<D: Device> Case<D> {
     /// The case's shape over all rows; `scale` is the standard deviation of the logits.
     fn new(device: &D, mode: HeadMode, (rows, width, vocab): (usize, usize, usize), scale: f32) -> Self {
+        trying("(mode, (rows, width, vocabulary), scale)", (mode, (rows, width, vocab), scale));
         let (hidden, hidden64) = random_compute(device, 1, rows * width, scale / (width as f32).sqrt());
         let (weight, weight64) = random_compute(device, 2, vocab * width, 1.0);
         let targets: Vec<u32> = (0..rows).map(|row| (row * 31 + 7) as u32 % vocab as u32).collect();
@@ -179,12 +180,29 @@ fn assert_agree(got: &[Vec<f32>; 5], wanted: &[Vec<f32>; 5], bounds: Tolerance) 
     }
 }
 
+/// Asserts that lse, log-probs, entropies and the gradients, as far as there are, have the same bits.
+#[track_caller]
+fn assert_equal(got: &[Vec<f32>], wanted: &[Vec<f32>]) {
+    for (name, (got, wanted)) in
+        ["lse", "logp", "entropy", "dhidden", "dweight"].iter().zip(got.iter().zip(wanted))
+    {
+        assert_same_bits(name, got, wanted);
+    }
+}
+
 /// Asserts that the difference is at most `relative` of `wanted`, in the Euclidean norm.
 #[track_caller]
 fn assert_near(what: &str, got: &[f32], wanted: &[f64], relative: f64) {
     let difference: Vec<f64> = wide(got).iter().zip(wanted).map(|(got, wanted)| got - wanted).collect();
     let distance = (inner(&difference, &difference) / inner(wanted, wanted)).sqrt();
-    assert!(distance <= relative, "{what}: {distance:e} of its norm off, {relative:e} allowed");
+    let furthest =
+        (0..got.len()).max_by(|&a, &b| difference[a].abs().total_cmp(&difference[b].abs())).unwrap_or(0);
+    assert!(
+        distance <= relative,
+        "{what}: {distance:e} of its norm off, {relative:e} allowed; furthest [{furthest}] = {:e}, wanted {:e}",
+        got[furthest],
+        wanted[furthest]
+    );
 }
 
 path_tests! {
@@ -294,7 +312,7 @@ path_tests! {
                 without.shape.entropy = with_entropy;
                 without.forward(device);
                 without.backward(device, &a, &b, None);
-                assert_eq!(dhidden, read_compute(device, &without.hidden));
+                assert_same_bits("dhidden", &read_compute(device, &without.hidden), &dhidden);
             }
             let (a, b, before) = (wide(&a), wide(&b), wide(&before));
             let dweight = read(device, &dweight);
@@ -335,7 +353,7 @@ path_tests! {
                 let mut dweight = floats(device, &before);
                 case.backward(device, &vec![0.0; rows], &vec![0.0; rows], Some(&mut dweight));
                 assert!(read_compute(device, &case.hidden).iter().all(|&value| value == 0.0), "{mode:?} {scale}");
-                assert_eq!(read(device, &dweight), before, "{mode:?} {scale}");
+                assert_same_bits("dweight", &read(device, &dweight), &before);
             }
         }
     }
@@ -350,13 +368,13 @@ path_tests! {
         assert!(small < device.logp_head_workspace(HeadMode::Recompute, rows, width, vocab).unwrap());
         for entropy in [true, false] {
             let main = outputs(device, HeadMode::Main, sizes, entropy, None);
-            assert_eq!(main, outputs(device, HeadMode::Main, sizes, entropy, None));
+            assert_equal(&outputs(device, HeadMode::Main, sizes, entropy, None), &main);
             let recompute = outputs(device, HeadMode::Recompute, sizes, entropy, None);
             assert_agree(&recompute, &main, bounds);
             let chunked = outputs(device, HeadMode::Recompute, sizes, entropy, Some(small));
-            assert_eq!(chunked[..3], recompute[..3]);
+            assert_equal(&chunked[..3], &recompute[..3]);
             assert_agree(&chunked, &main, bounds);
-            assert_eq!(chunked, outputs(device, HeadMode::Recompute, sizes, entropy, Some(small)));
+            assert_equal(&outputs(device, HeadMode::Recompute, sizes, entropy, Some(small)), &chunked);
         }
     }
 
@@ -399,7 +417,7 @@ path_tests! {
             (&small.scores.logp, &case.scores.logp),
             (&small.scores.entropy, &case.scores.entropy),
         ] {
-            assert_eq!(read(device, small), read(device, whole));
+            assert_same_bits("scores", &read(device, small), &read(device, whole));
         }
     }
 
@@ -451,8 +469,8 @@ path_tests! {
             case.backward(device, &a, &vec![f32::NAN; rows], None);
             let after = read_compute(device, &case.hidden);
             let inside = 2 * width..5 * width;
-            assert_eq!(before[..inside.start], after[..inside.start]);
-            assert_eq!(before[inside.end..], after[inside.end..]);
+            assert_same_bits("rows before", &after[..inside.start], &before[..inside.start]);
+            assert_same_bits("rows after", &after[inside.end..], &before[inside.end..]);
             let a = wide(&a);
             let scalar = |hidden: &[f64]| {
                 inner(&a[2..5], &naive::logp_head(hidden, &case.weight64, &case.targets, width).logp[2..5])

@@ -23,6 +23,7 @@ device_tests! {
     /// `out` and `rstd` are assigned in full, and nothing behind the rows asked for is touched.
     fn forward(device, bounds) {
         for &(rows, width) in SHAPES {
+            trying("(rows, width)", (rows, width));
             let (x, x64) = random_compute(device, 1, rows * width, 2.0);
             let (weight, weight64) = random_compute(device, 2, width, 1.0);
             let mut out = unset_compute(device, (rows + 1) * width);
@@ -43,6 +44,7 @@ device_tests! {
     /// The fused residual addition gives the sum and the norm of the sum.
     fn add_forward(device, bounds) {
         for &(rows, width) in SHAPES {
+            trying("(rows, width)", (rows, width));
             let (x, x64) = random_compute(device, 1, rows * width, 2.0);
             let (delta, delta64) = random_compute(device, 3, rows * width, 1.0);
             let (weight, weight64) = random_compute(device, 2, width, 1.0);
@@ -76,6 +78,7 @@ device_tests! {
     /// Both gradients agree with central differences, and both accumulate.
     fn backward(device, bounds) {
         for &(rows, width) in SHAPES {
+            trying("(rows, width)", (rows, width));
             let (x, x64) = random_compute(device, 1, rows * width, 2.0);
             let (weight, weight64) = random_compute(device, 2, width, 1.0);
             let (dout, dout64) = random_compute(device, 3, rows * width, 1.0);

@@ -32,6 +32,7 @@ device_tests! {
     /// Query and key heads turn, value heads stay as they are.
     fn forward(device, bounds) {
         for &(rows, heads, kv_heads, head_size) in SHAPES {
+            trying("(rows, heads, kv_heads, head_size)", (rows, heads, kv_heads, head_size));
             let shape = AttentionShape { heads, kv_heads, head_size };
             let (table, positions) = inputs(rows, head_size);
             let (mut qkv, qkv64) = random_compute(device, 1, rows * shape.qkv_width(), 1.0);
@@ -48,6 +49,7 @@ device_tests! {
     /// The backward of the rotation is its gradient, checked by central differences.
     fn backward(device, bounds) {
         for &(rows, heads, kv_heads, head_size) in SHAPES {
+            trying("(rows, heads, kv_heads, head_size)", (rows, heads, kv_heads, head_size));
             let shape = AttentionShape { heads, kv_heads, head_size };
             let (table, positions) = inputs(rows, head_size);
             let (mut gradient, dout) = random_compute(device, 2, rows * shape.qkv_width(), 1.0);

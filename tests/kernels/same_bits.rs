@@ -87,6 +87,21 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     .collect()
 }
 
+/// A real GPU runs blocks as it likes: the same launches again and again give the same bits on both sets of kernels.
+#[test]
+fn gpu_again_and_again() {
+    let (Some(device), Some(other)) = (gpu(), gpu()) else { return };
+    for device in [device, other.with_path(KernelPath::Portable).with_products(Products::Ours)] {
+        trying("(kernels, products)", (device.path(), device.products()));
+        let wanted = bits(&device);
+        for _ in 0..20 {
+            let got = bits(&device);
+            let differing = wanted.iter().zip(&got).filter(|(wanted, got)| wanted != got).count();
+            assert_eq!(differing, 0, "values differ, of {}", wanted.len());
+        }
+    }
+}
+
 #[test]
 fn whatever_the_order() {
     for path in [KernelPath::Portable, KernelPath::Hopper] {

@@ -7,6 +7,7 @@ device_tests! {
     /// `silu(gate) * up`.
     fn forward(device, bounds) {
         for &(rows, width) in SHAPES {
+            trying("(rows, width)", (rows, width));
             let (gate_up, gate_up64) = random_compute(device, 1, 2 * rows * width, 4.0);
             let mut out = unset_compute(device, rows * width);
             device.swiglu_forward(&mut out, &gate_up, rows, width).unwrap();
@@ -35,6 +36,7 @@ device_tests! {
     /// Both gradients agree with central differences.
     fn backward(device, bounds) {
         for &(rows, width) in SHAPES {
+            trying("(rows, width)", (rows, width));
             let (gate_up, gate_up64) = random_compute(device, 1, 2 * rows * width, 3.0);
             let (dout, dout64) = random_compute(device, 2, rows * width, 1.0);
             let mut dgate_up = unset_compute(device, 2 * rows * width);

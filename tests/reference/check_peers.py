@@ -77,42 +77,6 @@ def check_rows(raw):
     return rows
 
 
-# Operation, shape, microseconds by engine; and what the summary must say of it.
-MADE_UP = (
-    ("attention_forward", "m 4096/0/0 x1", {"mmpo-fast": 10, "sdpa cudnn": 11, "sdpa flash": 20}, "at least 1.0 x sdpa cudnn | 1.100 | yes |"),
-    ("attention_forward", "m 8192/0/0 x1", {"mmpo-fast": 10}, "sdpa cudnn or sdpa flash | not measured | - |"),
-    ("attention_backward", "m hh-rlhf x2", {"mmpo-fast": 10, "sdpa cudnn": 11, "flex": 30}, "at least 1.15 x sdpa cudnn | 1.100 | **no** |"),
-    (
-        "logp_head forward and backward",
-        "m 1/1/1 x4",
-        {"mmpo-fast": 10, "liger triton": 40, "liger whole": 12, "compile": 15, "three products": 8},
-        "at most 1.1 of three products | 1.250 | **no** |",
-    ),
-    ("linear_forward qkv", "m 1/1/1 x1", {"mmpo-fast": 10, "cuBLASLt": 20}, "mean of 2 plain products, m | at least 0.98 x cuBLASLt | 1.000 |"),
-    ("linear_backward_weight qkv", "m 1/1/1 x1", {"mmpo-fast": 10, "cuBLASLt": 5}, "yes |"),
-    # Of ten microseconds the order takes four, of a step with 20 in attention's backward eight.
-    ("attention_backward any order", "m hh-rlhf x2", {"mmpo-fast": 6}, "What was asked for"),
-    ("step: attention backward", "m hh-rlhf x2", {"mmpo-fast": 20}, "What was asked for"),
-    ("step", "m hh-rlhf x2", {"mmpo-fast": 100}, "dQ's fixed order, of a step, m hh-rlhf x2 | at most 0.05 | 0.080 | **no** |"),
-    ("step", "m long x2", {"mmpo-fast": 100}, "dQ's fixed order, of a step, m long x2 | at most 0.05 | not measured | - |"),
-)
-
-
-def check_asked(folder):
-    """The ratios of a GPU's made-up results, with peers that are missing."""
-    folder.mkdir()
-    rows = [",".join(HEADER)]
-    for op, shape, engines, _ in MADE_UP:
-        rows += [f"2026-01-01,cuda:0 (made up),{engine},{op},{shape},{us},{us},{us},0,0,0" for engine, us in engines.items()]
-    (folder / "raw.csv").write_text("\n".join(rows) + "\n")
-    (folder / "about.txt").write_text("command: none\n")
-    readme = summary.write(folder)
-    for *_, wanted in MADE_UP:
-        assert wanted in readme, f"{wanted} is not in\n{readme}"
-    for wanted in ("at least 1.05 x liger whole | 1.200 | yes", "at least 3.0 x liger triton | 4.000 | yes", "at least 2.0 x flex | 3.000 | yes"):
-        assert wanted in readme, f"{wanted} is not in\n{readme}"
-
-
 def check_summary(folder):
     (folder / "about.txt").write_text("command: check_peers.py\n")
     readme = summary.write(folder)
@@ -142,7 +106,6 @@ def main():
         assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
         rows = check_rows(raw)
         check_summary(folder)
-        check_asked(folder / "asked")
     print(f"peers  {len(rows)} rows, first loss {losses['padded']:.6f} in all of {', '.join(losses)}")
 
 
