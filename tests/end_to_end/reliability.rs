@@ -221,15 +221,12 @@ fn generate_stops_at_a_signal() {
     let mut child = work.command(generate).stdout(Stdio::null()).spawn().unwrap();
     let messages = wait_for_message(&mut child, "device: ");
     std::thread::sleep(Duration::from_millis(100));
-    if child.try_wait().unwrap().is_none() {
-        signal(&child, "INT");
-        let code = child.wait().unwrap().code();
-        let message = messages.join().unwrap();
-        assert!(
-            code == Some(130) && message.contains("the answer ends after 65536 tokens"),
-            "{code:?} {message}"
-        );
-    }
+    assert!(child.try_wait().unwrap().is_none(), "the answer ended: {}", messages.join().unwrap());
+    signal(&child, "INT");
+    let code = child.wait().unwrap().code();
+    let message = messages.join().unwrap();
+    assert_eq!(code, Some(130), "{message}");
+    assert!(message.contains("the answer ends after 65536 tokens"), "{message}");
 }
 
 #[test]
