@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::checkpoint::ModelFolder;
 use crate::config::GenerateConfig;
+use crate::context;
 use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
@@ -36,6 +37,7 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
     check_vocabulary(&prompt, &folder, &encoder)?;
     interrupt::check()?;
     let max_new_tokens = most_new_tokens(config.max_new_tokens, folder.config().max_position_embeddings);
+    check_context(&folder, prompt.len(), max_new_tokens)?;
     run_on(config.device, config.threads, Generating { config, folder, encoder, prompt, max_new_tokens })
 }
 
@@ -59,6 +61,21 @@ fn most_new_tokens(asked: usize, context: usize) -> usize {
         tracing::warn!("--max-new-tokens is {asked}: the answer ends after {most} tokens at the latest");
     }
     asked.min(most)
+}
+
+/// Warns where the answer may pass the model's context, and refuses what its rope does not hold for.
+fn check_context(folder: &ModelFolder, prompt: usize, max_new_tokens: usize) -> Result<()> {
+    let (context, most) = (folder.config().context(), prompt.saturating_add(max_new_tokens));
+    context::check_positions(folder, most, |positions| match positions.saturating_sub(prompt) {
+        0 => format!("the prompt has {prompt} tokens: shorten it"),
+        room => format!("give --max-new-tokens {room} or less"),
+    })?;
+    if most > context {
+        tracing::warn!(
+            "the prompt's {prompt} tokens and --max-new-tokens {max_new_tokens} may pass the {context} positions that the model was trained for"
+        );
+    }
+    Ok(())
 }
 
 struct Generating<'a> {

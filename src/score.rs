@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::checkpoint::ModelFolder;
 use crate::config::ScoreConfig;
+use crate::context;
 use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
@@ -47,15 +48,19 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
-    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
-    let dataset = load_pairs(&config.data, &encoder, config.limits)?;
-    dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    tracing::info!("{}: {}", config.data.display(), dataset.report);
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
+    let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
+    let limits = context::limits(config.asked_lengths, &models)?;
+    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
+    let dataset = load_pairs(&config.data, &encoder, limits)?;
+    dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
+    dataset.report.log(&config.data.display().to_string());
     if let Some(reference) = &reference {
         reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
     }
+    let longest = dataset.pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
+    models.iter().try_for_each(|model| context::check_pairs(model, longest))?;
     output.check_writable()?;
     interrupt::check()?;
     let lines =

@@ -238,7 +238,7 @@ fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()>
 }
 
 /// Paths of a folder's entries, sorted; none where there is no such folder.
-pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(folder, "read", error);
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,

@@ -57,7 +57,7 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
         output: required("output")?,
         reference: path("reference")?,
         beta: value(matches, "beta", positive, "must be finite and greater than 0")?.unwrap_or(BETA),
-        limits: config::limits(&settled)?,
+        asked_lengths: config::asked_lengths(&settled)?,
         chat_template: settled.chat_template,
         tokens_per_micro_batch: settled.tokens_per_micro_batch,
         device: settled.device,

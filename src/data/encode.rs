@@ -67,9 +67,6 @@ impl TextEncoder {
     /// Token ids of one record of `path`, which errors name.
     pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
         let mut causes = Vec::new();
-        if record.prompt_column_differs {
-            causes.push(Cause::PromptColumnDiffers);
-        }
         if has_blank_response(&record.body) {
             causes.push(Cause::BlankResponse);
             return Ok(EncodedRecord { pair: None, place: record.place, causes });
@@ -250,11 +247,7 @@ enum RenderFailure {
 const TEMPLATE_HELP: &str = "mend the conversation (roles usually alternate, a system message comes first), or pass another --chat-template FILE";
 
 fn has_blank_response(body: &Body) -> bool {
-    let blank = |messages: &[Message]| {
-        messages
-            .iter()
-            .all(|message| message.content.trim().is_empty() && !message.other.contains_key("tool_calls"))
-    };
+    let blank = |messages: &[Message]| messages.iter().all(Message::is_blank);
     match body {
         Body::Text { chosen, rejected, .. } => chosen.trim().is_empty() || rejected.trim().is_empty(),
         Body::Conversation { chosen, rejected, .. } => blank(chosen) || blank(rejected),

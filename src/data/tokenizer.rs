@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, ModelWrapper};
 
+use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
 
 /// The named special tokens that configs and chat templates know.
@@ -34,6 +35,7 @@ impl Tokenizer {
     pub fn load(folder: &Path) -> Result<(Self, Map<String, Value>)> {
         let path = folder.join("tokenizer.json");
         let bytes = read_tokenizer_file(folder, &path)?;
+        foreign::refuse(&path, &bytes, "the tokenizer")?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let legacy_map = read_object(&folder.join("special_tokens_map.json"))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| {
@@ -212,7 +214,10 @@ fn read_tokenizer_file(folder: &Path, path: &Path) -> Result<Vec<u8>> {
     if path.is_file() {
         return fs::read(path).map_err(|error| Error::io(path, "read", error));
     }
-    let help = if folder.join("tokenizer.model").is_file() {
+    let sentencepiece = folder.join("tokenizer.model");
+    let help = if foreign::recognise_file(&sentencepiece) == Some(Foreign::LfsPointer) {
+        "tokenizer.model, of which transformers could make it, is a git-lfs pointer: run `git lfs pull` in the folder"
+    } else if sentencepiece.is_file() {
         "this folder has a sentencepiece tokenizer.model only; make a tokenizer.json from it with transformers: \
          `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"
     } else if folder.is_dir() {
@@ -225,10 +230,10 @@ fn read_tokenizer_file(folder: &Path, path: &Path) -> Result<Vec<u8>> {
 
 /// A JSON object file, empty if there is no such file.
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = match fs::read_to_string(path) {
+    let text = match foreign::read_text(path, "the tokenizer's config") {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(error) => return Err(Error::io(path, "read", error)),
+        Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
+        Err(error) => return Err(error),
     };
     serde_json::from_str(&text)
         .map_err(|error| Error::model(path, format!("broken JSON: {error}"), "copy the model's file again"))

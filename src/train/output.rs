@@ -67,11 +67,6 @@ impl Output {
         Ok(Output { path: self.path, _lock: Some(lock) })
     }
 
-    /// Whether a run began here and ended before its first checkpoint: there is nothing to lose by its beginning again.
-    pub fn holds_false_start(&self) -> bool {
-        self.path.join(METRICS_FILE).exists() && !self.model().exists()
-    }
-
     /// Writes the resolved configuration.
     pub fn begin(&self, config: &RunConfig) -> Result<()> {
         atomic::write_file(&self.path.join(RESOLVED_FILE), config.to_toml().as_bytes())

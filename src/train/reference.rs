@@ -79,7 +79,7 @@ fn score_cached<D: Device>(
         tokenizer: inputs.encoder.tokenizer.fingerprint(),
         template: inputs.encoder.template.as_ref().map_or([0; 32], |template| template.fingerprint()),
         data: dataset.fingerprint,
-        limits: config.limits,
+        limits: inputs.limits,
         compute: &compute,
     };
     let cache = ReferenceCache::new(&cache_folder(config), &key);

@@ -101,7 +101,7 @@ fn a_template_that_writes_neither_bos_nor_end_token_gets_one_of_each() {
 }
 
 #[test]
-fn hh_text_is_split_behind_the_last_shared_marker() {
+fn hh_text_is_split_after_the_last_shared_marker() {
     let records = read_records(&file("pairs/hh.jsonl")).unwrap();
     let Body::Text { prompt, chosen, rejected } = &records[0].body else { panic!("{records:?}") };
     assert!(prompt.ends_with("\n\nHuman: Just do.\n\nAssistant:"), "{prompt:?}");
