@@ -28,7 +28,7 @@ use crate::checkpoint::run_state::RunIdentity;
 use crate::config::RunConfig;
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::interrupt;
 use crate::model::{Llama, LlamaTensors};
 use crate::objective::ReferencePair;
@@ -81,7 +81,8 @@ fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
         plan.total_steps
     );
     let report = output.path().join(REPORT_FILE);
-    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display()))
+    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display()))?;
+    Ok(())
 }
 
 struct Training<'a> {
