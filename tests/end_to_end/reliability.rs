@@ -287,20 +287,6 @@ fn a_run_writes_in_no_folder_that_it_reads() {
 }
 
 #[test]
-fn an_output_that_is_removed_meanwhile_costs_its_metrics_alone() {
-    let work = Workplace::new();
-    let mut child = work.command(&format!("{TRAIN} --max-steps 300 --output run")).spawn().unwrap();
-    wait_for_lines(&work.path("run/metrics.jsonl"), 3, &mut child);
-    std::fs::rename(work.path("run"), work.path("moved")).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let message = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{message}");
-    assert!(message.contains("run/metrics.jsonl is gone: the output folder was removed"), "{message}");
-    assert!(work.path("run/model/model.safetensors").is_file());
-    assert_eq!(work.series("moved", "loss").len(), 300);
-}
-
-#[test]
 fn a_cache_that_is_something_else_costs_time_alone() {
     let work = Workplace::new();
     let run = |output: &str| {
