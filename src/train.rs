@@ -81,7 +81,8 @@ fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
         plan.total_steps
     );
     let report = output.path().join(REPORT_FILE);
-    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display())).map(|_| ())
+    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display()))?;
+    Ok(())
 }
 
 struct Training<'a> {

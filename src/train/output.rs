@@ -80,20 +80,6 @@ impl Output {
         self.path.join(MODEL_FOLDER)
     }
 
-    /// The metrics so far. Whoever removes or moves the folder of a run that goes on has lost them, but not the model
-    /// that is saved at its end.
-    fn history(&self) -> Result<History> {
-        let metrics = self.path.join(METRICS_FILE);
-        if metrics.exists() {
-            return History::read(&self.path);
-        }
-        tracing::warn!(
-            "{} is gone: the output folder was removed or moved while the run went on; the report has no curves",
-            metrics.display()
-        );
-        Ok(History::default())
-    }
-
     /// Writes `report.html`, and tells the terminal how it ended: last, so that a standard output that cannot be
     /// written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
@@ -107,7 +93,7 @@ impl Output {
             objective: config.objective.name().to_string(),
             device,
             recipe: config.to_toml(),
-            history: self.history()?,
+            history: History::read(&self.path)?,
             data: inputs.data_summaries(config),
             warnings: warnings(&comparison),
             comparison,

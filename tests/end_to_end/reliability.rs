@@ -221,15 +221,12 @@ fn generate_stops_at_a_signal() {
     let mut child = work.command(generate).stdout(Stdio::null()).spawn().unwrap();
     let messages = wait_for_message(&mut child, "device: ");
     std::thread::sleep(Duration::from_millis(100));
-    if child.try_wait().unwrap().is_none() {
-        signal(&child, "INT");
-        let code = child.wait().unwrap().code();
-        let message = messages.join().unwrap();
-        assert!(
-            code == Some(130) && message.contains("the answer ends after 65536 tokens"),
-            "{code:?} {message}"
-        );
-    }
+    assert!(child.try_wait().unwrap().is_none(), "the answer ended: {}", messages.join().unwrap());
+    signal(&child, "INT");
+    let code = child.wait().unwrap().code();
+    let message = messages.join().unwrap();
+    assert_eq!(code, Some(130), "{message}");
+    assert!(message.contains("the answer ends after 65536 tokens"), "{message}");
 }
 
 #[test]
@@ -290,25 +287,12 @@ fn a_run_writes_in_no_folder_that_it_reads() {
 }
 
 #[test]
-fn an_output_that_is_removed_meanwhile_costs_its_metrics_alone() {
-    let work = Workplace::new();
-    let mut child = work.command(&format!("{TRAIN} --max-steps 300 --output run")).spawn().unwrap();
-    wait_for_lines(&work.path("run/metrics.jsonl"), 3, &mut child);
-    std::fs::rename(work.path("run"), work.path("moved")).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let message = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{message}");
-    assert!(message.contains("run/metrics.jsonl is gone: the output folder was removed"), "{message}");
-    assert!(work.path("run/model/model.safetensors").is_file());
-    assert_eq!(work.series("moved", "loss").len(), 300);
-}
-
-#[test]
 fn a_cache_that_is_something_else_costs_time_alone() {
     let work = Workplace::new();
     let run = |output: &str| {
         let finished = work.succeed(&format!("{TRAIN} --max-steps 1 --output {output}"));
-        let warned = finished.stderr.contains("WARN");
+        let warned =
+            ["computed again", "not kept for the next run"].iter().any(|part| finished.stderr.contains(part));
         (warned, finished.stderr)
     };
     let (warned, message) = run("first");
