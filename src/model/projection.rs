@@ -17,8 +17,8 @@ impl<T> Projection<T> {
     /// A projection of the same form, made value by value in the order of [`Projection::iter`].
     pub(super) fn try_map<U, E>(
         &self,
-        make: &mut impl FnMut(&T) -> Result<U, E>,
-    ) -> Result<Projection<U>, E> {
+        make: &mut impl FnMut(&T) -> std::result::Result<U, E>,
+    ) -> std::result::Result<Projection<U>, E> {
         Ok(Projection { weight: make(&self.weight)?, bias: self.bias.as_ref().map(make).transpose()? })
     }
 
