@@ -177,7 +177,7 @@ fn mistakes_are_named() {
         (
             &["step", "--pairs", "99999999999999", "--device", "cpu"],
             2,
-            "a batch of more than 16777216 tokens",
+            "must be at least 1 and at most 16777216",
         ),
         (&["kernels", "--profile", "40/0/0", "--device", "cpu"], 2, "only attention has something to do"),
         (&["step", "--model", "no/such/folder", "--device", "cpu"], 5, "no/such/folder"),

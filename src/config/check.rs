@@ -74,11 +74,11 @@ pub fn at_least_two(value: &usize) -> Result<(), &'static str> {
 }
 
 pub fn mebibytes(value: &usize) -> Result<(), &'static str> {
-    rule((1..=LARGEST_MEBIBYTES).contains(value), "must be from 1 to 1073741824")
+    rule((1..=LARGEST_MEBIBYTES).contains(value), "must be at least 1 and at most 1073741824")
 }
 
 pub fn threads(value: &usize) -> Result<(), &'static str> {
-    rule((1..=MOST_THREADS).contains(value), "must be from 1 to 1024")
+    rule((1..=MOST_THREADS).contains(value), "must be at least 1 and at most 1024")
 }
 
 /// TOML integers are signed: a larger seed could not be written into the resolved recipe.
