@@ -88,6 +88,9 @@ impl PairDataset {
         for cause in record.causes {
             self.report.add(cause, record.place);
         }
+        for (cause, example) in &record.examples {
+            self.report.illustrate(*cause, record.place, example);
+        }
         let Some(pair) = record.pair else { return };
         self.report.pairs += 1;
         self.report.tokens += pair.tokens();

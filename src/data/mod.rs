@@ -7,7 +7,9 @@
 mod batch;
 mod dataset;
 mod encode;
+mod lost_text;
 mod order;
+mod panics;
 mod python;
 mod records;
 mod reference_cache;
@@ -24,4 +26,4 @@ pub use records::{Body, Format, Message, Record, read_records};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
 pub use template::{ChatTemplate, TemplateRefusal};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{SegmentCache, StreamDecoder, Tokenizer};

@@ -29,10 +29,22 @@ pub enum Cause {
     PromptShortened,
     /// A `prompt` string is not among the messages that the responses share; those are used.
     PromptColumnDiffers,
+    /// A token reaches from the prompt into a response, so that it and all after it belong to the responses.
+    BoundaryToken,
+    /// The template does not write all text of a prompt message.
+    PromptTextLost,
+    /// The template does not write all text of a response message.
+    ResponseTextLost,
+    /// The template writes no end token after a response.
+    NoEndToken,
+    /// Dropped: the template writes nothing for a response.
+    ResponseNotWritten,
+    /// Plain text begins with the BOS that the tokenizer puts in front as well.
+    BosTwice,
 }
 
 impl Cause {
-    pub const ALL: [Cause; 9] = [
+    pub const ALL: [Cause; 15] = [
         Cause::BlankResponse,
         Cause::NoRoom,
         Cause::NothingToScore,
@@ -42,11 +54,20 @@ impl Cause {
         Cause::Identical,
         Cause::PromptShortened,
         Cause::PromptColumnDiffers,
+        Cause::BoundaryToken,
+        Cause::PromptTextLost,
+        Cause::ResponseTextLost,
+        Cause::NoEndToken,
+        Cause::ResponseNotWritten,
+        Cause::BosTwice,
     ];
 
     /// Whether the record is lost by it.
     pub fn drops(self) -> bool {
-        matches!(self, Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore)
+        matches!(
+            self,
+            Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore | Cause::ResponseNotWritten
+        )
     }
 }
 
@@ -56,6 +77,8 @@ pub struct Tally {
     pub count: usize,
     /// 1-based lines (JSON Lines) or record numbers of the first few.
     pub first: Vec<usize>,
+    /// What happened to the first one, where a place alone says too little.
+    pub example: Option<String>,
 }
 
 /// The account of a file's records; `Display` shows it to people.
@@ -102,6 +125,12 @@ impl EncodingReport {
         }
     }
 
+    /// Keeps `example` for `cause` if it has none.
+    pub(super) fn illustrate(&mut self, cause: Cause, place: usize, example: &str) {
+        let shown = &mut self.tallies[cause as usize].example;
+        shown.get_or_insert_with(|| format!("at {place}, {example}"));
+    }
+
     /// The cause in words, with the limit that it met.
     pub fn describe(&self, cause: Cause) -> String {
         let LengthLimits { max_length, max_prompt_length } = self.limits;
@@ -116,11 +145,28 @@ impl EncodingReport {
             Cause::RejectedCut => format!("rejected responses cut on the right to max_length {max_length}"),
             Cause::Identical => "kept with identical chosen and rejected responses".to_string(),
             Cause::PromptShortened => {
-                "prompts end early: the template writes the opening of the assistant's turn otherwise before a response"
+                "prompts end early: the template writes their end otherwise once a response follows, and the prompt \
+                 ends where the two part"
                     .to_string()
             }
             Cause::PromptColumnDiffers => {
                 "have a `prompt` string that their messages do not contain; the messages were used".to_string()
+            }
+            Cause::BoundaryToken => {
+                "prompts end within a token that reaches into a response: the responses begin with that token"
+                    .to_string()
+            }
+            Cause::PromptTextLost => "have prompt text that the template leaves out or rewrites".to_string(),
+            Cause::ResponseTextLost => {
+                "have response text that the template leaves out or rewrites: it is not trained on".to_string()
+            }
+            Cause::NoEndToken => {
+                "have a response without an end token, since the template writes none: nothing teaches the model to stop"
+                    .to_string()
+            }
+            Cause::ResponseNotWritten => "dropped: the template writes nothing for a response".to_string(),
+            Cause::BosTwice => {
+                "prompts begin with two BOS tokens: one in the text, one that the tokenizer puts in front".to_string()
             }
         }
     }
@@ -133,13 +179,16 @@ impl fmt::Display for EncodingReport {
             write!(formatter, " (largest pair {})", self.largest_pair)?;
         }
         for cause in Cause::ALL {
-            let Tally { count, first } = self.tally(cause);
+            let Tally { count, first, example } = self.tally(cause);
             if *count == 0 {
                 continue;
             }
             let places: Vec<String> = first.iter().map(usize::to_string).collect();
             let more = if *count > first.len() { ", ..." } else { "" };
             write!(formatter, "\n  {count} {} (at {}{more})", self.describe(cause), places.join(", "))?;
+            if let Some(example) = example {
+                write!(formatter, "\n    for example, {example}")?;
+            }
         }
         Ok(())
     }
