@@ -1,19 +1,19 @@
 //! The token ids of every pair of a file, as training and scoring see them: one JSON object a line.
 //!
-//!     cargo run --release --example token_ids -- MODEL PAIRS.jsonl [CHAT_TEMPLATE.jinja] > ids.jsonl
-//!     cargo run --release --example token_ids -- --count MODEL PAIRS.jsonl [CHAT_TEMPLATE.jinja]
+//!     cargo run --release --example token_ids -- MODEL PAIRS.jsonl [TEMPLATE.jinja [PAIRS TEMPLATE]...] > ids.jsonl
+//!     cargo run --release --example token_ids -- --count MODEL PAIRS.jsonl
 //!
-//! A small user of the library, and one side of `tests/reference/check_tokens.py`; TRL is the other. Nothing is cut:
-//! the limits are as wide as they go. The account of the file goes to standard error. `--count` prints no ids, but how
-//! long reading took.
+//! A small user of the library, and one side of `tests/reference/check_tokens.py`; TRL is the other. Several files may
+//! follow one another, each with the chat template to use (`-` for the model's own). Nothing is cut: the limits are as
+//! wide as they go. The account of each file goes to standard error. `--count` prints no ids, but how long reading took.
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use mmpo_fast::config::LengthLimits;
-use mmpo_fast::data::{TextEncoder, load_pairs};
+use mmpo_fast::data::{ChatTemplate, TextEncoder, load_pairs};
 use mmpo_fast::{Error, Result};
 use serde_json::json;
 
@@ -35,16 +35,24 @@ fn run() -> Result<()> {
     if count {
         arguments.remove(0);
     }
-    let (model, data, template) = match arguments.as_slice() {
-        [model, data] => (model, data, None),
-        [model, data, template] => (model, data, Some(template.as_path())),
-        _ => {
-            return Err(Error::config("two arguments are needed", "token_ids MODEL PAIRS.jsonl [TEMPLATE]"));
-        }
+    let (model, files) = match arguments.split_first() {
+        Some((model, files)) if !files.is_empty() => (model, files),
+        _ => return Err(Error::config("a model and a file are needed", "token_ids MODEL PAIRS.jsonl [TEMPLATE]")),
     };
-    let encoder = TextEncoder::load(model, template)?;
+    let mut encoder = TextEncoder::load(model, None)?;
+    for (number, file) in files.chunks(2).enumerate() {
+        if let Some(template) = file.get(1).filter(|path| path.as_os_str() != "-") {
+            let special_tokens = encoder.tokenizer.special_tokens().clone();
+            encoder.template = ChatTemplate::load(model, &Default::default(), special_tokens, Some(template))?;
+        }
+        print_file(&encoder, number, &file[0], count)?;
+    }
+    Ok(())
+}
+
+fn print_file(encoder: &TextEncoder, number: usize, data: &Path, count: bool) -> Result<()> {
     let started = Instant::now();
-    let dataset = load_pairs(data, &encoder, LIMITS)?;
+    let dataset = load_pairs(data, encoder, LIMITS)?;
     let seconds = started.elapsed().as_secs_f64();
     eprintln!("{}", dataset.report);
     if count {
@@ -55,7 +63,8 @@ fn run() -> Result<()> {
     let failed = |error| Error::io("standard output".as_ref(), "write", error);
     for pair in &dataset.pairs {
         let ids = json!({
-            "record": pair.record, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+            "file": number, "record": pair.record,
+            "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
         });
         writeln!(out, "{ids}").map_err(failed)?;
     }
