@@ -37,13 +37,19 @@ fn run() -> Result<()> {
     }
     let (model, files) = match arguments.split_first() {
         Some((model, files)) if !files.is_empty() => (model, files),
-        _ => return Err(Error::config("a model and a file are needed", "token_ids MODEL PAIRS.jsonl [TEMPLATE]")),
+        _ => {
+            return Err(Error::config(
+                "a model and a file are needed",
+                "token_ids MODEL PAIRS.jsonl [TEMPLATE]",
+            ));
+        }
     };
     let mut encoder = TextEncoder::load(model, None)?;
     for (number, file) in files.chunks(2).enumerate() {
         if let Some(template) = file.get(1).filter(|path| path.as_os_str() != "-") {
             let special_tokens = encoder.tokenizer.special_tokens().clone();
-            encoder.template = ChatTemplate::load(model, &Default::default(), special_tokens, Some(template))?;
+            encoder.template =
+                ChatTemplate::load(model, &Default::default(), special_tokens, Some(template))?;
         }
         print_file(&encoder, number, &file[0], count)?;
     }

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub use format::Format;
 pub(crate) use implicit::common_prefix;
 pub use message::Message;
-pub(crate) use source::for_each_chunk;
+pub(crate) use source::{RawRecord, for_each_chunk};
 
 /// One preference pair in the words of its file.
 #[derive(Clone, Debug, PartialEq)]
