@@ -9,6 +9,7 @@ mod data {
     mod reference_cache;
     mod template;
     mod tokenizer;
+    mod tokens;
 }
 
 use std::path::{Path, PathBuf};
