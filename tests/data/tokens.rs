@@ -158,7 +158,7 @@ fn text_that_the_template_leaves_out_is_counted_and_shown() {
 
 #[test]
 fn a_template_that_closes_the_last_turn_otherwise_gives_the_common_beginning() {
-    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}\n{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
     let folder = llama2_like(json!({"tokenizer_class": "LlamaTokenizer"}));
     let (encoder, dataset) = load(&folder, Some(template), conversation("yes", "no"));
     let pair = &dataset.pairs[0];

@@ -57,7 +57,7 @@ OWN_TEMPLATES = {
     "own/zephyr": "{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n{% endfor %}\n{% if add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}",
     "own/space at the end": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
     "own/cuts reasoning": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}",
-    "own/closes the last turn otherwise": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}\n{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "own/closes the last turn otherwise": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
 }
 
 
