@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use miette::Diagnostic;
 use thiserror::Error;
 
+use crate::interrupt::Signal;
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What can go wrong. `help` says what the user can do about it.
@@ -74,14 +76,18 @@ pub enum Error {
         help: String,
     },
 
-    /// Ctrl-C: the state was saved first (exit code 130).
-    #[error("interrupted; the run was saved in {} and `--resume` continues it", saved.display())]
+    /// A signal asked the program to end (exit code 128 plus its number: 130 after Ctrl-C, 143 after SIGTERM).
+    #[error("stopped by {signal}: {kept}")]
     #[diagnostic(code(interrupted))]
-    Interrupted { saved: PathBuf },
+    Interrupted {
+        signal: Signal,
+        /// A sentence: what was kept, and how to go on.
+        kept: String,
+    },
 }
 
 impl Error {
-    /// The process exit code of this error; distinct per variant.
+    /// The process exit code of this error; distinct per variant (and per signal).
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Config { .. } => 2,
@@ -90,7 +96,7 @@ impl Error {
             Error::Io { .. } => 5,
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
-            Error::Interrupted { .. } => 130,
+            Error::Interrupted { signal, .. } => signal.exit_code(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Text from a model: greedy or sampled, token by token over a key/value cache.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
@@ -7,14 +8,21 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::checkpoint::ModelFolder;
 use crate::config::GenerateConfig;
+use crate::context;
 use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::{Generation, Llama};
-use crate::report::print_result;
+use crate::report::{Reader, print_result};
+
+/// The longest answer that may be asked for, whatever the model's context: between these, its context.
+const LEAST_POSITIONS: usize = 1 << 16;
+const MOST_POSITIONS: usize = 1 << 20;
 
 /// Writes the answer to `config.prompt` to standard output as it comes.
 pub fn run(config: &GenerateConfig) -> Result<()> {
+    interrupt::install()?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
     let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
@@ -26,7 +34,54 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
             encoder.encode_chat_prompt(&messages)?
         }
     };
-    run_on(config.device, config.threads, Generating { config, folder, encoder, prompt })
+    check_vocabulary(&prompt, &folder, &encoder)?;
+    interrupt::check()?;
+    let max_new_tokens = most_new_tokens(config.max_new_tokens, folder.config().max_position_embeddings);
+    check_context(&folder, prompt.len(), max_new_tokens)?;
+    // A template may end its turns with a token that the model's files do not list.
+    let end_of_turn = match &encoder.template {
+        Some(template) if !config.raw => template.end_of_turn(&encoder.tokenizer)?,
+        _ => None,
+    };
+    let task = Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn };
+    run_on(config.device, config.threads, task)
+}
+
+/// A tokenizer that is not the model's gives tokens that the model has no embedding for.
+fn check_vocabulary(prompt: &[u32], folder: &ModelFolder, encoder: &TextEncoder) -> Result<()> {
+    let vocabulary = folder.config().vocab_size;
+    match prompt.iter().find(|&&token| token as usize >= vocabulary) {
+        None => Ok(()),
+        Some(token) => Err(Error::model(
+            encoder.tokenizer.path(),
+            format!("the prompt holds token {token}, but the model's vocab_size is {vocabulary}"),
+            "tokenizer and weights do not belong together: use the tokenizer the model was trained with",
+        )),
+    }
+}
+
+/// What `--max-new-tokens` comes to: a RoPE table reaches to the last position, so there has to be one.
+fn most_new_tokens(asked: usize, context: usize) -> usize {
+    let most = context.clamp(LEAST_POSITIONS, MOST_POSITIONS);
+    if asked > most {
+        tracing::warn!("--max-new-tokens is {asked}: the answer ends after {most} tokens at the latest");
+    }
+    asked.min(most)
+}
+
+/// Warns where the answer may pass the model's context, and refuses what its rope does not hold for.
+fn check_context(folder: &ModelFolder, prompt: usize, max_new_tokens: usize) -> Result<()> {
+    let (context, most) = (folder.config().context(), prompt.saturating_add(max_new_tokens));
+    context::check_positions(folder, most, |positions| match positions.saturating_sub(prompt) {
+        0 => format!("the prompt has {prompt} tokens: shorten it"),
+        room => format!("give --max-new-tokens {room} or less"),
+    })?;
+    if most > context {
+        tracing::warn!(
+            "the prompt's {prompt} tokens and --max-new-tokens {max_new_tokens} may pass the {context} positions that the model was trained for"
+        );
+    }
+    Ok(())
 }
 
 struct Generating<'a> {
@@ -34,18 +89,35 @@ struct Generating<'a> {
     folder: ModelFolder,
     encoder: TextEncoder,
     prompt: Vec<u32>,
+    max_new_tokens: usize,
+    /// Ends the answer, beside the model's own end tokens.
+    end_of_turn: Option<u32>,
 }
 
 impl DeviceTask for Generating<'_> {
     type Output = ();
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
-        let Generating { config, folder, encoder, prompt } = self;
-        let model = Llama::load(device, &folder, prompt.len() + config.max_new_tokens)?;
+        let Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn } = self;
+        let mut model = Llama::load(device, &folder, prompt.len() + max_new_tokens)?;
+        model.config.stop_token_ids.extend(end_of_turn);
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);
-        generate(&model, &prompt, config.max_new_tokens, sampling, |token| print_result(&text.push(token)?))?;
-        print_result(&(text.finish()? + "\n"))
+        let mut is_read = true;
+        let generated = generate(&model, &prompt, max_new_tokens, sampling, |token| {
+            is_read = print_result(&text.push(token)?)? == Reader::Listening;
+            match is_read {
+                true => Ok(()),
+                false => Err(Error::io("standard output".as_ref(), "write to", ErrorKind::BrokenPipe.into())),
+            }
+        });
+        if !is_read {
+            // As a program that SIGPIPE ends, without a word.
+            return Ok(());
+        }
+        generated?;
+        print_result(&(text.finish()? + "\n"))?;
+        Ok(())
     }
 }
 
@@ -83,6 +155,7 @@ pub fn generate<D: Device>(
     let mut generation = Generation::start(model, prompt, max_new_tokens)?;
     let mut tokens = Vec::new();
     while tokens.len() < max_new_tokens {
+        interrupt::check()?;
         let token = next_token(generation.logits(), sampling, &mut random);
         if model.config.stop_token_ids.contains(&token) {
             return Ok((tokens, Finish::EndToken));

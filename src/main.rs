@@ -1,47 +1,110 @@
 //! The program: parses the command line, sets up the log, runs the command, and turns an error into a report and an
 //! exit code.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
-use miette::MietteHandlerOpts;
-use mmpo_fast::cli::{self, Stop, Verbosity};
-use mmpo_fast::report::LogWriter;
+use mmpo_fast::cli::{self, Invocation, Stop, Verbosity};
+use mmpo_fast::data::Watch;
+use mmpo_fast::report::{self, BUG_EXIT_CODE, LogWriter};
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::debug_fn;
 
 fn main() -> ExitCode {
-    let invocation = match cli::parse(std::env::args_os()) {
-        Ok(invocation) => invocation,
-        Err(Stop::Clap(error)) => {
-            // A closed terminal is the only way this fails, and then nobody is there to be told.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+    guarded(command)
+}
+
+/// Turns a panic of any thread that `command` waits for into a message and an exit code of its own.
+fn guarded(command: impl FnOnce() -> ExitCode) -> ExitCode {
+    report::note_panics();
+    // Nothing is used after a panic but the note of it: the program ends.
+    match catch_unwind(AssertUnwindSafe(command)) {
+        Ok(code) => code,
+        Err(_) => {
+            report::print_bug();
+            ExitCode::from(BUG_EXIT_CODE)
         }
-        Err(Stop::Error(error)) => return fail(error),
-    };
-    match start_log(invocation.verbosity).and_then(|()| invocation.run()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(error),
     }
 }
 
-/// Colours only for people, and only where NO_COLOR does not forbid them.
-fn wants_color() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+fn command() -> ExitCode {
+    let invocation = match cli::parse(std::env::args_os()) {
+        Ok(invocation) => invocation,
+        Err(Stop::Clap(error)) => return usage(&error),
+        Err(Stop::Error(error)) => return fail(&error),
+    };
+    match start_log(invocation.verbosity).and_then(|()| run_watched(invocation)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
 }
 
-/// Prints what went wrong and how to mend it to standard error; lines are wrapped for a terminal alone, so that a
-/// script can search them.
-fn fail(error: Error) -> ExitCode {
-    let code = error.exit_code();
-    // The hook can be set once, and this is the one place that sets it.
-    let _ = miette::set_hook(Box::new(|_| {
-        let wrap = std::io::stderr().is_terminal();
-        Box::new(MietteHandlerOpts::new().color(wants_color()).wrap_lines(wrap).build())
-    }));
-    let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(error));
-    ExitCode::from(code)
+/// How often a rendering of a chat template is looked at, and at how many looks in a row it must have ended.
+const LOOK: Duration = Duration::from_millis(250);
+const LOOKS: u32 = 14;
+/// Enough for every chat template within its limits, which then need no stack of their own.
+const STACK: usize = 128 << 20;
+
+/// Runs the command in a thread, beside which this one watches for a chat template that does not end: nothing can
+/// stop that but the end of the process.
+fn run_watched(invocation: Invocation) -> Result<()> {
+    let (sender, receiver) = mpsc::channel();
+    let command = move || {
+        // The receiver is gone only where the process is about to end.
+        let _ = sender.send(invocation.run());
+    };
+    let worker = thread::Builder::new().name("main".to_string()).stack_size(STACK).spawn(command).map_err(
+        |error| {
+            Error::device(
+                format!("cannot start a thread: {error}"),
+                "raise the limits on memory or processes",
+            )
+        },
+    )?;
+    let mut watch = Watch::default();
+    loop {
+        match receiver.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(path) = watch.overrun(LOOKS) {
+                    return Err(Error::model(
+                        &path,
+                        format!("the chat template takes more than {:?} for one conversation", LOOK * LOOKS),
+                        "mend the template, or pass another --chat-template FILE",
+                    ));
+                }
+            }
+            // The command panicked, and its message is out.
+            Err(RecvTimeoutError::Disconnected) => match worker.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Ok(()),
+            },
+        }
+    }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    report::print_error(error);
+    ExitCode::from(error.exit_code())
+}
+
+/// Help that was asked for goes to standard output as clap prints it. A usage error shows what the user typed, which
+/// may come from a file name: it goes through the same escaping as all other errors.
+fn usage(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() {
+        let text = error.render().to_string();
+        let _ = std::io::stderr().write_all(report::escaped(&text).as_bytes());
+    } else if let Err(cause) = error.print()
+        && cause.kind() != ErrorKind::BrokenPipe
+    {
+        return fail(&Error::io("standard output".as_ref(), "write to", cause));
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 /// The log goes to standard error. A flag goes before RUST_LOG, RUST_LOG before the default, `info`.
@@ -60,9 +123,39 @@ fn start_log(verbosity: Verbosity) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| LogWriter)
-        .with_ansi(wants_color())
+        // Without this a line that cannot be written is reported by a print to the same place, which panics.
+        .log_internal_errors(false)
+        .with_ansi(report::wants_color())
+        .fmt_fields(debug_fn(|writer, field, value| match field.name() {
+            "message" => write!(writer, "{}", report::escaped(&format!("{value:?}"))),
+            name => write!(writer, " {name}={}", report::escaped(&format!("{value:?}"))),
+        }))
         .with_target(false)
         .without_time()
         .init();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_has_an_exit_code_of_its_own_and_says_where_it_was() {
+        let ends = |command: fn()| {
+            let code = guarded(|| {
+                command();
+                ExitCode::SUCCESS
+            });
+            assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(70)));
+        };
+        ends(|| panic!("planted"));
+        // A worker of rayon's hands its panic to the thread that waits.
+        ends(|| _ = rayon::join(|| panic!("planted in a worker"), || ()));
+        report::note_panics();
+        let _ = catch_unwind(|| panic!("planted again"));
+        let message = report::bug_message();
+        assert!(message.contains("this is a bug in mmpo-fast"), "{message}");
+        assert!(message.contains("planted again (src/main.rs:"), "{message}");
+    }
 }

@@ -1,5 +1,6 @@
 //! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
 
+mod output;
 mod scorer;
 
 use std::sync::Arc;
@@ -7,13 +8,16 @@ use std::sync::Arc;
 pub use scorer::{PairScore, Scorer};
 use serde::Serialize;
 
-use crate::checkpoint::{ModelFolder, atomic};
+use crate::checkpoint::ModelFolder;
 use crate::config::ScoreConfig;
+use crate::context;
 use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::Llama;
-use crate::report::{Progress, print_result};
+use crate::report::{Progress, print_notice, print_result};
+use output::ScoreOutput;
 
 /// A line of the output file. Log-probs and entropies are sums over the response's tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -40,18 +44,25 @@ pub struct Rewards {
 
 /// Scores all pairs of `config.data`; the output file appears whole or not at all.
 pub fn run(config: &ScoreConfig) -> Result<()> {
+    interrupt::install()?;
+    let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
-    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
-    let dataset = load_pairs(&config.data, &encoder, config.limits)?;
-    dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    tracing::info!("{}: {}", config.data.display(), dataset.report);
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
+    let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
+    let limits = context::limits(config.asked_lengths, &models)?;
+    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
+    let dataset = load_pairs(&config.data, &encoder, limits)?;
+    dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
+    dataset.report.log(&config.data.display().to_string());
     if let Some(reference) = &reference {
         reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
     }
-    atomic::check_writable(atomic::parent(&config.output))?;
+    let longest = dataset.pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
+    models.iter().try_for_each(|model| context::check_pairs(model, longest))?;
+    output.check_writable()?;
+    interrupt::check()?;
     let lines =
         run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
 
@@ -62,8 +73,15 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         text.push_str(&json);
         text.push('\n');
     }
-    atomic::write_file(&config.output, text.as_bytes())?;
-    print_result(&format!("{}scores  {}\n", summary(&lines), config.output.display()))
+    output.write(&text)?;
+    let summary = summary(&lines);
+    match output {
+        ScoreOutput::StandardOutput => print_notice(summary.trim_end()),
+        ScoreOutput::File(_) => {
+            print_result(&format!("{summary}scores  {}\n", config.output.display()))?;
+        }
+    }
+    Ok(())
 }
 
 struct Scoring<'a> {
@@ -83,12 +101,13 @@ impl DeviceTask for Scoring<'_> {
             None => None,
         };
         let pairs = self.dataset.pairs.iter().zip(&policy).enumerate();
-        Ok(pairs
+        pairs
             .map(|(index, (pair, score))| {
                 let reference = reference.as_ref().map(|scores| &scores[index]);
-                score_line(pair, score, reference, self.config.beta)
+                let line = score_line(pair, score, reference, self.config.beta);
+                line.check_finite(self.config.beta).map(|()| line)
             })
-            .collect())
+            .collect()
     }
 }
 
@@ -106,6 +125,19 @@ impl Scoring<'_> {
         let mut progress = Progress::start(label, "pairs", pairs.len(), 0);
         let mut scorer = Scorer::new(&model, pairs, self.config.tokens_per_micro_batch)?;
         scorer.run(entropy, |done| progress.advance(done, String::new))
+    }
+}
+
+impl ScoreLine {
+    /// JSON has no infinity: a reward that overflows would become a null.
+    fn check_finite(&self, beta: f64) -> Result<()> {
+        match self.rewards {
+            Some(rewards) if !rewards.margin.is_finite() => Err(Error::numerics(
+                format!("record {}: with `--beta` = {beta} the rewards are not finite", self.record),
+                "choose a smaller --beta; 0.1 is DPO's own",
+            )),
+            _ => Ok(()),
+        }
     }
 }
 

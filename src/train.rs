@@ -1,16 +1,19 @@
 //! The training loop, top to bottom.
 //!
-//! Inputs are read and checked before anything is written. Then: reference log-probs, an evaluation, optimiser steps
-//! with evaluations and checkpoints between them, a last evaluation, the model folder and the report. A run that is cut
-//! in two by `--resume` gives the same bits as one in one piece.
+//! Inputs are read and checked before anything is written, and with `--resume` the newest sound checkpoint is found.
+//! Then: reference log-probs, an evaluation, optimiser steps with evaluations and checkpoints between them, a last
+//! evaluation, the model folder and the report. A run that is cut in two by `--resume` gives the same bits as one in one
+//! piece.
 
 mod checkpoint;
 mod guard;
 mod inputs;
-mod interrupt;
+mod lock;
 mod output;
+mod plan;
 mod recorder;
 mod reference;
+mod resume;
 mod samples;
 mod trainer;
 
@@ -21,17 +24,19 @@ pub use inputs::Inputs;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
-use crate::checkpoint::atomic;
 use crate::checkpoint::run_state::RunIdentity;
-use crate::config::{RunConfig, Warmup};
-use crate::data::{BatchOrder, PairDataset, StepBatch};
-use crate::device::{AdamWStep, Device, DeviceTask, run_on};
-use crate::error::{Error, Result};
-use crate::model::Llama;
+use crate::config::RunConfig;
+use crate::data::{PairDataset, StepBatch};
+use crate::device::{Device, DeviceTask, run_on};
+use crate::error::Result;
+use crate::interrupt;
+use crate::model::{Llama, LlamaTensors};
 use crate::objective::ReferencePair;
-use crate::report::{EvalMetrics, PairMetrics, StepMetrics};
+use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
+use plan::Plan;
 use recorder::Recorder;
+use resume::Start;
 use samples::Samples;
 
 /// Runs `config` from its first line to its report.
@@ -40,14 +45,54 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
-    atomic::check_writable(output.path())?;
-    run_on(config.device, config.threads, Training { config, inputs, output, started })
+    // What is saved, and what a resumed run must agree with, are the lengths that the run has.
+    let config = &RunConfig { limits: inputs.limits, ..config.clone() };
+    let plan = Plan::new(config, inputs.training.pairs.len());
+    plan.check_numbers()?;
+    interrupt::check()?;
+    let output = output.claim(config)?;
+    let recorded = config.recorded(inputs.training.pairs.len())?;
+    let identity = identity(&recorded, &inputs);
+    let tensors = checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()));
+    let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
+    if matches!(start, Start::Finished) {
+        return say_finished(&output, &plan);
+    }
+    plan.log(config.batch.pairs_per_step.is_some());
+    let (device, threads) = (config.device, config.threads);
+    let training = Training { config, recorded, inputs, output, plan, identity, start, started };
+    run_on(device, threads, training)
+}
+
+/// What must not change between the parts of a run.
+fn identity(recorded: &RunConfig, inputs: &Inputs) -> RunIdentity {
+    RunIdentity {
+        config: recorded.to_toml(),
+        model: hex(&inputs.folder.fingerprint()),
+        data: hex(&inputs.training.fingerprint),
+        reference: inputs.reference.as_ref().map_or_else(String::new, |folder| hex(&folder.fingerprint())),
+    }
+}
+
+fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
+    let (run, model) = (output.path().display(), output.model());
+    tracing::info!(
+        "the run in {run} is finished, all {} steps of it: nothing is left to do",
+        plan.total_steps
+    );
+    let report = output.path().join(REPORT_FILE);
+    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display())).map(|_| ())
 }
 
 struct Training<'a> {
     config: &'a RunConfig,
+    /// As [`RunConfig::recorded`] has it.
+    recorded: RunConfig,
     inputs: Inputs,
     output: Output,
+    plan: Plan,
+    identity: RunIdentity,
+    start: Start,
     started: Instant,
 }
 
@@ -55,24 +100,35 @@ impl DeviceTask for Training<'_> {
     type Output = ();
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
-        let Training { config, inputs, output, started } = self;
+        let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
         let model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        interrupt::check()?;
         let references = References::compute(config, &inputs, &model)?;
         let samples = Samples::choose(&inputs)?;
         let answers_before = samples.answers(&model, &inputs)?;
 
-        let mut run = Run::new(config, &inputs, &references, model)?;
+        let mut run = Run::new(config, &inputs, &references, plan, identity, model)?;
         let before = run.evaluate(0)?;
-        let resumed = run.resume(&output)?;
-        output.begin(config)?;
+        let resumed = run.restore(start)?;
+        let steps = interrupt::steps()?;
+        output.begin(&recorded)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
         }
 
-        let after = run.train(&output, &mut recorder, resumed.unwrap_or(0))?;
+        let after = run
+            .train(&output, &mut recorder, resumed.unwrap_or(0))
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
 
-        checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)?;
+        recorder.check_place()?;
+        guard::check_trained(output.path(), &run.trainer, &inputs.folder)?;
+        checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+        let saved =
+            format!("the trained model is in {}; only the report is missing", output.model().display());
+        let keeper = interrupt::keep_before_end(|| Some(saved));
+        drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
@@ -81,27 +137,9 @@ impl DeviceTask for Training<'_> {
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
             seconds: started.elapsed().as_secs_f64(),
-        })
-    }
-}
-
-/// Which steps a run consists of.
-#[derive(Clone, Copy, Debug)]
-struct Plan {
-    order: BatchOrder,
-    total_steps: usize,
-    warmup_steps: usize,
-}
-
-impl Plan {
-    fn new(config: &RunConfig, pairs: usize) -> Self {
-        let order = BatchOrder::new(pairs, config.batch.pairs_per_step, config.seed);
-        let total_steps = config.schedule.max_steps.unwrap_or_else(|| order.steps_of(config.schedule.epochs));
-        let warmup_steps = match config.schedule.warmup {
-            Warmup::Ratio(ratio) => (ratio * total_steps as f64).ceil() as usize,
-            Warmup::Steps(steps) => steps,
-        };
-        Plan { order, total_steps, warmup_steps }
+        })?;
+        drop(keeper);
+        Ok(())
     }
 }
 
@@ -120,46 +158,28 @@ impl<'a, D: Device> Run<'a, D> {
         config: &'a RunConfig,
         inputs: &'a Inputs,
         references: &'a References,
+        plan: Plan,
+        identity: RunIdentity,
         model: Llama<D>,
     ) -> Result<Self> {
         let evaluation = inputs.evaluation.iter().flat_map(|dataset| &dataset.pairs);
         let workload = Workload::plan(
             inputs.training.pairs.iter().chain(evaluation),
             &config.objective,
-            config.batch.pairs_per_step,
+            plan.pairs_per_step,
             config.batch.tokens_per_micro_batch,
         );
         let workload = Workload { head: config.head, ..workload };
-        let identity = RunIdentity {
-            config: config.to_toml(),
-            model: hex(&inputs.folder.fingerprint()),
-            data: hex(&inputs.training.fingerprint),
-        };
-        let plan = Plan::new(config, inputs.training.pairs.len());
         let trainer = Trainer::new(model, config.objective, workload)?;
         tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })
     }
 
-    /// With `--resume`: the steps already done.
-    fn resume(&mut self, output: &Output) -> Result<Option<usize>> {
-        if !self.config.resume {
-            return Ok(None);
-        }
-        match checkpoint::resume(output.path(), &mut self.trainer, &self.identity)? {
-            Some(step) => {
-                tracing::info!("resuming behind step {step} of {}", self.plan.total_steps);
-                Ok(Some(step))
-            }
-            None if output.holds_false_start() => {
-                tracing::warn!("{} has no checkpoint yet: the run begins again", output.path().display());
-                Ok(None)
-            }
-            None => Err(Error::config(
-                format!("{} has no checkpoint to resume from", output.path().display()),
-                "leave --resume out to start the run",
-            )),
-        }
+    /// Puts the checkpoint that the run starts from into the trainer; returns the steps already done.
+    fn restore(&mut self, start: Start) -> Result<Option<usize>> {
+        let Start::After(checkpoint) = start else { return Ok(None) };
+        checkpoint::restore(&checkpoint, &mut self.trainer)?;
+        Ok(Some(checkpoint.state().step as usize))
     }
 
     /// The steps from `first` on; returns the last evaluation.
@@ -171,8 +191,7 @@ impl<'a, D: Device> Run<'a, D> {
     ) -> Result<Option<EvalMetrics>> {
         let total = self.plan.total_steps;
         let mut last_evaluation = None;
-        let mut batches = self.plan.order.from_step(first).peekable();
-        while let Some(batch) = batches.next_if(|batch| batch.step < total) {
+        for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             let metrics = self.step(&batch)?;
             recorder.step(&metrics)?;
             let done = metrics.step;
@@ -180,14 +199,18 @@ impl<'a, D: Device> Run<'a, D> {
                 last_evaluation = self.evaluate(done)?;
                 last_evaluation.iter().try_for_each(|metrics| recorder.evaluation(metrics))?;
             }
-            let interrupted = interrupt::requested() && done < total;
+            let interrupted = interrupt::requested().filter(|_| done < total);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
-            if let (true, Some(next)) = (due || interrupted, batches.peek()) {
+            if due || interrupted.is_some() {
+                self.probe(&batch)?;
                 recorder.sync()?;
-                self.save(output, next)?;
+                let state = self.plan.state(done, &self.identity);
+                checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
             }
-            if interrupted {
-                return Err(Error::Interrupted { saved: output.path().to_path_buf() });
+            if let Some(signal) = interrupted {
+                let output = output.path().display();
+                let kept = format!("the run was saved in {output} and `--resume` continues it");
+                return Err(interrupt::stopped(signal, kept));
             }
         }
         match last_evaluation {
@@ -200,7 +223,7 @@ impl<'a, D: Device> Run<'a, D> {
         let started = Instant::now();
         let pairs =
             training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
-        let adamw = self.adamw(batch.step);
+        let adamw = self.plan.adamw(batch.step);
         let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm)?;
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepMetrics {
@@ -216,20 +239,16 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    fn adamw(&self, step: usize) -> AdamWStep {
-        let optimizer = &self.config.optimizer;
-        let factor = self.config.schedule.kind.factor(step, self.plan.warmup_steps, self.plan.total_steps);
-        AdamWStep {
-            learning_rate: (optimizer.learning_rate * factor) as f32,
-            beta1: optimizer.beta1 as f32,
-            beta2: optimizer.beta2 as f32,
-            epsilon: optimizer.epsilon as f32,
-            weight_decay: optimizer.weight_decay as f32,
-            step: step as u32 + 1,
-        }
+    /// Refuses to keep weights that make no loss or no gradient of the shortest pair they were just trained on: an update
+    /// may be finite and its model broken all the same.
+    fn probe(&mut self, batch: &StepBatch) -> Result<()> {
+        let tokens = |&index: &usize| self.inputs.training.pairs[index].tokens();
+        let shortest = batch.pairs.iter().copied().min_by_key(tokens);
+        let pairs = training_pairs(&self.inputs.training, &self.references.training, shortest.into_iter());
+        self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
     }
 
-    /// Once an epoch unless the configuration says how often, and behind the last step.
+    /// Once an epoch unless the configuration says how often, and after the last step.
     fn is_evaluation_due(&self, done: usize) -> bool {
         let every = self.config.evaluation.steps.unwrap_or_else(|| self.plan.order.steps_per_epoch());
         done.is_multiple_of(every.max(1)) || done == self.plan.total_steps
@@ -245,13 +264,6 @@ impl<'a, D: Device> Run<'a, D> {
             epoch: self.plan.order.epochs_after(done),
             pairs: PairMetrics::new(&self.config.objective, loss, &outcomes),
         }))
-    }
-
-    fn save(&self, output: &Output, next: &StepBatch) -> Result<()> {
-        let epochs = self.plan.order.epochs_after(next.step);
-        let pairs_seen = (epochs * self.inputs.training.pairs.len() as f64).round() as usize;
-        let (seed, keep) = (self.config.seed, self.config.keep_checkpoints);
-        checkpoint::save(output.path(), &self.trainer, next, pairs_seen, seed, &self.identity, keep)
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
-use mmpo_fast::config::{RunConfig, Warmup, resolve};
+use mmpo_fast::config::{LengthLimits, RunConfig, Warmup, resolve};
 use mmpo_fast::model::{HeadChoice, HeadOptions};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::optimizer::Schedule;
@@ -64,7 +64,7 @@ fn defaults_are_those_of_the_documents() {
         }
     );
     assert_eq!((config.limits.max_length, config.limits.max_prompt_length), (2312, 1800));
-    assert_eq!((config.seed, config.batch.pairs_per_step), (42, 128));
+    assert_eq!((config.seed, config.batch.pairs_per_step), (42, None));
     assert_eq!((config.schedule.kind, config.schedule.warmup), (Schedule::Cosine, Warmup::Ratio(0.1)));
     assert_eq!((config.schedule.epochs, config.schedule.max_steps), (1.0, None));
     assert_eq!((config.optimizer.learning_rate, config.optimizer.max_grad_norm), (1e-4, Some(1.0)));
@@ -107,7 +107,67 @@ fn defaults_follow_the_options_they_depend_on() {
     assert_eq!((config.limits.max_prompt_length, mmpo(&config).reward_group), (512 * 1800 / 2312, 1));
     assert_eq!(run("max_length = 4096", &[]).unwrap().limits.max_prompt_length, 1800);
     assert_eq!(run("max_length = 2", &[]).unwrap().limits.max_prompt_length, 1);
+    let within = |text: &str, context| run(text, &[]).unwrap().asked_lengths.limits(Some(context)).unwrap();
+    let lengths = |limits: LengthLimits| (limits.max_length, limits.max_prompt_length);
+    assert_eq!(lengths(within("", 512)), (512, 512 * 1800 / 2312));
+    assert_eq!(lengths(within("", 8192)), (2312, 1800));
+    assert_eq!(lengths(within("", 1)), (2, 1));
+    assert_eq!(lengths(within("max_length = 4096", 512)), (4096, 1800));
+    let short = run("max_prompt_length = 600", &[]).unwrap().asked_lengths;
+    assert!(short.limits(Some(512)).unwrap_err().to_string().contains("leaves no room"));
     assert_eq!(run("max_grad_norm = 0", &[]).unwrap().optimizer.max_grad_norm, None);
+}
+
+#[test]
+fn small_files_have_small_steps_unless_a_number_is_given() {
+    let config = run("", &[]).unwrap();
+    for (pairs, per_step) in [
+        (1, 2),
+        (20, 2),
+        (50, 2),
+        (79, 2),
+        (80, 4),
+        (120, 4),
+        (200, 8),
+        (2559, 64),
+        (2560, 128),
+        (1_000_000, 128),
+    ] {
+        assert_eq!(config.pairs_per_step(pairs), per_step, "{pairs} pairs");
+        assert!(pairs < 40 || pairs.div_ceil(per_step) >= 20, "{pairs} pairs");
+    }
+    let given = run("pairs_per_step = 128", &[]).unwrap();
+    assert_eq!(given.pairs_per_step(20), 128, "a number that is given is kept");
+    // A group of rewards lies in one step.
+    let group = run("reward_group = 6", &[]).unwrap();
+    assert_eq!((group.pairs_per_step(20), group.pairs_per_step(200)), (6, 8));
+    assert!(refusal(run("reward_group = 129", &[])).contains("more than the pairs of a step"));
+}
+
+#[test]
+fn what_is_recorded_can_be_read_from_any_folder() {
+    let config = run("eval_data = './e/../e.jsonl'", &[("model", "./m/"), ("reference", "r")]).unwrap();
+    let recorded = config.recorded(120).unwrap();
+    let here = std::env::current_dir().unwrap();
+    for (path, name) in [
+        (recorded.model.as_ref(), "m"),
+        (recorded.data.as_ref(), "d.jsonl"),
+        (recorded.reference.as_ref(), "r"),
+        (Some(&recorded.output), "o"),
+    ] {
+        assert_eq!(path.unwrap(), &here.join(name));
+    }
+    assert!(recorded.evaluation.data.as_ref().unwrap().is_absolute());
+    assert_eq!(recorded.batch.pairs_per_step, Some(4));
+    assert_eq!(recorded.recorded(120).unwrap(), recorded);
+    let demo = resolve(Options::default(), None, false).unwrap().recorded(640).unwrap();
+    assert_eq!((demo.model, demo.data), (None, None), "what is built in has no path");
+}
+
+#[test]
+fn a_warm_up_may_be_longer_than_the_run() {
+    let config = run("warmup_steps = 5\nmax_steps = 3", &[]).unwrap();
+    assert_eq!((config.schedule.warmup, config.schedule.max_steps), (Warmup::Steps(5), Some(3)));
 }
 
 #[test]
@@ -174,7 +234,6 @@ fn values_out_of_range_or_of_the_wrong_kind_are_refused() {
         ("epsilon = 0.4", "from 0.5 to 1"),
         ("epsilon = 1.1", "from 0.5 to 1"),
         ("warmup_ratio = 1.5", "from 0 to 1"),
-        ("warmup_steps = 5\nmax_steps = 3", "more than the whole run"),
         ("epochs = 0", "greater than 0"),
         ("max_steps = 0", "at least 1"),
         ("max_steps = 2.5", "whole number"),
@@ -255,7 +314,13 @@ fn resume_with_the_output_alone_takes_up_that_runs_options() {
     let saved = run("beta = 0.3\nepochs = 4", &[("output", output)]).unwrap();
     std::fs::write(folder.path().join(RESOLVED_FILE), saved.to_toml()).unwrap();
     let resumed = resolve(flags(&[("output", output)]).unwrap(), None, true).unwrap();
-    assert_eq!(resumed, RunConfig { resume: true, ..saved });
+    // Lengths that followed the defaults are given ones now.
+    assert_eq!(resumed, RunConfig { resume: true, asked_lengths: resumed.asked_lengths, ..saved });
+    assert_eq!(resumed.asked_lengths.max_length, Some(2312));
+
+    // The same line begins the demo and goes on with it.
+    let demo = resolve(Options::default(), None, true).unwrap();
+    assert_eq!(demo, RunConfig { resume: true, ..resolve(Options::default(), None, false).unwrap() });
 }
 
 #[test]
@@ -288,7 +353,7 @@ fn options_have_distinct_names_and_help() {
     assert_eq!(flag_name("tokens_per_micro_batch"), "--tokens-per-micro-batch");
 }
 
-/// What goes out as a resolved recipe comes back as the same configuration.
+/// What goes out as a resolved recipe comes back as the same configuration, but that all lengths are given ones now.
 fn assert_round_trip(config: &RunConfig) {
     let text = config.to_toml();
     let folder = tempfile::tempdir().unwrap();
@@ -296,7 +361,8 @@ fn assert_round_trip(config: &RunConfig) {
     std::fs::write(&path, &text).unwrap();
     let back =
         resolve(Options::default(), Some(&path), false).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    assert_eq!(&back, config, "{text}");
+    assert_eq!(back.asked_lengths.limits(Some(64)).unwrap(), config.limits, "{text}");
+    assert_eq!(back, RunConfig { asked_lengths: back.asked_lengths, ..config.clone() }, "{text}");
     assert_eq!(back.to_toml(), text);
 }
 

@@ -3,9 +3,14 @@
 
 mod data {
     mod bad_input;
+    mod disguises;
     mod formats;
+    mod layouts;
     mod limits;
+    mod messages;
     mod packing;
+    mod plausible;
+    mod record_properties;
     mod reference_cache;
     mod template;
     mod tokenizer;
@@ -54,6 +59,46 @@ fn parts(pair: &TokenizedPair) -> [Vec<u32>; 3] {
 
 fn all_parts(dataset: &PairDataset) -> Vec<[Vec<u32>; 3]> {
     dataset.pairs.iter().map(parts).collect()
+}
+
+/// The records of a JSON Lines file with these values.
+fn read_values(values: &[Value]) -> mmpo_fast::Result<Vec<mmpo_fast::data::Record>> {
+    let lines: Vec<String> = values.iter().map(Value::to_string).collect();
+    let (_folder, path) = temporary("pairs.jsonl", lines.join("\n"));
+    mmpo_fast::data::read_records(&path)
+}
+
+/// The one record of such a file.
+#[track_caller]
+fn read_value(value: Value) -> mmpo_fast::data::Record {
+    match read_values(std::slice::from_ref(&value)) {
+        Ok(records) => records.into_iter().next().expect("a record"),
+        Err(error) => panic!("{value}: {error}"),
+    }
+}
+
+/// The error of reading it: its message, which names line 1, and its help.
+#[track_caller]
+fn refusal(value: Value) -> String {
+    match read_values(std::slice::from_ref(&value)) {
+        Err(mmpo_fast::Error::Data { line: Some(1), message, help, .. }) => format!("{message}; {help}"),
+        other => panic!("{value}: no data error: {other:?}"),
+    }
+}
+
+/// A conversation with each message as `role: content`, messages apart by `|`: prompt, chosen, rejected. A plain
+/// text stands in quotes.
+fn shown(record: &mmpo_fast::data::Record) -> [String; 3] {
+    match &record.body {
+        mmpo_fast::data::Body::Text { prompt, chosen, rejected } => {
+            [prompt, chosen, rejected].map(|text| format!("{text:?}"))
+        }
+        mmpo_fast::data::Body::Conversation { prompt, chosen, rejected, .. } => [prompt, chosen, rejected]
+            .map(|messages| {
+                let turns = messages.iter().map(|message| format!("{}: {}", message.role, message.content));
+                turns.collect::<Vec<_>>().join(" | ")
+            }),
+    }
 }
 
 /// A pairs file of the given text in a temporary folder, which lives as long as the first value.

@@ -66,7 +66,8 @@ pub struct AtomicFolder {
 
 impl AtomicFolder {
     /// Starts folder `target`, making its parents. An existing `target` will be replaced, and only if every entry in
-    /// it is a file whose name is `replaceable`: a folder with anything else in it belongs to somebody.
+    /// it is a file whose name is `replaceable`, or a folder where `name/` and `name/entry` of each of its files are:
+    /// a folder with anything else in it belongs to somebody.
     ///
     /// # Errors
     /// [`Error::Io`], or [`Error::Config`] naming the entry that would have been lost.
@@ -91,9 +92,13 @@ impl AtomicFolder {
         Ok(AtomicFolder { target, partial, replaceable })
     }
 
-    /// Starts a file in the folder; the caller finishes it before the commit.
+    /// Starts a file in the folder, or in a folder of its own there; the caller finishes it before the commit.
     pub fn file(&self, name: &str) -> Result<SyncedFile> {
-        SyncedFile::create(&self.partial.path.join(name), self.target.join(name))
+        let (path, shown) = (self.partial.path.join(name), self.target.join(name));
+        if Path::new(name).components().count() > 1 {
+            std::fs::create_dir_all(parent(&path)).map_err(|error| Error::io(&shown, "create", error))?;
+        }
+        SyncedFile::create(&path, shown)
     }
 
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
@@ -104,6 +109,9 @@ impl AtomicFolder {
 
     /// Puts the folder in its place.
     pub fn commit(self) -> Result<()> {
+        for entry in list(&self.partial.path)?.iter().filter(|entry| entry.is_dir()) {
+            sync_folder(entry)?;
+        }
         sync_folder(&self.partial.path)?;
         check_replaceable(&self.target, self.replaceable)?;
         replace_folder(&self.partial.path, &self.target)?;
@@ -226,8 +234,20 @@ fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()>
         ));
     }
     for entry in list(target)? {
-        let ours = entry.file_name().and_then(OsStr::to_str).is_some_and(replaceable);
-        if !ours || entry.is_dir() {
+        let ours = match entry.file_name().and_then(OsStr::to_str) {
+            None => false,
+            Some(name) if entry.is_dir() => {
+                replaceable(&format!("{name}/"))
+                    && list(&entry)?.iter().all(|inner| {
+                        let inner_name = inner.file_name().and_then(OsStr::to_str);
+                        !inner.is_dir()
+                            && inner_name
+                                .is_some_and(|inner_name| replaceable(&format!("{name}/{inner_name}")))
+                    })
+            }
+            Some(name) => replaceable(name),
+        };
+        if !ours {
             return Err(Error::config(
                 format!("{} is in the way: it would be lost", entry.display()),
                 format!("move it elsewhere, or choose another output folder than {}", target.display()),
@@ -238,7 +258,7 @@ fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()>
 }
 
 /// Paths of a folder's entries, sorted; none where there is no such folder.
-pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(folder, "read", error);
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -267,6 +287,34 @@ fn sync_folder(folder: &Path) -> Result<()> {
         return Ok(());
     }
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
+}
+
+/// What something is for people: `a folder`, `a FIFO`, `a device`.
+pub fn kind_of(metadata: &std::fs::Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        return "a file";
+    }
+    if kind.is_dir() {
+        return "a folder";
+    }
+    if kind.is_symlink() {
+        return "a symbolic link";
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if kind.is_fifo() {
+            return "a FIFO";
+        }
+        if kind.is_socket() {
+            return "a socket";
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return "a device";
+        }
+    }
+    "no ordinary file"
 }
 
 /// The folder that holds `path`.

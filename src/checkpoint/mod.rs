@@ -2,10 +2,12 @@
 //! there before stays intact until the new is complete.
 
 pub mod atomic;
+pub mod checksums;
 pub mod model_folder;
 pub mod run_state;
 pub mod save;
 pub mod tensor_file;
+mod tensor_names;
 pub mod tensor_writer;
 
 pub use model_folder::ModelFolder;

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use safetensors::tensor::Dtype;
 use serde_json::Value;
 
 use crate::checkpoint::tensor_file::{TensorEntry, TensorFile};
+use crate::checkpoint::tensor_names::{self, EMBEDDING, HEAD};
 use crate::device::{RawValues, StorageType};
 use crate::error::{Error, Result};
-use crate::model::{LlamaConfig, TensorSpec};
+use crate::foreign;
+use crate::model::LlamaConfig;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// Bytes hashed or scanned by one thread at a time.
 const PIECE: usize = 16 << 20;
@@ -32,11 +33,13 @@ pub struct ModelFolder {
 impl ModelFolder {
     /// Opens a folder with `model.safetensors` or shards under `model.safetensors.index.json`.
     ///
-    /// Every tensor the config asks for must be there with its shape in f32, f16 or bf16, and no other may: leftovers
-    /// of an adapter or of another architecture mean that the folder is not the model its config describes. Two kinds
-    /// of extra tensor are harmless: `rotary_emb.inv_freq` of old checkpoints, which the config determines, and the
-    /// `lm_head.weight` of a tied model where it equals the embedding. Where the two differ, transformers leaves
-    /// them untied against the config, with a warning; here that contradiction is refused.
+    /// Names are taken as transformers' `from_pretrained` takes them: with or without the prefix `model.`, and one
+    /// tensor for both uses where the embeddings are tied. Every tensor the config asks for must be there with its
+    /// shape in f32, f16 or bf16, and no other may: leftovers of an adapter or of another architecture mean that the
+    /// folder is not the model its config describes. Three kinds of extra tensor are harmless: rotary tables of old
+    /// checkpoints, which the config determines; heads of other tasks, with a warning; and the `lm_head.weight` of a
+    /// tied model where it equals the embedding. Where the two differ, transformers leaves them untied against the
+    /// config, with a warning; here that contradiction is refused.
     ///
     /// # Errors
     /// [`Error::Model`] or [`Error::Io`] naming the file, and the tensor where it is about one.
@@ -45,6 +48,9 @@ impl ModelFolder {
         let shards = open_shards(path)?;
         let mut folder = ModelFolder { path: path.to_path_buf(), config, shards, tensors: BTreeMap::new() };
         folder.find_tensors()?;
+        if let Some(warning) = foreign::folder::leftover_adapter(path) {
+            tracing::warn!("{warning}");
+        }
         Ok(folder)
     }
 
@@ -67,7 +73,11 @@ impl ModelFolder {
     /// [`Error::Model`] where there is none of that name, or its shape is not `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawValues<'_>> {
         let Some((shard, entry)) = self.tensors.get(name) else {
-            return Err(missing(&self.path, name));
+            return Err(Error::model(
+                &self.path,
+                format!("there is no tensor `{name}`"),
+                "this is a mistake in the program; please report it",
+            ));
         };
         let file = &self.shards[*shard];
         check_shape(file.path(), name, entry, shape)?;
@@ -114,62 +124,102 @@ impl ModelFolder {
 
     /// Fills `tensors` with what the config asks for, and refuses what it does not.
     fn find_tensors(&mut self) -> Result<()> {
-        let mut found = BTreeMap::new();
-        for (shard, file) in self.shards.iter().enumerate() {
-            for (name, entry) in file.tensors() {
-                if let Some((other, _)) = found.insert(name.to_string(), (shard, entry.clone())) {
-                    let other: &TensorFile = &self.shards[other];
-                    return Err(Error::model(
-                        file.path(),
-                        format!("tensor `{name}` is also in {}", other.path().display()),
-                        "remove the file that does not belong to this model",
-                    ));
-                }
+        let specs = self.config.tensors();
+        let mut found = self.read_names()?;
+        if self.config.tie_word_embeddings
+            && !found.contains_key(EMBEDDING)
+            && let Some(head) = found.remove(HEAD)
+        {
+            found.insert(EMBEDDING.to_string(), head);
+        }
+        let mut missing = Vec::new();
+        for spec in &specs {
+            match found.remove(&spec.name) {
+                Some((shard, entry)) => _ = self.tensors.insert(spec.name.clone(), (shard, entry)),
+                None => missing.push(spec.name.as_str()),
             }
         }
-        for TensorSpec { name, shape } in self.config.tensors() {
-            let Some((shard, entry)) = found.remove(&name) else {
-                return Err(missing(&self.path, &name));
-            };
-            let file = &self.shards[shard];
-            check_shape(file.path(), &name, &entry, &shape)?;
-            if file.values(&entry).is_none() {
-                return Err(wrong_dtype(file.path(), &name, &entry));
+        let tied_head = found.remove(HEAD).filter(|_| self.config.tie_word_embeddings);
+        let extra: Vec<&str> = found.keys().map(String::as_str).collect();
+        let file = match &self.shards[..] {
+            [single] => single.path(),
+            _ => &self.path,
+        };
+        let ignored = tensor_names::check(file, &specs, &missing, &extra)?;
+        if let Some(warning) = ignored {
+            tracing::warn!("{}: {warning}", file.display());
+        }
+        for spec in &specs {
+            let (shard, entry) = &self.tensors[&spec.name];
+            let file = &self.shards[*shard];
+            check_shape(file.path(), &spec.name, entry, &spec.shape)?;
+            if file.values(entry).is_none() {
+                return Err(wrong_dtype(file.path(), &spec.name, entry));
             }
-            self.tensors.insert(name, (shard, entry));
         }
-        for (name, (shard, entry)) in found {
-            self.check_extra(&name, &self.shards[shard], &entry)?;
-        }
-        Ok(())
+        tied_head.map_or(Ok(()), |(shard, entry)| self.check_tied_head(&self.shards[shard], &entry))
     }
 
-    fn check_extra(&self, name: &str, file: &TensorFile, entry: &TensorEntry) -> Result<()> {
-        if name.ends_with(".rotary_emb.inv_freq") {
+    /// Every tensor of the shards under the name that the config has for it.
+    fn read_names(&self) -> Result<BTreeMap<String, (usize, TensorEntry)>> {
+        let expected = tensor_names::expected(&self.config);
+        let mut found: BTreeMap<String, (usize, TensorEntry)> = BTreeMap::new();
+        for (shard, file) in self.shards.iter().enumerate() {
+            for (stored, entry) in file.tensors() {
+                let name = tensor_names::loaded(stored, &expected);
+                let Some((other, _)) = found.insert(name.clone(), (shard, entry.clone())) else { continue };
+                return Err(match self.shards[other].path() == file.path() {
+                    false => Error::model(
+                        file.path(),
+                        format!("tensor `{stored}` is also in {}", self.shards[other].path().display()),
+                        "remove the file that does not belong to this model",
+                    ),
+                    true => Error::model(
+                        file.path(),
+                        format!("tensor `{name}` is there twice, with and without the prefix `model.`"),
+                        "remove the one that does not belong to this model",
+                    ),
+                });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The head that a tied model may store beside its embedding, in whatever dtype.
+    fn check_tied_head(&self, file: &TensorFile, entry: &TensorEntry) -> Result<()> {
+        let (shard, embedding) = &self.tensors[EMBEDDING];
+        let other = &self.shards[*shard];
+        let same_values = || match (file.values(entry), other.values(embedding)) {
+            (Some(head), Some(embedding)) => equal_values(head, embedding),
+            _ => false,
+        };
+        if entry.shape == embedding.shape && same_values() {
             return Ok(());
         }
-        if name == HEAD && self.config.tie_word_embeddings {
-            let (shard, embedding) = &self.tensors[EMBEDDING];
-            let same = entry.dtype == embedding.dtype
-                && entry.shape == embedding.shape
-                && file.bytes(entry) == self.shards[*shard].bytes(embedding);
-            return match same {
-                true => Ok(()),
-                false => Err(Error::model(
-                    file.path(),
-                    format!("config.json ties the embeddings, but `{HEAD}` differs from `{EMBEDDING}`"),
-                    "set tie_word_embeddings to false to use both, or remove lm_head.weight",
-                )),
-            };
+        Err(Error::model(
+            file.path(),
+            format!("config.json ties the embeddings, but `{HEAD}` differs from `{EMBEDDING}`"),
+            "set tie_word_embeddings to false to use both, or remove lm_head.weight",
+        ))
+    }
+}
+
+/// Whether two tensors of one shape hold the same numbers, each in its own dtype.
+fn equal_values(left: RawValues<'_>, right: RawValues<'_>) -> bool {
+    if left.storage == right.storage {
+        return left.bytes == right.bytes;
+    }
+    (0..left.len()).into_par_iter().with_min_len(1 << 16).all(|i| value(left, i) == value(right, i))
+}
+
+fn value(values: RawValues<'_>, index: usize) -> f32 {
+    let two = || u16::from_le_bytes([values.bytes[2 * index], values.bytes[2 * index + 1]]);
+    match values.storage {
+        StorageType::F32 => {
+            values.bytes[4 * index..].first_chunk().map_or(f32::NAN, |&bytes| f32::from_le_bytes(bytes))
         }
-        let help = if name.contains("lora_") || name.starts_with("base_model.") {
-            "this looks like an adapter: merge it into its base model first"
-        } else if name.ends_with(".bias") {
-            "if the model has biases, set attention_bias or mlp_bias in config.json to true"
-        } else {
-            "the weights are not those of the model that config.json describes: correct config.json, or remove the tensor"
-        };
-        Err(Error::model(file.path(), format!("unexpected tensor `{name}` of shape {:?}", entry.shape), help))
+        StorageType::F16 => half::f16::from_bits(two()).to_f32(),
+        StorageType::Bf16 => half::bf16::from_bits(two()).to_f32(),
     }
 }
 
@@ -202,25 +252,12 @@ fn open_shards(folder: &Path) -> Result<Vec<TensorFile>> {
     if index.is_file() {
         return open_indexed(folder, &index);
     }
-    let pickled =
-        ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| folder.join(name).exists());
-    Err(match pickled {
-        true => Error::model(
-            folder,
-            "the weights are in pytorch_model.bin; only safetensors is read, because pickle files can run code",
-            "convert it: load the model with transformers and call save_pretrained",
-        ),
-        false => Error::model(
-            folder,
-            format!("neither {SINGLE} nor {INDEX} is there"),
-            "download the model's weights into this folder",
-        ),
-    })
+    Err(foreign::folder::without_weights(folder))
 }
 
 fn open_indexed(folder: &Path, index: &Path) -> Result<Vec<TensorFile>> {
     let again = "download or copy the file again";
-    let text = std::fs::read_to_string(index).map_err(|error| Error::io(index, "read", error))?;
+    let text = foreign::read_text(index, "the index of the shards")?;
     let json: Value = serde_json::from_str(&text)
         .map_err(|error| Error::model(index, format!("is not valid JSON: {error}"), again))?;
     let Some(weight_map) = json["weight_map"].as_object() else {
@@ -237,8 +274,8 @@ fn open_indexed(folder: &Path, index: &Path) -> Result<Vec<TensorFile>> {
             _ => {
                 return Err(Error::model(
                     index,
-                    format!("`{tensor}` lies in {file}, not a file name"),
-                    again,
+                    format!("`{tensor}` lies in {file}, not a file name of this folder"),
+                    "an index that leads out of its folder is not to be trusted: download the model again",
                 ));
             }
         }
@@ -247,6 +284,9 @@ fn open_indexed(folder: &Path, index: &Path) -> Result<Vec<TensorFile>> {
     for (name, tensors) in files {
         let path = folder.join(name);
         if !path.is_file() {
+            if path.is_symlink() {
+                return Err(foreign::folder::broken_link(&path));
+            }
             return Err(Error::model(
                 &path,
                 format!("this shard is missing; {INDEX} places {} tensors in it", tensors.len()),
@@ -260,14 +300,6 @@ fn open_indexed(folder: &Path, index: &Path) -> Result<Vec<TensorFile>> {
         shards.push(shard);
     }
     Ok(shards)
-}
-
-fn missing(path: &Path, name: &str) -> Error {
-    let help = match name {
-        HEAD => "if the head is the embedding table, set tie_word_embeddings in config.json to true",
-        _ => "the weights are not those of the model that config.json describes, or a file of it is missing",
-    };
-    Error::model(path, format!("tensor `{name}` is missing"), help)
 }
 
 fn check_shape(path: &Path, name: &str, entry: &TensorEntry, shape: &[usize]) -> Result<()> {
@@ -285,6 +317,11 @@ fn wrong_dtype(path: &Path, name: &str, entry: &TensorEntry) -> Error {
     Error::model(
         path,
         format!("tensor `{name}` is stored as {:?}; f32, f16 and bf16 are supported", entry.dtype),
-        "convert the model to bfloat16 with transformers; quantised weights cannot be trained",
+        match entry.dtype {
+            Dtype::F64 => "convert the model to float32 with transformers",
+            _ => {
+                "use the unquantised (bf16, f16 or f32) version of this model: quantised weights cannot be trained"
+            }
+        },
     )
 }

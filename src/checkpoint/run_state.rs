@@ -1,5 +1,6 @@
-//! What `--resume` needs, to the bit: `checkpoints/step-000123/` holds `state.json` ([`RunState`]) and
-//! `state.safetensors` (weights and optimiser states under whatever names the training loop gives them).
+//! What `--resume` needs, to the bit: `checkpoints/step-000123/` holds `state.json` ([`RunState`]),
+//! `state.safetensors` (weights and optimiser states under whatever names the training loop gives them), and `B3SUMS`,
+//! the checksums of both.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::atomic::{self, AtomicFolder};
+use crate::checkpoint::checksums::{self, CHECKSUMS_FILE};
 use crate::checkpoint::tensor_file::TensorFile;
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
 use crate::error::{Error, Result};
@@ -17,8 +19,9 @@ use crate::error::{Error, Result};
 pub const FOLDER: &str = "checkpoints";
 const STATE: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
-/// Raised when the meaning of a file here changes.
-const FORMAT: u32 = 1;
+/// Raised when the meaning of a file here, or what a step computes, changes: 2 has checksums, and learning rates that
+/// are never 0.
+const FORMAT: u32 = 2;
 
 /// Where a run stands. Integers and text alone: each comes back exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +56,8 @@ pub struct RunIdentity {
     pub model: String,
     /// Fingerprint of the tokenised pairs, in hexadecimal.
     pub data: String,
+    /// Fingerprint of the frozen reference's weights, in hexadecimal; empty where that is the starting model.
+    pub reference: String,
 }
 
 /// A number that training state consists of.
@@ -85,16 +90,35 @@ pub fn save_checkpoint(
     let checkpoints = run.join(FOLDER);
     remove_leftovers(&checkpoints)?;
     let target = checkpoints.join(format!("step-{:06}", state.step));
-    let folder = AtomicFolder::create(&target, |name| name == STATE || name == TENSORS)?;
-    write_tensors(folder.file(TENSORS)?, tensors, &[], fill)?;
-    folder.write_file(STATE, encode(&target, state)?.as_bytes())?;
+    let folder = AtomicFolder::create(&target, |name| [STATE, TENSORS, CHECKSUMS_FILE].contains(&name))?;
+    let tensors_hash = write_tensors(folder.file(TENSORS)?, tensors, &[], fill)?;
+    let text = encode(&target, state)?;
+    folder.write_file(STATE, text.as_bytes())?;
+    let sums = checksums::text(&[(STATE, blake3::hash(text.as_bytes())), (TENSORS, tensors_hash)]);
+    folder.write_file(CHECKSUMS_FILE, sums.as_bytes())?;
     folder.commit()?;
     Ok(target)
 }
 
 /// The newest complete checkpoint of a run, if there is one.
 pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
-    Ok(all(&run.join(FOLDER))?.pop().map(|(_, path)| path))
+    Ok(newest_first(run)?.into_iter().next())
+}
+
+/// The folders of a run's checkpoints.
+pub fn newest_first(run: &Path) -> Result<Vec<PathBuf>> {
+    Ok(all(&run.join(FOLDER))?.into_iter().rev().map(|(_, path)| path).collect())
+}
+
+/// Gives a damaged checkpoint a name that is no checkpoint's, `step-000123.damaged`, so that it neither counts among
+/// those that are kept nor stands in the way when its step is saved again. Returns the new path.
+pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
+    let aside = checkpoint.with_extension("damaged");
+    if aside.exists() {
+        atomic::remove_folder(&aside)?;
+    }
+    std::fs::rename(checkpoint, &aside).map_err(|error| Error::io(checkpoint, "rename", error))?;
+    Ok(aside)
 }
 
 /// Removes all checkpoints but the `keep` newest; the newest one stays in any case.
@@ -116,16 +140,28 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Opens a checkpoint and reads all of it, to compare its checksums.
+    ///
     /// # Errors
-    /// [`Error::Io`] where a file is missing, [`Error::Model`] where one is damaged.
+    /// [`Error::Io`] where a file is missing, [`Error::Model`] where one is damaged or of another format.
     pub fn open(path: &Path) -> Result<Self> {
-        let state = path.join(STATE);
-        let text = std::fs::read_to_string(&state).map_err(|error| Error::io(&state, "read", error))?;
-        Ok(Checkpoint {
-            path: path.to_path_buf(),
-            state: decode(&state, &text)?,
-            tensors: TensorFile::open(&path.join(TENSORS))?,
-        })
+        let file = path.join(STATE);
+        let text = std::fs::read(&file).map_err(|error| Error::io(&file, "read", error))?;
+        check_format(&file, &text)?;
+        checksums::verify(path, &[STATE, TENSORS])?;
+        let state = decode(&file, &text)?;
+        let named = path.file_name().and_then(|name| name.to_str()).and_then(step_of);
+        if named.is_some_and(|step| step != state.step) {
+            return Err(Error::model(
+                &file,
+                format!(
+                    "says that {} steps are done, and its folder is named after another number",
+                    state.step
+                ),
+                "give the folder the name it had, or use another checkpoint",
+            ));
+        }
+        Ok(Checkpoint { path: path.to_path_buf(), state, tensors: TensorFile::open(&path.join(TENSORS))? })
     }
 
     pub fn path(&self) -> &Path {
@@ -151,6 +187,9 @@ impl Checkpoint {
         if then.data != now.data {
             differences
                 .push("the pairs are not the same (data, tokenizer, template or length limits)".into());
+        }
+        if then.reference != now.reference {
+            differences.push("the reference model's weights are not the same".into());
         }
         if differences.is_empty() {
             return Ok(());
@@ -215,10 +254,15 @@ impl Checkpoint {
 fn all(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<(u64, PathBuf)> = atomic::list(checkpoints)?
         .into_iter()
-        .filter_map(|path| Some((path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?, path)))
+        .filter_map(|path| Some((step_of(path.file_name()?.to_str()?)?, path)))
         .collect();
     found.sort();
     Ok(found)
+}
+
+/// The step of a checkpoint's folder name.
+fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix("step-")?.parse().ok()
 }
 
 /// What killed runs left half written, of whatever step.
@@ -245,33 +289,43 @@ fn encode(path: &Path, run: &RunState) -> Result<String> {
     })
 }
 
-fn decode(path: &Path, text: &str) -> Result<RunState> {
-    // The format is looked at alone, before fields that another format may not have.
+/// The format is looked at before the checksums, which format 1 has not, and before fields that another format may
+/// not have.
+fn check_format(path: &Path, text: &[u8]) -> Result<()> {
     #[derive(Deserialize)]
     struct Format {
         format: u32,
     }
+    let Format { format } = serde_json::from_slice(text).map_err(|error| damaged(path, error))?;
+    if format == FORMAT {
+        return Ok(());
+    }
+    let what = match format {
+        1 => ", which has no checksums and other learning rates",
+        _ => "",
+    };
+    Err(Error::model(
+        path,
+        format!("has format {format}{what}; this version reads format {FORMAT}"),
+        "resume with the version that began the run, or start a new run with another --output",
+    ))
+}
+
+fn decode(path: &Path, text: &[u8]) -> Result<RunState> {
     #[derive(Deserialize)]
     struct StateFile {
         run: RunState,
     }
-    let damaged = |error: serde_json::Error| {
-        Error::model(
-            path,
-            format!("damaged: {error}"),
-            "remove this checkpoint's folder to resume from the one before",
-        )
-    };
-    let Format { format } = serde_json::from_str(text).map_err(damaged)?;
-    if format != FORMAT {
-        return Err(Error::model(
-            path,
-            format!("has format {format}; this version reads format {FORMAT}"),
-            "resume with the version that began the run",
-        ));
-    }
-    let StateFile { run } = serde_json::from_str(text).map_err(damaged)?;
+    let StateFile { run } = serde_json::from_slice(text).map_err(|error| damaged(path, error))?;
     Ok(run)
+}
+
+fn damaged(path: &Path, error: serde_json::Error) -> Error {
+    Error::model(
+        path,
+        format!("damaged: {error}"),
+        "remove this checkpoint's folder to resume from the one before",
+    )
 }
 
 /// One sentence for every key whose value differs.

@@ -1,13 +1,15 @@
 //! Writing a model folder that transformers loads: weights in bf16, config and tokenizer of the source.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::bf16;
 use safetensors::tensor::Dtype;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::checkpoint::atomic::AtomicFolder;
+use crate::checkpoint::atomic::{AtomicFolder, list};
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
+use crate::data::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::error::{Error, Result};
 use crate::model::{LlamaConfig, TensorSpec};
 
@@ -17,19 +19,28 @@ pub const SHARD_BYTES: u64 = 5_000_000_000;
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What is copied from the source as it is, where it is there.
+/// What is copied from the source as it is, where it is there: what transformers reads beside the weights. LICENSE and
+/// README are not among them: what a trained model is called and under which terms it is given away is for whoever
+/// publishes it to say.
 const COMPANIONS: &[&str] = &[
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    TEMPLATE_FILE,
+    LEGACY_TEMPLATE,
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "preprocessor_config.json",
+    "processor_config.json",
 ];
+const GENERATION_CONFIG: &str = "generation_config.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// A chat template as processors keep it.
+const LEGACY_TEMPLATE: &str = "chat_template.json";
 
 /// The files beside the weights. Read when a run starts, so that its end does not depend on the source still being
 /// there, and so that the source folder itself may be the target.
@@ -44,15 +55,90 @@ impl CompanionFiles {
     pub fn read(source: &Path, config: &LlamaConfig) -> Result<Self> {
         let mut companions = CompanionFiles::default();
         companions.set(CONFIG, config.to_saved_json());
-        for name in COMPANIONS {
-            let path = source.join(name);
+        let mut names: Vec<String> = COMPANIONS.iter().map(|name| name.to_string()).collect();
+        for path in list(&source.join(TEMPLATE_FOLDER))? {
+            let name =
+                path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".jinja"));
+            if let (Some(name), true) = (name, path.is_file()) {
+                names.push(format!("{TEMPLATE_FOLDER}/{name}"));
+            }
+        }
+        for name in names {
+            let path = source.join(&name);
             match std::fs::read(&path) {
-                Ok(content) => companions.set(name, content),
+                Ok(content) => companions.set(&name, content),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::io(&path, "read", error)),
             }
         }
         Ok(companions)
+    }
+
+    /// Puts `templates`, of which one is called `default`, in the place of the source's, as transformers writes them:
+    /// the default in `chat_template.jinja`, the others in `additional_chat_templates/`, and none elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a `tokenizer_config.json` that is no JSON object; `source` is what it names.
+    pub fn replace_chat_templates(&mut self, source: &Path, templates: &BTreeMap<&str, &str>) -> Result<()> {
+        let in_folder =
+            |name: &str| name.strip_prefix(TEMPLATE_FOLDER).is_some_and(|rest| rest.starts_with('/'));
+        self.files.retain(|(name, _)| name != LEGACY_TEMPLATE && !in_folder(name));
+        if let Some(mut config) = self.object(source, TOKENIZER_CONFIG)?
+            && config.shift_remove("chat_template").is_some()
+        {
+            self.set(TOKENIZER_CONFIG, format!("{:#}\n", Value::Object(config)));
+        }
+        for (name, text) in templates {
+            match *name {
+                "default" => self.set(TEMPLATE_FILE, *text),
+                // A name that would leave the folder cannot come from one.
+                name if name.contains('/') => {}
+                name => self.set(&format!("{TEMPLATE_FOLDER}/{name}.jinja"), *text),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes text generation stop at the tokens `ends`, beside those at which it stops already: they are added to
+    /// `eos_token_id` of `generation_config.json`, which is made where there is none. Nothing changes where nothing
+    /// is to be added.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a `generation_config.json` that is no JSON object; `source` is what it names.
+    pub fn stop_at(&mut self, source: &Path, config: &LlamaConfig, ends: &[u32]) -> Result<()> {
+        let given = self.object(source, GENERATION_CONFIG)?;
+        let listed = given.as_ref().and_then(|given| given.get("eos_token_id")).filter(|ids| !ids.is_null());
+        let mut ids: Vec<Value> = match listed {
+            Some(Value::Array(ids)) => ids.clone(),
+            Some(id) => vec![id.clone()],
+            None => config.stop_token_ids.iter().map(|&id| id.into()).collect(),
+        };
+        let before = ids.len();
+        for &end in ends {
+            if !ids.contains(&end.into()) {
+                ids.push(end.into());
+            }
+        }
+        if ids.len() == before {
+            return Ok(());
+        }
+        let mut generation = given.unwrap_or_else(|| {
+            // What transformers makes of config.json where there is no generation_config.json.
+            let tokens = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)];
+            let tokens = tokens.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?.into())));
+            [("_from_model_config".to_string(), true.into())].into_iter().chain(tokens).collect()
+        });
+        generation.insert("eos_token_id".to_string(), ids.into());
+        self.set(GENERATION_CONFIG, format!("{:#}\n", Value::Object(generation)));
+        Ok(())
+    }
+
+    /// A companion that is a JSON object; `None` if it is absent.
+    fn object(&self, source: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
+        let Some((_, content)) = self.files.iter().find(|(other, _)| other == name) else { return Ok(None) };
+        serde_json::from_slice(content).map(Some).map_err(|error| {
+            Error::model(&source.join(name), format!("broken JSON: {error}"), "copy the model's file again")
+        })
     }
 
     /// Adds file `name`, or replaces it.
@@ -160,5 +246,8 @@ fn belongs_to_a_model(name: &str) -> bool {
     name == CONFIG
         || name == INDEX
         || COMPANIONS.contains(&name)
+        || name
+            .strip_prefix(TEMPLATE_FOLDER)
+            .is_some_and(|rest| rest == "/" || (rest.starts_with('/') && rest.ends_with(".jinja")))
         || (name.starts_with("model") && name.ends_with(".safetensors"))
 }

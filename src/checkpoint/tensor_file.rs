@@ -9,6 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensorError};
 
 use crate::device::{MappedFile, RawValues, StorageType};
 use crate::error::{Error, Result};
+use crate::foreign::{self, Foreign};
 
 /// What the header says of one tensor. `bytes` lies inside the file and fits dtype and shape: safetensors' own check
 /// makes sure of both, and that tensors neither overlap nor leave gaps.
@@ -79,6 +80,16 @@ impl TensorFile {
 
 /// Says in a user's words why a safetensors file was refused.
 fn describe(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
+    match foreign::recognise(&bytes[..bytes.len().min(foreign::START)]) {
+        Some(Foreign::Empty | Foreign::Safetensors) | None => {}
+        Some(kind) => {
+            return Error::model(
+                path,
+                format!("this is {}, not a safetensors file", kind.name()),
+                kind.help(),
+            );
+        }
+    }
     let length = bytes.len();
     let header = bytes.first_chunk().map(|&length| u64::from_le_bytes(length));
     let message = match (error, header) {

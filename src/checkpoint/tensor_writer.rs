@@ -35,7 +35,7 @@ impl StoredTensor {
     }
 }
 
-/// Writes `tensors` and finishes `file`. `fill(tensor, offset, bytes)` assigns the little-endian values of a tensor
+/// Writes `tensors`, finishes `file`, and returns the BLAKE3 of its bytes. `fill(tensor, offset, bytes)` assigns the little-endian values of a tensor
 /// from row-major index `offset` on; `bytes` starts at an address fit for any of the dtypes.
 ///
 /// The order in the file is that of the safetensors library: wide dtypes first, so that all are aligned, then by name.
@@ -47,10 +47,13 @@ pub fn write_tensors(
     tensors: &[StoredTensor],
     metadata: &[(&str, &str)],
     mut fill: impl FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()>,
-) -> Result<()> {
+) -> Result<blake3::Hash> {
     let mut ordered: Vec<&StoredTensor> = tensors.iter().collect();
     ordered.sort_by(|one, other| other.dtype.cmp(&one.dtype).then_with(|| one.name.cmp(&other.name)));
-    file.write(&header(&ordered, metadata)?)?;
+    let header = header(&ordered, metadata)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header);
+    file.write(&header)?;
     // u64 storage: aligned for every dtype.
     let mut buffer: Vec<u64> = Vec::new();
     for tensor in ordered {
@@ -61,11 +64,13 @@ pub fn write_tensors(
             buffer.resize(buffer.len().max(bytes.div_ceil(8)), 0);
             let piece = &mut bytemuck::cast_slice_mut(&mut buffer)[..bytes];
             fill(tensor, offset, piece)?;
+            hasher.update_rayon(piece);
             file.write(piece)?;
             offset += bytes / size;
         }
     }
-    file.finish()
+    file.finish()?;
+    Ok(hasher.finalize())
 }
 
 /// The length of the header, 8 bytes, and the header, padded with blanks to a multiple of 8.

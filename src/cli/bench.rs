@@ -17,6 +17,9 @@ that its operation needs.
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
 a model folder.";
 
+/// Layers, pairs, tokens or calls at most: more than any measurement needs, and few enough to count in 32 bits.
+const MOST: usize = 1 << 24;
+
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
     ["device", "threads"].contains(&row.name)
@@ -60,8 +63,8 @@ pub fn command() -> Command {
 
 pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
-    let at_least_1 = |count: &usize| *count >= 1;
-    let count = |name| value(matches, name, at_least_1, "must be at least 1");
+    let in_range = |count: &usize| (1..=MOST).contains(count);
+    let count = |name| value(matches, name, in_range, "must be at least 1 and at most 16777216");
     let path = |name| value(matches, name, config::is_path, "must name a file or folder");
     let parts = match arguments::text(matches, "part").as_deref() {
         Some("kernels") => vec![Part::Kernels],
@@ -86,7 +89,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         pairs: count("pairs")?,
         tokens: count("tokens")?,
         only: matches.get_many("only").into_iter().flatten().cloned().collect(),
-        warmups: value(matches, "warmups", |_: &usize| true, "")?,
+        warmups: value(matches, "warmups", |count: &usize| *count <= MOST, "must be at most 16777216")?,
         calls: count("calls")?,
         json: matches.get_flag("json"),
         csv: path("csv")?,

@@ -23,8 +23,12 @@ pub fn command() -> Command {
         .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
-            own("output", "FILE.jsonl", "File that receives a line a pair, in the order of the data")
-                .required(true),
+            own(
+                "output",
+                "FILE.jsonl",
+                "File that receives a line a pair, in the order of the data; `-` is standard output",
+            )
+            .required(true),
         )
         .arg(own(
             "reference",
@@ -53,7 +57,7 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
         output: required("output")?,
         reference: path("reference")?,
         beta: value(matches, "beta", positive, "must be finite and greater than 0")?.unwrap_or(BETA),
-        limits: config::limits(&settled)?,
+        asked_lengths: config::asked_lengths(&settled)?,
         chat_template: settled.chat_template,
         tokens_per_micro_batch: settled.tokens_per_micro_batch,
         device: settled.device,

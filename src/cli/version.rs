@@ -1,10 +1,8 @@
 //! `mmpo-fast --version`, and with `--verbose` what this build can do.
 
-use std::io::Write;
-use std::path::Path;
-
 use crate::device::cuda;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::report::print_result;
 
 /// A line of `--version --verbose`: a name and what there is to say.
 type Feature = (&'static str, String);
@@ -28,7 +26,5 @@ pub fn print(verbose: bool) -> Result<()> {
             text.push_str(&format!("{name:<10}{value}\n"));
         }
     }
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|source| Error::io(Path::new("standard output"), "write", source))
+    print_result(&text).map(|_| ())
 }

@@ -14,12 +14,21 @@ pub fn anything<T>(_value: &T) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// The kernels compute in f32: a number that is infinite or zero there is not the number that was asked for.
+fn is_finite(value: f64) -> bool {
+    (value as f32).is_finite()
+}
+
 pub fn positive(value: &f64) -> Result<(), &'static str> {
-    rule(value.is_finite() && *value > 0.0, "must be finite and greater than 0")
+    rule(is_finite(*value) && *value as f32 > 0.0, "must be finite and greater than 0 (in single precision)")
 }
 
 pub fn not_negative(value: &f64) -> Result<(), &'static str> {
-    rule(value.is_finite() && *value >= 0.0, "must be finite and at least 0")
+    rule(is_finite(*value) && *value >= 0.0, "must be finite and at least 0 (in single precision)")
+}
+
+pub fn epochs(value: &f64) -> Result<(), &'static str> {
+    rule(*value > 0.0 && *value <= 1e6, "must be greater than 0 and at most 1000000")
 }
 
 pub fn zero_to_one(value: &f64) -> Result<(), &'static str> {
@@ -34,19 +43,42 @@ pub fn half_to_one(value: &f64) -> Result<(), &'static str> {
 }
 
 pub fn below_one(value: &f64) -> Result<(), &'static str> {
-    rule((0.0..1.0).contains(value), "must be at least 0 and less than 1")
+    rule(
+        (0.0..1.0).contains(value) && (*value as f32) < 1.0,
+        "must be at least 0 and less than 1 (in single precision)",
+    )
 }
 
 pub fn below_half(value: &f64) -> Result<(), &'static str> {
     rule((0.0..0.5).contains(value), "must be at least 0 and less than 0.5: at 0.5 the labels say nothing")
 }
 
+/// More tokens, pairs or steps than any run has. Sums and products of a few such counts stay within 64 bits, and TOML
+/// can write them.
+const LARGEST_COUNT: usize = (1 << 31) - 1;
+/// More MiB than any machine has.
+const LARGEST_MEBIBYTES: usize = 1 << 30;
+const MOST_THREADS: usize = 1024;
+
+pub fn count(value: &usize) -> Result<(), &'static str> {
+    rule(*value <= LARGEST_COUNT, "must be at most 2147483647")
+}
+
 pub fn at_least_one(value: &usize) -> Result<(), &'static str> {
-    rule(*value >= 1, "must be at least 1")
+    rule((1..=LARGEST_COUNT).contains(value), "must be at least 1 and at most 2147483647")
 }
 
 pub fn at_least_two(value: &usize) -> Result<(), &'static str> {
-    rule(*value >= 2, "must be at least 2: one token of the prompt and one of the response")
+    rule(*value >= 2, "must be at least 2: one token of the prompt and one of the response")?;
+    count(value)
+}
+
+pub fn mebibytes(value: &usize) -> Result<(), &'static str> {
+    rule((1..=LARGEST_MEBIBYTES).contains(value), "must be from 1 to 1073741824")
+}
+
+pub fn threads(value: &usize) -> Result<(), &'static str> {
+    rule((1..=MOST_THREADS).contains(value), "must be from 1 to 1024")
 }
 
 /// TOML integers are signed: a larger seed could not be written into the resolved recipe.

@@ -14,9 +14,10 @@ use std::path::PathBuf;
 
 pub use check::is_path;
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{limits, resolve};
+pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
+use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::Objective;
 use crate::optimizer::Schedule;
@@ -60,7 +61,9 @@ pub struct RunConfig {
     pub optimizer: OptimizerConfig,
     pub schedule: ScheduleConfig,
     pub batch: BatchConfig,
+    /// Limits that do not yet know the model's context.
     pub limits: LengthLimits,
+    pub asked_lengths: AskedLengths,
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
     pub save_steps: Option<usize>,
@@ -72,6 +75,50 @@ pub struct RunConfig {
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
     pub resume: bool,
+}
+
+/// Pairs of one optimiser step where none are given and the file is large enough.
+const PAIRS_PER_STEP: usize = 128;
+/// A small file's pairs are parted into at least this many steps an epoch.
+const LEAST_STEPS: usize = 20;
+
+impl RunConfig {
+    /// Pairs of one optimiser step of a run over `pairs` pairs: the number that was given, else 128, or for a file of
+    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
+    /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
+    pub fn pairs_per_step(&self, pairs: usize) -> usize {
+        let group = match self.objective {
+            Objective::Mmpo(mmpo) => mmpo.reward_group,
+            _ => 1,
+        };
+        let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
+        self.batch.pairs_per_step.unwrap_or((1 << most.ilog2()).max(group))
+    }
+
+    /// The configuration as a run over `pairs` pairs writes it down: defaults that depend on the data are numbers, and
+    /// paths are absolute, so that the run can be resumed from any folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the current folder is needed and cannot be read.
+    pub fn recorded(&self, pairs: usize) -> Result<Self> {
+        let absolute = |path: &PathBuf| {
+            std::path::absolute(path).map_err(|error| Error::io(path, "find the absolute path of", error))
+        };
+        let mut recorded = self.clone();
+        recorded.batch.pairs_per_step = Some(self.pairs_per_step(pairs));
+        recorded.output = absolute(&self.output)?;
+        let optional = [
+            &mut recorded.model,
+            &mut recorded.data,
+            &mut recorded.reference,
+            &mut recorded.chat_template,
+            &mut recorded.evaluation.data,
+        ];
+        for path in optional.into_iter().flatten() {
+            *path = absolute(path)?;
+        }
+        Ok(recorded)
+    }
 }
 
 /// AdamW.
@@ -105,8 +152,8 @@ pub enum Warmup {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchConfig {
-    /// Pairs of one optimiser step.
-    pub pairs_per_step: usize,
+    /// Pairs of one optimiser step; `None`: as many as suit the file, see [`RunConfig::pairs_per_step`].
+    pub pairs_per_step: Option<usize>,
     /// Tokens of one micro-batch; the result does not depend on it.
     pub tokens_per_micro_batch: usize,
 }
@@ -117,6 +164,13 @@ pub struct LengthLimits {
     /// Prompt plus one response.
     pub max_length: usize,
     pub max_prompt_length: usize,
+}
+
+/// The lengths that were given; what was not follows the defaults and the model's context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AskedLengths {
+    pub max_length: Option<usize>,
+    pub max_prompt_length: Option<usize>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -138,7 +192,7 @@ pub struct ScoreConfig {
     /// Factor of the rewards; of no meaning without a reference.
     pub beta: f64,
     pub chat_template: Option<PathBuf>,
-    pub limits: LengthLimits,
+    pub asked_lengths: AskedLengths,
     pub tokens_per_micro_batch: usize,
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.

@@ -185,13 +185,14 @@ options! {
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), &[Mmpo, Dpo], check::path;
-        /// Jinja file that replaces the model's own chat template.
+        /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
         /// Prompts are cut from the left to this many tokens.
         max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
             ALL, check::at_least_one;
         /// Prompt plus one response are cut to this many tokens, the response from the right.
-        max_length: usize, Always<usize> = Always(2312), ALL, check::at_least_two;
+        max_length: usize, Absent = Absent("2312, or the model's max_position_embeddings where that is less"),
+            ALL, check::at_least_two;
     }
     "Objective" {
         /// What is optimised: mmpo, dpo, simpo or sft.
@@ -202,7 +203,7 @@ options! {
         /// Reward of the chosen response before the reference's part; the rejected one gets 1 - epsilon.
         epsilon: f64, Always<f64> = Always(0.9), &[Mmpo], check::half_to_one;
         /// Pairs whose rewards are normalised together; 2 is what the authors do.
-        reward_group: usize, Absent = Absent("2, or --pairs-per-step if that is 1"), &[Mmpo], check::at_least_one;
+        reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), &[Mmpo], check::at_least_one;
         /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
         reward_normalize: bool, Always<bool> = Always(true), &[Mmpo], check::anything;
         /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
@@ -232,20 +233,22 @@ options! {
         weight_decay: f64, Always<f64> = Always(0.0), ALL, check::not_negative;
         /// Global l2 norm that gradients are clipped to; 0 turns clipping off.
         max_grad_norm: f64, Always<f64> = Always(1.0), ALL, check::not_negative;
-        /// Shape of the learning rate behind the warm-up: cosine, linear or constant.
+        /// Shape of the learning rate after the warm-up: cosine, linear or constant.
         schedule: Schedule, Always<Schedule> = Always(Schedule::Cosine), ALL, check::anything;
-        /// Warm-up as a share of all steps.
+        /// Warm-up as a share of all steps, at most all but one. Step `i` of a warm-up of `n` steps has `i / (n + 1)` of the peak learning
+        /// rate, so that no step has none.
         warmup_ratio: f64, Absent = Absent("0.1, unless --warmup-steps is given"), ALL, check::zero_to_one;
         /// Warm-up in steps.
-        warmup_steps: usize, Absent = Absent("see --warmup-ratio"), ALL, check::anything;
+        warmup_steps: usize, Absent = Absent("see --warmup-ratio"), ALL, check::count;
         /// Passes over the data; fractions are allowed.
-        epochs: f64, Absent = Absent("1, unless --max-steps is given"), ALL, check::positive;
+        epochs: f64, Absent = Absent("1, unless --max-steps is given"), ALL, check::epochs;
         /// Optimiser steps of the whole run, instead of --epochs.
         max_steps: usize, Absent = Absent("see --epochs"), ALL, check::at_least_one;
     }
     "Batches" {
-        /// Pairs of one optimiser step, gathered over micro-batches.
-        pairs_per_step: usize, Always<usize> = Always(128), ALL, check::at_least_one;
+        /// Pairs of one optimiser step, gathered over micro-batches. An epoch's last step takes what is left over.
+        pairs_per_step: usize, Absent = Absent("128; with under 2560 pairs, the largest power of two from 2 that makes \
+            at least 20 steps of an epoch"), ALL, check::at_least_one;
         /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
         /// larger than that is a micro-batch of its own.
         tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
@@ -269,8 +272,8 @@ options! {
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
         /// MiB that kept probabilities may take; the recompute mode keeps none.
-        head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::at_least_one;
+        head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::mebibytes;
         /// CPU threads.
-        threads: usize, Absent = Absent("all cores"), ALL, check::at_least_one;
+        threads: usize, Absent = Absent("all cores"), ALL, check::threads;
     }
 }

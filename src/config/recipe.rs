@@ -122,7 +122,7 @@ fn given(config: &RunConfig) -> Options {
         warmup_steps,
         epochs: if schedule.max_steps.is_some() { None } else { some(schedule.epochs) },
         max_steps: schedule.max_steps.and_then(some),
-        pairs_per_step: some(config.batch.pairs_per_step),
+        pairs_per_step: config.batch.pairs_per_step.and_then(some),
         tokens_per_micro_batch: some(config.batch.tokens_per_micro_batch),
         seed: some(config.seed),
         eval_data: config.evaluation.data.clone().and_then(some),

@@ -6,8 +6,8 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig, RunConfig, ScheduleConfig,
-    Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig,
+    PAIRS_PER_STEP, RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
@@ -36,6 +36,9 @@ pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Resu
         None if bare => demo(&flags)?,
         None => Options::default(),
     };
+    if let (Some(path), true, None) = (recipe_file, resume, &flags.output) {
+        refuse_moved_run(path, &base)?;
+    }
     let options = layer(flags, base);
     require_one_of_rivals(&options)?;
     let kind = options.objective.as_ref().map_or(ObjectiveKind::Mmpo, |given| given.value);
@@ -55,13 +58,47 @@ fn demo(flags: &Options) -> Result<Options> {
     Ok(demo)
 }
 
-/// The recipe that an earlier run left in its output folder.
+/// A resolved recipe that lies in another run's folder than the one it names: the run was moved, or the recipe has a
+/// relative path and is read from elsewhere. Resuming would begin a new run in the folder that it names.
+fn refuse_moved_run(recipe_file: &Path, recipe: &Options) -> Result<()> {
+    let Some(output) = &recipe.output else { return Ok(()) };
+    let folder =
+        recipe_file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if recipe_file.file_name() != Some(RESOLVED_FILE.as_ref()) || is_same_folder(folder, &output.value) {
+        return Ok(());
+    }
+    Err(Error::config(
+        format!(
+            "{}: this recipe's run is in {}, and `output` names {}",
+            recipe_file.display(),
+            folder.display(),
+            output.value.display()
+        ),
+        format!(
+            "give --output {} to resume the run there; or leave --resume out to start another",
+            folder.display()
+        ),
+    ))
+}
+
+fn is_same_folder(one: &Path, other: &Path) -> bool {
+    match (std::fs::canonicalize(one), std::fs::canonicalize(other)) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => false,
+    }
+}
+
+/// The recipe that an earlier run left in its output folder. With no flags at all the run is the demo, which begins
+/// where none has been.
 fn saved_run(flags: &Options) -> Result<Options> {
     let output = match &flags.output {
         Some(given) => given.value.clone(),
         None => recipe::demo()?.output.map(|given| given.value).unwrap_or_default(),
     };
     let saved = output.join(RESOLVED_FILE);
+    if flags.output.is_none() && !output.exists() {
+        return demo(flags);
+    }
     if !saved.is_file() {
         return Err(Error::config(
             format!("nothing to resume: {} does not exist", saved.display()),
@@ -169,20 +206,12 @@ fn require_files(options: &Options) -> Result<Files> {
 }
 
 fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
-    let limits = limits(&settled)?;
+    let asked_lengths = asked_lengths(&settled)?;
     let objective = objective(&settled)?;
     let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
         (Some(steps), _) => Warmup::Steps(steps),
         (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
     };
-    if let (Warmup::Steps(warmup), Some(steps)) = (warmup, settled.max_steps)
-        && warmup > steps
-    {
-        return Err(Error::config(
-            format!("`warmup_steps` = {warmup} is more than the whole run, `max_steps` = {steps}"),
-            "warm up for fewer steps, or use --warmup-ratio",
-        ));
-    }
     Ok(RunConfig {
         model: files.model.into_path(),
         data: files.data.into_path(),
@@ -208,7 +237,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
             pairs_per_step: settled.pairs_per_step,
             tokens_per_micro_batch: settled.tokens_per_micro_batch,
         },
-        limits,
+        limits: asked_lengths.limits(None)?,
+        asked_lengths,
         evaluation: EvaluationConfig { data: settled.eval_data, steps: settled.eval_steps },
         save_steps: settled.save_steps,
         keep_checkpoints: settled.keep_checkpoints,
@@ -223,20 +253,34 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     })
 }
 
-/// The limits of `train` and `score`; a prompt must leave room for a response.
-pub fn limits(settled: &Settled) -> Result<LengthLimits> {
-    let max_length = settled.max_length;
-    let same_share = (max_length as u128 * MAX_PROMPT_LENGTH as u128 / MAX_LENGTH as u128) as usize;
-    let max_prompt_length = settled.max_prompt_length.unwrap_or(MAX_PROMPT_LENGTH.min(same_share.max(1)));
-    if max_prompt_length >= max_length {
-        return Err(Error::config(
-            format!(
-                "`max_prompt_length` = {max_prompt_length} leaves no room for a response in `max_length` = {max_length}"
-            ),
-            "max_length counts the prompt and one response: raise --max-length or lower --max-prompt-length",
-        ));
+/// The lengths given to `train` or `score`, checked as far as they can be without the model.
+pub fn asked_lengths(settled: &Settled) -> Result<AskedLengths> {
+    let asked = AskedLengths { max_length: settled.max_length, max_prompt_length: settled.max_prompt_length };
+    asked.limits(None)?;
+    Ok(asked)
+}
+
+impl AskedLengths {
+    /// The least `max_length`: a token of the prompt and one of the response.
+    pub const LEAST: usize = 2;
+
+    /// The limits for a model that was trained for `context` positions, which a default does not pass; a prompt must
+    /// leave room for a response.
+    pub fn limits(self, context: Option<usize>) -> Result<LengthLimits> {
+        let default = MAX_LENGTH.min(context.unwrap_or(MAX_LENGTH)).max(Self::LEAST);
+        let max_length = self.max_length.unwrap_or(default);
+        let same_share = (max_length as u128 * MAX_PROMPT_LENGTH as u128 / MAX_LENGTH as u128) as usize;
+        let max_prompt_length = self.max_prompt_length.unwrap_or(MAX_PROMPT_LENGTH.min(same_share.max(1)));
+        if max_prompt_length >= max_length {
+            return Err(Error::config(
+                format!(
+                    "`max_prompt_length` = {max_prompt_length} leaves no room for a response in `max_length` = {max_length}"
+                ),
+                "max_length counts the prompt and one response: raise --max-length or lower --max-prompt-length",
+            ));
+        }
+        Ok(LengthLimits { max_length, max_prompt_length })
     }
-    Ok(LengthLimits { max_length, max_prompt_length })
 }
 
 fn objective(settled: &Settled) -> Result<Objective> {
@@ -261,7 +305,7 @@ fn objective(settled: &Settled) -> Result<Objective> {
 }
 
 fn reward_group(settled: &Settled) -> Result<usize> {
-    let pairs = settled.pairs_per_step;
+    let pairs = settled.pairs_per_step.unwrap_or(PAIRS_PER_STEP);
     let group = settled.reward_group.unwrap_or(REWARD_GROUP.min(pairs));
     if group > pairs {
         return Err(Error::config(

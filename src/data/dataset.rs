@@ -5,8 +5,8 @@ use std::sync::mpsc::sync_channel;
 
 use rayon::prelude::*;
 
-use super::records::{Format, RawRecord, for_each_chunk, no_record};
-use super::{EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
+use super::records::{Digests, OneKind, RawRecord, Read, for_each_chunk, no_record};
+use super::{Cause, EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
 use crate::config::LengthLimits;
 use crate::{Error, Result};
 
@@ -45,26 +45,28 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
     let mut dataset =
         PairDataset { pairs: Vec::new(), report: EncodingReport::new(limits), fingerprint: [0; 32] };
     let mut hasher = blake3::Hasher::new();
-    let mut format = None;
+    let (mut one_kind, mut digests) = (OneKind::default(), Digests::default());
     read_ahead(path, &mut |chunk| {
-        let mut raw = chunk.into_iter();
-        let mut first = None;
-        let format = match format {
-            Some(format) => format,
-            None => {
-                let Some(columns) = raw.next().map(|raw| raw.parse(path)).transpose()? else { return Ok(()) };
-                let detected = *format.insert(Format::detect(&columns)?);
-                first = Some(encoder.encode(path, &detected.read(columns)?, limits)?);
-                detected
-            }
+        let read = |raw: RawRecord| -> Result<(Read, EncodedRecord)> {
+            let record = raw.read(path)?;
+            // The raw text goes before the tokens come.
+            drop(raw);
+            Ok((Read::of(&record), encoder.encode(path, &record, limits)?))
         };
-        let encoded: Vec<Result<EncodedRecord>> = raw
-            .collect::<Vec<_>>()
-            .into_par_iter()
-            .map(|raw| encoder.encode(path, &format.read(raw.parse(path)?)?, limits))
-            .collect();
-        for record in first.map(Ok).into_iter().chain(encoded) {
-            dataset.push(record?, &mut hasher);
+        let records: Vec<Result<(Read, EncodedRecord)>> = chunk.into_par_iter().map(read).collect();
+        for record in records {
+            let (read, encoded) = record?;
+            one_kind.check(path, encoded.place, read.is_text)?;
+            for note in &read.notes {
+                dataset.report.add_note(note, encoded.place);
+            }
+            if let Some(same) = read.same.filter(|_| encoded.causes.contains(&Cause::Identical)) {
+                dataset.report.illustrate(Cause::Identical, &same);
+            }
+            if let Some(cause) = digests.add(read.digests) {
+                dataset.report.add(cause, encoded.place);
+            }
+            dataset.push(encoded, &mut hasher);
         }
         Ok(())
     })?;
@@ -116,7 +118,7 @@ impl PairDataset {
             self.report.add(cause, record.place);
         }
         for (cause, example) in &record.examples {
-            self.report.illustrate(*cause, record.place, example);
+            self.report.illustrate(*cause, example);
         }
         let Some(pair) = record.pair else { return };
         self.report.pairs += 1;

@@ -67,7 +67,8 @@ impl Events {
 }
 
 impl TextEncoder {
-    /// Loads tokenizer and template of a model folder; `chat_template` is a file to use instead of its template.
+    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a
+    /// file, to use instead.
     pub fn load(folder: &Path, chat_template: Option<&Path>) -> Result<Self> {
         let (tokenizer, config) = Tokenizer::load(folder)?;
         let special_tokens = tokenizer.special_tokens().clone();
@@ -97,9 +98,6 @@ impl TextEncoder {
     /// Token ids of one record of `path`, which errors name.
     pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
         let mut events = Events::default();
-        if record.prompt_column_differs {
-            events.add(Cause::PromptColumnDiffers);
-        }
         let pair = match has_blank_response(&record.body) {
             true => {
                 events.add(Cause::BlankResponse);
@@ -295,9 +293,12 @@ impl TextEncoder {
         let template = self.template().map_err(RenderFailure::Model)?;
         let render = |response: &[Message], open: bool| {
             let messages: Vec<&Message> = prompt.iter().chain(response).collect();
-            template
-                .render(&messages, variables, open)
-                .map_err(|refusal| RenderFailure::Record(refusal.to_string()))
+            template.render(&messages, variables, open).map_err(|refusal| match refusal.exceeded {
+                true => {
+                    RenderFailure::Model(Error::model(template.path(), refusal.to_string(), EXCEEDED_HELP))
+                }
+                false => RenderFailure::Record(refusal.to_string()),
+            })
         };
         Ok(Texts {
             prompt: render(&[], true)?,
@@ -347,14 +348,11 @@ enum RenderFailure {
     Record(String),
 }
 
+const EXCEEDED_HELP: &str = "mend the template, or pass another --chat-template FILE";
 const TEMPLATE_HELP: &str = "mend the conversation (roles usually alternate, a system message comes first), or pass another --chat-template FILE";
 
 fn has_blank_response(body: &Body) -> bool {
-    let blank = |messages: &[Message]| {
-        messages
-            .iter()
-            .all(|message| message.content.trim().is_empty() && !message.other.contains_key("tool_calls"))
-    };
+    let blank = |messages: &[Message]| messages.iter().all(Message::is_blank);
     match body {
         Body::Text { chosen, rejected, .. } => chosen.trim().is_empty() || rejected.trim().is_empty(),
         Body::Conversation { chosen, rejected, .. } => blank(chosen) || blank(rejected),

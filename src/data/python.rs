@@ -2,50 +2,249 @@
 
 use std::fmt::Write;
 
-use minijinja::value::ValueKind;
-use serde_json::{Map, Value};
+use minijinja::value::{Value, ValueKind};
+use minijinja::{Error, ErrorKind};
+
+/// How much may be written of one value.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Lists and mappings within each other.
+    pub levels: usize,
+    pub bytes: usize,
+}
 
 /// A template's value as `str` writes it.
-pub(super) fn text(value: &minijinja::Value) -> String {
+pub(super) fn text(value: &Value, bounds: Bounds) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::String => value.to_string(),
-        _ => repr(value),
-    }
-}
-
-/// A template's value as `repr` writes it.
-fn repr(value: &minijinja::Value) -> String {
-    match value.kind() {
-        ValueKind::None => "None".to_string(),
-        ValueKind::Bool => (if value.is_true() { "True" } else { "False" }).to_string(),
-        ValueKind::Number if !value.is_integer() => {
-            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), python_float)
+        ValueKind::Undefined => Ok(String::new()),
+        ValueKind::String => Ok(value.to_string()),
+        _ => {
+            let mut writer = Writer::new(bounds);
+            writer.repr(value, 0)?;
+            Ok(writer.text)
         }
-        ValueKind::String => quoted(&value.to_string()),
-        ValueKind::Seq => format!("[{}]", joined(value, repr)),
-        ValueKind::Map => {
-            let member = |key: &minijinja::Value| {
-                format!(
-                    "{}: {}",
-                    repr(key),
-                    value.get_item(key).map_or_else(|_| String::new(), |item| repr(&item))
-                )
-            };
-            format!("{{{}}}", joined(value, member))
+    }
+}
+
+/// The arguments of `json.dumps` that Hugging Face's `tojson` takes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout {
+    pub ensure_ascii: bool,
+    /// What one level is indented by; `None` writes one line.
+    pub indent: Option<String>,
+    /// Between items, and between key and value; by default `", "` (`","` with an indent) and `": "`.
+    pub separators: Option<(String, String)>,
+    pub sort_keys: bool,
+}
+
+/// A template's value as `json.dumps` writes it.
+pub(super) fn dumps(value: &Value, layout: &Layout, bounds: Bounds) -> Result<String, Error> {
+    let mut writer = Writer::new(bounds);
+    writer.json(value, layout, 0)?;
+    Ok(writer.text)
+}
+
+struct Writer {
+    text: String,
+    bounds: Bounds,
+}
+
+impl Writer {
+    fn new(bounds: Bounds) -> Self {
+        Writer { text: String::new(), bounds }
+    }
+
+    fn push(&mut self, text: &str) -> Result<(), Error> {
+        self.text.push_str(text);
+        self.check(0)
+    }
+
+    /// Refuses to grow by `more` bytes beyond the bound.
+    fn check(&self, more: usize) -> Result<(), Error> {
+        match self.text.len().saturating_add(more) <= self.bounds.bytes {
+            true => Ok(()),
+            false => Err(Error::from(ErrorKind::OutOfFuel)),
         }
-        _ => value.to_string(),
+    }
+
+    fn enter(&self, level: usize) -> Result<usize, Error> {
+        match level < self.bounds.levels {
+            true => Ok(level + 1),
+            false => Err(super::template::too_deep()),
+        }
+    }
+
+    fn repr(&mut self, value: &Value, level: usize) -> Result<(), Error> {
+        match value.kind() {
+            ValueKind::Undefined => self.push("Undefined"),
+            ValueKind::None => self.push("None"),
+            ValueKind::Bool => self.push(if value.is_true() { "True" } else { "False" }),
+            ValueKind::Number => self.push(&number(value)),
+            ValueKind::String => self.push(&quoted(value.as_str().unwrap_or_default())),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let level = self.enter(level)?;
+                let is_tuple = value.is_tuple();
+                self.push(if is_tuple { "(" } else { "[" })?;
+                let mut count = 0;
+                for item in value.try_iter()?.checked() {
+                    if count > 0 {
+                        self.push(", ")?;
+                    }
+                    count += 1;
+                    self.repr(&item?, level)?;
+                }
+                self.push(match (is_tuple, count) {
+                    (false, _) => "]",
+                    (true, 1) => ",)",
+                    (true, _) => ")",
+                })
+            }
+            ValueKind::Map => {
+                let level = self.enter(level)?;
+                self.push("{")?;
+                for (index, key) in value.try_iter()?.checked().enumerate() {
+                    let key = key?;
+                    if index > 0 {
+                        self.push(", ")?;
+                    }
+                    self.repr(&key, level)?;
+                    self.push(": ")?;
+                    self.repr(&value.get_item(&key)?, level)?;
+                }
+                self.push("}")
+            }
+            _ => self.push(&value.to_string()),
+        }
+    }
+
+    fn json(&mut self, value: &Value, layout: &Layout, level: usize) -> Result<(), Error> {
+        match value.kind() {
+            ValueKind::None => self.push("null"),
+            ValueKind::Bool => self.push(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => self.push(&json_number(value)),
+            ValueKind::String => self.json_string(value.as_str().unwrap_or_default(), layout),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Result<Vec<Value>, Error> = value.try_iter()?.checked().collect();
+                let items = items?.into_iter().map(|item| (None, item)).collect();
+                self.json_items(["[", "]"], items, layout, level)
+            }
+            ValueKind::Map => {
+                let mut members = Vec::new();
+                for key in value.try_iter()?.checked() {
+                    let key = key?;
+                    let member = value.get_item(&key)?;
+                    members.push((Some(json_key(&key)?), member));
+                }
+                if layout.sort_keys {
+                    members.sort_by(|(a, _), (b, _)| a.cmp(b));
+                }
+                self.json_items(["{", "}"], members, layout, level)
+            }
+            _ => Err(not_json(value)),
+        }
+    }
+
+    fn json_items(
+        &mut self,
+        [open, close]: [&str; 2],
+        items: Vec<(Option<String>, Value)>,
+        layout: &Layout,
+        level: usize,
+    ) -> Result<(), Error> {
+        let inner = self.enter(level)?;
+        let default_separator = if layout.indent.is_some() { "," } else { ", " };
+        let (between, colon) = match &layout.separators {
+            Some((between, colon)) => (between.as_str(), colon.as_str()),
+            None => (default_separator, ": "),
+        };
+        self.push(open)?;
+        for (position, (key, value)) in items.iter().enumerate() {
+            if position > 0 {
+                self.push(between)?;
+            }
+            self.line_break(layout, inner)?;
+            if let Some(key) = key {
+                self.json_string(key, layout)?;
+                self.push(colon)?;
+            }
+            self.json(value, layout, inner)?;
+        }
+        if !items.is_empty() {
+            self.line_break(layout, level)?;
+        }
+        self.push(close)
+    }
+
+    fn line_break(&mut self, layout: &Layout, level: usize) -> Result<(), Error> {
+        let Some(indent) = &layout.indent else { return Ok(()) };
+        self.check(indent.len().saturating_mul(level))?;
+        self.text.push('\n');
+        self.text.extend(std::iter::repeat_n(indent.as_str(), level));
+        Ok(())
+    }
+
+    fn json_string(&mut self, string: &str, layout: &Layout) -> Result<(), Error> {
+        let text = &mut self.text;
+        text.push('"');
+        for c in string.chars() {
+            match c {
+                '"' => text.push_str("\\\""),
+                '\\' => text.push_str("\\\\"),
+                '\n' => text.push_str("\\n"),
+                '\r' => text.push_str("\\r"),
+                '\t' => text.push_str("\\t"),
+                '\u{8}' => text.push_str("\\b"),
+                '\u{c}' => text.push_str("\\f"),
+                c if (c as u32) < 0x20 || (layout.ensure_ascii && !(' '..='~').contains(&c)) => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        // Writing to a String cannot fail.
+                        let _ = write!(text, "\\u{unit:04x}");
+                    }
+                }
+                c => text.push(c),
+            }
+        }
+        text.push('"');
+        self.check(0)
     }
 }
 
-fn joined(items: &minijinja::Value, write: impl Fn(&minijinja::Value) -> String) -> String {
-    match items.try_iter() {
-        Ok(items) => items.map(|item| write(&item)).collect::<Vec<_>>().join(", "),
-        Err(_) => String::new(),
+fn not_json(value: &Value) -> Error {
+    let kind = value.kind();
+    Error::new(
+        ErrorKind::InvalidOperation,
+        format!("tojson: a value of kind {kind} cannot be written as JSON"),
+    )
+}
+
+/// The member name that `json.dumps` makes of a key.
+fn json_key(key: &Value) -> Result<String, Error> {
+    match key.kind() {
+        ValueKind::String => Ok(key.as_str().unwrap_or_default().to_string()),
+        ValueKind::None => Ok("null".to_string()),
+        ValueKind::Bool => Ok((if key.is_true() { "true" } else { "false" }).to_string()),
+        ValueKind::Number => Ok(json_number(key)),
+        _ => Err(not_json(key)),
     }
 }
 
-/// Single quotes, unless the text holds those and no double ones.
+fn number(value: &Value) -> String {
+    match value.is_integer() {
+        true => value.to_string(),
+        false => f64::try_from(value.clone()).map_or_else(|_| value.to_string(), python_float),
+    }
+}
+
+fn json_number(value: &Value) -> String {
+    match number(value) {
+        text if text == "nan" => "NaN".to_string(),
+        text if text == "inf" => "Infinity".to_string(),
+        text if text == "-inf" => "-Infinity".to_string(),
+        text => text,
+    }
+}
+
+/// Single quotes, unless the text holds those and no double ones. Characters that Python does not print are escaped.
 fn quoted(string: &str) -> String {
     let quote = if string.contains('\'') && !string.contains('"') { '"' } else { '\'' };
     let mut text = String::from(quote);
@@ -56,120 +255,44 @@ fn quoted(string: &str) -> String {
             '\r' => text.push_str("\\r"),
             '\t' => text.push_str("\\t"),
             c if c == quote => text.extend(['\\', c]),
-            c if c.is_control() => {
+            c if is_printable(c) => text.push(c),
+            c => {
                 // Writing to a String cannot fail.
-                let _ = write!(text, "\\x{:02x}", c as u32);
+                let _ = match c as u32 {
+                    code @ 0..=0xff => write!(text, "\\x{code:02x}"),
+                    code @ 0x100..=0xffff => write!(text, "\\u{code:04x}"),
+                    code => write!(text, "\\U{code:08x}"),
+                };
             }
-            c => text.push(c),
         }
     }
     text.push(quote);
     text
 }
 
-/// The arguments of `json.dumps` that Hugging Face's `tojson` takes.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Layout {
-    pub ensure_ascii: bool,
-    pub indent: Option<usize>,
-    /// Between items, and between key and value; by default `", "` (`","` with an indent) and `": "`.
-    pub separators: Option<(String, String)>,
-    pub sort_keys: bool,
+/// `str.isprintable` of one character: controls, format characters, separators but the space, and private use are
+/// not. Code points that Unicode has not assigned are taken for printable.
+pub(super) fn is_printable(c: char) -> bool {
+    let is_format = matches!(c as u32,
+        0xad | 0x600..=0x605 | 0x61c | 0x6dd | 0x70f | 0x890..=0x891 | 0x8e2 | 0x180e | 0x200b..=0x200f
+        | 0x202a..=0x202e | 0x2060..=0x206f | 0xfeff | 0xfff9..=0xfffb | 0x110bd | 0x110cd | 0x13430..=0x1343f
+        | 0x1bca0..=0x1bca3 | 0x1d173..=0x1d17a | 0xe0001 | 0xe0020..=0xe007f);
+    let is_private = matches!(c as u32, 0xe000..=0xf8ff | 0xf0000..=0x10ffff);
+    !(c.is_control() || (c.is_whitespace() && c != ' ') || is_format || is_private)
 }
 
-pub(super) fn dumps(value: &Value, layout: &Layout) -> String {
-    let mut text = String::new();
-    write_value(value, layout, 0, &mut text);
-    text
-}
-
-fn write_value(value: &Value, layout: &Layout, depth: usize, text: &mut String) {
-    match value {
-        Value::Null => text.push_str("null"),
-        Value::Bool(flag) => text.push_str(if *flag { "true" } else { "false" }),
-        Value::Number(number) => match (number.is_f64(), number.as_f64()) {
-            (true, Some(float)) => text.push_str(&python_float(float)),
-            _ => text.push_str(&number.to_string()),
-        },
-        Value::String(string) => write_string(string, layout.ensure_ascii, text),
-        Value::Array(items) => {
-            let items = items.iter().map(|item| (None, item)).collect();
-            write_items(['[', ']'], items, layout, depth, text);
-        }
-        Value::Object(members) => write_items(['{', '}'], sorted(members, layout), layout, depth, text),
-    }
-}
-
-fn sorted<'a>(members: &'a Map<String, Value>, layout: &Layout) -> Vec<(Option<&'a str>, &'a Value)> {
-    let mut items: Vec<_> = members.iter().map(|(key, value)| (Some(key.as_str()), value)).collect();
-    if layout.sort_keys {
-        items.sort_by_key(|(key, _)| *key);
-    }
-    items
-}
-
-fn write_items(
-    [open, close]: [char; 2],
-    items: Vec<(Option<&str>, &Value)>,
-    layout: &Layout,
-    depth: usize,
-    text: &mut String,
-) {
-    let default_separator = if layout.indent.is_some() { "," } else { ", " };
-    let (between, colon) = match &layout.separators {
-        Some((between, colon)) => (between.as_str(), colon.as_str()),
-        None => (default_separator, ": "),
-    };
-    let line_break = |depth: usize, text: &mut String| {
-        if let Some(indent) = layout.indent {
-            text.push('\n');
-            text.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    text.push(open);
-    let empty = items.is_empty();
-    for (position, (key, value)) in items.into_iter().enumerate() {
-        if position > 0 {
-            text.push_str(between);
-        }
-        line_break(depth + 1, text);
-        if let Some(key) = key {
-            write_string(key, layout.ensure_ascii, text);
-            text.push_str(colon);
-        }
-        write_value(value, layout, depth + 1, text);
-    }
-    if !empty {
-        line_break(depth, text);
-    }
-    text.push(close);
-}
-
-fn write_string(string: &str, ensure_ascii: bool, text: &mut String) {
-    text.push('"');
-    for c in string.chars() {
-        match c {
-            '"' => text.push_str("\\\""),
-            '\\' => text.push_str("\\\\"),
-            '\n' => text.push_str("\\n"),
-            '\r' => text.push_str("\\r"),
-            '\t' => text.push_str("\\t"),
-            '\u{8}' => text.push_str("\\b"),
-            '\u{c}' => text.push_str("\\f"),
-            c if (c as u32) < 0x20 || (ensure_ascii && !(' '..='~').contains(&c)) => {
-                for unit in c.encode_utf16(&mut [0; 2]) {
-                    // Writing to a String cannot fail.
-                    let _ = write!(text, "\\u{unit:04x}");
-                }
-            }
-            c => text.push(c),
-        }
-    }
-    text.push('"');
-}
-
-/// Python's `repr` of a finite float: the shortest digits, in scientific form below 1e-4 and from 1e16 on.
+/// Python's `repr` of a float: the shortest digits, in scientific form below 1e-4 and from 1e16 on.
 fn python_float(float: f64) -> String {
+    if !float.is_finite() {
+        return (if float.is_nan() {
+            "nan"
+        } else if float > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        })
+        .to_string();
+    }
     let scientific = format!("{float:e}");
     let Some((digits, exponent)) = scientific.split_once('e') else { return scientific };
     match exponent.parse::<i32>() {
@@ -183,7 +306,15 @@ fn python_float(float: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use minijinja::value::Serde;
+
     use super::*;
+
+    const BOUNDS: Bounds = Bounds { levels: 200, bytes: 1000 };
+
+    fn value(json: serde_json::Value) -> Value {
+        Value::from(Serde(json))
+    }
 
     #[test]
     fn floats_are_written_as_python_writes_them() {
@@ -197,6 +328,8 @@ mod tests {
             (1.5e-5, "1.5e-05"),
             (0.0001, "0.0001"),
             (2.5e300, "2.5e+300"),
+            (f64::NAN, "nan"),
+            (f64::NEG_INFINITY, "-inf"),
         ] {
             assert_eq!(python_float(float), text);
         }
@@ -204,15 +337,37 @@ mod tests {
 
     #[test]
     fn layouts_are_those_of_json_dumps() {
-        let value = serde_json::json!({"b": [1, {"x": null}], "a": "é\u{1F600}\u{1}\"", "e": [], "o": {}});
+        let value =
+            value(serde_json::json!({"b": [1, {"x": null}], "a": "é\u{1F600}\u{1}\"", "e": [], "o": {}}));
         assert_eq!(
-            dumps(&value, &Layout::default()),
+            dumps(&value, &Layout::default(), BOUNDS).unwrap(),
             "{\"b\": [1, {\"x\": null}], \"a\": \"é\u{1F600}\\u0001\\\"\", \"e\": [], \"o\": {}}"
         );
-        let layout = Layout { ensure_ascii: true, indent: Some(2), sort_keys: true, separators: None };
+        let layout =
+            Layout { ensure_ascii: true, indent: Some("  ".to_string()), sort_keys: true, separators: None };
         assert_eq!(
-            dumps(&value, &layout),
+            dumps(&value, &layout, BOUNDS).unwrap(),
             "{\n  \"a\": \"\\u00e9\\ud83d\\ude00\\u0001\\\"\",\n  \"b\": [\n    1,\n    {\n      \"x\": null\n    }\n  ],\n  \"e\": [],\n  \"o\": {}\n}"
         );
+    }
+
+    #[test]
+    fn lists_and_strings_are_written_as_python_writes_them() {
+        let value = value(serde_json::json!({"a": [1, "it's", "\"'\u{7}\u{200b}é"], "b": {}}));
+        assert_eq!(text(&value, BOUNDS).unwrap(), r#"{'a': [1, "it's", '"\'\x07\u200bé'], 'b': {}}"#);
+    }
+
+    #[test]
+    fn what_is_written_is_bounded() {
+        let long = value(serde_json::json!(["x".repeat(2000)]));
+        assert!(text(&long, BOUNDS).is_err() && dumps(&long, &Layout::default(), BOUNDS).is_err());
+        let wide = Layout { indent: Some(" ".repeat(2000)), ..Layout::default() };
+        assert!(dumps(&value(serde_json::json!([1])), &wide, BOUNDS).is_err());
+        let deep = value(serde_json::json!([[[1]]]));
+        for (levels, fits) in [(2, false), (3, true)] {
+            let bounds = Bounds { levels, ..BOUNDS };
+            assert_eq!(text(&deep, bounds).is_ok(), fits);
+            assert_eq!(dumps(&deep, &Layout::default(), bounds).is_ok(), fits);
+        }
     }
 }

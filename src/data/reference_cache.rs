@@ -5,14 +5,20 @@
 //!
 //! A file is one line of JSON that says what it is, then `pairs` records of 16 bytes (little-endian f32
 //! `logp_chosen`, f32 `logp_rejected`, u32 `tokens_chosen`, u32 `tokens_rejected`), then the 32-byte BLAKE3 hash of
-//! everything before it.
+//! everything before it. A file named `.partial` is the same with the records of the first pairs alone: a run that was
+//! stopped left it, and the next run goes on from it.
+//!
+//! The cache only saves time. Whatever is wrong with it is a warning, never the end of a run: damage, another kind of
+//! file under its name, a folder that cannot be written. It is private (mode 0600 in a folder of mode 0700), and a file
+//! that another user owns or could have written is not believed.
 
-use std::fs;
-use std::io::{ErrorKind, Write};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::atomic::kind_of;
 use crate::config::LengthLimits;
 use crate::objective::ReferencePair;
 use crate::{Error, Result};
@@ -21,6 +27,8 @@ const FORMAT: &str = "mmpo-fast reference log-probs";
 const VERSION: u32 = 1;
 const RECORD_BYTES: usize = 16;
 const HASH_BYTES: usize = blake3::OUT_LEN;
+/// More than any header of ours takes.
+const HEADER_BYTES: usize = 4096;
 
 /// All that reference log-probs depend on.
 #[derive(Clone, Debug)]
@@ -85,35 +93,63 @@ impl ReferenceCache {
 
     /// The stored log-probs of `pairs` pairs. `None` if there is no file, or if it is damaged or of something else:
     /// then a warning says why, and they must be computed again.
-    pub fn load(&self, pairs: usize) -> Result<Option<Vec<ReferencePair>>> {
-        let bytes = match fs::read(&self.path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io(&self.path, "read", error)),
+    pub fn load(&self, pairs: usize) -> Option<Vec<ReferencePair>> {
+        self.read(&self.path, pairs, |stored| stored == pairs)
+    }
+
+    /// The log-probs of the first pairs that a stopped run left; none if there is no such file.
+    pub fn load_partial(&self, pairs: usize) -> Vec<ReferencePair> {
+        self.read(&self.partial_path(), pairs, |stored| stored <= pairs).unwrap_or_default()
+    }
+
+    fn read(&self, path: &Path, pairs: usize, accepts: impl Fn(usize) -> bool) -> Option<Vec<ReferencePair>> {
+        let warn = |fault: &str| {
+            tracing::warn!("{}: {fault}; the reference log-probs are computed again", path.display());
         };
-        match self.parse(&bytes, pairs) {
-            Ok(references) => Ok(Some(references)),
+        match read_own_file(path, HEADER_BYTES + pairs * RECORD_BYTES + HASH_BYTES) {
+            Ok(None) => None,
             Err(fault) => {
-                tracing::warn!(
-                    "{}: {fault}; the reference log-probs are computed again and the file is replaced",
-                    self.path.display()
-                );
-                Ok(None)
+                warn(&fault);
+                None
             }
+            Ok(Some(bytes)) => self.parse(&bytes, pairs, accepts).inspect_err(|fault| warn(fault)).ok(),
         }
     }
 
     /// Writes the log-probs under a temporary name, syncs, and renames: a reader sees all of them or none.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the system refuses.
     pub fn store(&self, references: &[ReferencePair]) -> Result<()> {
+        self.write(&self.path, references, references.len())?;
+        match fs::remove_file(self.partial_path()) {
+            // What is left there is never looked at again.
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Writes the log-probs of the first of `pairs` pairs, for [`ReferenceCache::load_partial`].
+    ///
+    /// # Errors
+    /// As [`ReferenceCache::store`].
+    pub fn store_partial(&self, references: &[ReferencePair], pairs: usize) -> Result<()> {
+        self.write(&self.partial_path(), references, pairs)
+    }
+
+    fn partial_path(&self) -> PathBuf {
+        self.path.with_extension("partial")
+    }
+
+    fn write(&self, path: &Path, references: &[ReferencePair], pairs: usize) -> Result<()> {
         let header = Header {
             format: FORMAT.to_string(),
             version: VERSION,
             key: self.key.clone(),
-            pairs: references.len(),
+            pairs,
             compute: self.compute.clone(),
         };
         let mut bytes =
-            serde_json::to_vec(&header).map_err(|error| Error::io(&self.path, "write", error.into()))?;
+            serde_json::to_vec(&header).map_err(|error| Error::io(path, "write", error.into()))?;
         bytes.push(b'\n');
         for reference in references {
             bytes.extend_from_slice(&reference.logp_chosen.to_le_bytes());
@@ -123,7 +159,7 @@ impl ReferenceCache {
         }
         let hash = blake3::hash(&bytes);
         bytes.extend_from_slice(hash.as_bytes());
-        self.replace(&bytes)
+        replace(path, &bytes)
     }
 
     /// The stored log-probs if there are any, else those of `compute`, which are stored.
@@ -132,7 +168,7 @@ impl ReferenceCache {
         pairs: usize,
         compute: impl FnOnce() -> Result<Vec<ReferencePair>>,
     ) -> Result<Vec<ReferencePair>> {
-        if let Some(references) = self.load(pairs)? {
+        if let Some(references) = self.load(pairs) {
             return Ok(references);
         }
         let references = compute()?;
@@ -140,22 +176,13 @@ impl ReferenceCache {
         Ok(references)
     }
 
-    fn replace(&self, bytes: &[u8]) -> Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
-        let mut file =
-            tempfile::NamedTempFile::new_in(folder).map_err(|error| Error::io(folder, "write in", error))?;
-        file.write_all(bytes).map_err(|error| Error::io(&self.path, "write", error))?;
-        file.as_file().sync_all().map_err(|error| Error::io(&self.path, "sync", error))?;
-        file.persist(&self.path).map_err(|error| Error::io(&self.path, "rename", error.error))?;
-        // The rename itself is durable only once the folder is.
-        fs::File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(|error| Error::io(folder, "sync", error))
-    }
-
     /// What `bytes` hold, or what is wrong with them.
-    fn parse(&self, bytes: &[u8], pairs: usize) -> std::result::Result<Vec<ReferencePair>, String> {
+    fn parse(
+        &self,
+        bytes: &[u8],
+        pairs: usize,
+        accepts: impl Fn(usize) -> bool,
+    ) -> std::result::Result<Vec<ReferencePair>, String> {
         let split = bytes.len().checked_sub(HASH_BYTES).ok_or("the file is cut short")?;
         let (content, hash) = bytes.split_at(split);
         if blake3::hash(content).as_bytes() != hash {
@@ -168,11 +195,86 @@ impl ReferenceCache {
             return Err(format!("the file is `{}` version {}", header.format, header.version));
         }
         let records = &content[line + 1..];
-        if header.key != self.key || header.pairs != pairs || records.len() != pairs * RECORD_BYTES {
+        let fits = records.len().is_multiple_of(RECORD_BYTES) && accepts(records.len() / RECORD_BYTES);
+        if header.key != self.key || header.pairs != pairs || !fits {
             return Err(format!("the file is for other data ({} pairs, here {pairs})", header.pairs));
         }
         Ok(records.chunks_exact(RECORD_BYTES).map(reference_of).collect())
     }
+}
+
+/// The bytes of a regular file of this user's own, `None` where there is no file; else what is wrong with it, before
+/// anything is read from it that could block or never end.
+fn read_own_file(path: &Path, most: usize) -> std::result::Result<Option<Vec<u8>>, String> {
+    let failed = |error: std::io::Error| format!("the file cannot be read ({error})");
+    let file = match open_without_waiting(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(format!("it is {}, not a file of log-probs", kind_of(&metadata)));
+    }
+    check_owner(&metadata)?;
+    if metadata.len() > most as u64 {
+        return Err(format!("the file has {} bytes, and no more than {most} are expected", metadata.len()));
+    }
+    let mut bytes = Vec::new();
+    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(Some(bytes))
+}
+
+/// Opens a file for reading; a FIFO without a writer does not hold the program up.
+fn open_without_waiting(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(
+        &mut options,
+        rustix::fs::OFlags::NONBLOCK.bits().cast_signed(),
+    );
+    options.open(path)
+}
+
+#[cfg(unix)]
+fn check_owner(metadata: &fs::Metadata) -> std::result::Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    let own = rustix::process::geteuid().as_raw();
+    if metadata.uid() != own {
+        return Err(format!("the file belongs to user {} and not to you ({own})", metadata.uid()));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Err(format!("other users can write the file (mode {:o})", metadata.mode() & 0o777));
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn check_owner(_: &fs::Metadata) -> std::result::Result<(), String> {
+    Ok(())
+}
+
+/// Replaces file `path` by `bytes`, or leaves it as it was.
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    create_private_folder(folder).map_err(|error| Error::io(folder, "create", error))?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder).map_err(|error| Error::io(folder, "write in", error))?;
+    file.write_all(bytes).map_err(|error| Error::io(path, "write", error))?;
+    file.as_file().sync_all().map_err(|error| Error::io(path, "sync", error))?;
+    file.persist(path).map_err(|error| Error::io(path, "replace", error.error))?;
+    // The rename itself is durable only once the folder is.
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "sync", error))
+}
+
+/// Makes a folder and its parents for this user alone; one that exists keeps its mode.
+fn create_private_folder(folder: &Path) -> std::io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(folder)
 }
 
 fn reference_of(record: &[u8]) -> ReferencePair {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::records::Note;
 use crate::config::LengthLimits;
 
 /// Places listed for each cause.
@@ -41,10 +42,30 @@ pub enum Cause {
     ResponseNotWritten,
     /// Plain text begins with the BOS that the tokenizer puts in front as well.
     BosTwice,
+    /// No column holds a prompt: it is the beginning that both texts share.
+    ImplicitPrompt,
+    /// The same, while the record has a text in a column whose name means nothing here.
+    ImplicitPromptBesideText,
+    /// The messages of the prompt stood at the beginning of a response too, and were taken off there.
+    PromptTakenOff,
+    /// A response begins with the text of its prompt.
+    PromptRepeated,
+    /// A text is a list as Python or JSON writes it.
+    ListAsText,
+    /// A response goes on with a turn of the user.
+    UserTurnInResponse,
+    /// The prompt's last message is the assistant's.
+    PromptEndsWithAssistant,
+    /// The same pair came before.
+    Repeated,
+    /// The same pair came before with its responses exchanged.
+    Opposite,
+    /// A column stands twice in one record; the last one counts.
+    RepeatedKey,
 }
 
 impl Cause {
-    pub const ALL: [Cause; 15] = [
+    pub const ALL: [Cause; 25] = [
         Cause::BlankResponse,
         Cause::NoRoom,
         Cause::NothingToScore,
@@ -60,6 +81,16 @@ impl Cause {
         Cause::NoEndToken,
         Cause::ResponseNotWritten,
         Cause::BosTwice,
+        Cause::ImplicitPrompt,
+        Cause::ImplicitPromptBesideText,
+        Cause::PromptTakenOff,
+        Cause::PromptRepeated,
+        Cause::ListAsText,
+        Cause::UserTurnInResponse,
+        Cause::PromptEndsWithAssistant,
+        Cause::Repeated,
+        Cause::Opposite,
+        Cause::RepeatedKey,
     ];
 
     /// Whether the record is lost by it.
@@ -69,6 +100,41 @@ impl Cause {
             Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore | Cause::ResponseNotWritten
         )
     }
+
+    /// Whether its example tells what happened, rather than being an excerpt of the record.
+    fn is_told(self) -> bool {
+        matches!(
+            self,
+            Cause::PromptShortened | Cause::BoundaryToken | Cause::PromptTextLost | Cause::ResponseTextLost
+        )
+    }
+
+    /// For a cause that suggests a mistake in the file: what to do about it.
+    pub fn advice(self) -> Option<&'static str> {
+        match self {
+            Cause::PromptRepeated => Some(
+                "the prompt is scored a second time as part of the response: leave it out of `chosen` and `rejected`",
+            ),
+            Cause::ListAsText => Some(
+                "it is used as plain text: parse such lists before writing the file (Python: `ast.literal_eval`)",
+            ),
+            Cause::UserTurnInResponse => Some(
+                "the user's words are scored too: cut the response there, or make the turns before the last one the prompt",
+            ),
+            Cause::PromptEndsWithAssistant => Some(
+                "the response is a second message of the assistant: does the prompt hold an answer already?",
+            ),
+            Cause::Identical => Some("such pairs prefer nothing: leave them out"),
+            Cause::Repeated => Some("such pairs count twice: leave them out if that is not meant"),
+            Cause::Opposite => Some("such pairs teach nothing: keep the right one"),
+            Cause::RepeatedKey => Some("the last one counts, as in Python"),
+            Cause::ImplicitPromptBesideText => {
+                Some("if that column holds the prompt, rename it to `prompt`; otherwise remove it")
+            }
+            Cause::PromptColumnDiffers => Some("remove the column, or mend the messages"),
+            _ => None,
+        }
+    }
 }
 
 /// How often a cause struck, and where first.
@@ -77,11 +143,12 @@ pub struct Tally {
     pub count: usize,
     /// 1-based lines (JSON Lines) or record numbers of the first few.
     pub first: Vec<usize>,
-    /// What happened to the first one, where a place alone says too little.
+    /// An excerpt of the first one, where there is something to show.
     pub example: Option<String>,
 }
 
-/// The account of a file's records; `Display` shows it to people.
+/// The account of a file's records; `Display` shows it to people, and its alternate form leaves out what
+/// [`EncodingReport::warnings`] says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodingReport {
     /// Records read.
@@ -125,10 +192,48 @@ impl EncodingReport {
         }
     }
 
+    pub(super) fn add_note(&mut self, note: &Note, place: usize) {
+        self.add(note.cause, place);
+        self.illustrate(note.cause, &note.example);
+    }
+
     /// Keeps `example` for `cause` if it has none.
-    pub(super) fn illustrate(&mut self, cause: Cause, place: usize, example: &str) {
-        let shown = &mut self.tallies[cause as usize].example;
-        shown.get_or_insert_with(|| format!("at {place}, {example}"));
+    pub(super) fn illustrate(&mut self, cause: Cause, example: &str) {
+        self.tallies[cause as usize].example.get_or_insert_with(|| example.to_string());
+    }
+
+    /// What suggests mistakes in the file: a line for each kind, with its count and an example.
+    pub fn warnings(&self) -> Vec<String> {
+        let suspicious = Cause::ALL.into_iter().filter(|cause| self.tally(*cause).count > 0);
+        suspicious
+            .filter_map(|cause| {
+                let advice = cause.advice()?;
+                Some(format!("{}; {advice}", self.counted(cause)))
+            })
+            .collect()
+    }
+
+    /// Tells the user what became of the records of the file `name`: the account, and each warning once.
+    pub fn log(&self, name: &str) {
+        tracing::info!("{name}: {self:#}");
+        for warning in self.warnings() {
+            tracing::warn!("{name}: {warning}");
+        }
+    }
+
+    /// A cause with its count, its first places and its example.
+    fn counted(&self, cause: Cause) -> String {
+        let Tally { count, first, example } = self.tally(cause);
+        let places: Vec<String> = first.iter().map(usize::to_string).collect();
+        let more = if *count > first.len() { ", ..." } else { "" };
+        let example = match example {
+            Some(example) if cause.is_told() => {
+                format!("; for example, at {}, {example}", places.first().map_or("", String::as_str))
+            }
+            Some(example) if !example.is_empty() => format!(", such as `{example}`"),
+            _ => String::new(),
+        };
+        format!("{count} {} (at {}{more}){example}", self.describe(cause), places.join(", "))
     }
 
     /// The cause in words, with the limit that it met.
@@ -150,7 +255,7 @@ impl EncodingReport {
                     .to_string()
             }
             Cause::PromptColumnDiffers => {
-                "have a `prompt` string that their messages do not contain; the messages were used".to_string()
+                "with a `prompt` string that the messages do not contain; the messages were used".to_string()
             }
             Cause::BoundaryToken => {
                 "prompts end within a token that reaches into a response: the responses begin with that token"
@@ -168,6 +273,24 @@ impl EncodingReport {
             Cause::BosTwice => {
                 "prompts begin with two BOS tokens: one in the text, one that the tokenizer puts in front".to_string()
             }
+            Cause::ImplicitPrompt => {
+                "without a prompt column: the prompt is the beginning that both responses share".to_string()
+            }
+            Cause::ImplicitPromptBesideText => {
+                "without a prompt column, but with a text that is not read: the prompt is the beginning that both \
+                 responses share"
+                    .to_string()
+            }
+            Cause::PromptTakenOff => {
+                "with the prompt's messages in a response too; they were taken off there".to_string()
+            }
+            Cause::PromptRepeated => "with a response that begins with the text of its prompt".to_string(),
+            Cause::ListAsText => "with a list written as text".to_string(),
+            Cause::UserTurnInResponse => "with a turn of the user inside a response".to_string(),
+            Cause::PromptEndsWithAssistant => "with a prompt that ends with an assistant message".to_string(),
+            Cause::Repeated => "repeated: the same as an earlier record".to_string(),
+            Cause::Opposite => "contradicted: an earlier record has the same responses exchanged".to_string(),
+            Cause::RepeatedKey => "with a column that stands twice".to_string(),
         }
     }
 }
@@ -179,15 +302,9 @@ impl fmt::Display for EncodingReport {
             write!(formatter, " (largest pair {})", self.largest_pair)?;
         }
         for cause in Cause::ALL {
-            let Tally { count, first, example } = self.tally(cause);
-            if *count == 0 {
-                continue;
-            }
-            let places: Vec<String> = first.iter().map(usize::to_string).collect();
-            let more = if *count > first.len() { ", ..." } else { "" };
-            write!(formatter, "\n  {count} {} (at {}{more})", self.describe(cause), places.join(", "))?;
-            if let Some(example) = example {
-                write!(formatter, "\n    for example, {example}")?;
+            let said = formatter.alternate() && cause.advice().is_some();
+            if self.tally(cause).count > 0 && !said {
+                write!(formatter, "\n  {}", self.counted(cause))?;
             }
         }
         Ok(())

@@ -21,6 +21,7 @@ use self::class::Class;
 use self::special::SpecialTokens;
 pub use self::stream::StreamDecoder;
 use super::panics::catch;
+use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
 
 /// Text to token ids and back. Encoding never cuts or pads anything by itself.
@@ -53,6 +54,7 @@ impl Tokenizer {
     pub fn load(folder: &Path) -> Result<(Self, Map<String, Value>)> {
         let path = folder.join("tokenizer.json");
         let bytes = read_tokenizer_file(folder, &path)?;
+        foreign::refuse(&path, &bytes, "the tokenizer")?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let mut json: Value = serde_json::from_slice(&bytes)
             .map_err(|error| Error::model(&path, format!("broken JSON: {error}"), COPY_HELP))?;
@@ -364,17 +366,12 @@ fn not_a_tokenizer(path: &Path, message: String) -> Error {
 
 fn read_tokenizer_file(folder: &Path, path: &Path) -> Result<Vec<u8>> {
     if path.is_file() {
-        let bytes = fs::read(path).map_err(|error| Error::io(path, "read", error))?;
-        if bytes.starts_with(b"version https://git-lfs") {
-            return Err(Error::model(
-                path,
-                "this is a git-lfs pointer, not the file itself",
-                "run `git lfs pull` in the folder, or download the file again",
-            ));
-        }
-        return Ok(bytes);
+        return fs::read(path).map_err(|error| Error::io(path, "read", error));
     }
-    let help = if folder.join("tokenizer.model").is_file() {
+    let sentencepiece = folder.join("tokenizer.model");
+    let help = if foreign::recognise_file(&sentencepiece) == Some(Foreign::LfsPointer) {
+        "tokenizer.model, of which transformers could make it, is a git-lfs pointer: run `git lfs pull` in the folder"
+    } else if sentencepiece.is_file() {
         "this folder has a sentencepiece tokenizer.model only; make a tokenizer.json from it with transformers: \
          `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"
     } else if folder.is_dir() {
@@ -387,10 +384,10 @@ fn read_tokenizer_file(folder: &Path, path: &Path) -> Result<Vec<u8>> {
 
 /// A JSON object file, empty if there is no such file.
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = match fs::read_to_string(path) {
+    let text = match foreign::read_text(path, "the tokenizer's config") {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(error) => return Err(Error::io(path, "read", error)),
+        Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
+        Err(error) => return Err(error),
     };
     serde_json::from_str(&text)
         .map_err(|error| Error::model(path, format!("broken JSON: {error}"), "copy the model's file again"))

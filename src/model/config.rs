@@ -1,8 +1,8 @@
 //! `config.json` of a Hugging Face Llama folder, as one checked value.
 //!
-//! The meaning of each key is that of `LlamaConfig` in transformers. A key that would change the arithmetic in a way
-//! this program does not compute is refused by name; so is a key nobody here knows, unless its value (`null`, `false`,
-//! an empty list or object) asks for nothing. `config_keys.rs` lists the keys known to leave the logits alone.
+//! The meaning of each key is that of `LlamaConfig` in transformers. A key that transformers acts on and this program
+//! does not compute is refused by name; a key that its Llama does not read is ignored with a warning.
+//! `known_keys.rs` has the lists.
 
 use std::path::Path;
 
@@ -10,8 +10,10 @@ use serde_json::{Map, Value};
 
 use crate::device::{AttentionShape, StorageType};
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::model::config_keys::{Keys, MAX_LAYERS, MAX_SIZE};
-use crate::model::rope::{self, Rope};
+use crate::model::rope::Rope;
+use crate::model::rope_keys;
 
 /// A Llama, as its `config.json` describes it. Symbols are those of the legend: `V D F L H K E`.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +39,9 @@ pub struct LlamaConfig {
     pub attention_bias: bool,
     /// Biases on gate, up and down.
     pub mlp_bias: bool,
+    /// Share of the attention weights that transformers drops in training; nothing here drops any.
+    pub attention_dropout: f64,
+    /// Positions that the model was trained for.
     pub max_position_embeddings: usize,
     pub rope: Rope,
     pub bos_token_id: Option<u32>,
@@ -49,6 +54,8 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u32>,
     /// What the config says the weights are stored in; the tensors themselves are what counts.
     pub dtype: Option<StorageType>,
+    /// What the user should know of the file although it is no error, each a sentence without the file's name.
+    pub warnings: Vec<String>,
     /// The file as it was, key order included: a saved folder's config is this one.
     original: Map<String, Value>,
 }
@@ -72,28 +79,22 @@ impl TensorSpec {
 }
 
 impl LlamaConfig {
-    /// Reads `config.json` of `folder`, and `generation_config.json` where there is one.
+    /// Reads `config.json` of `folder`, and `generation_config.json` where there is one; logs what they warn of.
     ///
     /// # Errors
     /// [`Error::Io`] where a file cannot be read, [`Error::Model`] naming the file and the key otherwise.
     pub fn from_folder(folder: &Path) -> Result<Self> {
+        foreign::folder::check_holds_config(folder)?;
         let path = folder.join("config.json");
-        let text = match std::fs::read_to_string(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() => {
-                return Err(Error::model(
-                    folder,
-                    "no config.json: this is not a Hugging Face model folder",
-                    "give the folder that holds config.json, tokenizer.json and model.safetensors",
-                ));
-            }
-            result => result.map_err(|error| Error::io(&path, "read", error))?,
-        };
-        let mut config = LlamaConfig::parse(&path, &text)?;
+        let mut config = LlamaConfig::parse(&path, &foreign::read_text(&path, "the model's config")?)?;
+        for warning in &config.warnings {
+            tracing::warn!("{}: {warning}", path.display());
+        }
         let path = folder.join("generation_config.json");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => config.add_generation_config(&path, &text)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io(&path, "read", error)),
+        match foreign::read_text(&path, "the generation config") {
+            Ok(text) => config.add_generation_config(&path, &text),
+            Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
         Ok(config)
     }
@@ -103,45 +104,60 @@ impl LlamaConfig {
         let keys = Keys::parse(path, text)?;
         keys.check_architecture()?;
         keys.check_unsupported()?;
-        let hidden_size = keys.size("hidden_size", MAX_SIZE)?;
-        let heads = keys.size("num_attention_heads", MAX_SIZE)?;
-        let max_position_embeddings = keys.optional_size("max_position_embeddings", 1 << 32)?.unwrap_or(2048);
-        let eos_token_ids = keys.token_ids("eos_token_id", &[2])?;
-        let config = LlamaConfig {
-            vocab_size: keys.size("vocab_size", MAX_SIZE)?,
+        let vocab_size = keys.size("vocab_size", MAX_SIZE, 32_000)?;
+        let hidden_size = keys.size("hidden_size", MAX_SIZE, 4096)?;
+        let heads = keys.size("num_attention_heads", MAX_SIZE, 32)?;
+        let head_size = keys.head_size(hidden_size, heads)?;
+        let max_position_embeddings = keys.optional_size("max_position_embeddings", 1 << 53)?.unwrap_or(2048);
+        let eos_token_ids = keys.token_ids("eos_token_id", &[2], vocab_size)?;
+        let (rope, unread_rope) = rope_keys::parse(&keys, max_position_embeddings, head_size)?;
+        let mut config = LlamaConfig {
+            vocab_size,
             hidden_size,
-            intermediate_size: keys.size("intermediate_size", MAX_SIZE)?,
-            layers: keys.size("num_hidden_layers", MAX_LAYERS)?,
+            intermediate_size: keys.size("intermediate_size", MAX_SIZE, 11_008)?,
+            layers: keys.size("num_hidden_layers", MAX_LAYERS, 32)?,
             heads,
             kv_heads: keys.optional_size("num_key_value_heads", MAX_SIZE)?.unwrap_or(heads),
-            head_size: keys.head_size(hidden_size, heads)?,
+            head_size,
             rms_norm_eps: keys.positive("rms_norm_eps", 1e-6)? as f32,
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
             attention_bias: keys.flag("attention_bias")?,
             mlp_bias: keys.flag("mlp_bias")?,
+            attention_dropout: keys.rate("attention_dropout")?,
             max_position_embeddings,
-            rope: rope::parse(&keys, max_position_embeddings)?,
-            bos_token_id: keys.token_ids("bos_token_id", &[1])?.first().copied(),
+            rope,
+            bos_token_id: keys.token_ids("bos_token_id", &[1], vocab_size)?.first().copied(),
             stop_token_ids: eos_token_ids.clone(),
             eos_token_ids,
-            pad_token_id: keys.pad_token_id()?,
+            pad_token_id: keys.pad_token_id(vocab_size)?,
             dtype: keys.dtype()?,
+            warnings: Vec::new(),
             original: keys.map.clone(),
         };
         config.check_heads(&keys)?;
-        config.check_token_ids(&keys)?;
+        keys.warn_of_unread(&unread_rope);
+        config.warnings = keys.take_warnings();
         Ok(config)
     }
 
-    /// Adds the end tokens of a `generation_config.json` to [`LlamaConfig::stop_token_ids`].
-    pub fn add_generation_config(&mut self, path: &Path, text: &str) -> Result<()> {
-        let keys = Keys::parse(path, text)?;
-        for id in keys.token_ids("eos_token_id", &[])? {
-            if !self.stop_token_ids.contains(&id) {
-                self.stop_token_ids.push(id);
+    /// Adds the end tokens of a `generation_config.json` to [`LlamaConfig::stop_token_ids`]. What is wrong with the
+    /// file is only warned of: transformers does without a generation config that it cannot read.
+    pub fn add_generation_config(&mut self, path: &Path, text: &str) {
+        let added = Keys::parse(path, text).and_then(|keys| {
+            let ids = keys.token_ids("eos_token_id", &[], self.vocab_size)?;
+            Ok((ids, keys.take_warnings()))
+        });
+        match added {
+            Ok((ids, warnings)) => {
+                for id in ids {
+                    if !self.stop_token_ids.contains(&id) {
+                        self.stop_token_ids.push(id);
+                    }
+                }
+                warnings.iter().for_each(|warning| tracing::warn!("{}: {warning}", path.display()));
             }
+            Err(error) => tracing::warn!("{error}; the end tokens of config.json hold alone"),
         }
-        self.check_token_ids(&keys)
     }
 
     /// The text of the saved folder's `config.json`: the original with its dtype set to bfloat16.
@@ -161,6 +177,11 @@ impl LlamaConfig {
         format!(
             "heads {heads} {kv_heads} {head_size}, rms_norm_eps {rms_norm_eps:?}, pad {pad_token_id:?}, {rope:?}"
         )
+    }
+
+    /// Positions that the model was trained for; where its rope depends on other sequences beyond fewer, those.
+    pub fn context(&self) -> usize {
+        self.max_position_embeddings.min(self.rope.positions().unwrap_or(usize::MAX))
     }
 
     pub fn attention_shape(&self) -> AttentionShape {
@@ -226,17 +247,6 @@ impl LlamaConfig {
         }
         Ok(())
     }
-
-    fn check_token_ids(&self, keys: &Keys) -> Result<()> {
-        let ids = self.stop_token_ids.iter().chain(&self.bos_token_id).chain(&self.pad_token_id);
-        match ids.copied().find(|&id| id as usize >= self.vocab_size) {
-            Some(id) => Err(keys.error(
-                format!("token id {id} lies outside the vocabulary of {}", self.vocab_size),
-                "correct bos_token_id, eos_token_id or pad_token_id, or vocab_size",
-            )),
-            None => Ok(()),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -244,6 +254,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::rope::RopeScaling;
 
     fn smollm2() -> Value {
         json!({
@@ -290,7 +301,7 @@ mod tests {
         let config = parse(&smollm2()).unwrap();
         assert_eq!((config.head_size, config.kv_heads, config.layers), (64, 3, 30));
         assert_eq!(config.parameters(), 134_515_008);
-        assert_eq!(config.rope, Rope { theta: 1e5, scaling: rope::RopeScaling::Default });
+        assert_eq!(config.rope, Rope { theta: 1e5, scaling: RopeScaling::Default });
         assert_eq!(config.dtype, Some(StorageType::F32));
         assert_eq!(config.pad_token_id, None);
         assert_eq!(config.tensors().len(), 30 * 9 + 2);
@@ -312,21 +323,123 @@ mod tests {
         assert_eq!(tensors.last(), Some(&TensorSpec::new("lm_head.weight", &[49152, 576])));
     }
 
+    /// The config above with one key changed, which must be read as the one above, with these warnings.
+    #[track_caller]
+    fn read_alike(key: &str, value: Value, warning: &str) {
+        let mut config = smollm2();
+        config[key] = value.clone();
+        let read = parse(&config).unwrap_or_else(|error| panic!("{key} = {value}: {error}"));
+        let warnings = read.warnings.join("; ");
+        match warning {
+            "" => assert_eq!(warnings, "", "{key} = {value}"),
+            part => assert!(warnings.contains(part), "{key} = {value}: {warnings}"),
+        }
+        let expected = parse(&smollm2()).unwrap();
+        assert_eq!(
+            LlamaConfig { warnings: Vec::new(), original: expected.original.clone(), ..read },
+            expected
+        );
+    }
+
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        refused("architectures", json!(["MistralForCausalLM"]), "MistralForCausalLM");
-        refused("architectures", json!(["LlamaForSequenceClassification"]), "LlamaForSequenceClassification");
         refused("model_type", json!("qwen2"), "qwen2");
         refused("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\"");
-        refused("attention_dropout", json!(0.1), "`attention_dropout` is 0.1");
-        refused("pretraining_tp", json!(2), "`pretraining_tp` is 2");
-        refused("sliding_window", json!(4096), "`sliding_window` is 4096");
-        refused("quantization_config", json!({"bits": 4}), "`quantization_config`");
-        refused("auto_map", json!({"AutoModel": "x.Y"}), "`auto_map`");
-        refused("rope_interleaved", json!(true), "`rope_interleaved` = true");
-        refused("logits_scaling", json!(8.0), "unknown key `logits_scaling` = 8.0");
-        refused("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` is 0.5");
+        refused(
+            "quantization_config",
+            json!({"quant_method": "gptq"}),
+            "`quantization_config` (method \"gptq\")",
+        );
+        refused("is_causal", json!(false), "`is_causal` is false");
+        refused("per_layer_config", json!({"0": {"head_dim": 8}}), "`per_layer_config`");
         refused("dtype", json!("float8"), "`dtype` is \"float8\"");
+        let mut nameless = smollm2();
+        nameless["model_type"] = Value::Null;
+        nameless["architectures"] = json!(["MistralForCausalLM"]);
+        assert!(parse(&nameless).unwrap_err().to_string().contains("MistralForCausalLM"));
+        nameless["architectures"] = Value::Null;
+        assert!(parse(&nameless).unwrap_err().to_string().contains("neither"));
+    }
+
+    #[test]
+    fn what_a_llama_does_not_read_is_ignored() {
+        for (key, value) in [
+            ("pretraining_tp", json!(2)),
+            ("hidden_act", json!("swish")),
+            ("architectures", json!(["LLaMAForCausalLM"])),
+            ("architectures", Value::Null),
+            ("max_sequence_length", json!(2048)),
+            ("_commit_hash", json!("0123abc")),
+            ("unk_token_id", json!(0)),
+            ("rope_interleaved", json!(true)),
+            ("rope_scaling", json!({})),
+            ("chunk_size_feed_forward", json!(4)),
+            ("quantization_config", Value::Null),
+            ("is_causal", json!(true)),
+            ("torch_dtype", json!("torch.float32")),
+            ("vocab_size", json!(49152.0)),
+            ("head_dim", json!(64)),
+            ("head_dim", Value::Null),
+            ("made_up_flag", json!(false)),
+        ] {
+            read_alike(key, value, "");
+        }
+        let ignored = |key: &str| format!("this key: `{key}`");
+        for (key, value) in [
+            ("sliding_window", json!(4096)),
+            ("logits_scaling", json!(8.0)),
+            ("partial_rotary_factor", json!(0.5)),
+            ("auto_map", json!({"AutoModel": "x.Y"})),
+            ("layer_types", json!(["full_attention"])),
+        ] {
+            read_alike(key, value, &ignored(key));
+        }
+        read_alike(
+            "architectures",
+            json!(["LlamaForSequenceClassification"]),
+            "LlamaForSequenceClassification",
+        );
+        read_alike(
+            "rope_scaling",
+            json!({"type": "default", "factor": 2.0}),
+            &ignored("rope_scaling.factor"),
+        );
+        read_alike(
+            "rope_parameters",
+            json!({"partial_rotary_factor": 0.25}),
+            "rope_parameters.partial_rotary_factor",
+        );
+    }
+
+    #[test]
+    fn many_unread_keys_are_one_short_warning() {
+        let mut config = smollm2();
+        for number in 0..1000 {
+            config[format!("unknown_{number}")] = 1.into();
+        }
+        let warnings = parse(&config).unwrap().warnings;
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].ends_with("`unknown_19` and 980 more"), "{warnings:?}");
+    }
+
+    #[test]
+    fn absent_keys_have_the_values_of_llama_config() {
+        let config = LlamaConfig::parse(Path::new("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+        assert_eq!((config.vocab_size, config.hidden_size, config.intermediate_size), (32_000, 4096, 11_008));
+        assert_eq!((config.layers, config.heads, config.kv_heads, config.head_size), (32, 32, 32, 128));
+        assert_eq!((config.max_position_embeddings, config.rms_norm_eps), (2048, 1e-6));
+        assert!(config.warnings.iter().any(|warning| warning.contains("`hidden_size` is missing; 4096")));
+    }
+
+    #[test]
+    fn ids_beyond_the_vocabulary_are_left_out() {
+        let mut json = smollm2();
+        json["eos_token_id"] = json!([2, 49152]);
+        json["bos_token_id"] = json!(128_000);
+        let config = parse(&json).unwrap();
+        assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (None, &[2][..]));
+        assert!(config.warnings.iter().any(|warning| warning.contains("token id 49152 lies outside")));
+        refused("pad_token_id", json!(49152), "token id 49152 lies outside the vocabulary");
     }
 
     #[test]
@@ -343,32 +456,43 @@ mod tests {
         refused("vocab_size", json!(-5), "`vocab_size` is -5");
         refused("vocab_size", json!(1u64 << 40), "`vocab_size` is 1099511627776");
         refused("hidden_size", json!("576"), "`hidden_size` is \"576\"");
-        refused("intermediate_size", Value::Null, "`intermediate_size` is missing");
+        refused("intermediate_size", Value::Null, "`intermediate_size` is null, not a whole number");
+        refused("vocab_size", json!(49152.5), "`vocab_size` is 49152.5");
         refused("num_hidden_layers", json!(1e6), "`num_hidden_layers`");
         refused("rms_norm_eps", json!(0), "`rms_norm_eps` is 0");
         refused("tie_word_embeddings", json!("yes"), "`tie_word_embeddings` is \"yes\"");
-        refused("eos_token_id", json!([2, 49152]), "token id 49152 lies outside");
+        refused("attention_dropout", json!(2), "`attention_dropout` is 2");
         refused("eos_token_id", json!("</s>"), "`eos_token_id` is \"</s>\"");
     }
 
     #[test]
     fn bad_rope_is_refused_by_name() {
-        refused("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "unknown rope type `yarn`");
-        refused(
-            "rope_scaling",
-            json!({"rope_type": "dynamic", "factor": 2.0}),
-            "unknown rope type `dynamic`",
-        );
+        refused("rope_scaling", json!({"type": "su", "factor": 2.0}), "unknown rope type \"su\"");
         refused("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is null");
-        refused("rope_scaling", json!({"type": "linear", "factor": 0.5}), "`rope_scaling.factor` is 0.5");
-        refused("rope_scaling", json!({"type": "default", "mscale": 2.0}), "`rope_scaling.mscale` = 2.0");
+        refused("rope_scaling", json!({"type": "linear", "factor": 0}), "`rope_scaling.factor` is 0");
         refused("rope_scaling", json!("linear"), "`rope_scaling` is \"linear\"");
-        refused("rope_parameters", json!({"partial_rotary_factor": 0.25}), "`partial_rotary_factor` is 0.25");
+        let partial = json!({"type": "linear", "factor": 2, "partial_rotary_factor": 0.25});
+        refused("rope_parameters", partial, "`partial_rotary_factor` is 0.25");
         refused("rope_parameters", json!({"rope_theta": 0.0}), "`rope_parameters.rope_theta` is 0.0");
         refused("rope_theta", json!(-1.0), "`rope_theta` is -1.0");
-        let llama3 =
-            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0});
-        refused("rope_parameters", llama3, "high_freq_factor = 1 is not above");
+        refused("rope_theta", json!("10000"), "`rope_theta` is \"10000\"");
+        let long = json!({"type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]});
+        refused("rope_scaling", long, "`rope_scaling.long_factor` is not a list of 32");
+        refused("rope_parameters", json!({"full_attention": {"rope_type": "default"}}), "full_attention");
+    }
+
+    #[test]
+    fn the_old_rope_section_goes_before_the_new_one() {
+        let mut json = smollm2();
+        json["rope_parameters"] = json!({"rope_type": "linear", "factor": 3.0, "rope_theta": 7.0});
+        assert_eq!(
+            parse(&json).unwrap().rope,
+            Rope { theta: 7.0, scaling: RopeScaling::Linear { factor: 3.0 } }
+        );
+        json["rope_scaling"] = json!({"type": "linear", "factor": 2});
+        let config = parse(&json).unwrap();
+        assert_eq!(config.rope, Rope { theta: 1e5, scaling: RopeScaling::Linear { factor: 2.0 } });
+        assert!(config.warnings[0].contains("`rope_scaling` is read"), "{:?}", config.warnings);
     }
 
     #[test]
@@ -385,11 +509,22 @@ mod tests {
         json["pad_token_id"] = (-1).into();
         let mut config = parse(&json).unwrap();
         let path = Path::new("generation_config.json");
-        config.add_generation_config(path, r#"{"eos_token_id": [9, 2], "temperature": 0.6}"#).unwrap();
+        config.add_generation_config(path, r#"{"eos_token_id": [9, 2], "temperature": 0.6}"#);
         assert_eq!(config.eos_token_ids, [2, 7]);
         assert_eq!(config.stop_token_ids, [2, 7, 9]);
         assert_eq!(config.pad_token_id, None);
-        assert!(config.add_generation_config(path, r#"{"eos_token_id": 1000000}"#).is_err());
+        for text in [
+            r#"{"eos_token_id": null}"#,
+            r#"{"eos_token_id": 1000000}"#,
+            r#"{"eos_token_id": "</s>"}"#,
+            r#"{"transformers_version": "4.31.0"}"#,
+            "{",
+        ] {
+            config.add_generation_config(path, text);
+            assert_eq!(config.stop_token_ids, [2, 7, 9], "{text}");
+        }
+        config.add_generation_config(path, r#"{"eos_token_id": 11}"#);
+        assert_eq!(config.stop_token_ids, [2, 7, 9, 11]);
     }
 
     #[test]

@@ -1,103 +1,12 @@
-//! The keys of a `config.json`: read one by one, each error naming file and key, and unknown ones refused.
+//! The keys of a `config.json`, read one by one, each error naming file and key.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::device::StorageType;
 use crate::error::{Error, Result};
-
-/// Keys that say nothing about the arithmetic: provenance, generation defaults, and what transformers only looks at
-/// outside the model.
-const HARMLESS_KEYS: &[&str] = &[
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_flash_attn_2_enabled",
-    "_name_or_path",
-    "attn_implementation",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "finetuning_task",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_llama_config",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "output_scores",
-    "prefix",
-    "problem_type",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "typical_p",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-];
-
-/// Keys read by `LlamaConfig::parse`.
-const READ_KEYS: &[&str] = &[
-    "architectures",
-    "attention_bias",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "model_type",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "partial_rotary_factor",
-    "pretraining_tp",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "vocab_size",
-];
 
 /// Largest size any dimension may have: beyond it a config is taken for damaged.
 pub(super) const MAX_SIZE: u64 = 1 << 24;
@@ -107,6 +16,8 @@ pub(super) const MAX_LAYERS: u64 = 10_000;
 pub(super) struct Keys {
     path: PathBuf,
     pub(super) map: Map<String, Value>,
+    /// What the user should know although it is no error.
+    warnings: RefCell<Vec<String>>,
 }
 
 impl Keys {
@@ -114,7 +25,9 @@ impl Keys {
         let broken =
             |message: String| Error::model(path, message, "download the file again, or mend its JSON");
         match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Ok(Keys { path: path.to_path_buf(), map }),
+            Ok(Value::Object(map)) => {
+                Ok(Keys { path: path.to_path_buf(), map, warnings: RefCell::default() })
+            }
             Ok(_) => Err(broken("holds JSON that is not an object".into())),
             Err(error) => Err(broken(format!("is not valid JSON: {error}"))),
         }
@@ -124,8 +37,16 @@ impl Keys {
         Error::model(&self.path, message, help)
     }
 
+    pub(super) fn warn(&self, message: String) {
+        self.warnings.borrow_mut().push(message);
+    }
+
+    pub(super) fn take_warnings(&self) -> Vec<String> {
+        self.warnings.take()
+    }
+
     /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
-    fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
+    pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
     }
 
@@ -134,97 +55,28 @@ impl Keys {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    pub(super) fn check_architecture(&self) -> Result<()> {
-        let help =
-            "mmpo-fast trains LlamaForCausalLM (model_type llama) alone; convert the model or choose another";
-        if let Some(value) = self.get("architectures")
-            && value != &serde_json::json!(["LlamaForCausalLM"])
-        {
-            return Err(self.error(format!("unknown architecture: `architectures` is {value}"), help));
-        }
-        match self.get("model_type") {
-            Some(value) if value == "llama" => Ok(()),
-            None if self.get("architectures").is_some() => Ok(()),
-            None => Err(self.error("neither `architectures` nor `model_type` says what model this is", help)),
-            Some(value) => Err(self.error(format!("unknown architecture: `model_type` is {value}"), help)),
-        }
-    }
-
-    pub(super) fn check_unsupported(&self) -> Result<()> {
-        self.only("hidden_act", "silu")?;
-        self.only("pretraining_tp", 1)?;
-        self.only("chunk_size_feed_forward", 0)?;
-        if let Some(value) = self.get("attention_dropout")
-            && value.as_f64() != Some(0.0)
-        {
-            return Err(self.error(
-                format!("`attention_dropout` is {value}; attention dropout is not supported"),
-                "set `attention_dropout` to 0: nearly every Llama is trained without it",
-            ));
-        }
-        for (key, value) in &self.map {
-            let asks_nothing = match value {
-                Value::Null | Value::Bool(false) => true,
-                Value::Array(items) => items.is_empty(),
-                Value::Object(map) => map.is_empty(),
-                _ => false,
-            };
-            let known = [READ_KEYS, HARMLESS_KEYS].iter().any(|keys| keys.contains(&key.as_str()));
-            if !known && !asks_nothing {
-                return Err(self.refuse(key, value));
-            }
-        }
-        Ok(())
-    }
-
-    /// The refusal of a key that is neither read nor known to be harmless.
-    fn refuse(&self, key: &str, value: &Value) -> Error {
-        match key {
-            "quantization_config" => self.error(
-                "`quantization_config`: quantised weights are not supported",
-                "use the unquantised (bf16, f16 or f32) version of this model",
-            ),
-            "sliding_window" => self.error(
-                format!("`sliding_window` is {value}; windowed attention is not supported"),
-                "use a model with full attention, or set it to null if the model was trained without it",
-            ),
-            "auto_map" => self.error(
-                "`auto_map` asks for the folder's own Python code, which is never run",
-                "remove `auto_map` if the model is a plain Llama",
-            ),
-            _ => self.error(
-                format!("unknown key `{key}` = {value}: it may change the model's arithmetic"),
-                format!("if it does not, remove `{key}` from config.json"),
-            ),
-        }
-    }
-
-    /// Refuses any value of `key` but `wanted`.
-    fn only(&self, key: &str, wanted: impl Into<Value>) -> Result<()> {
-        let wanted = wanted.into();
-        match self.get(key) {
-            Some(value) if value != &wanted => Err(self.error(
-                format!("`{key}` is {value}; only {wanted} is supported"),
-                "choose another model: this one computes something else",
-            )),
-            _ => Ok(()),
-        }
-    }
-
     pub(super) fn optional_size(&self, key: &str, largest: u64) -> Result<Option<usize>> {
         match self.get(key) {
             None => Ok(None),
-            Some(value) => match value.as_u64() {
+            Some(value) => match whole_number(value) {
                 Some(size) if (1..=largest).contains(&size) => Ok(Some(size as usize)),
                 _ => Err(self.wrong(key, value, &format!("a whole number in 1..={largest}"))),
             },
         }
     }
 
-    pub(super) fn size(&self, key: &str, largest: u64) -> Result<usize> {
-        self.optional_size(key, largest)?.ok_or_else(|| {
-            self.error(format!("`{key}` is missing"), format!("add `{key}`, or download config.json again"))
-        })
+    /// A size that every config should have. Where it is absent, `default` is that of `LlamaConfig`.
+    pub(super) fn size(&self, key: &str, largest: u64, default: usize) -> Result<usize> {
+        if let Some(size) = self.optional_size(key, largest)? {
+            return Ok(size);
+        }
+        if let Some(value) = self.map.get(key) {
+            return Err(self.wrong(key, value, &format!("a whole number in 1..={largest}")));
+        }
+        self.warn(format!(
+            "`{key}` is missing; {default} is taken, the default of transformers' LlamaConfig"
+        ));
+        Ok(default)
     }
 
     pub(super) fn head_size(&self, hidden_size: usize, heads: usize) -> Result<usize> {
@@ -250,6 +102,17 @@ impl Keys {
         }
     }
 
+    /// A probability that is 0 where it is absent.
+    pub(super) fn rate(&self, key: &str) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(0.0),
+            Some(value) => match value.as_f64() {
+                Some(number) if (0.0..=1.0).contains(&number) => Ok(number),
+                _ => Err(self.wrong(key, value, "a number from 0 to 1")),
+            },
+        }
+    }
+
     pub(super) fn flag(&self, key: &str) -> Result<bool> {
         match self.get(key) {
             None => Ok(false),
@@ -258,34 +121,65 @@ impl Keys {
         }
     }
 
-    /// One id or a list of them; `null` is none, an absent key is `default`.
-    pub(super) fn token_ids(&self, key: &str, default: &[u32]) -> Result<Vec<u32>> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = match self.map.get(key) {
-            None => Some(default.to_vec()),
-            Some(Value::Null) => Some(Vec::new()),
-            Some(Value::Array(items)) => items.iter().map(id).collect(),
-            Some(value) => id(value).map(|id| vec![id]),
+    /// One id or a list of them; `null` is none, an absent key is `default`. An id that the vocabulary does not have
+    /// is left out with a warning: no model can generate it, and published configs do have such ids.
+    pub(super) fn token_ids(&self, key: &str, default: &[u32], vocab_size: usize) -> Result<Vec<u32>> {
+        let given: Vec<&Value> = match self.map.get(key) {
+            None => return Ok(default.iter().copied().filter(|&id| (id as usize) < vocab_size).collect()),
+            Some(Value::Null) => Vec::new(),
+            Some(Value::Array(items)) => items.iter().collect(),
+            Some(value) => vec![value],
         };
-        ids.ok_or_else(|| self.wrong(key, &self.map[key], "a token id or a list of them"))
+        let mut ids = Vec::new();
+        for value in given {
+            match whole_number(value) {
+                Some(id) if id < vocab_size as u64 => ids.push(id as u32),
+                _ if is_whole(value) => self.warn(format!(
+                    "`{key}`: token id {value} lies outside the vocabulary of {vocab_size} and is ignored"
+                )),
+                _ => return Err(self.wrong(key, &self.map[key], "a token id or a list of them")),
+            }
+        }
+        Ok(ids)
     }
 
-    pub(super) fn pad_token_id(&self) -> Result<Option<u32>> {
-        match self.get("pad_token_id").and_then(Value::as_i64) {
-            Some(id) if id < 0 => Ok(None),
-            _ => Ok(self.token_ids("pad_token_id", &[])?.first().copied()),
+    /// The padding token's row of the embedding. A negative id, as old configs write it, is none.
+    pub(super) fn pad_token_id(&self, vocab_size: usize) -> Result<Option<u32>> {
+        let Some(value) = self.get("pad_token_id") else { return Ok(None) };
+        match whole_number(value) {
+            Some(id) if id < vocab_size as u64 => Ok(Some(id as u32)),
+            Some(id) => Err(self.error(
+                format!("`pad_token_id`: token id {id} lies outside the vocabulary of {vocab_size}"),
+                "correct pad_token_id, or vocab_size; transformers refuses such a model too",
+            )),
+            None if is_whole(value) => Ok(None),
+            None => Err(self.wrong("pad_token_id", value, "a token id")),
         }
     }
 
+    /// What the config says of the weights' type; `None` also where it is a type that is not stored here.
     pub(super) fn dtype(&self) -> Result<Option<StorageType>> {
         let Some(value) = self.get("dtype").or_else(|| self.get("torch_dtype")) else {
             return Ok(None);
         };
-        match value.as_str() {
-            Some("float32") => Ok(Some(StorageType::F32)),
-            Some("float16") => Ok(Some(StorageType::F16)),
+        let name = value.as_str().map(|name| name.strip_prefix("torch.").unwrap_or(name));
+        match name {
+            Some("float32" | "float") => Ok(Some(StorageType::F32)),
+            Some("float16" | "half") => Ok(Some(StorageType::F16)),
             Some("bfloat16") => Ok(Some(StorageType::Bf16)),
+            Some("auto" | "float64" | "double") => Ok(None),
             _ => Err(self.wrong("dtype", value, "float32, float16 or bfloat16")),
         }
     }
+}
+
+/// A whole number of at least 0, also where it is written as `4096.0`.
+fn whole_number(value: &Value) -> Option<u64> {
+    let float = || value.as_f64().filter(|number| *number >= 0.0 && *number < 2f64.powi(53));
+    value.as_u64().or_else(|| float().filter(|number| number.fract() == 0.0).map(|number| number as u64))
+}
+
+/// Any whole number, whatever its sign and size.
+fn is_whole(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number.fract() == 0.0)
 }

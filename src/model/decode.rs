@@ -7,24 +7,24 @@ use crate::data::{PairBatch, PairSpan};
 use crate::device::{BatchBuffers, Compute, Device};
 use crate::error::{Error, Result};
 
-/// Rows of `qkv` behind RoPE of all tokens so far, for each layer.
+/// Rows of `qkv` behind RoPE of all tokens so far, for each layer; it grows with them.
 #[derive(Debug)]
 pub struct KvCache<D: Device> {
     /// `[capacity, (H + 2K) * E]` each.
     pub(super) layers: Vec<Compute<D>>,
     filled: Vec<usize>,
     row_width: usize,
-    capacity: usize,
 }
 
 impl<D: Device> KvCache<D> {
+    /// Room for `capacity` tokens to begin with.
     pub fn new(device: &D, config: &LlamaConfig, capacity: usize) -> Result<Self> {
         let row_width = config.attention_shape().qkv_width();
+        let len = capacity.saturating_mul(row_width);
         Ok(KvCache {
-            layers: (0..config.layers).map(|_| device.alloc(capacity * row_width)).collect::<Result<_>>()?,
+            layers: (0..config.layers).map(|_| device.alloc(len)).collect::<Result<_>>()?,
             filled: vec![0; config.layers],
             row_width,
-            capacity,
         })
     }
 
@@ -36,17 +36,28 @@ impl<D: Device> KvCache<D> {
     /// Appends the first `rows` rows of `qkv`.
     pub(super) fn append(&mut self, device: &D, layer: usize, qkv: &Compute<D>, rows: usize) -> Result<()> {
         let start = self.filled[layer];
-        if start + rows > self.capacity {
-            return Err(Error::device(
-                format!("the key/value cache holds {} tokens, {} are needed", self.capacity, start + rows),
-                "generate fewer tokens",
-            ));
-        }
+        self.reserve(device, layer, start + rows)?;
         device.copy(&mut self.layers[layer], start * self.row_width, qkv, 0, rows * self.row_width)?;
         self.filled[layer] += rows;
         Ok(())
     }
+
+    /// Makes room for `tokens` tokens in all; a layer that is too small becomes twice as large, so that growing costs
+    /// a token no more than one copy of a row.
+    fn reserve(&mut self, device: &D, layer: usize, tokens: usize) -> Result<()> {
+        let capacity = device.len(&self.layers[layer]) / self.row_width;
+        if tokens <= capacity {
+            return Ok(());
+        }
+        let mut larger = device.alloc(tokens.max(2 * capacity) * self.row_width)?;
+        device.copy(&mut larger, 0, &self.layers[layer], 0, self.filled[layer] * self.row_width)?;
+        self.layers[layer] = larger;
+        Ok(())
+    }
 }
+
+/// Tokens of an answer that memory is taken for before the first of them.
+const FIRST_TOKENS: usize = 256;
 
 /// A sequence being generated. One at a time: this serves samples in reports and `mmpo-fast generate`.
 #[derive(Debug)]
@@ -62,7 +73,8 @@ pub struct Generation<'a, D: Device> {
 }
 
 impl<'a, D: Device> Generation<'a, D> {
-    /// Reads `prompt` (at least one token); room for `max_new_tokens` more.
+    /// Reads `prompt` (at least one token). `max_new_tokens` is how many may follow: memory for the first of them is
+    /// taken at once, for more as they come. The model's RoPE table must reach to the last of them.
     pub fn start(model: &'a Llama<D>, prompt: &[u32], max_new_tokens: usize) -> Result<Self> {
         if prompt.is_empty() {
             return Err(Error::config(
@@ -76,7 +88,7 @@ impl<'a, D: Device> Generation<'a, D> {
             model,
             activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
             batch: BatchBuffers::new(device, prompt.len(), 1, 1)?,
-            cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens)?,
+            cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens.min(FIRST_TOKENS))?,
             length: 0,
             device_logits: device.alloc(model.config.vocab_size)?,
             logits: vec![0.0; model.config.vocab_size],

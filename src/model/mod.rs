@@ -8,8 +8,10 @@ mod decode;
 mod forward;
 mod head;
 mod head_plan;
+mod known_keys;
 mod load;
 mod rope;
+mod rope_keys;
 mod tensors;
 
 use std::sync::Arc;

@@ -2,6 +2,8 @@
 //! and the page `report.html`.
 
 mod chart;
+mod escape;
+mod failure;
 mod history;
 mod html;
 mod metrics;
@@ -9,9 +11,11 @@ mod progress;
 mod summary;
 mod tensorboard;
 
+pub use escape::escaped;
+pub use failure::{BUG_EXIT_CODE, bug_message, note_panics, print_bug, print_error, wants_color};
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
 pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
-pub use progress::{LogWriter, Progress, duration, print_result};
+pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -1,5 +1,6 @@
 //! Progress on standard error: a bar on a terminal, else a plain line now and then; nothing under `--quiet`.
 
+use std::borrow::Cow;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::sync::LazyLock;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use super::escape::escaped;
 use crate::error::{Error, Result};
 
 /// Seconds between plain lines, so that a log file is not flooded.
@@ -15,29 +17,52 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// All bars of the program, so that a log line can step aside for them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// Standard error for the log: a line goes above the bars, never through them.
+/// Standard error for the log: a line goes above the bars, never through them. What cannot be written (a full disk, a
+/// closed pipe) is lost: a log that nobody can read ends no run.
 #[derive(Debug)]
 pub struct LogWriter;
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        BARS.suspend(|| std::io::stderr().write(bytes))
+        let _ = BARS.suspend(|| std::io::stderr().write_all(bytes));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        let _ = std::io::stderr().flush();
+        Ok(())
     }
 }
 
-/// Writes to standard output what a command was run for. A reader who has seen enough, as `head`, is no error.
-pub fn print_result(text: &str) -> Result<()> {
+/// Whether anybody still reads standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    Listening,
+    /// The reader has seen enough, as `head`: no error, and nothing is left to print.
+    Gone,
+}
+
+/// Writes to standard output what a command was run for. A terminal gets it with its commands escaped, a file or pipe
+/// as it is.
+///
+/// # Errors
+/// [`Error::Io`] where standard output takes no more, for instance on a full disk.
+pub fn print_result(text: &str) -> Result<Reader> {
     let mut out = std::io::stdout();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Error::io(Path::new("standard output"), "write to", error))
-        }
-        _ => Ok(()),
+    let shown = match out.is_terminal() {
+        true => escaped(text),
+        false => Cow::Borrowed(text),
+    };
+    match out.write_all(shown.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(Reader::Listening),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => Err(Error::io(Path::new("standard output"), "write to", error)),
     }
+}
+
+/// Writes a line for a person to standard error, above the bars.
+pub fn print_notice(line: &str) {
+    let _ = BARS.suspend(|| writeln!(std::io::stderr(), "{}", escaped(line)));
 }
 
 /// How far some work of known length is.

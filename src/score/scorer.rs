@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device};
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::{Activations, Capacity, Context, Llama, Purpose};
 use crate::objective::ReferencePair;
 
@@ -81,23 +82,44 @@ impl<'a, D: Device> Scorer<'a, D> {
         })
     }
 
-    /// Scores all pairs, in order; `progress` hears how many more are done. `entropy: false` leaves entropies 0.
+    /// Scores the pairs in order, from the micro-batch that holds pair `first`, and returns the scores from that
+    /// micro-batch's first pair on. `on_scores` gets the index of each micro-batch's first pair and its scores, and its
+    /// error ends the scoring. `entropy: false` leaves entropies 0.
+    ///
+    /// Micro-batches are the same whatever `first` is, so that scores of two parts are to the bit those of the whole.
     ///
     /// # Errors
-    /// [`Error::Numerics`] naming the first pair whose scores are not finite; those of the device.
-    pub fn run(&mut self, entropy: bool, mut progress: impl FnMut(usize)) -> Result<Vec<PairScore>> {
-        let mut scores = Vec::with_capacity(self.pairs.len());
-        for run in std::mem::take(&mut self.runs) {
+    /// [`Error::Numerics`] naming the first pair whose scores are not finite; those of the device and of `on_scores`.
+    pub fn run_from(
+        &mut self,
+        first: usize,
+        entropy: bool,
+        mut on_scores: impl FnMut(usize, &[PairScore]) -> Result<()>,
+    ) -> Result<Vec<PairScore>> {
+        let mut scores = Vec::with_capacity(self.pairs.len().saturating_sub(first));
+        for run in self.runs.clone().into_iter().filter(|run| run.end > first) {
             let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
             self.score_batch(&batch, entropy)?;
+            let before = scores.len();
             for (pair, scored) in self.pairs[run.clone()].iter().zip(&batch.scored) {
                 let score = self.pair_score(scored);
                 score.check_finite(pair)?;
                 scores.push(score);
             }
-            progress(run.len());
+            on_scores(run.start, &scores[before..])?;
         }
         Ok(scores)
+    }
+
+    /// Scores all pairs, in order; `progress` hears how many more are done. A signal ends it between micro-batches.
+    ///
+    /// # Errors
+    /// As [`Scorer::run_from`]; [`Error::Interrupted`].
+    pub fn run(&mut self, entropy: bool, mut progress: impl FnMut(usize)) -> Result<Vec<PairScore>> {
+        self.run_from(0, entropy, |_, scores| {
+            progress(scores.len());
+            interrupt::check()
+        })
     }
 
     fn score_batch(&mut self, batch: &PairBatch, entropy: bool) -> Result<()> {

@@ -4,58 +4,51 @@ use std::path::Path;
 
 use safetensors::tensor::Dtype;
 
+use super::guard;
 use super::trainer::Trainer;
-use crate::checkpoint::run_state::{RngPosition, RunIdentity, save_checkpoint};
+use crate::checkpoint::run_state::save_checkpoint;
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
 };
-use crate::data::StepBatch;
 use crate::device::{AdamWState, Compute, Device, RawValues};
 use crate::error::{Error, Result};
-use crate::model::FusedTensor;
+use crate::model::{FusedTensor, LlamaTensors};
 
-/// Options that may differ between the parts of a run: they say where things go and when, not what is computed.
-const FREE_OPTIONS: &[&str] =
-    &["output", "save_steps", "keep_checkpoints", "eval_data", "eval_steps", "threads", "device"];
+/// Options that may differ between the parts of a run: they say where things are and when, not what is computed. Model,
+/// reference and pairs are compared by what they hold, so that another spelling of a path is no other run.
+pub const FREE_OPTIONS: &[&str] = &[
+    "model",
+    "data",
+    "reference",
+    "chat_template",
+    "output",
+    "save_steps",
+    "keep_checkpoints",
+    "eval_data",
+    "eval_steps",
+    "threads",
+    "device",
+];
 
 /// The three f32 tensors of every weight.
 const KINDS: [&str; 3] = ["weight", "first_moment", "second_moment"];
 
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.
-pub fn save<D: Device>(
-    run: &Path,
-    trainer: &Trainer<D>,
-    next: &StepBatch,
-    pairs_seen: usize,
-    seed: u64,
-    identity: &RunIdentity,
-    keep: usize,
-) -> Result<()> {
-    let state = RunState {
-        step: next.step as u64,
-        epoch: next.epoch as u64,
-        pairs_seen: pairs_seen as u64,
-        rng: RngPosition { seed, stream: next.epoch as u64, word: 0 },
-        identity: identity.clone(),
-    };
-    let layout = stored_tensors(trainer);
-    save_checkpoint(run, &state, &layout, |tensor, offset, bytes| {
+///
+/// # Errors
+/// [`Error::Numerics`] where a weight or a moment is not finite; nothing is written then.
+pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep: usize) -> Result<()> {
+    let layout = stored_tensors(&trainer.model.layout);
+    save_checkpoint(run, state, &layout, |tensor, offset, bytes| {
         let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-        download(trainer, &tensor.name, offset, values)
+        download(trainer, &tensor.name, offset, values)?;
+        guard::check_saved(&tensor.name, offset, values)
     })?;
     run_state::prune(run, keep)
 }
 
-/// Puts the newest checkpoint of `run` into `trainer`; returns the steps done, or `None` where there is none.
-pub fn resume<D: Device>(
-    run: &Path,
-    trainer: &mut Trainer<D>,
-    identity: &RunIdentity,
-) -> Result<Option<usize>> {
-    let Some(path) = run_state::latest(run)? else { return Ok(None) };
-    let checkpoint = Checkpoint::open(&path)?;
-    checkpoint.check_identity(identity, FREE_OPTIONS)?;
-    checkpoint.check_tensors(&stored_tensors(trainer))?;
+/// Puts `checkpoint` into `trainer`.
+pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
     let device = trainer.model.device.clone();
     let layout: Vec<FusedTensor> = trainer.model.layout.iter().cloned().collect();
     let states = trainer.states.iter_mut();
@@ -65,10 +58,13 @@ pub fn resume<D: Device>(
         device.upload(&mut state.first_moment, 0, stored(KINDS[1])?)?;
         device.upload(&mut state.second_moment, 0, stored(KINDS[2])?)?;
     }
-    Ok(Some(checkpoint.state().step as usize))
+    Ok(())
 }
 
 /// Writes the trained weights as a Hugging Face folder, in bf16.
+///
+/// # Errors
+/// [`Error::Numerics`] where a weight is not finite; `target` stays as it was then.
 pub fn save_weights<D: Device>(
     target: &Path,
     trainer: &Trainer<D>,
@@ -87,7 +83,7 @@ pub fn save_weights<D: Device>(
         for (value, &weight) in values.iter_mut().zip(&staging) {
             *value = half::bf16::from_f32(weight);
         }
-        Ok(())
+        guard::check_saved(&tensor.name, offset, &staging)
     })
 }
 
@@ -103,11 +99,10 @@ fn restore_weight<D: Device>(
     device.upload_values(weight, 0, RawValues::from_f32(values))
 }
 
-fn stored_tensors<D: Device>(trainer: &Trainer<D>) -> Vec<StoredTensor> {
+/// What a checkpoint of a model of this layout holds.
+pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>) -> Vec<StoredTensor> {
     let of = |kind: &'static str| {
-        trainer
-            .model
-            .layout
+        layout
             .iter()
             .map(move |fused| StoredTensor::new(stored_name(fused, kind), Dtype::F32, &[fused.values()]))
     };

@@ -1,11 +1,21 @@
-//! Refuses to train on a NaN, and says which pair brought it.
+//! Refuses to train on a NaN, to save one, and to call a run trained that changed nothing.
 
-use super::trainer::TrainingPair;
+use std::path::Path;
+
+use half::bf16;
+
+use super::trainer::{Trainer, TrainingPair};
+use crate::checkpoint::{ModelFolder, run_state};
+use crate::device::{Device, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::objective::PairOutcome;
+use crate::report::History;
 
-/// Fails unless loss and gradient norm (`None` in an evaluation) are finite. Called before an update and before a
-/// checkpoint, so that what is on the disk is from before.
+/// Values compared at a time.
+const PIECE: usize = 1 << 20;
+
+/// Fails unless loss and gradient norm (`None` where no gradient was asked for) are finite. Called before an update and
+/// before a checkpoint, so that what is on the disk is from before.
 pub fn check_finite(
     loss: f64,
     gradient_norm: Option<f32>,
@@ -17,7 +27,7 @@ pub fn check_finite(
     }
     let numbers = match gradient_norm {
         Some(norm) => format!("loss {loss}, gradient norm {norm}"),
-        None => format!("loss {loss} in the evaluation"),
+        None => format!("loss {loss} of the weights as they are now"),
     };
     let culprit = pairs.iter().zip(outcomes).find(|(_, outcome)| !outcome.loss.is_finite());
     let place = match culprit {
@@ -26,7 +36,87 @@ pub fn check_finite(
     };
     Err(Error::numerics(
         format!("{numbers}: not a number to train on ({place})"),
-        "lower --learning-rate, set --max-grad-norm, or look at that record; checkpoints and models saved earlier are \
-         as they were",
+        "lower --learning-rate, set --max-grad-norm, or look at that record",
     ))
+}
+
+/// Fails where `values`, to be saved from index `offset` of tensor `name` on, are not all finite.
+pub fn check_saved(name: &str, offset: usize, values: &[f32]) -> Result<()> {
+    // Folded without a branch, so that the compiler vectorises it.
+    if values.iter().fold(true, |finite, value| finite & value.is_finite()) {
+        return Ok(());
+    }
+    let index = offset + values.iter().position(|value| !value.is_finite()).unwrap_or(0);
+    Err(Error::numerics(
+        format!("tensor `{name}` is not finite from index {index} on after the last update: it is not saved"),
+        "lower --learning-rate, --weight-decay or --max-grad-norm",
+    ))
+}
+
+/// Names, in the advice of a numerical error, the newest checkpoint of `run`: one is only saved of weights that pass.
+pub fn with_last_checkpoint(error: Error, run: &Path) -> Error {
+    let Error::Numerics { message, help } = error else { return error };
+    let kept = match run_state::latest(run) {
+        Ok(Some(path)) => format!("the newest checkpoint, {}, is from before that", path.display()),
+        _ => "no checkpoint was saved before that (--save-steps saves some)".to_string(),
+    };
+    Error::Numerics { message, help: format!("{help}; {kept}") }
+}
+
+/// Fails where the run in folder `run` trained nothing: every gradient was zero, or no weight differs from `start`, the
+/// model it began with, once both are rounded to the bf16 of a saved model.
+pub fn check_trained<D: Device>(run: &Path, trainer: &Trainer<D>, start: &ModelFolder) -> Result<()> {
+    let history = History::read(run)?;
+    let largest = |name: &str| history.series(name).into_iter().map(|(_, value)| value).fold(0.0, f64::max);
+    let steps = history.last_step();
+    if !history.series("grad_norm").is_empty() && largest("grad_norm") == 0.0 {
+        return Err(Error::numerics(
+            format!(
+                "the gradient was 0 in each of the {steps} steps: nothing was trained, and no model is saved"
+            ),
+            "look at the pairs (is every chosen response the same as the rejected one?) and at the objective's numbers",
+        ));
+    }
+    if any_weight_changed(trainer, start)? {
+        return Ok(());
+    }
+    Err(Error::numerics(
+        format!(
+            "after {steps} steps with learning rates of up to {:.3e} no weight differs from the starting model's in \
+             bf16: nothing was trained, and no model is saved",
+            largest("learning_rate")
+        ),
+        "raise --learning-rate, or train for more steps",
+    ))
+}
+
+fn any_weight_changed<D: Device>(trainer: &Trainer<D>, start: &ModelFolder) -> Result<bool> {
+    let model = &trainer.model;
+    let mut now = Vec::new();
+    for (fused, weight) in model.layout.iter().zip(model.weights.iter()) {
+        for (at, part) in fused.offsets() {
+            let before = start.tensor(&part.name, &part.shape)?;
+            for first in (0..part.values()).step_by(PIECE) {
+                now.resize(PIECE.min(part.values() - first), 0.0);
+                model.device.download_compute(&mut now, weight, at + first)?;
+                let differs =
+                    |(index, &now): (usize, &f32)| bf16::from_f32(now) != rounded(before, first + index);
+                if now.iter().enumerate().any(differs) {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// A stored value, in the dtype of a saved model.
+fn rounded(values: RawValues<'_>, index: usize) -> bf16 {
+    let bytes = &values.bytes[index * values.storage.size()..];
+    let two = || bytes.first_chunk().map_or(0, |&two| u16::from_le_bytes(two));
+    match values.storage {
+        StorageType::F32 => bf16::from_f32(bytes.first_chunk().map_or(0.0, |&four| f32::from_le_bytes(four))),
+        StorageType::F16 => bf16::from_f32(half::f16::from_bits(two()).to_f32()),
+        StorageType::Bf16 => bf16::from_bits(two()),
+    }
 }

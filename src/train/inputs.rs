@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{CompanionFiles, ModelFolder};
-use crate::config::RunConfig;
+use crate::config::{LengthLimits, RunConfig};
+use crate::context;
 use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::demo::Demo;
 use crate::error::{Error, Result};
@@ -17,6 +18,8 @@ pub struct Inputs {
     /// Saved beside the trained weights.
     pub companions: CompanionFiles,
     pub encoder: TextEncoder,
+    /// The lengths asked for, within the models' context.
+    pub limits: LengthLimits,
     pub training: PairDataset,
     pub evaluation: Option<PairDataset>,
     pub training_path: PathBuf,
@@ -43,28 +46,37 @@ impl Inputs {
         let folder = ModelFolder::open(&model)?;
         folder.check_finite()?;
         let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
-        let companions = CompanionFiles::read(&model, folder.config())?;
+        check_dropout(&folder)?;
+        let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
+        let limits = context::limits(config.asked_lengths, &models)?;
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
+        let companions = companions(&model, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
-            let dataset = load_pairs(path, &encoder, config.limits)?;
-            tracing::info!("{}: {}", name(given), dataset.report);
+            let dataset = load_pairs(path, &encoder, limits)?;
+            dataset.report.log(&name(given));
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
             Ok(dataset)
         };
         let training = load(&training_path, &config.data)?;
         let evaluation =
             evaluation_path.as_deref().map(|path| load(path, &config.evaluation.data)).transpose()?;
-        Ok(Inputs {
+        let inputs = Inputs {
             folder,
             reference,
             companions,
             encoder,
+            limits,
             training,
             evaluation,
             training_path,
             evaluation_path,
             _demo: demo,
-        })
+        };
+        let longest = inputs.positions();
+        std::iter::once(&inputs.folder)
+            .chain(&inputs.reference)
+            .try_for_each(|model| context::check_pairs(model, longest))?;
+        Ok(inputs)
     }
 
     /// The longest sequence any pair makes: positions that RoPE needs.
@@ -78,6 +90,18 @@ impl Inputs {
     pub fn data_summaries(&self, config: &RunConfig) -> Vec<DataSummary> {
         let evaluation = self.evaluation.as_ref().map(|data| summarize(name(&config.evaluation.data), data));
         std::iter::once(summarize(name(&config.data), &self.training)).chain(evaluation).collect()
+    }
+}
+
+/// transformers would drop attention weights in training; a run without that is another run.
+fn check_dropout(model: &ModelFolder) -> Result<()> {
+    match model.config().attention_dropout {
+        0.0 => Ok(()),
+        rate => Err(Error::model(
+            &model.path().join("config.json"),
+            format!("`attention_dropout` is {rate}; training with attention dropout is not supported"),
+            "set `attention_dropout` to 0: nearly every Llama is trained without it",
+        )),
     }
 }
 
@@ -120,4 +144,19 @@ fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
         dropped: counted(true),
         cut: counted(false),
     }
+}
+
+/// The files that are saved beside the weights: the model's, with the chat template and the end tokens that the model
+/// is trained with.
+fn companions(model: &Path, folder: &ModelFolder, encoder: &TextEncoder) -> Result<CompanionFiles> {
+    let mut companions = CompanionFiles::read(model, folder.config())?;
+    let mut ends: Vec<u32> = encoder.tokenizer.eos().into_iter().collect();
+    if let Some(template) = &encoder.template {
+        if let Some(templates) = template.replaced() {
+            companions.replace_chat_templates(model, &templates)?;
+        }
+        ends.extend(template.end_of_turn(&encoder.tokenizer)?);
+    }
+    companions.stop_at(model, folder.config(), &ends)?;
+    Ok(companions)
 }

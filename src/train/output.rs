@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use super::inputs::Inputs;
-use crate::checkpoint::{atomic, run_state};
+use super::lock::RunLock;
+use crate::checkpoint::atomic::{self, kind_of};
+use crate::checkpoint::run_state;
 use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
+    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
 };
 
 const MODEL_FOLDER: &str = "model";
@@ -16,6 +18,8 @@ const MODEL_FOLDER: &str = "model";
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
+    /// Held while this process writes there.
+    _lock: Option<RunLock>,
 }
 
 /// What the report is made from.
@@ -29,23 +33,38 @@ pub struct Finished<'a> {
 }
 
 impl Output {
-    /// Refuses an output folder that holds a run, before any time is spent; the demo may be run again over itself.
+    /// Refuses what cannot be a run's output folder, before any time is spent: a folder that holds a run or that
+    /// another process writes in, a file, a folder that the run reads. The demo may be run again over itself.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for what is no folder, [`Error::Config`] for the rest.
     pub fn check(config: &RunConfig) -> Result<Self> {
         let path = config.output.clone();
-        let is_taken =
-            [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER].iter().any(|name| path.join(name).exists());
-        if is_taken && !config.resume && !(config.model.is_none() && holds_demo(&path)) {
-            return Err(Error::config(
-                format!("{} holds a run already", path.display()),
-                "continue it with --resume, or choose another --output; nothing was changed",
-            ));
+        if let Ok(metadata) = std::fs::metadata(&path)
+            && !metadata.is_dir()
+        {
+            return Err(Error::Io {
+                cause: std::io::Error::other(format!("it is {}, not a folder", kind_of(&metadata))),
+                path,
+                action: "write in",
+                help: "choose another --output: a folder that is new or empty".into(),
+            });
         }
-        Ok(Output { path })
+        refuse_inputs(config)?;
+        RunLock::check(&path)?;
+        refuse_taken(config)?;
+        Ok(Output { path, _lock: None })
     }
 
-    /// Whether a run began here and ended before its first checkpoint: there is nothing to lose by its beginning again.
-    pub fn holds_false_start(&self) -> bool {
-        self.path.join(METRICS_FILE).exists() && !self.model().exists()
+    /// Makes the folder and locks it, after the inputs were found good and before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where nothing can be written; [`Error::Config`] where another run has begun since the check.
+    pub fn claim(self, config: &RunConfig) -> Result<Self> {
+        atomic::check_writable(&self.path)?;
+        let lock = RunLock::take(&self.path)?;
+        refuse_taken(config)?;
+        Ok(Output { path: self.path, _lock: Some(lock) })
     }
 
     /// Writes the resolved configuration.
@@ -61,18 +80,34 @@ impl Output {
         self.path.join(MODEL_FOLDER)
     }
 
-    /// Writes `report.html`, and tells the terminal how it ended.
+    /// The metrics so far. Whoever removes or moves the folder of a run that goes on has lost them, but not the model
+    /// that is saved at its end.
+    fn history(&self) -> Result<History> {
+        let metrics = self.path.join(METRICS_FILE);
+        if metrics.exists() {
+            return History::read(&self.path);
+        }
+        tracing::warn!(
+            "{} is gone: the output folder was removed or moved while the run went on; the report has no curves",
+            metrics.display()
+        );
+        Ok(History::default())
+    }
+
+    /// Writes `report.html`, and tells the terminal how it ended: last, so that a standard output that cannot be
+    /// written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
-        if let Some((before, after)) = &comparison {
-            print_result(&format!("\n{}", summary(before, after, &samples)))?;
-        }
+        let text = match &comparison {
+            Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
+            None => String::new(),
+        };
         let report = RunReport {
             model: name(config),
             objective: config.objective.name().to_string(),
             device,
             recipe: config.to_toml(),
-            history: History::read(&self.path)?,
+            history: self.history()?,
             data: inputs.data_summaries(config),
             warnings: warnings(&comparison),
             comparison,
@@ -81,8 +116,53 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))
+        print_result(&format!("{text}\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))?;
+        Ok(())
     }
+}
+
+/// The demo may be run again over itself.
+fn refuse_taken(config: &RunConfig) -> Result<()> {
+    let path = &config.output;
+    let is_taken = [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER, REPORT_FILE]
+        .iter()
+        .any(|name| path.join(name).exists());
+    if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
+        return Err(Error::config(
+            format!("{} holds a run already", path.display()),
+            "continue it with --resume, or choose another --output; nothing was changed",
+        ));
+    }
+    Ok(())
+}
+
+/// A run must not write over what it reads, nor fill a model folder with files that are no part of the model.
+fn refuse_inputs(config: &RunConfig) -> Result<()> {
+    // Where the folder is new, no input is in it.
+    let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
+    let written = [MODEL_FOLDER, run_state::FOLDER, EVENTS_FOLDER, METRICS_FILE, RESOLVED_FILE, REPORT_FILE];
+    let inputs = [
+        ("--model", config.model.as_ref()),
+        ("--reference", config.reference.as_ref()),
+        ("--data", config.data.as_ref()),
+        ("--eval-data", config.evaluation.data.as_ref()),
+        ("--chat-template", config.chat_template.as_ref()),
+    ];
+    for (flag, path) in inputs {
+        let Some(path) = path else { continue };
+        let Ok(real) = std::fs::canonicalize(path) else { continue };
+        if real == output || written.iter().any(|name| real.starts_with(output.join(name))) {
+            return Err(Error::config(
+                format!(
+                    "`--output` = {} would write where `{flag}` = {} is read",
+                    config.output.display(),
+                    path.display()
+                ),
+                "choose another --output; nothing was changed",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn holds_demo(folder: &Path) -> bool {

@@ -1,12 +1,15 @@
 //! Everything a run tells while it goes: metrics file, TensorBoard events, progress.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::error::Result;
-use crate::report::{EvalMetrics, EventWriter, MetricsWriter, Progress, StepMetrics};
+use crate::error::{Error, Result};
+use crate::report::{EvalMetrics, EventWriter, History, METRICS_FILE, MetricsWriter, Progress, StepMetrics};
 
 #[derive(Debug)]
 pub struct Recorder {
+    output: PathBuf,
+    /// What the output folder and the metrics file were when the run began.
+    place: [Option<FileId>; 2],
     metrics: MetricsWriter,
     events: EventWriter,
     progress: Progress,
@@ -19,7 +22,12 @@ impl Recorder {
             Some(step) => MetricsWriter::resume(output, step)?,
             None => MetricsWriter::create(output)?,
         };
+        if let Some(step) = resumed {
+            warn_of_missing_lines(output, step)?;
+        }
         Ok(Recorder {
+            output: output.to_path_buf(),
+            place: place(output),
             metrics,
             events: EventWriter::create(output, resumed)?,
             progress: Progress::start("training", "steps", total_steps, resumed.unwrap_or(0)),
@@ -27,6 +35,7 @@ impl Recorder {
     }
 
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        self.check_place()?;
         self.metrics.step(metrics)?;
         self.events.step(metrics)?;
         self.progress.advance(1, || metrics.brief());
@@ -34,12 +43,74 @@ impl Recorder {
     }
 
     pub fn evaluation(&mut self, metrics: &EvalMetrics) -> Result<()> {
+        self.check_place()?;
         self.metrics.evaluation(metrics)?;
         self.events.evaluation(metrics)
     }
 
     /// Before a checkpoint of the same step: what it counts on is on the disk.
     pub fn sync(&self) -> Result<()> {
+        self.check_place()?;
         self.metrics.sync()
     }
+
+    /// Fails where the output folder or its metrics file is no longer the one that the run writes to: lines would go to
+    /// a file that nobody can find, and checkpoints to a folder that is not the run's.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn check_place(&self) -> Result<()> {
+        if self.place == place(&self.output) {
+            return Ok(());
+        }
+        Err(Error::Io {
+            path: self.output.clone(),
+            action: "go on in",
+            cause: std::io::Error::other(
+                "the folder, or metrics.jsonl in it, was removed, renamed or replaced while the run went on",
+            ),
+            help: "where the folder was renamed, resume the run there with --output and --resume; what was removed is \
+                   lost, and the run must be started again"
+                .to_string(),
+        })
+    }
+}
+
+/// Names a file whatever its path: device and inode, where the system has them.
+type FileId = (u64, u64);
+
+fn place(output: &Path) -> [Option<FileId>; 2] {
+    [output.to_path_buf(), output.join(METRICS_FILE)]
+        .map(|path| std::fs::metadata(path).ok().map(|found| id(&found)))
+}
+
+#[cfg(unix)]
+fn id(metadata: &std::fs::Metadata) -> FileId {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+fn id(_: &std::fs::Metadata) -> FileId {
+    (0, 0)
+}
+
+/// Lines that the metrics file should have, up to the checkpoint's step, and has not.
+fn warn_of_missing_lines(output: &Path, step: usize) -> Result<()> {
+    let mut is_there = vec![false; step + 1];
+    for (at, _) in History::read(output)?.series("loss") {
+        if let Some(entry) = is_there.get_mut(at as usize) {
+            *entry = true;
+        }
+    }
+    let missing: Vec<usize> = (1..=step).filter(|&at| !is_there[at]).collect();
+    if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
+        tracing::warn!(
+            "{} has no lines of {} of the {step} steps before the checkpoint (steps {first} to {last}): its weights are \
+             whole, and the curves of the report are not",
+            output.join(METRICS_FILE).display(),
+            missing.len()
+        );
+    }
+    Ok(())
 }

@@ -1,6 +1,8 @@
 //! Log-probs under the frozen reference: computed once before training, kept on disk.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::inputs::Inputs;
 use crate::checkpoint::ModelFolder;
@@ -8,10 +10,14 @@ use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache};
 use crate::device::Device;
 use crate::error::Result;
+use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
+
+/// How often what is scored so far is stored, for a process that is killed.
+const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// References of the training and of the evaluation pairs, in their orders; zeros where the objective needs none.
 #[derive(Debug)]
@@ -73,23 +79,80 @@ fn score_cached<D: Device>(
         tokenizer: inputs.encoder.tokenizer.fingerprint(),
         template: inputs.encoder.template.as_ref().map_or([0; 32], |template| template.fingerprint()),
         data: dataset.fingerprint,
-        limits: config.limits,
+        limits: inputs.limits,
         compute: &compute,
     };
     let cache = ReferenceCache::new(&cache_folder(config), &key);
     let pairs = dataset.pairs.len();
-    if let Some(references) = cache.load(pairs)? {
+    if let Some(references) = cache.load(pairs) {
         tracing::info!("{label}: {pairs} pairs from {}", cache.path().display());
         return Ok(references);
     }
-    let mut progress = Progress::start(label, "pairs", pairs, 0);
-    let mut scorer = Scorer::new(reference, &dataset.pairs, config.batch.tokens_per_micro_batch)?;
-    let scores = scorer.run(false, |done| progress.advance(done, String::new))?;
-    let references: Vec<ReferencePair> = scores.iter().map(|score| score.reference()).collect();
+    let references = score_rest(config, reference, dataset, label, &cache)?;
     if let Err(error) = cache.store(&references) {
         tracing::warn!("the reference log-probs are not kept for the next run: {error}");
     }
     Ok(references)
+}
+
+/// Scores what an earlier run that was stopped did not; a signal keeps what is done by then.
+fn score_rest<D: Device>(
+    config: &RunConfig,
+    reference: &Llama<D>,
+    dataset: &PairDataset,
+    label: &str,
+    cache: &ReferenceCache,
+) -> Result<Vec<ReferencePair>> {
+    let pairs = dataset.pairs.len();
+    let earlier = cache.load_partial(pairs);
+    if !earlier.is_empty() {
+        tracing::info!("{label}: {} of {pairs} pairs were scored by an earlier run", earlier.len());
+    }
+    let mut scorer = Scorer::new(reference, &dataset.pairs, config.batch.tokens_per_micro_batch)?;
+    let mut progress = Progress::start(label, "pairs", pairs, earlier.len());
+    let first = earlier.len();
+    let done = Arc::new(Mutex::new(earlier));
+    let keeper = keep_partial(cache.clone(), Arc::clone(&done), pairs);
+    let mut stored = Instant::now();
+    interrupt::check()?;
+    scorer.run_from(first, false, |start, scores| {
+        let count = {
+            let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+            // The micro-batch at the border is scored as a whole, as in a run that was not stopped.
+            done.truncate(start);
+            done.extend(scores.iter().map(|score| score.reference()));
+            done.len()
+        };
+        progress.advance(count.saturating_sub(start.max(first)), String::new);
+        interrupt::check()?;
+        if stored.elapsed() >= STORE_INTERVAL {
+            stored = Instant::now();
+            let done = done.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = cache.store_partial(&done, pairs) {
+                tracing::debug!("{error}");
+            }
+        }
+        Ok(())
+    })?;
+    drop(keeper);
+    Ok(std::mem::take(&mut *done.lock().unwrap_or_else(PoisonError::into_inner)))
+}
+
+/// What a signal does while references are scored.
+fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pairs: usize) -> Keeper {
+    interrupt::keep_before_end(move || {
+        let done = done.lock().unwrap_or_else(PoisonError::into_inner);
+        if done.is_empty() {
+            return None;
+        }
+        let count = done.len();
+        Some(match cache.store_partial(&done, pairs) {
+            Ok(()) => format!(
+                "{count} of {pairs} reference log-probs are kept, and the same command goes on from them"
+            ),
+            Err(error) => format!("{count} reference log-probs are lost: {error}"),
+        })
+    })
 }
 
 /// One folder for all runs, so that a sweep scores its reference once: `MMPO_FAST_CACHE`, else the user's cache folder,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{AdamWState, AdamWStep, AdamWUpdate, BatchBuffers, Device, Floats};
 use crate::error::Result;
+use crate::interrupt;
 use crate::model::{
     Activations, Capacity, Context, Gradients, HeadOptions, HeadPlan, Llama, LlamaTensors, Purpose,
 };
@@ -222,6 +223,8 @@ impl<D: Device> Trainer<D> {
         let sizes: Vec<usize> = pairs.iter().map(|pair| pair.pair.tokens_of(sides)).collect();
         let mut tokens = 0;
         for run in micro_batches(&sizes, self.token_budget) {
+            // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
+            interrupt::check()?;
             let batch = PairBatch::pack(pairs[run.clone()].iter().map(|pair| pair.pair), sides);
             self.batch.load(device.as_ref(), &batch, &constants[run.clone()])?;
             self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;

@@ -88,13 +88,16 @@ fn biases_are_read_where_the_config_has_them() {
     let folder = Folder::with(&config, &tensors(&config, Dtype::F32));
     expect_values(&folder.open().unwrap(), Dtype::F32);
     folder.write("config.json", crate::small_model::config().to_string());
-    folder.refused("model.safetensors", "unexpected tensor `model.layers.0.self_attn.k_proj.bias`");
+    folder.refused("model.safetensors", "8 unexpected tensors (`model.layers.0.self_attn.k_proj.bias`");
 }
 
 #[test]
 fn missing_and_wrong_tensors_are_named() {
     folder_with(|tensors| _ = tensors.remove(NORM)).refused("", "tensor `model.norm.weight` is missing");
     folder_with(|tensors| _ = tensors.remove(HEAD)).refused("", "tensor `lm_head.weight` is missing");
+    let layerless = folder_with(|tensors| tensors.retain(|name, _| !name.starts_with("model.layers.1.")));
+    layerless.refused("model.safetensors", "9 tensors (`model.layers.1.self_attn.q_proj.weight`, ");
+    layerless.refused("model.safetensors", " and 6 more) are missing");
     let shape = folder_with(|tensors| tensors.get_mut(HEAD).unwrap().1 = vec![16, 40]);
     shape.refused("model.safetensors", "`lm_head.weight` has shape [16, 40]; config.json asks for [40, 16]");
     let integers = folder_with(|tensors| tensors.get_mut(NORM).unwrap().0 = Dtype::I32);
@@ -104,6 +107,11 @@ fn missing_and_wrong_tensors_are_named() {
         (norm.0, norm.2) = (Dtype::F8_E4M3, vec![0; 16]);
     });
     eight_bits.refused("model.safetensors", "`model.norm.weight` is stored as F8_E4M3");
+    let doubles = folder_with(|tensors| {
+        let norm = tensors.get_mut(NORM).unwrap();
+        (norm.0, norm.2) = (Dtype::F64, vec![0; 16 * 8]);
+    });
+    doubles.refused("model.safetensors", "`model.norm.weight` is stored as F64");
     let folder = Folder::sound();
     let folder = folder.open().unwrap();
     assert!(folder.tensor("model.layers.7.mlp.up_proj.weight", &[24, 16]).is_err());
@@ -124,6 +132,77 @@ fn extra_tensors_are_refused_unless_harmless() {
 }
 
 #[test]
+fn heads_of_other_tasks_and_rotary_tables_are_harmless() {
+    let folder = folder_with(|tensors| {
+        for name in
+            ["score.weight", "v_head.summary.weight", "model.layers.1.self_attn.rotary_emb.cos_cached"]
+        {
+            tensors.insert(name.into(), (Dtype::F32, vec![2], vec![0; 8]));
+        }
+    });
+    expect_values(&folder.open().unwrap(), Dtype::F32);
+    let classifier = folder_with(|tensors| {
+        tensors.remove(HEAD);
+        tensors.insert("score.weight".into(), (Dtype::F32, vec![2], vec![0; 8]));
+    });
+    classifier.refused("model.safetensors", "tensor `lm_head.weight` is missing");
+}
+
+/// The tensors of a sound folder under other names.
+fn renamed(config: &Value, rename: impl Fn(&str) -> Option<String>) -> Folder {
+    let tensors = tensors(config, Dtype::F32)
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((rename(&name)?, tensor)))
+        .collect();
+    Folder::with(config, &tensors)
+}
+
+#[test]
+fn names_are_taken_as_transformers_takes_them() {
+    let sound = Folder::sound().open().unwrap().fingerprint();
+    let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_string();
+    for folder in [
+        renamed(&config(), |name| Some(bare(name))),
+        renamed(&config(), |name| Some(format!("model.{name}"))),
+        renamed(&config(), |name| Some(if name.contains("mlp") { bare(name) } else { name.to_string() })),
+    ] {
+        let opened = folder.open().unwrap();
+        expect_values(&opened, Dtype::F32);
+        assert_eq!(opened.fingerprint(), sound);
+    }
+    let base = renamed(&config(), |name| (name != HEAD).then(|| bare(name)));
+    base.refused("model.safetensors", "tensor `lm_head.weight` is missing");
+    let tied = with_key("tie_word_embeddings", true.into());
+    expect_values(&renamed(&tied, |name| Some(bare(name))).open().unwrap(), Dtype::F32);
+    let head_alone =
+        renamed(&tied, |name| Some(if name == EMBEDDING { HEAD.to_string() } else { name.to_string() }));
+    expect_values(&head_alone.open().unwrap(), Dtype::F32);
+    let mut twice = tensors(&config(), Dtype::F32);
+    twice.insert("norm.weight".into(), twice[NORM].clone());
+    Folder::with(&config(), &twice).refused("model.safetensors", "`model.norm.weight` is there twice");
+}
+
+#[test]
+fn parts_that_wrappers_left_in_the_names_are_said() {
+    for (part, program) in [("module", "DataParallel"), ("_orig_mod", "torch.compile")] {
+        let folder = renamed(&config(), |name| Some(format!("{part}.{name}")));
+        folder.refused("model.safetensors", &format!("`{part}.lm_head.weight`: {program}"));
+    }
+    let nested =
+        renamed(&config(), |name| Some(name.replace("model.layers.0.", "model.layers.0._orig_mod.")));
+    nested.refused("model.safetensors", "torch.compile left the part `_orig_mod.` in them");
+    let both = renamed(&config(), |name| Some(format!("module._orig_mod.{name}")));
+    both.refused("model.safetensors", "left the part `module.`");
+    let other = renamed(&config(), |name| Some(format!("language_model.{name}")));
+    other.refused("model.safetensors", "found instead 21 tensors (`language_model.lm_head.weight`, ");
+    let quantised = folder_with(|tensors| {
+        let weights = tensors.remove("model.layers.0.mlp.up_proj.weight").unwrap();
+        tensors.insert("model.layers.0.mlp.up_proj.qweight".into(), weights);
+    });
+    quantised.refused("model.safetensors", "these weights are quantised");
+}
+
+#[test]
 fn a_tied_head_may_be_stored_if_it_is_the_embedding() {
     let config = with_key("tie_word_embeddings", true.into());
     let mut tensors = tensors(&config, Dtype::F32);
@@ -132,6 +211,16 @@ fn a_tied_head_may_be_stored_if_it_is_the_embedding() {
     let folder = Folder::with(&config, &tensors);
     let opened = folder.open().unwrap();
     assert!(opened.tensor(HEAD, &[40, 16]).is_err(), "a tied head is no tensor of its own");
+    // The values of the small model are exact in every dtype.
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let head = crate::small_model::tensors(&config, dtype)[EMBEDDING].clone();
+        tensors.insert(HEAD.into(), head);
+        Folder::with(&config, &tensors).open().unwrap();
+    }
+    tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
+    Folder::with(&config, &tensors)
+        .refused("model.safetensors", "ties the embeddings, but `lm_head.weight` differs");
+    tensors.insert(HEAD.into(), tensors[EMBEDDING].clone());
     tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
     Folder::with(&config, &tensors)
         .refused("model.safetensors", "ties the embeddings, but `lm_head.weight` differs");
@@ -174,15 +263,17 @@ fn a_folder_that_is_no_model_is_refused() {
 #[test]
 fn a_bad_config_is_refused() {
     let folder = Folder::sound();
-    folder.write("config.json", with_key("architectures", json!(["GPT2LMHeadModel"])).to_string());
-    folder.refused("config.json", "unknown architecture: `architectures` is [\"GPT2LMHeadModel\"]");
+    folder.write("config.json", with_key("model_type", json!("gpt2")).to_string());
+    folder.refused("config.json", "unknown architecture: `model_type` is \"gpt2\"");
     folder.write("config.json", "{\"vocab_size\": 40,\n \"hidden_size\": }");
     folder.refused("config.json", "line 2");
     folder.write("config.json", [0xff, 0xfe]);
-    assert_eq!(folder.open().unwrap_err().exit_code(), 5);
-    folder.write("config.json", config().to_string());
+    folder.refused("config.json", "text in UTF-16");
+    folder.write("config.json", [b'{', 0xc3, b'}']);
+    folder.refused("config.json", "not UTF-8 at byte 1");
+    folder.write("config.json", format!("\u{feff}{}", config()));
     folder.write("generation_config.json", "[");
-    folder.refused("generation_config.json", "not valid JSON");
+    folder.open().unwrap();
     folder.write("generation_config.json", "{\"eos_token_id\": [2, 5]}");
     assert_eq!(folder.open().unwrap().config().stop_token_ids, [2, 5]);
 }
@@ -222,7 +313,7 @@ fn damaged_headers_are_refused() {
     refused(file("{\"a\": 3}", 0), "damaged header");
     refused(file("not json", 0), "damaged header");
     folder.write("model.safetensors", file("{}", 0));
-    folder.refused("", "is missing");
+    folder.refused("", "21 tensors (`model.embed_tokens.weight`, ");
     let two = |a: &str, b: &str| {
         format!(
             r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":{a}}},"b":{{"dtype":"F32","shape":[2],"data_offsets":{b}}}}}"#

@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use half::bf16;
-use mmpo_fast::checkpoint::run_state::{RngPosition, RunIdentity, latest, prune, save_checkpoint};
-use mmpo_fast::checkpoint::{Checkpoint, RunState, StoredTensor};
+use mmpo_fast::checkpoint::run_state::{
+    RngPosition, RunIdentity, latest, newest_first, prune, save_checkpoint, set_aside,
+};
+use mmpo_fast::checkpoint::{Checkpoint, RunState, StoredTensor, checksums};
 use mmpo_fast::{Error, Result};
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
@@ -19,7 +21,12 @@ fn state(step: u64) -> RunState {
         epoch: 1,
         pairs_seen: u64::MAX,
         rng: RngPosition { seed: 0xfedc_ba98_7654_3210, stream: 3, word: 1 << 60 },
-        identity: RunIdentity { config: CONFIG.into(), model: "ab".into(), data: "cd".into() },
+        identity: RunIdentity {
+            config: CONFIG.into(),
+            model: "ab".into(),
+            data: "cd".into(),
+            reference: "ef".into(),
+        },
     }
 }
 
@@ -158,6 +165,9 @@ fn a_changed_run_is_refused_with_what_changed() {
     let error =
         checkpoint.check_identity(&RunIdentity { data: "ce".into(), ..now.clone() }, &[]).unwrap_err();
     expect_message(&error, checkpoint.path(), "the pairs are not the same");
+    let error =
+        checkpoint.check_identity(&RunIdentity { reference: "".into(), ..now.clone() }, &[]).unwrap_err();
+    expect_message(&error, checkpoint.path(), "the reference model's weights are not the same");
     let error = checkpoint.check_identity(&RunIdentity { model: "aa".into(), ..now }, &[]).unwrap_err();
     expect_message(&error, checkpoint.path(), "the starting model's weights are not the same");
 }
@@ -189,20 +199,79 @@ fn damaged_state_is_refused() {
     let path = save(run.path(), 5).path().to_path_buf();
     let json = path.join("state.json");
     let sound = std::fs::read_to_string(&json).unwrap();
+    let format = |number: &str| sound.replace("\"format\": 2", &format!("\"format\": {number}"));
     for (text, part) in [
         (&sound[..sound.len() / 2], "damaged"),
-        (&sound.replace("\"format\": 1", "\"format\": 2"), "has format 2; this version reads format 1"),
+        (
+            &format("1"),
+            "has format 1, which has no checksums and other learning rates; this version reads format 2",
+        ),
+        (&format("3"), "has format 3; this version reads format 2"),
         (&sound.replace("\"epoch\"", "\"epok\""), "damaged"),
+        (&sound.replace("\"step\": 5", "\"step\": 7"), "damaged"),
         ("", "damaged"),
     ] {
         std::fs::write(&json, text).unwrap();
         expect_message(&Checkpoint::open(&path).unwrap_err(), &json, part);
     }
+    // With checksums to match, what it says is looked at.
+    for (text, part) in [
+        (sound.replace("\"epoch\"", "\"epok\""), "damaged: unknown field `epok`"),
+        (sound.replace("\"epoch\"", "\"more\": 1, \"epoch\""), "damaged: unknown field `more`"),
+        (sound.replace("\"step\": 5", "\"step\": 7"), "says that 7 steps are done"),
+    ] {
+        std::fs::write(&json, text).unwrap();
+        write_sums(&path);
+        expect_message(&Checkpoint::open(&path).unwrap_err(), &json, part);
+    }
     std::fs::write(&json, sound).unwrap();
-    let tensors = path.join("state.safetensors");
-    std::fs::remove_file(&tensors).unwrap();
-    let error = Checkpoint::open(&path).unwrap_err();
-    expect_message(&error, &tensors, "cannot read");
+    write_sums(&path);
+    Checkpoint::open(&path).unwrap();
+    for name in ["state.safetensors", "B3SUMS", "state.json"] {
+        let file = path.join(name);
+        std::fs::remove_file(&file).unwrap();
+        expect_message(&Checkpoint::open(&path).unwrap_err(), &file, "cannot read");
+    }
+}
+
+#[test]
+fn one_flipped_bit_anywhere_is_found() {
+    let run = tempfile::tempdir().unwrap();
+    let path = save(run.path(), 5).path().to_path_buf();
+    for name in ["state.json", "state.safetensors", "B3SUMS"] {
+        let file = path.join(name);
+        let sound = std::fs::read(&file).unwrap();
+        for bit in (0..8 * sound.len()).step_by(37).chain([8 * sound.len() - 1]) {
+            let mut damaged = sound.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&file, damaged).unwrap();
+            let error = Checkpoint::open(&path).unwrap_err();
+            assert!(error.to_string().contains(name), "bit {bit} of {name}: {error}");
+        }
+        std::fs::write(&file, sound).unwrap();
+    }
+    Checkpoint::open(&path).unwrap();
+}
+
+#[test]
+fn a_checkpoint_set_aside_is_none_and_stands_in_nobodys_way() {
+    let run = tempfile::tempdir().unwrap();
+    let first = save(run.path(), 5).path().to_path_buf();
+    for _ in 0..2 {
+        let second = save(run.path(), 9).path().to_path_buf();
+        assert_eq!(newest_first(run.path()).unwrap(), [second.clone(), first.clone()]);
+        assert_eq!(set_aside(&second).unwrap(), run.path().join("checkpoints/step-000009.damaged"));
+        assert_eq!(newest_first(run.path()).unwrap(), [first.clone()]);
+    }
+    prune(run.path(), 1).unwrap();
+    assert_eq!(steps(run.path()), ["step-000005", "step-000009.damaged"]);
+}
+
+/// Makes the checksums of a checkpoint those of its files as they are now.
+fn write_sums(checkpoint: &Path) {
+    let hash = |name| (name, blake3::hash(&std::fs::read(checkpoint.join(name)).unwrap()));
+    let sums = checksums::text(&[hash("state.json"), hash("state.safetensors")]);
+    std::fs::write(checkpoint.join("B3SUMS"), sums).unwrap();
 }
 
 /// Tensors and state of a sound checkpoint, saved once.
@@ -235,6 +304,10 @@ proptest! {
                 bytes.truncate(length);
             }
             std::fs::write(path.join(name), &bytes).unwrap();
+            // Past the checksums, so that what is read after them is tried too.
+            if path.join("state.json").exists() && path.join("state.safetensors").exists() {
+                write_sums(path);
+            }
             if let Ok(checkpoint) = Checkpoint::open(path) {
                 let _ = checkpoint.check_tensors(&tensors());
                 let _ = checkpoint.check_identity(&state(5).identity, &[]);

@@ -1,5 +1,6 @@
 //! Writing model folders: what transformers expects of them, and what is left when writing fails.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -343,4 +344,82 @@ fn a_process_killed_while_saving_leaves_one_whole_model() {
     assert!(replaced > 0, "the child never got to save anything");
     save_constant(&target, &config(), 1.0).unwrap();
     assert_eq!(names(parent.path()), ["model"], "leftovers of killed processes");
+}
+
+/// The companions of `source` after the templates and end tokens of a training, as files by their names.
+fn trained(source: &Folder, templates: Option<&[(&str, &str)]>, ends: &[u32]) -> BTreeMap<String, String> {
+    let opened = source.open().unwrap();
+    let mut companions = CompanionFiles::read(source.path(), opened.config()).unwrap();
+    if let Some(templates) = templates {
+        companions.replace_chat_templates(source.path(), &templates.iter().copied().collect()).unwrap();
+    }
+    companions.stop_at(source.path(), opened.config(), ends).unwrap();
+    let target = source.file("out");
+    // Twice: the second replaces a folder that has a folder of templates in it.
+    for _ in 0..2 {
+        save_model(&target, &companions, &opened.config().tensors(), SHARD_BYTES, fill).unwrap();
+    }
+    let text = |name: &str| (name.to_string(), std::fs::read_to_string(target.join(name)).unwrap());
+    companions.iter().map(|(name, _)| text(name)).collect()
+}
+
+#[test]
+fn named_templates_come_along_and_a_chosen_one_takes_their_place() {
+    let source = Folder::sound();
+    std::fs::create_dir(source.file("additional_chat_templates")).unwrap();
+    source.write("additional_chat_templates/tool_use.jinja", "tools");
+    source.write("chat_template.jinja", "default");
+    source.write("chat_template.json", "{\"chat_template\": \"legacy\"}");
+    source.write(
+        "tokenizer_config.json",
+        "{\"bos_token\": \"<s>\", \"chat_template\": \"old\", \"legacy\": false}",
+    );
+    let kept = trained(&source, None, &[]);
+    assert_eq!(kept["additional_chat_templates/tool_use.jinja"], "tools");
+    assert_eq!(kept["chat_template.jinja"], "default");
+    assert!(kept["tokenizer_config.json"].contains("old"));
+    let replaced = trained(&source, Some(&[("default", "chosen"), ("rag", "other")]), &[]);
+    assert_eq!(replaced["chat_template.jinja"], "chosen");
+    assert_eq!(replaced["additional_chat_templates/rag.jinja"], "other");
+    assert!(!replaced.contains_key("additional_chat_templates/tool_use.jinja"));
+    assert!(!replaced.contains_key("chat_template.json"));
+    let config: Value = serde_json::from_str(&replaced["tokenizer_config.json"]).unwrap();
+    assert_eq!(config, json!({"bos_token": "<s>", "legacy": false}));
+}
+
+#[test]
+fn end_tokens_are_added_to_those_of_the_base() {
+    let generation = |given: Option<&str>, ends: &[u32]| {
+        let source = Folder::sound();
+        if let Some(given) = given {
+            source.write("generation_config.json", given);
+        }
+        trained(&source, None, ends).remove("generation_config.json")
+    };
+    let parsed =
+        |text: Option<String>| serde_json::from_str::<Value>(&text.expect("a generation config")).unwrap();
+    assert_eq!(generation(None, &[2]), None, "config.json has it already");
+    let made = parsed(generation(None, &[5]));
+    assert_eq!(made["eos_token_id"], json!([2, 5]));
+    assert_eq!(made["_from_model_config"], json!(true));
+    let unchanged = "{\"eos_token_id\":[2,5],  \"top_p\": 0.9}";
+    assert_eq!(generation(Some(unchanged), &[5]).as_deref(), Some(unchanged));
+    let added = parsed(generation(Some("{\"eos_token_id\": 3, \"top_p\": 0.9}"), &[5, 3]));
+    assert_eq!(added, json!({"eos_token_id": [3, 5], "top_p": 0.9}));
+    let absent = parsed(generation(Some("{\"eos_token_id\": null}"), &[5]));
+    assert_eq!(absent, json!({"eos_token_id": [2, 5]}));
+}
+
+#[test]
+fn a_folder_of_templates_with_something_else_in_it_is_not_replaced() {
+    let parent = tempfile::tempdir().unwrap();
+    let target = parent.path().join("model");
+    save(&target, SHARD_BYTES).unwrap();
+    let templates = target.join("additional_chat_templates");
+    std::fs::create_dir(&templates).unwrap();
+    std::fs::write(templates.join("a.jinja"), "a").unwrap();
+    save(&target, SHARD_BYTES).unwrap();
+    std::fs::create_dir(&templates).unwrap();
+    std::fs::write(templates.join("thesis.tex"), "years of work").unwrap();
+    expect_message(&save(&target, SHARD_BYTES).unwrap_err(), &templates, "it would be lost");
 }

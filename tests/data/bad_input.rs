@@ -50,6 +50,7 @@ fn broken_json_names_its_line() {
     assert_fault("p.json", format!("[{GOOD},"), Some(1), &["broken JSON", "EOF"]);
     assert_fault("p.json", "{\n\"chosen\": \"a\",\n\"rejected\" 3}", Some(3), &["broken JSON"]);
     assert_fault("p.jsonl", "prompt,chosen,rejected\n", Some(1), &["neither `{` nor `[`"]);
+    assert_fault("p.jsonl", "prompt: a\n", Some(1), &["neither `{` nor `[`", "`prompt: a`"]);
     assert_fault("p.jsonl", [GOOD.as_bytes(), b"\n{\"prompt\": \"\xff\"}"].concat(), Some(2), &["UTF-8"]);
 }
 
@@ -182,9 +183,9 @@ fn messages_are_validated() {
     );
     assert_fault(
         "p.json",
-        r#"[{"conversations":[{"from":"bot","value":"q"}],"chosen":"a","rejected":"b"}]"#,
+        r#"[{"conversations":[{"from":"robot","value":"q"}],"chosen":"a","rejected":"b"}]"#,
         Some(1),
-        &["unknown role `bot`"],
+        &["unknown role `robot`"],
     );
 }
 
@@ -236,7 +237,8 @@ fn a_template_that_raises_names_the_record() {
     let message = error.to_string();
     assert!(
         message.ends_with(
-            "conversational.jsonl:2: the chat template refuses this conversation: System role not supported"
+            "conversational.jsonl:2: the chat template refuses this conversation: System role not supported \
+             (line 1 of the template)"
         ),
         "{message}"
     );

@@ -103,7 +103,7 @@ fn nothing_is_added_to_what_a_template_writes_and_a_missing_end_token_is_counted
 }
 
 #[test]
-fn hh_text_is_split_behind_the_last_shared_marker() {
+fn hh_text_is_split_after_the_last_shared_marker() {
     let records = read_records(&file("pairs/hh.jsonl")).unwrap();
     let Body::Text { prompt, chosen, rejected } = &records[0].body else { panic!("{records:?}") };
     assert!(prompt.ends_with("\n\nHuman: Just do.\n\nAssistant:"), "{prompt:?}");

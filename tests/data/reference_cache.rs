@@ -31,7 +31,7 @@ fn references() -> Vec<ReferencePair> {
 fn what_was_stored_is_found_bit_for_bit_and_not_computed_again() {
     let folder = tempfile::tempdir().unwrap();
     let cache = ReferenceCache::new(&folder.path().join("new"), &key());
-    assert_eq!(cache.load(7).unwrap(), None);
+    assert_eq!(cache.load(7), None);
     let computed = cache.load_or_compute(7, || Ok(references())).unwrap();
     let loaded = cache.load_or_compute(7, || panic!("computed twice")).unwrap();
     assert_eq!(computed, loaded);
@@ -68,7 +68,7 @@ fn a_damaged_file_is_computed_again_and_replaced() {
     flipped[whole.len() - 40] ^= 1;
     for damaged in [&whole[..whole.len() - 1], &whole[..20], &[], b"{}\n", &flipped] {
         std::fs::write(cache.path(), damaged).unwrap();
-        assert_eq!(cache.load(7).unwrap(), None, "{} bytes", damaged.len());
+        assert_eq!(cache.load(7), None, "{} bytes", damaged.len());
         assert_eq!(cache.load_or_compute(7, || Ok(references())).unwrap(), references());
         assert_eq!(std::fs::read(cache.path()).unwrap(), whole);
     }
@@ -81,10 +81,10 @@ fn a_file_of_other_data_is_not_believed() {
     other.store(&references()).unwrap();
     let cache = ReferenceCache::new(folder.path(), &key());
     std::fs::copy(other.path(), cache.path()).unwrap();
-    assert_eq!(cache.load(7).unwrap(), None, "a renamed file of another key");
+    assert_eq!(cache.load(7), None, "a renamed file of another key");
     cache.store(&references()).unwrap();
-    assert_eq!(cache.load(6).unwrap(), None, "another number of pairs");
-    assert_eq!(cache.load(7).unwrap(), Some(references()));
+    assert_eq!(cache.load(6), None, "another number of pairs");
+    assert_eq!(cache.load(7), Some(references()));
 }
 
 #[test]
@@ -110,4 +110,55 @@ fn a_place_that_cannot_be_written_is_an_error_and_a_failed_computation_stores_no
     let cache = ReferenceCache::new(folder.path(), &key());
     assert!(cache.load_or_compute(7, || Err(Error::numerics("NaN", "none"))).is_err());
     assert!(!cache.path().exists());
+}
+
+#[test]
+fn a_part_is_kept_apart_from_the_whole_and_goes_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = ReferenceCache::new(folder.path(), &key());
+    assert!(cache.load_partial(7).is_empty());
+    cache.store_partial(&references()[..3], 7).unwrap();
+    assert_eq!(cache.load_partial(7), references()[..3]);
+    assert!(cache.load_partial(6).is_empty(), "another number of pairs");
+    assert_eq!(cache.load(7), None, "a part is not the whole");
+    cache.store(&references()).unwrap();
+    assert!(cache.load_partial(7).is_empty());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn what_others_could_have_written_or_is_no_file_is_not_believed() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("new/cache");
+    let cache = ReferenceCache::new(&place, &key());
+    cache.store(&references()).unwrap();
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&place), mode(cache.path())), (0o700, 0o600));
+    std::fs::set_permissions(cache.path(), PermissionsExt::from_mode(0o620)).unwrap();
+    assert_eq!(cache.load(7), None, "the group can write it");
+    std::fs::set_permissions(cache.path(), PermissionsExt::from_mode(0o600)).unwrap();
+    assert_eq!(cache.load(7), Some(references()));
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(cache.path(), Some(12345), None).unwrap();
+        assert_eq!(cache.load(7), None, "another user's");
+    }
+    for what in ["folder", "fifo", "endless"] {
+        std::fs::remove_file(cache.path()).unwrap();
+        match what {
+            "folder" => std::fs::create_dir(cache.path()).unwrap(),
+            "fifo" => {
+                let made = std::process::Command::new("mkfifo").arg(cache.path()).status().unwrap();
+                assert!(made.success());
+            }
+            _ => std::os::unix::fs::symlink("/dev/zero", cache.path()).unwrap(),
+        }
+        assert_eq!(cache.load(7), None, "{what}");
+        if what == "folder" {
+            assert!(cache.store(&references()).is_err());
+            std::fs::remove_dir(cache.path()).unwrap();
+            std::fs::write(cache.path(), "").unwrap();
+        }
+    }
 }

@@ -133,3 +133,141 @@ fn the_template_file_wins_over_the_config_and_the_override_over_both() {
     assert_eq!(text(None), "config");
     assert!(ChatTemplate::load(folder.path(), &Map::new(), Default::default(), None).unwrap().is_none());
 }
+
+fn load(folder: &Path, config: &str, chosen: Option<&str>) -> mmpo_fast::Result<Option<ChatTemplate>> {
+    let config: Map<String, Value> = serde_json::from_str(config).unwrap();
+    ChatTemplate::load(folder, &config, Default::default(), chosen.map(Path::new))
+}
+
+/// What the template of a folder writes, with tools if `tools`.
+fn written(folder: &Path, config: &str, chosen: Option<&str>, tools: bool) -> String {
+    let template = load(folder, config, chosen).unwrap().expect("a template");
+    let mut variables = Map::new();
+    if tools {
+        variables.insert("tools".to_string(), serde_json::json!([{"name": "f"}]));
+    }
+    template.render(&[], &variables, false).unwrap()
+}
+
+fn folder_with(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+const ADDITIONAL: [(&str, &str); 3] = [
+    ("additional_chat_templates/tool_use.jinja", "file tools"),
+    ("additional_chat_templates/rag.jinja", "file rag"),
+    ("additional_chat_templates/notes.txt", "no template"),
+];
+const LIST: &str = r#"{"chat_template": [{"name": "default", "template": "list default"},
+    {"name": "tool_use", "template": "list tools"}, {"name": "rag", "template": "list rag"}]}"#;
+
+#[test]
+fn named_templates_are_read_in_every_form_and_tools_pick_theirs() {
+    // Expected texts: what transformers 5.23 loads and picks for the same folders.
+    let files = folder_with(&[&[("chat_template.jinja", "file default")][..], &ADDITIONAL].concat());
+    let list = folder_with(&[]);
+    let object =
+        r#"{"chat_template": {"default": "list default", "tool_use": "list tools", "rag": "list rag"}}"#;
+    for (folder, config, form) in [(&files, LIST, "file"), (&list, LIST, "list"), (&list, object, "list")] {
+        let written = |chosen, tools| written(folder.path(), config, chosen, tools);
+        assert_eq!(written(None, false), format!("{form} default"));
+        assert_eq!(written(None, true), format!("{form} tools"));
+        assert_eq!(written(Some("rag"), true), format!("{form} rag"));
+        assert_eq!(written(Some("default"), true), format!("{form} default"));
+    }
+    // Files take the place of the config's templates even where none of them is the default.
+    let additional = folder_with(&ADDITIONAL);
+    let error = load(additional.path(), LIST, None).unwrap_err();
+    assert!(error.to_string().contains("`default` (there are: rag, tool_use)"), "{error}");
+    let legacy = folder_with(&[("chat_template.json", r#"{"chat_template": "legacy"}"#)]);
+    assert_eq!(written(legacy.path(), "{}", None, false), "legacy");
+    assert_eq!(written(legacy.path(), r#"{"chat_template": "config"}"#, None, false), "config");
+}
+
+#[test]
+fn a_choice_that_names_no_template_or_two_is_refused_with_the_names() {
+    let folder = folder_with(&[]);
+    let error = load(folder.path(), LIST, Some("toolz")).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("has default, rag, tool_use"), "{error}");
+    let error = load(folder.path(), "{}", Some("rag")).unwrap_err();
+    assert!(error.to_string().contains("has no templates"), "{error}");
+    // The tests run in the folder of the manifest, where this file lies.
+    let both = r#"{"chat_template": {"default": "a", "Cargo.toml": "b"}}"#;
+    let error = load(folder.path(), both, Some("Cargo.toml")).unwrap_err();
+    assert!(error.to_string().contains("and a file as well"), "{error}");
+    let error = load(folder.path(), LIST, Some("tests")).unwrap_err();
+    assert!(error.to_string().contains("is a folder"), "{error}");
+}
+
+#[test]
+fn a_pointer_or_bytes_in_the_place_of_a_template_are_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    let folder = folder_with(&[("chat_template.jinja", pointer)]);
+    let error = load(folder.path(), "{}", None).unwrap_err();
+    assert!(error.to_string().contains("git-lfs pointer") && error.exit_code() == 4, "{error}");
+    std::fs::write(folder.path().join("chat_template.jinja"), b"a\xff").unwrap();
+    let error = load(folder.path(), "{}", None).unwrap_err();
+    assert!(error.to_string().contains("byte 1"), "{error}");
+}
+
+#[test]
+fn the_token_that_ends_a_turn_is_what_the_template_writes_after_the_answer() {
+    for (tokenizer, source, expected) in [
+        (
+            "chatml",
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            "<|im_end|>",
+        ),
+        // Nothing special is written: a response then ends with the tokenizer's own end token.
+        ("chatml", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|im_end|>"),
+        ("chatml", "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", "<|endoftext|>"),
+        // This one takes no conversation without a system message.
+        (
+            "llama3",
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}",
+            "<|eot_id|>",
+        ),
+    ] {
+        let encoder = encoder(tokenizer);
+        let template = ChatTemplate::from_source(Path::new("t"), source, Default::default()).unwrap();
+        let end = template.end_of_turn(&encoder.tokenizer).unwrap();
+        assert_eq!(end, encoder.tokenizer.token_id(expected), "{tokenizer}: {source}");
+    }
+}
+
+#[test]
+fn a_template_that_asks_for_too_much_is_at_fault_and_not_the_conversation() {
+    for source in
+        ["{{ range(10**9) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 'x' * 10**9 }}"]
+    {
+        let template = ChatTemplate::from_source(Path::new("t"), source, Default::default()).unwrap();
+        let refusal = template.render(&[], &Map::new(), false).unwrap_err();
+        assert!(refusal.exceeded && refusal.message.contains("line 1"), "{source}: {refusal}");
+    }
+}
+
+#[test]
+fn long_conversations_stay_far_below_the_limits() {
+    let text = "All work and no play makes a long text. ".repeat(13);
+    let conversation: Vec<Message> =
+        (0..200).map(|turn| Message::new(if turn % 2 == 0 { "user" } else { "assistant" }, &text)).collect();
+    let messages: Vec<&Message> = conversation.iter().collect();
+    for name in ["llama3.jinja", "chatml.jinja", "smollm2.jinja", "zephyr.jinja", "tools.jinja"] {
+        let source = std::fs::read_to_string(file("templates").join(name)).unwrap();
+        // A tenth of the limit must do: the same conversation ten times over.
+        let source = format!("{{% for repeated in range(10) %}}{source}{{% endfor %}}");
+        let special = [("bos_token", "<s>"), ("eos_token", "</s>")];
+        let special = special.map(|(name, token)| (name.to_string(), token.to_string())).into();
+        let template = ChatTemplate::from_source(Path::new(name), &source, special).unwrap();
+        let rendered =
+            template.render(&messages, &Map::new(), false).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(rendered.len() >= 10 * 100_000, "{name}: {} bytes", rendered.len());
+    }
+}

@@ -62,7 +62,7 @@ impl Workplace {
 #[test]
 fn files_that_are_missing() {
     let work = Workplace::new();
-    work.refused("absent", "pairs.jsonl", IO, &["cannot read absent/config.json", "No such file"]);
+    work.refused("absent", "pairs.jsonl", IO, &["cannot read absent: ", "No such file"]);
     work.refused("base", "absent.jsonl", IO, &["cannot read absent.jsonl", "No such file"]);
     work.refuse(&format!("{TRAIN} --output new --eval-data absent.jsonl"), IO, &["cannot read absent.jsonl"]);
     work.refuse(&format!("{TRAIN} --output new --reference absent"), IO, &["absent/config.json"]);
@@ -140,9 +140,9 @@ fn weights_that_overflow() {
 fn a_config_of_another_model() {
     let work = Workplace::new();
     let config = String::from_utf8(work.read("base/config.json")).unwrap();
-    let other = config.replace("LlamaForCausalLM", "MistralForCausalLM");
+    let other = config.replace("\"llama\"", "\"mistral\"");
     work.write("base/config.json", other);
-    let parts = ["base/config.json", "unknown architecture", "MistralForCausalLM"];
+    let parts = ["base/config.json", "unknown architecture", "mistral"];
     work.refused("base", "pairs.jsonl", MODEL, &parts);
     let asks = config.replace("\"default\"", "\"yarn\"");
     work.write("base/config.json", asks);
@@ -166,7 +166,7 @@ fn pairs_that_are_broken_or_incomplete() {
         "base",
         "type.jsonl",
         DATA,
-        &["type.jsonl:2: ", "column `chosen` is a string, not a list of messages"],
+        &["type.jsonl:2: ", "column `rejected` is a number, not a string or a list of messages"],
     );
     for (name, content) in [("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("none.json", "[]")] {
         work.write(name, content);

@@ -51,7 +51,7 @@ fn a_run_cut_in_pieces_gives_the_bits_of_one_in_one_piece() {
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{message}");
     assert!(message.contains("the run was saved in cut and `--resume` continues it"), "{message}");
-    assert!(message.contains("resuming behind step"), "{message}");
+    assert!(message.contains("resuming after step"), "{message}");
     let interrupted_at = work.series("cut", "loss").len();
     let state = work.path(&format!("cut/checkpoints/step-{interrupted_at:06}/state.safetensors"));
     assert!(state.is_file(), "no checkpoint of step {interrupted_at}, where the run stopped");
@@ -63,9 +63,17 @@ fn a_run_cut_in_pieces_gives_the_bits_of_one_in_one_piece() {
     let left_over = |path: &Path| path.to_string_lossy().contains(".partial-");
     assert!(!work.contents("cut").keys().any(|path| left_over(path)), "partial files are left");
 
-    // A finished run that is resumed stays what it is.
-    work.succeed("train --resume --output cut");
-    work.assert_same_bits("whole", "cut", STEPS);
+    // A finished run that is resumed stays what it is, and says so.
+    let before = work.contents("cut");
+    let finished = work.succeed("train --resume --output cut");
+    assert!(
+        finished.stderr.contains("the run in cut is finished, all 400 steps of it"),
+        "{}",
+        finished.stderr
+    );
+    assert!(finished.stdout.contains("cut/model"), "{}", finished.stdout);
+    assert!(!finished.stderr.contains("reference log-probs"), "{}", finished.stderr);
+    assert!(work.contents("cut") == before, "a finished run was changed");
 }
 
 #[test]

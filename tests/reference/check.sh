@@ -9,7 +9,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export MMPO_FAST_CACHE="$work/cache" HF_HUB_DISABLE_PROGRESS_BARS=1
 
-cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --example token_ids
+cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --example token_ids \
+  --example render_templates
 program=${CARGO_TARGET_DIR:-target}/release
 
 # An untied single file, and a tied model with a head size of its own.
@@ -21,6 +22,24 @@ for model in base tied; do
   printf '%-6s' "$model"
   .venv/bin/python tests/reference/check_saved_model.py "$work/$model/model" "$work/$model.json"
 done
+
+# A model trained with a template that ends its turns otherwise: transformers must find that template and that end.
+template=$work/other.jinja
+cat >"$template" <<'JINJA'
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|endoftext|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}
+JINJA
+"$program/mmpo-fast" --quiet train --model examples/demo/model --data examples/demo/pairs.jsonl --output "$work/demo" \
+  --chat-template "$template" --max-steps 2 --device cpu >"$work/demo.log"
+.venv/bin/python tests/reference/check_saved_template.py "$work/demo/model" "$template" "$program/examples/render_templates" \
+  --base examples/demo/model --end '<|endoftext|>'
+# And one trained with its own.
+.venv/bin/python tests/reference/check_saved_template.py "$work/base/model" tests/goldens/base/model/chat_template.jinja \
+  "$program/examples/render_templates" --base tests/goldens/base/model
+
+tests/reference/check_templates.sh "$program/examples/render_templates"
 
 # The benchmark's peers, on the smallest shapes.
 .venv/bin/python -W ignore tests/reference/check_peers.py "$program/mmpo-fast"

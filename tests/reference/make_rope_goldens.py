@@ -31,6 +31,42 @@ CASES = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.3}, "max_position_embeddings": 16384},
+    "yarn": {
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True},
+    },
+    "yarn-mscale": {
+        "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 32,
+            "mscale": 0.707,
+            "mscale_all_dim": 1.0,
+            "beta_fast": 24,
+            "beta_slow": 2,
+            "truncate": False,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "yarn-attention-factor": {
+        "rope_scaling": {"rope_type": "yarn", "factor": None, "attention_factor": 1.25},
+        "original_max_position_embeddings": 2048,
+    },
+    "longrope": {
+        "head_dim": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.05, 1.1, 1.3, 1.7, 2.2, 2.9, 3.5],
+            "long_factor": [1.0, 1.2, 2.0, 4.0, 8.0, 16.0, 20.0, 32.0],
+            "original_max_position_embeddings": 16384,
+        },
+    },
+    "proportional": {
+        "rope_parameters": {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25, "factor": 8.0}
+    },
+    "head-of-80": {"head_dim": 80, "rope_theta": 10000},
 }
 
 

@@ -2,7 +2,7 @@
 
 use super::Message;
 
-/// The turn marker behind which an hh-rlhf response begins.
+/// The turn marker after which an hh-rlhf response begins.
 const ASSISTANT_MARKER: &str = "\n\nAssistant:";
 
 /// How many leading messages of two whole conversations are their prompt, as TRL's `extract_prompt` counts them:
@@ -15,43 +15,23 @@ pub(super) fn shared_messages(chosen: &[Message], rejected: &[Message]) -> usize
 
 /// Where the prompt of two whole texts ends, in bytes.
 ///
-/// In hh-rlhf's form the prompt ends behind the last shared `\n\nAssistant:`, however alike the two answers begin
-/// (as the DPO authors cut it). In any other text it is the common beginning as TRL's `extract_prompt` has it,
-/// without a trailing space; but a word is never cut in two, since neither half would get the tokens it has in
-/// running text.
+/// In hh-rlhf's form the prompt ends after the last shared `\n\nAssistant:`, however alike the two answers begin
+/// (as the DPO authors cut it). In any other text it is the common beginning as TRL's `extract_prompt` has it: without
+/// a trailing space, and where one text is the beginning of the other, without its last character.
 pub(super) fn shared_text(chosen: &str, rejected: &str) -> usize {
     let common = common_prefix(chosen, rejected);
     if let Some(marker) = chosen[..common].rfind(ASSISTANT_MARKER) {
         return marker + ASSISTANT_MARKER.len();
     }
-    let cut = if common == chosen.len() || common == rejected.len() {
-        // Nothing would be left of one side: its last word is the response.
-        chosen[..common].char_indices().next_back().map_or(0, |(last, _)| last)
-    } else {
-        common
-    };
-    let cut = word_start(chosen, rejected, cut);
-    if chosen[..cut].ends_with(' ') { cut - 1 } else { cut }
+    if common == chosen.len() || common == rejected.len() {
+        return chosen[..common].char_indices().next_back().map_or(0, |(last, _)| last);
+    }
+    if chosen[..common].ends_with(' ') { common - 1 } else { common }
 }
 
 /// Bytes of the longest common beginning, always at a character boundary of both.
 pub(crate) fn common_prefix(left: &str, right: &str) -> usize {
     left.chars().zip(right.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
-}
-
-/// Moves `cut` back to where the word around it starts, if it lies within a word of either text.
-fn word_start(chosen: &str, rejected: &str, cut: usize) -> usize {
-    let goes_on = [chosen, rejected].iter().any(|text| text[cut..].chars().next().is_some_and(is_word));
-    if !goes_on {
-        return cut;
-    }
-    let word = chosen[..cut].chars().rev().take_while(|&c| is_word(c));
-    cut - word.map(char::len_utf8).sum::<usize>()
-}
-
-/// Letters and digits of scripts that separate words by spaces (those below the CJK blocks).
-fn is_word(c: char) -> bool {
-    c.is_alphanumeric() && (c as u32) < 0x2E80
 }
 
 #[cfg(test)]
@@ -64,17 +44,14 @@ mod tests {
     }
 
     #[test]
-    fn text_is_cut_before_the_space_of_the_first_word_that_differs() {
-        assert_eq!(
-            split("The sky is blue.", "The sky is green."),
-            ("The sky is", " blue.", " green."),
-            "as TRL's extract_prompt"
-        );
-        assert_eq!(split("The sky is blue.", "The sky is brown."), ("The sky is", " blue.", " brown."));
+    fn text_is_cut_where_it_differs_or_before_the_space_there() {
+        // The values of TRL 1.16's extract_prompt.
+        assert_eq!(split("The sky is blue.", "The sky is green."), ("The sky is", " blue.", " green."));
+        assert_eq!(split("The sky is blue.", "The sky is brown."), ("The sky is b", "lue.", "rown."));
     }
 
     #[test]
-    fn hh_text_is_cut_behind_the_last_shared_marker() {
+    fn hh_text_is_cut_after_the_last_shared_marker() {
         let chosen = "\n\nHuman: Hi\n\nAssistant: Hello. You?\n\nHuman: Good.\n\nAssistant: I see.";
         let rejected = "\n\nHuman: Hi\n\nAssistant: Hello. You?\n\nHuman: Good.\n\nAssistant: I am glad.";
         let (prompt, left, right) = split(chosen, rejected);
@@ -89,9 +66,9 @@ mod tests {
     }
 
     #[test]
-    fn each_side_of_equal_texts_keeps_its_last_word() {
-        assert_eq!(split("one two", "one two"), ("one", " two", " two"));
-        assert_eq!(split("one two", "one two three"), ("one", " two", " two three"));
+    fn each_side_of_equal_texts_keeps_a_last_character() {
+        assert_eq!(split("one two", "one two"), ("one tw", "o", "o"));
+        assert_eq!(split("one two", "one two three"), ("one tw", "o", "o three"));
     }
 
     #[test]

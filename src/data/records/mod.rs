@@ -1,13 +1,21 @@
 //! Records: what a pairs file says, before any tokenizer has seen it.
 //!
-//! A file is JSON Lines, a JSON array, or one JSON object, plain or gzip ([`source`]); the columns of its first
-//! record decide its [`Format`], and every later record is held to that format. Columns that no format knows are
-//! left alone; a known column of a wrong type is an error with its file and line.
+//! A file is JSON Lines, a JSON array, or one JSON object, plain or gzip ([`source`]). Each record is read by its own
+//! columns ([`format`]): every column that may hold a prompt or a part of one is read, or the record is refused by
+//! that column's name. `docs/data.md` lists the formats.
 
+mod columns;
 mod format;
+mod gzip;
 mod implicit;
+mod lines;
+mod list;
 mod message;
+mod plausible;
+mod prompt;
+mod scan;
 mod source;
+mod table;
 
 use std::path::Path;
 
@@ -15,9 +23,10 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-pub use format::Format;
 pub(crate) use implicit::common_prefix;
 pub use message::Message;
+pub use plausible::Note;
+pub(crate) use plausible::{Digests, PairDigests};
 pub(crate) use source::{RawRecord, for_each_chunk};
 
 /// One preference pair in the words of its file.
@@ -28,8 +37,8 @@ pub struct Record {
     /// 1-based line of a JSON Lines file, 1-based record of any other: what errors and reports name.
     pub place: usize,
     pub body: Body,
-    /// A `prompt` string stood beside conversations that already hold a different one; the conversations win.
-    pub prompt_column_differs: bool,
+    /// What looks wrong in the record, or was mended in it.
+    pub notes: Vec<Note>,
 }
 
 /// A pair as plain text, or as a conversation that a chat template turns into text.
@@ -49,18 +58,53 @@ pub enum Body {
     },
 }
 
+impl RawRecord {
+    /// Reads the record.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with its place: it is broken, lacks a column, or holds something that would be lost.
+    pub(crate) fn read(&self, path: &Path) -> Result<Record> {
+        format::read(self.parse(path)?)
+    }
+}
+
+impl Record {
+    /// Whether the pair is plain text, which no template sees.
+    pub fn is_text(&self) -> bool {
+        matches!(self.body, Body::Text { .. })
+    }
+}
+
+/// What a file's account needs of a record once its texts are tokens.
+#[derive(Debug)]
+pub(crate) struct Read {
+    pub is_text: bool,
+    pub notes: Vec<Note>,
+    pub digests: PairDigests,
+    /// The beginning of the response, if both are the same.
+    pub same: Option<String>,
+}
+
+impl Read {
+    pub fn of(record: &Record) -> Self {
+        Read {
+            is_text: record.is_text(),
+            notes: record.notes.clone(),
+            digests: plausible::digests(&record.body),
+            same: plausible::same_response(&record.body),
+        }
+    }
+}
+
 /// Reads a whole pairs file. Training goes through [`crate::data::load_pairs`], which holds a chunk at a time.
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     let mut records = Vec::new();
-    let mut format = None;
+    let mut one_kind = OneKind::default();
     for_each_chunk(path, &mut |chunk| {
         for raw in chunk {
-            let columns = raw.parse(path)?;
-            let format = match format {
-                Some(format) => format,
-                None => *format.insert(Format::detect(&columns)?),
-            };
-            records.push(format.read(columns)?);
+            let record = raw.read(path)?;
+            one_kind.check(path, record.place, record.is_text())?;
+            records.push(record);
         }
         Ok(())
     })?;
@@ -70,10 +114,42 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Refuses a file in which some records are plain text and some are conversations. Each would be read the same
+/// anywhere, but only conversations go through the chat template, and a model that is trained on both kinds because a
+/// column is missing here and there learns to answer without its turns.
+#[derive(Debug, Default)]
+pub(crate) struct OneKind {
+    first: Option<(usize, bool)>,
+}
+
+impl OneKind {
+    /// Takes the next record in file order.
+    pub fn check(&mut self, path: &Path, place: usize, is_text: bool) -> Result<()> {
+        let (first, first_is_text) = *self.first.get_or_insert((place, is_text));
+        if is_text == first_is_text {
+            return Ok(());
+        }
+        let kind = |is_text| if is_text { "plain text" } else { "a conversation" };
+        Err(Error::data(
+            path,
+            Some(place),
+            format!(
+                "this record is {} and the one at {first} is {}; a file holds one kind",
+                kind(is_text),
+                kind(first_is_text)
+            ),
+            "plain text is used as it is, conversations go through the chat template: give every record the same \
+             columns (an empty `system`, `\"system\": \"\"`, makes a `prompt` string a conversation), or write the \
+             two kinds to a file each",
+        ))
+    }
+}
+
 /// The error of a file that parses and holds nothing.
 pub(crate) fn no_record(path: &Path) -> Error {
     Error::data(path, None, "the file holds no record", FORMATS_HELP)
 }
 
 pub(crate) const FORMATS_HELP: &str = "a record has `chosen` and `rejected`, and its prompt in `prompt`, \
-     `question` (with `system`), `conversations` (ShareGPT), or as the beginning that both responses share";
+     `messages`, `conversations`, `instruction` (with `input`), `question`, or as the beginning that both responses \
+     share; docs/data.md shows every format";

@@ -1,111 +1,110 @@
-//! From a file to raw JSON records, a chunk at a time, each with its place.
+//! From a file to the texts of its records, a chunk at a time, each with its place.
 //!
-//! What a file is follows from its bytes: gzip by its magic number, a JSON array by `[`; a `{` begins JSON Lines,
-//! or (only in a file not named `.jsonl` or `.ndjson`) one JSON object over the whole file, as Hugging Face datasets read it:
-//! an object of columns, an object with one list of records, or a single record.
+//! What a file is follows from its bytes and not from its name: gzip by its magic number, a JSON array by `[`. A `{`
+//! begins JSON Lines where the first line is a whole object and more lines follow; otherwise one object over the
+//! whole file ([`super::table`]), or objects that each take several lines. Whatever else it is, is named.
 
-use std::ffi::OsStr;
-use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
-use flate2::bufread::MultiGzDecoder;
-use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
-use serde_json::{Map, Value};
-
-use super::format::{Columns, type_name};
-use super::{FORMATS_HELP, no_record};
+use super::columns::Columns;
+use super::gzip::Gzip;
+use super::lines::{Line, Lines};
+use super::scan::{Broken, Scanner, excerpt};
+use super::{FORMATS_HELP, list, table};
+use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
 
-/// Records that are read, parsed and tokenised together; bounds the memory that file text takes.
+/// Records that are read, parsed and tokenised together; with [`CHUNK_BYTES`] it bounds the memory of file text.
 const CHUNK_RECORDS: usize = 1024;
+const CHUNK_BYTES: usize = 8 << 20;
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// A record as it came from the file. A line is parsed later, by whichever thread gets to it.
+/// Bytes of one record's JSON. A longer one is a file without line ends, or data that is no text.
+pub(super) const MAX_RECORD_BYTES: usize = 32 << 20;
+/// Bytes of a file that is one JSON object, which is held as a whole.
+const MAX_TABLE_BYTES: usize = 2 << 30;
+
+/// A record as it came from the file; parsed later, by whichever thread gets to it.
+#[derive(Debug)]
 pub(crate) struct RawRecord {
     pub index: usize,
+    /// 1-based line of a JSON Lines file, 1-based record of any other.
     pub place: usize,
-    json: RawJson,
+    text: Vec<u8>,
+    start: Start,
 }
 
-enum RawJson {
-    Line(String),
-    Value(Value),
+/// Where a record's text begins in its file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Start {
+    /// 1-based.
+    pub line: usize,
+    /// 0-based byte of the unpacked file; `None` for a record put together from columns.
+    pub byte: Option<u64>,
+    /// Whether records are lines, so that `place` is this line.
+    pub is_line: bool,
 }
 
 impl RawRecord {
     /// The record's columns.
-    pub(crate) fn parse(self, path: &Path) -> Result<Columns<'_>> {
-        let value = match self.json {
-            RawJson::Value(value) => value,
-            RawJson::Line(line) => serde_json::from_str(&line).map_err(|error| {
-                Error::data(
-                    path,
-                    Some(self.place),
-                    format!("broken JSON: {}", without_line(&error)),
-                    "every line of a JSON Lines file is one whole JSON object",
-                )
-            })?,
-        };
-        match value {
-            Value::Object(members) => Ok(Columns { path, index: self.index, place: self.place, members }),
-            other => Err(Error::data(
-                path,
-                Some(self.place),
-                format!("the record is {}, not an object", type_name(&other)),
-                FORMATS_HELP,
-            )),
+    pub(super) fn parse<'a>(&self, path: &'a Path) -> Result<Columns<'a>> {
+        if let Err(error) = std::str::from_utf8(&self.text) {
+            return Err(not_utf8(path, self.start, &self.text, error.valid_up_to()));
         }
+        Columns::parse(path, self.index, self.place, &self.text, self.start)
     }
 }
 
 /// What receives the records, in file order.
-type Sink<'a> = dyn FnMut(Vec<RawRecord>) -> Result<()> + 'a;
+pub(super) type Sink<'a> = dyn FnMut(Vec<RawRecord>) -> Result<()> + 'a;
 
 /// Hands the records of `path` to `sink` in file order, in chunks. An empty file is an error; a file of no record
 /// hands over none.
 pub(crate) fn for_each_chunk(path: &Path, sink: &mut Sink) -> Result<()> {
     let mut reader = open(path)?;
-    let (first, lines_before) = skip_blank(&mut *reader).map_err(|error| read_error(path, error))?;
-    let mut chunks = Chunks { sink, chunk: Vec::new(), index: 0 };
+    let (first, before) = skip_blank(&mut *reader).map_err(|error| read_error(path, error))?;
+    let mut chunks = Chunks { path, sink, chunk: Vec::new(), bytes: 0, index: 0 };
     match first {
         None => return Err(Error::data(path, None, "the file is empty", FORMATS_HELP)),
-        Some(b'[') => read_array(path, reader, &mut chunks)?,
-        Some(b'{') if is_json_lines(path) => read_lines(path, reader, lines_before, &mut chunks)?,
-        Some(b'{') => read_lines_or_object(path, reader, lines_before, &mut chunks)?,
-        Some(_) => {
-            return Err(Error::data(
-                path,
-                Some(lines_before + 1),
-                "broken JSON: neither `{` nor `[` begins the file",
-                "pairs are read from JSON Lines, JSON, and either of them under gzip",
-            ));
-        }
+        Some(b'[') => list::read(path, reader, before, &mut chunks)?,
+        Some(b'{') => read_lines_or_object(path, Lines::new(reader, before), &mut chunks)?,
+        Some(_) => return Err(no_json(path, &mut *reader, before.line)),
     }
     chunks.flush()
 }
 
 /// Gathers records into chunks for the sink.
-struct Chunks<'a, 'b> {
+pub(super) struct Chunks<'a, 'b> {
+    path: &'a Path,
     sink: &'a mut Sink<'b>,
     chunk: Vec<RawRecord>,
+    bytes: usize,
     index: usize,
 }
 
 impl Chunks<'_, '_> {
-    fn push(&mut self, place: usize, json: RawJson) -> Result<()> {
-        self.chunk.push(RawRecord { index: self.index, place, json });
+    /// The number of records so far.
+    pub fn count(&self) -> usize {
+        self.index
+    }
+
+    pub fn push(&mut self, start: Start, text: Vec<u8>) -> Result<()> {
+        let place = if start.is_line { start.line } else { self.index + 1 };
+        if text.len() > MAX_RECORD_BYTES {
+            self.flush()?;
+            return Err(too_long(self.path, place, start));
+        }
+        self.bytes += text.len();
+        self.chunk.push(RawRecord { index: self.index, place, text, start });
         self.index += 1;
-        if self.chunk.len() == CHUNK_RECORDS { self.flush() } else { Ok(()) }
+        if self.chunk.len() >= CHUNK_RECORDS || self.bytes >= CHUNK_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// A record of an array or an object: its place is its number.
-    fn push_value(&mut self, value: Value) -> Result<()> {
-        self.push(self.index + 1, RawJson::Value(value))
-    }
-
-    fn flush(&mut self) -> Result<()> {
+    /// Hands over what was gathered; also done before an error, since an earlier record may hold one of its own.
+    pub fn flush(&mut self) -> Result<()> {
+        self.bytes = 0;
         if self.chunk.is_empty() {
             return Ok(());
         }
@@ -121,235 +120,177 @@ fn open(path: &Path) -> Result<Box<dyn BufRead>> {
     }
     let mut reader = BufReader::with_capacity(BUFFER_BYTES, file);
     let head = reader.fill_buf().map_err(|error| read_error(path, error))?;
-    if head.starts_with(b"PAR1") {
-        return Err(Error::data(
-            path,
-            None,
-            "this is a Parquet file",
-            "write it as JSON Lines first: `datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_json(...)`",
-        ));
+    if foreign::recognise(&head[..head.len().min(foreign::START)]) != Some(Foreign::Gzip) {
+        refuse_foreign(path, head, "")?;
+        return Ok(Box::new(reader));
     }
-    if head.starts_with(&[0x1f, 0x8b]) {
-        return Ok(Box::new(BufReader::with_capacity(BUFFER_BYTES, MultiGzDecoder::new(reader))));
-    }
+    let mut reader = BufReader::with_capacity(BUFFER_BYTES, Gzip::new(reader));
+    let head = reader.fill_buf().map_err(|error| read_error(path, error))?;
+    refuse_foreign(path, head, "under gzip, ")?;
     Ok(Box::new(reader))
 }
 
-fn is_json_lines(path: &Path) -> bool {
-    let mut name = Path::new(path.file_name().unwrap_or_default());
-    if name.extension() == Some(OsStr::new("gz")) {
-        name = Path::new(name.file_stem().unwrap_or_default());
-    }
-    matches!(name.extension().and_then(OsStr::to_str), Some("jsonl" | "ndjson"))
+/// Refuses a file that is not text in UTF-8; `under` says what it was unpacked from.
+fn refuse_foreign(path: &Path, head: &[u8], under: &str) -> Result<()> {
+    let Some(kind) = foreign::recognise(&head[..head.len().min(foreign::START)]) else { return Ok(()) };
+    let help = match kind {
+        Foreign::Empty => return Ok(()),
+        Foreign::Parquet => {
+            "write it as JSON Lines first: `datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_json(...)`"
+        }
+        Foreign::Arrow => "write it as JSON Lines first: `datasets.Dataset.from_file(FILE).to_json(...)`",
+        Foreign::Zip => {
+            "unpack it (`unzip`; a spreadsheet: save it as CSV and convert that) and give the file of pairs in it"
+        }
+        Foreign::Gguf | Foreign::Safetensors | Foreign::Pickle | Foreign::Hdf5 | Foreign::Numpy => {
+            "give the pairs file with --data and the model's folder with --model"
+        }
+        Foreign::Utf32 => "save it as UTF-8, for example with `iconv -f UTF-32 -t UTF-8`",
+        other => other.help(),
+    };
+    Err(Error::data(path, None, format!("{under}this is {}, not JSON", kind.name()), help))
 }
 
-/// Skips a byte order mark and white space; the byte behind them, and how many line ends were skipped.
-fn skip_blank(reader: &mut dyn BufRead) -> io::Result<(Option<u8>, usize)> {
-    let mut lines = 0;
+/// Where reading stands: the number of the line, and the byte of the unpacked file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Position {
+    /// 1-based.
+    pub line: usize,
+    /// 0-based.
+    pub byte: u64,
+}
+
+/// Skips a byte order mark and white space; the byte after them, still to be read, and its place.
+fn skip_blank(reader: &mut dyn BufRead) -> io::Result<(Option<u8>, Position)> {
+    let mut position = Position { line: 1, byte: 0 };
     if reader.fill_buf()?.starts_with(b"\xEF\xBB\xBF") {
         reader.consume(3);
+        position.byte = 3;
     }
+    let mut last = 0;
     loop {
         let buffer = reader.fill_buf()?;
         if buffer.is_empty() {
-            return Ok((None, lines));
+            return Ok((None, position));
         }
         let blank = buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
-        lines += buffer[..blank].iter().filter(|&&byte| byte == b'\n').count();
+        for &byte in &buffer[..blank] {
+            position.line += usize::from(byte == b'\r' || (byte == b'\n' && last != b'\r'));
+            last = byte;
+        }
         let first = buffer.get(blank).copied();
         reader.consume(blank);
+        position.byte += blank as u64;
         if first.is_some() {
-            return Ok((first, lines));
+            return Ok((first, position));
         }
     }
 }
 
-/// The next line that is not blank, with its 1-based number; `lines_read` counts all lines.
-fn next_line(
-    path: &Path,
-    reader: &mut dyn BufRead,
-    lines_read: &mut usize,
-) -> Result<Option<(usize, String)>> {
-    loop {
-        let mut bytes = Vec::new();
-        if reader.read_until(b'\n', &mut bytes).map_err(|error| read_error(path, error))? == 0 {
-            return Ok(None);
-        }
-        *lines_read += 1;
-        if bytes.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let line = String::from_utf8(bytes).map_err(|error| not_utf8(path, *lines_read, &error))?;
-        return Ok(Some((*lines_read, line)));
+fn read_lines_or_object(path: &Path, mut lines: Lines, chunks: &mut Chunks) -> Result<()> {
+    // This line may be a whole table, which is longer than a record.
+    let Some(first) = lines.next(path, MAX_TABLE_BYTES)? else { return Ok(()) };
+    let mut scanner = Scanner::new(&first.text, 0);
+    match scanner.value().and_then(|_| scanner.end()) {
+        Ok(()) => match lines.next(path, MAX_RECORD_BYTES)? {
+            None => table::read(path, first, chunks),
+            Some(second) => {
+                let rest = std::iter::from_fn(|| lines.next(path, MAX_RECORD_BYTES).transpose());
+                [first, second].into_iter().map(Ok).chain(rest).try_for_each(|line| {
+                    let line: Line = line?;
+                    chunks.push(line.start(true), line.text)
+                })
+            }
+        },
+        Err(broken) if broken.ended => read_whole(path, first, lines, chunks),
+        // The line's own error, as any other line would give it.
+        Err(_) => chunks.push(first.start(true), first.text),
     }
 }
 
-fn read_lines(
-    path: &Path,
-    mut reader: Box<dyn BufRead>,
-    lines_before: usize,
-    chunks: &mut Chunks,
-) -> Result<()> {
-    let mut lines_read = lines_before;
-    while let Some((place, line)) = next_line(path, &mut *reader, &mut lines_read)? {
-        chunks.push(place, RawJson::Line(line))?;
+/// A file whose first line is not a whole value: one object over several lines, or several such objects.
+fn read_whole(path: &Path, mut first: Line, lines: Lines, chunks: &mut Chunks) -> Result<()> {
+    lines.read_rest(path, &mut first.text, MAX_TABLE_BYTES)?;
+    let mut scanner = Scanner::new(&first.text, 0);
+    let mut values = Vec::new();
+    while scanner.peek().is_some() {
+        let value =
+            scanner.value().map_err(|fault| broken(path, &first.text, first.start(false), &fault, ""))?;
+        values.push(value.range);
+    }
+    if values.len() <= 1 {
+        return table::read(path, first, chunks);
+    }
+    for range in values {
+        let start = first.start(false).moved(&first.text, range.start);
+        chunks.push(start, first.text[range].to_vec())?;
     }
     Ok(())
 }
 
-/// A `.json` file that begins with `{`: JSON Lines under another name if its first line is a whole value and more
-/// lines follow, else one object.
-fn read_lines_or_object(
-    path: &Path,
-    mut reader: Box<dyn BufRead>,
-    lines_before: usize,
-    chunks: &mut Chunks,
-) -> Result<()> {
-    let mut lines_read = lines_before;
-    let Some((first_place, mut first)) = next_line(path, &mut *reader, &mut lines_read)? else {
-        return Err(no_record(path));
+impl Start {
+    /// The start of a part of the text that begins here.
+    pub fn moved(self, text: &[u8], by: usize) -> Start {
+        Start {
+            line: self.line + line_ends(&text[..by]),
+            byte: self.byte.map(|byte| byte + by as u64),
+            is_line: self.is_line,
+        }
+    }
+}
+
+/// The line ends in a text: `\n`, `\r`, or both together.
+pub(super) fn line_ends(text: &[u8]) -> usize {
+    let pairs = text.windows(2).filter(|pair| pair == b"\r\n").count();
+    text.iter().filter(|&&byte| byte == b'\n' || byte == b'\r').count() - pairs
+}
+
+/// The error of a file that begins with neither `{` nor `[`.
+fn no_json(path: &Path, reader: &mut dyn BufRead, line: usize) -> Error {
+    let head = reader.fill_buf().unwrap_or_default();
+    let head = &head[..head.len().min(4096)];
+    let first_line = head.split(|&byte| byte == b'\n' || byte == b'\r').next().unwrap_or_default();
+    let words = String::from_utf8_lossy(first_line);
+    let has_column = |separator: char| {
+        words.split(separator).count() > 1
+            && words.split(separator).any(|name| {
+                let name = name.trim().trim_matches('"').to_lowercase();
+                ["chosen", "rejected", "prompt", "question", "instruction"].contains(&name.as_str())
+            })
     };
-    if serde_json::from_str::<serde::de::IgnoredAny>(&first).is_ok() {
-        let Some((place, line)) = next_line(path, &mut *reader, &mut lines_read)? else {
-            let value =
-                serde_json::from_str(&first).map_err(|error| broken(path, lines_before, &error, None))?;
-            return read_object(path, value, chunks);
-        };
-        chunks.push(first_place, RawJson::Line(first))?;
-        chunks.push(place, RawJson::Line(line))?;
-        return read_lines(path, reader, lines_read, chunks);
-    }
-    let mut rest = Vec::new();
-    reader.read_to_end(&mut rest).map_err(|error| read_error(path, error))?;
-    first.push_str(std::str::from_utf8(&rest).map_err(|error| not_utf8(path, lines_read, &error))?);
-    let value = serde_json::from_str(&first).map_err(|error| broken(path, lines_before, &error, None))?;
-    read_object(path, value, chunks)
-}
-
-/// One object over the whole file: columns, a list of records under one name, or one record.
-fn read_object(path: &Path, value: Value, chunks: &mut Chunks) -> Result<()> {
-    let members = match value {
-        Value::Object(members) => members,
-        other => return chunks.push_value(other),
+    let table_help = |separator: &str| {
+        format!(
+            "write it as JSON Lines first: `pandas.read_csv(FILE{separator}).to_json(\"pairs.jsonl\", orient=\"records\", lines=True)`"
+        )
     };
-    if is_columns(&members) {
-        return read_columns(path, members, chunks);
-    }
-    if members.contains_key("chosen") {
-        return chunks.push_value(Value::Object(members));
-    }
-    let is_rows =
-        |value: &Value| matches!(value, Value::Array(rows) if rows.first().is_some_and(Value::is_object));
-    let lists: Vec<String> =
-        members.iter().filter(|(_, value)| is_rows(value)).map(|(name, _)| name.clone()).collect();
-    match lists.as_slice() {
-        [] => chunks.push_value(Value::Object(members)),
-        [name] => {
-            let rows = members.into_iter().find(|(key, _)| key == name).map(|(_, rows)| rows);
-            let Some(Value::Array(rows)) = rows else { return Ok(()) };
-            rows.into_iter().try_for_each(|row| chunks.push_value(row))
+    let (what, help) = match () {
+        () if head
+            .iter()
+            .any(|&byte| byte == 0 || (byte < 0x20 && !byte.is_ascii_whitespace() && byte != 0x1b)) =>
+        {
+            ("binary data, not JSON".to_string(), FORMATS_HELP.to_string())
         }
-        several => Err(Error::data(
-            path,
-            None,
-            format!("several lists of records: `{}`", several.join("`, `")),
-            "write the one to train on to a file of its own",
-        )),
-    }
-}
-
-/// Whether `chosen` is a column of strings or of message lists, rather than one record's messages.
-fn is_columns(members: &Map<String, Value>) -> bool {
-    let holds_lists = |name: &str| {
-        let first = members.get(name).and_then(Value::as_array).and_then(|values| values.first());
-        first.is_some_and(Value::is_array)
+        () if [&b"//"[..], b"/*", b"#"].iter().any(|mark| head.starts_with(mark)) => (
+            format!("broken JSON: a comment begins here; JSON has none: `{}`", excerpt(&words)),
+            "remove the comments".to_string(),
+        ),
+        () if has_column('\t') => (
+            "a table with tabs between its columns (TSV), not JSON: neither `{` nor `[` begins the file"
+                .to_string(),
+            table_help(", sep=\"\\t\""),
+        ),
+        () if has_column(',') || has_column(';') => {
+            ("a CSV table, not JSON: neither `{` nor `[` begins the file".to_string(), table_help(""))
+        }
+        () => (
+            format!("broken JSON: neither `{{` nor `[` begins the file, but `{}`", excerpt(&words)),
+            "pairs are read from JSON Lines, JSON, and either of them under gzip".to_string(),
+        ),
     };
-    match members.get("chosen").and_then(Value::as_array) {
-        Some(values) => {
-            values.iter().all(|value| !value.is_object())
-                || holds_lists("conversations")
-                || holds_lists("prompt")
-        }
-        None => false,
-    }
+    Error::data(path, Some(line), what, help)
 }
 
-/// Turns columns into rows; `chosen` says how many there are.
-fn read_columns(path: &Path, members: Map<String, Value>, chunks: &mut Chunks) -> Result<()> {
-    let rows = members.get("chosen").and_then(Value::as_array).map_or(0, Vec::len);
-    let mut columns = Vec::with_capacity(members.len());
-    for (name, value) in members {
-        match value {
-            Value::Array(values) if values.len() == rows => columns.push((name, values.into_iter())),
-            Value::Array(values) => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    format!("column `{name}` has {} values and `chosen` has {rows}", values.len()),
-                    "every column of an object of columns has one value a record",
-                ));
-            }
-            other => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    format!("column `{name}` is {}, not a list", type_name(&other)),
-                    "every column of an object of columns is a list with one value a record",
-                ));
-            }
-        }
-    }
-    for _ in 0..rows {
-        let row =
-            columns.iter_mut().filter_map(|(name, values)| Some((name.clone(), values.next()?))).collect();
-        chunks.push_value(Value::Object(row))?;
-    }
-    Ok(())
-}
-
-fn read_array(path: &Path, reader: Box<dyn BufRead>, chunks: &mut Chunks) -> Result<()> {
-    let mut refused = None;
-    let mut deserializer = serde_json::Deserializer::from_reader(reader);
-    let seed = Rows { chunks: &mut *chunks, refused: &mut refused };
-    let parsed = deserializer.deserialize_seq(seed).and_then(|()| deserializer.end());
-    match (refused, parsed) {
-        (Some(error), _) => Err(error),
-        (None, Ok(())) => Ok(()),
-        (None, Err(error)) if error.is_io() => Err(read_error(path, error.into())),
-        (None, Err(error)) => {
-            // Records before the break may hold an error of their own, which comes first in the file.
-            chunks.flush()?;
-            Err(broken(path, 0, &error, Some(chunks.index + 1)))
-        }
-    }
-}
-
-/// Receives an array's records one by one, so that only a chunk of them is ever in memory.
-struct Rows<'a, 'b, 'c> {
-    chunks: &'a mut Chunks<'b, 'c>,
-    /// The sink's own error, which serde's error type cannot carry.
-    refused: &'a mut Option<Error>,
-}
-
-impl<'de> Visitor<'de> for Rows<'_, '_, '_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("a list of records")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> std::result::Result<(), A::Error> {
-        while let Some(row) = rows.next_element::<Value>()? {
-            if let Err(error) = self.chunks.push_value(row) {
-                *self.refused = Some(error);
-                return Err(A::Error::custom("refused"));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn read_error(path: &Path, error: io::Error) -> Error {
+pub(super) fn read_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
             Error::data(
@@ -363,32 +304,59 @@ fn read_error(path: &Path, error: io::Error) -> Error {
     }
 }
 
-fn not_utf8(path: &Path, line: usize, error: &dyn fmt::Display) -> Error {
+/// The error of a record that is larger than any pair of texts.
+pub(super) fn too_long(path: &Path, place: usize, start: Start) -> Error {
+    let line = if start.is_line { String::new() } else { format!(", which begins in line {},", start.line) };
     Error::data(
         path,
-        Some(line),
-        format!("not UTF-8 text: {error}"),
-        "JSON is UTF-8; convert the file with `iconv`",
+        Some(place),
+        format!("this record{line} is longer than {} MiB", MAX_RECORD_BYTES >> 20),
+        "a record is one pair of texts; is this a file without line ends, or data other than text?",
     )
 }
 
-/// A syntax error of a document; its line is counted from behind the `lines_before` that were skipped.
-fn broken(path: &Path, lines_before: usize, error: &serde_json::Error, record: Option<usize>) -> Error {
-    let inside = record.map_or_else(String::new, |record| format!(" (in or behind record {record})"));
+/// The error of bytes that are not UTF-8, with a guess at what they are.
+fn not_utf8(path: &Path, start: Start, text: &[u8], at: usize) -> Error {
+    let start = start.moved(text, at);
+    let place = start.byte.map_or_else(String::new, |byte| format!(" at byte {byte} of the file"));
+    let guess = if looks_like_pairs_of_bytes(text) { "GBK" } else { "LATIN1" };
     Error::data(
         path,
-        Some(lines_before + error.line()),
-        format!("broken JSON{inside}: {}", without_line(error)),
-        "the number behind the file's name is the line of the break",
+        Some(start.line),
+        format!("not UTF-8 text: 0x{:02x}{place}", text[at]),
+        format!(
+            "JSON is UTF-8; find out the file's encoding (it may be {guess}) and convert it, for example with \
+             `iconv -f {guess} -t UTF-8 FILE > NEW`"
+        ),
     )
 }
 
-/// serde_json's message with the column alone, since the line is named in front.
-fn without_line(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let suffix = format!(" at line {} column {}", error.line(), error.column());
-    match text.strip_suffix(&suffix) {
-        Some(message) => format!("{message} at column {}", error.column()),
-        None => text,
-    }
+/// Whether the bytes above ASCII come in runs, as in the encodings of Chinese, Japanese and Korean; in Western
+/// European ones they mostly stand alone.
+fn looks_like_pairs_of_bytes(text: &[u8]) -> bool {
+    let runs = text.split(|byte| byte.is_ascii()).filter(|run| !run.is_empty());
+    let (single, long) = runs.fold((0, 0), |(single, long), run| match run.len() {
+        1 => (single + 1, long),
+        _ => (single, long + 1),
+    });
+    long > single
+}
+
+/// The error of a break in a text that begins at `start`; its line is that of the break.
+pub(super) fn broken(path: &Path, text: &[u8], start: Start, fault: &Broken, inside: &str) -> Error {
+    let at = fault.at.min(text.len());
+    let line_start =
+        text[..at].iter().rposition(|&byte| byte == b'\n' || byte == b'\r').map_or(0, |end| end + 1);
+    let column = String::from_utf8_lossy(&text[line_start..at]).chars().count() + 1;
+    let help = if start.is_line {
+        "every line of a JSON Lines file is one whole JSON object"
+    } else {
+        "the number after the file's name is the line of the break"
+    };
+    Error::data(
+        path,
+        Some(start.moved(text, at).line),
+        format!("broken JSON{inside}: {} at column {column}", fault.message),
+        help,
+    )
 }

@@ -1,0 +1,83 @@
+//! What a person reads when a command fails: an error with its advice, or a fault of the program itself.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::{IsTerminal, Write};
+use std::panic::PanicHookInfo;
+use std::sync::Mutex;
+
+use miette::{Diagnostic, MietteDiagnostic, MietteHandlerOpts};
+
+use super::escape::escaped;
+use crate::error::Error;
+
+/// Exit code of a fault of the program itself: `EX_SOFTWARE` of sysexits.h.
+pub const BUG_EXIT_CODE: u8 = 70;
+
+/// The latest panic: what it said and where.
+static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+/// Colours only for people, and only where NO_COLOR does not forbid them.
+pub fn wants_color() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Prints what went wrong and how to mend it to standard error.
+pub fn print_error(error: &Error) {
+    let text = |part: Option<Box<dyn std::fmt::Display + '_>>| part.map(|part| part.to_string());
+    print_diagnostic(&error.to_string(), text(error.code()), text(error.help()));
+}
+
+/// Prints the latest panic as a fault of the program; to be called where a panic has ended the command.
+pub fn print_bug() {
+    let help = "please report it with this message, the command line and, if you can, the input; RUST_BACKTRACE=1 \
+                adds where it happened. Finished checkpoints and models are as they were";
+    print_diagnostic(&bug_message(), Some("bug".into()), Some(help.into()));
+}
+
+/// The latest panic in words.
+pub fn bug_message() -> String {
+    let panic = LAST_PANIC.lock().ok().and_then(|mut last| last.take());
+    let panic = panic.unwrap_or_else(|| "a thread panicked".to_string());
+    format!("this is a bug in mmpo-fast, not a mistake of yours: {panic}")
+}
+
+/// Notes panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an error
+/// is then told once, as that error.
+pub fn note_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        if let Ok(mut last) = LAST_PANIC.lock() {
+            *last = Some(describe(panic));
+        }
+    }));
+}
+
+fn describe(panic: &PanicHookInfo<'_>) -> String {
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let what = text.or(payload.downcast_ref().copied()).unwrap_or("a value that is no text");
+    let place = panic.location().map(|place| format!(" ({}:{})", place.file(), place.line()));
+    let trace = Backtrace::capture();
+    let trace = match trace.status() {
+        BacktraceStatus::Captured => format!("\n{trace}"),
+        _ => String::new(),
+    };
+    format!("{what}{}{trace}", place.unwrap_or_default())
+}
+
+/// Lines are wrapped for a terminal alone, so that a script can search them. A standard error that cannot be written
+/// changes nothing: the exit code says what happened.
+fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>) {
+    let mut diagnostic = MietteDiagnostic::new(escaped(message));
+    if let Some(code) = code {
+        diagnostic = diagnostic.with_code(code);
+    }
+    if let Some(help) = help {
+        diagnostic = diagnostic.with_help(escaped(&help));
+    }
+    // The hook can be set once; a second call finds the same one.
+    let _ = miette::set_hook(Box::new(|_| {
+        let wrap = std::io::stderr().is_terminal();
+        Box::new(MietteHandlerOpts::new().color(wants_color()).wrap_lines(wrap).build())
+    }));
+    let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(diagnostic));
+}

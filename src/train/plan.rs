@@ -1,0 +1,204 @@
+//! Which steps a run consists of, and what is known of them before the first: learning rates, batches, and what a
+//! checkpoint of each step must say.
+
+use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
+use crate::config::{OptimizerConfig, RunConfig, Warmup};
+use crate::data::BatchOrder;
+use crate::device::AdamWStep;
+use crate::error::{Error, Result};
+use crate::optimizer::Schedule;
+
+/// An AdamW update of this size or more is refused: two weights of it have a product that f32 (and bf16, whose range
+/// is the same) cannot hold, so that no forward pass would give a number.
+const LARGEST_UPDATE: f64 = 1.8e19;
+
+/// The steps of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub order: BatchOrder,
+    pub total_steps: usize,
+    pub warmup_steps: usize,
+    pub pairs_per_step: usize,
+    pairs: usize,
+    schedule: Schedule,
+    optimizer: OptimizerConfig,
+    seed: u64,
+    /// Whether the number of steps was asked for.
+    is_given: bool,
+}
+
+impl Plan {
+    /// Plans a run over `pairs` training pairs.
+    pub fn new(config: &RunConfig, pairs: usize) -> Self {
+        // A step takes each pair once at most.
+        let pairs_per_step = config.pairs_per_step(pairs).min(pairs.max(1));
+        let order = BatchOrder::new(pairs, pairs_per_step, config.seed);
+        let schedule = config.schedule;
+        let total_steps = schedule.max_steps.unwrap_or_else(|| order.steps_of(schedule.epochs));
+        let warmup_steps = match schedule.warmup {
+            // A share of the run leaves it a step at the peak.
+            Warmup::Ratio(ratio) => {
+                ((ratio * total_steps as f64).ceil() as usize).min(total_steps.saturating_sub(1))
+            }
+            Warmup::Steps(steps) => steps,
+        };
+        Plan {
+            order,
+            total_steps,
+            warmup_steps,
+            pairs_per_step,
+            pairs,
+            schedule: schedule.kind,
+            optimizer: config.optimizer,
+            seed: config.seed,
+            is_given: schedule.max_steps.is_some(),
+        }
+    }
+
+    /// The update with 0-based number `step`.
+    pub fn adamw(&self, step: usize) -> AdamWStep {
+        let optimizer = &self.optimizer;
+        let factor = self.schedule.factor(step, self.warmup_steps, self.total_steps);
+        AdamWStep {
+            learning_rate: (optimizer.learning_rate * factor) as f32,
+            beta1: optimizer.beta1 as f32,
+            beta2: optimizer.beta2 as f32,
+            epsilon: optimizer.epsilon as f32,
+            weight_decay: optimizer.weight_decay as f32,
+            step: step as u32 + 1,
+        }
+    }
+
+    /// Where a run stands after `step` steps.
+    pub fn state(&self, step: usize, identity: &RunIdentity) -> RunState {
+        let epoch = (step / self.order.steps_per_epoch().max(1)) as u64;
+        RunState {
+            step: step as u64,
+            epoch,
+            pairs_seen: (self.order.epochs_after(step) * self.pairs as f64).round() as u64,
+            rng: RngPosition { seed: self.seed, stream: epoch, word: 0 },
+            identity: identity.clone(),
+        }
+    }
+
+    /// The largest learning rate of any step.
+    fn largest_rate(&self) -> f64 {
+        self.optimizer.learning_rate * self.schedule.largest_factor(self.warmup_steps, self.total_steps)
+    }
+
+    /// Refuses a run whose numbers are known to train nothing, or to end in no number, before any time is spent on it.
+    ///
+    /// # Errors
+    /// [`Error::Numerics`] naming the option.
+    pub fn check_numbers(&self) -> Result<()> {
+        if u32::try_from(self.total_steps).is_err() {
+            return Err(Error::config(
+                format!(
+                    "the run would take {} optimiser steps, and AdamW counts them in 32 bits",
+                    self.total_steps
+                ),
+                "lower --epochs, or raise --pairs-per-step",
+            ));
+        }
+        let optimizer = &self.optimizer;
+        let rate = self.largest_rate();
+        if rate as f32 == 0.0 {
+            return Err(Error::numerics(
+                format!(
+                    "the learning rate is at most {rate:e}, which is 0 in f32: this run would train nothing"
+                ),
+                "raise --learning-rate",
+            ));
+        }
+        if optimizer.max_grad_norm.is_some_and(|norm| norm as f32 == 0.0) {
+            return Err(Error::numerics(
+                format!(
+                    "`max_grad_norm` = {:e} is 0 in f32: it clips every gradient to nothing",
+                    optimizer.max_grad_norm.unwrap_or(0.0)
+                ),
+                "raise --max-grad-norm; --max-grad-norm 0 turns clipping off",
+            ));
+        }
+        // A weight without a gradient is moved by 0 / (0 + epsilon).
+        if optimizer.epsilon as f32 == 0.0 {
+            return Err(Error::numerics(
+                format!(
+                    "`adam_epsilon` = {:e} is 0 in f32: weights without a gradient would become NaN",
+                    optimizer.epsilon
+                ),
+                "raise --adam-epsilon, to 1e-8 for example",
+            ));
+        }
+        for (name, flag, beta) in
+            [("adam_beta1", "--adam-beta1", optimizer.beta1), ("adam_beta2", "--adam-beta2", optimizer.beta2)]
+        {
+            if beta as f32 >= 1.0 {
+                return Err(Error::numerics(
+                    format!("`{name}` = {beta} is 1 in f32: the moment would never take up a gradient"),
+                    format!("lower {flag}"),
+                ));
+            }
+        }
+        self.check_largest_update(rate)
+    }
+
+    fn check_largest_update(&self, rate: f64) -> Result<()> {
+        let update = rate * self.largest_ratio();
+        if update < LARGEST_UPDATE {
+            return Ok(());
+        }
+        Err(Error::numerics(
+            format!(
+                "a learning rate of up to {rate:e} moves a weight by up to {update:.1e} in one step: products of such \
+                 weights are no longer finite"
+            ),
+            "lower --learning-rate; rates from 1e-6 to 1e-3 are usual",
+        ))
+    }
+
+    /// The most that `|first moment| / sqrt(second moment)` of AdamW can be, both with their bias corrections: 1 in the
+    /// first step, and by the Cauchy-Schwarz inequality `(1 - b1) / sqrt((1 - b2) * (1 - b1^2 / b2))` in a long run.
+    fn largest_ratio(&self) -> f64 {
+        let (beta1, beta2) = (self.optimizer.beta1, self.optimizer.beta2);
+        let ratio = beta1 * beta1 / beta2;
+        // Without a limit where the first moment remembers for longer than the second: each step counts then.
+        let sum = if ratio < 1.0 { 1.0 / (1.0 - ratio) } else { self.total_steps as f64 };
+        (((1.0 - beta1) * (1.0 - beta1) * sum) / (1.0 - beta2)).sqrt().max(1.0)
+    }
+
+    /// Tells what will be trained. `given`: whether the pairs of a step were asked for.
+    pub fn log(&self, given: bool) {
+        let Plan { total_steps, pairs, pairs_per_step, warmup_steps, .. } = *self;
+        let chosen = match given {
+            true => String::new(),
+            false => format!(" (chosen for {pairs} pairs; --pairs-per-step sets it)"),
+        };
+        let tail = match pairs % pairs_per_step {
+            0 => String::new(),
+            rest => format!(", {rest} in the last of an epoch"),
+        };
+        tracing::info!(
+            "{total_steps} steps of {pairs_per_step} pairs{chosen}{tail}: {:.2} epochs; learning rate up to {:.3e}, \
+             {} steps of warm-up",
+            self.order.epochs_after(total_steps),
+            self.largest_rate(),
+            warmup_steps.min(total_steps),
+        );
+        let unseen = pairs.saturating_sub(total_steps.saturating_mul(pairs_per_step));
+        if unseen > 0 {
+            tracing::info!("the run ends before {unseen} of the {pairs} pairs were trained on once");
+        }
+        if warmup_steps >= total_steps {
+            tracing::warn!(
+                "the warm-up of {warmup_steps} steps is not over when the run ends after {total_steps}: the learning rate \
+                 never reaches its peak of {:.3e}",
+                self.optimizer.learning_rate
+            );
+        }
+        if total_steps == 1 && !self.is_given {
+            tracing::warn!(
+                "one optimiser step teaches little: a smaller --pairs-per-step or more --epochs make more of them"
+            );
+        }
+    }
+}
