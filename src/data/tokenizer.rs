@@ -57,7 +57,7 @@ impl Tokenizer {
         foreign::refuse(&path, &bytes, "the tokenizer")?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let mut json: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::model(&path, format!("broken JSON: {error}"), COPY_HELP))?;
+            .map_err(|error| not_a_tokenizer(&path, format!("broken JSON: {error}")))?;
         let class = class_of(folder, &config, &json)?;
         let tokens = SpecialTokens::read(folder, &config, &json, class)?;
         class.rebuild(&mut json, &config);
