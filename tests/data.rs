@@ -14,6 +14,7 @@ mod data {
     mod reference_cache;
     mod template;
     mod tokenizer;
+    mod tokens;
 }
 
 use std::path::{Path, PathBuf};

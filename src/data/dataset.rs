@@ -1,6 +1,7 @@
 //! A pairs file as tokenised pairs: read in chunks, each chunk parsed, rendered and tokenised on all cores.
 
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 
 use rayon::prelude::*;
 
@@ -45,7 +46,7 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
         PairDataset { pairs: Vec::new(), report: EncodingReport::new(limits), fingerprint: [0; 32] };
     let mut hasher = blake3::Hasher::new();
     let (mut one_kind, mut digests) = (OneKind::default(), Digests::default());
-    for_each_chunk(path, &mut |chunk| {
+    read_ahead(path, &mut |chunk| {
         let read = |raw: RawRecord| -> Result<(Read, EncodedRecord)> {
             let record = raw.read(path)?;
             // The raw text goes before the tokens come.
@@ -84,11 +85,40 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
     Ok(dataset)
 }
 
+/// Hands the chunks of `path` to `sink` in file order, on this thread, while another thread reads the next ones: the
+/// cores that tokenise do not wait for the file.
+fn read_ahead(path: &Path, sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>) -> Result<()> {
+    std::thread::scope(|scope| {
+        let (send, receive) = sync_channel(CHUNKS_AHEAD);
+        let reader = scope.spawn(move || {
+            let mut stopped = false;
+            let read = for_each_chunk(path, &mut |chunk| {
+                send.send(chunk).map_err(|_| {
+                    stopped = true;
+                    no_record(path)
+                })
+            });
+            // Whoever hung up has an error of its own, of an earlier record.
+            if stopped { Ok(()) } else { read }
+        });
+        for chunk in &receive {
+            sink(chunk)?;
+        }
+        reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Chunks that are read before they are needed.
+const CHUNKS_AHEAD: usize = 2;
+
 impl PairDataset {
     fn push(&mut self, record: EncodedRecord, hasher: &mut blake3::Hasher) {
         self.report.records += 1;
         for cause in record.causes {
             self.report.add(cause, record.place);
+        }
+        for (cause, example) in &record.examples {
+            self.report.illustrate(*cause, example);
         }
         let Some(pair) = record.pair else { return };
         self.report.pairs += 1;
@@ -100,6 +130,8 @@ impl PairDataset {
                 hasher.update(&id.to_le_bytes());
             }
         }
-        self.pairs.push(pair);
+        // Copied on one thread: what the tokenising threads leave between their short-lived texts would keep those
+        // pages in use for the whole run.
+        self.pairs.push(pair.clone());
     }
 }

@@ -1,16 +1,21 @@
-//! From records to token ids.
+//! From records to token ids: one piece, as the model sees it and as TRL has it.
 //!
-//! Prompt and response are tokenised apart, so that no token crosses the boundary and the prompt's ids are the same
-//! before both responses. A conversation's prompt text is the template over the prompt messages with the generation
-//! prompt; its response text is what the template over prompt and response writes behind that, end token included.
-//! Plain text gets an end token and, if the tokenizer puts one in front, a BOS. Prompts are cut from the left
-//! (a prepended BOS stays), once for both sides; responses from the right.
+//! Prompt and response are tokenised as one text, once with each response. The prompt's share is what both have in
+//! common with the tokens of the prompt alone; all after it is the response. Where a token reaches across the boundary,
+//! or the template writes the prompt's end otherwise once a response follows, that end is left out and the response
+//! begins earlier: the model is scored on the tokens it would see and give. See `docs/tokens.md`.
+//!
+//! A conversation's text is the template's, and nothing is added to it. Plain text gets an end token, and what the
+//! tokenizer puts around plain text (a BOS in most). Prompts are cut from the left (a BOS that the tokenizer puts in
+//! front stays), once for both sides; responses from the right.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::lost_text::{lost_text, quoted_start};
 use super::records::Record;
+use super::tokenizer::SegmentCache;
 use super::{Body, Cause, ChatTemplate, Message, TokenizedPair, Tokenizer};
 use crate::config::LengthLimits;
 use crate::{Error, Result};
@@ -30,13 +35,35 @@ pub struct EncodedRecord {
     pub pair: Option<TokenizedPair>,
     pub place: usize,
     pub causes: Vec<Cause>,
+    /// What happened, in words, for those of `causes` that need them.
+    pub examples: Vec<(Cause, String)>,
 }
 
-/// A record's texts, ready to be tokenised apart.
+/// A record's texts: the prompt alone, and followed by each response.
 struct Texts {
     prompt: String,
-    chosen: String,
-    rejected: String,
+    with_chosen: String,
+    with_rejected: String,
+    /// Whether these are plain texts rather than a template's.
+    plain: bool,
+}
+
+/// What happened to a record so far.
+#[derive(Default)]
+struct Events {
+    causes: Vec<Cause>,
+    examples: Vec<(Cause, String)>,
+}
+
+impl Events {
+    fn add(&mut self, cause: Cause) {
+        self.causes.push(cause);
+    }
+
+    fn add_with(&mut self, cause: Cause, example: String) {
+        self.causes.push(cause);
+        self.examples.push((cause, example));
+    }
 }
 
 impl TextEncoder {
@@ -50,54 +77,39 @@ impl TextEncoder {
     }
 
     /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same
-    /// ids stand before a response in training.
+    /// ids stand before a response in training, but for an end that belongs to the response there.
     pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.template()?;
         let messages: Vec<&Message> = messages.iter().collect();
         let text = template
             .render(&messages, &Map::new(), true)
             .map_err(|refusal| Error::model(template.path(), refusal.to_string(), TEMPLATE_HELP))?;
-        self.encode_prompt(&text)
+        self.tokenizer.encode(&text)
     }
 
-    /// Token ids of a plain prompt, as in plain-text pairs.
+    /// Token ids of a plain prompt, as in plain-text pairs: without what the tokenizer puts after plain text, since
+    /// the prompt goes on.
     pub fn encode_text_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_prompt(text)
+        let mut ids = self.tokenizer.encode_plain(text, &mut SegmentCache::default())?;
+        ids.truncate(ids.len() - self.tokenizer.appended());
+        Ok(ids)
     }
 
     /// Token ids of one record of `path`, which errors name.
     pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
-        let mut causes = Vec::new();
-        if has_blank_response(&record.body) {
-            causes.push(Cause::BlankResponse);
-            return Ok(EncodedRecord { pair: None, place: record.place, causes });
-        }
-        let texts = match &record.body {
-            Body::Text { prompt, chosen, rejected } => {
-                Texts { prompt: prompt.clone(), chosen: chosen.clone(), rejected: rejected.clone() }
+        let mut events = Events::default();
+        let pair = match has_blank_response(&record.body) {
+            true => {
+                events.add(Cause::BlankResponse);
+                None
             }
-            Body::Conversation { prompt, chosen, rejected, variables } => {
-                let (texts, shortened) =
-                    self.render(prompt, chosen, rejected, variables).map_err(|failure| match failure {
-                        RenderFailure::Model(error) => error,
-                        RenderFailure::Record(message) => {
-                            Error::data(path, Some(record.place), message, TEMPLATE_HELP)
-                        }
-                    })?;
-                if shortened {
-                    causes.push(Cause::PromptShortened);
-                }
-                texts
+            false => {
+                let texts = self.texts(path, record, &mut events)?;
+                let pair = self.tokenise(record.index, &texts, &mut events)?;
+                self.fit(pair, limits, &mut events)
             }
         };
-        let pair = TokenizedPair {
-            record: record.index,
-            prompt: self.encode_prompt(&texts.prompt)?,
-            chosen: self.encode_response(&texts.chosen)?,
-            rejected: self.encode_response(&texts.rejected)?,
-        };
-        let pair = self.fit(pair, limits, &mut causes);
-        Ok(EncodedRecord { pair, place: record.place, causes })
+        Ok(EncodedRecord { pair, place: record.place, causes: events.causes, examples: events.examples })
     }
 
     fn template(&self) -> Result<&ChatTemplate> {
@@ -110,47 +122,115 @@ impl TextEncoder {
         })
     }
 
-    /// A prompt's ids, begun by the BOS that the tokenizer prepends: once, whoever wrote it.
-    fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.tokenizer.encode(text)?;
-        if let Some(bos) = self.tokenizer.prepended() {
-            let written = ids.iter().take_while(|&&id| id == bos).count();
-            match written {
-                0 => ids.insert(0, bos),
-                _ => drop(ids.drain(1..written)),
+    fn texts(&self, path: &Path, record: &Record, events: &mut Events) -> Result<Texts> {
+        match &record.body {
+            Body::Text { prompt, chosen, rejected } => {
+                let eos = self.end_of_text()?;
+                let with = |response: &str| {
+                    let end = if response.ends_with(eos) { "" } else { eos };
+                    [prompt, response, end].concat()
+                };
+                Ok(Texts {
+                    prompt: prompt.clone(),
+                    with_chosen: with(chosen),
+                    with_rejected: with(rejected),
+                    plain: true,
+                })
+            }
+            Body::Conversation { prompt, chosen, rejected, variables } => {
+                let texts =
+                    self.render([prompt, chosen, rejected], variables).map_err(|failure| match failure {
+                        RenderFailure::Model(error) => error,
+                        RenderFailure::Record(message) => {
+                            Error::data(path, Some(record.place), message, TEMPLATE_HELP)
+                        }
+                    })?;
+                note_lost_text([prompt, chosen, rejected], &texts, events);
+                Ok(texts)
             }
         }
-        Ok(ids)
     }
 
-    /// A response's ids, closed by exactly one end token. A template may close it with a special token other than
-    /// EOS, and may write white space behind it.
-    fn encode_response(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.tokenizer.encode(text)?;
-        let is_blank = |id: u32| -> Result<bool> {
-            Ok(!self.tokenizer.is_special(id) && self.tokenizer.decode(&[id], false)?.trim().is_empty())
+    /// `eos_token` as text, which ends a plain response.
+    fn end_of_text(&self) -> Result<&str> {
+        self.tokenizer.special_tokens().get("eos_token").map(String::as_str).ok_or_else(|| {
+            Error::model(
+                self.tokenizer.path(),
+                "the tokenizer has no `eos_token` to end a response with",
+                "name it in tokenizer_config.json",
+            )
+        })
+    }
+
+    /// The three texts as ids, cut where both wholes part from the prompt alone.
+    fn tokenise(&self, record: usize, texts: &Texts, events: &mut Events) -> Result<TokenizedPair> {
+        let mut cache = SegmentCache::default();
+        let mut encode = |text: &str| match texts.plain {
+            true => self.tokenizer.encode_plain(text, &mut cache),
+            false => self.tokenizer.encode_with(text, &mut cache),
         };
-        let mut closed = ids.len();
-        while closed > 0 && is_blank(ids[closed - 1])? {
-            closed -= 1;
+        let prompt = encode(&texts.prompt)?;
+        let (chosen, rejected) = (encode(&texts.with_chosen)?, encode(&texts.with_rejected)?);
+        let shared = common_tokens(&prompt, &chosen).min(common_tokens(&prompt, &rejected));
+        let ended = if texts.plain { prompt.len() - self.tokenizer.appended() } else { prompt.len() };
+        if shared < ended {
+            self.note_shorter_prompt(texts, &prompt, [&chosen, &rejected], shared, events)?;
         }
-        let Some(eos) = self.tokenizer.eos() else {
-            return match ids[..closed].last() {
-                Some(&last) if self.tokenizer.is_special(last) => Ok(ids),
-                _ => Err(Error::model(
-                    self.tokenizer.path(),
-                    "the tokenizer has no `eos_token` to end a response with",
-                    "name it in tokenizer_config.json, or use a chat template that writes the end token",
-                )),
-            };
-        };
-        let written = ids[..closed].iter().rev().take_while(|&&id| id == eos).count();
-        match ids[..closed].last() {
-            Some(&last) if last == eos => drop(ids.drain(closed - written..closed - 1)),
-            Some(&last) if self.tokenizer.is_special(last) => {}
-            _ => ids.push(eos),
+        if texts.plain {
+            let bos = self.tokenizer.prepended();
+            if bos.is_some() && bos == prompt.get(1).copied() {
+                events.add(Cause::BosTwice);
+            }
+        } else if !(self.is_closed(&chosen[shared..])? && self.is_closed(&rejected[shared..])?) {
+            events.add(Cause::NoEndToken);
         }
-        Ok(ids)
+        // Exact sizes: these stay for the whole run.
+        Ok(TokenizedPair {
+            record,
+            prompt: prompt[..shared].to_vec(),
+            chosen: chosen[shared..].to_vec(),
+            rejected: rejected[shared..].to_vec(),
+        })
+    }
+
+    /// Counts a prompt of which only `shared` tokens stand before both responses.
+    fn note_shorter_prompt(
+        &self,
+        texts: &Texts,
+        prompt: &[u32],
+        wholes: [&[u32]; 2],
+        shared: usize,
+        events: &mut Events,
+    ) -> Result<()> {
+        let left_out = quoted_start(&self.tokenizer.tail_text(prompt, shared)?);
+        if !(texts.with_chosen.starts_with(&texts.prompt) && texts.with_rejected.starts_with(&texts.prompt)) {
+            events.add_with(Cause::PromptShortened, format!("the prompt loses its end {left_out}"));
+            return Ok(());
+        }
+        let firsts =
+            wholes.map(|whole| self.tokenizer.tail_text(&whole[..whole.len().min(shared + 1)], shared));
+        let [chosen, rejected] = firsts;
+        events.add_with(
+            Cause::BoundaryToken,
+            format!(
+                "the prompt's end {left_out} is left out, and the responses begin with the tokens {:?} and {:?}",
+                chosen?, rejected?
+            ),
+        );
+        Ok(())
+    }
+
+    /// Whether a special token ends the response; a template may write white space after it.
+    fn is_closed(&self, response: &[u32]) -> Result<bool> {
+        for &id in response.iter().rev() {
+            if self.tokenizer.is_special(id) {
+                return Ok(true);
+            }
+            if !self.tokenizer.decode(&[id], false)?.trim().is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(false)
     }
 
     /// Cuts a pair to the limits; `None` if nothing is left to score on a side.
@@ -158,57 +238,61 @@ impl TextEncoder {
         &self,
         mut pair: TokenizedPair,
         limits: LengthLimits,
-        causes: &mut Vec<Cause>,
+        events: &mut Events,
     ) -> Option<TokenizedPair> {
         if pair.prompt.len() > limits.max_prompt_length {
-            causes.push(Cause::PromptCut);
+            events.add(Cause::PromptCut);
             self.cut_prompt(&mut pair.prompt, limits.max_prompt_length);
         }
         let room = limits.max_length.saturating_sub(pair.prompt.len());
         if room == 0 {
-            causes.push(Cause::NoRoom);
+            events.add(Cause::NoRoom);
             return None;
         }
         for (response, cause) in
             [(&mut pair.chosen, Cause::ChosenCut), (&mut pair.rejected, Cause::RejectedCut)]
         {
             if response.len() > room {
-                causes.push(cause);
+                events.add(cause);
                 response.truncate(room);
             }
+        }
+        if pair.chosen.is_empty() || pair.rejected.is_empty() {
+            events.add(Cause::ResponseNotWritten);
+            return None;
         }
         // Without a prompt, nothing predicts a response's first token.
         let context_only = usize::from(pair.prompt.is_empty());
         if pair.chosen.len().min(pair.rejected.len()) <= context_only {
-            causes.push(Cause::NothingToScore);
+            events.add(Cause::NothingToScore);
             return None;
         }
         if pair.chosen == pair.rejected {
-            causes.push(Cause::Identical);
+            events.add(Cause::Identical);
         }
         Some(pair)
     }
 
-    /// Keeps the last `length` tokens, and in their first place the BOS, if the tokenizer puts one there.
+    /// Keeps the last `length` tokens, and in their first place the BOS that the tokenizer puts in front, if it is
+    /// there.
     fn cut_prompt(&self, prompt: &mut Vec<u32>, length: usize) {
-        let bos = self.tokenizer.prepended();
+        let bos = self.tokenizer.prepended().filter(|bos| prompt.first() == Some(bos));
         prompt.drain(..prompt.len() - length);
+        prompt.shrink_to_fit();
         if let (Some(bos), Some(first)) = (bos, prompt.first_mut()) {
             *first = bos;
         }
     }
 
-    /// The texts of a conversation, and whether its prompt had to be shortened to be a prefix of both sides.
+    /// The texts of a conversation: its prompt with the assistant's turn opened, and with each response.
     fn render(
         &self,
-        prompt: &[Message],
-        chosen: &[Message],
-        rejected: &[Message],
+        [prompt, chosen, rejected]: [&[Message]; 3],
         variables: &Map<String, Value>,
-    ) -> std::result::Result<(Texts, bool), RenderFailure> {
+    ) -> std::result::Result<Texts, RenderFailure> {
         let template = self.template().map_err(RenderFailure::Model)?;
-        let render = |parts: [&[Message]; 2], open: bool| {
-            let messages: Vec<&Message> = parts.into_iter().flatten().collect();
+        let render = |response: &[Message], open: bool| {
+            let messages: Vec<&Message> = prompt.iter().chain(response).collect();
             template.render(&messages, variables, open).map_err(|refusal| match refusal.exceeded {
                 true => {
                     RenderFailure::Model(Error::model(template.path(), refusal.to_string(), EXCEEDED_HELP))
@@ -216,30 +300,46 @@ impl TextEncoder {
                 false => RenderFailure::Record(refusal.to_string()),
             })
         };
-        let mut prompt_text = render([prompt, &[]], true)?;
-        let with_chosen = render([prompt, chosen], false)?;
-        let with_rejected = render([prompt, rejected], false)?;
-        let shared = super::common_prefix(&prompt_text, &with_chosen)
-            .min(super::common_prefix(&prompt_text, &with_rejected));
-        let shortened = shared < prompt_text.len();
-        if shortened {
-            // Only the opening of the assistant's turn may go; a prompt that is itself rewritten once a response
-            // follows would leave some of its own text to be scored as the response.
-            let closed_prompt = render([prompt, &[]], false)?;
-            if !(prompt_text.starts_with(&closed_prompt) && shared >= closed_prompt.len()) {
-                return Err(RenderFailure::Record(
-                    "the chat template writes the prompt differently once a response follows it".to_string(),
-                ));
-            }
-            prompt_text.truncate(shared);
-        }
-        let texts = Texts {
-            chosen: with_chosen[shared..].to_string(),
-            rejected: with_rejected[shared..].to_string(),
-            prompt: prompt_text,
-        };
-        Ok((texts, shortened))
+        Ok(Texts {
+            prompt: render(&[], true)?,
+            with_chosen: render(chosen, false)?,
+            with_rejected: render(rejected, false)?,
+            plain: false,
+        })
     }
+}
+
+/// Counts what the template leaves out of the messages.
+fn note_lost_text([prompt, chosen, rejected]: [&[Message]; 3], texts: &Texts, events: &mut Events) {
+    let lost = |messages: &[Message], written: &str, from: usize| {
+        messages.iter().find_map(|message| {
+            // A response's text may begin in the opening of its turn.
+            let mut start = from.saturating_sub(message.content.len());
+            while !written.is_char_boundary(start) {
+                start -= 1;
+            }
+            lost_text(&message.content, &written[start..]).map(|lost| {
+                let (characters, start) = (lost.chars().count(), quoted_start(lost));
+                format!("{characters} characters of the {} message, from {start}", message.role)
+            })
+        })
+    };
+    if let Some(lost) = lost(prompt, &texts.with_chosen, 0) {
+        events.add_with(Cause::PromptTextLost, lost);
+    }
+    let sides = [("chosen", chosen, &texts.with_chosen), ("rejected", rejected, &texts.with_rejected)];
+    let lost = sides.into_iter().find_map(|(side, messages, written)| {
+        let shared = super::common_prefix(&texts.prompt, written);
+        lost(messages, written, shared).map(|lost| format!("{side} response: {lost}"))
+    });
+    if let Some(lost) = lost {
+        events.add_with(Cause::ResponseTextLost, lost);
+    }
+}
+
+/// How many first tokens both have in common.
+fn common_tokens(one: &[u32], other: &[u32]) -> usize {
+    one.iter().zip(other).take_while(|(one, other)| one == other).count()
 }
 
 /// Whose fault it is that a conversation has no text.

@@ -7,7 +7,9 @@
 mod batch;
 mod dataset;
 mod encode;
+mod lost_text;
 mod order;
+mod panics;
 mod python;
 mod records;
 mod reference_cache;
@@ -25,4 +27,4 @@ pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
 pub use template::{ChatTemplate, TemplateRefusal, Watch};
 pub(crate) use template::{TEMPLATE_FILE, TEMPLATE_FOLDER};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{SegmentCache, StreamDecoder, Tokenizer};

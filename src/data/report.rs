@@ -30,6 +30,18 @@ pub enum Cause {
     PromptShortened,
     /// A `prompt` string is not among the messages that the responses share; those are used.
     PromptColumnDiffers,
+    /// A token reaches from the prompt into a response, so that it and all after it belong to the responses.
+    BoundaryToken,
+    /// The template does not write all text of a prompt message.
+    PromptTextLost,
+    /// The template does not write all text of a response message.
+    ResponseTextLost,
+    /// The template writes no end token after a response.
+    NoEndToken,
+    /// Dropped: the template writes nothing for a response.
+    ResponseNotWritten,
+    /// Plain text begins with the BOS that the tokenizer puts in front as well.
+    BosTwice,
     /// No column holds a prompt: it is the beginning that both texts share.
     ImplicitPrompt,
     /// The same, while the record has a text in a column whose name means nothing here.
@@ -53,7 +65,7 @@ pub enum Cause {
 }
 
 impl Cause {
-    pub const ALL: [Cause; 19] = [
+    pub const ALL: [Cause; 25] = [
         Cause::BlankResponse,
         Cause::NoRoom,
         Cause::NothingToScore,
@@ -63,6 +75,12 @@ impl Cause {
         Cause::Identical,
         Cause::PromptShortened,
         Cause::PromptColumnDiffers,
+        Cause::BoundaryToken,
+        Cause::PromptTextLost,
+        Cause::ResponseTextLost,
+        Cause::NoEndToken,
+        Cause::ResponseNotWritten,
+        Cause::BosTwice,
         Cause::ImplicitPrompt,
         Cause::ImplicitPromptBesideText,
         Cause::PromptTakenOff,
@@ -77,7 +95,18 @@ impl Cause {
 
     /// Whether the record is lost by it.
     pub fn drops(self) -> bool {
-        matches!(self, Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore)
+        matches!(
+            self,
+            Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore | Cause::ResponseNotWritten
+        )
+    }
+
+    /// Whether its example tells what happened, rather than being an excerpt of the record.
+    fn is_told(self) -> bool {
+        matches!(
+            self,
+            Cause::PromptShortened | Cause::BoundaryToken | Cause::PromptTextLost | Cause::ResponseTextLost
+        )
     }
 
     /// For a cause that suggests a mistake in the file: what to do about it.
@@ -198,6 +227,9 @@ impl EncodingReport {
         let places: Vec<String> = first.iter().map(usize::to_string).collect();
         let more = if *count > first.len() { ", ..." } else { "" };
         let example = match example {
+            Some(example) if cause.is_told() => {
+                format!("; for example, at {}, {example}", places.first().map_or("", String::as_str))
+            }
             Some(example) if !example.is_empty() => format!(", such as `{example}`"),
             _ => String::new(),
         };
@@ -218,11 +250,28 @@ impl EncodingReport {
             Cause::RejectedCut => format!("rejected responses cut on the right to max_length {max_length}"),
             Cause::Identical => "kept with identical chosen and rejected responses".to_string(),
             Cause::PromptShortened => {
-                "prompts end early: the template writes the opening of the assistant's turn otherwise before a response"
+                "prompts end early: the template writes their end otherwise once a response follows, and the prompt \
+                 ends where the two part"
                     .to_string()
             }
             Cause::PromptColumnDiffers => {
                 "with a `prompt` string that the messages do not contain; the messages were used".to_string()
+            }
+            Cause::BoundaryToken => {
+                "prompts end within a token that reaches into a response: the responses begin with that token"
+                    .to_string()
+            }
+            Cause::PromptTextLost => "have prompt text that the template leaves out or rewrites".to_string(),
+            Cause::ResponseTextLost => {
+                "have response text that the template leaves out or rewrites: it is not trained on".to_string()
+            }
+            Cause::NoEndToken => {
+                "have a response without an end token, since the template writes none: nothing teaches the model to stop"
+                    .to_string()
+            }
+            Cause::ResponseNotWritten => "dropped: the template writes nothing for a response".to_string(),
+            Cause::BosTwice => {
+                "prompts begin with two BOS tokens: one in the text, one that the tokenizer puts in front".to_string()
             }
             Cause::ImplicitPrompt => {
                 "without a prompt column: the prompt is the beginning that both responses share".to_string()

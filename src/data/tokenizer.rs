@@ -1,23 +1,30 @@
-//! The tokenizer of a Hugging Face model folder.
+//! The tokenizer of a Hugging Face model folder, with the ids that transformers gives.
 //!
 //! `tokenizer.json` holds the tokenizer; `tokenizer_config.json` (and, in older folders, `special_tokens_map.json`)
-//! say which tokens begin and end a sequence.
+//! say which tokens begin and end a sequence, and which [class](class) of transformers reads the file.
 
-use std::collections::{BTreeMap, HashSet};
+mod class;
+mod special;
+mod stream;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use tokenizers::{AddedToken, ModelWrapper};
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{
+    Model, ModelWrapper, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+};
 
+use self::class::Class;
+use self::special::SpecialTokens;
+pub use self::stream::StreamDecoder;
+use super::panics::catch;
 use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
 
-/// The named special tokens that configs and chat templates know.
-const SPECIAL_NAMES: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-
-/// Text to token ids and back. Encoding never adds, cuts or pads anything by itself.
+/// Text to token ids and back. Encoding never cuts or pads anything by itself.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -26,46 +33,38 @@ pub struct Tokenizer {
     special_ids: HashSet<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
-    prepended: Option<u32>,
+    /// Tokens that the post-processor puts before and after plain text.
+    around_text: [Vec<u32>; 2],
+    cleans_up_spaces: bool,
     fingerprint: [u8; 32],
+}
+
+/// Token ids of the segments of texts that share much, such as a prompt alone and with each of its responses. A
+/// segment is what lies between two added tokens; nothing outside decides its ids.
+#[derive(Debug, Default)]
+pub struct SegmentCache {
+    /// By whether the segment begins its text, which some tokenizers treat otherwise, and by its normalised text.
+    ids: [HashMap<String, Vec<u32>>; 2],
 }
 
 impl Tokenizer {
     /// Loads the tokenizer of `folder`; also gives its `tokenizer_config.json`, where chat templates may stand.
+    ///
+    /// Errors: a file is missing, broken, or something else; the named tokens are not the tokenizer's.
     pub fn load(folder: &Path) -> Result<(Self, Map<String, Value>)> {
         let path = folder.join("tokenizer.json");
         let bytes = read_tokenizer_file(folder, &path)?;
         foreign::refuse(&path, &bytes, "the tokenizer")?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
-        let legacy_map = read_object(&folder.join("special_tokens_map.json"))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| {
-            Error::model(&path, format!("not a tokenizer: {error}"), "copy the model's tokenizer.json again")
-        })?;
-        // The file may carry the settings of the run that saved it; they would cut and pad in silence.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|error| Error::model(&path, error.to_string(), REPORT_HELP))?;
-        refuse_dropout(&inner, &path)?;
-        add_missing_tokens(&mut inner, &config, folder)?;
+        let mut json: Value = serde_json::from_slice(&bytes)
+            .map_err(|error| not_a_tokenizer(&path, format!("broken JSON: {error}")))?;
+        let class = class_of(folder, &config, &json)?;
+        let tokens = SpecialTokens::read(folder, &config, &json, class)?;
+        class.rebuild(&mut json, &config);
+        let (inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
+            .unwrap_or_else(|panic| Err(not_a_tokenizer(&path, panic)))?;
 
-        let mut special_tokens = BTreeMap::new();
-        for name in SPECIAL_NAMES {
-            let value = config.get(name).filter(|value| !value.is_null()).or_else(|| legacy_map.get(name));
-            if let Some(token) = special_token(name, value, folder)? {
-                special_tokens.insert(name.to_string(), token);
-            }
-        }
-        let id_of = |name: &str| match special_tokens.get(name) {
-            None => Ok(None),
-            Some(token) => match inner.token_to_id(token) {
-                Some(id) => Ok(Some(id)),
-                None => Err(Error::model(
-                    &path,
-                    format!("`{name}` is {token:?}, which is no token of this tokenizer"),
-                    "use the tokenizer.json and tokenizer_config.json of the same model",
-                )),
-            },
-        };
-        let (bos, eos) = (id_of("bos_token")?, id_of("eos_token")?);
+        let special_tokens = tokens.named();
         let special_ids = inner
             .get_added_tokens_decoder()
             .iter()
@@ -74,40 +73,69 @@ impl Tokenizer {
             .chain(bos)
             .chain(eos)
             .collect();
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&bytes);
-        for part in ["added_tokens_decoder", "add_bos_token"] {
-            hasher.update(config.get(part).unwrap_or(&Value::Null).to_string().as_bytes()).update(&[0]);
-        }
-        for (name, token) in &special_tokens {
-            hasher.update(name.as_bytes()).update(&[0]).update(token.as_bytes()).update(&[0]);
-        }
-        let fingerprint = *hasher.finalize().as_bytes();
-        let mut tokenizer =
-            Tokenizer { inner, path, special_tokens, special_ids, bos, eos, prepended: None, fingerprint };
-        tokenizer.prepended = match config.get("add_bos_token") {
-            Some(Value::Bool(true)) => bos,
-            Some(Value::Bool(false)) => None,
-            _ => tokenizer.prepended_by_post_processor()?,
+        let is_bpe = matches!(inner.get_model(), ModelWrapper::BPE(_));
+        let says = |name: &str| config.get(name).is_some_and(|value| class::truthy(value, false));
+        let cleans_up_spaces = says("clean_up_tokenization_spaces")
+            && (!is_bpe || says("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"));
+        let fingerprint = fingerprint(&bytes, &config, class, &special_tokens);
+        let mut tokenizer = Tokenizer {
+            inner,
+            path,
+            special_tokens,
+            special_ids,
+            bos,
+            eos,
+            around_text: [Vec::new(), Vec::new()],
+            cleans_up_spaces,
+            fingerprint,
         };
+        tokenizer.around_text = tokenizer.tokens_around_text()?;
         Ok((tokenizer, config))
     }
 
     /// Token ids of `text`; special tokens written in it become their ids, none is added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with(text, false)
+        self.encode_with(text, &mut SegmentCache::default())
+    }
+
+    /// As [`Tokenizer::encode`], with what earlier texts have left in `cache`.
+    pub fn encode_with(&self, text: &str, cache: &mut SegmentCache) -> Result<Vec<u32>> {
+        match catch(|| self.segments(text, cache)) {
+            Ok(Ok(ids)) => Ok(ids),
+            Ok(Err(error)) => Err(self.cannot_tokenise(error.as_ref())),
+            Err(panic) => Err(self.cannot_tokenise(&panic)),
+        }
+    }
+
+    /// Token ids of `text` as plain text, which is what calling the tokenizer in transformers gives: with the tokens
+    /// that the post-processor adds, a BOS in most.
+    pub fn encode_plain(&self, text: &str, cache: &mut SegmentCache) -> Result<Vec<u32>> {
+        let [before, after] = &self.around_text;
+        Ok([before.as_slice(), &self.encode_with(text, cache)?, after].concat())
     }
 
     /// Text of `ids`, without special tokens if `skip_special_tokens`.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special_tokens).map_err(|error| {
-            Error::model(&self.path, format!("cannot decode {} tokens: {error}", ids.len()), REPORT_HELP)
-        })
+        let failed = |error: &dyn std::fmt::Display| {
+            Error::model(&self.path, format!("cannot decode {} tokens: {error}", ids.len()), COPY_HELP)
+        };
+        let text = catch(|| self.inner.decode(ids, skip_special_tokens))
+            .map_err(|panic| failed(&panic))?
+            .map_err(|error| failed(&error))?;
+        Ok(if self.cleans_up_spaces { without_spaces_before_marks(text) } else { text })
     }
 
     /// Decodes tokens as they are generated.
     pub fn stream(&self, skip_special_tokens: bool) -> StreamDecoder<'_> {
-        StreamDecoder { tokenizer: self, skip_special_tokens, ids: Vec::new(), context: 0, shown: 0 }
+        StreamDecoder::new(self, skip_special_tokens)
+    }
+
+    /// The text of `ids` from token `start` on, with the spaces that it has in the text as a whole.
+    pub(super) fn tail_text(&self, ids: &[u32], start: usize) -> Result<String> {
+        let context = start.saturating_sub(4);
+        let before = self.decode(&ids[context..start], false)?;
+        let all = self.decode(&ids[context..], false)?;
+        Ok(all.get(before.len()..).unwrap_or_default().to_string())
     }
 
     /// `bos_token`, whether or not the tokenizer puts it in front by itself.
@@ -120,10 +148,14 @@ impl Tokenizer {
         self.eos
     }
 
-    /// The token this tokenizer puts in front of every sequence: by `add_bos_token` if the config has it, else by
-    /// its post-processor.
+    /// The token that this tokenizer puts in front of plain text.
     pub fn prepended(&self) -> Option<u32> {
-        self.prepended
+        self.around_text[0].first().copied()
+    }
+
+    /// How many tokens this tokenizer puts after plain text.
+    pub(super) fn appended(&self) -> usize {
+        self.around_text[1].len()
     }
 
     /// Whether `id` is a special token (an end-of-turn marker, not a word).
@@ -156,59 +188,181 @@ impl Tokenizer {
         self.fingerprint
     }
 
-    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        match self.inner.encode_fast(text, add_special_tokens) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => {
-                Err(Error::model(&self.path, format!("cannot tokenise a text: {error}"), REPORT_HELP))
+    fn cannot_tokenise(&self, error: &dyn std::fmt::Display) -> Error {
+        Error::model(&self.path, format!("cannot tokenise a text: {error}"), COPY_HELP)
+    }
+
+    /// The ids of `text`, segment by segment. The library's own steps, but each segment is tokenised only once for
+    /// all texts that share `cache`.
+    fn segments(&self, text: &str, cache: &mut SegmentCache) -> tokenizers::Result<Vec<u32>> {
+        let added = self.inner.get_added_vocabulary();
+        let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
+        let known: Vec<Option<u32>> = pieces
+            .get_splits(OffsetReferential::Normalized, OffsetType::None)
+            .into_iter()
+            .map(|(_, _, tokens)| tokens.as_ref().and_then(|tokens| tokens.first()).map(|token| token.id))
+            .collect();
+        let mut segments = Vec::new();
+        pieces.split(|_, segment| {
+            segments.push(segment);
+            Ok(Vec::<NormalizedString>::new())
+        })?;
+        let mut segments = segments.into_iter();
+        let mut ids = Vec::new();
+        for token in known {
+            match token {
+                Some(id) => ids.push(id),
+                None => ids.extend(self.segment(segments.next().ok_or("a segment is lost")?, cache)?),
             }
         }
+        Ok(ids)
     }
 
-    fn prepended_by_post_processor(&self) -> Result<Option<u32>> {
-        let (with, without) = (self.encode_with("a", true)?, self.encode_with("a", false)?);
-        Ok(with.first().copied().filter(|first| with.len() > without.len() && without.first() != Some(first)))
-    }
-}
-
-/// Gives out the text of a growing token list as soon as it is certain: a character whose bytes are spread over
-/// several tokens appears when its last one is there, and spaces come out as in the text as a whole.
-#[derive(Debug)]
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
-    skip_special_tokens: bool,
-    ids: Vec<u32>,
-    /// Tokens from here on are decoded together with new ones: decoders treat the first token of a text specially.
-    context: usize,
-    /// Tokens before this one have been given out.
-    shown: usize,
-}
-
-impl StreamDecoder<'_> {
-    /// Takes the next token; the text that it makes certain, perhaps none.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.ids.push(id);
-        let text = self.pending()?;
-        if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
+    fn segment<'a>(
+        &self,
+        segment: NormalizedString,
+        cache: &'a mut SegmentCache,
+    ) -> tokenizers::Result<&'a [u32]> {
+        let begins = segment.offsets_original().0 == 0;
+        let cache = &mut cache.ids[usize::from(begins)];
+        // Looked up twice, because a reference that is returned early would keep the cache borrowed.
+        if !cache.contains_key(segment.get()) {
+            let text = segment.get().to_string();
+            let mut words = PreTokenizedString::from(segment);
+            if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
+                pre_tokenizer.pre_tokenize(&mut words)?;
+            }
+            self.inner.get_model().tokenize_in_pretokenized(&mut words, None)?;
+            let words = words.get_splits(OffsetReferential::Normalized, OffsetType::None);
+            let tokens = words.iter().flat_map(|(_, _, tokens)| tokens.iter().flatten());
+            return Ok(cache.entry(text).or_insert(tokens.map(|token| token.id).collect()));
         }
-        (self.context, self.shown) = (self.shown, self.ids.len());
-        Ok(text)
+        Ok(&cache[segment.get()])
     }
 
-    /// The text still held back, complete or not.
-    pub fn finish(self) -> Result<String> {
-        self.pending()
-    }
-
-    fn pending(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[self.context..self.shown], self.skip_special_tokens)?;
-        let all = self.tokenizer.decode(&self.ids[self.context..], self.skip_special_tokens)?;
-        Ok(all.get(before.len()..).unwrap_or_default().to_string())
+    fn tokens_around_text(&self) -> Result<[Vec<u32>; 2]> {
+        let encode = |added: bool| -> Result<Vec<u32>> {
+            match catch(|| self.inner.encode_fast("a", added)) {
+                Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
+                Ok(Err(error)) => Err(self.cannot_tokenise(error.as_ref())),
+                Err(panic) => Err(self.cannot_tokenise(&panic)),
+            }
+        };
+        let (with, without) = (encode(true)?, encode(false)?);
+        let before = (0..=with.len().saturating_sub(without.len()))
+            .find(|&start| with.get(start..start + without.len()) == Some(without.as_slice()));
+        Ok(match before {
+            Some(before) => [with[..before].to_vec(), with[before + without.len()..].to_vec()],
+            None => [Vec::new(), Vec::new()],
+        })
     }
 }
 
-const REPORT_HELP: &str = "check that tokenizer.json belongs to this model and is whole";
+/// The tokenizer of (rebuilt) `json`, with all its tokens, and the ids of BOS and EOS.
+fn build(
+    mut json: Value,
+    config: &Map<String, Value>,
+    class: Class,
+    tokens: &SpecialTokens,
+    folder: &Path,
+) -> Result<(tokenizers::Tokenizer, Option<u32>, Option<u32>)> {
+    let path = folder.join("tokenizer.json");
+    if let Some(parts) = json.as_object_mut() {
+        // The file may carry the settings of the run that saved it; they would cut and pad in silence.
+        parts.insert("truncation".to_string(), Value::Null);
+        parts.insert("padding".to_string(), Value::Null);
+    }
+    let mut inner: tokenizers::Tokenizer =
+        serde_json::from_value(json).map_err(|error| not_a_tokenizer(&path, error.to_string()))?;
+    refuse_dropout(&inner, &path)?;
+    tokens.add_to(&mut inner, folder)?;
+    let split = config.get("split_special_tokens").is_some_and(|split| class::truthy(split, false));
+    inner.set_encode_special_tokens(split);
+    let named = tokens.named();
+    let id_of = |name: &str| named.get(name).and_then(|token| inner.token_to_id(token));
+    let (bos, eos) = (id_of("bos_token"), id_of("eos_token"));
+    if let (true, Some(id), Some(token)) = (class.forces_bos(), bos, named.get("bos_token")) {
+        let processor = TemplateProcessing::builder()
+            .try_single(vec![token.clone(), "$A".to_string()])
+            .map_err(|error| error.to_string())
+            .and_then(|builder| {
+                builder.special_tokens(vec![(token.clone(), id)]).build().map_err(|error| error.to_string())
+            })
+            .map_err(|error| config_error(folder, format!("`bos_token`: {error}")))?;
+        inner.with_post_processor(Some(processor));
+    }
+    Ok((inner, bos, eos))
+}
+
+/// The class that the configs name for this tokenizer.
+fn class_of(folder: &Path, config: &Map<String, Value>, tokenizer: &Value) -> Result<Class> {
+    let name = |config: &Map<String, Value>| {
+        config.get("tokenizer_class").and_then(Value::as_str).map(str::to_string)
+    };
+    let name = match name(config) {
+        Some(name) => Some(name),
+        // A broken config.json is the model loader's to report.
+        None => read_object(&folder.join("config.json")).ok().as_ref().and_then(name),
+    };
+    let (class, known) = Class::of(name.as_deref(), tokenizer);
+    if !known {
+        tracing::warn!(
+            "{}: `tokenizer_class` {} is not known here: tokenizer.json is taken as it stands",
+            folder.join("tokenizer_config.json").display(),
+            name.unwrap_or_default().escape_debug(),
+        );
+    }
+    Ok(class)
+}
+
+fn fingerprint(
+    bytes: &[u8],
+    config: &Map<String, Value>,
+    class: Class,
+    special_tokens: &BTreeMap<String, String>,
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(bytes);
+    hasher.update(format!("{class:?}").as_bytes()).update(&[0]);
+    for part in [
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "legacy",
+        "add_prefix_space",
+        "split_special_tokens",
+    ] {
+        hasher.update(config.get(part).unwrap_or(&Value::Null).to_string().as_bytes()).update(&[0]);
+    }
+    for (name, token) in special_tokens {
+        hasher.update(name.as_bytes()).update(&[0]).update(token.as_bytes()).update(&[0]);
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// What transformers' `clean_up_tokenization` does.
+fn without_spaces_before_marks(text: String) -> String {
+    const MARKS: [(&str, &str); 10] = [
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ];
+    MARKS.iter().fold(text, |text, (from, to)| text.replace(from, to))
+}
+
+const COPY_HELP: &str =
+    "check that tokenizer.json belongs to this model and is whole; copy it again if in doubt";
+
+fn not_a_tokenizer(path: &Path, message: String) -> Error {
+    Error::model(path, format!("not a tokenizer: {message}"), COPY_HELP)
+}
 
 fn read_tokenizer_file(folder: &Path, path: &Path) -> Result<Vec<u8>> {
     if path.is_file() {
@@ -246,60 +400,6 @@ fn refuse_dropout(inner: &tokenizers::Tokenizer, path: &Path) -> Result<()> {
             Err(Error::model(path, "BPE dropout is on", "set `dropout` to null in tokenizer.json"))
         }
         _ => Ok(()),
-    }
-}
-
-/// Adds the tokens that only `added_tokens_decoder` of the config lists, under the ids it gives them.
-fn add_missing_tokens(
-    inner: &mut tokenizers::Tokenizer,
-    config: &Map<String, Value>,
-    folder: &Path,
-) -> Result<()> {
-    let Some(listed) = config.get("added_tokens_decoder").and_then(Value::as_object) else { return Ok(()) };
-    let mut missing: Vec<(u32, AddedToken)> = Vec::new();
-    for (id, token) in listed {
-        let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
-        let (Ok(id), Some(content)) = (id.parse(), token.get("content").and_then(Value::as_str)) else {
-            return Err(config_error(folder, format!("`added_tokens_decoder` has a broken entry `{id}`")));
-        };
-        if inner.token_to_id(content) == Some(id) {
-            continue;
-        }
-        let added = AddedToken::from(content, flag("special"))
-            .single_word(flag("single_word"))
-            .lstrip(flag("lstrip"))
-            .rstrip(flag("rstrip"))
-            .normalized(flag("normalized"));
-        missing.push((id, added));
-    }
-    missing.sort_by_key(|(id, _)| *id);
-    for (id, token) in missing {
-        let content = token.content.clone();
-        let given = inner.add_tokens([token]).ok().and_then(|_| inner.token_to_id(&content));
-        if given != Some(id) {
-            let found = given.map_or_else(|| "none".to_string(), |given| given.to_string());
-            return Err(config_error(
-                folder,
-                format!(
-                    "`added_tokens_decoder` gives {content:?} the id {id}, tokenizer.json gives it {found}"
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// A special token as older and newer configs write it: a string, or an object with its `content`.
-fn special_token(name: &str, value: Option<&Value>, folder: &Path) -> Result<Option<String>> {
-    match value {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(token)) => Ok(Some(token.clone())),
-        Some(Value::Object(token)) if token.get("content").is_some_and(Value::is_string) => {
-            Ok(token.get("content").and_then(Value::as_str).map(str::to_string))
-        }
-        Some(_) => {
-            Err(config_error(folder, format!("`{name}` is neither a string nor an object with `content`")))
-        }
     }
 }
 

@@ -256,13 +256,16 @@ fn the_first_bad_record_in_file_order_is_the_one_reported() {
 }
 
 #[test]
-fn a_template_that_rewrites_the_prompt_is_refused_and_one_that_opens_differently_is_cut() {
+fn a_template_that_writes_the_prompt_otherwise_before_a_response_shortens_it() {
     let rewrites =
         "{% for m in messages %}{{ m.content if loop.last else 'old ' + m.content }}<|im_end|>{% endfor %}";
     let (_folder, template) = temporary("t.jinja", rewrites);
     let encoder = TextEncoder::load(&file("chatml"), Some(&template)).unwrap();
-    let error = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap_err();
-    assert!(error.to_string().contains("writes the prompt differently"), "{error}");
+    let dataset = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap();
+    assert!(dataset.pairs[0].prompt.is_empty(), "nothing is common from the first token on");
+    let text = encoder.tokenizer.decode(&dataset.pairs[0].rejected, false).unwrap();
+    assert_eq!(text, "old What color is the sky?<|im_end|>It is green.<|im_end|>");
+    assert_eq!(dataset.report.tally(mmpo_fast::data::Cause::PromptShortened).count, 1);
 
     let thinks = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
     let (_folder, template) = temporary("t.jinja", thinks);
@@ -309,7 +312,7 @@ fn a_folder_without_a_tokenizer_says_what_is_missing() {
         (r#"{"eos_token":3}"#, "`eos_token` is neither a string nor an object"),
         (r#"{"chat_template":3}"#, "`chat_template` is neither a string nor a list"),
         (r#"{"chat_template":"{% if %}"}"#, "does not compile"),
-        (r#"{"added_tokens_decoder":{"5":{"content":"<|im_end|>"}}}"#, "the id 5"),
+        (r#"{"added_tokens_decoder":{"5":{"contents":"<|im_end|>"}}}"#, "a broken entry `5`"),
     ] {
         std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
         let message = load(folder.path());

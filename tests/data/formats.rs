@@ -64,40 +64,42 @@ fn plain_text_has_the_ids_of_hugging_face_with_one_bos_and_one_end_token() {
 }
 
 #[test]
-fn special_tokens_already_written_are_not_doubled() {
+fn special_tokens_written_in_plain_text_are_what_trl_makes_of_them() {
     let encoder = encoder("llama3");
     let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
     let texts = [
         r#"{"prompt":"Hi","chosen":" yes","rejected":" no"}"#,
         r#"{"prompt":"<|begin_of_text|>Hi","chosen":" yes<|eot_id|>","rejected":" no<|eot_id|><|eot_id|>"}"#,
-        r#"{"prompt":"<|begin_of_text|><|begin_of_text|>Hi","chosen":" yes","rejected":" no"}"#,
     ];
     let (_folder, path) = temporary("pairs.jsonl", texts.join("\n"));
     let dataset = load_pairs(&path, &encoder, golden_limits()).unwrap();
-    for pair in &dataset.pairs {
-        assert_eq!(parts(pair), parts(&dataset.pairs[0]));
-        assert_eq!(pair.prompt.iter().filter(|&&id| id == bos).count(), 1);
-        for response in [&pair.chosen, &pair.rejected] {
-            assert_eq!(response.iter().filter(|&&id| id == eos).count(), 1, "{response:?}");
-            assert_eq!(response.last(), Some(&eos));
-        }
-    }
+    let [plain, written] = dataset.pairs.as_slice() else { panic!("{:?}", dataset.pairs) };
+    assert_eq!(plain.prompt[0], bos);
+    assert_eq!(written.prompt, [&[bos], plain.prompt.as_slice()].concat(), "one in the text, one in front");
+    assert_eq!(written.chosen, plain.chosen, "an end token that is there is not added");
+    assert_eq!(plain.rejected.iter().filter(|&&id| id == eos).count(), 1);
+    assert_eq!(written.rejected, [plain.rejected.as_slice(), &[eos]].concat());
+    assert_eq!(dataset.report.tally(Cause::BosTwice).first, [2], "the second BOS is counted and shown");
 }
 
 #[test]
-fn a_template_that_writes_neither_bos_nor_end_token_gets_one_of_each() {
+fn nothing_is_added_to_what_a_template_writes_and_a_missing_end_token_is_counted() {
     let template = file("templates/raises.jinja");
     let encoder = TextEncoder::load(&file("llama3"), Some(&template)).unwrap();
-    let (bos, eos) = (encoder.tokenizer.bos().unwrap(), encoder.tokenizer.eos().unwrap());
     let dataset = load_pairs(&file("pairs/one_record.json"), &encoder, golden_limits()).unwrap();
     let pair = &dataset.pairs[0];
     assert_eq!(
-        encoder.tokenizer.decode(&pair.prompt[1..], false).unwrap(),
-        "user: What color is the sky?\nassistant: "
+        encoder.tokenizer.decode(&pair.prompt, false).unwrap(),
+        "user: What color is the sky?\nassistant: ",
+        "no BOS"
     );
-    assert_eq!(pair.prompt[0], bos);
-    assert_eq!(encoder.tokenizer.decode(&pair.rejected, false).unwrap(), "It is green.\n<|eot_id|>");
-    assert_eq!(pair.rejected.iter().filter(|&&id| id == eos).count(), 1);
+    assert_eq!(encoder.tokenizer.decode(&pair.rejected, false).unwrap(), "It is green.\n");
+    assert_eq!(dataset.report.tally(Cause::NoEndToken).count, 1);
+    assert!(
+        dataset.report.to_string().contains("1 have a response without an end token"),
+        "{}",
+        dataset.report
+    );
 }
 
 #[test]

@@ -47,12 +47,26 @@ fn special_tokens_are_read_and_skipped() {
 }
 
 #[test]
-fn add_bos_token_of_the_config_wins_over_the_post_processor() {
-    let (_folder, tokenizer) = with_config("llama3", |config| config["add_bos_token"] = json!(false));
-    assert_eq!(tokenizer.unwrap().prepended(), None);
-    let (_folder, tokenizer) = with_config("chatml", |config| config["add_bos_token"] = json!(true));
-    let tokenizer = tokenizer.unwrap();
-    assert_eq!(tokenizer.prepended(), tokenizer.bos());
+fn the_post_processor_alone_decides_what_stands_around_plain_text() {
+    // As in transformers 5, which drops these two keys where there is a tokenizer.json.
+    for (name, prepends) in [("llama3", true), ("chatml", false)] {
+        for value in [true, false] {
+            let (_folder, tokenizer) = with_config(name, |config| {
+                config["add_bos_token"] = json!(value);
+                config["add_eos_token"] = json!(value);
+            });
+            let tokenizer = tokenizer.unwrap();
+            assert_eq!(tokenizer.prepended(), tokenizer.bos().filter(|_| prepends), "{name}, {value}");
+        }
+    }
+}
+
+#[test]
+fn another_id_in_the_config_does_not_move_a_token() {
+    let (_folder, tokenizer) = with_config("chatml", |config| {
+        config["added_tokens_decoder"] = json!({"5": {"content": "<|im_end|>", "special": true}});
+    });
+    assert_eq!(tokenizer.unwrap().token_id("<|im_end|>"), encoder("chatml").tokenizer.token_id("<|im_end|>"));
 }
 
 #[test]
@@ -75,8 +89,10 @@ fn the_fingerprint_follows_what_changes_ids() {
     let original = encoder("chatml").tokenizer.fingerprint();
     let (_folder, same) = with_config("chatml", |config| config["model_max_length"] = json!(5));
     assert_eq!(same.unwrap().fingerprint(), original);
-    let (_folder, other) = with_config("chatml", |config| config["add_bos_token"] = json!(true));
-    assert_ne!(other.unwrap().fingerprint(), original);
+    for (key, value) in [("split_special_tokens", json!(true)), ("tokenizer_class", json!("GPT2Tokenizer"))] {
+        let (_folder, other) = with_config("chatml", |config| config[key] = value);
+        assert_ne!(other.unwrap().fingerprint(), original, "{key}");
+    }
 }
 
 #[test]

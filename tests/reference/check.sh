@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a few steps on two golden models, scores the folders that came out, and lets transformers load them: it must
-# find every tensor and come to the log-probs and logits that we came to. Needs .venv (setup.sh).
+# find every tensor and come to the log-probs and logits that we came to. Then token ids beside TRL's. Needs .venv
+# (setup.sh).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root"
@@ -8,7 +9,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export MMPO_FAST_CACHE="$work/cache" HF_HUB_DISABLE_PROGRESS_BARS=1
 
-cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --example render_templates
+cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --example token_ids \
+  --example render_templates
 program=${CARGO_TARGET_DIR:-target}/release
 
 # An untied single file, and a tied model with a head size of its own.
@@ -41,3 +43,6 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 
 # The benchmark's peers, on the smallest shapes.
 .venv/bin/python -W ignore tests/reference/check_peers.py "$program/mmpo-fast"
+
+# Token ids over real tokenizers and chat templates, which are fetched on the first call, against TRL's.
+.venv/bin/python -W ignore tests/reference/check_tokens.py "$program/examples/token_ids"

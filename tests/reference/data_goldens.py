@@ -1,6 +1,6 @@
 """Makes tests/data: small tokenizers, pairs in every format, and what Hugging Face makes of them.
 
-    python3 -m venv .venv && .venv/bin/pip install transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6
+    bash tests/reference/setup.sh
     .venv/bin/python tests/reference/data_goldens.py
 
 Everything under tests/data but templates/*.jinja and this script's own words is written by it.
@@ -21,6 +21,7 @@ import jinja2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
+from trl.data_utils import common_prefix_length
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TEMPLATES = DATA / "templates"
@@ -170,10 +171,6 @@ def make_tokenizer(name, spec):
     )
 
 
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def cut(pair, bos):
     """Prompt from the left (a prepended BOS stays), responses from the right."""
     prompt = pair["prompt"]
@@ -185,23 +182,26 @@ def cut(pair, bos):
     return {"prompt": prompt, "chosen": pair["chosen"][:room], "rejected": pair["rejected"][:room]}
 
 
+def split(prompt, chosen, rejected):
+    """As TRL 1.16's DPOTrainer has it: the prompt is what its own tokens share with both wholes."""
+    length = min(common_prefix_length(prompt, whole) for whole in (chosen, rejected))
+    return {"prompt": prompt[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
 def encode_conversation(tokenizer, pair, bos):
     def render(messages, opened):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=opened, return_dict=True)["input_ids"]
 
-    prompt = render(pair["prompt"], True)
-    whole = {side: render(pair["prompt"] + pair[side], False) for side in ("chosen", "rejected")}
-    assert all(text.startswith(prompt) for text in whole.values())
-    parts = {"prompt": ids(tokenizer, prompt), **{k: ids(tokenizer, v[len(prompt) :]) for k, v in whole.items()}}
-    return cut(parts, bos)
+    wholes = [render(pair["prompt"] + pair[side], False) for side in ("chosen", "rejected")]
+    return cut(split(render(pair["prompt"], True), *wholes), bos)
 
 
 def encode_text(tokenizer, pair, bos):
-    prompt = ids(tokenizer, pair["prompt"])
-    parts = {"prompt": prompt if bos is None else [bos] + prompt}
-    for side in ("chosen", "rejected"):
-        parts[side] = ids(tokenizer, pair[side]) + [tokenizer.eos_token_id]
-    return cut(parts, bos)
+    def whole(response):
+        return tokenizer(text=pair["prompt"] + response + tokenizer.eos_token)["input_ids"]
+
+    prompt = tokenizer(text=pair["prompt"])["input_ids"]
+    return cut(split(prompt, whole(pair["chosen"]), whole(pair["rejected"])), bos)
 
 
 def write_lines(name, records):
