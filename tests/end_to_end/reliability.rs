@@ -401,7 +401,7 @@ fn absurd_numbers_are_refused_by_name_or_carried_on() {
         }
     }
     for (flag, part) in [
-        ("threads=9223372036854775807", "must be from 1 to 1024"),
+        ("threads=9223372036854775807", "must be at least 1 and at most 1024"),
         ("tokens-per-micro-batch=9223372036854775808", "at most 2147483647"),
         ("max-length=18446744073709551615", "at most 2147483647"),
         ("epochs=1e300", "at most 1000000"),
