@@ -65,9 +65,9 @@ fn files_that_are_missing() {
     work.refused("absent", "pairs.jsonl", IO, &["cannot read absent: ", "No such file"]);
     work.refused("base", "absent.jsonl", IO, &["cannot read absent.jsonl", "No such file"]);
     work.refuse(&format!("{TRAIN} --output new --eval-data absent.jsonl"), IO, &["cannot read absent.jsonl"]);
-    work.refuse(&format!("{TRAIN} --output new --reference absent"), IO, &["absent/config.json"]);
+    work.refuse(&format!("{TRAIN} --output new --reference absent"), IO, &["cannot read absent: "]);
     work.refuse(&format!("{TRAIN} --output new --chat-template absent.jinja"), IO, &["absent.jinja"]);
-    work.refuse("generate --model absent --prompt hello", IO, &["cannot read absent/config.json"]);
+    work.refuse("generate --model absent --prompt hello", IO, &["cannot read absent: "]);
     std::fs::remove_file(work.path("base/model.safetensors")).unwrap();
     work.refused("base", "pairs.jsonl", MODEL, &["base: neither model.safetensors nor"]);
 }

@@ -15,7 +15,7 @@ fn the_demos_first_steps() {
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo/pairs.jsonl")).unwrap();
     work.write("demo.jsonl", pairs.lines().take(STEPS * PAIRS_PER_STEP).collect::<Vec<_>>().join("\n"));
     let run = format!(
-        "train --model builtin:demo --data demo.jsonl --learning-rate 1e-3 --pairs-per-step {PAIRS_PER_STEP} \
+        "train --model builtin:demo --data demo.jsonl --learning-rate 6.6e-4 --pairs-per-step {PAIRS_PER_STEP} \
          --max-steps {STEPS} --save-steps 1"
     );
     let whole = work.succeed(&format!("{run} --device emulated --output whole"));

@@ -217,7 +217,8 @@ fn generate_stops_at_a_signal() {
     let config = text(&work.read("base/config.json")).replace("\"eos_token_id\": 2", "\"eos_token_id\": 7");
     work.write("base/config.json", config);
     let _ = std::fs::remove_file(work.path("base/generation_config.json"));
-    let generate = "generate --model base --prompt hello --max-new-tokens 18446744073709551615 --device cpu";
+    let generate =
+        "generate --model base --prompt hello --raw --max-new-tokens 18446744073709551615 --device cpu";
     let mut child = work.command(generate).stdout(Stdio::null()).spawn().unwrap();
     let messages = wait_for_message(&mut child, "device: ");
     std::thread::sleep(Duration::from_millis(100));

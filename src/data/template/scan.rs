@@ -103,7 +103,7 @@ enum Kind {
 fn next_tag(source: &str, mut at: usize) -> Option<Tag> {
     loop {
         let start = at + source[at..].find('{')?;
-        match source[start..].as_bytes().get(1) {
+        match source.as_bytes()[start..].get(1) {
             Some(b'#') => at = start + 2 + source[start + 2..].find("#}")? + 2,
             Some(b'%') => {
                 let tag = read_tag(source, start, "%}");
