@@ -148,7 +148,14 @@ path_tests! {
             for bias in [None, Some(&bias)] {
                 let (mut gate_up, mut out) =
                     (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
-                device.linear_swiglu_forward(LinearSwiglu { out: &mut out, gate_up: &mut gate_up, x: &x, weight: &weight, bias, shape }).unwrap();
+                device.linear_swiglu_forward(LinearSwiglu {
+                    out: &mut out,
+                    gate_up: &mut gate_up,
+                    x: &x,
+                    weight: &weight,
+                    bias,
+                    shape,
+                }).unwrap();
                 let (mut gate_up_alone, mut out_alone) =
                     (unset_compute(device, rows * outputs + 3), unset_compute(device, rows * width + 3));
                 device.linear_forward(&mut gate_up_alone, &x, &weight, bias, shape).unwrap();

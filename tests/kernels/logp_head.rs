@@ -493,9 +493,18 @@ path_tests! {
         assert!(error.contains("workspace"), "{error}");
         let coefficients = TokenCoefficients::new(device, 300).unwrap();
         case.workspace = unset_compute(device, 30_000);
-        let error = device.logp_head_backward(HeadBackward { hidden: &mut case.hidden, dweight: None, workspace: &mut case.workspace, weight: &case.weight, targets: &case.device_targets, scores: &case.scores, coefficients: &coefficients, shape: &case.shape });
+        let error = device.logp_head_backward(HeadBackward {
+            hidden: &mut case.hidden,
+            dweight: None,
+            workspace: &mut case.workspace,
+            weight: &case.weight,
+            targets: &case.device_targets,
+            scores: &case.scores,
+            coefficients: &coefficients,
+            shape: &case.shape,
+        });
         let error = error.unwrap_err().to_string();
-        assert!(error.contains("nothing to go back from"), "{error}");
+        assert!(error.contains("kept nothing for a backward"), "{error}");
     }
 }
 

@@ -171,7 +171,14 @@ device_tests! {
         let mut coefficients = TokenCoefficients::new(device, 10).unwrap();
         let mut outcomes = unset_floats(device, PairOutcome::WIDTH);
         let error = device
-            .pair_objective(ObjectiveOperands { outcomes: &mut outcomes, coefficients: &mut coefficients, scores: &scores, batch: &buffers, objective: &Objective::Sft, pairs: 0..2 })
+            .pair_objective(ObjectiveOperands {
+                outcomes: &mut outcomes,
+                coefficients: &mut coefficients,
+                scores: &scores,
+                batch: &buffers,
+                objective: &Objective::Sft,
+                pairs: 0..2,
+            })
             .unwrap_err()
             .to_string();
         assert!(error.contains("pair_objective") && error.contains("outcomes"), "{error}");

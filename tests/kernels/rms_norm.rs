@@ -52,7 +52,15 @@ device_tests! {
             let mut out = unset_compute(device, rows * width);
             let mut rstd = unset_floats(device, rows);
             let shape = NormShape { rows, width, epsilon: EPSILON };
-            device.add_rms_norm_forward(AddRmsNorm { sum: &mut sum, out: &mut out, rstd: &mut rstd, x: &x, delta: &delta, weight: &weight, shape }).unwrap();
+            device.add_rms_norm_forward(AddRmsNorm {
+                sum: &mut sum,
+                out: &mut out,
+                rstd: &mut rstd,
+                x: &x,
+                delta: &delta,
+                weight: &weight,
+                shape,
+            }).unwrap();
             let sum64: Vec<f64> = x64.iter().zip(&delta64).map(|(x, delta)| x + delta).collect();
             let eager_sum = Precision::Bf16.accumulate(&x64, &delta64);
             let sum = read_compute(device, &sum);
@@ -89,7 +97,15 @@ device_tests! {
             let (mut dx, before_dx) = random_compute(device, 4, rows * width, 0.5);
             let before_dweight = random(5, width, 0.5);
             let mut dweight = floats(device, &before_dweight);
-            device.rms_norm_backward(RmsNormBackward { dx: &mut dx, dweight: &mut dweight, dout: &dout, x: &x, weight: &weight, rstd: &rstd, shape }).unwrap();
+            device.rms_norm_backward(RmsNormBackward {
+                dx: &mut dx,
+                dweight: &mut dweight,
+                dout: &dout,
+                x: &x,
+                weight: &weight,
+                rstd: &rstd,
+                shape,
+            }).unwrap();
             // What was there before is part of the scalar's gradient, so that accumulation is checked as well.
             let scalar = |x: &[f64], weight: &[f64]| inner(&naive::rms_norm(x, weight, EPSILON.into()).0, &dout64);
             let (dx, dweight) = (read_compute(device, &dx), read(device, &dweight));
