@@ -127,7 +127,7 @@ fn fight(
         Ok(case) => case,
         Err(error) => return (device, Err(error)),
     };
-    // SwiGLU stands behind one layer alone, so its case names none.
+    // SwiGLU follows one layer alone, so its case names none.
     let layer = if case.part.is_empty() { "gate_up" } else { case.part };
     let (operation, flops) = (case.operation, case.flops);
     let mut ways = vec![other, Products::Ours];
