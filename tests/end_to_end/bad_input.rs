@@ -8,6 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::harness::{TRAIN, Workplace};
 
+const CONFIG: i32 = 2;
 const DATA: i32 = 3;
 const MODEL: i32 = 4;
 const IO: i32 = 5;
@@ -66,7 +67,11 @@ fn files_that_are_missing() {
     work.refused("base", "absent.jsonl", IO, &["cannot read absent.jsonl", "No such file"]);
     work.refuse(&format!("{TRAIN} --output new --eval-data absent.jsonl"), IO, &["cannot read absent.jsonl"]);
     work.refuse(&format!("{TRAIN} --output new --reference absent"), IO, &["cannot read absent: "]);
-    work.refuse(&format!("{TRAIN} --output new --chat-template absent.jinja"), IO, &["absent.jinja"]);
+    work.refuse(
+        &format!("{TRAIN} --output new --chat-template absent.jinja"),
+        CONFIG,
+        &["absent.jinja is no file and names no template"],
+    );
     work.refuse("generate --model absent --prompt hello", IO, &["cannot read absent: "]);
     std::fs::remove_file(work.path("base/model.safetensors")).unwrap();
     work.refused("base", "pairs.jsonl", MODEL, &["base: neither model.safetensors nor"]);
