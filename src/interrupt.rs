@@ -1,7 +1,7 @@
 //! Signals that ask the program to end: Ctrl-C, a batch system's SIGTERM, a terminal that closes.
 //!
 //! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error, and where none is
-//! reached within [`GRACE`] (a large matrix product, a large file), what is worth keeping is kept and the process ends
+//! reached within `GRACE` (a large matrix product, a large file), what is worth keeping is kept and the process ends
 //! there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves and stops. A second
 //! signal ends the process at once.
 

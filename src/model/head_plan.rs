@@ -44,7 +44,7 @@ pub struct HeadPlan {
     pub main_rows: usize,
     /// Scored tokens of the longest pair.
     pub longest: usize,
-    /// Values of [`Device::Compute`] in the workspace, and the bytes of these.
+    /// Values of [`Memory::Compute`](crate::device::Memory::Compute) in the workspace, and the bytes of these.
     pub values: usize,
     pub bytes: usize,
 }

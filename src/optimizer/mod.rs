@@ -1,4 +1,4 @@
-//! The optimiser's schedule. The update itself is a device operation, [`crate::device::Device::adamw`].
+//! The optimiser's schedule. The update itself is a device operation, [`crate::device::Optimizer::adamw`].
 
 mod schedule;
 

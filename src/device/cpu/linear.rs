@@ -139,7 +139,7 @@ unsafe fn multiply_into(
 }
 
 impl Linear for CpuDevice {
-    /// A block of outputs a task. From [`TRANSPOSE_ROWS`] rows on the block's weights are turned around first: `gemm` packs a
+    /// A block of outputs a task. From `TRANSPOSE_ROWS` rows on the block's weights are turned around first: `gemm` packs a
     /// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
     /// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
     /// second-level cache. With fewer rows the weights are used once, and reading them is the limit.

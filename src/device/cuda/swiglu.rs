@@ -23,7 +23,7 @@ impl Mlp for CudaDevice {
         })
     }
 
-    /// [`forward`] of the product `gate_up = x * weight^T + bias`, `shape.outputs` = 2F: in one kernel where that is the faster
+    /// SwiGLU after the gemm `gate_up = x * weight^T + bias`, `shape.outputs` = 2F: in one kernel where that is the faster
     /// way.
     fn run_linear_swiglu_forward(&self, operands: LinearSwiglu<'_, Self>, _: Checked) -> Result<()> {
         let LinearSwiglu { out, gate_up, x, weight, bias, shape } = operands;
