@@ -365,7 +365,7 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    /// The number in the escape `\uXXXX` at `start`.
+    /// The number in the escape at `start`: a backslash, `u`, and four hexadecimal digits.
     fn code_unit(&self, start: usize) -> Result<u32, Broken> {
         let Some(digits) = self.text.get(start + 2..start + 6) else { return Err(self.ended("a string")) };
         let digits =
