@@ -203,9 +203,14 @@ pub fn is_cpu<D: Device>() -> bool {
     size_of::<D::Compute>() == size_of::<f32>()
 }
 
-/// The first GPU; none where driver, kernels or GPU are missing, which is said. With `MMPO_FAST_REQUIRE_GPU` set that is a
+/// The first GPU, or the PTX machine's where `MMPO_FAST_PTX` asks for it; none where driver, kernels or GPU are missing, which is
+/// said. With `MMPO_FAST_REQUIRE_GPU` set that is a
 /// failure: on a GPU machine a test that skips itself proves nothing.
 pub fn gpu() -> Option<CudaDevice> {
+    #[cfg(mmpo_gpu_kernels)]
+    if let Some(device) = crate::ptx_machine::device_of_environment() {
+        return Some(device);
+    }
     let missing = match cuda::gpus() {
         Ok(gpus) if !gpus.is_empty() => return Some(CudaDevice::open(0).expect("the first GPU opens")),
         Ok(_) => "no GPU".to_owned(),

@@ -4,6 +4,8 @@
 mod emulated;
 mod harness;
 mod naive;
+#[path = "../ptx_machine/mod.rs"]
+mod ptx_machine;
 
 mod adamw;
 mod attention;
