@@ -399,8 +399,10 @@ class Grid {
 }  // namespace
 
 void run(Launch& launch) {
+    // Outlives the handler, which looks at the warp that failed.
+    Grid grid(launch);
     try {
-        Grid(launch).run();
+        grid.run();
     } catch (const Fault& fault) {
         std::string text = fault.text + "\n  kernel " + launch.entry->name + " (" + launch.entry->file + ")";
         if (const Warp* warp = launch.running) {

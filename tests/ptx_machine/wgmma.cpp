@@ -190,12 +190,11 @@ void decode_multiply(Operands& operands, const InstructionText& text, Instructio
     if (registers) {
         out.list2 = operands.list(text.operands[1], 4);
         if (out.list2.size() != 4) throw Unknown("A takes four registers");
-    } else {
-        out.operands[1] = operands.value(text.operands[1], 8);
     }
+    // Only what the product uses while it is under way; descriptors are read at once.
     const std::vector<uint32_t> held = out.named;
+    if (!registers) out.operands[1] = operands.value(text.operands[1], 8);
     out.operands[2] = operands.value(text.operands[2], 8);
-    // Only registers that the product itself uses while it is under way; descriptors are read at once.
     out.named = held;
     out.operands[3] = operands.predicate(text.operands[3]);
     if (text.operands[4] != "1" || text.operands[5] != "1") throw Unknown("scales other than 1");
