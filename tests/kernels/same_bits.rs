@@ -1,6 +1,8 @@
 //! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
 
-use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
+use mmpo_fast::device::cuda::CudaDevice;
+#[cfg(mmpo_emulated)]
+use mmpo_fast::device::cuda::EmulatorVariant;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
     HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
@@ -102,6 +104,7 @@ fn gpu_again_and_again() {
     }
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn whatever_the_order() {
     for path in [KernelPath::Portable, KernelPath::Hopper] {

@@ -10,7 +10,7 @@
 mod library;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
@@ -18,10 +18,15 @@ use mmpo_fast::device::cuda::{CudaDevice, launch_through};
 
 /// Names the target whose PTX a test process executes instead of looking for a GPU: `sm_90a` or `sm_80`.
 pub const TARGET: &str = "MMPO_FAST_PTX";
-/// How it runs: words out of `late`, `early`, `random`, `seed=N`, `measured` (rounding of tensor cores).
+/// How it runs: words out of `late`, `early`, `random`, `seed=N`, `measured` (rounding of tensor cores), `multiprocessors=N`.
 pub const MODE: &str = "MMPO_FAST_PTX_MODE";
 /// A file that the process appends its launches to, a line an entry, when it ends.
 pub const LAUNCHES: &str = "MMPO_FAST_PTX_LAUNCHES";
+
+/// A change of the PTX before anything runs, of [`EDIT_FIELDS`] lines: part of the mangled names of entries, number of the
+/// occurrence (0: all), the text to replace, and the text to put there, in which `\n` stands for a new line.
+pub const EDIT: &str = "MMPO_FAST_PTX_EDIT";
+const EDIT_FIELDS: usize = 4;
 
 /// When asynchronous operations take effect, in the machine's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +41,7 @@ pub struct Machine {
     configure: unsafe extern "C" fn(c_int, u64, c_int),
     edit: unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, c_int) -> *const c_char,
     restore: unsafe extern "C" fn(),
+    multiprocessors: unsafe extern "C" fn(c_int),
 }
 
 unsafe extern "C" {
@@ -53,7 +59,7 @@ fn symbol(library: NonNull<c_void>, name: &str) -> Option<NonNull<c_void>> {
     NonNull::new(unsafe { dlsym(library.as_ptr(), name.as_ptr()) })
 }
 
-fn load(path: &std::path::Path) -> NonNull<c_void> {
+fn load(path: &Path) -> NonNull<c_void> {
     let path = CString::new(path.to_str().expect("a path in UTF-8")).expect("a path without a zero");
     // SAFETY: the library's initialisers register the kernels' names and do nothing else.
     let library = unsafe { dlopen(path.as_ptr(), RTLD_NOW | RTLD_GLOBAL) };
@@ -76,8 +82,9 @@ fn start() -> Option<Machine> {
     let folder = CString::new(folder.to_str().expect("a path in UTF-8")).expect("a path without a zero");
     // SAFETY: the functions are those of runtime.cpp, and the launchers those of kernels/api.h; nothing unloads them.
     unsafe {
-        let open: unsafe extern "C" fn(*const c_char) -> *const c_char =
-            std::mem::transmute(function("ptx_machine_open"));
+        let open = std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*const c_char) -> *const c_char>(
+            function("ptx_machine_open"),
+        );
         let error = CStr::from_ptr(open(folder.as_ptr())).to_string_lossy();
         assert!(error.is_empty(), "{error}");
         launch_through(&|name| symbol(library, &format!("mmpo_{name}"))).expect("launchers");
@@ -90,6 +97,9 @@ fn start() -> Option<Machine> {
                 unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, c_int) -> *const c_char,
             >(function("ptx_machine_edit")),
             restore: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn()>(function("ptx_machine_restore")),
+            multiprocessors: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(function(
+                "ptx_machine_multiprocessors",
+            )),
         })
     }
 }
@@ -99,6 +109,27 @@ impl Machine {
     pub fn configure(&self, landing: Landing, seed: u64, measured_rounding: bool) {
         // SAFETY: the call stores numbers under a lock.
         unsafe { (self.configure)(landing as c_int, seed, c_int::from(measured_rounding)) };
+    }
+
+    /// As [`MODE`] says.
+    fn configure_by_words(&self, mode: &str) {
+        let (mut landing, mut seed, mut measured) = (Landing::Late, 0, false);
+        for word in mode.split_whitespace() {
+            let number = |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok());
+            match word {
+                "late" => landing = Landing::Late,
+                "early" => landing = Landing::Early,
+                "random" => landing = Landing::Random,
+                "measured" => measured = true,
+                _ => match (number("seed="), number("multiprocessors=")) {
+                    (Some(number), _) => seed = number,
+                    // SAFETY: the call stores a number.
+                    (_, Some(number)) => unsafe { (self.multiprocessors)(number as c_int) },
+                    _ => panic!("{MODE}={mode}: unknown word `{word}`"),
+                },
+            }
+        }
+        self.configure(landing, seed, measured);
     }
 
     /// Replaces text in the PTX of every entry whose mangled name holds `entry`: the occurrence of this number, from 1, or all
@@ -137,28 +168,20 @@ pub fn device_of_environment() -> Option<CudaDevice> {
     let machine = machine().expect("a machine was asked for by its name");
     static CONFIGURED: OnceLock<()> = OnceLock::new();
     CONFIGURED.get_or_init(|| {
-        let mode = std::env::var(MODE).unwrap_or_default();
-        let (mut landing, mut seed, mut measured) = (Landing::Late, 0, false);
-        for word in mode.split_whitespace() {
-            match word {
-                "late" => landing = Landing::Late,
-                "early" => landing = Landing::Early,
-                "random" => landing = Landing::Random,
-                "measured" => measured = true,
-                other => {
-                    let number = other.strip_prefix("seed=").and_then(|number| number.parse().ok());
-                    seed = number.unwrap_or_else(|| panic!("{MODE}={mode}: unknown word `{other}`"));
-                }
-            }
+        machine.configure_by_words(&std::env::var(MODE).unwrap_or_default());
+        if let Ok(edit) = std::env::var(EDIT) {
+            let fields: Vec<&str> = edit.splitn(EDIT_FIELDS, '\n').collect();
+            let [entry, occurrence, from, to] = fields[..] else { panic!("{EDIT}={edit}") };
+            let occurrence = occurrence.parse().expect("a number of an occurrence");
+            machine.edit(entry, &from.replace("\\n", "\n"), &to.replace("\\n", "\n"), occurrence).expect("an edit");
         }
-        machine.configure(landing, seed, measured);
     });
     device(&target)
 }
 
 /// What was launched, as the machine of a process appended it to the file that [`LAUNCHES`] named: for each entry, by target,
 /// file and mangled name, how often.
-pub fn read_launches(path: &PathBuf) -> std::collections::BTreeMap<(String, String, String), u64> {
+pub fn read_launches(path: &Path) -> std::collections::BTreeMap<(String, String, String), u64> {
     let mut launches = std::collections::BTreeMap::new();
     for line in std::fs::read_to_string(path).expect("the machine wrote its launches").lines() {
         let words: Vec<&str> = line.split(' ').collect();
