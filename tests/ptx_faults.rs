@@ -46,10 +46,19 @@ const PORTABLE: Subject = Subject {
     entry: "product14product_kernel",
     run: |device| product(device, None, 150),
 };
-const NORM: Subject = Subject { name: "norm", target: "sm_80", entry: "rms_norm_forward_kernel", run: |device| norm(device, 37, 192) };
+const NORM: Subject = Subject {
+    name: "norm",
+    target: "sm_80",
+    entry: "rms_norm_forward_kernel",
+    run: |device| norm(device, 37, 192),
+};
 /// Rows that whole blocks share.
-const WIDE_NORM: Subject =
-    Subject { name: "norm of wide rows", target: "sm_80", entry: "rms_norm_forward_kernel", run: |device| norm(device, 5, 4100) };
+const WIDE_NORM: Subject = Subject {
+    name: "norm of wide rows",
+    target: "sm_80",
+    entry: "rms_norm_forward_kernel",
+    run: |device| norm(device, 5, 4100),
+};
 const ATTENTION: Subject = Subject {
     name: "attention",
     target: "sm_90a",
@@ -84,8 +93,20 @@ type Fault = (&'static Subject, i32, &'static str, &'static str, Caught);
 
 const FAULTS: &[Fault] = &[
     // Waits of wgmma and its fences.
-    (&PRODUCT, 1, "wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1", Says("register of a wgmma under way")),
-    (&PRODUCT, 0, "wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 3", Says("may still read")),
+    (
+        &PRODUCT,
+        1,
+        "wgmma.wait_group.sync.aligned 0",
+        "wgmma.wait_group.sync.aligned 1",
+        Says("register of a wgmma under way"),
+    ),
+    (
+        &PRODUCT,
+        0,
+        "wgmma.wait_group.sync.aligned 1",
+        "wgmma.wait_group.sync.aligned 3",
+        Says("may still read"),
+    ),
     (&PRODUCT, 1, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
     (&PRODUCT, 1, "wgmma.commit_group", "//wgmma.commit_group", Says("commit_group is missing")),
     // Its operands: scale-d, and which of both is transposed.
@@ -112,23 +133,59 @@ const FAULTS: &[Fault] = &[
     (&PRODUCT, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
     (&PRODUCT, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
     (&PRODUCT, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
-    (&PRODUCT, 0, "cp.async.bulk.commit_group", "//cp.async.bulk.commit_group", Says("no group was committed")),
-    (&PRODUCT, 0, "cp.async.bulk.wait_group", "//cp.async.bulk.wait_group", Says("still reads its shared memory")),
+    (
+        &PRODUCT,
+        0,
+        "cp.async.bulk.commit_group",
+        "//cp.async.bulk.commit_group",
+        Says("no group was committed"),
+    ),
+    (
+        &PRODUCT,
+        0,
+        "cp.async.bulk.wait_group",
+        "//cp.async.bulk.wait_group",
+        Says("still reads its shared memory"),
+    ),
     (&PRODUCT, 1, "cp.async.bulk.tensor.2d.global", "//cp.async.bulk.tensor.2d.global", Differs),
     // Clusters.
     (&PAIRED, 1, "barrier.cluster.arrive", "//barrier.cluster.arrive", Says("without having arrived")),
     (&PAIRED, 0, "barrier.cluster", "//barrier.cluster", Says("missing fence.mbarrier_init")),
     (&PAIRED, 0, "mbarrier.arrive.shared::cluster", "//mbarrier.arrive.shared::cluster", Says("deadlock")),
     // cp.async and its groups; each thread waits before the block's barrier.
-    (&PORTABLE, 1, "cp.async.wait_group", "//cp.async.wait_group", Says("reads shared memory that nothing wrote")),
-    (&PORTABLE, 0, "cp.async.wait_group 1", "cp.async.wait_group 2", Says("reads shared memory that nothing wrote")),
-    (&PORTABLE, 1, "cp.async.commit_group", "//cp.async.commit_group", Says("reads shared memory that nothing wrote")),
+    (
+        &PORTABLE,
+        1,
+        "cp.async.wait_group",
+        "//cp.async.wait_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (
+        &PORTABLE,
+        0,
+        "cp.async.wait_group 1",
+        "cp.async.wait_group 2",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (
+        &PORTABLE,
+        1,
+        "cp.async.commit_group",
+        "//cp.async.commit_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
     (&PORTABLE, 1, "cp.async.cg", "//cp.async.cg", Says("reads shared memory that nothing wrote")),
     (&PORTABLE, 1, "], 16, %r", "], 8, %r", Says("cp.async.cg copies 16 bytes")),
     (&PORTABLE, 1, "bar.sync 0", "//bar.sync 0", Says("reads shared memory that nothing wrote")),
     (&PORTABLE, 2, "bar.sync 0", "//bar.sync 0", Says("race: reads shared memory")),
     // Fragments.
-    (&PORTABLE, 1, "ldmatrix.sync.aligned.m8n8.x4.shared", "ldmatrix.sync.aligned.m8n8.x4.trans.shared", Differs),
+    (
+        &PORTABLE,
+        1,
+        "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared",
+        Differs,
+    ),
     (&PORTABLE, 1, "ldmatrix", "//ldmatrix", Differs),
     (&PORTABLE, 1, "mma.sync", "//mma.sync", Differs),
     // Who does what.
@@ -142,7 +199,13 @@ const FAULTS: &[Fault] = &[
     (&WIDE_NORM, 1, "bar.sync", "//bar.sync", Says("reads shared memory that nothing wrote")),
     // Attention: softmax, rings of tiles, turns between blocks.
     (&PORTABLE_ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
-    (&PORTABLE_ATTENTION, 0, "cp.async.wait_group", "//cp.async.wait_group", Says("reads shared memory that nothing wrote")),
+    (
+        &PORTABLE_ATTENTION,
+        0,
+        "cp.async.wait_group",
+        "//cp.async.wait_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
     (&ATTENTION, 0, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
     (&ATTENTION, 0, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
     (&ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
@@ -264,7 +327,9 @@ fn every_fault_planted_in_the_ptx_is_caught() {
         let wanted = wanted.entry(subject.name).or_insert_with(|| {
             bits(&(subject.run)(&device).unwrap_or_else(|error| panic!("{} as it is: {error}", subject.name)))
         });
-        machine.edit(subject.entry, from, to, *occurrence).unwrap_or_else(|error| panic!("{}: {error}", subject.name));
+        machine
+            .edit(subject.entry, from, to, *occurrence)
+            .unwrap_or_else(|error| panic!("{}: {error}", subject.name));
         let outcome = (subject.run)(&device);
         machine.restore();
         if let Some(why) = missed(outcome, caught, wanted) {
@@ -285,8 +350,17 @@ fn a_finding_says_where() {
     let weight = device.alloc(8).expect("memory");
     // Nothing ever wrote the weight.
     let shape = NormShape { rows: 1, width: 8, epsilon: 1e-5 };
-    let error = device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).expect_err("a finding").to_string();
-    for part in ["reads global memory that nothing wrote", "rms_norm_forward_kernel", "block (0, 0, 0)", "thread", "PTX line", "ld.global", "kernels/"] {
+    let error =
+        device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).expect_err("a finding").to_string();
+    for part in [
+        "reads global memory that nothing wrote",
+        "rms_norm_forward_kernel",
+        "block (0, 0, 0)",
+        "thread",
+        "PTX line",
+        "ld.global",
+        "kernels/",
+    ] {
         assert!(error.contains(part), "`{part}` is missing in: {error}");
     }
 }

@@ -32,8 +32,18 @@ const RUNS: &[Run] = &[
     Run { target: "sm_80", mode: "late measured", always: false },
 ];
 
+/// Entries that no call of the program reaches: launchers choose them for pointers that are not aligned to 16 bytes, where all
+/// buffers of the program are, and for bf16 as a type to cast from, which the program copies as it is.
+const UNREACHED: &[&str] = &["10add_kernelILb0E", "11cast_kernelILi2E"];
+
 /// Runs tests of this program on the PTX machine.
-fn tests_on_ptx(target: &str, mode: &str, filters: &[&str], launches: Option<&Path>, edit: Option<&str>) -> Output {
+fn tests_on_ptx(
+    target: &str,
+    mode: &str,
+    filters: &[&str],
+    launches: Option<&Path>,
+    edit: Option<&str>,
+) -> Output {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command
         .args(filters)
@@ -53,7 +63,7 @@ fn tests_on_ptx(target: &str, mode: &str, filters: &[&str], launches: Option<&Pa
 
 /// In a process that a test here started, or without the means to take the PTX out of the kernels, there is nothing to do.
 fn skipped() -> bool {
-    std::env::var_os(ptx_machine::TARGET).is_some() || ptx_machine::machine().is_none()
+    std::env::var_os(ptx_machine::TARGET).is_some() || !ptx_machine::available()
 }
 
 #[test]
@@ -64,8 +74,8 @@ fn all_tests_for_devices_pass_on_the_ptx_and_launch_every_entry() {
     let long = std::env::var_os("MMPO_FAST_PTX_LONG").is_some();
     let mut launched: BTreeMap<(String, String, String), u64> = BTreeMap::new();
     for (number, run) in RUNS.iter().enumerate().filter(|(_, run)| run.always || long) {
-        let path: PathBuf =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-launches-{}-{number}", std::process::id()));
+        let path: PathBuf = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("ptx-launches-{}-{number}", std::process::id()));
         let start = std::time::Instant::now();
         let output = tests_on_ptx(run.target, run.mode, &["gpu"], Some(&path), None);
         let text = String::from_utf8_lossy(&output.stdout);
@@ -83,9 +93,15 @@ fn all_tests_for_devices_pass_on_the_ptx_and_launch_every_entry() {
     }
     let never: Vec<String> = launched
         .iter()
-        .filter(|&(_, &count)| count == 0)
+        .filter(|&((_, _, entry), &count)| count == 0 && !UNREACHED.iter().any(|name| entry.contains(name)))
         .map(|((target, file, entry), _)| format!("{target} {file} {entry}"))
         .collect();
     assert!(launched.len() > 100, "{} entries", launched.len());
-    assert!(never.is_empty(), "{} of {} entries are never launched:\n{}", never.len(), launched.len(), never.join("\n"));
+    assert!(
+        never.is_empty(),
+        "{} of {} entries are never launched:\n{}",
+        never.len(),
+        launched.len(),
+        never.join("\n")
+    );
 }

@@ -14,31 +14,38 @@ namespace {
 struct Add {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return T(uint64_t(a) + uint64_t(b));
-        else return a + b;
+        if constexpr (std::is_integral_v<T>)
+            return T(uint64_t(a) + uint64_t(b));
+        else
+            return a + b;
     }
 };
 struct Subtract {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return T(uint64_t(a) - uint64_t(b));
-        else return a - b;
+        if constexpr (std::is_integral_v<T>)
+            return T(uint64_t(a) - uint64_t(b));
+        else
+            return a - b;
     }
 };
 // mul.lo of integers: the low half of the product.
 struct Multiply {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return T(uint64_t(a) * uint64_t(b));
-        else return a * b;
+        if constexpr (std::is_integral_v<T>)
+            return T(uint64_t(a) * uint64_t(b));
+        else
+            return a * b;
     }
 };
 // mul.hi: the high half.
 struct MultiplyHigh {
     template <class T>
     T operator()(T a, T b) const {
-        using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-                                        std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+        using Wide =
+            std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                               std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
         return T(Wide(a) * Wide(b) >> (8 * sizeof(T)));
     }
 };
@@ -75,29 +82,37 @@ struct Remainder {
 struct Minimum {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return a < b ? a : b;
-        else return std::isnan(a) ? b : std::isnan(b) ? a : (a < b || (a == b && std::signbit(a))) ? a : b;
+        if constexpr (std::is_integral_v<T>)
+            return a < b ? a : b;
+        else
+            return std::isnan(a) ? b : std::isnan(b) ? a : (a < b || (a == b && std::signbit(a))) ? a : b;
     }
 };
 struct Maximum {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return a > b ? a : b;
-        else return std::isnan(a) ? b : std::isnan(b) ? a : (a > b || (a == b && std::signbit(b))) ? a : b;
+        if constexpr (std::is_integral_v<T>)
+            return a > b ? a : b;
+        else
+            return std::isnan(a) ? b : std::isnan(b) ? a : (a > b || (a == b && std::signbit(b))) ? a : b;
     }
 };
 struct Negate {
     template <class T>
     T operator()(T a) const {
-        if constexpr (std::is_integral_v<T>) return T(0 - uint64_t(a));
-        else return -a;
+        if constexpr (std::is_integral_v<T>)
+            return T(0 - uint64_t(a));
+        else
+            return -a;
     }
 };
 struct Absolute {
     template <class T>
     T operator()(T a) const {
-        if constexpr (std::is_integral_v<T>) return a < 0 ? T(0 - uint64_t(a)) : a;
-        else return std::fabs(a);
+        if constexpr (std::is_integral_v<T>)
+            return a < 0 ? T(0 - uint64_t(a)) : a;
+        else
+            return std::fabs(a);
     }
 };
 
@@ -227,23 +242,33 @@ void decode_multiply_add(Operands& operands, const InstructionText& text, Instru
 
 struct And {
     template <class T>
-    T operator()(T a, T b) const { return T(a & b); }
+    T operator()(T a, T b) const {
+        return T(a & b);
+    }
 };
 struct Or {
     template <class T>
-    T operator()(T a, T b) const { return T(a | b); }
+    T operator()(T a, T b) const {
+        return T(a | b);
+    }
 };
 struct Xor {
     template <class T>
-    T operator()(T a, T b) const { return T(a ^ b); }
+    T operator()(T a, T b) const {
+        return T(a ^ b);
+    }
 };
 struct Not {
     template <class T>
-    T operator()(T a) const { return T(~a); }
+    T operator()(T a) const {
+        return T(~a);
+    }
 };
 struct ShiftLeft {
     template <class T>
-    T operator()(T a, uint32_t by) const { return by >= 8 * sizeof(T) ? T(0) : T(Unsigned<T>(a) << by); }
+    T operator()(T a, uint32_t by) const {
+        return by >= 8 * sizeof(T) ? T(0) : T(Unsigned<T>(a) << by);
+    }
 };
 struct ShiftRight {
     template <class T>
@@ -385,7 +410,8 @@ void decode_bits(Operands& operands, const InstructionText& text, Instruction& o
 
 void decode_find(Operands& operands, const InstructionText& text, Instruction& out) {
     if (text.parts.back() == "s32") return;
-    return has(text, "shiftamt") ? decode_bits<ShiftToTop>(operands, text, out) : decode_bits<HighestOne>(operands, text, out);
+    return has(text, "shiftamt") ? decode_bits<ShiftToTop>(operands, text, out)
+                                 : decode_bits<HighestOne>(operands, text, out);
 }
 
 template <class T>
@@ -473,23 +499,30 @@ Step compare(Warp& warp, const Instruction& i) {
     const T* const b = warp.values<T>(i.operands[2]);
     const Mask result = lanes_where([=](int lane) { return F{}(a[lane], b[lane]); });
     switch (i.flags) {
-        case 0: set_predicate(warp, i.operands[0], result); break;
-        case 1: set_predicate(warp, i.operands[0], result & warp.predicates[i.operands[3]]); break;
-        case 2: set_predicate(warp, i.operands[0], result | warp.predicates[i.operands[3]]); break;
-        default: set_predicate(warp, i.operands[0], result ^ warp.predicates[i.operands[3]]);
+        case 0:
+            set_predicate(warp, i.operands[0], result);
+            break;
+        case 1:
+            set_predicate(warp, i.operands[0], result & warp.predicates[i.operands[3]]);
+            break;
+        case 2:
+            set_predicate(warp, i.operands[0], result | warp.predicates[i.operands[3]]);
+            break;
+        default:
+            set_predicate(warp, i.operands[0], result ^ warp.predicates[i.operands[3]]);
     }
     return Step::next;
 }
 
-#define COMPARISON(name, expression)          \
-    struct name {                             \
-        template <class T>                    \
-        bool operator()(T a, T b) const {     \
-            return expression;                \
-        }                                     \
+#define COMPARISON(name, expression)      \
+    struct name {                         \
+        template <class T>                \
+        bool operator()(T a, T b) const { \
+            return expression;            \
+        }                                 \
     }
 COMPARISON(Equal, a == b);
-COMPARISON(NotEqual, a < b || a > b);
+COMPARISON(NotEqual, a<b || a> b);
 COMPARISON(Less, a < b);
 COMPARISON(LessEqual, a <= b);
 COMPARISON(Greater, a > b);

@@ -1,5 +1,5 @@
-// Barriers of a block: bar.sync, bar.arrive and their synonyms. PTX ISA 9.0, section 9.7.13, "bar{.cta}, barrier{.cta}". A
-// warp arrives as a whole and counts as 32 threads.
+// Barriers of a block: bar.sync, bar.arrive and their synonyms. PTX ISA 9.0, section 9.7.13, "bar{.cta},
+// barrier{.cta}". A warp arrives as a whole and counts as 32 threads.
 #include "decode.h"
 #include "warp.h"
 
@@ -46,13 +46,15 @@ Step barrier(Warp& warp, const Instruction& i) {
     const bool named = (i.flags & 2) != 0;
     const uint32_t expected = named ? warp.values<uint32_t>(i.operands[1])[lane] : arriving_threads(block);
     if (id >= block.barriers.size()) fail("there is no barrier %u: a block has 16", id);
-    if (expected == 0 || expected % kLanes != 0) fail("barrier %u expects %u threads, which are no whole warps", id, expected);
+    if (expected == 0 || expected % kLanes != 0)
+        fail("barrier %u expects %u threads, which are no whole warps", id, expected);
     if (expected > block.warps.size() * kLanes) {
         fail("barrier %u expects %u threads, the block has %u", id, expected, block.threads);
     }
     NamedBarrier& at = block.barriers[id];
     if (at.arrived != 0 && at.expected != expected) {
-        fail("barrier %u: mismatched counts, this warp expects %u threads, an earlier one %u", id, expected, at.expected);
+        fail("barrier %u: mismatched counts, this warp expects %u threads, an earlier one %u", id, expected,
+             at.expected);
     }
     at.expected = expected;
     at.all_threads = !named;

@@ -1,5 +1,5 @@
-// Control flow and instructions without an effect here. PTX ISA 9.0, sections 9.7.12 (control flow), 9.7.13 (membar, fence),
-// 9.7.19 (miscellaneous).
+// Control flow and instructions without an effect here. PTX ISA 9.0, sections 9.7.12 (control flow), 9.7.13 (membar,
+// fence), 9.7.19 (miscellaneous).
 #include "decode.h"
 
 namespace ptx {
@@ -49,7 +49,8 @@ Step mbarrier_fence(Warp& warp, const Instruction&) {
 }
 
 // fence.proxy.async orders the generic and the async proxy, for shared memory where it says so or names no space;
-// fence.mbarrier_init makes initialised mbarriers visible. Other fences order one thread's accesses, which are in order here.
+// fence.mbarrier_init makes initialised mbarriers visible. Other fences order one thread's accesses, which are in order
+// here.
 void decode_fence(Operands& operands, const InstructionText& text, Instruction& out) {
     decode_nothing(operands, text, out);
     if (has(text, "mbarrier_init")) {

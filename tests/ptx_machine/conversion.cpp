@@ -1,5 +1,5 @@
-// mov, cvt, cvta and the approximations. PTX ISA 9.0, sections 9.7.9 (data movement and conversion) and 9.7.3 (rcp, sqrt,
-// rsqrt, lg2, ex2). Approximations are rounded results here; the ISA only bounds their error.
+// mov, cvt, cvta and the approximations. PTX ISA 9.0, sections 9.7.9 (data movement and conversion) and 9.7.3 (rcp,
+// sqrt, rsqrt, lg2, ex2). Approximations are rounded results here; the ISA only bounds their error.
 #include <cmath>
 
 #include "decode.h"
@@ -10,7 +10,9 @@ namespace {
 
 struct Same {
     template <class T>
-    T operator()(T a) const { return a; }
+    T operator()(T a) const {
+        return a;
+    }
 };
 
 Step move_predicate(Warp& warp, const Instruction& i) {
@@ -38,7 +40,8 @@ Step unpack(Warp& warp, const Instruction& i) {
     Whole kept[kLanes];
     memcpy(kept, source, sizeof kept);
     for (uint32_t k = 0; k < 2; ++k) {
-        for_lanes(warp, warp.values<Half>(i.list[k]), [&](int lane) { return Half(kept[lane] >> (8 * sizeof(Half) * k)); });
+        for_lanes(warp, warp.values<Half>(i.list[k]),
+                  [&](int lane) { return Half(kept[lane] >> (8 * sizeof(Half) * k)); });
     }
     return Step::next;
 }
@@ -75,8 +78,8 @@ void decode_move(Operands& operands, const InstructionText& text, Instruction& o
                                : &unary<uint64_t, uint64_t, Same>;
 }
 
-// cvta: generic addresses of global memory and of parameters are the addresses themselves; those of shared memory are too,
-// because the kernels use them through shared instructions alone.
+// cvta: generic addresses of global memory and of parameters are the addresses themselves; those of shared memory are
+// too, because the kernels use them through shared instructions alone.
 void decode_address_conversion(Operands& operands, const InstructionText& text, Instruction& out) {
     expect_operands(text, 2);
     for (int k = 0; k < 2; ++k) out.operands[k] = operands.value(text.operands[k], 8);
@@ -86,7 +89,9 @@ void decode_address_conversion(Operands& operands, const InstructionText& text, 
 template <class D>
 struct Convert {
     template <class S>
-    D operator()(S a) const { return D(a); }
+    D operator()(S a) const {
+        return D(a);
+    }
 };
 // cvt.rni: to the nearest integer, halves to even. Saturates integers.
 template <class D>
@@ -94,18 +99,25 @@ struct ToNearest {
     template <class S>
     D operator()(S a) const {
         const S rounded = std::nearbyint(a);
-        if constexpr (std::is_floating_point_v<D>) return D(rounded);
-        else if (std::isnan(rounded)) return 0;
-        else if (rounded >= S(std::numeric_limits<D>::max())) return std::numeric_limits<D>::max();
-        else if (rounded <= S(std::numeric_limits<D>::min())) return std::numeric_limits<D>::min();
-        else return D(rounded);
+        if constexpr (std::is_floating_point_v<D>)
+            return D(rounded);
+        else if (std::isnan(rounded))
+            return 0;
+        else if (rounded >= S(std::numeric_limits<D>::max()))
+            return std::numeric_limits<D>::max();
+        else if (rounded <= S(std::numeric_limits<D>::min()))
+            return std::numeric_limits<D>::min();
+        else
+            return D(rounded);
     }
 };
 // cvt.rzi: towards zero.
 template <class D>
 struct TowardsZero {
     template <class S>
-    D operator()(S a) const { return ToNearest<D>{}(std::trunc(a)); }
+    D operator()(S a) const {
+        return ToNearest<D>{}(std::trunc(a));
+    }
 };
 // cvt.sat.f32.f32: to [0, 1], a NaN to zero.
 struct Saturate {
@@ -204,9 +216,12 @@ void decode_convert(Operands& operands, const InstructionText& text, Instruction
             });
         });
     } else if (!has(text, "rz") && !has(text, "rm") && !has(text, "rp")) {
-        if (from == "f32") out.execute = is_float(to) ? convert_from<float>(to) : nullptr;
-        else if (from == "f64") out.execute = is_float(to) ? convert_from<double>(to) : nullptr;
-        else out.execute = for_integer(from, [&](auto zero) { return convert_from<decltype(zero)>(to); });
+        if (from == "f32")
+            out.execute = is_float(to) ? convert_from<float>(to) : nullptr;
+        else if (from == "f64")
+            out.execute = is_float(to) ? convert_from<double>(to) : nullptr;
+        else
+            out.execute = for_integer(from, [&](auto zero) { return convert_from<decltype(zero)>(to); });
     }
 }
 
@@ -222,11 +237,15 @@ struct Log2 {
 };
 struct Reciprocal {
     template <class T>
-    T operator()(T a) const { return T(1) / a; }
+    T operator()(T a) const {
+        return T(1) / a;
+    }
 };
 struct SquareRoot {
     template <class T>
-    T operator()(T a) const { return std::sqrt(a); }
+    T operator()(T a) const {
+        return std::sqrt(a);
+    }
 };
 struct ReciprocalRoot {
     float operator()(float a) const { return float(1.0 / std::sqrt(double(a))); }

@@ -1,5 +1,5 @@
-// cp.async of one thread, bulk copies of contiguous bytes, and the groups in which threads wait for either. PTX ISA 9.0,
-// section 9.7.9, "Data Movement and Conversion: Asynchronous copy".
+// cp.async of one thread, bulk copies of contiguous bytes, and the groups in which threads wait for either. PTX
+// ISA 9.0, section 9.7.9, "Data Movement and Conversion: Asynchronous copy".
 #include "copies.h"
 
 #include "decode.h"
@@ -101,7 +101,8 @@ Step copy_async(Warp& warp, const Instruction& i) {
         copy.valid = i.flags ? warp.values<uint32_t>(i.operands[3])[lane] : size;
         if (copy.valid > size) fail_lane(lane, "cp.async of %u bytes reads %u", size, copy.valid);
         const SharedRange at = shared_range(warp, lane, copy.destination, size, size);
-        if (copy.source % size != 0) fail_lane(lane, "misaligned: cp.async from %#llx", static_cast<unsigned long long>(copy.source));
+        if (copy.source % size != 0)
+            fail_lane(lane, "misaligned: cp.async from %#llx", static_cast<unsigned long long>(copy.source));
         if (copy.valid != 0) check_global(lane, copy.source, copy.valid, Access::read);
         warp.block->cluster->orders.copy_begins(warp.actor, at.block->rank, at.address, size, false);
         if (launch_of(warp).lands_late()) {
@@ -118,7 +119,6 @@ Step commit_copies(Warp& warp, const Instruction&) {
         LaneGroups<CopyRequest>& groups = warp.copies[size_t(lane)];
         groups.groups.push_back(std::move(groups.open));
         groups.open.clear();
-        ++groups.committed;
     });
     return Step::next;
 }
@@ -129,7 +129,7 @@ Step wait_for_copies(Warp& warp, const Instruction& i) {
         LaneGroups<CopyRequest>& groups = warp.copies[size_t(lane)];
         while (groups.groups.size() > size_t(i.constant)) {
             for (const CopyRequest& copy : groups.groups.front()) land(warp, lane, copy);
-            groups.groups.pop_front();
+            groups.groups.erase(groups.groups.begin());
         }
     });
     warp.block->cluster->progress++;
@@ -140,8 +140,9 @@ Step wait_for_copies(Warp& warp, const Instruction& i) {
 
 void check_bulk(int lane, uint64_t global, uint32_t shared, uint32_t bytes) {
     if (global % 16 != 0 || shared % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
-        fail_lane(lane, "misaligned: a bulk copy of %u bytes between %#llx and shared address %#x needs multiples of 16", bytes,
-                  static_cast<unsigned long long>(global), shared);
+        fail_lane(lane,
+                  "misaligned: a bulk copy of %u bytes between %#llx and shared address %#x needs multiples of 16",
+                  bytes, static_cast<unsigned long long>(global), shared);
     }
 }
 
@@ -175,8 +176,10 @@ Step bulk_store(Warp& warp, const Instruction& i) {
         start_store(
             warp, lane, from.address, bytes, [=] { memcpy(kept->data(), from.bytes, bytes); },
             [=] {
-                if (!adds) memcpy(reinterpret_cast<void*>(destination), kept->data(), bytes);
-                else for (uint32_t at = 0; at < bytes; at += 4) add_element(destination + at, kept->data() + at, 4);
+                if (!adds)
+                    memcpy(reinterpret_cast<void*>(destination), kept->data(), bytes);
+                else
+                    for (uint32_t at = 0; at < bytes; at += 4) add_element(destination + at, kept->data() + at, 4);
             });
     });
     return Step::next;
@@ -199,7 +202,7 @@ void read_source(BulkStore& store) {
 // `constant`: groups that may stay under way; `flags` is 1 for .read, which waits for the sources alone.
 Step wait_for_stores(Warp& warp, const Instruction& i) {
     each_lane(warp.lanes, [&](int lane) {
-        std::deque<std::vector<BulkStore>>& groups = warp.bulk[size_t(lane)].groups;
+        std::vector<std::vector<BulkStore>>& groups = warp.bulk[size_t(lane)].groups;
         const size_t done = groups.size() > size_t(i.constant) ? groups.size() - size_t(i.constant) : 0;
         for (size_t group = 0; group < done; ++group) {
             for (BulkStore& store : groups[group]) {

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-// Notes a copy by the async proxy from global to `bytes` of shared memory at `address` of block `block`, which completes
-// `bytes` on the mbarrier there. `move` writes the bytes; it runs when the copy lands.
+// Notes a copy by the async proxy from global to `bytes` of shared memory at `address` of block `block`, which
+// completes `bytes` on the mbarrier there. `move` writes the bytes; it runs when the copy lands.
 void start_load(Warp& warp, int lane, Block& block, uint32_t address, uint32_t bytes, uint32_t mbarrier,
                 std::function<void()> move);
 // Notes a store by the async proxy. `read` takes the source out of shared memory, `write` brings it to global memory.

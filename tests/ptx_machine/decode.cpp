@@ -13,8 +13,8 @@ namespace {
 const OpcodeTable& opcodes() {
     static const OpcodeTable table = [] {
         OpcodeTable filled;
-        for (const auto add : {add_arithmetic, add_conversions, add_control, add_memory, add_warp_operations, add_matrices,
-                               add_barriers, add_mbarriers, add_clusters, add_copies, add_wgmma}) {
+        for (const auto add : {add_arithmetic, add_conversions, add_control, add_memory, add_warp_operations,
+                               add_matrices, add_barriers, add_mbarriers, add_clusters, add_copies, add_wgmma}) {
             add(filled);
         }
         return filled;
@@ -25,19 +25,27 @@ const OpcodeTable& opcodes() {
 // PTX ISA 9.0, chapter "Special Registers".
 const std::map<std::string, Preset::Kind>& special_registers() {
     using Kind = Preset::Kind;
-    static const std::map<std::string, Kind> known{
-        {"%tid.x", Kind::tid_x},       {"%tid.y", Kind::tid_y},       {"%tid.z", Kind::tid_z},
-        {"%ctaid.x", Kind::ctaid_x},   {"%ctaid.y", Kind::ctaid_y},   {"%ctaid.z", Kind::ctaid_z},
-        {"%ntid.x", Kind::ntid_x},     {"%ntid.y", Kind::ntid_y},     {"%ntid.z", Kind::ntid_z},
-        {"%nctaid.x", Kind::nctaid_x}, {"%nctaid.y", Kind::nctaid_y}, {"%nctaid.z", Kind::nctaid_z},
-        {"%cluster_ctarank", Kind::cluster_rank}, {"%laneid", Kind::lane}};
+    static const std::map<std::string, Kind> known{{"%tid.x", Kind::tid_x},
+                                                   {"%tid.y", Kind::tid_y},
+                                                   {"%tid.z", Kind::tid_z},
+                                                   {"%ctaid.x", Kind::ctaid_x},
+                                                   {"%ctaid.y", Kind::ctaid_y},
+                                                   {"%ctaid.z", Kind::ctaid_z},
+                                                   {"%ntid.x", Kind::ntid_x},
+                                                   {"%ntid.y", Kind::ntid_y},
+                                                   {"%ntid.z", Kind::ntid_z},
+                                                   {"%nctaid.x", Kind::nctaid_x},
+                                                   {"%nctaid.y", Kind::nctaid_y},
+                                                   {"%nctaid.z", Kind::nctaid_z},
+                                                   {"%cluster_ctarank", Kind::cluster_rank},
+                                                   {"%laneid", Kind::lane}};
     return known;
 }
 
 uint32_t align_up(uint32_t value, uint32_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
 class Decoder final : public Operands {
-  public:
+public:
     Decoder(const ModuleText& module, const EntryText& text)
         : module_(module), text_(text), entry_(std::make_unique<Entry>()) {
         entry_->name = text.name;
@@ -55,13 +63,20 @@ class Decoder final : public Operands {
         scopes_ = &scopes;
         for (const Statement& s : text_.statements) {
             switch (s.kind) {
-                case Statement::Kind::open_scope: scopes.open(); break;
-                case Statement::Kind::close_scope: scopes.close(); break;
+                case Statement::Kind::open_scope:
+                    scopes.open();
+                    break;
+                case Statement::Kind::close_scope:
+                    scopes.close();
+                    break;
                 case Statement::Kind::directive:
                     if (s.text.rfind(".reg", 0) == 0) scopes.declare(s.text);
                     break;
-                case Statement::Kind::label: break;
-                case Statement::Kind::instruction: instruction(s); break;
+                case Statement::Kind::label:
+                    break;
+                case Statement::Kind::instruction:
+                    instruction(s);
+                    break;
             }
         }
         end_of_entry();
@@ -126,7 +141,7 @@ class Decoder final : public Operands {
         return found->second;
     }
 
-  private:
+private:
     void place_parameters() {
         for (const ParameterText& p : text_.parameters) {
             const uint32_t offset = align_up(entry_->parameter_bytes, p.alignment);
@@ -186,9 +201,11 @@ class Decoder final : public Operands {
             const auto known = opcodes().find(text.parts[0]);
             if (known == opcodes().end()) throw Unknown("an instruction that this machine does not know");
             known->second(*this, text, instruction);
-            if (instruction.execute == nullptr) throw Unknown("a form of `" + text.parts[0] + "` that this machine does not know");
+            if (instruction.execute == nullptr)
+                throw Unknown("a form of `" + text.parts[0] + "` that this machine does not know");
         } catch (const std::exception& error) {
-            throw Unknown(module_.name + ":" + std::to_string(s.line) + ": `" + s.text.substr(0, 200) + "`: " + error.what());
+            throw Unknown(module_.name + ":" + std::to_string(s.line) + ": `" + s.text.substr(0, 200) +
+                          "`: " + error.what());
         }
         entry_->code.push_back(std::move(instruction));
     }
@@ -216,7 +233,8 @@ class Decoder final : public Operands {
             wanted.value = number(name);
         }
         for (const Preset& known : entry_->presets) {
-            if (known.kind == wanted.kind && known.value == wanted.value && known.bytes == wanted.bytes) return known.slot;
+            if (known.kind == wanted.kind && known.value == wanted.value && known.bytes == wanted.bytes)
+                return known.slot;
         }
         wanted.slot = entry_->register_bytes;
         entry_->register_bytes += bytes * kLanes;
@@ -233,13 +251,15 @@ class Decoder final : public Operands {
 
     // PTX ISA 9.0, "Constants": 0f and 0d are the bits of a float, everything else an integer.
     static uint64_t number(const std::string& name) {
-        if (name.size() > 2 && name[0] == '0' && (name[1] == 'f' || name[1] == 'F' || name[1] == 'd' || name[1] == 'D')) {
+        if (name.size() > 2 && name[0] == '0' &&
+            (name[1] == 'f' || name[1] == 'F' || name[1] == 'd' || name[1] == 'D')) {
             return std::stoull(name.substr(2), nullptr, 16);
         }
         const bool negative = !name.empty() && name[0] == '-';
         size_t used = 0;
         const uint64_t value = std::stoull(negative ? name.substr(1) : name, &used, 0);
-        if (used + negative < name.size() && name.substr(used + negative) != "U") throw Unknown("unknown operand `" + name + "`");
+        if (used + negative < name.size() && name.substr(used + negative) != "U")
+            throw Unknown("unknown operand `" + name + "`");
         return negative ? 0 - value : value;
     }
 

@@ -18,7 +18,7 @@ struct Unknown : std::runtime_error {
 
 // Gives an instruction's operands their places, by the names of one entry.
 class Operands {
-  public:
+public:
     virtual ~Operands() = default;
     // The register, constant, special register or address of a variable, as a value of `bytes`; a register may be wider
     // where `exact` is false.

@@ -1,5 +1,5 @@
-// Stands where libcuda.so stands: as much of the CUDA driver as the program calls, with two devices that execute PTX. Everything
-// is done when the call returns. CUDA Driver API.
+// Stands where libcuda.so stands: as much of the CUDA driver as the program calls, with two devices that execute PTX.
+// Everything is done when the call returns. CUDA Driver API.
 #include <cuda.h>
 
 #include <atomic>
@@ -52,10 +52,17 @@ CUresult cuDeviceGet(CUdevice* device, int ordinal) {
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
     const ptx::Device& of = ptx::kDeviceTable[device];
     switch (attribute) {
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = of.major; break;
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = of.minor; break;
-        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = multiprocessors(); break;
-        default: *value = 0;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+            *value = of.major;
+            break;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+            *value = of.minor;
+            break;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+            *value = multiprocessors();
+            break;
+        default:
+            *value = 0;
     }
     return CUDA_SUCCESS;
 }

@@ -33,7 +33,7 @@ std::string read_file(const std::filesystem::path& path) {
 
 // The parameters of a launch, aligned as kernels expect, readable while it runs.
 class ParameterBlock {
-  public:
+public:
     ParameterBlock(const Entry& entry, void** arguments) : bytes_(entry.parameter_bytes + 256) {
         start_ = bytes_.data() + (128 - reinterpret_cast<uint64_t>(bytes_.data()) % 128) % 128;
         for (size_t k = 0; k < entry.parameters.size(); ++k) {
@@ -46,7 +46,7 @@ class ParameterBlock {
     ParameterBlock& operator=(const ParameterBlock&) = delete;
     uint8_t* start() { return start_; }
 
-  private:
+private:
     std::vector<uint8_t> bytes_;
     uint8_t* start_;
 };
@@ -78,7 +78,8 @@ std::string Machine::open(const std::string& folder) {
             module->file = file;
             module->target = kDeviceTable[device].target;
             module->text = read_file(found.path());
-            for (size_t at = module->text.find(".entry "); at != std::string::npos; at = module->text.find(".entry ", at + 7)) {
+            for (size_t at = module->text.find(".entry "); at != std::string::npos;
+                 at = module->text.find(".entry ", at + 7)) {
                 const std::string name = trim(module->text.substr(at + 7, module->text.find('(', at) - at - 7));
                 entries_[device][name].module = module.get();
             }
@@ -160,7 +161,8 @@ std::shared_ptr<const Entry> Machine::ready(Known& known, const std::string& nam
     if (known.entry != nullptr) return known.entry;
     Module& module = *known.module;
     if (module.parsed == nullptr) {
-        module.parsed = std::make_unique<ModuleText>(parse_module(module.file, module.edited.empty() ? module.text : module.edited));
+        module.parsed = std::make_unique<ModuleText>(
+            parse_module(module.file, module.edited.empty() ? module.text : module.edited));
     }
     for (const EntryText& entry : module.parsed->entries) {
         if (entry.name == name) known.entry = decode(*module.parsed, entry);
@@ -168,8 +170,8 @@ std::shared_ptr<const Entry> Machine::ready(Known& known, const std::string& nam
     return known.entry;
 }
 
-void Machine::launch(int device, const std::string& name, Dim3 grid, Dim3 block, void** arguments, uint32_t dynamic_shared,
-                     uint32_t cluster_size) {
+void Machine::launch(int device, const std::string& name, Dim3 grid, Dim3 block, void** arguments,
+                     uint32_t dynamic_shared, uint32_t cluster_size) {
     Launch launch;
     std::shared_ptr<const Entry> entry;
     {
@@ -187,11 +189,14 @@ void Machine::launch(int device, const std::string& name, Dim3 grid, Dim3 block,
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     if (threads == 0 || blocks == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff) {
-        throw Fault{"invalid configuration: a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads", -1};
+        throw Fault{"invalid configuration: a grid of " + std::to_string(blocks) + " blocks of " +
+                        std::to_string(threads) + " threads",
+                    -1};
     }
     if (threads > entry->most_threads) throw Fault{"more threads than .maxntid of " + name, -1};
     if (grid.x % cluster_size != 0 || cluster_size > 8) throw Fault{"a grid that is no whole number of clusters", -1};
-    if (entry->static_shared + dynamic_shared > kDeviceTable[device].most_shared) throw Fault{"more shared memory than a block can have: " + name, -1};
+    if (entry->static_shared + dynamic_shared > kDeviceTable[device].most_shared)
+        throw Fault{"more shared memory than a block can have: " + name, -1};
     ParameterBlock parameters(*entry, arguments);
     launch.entry = entry.get();
     launch.grid = grid;

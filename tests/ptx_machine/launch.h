@@ -24,14 +24,14 @@ extern const Device kDeviceTable[kDevices];
 
 // The PTX of all kernels, the settings, and what has been launched. One in a process.
 class Machine {
-  public:
+public:
     static Machine& get();
 
     // Reads every `*.sm_80.ptx` and `*.sm_90a.ptx` of a folder; an error text, or empty.
     std::string open(const std::string& folder);
     void configure(const Options& options);
-    // Replaces occurrence number `occurrence` (from 1; 0: all) of `from` by `to` in the text of every entry whose mangled name
-    // holds `entry`, until `restore`; an error text if there is none.
+    // Replaces occurrence number `occurrence` (from 1; 0: all) of `from` by `to` in the text of every entry whose
+    // mangled name holds `entry`, until `restore`; an error text if there is none.
     std::string edit(const std::string& entry, const std::string& from, const std::string& to, int occurrence);
     void restore();
     // `target file entry launches`, a line for every entry.
@@ -43,7 +43,7 @@ class Machine {
 
     ~Machine();
 
-  private:
+private:
     struct Module {
         std::string file, target, text;
         std::string edited;

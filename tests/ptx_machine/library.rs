@@ -38,7 +38,9 @@ fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut found: Vec<PathBuf> = entries
         .map(|entry| entry.expect("a folder's entry").path())
-        .filter(|path| path.extension().and_then(OsStr::to_str).is_some_and(|ending| endings.contains(&ending)))
+        .filter(|path| {
+            path.extension().and_then(OsStr::to_str).is_some_and(|ending| endings.contains(&ending))
+        })
         .collect();
     found.sort();
     found
@@ -85,9 +87,8 @@ pub fn build() -> PathBuf {
     compile(&sources, &objects, &flags);
 
     let archive = Path::new(BUILD).join("libmmpo_kernels_gpu.a");
-    let library = folder()
-        .join(hash_of(&[objects.clone(), vec![archive.clone()]].concat(), &[]))
-        .join("libcuda.so");
+    let library =
+        folder().join(hash_of(&[objects.clone(), vec![archive.clone()]].concat(), &[])).join("libcuda.so");
     if !library.exists() {
         std::fs::create_dir_all(library.parent().expect("a folder")).expect("a folder for the library");
         let unfinished = library.with_extension(format!("{}", std::process::id()));

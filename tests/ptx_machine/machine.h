@@ -1,14 +1,13 @@
 // The machine that executes PTX: what all of its parts share.
 //
 // A warp executes one instruction for all of its lanes at once. A register is therefore an array of 32 values, and an
-// instruction a small function that loops over the lanes that are active. Lanes that part at a branch become splits of the
-// warp, which join again where they meet.
+// instruction a small function that loops over the lanes that are active. Lanes that part at a branch become splits of
+// the warp, which join again where they meet.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -34,13 +33,13 @@ struct Instruction;
 
 // What an instruction leaves its warp to do.
 enum class Step : uint8_t {
-    next,      // go on with the next instruction
-    jumped,    // the program counters are set
-    gathering, // wait until more lanes of the warp stand at this instruction
-    blocked,   // the warp waits; whoever ends the wait moves it on
-    again,     // execute this instruction again in the warp's next turn
-    yielded,   // go on with the next instruction, in the next turn if other lanes have work
-    exited,    // the active lanes are done
+    next,       // go on with the next instruction
+    jumped,     // the program counters are set
+    gathering,  // wait until more lanes of the warp stand at this instruction
+    blocked,    // the warp waits; whoever ends the wait moves it on
+    again,      // execute this instruction again in the warp's next turn
+    yielded,    // go on with the next instruction, in the next turn if other lanes have work
+    exited,     // the active lanes are done
 };
 using Execute = Step (*)(Warp&, const Instruction&);
 
@@ -80,8 +79,23 @@ struct Parameter {
 // A value that every thread of a launch finds in a register slot: a constant, or a special register.
 struct Preset {
     enum class Kind : uint8_t {
-        constant, tid_x, tid_y, tid_z, ctaid_x, ctaid_y, ctaid_z, ntid_x, ntid_y, ntid_z, nctaid_x, nctaid_y, nctaid_z,
-        cluster_rank, lane, parameter, dynamic_shared
+        constant,
+        tid_x,
+        tid_y,
+        tid_z,
+        ctaid_x,
+        ctaid_y,
+        ctaid_z,
+        ntid_x,
+        ntid_y,
+        ntid_z,
+        nctaid_x,
+        nctaid_y,
+        nctaid_z,
+        cluster_rank,
+        lane,
+        parameter,
+        dynamic_shared
     };
     uint32_t slot = 0;
     uint8_t bytes = 4;
@@ -115,11 +129,13 @@ struct Fault {
 #if defined(__GNUC__)
 [[gnu::format(printf, 1, 2)]]
 #endif
-[[noreturn]] void fail(const char* format, ...);
+[[noreturn]] void
+fail(const char* format, ...);
 #if defined(__GNUC__)
 [[gnu::format(printf, 2, 3)]]
 #endif
-[[noreturn]] void fail_lane(int lane, const char* format, ...);
+[[noreturn]] void
+fail_lane(int lane, const char* format, ...);
 
 // Lanes of a warp that stand at one instruction.
 struct Split {
@@ -149,9 +165,7 @@ struct BulkStore {
 template <class Request>
 struct LaneGroups {
     std::vector<Request> open;
-    std::deque<std::vector<Request>> groups;
-    // Groups committed since the last wait.
-    uint32_t committed = 0;
+    std::vector<std::vector<Request>> groups;
 };
 
 // A wgmma under way: one warp's 16 rows of it.
@@ -185,10 +199,11 @@ struct Warp {
     std::array<LaneGroups<CopyRequest>, kLanes> copies;
     std::array<LaneGroups<BulkStore>, kLanes> bulk;
 
-    // wgmma: whether a fence stands between now and the last change of registers, products since the last commit, groups.
+    // wgmma: whether a fence stands between now and the last change of registers, products since the last commit,
+    // groups.
     bool wgmma_fenced = false;
     std::vector<PendingProduct> products;
-    std::deque<std::vector<PendingProduct>> product_groups;
+    std::vector<std::vector<PendingProduct>> product_groups;
     // Products since the last commit and in groups, together, and how many of them use each virtual register.
     uint32_t products_pending = 0;
     std::vector<uint16_t> in_flight;
@@ -196,7 +211,9 @@ struct Warp {
     uint64_t product_history = 0;
 
     template <class T>
-    T* values(uint32_t slot) { return reinterpret_cast<T*>(registers + slot); }
+    T* values(uint32_t slot) {
+        return reinterpret_cast<T*>(registers + slot);
+    }
     bool full() const { return lanes == kAllLanes; }
     const Instruction& instruction() const;
 };

@@ -33,7 +33,8 @@ Step multiply_accumulate(Warp& warp, const Instruction& i) {
     multiply_add(c, a, b, 16, 8, launch_of(warp).rounding);
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, q = lane % 4;
-        for (int k = 0; k < 4; ++k) warp.values<float>(i.list[size_t(k)])[lane] = c[(g + k / 2 * 8) * 8 + 2 * q + k % 2];
+        for (int k = 0; k < 4; ++k)
+            warp.values<float>(i.list[size_t(k)])[lane] = c[(g + k / 2 * 8) * 8 + 2 * q + k % 2];
     }
     return Step::next;
 }

@@ -1,5 +1,6 @@
-// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13, "mbarrier". A phase is
-// complete when no arrival is pending and its transaction count is zero; then the next begins with the parity flipped.
+// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13, "mbarrier". A
+// phase is complete when no arrival is pending and its transaction count is zero; then the next begins with the parity
+// flipped.
 #include "mbarrier.h"
 
 #include "decode.h"
@@ -31,7 +32,8 @@ void flip_if_complete(Block& block, Mbarrier& m) {
 
 void expect_transactions(Mbarrier& m, int lane, uint32_t bytes) {
     m.transactions += bytes;
-    if (m.transactions > kMostTransactions) fail_lane(lane, "an mbarrier expects %lld bytes, too many", static_cast<long long>(m.transactions));
+    if (m.transactions > kMostTransactions)
+        fail_lane(lane, "an mbarrier expects %lld bytes, too many", static_cast<long long>(m.transactions));
 }
 
 Step init(Warp& warp, const Instruction& i) {
@@ -66,7 +68,8 @@ Step arrive(Warp& warp, const Instruction& i) {
         const uint32_t operand = i.flags != 0 ? warp.values<uint32_t>(i.operands[2])[lane] : 0;
         if (i.flags & 1) expect_transactions(m, lane, operand);
         const uint32_t count = i.flags & 2 ? operand : 1;
-        if (count > m.pending) fail_lane(lane, "more arrivals at the mbarrier at %#x than its phase expects", at.address);
+        if (count > m.pending)
+            fail_lane(lane, "more arrivals at the mbarrier at %#x than its phase expects", at.address);
         m.pending -= count;
         at.block->cluster->orders.release(warp.actor, m.arrivals);
         at.block->cluster->progress++;
@@ -135,7 +138,8 @@ void decode_mbarrier(Operands& operands, const InstructionText& text, Instructio
         decode_address(operands, text.operands[0], out);
         out.execute = &invalidate;
     } else if (what == "arrive") {
-        if (text.operands.size() < 2 || text.operands.size() > 3 || text.operands[0] != "_" || has(text, "noComplete")) return;
+        if (text.operands.size() < 2 || text.operands.size() > 3 || text.operands[0] != "_" || has(text, "noComplete"))
+            return;
         decode_address(operands, text.operands[1], out);
         if (text.operands.size() == 3) out.operands[2] = operands.value(text.operands[2], 4);
         out.flags = has(text, "expect_tx") ? 1 : text.operands.size() == 3 ? 2 : 0;
@@ -161,7 +165,8 @@ void complete_transactions(Block& block, uint32_t address, uint32_t bytes) {
     const auto found = block.mbarriers.find(address);
     if (found == block.mbarriers.end()) fail("a copy completes on %#x, where no mbarrier is", address);
     found->second.transactions -= bytes;
-    if (found->second.transactions < -kMostTransactions) fail("more bytes complete on the mbarrier at %#x than it can count", address);
+    if (found->second.transactions < -kMostTransactions)
+        fail("more bytes complete on the mbarrier at %#x than it can count", address);
     block.cluster->orders.release_async(block.rank, found->second.arrivals);
     block.cluster->progress++;
     flip_if_complete(block, found->second);
@@ -169,7 +174,8 @@ void complete_transactions(Block& block, uint32_t address, uint32_t bytes) {
 
 void check_copy_barrier(Warp& warp, int lane, Block& block, uint32_t address) {
     if (address % 8 != 0 || block.mbarriers.count(address) == 0) {
-        fail_lane(lane, "no mbarrier is initialised at shared address %#x of block %u of the cluster", address, block.rank);
+        fail_lane(lane, "no mbarrier is initialised at shared address %#x of block %u of the cluster", address,
+                  block.rank);
     }
     block.cluster->orders.barrier_used_by_async(warp.actor, block.rank, address);
 }

@@ -16,10 +16,11 @@ SharedRange shared_range(Warp& warp, int lane, uint32_t address, uint32_t bytes,
         block = block->cluster->blocks[rank].get();
         at = address & ((1u << kRankShift) - 1);
     }
-    if (at % alignment != 0) fail_lane(lane, "misaligned: shared address %#x, %u bytes need a multiple of %u", at, bytes, alignment);
+    if (at % alignment != 0)
+        fail_lane(lane, "misaligned: shared address %#x, %u bytes need a multiple of %u", at, bytes, alignment);
     if (at < kSharedStart || at > block->shared.end || bytes > block->shared.end - at) {
-        fail_lane(lane, "out of bounds: %u bytes at shared address %#x, the block has %#x to %#x", bytes, at, kSharedStart,
-                  block->shared.end);
+        fail_lane(lane, "out of bounds: %u bytes at shared address %#x, the block has %#x to %#x", bytes, at,
+                  kSharedStart, block->shared.end);
     }
     return {block, at, block->shared.bytes.data() + at};
 }
@@ -80,7 +81,8 @@ void each_access(Warp& warp, const Instruction& i, uint32_t bytes, Access access
         each_lane(warp.lanes, [&](int lane) {
             const uint64_t address = lane_address(warp, i, 1, lane);
             if (address % bytes != 0) {
-                fail_lane(lane, "misaligned: global address %#llx, %u bytes", static_cast<unsigned long long>(address), bytes);
+                fail_lane(lane, "misaligned: global address %#llx, %u bytes", static_cast<unsigned long long>(address),
+                          bytes);
             }
             check_global(lane, address, bytes, access);
             f(lane, reinterpret_cast<uint8_t*>(address));
@@ -95,9 +97,12 @@ void set_register(Warp& warp, uint32_t slot, uint32_t width, int lane, T value) 
         warp.values<T>(slot)[lane] = value;
     } else {
         const int64_t wide = int64_t(value);
-        if (width == 2) warp.values<uint16_t>(slot)[lane] = uint16_t(wide);
-        else if (width == 4) warp.values<uint32_t>(slot)[lane] = uint32_t(wide);
-        else warp.values<uint64_t>(slot)[lane] = uint64_t(wide);
+        if (width == 2)
+            warp.values<uint16_t>(slot)[lane] = uint16_t(wide);
+        else if (width == 4)
+            warp.values<uint32_t>(slot)[lane] = uint32_t(wide);
+        else
+            warp.values<uint64_t>(slot)[lane] = uint64_t(wide);
     }
 }
 
@@ -130,7 +135,10 @@ Step store(Warp& warp, const Instruction& i) {
 template <class T, bool kShared, bool kLoads>
 Execute by_count(size_t count) {
     if constexpr (kLoads) {
-        return count == 1 ? &load<T, 1, kShared> : count == 2 ? &load<T, 2, kShared> : count == 4 ? &load<T, 4, kShared> : nullptr;
+        return count == 1   ? &load<T, 1, kShared>
+               : count == 2 ? &load<T, 2, kShared>
+               : count == 4 ? &load<T, 4, kShared>
+                            : nullptr;
     } else {
         return count == 1   ? &store<T, 1, kShared>
                : count == 2 ? &store<T, 2, kShared>
@@ -195,29 +203,41 @@ void decode_access(Operands& operands, const InstructionText& text, Instruction&
 struct Plus {
     template <class T>
     T operator()(T a, T b) const {
-        if constexpr (std::is_integral_v<T>) return T(uint64_t(a) + uint64_t(b));
-        else return a + b;
+        if constexpr (std::is_integral_v<T>)
+            return T(uint64_t(a) + uint64_t(b));
+        else
+            return a + b;
     }
 };
 struct Least {
     template <class T>
-    T operator()(T a, T b) const { return b < a ? b : a; }
+    T operator()(T a, T b) const {
+        return b < a ? b : a;
+    }
 };
 struct Most {
     template <class T>
-    T operator()(T a, T b) const { return a < b ? b : a; }
+    T operator()(T a, T b) const {
+        return a < b ? b : a;
+    }
 };
 struct BitOr {
     template <class T>
-    T operator()(T a, T b) const { return T(a | b); }
+    T operator()(T a, T b) const {
+        return T(a | b);
+    }
 };
 struct BitAnd {
     template <class T>
-    T operator()(T a, T b) const { return T(a & b); }
+    T operator()(T a, T b) const {
+        return T(a & b);
+    }
 };
 struct Exchange {
     template <class T>
-    T operator()(T, T b) const { return b; }
+    T operator()(T, T b) const {
+        return b;
+    }
 };
 
 // operands: d, address, b, c. `constant` is 1 where there is a destination.

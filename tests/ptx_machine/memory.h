@@ -23,7 +23,8 @@ void mark_written(const SharedRange& range, uint32_t bytes);
 // The address of a lane in a 4- or 8-byte register, with the instruction's offset.
 inline uint64_t lane_address(Warp& warp, const Instruction& i, int operand, int lane) {
     const uint32_t slot = i.operands[operand];
-    const uint64_t base = i.widths[operand] == 4 ? warp.values<uint32_t>(slot)[lane] : warp.values<uint64_t>(slot)[lane];
+    const uint64_t base =
+        i.widths[operand] == 4 ? warp.values<uint32_t>(slot)[lane] : warp.values<uint64_t>(slot)[lane];
     return base + uint64_t(i.offset);
 }
 

@@ -69,7 +69,17 @@ fn load(path: &Path) -> NonNull<c_void> {
     })
 }
 
-/// The machine of this process. `None` where there is no cuobjdump to take the PTX out with, which is said.
+/// Whether the PTX can be executed; builds what that needs, and says what is missing. Loads nothing, so that this process may
+/// still look for a GPU.
+pub fn available() -> bool {
+    let available = library::extract_ptx().is_some();
+    if available {
+        library::build();
+    }
+    available
+}
+
+/// The machine of this process, from now on in the driver's place. `None` where there is no cuobjdump to take the PTX out with, which is said.
 pub fn machine() -> Option<&'static Machine> {
     static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
     MACHINE.get_or_init(start).as_ref()
@@ -89,14 +99,16 @@ fn start() -> Option<Machine> {
         assert!(error.is_empty(), "{error}");
         launch_through(&|name| symbol(library, &format!("mmpo_{name}"))).expect("launchers");
         Some(Machine {
-            configure: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int, u64, c_int)>(function(
-                "ptx_machine_configure",
-            )),
+            configure: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int, u64, c_int)>(
+                function("ptx_machine_configure"),
+            ),
             edit: std::mem::transmute::<
                 NonNull<c_void>,
                 unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, c_int) -> *const c_char,
             >(function("ptx_machine_edit")),
-            restore: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn()>(function("ptx_machine_restore")),
+            restore: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn()>(function(
+                "ptx_machine_restore",
+            )),
             multiprocessors: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(function(
                 "ptx_machine_multiprocessors",
             )),
@@ -115,7 +127,8 @@ impl Machine {
     fn configure_by_words(&self, mode: &str) {
         let (mut landing, mut seed, mut measured) = (Landing::Late, 0, false);
         for word in mode.split_whitespace() {
-            let number = |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok());
+            let number =
+                |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok());
             match word {
                 "late" => landing = Landing::Late,
                 "early" => landing = Landing::Early,
@@ -135,11 +148,11 @@ impl Machine {
     /// Replaces text in the PTX of every entry whose mangled name holds `entry`: the occurrence of this number, from 1, or all
     /// where it is 0. The error says that there is none.
     pub fn edit(&self, entry: &str, from: &str, to: &str, occurrence: i32) -> Result<(), String> {
-        let [entry, from, to] = [entry, from, to].map(|text| CString::new(text).expect("text without a zero"));
+        let [entry, from, to] =
+            [entry, from, to].map(|text| CString::new(text).expect("text without a zero"));
         // SAFETY: three C strings that live during the call, which returns one that lives until this thread's next.
-        let error = unsafe {
-            CStr::from_ptr((self.edit)(entry.as_ptr(), from.as_ptr(), to.as_ptr(), occurrence))
-        };
+        let error =
+            unsafe { CStr::from_ptr((self.edit)(entry.as_ptr(), from.as_ptr(), to.as_ptr(), occurrence)) };
         let error = error.to_string_lossy().into_owned();
         if error.is_empty() { Ok(()) } else { Err(error) }
     }
@@ -173,7 +186,9 @@ pub fn device_of_environment() -> Option<CudaDevice> {
             let fields: Vec<&str> = edit.splitn(EDIT_FIELDS, '\n').collect();
             let [entry, occurrence, from, to] = fields[..] else { panic!("{EDIT}={edit}") };
             let occurrence = occurrence.parse().expect("a number of an occurrence");
-            machine.edit(entry, &from.replace("\\n", "\n"), &to.replace("\\n", "\n"), occurrence).expect("an edit");
+            machine
+                .edit(entry, &from.replace("\\n", "\n"), &to.replace("\\n", "\n"), occurrence)
+                .expect("an edit");
         }
     });
     device(&target)

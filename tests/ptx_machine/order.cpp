@@ -56,13 +56,14 @@ void Orders::generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t 
                  write ? "writes" : "reads", address);
         }
         if ((c.write_mask & mask) != 0 && !seen(actor, c.writer, c.write_time)) {
-            fail("race: %s shared memory at %#x, which %s wrote with no barrier between", write ? "writes" : "reads", address,
-                 name(c.writer).c_str());
+            fail("race: %s shared memory at %#x, which %s wrote with no barrier between", write ? "writes" : "reads",
+                 address, name(c.writer).c_str());
         }
         if (!write) {
-            const int slot = c.reader[0] == actor && c.read_mask[0] != 0 ? 0 : c.reader[1] == actor && c.read_mask[1] != 0 ? 1
-                             : c.read_time[0] <= c.read_time[1]                                                     ? 0
-                                                                                                                    : 1;
+            const int slot = c.reader[0] == actor && c.read_mask[0] != 0   ? 0
+                             : c.reader[1] == actor && c.read_mask[1] != 0 ? 1
+                             : c.read_time[0] <= c.read_time[1]            ? 0
+                                                                           : 1;
             if (c.reader[slot] != actor) c.read_mask[slot] = 0;
             c.reader[slot] = uint8_t(actor);
             c.read_time[slot] = now_;
@@ -92,7 +93,8 @@ void Orders::async_read(uint32_t actor, uint32_t block, uint32_t address, uint32
         Chunk& c = chunk(block, at);
         const uint16_t mask = touched(at, address, bytes);
         if (c.copying && (c.write_mask & mask) != 0) {
-            fail("%s reads shared memory at %#x that a copy under way will write: no wait stands between", what, address);
+            fail("%s reads shared memory at %#x that a copy under way will write: no wait stands between", what,
+                 address);
         }
         if ((c.write_mask & mask) != 0 && !seen(actor, c.writer, c.write_time)) {
             fail("race: %s reads shared memory at %#x, which %s wrote with no barrier between", what, at * kChunk,
@@ -178,9 +180,11 @@ void Orders::barrier_used_by_async(uint32_t actor, uint32_t block, uint32_t addr
     for (const Initialised& known : initialised_) {
         if (known.block != block || known.address != address) continue;
         if (clocks_[actor].barriers[known.actor] < known.time) {
-            fail("missing fence.mbarrier_init: a copy completes on the mbarrier at %#x, whose initialisation by %s is not "
-                 "visible to the async proxy",
-                 address, name(known.actor).c_str());
+            fail(
+                "missing fence.mbarrier_init: a copy completes on the mbarrier at %#x, whose initialisation by %s is "
+                "not "
+                "visible to the async proxy",
+                address, name(known.actor).c_str());
         }
     }
 }

@@ -1,10 +1,10 @@
 // Who has seen what: happens-before between the warps of a cluster, and from it data races in shared memory and missing
 // fences between the generic and the async proxy.
 //
-// The unit is a warp (an actor); every block also has an actor for asynchronous copies. Time is one counter of the cluster.
-// `seen[w][a]` is the time up to which everything that actor a did happens before what warp w does next (PTX ISA 9.0,
-// "Memory Consistency Model: Causality Order"). Barriers join these clocks. `fenced` is the same for accesses that are
-// also visible to the async proxy, because a proxy fence stood on the way (same chapter, "Proxy").
+// The unit is a warp (an actor); every block also has an actor for asynchronous copies. Time is one counter of the
+// cluster. `seen[w][a]` is the time up to which everything that actor a did happens before what warp w does next (PTX
+// ISA 9.0, "Memory Consistency Model: Causality Order"). Barriers join these clocks. `fenced` is the same for accesses
+// that are also visible to the async proxy, because a proxy fence stood on the way (same chapter, "Proxy").
 //
 // What it cannot see: races between lanes of one warp, and races in global memory.
 #pragma once
@@ -39,7 +39,7 @@ struct Chunk {
 constexpr uint32_t kChunk = 16;
 
 class Orders {
-  public:
+public:
     // `warps` of each of `blocks`; `shared_end` of each block.
     void start(uint32_t blocks, uint32_t warps, uint32_t shared_end);
     uint32_t warp_actor(uint32_t block, uint32_t warp) const { return block * (warps_ + 1) + warp; }
@@ -71,7 +71,7 @@ class Orders {
     void release_async(uint32_t block, Clock& to);
     void tick() { ++now_; }
 
-  private:
+private:
     struct Initialised {
         uint32_t block, address, actor;
         Time time;

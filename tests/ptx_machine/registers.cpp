@@ -15,7 +15,9 @@ struct Loop {
     uint32_t first, last;
 };
 
-bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+bool is_name(char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+}
 
 // Calls `f(name, in_first_operand)` for every word of an instruction behind its opcode, its guard included.
 template <class F>
@@ -47,9 +49,9 @@ void each_name(const std::string& text, F f) {
 }
 
 bool writes_first_operand(const std::string& text) {
-    for (const char* reader : {"st.", "bar.", "barrier.", "cp.", "stmatrix", "red.", "bra", "prefetch", "fence", "wgmma",
-                               "setmaxnreg", "nanosleep", "mbarrier.init", "mbarrier.inval", "mbarrier.arrive",
-                               "mbarrier.expect"}) {
+    for (const char* reader :
+         {"st.", "bar.", "barrier.", "cp.", "stmatrix", "red.", "bra", "prefetch", "fence", "wgmma", "setmaxnreg",
+          "nanosleep", "mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "mbarrier.expect"}) {
         if (text.rfind(reader, 0) == 0) return false;
     }
     return text[0] != '@';
@@ -57,7 +59,7 @@ bool writes_first_operand(const std::string& text) {
 
 // Positions are counted in instructions.
 class Liveness {
-  public:
+public:
     explicit Liveness(const EntryText& entry) : entry_(entry) {}
 
     std::vector<Register> run() {
@@ -68,7 +70,7 @@ class Liveness {
         return std::move(registers_);
     }
 
-  private:
+private:
     void labels() {
         uint32_t position = 0;
         for (const Statement& s : entry_.statements) {
@@ -83,13 +85,20 @@ class Liveness {
         uint32_t position = 0;
         for (const Statement& s : entry_.statements) {
             switch (s.kind) {
-                case Statement::Kind::open_scope: scopes.open(); break;
-                case Statement::Kind::close_scope: scopes.close(); break;
+                case Statement::Kind::open_scope:
+                    scopes.open();
+                    break;
+                case Statement::Kind::close_scope:
+                    scopes.close();
+                    break;
                 case Statement::Kind::directive:
                     if (s.text.rfind(".reg", 0) == 0) scopes.declare(s.text);
                     break;
-                case Statement::Kind::label: break;
-                case Statement::Kind::instruction: instruction(scopes, s.text, position++); break;
+                case Statement::Kind::label:
+                    break;
+                case Statement::Kind::instruction:
+                    instruction(scopes, s.text, position++);
+                    break;
             }
         }
         // What a wgmma reads and writes stays in use until a wait behind it.
@@ -126,8 +135,7 @@ class Liveness {
                 for (Register& r : registers_) {
                     if (r.first > r.last || r.last < loop.first || r.first > loop.last) continue;
                     const uint32_t first = r.whole_loops ? std::min(r.first, loop.first) : r.first;
-                    const uint32_t last =
-                        r.whole_loops || r.first < loop.first ? std::max(r.last, loop.last) : r.last;
+                    const uint32_t last = r.whole_loops || r.first < loop.first ? std::max(r.last, loop.last) : r.last;
                     changed |= first != r.first || last != r.last;
                     r.first = first;
                     r.last = last;
@@ -186,7 +194,8 @@ std::vector<Register> place_registers(const EntryText& entry, uint32_t& register
     for (uint32_t i = 0; i < registers.size(); ++i) {
         if (registers[i].first <= registers[i].last) order.push_back(i);
     }
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return registers[a].first < registers[b].first; });
+    std::sort(order.begin(), order.end(),
+              [&](uint32_t a, uint32_t b) { return registers[a].first < registers[b].first; });
     // By width: places that nobody uses, and those in use by when they end.
     std::map<uint8_t, std::vector<uint32_t>> unused;
     using InUse = std::pair<uint32_t, uint32_t>;

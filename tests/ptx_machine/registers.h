@@ -25,7 +25,7 @@ struct Register {
 
 // The registers that are in scope while an entry's statements are walked in order. Two walks give the same numbers.
 class Scopes {
-  public:
+public:
     explicit Scopes(std::vector<Register>& registers) : registers_(registers) { open(); }
     void open() { scopes_.emplace_back(); }
     void close() { scopes_.pop_back(); }
@@ -34,7 +34,7 @@ class Scopes {
     // Number of a register, or -1.
     int64_t find(const std::string& name) const;
 
-  private:
+private:
     void add(const std::string& name, uint8_t bytes);
     std::vector<Register>& registers_;
     std::vector<std::unordered_map<std::string, uint32_t>> scopes_;

@@ -1,5 +1,5 @@
-// Stands where the CUDA runtime stands: the functions that the launchers' objects, as nvcc made them, call. Everything is done
-// when the call returns. CUDA Runtime API; the functions with two underscores are what nvcc's host code calls.
+// Stands where the CUDA runtime stands: the functions that the launchers' objects, as nvcc made them, call. Everything
+// is done when the call returns. CUDA Runtime API; the functions with two underscores are what nvcc's host code calls.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -48,14 +48,17 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
     {
         const std::lock_guard lock(registry().mutex);
         const auto found = registry().functions.find(function);
-        if (found == registry().functions.end()) return failed(cudaErrorInvalidDeviceFunction, "launch of an unknown function");
+        if (found == registry().functions.end())
+            return failed(cudaErrorInvalidDeviceFunction, "launch of an unknown function");
         known = found->second;
     }
     if (shared > known.dynamic_shared) {
-        return failed(cudaErrorInvalidValue, "more dynamic shared memory than was asked for by cudaFuncSetAttribute: " + known.name);
+        return failed(cudaErrorInvalidValue,
+                      "more dynamic shared memory than was asked for by cudaFuncSetAttribute: " + known.name);
     }
     try {
-        ptx::Machine::get().launch(current_device(), known.name, sizes(grid), sizes(block), arguments, uint32_t(shared), cluster);
+        ptx::Machine::get().launch(current_device(), known.name, sizes(grid), sizes(block), arguments, uint32_t(shared),
+                                   cluster);
         return cudaSuccess;
     } catch (const ptx::Fault& fault) {
         return failed(cudaErrorLaunchFailure, fault.text);
@@ -94,10 +97,12 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
     *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
     return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
     return launch(kernel, grid, block, arguments, shared, 1);
 }
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t) {
     return launch(function, grid, block, arguments, shared, 1);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
@@ -112,7 +117,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     return launch(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, cluster);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return failed(cudaErrorInvalidValue, "an unknown attribute");
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
+        return failed(cudaErrorInvalidValue, "an unknown attribute");
     if (value < 0 || uint32_t(value) > ptx::kDeviceTable[current_device()].most_shared) {
         return failed(cudaErrorInvalidValue, "more dynamic shared memory than a block can have");
     }
@@ -127,7 +133,8 @@ cudaError_t cudaMemsetAsync(void* out, int value, size_t bytes, cudaStream_t) {
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* out, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-    if (kind != cudaMemcpyDeviceToDevice) return failed(cudaErrorInvalidValue, "a copy that this machine does not know");
+    if (kind != cudaMemcpyDeviceToDevice)
+        return failed(cudaErrorInvalidValue, "a copy that this machine does not know");
     const std::string wrong =
         ptx::GlobalMemory::get().host_copy(reinterpret_cast<uint64_t>(out), reinterpret_cast<uint64_t>(source), bytes);
     if (!wrong.empty()) return failed(cudaErrorIllegalAddress, wrong);

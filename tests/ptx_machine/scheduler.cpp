@@ -1,7 +1,8 @@
-// Runs a grid: clusters one after another, their warps in turns, the lanes of a warp together where they stand together.
+// Runs a grid: clusters one after another, their warps in turns, the lanes of a warp together where they stand
+// together.
 //
-// Lanes that part are executed from the lowest instruction on, so that they meet again where the compiler's layout joins
-// them; whoever waits in a loop gives others their turn.
+// Lanes that part are executed from the lowest instruction on, so that they meet again where the compiler's layout
+// joins them; whoever waits in a loop gives others their turn.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -44,8 +45,8 @@ namespace {
 
 // Instructions of one turn, where no seed decides.
 constexpr uint32_t kTurn = 1 << 20;
-// Rounds over all warps in which nothing that another could wait for happens, before another cluster starts, and before it
-// is a deadlock.
+// Rounds over all warps in which nothing that another could wait for happens, before another cluster starts, and before
+// it is a deadlock.
 constexpr uint64_t kIdleBeforeMore = 20;
 constexpr uint64_t kIdleBeforeDeadlock = 2000;
 // Clusters that a GPU certainly runs at the same time: it has more multiprocessors.
@@ -54,7 +55,7 @@ constexpr size_t kMostResident = 8;
 constexpr uint64_t kMostSteps = uint64_t(1) << 32;
 
 class Turn {
-  public:
+public:
     Turn(Launch& launch, Warp& warp) : launch_(launch), warp_(warp), code_(launch.entry->code.data()) {}
 
     // One turn of the warp.
@@ -67,7 +68,7 @@ class Turn {
         }
     }
 
-  private:
+private:
     // False where the turn ends.
     bool step() {
         const Instruction& i = code_[warp_.pc];
@@ -81,13 +82,20 @@ class Turn {
         ++warp_.steps;
         if (warp_.products_pending != 0 && !i.named.empty()) check_registers(i);
         switch (i.execute(warp_, i)) {
-            case Step::next: return advance();
-            case Step::jumped: return warp_.others.empty() || select();
-            case Step::gathering: return gather(lanes);
-            case Step::blocked: return false;
-            case Step::again: return false;
-            case Step::yielded: return yield();
-            case Step::exited: return exit(lanes);
+            case Step::next:
+                return advance();
+            case Step::jumped:
+                return warp_.others.empty() || select();
+            case Step::gathering:
+                return gather(lanes);
+            case Step::blocked:
+                return false;
+            case Step::again:
+                return false;
+            case Step::yielded:
+                return yield();
+            case Step::exited:
+                return exit(lanes);
         }
         return false;
     }
@@ -137,8 +145,8 @@ class Turn {
         return select();
     }
 
-    // Makes the runnable split with the lowest instruction the running one, joined with all that stand there. False where
-    // every split has yielded: they go on in the next turn.
+    // Makes the runnable split with the lowest instruction the running one, joined with all that stand there. False
+    // where every split has yielded: they go on in the next turn.
     bool select() {
         std::vector<Split>& others = warp_.others;
         if (others.empty()) {
@@ -187,7 +195,8 @@ class Turn {
         std::string where;
         for (const Split& split : warp_.others) {
             char text[200];
-            snprintf(text, sizeof text, "\n    lanes %#x at line %u: %.100s", split.lanes, code_[split.pc].line, code_[split.pc].text.c_str());
+            snprintf(text, sizeof text, "\n    lanes %#x at line %u: %.100s", split.lanes, code_[split.pc].line,
+                     code_[split.pc].text.c_str());
             where += text;
         }
         throw Fault{"deadlock: the lanes of a warp wait for one another at different instructions" + where, -1};
@@ -200,7 +209,7 @@ class Turn {
 
 // The register files of the blocks that run, kept from one to the next.
 class RegisterFiles {
-  public:
+public:
     uint8_t* take(size_t bytes) {
         if (!unused_.empty()) {
             uint8_t* const file = unused_.back();
@@ -213,7 +222,7 @@ class RegisterFiles {
     }
     void give_back(uint8_t* file) { unused_.push_back(file); }
 
-  private:
+private:
     std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> files_;
     std::vector<uint8_t*> unused_;
 };
@@ -224,7 +233,7 @@ void fill(Warp& warp, uint32_t slot, uint64_t value) {
 }
 
 class Grid {
-  public:
+public:
     explicit Grid(Launch& launch) : launch_(launch) {
         threads_ = launch.block.x * launch.block.y * launch.block.z;
         clusters_ = launch.grid.x * launch.grid.y * launch.grid.z / launch.cluster_size;
@@ -234,7 +243,8 @@ class Grid {
     void run() {
         uint64_t idle = 0;
         while (!resident_.empty() || next_ < clusters_) {
-            if (next_ < clusters_ && (resident_.empty() || (idle > kIdleBeforeMore && resident_.size() < kMostResident))) {
+            if (next_ < clusters_ &&
+                (resident_.empty() || (idle > kIdleBeforeMore && resident_.size() < kMostResident))) {
                 start(next_++);
                 idle = 0;
             }
@@ -254,7 +264,7 @@ class Grid {
         }
     }
 
-  private:
+private:
     // Every warp of the cluster gets a turn; whether anything happened that another could wait for.
     bool round(Cluster& cluster) {
         const uint64_t before = cluster.progress;
@@ -270,10 +280,12 @@ class Grid {
             const uint64_t steps = warp->steps;
             Turn(launch_, *warp).run();
             // Whoever only waits executes few instructions.
-            if (warp->steps - steps > 1000 || (launch_.options.seed != 0 && warp->steps - steps > 20)) ++cluster.progress;
+            if (warp->steps - steps > 1000 || (launch_.options.seed != 0 && warp->steps - steps > 20))
+                ++cluster.progress;
             if (warp->steps > kMostSteps) fail("runs without end");
         }
-        if (launch_.options.landing == Landing::random && !cluster.pending.empty() && launch_.random() % 4 == 0) land_any(cluster);
+        if (launch_.options.landing == Landing::random && !cluster.pending.empty() && launch_.random() % 4 == 0)
+            land_any(cluster);
         return cluster.progress != before;
     }
 
@@ -325,7 +337,8 @@ class Grid {
     void set(Warp& warp, const Preset& preset) {
         using Kind = Preset::Kind;
         const Block& block = *warp.block;
-        if (preset.kind == Kind::tid_x || preset.kind == Kind::tid_y || preset.kind == Kind::tid_z || preset.kind == Kind::lane) {
+        if (preset.kind == Kind::tid_x || preset.kind == Kind::tid_y || preset.kind == Kind::tid_z ||
+            preset.kind == Kind::lane) {
             uint32_t* const values = warp.values<uint32_t>(preset.slot);
             for (uint32_t lane = 0; lane < kLanes; ++lane) {
                 const uint32_t thread = warp.index * kLanes + lane;
@@ -338,24 +351,54 @@ class Grid {
         }
         uint64_t value = preset.value;
         switch (preset.kind) {
-            case Kind::ctaid_x: value = block.x; break;
-            case Kind::ctaid_y: value = block.y; break;
-            case Kind::ctaid_z: value = block.z; break;
-            case Kind::ntid_x: value = launch_.block.x; break;
-            case Kind::ntid_y: value = launch_.block.y; break;
-            case Kind::ntid_z: value = launch_.block.z; break;
-            case Kind::nctaid_x: value = launch_.grid.x; break;
-            case Kind::nctaid_y: value = launch_.grid.y; break;
-            case Kind::nctaid_z: value = launch_.grid.z; break;
-            case Kind::cluster_rank: value = block.rank; break;
-            case Kind::parameter: value += reinterpret_cast<uint64_t>(launch_.parameters); break;
-            default: break;
+            case Kind::ctaid_x:
+                value = block.x;
+                break;
+            case Kind::ctaid_y:
+                value = block.y;
+                break;
+            case Kind::ctaid_z:
+                value = block.z;
+                break;
+            case Kind::ntid_x:
+                value = launch_.block.x;
+                break;
+            case Kind::ntid_y:
+                value = launch_.block.y;
+                break;
+            case Kind::ntid_z:
+                value = launch_.block.z;
+                break;
+            case Kind::nctaid_x:
+                value = launch_.grid.x;
+                break;
+            case Kind::nctaid_y:
+                value = launch_.grid.y;
+                break;
+            case Kind::nctaid_z:
+                value = launch_.grid.z;
+                break;
+            case Kind::cluster_rank:
+                value = block.rank;
+                break;
+            case Kind::parameter:
+                value += reinterpret_cast<uint64_t>(launch_.parameters);
+                break;
+            default:
+                break;
         }
         switch (preset.bytes) {
-            case 1: fill<uint8_t>(warp, preset.slot, value); break;
-            case 2: fill<uint16_t>(warp, preset.slot, value); break;
-            case 4: fill<uint32_t>(warp, preset.slot, value); break;
-            default: fill<uint64_t>(warp, preset.slot, value);
+            case 1:
+                fill<uint8_t>(warp, preset.slot, value);
+                break;
+            case 2:
+                fill<uint16_t>(warp, preset.slot, value);
+                break;
+            case 4:
+                fill<uint32_t>(warp, preset.slot, value);
+                break;
+            default:
+                fill<uint64_t>(warp, preset.slot, value);
         }
     }
 
@@ -365,7 +408,8 @@ class Grid {
         for (const auto& block : cluster.blocks) {
             for (uint32_t id = 0; id < block->barriers.size(); ++id) {
                 if (block->barriers[id].arrived != 0) {
-                    fail("a block ends with %u of %u threads at barrier %u", block->barriers[id].arrived, block->barriers[id].expected, id);
+                    fail("a block ends with %u of %u threads at barrier %u", block->barriers[id].arrived,
+                         block->barriers[id].expected, id);
                 }
             }
             files_.give_back(block->registers);
@@ -381,8 +425,8 @@ class Grid {
                     if (warp.state == Warp::State::exited || where.size() > 2000) continue;
                     const Instruction& i = warp.instruction();
                     char text[240];
-                    snprintf(text, sizeof text, "\n    block (%u, %u, %u) warp %u at line %u: %.100s", block->x, block->y, block->z,
-                             warp.index, i.line, i.text.c_str());
+                    snprintf(text, sizeof text, "\n    block (%u, %u, %u) warp %u at line %u: %.100s", block->x,
+                             block->y, block->z, warp.index, i.line, i.text.c_str());
                     where += text;
                 }
             }
@@ -410,8 +454,8 @@ void run(Launch& launch) {
             const Instruction& i = warp->instruction();
             char where[200];
             const int lane = fault.lane >= 0 ? fault.lane : warp->lanes != 0 ? __builtin_ctz(warp->lanes) : 0;
-            snprintf(where, sizeof where, "\n  block (%u, %u, %u), warp %u, thread %u%s", block.x, block.y, block.z, warp->index,
-                     warp->index * kLanes + uint32_t(lane), fault.lane >= 0 ? "" : " and others");
+            snprintf(where, sizeof where, "\n  block (%u, %u, %u), warp %u, thread %u%s", block.x, block.y, block.z,
+                     warp->index, warp->index * kLanes + uint32_t(lane), fault.lane >= 0 ? "" : " and others");
             text += where;
             text += "\n  PTX line " + std::to_string(i.line) + ": " + i.text.substr(0, 160);
             if (!i.source.empty()) text += "\n  from " + i.source;

@@ -1,5 +1,5 @@
-// Global memory by allocation. Each lies alone between pages that nothing may touch, and has a byte of its own for each of
-// its bytes that says whether anything wrote it: reading what nothing wrote is a finding.
+// Global memory by allocation. Each lies alone between pages that nothing may touch, and has a byte of its own for each
+// of its bytes that says whether anything wrote it: reading what nothing wrote is a finding.
 #include "spaces.h"
 
 #include <sys/mman.h>
@@ -89,14 +89,16 @@ void GlobalMemory::take_back(const void* start) {
 }
 
 const Allocation* GlobalMemory::find(uint64_t address, uint64_t bytes) {
-    if (last_generation == generation && address - last.start < last.bytes && bytes <= last.bytes - (address - last.start)) {
+    if (last_generation == generation && address - last.start < last.bytes &&
+        bytes <= last.bytes - (address - last.start)) {
         return &last;
     }
     const std::shared_lock lock(memory().mutex);
     auto after = memory().allocations.upper_bound(address);
     if (after == memory().allocations.begin()) return nullptr;
     const Allocation& candidate = std::prev(after)->second;
-    if (address - candidate.start >= candidate.bytes || bytes > candidate.bytes - (address - candidate.start)) return nullptr;
+    if (address - candidate.start >= candidate.bytes || bytes > candidate.bytes - (address - candidate.start))
+        return nullptr;
     last = candidate;
     last_generation = generation;
     return &last;
@@ -110,7 +112,8 @@ std::string GlobalMemory::describe(uint64_t address) {
         const Allocation& before = std::prev(after)->second;
         if (address - before.start < before.bytes + kGap) {
             snprintf(text, sizeof text, "byte %llu of an allocation of %llu bytes",
-                     static_cast<unsigned long long>(address - before.start), static_cast<unsigned long long>(before.bytes));
+                     static_cast<unsigned long long>(address - before.start),
+                     static_cast<unsigned long long>(before.bytes));
             return text;
         }
     }

@@ -28,7 +28,7 @@ enum class Access : uint8_t { read, write, update };
 
 // All global memory of the process. Its calls may come from several threads.
 class GlobalMemory {
-  public:
+public:
     static GlobalMemory& get();
     // Zeroed pages with nothing readable on either side; 0 where there is no memory.
     uint64_t allocate(uint64_t bytes);

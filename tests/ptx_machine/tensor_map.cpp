@@ -1,6 +1,6 @@
 // The tensor memory accelerator. PTX ISA 9.0, chapter "Tensors" (boxes, bounds, swizzling modes) and section 9.7.9,
-// "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor"; CUDA Driver API, "cuTensorMapEncodeTiled". What the 128 bytes of
-// a map hold is the driver's secret: here they are the numbers themselves.
+// "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor"; CUDA Driver API, "cuTensorMapEncodeTiled". What the 128 bytes
+// of a map hold is the driver's secret: here they are the numbers themselves.
 #include "tensor_map.h"
 
 #include <algorithm>
@@ -28,7 +28,8 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 TensorMap read_map(int lane, uint64_t address, uint32_t rank) {
-    if (address % 64 != 0) fail_lane(lane, "misaligned: a tensor map at %#llx", static_cast<unsigned long long>(address));
+    if (address % 64 != 0)
+        fail_lane(lane, "misaligned: a tensor map at %#llx", static_cast<unsigned long long>(address));
     check_global(lane, address, sizeof(CUtensorMap), Access::read);
     TensorMap map;
     memcpy(&map, reinterpret_cast<const void*>(address), sizeof map);
@@ -51,8 +52,8 @@ void each_row(const TensorMap& map, const Coordinates& c, F f) {
     for (uint32_t z = 0; z < map.box[2]; ++z) {
         for (uint32_t y = 0; y < map.box[1]; ++y, offset += map.box[0] * map.element_bytes) {
             const int64_t row = int64_t(c.at[1]) + y, plane = int64_t(c.at[2]) + z;
-            const bool exists = row >= 0 && row < int64_t(map.sizes[1]) && plane >= 0 && plane < int64_t(map.sizes[2]) &&
-                                inside_to > inside_from;
+            const bool exists = row >= 0 && row < int64_t(map.sizes[1]) && plane >= 0 &&
+                                plane < int64_t(map.sizes[2]) && inside_to > inside_from;
             const uint64_t start = map.base + uint64_t(row) * map.strides[1] + uint64_t(plane) * map.strides[2] +
                                    uint64_t(c.at[0] + inside_from) * map.element_bytes;
             f(offset, exists ? start : 0, uint32_t(exists ? inside_from : 0) * map.element_bytes,
@@ -78,7 +79,8 @@ void move_in(const TensorMap& map, const Coordinates& c, Block& block, uint32_t 
             check_global(-1, from, bytes, Access::read);
             memcpy(row.data() + before, reinterpret_cast<const void*>(from), bytes);
         }
-        each_chunk(map, start, offset, [&](uint32_t at, uint32_t to) { memcpy(block.shared.bytes.data() + to, row.data() + at, 16); });
+        each_chunk(map, start, offset,
+                   [&](uint32_t at, uint32_t to) { memcpy(block.shared.bytes.data() + to, row.data() + at, 16); });
     });
 }
 
@@ -86,8 +88,9 @@ void move_in(const TensorMap& map, const Coordinates& c, Block& block, uint32_t 
 std::vector<uint8_t> take_out(const TensorMap& map, const Block& block, uint32_t start) {
     std::vector<uint8_t> box(map.box_bytes());
     for (uint32_t offset = 0; offset < box.size(); offset += map.box[0] * map.element_bytes) {
-        each_chunk(map, start, offset,
-                   [&](uint32_t at, uint32_t from) { memcpy(box.data() + offset + at, block.shared.bytes.data() + from, 16); });
+        each_chunk(map, start, offset, [&](uint32_t at, uint32_t from) {
+            memcpy(box.data() + offset + at, block.shared.bytes.data() + from, 16);
+        });
     }
     return box;
 }
@@ -112,7 +115,8 @@ Coordinates coordinates(Warp& warp, const Instruction& i, int lane) {
 }
 
 void check_tile(int lane, uint32_t address) {
-    if (address % 128 != 0) fail_lane(lane, "misaligned: a tensor copy at shared address %#x needs a multiple of 128", address);
+    if (address % 128 != 0)
+        fail_lane(lane, "misaligned: a tensor copy at shared address %#x needs a multiple of 128", address);
 }
 
 // operands: -, destination, map, mbarrier, ranks (where `flags`); list: coordinates; `constant`: dimensions.
@@ -167,21 +171,22 @@ void decode_map(Operands& operands, const std::string& text, uint32_t operand, I
 
 }  // namespace
 
-CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
-                           const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
-                           CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                           CUtensorMapFloatOOBfill fill) {
+CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                           const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                           const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
     const uint32_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16  ? 2
                                    : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4
                                                                              : 0;
-    const uint32_t swizzle_bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0
-                                   : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32
-                                   : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
+    const uint32_t swizzle_bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE   ? 0
+                                   : swizzle == CU_TENSOR_MAP_SWIZZLE_32B  ? 32
+                                   : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 64
                                    : swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128
                                                                            : 1;
     const auto address = reinterpret_cast<uint64_t>(base);
-    if (reinterpret_cast<uint64_t>(out) % 64 != 0 || address % 16 != 0 || rank < 1 || rank > kMostRank || element_bytes == 0 ||
-        swizzle_bytes == 1 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
+    if (reinterpret_cast<uint64_t>(out) % 64 != 0 || address % 16 != 0 || rank < 1 || rank > kMostRank ||
+        element_bytes == 0 || swizzle_bytes == 1 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+        fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     TensorMap map{};
@@ -194,9 +199,11 @@ CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_
         map.sizes[d] = d < rank ? sizes[d] : 1;
         map.box[d] = d < rank ? box[d] : 1;
         map.strides[d] = d == 0 ? element_bytes : d < rank ? strides[d - 1] : 0;
-        if (map.sizes[d] == 0 || map.sizes[d] > uint64_t(1) << 32 || map.box[d] == 0 || map.box[d] > 256) return CUDA_ERROR_INVALID_VALUE;
+        if (map.sizes[d] == 0 || map.sizes[d] > uint64_t(1) << 32 || map.box[d] == 0 || map.box[d] > 256)
+            return CUDA_ERROR_INVALID_VALUE;
         if (d < rank && element_strides[d] != 1) return CUDA_ERROR_INVALID_VALUE;
-        if (d > 0 && d < rank && (map.strides[d] % 16 != 0 || map.strides[d] >= uint64_t(1) << 40)) return CUDA_ERROR_INVALID_VALUE;
+        if (d > 0 && d < rank && (map.strides[d] % 16 != 0 || map.strides[d] >= uint64_t(1) << 40))
+            return CUDA_ERROR_INVALID_VALUE;
     }
     const uint32_t inner = map.box[0] * element_bytes;
     if (inner % 16 != 0 || (swizzle_bytes != 0 && inner > swizzle_bytes)) return CUDA_ERROR_INVALID_VALUE;

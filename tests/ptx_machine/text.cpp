@@ -15,7 +15,8 @@ namespace {
 bool starts_with(const std::string& text, const char* start) { return text.rfind(start, 0) == 0; }
 
 bool is_label(const std::string& text) {
-    if (text.empty() || !(std::isalpha(static_cast<unsigned char>(text[0])) || text[0] == '$' || text[0] == '_')) return false;
+    if (text.empty() || !(std::isalpha(static_cast<unsigned char>(text[0])) || text[0] == '$' || text[0] == '_'))
+        return false;
     for (const char c : text) {
         if (!(std::isalnum(static_cast<unsigned char>(c)) || c == '$' || c == '_')) return false;
     }
@@ -24,7 +25,7 @@ bool is_label(const std::string& text) {
 
 // Reads characters and counts lines, comments left out.
 class Reader {
-  public:
+public:
     Reader(const std::string& module, const std::string& text) : module_(module), text_(text) {}
 
     bool at_end() { return skip_comment(), at_ >= text_.size(); }
@@ -60,7 +61,7 @@ class Reader {
         } while (depth > 0);
     }
 
-  private:
+private:
     void skip_comment() {
         while (text_.compare(at_, 2, "//") == 0) {
             while (at_ < text_.size() && text_[at_] != '\n') ++at_;
@@ -99,7 +100,7 @@ ParameterText parse_parameter(const std::string& text) {
 }
 
 class Parser {
-  public:
+public:
     Parser(const std::string& name, const std::string& text) : reader_(name, text) { module_.name = name; }
 
     ModuleText run() {
@@ -107,7 +108,7 @@ class Parser {
         return std::move(module_);
     }
 
-  private:
+private:
     void top_level() {
         if (reader_.stands_at(".version") || reader_.stands_at(".target") || reader_.stands_at(".address_size")) {
             reader_.rest_of_line();
@@ -162,7 +163,8 @@ class Parser {
             std::string sizes;
             std::getline(directives, sizes);
             entry.most_threads = 1;
-            for (const std::string& size : split_outside_brackets(sizes, ',')) entry.most_threads *= uint32_t(std::stoul(size));
+            for (const std::string& size : split_outside_brackets(sizes, ','))
+                entry.most_threads *= uint32_t(std::stoul(size));
         }
         reader_.next();
         body(entry);
@@ -269,7 +271,8 @@ SharedVariable parse_shared(const std::string& text) {
     while (words >> word) {
         if (word == ".align") {
             words >> variable.alignment;
-        } else if (word == ".extern" || word == ".shared" || word == ".visible" || word == ".weak" || word == ".common") {
+        } else if (word == ".extern" || word == ".shared" || word == ".visible" || word == ".weak" ||
+                   word == ".common") {
             continue;
         } else if (word[0] == '.') {
             type = word.substr(1);

@@ -9,7 +9,8 @@
 namespace ptx {
 
 bool gathered(Warp& warp, Mask wanted) {
-    if (wanted & warp.exists & ~warp.live) fail("waits for lanes %#x, which have exited", wanted & warp.exists & ~warp.live);
+    if (wanted & warp.exists & ~warp.live)
+        fail("waits for lanes %#x, which have exited", wanted & warp.exists & ~warp.live);
     return (wanted & warp.live & ~warp.lanes) == 0;
 }
 
@@ -20,8 +21,8 @@ bool whole_warp(Warp& warp) {
 
 namespace {
 
-// The lanes of `mask` that exist, once all of them are here; 0 while some are not. Calls `f(members)` once for each mask
-// that the active lanes name.
+// The lanes of `mask` that exist, once all of them are here; 0 while some are not. Calls `f(members)` once for each
+// mask that the active lanes name.
 template <class F>
 Step with_members(Warp& warp, uint32_t mask_slot, F f) {
     const uint32_t* const masks = warp.values<uint32_t>(mask_slot);
@@ -60,10 +61,18 @@ Step shuffle(Warp& warp, const Instruction& i) {
             int from = 0;
             bool valid = false;
             switch (kMode) {
-                case Shuffle::up: from = lane - by, valid = from >= last; break;
-                case Shuffle::down: from = lane + by, valid = from <= last; break;
-                case Shuffle::butterfly: from = lane ^ by, valid = from <= last; break;
-                case Shuffle::index: from = first | (by & ~segment & 31), valid = from <= last; break;
+                case Shuffle::up:
+                    from = lane - by, valid = from >= last;
+                    break;
+                case Shuffle::down:
+                    from = lane + by, valid = from <= last;
+                    break;
+                case Shuffle::butterfly:
+                    from = lane ^ by, valid = from <= last;
+                    break;
+                case Shuffle::index:
+                    from = first | (by & ~segment & 31), valid = from <= last;
+                    break;
             }
             if (!valid) from = lane;
             if ((members >> from & 1) == 0) fail_lane(lane, "shuffles from lane %d, which takes no part", from);
@@ -117,11 +126,11 @@ void decode_vote(Operands& operands, const InstructionText& text, Instruction& o
     out.constant = text.operands[1][0] == '!';
     out.operands[1] = operands.predicate(out.constant ? text.operands[1].substr(1) : text.operands[1]);
     out.operands[2] = operands.value(text.operands[2], 4);
-    out.execute = ballot              ? &vote<Vote::ballot>
-                  : has(text, "any")  ? &vote<Vote::any>
-                  : has(text, "all")  ? &vote<Vote::all>
-                  : has(text, "uni")  ? &vote<Vote::uniform>
-                                      : nullptr;
+    out.execute = ballot             ? &vote<Vote::ballot>
+                  : has(text, "any") ? &vote<Vote::any>
+                  : has(text, "all") ? &vote<Vote::all>
+                  : has(text, "uni") ? &vote<Vote::uniform>
+                                     : nullptr;
 }
 
 template <class T, class F>
@@ -137,15 +146,21 @@ Step reduce(Warp& warp, const Instruction& i) {
 
 struct Sum {
     template <class T>
-    T operator()(T a, T b) const { return T(uint32_t(a) + uint32_t(b)); }
+    T operator()(T a, T b) const {
+        return T(uint32_t(a) + uint32_t(b));
+    }
 };
 struct Smaller {
     template <class T>
-    T operator()(T a, T b) const { return std::min(a, b); }
+    T operator()(T a, T b) const {
+        return std::min(a, b);
+    }
 };
 struct Larger {
     template <class T>
-    T operator()(T a, T b) const { return std::max(a, b); }
+    T operator()(T a, T b) const {
+        return std::max(a, b);
+    }
 };
 struct Both {
     uint32_t operator()(uint32_t a, uint32_t b) const { return a & b; }

@@ -1,8 +1,8 @@
-// Products of a warpgroup. PTX ISA 9.0, section 9.7.15, "Asynchronous Warpgroup Level Matrix Instructions": shared memory
-// matrix layout, matrix descriptor format, wgmma.fence, .mma_async, .commit_group, .wait_group.
+// Products of a warpgroup. PTX ISA 9.0, section 9.7.15, "Asynchronous Warpgroup Level Matrix Instructions": shared
+// memory matrix layout, matrix descriptor format, wgmma.fence, .mma_async, .commit_group, .wait_group.
 //
-// Warp w of the four computes rows 16w .. 16w+15, from its own registers and from shared memory, so a warp needs none of the
-// other three to execute; that all four ask for the same is compared whenever they wait.
+// Warp w of the four computes rows 16w .. 16w+15, from its own registers and from shared memory, so a warp needs none
+// of the other three to execute; that all four ask for the same is compared whenever they wait.
 #include "decode.h"
 #include "matrix_arithmetic.h"
 #include "memory.h"
@@ -51,8 +51,8 @@ void read_chunk(Warp& warp, uint32_t address, float (&values)[8]) {
 }
 
 // An operand's `rows` from `first` on, to `out[row * row_step + k * depth_step]`.
-void read_operand(Warp& warp, const Descriptor& d, bool transposed, uint32_t first, uint32_t rows, float* out, uint32_t row_step,
-                  uint32_t depth_step) {
+void read_operand(Warp& warp, const Descriptor& d, bool transposed, uint32_t first, uint32_t rows, float* out,
+                  uint32_t row_step, uint32_t depth_step) {
     float values[8];
     if (transposed) {
         for (uint32_t k = 0; k < kDepth; ++k) {
@@ -78,7 +78,8 @@ void compute(Warp& warp, const PendingProduct& product) {
     const auto columns = uint32_t(i.constant);
     static thread_local float a[16 * kDepth], b[kDepth * kMostColumns], c[16 * kMostColumns];
     if (i.list2.empty()) {
-        read_operand(warp, Descriptor(product.a_descriptor), (i.flags & 1) != 0, warp.index % kWarpgroupWarps * 16, 16, a, kDepth, 1);
+        read_operand(warp, Descriptor(product.a_descriptor), (i.flags & 1) != 0, warp.index % kWarpgroupWarps * 16, 16,
+                     a, kDepth, 1);
     } else {
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int k = 0; k < 4; ++k) {
@@ -144,7 +145,8 @@ Step multiply(Warp& warp, const Instruction& i) {
     const Mask accumulate = warp.predicates[i.operands[3]];
     if (accumulate != 0 && accumulate != kAllLanes) fail("the lanes of a warp give wgmma different scale-d");
     product.accumulate = accumulate != 0;
-    for (const uint64_t part : {uint64_t(warp.pc), product.a_descriptor, product.b_descriptor, uint64_t(product.accumulate)}) {
+    for (const uint64_t part :
+         {uint64_t(warp.pc), product.a_descriptor, product.b_descriptor, uint64_t(product.accumulate)}) {
         warp.product_history = (warp.product_history ^ part) * 0x9E3779B97F4A7C15ull;
     }
     if (warp.in_flight.empty()) warp.in_flight.assign(launch_of(warp).entry->virtual_registers, 0);
@@ -166,18 +168,20 @@ Step commit(Warp& warp, const Instruction&) {
 // `constant`: groups that may stay under way.
 Step wait(Warp& warp, const Instruction& i) {
     if (!whole_warp(warp)) return Step::gathering;
-    if (!warp.products.empty()) fail("waits for wgmma groups while products stand in none: wgmma.commit_group is missing");
+    if (!warp.products.empty())
+        fail("waits for wgmma groups while products stand in none: wgmma.commit_group is missing");
     const bool is_late = launch_of(warp).options.landing != Landing::early;
     while (warp.product_groups.size() > size_t(i.constant)) {
         for (const PendingProduct& product : warp.product_groups.front()) finish(warp, product, is_late);
-        warp.product_groups.pop_front();
+        warp.product_groups.erase(warp.product_groups.begin());
     }
     if (warp.product_groups.empty()) warp.wgmma_fenced = false;
     return Step::next;
 }
 
 void decode_multiply(Operands& operands, const InstructionText& text, Instruction& out) {
-    // wgmma.mma_async.sync.aligned.m64nNk16.f32.bf16.bf16 d, a, b, scale-d, imm-scale-a, imm-scale-b[, trans-a], trans-b
+    // wgmma.mma_async.sync.aligned.m64nNk16.f32.bf16.bf16 d, a, b, scale-d, imm-scale-a, imm-scale-b[, trans-a],
+    // trans-b
     if (text.parts.size() != 8 || text.parts[5] != "f32" || text.parts[6] != "bf16" || text.parts[7] != "bf16") return;
     const std::string& shape = text.parts[4];
     if (shape.rfind("m64n", 0) != 0 || shape.size() < 8 || shape.substr(shape.size() - 3) != "k16") return;
