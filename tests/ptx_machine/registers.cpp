@@ -65,7 +65,8 @@ public:
     std::vector<Register> run() {
         labels();
         mentions();
-        for (Register& r : registers_) r.whole_loops |= r.definitions != 1;
+        // A definition that a branch jumps over leaves the value of an earlier round of the loop.
+        for (Register& r : registers_) r.whole_loops |= r.definitions != 1 || jumped_over(r);
         widen();
         return std::move(registers_);
     }
@@ -114,8 +115,9 @@ private:
         const bool product = text.find("wgmma.mma_async") != std::string::npos;
         if (text.find("wgmma.wait_group") != std::string::npos) waits_.push_back(position);
         each_name(text, [&](const std::string& name, bool first_operand) {
-            const auto label = labels_.find(name);
-            if (label != labels_.end() && label->second <= position) loops_.push_back({label->second, position});
+            if (const auto label = labels_.find(name); label != labels_.end()) {
+                (label->second <= position ? loops_ : skips_).push_back({label->second, position});
+            }
             const int64_t number = scopes.find(name);
             if (number < 0) return;
             Register& r = registers_[size_t(number)];
@@ -125,6 +127,12 @@ private:
             r.last = std::max(r.last, position);
             r.definitions += defines;
             if (product) held_.push_back({uint32_t(number), position});
+        });
+    }
+
+    bool jumped_over(const Register& r) const {
+        return std::any_of(skips_.begin(), skips_.end(), [&](const Loop& skip) {
+            return skip.last < r.first && r.first < skip.first && skip.first <= r.last;
         });
     }
 
@@ -147,7 +155,8 @@ private:
     const EntryText& entry_;
     uint32_t count_ = 0;
     std::map<std::string, uint32_t> labels_;
-    std::vector<Loop> loops_;
+    // Backward branches, and forward ones: each by its target and where it stands.
+    std::vector<Loop> loops_, skips_;
     std::vector<uint32_t> waits_;
     std::vector<std::pair<uint32_t, uint32_t>> held_;
     std::vector<Register> registers_;
