@@ -206,7 +206,7 @@ const FAULTS: &[Fault] = &[
         "//cp.async.wait_group",
         Says("reads shared memory that nothing wrote"),
     ),
-    (&ATTENTION, 0, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
+    (&ATTENTION, 0, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
     (&ATTENTION, 0, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
     (&ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
     (&ATTENTION_GRADIENT, 0, "st.release", "//st.release", Says("deadlock")),
@@ -343,17 +343,15 @@ fn every_fault_planted_in_the_ptx_is_caught() {
 #[test]
 fn a_finding_says_where() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(device) = ptx_machine::device("sm_80") else { return };
-    let x = upload(&device, &values(1, 8)).expect("memory");
-    let mut out = upload(&device, &values(1, 8)).expect("memory");
-    let mut rstd = device.alloc(1).expect("memory");
-    let weight = device.alloc(8).expect("memory");
-    // Nothing ever wrote the weight.
-    let shape = NormShape { rows: 1, width: 8, epsilon: 1e-5 };
-    let error =
-        device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).expect_err("a finding").to_string();
+    let Some(machine) = ptx_machine::machine() else { return };
+    machine.configure(Landing::Late, 0, false);
+    let device = ptx_machine::device(NORM.target).expect("the machine runs");
+    machine.edit(NORM.entry, "setp.ge.", "setp.gt.", 1).expect("an edit");
+    let outcome = (NORM.run)(&device);
+    machine.restore();
+    let error = outcome.expect_err("a finding").to_string();
     for part in [
-        "reads global memory that nothing wrote",
+        "out of bounds: 16 bytes at byte 14208 of an allocation of 14208 bytes",
         "rms_norm_forward_kernel",
         "block (0, 0, 0)",
         "thread",
