@@ -329,7 +329,7 @@ struct Consumer {
             pin_registers(scores);
             // Here and not at the loop's head, because it also keeps the exponentials before the wait that follows:
             // with no branch between them ptxas sinks them below it, where no product overlaps them. (The pin does
-            // the same for the compiler before ptxas; tests/sass.rs looks at the outcome.)
+            // the same for the compiler before ptxas; tests/compiled/sass.rs looks at the outcome.)
             if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);

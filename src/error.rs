@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::interrupt::Signal;
 
+/// What can fail returns this.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What can go wrong. `help` says what the user can do about it.
@@ -100,10 +101,12 @@ impl Error {
         }
     }
 
+    /// An [`Error::Config`]: a flag, a recipe key, or a combination of them.
     pub fn config(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Config { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Data`]: a record of a data file.
     pub fn data(
         path: &Path,
         line: Option<usize>,
@@ -113,6 +116,7 @@ impl Error {
         Error::Data { path: path.to_path_buf(), line, message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Model`]: a model folder or a file in it.
     pub fn model(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Model { path: path.to_path_buf(), message: message.into(), help: help.into() }
     }
@@ -132,10 +136,12 @@ impl Error {
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
     }
 
+    /// An [`Error::Device`]: a device that cannot be used.
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Device { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Numerics`]: a number that cannot be trained on.
     pub fn numerics(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Numerics { message: message.into(), help: help.into() }
     }

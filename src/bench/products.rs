@@ -54,6 +54,10 @@ impl Duel {
     }
 }
 
+/// Times every tile of our gemms and cuBLASLt in turn, at the shapes of `config`.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) without a GPU; those of the device and of standard output.
 pub fn run(config: &BenchConfig) -> Result<()> {
     let device = match config.device {
         DeviceChoice::Cuda(ordinal) => CudaDevice::open(ordinal)?,

@@ -27,11 +27,13 @@ pub struct RunReport {
     pub device: String,
     /// The resolved recipe, TOML.
     pub recipe: String,
+    /// The metrics of every step and evaluation.
     pub history: History,
     /// The training pairs, and those of the evaluation where there are some.
     pub data: Vec<DataSummary>,
     /// Evaluations of the same pairs before the first and after the last step.
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
+    /// Prompts with the answers before and after.
     pub samples: Vec<Sample>,
     /// What a user should know of this run: saturated weights, many cut prompts.
     pub warnings: Vec<String>,
@@ -44,6 +46,7 @@ pub struct RunReport {
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
     pub name: String,
+    /// Records read.
     pub read: usize,
     pub used: usize,
     /// Reasons for dropping a pair, and how often.

@@ -12,7 +12,7 @@ use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValue
 use mmpo_fast::objective::PairConstants;
 
 #[cfg(mmpo_emulated)]
-pub use crate::emulated::{checked, emulated, emulator_options};
+pub use crate::emulated::{OwnOptions, checked, emulated, emulator_options};
 
 /// How far a device's result may lie from the naive f64 one:
 /// `error <= relative * |wanted| + absolute * rms(wanted)`.

@@ -6,38 +6,26 @@
 //! fell. Where the change is meant, record the tables again and commit them:
 //!
 //! ```text
-//! MMPO_FAST_RECORD=1 cargo test --release --test kernel_counts
+//! MMPO_FAST_RECORD=1 cargo test --release --test counts kernels
 //! ```
-
-#![cfg(mmpo_emulated)]
-
-#[path = "kernel_counts/table.rs"]
-mod table;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mmpo_fast::bench::cases::{self, Maker};
 use mmpo_fast::bench::counts::{self, Counted, Counts};
 use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath,
-    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED, ProductTile, Products,
+    self, CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath, ProductTile, Products,
 };
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{AdamWState, AdamWUpdate, LinearShape, RawValues};
 use mmpo_fast::error::Result;
 
-use table::Table;
+use crate::emulator_alone;
+use crate::table::Table;
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
-
-/// The checked variant's options and counters are the process's: one test at a time.
-fn checked_variant() -> MutexGuard<'static, ()> {
-    static CHECKED: Mutex<()> = Mutex::new(());
-    CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Sizes of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
@@ -66,6 +54,7 @@ fn assert_product(counters: &EmulatorCounters, rows: usize, columns: usize, dept
 
 #[test]
 fn products_read_each_operand_once_a_tile() {
+    let _alone = emulator_alone();
     let device = CudaDevice::emulated(VARIANT);
     let shape = LinearShape { rows: 256, inputs: 384, outputs: 512 };
     let mut x = device.alloc(shape.rows * shape.inputs).unwrap();
@@ -109,17 +98,8 @@ fn assert_hopper_product(
 
 #[test]
 fn hopper_products_read_each_operand_once_a_tile() {
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
-    let options = EmulatorOptions {
-        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
-        seed: 1,
-        host_threads: 0,
-        multiprocessors: 0,
-        trace_accesses: 1,
-    };
-    variant.configure(options).unwrap();
     let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
     let shape = LinearShape { rows: 128, inputs: 384, outputs: 256 };
     let mut x = device.alloc(shape.rows * shape.inputs).unwrap();
@@ -147,7 +127,7 @@ fn hopper_products_read_each_operand_once_a_tile() {
 /// what they would ask for alone.
 #[test]
 fn clusters_read_the_shared_operand_once() {
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
     let shape = LinearShape { rows: 512, inputs: 128, outputs: 256 };
     let loaded = |cluster: i32| {
@@ -171,7 +151,7 @@ fn clusters_read_the_shared_operand_once() {
 #[test]
 fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     const TENSORS: usize = 182;
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
     let device = CudaDevice::emulated(variant);
     let mut weights: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
@@ -274,7 +254,7 @@ fn every_launcher_does_what_the_committed_table_says() {
             "clang loads some values once where g++ loads them again, and the table is g++'s: skipped"
         );
     }
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let header = format!("path;shape;operation;launcher;{}", COLUMNS.join(";"));
     let mut table = Table::new("kernels.csv", header);
     let device = counts::counting_device().unwrap();

@@ -2,11 +2,9 @@
 //!
 //! `tests/goldens/` is committed; `MMPO_FAST_FIXTURES` may name a folder of further, larger ones.
 
-mod golden;
-
 use std::sync::Arc;
 
-use golden::{Golden, adamw, array, ids, number, score};
+use crate::golden::{Golden, adamw, array, ids, number, score};
 use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::generate::{Sampling, generate};
