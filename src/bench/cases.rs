@@ -9,7 +9,7 @@ pub use layer::{head_products, linear_shape};
 
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};
-use crate::device::{BatchBuffers, Compute, Device, Floats};
+use crate::device::{BatchBuffers, ComputeBuffer, Device, Floats};
 use crate::error::Result;
 use crate::objective::{PairConstants, ReferencePair};
 
@@ -18,7 +18,7 @@ const WORD: usize = 4;
 
 /// What an operation writes or updates; its inputs live in its closure.
 pub struct Outputs<D: Device> {
-    pub compute: Vec<Compute<D>>,
+    pub compute: Vec<ComputeBuffer<D>>,
     pub floats: Vec<Floats<D>>,
 }
 

@@ -1,7 +1,7 @@
 //! Attention with the shared-prefix mask of [`PairSpan`], without a matrix of scores (FlashAttention-2, Dao 2023).
 
 use super::check::{REPORT, check_sizes};
-use super::{BatchBuffers, Checked, Compute, Floats, Memory};
+use super::{BatchBuffers, Checked, ComputeBuffer, Floats, Memory};
 use crate::data::PairSpan;
 use crate::error::{Error, Result};
 
@@ -42,9 +42,9 @@ pub trait Attention: Memory {
     /// Assigns `out[T, H * E]` and `lse[T, H]` (natural log, of scaled scores).
     fn attention_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         lse: &mut Floats<Self>,
-        qkv: &Compute<Self>,
+        qkv: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()> {
@@ -65,8 +65,8 @@ pub trait Attention: Memory {
     /// `qkv`) over rows `0..length`.
     fn attention_decode(
         &self,
-        out: &mut Compute<Self>,
-        cache: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        cache: &ComputeBuffer<Self>,
         length: usize,
         shape: AttentionShape,
     ) -> Result<()> {
@@ -84,9 +84,9 @@ pub trait Attention: Memory {
     /// The device's part of [`Attention::attention_forward`].
     fn run_attention_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         lse: &mut Floats<Self>,
-        qkv: &Compute<Self>,
+        qkv: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
         checked: Checked,
@@ -95,8 +95,8 @@ pub trait Attention: Memory {
     /// The device's part of [`Attention::attention_decode`].
     fn run_attention_decode(
         &self,
-        out: &mut Compute<Self>,
-        cache: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        cache: &ComputeBuffer<Self>,
         length: usize,
         shape: AttentionShape,
         checked: Checked,
@@ -107,15 +107,15 @@ pub trait Attention: Memory {
 #[derive(Debug)]
 pub struct AttentionGradient<'a, D: Memory> {
     /// Assigned, `[T, (H + 2K) * E]`: the gradient of `qkv`.
-    pub dqkv: &'a mut Compute<D>,
+    pub dqkv: &'a mut ComputeBuffer<D>,
     /// `[T, H * E]`: the gradient of `out`.
-    pub dout: &'a Compute<D>,
+    pub dout: &'a ComputeBuffer<D>,
     /// `[T, H * E]`, as the forward assigned it.
-    pub out: &'a Compute<D>,
+    pub out: &'a ComputeBuffer<D>,
     /// `[T, H]`, as the forward assigned it.
     pub lse: &'a Floats<D>,
     /// `[T, (H + 2K) * E]`, the forward's input.
-    pub qkv: &'a Compute<D>,
+    pub qkv: &'a ComputeBuffer<D>,
     /// The batch that the forward ran over.
     pub batch: &'a BatchBuffers<D>,
     /// Heads.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::check::{REPORT, check_sizes};
-use super::{Checked, Compute, Floats, Indices, Memory};
+use super::{Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::{Error, Result};
 
 /// What the head's forward leaves for its backward.
@@ -85,11 +85,11 @@ pub struct HeadForward<'a, D: Memory> {
     /// Rows `shape.rows` are assigned.
     pub scores: &'a mut TokenScores<D>,
     /// Scratch of the device; in [`HeadMode::Main`] it carries the probabilities to the backward of the same shape.
-    pub workspace: &'a mut Compute<D>,
+    pub workspace: &'a mut ComputeBuffer<D>,
     /// `[N, D]`
-    pub hidden: &'a Compute<D>,
+    pub hidden: &'a ComputeBuffer<D>,
     /// `[V, D]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[N]`
     pub targets: &'a Indices<D>,
     /// Rows and sizes.
@@ -100,13 +100,13 @@ pub struct HeadForward<'a, D: Memory> {
 #[derive(Debug)]
 pub struct HeadBackward<'a, D: Memory> {
     /// `[N, D]`: rows `shape.rows` are replaced by their gradient.
-    pub hidden: &'a mut Compute<D>,
+    pub hidden: &'a mut ComputeBuffer<D>,
     /// Accumulated, `[V, D]`; `None` where the vocabulary matrix is not trained.
     pub dweight: Option<&'a mut Floats<D>>,
     /// As the forward of the same shape left it.
-    pub workspace: &'a mut Compute<D>,
+    pub workspace: &'a mut ComputeBuffer<D>,
     /// `[V, D]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[N]`
     pub targets: &'a Indices<D>,
     /// As the forward assigned them.

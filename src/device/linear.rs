@@ -1,7 +1,7 @@
 //! Linear layers: one gemm forward, two backward.
 
 use super::check::check_sizes;
-use super::{Checked, Compute, Floats, Memory};
+use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::Result;
 
 /// `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T + bias[outputs]`.
@@ -23,10 +23,10 @@ pub trait Linear: Memory {
     /// Assigns `out[rows, outputs] = x * weight^T (+ bias)`.
     fn linear_forward(
         &self,
-        out: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
+        out: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
+        bias: Option<&ComputeBuffer<Self>>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
@@ -43,9 +43,9 @@ pub trait Linear: Memory {
     /// Assigns `dx[rows, inputs] = dout * weight`.
     fn linear_backward_input(
         &self,
-        dx: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        weight: &Compute<Self>,
+        dx: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
@@ -63,8 +63,8 @@ pub trait Linear: Memory {
         &self,
         dweight: &mut Floats<Self>,
         dbias: Option<&mut Floats<Self>>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
@@ -81,10 +81,10 @@ pub trait Linear: Memory {
     /// The device's part of [`Linear::linear_forward`].
     fn run_linear_forward(
         &self,
-        out: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
+        out: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
+        bias: Option<&ComputeBuffer<Self>>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;
@@ -92,9 +92,9 @@ pub trait Linear: Memory {
     /// The device's part of [`Linear::linear_backward_input`].
     fn run_linear_backward_input(
         &self,
-        dx: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        weight: &Compute<Self>,
+        dx: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;
@@ -104,8 +104,8 @@ pub trait Linear: Memory {
         &self,
         dweight: &mut Floats<Self>,
         dbias: Option<&mut Floats<Self>>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;

@@ -39,7 +39,7 @@ pub use head::{
 };
 pub use linear::{Linear, LinearShape};
 pub use mapped_file::MappedFile;
-pub use memory::{Compute, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
+pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use optimizer::{AdamWState, AdamWStep, AdamWUpdate, Optimizer};

@@ -1,7 +1,7 @@
 //! The end of an optimiser step: the norm of all gradients, and AdamW.
 
 use super::check::check_sizes;
-use super::{Checked, Compute, Floats, Memory};
+use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::Result;
 
 /// One AdamW update (decoupled weight decay, as PyTorch's).
@@ -51,7 +51,7 @@ impl<D: Optimizer> AdamWState<D> {
 #[derive(Debug)]
 pub struct AdamWUpdate<'a, D: Memory> {
     /// Updated.
-    pub weight: &'a mut Compute<D>,
+    pub weight: &'a mut ComputeBuffer<D>,
     /// Updated.
     pub state: &'a mut AdamWState<D>,
     /// Gradient of the loss, before clipping.

@@ -1,7 +1,7 @@
 //! Rotary positions (Su et al. 2021), half-split pairs as in Hugging Face checkpoints.
 
 use super::check::check_sizes;
-use super::{AttentionShape, Checked, Compute, Floats, Indices, Memory};
+use super::{AttentionShape, Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::Result;
 
 /// Which way [`RotaryPositions::rope`] turns: the backward of a rotation is the inverse rotation.
@@ -23,7 +23,7 @@ pub trait RotaryPositions: Memory {
     /// then `E/2` sines, of each position.
     fn rope(
         &self,
-        qkv: &mut Compute<Self>,
+        qkv: &mut ComputeBuffer<Self>,
         table: &Floats<Self>,
         positions: &Indices<Self>,
         rows: usize,
@@ -39,7 +39,7 @@ pub trait RotaryPositions: Memory {
     /// The device's part of [`RotaryPositions::rope`].
     fn run_rope(
         &self,
-        qkv: &mut Compute<Self>,
+        qkv: &mut ComputeBuffer<Self>,
         table: &Floats<Self>,
         positions: &Indices<Self>,
         sizes: (usize, AttentionShape),

@@ -6,7 +6,7 @@
 use super::config::LlamaConfig;
 use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
-use crate::device::{Compute, Device, Floats, TokenCoefficients, TokenScores};
+use crate::device::{ComputeBuffer, Device, Floats, TokenCoefficients, TokenScores};
 use crate::error::Result;
 use crate::objective::PairOutcome;
 
@@ -48,27 +48,27 @@ pub enum Purpose {
 pub struct Activations<D: Device> {
     slots: usize,
     /// `[T, D]` the residual stream entering each layer, and after the last.
-    pub residual: Vec<Compute<D>>,
+    pub residual: Vec<ComputeBuffer<D>>,
     /// `[T]` of the norm before attention.
     pub input_rstd: Vec<Floats<D>>,
     /// `[T, (H + 2K) * E]`
-    pub qkv: Vec<Compute<D>>,
+    pub qkv: Vec<ComputeBuffer<D>>,
     /// `[T, H * E]`
-    pub attention: Vec<Compute<D>>,
+    pub attention: Vec<ComputeBuffer<D>>,
     /// `[T, H]`
     pub attention_lse: Vec<Floats<D>>,
     /// `[T, D]` the residual stream between attention and MLP.
-    pub middle: Vec<Compute<D>>,
+    pub middle: Vec<ComputeBuffer<D>>,
     /// `[T]` of the norm before the MLP.
     pub post_rstd: Vec<Floats<D>>,
     /// `[T, 2F]`
-    pub gate_up: Vec<Compute<D>>,
+    pub gate_up: Vec<ComputeBuffer<D>>,
     /// `[T, D]` scratch: a norm's output.
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[T, D]` scratch: what a block adds to the residual stream.
-    pub delta: Compute<D>,
+    pub delta: ComputeBuffer<D>,
     /// `[T, F]` scratch: SwiGLU's output.
-    pub activated: Compute<D>,
+    pub activated: ComputeBuffer<D>,
     pub head: HeadBuffers<D>,
 }
 
@@ -76,14 +76,14 @@ pub struct Activations<D: Device> {
 #[derive(Debug)]
 pub struct HeadBuffers<D: Device> {
     /// `[N, D]` the residual rows that predict a target; in the backward, their gradient.
-    pub gathered: Compute<D>,
+    pub gathered: ComputeBuffer<D>,
     /// `[N, D]` the same after the final norm; the head's backward replaces it by its gradient.
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[N]`
     pub rstd: Floats<D>,
     pub plan: HeadPlan,
     /// `[plan.values]`
-    pub workspace: Compute<D>,
+    pub workspace: ComputeBuffer<D>,
     pub scores: TokenScores<D>,
     pub coefficients: TokenCoefficients<D>,
     /// `[pairs, PairOutcome::WIDTH]`
@@ -94,19 +94,19 @@ pub struct HeadBuffers<D: Device> {
 #[derive(Debug)]
 pub struct BackwardScratch<D: Device> {
     /// `[T, D]` of the residual stream, from the top of the model down.
-    pub residual: Compute<D>,
+    pub residual: ComputeBuffer<D>,
     /// `[T, D]`
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[T, (H + 2K) * E]`
-    pub qkv: Compute<D>,
+    pub qkv: ComputeBuffer<D>,
     /// `[T, H * E]`
-    pub attention: Compute<D>,
+    pub attention: ComputeBuffer<D>,
     /// `[T, 2F]`
-    pub gate_up: Compute<D>,
+    pub gate_up: ComputeBuffer<D>,
     /// `[T, F]`
-    pub activated: Compute<D>,
+    pub activated: ComputeBuffer<D>,
     /// `[N, D]` of the gathered residual rows.
-    pub gathered: Compute<D>,
+    pub gathered: ComputeBuffer<D>,
 }
 
 impl<D: Device> Activations<D> {
@@ -121,7 +121,7 @@ impl<D: Device> Activations<D> {
             Purpose::Training(_) => config.layers + 1,
             Purpose::Inference => 1,
         };
-        let compute = |count: usize, width: usize| -> Result<Vec<Compute<D>>> {
+        let compute = |count: usize, width: usize| -> Result<Vec<ComputeBuffer<D>>> {
             (0..count).map(|_| device.alloc(tokens * width)).collect()
         };
         let floats = |width: usize| -> Result<Vec<Floats<D>>> {

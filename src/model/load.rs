@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::{FusedTensor, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{Compute, Device, Floats, RawValues};
+use crate::device::{ComputeBuffer, Device, Floats, RawValues};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
     /// Uploads a checkpoint's weights straight from its memory map. `positions` is the longest sequence that will be
     /// run.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
-        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
         };
         Self::assemble(&device, folder.config().clone(), positions, upload)
@@ -24,7 +24,7 @@ impl<D: Device> Llama<D> {
         positions: usize,
         mut values: impl FnMut(&TensorSpec) -> Vec<f32>,
     ) -> Result<Self> {
-        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, RawValues::from_f32(&values(tensor)))
         };
         Self::assemble(&device, config, positions, upload)
@@ -34,7 +34,7 @@ impl<D: Device> Llama<D> {
         device: &Arc<D>,
         config: LlamaConfig,
         positions: usize,
-        mut upload: impl FnMut(&mut Compute<D>, usize, &TensorSpec) -> Result<()>,
+        mut upload: impl FnMut(&mut ComputeBuffer<D>, usize, &TensorSpec) -> Result<()>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
         let weights = layout.try_map(|fused| {

@@ -27,7 +27,7 @@ pub use projection::Projection;
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 
-use crate::device::{Compute, Device, Floats};
+use crate::device::{ComputeBuffer, Device, Floats};
 
 /// Weights on a device, and what is needed to run them.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Llama<D: Device> {
     pub config: LlamaConfig,
     /// Names and shapes of the checkpoint's tensors inside `weights`.
     pub layout: LlamaTensors<FusedTensor>,
-    pub weights: LlamaTensors<Compute<D>>,
+    pub weights: LlamaTensors<ComputeBuffer<D>>,
     /// `[positions, E]`: cosines, then sines.
     rope_table: Floats<D>,
 }

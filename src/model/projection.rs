@@ -1,7 +1,7 @@
 //! A linear layer of the model: its tensors, its gemm forward, and its two gemms backward.
 
 use super::Llama;
-use crate::device::{Compute, Device, Floats, LinearShape};
+use crate::device::{ComputeBuffer, Device, Floats, LinearShape};
 use crate::error::Result;
 
 /// One value of type `T` for each tensor of a linear layer: a weight, a gradient, an optimiser state or a name.
@@ -36,15 +36,15 @@ impl<T> Projection<T> {
 /// Operands of [`Llama::project_backward`].
 pub(super) struct ProjectionBackward<'a, D: Device> {
     /// Assigned, `[rows, inputs]`: the gradient of `x`.
-    pub dx: &'a mut Compute<D>,
+    pub dx: &'a mut ComputeBuffer<D>,
     /// Accumulated: the gradients of the layer's tensors.
     pub dweights: &'a mut Projection<Floats<D>>,
     /// `[rows, outputs]`: the gradient of the layer's output.
-    pub dout: &'a Compute<D>,
+    pub dout: &'a ComputeBuffer<D>,
     /// `[rows, inputs]`, the input of the forward.
-    pub x: &'a Compute<D>,
+    pub x: &'a ComputeBuffer<D>,
     /// The layer's tensors.
-    pub weights: &'a Projection<Compute<D>>,
+    pub weights: &'a Projection<ComputeBuffer<D>>,
     /// Sizes.
     pub shape: LinearShape,
 }
@@ -53,9 +53,9 @@ impl<D: Device> Llama<D> {
     /// Assigns `out[rows, outputs] = x[rows, inputs] * weight^T + bias`.
     pub(super) fn project(
         &self,
-        out: &mut Compute<D>,
-        x: &Compute<D>,
-        weights: &Projection<Compute<D>>,
+        out: &mut ComputeBuffer<D>,
+        x: &ComputeBuffer<D>,
+        weights: &Projection<ComputeBuffer<D>>,
         shape: LinearShape,
     ) -> Result<()> {
         self.device.linear_forward(out, x, &weights.weight, weights.bias.as_ref(), shape)

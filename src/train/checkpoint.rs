@@ -10,7 +10,7 @@ use crate::checkpoint::run_state::save_checkpoint;
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
 };
-use crate::device::{AdamWState, Compute, Device, RawValues};
+use crate::device::{AdamWState, ComputeBuffer, Device, RawValues};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
 
@@ -89,7 +89,7 @@ pub fn save_weights<D: Device>(
 
 fn restore_weight<D: Device>(
     device: &D,
-    weight: &mut Compute<D>,
+    weight: &mut ComputeBuffer<D>,
     state: &mut AdamWState<D>,
     values: &[f32],
 ) -> Result<()> {

@@ -1,4 +1,4 @@
-use mmpo_fast::device::{AdamWState, AdamWStep, AdamWUpdate, Compute, Device, Floats};
+use mmpo_fast::device::{AdamWState, AdamWStep, AdamWUpdate, ComputeBuffer, Device, Floats};
 use mmpo_fast::error::Result;
 
 use crate::harness::*;
@@ -10,7 +10,7 @@ const STEP: AdamWStep =
 /// An update of one tensor.
 fn update<D: Device>(
     device: &D,
-    weight: &mut Compute<D>,
+    weight: &mut ComputeBuffer<D>,
     state: &mut AdamWState<D>,
     gradient: &Floats<D>,
     norm: &Floats<D>,
@@ -22,7 +22,7 @@ fn update<D: Device>(
 /// Weights, states and gradients of these lengths, after two updates: of all tensors in one call, or of one in each. What
 /// comes out, as bits.
 fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<u32> {
-    let mut weights: Vec<Compute<D>> =
+    let mut weights: Vec<ComputeBuffer<D>> =
         lengths.iter().zip(1..).map(|(&len, seed)| random_compute(device, seed, len, 1.0).0).collect();
     let mut states: Vec<AdamWState<D>> =
         lengths.iter().map(|&len| AdamWState::new(device, len).unwrap()).collect();
