@@ -1,6 +1,6 @@
 //! Attention with the shared-prefix mask of [`PairSpan`], without a matrix of scores (FlashAttention-2, Dao 2023).
 
-use super::check::{REPORT, check_sizes};
+use super::check::check_sizes;
 use super::{BatchBuffers, Checked, ComputeBuffer, Floats, Memory};
 use crate::data::PairSpan;
 use crate::error::{Error, Result};
@@ -37,7 +37,8 @@ impl AttentionShape {
 ///
 /// # Errors
 /// All methods return [`crate::Error::Device`] for heads that do not divide evenly or that the device has no kernel for,
-/// for spans that do not tile the batch in order, for buffers that are too small, and where the device fails.
+/// and where the device fails; [`crate::Error::Bug`] for spans that do not tile the batch in order, and for buffers that are
+/// too small.
 pub trait Attention: Memory {
     /// Assigns `out[T, H * E]` and `lse[T, H]` (natural log, of scaled scores).
     fn attention_forward(
@@ -122,6 +123,17 @@ pub struct AttentionGradient<'a, D: Memory> {
     pub shape: AttentionShape,
 }
 
+/// What the largest batch holds, as far as attention's scratch memory depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionCapacity {
+    /// `T`
+    pub rows: usize,
+    /// Pairs of the batch.
+    pub pairs: usize,
+    /// Rows of the longest prompt or response.
+    pub longest_part: usize,
+}
+
 /// Attention, backward. Errors are those of [`Attention`].
 pub trait AttentionBackward: Memory {
     /// Assigns `dqkv[T, (H + 2K) * E]`.
@@ -142,9 +154,16 @@ pub trait AttentionBackward: Memory {
         self.run_attention_backward(operands, checked)
     }
 
-    /// Sets the scratch memory aside that [`AttentionBackward::attention_backward`] takes for batches of up to `rows`
-    /// rows and `pairs` pairs: no step allocates it then, and [`Memory::free_memory`] no longer counts it.
-    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()>;
+    /// Sets the scratch memory aside that [`Attention::attention_forward`] and [`AttentionBackward::attention_backward`]
+    /// take for batches of up to this capacity: no step allocates it then, and [`Memory::free_memory`] no longer counts it.
+    fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()>;
+
+    /// Another handle of this device, whose attention backward adds the terms of a sum in whatever order its blocks come
+    /// to them; `None` for a device that has one order only. No training run asks for it: it is there to measure and to
+    /// test what the fixed order costs.
+    fn in_any_order(&self) -> Option<Self> {
+        None
+    }
 
     /// The device's part of [`AttentionBackward::attention_backward`].
     fn run_attention_backward(&self, operands: AttentionGradient<'_, Self>, checked: Checked) -> Result<()>;
@@ -171,7 +190,7 @@ fn check_spans(operation: &str, spans: &[PairSpan]) -> Result<usize> {
         if span.start as usize != end {
             let message =
                 format!("{operation}: {span:?} overlaps the span before it or leaves a gap at row {end}");
-            return Err(Error::device(message, REPORT));
+            return Err(Error::bug(message));
         }
         end = span.rows().end;
     }

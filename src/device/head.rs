@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::check::{REPORT, check_sizes};
+use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::{Error, Result};
 
@@ -33,6 +33,17 @@ pub struct HeadShape {
     pub entropy: bool,
     /// What the forward keeps.
     pub mode: HeadMode,
+}
+
+/// Sizes of the head that do not depend on the rows of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadSizes {
+    /// `D`
+    pub width: usize,
+    /// `V`
+    pub vocab: usize,
+    /// Values that the workspace holds.
+    pub workspace: usize,
 }
 
 /// Per-token results of the head, `[N]` each, natural log, f32.
@@ -120,7 +131,8 @@ pub struct HeadBackward<'a, D: Memory> {
 /// The log-prob head.
 ///
 /// # Errors
-/// All methods return [`Error::Device`] for buffers that are smaller than the shape, and where the device fails; the CPU
+/// All methods return [`Error::Bug`] for buffers that are smaller than the shape, and
+/// [`Error::Device`] where the device fails; the CPU
 /// also for a target outside the vocabulary.
 pub trait Head: Memory {
     /// Chunk size, in bytes of probabilities, beyond which larger chunks of pairs do not speed up a step.
@@ -166,13 +178,14 @@ pub trait Head: Memory {
         ];
         let checked = check_sizes(name, shape, &sizes)?;
         if shape.mode == HeadMode::Score {
-            return Err(Error::device(
-                format!("{name}: the forward of {shape:?} kept nothing for a backward"),
-                REPORT,
-            ));
+            return Err(Error::bug(format!("{name}: the forward of {shape:?} kept nothing for a backward")));
         }
         self.run_logp_head_backward(operands, checked)
     }
+
+    /// Sets the scratch memory aside that forward and backward of this mode take, beside the workspace, for calls of up to
+    /// `rows` rows, so that no step allocates it.
+    fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()>;
 
     /// The device's part of [`Head::logp_head_forward`]; it checks its own use of the workspace.
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, checked: Checked) -> Result<()>;

@@ -18,7 +18,8 @@ pub struct LinearShape {
 /// Gemms of linear layers; sums are f32.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Linear: Memory {
     /// Assigns `out[rows, outputs] = x * weight^T (+ bias)`.
     fn linear_forward(
@@ -58,10 +59,11 @@ pub trait Linear: Memory {
         self.run_linear_backward_input(dx, dout, weight, shape, checked)
     }
 
-    /// Accumulates `dweight[outputs, inputs] += dout^T * x` and `dbias[outputs] += column sums of dout`.
+    /// Accumulates `dweight[outputs, inputs] += dout^T * x` and `dbias[outputs] += column sums of dout`, each unless it is
+    /// `None`: a frozen tensor has no gradient.
     fn linear_backward_weight(
         &self,
-        dweight: &mut Floats<Self>,
+        dweight: Option<&mut Floats<Self>>,
         dbias: Option<&mut Floats<Self>>,
         dout: &ComputeBuffer<Self>,
         x: &ComputeBuffer<Self>,
@@ -69,7 +71,11 @@ pub trait Linear: Memory {
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
         let sizes = [
-            ("dweight", self.len(dweight), outputs * inputs),
+            (
+                "dweight",
+                dweight.as_ref().map_or(outputs * inputs, |dweight| self.len(dweight)),
+                outputs * inputs,
+            ),
             ("dbias", dbias.as_ref().map_or(outputs, |dbias| self.len(dbias)), outputs),
             ("dout", self.len(dout), rows * outputs),
             ("x", self.len(x), rows * inputs),
@@ -77,6 +83,10 @@ pub trait Linear: Memory {
         let checked = check_sizes("linear_backward_weight", &shape, &sizes)?;
         self.run_linear_backward_weight(dweight, dbias, dout, x, shape, checked)
     }
+
+    /// Sets the scratch memory aside that the gemms of a layer take for up to `shape.rows` rows, and with `bias` that of
+    /// the bias' gradient, so that no step allocates it.
+    fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()>;
 
     /// The device's part of [`Linear::linear_forward`].
     fn run_linear_forward(
@@ -102,7 +112,7 @@ pub trait Linear: Memory {
     /// The device's part of [`Linear::linear_backward_weight`].
     fn run_linear_backward_weight(
         &self,
-        dweight: &mut Floats<Self>,
+        dweight: Option<&mut Floats<Self>>,
         dbias: Option<&mut Floats<Self>>,
         dout: &ComputeBuffer<Self>,
         x: &ComputeBuffer<Self>,

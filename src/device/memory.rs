@@ -74,12 +74,15 @@ pub struct MemoryUse {
     pub now: usize,
     /// The most bytes that were ever held at once.
     pub peak: usize,
+    /// How often memory was taken since the device was opened: a training step takes none.
+    pub allocations: usize,
 }
 
 /// Buffers. A method checks its ranges and calls the device's `run_` method of the same name.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for a range outside its buffer, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for a range outside its buffer, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Memory: Hardware {
     /// Storage of weights and activations: f32 on the CPU, bf16 on CUDA.
     type Compute: Element;
@@ -112,7 +115,12 @@ pub trait Memory: Hardware {
 
     /// As [`Memory::upload`], converted to [`Memory::Compute`] by rounding to the nearest even value or by widening.
     /// Reads straight from a memory map.
-    fn upload_values(&self, out: &mut ComputeBuffer<Self>, offset: usize, source: RawValues<'_>) -> Result<()> {
+    fn upload_values(
+        &self,
+        out: &mut ComputeBuffer<Self>,
+        offset: usize,
+        source: RawValues<'_>,
+    ) -> Result<()> {
         let checked = check_range("upload_values", "out", self.len(out), offset, source.len())?;
         self.run_upload_values(out, offset, source, checked)
     }

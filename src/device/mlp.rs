@@ -24,7 +24,8 @@ pub struct LinearSwiglu<'a, D: Linear> {
 /// SwiGLU, alone and fused with the gemm before it.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the sizes, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Mlp: Linear {
     /// Assigns `out[T, F] = silu(gate) * up`.
     fn swiglu_forward(

@@ -39,8 +39,8 @@ pub struct AddRmsNorm<'a, D: Memory> {
 pub struct RmsNormBackward<'a, D: Memory> {
     /// Accumulated: the gradient of `x`.
     pub dx: &'a mut ComputeBuffer<D>,
-    /// Accumulated, `[width]`: the gradient of `weight`.
-    pub dweight: &'a mut Floats<D>,
+    /// Accumulated, `[width]`: the gradient of `weight`; `None` where the weight is not trained.
+    pub dweight: Option<&'a mut Floats<D>>,
     /// Gradient of the forward's output.
     pub dout: &'a ComputeBuffer<D>,
     /// Input of the forward.
@@ -56,7 +56,8 @@ pub struct RmsNormBackward<'a, D: Memory> {
 /// RMSNorm and the residual addition.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Norm: Memory {
     /// Assigns `out = x * rstd * weight` and `rstd[rows] = 1 / sqrt(mean(x^2) + epsilon)`.
     fn rms_norm_forward(
@@ -107,13 +108,17 @@ pub trait Norm: Memory {
         self.run_add(sum, x, delta, len, checked)
     }
 
-    /// Accumulates `dx[rows, width] += ..` and `dweight[width] += ..`.
+    /// Accumulates `dx[rows, width] += ..` and, where it is given, `dweight[width] += ..`.
     fn rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>) -> Result<()> {
         let shape = operands.shape;
         let values = shape.rows * shape.width;
         let sizes = [
             ("dx", self.len(operands.dx), values),
-            ("dweight", self.len(operands.dweight), shape.width),
+            (
+                "dweight",
+                operands.dweight.as_ref().map_or(shape.width, |dweight| self.len(dweight)),
+                shape.width,
+            ),
             ("dout", self.len(operands.dout), values),
             ("x", self.len(operands.x), values),
             ("weight", self.len(operands.weight), shape.width),
@@ -122,6 +127,10 @@ pub trait Norm: Memory {
         let checked = check_sizes("rms_norm_backward", &shape, &sizes)?;
         self.run_rms_norm_backward(operands, checked)
     }
+
+    /// Sets the scratch memory aside that [`Norm::rms_norm_backward`] takes for up to `shape.rows` rows, so that no step
+    /// allocates it.
+    fn reserve_rms_norm(&self, shape: NormShape) -> Result<()>;
 
     /// The device's part of [`Norm::rms_norm_forward`].
     fn run_rms_norm_forward(

@@ -16,7 +16,8 @@ pub enum RopeDirection {
 /// Rotation of queries and keys by their positions.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the sizes, and where the device fails;
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
+/// [`crate::Error::Device`] where the device fails;
 /// the CPU also for a position outside the table.
 pub trait RotaryPositions: Memory {
     /// Rotates the query and key heads of `qkv[T, (H + 2K) * E]` in place. `table[positions, E]` holds `E/2` cosines,

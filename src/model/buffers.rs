@@ -6,7 +6,9 @@
 use super::config::LlamaConfig;
 use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
-use crate::device::{ComputeBuffer, Device, Floats, TokenCoefficients, TokenScores};
+use crate::device::{
+    AttentionCapacity, ComputeBuffer, Device, Floats, HeadSizes, TokenCoefficients, TokenScores,
+};
 use crate::error::Result;
 use crate::objective::PairOutcome;
 
@@ -18,6 +20,8 @@ pub struct Capacity {
     pub pairs: usize,
     /// `N`
     pub scored: usize,
+    /// Tokens of the longest prompt or response.
+    pub longest_part: usize,
     /// Scored tokens of the longest pair.
     pub longest: usize,
 }
@@ -26,9 +30,12 @@ impl Capacity {
     /// The least capacity that holds `self` and also `batch`.
     pub fn cover(self, batch: &PairBatch) -> Self {
         let longest = batch.scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).max();
+        let longest_part =
+            batch.spans.iter().map(|span| span.prompt.max(span.chosen).max(span.rejected)).max();
         Capacity {
             tokens: self.tokens.max(batch.tokens()),
             pairs: self.pairs.max(batch.spans.len()),
+            longest_part: self.longest_part.max(longest_part.unwrap_or(0) as usize),
             scored: self.scored.max(batch.scored_tokens()),
             longest: self.longest.max(longest.unwrap_or(0)),
         }
@@ -164,21 +171,40 @@ impl<D: Device> HeadBuffers<D> {
         let scores = TokenScores::new(device, capacity.scored)?;
         let coefficients = TokenCoefficients::new(device, capacity.scored)?;
         let outcomes = device.alloc(capacity.pairs * PairOutcome::WIDTH)?;
-        let shape = (config.hidden_size, config.vocab_size);
+        let (width, vocab) = (config.hidden_size, config.vocab_size);
         let plan = match purpose {
             Purpose::Training(options) => {
-                device.reserve_attention_backward(
-                    capacity.tokens,
-                    capacity.pairs,
-                    config.attention_shape(),
-                )?;
-                HeadPlan::training(device, shape, capacity.scored, capacity.longest, options)?
+                reserve_layers(device, config, capacity)?;
+                HeadPlan::training(device, (width, vocab), capacity.scored, capacity.longest, options)?
             }
-            Purpose::Inference => HeadPlan::inference(device, shape, capacity.scored)?,
+            Purpose::Inference => HeadPlan::inference(device, (width, vocab), capacity.scored)?,
         };
         let workspace = device.alloc(plan.values)?;
+        if let Purpose::Training(_) = purpose {
+            let sizes = HeadSizes { width, vocab, workspace: plan.values };
+            for (mode, rows) in plan.calls(capacity.scored) {
+                device.reserve_logp_head(mode, rows, sizes)?;
+            }
+        }
         Ok(HeadBuffers { gathered, normed, rstd, plan, workspace, scores, coefficients, outcomes })
     }
+}
+
+/// Sets the scratch memory of a layer's operations aside, forward and backward, so that no step allocates it.
+fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<()> {
+    let Capacity { tokens, pairs, longest_part, scored, .. } = capacity;
+    let attention = AttentionCapacity { rows: tokens, pairs, longest_part };
+    device.reserve_attention(attention, config.attention_shape())?;
+    device.reserve_rms_norm(config.norm_shape(tokens.max(scored)))?;
+    for (shape, bias) in [
+        (config.qkv_shape(tokens), config.attention_bias),
+        (config.attention_out_shape(tokens), config.attention_bias),
+        (config.gate_up_shape(tokens), config.mlp_bias),
+        (config.down_shape(tokens), config.mlp_bias),
+    ] {
+        device.reserve_linear(shape, bias)?;
+    }
+    Ok(())
 }
 
 impl<D: Device> BackwardScratch<D> {

@@ -34,7 +34,13 @@ impl<D: Device> KvCache<D> {
     }
 
     /// Appends the first `rows` rows of `qkv`.
-    pub(super) fn append(&mut self, device: &D, layer: usize, qkv: &ComputeBuffer<D>, rows: usize) -> Result<()> {
+    pub(super) fn append(
+        &mut self,
+        device: &D,
+        layer: usize,
+        qkv: &ComputeBuffer<D>,
+        rows: usize,
+    ) -> Result<()> {
         let start = self.filled[layer];
         self.reserve(device, layer, start + rows)?;
         device.copy(&mut self.layers[layer], start * self.row_width, qkv, 0, rows * self.row_width)?;
@@ -82,7 +88,8 @@ impl<'a, D: Device> Generation<'a, D> {
                 "give some text, or use a model with a BOS token",
             ));
         }
-        let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, longest: 1 };
+        let capacity =
+            Capacity { tokens: prompt.len(), pairs: 1, longest_part: prompt.len(), scored: 1, longest: 1 };
         let device = model.device.as_ref();
         let mut generation = Generation {
             model,

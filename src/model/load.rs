@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{FusedTensor, Llama, LlamaConfig, LlamaTensors, TensorSpec};
+use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{ComputeBuffer, Device, Floats, RawValues};
+use crate::device::{ComputeBuffer, Device, RawValues};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
@@ -50,13 +50,28 @@ impl<D: Device> Llama<D> {
         Ok(Llama { device: Arc::clone(device), config, layout, weights, rope_table })
     }
 
-    /// Trainable values.
+    /// Values of all tensors, frozen ones included.
     pub fn parameters(&self) -> usize {
         self.layout.iter().map(FusedTensor::values).sum()
     }
 
-    /// Zeroed f32 gradients of all weights.
-    pub fn zero_gradients(&self) -> Result<LlamaTensors<Floats<D>>> {
-        self.layout.try_map(|fused| self.device.alloc(fused.values()))
+    /// Freezes the tensors for which `is_frozen` is true, and trains the others. Gradients and optimiser states are made
+    /// for the trained ones alone: call it before [`Llama::zero_gradients`] and before a
+    /// [`Trainer`](crate::train::Trainer) takes the model.
+    pub fn freeze(&mut self, is_frozen: impl Fn(&FusedTensor) -> bool) {
+        for tensor in self.layout.iter_mut() {
+            tensor.trained = !is_frozen(tensor);
+        }
+    }
+
+    /// Zeroed f32 gradients of the trained tensors.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for them.
+    pub fn zero_gradients(&self) -> Result<Gradients<D>> {
+        self.layout.try_map(|tensor| match tensor.trained {
+            true => Ok(Some(self.device.alloc(tensor.values())?)),
+            false => Ok(None),
+        })
     }
 }

@@ -37,8 +37,8 @@ impl<T> Projection<T> {
 pub(super) struct ProjectionBackward<'a, D: Device> {
     /// Assigned, `[rows, inputs]`: the gradient of `x`.
     pub dx: &'a mut ComputeBuffer<D>,
-    /// Accumulated: the gradients of the layer's tensors.
-    pub dweights: &'a mut Projection<Floats<D>>,
+    /// Accumulated: the gradients of the layer's tensors; `None` for those that are frozen.
+    pub dweights: &'a mut Projection<Option<Floats<D>>>,
     /// `[rows, outputs]`: the gradient of the layer's output.
     pub dout: &'a ComputeBuffer<D>,
     /// `[rows, inputs]`, the input of the forward.
@@ -61,11 +61,14 @@ impl<D: Device> Llama<D> {
         self.device.linear_forward(out, x, &weights.weight, weights.bias.as_ref(), shape)
     }
 
-    /// Accumulates the gradients of weight and bias, then assigns the gradient of the input.
+    /// Accumulates the gradients of weight and bias, unless both are frozen, then assigns the gradient of the input.
     pub(super) fn project_backward(&self, operands: ProjectionBackward<'_, D>) -> Result<()> {
         let ProjectionBackward { dx, dweights, dout, x, weights, shape } = operands;
-        let Projection { weight: dweight, bias: dbias } = dweights;
-        self.device.linear_backward_weight(dweight, dbias.as_mut(), dout, x, shape)?;
+        let dweight = dweights.weight.as_mut();
+        let dbias = dweights.bias.as_mut().and_then(Option::as_mut);
+        if dweight.is_some() || dbias.is_some() {
+            self.device.linear_backward_weight(dweight, dbias, dout, x, shape)?;
+        }
         self.device.linear_backward_input(dx, dout, &weights.weight, shape)
     }
 }

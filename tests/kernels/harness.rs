@@ -239,7 +239,12 @@ pub fn compute<D: Device>(device: &D, values: &[f32]) -> (ComputeBuffer<D>, Vec<
 }
 
 /// As [`compute`], of [`random`] values.
-pub fn random_compute<D: Device>(device: &D, seed: u64, len: usize, scale: f32) -> (ComputeBuffer<D>, Vec<f64>) {
+pub fn random_compute<D: Device>(
+    device: &D,
+    seed: u64,
+    len: usize,
+    scale: f32,
+) -> (ComputeBuffer<D>, Vec<f64>) {
     compute(device, &random(seed, len, scale))
 }
 

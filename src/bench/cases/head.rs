@@ -6,8 +6,8 @@ use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{
-    BatchBuffers, ComputeBuffer, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
-    TokenCoefficients, TokenScores,
+    BatchBuffers, ComputeBuffer, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape,
+    ObjectiveOperands, TokenCoefficients, TokenScores,
 };
 use crate::error::Result;
 use crate::model::HeadOptions;
