@@ -12,6 +12,9 @@ use crate::interrupt::Signal;
 /// What can fail returns this.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Exit code of a mistake in the program itself: `EX_SOFTWARE` of sysexits.h.
+pub const BUG_EXIT_CODE: u8 = 70;
+
 /// What can go wrong. `help` says what the user can do about it.
 #[derive(Debug, Error, Diagnostic)]
 pub enum Error {
@@ -77,6 +80,11 @@ pub enum Error {
         help: String,
     },
 
+    /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
+    #[error("{message}")]
+    #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
+    Bug { message: String },
+
     /// A signal asked the program to end (exit code 128 plus its number: 130 after Ctrl-C, 143 after SIGTERM).
     #[error("stopped by {signal}: {kept}")]
     #[diagnostic(code(interrupted))]
@@ -97,6 +105,7 @@ impl Error {
             Error::Io { .. } => 5,
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
+            Error::Bug { .. } => BUG_EXIT_CODE,
             Error::Interrupted { signal, .. } => signal.exit_code(),
         }
     }
@@ -139,6 +148,11 @@ impl Error {
     /// An [`Error::Device`]: a device that cannot be used.
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Device { message: message.into(), help: help.into() }
+    }
+
+    /// An [`Error::Bug`]: a mistake in this program.
+    pub fn bug(message: impl Into<String>) -> Self {
+        Error::Bug { message: message.into() }
     }
 
     /// An [`Error::Numerics`]: a number that cannot be trained on.

@@ -9,7 +9,7 @@ pub use layer::{head_products, linear_shape};
 
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};
-use crate::device::{BatchBuffers, Compute, Device, Floats};
+use crate::device::{BatchBuffers, ComputeBuffer, Device, Floats};
 use crate::error::Result;
 use crate::objective::{PairConstants, ReferencePair};
 
@@ -19,7 +19,7 @@ const WORD: usize = 4;
 /// What an operation writes or updates; its inputs live in its closure.
 pub struct Outputs<D: Device> {
     /// Buffers of the storage type, in the order in which the case made them.
-    pub compute: Vec<Compute<D>>,
+    pub compute: Vec<ComputeBuffer<D>>,
     /// Buffers of f32.
     pub floats: Vec<Floats<D>>,
 }

@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 
 use crate::config::suggest;
 use crate::data::PairSpan;
-use crate::device::AdamWStep;
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 use crate::objective::{Mmpo, Objective};
+use crate::optimizer::AdamWStep;
 
 const TEXT: &str = include_str!("../../benches/shapes.json");
 
@@ -29,11 +29,11 @@ pub struct StepSettings {
     beta: f64,
     epsilon: f64,
     length_normalize: bool,
-    learning_rate: f32,
-    beta1: f32,
-    beta2: f32,
-    adam_epsilon: f32,
-    weight_decay: f32,
+    learning_rate: f64,
+    beta1: f64,
+    beta2: f64,
+    adam_epsilon: f64,
+    weight_decay: f64,
 }
 
 impl StepSettings {
@@ -143,12 +143,7 @@ impl Shape {
 }
 
 fn file() -> Result<File> {
-    serde_json::from_str(TEXT).map_err(|error| {
-        Error::config(
-            format!("benches/shapes.json: {error}"),
-            "this is a mistake in the program, not in your input; please report it",
-        )
-    })
+    serde_json::from_str(TEXT).map_err(|error| Error::bug(format!("benches/shapes.json: {error}")))
 }
 
 /// Names of the models, for people.

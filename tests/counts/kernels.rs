@@ -19,8 +19,9 @@ use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath, ProductTile, Products,
 };
 use mmpo_fast::device::prelude::*;
-use mmpo_fast::device::{AdamWState, AdamWUpdate, LinearShape, RawValues};
+use mmpo_fast::device::{LinearShape, RawValues};
 use mmpo_fast::error::Result;
+use mmpo_fast::optimizer::OptimizerState;
 
 use crate::emulator_alone;
 use crate::table::Table;
@@ -64,7 +65,8 @@ fn products_read_each_operand_once_a_tile() {
 
     let forward = counted(|| device.linear_forward(&mut out, &x, &weight, None, shape).unwrap());
     assert_product(&forward, shape.rows, shape.outputs, shape.inputs);
-    let weights = counted(|| device.linear_backward_weight(&mut dweight, None, &out, &x, shape).unwrap());
+    let weights =
+        counted(|| device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
     assert_product(&weights, shape.outputs, shape.inputs, shape.rows);
     let inputs = counted(|| device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
     assert_product(&inputs, shape.rows, shape.inputs, shape.outputs);
@@ -116,7 +118,7 @@ fn hopper_products_read_each_operand_once_a_tile() {
     assert_hopper_product(&forward, shape.rows, shape.outputs, shape.inputs, BF16);
     assert_eq!(forward.shared_wavefronts, 0, "bf16 leaves by stmatrix alone");
     let weights =
-        counted(&mut || device.linear_backward_weight(&mut dweight, None, &out, &x, shape).unwrap());
+        counted(&mut || device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
     assert_hopper_product(&weights, shape.outputs, shape.inputs, shape.rows, F32);
     assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
     let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
@@ -155,7 +157,7 @@ fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     let variant = EmulatorVariant::Checked;
     let device = CudaDevice::emulated(variant);
     let mut weights: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
-    let mut states: Vec<_> = (0..TENSORS).map(|_| AdamWState::new(&device, 5).unwrap()).collect();
+    let mut states: Vec<_> = (0..TENSORS).map(|_| OptimizerState::new(&device, 5).unwrap()).collect();
     let mut gradients: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
     let mut norm = device.alloc(2).unwrap();
     let launches = |work: &mut dyn FnMut() -> Result<()>| -> u64 {
@@ -168,7 +170,7 @@ fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     assert_eq!(launches(&mut || device.gradient_norm(&mut norm, &all, None)), 2);
     let tensors = weights.iter_mut().zip(&mut states).zip(&gradients);
     let mut updates: Vec<_> =
-        tensors.map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient }).collect();
+        tensors.map(|((weight, state), gradient)| state.update(weight, gradient)).collect();
     let step = shapes::settings().unwrap().adamw(1);
     assert_eq!(launches(&mut || device.adamw(&mut updates, &norm, step)), 3);
 }

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorOptions};
-use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, Compute, Device, Floats};
+use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, Device, Floats};
 
 use crate::harness::*;
 use crate::naive::{self, Precision};
@@ -23,9 +23,9 @@ struct Problem {
 struct Loaded<D: Device> {
     shape: AttentionShape,
     batch: BatchBuffers<D>,
-    qkv: Compute<D>,
-    dout: Compute<D>,
-    out: Compute<D>,
+    qkv: ComputeBuffer<D>,
+    dout: ComputeBuffer<D>,
+    out: ComputeBuffer<D>,
     lse: Floats<D>,
 }
 
