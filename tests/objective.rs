@@ -1,10 +1,12 @@
 //! The objectives against the formulas of their papers, written once more in f64: losses by value, coefficients by
-//! central differences.
+//! central differences. And against PyTorch's autograd (`tests/goldens/objectives.json`).
 
 use mmpo_fast::data::Sides;
 use mmpo_fast::objective::{
-    Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, ReferencePair, Simpo,
+    DESCRIPTORS, Dpo, Mmpo, Objective, ObjectiveKind, PairCoefficients, PairConstants, PairOutcome,
+    PairScores, ReferencePair, Settings, Simpo,
 };
+use serde_json::Value;
 
 const MMPO: Mmpo = Mmpo {
     beta: 0.05,
@@ -159,6 +161,14 @@ fn objectives() -> Vec<Objective> {
 
 fn constants(chosen: f32, rejected: f32) -> PairConstants {
     PairConstants { chosen, rejected, scale: 0.125, reserved: 0.0 }
+}
+
+#[test]
+fn every_objective_is_among_those_that_are_tested() {
+    for descriptor in DESCRIPTORS {
+        let mut tested = objectives().into_iter().filter(|objective| objective.kind() == descriptor.kind);
+        assert!(tested.next().is_some(), "{} is not tested", descriptor.name);
+    }
 }
 
 #[test]
@@ -349,5 +359,97 @@ fn what_each_objective_needs() {
         assert_eq!(objective.needs_reference(), reference, "{objective:?}");
         assert_eq!(objective.needs_entropy(), entropy, "{objective:?}");
         assert_eq!(objective.sides(), sides, "{objective:?}");
+    }
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().unwrap_or_else(|| panic!("not an array: {value}"))
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
+}
+
+/// The objective of a golden case, over a batch of `pairs`.
+fn golden_objective(case: &Value, pairs: usize) -> Objective {
+    let options = &case["options"];
+    let number = |name: &str, default: f64| options[name].as_f64().unwrap_or(default);
+    let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
+    let name = case["objective"].as_str().unwrap();
+    let kind = ObjectiveKind::from_name(name).unwrap_or_else(|| panic!("no objective {name}"));
+    (kind.descriptor().build)(&Settings {
+        beta: number("beta", 0.0),
+        epsilon: number("epsilon", 0.9),
+        reward_group: number("reward_group", pairs as f64) as usize,
+        reward_normalize: flag("reward_normalize", true),
+        length_normalize: flag("length_normalize", false),
+        preference_weight: number("preference_weight", 0.0),
+        entropy_weight: number("entropy_weight", 0.0),
+        gamma_beta_ratio: number("gamma_beta_ratio", 0.0),
+        label_smoothing: number("label_smoothing", 0.0),
+    })
+}
+
+/// A golden batch: both responses of each pair, and what the reference says of them.
+fn golden_batch(batch: &Value) -> (Vec<[Response; 2]>, Vec<ReferencePair>) {
+    let numbers = |value: &Value| array(value).iter().map(number).collect::<Vec<f64>>();
+    let sides = |pair: usize| {
+        [0, 1].map(|side| Response {
+            logp: numbers(&batch["logp"][pair][side]),
+            entropy: numbers(&batch["entropy"][pair][side]),
+        })
+    };
+    let pairs: Vec<[Response; 2]> = (0..array(&batch["logp"]).len()).map(sides).collect();
+    let of_reference = |(pair, sums): (&[Response; 2], &Value)| ReferencePair {
+        logp_chosen: number(&sums[0]) as f32,
+        logp_rejected: number(&sums[1]) as f32,
+        tokens_chosen: pair[0].logp.len() as u32,
+        tokens_rejected: pair[1].logp.len() as u32,
+    };
+    let references = pairs.iter().zip(array(&batch["reference"])).map(of_reference).collect();
+    (pairs, references)
+}
+
+/// Losses and derivatives by each token that PyTorch's autograd found, of plausible, nearly certain, nearly impossible and
+/// equal responses.
+#[test]
+fn losses_and_coefficients_are_those_of_autograd() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/objectives.json");
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    for descriptor in DESCRIPTORS {
+        let mut names = array(&golden["cases"]).iter().map(|case| &case["objective"]);
+        assert!(names.any(|name| name == descriptor.name), "{} has no golden", descriptor.name);
+    }
+    for case in array(&golden["cases"]) {
+        let (pairs, references) = golden_batch(&golden["batches"][case["batch"].as_str().unwrap()]);
+        let objective = golden_objective(case, pairs.len());
+        let label = format!("{objective:?}, {}", case["batch"]);
+        let chosen_tokens: Vec<usize> = pairs.iter().map(|[chosen, _]| chosen.logp.len()).collect();
+        let constants = objective.batch_constants(&references, &chosen_tokens);
+        let mut loss = 0.0;
+        for (at, ([chosen, rejected], constants)) in pairs.iter().zip(constants).enumerate() {
+            let got = evaluate(&objective, [chosen, rejected], constants);
+            loss += f64::from(constants.scale) * f64::from(got.outcome.loss);
+            for side in 0..2 {
+                let what = format!("{label}: pair {at}, side {side}");
+                assert_golden(&format!("a, {what}"), &got.logp[side], &case["logp"][at][side]);
+                assert_golden(&format!("b, {what}"), &got.entropy[side], &case["entropy_slope"][at][side]);
+            }
+        }
+        assert_close(&label, loss, number(&case["loss"]));
+    }
+}
+
+/// A golden list holds a value for each token, or one for all.
+#[track_caller]
+fn assert_golden(what: &str, got: &[f32], wanted: &Value) {
+    let wanted = array(wanted);
+    assert!(wanted.len() == 1 || wanted.len() == got.len(), "{what}: {got:?}, wanted {wanted:?}");
+    for (token, &got) in got.iter().enumerate() {
+        assert_close(
+            &format!("{what}, token {token}"),
+            got.into(),
+            number(&wanted[token.min(wanted.len() - 1)]),
+        );
     }
 }

@@ -3,15 +3,14 @@ use std::ops::Range;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
-    Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
+    DESCRIPTORS, Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
 };
 #[cfg(mmpo_emulated)]
 use proptest::prelude::*;
 
 use crate::harness::*;
 
-/// MMPO plain, with each switch alone and with all, DPO plain and smoothed, SimPO and SFT. (`reward_normalize` only changes
-/// constants.)
+/// Every objective, and MMPO and DPO with each switch too. (`reward_normalize` only changes constants.)
 fn objectives() -> Vec<Objective> {
     let mmpo = Mmpo {
         beta: 0.05,
@@ -36,7 +35,15 @@ fn objectives() -> Vec<Objective> {
     ]
 }
 
-/// What a batch of pairs has behind the head: log-probs and entropies of its scored tokens.
+#[test]
+fn every_objective_is_among_those_that_are_tested() {
+    for descriptor in DESCRIPTORS {
+        let mut tested = objectives().into_iter().filter(|objective| objective.kind() == descriptor.kind);
+        assert!(tested.next().is_some(), "{} is not tested", descriptor.name);
+    }
+}
+
+/// What the head's forward leaves of a batch of pairs: log-probs and entropies of its scored tokens.
 struct Scores {
     batch: PairBatch,
     constants: Vec<PairConstants>,
