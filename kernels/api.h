@@ -330,6 +330,7 @@ enum mmpo_objective_kind {
     MMPO_OBJECTIVE_DPO = 1,
     MMPO_OBJECTIVE_SIMPO = 2,
     MMPO_OBJECTIVE_SFT = 3,
+    MMPO_OBJECTIVE_IPO = 4,
     MMPO_OBJECTIVE_KINDS
 };
 

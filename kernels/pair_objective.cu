@@ -116,6 +116,15 @@ DEVICE PairTerms sft_terms(const PairSums& pair) {
     return PairTerms{-pair.logp[0], {pair.logp[0], pair.logp[1]}, {-1.0, 0.0}};
 }
 
+// (h - 1 / (2 beta))^2, h being the difference of the responses' mean log-ratios.
+DEVICE PairTerms ipo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = pair.logp[0] - pair.known[0], rejected = pair.logp[1] - pair.known[1];
+    const double gap = chosen / pair.length[0] - rejected / pair.length[1] - 0.5 / beta;
+    return PairTerms{
+        gap * gap, {beta * chosen, beta * rejected}, {2.0 * gap / pair.length[0], -2.0 * gap / pair.length[1]}};
+}
+
 DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pair) {
     switch (objective.kind) {
         case MMPO_OBJECTIVE_MMPO:
@@ -124,6 +133,8 @@ DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pai
             return dpo_terms(objective, pair);
         case MMPO_OBJECTIVE_SIMPO:
             return simpo_terms(objective, pair);
+        case MMPO_OBJECTIVE_IPO:
+            return ipo_terms(objective, pair);
         default:
             return sft_terms(pair);
     }

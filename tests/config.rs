@@ -207,6 +207,10 @@ fn an_option_of_another_objective_is_refused() {
         ),
         ("objective = \"dpo\"\nlength_normalize = true", "run.toml:5: `length_normalize` belongs to mmpo"),
         ("objective = \"sft\"\nbeta = 0.1", "`beta` belongs to mmpo, dpo, simpo"),
+        (
+            "objective = \"ipo\"\nlabel_smoothing = 0.1",
+            "`label_smoothing` belongs to dpo, and the objective is ipo",
+        ),
         ("objective = \"simpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
         ("objective = \"dpo\"\ngamma_beta_ratio = 1.0", "`gamma_beta_ratio` belongs to simpo"),
         ("reward_group = 4\nreward_normalize = false", "`reward_group` has no effect"),

@@ -3,7 +3,7 @@
 
 use mmpo_fast::data::Sides;
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Mmpo, Objective, ObjectiveKind, PairCoefficients, PairConstants, PairOutcome,
+    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, ObjectiveKind, PairCoefficients, PairConstants, PairOutcome,
     PairScores, ReferencePair, Settings, Simpo,
 };
 use serde_json::Value;
@@ -89,6 +89,11 @@ fn naive_loss(
             -sigmoid(simpo.beta * margin).ln()
         }
         Objective::Sft => -chosen.sum(),
+        Objective::Ipo(ipo) => {
+            let mean_ratio = |response: &Response, known: f64| (response.sum() - known) / response.length();
+            let h = mean_ratio(chosen, known_chosen) - mean_ratio(rejected, known_rejected);
+            (h - 1.0 / (2.0 * ipo.beta)).powi(2)
+        }
     }
 }
 
@@ -153,6 +158,7 @@ fn objectives() -> Vec<Objective> {
     for label_smoothing in [0.0, 0.1, 0.5] {
         all.push(Objective::Dpo(Dpo { beta: 0.3, label_smoothing }));
     }
+    all.extend([0.1, 0.7].map(|beta| Objective::Ipo(Ipo { beta })));
     for gamma_beta_ratio in [0.0, 1.6] {
         all.push(Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio }));
     }
@@ -227,6 +233,25 @@ fn rewards_and_sums_are_what_the_charts_say() {
     let simpo = outcome(Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 1.6 }));
     assert_close("beta lp / n", simpo.reward_chosen.into(), -3.0);
     assert_close("beta lp / n", simpo.reward_rejected.into(), -2.0);
+}
+
+/// Rewards are TRL's, sums times beta; `h` is 1 / (2 beta) at its target, where nothing is left to learn.
+#[test]
+fn ipo_rests_at_its_target() {
+    let pair = [Response::of_logp(&[-1.0, -2.0]), Response::of_logp(&[-0.5, -0.5, -2.0])];
+    let ipo = Objective::Ipo(Ipo { beta: 0.25 });
+    // Mean log-ratios of 0.5 and -1.5 nats a token: 2 apart.
+    let rest = evaluate(&ipo, [&pair[0], &pair[1]], constants(-4.0, 1.5));
+    assert_eq!(
+        (rest.outcome.loss, rest.outcome.reward_chosen, rest.outcome.reward_rejected),
+        (0.0, 0.25, -1.125)
+    );
+    assert!(rest.logp.iter().flatten().all(|&a| a == 0.0), "{rest:?}");
+    // Equal log-ratios a token are 1 / (2 beta) short of it.
+    let start = evaluate(&ipo, [&pair[0], &pair[1]], constants(-3.0, -3.0));
+    assert_eq!(start.outcome.loss, 4.0);
+    assert_close("-4 scale / n_w", start.logp[0][0].into(), -4.0 * 0.125 / 2.0);
+    assert_close("4 scale / n_l", start.logp[1][2].into(), 4.0 * 0.125 / 3.0);
 }
 
 /// `-log sigmoid(s_w - s_l) - logsumexp(s_w, s_l) = -s_w`: the rejected response drops out.
@@ -352,7 +377,7 @@ fn what_each_objective_needs() {
     for objective in objectives() {
         let (reference, entropy, sides) = match &objective {
             Objective::Mmpo(mmpo) => (true, mmpo.entropy_weight != 0.0, Sides::Both),
-            Objective::Dpo(_) => (true, false, Sides::Both),
+            Objective::Dpo(_) | Objective::Ipo(_) => (true, false, Sides::Both),
             Objective::Simpo(_) => (false, false, Sides::Both),
             Objective::Sft => (false, false, Sides::ChosenOnly),
         };

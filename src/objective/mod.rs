@@ -11,6 +11,7 @@
 mod descriptor;
 mod dpo;
 mod formula;
+mod ipo;
 mod mmpo;
 mod pair;
 mod sft;
@@ -19,6 +20,7 @@ mod simpo;
 pub use descriptor::{Descriptor, LossMean, OwnOption, Settings};
 pub use dpo::Dpo;
 pub use formula::{Formula, PairSums, PairTerms};
+pub use ipo::Ipo;
 pub use mmpo::Mmpo;
 pub use pair::{PairCoefficients, PairConstants, PairOutcome, PairScores, ReferencePair};
 pub use simpo::Simpo;
@@ -36,6 +38,8 @@ pub enum Objective {
     Simpo(Simpo),
     /// Supervised fine-tuning: `-lp(y_w)`, averaged over the chosen tokens of the optimiser batch.
     Sft,
+    /// Identity preference optimisation.
+    Ipo(Ipo),
 }
 
 /// Which objective, without its numbers. The values are those of `mmpo_objective_kind` in `kernels/api.h`.
@@ -49,11 +53,13 @@ pub enum ObjectiveKind {
     Simpo,
     /// [`Objective::Sft`]
     Sft,
+    /// [`Objective::Ipo`]
+    Ipo,
 }
 
 /// All objectives, in the order of [`ObjectiveKind`].
 pub const DESCRIPTORS: &[&Descriptor] =
-    &[&mmpo::DESCRIPTOR, &dpo::DESCRIPTOR, &simpo::DESCRIPTOR, &sft::DESCRIPTOR];
+    &[&mmpo::DESCRIPTOR, &dpo::DESCRIPTOR, &simpo::DESCRIPTOR, &sft::DESCRIPTOR, &ipo::DESCRIPTOR];
 
 /// [`ObjectiveKind::descriptor`] takes a kind for an index.
 const _: () = {
@@ -84,6 +90,7 @@ impl Objective {
             Objective::Dpo(dpo) => dpo,
             Objective::Simpo(simpo) => simpo,
             Objective::Sft => &sft::Sft,
+            Objective::Ipo(ipo) => ipo,
         }
     }
 

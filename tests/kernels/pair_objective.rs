@@ -3,7 +3,7 @@ use std::ops::Range;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
+    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
 };
 #[cfg(mmpo_emulated)]
 use proptest::prelude::*;
@@ -32,6 +32,7 @@ fn objectives() -> Vec<Objective> {
         Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.1 }),
         Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 1.6 }),
         Objective::Sft,
+        Objective::Ipo(Ipo { beta: 0.1 }),
     ]
 }
 

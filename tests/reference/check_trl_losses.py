@@ -116,6 +116,7 @@ def simpo_trainer(pairs, options):
 
 TRL = {
     "dpo": dpo_trainer("sigmoid"),
+    "ipo": dpo_trainer("ipo"),
     "simpo": simpo_trainer,
 }
 

@@ -27,6 +27,7 @@ CASES = (
     ("dpo", {"beta": 0.1, "label_smoothing": 0.1}),
     ("simpo", {"beta": 2.0, "gamma_beta_ratio": 1.6}),
     ("sft", {}),
+    ("ipo", {"beta": 0.1}),
 )
 
 

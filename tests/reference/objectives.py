@@ -80,4 +80,10 @@ def sft(scores):
     return -torch.cat(chosen).mean()
 
 
-OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft}
+def ipo(scores, beta):
+    """Azar et al. 2023, equation 17, on log-ratios a token: what the authors computed, by TRL's account."""
+    ratio = (scores.sums(scores.logp, False) - scores.reference) / scores.lengths()
+    return ((ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2).mean()
+
+
+OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo}
