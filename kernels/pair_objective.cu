@@ -15,6 +15,10 @@ constexpr int kPairThreads = kSides * kWarp;
 // Loads under way in a lane.
 constexpr int kTokensAtOnce = 4;
 
+// LEAST_SURPRISE of src/objective/orpo.rs, in nats.
+constexpr double kLeastSurprise = 1e-6;
+constexpr double kLn2 = 0.69314718055994530942;
+
 // f32 values of a row of `outcomes`, as PairOutcome has them.
 enum Outcome {
     kLoss,
@@ -125,6 +129,25 @@ DEVICE PairTerms ipo_terms(const mmpo_objective& objective, const PairSums& pair
         gap * gap, {beta * chosen, beta * rejected}, {2.0 * gap / pair.length[0], -2.0 * gap / pair.length[1]}};
 }
 
+// log(1 - e^x) of a negative number, whichever of the two terms is the small one.
+DEVICE double log_one_minus_exp(double x) { return x > -kLn2 ? log(-expm1(x)) : log1p(-exp(x)); }
+
+// -m_w - beta * log sigmoid(o_w - o_l), m being a response's mean log-prob, o = m - log(1 - e^m) the logarithm of its odds.
+// In the odds m is at most -kLeastSurprise. (Not fmin, which takes a NaN for the other number.)
+DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = pair.logp[0] / pair.length[0], rejected = pair.logp[1] / pair.length[1];
+    const double bounded_chosen = chosen > -kLeastSurprise ? -kLeastSurprise : chosen;
+    const double bounded_rejected = rejected > -kLeastSurprise ? -kLeastSurprise : rejected;
+    const Logistic preferred = logistic((bounded_chosen - log_one_minus_exp(bounded_chosen)) -
+                                        (bounded_rejected - log_one_minus_exp(bounded_rejected)));
+    const double pull = beta * preferred.negative;
+    return PairTerms{-chosen - beta * preferred.log_positive,
+                     {beta * chosen, beta * rejected},
+                     {(pull / expm1(bounded_chosen) - 1.0) / pair.length[0],
+                      -pull / expm1(bounded_rejected) / pair.length[1]}};
+}
+
 DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pair) {
     switch (objective.kind) {
         case MMPO_OBJECTIVE_MMPO:
@@ -135,6 +158,8 @@ DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pai
             return simpo_terms(objective, pair);
         case MMPO_OBJECTIVE_IPO:
             return ipo_terms(objective, pair);
+        case MMPO_OBJECTIVE_ORPO:
+            return orpo_terms(objective, pair);
         default:
             return sft_terms(pair);
     }

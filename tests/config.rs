@@ -211,6 +211,11 @@ fn an_option_of_another_objective_is_refused() {
             "objective = \"ipo\"\nlabel_smoothing = 0.1",
             "`label_smoothing` belongs to dpo, and the objective is ipo",
         ),
+        (
+            "objective = \"orpo\"\nlabel_smoothing = 0.1",
+            "`label_smoothing` belongs to dpo, and the objective is orpo",
+        ),
+        ("objective = \"orpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
         ("objective = \"simpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
         ("objective = \"dpo\"\ngamma_beta_ratio = 1.0", "`gamma_beta_ratio` belongs to simpo"),
         ("reward_group = 4\nreward_normalize = false", "`reward_group` has no effect"),

@@ -3,8 +3,8 @@
 
 use mmpo_fast::data::Sides;
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, ObjectiveKind, PairCoefficients, PairConstants, PairOutcome,
-    PairScores, ReferencePair, Settings, Simpo,
+    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, ObjectiveKind, Orpo, PairCoefficients, PairConstants,
+    PairOutcome, PairScores, ReferencePair, Settings, Simpo,
 };
 use serde_json::Value;
 
@@ -94,6 +94,15 @@ fn naive_loss(
             let h = mean_ratio(chosen, known_chosen) - mean_ratio(rejected, known_rejected);
             (h - 1.0 / (2.0 * ipo.beta)).powi(2)
         }
+        Objective::Orpo(orpo) => {
+            let mean = |response: &Response| response.sum() / response.length();
+            // Responses without tokens are certain, and certainty counts as a log-prob of -1e-6.
+            let odds = |response: &Response| {
+                let probability = mean(response).min(-1e-6).exp();
+                probability / (1.0 - probability)
+            };
+            -mean(chosen) - orpo.beta * sigmoid((odds(chosen) / odds(rejected)).ln()).ln()
+        }
     }
 }
 
@@ -159,6 +168,7 @@ fn objectives() -> Vec<Objective> {
         all.push(Objective::Dpo(Dpo { beta: 0.3, label_smoothing }));
     }
     all.extend([0.1, 0.7].map(|beta| Objective::Ipo(Ipo { beta })));
+    all.extend([0.1, 1.0].map(|beta| Objective::Orpo(Orpo { beta })));
     for gamma_beta_ratio in [0.0, 1.6] {
         all.push(Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio }));
     }
@@ -252,6 +262,38 @@ fn ipo_rests_at_its_target() {
     assert_eq!(start.outcome.loss, 4.0);
     assert_close("-4 scale / n_w", start.logp[0][0].into(), -4.0 * 0.125 / 2.0);
     assert_close("4 scale / n_l", start.logp[1][2].into(), 4.0 * 0.125 / 3.0);
+}
+
+/// Where a response is all but certain, `1 - e^m` vanishes: odds, losses and slopes stay finite and keep their signs. That of
+/// the chosen response has a limit, `e^(o_l)`; that of the rejected one grows as `1 / -m` up to the bound of 1e-6.
+#[test]
+fn orpo_near_certainty() {
+    let orpo = Objective::Orpo(Orpo { beta: 0.5 });
+    let at = |chosen: f64, rejected: f64| {
+        let pair = [Response::of_logp(&[chosen]), Response::of_logp(&[rejected])];
+        evaluate(&orpo, [&pair[0], &pair[1]], constants(0.0, 0.0))
+    };
+    for chosen in [-1e-3, -1e-5, -1e-6, -1e-9, -1e-40, 0.0, 1e-7] {
+        let got = at(chosen, -1.0);
+        let odds = (-1.0f64).exp() / (1.0 - (-1.0f64).exp());
+        // The limit is reached as fast as the probability reaches 1.
+        let error = (f64::from(got.logp[0][0]) - 0.125 * (-1.0 - 0.5 * odds)).abs();
+        assert!(error <= 0.2 * chosen.abs().max(1e-6) + 1e-7, "{chosen}: {got:?}, error {error:e}");
+        assert!(got.outcome.loss.is_finite() && got.outcome.loss.abs() <= 0.01, "{chosen}: {got:?}");
+    }
+    for (rejected, slope) in [(-1e-3, 1e3), (-1e-5, 1e5), (-1e-6, 1e6), (-1e-9, 1e6), (0.0, 1e6), (1e-7, 1e6)]
+    {
+        let got = at(-1.0, rejected);
+        let wanted = 0.125 * 0.5 * slope;
+        let error = (f64::from(got.logp[1][0]) - wanted).abs();
+        assert!(error <= 2e-3 * wanted, "{rejected}: {got:?}, error {error:e}");
+        assert!(got.outcome.loss.is_finite() && got.outcome.loss > 1.0, "{rejected}: {got:?}");
+    }
+    let equal = at(0.0, 0.0);
+    assert_close("log 2 / 2", equal.outcome.loss.into(), 0.5 * std::f64::consts::LN_2);
+    assert!(equal.logp[0][0] < -1e4 && equal.logp[1][0] > 1e4, "{equal:?}");
+    let impossible = at(-1e4, -1e4);
+    assert_close("m and log 2", impossible.outcome.loss.into(), 1e4 + 0.5 * std::f64::consts::LN_2);
 }
 
 /// `-log sigmoid(s_w - s_l) - logsumexp(s_w, s_l) = -s_w`: the rejected response drops out.
@@ -378,7 +420,7 @@ fn what_each_objective_needs() {
         let (reference, entropy, sides) = match &objective {
             Objective::Mmpo(mmpo) => (true, mmpo.entropy_weight != 0.0, Sides::Both),
             Objective::Dpo(_) | Objective::Ipo(_) => (true, false, Sides::Both),
-            Objective::Simpo(_) => (false, false, Sides::Both),
+            Objective::Simpo(_) | Objective::Orpo(_) => (false, false, Sides::Both),
             Objective::Sft => (false, false, Sides::ChosenOnly),
         };
         assert_eq!(objective.needs_reference(), reference, "{objective:?}");

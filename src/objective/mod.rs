@@ -13,6 +13,7 @@ mod dpo;
 mod formula;
 mod ipo;
 mod mmpo;
+mod orpo;
 mod pair;
 mod sft;
 mod simpo;
@@ -22,6 +23,7 @@ pub use dpo::Dpo;
 pub use formula::{Formula, PairSums, PairTerms};
 pub use ipo::Ipo;
 pub use mmpo::Mmpo;
+pub use orpo::Orpo;
 pub use pair::{PairCoefficients, PairConstants, PairOutcome, PairScores, ReferencePair};
 pub use simpo::Simpo;
 
@@ -40,6 +42,8 @@ pub enum Objective {
     Sft,
     /// Identity preference optimisation.
     Ipo(Ipo),
+    /// Supervised fine-tuning with an odds ratio.
+    Orpo(Orpo),
 }
 
 /// Which objective, without its numbers. The values are those of `mmpo_objective_kind` in `kernels/api.h`.
@@ -55,11 +59,19 @@ pub enum ObjectiveKind {
     Sft,
     /// [`Objective::Ipo`]
     Ipo,
+    /// [`Objective::Orpo`]
+    Orpo,
 }
 
 /// All objectives, in the order of [`ObjectiveKind`].
-pub const DESCRIPTORS: &[&Descriptor] =
-    &[&mmpo::DESCRIPTOR, &dpo::DESCRIPTOR, &simpo::DESCRIPTOR, &sft::DESCRIPTOR, &ipo::DESCRIPTOR];
+pub const DESCRIPTORS: &[&Descriptor] = &[
+    &mmpo::DESCRIPTOR,
+    &dpo::DESCRIPTOR,
+    &simpo::DESCRIPTOR,
+    &sft::DESCRIPTOR,
+    &ipo::DESCRIPTOR,
+    &orpo::DESCRIPTOR,
+];
 
 /// [`ObjectiveKind::descriptor`] takes a kind for an index.
 const _: () = {
@@ -91,6 +103,7 @@ impl Objective {
             Objective::Simpo(simpo) => simpo,
             Objective::Sft => &sft::Sft,
             Objective::Ipo(ipo) => ipo,
+            Objective::Orpo(orpo) => orpo,
         }
     }
 

@@ -3,7 +3,8 @@ use std::ops::Range;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
+    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, Orpo, PairCoefficients, PairConstants, PairOutcome, PairScores,
+    Simpo,
 };
 #[cfg(mmpo_emulated)]
 use proptest::prelude::*;
@@ -33,6 +34,7 @@ fn objectives() -> Vec<Objective> {
         Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 1.6 }),
         Objective::Sft,
         Objective::Ipo(Ipo { beta: 0.1 }),
+        Objective::Orpo(Orpo { beta: 0.1 }),
     ]
 }
 

@@ -99,6 +99,17 @@ def dpo_trainer(loss_type):
     return loss
 
 
+def orpo_trainer(pairs, options):
+    """TRL's odds ratio, and the paper's likelihood of the chosen response: TRL adds that of the prompt to it."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    means = pairs.means()
+    trainer = SimpleNamespace(beta=options["beta"], accelerator=SimpleNamespace(device="cpu"))
+    with keep_f64():
+        losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, means[0], means[1])
+    return -(means[0] + losses).mean()
+
+
 def simpo_trainer(pairs, options):
     from trl.experimental.cpo import CPOTrainer
 
@@ -117,6 +128,7 @@ def simpo_trainer(pairs, options):
 TRL = {
     "dpo": dpo_trainer("sigmoid"),
     "ipo": dpo_trainer("ipo"),
+    "orpo": orpo_trainer,
     "simpo": simpo_trainer,
 }
 

@@ -28,6 +28,7 @@ CASES = (
     ("simpo", {"beta": 2.0, "gamma_beta_ratio": 1.6}),
     ("sft", {}),
     ("ipo", {"beta": 0.1}),
+    ("orpo", {"beta": 0.1}),
 )
 
 

@@ -86,4 +86,12 @@ def ipo(scores, beta):
     return ((ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2).mean()
 
 
-OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo}
+def orpo(scores, beta):
+    """Hong et al. 2024, equations 3 to 7: the mean log-prob of a response is the logarithm of its probability."""
+    log_p = scores.sums(scores.logp, True)
+    log_odds = log_p - torch.log1p(-log_p.exp())
+    odds_ratio = -logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+    return (-log_p[:, 0] + beta * odds_ratio).mean()
+
+
+OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo, "orpo": orpo}
