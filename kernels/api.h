@@ -332,6 +332,7 @@ enum mmpo_objective_kind {
     MMPO_OBJECTIVE_SFT = 3,
     MMPO_OBJECTIVE_IPO = 4,
     MMPO_OBJECTIVE_ORPO = 5,
+    MMPO_OBJECTIVE_HINGE = 6,
     MMPO_OBJECTIVE_KINDS
 };
 

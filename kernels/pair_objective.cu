@@ -148,6 +148,16 @@ DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pai
                       -pull / expm1(bounded_rejected) / pair.length[1]}};
 }
 
+// max(0, 1 - margin) of DPO's margin. (Not fmax, which takes a NaN for the other number.)
+DEVICE PairTerms hinge_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = beta * (pair.logp[0] - pair.known[0]);
+    const double rejected = beta * (pair.logp[1] - pair.known[1]);
+    const double missing = 1.0 - (chosen - rejected);
+    const double slope = missing <= 0.0 ? 0.0 : -beta;
+    return PairTerms{missing <= 0.0 ? 0.0 : missing, {chosen, rejected}, {slope, -slope}};
+}
+
 DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pair) {
     switch (objective.kind) {
         case MMPO_OBJECTIVE_MMPO:
@@ -160,6 +170,8 @@ DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pai
             return ipo_terms(objective, pair);
         case MMPO_OBJECTIVE_ORPO:
             return orpo_terms(objective, pair);
+        case MMPO_OBJECTIVE_HINGE:
+            return hinge_terms(objective, pair);
         default:
             return sft_terms(pair);
     }

@@ -216,6 +216,10 @@ fn an_option_of_another_objective_is_refused() {
             "`label_smoothing` belongs to dpo, and the objective is orpo",
         ),
         ("objective = \"orpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
+        (
+            "objective = \"hinge\"\ngamma_beta_ratio = 1.0",
+            "`gamma_beta_ratio` belongs to simpo, and the objective is hinge",
+        ),
         ("objective = \"simpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
         ("objective = \"dpo\"\ngamma_beta_ratio = 1.0", "`gamma_beta_ratio` belongs to simpo"),
         ("reward_group = 4\nreward_normalize = false", "`reward_group` has no effect"),

@@ -3,7 +3,7 @@
 
 use mmpo_fast::data::Sides;
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, ObjectiveKind, Orpo, PairCoefficients, PairConstants,
+    DESCRIPTORS, Dpo, Hinge, Ipo, Mmpo, Objective, ObjectiveKind, Orpo, PairCoefficients, PairConstants,
     PairOutcome, PairScores, ReferencePair, Settings, Simpo,
 };
 use serde_json::Value;
@@ -94,6 +94,10 @@ fn naive_loss(
             let h = mean_ratio(chosen, known_chosen) - mean_ratio(rejected, known_rejected);
             (h - 1.0 / (2.0 * ipo.beta)).powi(2)
         }
+        Objective::Hinge(hinge) => {
+            let ratio = (chosen.sum() - known_chosen) - (rejected.sum() - known_rejected);
+            (1.0 - hinge.beta * ratio).max(0.0)
+        }
         Objective::Orpo(orpo) => {
             let mean = |response: &Response| response.sum() / response.length();
             // Responses without tokens are certain, and certainty counts as a log-prob of -1e-6.
@@ -169,6 +173,7 @@ fn objectives() -> Vec<Objective> {
     }
     all.extend([0.1, 0.7].map(|beta| Objective::Ipo(Ipo { beta })));
     all.extend([0.1, 1.0].map(|beta| Objective::Orpo(Orpo { beta })));
+    all.extend([0.1, 0.7].map(|beta| Objective::Hinge(Hinge { beta })));
     for gamma_beta_ratio in [0.0, 1.6] {
         all.push(Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio }));
     }
@@ -296,6 +301,20 @@ fn orpo_near_certainty() {
     assert_close("m and log 2", impossible.outcome.loss.into(), 1e4 + 0.5 * std::f64::consts::LN_2);
 }
 
+/// A pair whose margin is 1 or more has nothing left to learn, and one below is pulled with all of beta.
+#[test]
+fn hinge_lets_go_of_a_pair_at_a_margin_of_one() {
+    let pair = [Response::of_logp(&[-1.0, -2.0]), Response::of_logp(&[-0.5, -0.5, -2.0])];
+    let hinge = Objective::Hinge(Hinge { beta: 0.5 });
+    // Margins of half the difference of the log-ratios: 0, 0.75, 1 and 2.
+    for (known, loss, slope) in [(-3.0, 1.0, 0.5), (-4.5, 0.25, 0.5), (-5.0, 0.0, 0.0), (-7.0, 0.0, 0.0)] {
+        let got = evaluate(&hinge, [&pair[0], &pair[1]], constants(known, -3.0));
+        assert_eq!(got.outcome.loss, loss, "{known}");
+        assert!(got.logp[0].iter().all(|&a| a == -0.125 * slope), "{known}: {got:?}");
+        assert!(got.logp[1].iter().all(|&a| a == 0.125 * slope), "{known}: {got:?}");
+    }
+}
+
 /// `-log sigmoid(s_w - s_l) - logsumexp(s_w, s_l) = -s_w`: the rejected response drops out.
 #[test]
 fn preference_weight_one_is_supervised_fine_tuning() {
@@ -419,7 +438,7 @@ fn what_each_objective_needs() {
     for objective in objectives() {
         let (reference, entropy, sides) = match &objective {
             Objective::Mmpo(mmpo) => (true, mmpo.entropy_weight != 0.0, Sides::Both),
-            Objective::Dpo(_) | Objective::Ipo(_) => (true, false, Sides::Both),
+            Objective::Dpo(_) | Objective::Ipo(_) | Objective::Hinge(_) => (true, false, Sides::Both),
             Objective::Simpo(_) | Objective::Orpo(_) => (false, false, Sides::Both),
             Objective::Sft => (false, false, Sides::ChosenOnly),
         };

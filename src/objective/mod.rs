@@ -11,6 +11,7 @@
 mod descriptor;
 mod dpo;
 mod formula;
+mod hinge;
 mod ipo;
 mod mmpo;
 mod orpo;
@@ -21,6 +22,7 @@ mod simpo;
 pub use descriptor::{Descriptor, LossMean, OwnOption, Settings};
 pub use dpo::Dpo;
 pub use formula::{Formula, PairSums, PairTerms};
+pub use hinge::Hinge;
 pub use ipo::Ipo;
 pub use mmpo::Mmpo;
 pub use orpo::Orpo;
@@ -44,6 +46,8 @@ pub enum Objective {
     Ipo(Ipo),
     /// Supervised fine-tuning with an odds ratio.
     Orpo(Orpo),
+    /// SLiC's hinge loss on DPO's margin.
+    Hinge(Hinge),
 }
 
 /// Which objective, without its numbers. The values are those of `mmpo_objective_kind` in `kernels/api.h`.
@@ -61,6 +65,8 @@ pub enum ObjectiveKind {
     Ipo,
     /// [`Objective::Orpo`]
     Orpo,
+    /// [`Objective::Hinge`]
+    Hinge,
 }
 
 /// All objectives, in the order of [`ObjectiveKind`].
@@ -71,6 +77,7 @@ pub const DESCRIPTORS: &[&Descriptor] = &[
     &sft::DESCRIPTOR,
     &ipo::DESCRIPTOR,
     &orpo::DESCRIPTOR,
+    &hinge::DESCRIPTOR,
 ];
 
 /// [`ObjectiveKind::descriptor`] takes a kind for an index.
@@ -104,6 +111,7 @@ impl Objective {
             Objective::Sft => &sft::Sft,
             Objective::Ipo(ipo) => ipo,
             Objective::Orpo(orpo) => orpo,
+            Objective::Hinge(hinge) => hinge,
         }
     }
 

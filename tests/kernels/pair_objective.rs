@@ -3,8 +3,8 @@ use std::ops::Range;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
-    DESCRIPTORS, Dpo, Ipo, Mmpo, Objective, Orpo, PairCoefficients, PairConstants, PairOutcome, PairScores,
-    Simpo,
+    DESCRIPTORS, Dpo, Hinge, Ipo, Mmpo, Objective, Orpo, PairCoefficients, PairConstants, PairOutcome,
+    PairScores, Simpo,
 };
 #[cfg(mmpo_emulated)]
 use proptest::prelude::*;
@@ -35,6 +35,7 @@ fn objectives() -> Vec<Objective> {
         Objective::Sft,
         Objective::Ipo(Ipo { beta: 0.1 }),
         Objective::Orpo(Orpo { beta: 0.1 }),
+        Objective::Hinge(Hinge { beta: 0.1 }),
     ]
 }
 

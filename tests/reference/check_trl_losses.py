@@ -129,6 +129,7 @@ TRL = {
     "dpo": dpo_trainer("sigmoid"),
     "ipo": dpo_trainer("ipo"),
     "orpo": orpo_trainer,
+    "hinge": dpo_trainer("hinge"),
     "simpo": simpo_trainer,
 }
 

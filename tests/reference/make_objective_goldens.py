@@ -29,6 +29,7 @@ CASES = (
     ("sft", {}),
     ("ipo", {"beta": 0.1}),
     ("orpo", {"beta": 0.1}),
+    ("hinge", {"beta": 0.2}),
 )
 
 

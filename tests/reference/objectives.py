@@ -94,4 +94,10 @@ def orpo(scores, beta):
     return (-log_p[:, 0] + beta * odds_ratio).mean()
 
 
-OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo, "orpo": orpo}
+def hinge(scores, beta):
+    """Zhao et al. 2023, the calibration loss, on log-ratios to the reference (Liu et al. 2023)."""
+    ratio = scores.sums(scores.logp, False) - scores.reference
+    return torch.relu(1 - beta * (ratio[:, 0] - ratio[:, 1])).mean()
+
+
+OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo, "orpo": orpo, "hinge": hinge}

@@ -78,7 +78,8 @@ pub const MMPO_OBJECTIVE_SIMPO: mmpo_objective_kind = 2;
 pub const MMPO_OBJECTIVE_SFT: mmpo_objective_kind = 3;
 pub const MMPO_OBJECTIVE_IPO: mmpo_objective_kind = 4;
 pub const MMPO_OBJECTIVE_ORPO: mmpo_objective_kind = 5;
-pub const MMPO_OBJECTIVE_KINDS: mmpo_objective_kind = 6;
+pub const MMPO_OBJECTIVE_HINGE: mmpo_objective_kind = 6;
+pub const MMPO_OBJECTIVE_KINDS: mmpo_objective_kind = 7;
 pub type mmpo_objective_kind = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
