@@ -336,8 +336,8 @@ enum mmpo_objective_kind {
     MMPO_OBJECTIVE_KINDS
 };
 
-/* Parameters of an objective under the names of the options; a kind reads those that belong to it. (mmpo's beta is part of
- * its constants already.) */
+/* Parameters of an objective under the names of the options; a kind reads those that belong to it. (mmpo's beta is part
+ * of its constants already.) */
 typedef struct mmpo_objective {
     int32_t kind;
     int32_t length_normalize; /* 0 or 1 */

@@ -102,9 +102,8 @@ DEVICE PairTerms dpo_terms(const mmpo_objective& objective, const PairSums& pair
     const double rejected = beta * (pair.logp[1] - pair.known[1]);
     const Logistic preferred = logistic(chosen - rejected);
     const double slope = beta * (wrong * preferred.positive - (1.0 - wrong) * preferred.negative);
-    return PairTerms{-(1.0 - wrong) * preferred.log_positive - wrong * preferred.log_negative,
-                     {chosen, rejected},
-                     {slope, -slope}};
+    return PairTerms{
+        -(1.0 - wrong) * preferred.log_positive - wrong * preferred.log_negative, {chosen, rejected}, {slope, -slope}};
 }
 
 DEVICE PairTerms simpo_terms(const mmpo_objective& objective, const PairSums& pair) {
@@ -112,8 +111,7 @@ DEVICE PairTerms simpo_terms(const mmpo_objective& objective, const PairSums& pa
     const double chosen = beta * pair.logp[0] / pair.length[0], rejected = beta * pair.logp[1] / pair.length[1];
     const Logistic preferred = logistic(chosen - rejected - beta * double(objective.gamma_beta_ratio));
     const double slope = -beta * preferred.negative;
-    return PairTerms{
-        -preferred.log_positive, {chosen, rejected}, {slope / pair.length[0], -slope / pair.length[1]}};
+    return PairTerms{-preferred.log_positive, {chosen, rejected}, {slope / pair.length[0], -slope / pair.length[1]}};
 }
 
 DEVICE PairTerms sft_terms(const PairSums& pair) {
@@ -132,8 +130,8 @@ DEVICE PairTerms ipo_terms(const mmpo_objective& objective, const PairSums& pair
 // log(1 - e^x) of a negative number, whichever of the two terms is the small one.
 DEVICE double log_one_minus_exp(double x) { return x > -kLn2 ? log(-expm1(x)) : log1p(-exp(x)); }
 
-// -m_w - beta * log sigmoid(o_w - o_l), m being a response's mean log-prob, o = m - log(1 - e^m) the logarithm of its odds.
-// In the odds m is at most -kLeastSurprise. (Not fmin, which takes a NaN for the other number.)
+// -m_w - beta * log sigmoid(o_w - o_l), m being a response's mean log-prob, o = m - log(1 - e^m) the logarithm of its
+// odds. In the odds m is at most -kLeastSurprise. (Not fmin, which takes a NaN for the other number.)
 DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pair) {
     const double beta = objective.beta;
     const double chosen = pair.logp[0] / pair.length[0], rejected = pair.logp[1] / pair.length[1];
@@ -142,10 +140,10 @@ DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pai
     const Logistic preferred = logistic((bounded_chosen - log_one_minus_exp(bounded_chosen)) -
                                         (bounded_rejected - log_one_minus_exp(bounded_rejected)));
     const double pull = beta * preferred.negative;
-    return PairTerms{-chosen - beta * preferred.log_positive,
-                     {beta * chosen, beta * rejected},
-                     {(pull / expm1(bounded_chosen) - 1.0) / pair.length[0],
-                      -pull / expm1(bounded_rejected) / pair.length[1]}};
+    return PairTerms{
+        -chosen - beta * preferred.log_positive,
+        {beta * chosen, beta * rejected},
+        {(pull / expm1(bounded_chosen) - 1.0) / pair.length[0], -pull / expm1(bounded_rejected) / pair.length[1]}};
 }
 
 // max(0, 1 - margin) of DPO's margin. (Not fmax, which takes a NaN for the other number.)
@@ -290,6 +288,6 @@ mmpo_status MMPO_EXPORT(pair_objective)(float* outcomes, float* dlogp, float* de
                                         mmpo_stream stream) {
     if (pairs == 0) return kSuccess;
     if (objective.kind < 0 || objective.kind >= MMPO_OBJECTIVE_KINDS) return kInvalidValue;
-    return LAUNCH(pair_objective_kernel, unsigned(pairs), kPairThreads, sizeof(PairExchange), cuda_stream(stream), outcomes,
-                  dlogp, dentropy, logp, entropy, scored, constants, first_pair, objective);
+    return LAUNCH(pair_objective_kernel, unsigned(pairs), kPairThreads, sizeof(PairExchange), cuda_stream(stream),
+                  outcomes, dlogp, dentropy, logp, entropy, scored, constants, first_pair, objective);
 }

@@ -372,6 +372,20 @@ fn extreme_scores_stay_finite() {
     assert!(lost.logp[0].iter().all(|&a| a == -0.125), "{lost:?}");
 }
 
+/// A log-prob that is not a number makes a loss that is none, of which training would not hear otherwise.
+#[test]
+fn a_nan_reaches_the_loss() {
+    for objective in objectives() {
+        let sides = if objective.sides() == Sides::Both { 2 } else { 1 };
+        for side in 0..sides {
+            let mut pair = [Response::new(3, 1), Response::new(5, 2)];
+            pair[side].logp[1] = f64::NAN;
+            let got = evaluate(&objective, [&pair[0], &pair[1]], constants(0.9, 0.1));
+            assert!(got.outcome.loss.is_nan(), "{objective:?}, side {side}: {got:?}");
+        }
+    }
+}
+
 fn reference(
     logp_chosen: f32,
     logp_rejected: f32,

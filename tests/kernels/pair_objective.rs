@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use mmpo_fast::data::PairBatch;
+use mmpo_fast::data::{PairBatch, Sides};
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
     DESCRIPTORS, Dpo, Hinge, Ipo, Mmpo, Objective, Orpo, PairCoefficients, PairConstants, PairOutcome,
@@ -91,8 +91,8 @@ impl Scores {
         (outcome, wanted)
     }
 
-    /// Runs the device over `asked` and compares; pairs before stay untouched.
-    fn check<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) {
+    /// Outcomes and both kinds of coefficients of a batch whose pairs `asked` the device was asked for; the rest is NaN.
+    fn run<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) -> [Vec<f32>; 3] {
         let (pairs, scored) = (self.batch.spans.len(), self.batch.scored_tokens());
         let buffers = load_batch(device, &self.batch, &self.constants);
         let scores: TokenScores<D> = TokenScores {
@@ -110,11 +110,15 @@ impl Scores {
                 scores: &scores,
                 batch: &buffers,
                 objective,
-                pairs: asked.clone(),
+                pairs: asked,
             })
             .unwrap();
-        let outcomes = read(device, &outcomes);
-        let (a, b) = (read(device, &coefficients.logp), read(device, &coefficients.entropy));
+        [read(device, &outcomes), read(device, &coefficients.logp), read(device, &coefficients.entropy)]
+    }
+
+    /// Runs the device over `asked` and compares; pairs before stay untouched.
+    fn check<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) {
+        let [outcomes, a, b] = self.run(device, objective, asked.clone());
         let untouched = &outcomes[..asked.start * PairOutcome::WIDTH];
         assert!(untouched.iter().all(|value| value.is_nan()), "pairs before {asked:?} were not asked for");
         for pair in asked {
@@ -170,6 +174,21 @@ device_tests! {
             }
             for objective in objectives() {
                 scores.check(device, &objective, 0..4);
+            }
+        }
+    }
+
+    /// A log-prob that is not a number makes a loss that is none: the run must stop there.
+    fn a_nan_reaches_the_loss(device, bounds) {
+        for objective in objectives() {
+            let sides = if objective.sides() == Sides::Both { 2 } else { 1 };
+            for side in 0..sides {
+                let mut scores = Scores::new(&[(2, 3, 40)], 1, 1.0);
+                let range = &scores.batch.scored[0];
+                let token = [range.chosen.start, range.rejected.end - 1][side];
+                scores.logp[token] = f32::NAN;
+                let [outcomes, ..] = scores.run(device, &objective, 0..1);
+                assert!(outcomes[0].is_nan(), "{objective:?}, side {side}: loss {}", outcomes[0]);
             }
         }
     }
