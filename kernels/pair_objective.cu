@@ -17,7 +17,6 @@ constexpr int kTokensAtOnce = 4;
 
 // LEAST_SURPRISE of src/objective/orpo.rs, in nats.
 constexpr double kLeastSurprise = 1e-6;
-constexpr double kLn2 = 0.69314718055994530942;
 
 // f32 values of a row of `outcomes`, as PairOutcome has them.
 enum Outcome {
@@ -127,9 +126,6 @@ DEVICE PairTerms ipo_terms(const mmpo_objective& objective, const PairSums& pair
         gap * gap, {beta * chosen, beta * rejected}, {2.0 * gap / pair.length[0], -2.0 * gap / pair.length[1]}};
 }
 
-// log(1 - e^x) of a negative number, whichever of the two terms is the small one.
-DEVICE double log_one_minus_exp(double x) { return x > -kLn2 ? log(-expm1(x)) : log1p(-exp(x)); }
-
 // -m_w - beta * log sigmoid(o_w - o_l), m being a response's mean log-prob, o = m - log(1 - e^m) the logarithm of its
 // odds. In the odds m is at most -kLeastSurprise. (Not fmin, which takes a NaN for the other number.)
 DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pair) {
@@ -137,13 +133,14 @@ DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pai
     const double chosen = pair.logp[0] / pair.length[0], rejected = pair.logp[1] / pair.length[1];
     const double bounded_chosen = chosen > -kLeastSurprise ? -kLeastSurprise : chosen;
     const double bounded_rejected = rejected > -kLeastSurprise ? -kLeastSurprise : rejected;
-    const Logistic preferred = logistic((bounded_chosen - log_one_minus_exp(bounded_chosen)) -
-                                        (bounded_rejected - log_one_minus_exp(bounded_rejected)));
+    // 1 - e^m
+    const double doubt_chosen = -expm1(bounded_chosen), doubt_rejected = -expm1(bounded_rejected);
+    const Logistic preferred =
+        logistic((bounded_chosen - log(doubt_chosen)) - (bounded_rejected - log(doubt_rejected)));
     const double pull = beta * preferred.negative;
-    return PairTerms{
-        -chosen - beta * preferred.log_positive,
-        {beta * chosen, beta * rejected},
-        {(pull / expm1(bounded_chosen) - 1.0) / pair.length[0], -pull / expm1(bounded_rejected) / pair.length[1]}};
+    return PairTerms{-chosen - beta * preferred.log_positive,
+                     {beta * chosen, beta * rejected},
+                     {(-pull / doubt_chosen - 1.0) / pair.length[0], pull / doubt_rejected / pair.length[1]}};
 }
 
 // max(0, 1 - margin) of DPO's margin. (Not fmax, which takes a NaN for the other number.)

@@ -49,22 +49,15 @@ impl Formula for Orpo {
         let mean = [pair.logp[0] / pair.length[0], pair.logp[1] / pair.length[1]];
         // Not `min`, which takes a NaN for the other number.
         let bounded = mean.map(|mean| if mean > -LEAST_SURPRISE { -LEAST_SURPRISE } else { mean });
-        let log_odds = bounded.map(|mean| mean - log_one_minus_exp(mean));
-        let margin = log_odds[0] - log_odds[1];
+        // 1 - e^m
+        let doubt = bounded.map(|mean| -mean.exp_m1());
+        let margin = (bounded[0] - doubt[0].ln()) - (bounded[1] - doubt[1].ln());
         let pull = self.beta * sigmoid(-margin);
         PairTerms {
             loss: -mean[0] - self.beta * log_sigmoid(margin),
             reward: mean.map(|mean| self.beta * mean),
-            slope: [
-                (pull / bounded[0].exp_m1() - 1.0) / pair.length[0],
-                -pull / bounded[1].exp_m1() / pair.length[1],
-            ],
+            slope: [(-pull / doubt[0] - 1.0) / pair.length[0], pull / doubt[1] / pair.length[1]],
             ..PairTerms::default()
         }
     }
-}
-
-/// `log(1 - e^x)` of a negative number, whichever of the two terms is the small one.
-fn log_one_minus_exp(x: f64) -> f64 {
-    if x > -std::f64::consts::LN_2 { (-x.exp_m1()).ln() } else { (-x.exp()).ln_1p() }
 }
