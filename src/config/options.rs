@@ -87,9 +87,10 @@ impl Row {
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() == DESCRIPTORS.len() {
             true => String::new(),
-            false => format!(" [only {}]", join(&self.only)),
+            false => format!("[only {}] ", join(&self.only)),
         };
-        format!("{}{for_objectives} [default: {}]", self.documentation, self.default)
+        let gap = if self.documentation.ends_with('\n') { "" } else { " " };
+        format!("{}{gap}{for_objectives}[default: {}]", self.documentation, self.default)
     }
 }
 
@@ -97,21 +98,18 @@ fn objectives(name: &str, belongs: Belongs) -> Vec<ObjectiveKind> {
     DESCRIPTORS.iter().filter(|objective| belongs(objective, name)).map(|objective| objective.kind).collect()
 }
 
-/// The documentation of an option, with what the descriptors of the objectives say about it.
+/// The documentation of an option, with a line for each objective whose descriptor says something about it.
 fn documented(name: &str, documentation: &str) -> String {
-    let of_each = |text: &dyn Fn(&Descriptor) -> Option<String>| {
-        let named =
-            |objective: &&Descriptor| text(objective).map(|text| format!(" {}: {text};", objective.name));
-        DESCRIPTORS.iter().filter_map(named).collect::<String>()
+    let line = |objective: &&Descriptor| {
+        let text = match name {
+            "objective" => format!("{} ({})", objective.help, objective.source),
+            _ => objective.option(name)?.meaning?.to_string(),
+        };
+        Some(format!("\n- {}: {text}", objective.name))
     };
-    let details = match name {
-        "objective" => of_each(&|objective| Some(format!("{} ({})", objective.help, objective.source))),
-        _ => of_each(&|objective| objective.option(name)?.meaning.map(str::to_string)),
-    };
-    match details.strip_suffix(';') {
-        Some(details) => format!("{}{details}.", documentation.trim()),
-        None => documentation.trim().to_string(),
-    }
+    let lines: Vec<String> = DESCRIPTORS.iter().filter_map(line).collect();
+    let after = if lines.is_empty() { "" } else { "\n" };
+    format!("{}{}{after}", documentation.trim(), lines.concat())
 }
 
 /// `mmpo, dpo`
@@ -223,9 +221,9 @@ options! {
             ALL, check::at_least_two;
     }
     "Objective" {
-        /// What is optimised.
+        /// What is optimised:
         objective: ObjectiveKind, Always<ObjectiveKind> = Always(ObjectiveKind::Mmpo), ALL, check::anything;
-        /// The main number of the objective.
+        /// The main number of the objective:
         beta: f64, PerObjective = PerObjective(Descriptor::beta), OWN, check::positive;
         /// Reward of the chosen response before the reference's part; the rejected one gets 1 - epsilon.
         epsilon: f64, Always<f64> = Always(0.9), OWN, check::half_to_one;

@@ -17,7 +17,7 @@ pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     has_weights: false,
     options: &[OwnOption::beta(
         0.1,
-        "regularisation; the log-ratios a token are driven 1 / (2 beta) nats apart",
+        "regularisation; the mean log-ratios are driven 1 / (2 beta) nats apart",
     )],
     learning_rate: 1e-5,
     build: |settings| Objective::Ipo(Ipo { beta: settings.beta }),
