@@ -71,9 +71,9 @@ fn orca() -> Vec<u8> {
 
 /// Alpaca pairs with an empty `input`.
 fn alpaca() -> Vec<u8> {
-    let records = records(|question, chosen, rejected| {
-        json!({"instruction": question, "input": "", "system": SYSTEM, "chosen": chosen, "rejected": rejected})
-    });
+    let records = records(
+        |question, chosen, rejected| json!({"instruction": question, "input": "", "system": SYSTEM, "chosen": chosen, "rejected": rejected}),
+    );
     serde_json::to_vec(&json!({ "train": records })).unwrap()
 }
 

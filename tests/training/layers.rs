@@ -1,13 +1,9 @@
 //! The model as training uses it: frozen tensors, activations computed again, and the sink that hears of each layer. On
 //! the CPU device, and what depends on kernels on the emulated GPU too.
 
-#[allow(dead_code, reason = "each test program uses a part of it")]
-mod golden;
-
 use std::path::Path;
 use std::sync::Arc;
 
-use golden::Golden;
 use mmpo_fast::Result;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::cpu::CpuDevice;
@@ -21,6 +17,8 @@ use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, OptimizerState};
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
+
+use crate::golden::{self, Golden};
 
 const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
     beta: 0.05,
