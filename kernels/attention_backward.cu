@@ -266,21 +266,22 @@ DEVICE void add_in_any_order(float* dq_tile, const float (&dq)[4][4], int row_gr
         for (int i = 0; i < 4; ++i) atomicAdd(to + n * kNext + i, dq[n][i]);
 }
 
-// Forms the block's term of one tile of dQ, and adds it to entry number `entry` of the workspace. Each warp does a
-// part.
+// Forms the warp's part of the block's term of one tile of dQ, and adds it to the workspace. Returns the entry's
+// number.
 template <int E, class Order>
-DEVICE void add_to_dq(const Shared<E>& shared, const BackwardWorkspace& workspace, const QueryTile& tile, int entry) {
+DEVICE int add_to_dq(const Shared<E>& shared, const BackwardProblem& problem, const BackwardWorkspace& workspace,
+                     const QueryTile& tile, int pack, int row_group, int column_part) {
     using C = Config<E>;
-    const int warp = int(threadIdx.x) / 32;
-    const int row_group = warp / C::kPartsAcross, column_part = warp % C::kPartsAcross;
     float dq[4][4];
     clear(dq);
     multiply_keys<E>(dq, shared, tile.keys, row_group, column_part);
+    const int entry = tile.number * problem.packing.groups + pack;
     float* dq_tile = workspace.dq + int64_t(entry) * (C::BLOCK_M * E);
     if constexpr (Order::kTurns)
         add_in_turn<E>(dq_tile, workspace.turns + entry, tile.turn, dq, row_group, column_part);
     else
         add_in_any_order<E>(dq_tile, dq, row_group, column_part);
+    return entry;
 }
 
 // ---- dK, dV
@@ -317,7 +318,8 @@ __global__ void __launch_bounds__(Config<E>::kThreads)
     const OwnedKeys owned =
         take_keys<C::BLOCK_N>(problem, workspace, reinterpret_cast<uint32_t*>(raw + Shared<E>::kTicket));
     const typename C::Walk walk(owned.span, owned.pair, owned.keys, problem.tile_tokens, problem.packing.heads);
-    const int warp_key = int(threadIdx.x) / 32 * kMmaRows;  // the first of this warp's 16 keys in the block
+    const int warp = int(threadIdx.x) / 32;
+    const int row_group = warp / C::kPartsAcross, column_part = warp % C::kPartsAcross;
     const float scale_log2 = problem.scale * kLog2E;
 
     Step step{0, 0, owned.kv_head * problem.packs()};
@@ -345,8 +347,10 @@ __global__ void __launch_bounds__(Config<E>::kThreads)
 
         typename C::Scores dp;
         clear(dp);
-        const bool seen = warp_key < tile.keys;  // whether some of this warp's keys are
-        if (seen) form_scores<E>(dv, dp, shared, walk, tile, step.number, warp_key, scale_log2);
+        // Whether any of this warp's 16 keys is. (Their first number is formed anew at each use: kept in a register, it
+        // makes E = 128 spill.)
+        const bool seen = warp * kMmaRows < tile.keys;
+        if (seen) form_scores<E>(dv, dp, shared, walk, tile, step.number, warp * kMmaRows, scale_log2);
         __syncthreads();  // After this, all of dS is there, and all warps are done with dO.
         if (C::kDoutStages == 1 && more) {
             load_dout<E>(shared, problem, walk.tile(next.index), next.pack, next.number);
@@ -354,16 +358,15 @@ __global__ void __launch_bounds__(Config<E>::kThreads)
         cp_async_commit();
         if (seen) multiply_from_accumulators(dk, dp, shared.queries(step.number));
 
-        entry = tile.number * problem.packing.groups + step.pack;
+        entry = add_to_dq<E, Order>(shared, problem, workspace, tile, step.pack, row_group, column_part);
         turn = tile.turn;
-        add_to_dq<E, Order>(shared, workspace, tile, entry);
         step = next;
     }
     if constexpr (Order::kTurns) {
         __syncthreads();
         if (threadIdx.x == 0) pass_turn(workspace.turns + entry, turn);
     }
-    store_key_gradients<E>(problem, owned, warp_key, dk, dv);
+    store_key_gradients<E>(problem, owned, warp * kMmaRows, dk, dv);
 }
 
 // ---- launchers

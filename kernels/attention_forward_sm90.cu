@@ -167,18 +167,18 @@ struct Consumer {
     uint32_t weights[BLOCK_N / 16][4];  // exp2(scores) in bf16, the A operand of the second gemm
     float out[E / 2];
 
-    // NOTE: ping-pong. The consumers issue their gemms in turns, so that the exponentials of one run under the
-    // gemms of the others; otherwise all would wait for the tensor cores at one time and for the special function
-    // units at another. At E = 128 a block of a slab takes 1024 cycles of gemms and 512 of exponentials; at E = 64
-    // it takes as many of both, so ping-pong gains most there. Every consumer takes the same number of turns in a tile,
-    // also for blocks that it skips.
+    // NOTE: ping-pong. The consumers issue their gemms in turns, so that the exponentials of one run under the gemms of
+    // the others; otherwise all would wait for the tensor cores at one time and for the special function units at
+    // another. At E = 128 a block of a slab takes 1024 cycles of gemms and 512 of exponentials; at E = 64 it takes as
+    // many of both, so ping-pong gains most there. Every consumer takes the same number of turns in a tile, also for
+    // blocks that it skips.
     DEVICE void take_turn() const { bar_sync(uint32_t(NamedBarrier::turn) + index, 2 * kWarpgroupThreads); }
     DEVICE void pass_turn() const {
         bar_arrive(uint32_t(NamedBarrier::turn) + (index + 1) % C::kConsumers, 2 * kWarpgroupThreads);
     }
 
-    // Frees a stage for the next copy. Gemms that a wait has seen finish have read their operands. Each warp
-    // arrives, because its wait says nothing about the other warps.
+    // Frees a stage for the next copy. Gemms that a wait has seen finish have read their operands. Each warp arrives,
+    // because its wait says nothing about the other warps.
     DEVICE static void release(const typename C::KeyRing& ring, typename C::KeyCursor& cursor) {
         mbarrier_arrive_if(ring.empty(cursor.stage), lane_id() == 0);
         cursor.advance();
@@ -333,8 +333,8 @@ struct Consumer {
             softmax.update(scores, problem.scale_log2, rescale);
             pin_registers(scores);
             // This wait stands here and not at the loop's head, because it also keeps the exponentials above the wait
-            // that follows: without a branch between the two, ptxas sinks them below it, where no gemm overlaps
-            // them. (The pin does the same for the compiler before ptxas. tests/sass.rs checks the outcome.)
+            // that follows: without a branch between the two, ptxas sinks them below it, where no gemm overlaps them.
+            // (The pin does the same for the compiler before ptxas. tests/sass.rs checks the outcome.)
             if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);
@@ -351,8 +351,8 @@ struct Consumer {
         release_values();
     }
 
-    // Stores the output, divided by the sums. It goes through the slab's own queries, which no gemm needs any more,
-    // so that a store covers whole lines. A warp stages and stores its own 16 rows.
+    // Stores the output, divided by the sums. It goes through the slab's own queries, which no gemm needs any more, so
+    // that a store covers whole lines. A warp stages and stores its own 16 rows.
     DEVICE void store(bf16* out_rows, float* lse, const TileWork& tile, const SlabWork& work, typename C::Slab staging,
                       const OnlineSoftmax& softmax) {
         const int lane = int(lane_id()), warp_row = int(threadIdx.x) % kWarpgroupThreads / 32 * 16;

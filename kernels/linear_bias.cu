@@ -10,7 +10,7 @@ namespace {
 
 // The lanes of a warp have 256 columns, one vector each.
 constexpr int kColumns = kTileColumns<1>;
-// Rows under way in a warp.
+// Rows that a warp loads at once.
 constexpr int kRowsAtOnce = 4;
 // Least rows of a slice. Shorter slices would write almost as much to the workspace as they read.
 constexpr int kMinSliceRows = kBlockWarps * kRowsAtOnce;

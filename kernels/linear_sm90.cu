@@ -4,7 +4,7 @@
 //   forward          x[T, I]                 weight[O, I], transposed   bf16 assigned (+ bias)
 //   backward_input   dout[T, O]              weight[O, I]               bf16 assigned, or f32 accumulated
 //   backward_weight  dout[T, O], transposed  x[T, I]                    f32 accumulated
-//   swiglu_forward   x[T, I]                 weight[2F, I], transposed  bf16 gate_up[T, 2F] (+ bias), out[T, F] assigned
+//   swiglu_forward   x[T, I]                 weight[2F, I], transposed  bf16 gate_up[T, 2F] (+ bias) and out[T, F]
 //
 // T may be anything; I and O must be multiples of 8, and arrays must start on 16 bytes, which tensor maps ask for.
 // `tile` is the number of a tile shape in common/gemm_plan_sm90.cuh, or MMPO_PLANNED_TILE.

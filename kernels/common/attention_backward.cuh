@@ -146,9 +146,12 @@ struct QueryTile {
     int first;      // first token; the tile ends early where its sequence does
     int number;     // see tile_number
     uint32_t turn;  // of this block at the tile's rows of dQ
-    int keys;      // how many of the block's keys, from its first on, any of the queries sees; gemms leave out the rest
-    bool other;    // rejected queries on the prompt's keys: they see the first `keys`, wherever they stand themselves
-    bool crosses;  // a boundary of the mask runs through keys x queries
+    // Some query sees each of the block's first `keys` keys, and none sees a later one. Gemms leave those out.
+    int keys;
+    // Whether these are rejected queries on the prompt's keys. Such queries see all of the first `keys` keys.
+    bool other;
+    // Whether a boundary of the mask runs through keys x queries.
+    bool crosses;
 };
 
 // The tiles of queries that see a tile of keys: first those of its own sequence, ascending from the diagonal; then, for
@@ -183,27 +186,8 @@ struct QueryWalk {
     }
 
     DEVICE QueryTile tile(int step) const {
-        QueryTile tile;
-        if (step < own_steps) {
-            const int first = own_first + step * tokens, last = min(first + tokens, own_last);
-            tile.first = first;
-            tile.number = own_number + step;
-            tile.turn = uint32_t((last - 1 - first_key) / BLOCK_N);
-            tile.keys = min(keys, last - first_key);
-            tile.other = false;
-            tile.crosses = first < first_key + BLOCK_N - 1;
-        } else {
-            const int after_own = step - own_steps;
-            const int first = other_first + after_own * tokens, last = min(first + tokens, other_last);
-            const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
-            tile.first = first;
-            tile.number = other_number + after_own;
-            tile.turn = uint32_t(own_terms + prompt_tiles - 1 - key_tile);
-            tile.keys = prompt_keys;
-            tile.other = true;
-            tile.crosses = prompt_keys < BLOCK_N;
-        }
-        return tile;
+        if (step < own_steps) return own_tile(step);
+        return other_tile(step - own_steps);
     }
 
     // The first row of a tile that sees the `key`-th key of the block; all rows after it do too. (Rows past the
@@ -211,6 +195,34 @@ struct QueryWalk {
     DEVICE int first_seeing(const QueryTile& tile, int key) const {
         if (key >= tile.keys) return tokens * packed;
         return tile.other ? 0 : (first_key + key - tile.first) * packed;
+    }
+
+private:
+    // Tile number `index` of its own sequence, from the diagonal on.
+    DEVICE QueryTile own_tile(int index) const {
+        const int first = own_first + index * tokens, last = min(first + tokens, own_last);
+        QueryTile tile;
+        tile.first = first;
+        tile.number = own_number + index;
+        tile.turn = uint32_t((last - 1 - first_key) / BLOCK_N);
+        tile.keys = min(keys, last - first_key);
+        tile.other = false;
+        tile.crosses = first < first_key + BLOCK_N - 1;
+        return tile;
+    }
+
+    // Tile number `index` of the rejected response, for keys of the prompt.
+    DEVICE QueryTile other_tile(int index) const {
+        const int first = other_first + index * tokens, last = min(first + tokens, other_last);
+        const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
+        QueryTile tile;
+        tile.first = first;
+        tile.number = other_number + index;
+        tile.turn = uint32_t(own_terms + prompt_tiles - 1 - key_tile);
+        tile.keys = prompt_keys;
+        tile.other = true;
+        tile.crosses = prompt_keys < BLOCK_N;
+        return tile;
     }
 };
 

@@ -122,8 +122,7 @@ struct Shared {
     DEVICE typename C::KeyRing value_ring() const { return {base + kValueRing}; }
 };
 
-// Initialises the mbarriers, and zeros the slabs' rows that no token fills: TMA never writes them, and gemms read
-// them.
+// Initialises the mbarriers, and zeros the slabs' rows that no token fills: TMA never writes them, and gemms read them.
 template <int E>
 DEVICE void prepare(const Shared<E>& shared, const Problem& problem) {
     using C = Config<E>;

@@ -114,8 +114,8 @@ DEVICE void load_a(uint32_t (&a)[4], SharedTile<ROWS, E> tile, int row, int step
     ldmatrix_x4(a, tile.address(row + lane % 16, lane / 16) ^ depth_offset(step));
 }
 
-// Loads two B[16, 8] for a gemm with the tile's transpose: their columns are 16 rows of the tile from `row` on,
-// their depth is its columns from 16 * step on.
+// Loads two B[16, 8] for a gemm with the tile's transpose: their columns are 16 rows of the tile from `row` on, their
+// depth is its columns from 16 * step on.
 template <int ROWS, int E>
 DEVICE void load_b_transposed(uint32_t (&b)[2][2], SharedTile<ROWS, E> tile, int row, int step) {
     const int lane = int(lane_id());
@@ -124,8 +124,8 @@ DEVICE void load_b_transposed(uint32_t (&b)[2][2], SharedTile<ROWS, E> tile, int
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
-// Loads two B[16, 8] for a gemm with the tile itself: their depth is 16 rows of the tile from `row` on, their
-// columns are its columns from 16 * step on.
+// Loads two B[16, 8] for a gemm with the tile itself: their depth is 16 rows of the tile from `row` on, their columns
+// are its columns from 16 * step on.
 template <int ROWS, int E>
 DEVICE void load_b(uint32_t (&b)[2][2], SharedTile<ROWS, E> tile, int row, int step) {
     const int lane = int(lane_id());

@@ -8,13 +8,13 @@ namespace mmpo {
 inline namespace MMPO_VARIANT {
 
 constexpr int kWarp = 32;
-// Threads of a block unless something speaks for another number: eight warps hide each other's latency, and the number
+// Threads of a block unless there is a reason for another number: eight warps hide each other's latency, and the number
 // divides a multiprocessor's 2048 threads.
 constexpr int kBlock = 256;
 constexpr int kBlockWarps = kBlock / kWarp;
 // bf16 values of one vector: 16 bytes, the widest access that a thread can make.
 constexpr int kVector = 8;
-// The same of f32.
+// The same for f32.
 constexpr int kVectorF32 = 4;
 
 constexpr mmpo_status kSuccess = 0;

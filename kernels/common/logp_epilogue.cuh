@@ -26,8 +26,8 @@ constexpr float kMostExponent = 64.0f;
 // 2^kMostExponent: if the sum of exponentials is at most this, so is every term.
 constexpr float kMostSum = 0x1p64f;
 
-// What the forward leaves of each row and run of kStatisticsColumns columns (a "tile" of the row), laid out as [tiles,
-// rows] so that a block writes whole lines; and what it leaves of each row.
+// What the forward leaves of each tile of a row, which is a run of kStatisticsColumns columns, and of each row. The
+// arrays of the tiles are [tiles, rows], so that a block writes whole lines.
 struct TileStatistics {
     float* reference;
     // Sum of 2^exponent over the columns, with exponent = log2(e) * logit - reference.
@@ -36,8 +36,7 @@ struct TileStatistics {
     float* weighted;
     // [rows] The target's logit.
     float* target_logit;
-    // [rows] The reference that the tiles of a row use where they can, see `reference_of`. NULL: each tile uses its
-    // own.
+    // [rows] The reference that a row's tiles use where they can, see `reference_of`. NULL: each uses its own.
     float* row_reference;
     const uint32_t* targets;
     int rows;
@@ -151,14 +150,14 @@ DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
     for (int i = 0; i < COLUMNS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], d[i]);
 }
 
-// Makes the rows' largest logits, times log2(e), of the lanes' largest.
+// Turns the lanes' largest logits into those of the rows, times log2(e).
 DEVICE void join_largest(float (&largest)[2]) {
     join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int h = 0; h < 2; ++h) largest[h] *= kLog2E;
 }
 
-// A lane's part of the rows' sums; `join` makes the whole rows' sums of the quad's parts.
+// A lane's part of the sums of its two rows; `join` adds up the parts of the quad.
 struct RowSums {
     float sum[2] = {0.0f, 0.0f};
     float weighted[2] = {0.0f, 0.0f};

@@ -104,8 +104,8 @@ DEVICE void store8(float* row, int column, int width, const float (&values)[kVec
 
 // ---- f32, four values at a time
 //
-// For arrays that a whole warp reads or writes. If a lane took eight values, each of its two accesses would touch every sector of the warp's line and use only half
-// of each.
+// For arrays that a whole warp reads or writes. If a lane took eight values, each of its two accesses would touch every
+// sector of the warp's line and use only half of each.
 
 template <bool kVectorized>
 DEVICE void load4(float (&values)[kVectorF32], const float* row, int column, int width) {

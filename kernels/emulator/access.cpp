@@ -61,8 +61,8 @@ uint64_t count_sectors(const WarpAccess& access) {
     return uint64_t(std::unique(sectors.begin(), sectors.end()) - sectors.begin());
 }
 
-// The passes over shared memory that lanes [first, first + count) need: the most distinct words that any of the 32 banks
-// must deliver.
+// The passes over shared memory that lanes [first, first + count) need: the most distinct words that any of the 32
+// banks must deliver.
 uint64_t count_wavefronts(const WarpAccess& access, int first, int count) {
     std::vector<uint64_t> words[32];
     for (int lane = first; lane < first + count; ++lane) {

@@ -93,8 +93,8 @@ Mbarrier& mbarrier_at(uint32_t address, const char* what, Site site) {
     return barrier;
 }
 
-// Fails if the initialisation of the mbarrier is not ordered before its use. That is the only check on the barrier's own
-// memory: it orders other accesses, and need not be ordered by them.
+// Fails if the initialisation of the mbarrier is not ordered before its use. That is the only check on the barrier's
+// own memory: it orders other accesses, and need not be ordered by them.
 void check_ordered(uint32_t address, Site site) {
     if (kChecked) race_access(self(), SharedAccess{address - kSharedBase, 8, false, Proxy::generic, false}, site);
 }

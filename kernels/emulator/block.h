@@ -303,8 +303,8 @@ void check_cluster_after_exit();
 void check_thread_exit(Thread&);
 bool early(Block&);  // whether an asynchronous operation issued now takes effect at once
 
-// Names the registers of a wgmma under way that this access would disturb, or read too soon; null if there are none. For
-// the checked variant.
+// Names the registers of a wgmma under way that this access would disturb, or read too soon; null if there are none.
+// For the checked variant.
 const char* watched_accumulator(const Thread&, uintptr_t address, size_t bytes, bool write);
 
 // Reports.

@@ -111,8 +111,8 @@ namespace {
 
 constexpr uint32_t kTensorMapMagic = 0x7e50a11e;
 
-// The swizzled address. The permutation of 16-byte chunks depends only on the shared address; `mode` is 0 for none, then
-// 1, 2, 3 for 32, 64, 128 bytes.
+// The swizzled address. The permutation of 16-byte chunks depends only on the shared address; `mode` is 0 for none,
+// then 1, 2, 3 for 32, 64, 128 bytes.
 uint32_t swizzled(uint32_t address, int mode) {
     static constexpr uint32_t kMask[] = {0, 0x10, 0x30, 0x70};
     return address ^ (address >> 3 & kMask[mode]);
@@ -128,8 +128,8 @@ const TensorMap& checked_map(const void* map, Coordinates at, uint32_t shared, c
     return tensor;
 }
 
-// Calls `visit(shared address, global address or 0, first byte inside, end byte inside)` for each innermost row of a box.
-// "Inside" means inside the tensor; a row that lies outside as a whole has global address 0.
+// Calls `visit(shared address, global address or 0, first byte inside, end byte inside)` for each innermost row of a
+// box. "Inside" means inside the tensor; a row that lies outside as a whole has global address 0.
 template <class Visit>
 void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit visit) {
     const int64_t first = std::max<int64_t>(0, at.at[0]);
@@ -149,8 +149,8 @@ void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit v
     }
 }
 
-// Calls `visit(shared bytes, global bytes, first, last)` for each 16-byte chunk of a row, where [first, last) is the part
-// of the chunk that lies inside the tensor.
+// Calls `visit(shared bytes, global bytes, first, last)` for each 16-byte chunk of a row, where [first, last) is the
+// part of the chunk that lies inside the tensor.
 template <class Visit>
 void each_chunk(const TensorMap& map, uint32_t shared, uintptr_t global, uint32_t from, uint32_t to, Visit visit) {
     for (uint32_t at = 0; at < map.row_bytes(); at += 16) {
@@ -360,7 +360,8 @@ void bulk_wait(int groups_left, bool, Site) {
     for (const size_t due = queue.due(groups_left); queue.finished < due; ++queue.finished) {
         TensorStore& store = queue.operations[queue.finished];
         if (!store.landed) land(store, thread);
-        // Until now the asynchronous unit has been reading the source, so that the thread may write it only from here on.
+        // Until now the asynchronous unit has been reading the source, so that the thread may write it only from here
+        // on.
         if (kChecked)
             race_access(thread, {store.source - kSharedBase, store.bytes(), false, Proxy::async, true}, store.site);
     }

@@ -49,8 +49,8 @@ public:
     // A host thread says that it runs blocks of this launch, and that it takes no more.
     void enter();
     void leave();
-    // Sleeps until `ready()`, which is called again after every turn that some block passes. False if all running blocks
-    // wait, so that none can pass a turn.
+    // Sleeps until `ready()`, which is called again after every turn that some block passes. False if all running
+    // blocks wait, so that none can pass a turn.
     bool await_others(const std::function<bool()>& ready);
     void turn_passed();
 

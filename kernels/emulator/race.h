@@ -75,7 +75,8 @@ struct SharedAccess {
     bool remember;  // false: only compare with earlier accesses
 };
 
-// Compares an access by `unit` at `time` with earlier ones. `observer` is the thread whose clock decides what is earlier.
+// Compares an access by `unit` at `time` with earlier ones. `observer` is the thread whose clock decides what is
+// earlier.
 void race_access(Thread& observer, uint32_t unit, uint32_t time, SharedAccess, Site);
 // The same for an access by a thread itself.
 void race_access(Thread&, SharedAccess, Site);
