@@ -334,8 +334,8 @@ struct Consumer {
             wgmma_wait<1>();
             pin_registers(scores);
             // Apply the mask after the exponentials. The branch then separates them from the wait for dP, and ptxas
-            // keeps them ahead of that wait, overlapped with dP's gemm (tests/sass.rs checks this). Exponentials that
-            // the mask hides may overflow.
+            // keeps them ahead of that wait, overlapped with dP's gemm (tests/compiled/sass.rs checks this).
+            // Exponentials that the mask hides may overflow.
             form_p(scores, scale_log2, lse);
             if (tile.crosses) mask_probabilities(scores, walk, tile, key());
 #pragma unroll

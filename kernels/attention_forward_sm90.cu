@@ -334,7 +334,7 @@ struct Consumer {
             pin_registers(scores);
             // This wait stands here and not at the loop's head, because it also keeps the exponentials above the wait
             // that follows: without a branch between the two, ptxas sinks them below it, where no gemm overlaps them.
-            // (The pin does the same for the compiler before ptxas. tests/sass.rs checks the outcome.)
+            // (The pin does the same for the compiler before ptxas. tests/compiled/sass.rs checks the outcome.)
             if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);

@@ -54,6 +54,10 @@ impl Duel {
     }
 }
 
+/// Times every tile of our gemms and cuBLASLt in turn, at the shapes of `config`.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) without a GPU; those of the device and of standard output.
 pub fn run(config: &BenchConfig) -> Result<()> {
     let device = match config.device {
         DeviceChoice::Cuda(ordinal) => CudaDevice::open(ordinal)?,
@@ -66,15 +70,15 @@ pub fn run(config: &BenchConfig) -> Result<()> {
         }
     };
     let method = Method::GPU.with_calls(config.warmups, config.calls);
-    compare(device, config, &method, plans(), GemmChoice::Vendor)
+    compare(device, config, &method, sweeps(), GemmChoice::Vendor)
 }
 
-/// Times the gemms of `plans` by ours and by those of `other`, the vendor's.
+/// Times the gemms of `sweeps` by ours and by those of `other`, the vendor's.
 fn compare(
     mut device: CudaDevice,
     config: &BenchConfig,
     method: &Method,
-    plans: impl Iterator<Item = Plan>,
+    sweeps: impl Iterator<Item = Sweep>,
     other: GemmChoice,
 ) -> Result<()> {
     let deadline = Deadline::of(config.seconds);
@@ -82,7 +86,7 @@ fn compare(
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
     let tiles = device.gemm_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
-    for Plan { model, rows, makers } in plans {
+    for Sweep { model, rows, makers } in sweeps {
         let shape = shape(model, rows)?;
         for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
@@ -154,16 +158,16 @@ fn fight(
 }
 
 /// What is timed of a model at once.
-struct Plan {
+struct Sweep {
     model: &'static str,
     rows: usize,
     makers: Vec<Maker<CudaDevice>>,
 }
 
 /// By worth: all models' layers at the usual batch, the heads, then the layers at other batches.
-fn plans() -> impl Iterator<Item = Plan> {
-    let layers = |rows| MODELS.map(|model| Plan { model, rows, makers: cases::all() });
-    let heads = MODELS.map(|model| Plan { model, rows: SCORED, makers: cases::head_gemms() });
+fn sweeps() -> impl Iterator<Item = Sweep> {
+    let layers = |rows| MODELS.map(|model| Sweep { model, rows, makers: cases::all() });
+    let heads = MODELS.map(|model| Sweep { model, rows: SCORED, makers: cases::head_gemms() });
     let [usual, other @ ..] = ROWS;
     layers(usual).into_iter().chain(heads).chain(other.into_iter().flat_map(layers))
 }
@@ -365,14 +369,14 @@ mod tests {
     /// Both gradients of the head at every size, each a gemm that is timed.
     #[test]
     fn the_head_is_timed() {
-        let heads: Vec<Plan> = plans().filter(|plan| plan.rows == SCORED).collect();
+        let heads: Vec<Sweep> = sweeps().filter(|sweep| sweep.rows == SCORED).collect();
         let sizes: Vec<(usize, usize)> = heads
             .iter()
-            .map(|plan| cases::linear_shape(&shape(plan.model, plan.rows).unwrap(), "head"))
+            .map(|sweep| cases::linear_shape(&shape(sweep.model, sweep.rows).unwrap(), "head"))
             .map(|linear| (linear.inputs, linear.outputs))
             .collect();
         assert_eq!(sizes, [(576, 49_152), (2048, 128_256), (4096, 128_256)]);
-        assert!(heads.iter().all(|plan| plan.makers.len() == 2));
+        assert!(heads.iter().all(|sweep| sweep.makers.len() == 2));
     }
 
     /// All of it but cuBLASLt, in whose place our own portable gemms stand: rows for the file and for the table.
@@ -399,13 +403,13 @@ mod tests {
             device: DeviceChoice::Emulated,
             threads: None,
         };
-        let plans = || {
-            let layers = Plan { model: "tiny", rows: 32, makers: cases::all() };
-            let head = Plan { model: "tiny", rows: 32, makers: cases::head_gemms() };
+        let sweeps = || {
+            let layers = Sweep { model: "tiny", rows: 32, makers: cases::all() };
+            let head = Sweep { model: "tiny", rows: 32, makers: cases::head_gemms() };
             [layers, head].into_iter()
         };
         let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(KernelPath::Hopper);
-        compare(device(), &config(None), &Method::EMULATED, plans(), GemmChoice::Ours).unwrap();
+        compare(device(), &config(None), &Method::EMULATED, sweeps(), GemmChoice::Ours).unwrap();
         let rows = std::fs::read_to_string(&csv).unwrap();
         for row in [
             "mmpo-fast,linear_forward gate_up,tiny 16/8/8 x1",
@@ -413,7 +417,7 @@ mod tests {
         ] {
             assert!(rows.contains(row), "{row} is not in\n{rows}");
         }
-        compare(device(), &config(Some(0.0)), &Method::EMULATED, plans(), GemmChoice::Ours).unwrap();
+        compare(device(), &config(Some(0.0)), &Method::EMULATED, sweeps(), GemmChoice::Ours).unwrap();
         assert_eq!(std::fs::read_to_string(&csv).unwrap(), rows, "no time, no rows");
     }
 

@@ -49,7 +49,7 @@ pub fn write_file(target: &Path, bytes: &[u8]) -> Result<()> {
     sync_folder(parent(target))
 }
 
-/// Makes `folder`, and fails now if nothing can be written in it: better before hours of work than behind them.
+/// Makes `folder`, and fails now if nothing can be written in it: better before hours of work than after them.
 pub fn check_writable(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
     tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, "write in", error))?;

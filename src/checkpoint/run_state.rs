@@ -284,9 +284,8 @@ fn encode(path: &Path, run: &RunState) -> Result<String> {
         format: u32,
         run: &'a RunState,
     }
-    serde_json::to_string_pretty(&StateFile { format: FORMAT, run }).map_err(|error| {
-        Error::model(path, format!("cannot encode the state: {error}"), "report this as a bug")
-    })
+    serde_json::to_string_pretty(&StateFile { format: FORMAT, run })
+        .map_err(|error| Error::bug(format!("the state of {} cannot be encoded: {error}", path.display())))
 }
 
 /// The format is looked at before the checksums, which format 1 has not, and before fields that another format may

@@ -41,7 +41,7 @@ impl StoredTensor {
 /// The order in the file is that of the safetensors library: wide dtypes first, so that all are aligned, then by name.
 ///
 /// # Errors
-/// Those of `fill` and of the disk; [`Error::Config`] where two tensors have one name.
+/// Those of `fill` and of the disk; [`Error::Bug`] where two tensors have one name.
 pub fn write_tensors(
     mut file: SyncedFile,
     tensors: &[StoredTensor],
@@ -89,9 +89,7 @@ fn header(tensors: &[&StoredTensor], metadata: &[(&str, &str)]) -> Result<Vec<u8
         .collect();
     let metadata: HashMap<String, String> =
         metadata.iter().map(|&(key, value)| (key.to_string(), value.to_string())).collect();
-    let invalid = |reason: String| {
-        Error::config(format!("these tensors make no safetensors file: {reason}"), "report this as a bug")
-    };
+    let invalid = |reason: String| Error::bug(format!("these tensors make no safetensors file: {reason}"));
     if names.len() != tensors.len() {
         return Err(invalid("two have one name".into()));
     }

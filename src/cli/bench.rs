@@ -25,6 +25,7 @@ fn shared(row: &Row) -> bool {
     ["device", "threads"].contains(&row.name)
 }
 
+/// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("bench")
         .about("Measure kernels and training steps on this machine")
@@ -62,6 +63,10 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
+/// What the flags ask for.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
     let in_range = |count: &usize| (1..=MOST).contains(count);

@@ -19,12 +19,15 @@ use crate::error::{Error, Result};
 /// What a command line asks for before any command is run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verbosity {
+    /// Warnings and results only.
     pub quiet: bool,
+    /// More than the usual messages.
     pub verbose: bool,
 }
 
 /// A command line that was understood.
 pub struct Invocation {
+    /// How much the program says.
     pub verbosity: Verbosity,
     command: Parsed,
 }

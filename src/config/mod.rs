@@ -20,7 +20,7 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::Objective;
-use crate::optimizer::Schedule;
+use crate::optimizer::{AdamWSettings, Schedule};
 
 /// Which objective, without its numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub struct RunConfig {
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
     pub objective: Objective,
-    pub optimizer: OptimizerConfig,
+    pub optimizer: AdamWSettings,
     pub schedule: ScheduleConfig,
     pub batch: BatchConfig,
     /// Limits that do not yet know the model's context.
@@ -119,18 +119,6 @@ impl RunConfig {
         }
         Ok(recorded)
     }
-}
-
-/// AdamW.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct OptimizerConfig {
-    pub learning_rate: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub epsilon: f64,
-    pub weight_decay: f64,
-    /// Global l2 norm the gradient is clipped to; `None` does not clip.
-    pub max_grad_norm: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -6,12 +6,13 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig,
-    PAIRS_PER_STEP, RunConfig, ScheduleConfig, Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, PAIRS_PER_STEP, RunConfig,
+    ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::{Dpo, Mmpo, Objective, Simpo};
+use crate::optimizer::AdamWSettings;
 
 /// Defaults that depend on other options, so that the table can only describe them.
 const WARMUP_RATIO: f64 = 0.1;
@@ -219,7 +220,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         reference: settled.reference,
         chat_template: settled.chat_template,
         objective,
-        optimizer: OptimizerConfig {
+        optimizer: AdamWSettings {
             learning_rate: settled.learning_rate,
             beta1: settled.adam_beta1,
             beta2: settled.adam_beta2,

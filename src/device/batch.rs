@@ -57,18 +57,16 @@ impl<D: Memory> BatchBuffers<D> {
     /// evaluated (scoring); then zeros take its place.
     ///
     /// # Errors
-    /// [`Error::Device`] if the batch exceeds the capacity, has not one constant a pair, or if three scored tokens
-    /// share a row; the buffers are untouched then.
+    /// [`Error::Device`] if the batch exceeds the capacity; [`Error::Bug`] if it has not one constant a pair, or if three
+    /// scored tokens
+    /// share a row. The buffers are untouched then.
     pub fn load(&mut self, device: &D, batch: &PairBatch, constants: &[PairConstants]) -> Result<()> {
         let pairs = batch.spans.len();
         self.check_capacity(device, batch)?;
         let zeros = vec![PairConstants::default(); pairs];
         let constants = if constants.is_empty() { &zeros } else { constants };
         if constants.len() != pairs {
-            return Err(Error::device(
-                format!("load batch: {} constants for {pairs} pairs", constants.len()),
-                "every pair of the batch needs its constants, in the batch's order",
-            ));
+            return Err(Error::bug(format!("load batch: {} constants for {pairs} pairs", constants.len())));
         }
         let row_scores = row_scores(batch)?;
         let scored: Vec<u32> = batch
@@ -122,13 +120,10 @@ fn row_scores(batch: &PairBatch) -> Result<Vec<u32>> {
         match slots.and_then(|slots| slots.iter_mut().find(|slot| **slot == u32::MAX)) {
             Some(slot) => *slot = scored as u32,
             None => {
-                return Err(Error::device(
-                    format!(
-                        "load batch: row {row} of {} is outside the batch or predicts a third token",
-                        batch.tokens()
-                    ),
-                    "this is a mistake in the program, not in your input; please report it",
-                ));
+                return Err(Error::bug(format!(
+                    "load batch: row {row} of {} is outside the batch or predicts a third token",
+                    batch.tokens()
+                )));
             }
         }
     }

@@ -28,6 +28,7 @@ pub struct DeviceReport {
     pub chosen: DeviceChoice,
     /// The device's own description.
     pub device: String,
+    /// Why this device was taken.
     pub reason: String,
 }
 

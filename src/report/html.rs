@@ -27,11 +27,13 @@ pub struct RunReport {
     pub device: String,
     /// The resolved recipe, TOML.
     pub recipe: String,
+    /// The metrics of every step and evaluation.
     pub history: History,
     /// The training pairs, and those of the evaluation where there are some.
     pub data: Vec<DataSummary>,
     /// Evaluations of the same pairs before the first and after the last step.
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
+    /// Prompts with the answers before and after.
     pub samples: Vec<Sample>,
     /// What a user should know of this run: saturated weights, many cut prompts.
     pub warnings: Vec<String>,
@@ -44,6 +46,7 @@ pub struct RunReport {
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
     pub name: String,
+    /// Records read.
     pub read: usize,
     pub used: usize,
     /// Reasons for dropping a pair, and how often.
@@ -253,20 +256,25 @@ fn begin_table(out: &mut String, columns: &[&str]) {
 
 /// The charts that a run's metrics have lines for.
 fn charts(history: &History) -> Vec<Chart> {
-    let line = |name, series: &str, color| Line {
-        name,
-        points: history.series(series),
-        color,
-        kind: LineKind::Noisy,
-    };
-    let dots = |name, series: &str, color| Line {
-        name,
-        points: history.series(series),
-        color,
-        kind: LineKind::Dots,
-    };
-    let learning_rate = Line { kind: LineKind::Exact, ..line("learning rate", "learning_rate", 0) };
-    [
+    let charts = [preference_charts(history), training_charts(history)];
+    charts.into_iter().flatten().flatten().collect()
+}
+
+/// A value of every step, whose trend is drawn.
+fn line(history: &History, name: &'static str, series: &str, color: usize) -> Line {
+    Line { name, points: history.series(series), color, kind: LineKind::Noisy }
+}
+
+/// A value of every evaluation.
+fn dots(history: &History, name: &'static str, series: &str, color: usize) -> Line {
+    Line { kind: LineKind::Dots, ..line(history, name, series, color) }
+}
+
+/// What training does to the preferences of the model.
+fn preference_charts(history: &History) -> Vec<Option<Chart>> {
+    let line = |name, series, color| line(history, name, series, color);
+    let dots = |name, series, color| dots(history, name, series, color);
+    vec![
         Chart::of(
             "Loss",
             "Mean over the pairs of a step.",
@@ -307,8 +315,19 @@ fn charts(history: &History) -> Vec<Chart> {
             "Mean softmax weight of the chosen response, and the share of pairs with a weight above 0.99, which train on \
              one response alone.",
             true,
-            vec![line("weight of chosen", "weights/chosen", 0), line("saturated pairs", "weights/saturated", 1)],
+            vec![
+                line("weight of chosen", "weights/chosen", 0),
+                line("saturated pairs", "weights/saturated", 1),
+            ],
         ),
+    ]
+}
+
+/// How the training itself goes.
+fn training_charts(history: &History) -> Vec<Option<Chart>> {
+    let line = |name, series, color| line(history, name, series, color);
+    let learning_rate = Line { kind: LineKind::Exact, ..line("learning rate", "learning_rate", 0) };
+    vec![
         Chart::of(
             "Gradient norm",
             "Global l2 norm before clipping.",
@@ -323,9 +342,6 @@ fn charts(history: &History) -> Vec<Chart> {
             vec![line("tokens a second", "tokens_per_second", 0)],
         ),
     ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
 
 /// An objective as its paper writes it.

@@ -23,7 +23,7 @@ fn gemms<D: Device>(device: &D) -> Outputs {
         let mut dbias = floats(device, &vec![0.0; outputs_width]);
         device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
         device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-        device.linear_backward_weight(&mut dweight, Some(&mut dbias), &dout, &x, shape).unwrap();
+        device.linear_backward_weight(Some(&mut dweight), Some(&mut dbias), &dout, &x, shape).unwrap();
         outputs.push(("out", read_compute(device, &out)));
         outputs.push(("dx", read_compute(device, &dx)));
         outputs.push(("dweight", read(device, &dweight)));
@@ -72,7 +72,7 @@ fn norms<D: Device>(device: &D) -> Outputs {
     device
         .rms_norm_backward(RmsNormBackward {
             dx: &mut dx,
-            dweight: &mut dweight,
+            dweight: Some(&mut dweight),
             dout: &out,
             x: &x,
             weight: &weight,

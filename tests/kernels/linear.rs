@@ -57,7 +57,7 @@ path_tests! {
             let before_weight = random(5, outputs * inputs, 1.0);
             let before_bias = random(6, outputs, 1.0);
             let (mut dweight, mut dbias) = (floats(device, &before_weight), floats(device, &before_bias));
-            device.linear_backward_weight(&mut dweight, Some(&mut dbias), &dout, &x, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), Some(&mut dbias), &dout, &x, shape).unwrap();
             let scalar = |x: &[f64], weight: &[f64], bias: &[f64]| {
                 inner(&naive::linear(x, weight, bias, inputs), &dout64)
             };
@@ -114,9 +114,9 @@ path_tests! {
         let mut dweight = floats(device, &vec![1.0; shape.outputs * shape.inputs]);
         device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
         device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+        device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
         let used = device.memory().now;
-        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+        device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
         assert_eq!(device.memory().now, used, "a gemm allocates nothing once it has run");
 
         let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
@@ -219,7 +219,7 @@ mod every_tile_of_hopper {
             let mut dweight = floats(&device, &vec![0.0; shape.outputs * shape.inputs]);
             device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
             device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-            device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
             trying("(tile, shape)", (tile.to_string(), shape));
             assert_exact("out", &read_compute(&device, &out), &wanted);
             assert_exact("dx", &read_compute(&device, &dx), &dx64);

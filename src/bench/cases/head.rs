@@ -6,8 +6,8 @@ use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{
-    BatchBuffers, Compute, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
-    TokenCoefficients, TokenScores,
+    BatchBuffers, ComputeBuffer, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape,
+    ObjectiveOperands, TokenCoefficients, TokenScores,
 };
 use crate::error::Result;
 use crate::model::HeadOptions;
@@ -54,9 +54,9 @@ struct Head<D: Device> {
     shape: HeadShape,
     batch: BatchBuffers<D>,
     objective: Objective,
-    weight: Compute<D>,
+    weight: ComputeBuffer<D>,
     /// The hidden rows as they are before the backward replaces them.
-    pristine: Compute<D>,
+    pristine: ComputeBuffer<D>,
     coefficients: TokenCoefficients<D>,
 }
 
@@ -82,18 +82,18 @@ impl<D: Device> Head<D> {
         })
     }
 
-    fn hidden(&self, device: &D) -> Result<Compute<D>> {
+    fn hidden(&self, device: &D) -> Result<ComputeBuffer<D>> {
         let mut hidden = device.alloc(device.len(&self.pristine))?;
         self.restore(device, &mut hidden)?;
         Ok(hidden)
     }
 
-    fn restore(&self, device: &D, hidden: &mut Compute<D>) -> Result<()> {
+    fn restore(&self, device: &D, hidden: &mut ComputeBuffer<D>) -> Result<()> {
         device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
     }
 
     /// For so many rows at once.
-    fn workspace(&self, device: &D, rows: usize) -> Result<Compute<D>> {
+    fn workspace(&self, device: &D, rows: usize) -> Result<ComputeBuffer<D>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
         device.alloc(device.logp_head_workspace(mode, rows, width, vocab)?)
     }
@@ -144,8 +144,8 @@ impl<D: Device> Head<D> {
         &self,
         device: &D,
         scores: &mut TokenScores<D>,
-        workspace: &mut Compute<D>,
-        hidden: &Compute<D>,
+        workspace: &mut ComputeBuffer<D>,
+        hidden: &ComputeBuffer<D>,
         shape: &HeadShape,
     ) -> Result<()> {
         device.logp_head_forward(HeadForward {
@@ -162,9 +162,9 @@ impl<D: Device> Head<D> {
     fn backward(
         &self,
         device: &D,
-        hidden: &mut Compute<D>,
+        hidden: &mut ComputeBuffer<D>,
         dweight: &mut Floats<D>,
-        workspace: &mut Compute<D>,
+        workspace: &mut ComputeBuffer<D>,
         scores: &TokenScores<D>,
         coefficients: &TokenCoefficients<D>,
         shape: &HeadShape,

@@ -1,7 +1,5 @@
 //! The operations of the embedding and the layers.
 
-use std::any::Any;
-
 use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, filled};
 use crate::bench::shapes::Shape;
@@ -144,7 +142,7 @@ fn rms_norm_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         let (dx, dweight) = (&mut out.compute[0], &mut out.floats[0]);
         device.rms_norm_backward(RmsNormBackward {
             dx,
-            dweight,
+            dweight: Some(dweight),
             dout: &dout,
             x: &x,
             weight: &weight,
@@ -232,7 +230,7 @@ fn gemm_backward_weight<D: Device>(device: &D, shape: &Shape, gemm: Gemm) -> Res
     let (dout, x) = (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, rows * inputs, 1.0)?);
     let out = outputs(device, &[], &[columns * inputs])?;
     let case = Case::new("linear_backward_weight", out, move |device: &D, out| {
-        device.linear_backward_weight(&mut out.floats[0], None, &dout, &x, linear)
+        device.linear_backward_weight(Some(&mut out.floats[0]), None, &dout, &x, linear)
     });
     let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * inputs * columns;
     Ok(case.updates().part(gemm.name()).flops(gemm_flops(linear)).bytes(bytes))
@@ -265,7 +263,7 @@ fn gemm_backward_bias<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let out = outputs(device, &[], &[columns * inputs, columns])?;
     let case = Case::new("linear_backward_weight", out, move |device: &D, out| {
         let (dweight, dbias) = out.floats.split_at_mut(1);
-        device.linear_backward_weight(&mut dweight[0], Some(&mut dbias[0]), &dout, &x, linear)
+        device.linear_backward_weight(Some(&mut dweight[0]), Some(&mut dbias[0]), &dout, &x, linear)
     });
     let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * (inputs + 1) * columns;
     Ok(case.updates().part("qkv and bias").flops(gemm_flops(linear)).bytes(bytes))
@@ -306,13 +304,6 @@ fn attention_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.flops(flops).bytes(attention_bytes::<D>(rows, attention)))
 }
 
-/// Another handle of a CUDA device, which sums in any order; other devices have one order.
-fn in_any_order<D: Device>(device: &D) -> Option<D> {
-    let device = (device as &dyn Any).downcast_ref::<CudaDevice>()?;
-    let unordered: Box<dyn Any> = Box::new(device.with_attention_order(AttentionOrder::Any));
-    unordered.downcast().ok().map(|unordered| *unordered)
-}
-
 fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrder) -> Result<Case<D>> {
     let (rows, attention) = (shape.tokens(), shape.config.attention_shape());
     let qkv = compute(device, 1, rows * attention.qkv_width(), 1.0)?;
@@ -324,7 +315,7 @@ fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrde
     let gradient = outputs(device, &[rows * attention.qkv_width()], &[])?;
     let (part, other) = match order {
         AttentionOrder::Fixed => ("", None),
-        AttentionOrder::Any => ("any order", in_any_order(device)),
+        AttentionOrder::Any => ("any order", device.in_any_order()),
     };
     let redundant = order == AttentionOrder::Any && other.is_none();
     let case = Case::new("attention_backward", gradient, move |device: &D, gradient| {

@@ -121,7 +121,9 @@ pub(super) enum GemmOut {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) struct Operand {
+    /// Address of the first value in device memory.
     pub values: *const bf16,
+    /// Whether the matrix is read transposed.
     pub transposed: bool,
 }
 
@@ -129,12 +131,20 @@ pub(super) struct Operand {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) struct Gemm {
+    /// Where the result goes, and in which type.
     pub out: GemmOut,
+    /// Whether the result is added to what is there.
     pub accumulate: bool,
+    /// `[rows, depth]`
     pub left: Operand,
+    /// `[depth, columns]`
     pub right: Operand,
+    /// `[columns]`, added to every row.
     pub bias: Option<*const bf16>,
+    /// Rows of the result.
     pub rows: usize,
+    /// Columns of the result.
     pub columns: usize,
+    /// Length of each sum.
     pub depth: usize,
 }

@@ -168,7 +168,7 @@ impl Backend for GpuBackend {
 
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
         let (Moment::Stream(start), Moment::Stream(end)) = (start, end) else {
-            return Err(Error::device("a moment of another device", super::REPORT));
+            return Err(Error::bug("a moment of another device"));
         };
         let milliseconds = start.elapsed_ms(end);
         milliseconds

@@ -26,7 +26,7 @@ const WIDEST_ALIGNMENT: usize = 256;
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
-    plans: Mutex<HashMap<Kind, Plan>>,
+    plans: Mutex<HashMap<Kind, GemmPlan>>,
     stream: Arc<CudaStream>,
 }
 
@@ -52,7 +52,7 @@ struct Kind {
 }
 
 /// Descriptors and algorithm of one kind of gemm.
-struct Plan {
+struct GemmPlan {
     gemm: sys::cublasLtMatmulDesc_t,
     left: sys::cublasLtMatrixLayout_t,
     right: sys::cublasLtMatrixLayout_t,
@@ -84,7 +84,7 @@ impl CublasLt {
         format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100)
     }
 
-    fn plan(&self, kind: &Kind, gemm: &Gemm) -> std::result::Result<Plan, CublasError> {
+    fn plan(&self, kind: &Kind, gemm: &Gemm) -> std::result::Result<GemmPlan, CublasError> {
         use sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA,
@@ -92,7 +92,7 @@ impl CublasLt {
         };
         let (f32_type, bf16_type) = (sys::cudaDataType::CUDA_R_32F, sys::cudaDataType::CUDA_R_16BF);
         let out_type = if kind.to_f32 { f32_type } else { bf16_type };
-        let mut plan = Plan {
+        let mut plan = GemmPlan {
             gemm: blas::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?,
             right: layout(bf16_type, kind.depth, kind.columns, kind.right_transposed)?,
             left: layout(bf16_type, kind.rows, kind.depth, kind.left_transposed)?,
@@ -113,7 +113,7 @@ impl CublasLt {
 
     fn choose(
         &self,
-        plan: &Plan,
+        plan: &GemmPlan,
         kind: &Kind,
     ) -> std::result::Result<sys::cublasLtMatmulAlgo_t, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
@@ -151,7 +151,7 @@ impl CublasLt {
 
     /// # Safety
     /// As [`GemmLibrary::multiply`]; the context is current.
-    unsafe fn queue(&self, plan: &Plan, gemm: &Gemm) -> std::result::Result<(), CublasError> {
+    unsafe fn queue(&self, plan: &GemmPlan, gemm: &Gemm) -> std::result::Result<(), CublasError> {
         if let Some(bias) = gemm.bias {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             set(plan.gemm, attribute, &bias)?;

@@ -123,7 +123,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, gemm: LinearGemm, shape: Line
     device.launch_with_workspace(
         gemm.launcher(path),
         &shape,
-        |kernels| gemm.workspace(kernels, path, sizes, tile),
+        |kernels| gemm.kind().workspace(kernels, path, sizes, tile),
         |kernels, workspace, stream| unsafe { gemm.launch(kernels, path, sizes, tile, workspace, stream) },
     )
 }
@@ -154,6 +154,46 @@ pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: Li
 fn mappable(addresses: &[usize], shape: LinearShape) -> bool {
     let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
     aligned && shape.inputs.is_multiple_of(8) && shape.outputs.is_multiple_of(8)
+}
+
+/// Sets the scratch memory aside that gemms of this kind take for any of `shapes`. The largest shape need not take the
+/// most: with more rows a gemm is split into fewer parts.
+pub(super) fn reserve(device: &CudaDevice, kind: GemmKind, shapes: &[LinearShape]) -> Result<()> {
+    let mut taken = Vec::with_capacity(shapes.len());
+    for &shape in shapes {
+        if let Implementation::Hopper(tile) = choose(device, kind, shape, mappable(&[], shape)) {
+            taken.push((launch_sizes("scratch memory", [shape.rows, shape.inputs, shape.outputs])?, tile));
+        }
+    }
+    let bytes = device.workspace_bytes("scratch memory", &kind, |kernels| {
+        let bytes =
+            taken.iter().map(|&(sizes, tile)| kind.workspace(kernels, KernelPath::Hopper, sizes, tile));
+        bytes.max().unwrap_or(0)
+    })?;
+    device.workspace.reserve(&device.memory, bytes)
+}
+
+impl GemmKind {
+    /// Bytes of scratch memory.
+    fn workspace(
+        self,
+        kernels: &KernelTable,
+        path: KernelPath,
+        [rows, inputs, outputs]: [i32; 3],
+        tile: Tile,
+    ) -> i64 {
+        match (path, self) {
+            // SAFETY: a pure function of numbers.
+            (KernelPath::Hopper, GemmKind::BackwardInputF32) => unsafe {
+                (kernels.linear_backward_input_f32_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
+            },
+            // SAFETY: as above.
+            (KernelPath::Hopper, GemmKind::BackwardWeight) => unsafe {
+                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
+            },
+            _ => 0,
+        }
+    }
 }
 
 fn no_vendor() -> Error {
@@ -241,29 +281,8 @@ impl LinearGemm {
         }
     }
 
-    /// Bytes of scratch memory.
-    fn workspace(
-        &self,
-        kernels: &KernelTable,
-        path: KernelPath,
-        [rows, inputs, outputs]: [i32; 3],
-        tile: Tile,
-    ) -> i64 {
-        match (path, self.kind()) {
-            // SAFETY: a pure function of numbers.
-            (KernelPath::Hopper, GemmKind::BackwardInputF32) => unsafe {
-                (kernels.linear_backward_input_f32_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
-            },
-            // SAFETY: as above.
-            (KernelPath::Hopper, GemmKind::BackwardWeight) => unsafe {
-                (kernels.linear_backward_weight_sm90_workspace)(rows, inputs, outputs, tile_number(tile))
-            },
-            _ => 0,
-        }
-    }
-
     /// # Safety
-    /// As [`multiply`]; `workspace` holds [`LinearGemm::workspace`] bytes, and Hopper's kernels take the gemm
+    /// As [`multiply`]; `workspace` holds [`GemmKind::workspace`] bytes, and Hopper's kernels take the gemm
     /// ([`LinearGemm::has_hopper_kernel`]) where `path` says so.
     unsafe fn launch(
         &self,

@@ -10,7 +10,9 @@ use crate::device::LinearShape;
 /// One shape that was timed both ways.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Measured {
+    /// Which of the three gemms of a linear layer.
     pub kind: GemmKind,
+    /// Its rows, inputs and outputs.
     pub shape: LinearShape,
     /// The fastest of our kernel's tile shapes, by its number in `kernels/common/gemm_plan_sm90.cuh`; none: the planned one.
     pub tile: Option<u8>,

@@ -45,10 +45,12 @@ impl HeadChunks {
         (self.rows * width * size_of::<f32>()).next_multiple_of(ALIGNMENT)
     }
 
+    /// Bytes of workspace that the forward of a chunk needs; `statistics` are bytes a row.
     pub fn forward_bytes(&self, statistics: usize) -> usize {
         self.forward_rows * statistics
     }
 
+    /// Bytes of workspace that the backward of a chunk needs, for hidden rows of `width`.
     pub fn backward_bytes(&self, width: usize) -> usize {
         self.dlogits_offset(width) + self.rows * self.columns * size_of::<half::bf16>()
     }

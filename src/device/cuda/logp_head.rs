@@ -17,10 +17,11 @@ use half::bf16;
 
 use super::super::check::check_sizes;
 use super::bindings::MMPO_STORAGE_F32;
+use super::gemm::{self, GemmKind};
 use super::head_chunks::{ALIGNMENT, HeadChunks};
-use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, launch_sizes, linear};
+use super::{CudaBuffer, CudaDevice, KernelPath, launch_sizes, linear};
 use crate::device::{
-    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape, TokenCoefficients,
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape, TokenCoefficients,
     TokenScores,
 };
 use crate::error::{Error, Result};
@@ -33,6 +34,30 @@ impl Head for CudaDevice {
     /// Values of the workspace that a call needs.
     fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
         Ok(Layout::new(self, mode, (rows, width, vocab), usize::MAX)?.values)
+    }
+
+    fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()> {
+        let HeadSizes { width, vocab, workspace } = sizes;
+        let (statistics, bytes) = (row_statistics(self, vocab)?, workspace.saturating_mul(size_of::<bf16>()));
+        let gemm = |rows, columns| LinearShape { rows, inputs: width, outputs: columns };
+        let mut gemms = Vec::new();
+        for rows in 1..=rows {
+            match mode {
+                HeadMode::Score => {}
+                HeadMode::Main => gemms.push(gemm(rows, vocab)),
+                HeadMode::Recompute => {
+                    // Whole chunks, and what is left after the last whole one.
+                    let chunks = HeadChunks::new(rows, width, vocab, statistics, bytes);
+                    let ends = [vocab % chunks.columns.max(1), chunks.columns];
+                    for count in [rows % chunks.rows.max(1), chunks.rows] {
+                        gemms.extend(ends.map(|columns| gemm(count, columns)));
+                    }
+                }
+            }
+        }
+        gemms.retain(|gemm| gemm.rows * gemm.outputs > 0);
+        gemm::reserve(self, GemmKind::BackwardWeight, &gemms)?;
+        gemm::reserve(self, GemmKind::BackwardInputF32, &gemms)
     }
 
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
@@ -92,9 +117,7 @@ impl Head for CudaDevice {
                 HeadMode::Main if *entropy => backward.in_place(hidden, dweight, workspace),
                 HeadMode::Main => backward.by_rows(hidden, dweight, workspace),
                 HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
-                HeadMode::Score => {
-                    Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
-                }
+                HeadMode::Score => Err(Error::bug(format!("{name}: {shape:?} left nothing to go back from"))),
             }
         })
     }

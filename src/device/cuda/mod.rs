@@ -51,7 +51,6 @@ use self::memory::{DeviceMemory, Workspace};
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
 use super::Hardware;
-use super::check::REPORT;
 use super::trace::{OperationTime, Trace};
 use crate::error::{Error, Result};
 
@@ -186,9 +185,8 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
     ) -> Result<usize> {
         let needed = self.ask(operation, shape, bytes)?;
-        usize::try_from(needed).map_err(|_| {
-            Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
-        })
+        usize::try_from(needed)
+            .map_err(|_| Error::bug(format!("{operation}: no scratch memory is enough for {shape:?}")))
     }
 
     /// Runs one launcher with the scratch memory that `bytes` asks for.

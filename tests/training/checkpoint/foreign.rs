@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mmpo_fast::checkpoint::ModelFolder;
 
-use crate::small_model::*;
+use super::small_model::*;
 
 const POINTER: &str = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n";
 

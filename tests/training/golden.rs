@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
-use mmpo_fast::device::{AdamWStep, Device};
+use mmpo_fast::device::Device;
 use mmpo_fast::model::{HeadOptions, Llama};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
+use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::{PairScore, Scorer};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
@@ -122,13 +123,13 @@ pub fn score<D: Device>(model: &Llama<D>, pairs: &[TokenizedPair]) -> Vec<PairSc
 }
 
 pub fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {
-    let beta = |index: usize| number(&settings["betas"][index]) as f32;
+    let beta = |index: usize| number(&settings["betas"][index]);
     AdamWStep {
-        learning_rate: learning_rate.unwrap_or_else(|| number(&settings["lr"])) as f32,
+        learning_rate: learning_rate.unwrap_or_else(|| number(&settings["lr"])),
         beta1: beta(0),
         beta2: beta(1),
-        epsilon: number(&settings["eps"]) as f32,
-        weight_decay: number(&settings["weight_decay"]) as f32,
+        epsilon: number(&settings["eps"]),
+        weight_decay: number(&settings["weight_decay"]),
         step,
     }
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
-use crate::small_model::*;
+use super::small_model::*;
 
 const NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
@@ -87,7 +87,7 @@ fn biases_are_read_where_the_config_has_them() {
     let config = with_key("attention_bias", true.into());
     let folder = Folder::with(&config, &tensors(&config, Dtype::F32));
     expect_values(&folder.open().unwrap(), Dtype::F32);
-    folder.write("config.json", crate::small_model::config().to_string());
+    folder.write("config.json", super::small_model::config().to_string());
     folder.refused("model.safetensors", "8 unexpected tensors (`model.layers.0.self_attn.k_proj.bias`");
 }
 
@@ -213,7 +213,7 @@ fn a_tied_head_may_be_stored_if_it_is_the_embedding() {
     assert!(opened.tensor(HEAD, &[40, 16]).is_err(), "a tied head is no tensor of its own");
     // The values of the small model are exact in every dtype.
     for dtype in [Dtype::F16, Dtype::BF16] {
-        let head = crate::small_model::tensors(&config, dtype)[EMBEDDING].clone();
+        let head = super::small_model::tensors(&config, dtype)[EMBEDDING].clone();
         tensors.insert(HEAD.into(), head);
         Folder::with(&config, &tensors).open().unwrap();
     }

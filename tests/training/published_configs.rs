@@ -1,13 +1,10 @@
 //! Models with the config.json keys of published ones, against log-probs that transformers gave them
 //! (`tests/reference/make_config_goldens.py`). Both sides make the weights from one formula.
 
-#[allow(dead_code)]
-mod golden;
-
 use std::path::Path;
 use std::sync::Arc;
 
-use golden::{array, ids, number, score};
+use crate::golden::{array, ids, number, score};
 use half::{bf16, f16};
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
@@ -25,7 +22,7 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 
 #[test]
 fn log_probs_are_those_of_transformers() {
-    let goldens: Value = serde_json::from_str(include_str!("goldens/configs.json")).expect("goldens");
+    let goldens: Value = serde_json::from_str(include_str!("../goldens/configs.json")).expect("goldens");
     let ids_of = |name: &str| ids(&goldens["ids"][name]);
     let pairs = [TokenizedPair {
         record: 0,

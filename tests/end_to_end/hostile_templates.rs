@@ -1,10 +1,10 @@
 //! Hostile chat templates on the program itself: each ends within 5 seconds of processor time, in little memory, with
 //! a text or with one error that names the template.
 
-mod list;
-
 use std::path::Path;
 use std::process::{Command, Output};
+
+use crate::hostile_templates_list::templates;
 
 /// Address space, in KiB: stacks and the model's files are in it, so that far less is ever used.
 const ADDRESSES: u32 = 1_600_000;
@@ -23,7 +23,7 @@ fn generate(template: &Path) -> Output {
 fn hostile_templates_end_with_one_clear_error() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("hostile.jinja");
-    let templates = list::templates();
+    let templates = templates();
     assert!(templates.len() >= 60);
     let mut wrong = Vec::new();
     for (name, source) in templates {

@@ -1,19 +1,13 @@
 //! What the log-prob head does, counted by the emulated device: tensor-core work next to `6 N V D` (main mode) and
-//! `8 N V D` (recompute mode), the bytes beside the operands of products, and bank conflicts. Counts and options are of a
-//! whole process, so this is one test.
-//!
-//! `cargo test --release --test head_counts -- --nocapture` prints the table.
+//! `8 N V D` (recompute mode), the bytes beside the operands of products, and bank conflicts.
 
-#![cfg(mmpo_emulated)]
-
-use mmpo_fast::device::cuda::{
-    CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_LATE,
-    MMPO_EMULATOR_SCHEDULE_ORDERED,
-};
+use mmpo_fast::device::cuda::{CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath};
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
     HeadBackward, HeadForward, HeadMode, HeadShape, RawValues, TokenCoefficients, TokenScores,
 };
+
+use crate::emulator_alone;
 
 /// Watches ordinary loads and stores too.
 const VARIANT: EmulatorVariant = EmulatorVariant::Checked;
@@ -26,18 +20,6 @@ const LOGITS: usize = ROWS * VOCAB;
 
 /// Columns that share statistics, see `kernels/common/logp_epilogue.cuh`.
 const STATISTICS: usize = 128;
-
-fn configure() {
-    let options = EmulatorOptions {
-        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
-        seed: 0,
-        host_threads: 0,
-        multiprocessors: 0,
-        trace_accesses: 1,
-    };
-    VARIANT.configure(options).unwrap();
-}
 
 /// Counts of a forward and of its backward.
 fn count(device: &CudaDevice, mode: HeadMode, entropy: bool) -> [EmulatorCounters; 2] {
@@ -117,7 +99,7 @@ fn print_row(pass: &str, counters: &EmulatorCounters) {
 
 #[test]
 fn the_head_does_the_least_work() {
-    configure();
+    let _alone = emulator_alone();
     // Statistics of a row: of each run of columns two f32 and the target's logit; lse, log-prob.
     let statistics = ROWS * 4 * (2 * VOCAB / STATISTICS + 1 + 2);
     for path in [KernelPath::Portable, KernelPath::Hopper] {

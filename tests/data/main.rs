@@ -1,21 +1,19 @@
 //! From pairs files to token ids, against what Hugging Face's own code makes of the same records
 //! (`tests/reference/data_goldens.py`).
 
-mod data {
-    mod bad_input;
-    mod disguises;
-    mod formats;
-    mod layouts;
-    mod limits;
-    mod messages;
-    mod packing;
-    mod plausible;
-    mod record_properties;
-    mod reference_cache;
-    mod template;
-    mod tokenizer;
-    mod tokens;
-}
+mod bad_input;
+mod disguises;
+mod formats;
+mod layouts;
+mod limits;
+mod messages;
+mod packing;
+mod plausible;
+mod record_properties;
+mod reference_cache;
+mod template;
+mod tokenizer;
+mod tokens;
 
 use std::path::{Path, PathBuf};
 

@@ -1,16 +1,13 @@
 //! What attention's backward kernels do at the lengths that matter, counted by the emulated device: tensor-core work next to
-//! the ten FLOPs a value of the head that each visible (query, key) entry asks for, and the traffic of dQ's sums. Counts are
-//! of a whole process, so this is one test.
-//!
-//! `cargo test --release --test attention_backward_counts -- --nocapture` prints the table.
-
-#![cfg(mmpo_emulated)]
+//! the ten FLOPs a value of the head that each visible (query, key) entry asks for, and the traffic of dQ's sums.
 
 use half::bf16;
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath};
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers};
+
+use crate::emulator_alone;
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
 
@@ -61,6 +58,7 @@ fn counted(device: &CudaDevice, batch: &PairBatch, shape: AttentionShape) -> Emu
 
 #[test]
 fn backward_does_little_more_than_what_is_visible() {
+    let _alone = emulator_alone();
     for ([prompt, chosen, rejected], least) in PROFILES {
         let tokens = |count| vec![0; count];
         let pair = TokenizedPair {

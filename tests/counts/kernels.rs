@@ -6,38 +6,27 @@
 //! fell. Where the change is meant, record the tables again and commit them:
 //!
 //! ```text
-//! MMPO_FAST_RECORD=1 cargo test --release --test kernel_counts
+//! MMPO_FAST_RECORD=1 cargo test --release --test counts kernels
 //! ```
-
-#![cfg(mmpo_emulated)]
-
-#[path = "kernel_counts/table.rs"]
-mod table;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mmpo_fast::bench::cases::{self, Maker};
 use mmpo_fast::bench::counts::{self, Counted, Counts};
 use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, GemmChoice, GemmTile, KernelPath,
-    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    self, CudaDevice, EmulatorCounters, EmulatorVariant, GemmChoice, GemmTile, KernelPath,
 };
 use mmpo_fast::device::prelude::*;
-use mmpo_fast::device::{AdamWState, AdamWUpdate, LinearShape, RawValues};
+use mmpo_fast::device::{LinearShape, RawValues};
 use mmpo_fast::error::Result;
+use mmpo_fast::optimizer::OptimizerState;
 
-use table::Table;
+use crate::emulator_alone;
+use crate::table::Table;
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
-
-/// The checked variant's options and counters are the process's: one test at a time.
-fn checked_variant() -> MutexGuard<'static, ()> {
-    static CHECKED: Mutex<()> = Mutex::new(());
-    CHECKED.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Sizes of the tiles of `kernels/linear.cu`.
 const TILE: usize = 128;
@@ -66,6 +55,7 @@ fn assert_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, depth: 
 
 #[test]
 fn gemms_read_each_operand_once_a_tile() {
+    let _alone = emulator_alone();
     let device = CudaDevice::emulated(VARIANT);
     let shape = LinearShape { rows: 256, inputs: 384, outputs: 512 };
     let mut x = device.alloc(shape.rows * shape.inputs).unwrap();
@@ -75,7 +65,8 @@ fn gemms_read_each_operand_once_a_tile() {
 
     let forward = counted(|| device.linear_forward(&mut out, &x, &weight, None, shape).unwrap());
     assert_gemm(&forward, shape.rows, shape.outputs, shape.inputs);
-    let weights = counted(|| device.linear_backward_weight(&mut dweight, None, &out, &x, shape).unwrap());
+    let weights =
+        counted(|| device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
     assert_gemm(&weights, shape.outputs, shape.inputs, shape.rows);
     let inputs = counted(|| device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
     assert_gemm(&inputs, shape.rows, shape.inputs, shape.outputs);
@@ -103,17 +94,8 @@ fn assert_hopper_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, 
 
 #[test]
 fn hopper_gemms_read_each_operand_once_a_tile() {
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
-    let options = EmulatorOptions {
-        async_: MMPO_EMULATOR_ASYNC_LATE as i32,
-        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
-        seed: 1,
-        host_threads: 0,
-        multiprocessors: 0,
-        trace_accesses: 1,
-    };
-    variant.configure(options).unwrap();
     let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
     let shape = LinearShape { rows: 128, inputs: 384, outputs: 256 };
     let mut x = device.alloc(shape.rows * shape.inputs).unwrap();
@@ -130,7 +112,7 @@ fn hopper_gemms_read_each_operand_once_a_tile() {
     assert_hopper_gemm(&forward, shape.rows, shape.outputs, shape.inputs, BF16);
     assert_eq!(forward.shared_wavefronts, 0, "bf16 leaves by stmatrix alone");
     let weights =
-        counted(&mut || device.linear_backward_weight(&mut dweight, None, &out, &x, shape).unwrap());
+        counted(&mut || device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
     assert_hopper_gemm(&weights, shape.outputs, shape.inputs, shape.rows, F32);
     assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
     let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
@@ -141,7 +123,7 @@ fn hopper_gemms_read_each_operand_once_a_tile() {
 /// what they would ask for alone.
 #[test]
 fn clusters_read_the_shared_operand_once() {
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
     let shape = LinearShape { rows: 512, inputs: 128, outputs: 256 };
     let loaded = |cluster: i32| {
@@ -165,11 +147,11 @@ fn clusters_read_the_shared_operand_once() {
 #[test]
 fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     const TENSORS: usize = 182;
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
     let device = CudaDevice::emulated(variant);
     let mut weights: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
-    let mut states: Vec<_> = (0..TENSORS).map(|_| AdamWState::new(&device, 5).unwrap()).collect();
+    let mut states: Vec<_> = (0..TENSORS).map(|_| OptimizerState::new(&device, 5).unwrap()).collect();
     let mut gradients: Vec<_> = (0..TENSORS).map(|_| device.alloc(5).unwrap()).collect();
     let mut norm = device.alloc(2).unwrap();
     let launches = |work: &mut dyn FnMut() -> Result<()>| -> u64 {
@@ -182,7 +164,7 @@ fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     assert_eq!(launches(&mut || device.gradient_norm(&mut norm, &all, None)), 2);
     let tensors = weights.iter_mut().zip(&mut states).zip(&gradients);
     let mut updates: Vec<_> =
-        tensors.map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient }).collect();
+        tensors.map(|((weight, state), gradient)| state.update(weight, gradient)).collect();
     let step = shapes::settings().unwrap().adamw(1);
     assert_eq!(launches(&mut || device.adamw(&mut updates, &norm, step)), 3);
 }
@@ -268,7 +250,7 @@ fn every_launcher_does_what_the_committed_table_says() {
             "clang loads some values once where g++ loads them again, and the table is g++'s: skipped"
         );
     }
-    let _alone = checked_variant();
+    let _alone = emulator_alone();
     let header = format!("path;shape;operation;launcher;{}", COLUMNS.join(";"));
     let mut table = Table::new("kernels.csv", header);
     let device = counts::counting_device().unwrap();

@@ -1,7 +1,6 @@
 //! `--device` as a user meets it: what each says where there is no driver, an old one, no GPU, an old one, or no memory.
 //!
 //! The drivers are pretended ones, made from `tests/fake_driver/libcuda.c` and found through LD_LIBRARY_PATH.
-#![cfg(target_os = "linux")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,9 +1,7 @@
 //! What the compiler made of the kernels: instructions that must be in the machine code, and some that must not, where
 //! cuobjdump is at hand. Registers, spills and ptxas' own complaints are the build's to check.
 //!
-//! `cargo test --release --test sass -- --nocapture` prints each kernel's instruction mix.
-
-#![cfg(mmpo_gpu_kernels)]
+//! `cargo test --release --test compiled sass -- --nocapture` prints each kernel's instruction mix.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,19 +1,17 @@
 //! What attention's kernels do at the lengths that matter, counted by the emulated device: tensor-core work and bytes next
 //! to the least that the visible (query, key) entries ask for. And that nothing depends on how many multiprocessors share
-//! the work. Counts and options are of a whole process, so this is one test.
-//!
-//! `cargo test --release --test attention_counts -- --nocapture` prints the table.
-
-#![cfg(mmpo_emulated)]
+//! the work.
 
 use half::bf16;
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{
     CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, KernelPath, MMPO_EMULATOR_ASYNC_EARLY,
-    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM, MMPO_EMULATOR_SCHEDULE_ORDERED,
+    MMPO_EMULATOR_ASYNC_LATE, MMPO_EMULATOR_ASYNC_RANDOM,
 };
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{AttentionShape, BatchBuffers, RawValues};
+
+use crate::{ORDINARY, emulator_alone};
 
 const VARIANT: EmulatorVariant = EmulatorVariant::Plain;
 
@@ -42,15 +40,7 @@ const LEAST_USEFUL: [(usize, KernelPath, [usize; 4]); 4] = [
 
 /// When copies and products take effect, and how many multiprocessors a persistent grid is told of.
 fn configure(timing: u32, multiprocessors: i32) {
-    let options = EmulatorOptions {
-        async_: timing as i32,
-        schedule: MMPO_EMULATOR_SCHEDULE_ORDERED as i32,
-        seed: 0,
-        host_threads: 0,
-        multiprocessors,
-        trace_accesses: 0,
-    };
-    VARIANT.configure(options).unwrap();
+    VARIANT.configure(EmulatorOptions { async_: timing as i32, multiprocessors, ..ORDINARY }).unwrap();
 }
 
 fn batch_of(&(_, prompt, chosen, rejected): &Profile) -> PairBatch {
@@ -126,7 +116,7 @@ fn report(
 
 #[test]
 fn forward_does_little_more_than_what_is_visible() {
-    configure(MMPO_EMULATOR_ASYNC_LATE, 0);
+    let _alone = emulator_alone();
     for (head_size, path, least) in LEAST_USEFUL {
         let shape = SHAPES.into_iter().find(|shape| shape.head_size == head_size).unwrap();
         let device = CudaDevice::emulated(VARIANT).with_path(path);

@@ -13,7 +13,7 @@ use mmpo_fast::{Error, Result};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
-use crate::small_model::*;
+use super::small_model::*;
 
 /// Set in a process that a test here started: the folder it is to write into.
 const CHILD: &str = "MMPO_FAST_TEST_CHILD";
@@ -108,7 +108,7 @@ fn a_large_model_is_cut_as_transformers_cuts_it() {
         serde_json::from_slice(&std::fs::read(target.join("model.safetensors.index.json")).unwrap()).unwrap();
     let parameters = parsed(&config()).parameters();
     assert_eq!(index["metadata"], json!({"total_parameters": parameters, "total_size": 2 * parameters}));
-    let golden: Value = serde_json::from_str(include_str!("../goldens/shards.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../goldens/shards.json")).unwrap();
     assert_eq!(index["weight_map"], golden["weight_map"]);
     let shards = names(&target).iter().filter(|name| name.ends_with(".safetensors")).count();
     assert_eq!(shards as u64, golden["shards"].as_u64().unwrap());
@@ -283,7 +283,7 @@ fn child(test: &str, folder: &Path, before: &str) -> Command {
     let mut command = Command::new("sh");
     command
         .arg("-c")
-        .arg(format!("{before} exec \"$0\" --exact saving::{test} --nocapture"))
+        .arg(format!("{before} exec \"$0\" --exact checkpoint::saving::{test} --nocapture"))
         .arg(std::env::current_exe().unwrap())
         .env(CHILD, folder)
         .stdout(std::process::Stdio::piped())

@@ -4,9 +4,7 @@
 //! The cases are C++ (`tests/emulator/*.cu`). They are compiled here for both variants into one program, which runs them
 //! by name. Objects are kept between runs and rebuilt when their source or any header is newer.
 
-#![cfg(mmpo_emulated)]
-
-#[path = "../kernels/emulator/compile.rs"]
+#[path = "../../kernels/emulator/compile.rs"]
 mod compile;
 
 use std::collections::BTreeMap;

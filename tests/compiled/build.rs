@@ -1,23 +1,15 @@
 //! What the build promises: a binary without CUDA libraries that starts anywhere, objects that are compiled again only
 //! when their input changed, a complaint for every spill, and a table of what each kernel takes.
 
-#[path = "../build/choices.rs"]
-mod choices;
-#[path = "../build/objects.rs"]
-mod objects;
-#[path = "../build/ptxas.rs"]
-mod ptxas;
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Mutex;
 
-use choices::{GpuKernels, without_emulated};
 use mmpo_fast::device::cuda::{build_info, emulated_info};
-use objects::{Cache, Compiled, Job};
 
-/// As the build script's.
-type Result<T> = std::result::Result<T, String>;
+use crate::choices::{GpuKernels, without_emulated};
+use crate::objects::{Cache, Compiled, Job};
+use crate::ptxas;
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"))

@@ -11,7 +11,7 @@ pub struct Table {
     rows: BTreeMap<String, Vec<String>>,
 }
 
-const RECORD: &str = "MMPO_FAST_RECORD=1 cargo test --release --test kernel_counts";
+const RECORD: &str = "MMPO_FAST_RECORD=1 cargo test --release --test counts kernels";
 
 impl Table {
     pub fn new(name: &str, header: String) -> Self {

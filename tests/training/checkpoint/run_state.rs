@@ -11,7 +11,7 @@ use mmpo_fast::{Error, Result};
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 
-use crate::small_model::expect_message;
+use super::small_model::expect_message;
 
 const CONFIG: &str = "seed = 42\noutput = \"runs/a\"\n[objective]\nname = \"mmpo\"\nbeta = 0.1\n";
 
