@@ -331,24 +331,30 @@ mmpo_status MMPO_EXPORT(logp_head_dlogits_sm90)(mmpo_bf16* dlogits, const mmpo_b
                                                 int32_t rows, int32_t width, int32_t first_column, int32_t columns,
                                                 mmpo_stream stream);
 
-/* ---- pair_objective.cu: src/objective.rs is the reference ------------------------------------------------------ */
+/* ---- pair_objective.cu: src/objective is the reference --------------------------------------------------------- */
 
+/* In the order of ObjectiveKind in src/objective/mod.rs. */
 enum mmpo_objective_kind {
     MMPO_OBJECTIVE_MMPO = 0,
     MMPO_OBJECTIVE_DPO = 1,
     MMPO_OBJECTIVE_SIMPO = 2,
-    MMPO_OBJECTIVE_SFT = 3
+    MMPO_OBJECTIVE_SFT = 3,
+    MMPO_OBJECTIVE_IPO = 4,
+    MMPO_OBJECTIVE_ORPO = 5,
+    MMPO_OBJECTIVE_HINGE = 6,
+    MMPO_OBJECTIVE_KINDS
 };
 
-/* Parameters of an objective; those that its kind does not use are 0. */
+/* Parameters of an objective under the names of the options; a kind reads those that belong to it. (mmpo's beta is part
+ * of its constants already.) */
 typedef struct mmpo_objective {
     int32_t kind;
-    int32_t length_normalize; /* mmpo: 0 or 1 */
-    float beta;               /* dpo, simpo */
-    float preference_weight;  /* mmpo */
-    float entropy_weight;     /* mmpo */
-    float label_smoothing;    /* dpo */
-    float gamma_beta_ratio;   /* simpo */
+    int32_t length_normalize; /* 0 or 1 */
+    float beta;
+    float preference_weight;
+    float entropy_weight;
+    float label_smoothing;
+    float gamma_beta_ratio;
 } mmpo_objective;
 
 /* For pairs first_pair .. first_pair + pairs: assigns their rows of outcomes[.., 8] (loss, reward_chosen,

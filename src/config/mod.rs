@@ -20,30 +20,8 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::Objective;
+pub use crate::objective::ObjectiveKind;
 use crate::optimizer::{AdamWSettings, Schedule};
-
-/// Which objective, without its numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ObjectiveKind {
-    Mmpo,
-    Dpo,
-    Simpo,
-    Sft,
-}
-
-impl ObjectiveKind {
-    pub const ALL: [ObjectiveKind; 4] =
-        [ObjectiveKind::Mmpo, ObjectiveKind::Dpo, ObjectiveKind::Simpo, ObjectiveKind::Sft];
-
-    pub fn of(objective: &Objective) -> Self {
-        match objective {
-            Objective::Mmpo(_) => ObjectiveKind::Mmpo,
-            Objective::Dpo(_) => ObjectiveKind::Dpo,
-            Objective::Simpo(_) => ObjectiveKind::Simpo,
-            Objective::Sft => ObjectiveKind::Sft,
-        }
-    }
-}
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,10 +65,7 @@ impl RunConfig {
     /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
     /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
     pub fn pairs_per_step(&self, pairs: usize) -> usize {
-        let group = match self.objective {
-            Objective::Mmpo(mmpo) => mmpo.reward_group,
-            _ => 1,
-        };
+        let group = self.objective.formula().pairs_together();
         let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
         self.batch.pairs_per_step.unwrap_or((1 << most.ilog2()).max(group))
     }

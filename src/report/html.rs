@@ -7,6 +7,7 @@ use super::history::History;
 use super::metrics::EvalMetrics;
 use super::progress::duration;
 use super::summary::{Sample, compare};
+use crate::objective::ObjectiveKind;
 
 /// Name of the file in a run's output folder.
 pub const REPORT_FILE: &str = "report.html";
@@ -346,13 +347,7 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
 
 /// An objective as its paper writes it.
 fn written(objective: &str) -> &str {
-    match objective {
-        "mmpo" => "MMPO",
-        "dpo" => "DPO",
-        "simpo" => "SimPO",
-        "sft" => "SFT",
-        other => other,
-    }
+    ObjectiveKind::from_name(objective).map_or(objective, |kind| kind.descriptor().title)
 }
 
 /// At most `most` of the steps, evenly spread, the first and the last among them.

@@ -102,7 +102,7 @@ impl PairMetrics {
             loss,
             logps_chosen: mean(&|outcome| outcome.logp_chosen.into()),
             preference: (objective.sides() == Sides::Both).then(preference),
-            weights: matches!(objective, Objective::Mmpo(_)).then(weights),
+            weights: objective.descriptor().has_weights.then(weights),
         }
     }
 

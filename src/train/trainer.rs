@@ -259,11 +259,8 @@ impl<D: Device> Trainer<D> {
     }
 
     fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {
-        let weight = match self.objective {
-            Objective::Sft => chosen_tokens(pairs).iter().sum::<usize>(),
-            _ => pairs.len(),
-        };
-        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / weight.max(1) as f64
+        let count = self.objective.batch_count(&chosen_tokens(pairs));
+        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / count
     }
 }
 

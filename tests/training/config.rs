@@ -6,7 +6,7 @@ use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
 use mmpo_fast::config::{LengthLimits, RunConfig, Warmup, resolve};
 use mmpo_fast::model::{HeadChoice, HeadOptions};
-use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
+use mmpo_fast::objective::{DESCRIPTORS, Dpo, Mmpo, Objective, Simpo};
 use mmpo_fast::optimizer::Schedule;
 use mmpo_fast::{Error, Result};
 use proptest::prelude::*;
@@ -207,6 +207,19 @@ fn an_option_of_another_objective_is_refused() {
         ),
         ("objective = \"dpo\"\nlength_normalize = true", "run.toml:5: `length_normalize` belongs to mmpo"),
         ("objective = \"sft\"\nbeta = 0.1", "`beta` belongs to mmpo, dpo, simpo"),
+        (
+            "objective = \"ipo\"\nlabel_smoothing = 0.1",
+            "`label_smoothing` belongs to dpo, and the objective is ipo",
+        ),
+        (
+            "objective = \"orpo\"\nlabel_smoothing = 0.1",
+            "`label_smoothing` belongs to dpo, and the objective is orpo",
+        ),
+        ("objective = \"orpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
+        (
+            "objective = \"hinge\"\ngamma_beta_ratio = 1.0",
+            "`gamma_beta_ratio` belongs to simpo, and the objective is hinge",
+        ),
         ("objective = \"simpo\"\nreference = \"r\"", "`reference` belongs to mmpo, dpo"),
         ("objective = \"dpo\"\ngamma_beta_ratio = 1.0", "`gamma_beta_ratio` belongs to simpo"),
         ("reward_group = 4\nreward_normalize = false", "`reward_group` has no effect"),
@@ -283,9 +296,9 @@ fn without_model_and_data_the_demo_runs_and_half_of_them_is_an_error() {
 
 #[test]
 fn the_demo_takes_every_objective() {
-    for objective in ["mmpo", "dpo", "simpo", "sft"] {
-        let config = resolve(flags(&[("objective", objective)]).unwrap(), None, false).unwrap();
-        assert_eq!(config.objective.name(), objective);
+    for objective in DESCRIPTORS {
+        let config = resolve(flags(&[("objective", objective.name)]).unwrap(), None, false).unwrap();
+        assert_eq!(config.objective.name(), objective.name);
     }
 }
 
@@ -353,6 +366,53 @@ fn options_have_distinct_names_and_help() {
     assert_eq!(flag_name("tokens_per_micro_batch"), "--tokens-per-micro-batch");
 }
 
+/// A descriptor can only list options that exist, and an option that not all objectives have is listed by one.
+#[test]
+fn descriptors_and_options_agree() {
+    let rows = rows();
+    for objective in DESCRIPTORS {
+        for option in objective.options {
+            let row = rows.iter().find(|row| row.name == option.name);
+            let row = row.unwrap_or_else(|| panic!("{}: no option {}", objective.name, option.name));
+            assert!(row.only.contains(&objective.kind), "{}: {}", objective.name, option.name);
+        }
+        let help = rows.iter().find(|row| row.name == "objective").unwrap().help();
+        let described = format!("{}: {} ({})", objective.name, objective.help, objective.source);
+        assert!(help.contains(&described), "{help}");
+        assert!(run(&format!("objective = \"{}\"", objective.name), &[]).is_ok(), "{}", objective.name);
+    }
+    for row in rows {
+        assert!(!row.only.is_empty(), "{} belongs to no objective", row.name);
+    }
+}
+
+/// Each objective takes every option that its descriptor lists, and refuses every other one by name.
+#[test]
+fn every_objective_takes_its_own_options_and_no_others() {
+    for objective in DESCRIPTORS {
+        for row in rows().iter().filter(|row| row.only.len() < DESCRIPTORS.len()) {
+            let value = match row.placeholder {
+                "NUMBER" | "NUMBER|beta" if row.name == "label_smoothing" => "0.25",
+                "NUMBER" | "NUMBER|beta" => "0.75",
+                "COUNT" => "3",
+                "true|false" => "true",
+                _ => "path",
+            };
+            let result = run("", &[("objective", objective.name), (row.name, value)]);
+            if row.only.contains(&objective.kind) {
+                let config = result.unwrap_or_else(|error| panic!("{}: {error}", objective.name));
+                assert!(config.to_toml().contains(&format!("\n{} = ", row.name)), "{}", config.to_toml());
+                assert_round_trip(&config);
+            } else {
+                let message = refusal(result);
+                let name = flag_name(row.name);
+                assert!(message.contains(&format!("`{name}` belongs to ")), "{message}");
+                assert!(message.contains(&format!("the objective is {} ", objective.name)), "{message}");
+            }
+        }
+    }
+}
+
 /// What goes out as a resolved recipe comes back as the same configuration, but that all lengths are given ones now.
 fn assert_round_trip(config: &RunConfig) {
     let text = config.to_toml();
@@ -379,7 +439,7 @@ fn the_demo_and_odd_paths_round_trip() {
 proptest! {
     #[test]
     fn resolved_recipes_round_trip(
-        objective in prop::sample::select(vec!["mmpo", "dpo", "simpo", "sft"]),
+        objective in prop::sample::select(DESCRIPTORS),
         beta in 1e-6f64..100.0,
         learning_rate in 1e-9f64..1.0,
         adam_epsilon in 1e-300f64..1e-3,
@@ -393,10 +453,11 @@ proptest! {
         threads in prop::option::of(1usize..64),
     ) {
         let mut text = format!(
-            "objective = \"{objective}\"\nlearning_rate = {learning_rate:e}\nadam_epsilon = {adam_epsilon:e}\n\
-             seed = {seed}\npairs_per_step = {pairs}\nmax_length = {max_length}\ndevice = \"{device}\"\n"
+            "objective = \"{}\"\nlearning_rate = {learning_rate:e}\nadam_epsilon = {adam_epsilon:e}\n\
+             seed = {seed}\npairs_per_step = {pairs}\nmax_length = {max_length}\ndevice = \"{device}\"\n",
+            objective.name
         );
-        if objective != "sft" {
+        if objective.option("beta").is_some() {
             text.push_str(&format!("beta = {beta:e}\n"));
         }
         match max_steps {

@@ -7,7 +7,7 @@ use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
 use mmpo_fast::model::{HeadOptions, Llama};
-use mmpo_fast::objective::{Dpo, Mmpo, Objective, Simpo};
+use mmpo_fast::objective::{Objective, ObjectiveKind, Settings};
 use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::{PairScore, Scorer};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
@@ -66,21 +66,19 @@ impl Golden {
         let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
         let beta = option("beta", number(&self.json["beta"]));
         let family = options["objective"].as_str().unwrap_or(key.split('_').next().unwrap_or(key));
-        match family {
-            "mmpo" => Objective::Mmpo(Mmpo {
-                beta,
-                epsilon: 0.9,
-                reward_group: option("reward_group", self.pairs.len() as f64) as usize,
-                reward_normalize: flag("reward_normalize", true),
-                length_normalize: flag("length_normalize", key == "mmpo_length"),
-                preference_weight: option("preference_weight", 0.0),
-                entropy_weight: option("entropy_weight", 0.0),
-            }),
-            "dpo" => Objective::Dpo(Dpo { beta, label_smoothing: option("label_smoothing", 0.0) }),
-            "simpo" => Objective::Simpo(Simpo { beta, gamma_beta_ratio: option("gamma_beta_ratio", 1.6) }),
-            "sft" => Objective::Sft,
-            other => panic!("golden objective `{other}` is not known to this test"),
-        }
+        let kind = ObjectiveKind::from_name(family)
+            .unwrap_or_else(|| panic!("golden objective `{family}` is not known to the program"));
+        (kind.descriptor().build)(&Settings {
+            beta,
+            epsilon: 0.9,
+            reward_group: option("reward_group", self.pairs.len() as f64) as usize,
+            reward_normalize: flag("reward_normalize", true),
+            length_normalize: flag("length_normalize", key == "mmpo_length"),
+            preference_weight: option("preference_weight", 0.0),
+            entropy_weight: option("entropy_weight", 0.0),
+            gamma_beta_ratio: option("gamma_beta_ratio", 1.6),
+            label_smoothing: option("label_smoothing", 0.0),
+        })
     }
 
     /// Runs `body` with a trainer at the stored weights, whose head works as `head` says, and the pairs with their

@@ -1,10 +1,12 @@
 //! The objectives against the formulas of their papers, written once more in f64: losses by value, coefficients by
-//! central differences.
+//! central differences. And against PyTorch's autograd (`tests/goldens/objectives.json`).
 
 use mmpo_fast::data::Sides;
 use mmpo_fast::objective::{
-    Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, ReferencePair, Simpo,
+    DESCRIPTORS, Dpo, Hinge, Ipo, Mmpo, Objective, ObjectiveKind, Orpo, PairCoefficients, PairConstants,
+    PairOutcome, PairScores, ReferencePair, Settings, Simpo,
 };
+use serde_json::Value;
 
 const MMPO: Mmpo = Mmpo {
     beta: 0.05,
@@ -87,6 +89,24 @@ fn naive_loss(
             -sigmoid(simpo.beta * margin).ln()
         }
         Objective::Sft => -chosen.sum(),
+        Objective::Ipo(ipo) => {
+            let mean_ratio = |response: &Response, known: f64| (response.sum() - known) / response.length();
+            let h = mean_ratio(chosen, known_chosen) - mean_ratio(rejected, known_rejected);
+            (h - 1.0 / (2.0 * ipo.beta)).powi(2)
+        }
+        Objective::Hinge(hinge) => {
+            let ratio = (chosen.sum() - known_chosen) - (rejected.sum() - known_rejected);
+            (1.0 - hinge.beta * ratio).max(0.0)
+        }
+        Objective::Orpo(orpo) => {
+            let mean = |response: &Response| response.sum() / response.length();
+            // Responses without tokens are certain, and certainty counts as a log-prob of -1e-6.
+            let odds = |response: &Response| {
+                let probability = mean(response).min(-1e-6).exp();
+                probability / (1.0 - probability)
+            };
+            -mean(chosen) - orpo.beta * sigmoid((odds(chosen) / odds(rejected)).ln()).ln()
+        }
     }
 }
 
@@ -151,6 +171,9 @@ fn objectives() -> Vec<Objective> {
     for label_smoothing in [0.0, 0.1, 0.5] {
         all.push(Objective::Dpo(Dpo { beta: 0.3, label_smoothing }));
     }
+    all.extend([0.1, 0.7].map(|beta| Objective::Ipo(Ipo { beta })));
+    all.extend([0.1, 1.0].map(|beta| Objective::Orpo(Orpo { beta })));
+    all.extend([0.1, 0.7].map(|beta| Objective::Hinge(Hinge { beta })));
     for gamma_beta_ratio in [0.0, 1.6] {
         all.push(Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio }));
     }
@@ -159,6 +182,14 @@ fn objectives() -> Vec<Objective> {
 
 fn constants(chosen: f32, rejected: f32) -> PairConstants {
     PairConstants { chosen, rejected, scale: 0.125, reserved: 0.0 }
+}
+
+#[test]
+fn every_objective_is_among_those_that_are_tested() {
+    for descriptor in DESCRIPTORS {
+        let mut tested = objectives().into_iter().filter(|objective| objective.kind() == descriptor.kind);
+        assert!(tested.next().is_some(), "{} is not tested", descriptor.name);
+    }
 }
 
 #[test]
@@ -219,6 +250,71 @@ fn rewards_and_sums_are_what_the_charts_say() {
     assert_close("beta lp / n", simpo.reward_rejected.into(), -2.0);
 }
 
+/// Rewards are TRL's, sums times beta; `h` is 1 / (2 beta) at its target, where nothing is left to learn.
+#[test]
+fn ipo_rests_at_its_target() {
+    let pair = [Response::of_logp(&[-1.0, -2.0]), Response::of_logp(&[-0.5, -0.5, -2.0])];
+    let ipo = Objective::Ipo(Ipo { beta: 0.25 });
+    // Mean log-ratios of 0.5 and -1.5 nats a token: 2 apart.
+    let rest = evaluate(&ipo, [&pair[0], &pair[1]], constants(-4.0, 1.5));
+    assert_eq!(
+        (rest.outcome.loss, rest.outcome.reward_chosen, rest.outcome.reward_rejected),
+        (0.0, 0.25, -1.125)
+    );
+    assert!(rest.logp.iter().flatten().all(|&a| a == 0.0), "{rest:?}");
+    // Equal log-ratios a token are 1 / (2 beta) short of it.
+    let start = evaluate(&ipo, [&pair[0], &pair[1]], constants(-3.0, -3.0));
+    assert_eq!(start.outcome.loss, 4.0);
+    assert_close("-4 scale / n_w", start.logp[0][0].into(), -4.0 * 0.125 / 2.0);
+    assert_close("4 scale / n_l", start.logp[1][2].into(), 4.0 * 0.125 / 3.0);
+}
+
+/// Where a response is all but certain, `1 - e^m` vanishes: odds, losses and slopes stay finite and keep their signs. That of
+/// the chosen response has a limit, `e^(o_l)`; that of the rejected one grows as `1 / -m` up to the bound of 1e-6.
+#[test]
+fn orpo_near_certainty() {
+    let orpo = Objective::Orpo(Orpo { beta: 0.5 });
+    let at = |chosen: f64, rejected: f64| {
+        let pair = [Response::of_logp(&[chosen]), Response::of_logp(&[rejected])];
+        evaluate(&orpo, [&pair[0], &pair[1]], constants(0.0, 0.0))
+    };
+    for chosen in [-1e-3, -1e-5, -1e-6, -1e-9, -1e-40, 0.0, 1e-7] {
+        let got = at(chosen, -1.0);
+        let odds = (-1.0f64).exp() / (1.0 - (-1.0f64).exp());
+        // The limit is reached as fast as the probability reaches 1.
+        let error = (f64::from(got.logp[0][0]) - 0.125 * (-1.0 - 0.5 * odds)).abs();
+        assert!(error <= 0.2 * chosen.abs().max(1e-6) + 1e-7, "{chosen}: {got:?}, error {error:e}");
+        assert!(got.outcome.loss.is_finite() && got.outcome.loss.abs() <= 0.01, "{chosen}: {got:?}");
+    }
+    for (rejected, slope) in [(-1e-3, 1e3), (-1e-5, 1e5), (-1e-6, 1e6), (-1e-9, 1e6), (0.0, 1e6), (1e-7, 1e6)]
+    {
+        let got = at(-1.0, rejected);
+        let wanted = 0.125 * 0.5 * slope;
+        let error = (f64::from(got.logp[1][0]) - wanted).abs();
+        assert!(error <= 2e-3 * wanted, "{rejected}: {got:?}, error {error:e}");
+        assert!(got.outcome.loss.is_finite() && got.outcome.loss > 1.0, "{rejected}: {got:?}");
+    }
+    let equal = at(0.0, 0.0);
+    assert_close("log 2 / 2", equal.outcome.loss.into(), 0.5 * std::f64::consts::LN_2);
+    assert!(equal.logp[0][0] < -1e4 && equal.logp[1][0] > 1e4, "{equal:?}");
+    let impossible = at(-1e4, -1e4);
+    assert_close("m and log 2", impossible.outcome.loss.into(), 1e4 + 0.5 * std::f64::consts::LN_2);
+}
+
+/// A pair whose margin is 1 or more has nothing left to learn, and one below is pulled with all of beta.
+#[test]
+fn hinge_lets_go_of_a_pair_at_a_margin_of_one() {
+    let pair = [Response::of_logp(&[-1.0, -2.0]), Response::of_logp(&[-0.5, -0.5, -2.0])];
+    let hinge = Objective::Hinge(Hinge { beta: 0.5 });
+    // Margins of half the difference of the log-ratios: 0, 0.75, 1 and 2.
+    for (known, loss, slope) in [(-3.0, 1.0, 0.5), (-4.5, 0.25, 0.5), (-5.0, 0.0, 0.0), (-7.0, 0.0, 0.0)] {
+        let got = evaluate(&hinge, [&pair[0], &pair[1]], constants(known, -3.0));
+        assert_eq!(got.outcome.loss, loss, "{known}");
+        assert!(got.logp[0].iter().all(|&a| a == -0.125 * slope), "{known}: {got:?}");
+        assert!(got.logp[1].iter().all(|&a| a == 0.125 * slope), "{known}: {got:?}");
+    }
+}
+
 /// `-log sigmoid(s_w - s_l) - logsumexp(s_w, s_l) = -s_w`: the rejected response drops out.
 #[test]
 fn preference_weight_one_is_supervised_fine_tuning() {
@@ -274,6 +370,20 @@ fn extreme_scores_stay_finite() {
     let lost = evaluate(&dpo, [&far, &near], constants(0.0, 0.0));
     assert_close("-margin", lost.outcome.loss.into(), 3e4 - 0.1);
     assert!(lost.logp[0].iter().all(|&a| a == -0.125), "{lost:?}");
+}
+
+/// A log-prob that is not a number makes a loss that is none, of which training would not hear otherwise.
+#[test]
+fn a_nan_reaches_the_loss() {
+    for objective in objectives() {
+        let sides = if objective.sides() == Sides::Both { 2 } else { 1 };
+        for side in 0..sides {
+            let mut pair = [Response::new(3, 1), Response::new(5, 2)];
+            pair[side].logp[1] = f64::NAN;
+            let got = evaluate(&objective, [&pair[0], &pair[1]], constants(0.9, 0.1));
+            assert!(got.outcome.loss.is_nan(), "{objective:?}, side {side}: {got:?}");
+        }
+    }
 }
 
 fn reference(
@@ -342,12 +452,104 @@ fn what_each_objective_needs() {
     for objective in objectives() {
         let (reference, entropy, sides) = match &objective {
             Objective::Mmpo(mmpo) => (true, mmpo.entropy_weight != 0.0, Sides::Both),
-            Objective::Dpo(_) => (true, false, Sides::Both),
-            Objective::Simpo(_) => (false, false, Sides::Both),
+            Objective::Dpo(_) | Objective::Ipo(_) | Objective::Hinge(_) => (true, false, Sides::Both),
+            Objective::Simpo(_) | Objective::Orpo(_) => (false, false, Sides::Both),
             Objective::Sft => (false, false, Sides::ChosenOnly),
         };
         assert_eq!(objective.needs_reference(), reference, "{objective:?}");
         assert_eq!(objective.needs_entropy(), entropy, "{objective:?}");
         assert_eq!(objective.sides(), sides, "{objective:?}");
+    }
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().unwrap_or_else(|| panic!("not an array: {value}"))
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
+}
+
+/// The objective of a golden case, over a batch of `pairs`.
+fn golden_objective(case: &Value, pairs: usize) -> Objective {
+    let options = &case["options"];
+    let number = |name: &str, default: f64| options[name].as_f64().unwrap_or(default);
+    let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
+    let name = case["objective"].as_str().unwrap();
+    let kind = ObjectiveKind::from_name(name).unwrap_or_else(|| panic!("no objective {name}"));
+    (kind.descriptor().build)(&Settings {
+        beta: number("beta", 0.0),
+        epsilon: number("epsilon", 0.9),
+        reward_group: number("reward_group", pairs as f64) as usize,
+        reward_normalize: flag("reward_normalize", true),
+        length_normalize: flag("length_normalize", false),
+        preference_weight: number("preference_weight", 0.0),
+        entropy_weight: number("entropy_weight", 0.0),
+        gamma_beta_ratio: number("gamma_beta_ratio", 0.0),
+        label_smoothing: number("label_smoothing", 0.0),
+    })
+}
+
+/// A golden batch: both responses of each pair, and what the reference says of them.
+fn golden_batch(batch: &Value) -> (Vec<[Response; 2]>, Vec<ReferencePair>) {
+    let numbers = |value: &Value| array(value).iter().map(number).collect::<Vec<f64>>();
+    let sides = |pair: usize| {
+        [0, 1].map(|side| Response {
+            logp: numbers(&batch["logp"][pair][side]),
+            entropy: numbers(&batch["entropy"][pair][side]),
+        })
+    };
+    let pairs: Vec<[Response; 2]> = (0..array(&batch["logp"]).len()).map(sides).collect();
+    let of_reference = |(pair, sums): (&[Response; 2], &Value)| ReferencePair {
+        logp_chosen: number(&sums[0]) as f32,
+        logp_rejected: number(&sums[1]) as f32,
+        tokens_chosen: pair[0].logp.len() as u32,
+        tokens_rejected: pair[1].logp.len() as u32,
+    };
+    let references = pairs.iter().zip(array(&batch["reference"])).map(of_reference).collect();
+    (pairs, references)
+}
+
+/// Losses and derivatives by each token that PyTorch's autograd found, of plausible, nearly certain, nearly impossible and
+/// equal responses.
+#[test]
+fn losses_and_coefficients_are_those_of_autograd() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/objectives.json");
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    for descriptor in DESCRIPTORS {
+        let mut names = array(&golden["cases"]).iter().map(|case| &case["objective"]);
+        assert!(names.any(|name| name == descriptor.name), "{} has no golden", descriptor.name);
+    }
+    for case in array(&golden["cases"]) {
+        let (pairs, references) = golden_batch(&golden["batches"][case["batch"].as_str().unwrap()]);
+        let objective = golden_objective(case, pairs.len());
+        let label = format!("{objective:?}, {}", case["batch"]);
+        let chosen_tokens: Vec<usize> = pairs.iter().map(|[chosen, _]| chosen.logp.len()).collect();
+        let constants = objective.batch_constants(&references, &chosen_tokens);
+        let mut loss = 0.0;
+        for (at, ([chosen, rejected], constants)) in pairs.iter().zip(constants).enumerate() {
+            let got = evaluate(&objective, [chosen, rejected], constants);
+            loss += f64::from(constants.scale) * f64::from(got.outcome.loss);
+            for side in 0..2 {
+                let what = format!("{label}: pair {at}, side {side}");
+                assert_golden(&format!("a, {what}"), &got.logp[side], &case["logp"][at][side]);
+                assert_golden(&format!("b, {what}"), &got.entropy[side], &case["entropy_slope"][at][side]);
+            }
+        }
+        assert_close(&label, loss, number(&case["loss"]));
+    }
+}
+
+/// A golden list holds a value for each token, or one for all.
+#[track_caller]
+fn assert_golden(what: &str, got: &[f32], wanted: &Value) {
+    let wanted = array(wanted);
+    assert!(wanted.len() == 1 || wanted.len() == got.len(), "{what}: {got:?}, wanted {wanted:?}");
+    for (token, &got) in got.iter().enumerate() {
+        assert_close(
+            &format!("{what}, token {token}"),
+            got.into(),
+            number(&wanted[token.min(wanted.len() - 1)]),
+        );
     }
 }
