@@ -5,7 +5,7 @@ mod head;
 mod layer;
 mod optimizer;
 
-pub use layer::{head_products, linear_shape};
+pub use layer::{head_gemms, linear_shape};
 
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};
@@ -32,7 +32,7 @@ pub struct Case<D: Device> {
     pub operation: &'static str,
     /// Which of several uses; empty where there is one.
     pub part: &'static str,
-    /// Floating-point operations of its products; 0 where memory bounds it anyway.
+    /// Floating-point operations of its gemms; 0 where memory bounds it anyway.
     pub flops: f64,
     /// The fewest bytes it can move.
     pub bytes: f64,

@@ -3,10 +3,10 @@
 pub mod cases;
 #[cfg(mmpo_emulated)]
 pub mod counts;
+mod gemm;
 pub mod inputs;
 mod kernels;
 mod measure;
-mod products;
 mod report;
 pub mod shapes;
 mod step;
@@ -28,7 +28,7 @@ pub enum Part {
     /// A whole training step, and its parts.
     Step,
     /// Linear layers by our kernels and by the vendor's.
-    Products,
+    Gemm,
     /// What the kernels do, on the emulated device, instead of how long they take.
     Counts,
 }
@@ -111,7 +111,7 @@ impl BenchConfig {
 /// Measures and prints.
 pub fn run(config: &BenchConfig) -> Result<()> {
     match config.parts[..] {
-        [Part::Products] => products::run(config),
+        [Part::Gemm] => gemm::run(config),
         [Part::Counts] => counts(config),
         _ => run_on(config.device, config.threads, Task(config)),
     }

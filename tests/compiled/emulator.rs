@@ -158,8 +158,8 @@ fn whole_kernels_under_every_timing_and_schedule() {
 }
 
 #[test]
-fn hopper_products_under_every_timing_and_schedule() {
-    expect_sound(&["products.cu"], &[LATE, EARLY, RANDOM, Mode { schedule: 1, ..EARLY }]);
+fn hopper_gemms_under_every_timing_and_schedule() {
+    expect_sound(&["gemm.cu"], &[LATE, EARLY, RANDOM, Mode { schedule: 1, ..EARLY }]);
 }
 
 #[test]

@@ -28,23 +28,23 @@ const EXPECTED: &[(&str, &str, &str, &[&str])] = &[
     ),
     ("attention_backward", "backward_kernel", "sm_80", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
     ("attention_backward", "backward_kernel", "sm_90a", &["HMMA", "LDGSTS", "LDSM", "MUFU.EX2"]),
-    // The products of the log-prob head, whose epilogues hold exponentials.
+    // The gemms of the log-prob head, whose epilogues hold exponentials.
     (
         "logp_head_sm90",
-        "product_kernel",
+        "gemm_sm90_kernel",
         "sm_90a",
         &["HGMMA", "UTMALDG", "USETMAXREG", "SYNCS.PHASECHK", "MUFU.EX2"],
     ),
-    ("logp_head", "product_kernel", "sm_80", &["HMMA", "LDSM", "MUFU.EX2"]),
+    ("logp_head", "gemm_kernel", "sm_80", &["HMMA", "LDSM", "MUFU.EX2"]),
     // wgmma, TMA in and out, registers handed to the consumers, panels by stmatrix.
-    ("linear_sm90", "product_kernel", "sm_90a", PRODUCT),
+    ("linear_sm90", "gemm_sm90_kernel", "sm_90a", GEMM),
     // Clusters: slices for two blocks at once, and the barrier between them.
     ("linear_sm90", "Paired", "sm_90a", &["UTMALDG.2D.MULTICAST", "UCGABAR_ARV"]),
     ("logp_head_sm90", "Paired", "sm_90a", &["UTMALDG.2D.MULTICAST", "UCGABAR_ARV"]),
 ];
 
-/// A Hopper product, whatever its epilogue.
-const PRODUCT: &[&str] = &["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS.PHASECHK"];
+/// A Hopper gemm, whatever its epilogue.
+const GEMM: &[&str] = &["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS.PHASECHK"];
 
 /// Accesses of local memory: spills, and arrays that are not in registers.
 const FORBIDDEN: &[&str] = &["LDL", "STL"];
@@ -110,7 +110,7 @@ fn count(instructions: &[String], name: &str) -> usize {
     instructions.iter().filter(|instruction| instruction.starts_with(name)).count()
 }
 
-/// Exponentials between a wait that leaves one group of products under way and the next wait: they run under the tensor
+/// Exponentials between a wait that leaves one group of wgmmas under way and the next wait: they run under the tensor
 /// cores. Both compilers would rather have them behind the second wait.
 fn overlapped(instructions: &[String]) -> usize {
     let wait = "WARPGROUP.DEPBAR.LE gsb0";
@@ -130,11 +130,11 @@ fn exponentials_run_under_a_product() {
         .map(|kernel| (if kernel.0.contains("ILi64E") { 64 } else { 32 }, kernel));
     for (scores, (kernel, instructions)) in forward.chain(backward) {
         let overlapped = overlapped(&instructions);
-        assert!(overlapped >= scores, "{overlapped} of {scores} exponentials under the products of {kernel}");
+        assert!(overlapped >= scores, "{overlapped} of {scores} exponentials under the gemms of {kernel}");
     }
 }
 
-/// Moves of descriptors from ordinary registers between two products of a group, where the tensor cores may wait for them.
+/// Moves of descriptors from ordinary registers between two wgmmas of a group, where the tensor cores may wait for them.
 #[test]
 fn descriptors_stay_in_uniform_registers() {
     let Some(tool) = cuobjdump() else { return };
@@ -154,7 +154,7 @@ fn descriptors_stay_in_uniform_registers() {
                 }
                 moves += usize::from(group_open && code.starts_with("R2UR"));
             }
-            assert!(moves <= most, "{moves} moves between the products of {kernel}");
+            assert!(moves <= most, "{moves} moves between the wgmmas of {kernel}");
         }
     }
 }
@@ -182,7 +182,7 @@ fn only_the_fixed_order_waits() {
 /// Stages go from block to block of a cluster without a fence of the whole GPU, which would be a wait for memory at every
 /// slice.
 #[test]
-fn products_never_fence_the_whole_gpu() {
+fn gemms_never_fence_the_whole_gpu() {
     let Some(tool) = cuobjdump() else { return };
     for stem in ["linear_sm90", "logp_head_sm90"] {
         for (kernel, instructions) in instructions(&tool, stem, "sm_90a") {

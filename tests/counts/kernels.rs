@@ -16,7 +16,7 @@ use mmpo_fast::bench::cases::{self, Maker};
 use mmpo_fast::bench::counts::{self, Counted, Counts};
 use mmpo_fast::bench::shapes::{self, Shape};
 use mmpo_fast::device::cuda::{
-    self, CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath, ProductTile, Products,
+    self, CudaDevice, EmulatorCounters, EmulatorVariant, GemmChoice, GemmTile, KernelPath,
 };
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{LinearShape, RawValues};
@@ -44,7 +44,7 @@ fn counted(run: impl FnOnce()) -> EmulatorCounters {
 /// `[rows, columns] = [rows, depth] * [depth, columns]` in whole tiles: each operand is read once a tile, each mma of
 /// 16 x 8 x 16 is done once, and no `ldmatrix` waits for a bank.
 #[track_caller]
-fn assert_product(counters: &EmulatorCounters, rows: usize, columns: usize, depth: usize) {
+fn assert_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, depth: usize) {
     assert_eq!(counters.launches, 1);
     assert_eq!(counters.mma_operations as usize, rows / 16 * (columns / 8) * (depth / 16));
     assert_eq!(counters.mma_flops as usize, 2 * rows * columns * depth);
@@ -54,7 +54,7 @@ fn assert_product(counters: &EmulatorCounters, rows: usize, columns: usize, dept
 }
 
 #[test]
-fn products_read_each_operand_once_a_tile() {
+fn gemms_read_each_operand_once_a_tile() {
     let _alone = emulator_alone();
     let device = CudaDevice::emulated(VARIANT);
     let shape = LinearShape { rows: 256, inputs: 384, outputs: 512 };
@@ -64,27 +64,21 @@ fn products_read_each_operand_once_a_tile() {
     let mut dweight = device.alloc(shape.outputs * shape.inputs).unwrap();
 
     let forward = counted(|| device.linear_forward(&mut out, &x, &weight, None, shape).unwrap());
-    assert_product(&forward, shape.rows, shape.outputs, shape.inputs);
+    assert_gemm(&forward, shape.rows, shape.outputs, shape.inputs);
     let weights =
         counted(|| device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
-    assert_product(&weights, shape.outputs, shape.inputs, shape.rows);
+    assert_gemm(&weights, shape.outputs, shape.inputs, shape.rows);
     let inputs = counted(|| device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
-    assert_product(&inputs, shape.rows, shape.inputs, shape.outputs);
+    assert_gemm(&inputs, shape.rows, shape.inputs, shape.outputs);
 }
 
-/// What `kernels/linear_sm90.cu` takes for products as small as these.
+/// What `kernels/linear_sm90.cu` takes for gemms as small as these.
 const HOPPER_TILE: (usize, usize) = (64, 128);
 const F32: usize = 4;
 
-/// As [`assert_product`], with wgmma and TMA: `stored` bytes a value leave shared memory by TMA, once.
+/// As [`assert_gemm`], with wgmma and TMA: `stored` bytes a value leave shared memory by TMA, once.
 #[track_caller]
-fn assert_hopper_product(
-    counters: &EmulatorCounters,
-    rows: usize,
-    columns: usize,
-    depth: usize,
-    stored: usize,
-) {
+fn assert_hopper_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, depth: usize, stored: usize) {
     assert_eq!(counters.launches, 1);
     assert_eq!(counters.wgmma_flops as usize, 2 * rows * columns * depth);
     assert_eq!(counters.wgmma_operations as usize, rows / 64 * (columns / 64) * (depth / 16));
@@ -99,7 +93,7 @@ fn assert_hopper_product(
 }
 
 #[test]
-fn hopper_products_read_each_operand_once_a_tile() {
+fn hopper_gemms_read_each_operand_once_a_tile() {
     let _alone = emulator_alone();
     let variant = EmulatorVariant::Checked;
     let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
@@ -115,14 +109,14 @@ fn hopper_products_read_each_operand_once_a_tile() {
     };
 
     let forward = counted(&mut || device.linear_forward(&mut out, &x, &weight, None, shape).unwrap());
-    assert_hopper_product(&forward, shape.rows, shape.outputs, shape.inputs, BF16);
+    assert_hopper_gemm(&forward, shape.rows, shape.outputs, shape.inputs, BF16);
     assert_eq!(forward.shared_wavefronts, 0, "bf16 leaves by stmatrix alone");
     let weights =
         counted(&mut || device.linear_backward_weight(Some(&mut dweight), None, &out, &x, shape).unwrap());
-    assert_hopper_product(&weights, shape.outputs, shape.inputs, shape.rows, F32);
+    assert_hopper_gemm(&weights, shape.outputs, shape.inputs, shape.rows, F32);
     assert_eq!(weights.shared_wavefronts as usize, shape.outputs * shape.inputs * F32 / 128);
     let inputs = counted(&mut || device.linear_backward_input(&mut x, &out, &weight, shape).unwrap());
-    assert_hopper_product(&inputs, shape.rows, shape.inputs, shape.outputs, BF16);
+    assert_hopper_gemm(&inputs, shape.rows, shape.inputs, shape.outputs, BF16);
 }
 
 /// Two blocks of a cluster read their shared operand from global memory once between them: 128 x 256 tiles ask for 2/3 of
@@ -134,10 +128,10 @@ fn clusters_read_the_shared_operand_once() {
     let shape = LinearShape { rows: 512, inputs: 128, outputs: 256 };
     let loaded = |cluster: i32| {
         let device = CudaDevice::emulated(variant).with_path(KernelPath::Hopper);
-        let wanted = ProductTile { block_m: 128, block_n: 256, cluster };
-        let tile = device.product_tiles().unwrap().iter().position(|&tile| tile == wanted);
-        let products = Products::Tile(tile.expect("the tile exists").try_into().unwrap());
-        let device = device.with_products(products);
+        let wanted = GemmTile { block_m: 128, block_n: 256, cluster };
+        let tile = device.gemm_tiles().unwrap().iter().position(|&tile| tile == wanted);
+        let choice = GemmChoice::Tile(tile.expect("the tile exists").try_into().unwrap());
+        let device = device.with_gemm_choice(choice);
         let x = device.alloc(shape.rows * shape.inputs).unwrap();
         let weight = device.alloc(shape.outputs * shape.inputs).unwrap();
         let mut out = device.alloc(shape.rows * shape.outputs).unwrap();

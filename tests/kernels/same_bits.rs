@@ -91,8 +91,8 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
 #[test]
 fn gpu_again_and_again() {
     let (Some(device), Some(other)) = (gpu(), gpu()) else { return };
-    for device in [device, other.with_path(KernelPath::Portable).with_products(Products::Ours)] {
-        trying("(kernels, products)", (device.path(), device.products()));
+    for device in [device, other.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours)] {
+        trying("(kernels, gemms)", (device.path(), device.gemm_choice()));
         let wanted = bits(&device);
         for _ in 0..20 {
             let got = bits(&device);

@@ -4,7 +4,7 @@ use crate::device::RECOMPUTE_WORKSPACE;
 
 /// What the workspace may take: below [`RECOMPUTE_WORKSPACE`], with room for the boundaries of what lies in it.
 pub(super) const BUDGET: usize = RECOMPUTE_WORKSPACE - (64 << 10);
-/// Rows and columns of a product's tile, so that no tile is half empty but the last.
+/// Rows and columns of a gemm's tile, so that no tile is half empty but the last.
 const TILE: usize = 256;
 /// Boundary of each part of the workspace.
 pub(super) const ALIGNMENT: usize = 256;

@@ -36,7 +36,7 @@ pub const MMPO_ROPE_BACKWARD: mmpo_rope_direction = 1;
 pub type mmpo_rope_direction = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct mmpo_product_plan {
+pub struct mmpo_gemm_plan {
     pub block_m: i32,
     pub block_n: i32,
     pub cluster: i32,
@@ -46,28 +46,26 @@ pub struct mmpo_product_plan {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_product_plan"][::core::mem::size_of::<mmpo_product_plan>() - 32usize];
+    ["Size of mmpo_gemm_plan"][::core::mem::size_of::<mmpo_gemm_plan>() - 32usize];
+    ["Alignment of mmpo_gemm_plan"][::core::mem::align_of::<mmpo_gemm_plan>() - 8usize];
     [
-        "Alignment of mmpo_product_plan",
-    ][::core::mem::align_of::<mmpo_product_plan>() - 8usize];
+        "Offset of field: mmpo_gemm_plan::block_m",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, block_m) - 0usize];
     [
-        "Offset of field: mmpo_product_plan::block_m",
-    ][::core::mem::offset_of!(mmpo_product_plan, block_m) - 0usize];
+        "Offset of field: mmpo_gemm_plan::block_n",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, block_n) - 4usize];
     [
-        "Offset of field: mmpo_product_plan::block_n",
-    ][::core::mem::offset_of!(mmpo_product_plan, block_n) - 4usize];
+        "Offset of field: mmpo_gemm_plan::cluster",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, cluster) - 8usize];
     [
-        "Offset of field: mmpo_product_plan::cluster",
-    ][::core::mem::offset_of!(mmpo_product_plan, cluster) - 8usize];
+        "Offset of field: mmpo_gemm_plan::splits",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, splits) - 12usize];
     [
-        "Offset of field: mmpo_product_plan::splits",
-    ][::core::mem::offset_of!(mmpo_product_plan, splits) - 12usize];
+        "Offset of field: mmpo_gemm_plan::tile_group",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, tile_group) - 16usize];
     [
-        "Offset of field: mmpo_product_plan::tile_group",
-    ][::core::mem::offset_of!(mmpo_product_plan, tile_group) - 16usize];
-    [
-        "Offset of field: mmpo_product_plan::efficiency",
-    ][::core::mem::offset_of!(mmpo_product_plan, efficiency) - 24usize];
+        "Offset of field: mmpo_gemm_plan::efficiency",
+    ][::core::mem::offset_of!(mmpo_gemm_plan, efficiency) - 24usize];
 };
 pub const MMPO_OBJECTIVE_MMPO: mmpo_objective_kind = 0;
 pub const MMPO_OBJECTIVE_DPO: mmpo_objective_kind = 1;

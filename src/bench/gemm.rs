@@ -1,5 +1,5 @@
 //! `mmpo-fast bench products`: a GPU's linear layers and the head's gradients by our kernels in every tile shape and by cuBLASLt, call by call in
-//! turn, as rows of `src/device/cuda/product_table.rs`.
+//! turn, as rows of `src/device/cuda/gemm_table.rs`.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use super::cases::{self, Case, Maker};
 use super::measure::{Deadline, Method, Sample};
 use super::report::{self, ResultRow, figures};
 use super::shapes::{self, Shape};
-use crate::device::cuda::{CudaDevice, ProductTile, Products};
+use crate::device::cuda::{CudaDevice, GemmChoice, GemmTile};
 use crate::device::{DeviceChoice, Floats, Hardware, LinearShape, Memory, Optimizer};
 use crate::error::{Error, Result};
 
@@ -19,7 +19,7 @@ const COMPARED: usize = 1 << 18;
 /// Scored tokens at which the head's gradients are timed.
 const SCORED: usize = 4096;
 const MODELS: [&str; 3] = ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"];
-const PRODUCTS: [&str; 5] = [
+const GEMMS: [&str; 5] = [
     "linear_forward",
     "linear_swiglu_forward",
     "linear_backward_input",
@@ -27,7 +27,7 @@ const PRODUCTS: [&str; 5] = [
     "linear_backward_weight",
 ];
 
-/// One product of one layer, timed every way.
+/// One gemm of one layer, timed every way.
 struct Duel {
     operation: &'static str,
     layer: &'static str,
@@ -70,29 +70,29 @@ pub fn run(config: &BenchConfig) -> Result<()> {
         }
     };
     let method = Method::GPU.with_calls(config.warmups, config.calls);
-    compare(device, config, &method, sweeps(), Products::Vendor)
+    compare(device, config, &method, sweeps(), GemmChoice::Vendor)
 }
 
-/// Times the products of `sweeps` by ours and by those of `other`, the vendor's.
+/// Times the gemms of `sweeps` by ours and by those of `other`, the vendor's.
 fn compare(
     mut device: CudaDevice,
     config: &BenchConfig,
     method: &Method,
     sweeps: impl Iterator<Item = Sweep>,
-    other: Products,
+    other: GemmChoice,
 ) -> Result<()> {
     let deadline = Deadline::of(config.seconds);
     let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
     device.upload(&mut flush, 0, &vec![1.0f32; method.flush_bytes / size_of::<f32>()])?;
-    let tiles = device.product_tiles()?;
+    let tiles = device.gemm_tiles()?;
     let (mut duels, mut failure) = (Vec::new(), None);
     for Sweep { model, rows, makers } in sweeps {
         let shape = shape(model, rows)?;
         for make in makers {
             // A case's name is known once it is made, and the smallest is made at once.
             let name = make(&device, &smallest()?)?;
-            let product = PRODUCTS.contains(&name.operation) && name.part != "qkv and bias";
-            if !product || !config.wants(&name.name()) {
+            let is_gemm = GEMMS.contains(&name.operation) && name.part != "qkv and bias";
+            if !is_gemm || !config.wants(&name.name()) {
                 continue;
             }
             let name = name.name();
@@ -117,14 +117,14 @@ fn compare(
     failure.map_or(Ok(()), Err)
 }
 
-/// One product every way: the other engine's, ours as planned, ours in each tile.
+/// One gemm every way: the other engine's, ours as planned, ours in each tile.
 fn fight(
     device: CudaDevice,
     make: Maker<CudaDevice>,
     shape: &Shape,
     flush: &Floats<CudaDevice>,
     method: &Method,
-    other: Products,
+    other: GemmChoice,
     tiles: usize,
 ) -> (CudaDevice, Result<Duel>) {
     let case = match make(&device, shape) {
@@ -134,9 +134,9 @@ fn fight(
     // SwiGLU follows one layer alone, so its case names none.
     let layer = if case.part.is_empty() { "gate_up" } else { case.part };
     let (operation, flops) = (case.operation, case.flops);
-    let mut ways = vec![other, Products::Ours];
+    let mut ways = vec![other, GemmChoice::Ours];
     if operation != "linear_swiglu_forward" {
-        ways.extend((0..).take(tiles).map(Products::Tile));
+        ways.extend((0..).take(tiles).map(GemmChoice::Tile));
     }
     let (device, samples) = time(device, case, flush, method, &ways);
     let duel = samples.map(|samples| {
@@ -167,7 +167,7 @@ struct Sweep {
 /// By worth: all models' layers at the usual batch, the heads, then the layers at other batches.
 fn sweeps() -> impl Iterator<Item = Sweep> {
     let layers = |rows| MODELS.map(|model| Sweep { model, rows, makers: cases::all() });
-    let heads = MODELS.map(|model| Sweep { model, rows: SCORED, makers: cases::head_products() });
+    let heads = MODELS.map(|model| Sweep { model, rows: SCORED, makers: cases::head_gemms() });
     let [usual, other @ ..] = ROWS;
     layers(usual).into_iter().chain(heads).chain(other.into_iter().flat_map(layers))
 }
@@ -195,7 +195,7 @@ fn time(
     mut case: Case<CudaDevice>,
     flush: &Floats<CudaDevice>,
     method: &Method,
-    ways: &[Products],
+    ways: &[GemmChoice],
 ) -> (CudaDevice, Result<Vec<Sample>>) {
     let mut samples = vec![Sample::default(); ways.len()];
     let mut expected = None;
@@ -213,12 +213,12 @@ fn time(
     let mut round = 0;
     while round < warmups.max(1) + calls {
         let mut together = 0.0;
-        for (which, &products) in ways.iter().enumerate() {
-            device = device.with_products(products);
+        for (which, &choice) in ways.iter().enumerate() {
+            device = device.with_gemm_choice(choice);
             match step(&device, round, which) {
                 Ok(seconds) if round >= warmups.max(1) => samples[which].0.push(seconds),
                 Ok(seconds) => together += seconds,
-                Err(error) => return (device.with_products(Products::Fastest), Err(error)),
+                Err(error) => return (device.with_gemm_choice(GemmChoice::Fastest), Err(error)),
             }
         }
         // The first round also loads the kernels.
@@ -227,7 +227,7 @@ fn time(
         }
         round += 1;
     }
-    (device.with_products(Products::Fastest), Ok(samples))
+    (device.with_gemm_choice(GemmChoice::Fastest), Ok(samples))
 }
 
 /// Outputs of one run that has nothing to add to.
@@ -267,9 +267,9 @@ fn print(
     config: &BenchConfig,
     method: &Method,
     duels: &[Duel],
-    tiles: &[ProductTile],
+    tiles: &[GemmTile],
 ) -> Result<()> {
-    let names: Vec<String> = tiles.iter().map(ProductTile::to_string).collect();
+    let names: Vec<String> = tiles.iter().map(GemmTile::to_string).collect();
     if config.json {
         let rows: Vec<_> = duels
             .iter()
@@ -312,7 +312,7 @@ fn print(
     let header: Vec<&str> = header.into_iter().chain(names.iter().map(String::as_str)).collect();
     let measured: String = duels.iter().map(measured).collect();
     report::print(&format!(
-        "device   {}\nmethod   {}, ours and cuBLASLt in turn\n\n{}\nFor src/device/cuda/product_table.rs:\n\n{measured}",
+        "device   {}\nmethod   {}, ours and cuBLASLt in turn\n\n{}\nFor src/device/cuda/gemm_table.rs:\n\n{measured}",
         device.describe(),
         method.describe(),
         report::table(&header, &rows),
@@ -331,7 +331,7 @@ fn measured(duel: &Duel) -> String {
     let LinearShape { rows, inputs, outputs } = duel.linear;
     let (tile, speedup) = (duel.fastest().0, duel.speedup());
     format!(
-        "    Measured {{ kind: ProductKind::{kind}, shape: LinearShape {{ rows: {rows}, inputs: {inputs}, outputs: {outputs} }}, \
+        "    Measured {{ kind: GemmKind::{kind}, shape: LinearShape {{ rows: {rows}, inputs: {inputs}, outputs: {outputs} }}, \
          tile: {tile:?}, speedup: {speedup:.2} }},\n"
     )
 }
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn a_row_of_the_table_is_rust() {
-        let wanted = "    Measured { kind: ProductKind::BackwardInput, shape: LinearShape { rows: 16, inputs: 256, outputs: 128 }, \
+        let wanted = "    Measured { kind: GemmKind::BackwardInput, shape: LinearShape { rows: 16, inputs: 256, outputs: 128 }, \
                       tile: Some(1), speedup: 1.50 },\n";
         assert_eq!(measured(&duel("linear_backward_input", "down")), wanted);
         let vocab = smallest().unwrap().config.vocab_size;
@@ -366,7 +366,7 @@ mod tests {
         assert!(head.contains(&wanted), "{head}");
     }
 
-    /// Both gradients of the head at every size, each a product that is timed.
+    /// Both gradients of the head at every size, each a gemm that is timed.
     #[test]
     fn the_head_is_timed() {
         let heads: Vec<Sweep> = sweeps().filter(|sweep| sweep.rows == SCORED).collect();
@@ -379,15 +379,15 @@ mod tests {
         assert!(heads.iter().all(|sweep| sweep.makers.len() == 2));
     }
 
-    /// All of it but cuBLASLt, in whose place our own portable products stand: rows for the file and for the table.
+    /// All of it but cuBLASLt, in whose place our own portable gemms stand: rows for the file and for the table.
     #[cfg(mmpo_emulated)]
     #[test]
-    fn products_are_compared_and_written_down() {
+    fn gemms_are_compared_and_written_down() {
         use crate::device::cuda::{EmulatorVariant, KernelPath};
         let folder = tempfile::tempdir().unwrap();
         let csv = folder.path().join("raw.csv");
         let config = |seconds| BenchConfig {
-            parts: vec![super::super::Part::Products],
+            parts: vec![super::super::Part::Gemm],
             cases: Vec::new(),
             model: None,
             layers: None,
@@ -405,11 +405,11 @@ mod tests {
         };
         let sweeps = || {
             let layers = Sweep { model: "tiny", rows: 32, makers: cases::all() };
-            let head = Sweep { model: "tiny", rows: 32, makers: cases::head_products() };
+            let head = Sweep { model: "tiny", rows: 32, makers: cases::head_gemms() };
             [layers, head].into_iter()
         };
         let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(KernelPath::Hopper);
-        compare(device(), &config(None), &Method::EMULATED, sweeps(), Products::Ours).unwrap();
+        compare(device(), &config(None), &Method::EMULATED, sweeps(), GemmChoice::Ours).unwrap();
         let rows = std::fs::read_to_string(&csv).unwrap();
         for row in [
             "mmpo-fast,linear_forward gate_up,tiny 16/8/8 x1",
@@ -417,19 +417,19 @@ mod tests {
         ] {
             assert!(rows.contains(row), "{row} is not in\n{rows}");
         }
-        compare(device(), &config(Some(0.0)), &Method::EMULATED, sweeps(), Products::Ours).unwrap();
+        compare(device(), &config(Some(0.0)), &Method::EMULATED, sweeps(), GemmChoice::Ours).unwrap();
         assert_eq!(std::fs::read_to_string(&csv).unwrap(), rows, "no time, no rows");
     }
 
     #[cfg(mmpo_emulated)]
     #[test]
-    fn the_products_of_the_head_run() {
+    fn the_gemms_of_the_head_run() {
         use crate::device::cuda::{EmulatorVariant, KernelPath};
         for path in [KernelPath::Portable, KernelPath::Hopper] {
             let device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
-            for make in cases::head_products() {
+            for make in cases::head_gemms() {
                 let mut case = make(&device, &smallest().unwrap()).unwrap();
-                assert!(PRODUCTS.contains(&case.operation) && case.part == "head", "{}", case.name());
+                assert!(GEMMS.contains(&case.operation) && case.part == "head", "{}", case.name());
                 assert_eq!(case.not_finite(&device).unwrap(), None, "{}", case.name());
                 let (mut norm, mut found) = (device.alloc(2).unwrap(), [0.0f32; 2]);
                 device.gradient_norm(&mut norm, &[&case.outputs.floats[0]], None).unwrap();

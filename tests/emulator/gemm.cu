@@ -1,12 +1,12 @@
-// Hopper products (common/product_sm90.cuh) in every tile and operand order, exact on small integers: ragged, of several
+// Hopper gemms (common/gemm_sm90.cuh) in every tile and operand order, exact on small integers: ragged, of several
 // tiles a block, in parts.
 #include <cmath>
 
-#include "common/product_epilogues.cuh"
+#include "common/gemm_epilogues_sm90.cuh"
 #include "harness.h"
 
 using namespace mmpo::test;
-using namespace mmpo::hopper;
+using namespace mmpo::gemm_sm90;
 
 namespace {
 
@@ -38,7 +38,7 @@ void multiply(std::vector<float>& out, const std::vector<bf16>& left, const std:
 }
 
 template <class Tile>
-ProductPlan plan_of(int splits = 1) {
+GemmPlan plan_of(int splits = 1) {
     return {Tile::BLOCK_M, Tile::BLOCK_N, Tile::kCluster, splits, 2, 0.0};
 }
 
@@ -53,7 +53,7 @@ std::string run_f32(Shape shape) {
     multiply<Lines>(expected, left_values, right_values, shape);
     StoreF32 epilogue{{}, shape.m, shape.n, true};
     if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
-    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    const GemmOperands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
     return outcome(launch_tiles<Tile, Lines>(operands, plan_of<Tile>(), epilogue, nullptr), out, expected);
 }
 
@@ -64,25 +64,25 @@ std::string run_tiles() {
     return run_f32<Tile, Lines>({2 * Tile::BLOCK_M + 24, Tile::BLOCK_N + 40, 200});
 }
 
-CASE(product_128x256) { return run_tiles<Tile128x256, ForwardLines>(); }
-CASE(product_128x256_paired) { return run_tiles<Paired<Tile128x256>, ForwardLines>(); }
-CASE(product_128x256_paired_input) { return run_tiles<Paired<Tile128x256>, BackwardInputLines>(); }
-CASE(product_192x192_paired_weight) { return run_tiles<Paired<Tile192x192>, BackwardWeightLines>(); }
-CASE(product_192x192_input) { return run_tiles<Tile192x192, BackwardInputLines>(); }
-CASE(product_128x192_weight) { return run_tiles<Tile128x192, BackwardWeightLines>(); }
-CASE(product_128x128_weight) { return run_tiles<Tile128x128, BackwardWeightLines>(); }
-CASE(product_64x128_input) { return run_tiles<Tile64x128, BackwardInputLines>(); }
-CASE(product_64x128_weight) { return run_tiles<Tile64x128, BackwardWeightLines>(); }
+CASE(gemm_128x256) { return run_tiles<Tile128x256, ForwardLines>(); }
+CASE(gemm_128x256_paired) { return run_tiles<Paired<Tile128x256>, ForwardLines>(); }
+CASE(gemm_128x256_paired_input) { return run_tiles<Paired<Tile128x256>, BackwardInputLines>(); }
+CASE(gemm_192x192_paired_weight) { return run_tiles<Paired<Tile192x192>, BackwardWeightLines>(); }
+CASE(gemm_192x192_input) { return run_tiles<Tile192x192, BackwardInputLines>(); }
+CASE(gemm_128x192_weight) { return run_tiles<Tile128x192, BackwardWeightLines>(); }
+CASE(gemm_128x128_weight) { return run_tiles<Tile128x128, BackwardWeightLines>(); }
+CASE(gemm_64x128_input) { return run_tiles<Tile64x128, BackwardInputLines>(); }
+CASE(gemm_64x128_weight) { return run_tiles<Tile64x128, BackwardWeightLines>(); }
 // Less than one slice, one row, a stage ring that is never filled.
-CASE(product_smallest) { return run_f32<Tile128x192, ForwardLines>({1, 8, 8}); }
-CASE(product_smallest_paired) { return run_f32<Paired<Tile192x192>, ForwardLines>({1, 8, 8}); }
+CASE(gemm_smallest) { return run_f32<Tile128x192, ForwardLines>({1, 8, 8}); }
+CASE(gemm_smallest_paired) { return run_f32<Paired<Tile192x192>, ForwardLines>({1, 8, 8}); }
 
 // Parts of the depth, each in rows of its own; the last part is a slice longer.
 template <class Tile>
 std::string run_parts() {
     constexpr int kParts = 3;
     const Shape shape{Tile::BLOCK_M + 6, 72, 7 * BLOCK_K};
-    const ProductPlan plan = plan_of<Tile>(kParts);
+    const GemmPlan plan = plan_of<Tile>(kParts);
     const int rows = int(split_rows(plan, shape.m));
     const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
     const std::vector<bf16> right_values = small_integers(shape.n * shape.k, 3);
@@ -90,8 +90,8 @@ std::string run_parts() {
     DeviceArray<float> parts(size_t(kParts * rows * shape.n));
     StoreF32 epilogue{{}, kParts * rows, shape.n, false};
     if (encode_panel_map(&epilogue.out, parts.data(), kParts * rows, shape.n) != 0) return "no tensor map";
-    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    if (const int error = launch_tiles<Tile, ForwardLines>(operands, plan, epilogue, nullptr)) return device_error(error);
+    const GemmOperands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const mmpo_status error = launch_tiles<Tile, ForwardLines>(operands, plan, epilogue, nullptr)) return device_error(error);
     std::vector<float> sum(size_t(shape.m * shape.n), 0.0f), expected(sum);
     const std::vector<float> found = parts.download();
     for (int part = 0; part < kParts; ++part) {
@@ -101,12 +101,12 @@ std::string run_parts() {
     return compare(sum, expected);
 }
 
-CASE(product_parts) { return run_parts<Tile64x128>(); }
-// The second part starts behind the tile that completes the cluster of the first.
-CASE(product_parts_paired) { return run_parts<Paired<Tile128x256>>(); }
+CASE(gemm_parts) { return run_parts<Tile64x128>(); }
+// The second part starts after the tile that completes the cluster of the first.
+CASE(gemm_parts_paired) { return run_parts<Paired<Tile128x256>>(); }
 
 // Bias, and one rounding.
-CASE(product_bf16) {
+CASE(gemm_bf16) {
     using Tile = Tile128x256;
     const Shape shape{70, 264, 72};
     const std::vector<bf16> left_values = small_integers(shape.m * shape.k, 5);
@@ -114,8 +114,8 @@ CASE(product_bf16) {
     DeviceArray<bf16> left(left_values), right(right_values), bias(bias_values), out(size_t(shape.m * shape.n));
     StoreBf16 epilogue{{}, bias.data(), shape.m, shape.n};
     if (encode_panel_map(&epilogue.out, out.data(), shape.m, shape.n) != 0) return "no tensor map";
-    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    if (const int error = launch_tiles<Tile, ForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
+    const GemmOperands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const mmpo_status error = launch_tiles<Tile, ForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
         return device_error(error);
     std::vector<float> expected(size_t(shape.m * shape.n));
     for (size_t i = 0; i < expected.size(); ++i) expected[i] = to_float(bias_values[i % size_t(shape.n)]);
@@ -140,8 +140,8 @@ std::string run_swiglu() {
         encode_panel_map(&epilogue.up, gate_up.data() + kWidth, shape.m, kWidth, shape.n) != 0 ||
         encode_panel_map(&epilogue.out, out.data(), shape.m, kWidth) != 0)
         return "no tensor map";
-    const Operands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
-    if (const int error = launch_tiles<Tile, GatedForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
+    const GemmOperands operands{left.data(), right.data(), shape.m, shape.n, shape.k};
+    if (const mmpo_status error = launch_tiles<Tile, GatedForwardLines>(operands, plan_of<Tile>(), epilogue, nullptr))
         return device_error(error);
     std::vector<float> expected(size_t(shape.m * shape.n), 0.0f), found;
     multiply<GatedForwardLines>(expected, left_values, right_values, shape);
@@ -159,8 +159,8 @@ std::string run_swiglu() {
     return "";
 }
 
-CASE(product_swiglu_128x256) { return run_swiglu<Tile128x256>(); }
-CASE(product_swiglu_128x256_paired) { return run_swiglu<Paired<Tile128x256>>(); }
-CASE(product_swiglu_128x128) { return run_swiglu<Tile128x128>(); }
+CASE(gemm_swiglu_128x256) { return run_swiglu<Tile128x256>(); }
+CASE(gemm_swiglu_128x256_paired) { return run_swiglu<Paired<Tile128x256>>(); }
+CASE(gemm_swiglu_128x128) { return run_swiglu<Tile128x128>(); }
 
 }  // namespace

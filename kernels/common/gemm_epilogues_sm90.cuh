@@ -1,14 +1,14 @@
-// What Hopper products (product_sm90.cuh) do with their accumulators: the plain stores.
+// The epilogues of the linear layers' Hopper gemms (gemm_sm90.cuh): what is stored, and how.
 #pragma once
 
-#include "product_sm90.cuh"
+#include "gemm_sm90.cuh"
 #include "sigmoid.cuh"
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
-namespace hopper {
+namespace gemm_sm90 {
 
-// Adds columns x .. x + 64 of bias[width] to a panel's accumulators.
+// Adds columns x .. x + 64 of bias[width] to the accumulators of a panel.
 DEVICE void add_bias(float (&values)[kPanelAccumulatorsBf16], const bf16* bias, int x, int width) {
     const int pair = x + int(lane_id()) % 4 * 2;
 #pragma unroll
@@ -22,10 +22,10 @@ DEVICE void add_bias(float (&values)[kPanelAccumulatorsBf16], const bf16* bias, 
     }
 }
 
-// out[M, N] (+ bias), rounded once.
+// out[M, N] = the accumulators (+ bias), rounded to bf16 once.
 struct StoreBf16 {
     CUtensorMap out;
-    const bf16* bias;  // [N], or null
+    const bf16* bias;  // [N], or null for none
     int shape_m, shape_n;
 
     template <int kCount, class Panels>
@@ -45,8 +45,9 @@ struct StoreBf16 {
     }
 };
 
-// out[M, N] (+)= the accumulators. The memory system adds, so that no warp waits for the old values; each element gets
-// one addition a launch, and launches are in order: the bits are the same, run after run.
+// out[M, N] (+)= the accumulators. The memory system does the addition, so no warp waits for the old values. The order
+// of additions is fixed, hence the bits as well: each element receives one addition a launch, and launches run in
+// order.
 struct StoreF32 {
     CUtensorMap out;
     int shape_m, shape_n;
@@ -73,11 +74,12 @@ struct StoreF32 {
     }
 };
 
-// gate_up[M, 2F] (+ bias), and out[M, F] = silu(gate) * up of what was stored, as swiglu.cu has it: a pass over gate_up
-// less. For GatedForwardLines in tiles whose consumers hold gate and up of the same 64 columns at least.
+// gate_up[M, 2F] = the accumulators (+ bias), and out[M, F] = silu(gate) * up of the values as stored, as swiglu.cu has
+// it. This saves a pass over gate_up. It needs GatedForwardLines, and tiles in which a consumer holds gate and up of
+// the same columns, at least 64 of them.
 struct StoreSwiGlu {
     CUtensorMap gate, up, out;  // [M, F] each; gate and up are the halves of gate_up's rows
-    const bf16* bias;           // [2F], or null
+    const bf16* bias;           // [2F], or null for none
     int shape_m, width;         // M, F
 
     template <int kCount, class Panels>
@@ -120,6 +122,6 @@ struct StoreSwiGlu {
     }
 };
 
-}  // namespace hopper
+}  // namespace gemm_sm90
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo
