@@ -98,8 +98,8 @@ mmpo_status MMPO_EXPORT(add)(mmpo_bf16* sum, const mmpo_bf16* x, const mmpo_bf16
 int64_t MMPO_EXPORT(rms_norm_backward_workspace)(int32_t rows, int32_t width);
 
 /* Accumulates dx[rows, D] += rstd * (g - x * rstd^2 * mean(g * x)) with g = dout * weight, and
- * dweight[D] (f32) += sum over rows of dout * x * rstd, unless dweight is null: blocks leave partial sums in `workspace`,
- * a second kernel adds them in a fixed order. */
+ * dweight[D] (f32) += sum over rows of dout * x * rstd: blocks leave partial sums in `workspace`, a second kernel adds
+ * them in a fixed order. */
 mmpo_status MMPO_EXPORT(rms_norm_backward)(mmpo_bf16* dx, float* dweight, void* workspace, const mmpo_bf16* dout,
                                            const mmpo_bf16* x, const mmpo_bf16* weight, const float* rstd, int32_t rows,
                                            int32_t width, mmpo_stream stream);

@@ -94,9 +94,6 @@ impl RunConfig {
 
 /// The options that make `config`.
 fn given(config: &RunConfig) -> Options {
-    fn some<T>(value: T) -> Option<Given<T>> {
-        Some(Given { value, origin: Origin::Flag })
-    }
     let schedule = &config.schedule;
     let (warmup_ratio, warmup_steps) = match schedule.warmup {
         Warmup::Ratio(ratio) => (some(ratio), None),
@@ -135,7 +132,13 @@ fn given(config: &RunConfig) -> Options {
         threads: config.threads.and_then(some),
         ..Options::default()
     };
-    match config.objective {
+    set_objective(&mut options, config.objective);
+    options
+}
+
+/// The options that make `objective`, but for its name.
+fn set_objective(options: &mut Options, objective: Objective) {
+    match objective {
         Objective::Mmpo(mmpo) => {
             options.beta = some(mmpo.beta);
             options.epsilon = some(mmpo.epsilon);
@@ -155,5 +158,8 @@ fn given(config: &RunConfig) -> Options {
         }
         Objective::Sft => {}
     }
-    options
+}
+
+fn some<T>(value: T) -> Option<Given<T>> {
+    Some(Given { value, origin: Origin::Flag })
 }
