@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::interrupt::Signal;
 
+/// What can fail returns this.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Exit code of a mistake in the program itself: `EX_SOFTWARE` of sysexits.h.
@@ -21,7 +22,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(config))]
     Config {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -30,10 +33,13 @@ pub enum Error {
     #[error("{}: {message}", place(path, *line))]
     #[diagnostic(code(data))]
     Data {
+        /// Where.
         path: PathBuf,
         /// 1-based line of a JSON Lines file, or 1-based record of a JSON array.
         line: Option<usize>,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -42,8 +48,11 @@ pub enum Error {
     #[error("{}: {message}", path.display())]
     #[diagnostic(code(model))]
     Model {
+        /// Where.
         path: PathBuf,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -52,11 +61,13 @@ pub enum Error {
     #[error("cannot {action} {}: {cause}", path.display())]
     #[diagnostic(code(io))]
     Io {
+        /// Where.
         path: PathBuf,
         /// A verb phrase: `read`, `write`, `create`, `sync`, `rename`.
         action: &'static str,
         /// Not the `source` of this error: the message holds it already, and would say it twice.
         cause: std::io::Error,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -65,7 +76,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(device))]
     Device {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -74,7 +87,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(numerics))]
     Numerics {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -82,12 +97,16 @@ pub enum Error {
     /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
     #[error("{message}")]
     #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
-    Bug { message: String },
+    Bug {
+        /// What is wrong.
+        message: String,
+    },
 
     /// A signal asked the program to end (exit code 128 plus its number: 130 after Ctrl-C, 143 after SIGTERM).
     #[error("stopped by {signal}: {kept}")]
     #[diagnostic(code(interrupted))]
     Interrupted {
+        /// Which one.
         signal: Signal,
         /// A sentence: what was kept, and how to go on.
         kept: String,
@@ -109,10 +128,12 @@ impl Error {
         }
     }
 
+    /// An [`Error::Config`]: a flag, a recipe key, or a combination of them.
     pub fn config(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Config { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Data`]: a record of a data file.
     pub fn data(
         path: &Path,
         line: Option<usize>,
@@ -122,6 +143,7 @@ impl Error {
         Error::Data { path: path.to_path_buf(), line, message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Model`]: a model folder or a file in it.
     pub fn model(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Model { path: path.to_path_buf(), message: message.into(), help: help.into() }
     }
@@ -141,14 +163,17 @@ impl Error {
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
     }
 
+    /// An [`Error::Device`]: a device that cannot be used.
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Device { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Bug`]: a mistake in this program.
     pub fn bug(message: impl Into<String>) -> Self {
         Error::Bug { message: message.into() }
     }
 
+    /// An [`Error::Numerics`]: a number that cannot be trained on.
     pub fn numerics(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Numerics { message: message.into(), help: help.into() }
     }

@@ -9,7 +9,7 @@ use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
-use mmpo_fast::device::cuda::{self, CudaDevice, KernelPath, Products};
+use mmpo_fast::device::cuda::{self, CudaDevice, GemmChoice, KernelPath};
 use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::AdamWStep;
@@ -244,7 +244,7 @@ fn a_real_gpu_trains_as_the_cpu_does() {
     let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
     let reference = run(cpu(), MODELS[0]);
     for path in [open().path(), KernelPath::Portable] {
-        let ours = || open().with_path(path).with_products(Products::Ours);
+        let ours = || open().with_path(path).with_gemm_choice(GemmChoice::Ours);
         let first = run_with(ours(), MODELS[0], head);
         compare(MODELS[0], &first, &reference);
         assert_same_bits(&first, &run_with(ours(), MODELS[0], head));

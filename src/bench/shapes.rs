@@ -66,8 +66,11 @@ impl StepSettings {
 /// Tokens of a pair's parts: `P`, `C`, `R`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lengths {
+    /// `P`, tokens of the prompt.
     pub prompt: usize,
+    /// `C`, tokens of the chosen response.
     pub chosen: usize,
+    /// `R`, tokens of the rejected response.
     pub rejected: usize,
 }
 
@@ -89,10 +92,13 @@ impl Lengths {
 pub struct Shape {
     /// `llama-3.2-1b`, or the folder's name.
     pub model: String,
+    /// The model's sizes.
     pub config: LlamaConfig,
     /// `hh-rlhf`, or `P/C/R`.
     pub profile: String,
+    /// Tokens of each pair's parts.
     pub lengths: Lengths,
+    /// Pairs of the batch.
     pub pairs: usize,
 }
 
@@ -122,6 +128,7 @@ impl Shape {
         self.pairs * self.lengths.visible()
     }
 
+    /// Where each pair lies in the packed batch.
     pub fn spans(&self) -> Vec<PairSpan> {
         let Lengths { prompt, chosen, rejected } = self.lengths;
         (0..self.pairs)
@@ -144,6 +151,10 @@ pub fn model_names() -> Result<Vec<String>> {
     Ok(file()?.models.keys().cloned().collect())
 }
 
+/// Settings of the measured training step.
+///
+/// # Errors
+/// [`Error::Config`] if `benches/shapes.json` does not parse, which is a bug.
 pub fn settings() -> Result<StepSettings> {
     Ok(file()?.step)
 }

@@ -39,6 +39,10 @@ struct Steps {
     peak_device_bytes: usize,
 }
 
+/// Measures a training step by its parts: forward, head, backward, update.
+///
+/// # Errors
+/// Those of the device and of standard output.
 pub fn run<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape, place: Place) -> Result<()> {
     let (warmups, calls) = match place {
         Place::Gpu => (10, 20),

@@ -54,10 +54,12 @@ impl ModelFolder {
         Ok(folder)
     }
 
+    /// The folder, as it was named.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// What its `config.json` says.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }

@@ -10,6 +10,8 @@
 //! `H`/`K` query and key/value heads, `E` head size. Matrices are row-major. `out` comes first, then what is updated,
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
+#![allow(unsafe_code)]
+
 mod attention;
 mod batch;
 mod check;
@@ -80,7 +82,7 @@ impl<D> Device for D where
 {
 }
 
-/// The traits of all families, for code that works on one device by its type: `use mmpo_fast::device::prelude::*`.
+/// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
         Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, Memory, Mlp, Norm,

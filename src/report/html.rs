@@ -7,6 +7,7 @@ use super::history::History;
 use super::metrics::EvalMetrics;
 use super::progress::duration;
 use super::summary::{Sample, compare};
+use crate::objective::ObjectiveKind;
 
 /// Name of the file in a run's output folder.
 pub const REPORT_FILE: &str = "report.html";
@@ -27,11 +28,13 @@ pub struct RunReport {
     pub device: String,
     /// The resolved recipe, TOML.
     pub recipe: String,
+    /// The metrics of every step and evaluation.
     pub history: History,
     /// The training pairs, and those of the evaluation where there are some.
     pub data: Vec<DataSummary>,
     /// Evaluations of the same pairs before the first and after the last step.
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
+    /// Prompts with the answers before and after.
     pub samples: Vec<Sample>,
     /// What a user should know of this run: saturated weights, many cut prompts.
     pub warnings: Vec<String>,
@@ -44,7 +47,9 @@ pub struct RunReport {
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
     pub name: String,
+    /// Records read.
     pub read: usize,
+    /// Pairs used.
     pub used: usize,
     /// Reasons for dropping a pair, and how often.
     pub dropped: Vec<(String, usize)>,
@@ -343,13 +348,7 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
 
 /// An objective as its paper writes it.
 fn written(objective: &str) -> &str {
-    match objective {
-        "mmpo" => "MMPO",
-        "dpo" => "DPO",
-        "simpo" => "SimPO",
-        "sft" => "SFT",
-        other => other,
-    }
+    ObjectiveKind::from_name(objective).map_or(objective, |kind| kind.descriptor().title)
 }
 
 /// At most `most` of the steps, evenly spread, the first and the last among them.

@@ -7,12 +7,12 @@ use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 #[cfg(mmpo_emulated)]
 pub use mmpo_fast::device::cuda::AttentionOrder;
 use mmpo_fast::device::cuda::{self, CudaDevice};
-pub use mmpo_fast::device::cuda::{KernelPath, Products};
+pub use mmpo_fast::device::cuda::{GemmChoice, KernelPath};
 use mmpo_fast::device::{BatchBuffers, ComputeBuffer, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
 #[cfg(mmpo_emulated)]
-pub use crate::emulated::{checked, emulated, emulator_options};
+pub use crate::emulated::{OwnOptions, checked, emulated, emulator_options};
 
 /// How far a device's result may lie from the naive f64 one:
 /// `error <= relative * |wanted| + absolute * rms(wanted)`.
@@ -75,20 +75,20 @@ macro_rules! hopper_tests {
             body(&device, $crate::harness::Tolerance::BF16);
         }
 
-        /// The kernels that any GPU runs, also where the device would choose others or the vendor's products.
+        /// The kernels that any GPU runs, also where the device would choose others or the vendor's gemms.
         #[test]
         fn gpu_portable() {
             if let Some(device) = $crate::harness::gpu() {
-                let device = device.with_path(KernelPath::Portable).with_products(Products::Ours);
+                let device = device.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours);
                 body(&device, $crate::harness::Tolerance::BF16);
             }
         }
 
-        /// The GPU's own path without the vendor's products, which [`gpu`] takes for shapes that were never measured.
+        /// The GPU's own path without the vendor's gemms, which [`gpu`] takes for shapes that were never measured.
         #[test]
         fn gpu_our_products() {
             if let Some(device) = $crate::harness::gpu() {
-                body(&device.with_products(Products::Ours), $crate::harness::Tolerance::BF16);
+                body(&device.with_gemm_choice(GemmChoice::Ours), $crate::harness::Tolerance::BF16);
             }
         }
     };

@@ -1,6 +1,6 @@
 //! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
 
-use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
+use mmpo_fast::device::cuda::CudaDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
     HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
@@ -91,8 +91,8 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
 #[test]
 fn gpu_again_and_again() {
     let (Some(device), Some(other)) = (gpu(), gpu()) else { return };
-    for device in [device, other.with_path(KernelPath::Portable).with_products(Products::Ours)] {
-        trying("(kernels, products)", (device.path(), device.products()));
+    for device in [device, other.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours)] {
+        trying("(kernels, gemms)", (device.path(), device.gemm_choice()));
         let wanted = bits(&device);
         for _ in 0..20 {
             let got = bits(&device);
@@ -104,15 +104,16 @@ fn gpu_again_and_again() {
 
 #[test]
 fn whatever_the_order() {
+    let options = OwnOptions::take();
     for path in [KernelPath::Portable, KernelPath::Hopper] {
         let device = emulated().with_path(path);
+        options.set(emulator_options(0));
         let wanted = bits(&device);
         for seed in 1..=4 {
-            EmulatorVariant::Plain.configure(emulator_options(seed)).unwrap();
+            options.set(emulator_options(seed));
             let got = bits(&device);
             let differing = wanted.iter().zip(&got).filter(|(wanted, got)| wanted != got).count();
             assert_eq!(differing, 0, "{path:?} values differ under schedule {seed}, of {}", wanted.len());
         }
-        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
     }
 }

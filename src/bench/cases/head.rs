@@ -124,7 +124,7 @@ impl<D: Device> Head<D> {
     }
 
     /// Operations of one gemm with the vocabulary matrix.
-    fn product_flops(&self) -> usize {
+    fn gemm_flops(&self) -> usize {
         2 * self.scored() * self.shape.vocab * self.shape.width
     }
 
@@ -184,7 +184,7 @@ impl<D: Device> Head<D> {
 
 fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = Head::new(device, shape, HeadMode::Main, false)?;
-    let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
+    let (flops, bytes, scored) = (head.gemm_flops(), head.forward_bytes(), head.scored());
     let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device, scored)?);
     let mut scores = TokenScores::new(device, scored)?;
     let out = outputs(device, &[], &[scored, scored])?;
@@ -203,7 +203,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 
 fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main, false)?);
-    let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
+    let (flops, bytes, scored) = (2 * head.gemm_flops(), head.backward_bytes(), head.scored());
     let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device, scored)?));
     let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
     let out = super::Outputs {
@@ -262,7 +262,7 @@ impl Both {
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
 fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, both.mode(), both == Both::WithEntropy)?);
-    let flops = 3 * head.product_flops();
+    let flops = 3 * head.gemm_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
     let chunks = head.chunks(device, pairs, both.workspace::<D>())?;

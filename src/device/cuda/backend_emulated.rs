@@ -25,6 +25,7 @@ pub type EmulatorCounters = mmpo_emulator_counters;
 pub struct EmulatedLaunch {
     /// The launcher, as `kernels/api.h` names it.
     pub launcher: String,
+    /// What the launcher's kernels did.
     pub counters: EmulatorCounters,
 }
 
@@ -85,6 +86,7 @@ impl EmulatorVariant {
         variant.counters()
     }
 
+    /// Sets all counters of the variant to 0.
     pub fn reset_counters(self) {
         let variant = self.get();
         let _one_at_a_time = variant.lock();

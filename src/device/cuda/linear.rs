@@ -1,11 +1,11 @@
 //! Linear layers: `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, and back.
 //!
-//! Sizes are checked here; `products.rs` says which kernel or library multiplies.
+//! Sizes are checked here; `gemm.rs` says which kernel or library multiplies.
 
 use half::bf16;
 
 use super::super::check::check_sizes;
-use super::products::{self, LinearProduct, ProductKind, multiply};
+use super::gemm::{self, GemmKind, LinearGemm, multiply};
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{Checked, Linear, LinearShape};
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::error::Result;
 impl Linear for CudaDevice {
     fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()> {
         let shapes: Vec<_> = (1..=shape.rows).map(|rows| LinearShape { rows, ..shape }).collect();
-        products::reserve(self, ProductKind::BackwardWeight, &shapes)?;
+        gemm::reserve(self, GemmKind::BackwardWeight, &shapes)?;
         if !bias {
             return Ok(());
         }
@@ -35,14 +35,14 @@ impl Linear for CudaDevice {
         shape: LinearShape,
         _: Checked,
     ) -> Result<()> {
-        let product = LinearProduct::Forward {
+        let gemm = LinearGemm::Forward {
             out: out.start_mut(),
             x: x.start(),
             weight: weight.start(),
             bias: bias.map(CudaBuffer::start),
         };
         // SAFETY: the buffers cover the sizes.
-        unsafe { multiply(self, product, shape) }
+        unsafe { multiply(self, gemm, shape) }
     }
 
     fn run_linear_backward_input(
@@ -104,7 +104,7 @@ pub(super) unsafe fn backward_input_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardInput { dx, dout, weight }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardInput { dx, dout, weight }, shape) }
 }
 
 impl CudaDevice {
@@ -143,7 +143,7 @@ pub(super) unsafe fn add_backward_input_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardInputF32 { dx, dout, weight }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardInputF32 { dx, dout, weight }, shape) }
 }
 
 /// As [`backward_weight`] without bias, from the addresses of a buffer's rows.
@@ -158,5 +158,5 @@ pub(super) unsafe fn backward_weight_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardWeight { dweight, dout, x }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardWeight { dweight, dout, x }, shape) }
 }

@@ -1,4 +1,5 @@
-//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the vocabulary matrix, and the products behind
+//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the
+//! vocabulary matrix, and the gemms of
 //! its gradient.
 //!
 //! What lies in the workspace:
@@ -16,8 +17,8 @@ use half::bf16;
 
 use super::super::check::check_sizes;
 use super::bindings::MMPO_STORAGE_F32;
+use super::gemm::{self, GemmKind};
 use super::head_chunks::{ALIGNMENT, HeadChunks};
-use super::products::{self, ProductKind};
 use super::{CudaBuffer, CudaDevice, KernelPath, launch_sizes, linear};
 use crate::device::{
     Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape, TokenCoefficients,
@@ -55,8 +56,8 @@ impl Head for CudaDevice {
             }
         }
         gemms.retain(|gemm| gemm.rows * gemm.outputs > 0);
-        products::reserve(self, ProductKind::BackwardWeight, &gemms)?;
-        products::reserve(self, ProductKind::BackwardInputF32, &gemms)
+        gemm::reserve(self, GemmKind::BackwardWeight, &gemms)?;
+        gemm::reserve(self, GemmKind::BackwardInputF32, &gemms)
     }
 
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
@@ -212,7 +213,7 @@ impl Backward<'_> {
         let statistics = inside(workspace, statistics_offset(rows.len(), *vocab));
         let scaled_at = scaled_offset(rows.len(), *vocab, row_statistics(self.device, *vocab)?);
         let (lse, dlogp) = (self.scores.lse.at(first), self.coefficients.logp.at(first));
-        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        let gemm = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
         if let Some(dweight) = dweight {
             let scaled: *mut bf16 = inside(workspace, scaled_at).cast();
             // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left, with
@@ -225,17 +226,17 @@ impl Backward<'_> {
             })?;
             // SAFETY: as above.
             unsafe {
-                linear::backward_weight_at(self.device, dweight.start_mut(), exponentials, scaled, product)?;
+                linear::backward_weight_at(self.device, dweight.start_mut(), exponentials, scaled, gemm)?;
             }
         }
         let gradient: *mut f32 = inside(workspace, scaled_at).cast();
-        // SAFETY: as above; the product above was queued first, so its scaled rows may be overwritten.
+        // SAFETY: as above; the gemm above was queued first, so its scaled rows may be overwritten.
         self.device.launch("zero", self.shape, |kernels, stream| unsafe {
             (kernels.zero)(gradient.cast(), (rows.len() * width * size_of::<f32>()) as i64, stream)
         })?;
         // SAFETY: as above.
         unsafe {
-            linear::add_backward_input_at(self.device, gradient, exponentials, self.weight.start(), product)?;
+            linear::add_backward_input_at(self.device, gradient, exponentials, self.weight.start(), gemm)?;
         }
         // SAFETY: as above; whatever reads `hidden` was queued first.
         self.device.launch("logp_head_scale_gradient", self.shape, |kernels, stream| unsafe {
@@ -276,18 +277,18 @@ impl Backward<'_> {
                 stream,
             )
         })?;
-        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        let gemm = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
         if let Some(dweight) = dweight {
             let x = hidden.at(first * width);
             // SAFETY: the buffers cover the shape.
             unsafe {
-                linear::backward_weight_at(self.device, dweight.start_mut(), dlogits, x, product)?;
+                linear::backward_weight_at(self.device, dweight.start_mut(), dlogits, x, gemm)?;
             }
         }
-        // SAFETY: the buffers cover the shape. The product above was queued first, so `hidden` may be replaced.
+        // SAFETY: the buffers cover the shape. The gemm above was queued first, so `hidden` may be replaced.
         unsafe {
             let dx = hidden.at_mut(first * width);
-            linear::backward_input_at(self.device, dx, dlogits, self.weight.start(), product)
+            linear::backward_input_at(self.device, dx, dlogits, self.weight.start(), gemm)
         }
     }
 
@@ -311,20 +312,20 @@ impl Backward<'_> {
             })?;
             for column in (0..*vocab).step_by(chunks.columns.max(1)) {
                 let columns = column..(*vocab).min(column + chunks.columns);
-                let product = LinearShape { rows: chunk.len(), inputs: *width, outputs: columns.len() };
+                let gemm = LinearShape { rows: chunk.len(), inputs: *width, outputs: columns.len() };
                 self.dlogits(dlogits, x, chunk.clone(), columns)?;
                 let weight = self.weight.at(column * width);
                 // SAFETY: the buffers cover the shape, and `dlogits` has room for the chunk's rows and columns.
                 unsafe {
                     if let Some(dweight) = &mut dweight {
                         let dweight = dweight.at_mut(column * width);
-                        linear::backward_weight_at(self.device, dweight, dlogits, x, product)?;
+                        linear::backward_weight_at(self.device, dweight, dlogits, x, gemm)?;
                     }
-                    linear::add_backward_input_at(self.device, dhidden, dlogits, weight, product)?;
+                    linear::add_backward_input_at(self.device, dhidden, dlogits, weight, gemm)?;
                 }
             }
             let values = (chunk.len() * width) as i64;
-            // SAFETY: the products above were queued first, so the rows of `hidden` may be replaced.
+            // SAFETY: the gemms above were queued first, so the rows of `hidden` may be replaced.
             self.device.launch("cast_to_bf16", self.shape, |kernels, stream| unsafe {
                 (kernels.cast_to_bf16)(x, dhidden.cast(), MMPO_STORAGE_F32 as i32, values, stream)
             })?;
