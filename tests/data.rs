@@ -15,6 +15,7 @@ mod data {
     mod template;
     mod tokenizer;
     mod tokens;
+    mod words;
 }
 
 use std::path::{Path, PathBuf};
