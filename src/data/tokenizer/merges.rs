@@ -271,7 +271,7 @@ mod tests {
     }
 
     fn library(model: &Value) -> BPE {
-        serde_json::from_value(model.clone()).unwrap()
+        serde_json::from_str(&model.to_string()).unwrap()
     }
 
     fn ids(model: &BPE, text: &str) -> Vec<u32> {
