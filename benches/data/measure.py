@@ -89,9 +89,9 @@ def measure_memory(program, model, mib):
         print(f"a short record: peak {base / 2**20:.0f} MiB")
         for kind, make in KINDS.items():
             text = make(int(mib * 2**20))
-            wall, _, bytes_, out = peak(text)
+            _, cpu, bytes_, out = peak(text)
             size = len(text.encode())
-            print(f"{kind:20} {(bytes_ - base) / size:6.1f} bytes a byte, {wall:6.2f} s; {out}", flush=True)
+            print(f"{kind:20} {(bytes_ - base) / size:6.1f} bytes a byte, {cpu:6.2f} s of CPU; {out}", flush=True)
 
 
 def main():

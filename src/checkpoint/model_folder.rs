@@ -197,7 +197,8 @@ impl ModelFolder {
 
     /// Whether the weights hold a head beside the embedding, in whatever dtype, that is not the same.
     fn has_another_head(&self, found: &BTreeMap<String, (usize, TensorEntry)>) -> bool {
-        let (Some((head_shard, head)), Some((shard, embedding))) = (found.get(HEAD), found.get(EMBEDDING)) else {
+        let (Some((head_shard, head)), Some((shard, embedding))) = (found.get(HEAD), found.get(EMBEDDING))
+        else {
             return false;
         };
         let values = (self.shards[*head_shard].values(head), self.shards[*shard].values(embedding));

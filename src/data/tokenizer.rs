@@ -456,7 +456,8 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
         Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
         Err(error) => return Err(error),
     };
-    let broken = |message: &str| Error::model(path, format!("broken JSON: {message}"), "copy the model's file again");
+    let broken =
+        |message: &str| Error::model(path, format!("broken JSON: {message}"), "copy the model's file again");
     match foreign::json::parse(&text).map_err(|error| broken(&error.to_string()))? {
         Value::Object(members) => Ok(members),
         _ => Err(broken("it is not an object")),

@@ -84,7 +84,10 @@ mod tests {
         assert_eq!(value["c"], "\\");
         assert_eq!(shown(value["b"].to_string()), "[-Infinity,Infinity,1]");
         let written = write(&value);
-        assert!(written.contains("\"a\": NaN") && written.contains("\"NaN\": \"NaN \\\" Infinity\""), "{written}");
+        assert!(
+            written.contains("\"a\": NaN") && written.contains("\"NaN\": \"NaN \\\" Infinity\""),
+            "{written}"
+        );
         assert_eq!(parse(&written).unwrap(), value);
         assert_eq!(parse("{\"a\": 1}").unwrap()["a"], 1);
     }

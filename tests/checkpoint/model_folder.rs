@@ -247,7 +247,8 @@ fn the_config_may_name_the_file_of_weights() {
     let tensors = tensors(&config(), Dtype::F32);
     let folder = Folder::with(&named("other.safetensors"), &tensors);
     // A file under the usual name is not looked at then.
-    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("other.safetensors")).unwrap();
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("other.safetensors"))
+        .unwrap();
     std::fs::write(folder.path().join("model.safetensors"), "something else").unwrap();
     expect_values(&folder.open().unwrap(), Dtype::F32);
 

@@ -31,16 +31,28 @@ const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 /// Tokenizers of every layout that is understood.
 fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
     let pre = |steps: Value| {
-        changed(|tokenizer| tokenizer["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": steps})).1
+        changed(|tokenizer| tokenizer["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": steps}))
+            .1
     };
     let digits = |each: bool| json!({"type": "Digits", "individual_digits": each});
     let mut list = vec![
         ("GPT-2", changed(|_| ()).1),
-        ("GPT-2 with a space in front", changed(|tokenizer| tokenizer["pre_tokenizer"] = bytes(true, true)).1),
+        (
+            "GPT-2 with a space in front",
+            changed(|tokenizer| tokenizer["pre_tokenizer"] = bytes(true, true)).1,
+        ),
         ("SmolLM2", pre(json!([digits(true), bytes(false, true)]))),
         ("runs of digits", pre(json!([digits(false), bytes(true, true)]))),
         ("Llama 3", pre(json!([split(LLAMA3_WORDS), bytes(false, false)]))),
-        ("several patterns", pre(json!([split(r"\p{N}{1,3}"), split("[\u{4e00}-\u{9fa5}]+"), split(LLAMA3_WORDS), bytes(false, false)]))),
+        (
+            "several patterns",
+            pre(json!([
+                split(r"\p{N}{1,3}"),
+                split("[\u{4e00}-\u{9fa5}]+"),
+                split(LLAMA3_WORDS),
+                bytes(false, false)
+            ])),
+        ),
         (
             "whole words, NFC, tokens that strip",
             changed(|tokenizer| {
@@ -60,7 +72,9 @@ fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
         ("Gemma", json!("GemmaTokenizer"), Value::Null, Value::Null),
         ("Llama 2 as written", json!("PreTrainedTokenizerFast"), Value::Null, Value::Null),
     ] {
-        let folder = super::tokens::llama2_like(json!({"tokenizer_class": class, "legacy": legacy, "add_prefix_space": space}));
+        let folder = super::tokens::llama2_like(
+            json!({"tokenizer_class": class, "legacy": legacy, "add_prefix_space": space}),
+        );
         list.push((name, Tokenizer::load(folder.path()).unwrap().0));
     }
     list
@@ -69,11 +83,61 @@ fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
 /// Texts of pieces that tokenizers treat in many ways.
 fn texts() -> impl Strategy<Value = String> {
     let pieces = prop::sample::select(vec![
-        " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{3000}", "▁", "a", "The", " Sa", "ing", "I'm", "'S", "'", "x's", "1", "234",
-        "٣", "Ⅷ", "½", ".", ":", "A:", "-", "——", "é", "e\u{301}", "\u{301}", "ü", "月は", "大きい", "カ\u{3099}", "가", "\u{11a8}", "न\u{93c}", "🌕",
-        "\u{200d}", "\u{0}", "\u{fffd}", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im", "|>", "[INST]",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u{a0}",
+        "\u{3000}",
+        "▁",
+        "a",
+        "The",
+        " Sa",
+        "ing",
+        "I'm",
+        "'S",
+        "'",
+        "x's",
+        "1",
+        "234",
+        "٣",
+        "Ⅷ",
+        "½",
+        ".",
+        ":",
+        "A:",
+        "-",
+        "——",
+        "é",
+        "e\u{301}",
+        "\u{301}",
+        "ü",
+        "月は",
+        "大きい",
+        "カ\u{3099}",
+        "가",
+        "\u{11a8}",
+        "न\u{93c}",
+        "🌕",
+        "\u{200d}",
+        "\u{0}",
+        "\u{fffd}",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|im",
+        "|>",
+        "[INST]",
     ]);
-    prop_oneof![prop::collection::vec(pieces, 0..24).prop_map(|pieces| pieces.concat()), "\\PC{0,24}", "[ a-c\n]{0,24}"]
+    prop_oneof![
+        prop::collection::vec(pieces, 0..24).prop_map(|pieces| pieces.concat()),
+        "\\PC{0,24}",
+        "[ a-c\n]{0,24}"
+    ]
 }
 
 #[test]
@@ -81,7 +145,9 @@ fn every_layout_of_a_llama_is_cut_into_words() {
     for (name, tokenizer) in tokenizers() {
         assert!(tokenizer.is_cut_into_words(), "{name}");
     }
-    for (name, folder) in [("the demo's", "../../examples/demo/model"), ("the golden's", "../goldens/base/model")] {
+    for (name, folder) in
+        [("the demo's", "../../examples/demo/model"), ("the golden's", "../goldens/base/model")]
+    {
         assert!(encoder(folder).tokenizer.is_cut_into_words(), "{name}");
     }
 }
@@ -118,7 +184,11 @@ fn long_words_have_the_ids_of_the_whole() {
         for run in runs {
             for length in [4095, 4096, 9001] {
                 let text = format!("x {} y", run.repeat(length / run.len() + 1));
-                assert_eq!(tokenizer.encode(&text).unwrap(), tokenizer.encode_whole(&text).unwrap(), "{name}: {run} {length}");
+                assert_eq!(
+                    tokenizer.encode(&text).unwrap(),
+                    tokenizer.encode_whole(&text).unwrap(),
+                    "{name}: {run} {length}"
+                );
             }
         }
     }
@@ -151,9 +221,14 @@ fn only_a_tokenizer_that_takes_texts_as_a_whole_refuses_a_long_one() {
     let words = load_pairs(&path, &TextEncoder { tokenizer, template: None }, limits).unwrap();
     assert!(words.pairs[1].chosen.len() > 1 << 20, "{} tokens", words.pairs[1].chosen.len());
     drop(folder);
-    let (_folder, tokenizer) = changed(|tokenizer| tokenizer["pre_tokenizer"] = json!({"type": "Whitespace"}));
-    let error = load_pairs(&path, &TextEncoder { tokenizer, template: None }, limits).map(|_| ()).unwrap_err();
+    let (_folder, tokenizer) =
+        changed(|tokenizer| tokenizer["pre_tokenizer"] = json!({"type": "Whitespace"}));
+    let error =
+        load_pairs(&path, &TextEncoder { tokenizer, template: None }, limits).map(|_| ()).unwrap_err();
     assert_eq!(error.exit_code(), 3);
     let message = error.to_string();
-    assert!(message.contains("pairs.jsonl:2: the text has 4194") && message.contains("more than 4 MiB"), "{message}");
+    assert!(
+        message.contains("pairs.jsonl:2: the text has 4194") && message.contains("more than 4 MiB"),
+        "{message}"
+    );
 }

@@ -32,7 +32,9 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub(super) enum Step {
     /// Numbers apart from all else, each digit by itself if `each`.
-    Digits { each: bool },
+    Digits {
+        each: bool,
+    },
     Words(Pattern),
     /// Cuts nothing: puts a space in front of a piece that does not begin with one.
     SpaceInFront,
@@ -58,9 +60,9 @@ impl Layout {
         let kinds: Vec<&str> = normalizers.iter().map(|part| part["type"].as_str()).collect::<Option<_>>()?;
         let spaced = |in_front| {
             // Nothing is left for a pre-tokenizer that looks for spaces.
-            let cuts_nothing = steps.iter().all(|step| step["type"] == "Split" && step["pattern"]["String"] == " ");
-            cuts_nothing
-                .then_some(Layout { composes: false, kind: Kind::Spaces { in_front, splits: false } })
+            let cuts_nothing =
+                steps.iter().all(|step| step["type"] == "Split" && step["pattern"]["String"] == " ");
+            cuts_nothing.then_some(Layout { composes: false, kind: Kind::Spaces { in_front, splits: false } })
         };
         match kinds.as_slice() {
             ["Replace"] if writes_spaces(normalizers[0]) => spaced(InFront::Never),

@@ -45,7 +45,10 @@ impl Merges {
             None | Some(Value::Null) => true,
             Some(value) => value == "" || value == false,
         };
-        if model.get("type")? != "BPE" || !is_unset("continuing_subword_prefix") || !is_unset("end_of_word_suffix") {
+        if model.get("type")? != "BPE"
+            || !is_unset("continuing_subword_prefix")
+            || !is_unset("end_of_word_suffix")
+        {
             return None;
         }
         let mut ids: HashMap<&str, u32, RandomState> = HashMap::default();
@@ -310,7 +313,8 @@ mod tests {
 
     #[test]
     fn a_long_run_of_one_letter_is_merged_from_the_left() {
-        let doubling: Vec<(String, String)> = (0..6).map(|power| ("a".repeat(1 << power), "a".repeat(1 << power))).collect();
+        let doubling: Vec<(String, String)> =
+            (0..6).map(|power| ("a".repeat(1 << power), "a".repeat(1 << power))).collect();
         let model = model(&doubling, false);
         let (ours, library) = (Merges::read(&model).unwrap(), library(&model));
         for length in [1, 2, 3, 20_000, 20_001, 20_063] {

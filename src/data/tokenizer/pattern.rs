@@ -48,7 +48,8 @@ impl Pattern {
                 None => self.regex.search_with(cache, &input),
                 found => found,
             };
-            let (start, end) = found.map_or((text.len(), text.len()), |found| (found.start(), end_of(text, &found)));
+            let (start, end) =
+                found.map_or((text.len(), text.len()), |found| (found.start(), end_of(text, &found)));
             let from = *at;
             if from == start {
                 *at = end;
@@ -143,9 +144,21 @@ mod tests {
 
     #[test]
     fn what_engines_read_differently_is_not_taken() {
-        for pattern in
-            [r"\p{L}++", r"a?+", r"(?=x)y", r"(?<!x)y", r"^a", r"a$", r"\bx", r"(a)\1", r"\h", r"(?>a)", r"x*", r"\p{N}{1,3}+", r"a|\s+(?!\S)"]
-        {
+        for pattern in [
+            r"\p{L}++",
+            r"a?+",
+            r"(?=x)y",
+            r"(?<!x)y",
+            r"^a",
+            r"a$",
+            r"\bx",
+            r"(a)\1",
+            r"\h",
+            r"(?>a)",
+            r"x*",
+            r"\p{N}{1,3}+",
+            r"a|\s+(?!\S)",
+        ] {
             assert!(Pattern::new(pattern, true).is_none(), "{pattern}");
         }
         let marks = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;

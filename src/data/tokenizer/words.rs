@@ -41,9 +41,9 @@ pub(super) struct Words {
     added: AddedTokens,
     layout: Layout,
     merges: Option<Merges>,
-    /// The character that stands for each byte, and its token if all of them have one.
+    /// The character that stands for each byte, and its token if it has one.
     byte_characters: [char; 256],
-    byte_tokens: Option<Vec<u32>>,
+    byte_tokens: [Option<u32>; 256],
     /// Whether a word begins at a space after this ASCII character.
     ends_word: [bool; 128],
     idle: Mutex<Vec<State>>,
@@ -90,7 +90,8 @@ impl Words {
         if let Kind::Spaces { splits, .. } = layout.kind {
             // The library looks for normalised tokens in a text that has been given its `▁`.
             let writes_first = tokenizer.get_normalizer().is_some();
-            let cuts = splits || merges.as_ref().is_some_and(|merges| merges.stop_before_space('a', is_token));
+            let cuts =
+                splits || merges.as_ref().is_some_and(|merges| merges.stop_before_space('a', is_token));
             if !cuts || (writes_first && added.normalised.is_some()) {
                 return None;
             }
@@ -100,8 +101,8 @@ impl Words {
             }
         }
         let byte_characters = byte_characters();
-        let token = |character: &char| model.token_to_id(character.encode_utf8(&mut [0; 4]));
-        let byte_tokens = byte_characters.iter().map(token).collect();
+        let token = |character: char| model.token_to_id(character.encode_utf8(&mut [0; 4]));
+        let byte_tokens = byte_characters.map(token);
         let idle = Mutex::new(Vec::new());
         let words = Words { added, layout, merges, byte_characters, byte_tokens, ends_word, idle };
         let ours = words.encode(tokenizer, PROBE, &mut SegmentCache::default());
@@ -299,8 +300,8 @@ impl Words {
             return None;
         }
         if let Kind::Bytes(_) = self.layout.kind {
-            let tokens = self.byte_tokens.as_ref()?;
-            return Some((merges, word.bytes().map(|byte| tokens[usize::from(byte)]).collect()));
+            let tokens = word.bytes().map(|byte| self.byte_tokens[usize::from(byte)]);
+            return Some((merges, tokens.collect::<Option<Vec<u32>>>()?));
         }
         let mut tokens = Vec::with_capacity(word.len());
         for character in word.chars() {
