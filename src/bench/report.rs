@@ -18,18 +18,26 @@ pub const OURS: &str = "mmpo-fast";
 /// One result, in the columns of [`CSV_HEADER`].
 #[derive(Clone, Debug, Serialize)]
 pub struct ResultRow {
+    /// The operation.
     pub op: String,
+    /// Its shape, under the name by which engines are compared.
     pub shape: String,
+    /// Microseconds a call, the median.
     pub median_us: f64,
+    /// Microseconds of the fastest call.
     pub min_us: f64,
+    /// Microseconds of the slowest call.
     pub max_us: f64,
+    /// Least floating-point operations of a call.
     pub flops: f64,
+    /// Least bytes that a call reads and writes.
     pub bytes: f64,
     /// Bytes of memory beside operands and results, where they are counted.
     pub workspace: f64,
 }
 
 impl ResultRow {
+    /// The row of one measured operation; `flops` and `bytes` are the least that it asks for.
     pub fn new(op: &str, shape: &str, sample: &Sample, flops: f64, bytes: f64) -> Self {
         ResultRow {
             op: op.to_owned(),

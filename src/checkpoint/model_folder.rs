@@ -54,10 +54,12 @@ impl ModelFolder {
         Ok(folder)
     }
 
+    /// The folder, as it was named.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// What its `config.json` says.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
@@ -70,14 +72,11 @@ impl ModelFolder {
     /// The values of tensor `name`, straight in the map.
     ///
     /// # Errors
-    /// [`Error::Model`] where there is none of that name, or its shape is not `shape`.
+    /// [`Error::Bug`] where there is none of that name: the names were compared when the folder was opened; [`Error::Model`]
+    /// where its shape is not `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawValues<'_>> {
         let Some((shard, entry)) = self.tensors.get(name) else {
-            return Err(Error::model(
-                &self.path,
-                format!("there is no tensor `{name}`"),
-                "this is a mistake in the program; please report it",
-            ));
+            return Err(Error::bug(format!("{}: there is no tensor `{name}`", self.path.display())));
         };
         let file = &self.shards[*shard];
         check_shape(file.path(), name, entry, shape)?;

@@ -13,7 +13,9 @@ use crate::{Error, Result};
 /// The pairs of a file, in file order, cut to the limits.
 #[derive(Clone, Debug)]
 pub struct PairDataset {
+    /// The pairs that are left, in the order of the file.
     pub pairs: Vec<TokenizedPair>,
+    /// What became of every record.
     pub report: EncodingReport,
     /// Hash of all token ids and of where they are cut into prompts and responses.
     pub fingerprint: [u8; 32],

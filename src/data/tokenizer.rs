@@ -227,6 +227,7 @@ impl Tokenizer {
         self.special_ids.contains(&id)
     }
 
+    /// The id of a token of the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }

@@ -35,6 +35,7 @@ pub struct LlamaConfig {
     pub kv_heads: usize,
     /// `E`, even; `H * E` need not be `D`.
     pub head_size: usize,
+    /// Added to the mean square before its root.
     pub rms_norm_eps: f32,
     /// The output head is the embedding table.
     pub tie_word_embeddings: bool,
@@ -46,7 +47,9 @@ pub struct LlamaConfig {
     pub attention_dropout: f64,
     /// Positions that the model was trained for.
     pub max_position_embeddings: usize,
+    /// Rotary positions.
     pub rope: Rope,
+    /// Begins a text, where the model has such a token.
     pub bos_token_id: Option<u32>,
     /// End tokens of `config.json`.
     pub eos_token_ids: Vec<u32>,
@@ -66,11 +69,14 @@ pub struct LlamaConfig {
 /// A weight's name in a Hugging Face folder and its shape there, row-major, `[outputs, inputs]` for matrices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
+    /// Name in a Hugging Face checkpoint.
     pub name: String,
+    /// Dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl TensorSpec {
+    /// A tensor of `shape`, outermost dimension first.
     pub fn new(name: impl Into<String>, shape: &[usize]) -> Self {
         TensorSpec { name: name.into(), shape: shape.to_vec() }
     }
@@ -210,6 +216,7 @@ impl LlamaConfig {
         self.max_position_embeddings.min(self.rope.positions().unwrap_or(usize::MAX))
     }
 
+    /// `H`, `K` and `E`.
     pub fn attention_shape(&self) -> AttentionShape {
         AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_size }
     }

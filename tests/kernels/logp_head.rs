@@ -508,7 +508,7 @@ path_tests! {
     }
 }
 
-/// The large tiles of Hopper's product, alone and in clusters, against the portable ones. Only large products get them.
+/// The large tiles of Hopper's gemm, alone and in clusters, against the portable ones. Only large gemms get them.
 #[cfg(mmpo_emulated)]
 #[test]
 fn large_tiles() {

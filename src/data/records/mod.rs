@@ -36,6 +36,7 @@ pub struct Record {
     pub index: usize,
     /// 1-based line of a JSON Lines file, 1-based record of any other: what errors and reports name.
     pub place: usize,
+    /// What it says.
     pub body: Body,
     /// What looks wrong in the record, or was mended in it.
     pub notes: Vec<Note>,
@@ -44,14 +45,22 @@ pub struct Record {
 /// A pair as plain text, or as a conversation that a chat template turns into text.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Body {
+    /// Plain text, used as it is.
     Text {
+        /// The text before the responses.
         prompt: String,
+        /// The better response.
         chosen: String,
+        /// The worse response.
         rejected: String,
     },
+    /// Messages, which go through the chat template.
     Conversation {
+        /// Messages before the responses.
         prompt: Vec<Message>,
+        /// Messages of the better response.
         chosen: Vec<Message>,
+        /// Messages of the worse response.
         rejected: Vec<Message>,
         /// Extra template variables: the columns `tools` and `chat_template_kwargs`.
         variables: Map<String, Value>,

@@ -13,6 +13,7 @@ use crate::data::Cause;
 /// Something seen in a record, with the words that show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
+    /// What was seen.
     pub cause: Cause,
     /// A short excerpt on one line.
     pub example: String,
