@@ -108,7 +108,11 @@ impl TextEncoder {
             }
             false => {
                 let texts = self.texts(path, record, &mut events)?;
-                let pair = self.tokenise(record.index, &texts, &mut events)?;
+                let pair = self.tokenise(record.index, &texts, &mut events).map_err(|error| match error {
+                    // A text that is too long, which the tokenizer cannot place.
+                    Error::Data { message, help, .. } => Error::data(path, Some(record.place), message, help),
+                    error => error,
+                })?;
                 self.fit(pair, limits, &mut events)
             }
         };
