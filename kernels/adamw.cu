@@ -1,14 +1,15 @@
 // One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of many tensors with f32 states.
 //
-// Updates master, first_moment and second_moment, assigns weight = bf16(master). Clipping costs nothing: every gradient
-// is multiplied by the coefficient that grad_norm.cu left in norm[1]. A value is 16 bytes read and 14 written.
+// Updates master, first_moment and second_moment, and assigns weight = bf16(master). Clipping costs nothing: every
+// gradient is multiplied by the factor that grad_norm.cu left in norm[1]. 16 bytes are read and 14 written for each
+// value.
 
 #include "common/tensor_table.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// One value's state.
+// The state of one value.
 struct Moments {
     float master, first, second;
 };
@@ -22,7 +23,7 @@ DEVICE Moments update(Moments old, float gradient, const mmpo_adamw_step& step) 
     return now;
 }
 
-// Updates `count` values, at most four.
+// Updates `count` values, four at most.
 template <bool kVectorized>
 DEVICE void update_vector(bf16* weight, float* master, float* first_moment, float* second_moment, const float* gradient,
                           int count, float coefficient, const mmpo_adamw_step& step) {
@@ -47,7 +48,7 @@ DEVICE void update_vector(bf16* weight, float* master, float* first_moment, floa
 constexpr int kBlockValues = kBlock * kVectorF32;
 using Table = TensorTable<mmpo_adamw_tensor>;
 
-// A thread updates four values: 64 bytes of loads under way in each.
+// A thread updates four values, with 64 bytes of loads under way.
 __global__ void __launch_bounds__(kBlock)
     adamw_kernel(const __grid_constant__ Table table, const float* __restrict__ norm, mmpo_adamw_step step) {
     const int found = table.find();

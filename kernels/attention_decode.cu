@@ -1,24 +1,23 @@
 // Attention of one new token over the cache, for generation: out[1, H * E], the query in the cache's last row over rows
 // 0 .. length. A row of the cache is a row of qkv: H query heads, K key heads, K value heads.
 //
-// Assigns out. One query has no reuse to offer, so this is about reading keys and values fast: the rows are split into
-// chunks that blocks read side by side (flash decoding, Dao et al. 2023), each leaving its softmax statistics and
-// weighted sum of values in f32; a second kernel merges the chunks in order.
+// Assigns out. With one query, keys and values are read once and cannot be reused, so the kernel is about reading them
+// fast. The rows are split into chunks that blocks read side by side (flash decoding, Dao et al. 2023). Each block
+// leaves its softmax statistics and its weighted sum of values in f32; a second kernel merges the chunks in order.
 
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// Rows of a chunk. 2312 rows, the paper's longest, and 9 to 32 heads make 171 to 608 blocks: enough to fill an H100.
+// Rows of a chunk. At 2312 rows, the paper's longest, 9 to 32 heads make 171 to 608 blocks: enough to fill an H100.
 constexpr int kChunk = 128;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-// Rows that a team has under way; one rescaling of its sums for all of them.
+// Rows that a team loads at once; its sums are rescaled once for all of them.
 constexpr int kRowsAtOnce = 4;
-constexpr float kLog2e = 1.44269504f;
 
-// Where a query head's row parts lie.
+// The cache's sizes, and what follows from them.
 struct CacheShape {
     int length;
     int heads;
@@ -40,15 +39,15 @@ Partials partials_of(void* workspace, int chunks, int heads, int head_size) {
     return Partials{values, largest, largest + int64_t(chunks) * heads};
 }
 
-// Softmax so far over some rows: the largest score (log2), the sum of 2^(score - largest), and a thread's eight columns
-// of the weighted sum of values.
+// The softmax over the rows seen so far: the largest score (log2), the sum of 2^(score - largest), and a thread's eight
+// columns of the weighted sum of values.
 struct State {
     float largest;
     float sum;
     float values[kVector];
 };
 
-// 2^(from - to), with 0 for "no rows yet", whatever the other is.
+// 2^(from - to), and 0 if no rows have been seen yet (`from` is -infinity), whatever `to` is.
 DEVICE float decay(float from, float to) { return from == -INFINITY ? 0.0f : exp2_approx(from - to); }
 
 DEVICE void rescale(State& state, float largest) {
@@ -59,7 +58,8 @@ DEVICE void rescale(State& state, float largest) {
     state.largest = largest;
 }
 
-// A team is the E / 8 lanes that read a row's key (or value) head in one access, neighbours side by side.
+// A team is the E / 8 lanes that together read a row's key (or value) head in one access; neighbouring lanes read
+// neighbouring 16 bytes.
 template <int kHeadSize>
 struct Team {
     static constexpr int kLanes = kHeadSize / kVector;
@@ -85,6 +85,7 @@ DEVICE void score_rows(float (&scores)[kRowsAtOnce], const uint4 (&keys)[kRowsAt
     }
 }
 
+// Adds rows to the state, given their scores and their values (`rows`).
 DEVICE void take_in(State& state, const float (&scores)[kRowsAtOnce], const uint4 (&rows)[kRowsAtOnce]) {
     float largest = state.largest;
 #pragma unroll
@@ -101,7 +102,7 @@ DEVICE void take_in(State& state, const float (&scores)[kRowsAtOnce], const uint
     }
 }
 
-// Merges the teams of a warp; lanes with the same columns get the same state.
+// Merges the teams of a warp; lanes with the same columns end with the same state.
 template <int kHeadSize>
 DEVICE void merge_teams(State& state) {
 #pragma unroll
@@ -120,10 +121,47 @@ struct WarpStates {
     float values[kWarps][kHeadSize];
     float largest[kWarps];
     float sum[kWarps];
+
+    // Call in all lanes of a warp once its teams are merged.
+    DEVICE void put(const State& state, int column) {
+        const int warp = int(threadIdx.x) / kWarp;
+        if (int(lane_id()) < Team<kHeadSize>::kLanes) {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) values[warp][column + i] = state.values[i];
+        }
+        if (lane_id() == 0) {
+            largest[warp] = state.largest;
+            sum[warp] = state.sum;
+        }
+    }
 };
 
-// A block has one query head and one chunk of rows. The H / K query heads of a key head are neighbouring blocks, so all
-// but the first find its keys and values in L2.
+// Attends to the rows that the thread's team takes of one chunk. `keys` and `values` are the thread's columns in row 0.
+template <int kHeadSize>
+DEVICE State attend_chunk(const float (&query)[kVector], const bf16* keys, const bf16* values, int64_t row_width,
+                          int chunk, int end) {
+    using Lanes = Team<kHeadSize>;
+    const int team = int(threadIdx.x) / Lanes::kLanes;
+    State state = {-INFINITY, 0.0f, {}};
+    for (int start = chunk * kChunk; start < end; start += kRowsAtOnce * Lanes::kCount) {
+        const int first = start + team;
+        uint4 key_rows[kRowsAtOnce], value_rows[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            // Rows past the end have weight 0; the last row is loaded in their place.
+            const int64_t offset = min(first + i * Lanes::kCount, end - 1) * row_width;
+            key_rows[i] = load_128(keys + offset);
+            value_rows[i] = load_128(values + offset);
+        }
+        float scores[kRowsAtOnce];
+        score_rows<kHeadSize>(scores, key_rows, query, first, end);
+        take_in(state, scores, value_rows);
+    }
+    return state;
+}
+
+// A block has one query head and one chunk of rows. The H / K query heads that share a key head are neighbouring
+// blocks, so all but the first find the head's keys and values in L2.
 template <int kHeadSize>
 __global__ void __launch_bounds__(kThreads)
     decode_chunk_kernel(Partials partials, const bf16* __restrict__ cache, CacheShape shape, float scale) {
@@ -132,7 +170,6 @@ __global__ void __launch_bounds__(kThreads)
     using Lanes = Team<kHeadSize>;
     const int head = int(blockIdx.x);
     const int chunk = int(blockIdx.y);
-    const int team = int(threadIdx.x) / Lanes::kLanes;
     const int column = int(threadIdx.x) % Lanes::kLanes * kVector;
     const int kv_head = head / (shape.heads / shape.kv_heads);
     const int64_t row_width = shape.row_width(kHeadSize);
@@ -142,35 +179,12 @@ __global__ void __launch_bounds__(kThreads)
     float query[kVector];
     unpack8(query, load_128(cache + int64_t(shape.length - 1) * row_width + head * kHeadSize + column));
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) query[i] *= scale * kLog2e;
+    for (int i = 0; i < kVector; ++i) query[i] *= scale * kLog2E;
 
-    State state = {-INFINITY, 0.0f, {}};
     const int end = min(shape.length, (chunk + 1) * kChunk);
-    for (int start = chunk * kChunk; start < end; start += kRowsAtOnce * Lanes::kCount) {
-        const int first = start + team;
-        uint4 key_rows[kRowsAtOnce], value_rows[kRowsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-            // Rows past the end have weight 0; the last row stands in for them.
-            const int64_t offset = min(first + i * Lanes::kCount, end - 1) * row_width;
-            key_rows[i] = load_128(keys + offset);
-            value_rows[i] = load_128(values + offset);
-        }
-        float scores[kRowsAtOnce];
-        score_rows<kHeadSize>(scores, key_rows, query, first, end);
-        take_in(state, scores, value_rows);
-    }
-
+    State state = attend_chunk<kHeadSize>(query, keys, values, row_width, chunk, end);
     merge_teams<kHeadSize>(state);
-    const int warp = int(threadIdx.x) / kWarp;
-    if (int(lane_id()) < Lanes::kLanes) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) warps.values[warp][column + i] = state.values[i];
-    }
-    if (lane_id() == 0) {
-        warps.largest[warp] = state.largest;
-        warps.sum[warp] = state.sum;
-    }
+    warps.put(state, column);
     __syncthreads();
 
     if (int(threadIdx.x) >= kHeadSize) return;
@@ -191,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A block has one query head, a thread one column.
+// A block merges the chunks of one query head, a thread those of one column.
 template <int kHeadSize>
 __global__ void __launch_bounds__(kHeadSize)
     merge_chunks_kernel(bf16* __restrict__ out, Partials partials, int chunks, int heads) {

@@ -1,50 +1,54 @@
 // Flash attention forward for packed pairs `prompt | chosen | rejected` (Dao 2023, with a shared-prefix mask and packed
-// query heads). On Hopper attention_forward_sm90.cu runs in its place.
+// query heads), for any GPU from sm_80 on. Hopper runs attention_forward_sm90.cu instead.
 //
 //   out[T, H * E] = softmax(scale * q k^T + mask) v        bf16, assigned
 //   lse[T, H]     = logsumexp of the masked, scaled scores  f32, natural log, assigned
 //
-// q, k, v are columns of qkv[T, (H + 2K) * E]; query head h reads key/value head h / (H / K). A block takes one tile of
-// packed rows, tokens x the query heads that share a key/value head, and walks the key blocks that they see from the
-// diagonal backwards; scores stay in registers, softmax is online and in base 2. Tensor cores: mma.sync, so every GPU
-// from sm_80 on.
+// q, k, v are columns of qkv[T, (H + 2K) * E]; query head h reads key/value head h / (H / K). A block has one tile of
+// packed rows (tokens x the query heads that share a key/value head) and walks the key blocks that these rows see, from
+// the diagonal backwards. Scores stay in registers; the softmax is online and in base 2. The tensor cores are used
+// through mma.sync.
 #include "common/attention_schedule.cuh"
+#include "common/launch.cuh"
 #include "common/online_softmax.cuh"
 
 namespace {
 
-// Rows of one mma.
-constexpr int kMmaRows = 16;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 
-// How a block of the grid is cut.
+// How the work is cut.
 struct ForwardTiles {
-    int row_tiles;   // of 16 rows, a warp
+    int row_tiles;   // tiles of 16 rows that a warp has
     int block_n;     // keys of a block
     int ring_tiles;  // key or value tiles in shared memory: one in use, the others arriving
-    int blocks;      // that should share a multiprocessor
+    int blocks;      // thread blocks that should share a multiprocessor
 
     constexpr int block_m() const { return kWarps * row_tiles * kMmaRows; }
     constexpr int shared_bytes(int head_size) const { return (block_m() + ring_tiles * block_n) * head_size * 2; }
 };
 
-// Two row tiles a warp: an ldmatrix of 16 keys (4 cycles of shared memory) then feeds four mma (8 cycles of an A100's
-// tensor cores); with one row tile shared memory would be as busy as they are.
-//   E = 64:  registers: scores 64, output 64, queries 32 and about 60, so two blocks of at most 255 fit.
-//            Shared memory: queries 16, four tiles of 8: 48 KiB, two blocks even in the 100 KiB of sm_86.
-//   E = 128: registers: scores 64, output 128, queries from shared memory, so two blocks of 255 fit.
-//            Shared memory: queries 32, three tiles of 16: 80 KiB, two blocks in sm_80's 164 KiB, one in sm_86's 100.
-// 64 keys a block: 128 would double the scores' registers, which then spill beside either output.
+// Each warp has two row tiles: an ldmatrix of 16 keys (4 cycles of shared memory) then feeds four mma (8 cycles of an
+// A100's tensor cores). With one row tile, shared memory would be as busy as the tensor cores.
+//
+//   E = 64   registers       scores 64, output 64, queries 32, and about 60 more: two blocks of at most 255 fit
+//            shared memory   queries 16, four tiles of 8: 48 KiB, two blocks even in the 100 KiB of sm_86
+//   E = 128  registers       scores 64, output 128, queries from shared memory: two blocks of 255 fit
+//            shared memory   queries 32, three tiles of 16: 80 KiB, two blocks in sm_80's 164 KiB, one in sm_86's 100
+//
+// A block has 64 keys. With 128 the scores would take twice the registers, and spill beside either output.
 constexpr ForwardTiles forward_tiles(int head_size) {
     return head_size == 64 ? ForwardTiles{2, 64, 4, 2} : ForwardTiles{2, 64, 3, 2};
 }
 
-constexpr int kSmallestShared = 99 * 1024;  // that one block may have, of all GPUs from sm_80 on: sm_86, sm_89, sm_120
-static_assert(forward_tiles(64).shared_bytes(64) <= kSmallestShared &&
-                  forward_tiles(128).shared_bytes(128) <= kSmallestShared,
+static_assert(forward_tiles(64).shared_bytes(64) <= kSharedLimit &&
+                  forward_tiles(128).shared_bytes(128) <= kSharedLimit,
               "a block fits into every GPU");
 
+// Rows for which query heads are packed: half a tile, as Hopper's kernel packs them.
+constexpr int kPackingRows = 64;
+
+// The constants of one head size.
 template <int E>
 struct Config {
     static constexpr ForwardTiles kTiles = forward_tiles(E);
@@ -54,11 +58,27 @@ struct Config {
     static constexpr int BLOCK_N = kTiles.block_n;
     static constexpr int kRing = kTiles.ring_tiles;
     static constexpr int kBlocks = kTiles.blocks;
-    static constexpr int kSharedBytes = kTiles.shared_bytes(E);
     static constexpr bool kQueriesInRegisters = E == 64;
 
-    // cp.async copies row by row: no gap is needed where prompt and own keys meet.
+    // cp.async copies row by row, so no gap is needed where prompt and own keys meet.
     using Cut = TileCut<BLOCK_N, 1>;
+
+    using Queries = SharedTile<BLOCK_M, E>;
+    using Keys = SharedTile<BLOCK_N, E>;  // or values
+};
+
+// Where things lie in shared memory: queries, then the ring of key and value tiles.
+template <int E>
+struct Shared {
+    using C = Config<E>;
+    static constexpr int kRing = C::Queries::kBytes;
+    static constexpr int kBytes = kRing + C::kRing * C::Keys::kBytes;
+    static_assert(kBytes == C::kTiles.shared_bytes(E), "as planned");
+
+    uint32_t base;
+
+    DEVICE typename C::Queries queries() const { return {base}; }
+    DEVICE typename C::Keys ring_tile(int stage) const { return {base + uint32_t(kRing + stage * C::Keys::kBytes)}; }
 };
 
 struct Problem {
@@ -72,13 +92,14 @@ struct Problem {
 // A tile of packed rows, and what its rows see.
 struct TileWork {
     CausalSequence sequence;
-    int first_token;          // of the sequence
-    int first_row, last_row;  // tokens
+    int first_token;          // of the tile, counted in its sequence
+    int first_row, last_row;  // the tile's tokens, as rows of the batch
     int first_head, kv_head;
-    int last_slot;  // of the last token
+    int last_slot;  // of the tile's last token
 };
 
-// The tile of the calling block, the pair's last ones (which see most) first; false where the pair has fewer.
+// Finds the tile of the calling block. A pair's last tiles, which see most keys, come first. False if the pair has
+// fewer.
 template <int E>
 DEVICE bool find_work(TileWork& out, const Problem& problem, const uint32_t* spans) {
     const typename Config<E>::Cut cut{Config<E>::BLOCK_M / problem.packing.heads};
@@ -106,9 +127,9 @@ DEVICE bool find_work(TileWork& out, const Problem& problem, const uint32_t* spa
 
 // ---- copies
 
-// Copies the tile's packed rows; those without a token become zeros.
+// Starts copying the tile's packed rows; rows without a token become zeros.
 template <int E>
-DEVICE void load_queries(uint32_t tile, const Problem& problem, const TileWork& work) {
+DEVICE void load_queries(typename Config<E>::Queries tile, const Problem& problem, const TileWork& work) {
     constexpr int kChunks = E / kChunkValues;
 #pragma unroll
     for (int i = 0; i < Config<E>::BLOCK_M * kChunks / kThreads; ++i) {
@@ -116,62 +137,65 @@ DEVICE void load_queries(uint32_t tile, const Problem& problem, const TileWork& 
         const int token = problem.packing.token(row), head = work.first_head + row - token * problem.packing.heads;
         const bool valid = work.first_row + token < work.last_row;
         const int64_t source_row = valid ? work.first_row + token : work.first_row;
-        cp_async_16(tile_address<E>(tile, row, chunk),
+        cp_async_16(tile.address(row, chunk),
                     problem.qkv + source_row * problem.stride + head * E + chunk * kChunkValues, valid);
     }
 }
 
-// Copies the keys (or values, by `column`) of slots first ..; those past the tile's last slot become zeros.
+// Starts copying the keys (or values, by `column`) of the slots from `first` on; those past the tile's last slot become
+// zeros.
 template <int E>
-DEVICE void load_slots(uint32_t tile, const Problem& problem, const TileWork& work, int first, int column) {
+DEVICE void load_slots(typename Config<E>::Keys tile, const Problem& problem, const TileWork& work, int first,
+                       int column) {
     constexpr int kChunks = E / kChunkValues;
-    // Two at a time: with all addresses at once, the accumulators of E = 128 would spill.
+    // Two rounds at a time: with all addresses at once, the accumulators of E = 128 would spill.
 #pragma unroll 2
     for (int i = 0; i < Config<E>::BLOCK_N * kChunks / kThreads; ++i) {
         const int index = int(threadIdx.x) + i * kThreads, row = index / kChunks, chunk = index % kChunks;
         const bool valid = first + row <= work.last_slot;
         const int64_t source_row = work.sequence.row_of(valid ? first + row : work.last_slot);
-        cp_async_16(tile_address<E>(tile, row, chunk),
-                    problem.qkv + source_row * problem.stride + column + chunk * kChunkValues, valid);
+        cp_async_16(tile.address(row, chunk), problem.qkv + source_row * problem.stride + column + chunk * kChunkValues,
+                    valid);
     }
 }
 
-// Key and value tiles of the blocks, from the last one backwards, through a ring: keys, values, keys, values, ..
+// Streams the key and value tiles of the key blocks through a ring, from the last block backwards: keys, values, keys,
+// values, ..
 template <int E>
 struct TileRing {
     using C = Config<E>;
     const Problem& problem;
     const TileWork& work;
-    uint32_t tiles;  // shared address
+    const Shared<E>& shared;
     int blocks;
-    int started = 0, start_slot = 0, use_slot = 0;
+    int started = 0, start_stage = 0, use_stage = 0;
 
-    // The next tile, if there is one; a group of its own in any case, so that waits can count.
+    // Starts the next copy, if there is one. In any case it commits a group, so that waits can count groups.
     DEVICE void start() {
         const int block = blocks - 1 - started / 2, kind = started % 2;
         if (block >= 0) {
             const int column = (problem.heads + work.kv_head + kind * problem.kv_heads) * E;
-            load_slots<E>(tiles + uint32_t(start_slot * kTileBytes<C::BLOCK_N, E>), problem, work, block * C::BLOCK_N,
-                          column);
+            load_slots<E>(shared.ring_tile(start_stage), problem, work, block * C::BLOCK_N, column);
         }
         cp_async_commit();
         ++started;
-        start_slot = start_slot + 1 == C::kRing ? 0 : start_slot + 1;
+        start_stage = start_stage + 1 == C::kRing ? 0 : start_stage + 1;
     }
 
-    // Waits for the tile after the one that the last call gave, whose place is filled again.
-    DEVICE uint32_t next() {
+    // Waits for the next tile and returns it. The place of the tile that the last call returned is filled again.
+    DEVICE typename C::Keys next() {
         cp_async_wait<C::kRing - 2>();
         __syncthreads();
         start();
-        const uint32_t tile = tiles + uint32_t(use_slot * kTileBytes<C::BLOCK_N, E>);
-        use_slot = use_slot + 1 == C::kRing ? 0 : use_slot + 1;
+        const typename C::Keys tile = shared.ring_tile(use_stage);
+        use_stage = use_stage + 1 == C::kRing ? 0 : use_stage + 1;
         return tile;
     }
 };
 
 // ---- a warp's rows
 
+// Accumulators 4 * index .. 4 * index + 4, which one mma takes.
 template <int kCount>
 DEVICE float (&quad(float (&values)[kCount], int index))[4] {
     return *reinterpret_cast<float (*)[4]>(&values[4 * index]);
@@ -183,12 +207,14 @@ struct WarpRows {
     static constexpr int BLOCK_N = C::BLOCK_N;
     float scores[C::kRowTiles][BLOCK_N / 2];
     float out[C::kRowTiles][E / 2];
+    // All queries as A operands, or those of one depth step.
     uint32_t queries[C::kQueriesInRegisters ? E / 16 : 1][C::kRowTiles][4];
     OnlineSoftmax softmax[C::kRowTiles];
-    uint32_t query_tile;  // shared address
-    int row;              // first of the tile's rows
+    typename C::Queries query_tile;
+    int row;  // the warp's first row in the tile
 
-    DEVICE WarpRows(uint32_t query_tile) : query_tile(query_tile), row(int(threadIdx.x) / 32 * C::kWarpRows) {
+    DEVICE explicit WarpRows(typename C::Queries query_tile)
+        : query_tile(query_tile), row(int(threadIdx.x) / 32 * C::kWarpRows) {
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -197,7 +223,7 @@ struct WarpRows {
 
     DEVICE void load_queries(int slot, int step) {
 #pragma unroll
-        for (int m = 0; m < C::kRowTiles; ++m) load_a<E>(queries[slot][m], query_tile, row + m * kMmaRows, step);
+        for (int m = 0; m < C::kRowTiles; ++m) load_a(queries[slot][m], query_tile, row + m * kMmaRows, step);
     }
 
     // Call once the queries have arrived.
@@ -209,7 +235,7 @@ struct WarpRows {
     }
 
     // scores = queries * keys^T.
-    DEVICE void score(uint32_t keys) {
+    DEVICE void score(typename C::Keys keys) {
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -221,7 +247,7 @@ struct WarpRows {
 #pragma unroll
             for (int n = 0; n < BLOCK_N / 8; n += 2) {
                 uint32_t b[2][2];
-                load_b_transposed<E>(b, keys, n * 8, step);
+                load_b_transposed(b, keys, n * 8, step);
 #pragma unroll
                 for (int m = 0; m < C::kRowTiles; ++m) {
                     mma_m16n8k16(quad(scores[m], n), queries[slot][m], b[0]);
@@ -231,7 +257,7 @@ struct WarpRows {
         }
     }
 
-    // Hides the keys after each row's own; needed only in blocks that reach past the warp's first row.
+    // Hides the keys after each row's own. Only blocks that reach past the warp's first row have such keys.
     DEVICE void mask(const HeadPacking& packing, int first_slot, int block_first) {
         if (block_first + BLOCK_N - 1 <= first_slot + packing.token(row)) return;
         const int lane = int(lane_id());
@@ -257,7 +283,7 @@ struct WarpRows {
     }
 
     // out += weights * values; the scores hold the weights.
-    DEVICE void accumulate(uint32_t values) {
+    DEVICE void accumulate(typename C::Keys values) {
 #pragma unroll
         for (int k = 0; k < BLOCK_N / 8; k += 2) {
             uint32_t a[C::kRowTiles][4];
@@ -268,7 +294,7 @@ struct WarpRows {
 #pragma unroll
             for (int step = 0; step < E / 16; ++step) {
                 uint32_t b[2][2];
-                load_b<E>(b, values, k * 8, step);
+                load_b(b, values, k * 8, step);
 #pragma unroll
                 for (int m = 0; m < C::kRowTiles; ++m) {
                     mma_m16n8k16(quad(out[m], 2 * step), a[m], b[0]);
@@ -278,7 +304,8 @@ struct WarpRows {
         }
     }
 
-    // Output, divided by the sums, through the warp's own queries in shared memory, so that a store covers whole lines.
+    // Stores the output, divided by the sums. It goes through the warp's own queries in shared memory, so that a store
+    // covers whole lines.
     DEVICE void store(bf16* out_rows, float* lse, const Problem& problem, const TileWork& work) {
         const int lane = int(lane_id());
 #pragma unroll
@@ -291,7 +318,7 @@ struct WarpRows {
 #pragma unroll
                 for (int n = 0; n < E / 8; ++n) {
                     const float* values = &out[m][4 * n + 2 * half];
-                    store_shared_32(tile_address<E>(query_tile, staged, n) + uint32_t(lane) % 4 * 4,
+                    store_shared_32(query_tile.address(staged, n) + uint32_t(lane) % 4 * 4,
                                     pack_bf16x2(values[0] * factor, values[1] * factor));
                 }
                 const int64_t to = problem.packing.position(staged, work.first_row, work.last_row, work.first_head);
@@ -305,8 +332,7 @@ struct WarpRows {
             const int staged = row + (i * 32 + lane) / kRowChunks, chunk = (i * 32 + lane) % kRowChunks;
             const int64_t to = problem.packing.position(staged, work.first_row, work.last_row, work.first_head);
             if (to < 0) continue;
-            store_128(out_rows + to * E + chunk * kChunkValues,
-                      load_shared_128(tile_address<E>(query_tile, staged, chunk)));
+            store_128(out_rows + to * E + chunk * kChunkValues, load_shared_128(query_tile.address(staged, chunk)));
         }
     }
 };
@@ -316,38 +342,38 @@ __global__ void __launch_bounds__(kThreads, Config<E>::kBlocks)
     attention_forward_kernel(bf16* out, float* lse, Problem problem, const uint32_t* spans) {
     using C = Config<E>;
     DYNAMIC_SHARED(raw);
-    const uint32_t shared = shared_address(raw);
+    const Shared<E> shared{shared_address(raw)};
     TileWork work;
     if (!find_work<E>(work, problem, spans)) return;
 
-    // The queries travel in the first tile's group.
-    load_queries<E>(shared, problem, work);
-    TileRing<E> ring{problem, work, shared + kTileBytes<C::BLOCK_M, E>, C::Cut::blocks(work.last_slot)};
+    // The queries are part of the first tile's group of copies.
+    load_queries<E>(shared.queries(), problem, work);
+    TileRing<E> ring{problem, work, shared, C::Cut::blocks(work.last_slot)};
     for (int i = 0; i < C::kRing - 1; ++i) ring.start();
 
-    WarpRows<E> rows(shared);
+    WarpRows<E> rows(shared.queries());
     const int first_slot = work.sequence.own_slot + work.first_token;
     // Rows past the sequence's end see what its last row sees.
     const int last_token = problem.packing.token(rows.row + C::kWarpRows - 1);
     const int warp_blocks = C::Cut::blocks(min(first_slot + last_token, work.last_slot));
     for (int block = ring.blocks - 1; block >= 0; --block) {
         const bool visible = block < warp_blocks;
-        const uint32_t keys = ring.next();
+        const typename C::Keys keys = ring.next();
         if (block == ring.blocks - 1) rows.keep_queries();
         if (visible) {
             rows.score(keys);
             rows.mask(problem.packing, first_slot, block * C::BLOCK_N);
             rows.update_softmax(problem.scale_log2);
         }
-        const uint32_t values = ring.next();
+        const typename C::Keys values = ring.next();
         if (visible) rows.accumulate(values);
     }
     rows.store(out, lse, problem, work);
 }
 
 template <int E>
-int launch(bf16* out, float* lse, const Problem& problem, const uint32_t* spans, const uint32_t* host_spans, int pairs,
-           cudaStream_t stream) {
+mmpo_status launch(bf16* out, float* lse, const Problem& problem, const uint32_t* spans, const uint32_t* host_spans,
+                   int pairs, cudaStream_t stream) {
     const typename Config<E>::Cut cut{Config<E>::BLOCK_M / problem.packing.heads};
     int tiles = 0;
     for (int pair = 0; pair < pairs; ++pair) {
@@ -355,10 +381,10 @@ int launch(bf16* out, float* lse, const Problem& problem, const uint32_t* spans,
                           cut.tiles(cut.sequence(host_spans, kSequences * pair + 1));
         tiles = count > tiles ? count : tiles;
     }
-    if (tiles == 0) return 0;
-    // Blocks start in the order of their index, x fastest: the longest tiles of all pairs first.
+    if (tiles == 0) return kSuccess;
+    // Blocks start in the order of their index, x fastest, so the longest tiles of all pairs come first.
     const dim3 grid(unsigned(problem.packing.groups), unsigned(pairs), unsigned(tiles));
-    return LAUNCH(attention_forward_kernel<E>, grid, dim3(kThreads), Config<E>::kSharedBytes, stream, out, lse, problem,
+    return LAUNCH(attention_forward_kernel<E>, grid, dim3(kThreads), Shared<E>::kBytes, stream, out, lse, problem,
                   spans);
 }
 
@@ -368,17 +394,22 @@ extern "C" mmpo_status MMPO_EXPORT(attention_forward)(mmpo_bf16* out, float* lse
                                                       const uint32_t* spans, const uint32_t* host_spans, int32_t pairs,
                                                       int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_size,
                                                       float scale, mmpo_stream stream) {
-    if (rows == 0 || pairs == 0 || heads == 0) return 0;
-    // The softmax works on unscaled scores, so their order must be that of the scaled ones.
-    if (!(scale > 0.0f)) return 1;
-    const int64_t stride = int64_t(heads + 2 * kv_heads) * head_size;
-    const Problem problem{qkv, stride, heads, kv_heads, head_packing(heads, kv_heads), scale * kLog2E};
+    if (rows == 0 || pairs == 0 || heads == 0) return kSuccess;
+    // The softmax compares unscaled scores, whose order must be that of the scaled ones.
+    if (!(scale > 0.0f)) return kInvalidValue;
+    Problem problem{};
+    problem.qkv = qkv;
+    problem.stride = int64_t(heads + 2 * kv_heads) * head_size;
+    problem.heads = heads;
+    problem.kv_heads = kv_heads;
+    problem.packing = pack_heads(heads, kv_heads, kPackingRows);
+    problem.scale_log2 = scale * kLog2E;
     switch (head_size) {
         case 64:
             return launch<64>(out, lse, problem, spans, host_spans, pairs, stream);
         case 128:
             return launch<128>(out, lse, problem, spans, host_spans, pairs, stream);
         default:
-            return 1;
+            return kInvalidValue;
     }
 }

@@ -1,67 +1,68 @@
 // Flash attention forward for packed pairs `prompt | chosen | rejected`, on Hopper's wgmma and TMA (Dao 2023; warp
-// specialisation and the order of products as in Shah et al. 2024, with a shared-prefix mask and packed query heads).
+// specialisation and the order of gemms as in Shah et al. 2024, with a shared-prefix mask and packed query heads).
 //
 //   out[T, H * E] = softmax(scale * q k^T + mask) v        bf16, assigned
 //   lse[T, H]     = logsumexp of the masked, scaled scores  f32, natural log, assigned
 //
 // A block of the persistent grid is one producer warp and two or three consumer warpgroups. The producer walks the
-// tiles (common/attention_schedule.cuh) and copies queries, keys and values by TMA into rings of stages; each consumer
-// warpgroup owns a slab of 64 packed rows of the tile: tokens x the query heads that share a key/value head. Scores and
+// tiles (common/attention_schedule.cuh) and copies queries, keys and values by TMA into rings of stages. Each consumer
+// has a slab of the tile, which is 64 packed rows: tokens x the query heads that share a key/value head. Scores and
 // output stay in its registers.
 //
-// NOTE: rows that TMA reads and no query sees (past a sequence's end, in the gap before a rejected response's own
-// keys, past row T, where it fills in zeros) are keys whose weight is exactly 0 and queries whose result is not
-// stored. Their values are other rows of the same qkv: a NaN or infinity among them spreads as 0 * infinity does, one
-// tile earlier than it would anyway.
-#include "common/attention_forward_plan.cuh"
+// NOTE: TMA also reads rows that no query of the tile may see: rows past a sequence's end, rows in the gap before a
+// rejected response's own keys, and zeros past row T. As keys they get a weight of exactly 0, as queries their result
+// is not stored. Their values are other rows of the same qkv. If those hold a NaN or infinity, it spreads to the tile's
+// rows as well, because 0 * infinity is NaN.
+#include "common/attention_forward_sm90.cuh"
+#include "common/launch.cuh"
 #include "common/online_softmax.cuh"
 
 namespace {
 
-using namespace forward_plan;
+using namespace attention_forward_sm90;
 
 // ---- the producer
 
-// Descriptions of qkv for TMA.
-struct Maps {
+// How TMA sees qkv.
+struct TensorMaps {
     CUtensorMap queries;    // [T, H + 2K, E] in boxes of a slab's tokens x packed heads x 64
     CUtensorMap key_block;  // [T, (H + 2K) * E] in boxes of BLOCK_N x 64
     CUtensorMap key_seam;   // the same in boxes of kSeamRows x 64
 };
 
-// Starts the copy of slots block * BLOCK_N .. of a sequence, columns column ...
+// Starts the copy of key block `block` of a sequence: its slots' rows, columns from `column` on.
 template <int E>
-DEVICE void load_block(uint32_t tile, const Maps& maps, const CausalSequence& sequence, int block, int column,
-                       uint32_t mbarrier) {
+DEVICE void load_block(typename Config<E>::Keys tile, const TensorMaps& maps, const CausalSequence& sequence, int block,
+                       int column, uint32_t mbarrier) {
     using C = Config<E>;
     const int first = block * C::BLOCK_N;
     if (first < sequence.own_slot && first + C::BLOCK_N > sequence.own_slot) {
-        // Pieces start at multiples of kSeamRows, as own_slot is; so each lies on one side of the seam.
+        // Pieces start at multiples of kSeamRows, as own_slot does, so each piece lies on one side of the seam.
 #pragma unroll 1
         for (int piece = 0; piece < C::BLOCK_N; piece += kSeamRows) {
             const int row = sequence.row_of(first + piece);
             for (int panel = 0; panel < C::Keys::kPanels; ++panel) {
-                tma_load_2d(tile + uint32_t(panel * C::Keys::kPanelBytes + piece * kPanelRowBytes), &maps.key_seam,
+                tma_load_2d(tile.panel(panel) + uint32_t(piece * kPanelRowBytes), &maps.key_seam,
                             column + panel * kPanelColumns, row, mbarrier);
             }
         }
         return;
     }
-    C::Keys::load(tile, &maps.key_block, column, sequence.row_of(first), mbarrier);
+    tile.load(&maps.key_block, column, sequence.row_of(first), mbarrier);
 }
 
 template <int E>
 struct Producer {
     using C = Config<E>;
     const Shared<E>& shared;
-    const Maps& maps;
+    const TensorMaps& maps;
     const Problem& problem;
     typename C::QueryCursor query;
     typename C::KeyCursor key;
 
-    // The description of a tile, and its queries; slabs that hold no token are left out.
+    // Loads a tile: its description, its queries, then its keys and values.
     DEVICE void start_tile(const ScheduledTile& scheduled) {
-        const int tile_tokens = C::kSlabs * problem.slab_tokens, first_token = scheduled.tile * tile_tokens;
+        const int tile_tokens = C::kConsumers * problem.slab_tokens, first_token = scheduled.tile * tile_tokens;
         const CausalSequence& sequence = scheduled.sequence;
         const int tokens = min(tile_tokens, sequence.length - first_token);
         TileWork work{};
@@ -76,6 +77,8 @@ struct Producer {
         load_keys(sequence, work);
     }
 
+    // Leaves the tile's description for the consumers, and starts the copies of its queries. Slabs that hold no token
+    // are left out.
     DEVICE void publish(const TileWork& work, int tokens) {
         const typename C::QueryRing ring = shared.query_ring();
         mbarrier_wait(ring.empty(query.stage), query.parity ^ 1);
@@ -90,15 +93,14 @@ struct Producer {
 #pragma unroll 1
         for (int slab = 0; slab < slabs; ++slab) {
             for (int panel = 0; panel < C::Slab::kPanels; ++panel) {
-                tma_load_3d(shared.slab(query.stage, slab) + uint32_t(panel * C::Slab::kPanelBytes), &maps.queries,
-                            panel * kPanelColumns, work.first_head, work.first_row + slab * problem.slab_tokens,
-                            ring.full(query.stage));
+                tma_load_3d(shared.slab(query.stage, slab).panel(panel), &maps.queries, panel * kPanelColumns,
+                            work.first_head, work.first_row + slab * problem.slab_tokens, ring.full(query.stage));
             }
         }
         query.advance();
     }
 
-    // From the diagonal backwards, as consumers take them.
+    // From the diagonal backwards, in the order in which consumers take them.
     DEVICE void load_keys(const CausalSequence& sequence, const TileWork& work) {
         const int kv_head = work.first_head / (problem.heads / problem.kv_heads);
         const int key_column = (problem.heads + kv_head) * E, value_column = key_column + problem.kv_heads * E;
@@ -116,9 +118,9 @@ struct Producer {
 };
 
 template <int E>
-DEVICE void produce(const Shared<E>& shared, const Maps& maps, const Problem& problem, const uint32_t* spans) {
+DEVICE void produce(const Shared<E>& shared, const TensorMaps& maps, const Problem& problem, const uint32_t* spans) {
     using C = Config<E>;
-    const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
+    const typename C::Cut cut{C::kConsumers * problem.slab_tokens};
     TileWalk<typename C::Cut> walk(cut, spans, problem.pairs, problem.packing.groups, problem.count);
     Producer<E> producer{shared, maps, problem, {}, {}};
     if (lane_id() == 0) {
@@ -136,11 +138,11 @@ DEVICE void produce(const Shared<E>& shared, const Maps& maps, const Problem& pr
 
 // ---- the consumers
 
-// The part of a tile that one consumer warpgroup works on.
+// The part of a tile that one consumer has: its slab.
 struct SlabWork {
-    int first_row, last_row;  // tokens
+    int first_row, last_row;  // its tokens, as rows of the batch
     int first_slot;           // of first_row
-    int blocks;               // key blocks that its rows see; 0 where no token is left for it
+    int blocks;               // key blocks that its rows see; 0 if no token is left for it
 
     DEVICE SlabWork(const TileWork& work, const Problem& problem, int slab, int block_n) {
         const int skipped = slab * problem.slab_tokens;
@@ -159,23 +161,24 @@ struct Consumer {
     static constexpr int BLOCK_N = C::BLOCK_N;
     const Shared<E>& shared;
     const Problem& problem;
-    int slab;                          // this warpgroup's number
+    int index;                         // of this warpgroup among the consumers, and of its slab in the tile
     typename C::KeyCursor key, value;  // the next key block, and the next value block
     float scores[BLOCK_N / 2];
-    uint32_t weights[BLOCK_N / 16][4];  // exp2(scores) in bf16, the A operand of the second product
+    uint32_t weights[BLOCK_N / 16][4];  // exp2(scores) in bf16, the A operand of the second gemm
     float out[E / 2];
 
-    // NOTE: ping-pong. Warpgroups issue their products in turns, so that one's exponentials run under the others'
-    // products instead of all waiting for the tensor cores and then all for the special function units. At E = 128 a
-    // block of a slab is 1024 cycles of products and 512 of exponentials, at E = 64 as many of both: there it pays
-    // most. Every warpgroup takes as many turns in a tile, also for blocks that it skips.
-    DEVICE void take_turn() const { bar_sync(uint32_t(Barrier::turn) + slab, 2 * kWarpgroupThreads); }
+    // NOTE: ping-pong. The consumers issue their gemms in turns, so that the exponentials of one run under the gemms of
+    // the others; otherwise all would wait for the tensor cores at one time and for the special function units at
+    // another. At E = 128 a block of a slab takes 1024 cycles of gemms and 512 of exponentials; at E = 64 it takes as
+    // many of both, so ping-pong gains most there. Every consumer takes the same number of turns in a tile, also for
+    // blocks that it skips.
+    DEVICE void take_turn() const { bar_sync(uint32_t(NamedBarrier::turn) + index, 2 * kWarpgroupThreads); }
     DEVICE void pass_turn() const {
-        bar_arrive(uint32_t(Barrier::turn) + (slab + 1) % C::kSlabs, 2 * kWarpgroupThreads);
+        bar_arrive(uint32_t(NamedBarrier::turn) + (index + 1) % C::kConsumers, 2 * kWarpgroupThreads);
     }
 
-    // Products that a wait has seen finish have read their operands: the stage may be filled again. A warp's wait
-    // speaks for that warp, so each of them arrives.
+    // Frees a stage for the next copy. Gemms that a wait has seen finish have read their operands. Each warp arrives,
+    // because its wait says nothing about the other warps.
     DEVICE static void release(const typename C::KeyRing& ring, typename C::KeyCursor& cursor) {
         mbarrier_arrive_if(ring.empty(cursor.stage), lane_id() == 0);
         cursor.advance();
@@ -191,27 +194,27 @@ struct Consumer {
         return *reinterpret_cast<float (*)[N / 2]>(&scores);
     }
 
-    // scores = queries * keys^T, of the first N keys; weights and output of earlier blocks may still be in use by the
-    // tensor cores.
+    // Starts scores = queries * keys^T for the first N keys. The tensor cores may still be reading the weights of the
+    // block before, and adding to the output.
     template <int N>
-    DEVICE void start_scores(uint32_t queries) {
-        const uint32_t keys = shared.keys(key.stage);
+    DEVICE void start_scores(typename C::Slab queries) {
+        const typename C::Keys keys = shared.keys(key.stage);
 #pragma unroll
         for (int step = 0; step < E / kWgmmaDepth; ++step) {
-            wgmma_ss<N>(first_scores<N>(), C::Slab::depth_in_columns(queries, 0, step),
-                        C::Keys::depth_in_columns(keys, 0, step), step != 0);
+            wgmma_ss<N>(first_scores<N>(), queries.depth_in_columns(0, step), keys.depth_in_columns(0, step),
+                        step != 0);
         }
         wgmma_commit();
     }
 
-    // out += weights * values, of the first N keys.
+    // Starts out += weights * values for the first N keys.
     template <int N>
     DEVICE void start_output() {
-        const uint32_t values = shared.values(value.stage);
+        const typename C::Keys values = shared.values(value.stage);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < N / kWgmmaDepth; ++step) {
-            wgmma_rs<E, true>(out, weights[step], C::Keys::depth_in_rows(values, 0, step), true);
+            wgmma_rs<E, true>(out, weights[step], values.depth_in_rows(0, step), true);
         }
         wgmma_commit();
     }
@@ -229,18 +232,18 @@ struct Consumer {
         for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) accumulators_to_operand(weights[step], scores, step);
     }
 
-    // Keeps the compiler from writing the next products' register operands after the fence that follows.
+    // Keeps the compiler from writing the register operands of the next gemms after the fence that follows.
     DEVICE void pin_operands() {
         pin_registers(out);
 #pragma unroll
         for (int step = 0; step < BLOCK_N / kWgmmaDepth; ++step) pin_registers(weights[step]);
     }
 
-    // A block that only other warpgroups' rows see.
+    // A block that no row of this slab sees: only hands its stages on.
     DEVICE void skip_block() {
         await_keys();
         await_values();
-        // Behind the barrier: a lane that had not waited yet could miss the phase.
+        // After the barrier, so that all lanes have waited: a lane that had not could miss the phase.
         take_turn();
         pass_turn();
         release_keys();
@@ -252,8 +255,8 @@ struct Consumer {
         return problem.packing.token(int(threadIdx.x) % kWarpgroupThreads / 32 * 16 + int(lane_id()) / 4 + 8 * half);
     }
 
-    // Sets scores of keys after a row's own, and of the gap, to -inf. Blocks before a slab's first slot without a gap
-    // need neither.
+    // Sets the scores of keys after a row's own key, and of keys in the gap, to -inf. Blocks that end before the slab's
+    // first slot and hold no gap need neither.
     template <int N>
     DEVICE void mask(const TileWork& tile, const SlabWork& work, int block) {
         const int first = block * BLOCK_N;
@@ -275,9 +278,11 @@ struct Consumer {
         }
     }
 
-    // The last block that the slab's rows see, of which they see at most N keys: its scores, as weights.
+    // The last block that the slab's rows see, and at most N keys of it: computes its scores and turns them into
+    // weights.
     template <int N>
-    DEVICE void first_block(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
+    DEVICE void first_block(const TileWork& tile, const SlabWork& work, typename C::Slab queries,
+                            OnlineSoftmax& softmax) {
         await_keys();
         take_turn();
         wgmma_fence();
@@ -295,13 +300,13 @@ struct Consumer {
         round_weights();
     }
 
-    // One slab of a tile. The scores of a block are started before the output of the block before is waited for: its
-    // exponentials run under that product.
-    DEVICE void attend(const TileWork& tile, const SlabWork& work, uint32_t queries, OnlineSoftmax& softmax) {
+    // Attends with one slab of a tile. The scores of a block are started before the output of the block before is
+    // waited for, so its exponentials run under that gemm.
+    DEVICE void attend(const TileWork& tile, const SlabWork& work, typename C::Slab queries, OnlineSoftmax& softmax) {
         for (int block = tile.blocks - 1; block >= work.blocks; --block) skip_block();
         if (work.blocks == 0) return;
-        // Half a block is often enough for the diagonal: for a short response half of all there is. Both products of it
-        // are then half as wide; the second one in the loop's first round.
+        // The diagonal's block often shows half of its keys at most; for a short response that may be half of all there
+        // is. Then both of its gemms are half as wide. The second of them runs in the first round of the loop.
         bool half = work.last_slot() % BLOCK_N < BLOCK_N / 2;
         if (half) {
             first_block<BLOCK_N / 2>(tile, work, queries, softmax);
@@ -327,9 +332,9 @@ struct Consumer {
             mask<BLOCK_N>(tile, work, block);
             softmax.update(scores, problem.scale_log2, rescale);
             pin_registers(scores);
-            // Here and not at the loop's head, because it also keeps the exponentials before the wait that follows:
-            // with no branch between them ptxas sinks them below it, where no product overlaps them. (The pin does
-            // the same for the compiler before ptxas; tests/sass.rs looks at the outcome.)
+            // This wait stands here and not at the loop's head, because it also keeps the exponentials above the wait
+            // that follows: without a branch between the two, ptxas sinks them below it, where no gemm overlaps them.
+            // (The pin does the same for the compiler before ptxas. tests/compiled/sass.rs checks the outcome.)
             if (block > 0) await_keys();
             wgmma_wait<0>();
             pin_registers(out);
@@ -346,9 +351,9 @@ struct Consumer {
         release_values();
     }
 
-    // Output, divided by the sums, through the slab's own queries, which no product needs any more, so that a store
-    // covers whole lines. A warp stages and stores its own 16 rows.
-    DEVICE void store(bf16* out_rows, float* lse, const TileWork& tile, const SlabWork& work, uint32_t staging,
+    // Stores the output, divided by the sums. It goes through the slab's own queries, which no gemm needs any more, so
+    // that a store covers whole lines. A warp stages and stores its own 16 rows.
+    DEVICE void store(bf16* out_rows, float* lse, const TileWork& tile, const SlabWork& work, typename C::Slab staging,
                       const OnlineSoftmax& softmax) {
         const int lane = int(lane_id()), warp_row = int(threadIdx.x) % kWarpgroupThreads / 32 * 16;
         const float factors[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
@@ -358,15 +363,14 @@ struct Consumer {
         for (int step = 0; step < E / 16; ++step) {
             uint32_t values[4];
             accumulators_to_operand(values, out, step);
-            stmatrix_x4(C::Slab::address(staging, warp_row + lane % 16, 2 * step + lane / 16), values);
+            stmatrix_x4(staging.address(warp_row + lane % 16, 2 * step + lane / 16), values);
         }
         __syncwarp();
         constexpr int kRowChunks = E / kChunkValues, kRowsAtOnce = 32 / kRowChunks, kAccesses = 16 / kRowsAtOnce;
         const int row = warp_row + lane / kRowChunks, chunk = lane % kRowChunks;
         uint4 chunks[kAccesses];
 #pragma unroll
-        for (int i = 0; i < kAccesses; ++i)
-            chunks[i] = load_shared_128(C::Slab::address(staging, row + i * kRowsAtOnce, chunk));
+        for (int i = 0; i < kAccesses; ++i) chunks[i] = load_shared_128(staging.address(row + i * kRowsAtOnce, chunk));
 #pragma unroll
         for (int i = 0; i < kAccesses; ++i) {
             const int64_t to =
@@ -392,39 +396,39 @@ DEVICE TileWork load_work(uint32_t address) {
 template <int E>
 DEVICE void consume(bf16* out, float* lse, const Shared<E>& shared, const Problem& problem) {
     using C = Config<E>;
-    // From one lane, so that the compiler knows it is uniform and keeps descriptors in uniform registers.
-    const int slab = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
-    Consumer<E> consumer{shared, problem, slab, {}, {}, {}, {}, {}};
+    // The shuffle tells the compiler that the number is uniform, so that descriptors stay in uniform registers.
+    const int index = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;
+    Consumer<E> consumer{shared, problem, index, {}, {}, {}, {}, {}};
     const typename C::QueryRing ring = shared.query_ring();
     typename C::QueryCursor query;
-    // The first turn is warpgroup 0's.
-    if (consumer.slab == C::kSlabs - 1) consumer.pass_turn();
+    // The first turn is consumer 0's, and the last consumer passes it on.
+    if (consumer.index == C::kConsumers - 1) consumer.pass_turn();
     for (;;) {
         mbarrier_wait(ring.full(query.stage), query.parity);
         const TileWork tile = load_work(shared.work(query.stage));
         if (tile.blocks == 0) break;
-        const SlabWork work(tile, problem, consumer.slab, C::BLOCK_N);
-        const uint32_t queries = shared.slab(query.stage, consumer.slab);
+        const SlabWork work(tile, problem, consumer.index, C::BLOCK_N);
+        const typename C::Slab queries = shared.slab(query.stage, consumer.index);
         OnlineSoftmax softmax;
         consumer.attend(tile, work, queries, softmax);
         if (work.blocks != 0) {
             softmax.finish();
             consumer.store(out, lse, tile, work, queries, softmax);
         }
-        // Queries are next written by TMA: this thread's accesses of them come before that.
+        // TMA will overwrite the queries; this fence orders the thread's own accesses before that.
         fence_proxy_async();
         __syncwarp();
         if (lane_id() == 0) mbarrier_arrive(ring.empty(query.stage));
         query.advance();
     }
-    // Takes what the last turn of all passed on.
-    if (consumer.slab == 0) consumer.take_turn();
+    // Takes the turn that the very last pass_turn gave.
+    if (consumer.index == 0) consumer.take_turn();
 }
 
 template <int E>
 __global__ void __launch_bounds__(Config<E>::kThreads, 1)
-    attention_forward_kernel(bf16* out, float* lse, const uint32_t* spans, const __grid_constant__ Maps maps,
-                             const __grid_constant__ Problem problem) {
+    attention_forward_sm90_kernel(bf16* out, float* lse, const uint32_t* spans, const __grid_constant__ TensorMaps maps,
+                                  const __grid_constant__ Problem problem) {
 #if MMPO_SM90
     DYNAMIC_SHARED(raw);
     const Shared<E> shared{shared_address(raw)};
@@ -440,36 +444,32 @@ __global__ void __launch_bounds__(Config<E>::kThreads, 1)
 }
 
 template <int E>
-int encode_maps(Maps& maps, const bf16* qkv, int rows, const Problem& problem) {
+mmpo_status encode_maps(TensorMaps& maps, const bf16* qkv, int rows, const Problem& problem) {
     const uint64_t heads = uint64_t(problem.heads + 2 * problem.kv_heads), width = heads * E;
-    const TensorMapShape queries{3,
-                                 {E, heads, uint64_t(rows)},
-                                 {E * sizeof(bf16), width * sizeof(bf16)},
-                                 {kPanelColumns, uint32_t(problem.packing.heads), uint32_t(problem.slab_tokens)},
-                                 Swizzle::bytes_128};
-    if (const int error = encode_tensor_map(&maps.queries, qkv, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, queries)) {
+    if (const mmpo_status error =
+            encode_head_map(&maps.queries, qkv, uint64_t(rows), heads, E, problem.slab_tokens, problem.packing.heads)) {
         return error;
     }
     const auto key_map = [&](CUtensorMap& map, uint32_t box_rows) {
         return encode_tensor_map_2d(&map, qkv, uint64_t(rows), width, width, box_rows, kPanelColumns,
                                     Swizzle::bytes_128);
     };
-    if (const int error = key_map(maps.key_block, Config<E>::BLOCK_N)) return error;
+    if (const mmpo_status error = key_map(maps.key_block, Config<E>::BLOCK_N)) return error;
     return key_map(maps.key_seam, kSeamRows);
 }
 
 template <int E>
-int launch(bf16* out, float* lse, const bf16* qkv, const uint32_t* spans, const uint32_t* host_spans, int rows,
-           Problem problem, cudaStream_t stream) {
+mmpo_status launch(bf16* out, float* lse, const bf16* qkv, const uint32_t* spans, const uint32_t* host_spans, int rows,
+                   Problem problem, cudaStream_t stream) {
     using C = Config<E>;
-    const typename C::Cut cut{C::kSlabs * problem.slab_tokens};
+    const typename C::Cut cut{C::kConsumers * problem.slab_tokens};
     problem.count = count_tiles(cut, host_spans, problem.pairs, problem.packing.groups);
-    if (problem.count.tiles == 0) return 0;
-    Maps maps;
-    if (const int error = encode_maps<E>(maps, qkv, rows, problem)) return error;
+    if (problem.count.tiles == 0) return kSuccess;
+    TensorMaps maps;
+    if (const mmpo_status error = encode_maps<E>(maps, qkv, rows, problem)) return error;
     const int blocks = min(problem.count.tiles, multiprocessors());
-    return LAUNCH(attention_forward_kernel<E>, dim3(unsigned(blocks)), dim3(C::kThreads), Shared<E>::kBytes, stream,
-                  out, lse, spans, maps, problem);
+    return LAUNCH(attention_forward_sm90_kernel<E>, dim3(unsigned(blocks)), dim3(C::kThreads), Shared<E>::kBytes,
+                  stream, out, lse, spans, maps, problem);
 }
 
 }  // namespace
@@ -478,17 +478,23 @@ extern "C" mmpo_status MMPO_EXPORT(attention_forward_sm90)(mmpo_bf16* out, float
                                                            const uint32_t* spans, const uint32_t* host_spans,
                                                            int32_t pairs, int32_t rows, int32_t heads, int32_t kv_heads,
                                                            int32_t head_size, float scale, mmpo_stream stream) {
-    if (rows == 0 || pairs == 0 || heads == 0) return 0;
-    // The softmax works on unscaled scores, so their order must be that of the scaled ones.
-    if (!(scale > 0.0f)) return 1;
-    const HeadPacking packing = head_packing(heads, kv_heads);
-    const Problem problem{heads, kv_heads, packing, kSlabRows / packing.heads, scale * kLog2E, pairs, {}};
+    if (rows == 0 || pairs == 0 || heads == 0) return kSuccess;
+    // The softmax compares unscaled scores, whose order must be that of the scaled ones.
+    if (!(scale > 0.0f)) return kInvalidValue;
+    const HeadPacking packing = pack_heads(heads, kv_heads, kSlabRows);
+    Problem problem{};
+    problem.heads = heads;
+    problem.kv_heads = kv_heads;
+    problem.packing = packing;
+    problem.slab_tokens = kSlabRows / packing.heads;
+    problem.scale_log2 = scale * kLog2E;
+    problem.pairs = pairs;
     switch (head_size) {
         case 64:
             return launch<64>(out, lse, qkv, spans, host_spans, rows, problem, stream);
         case 128:
             return launch<128>(out, lse, qkv, spans, host_spans, rows, problem, stream);
         default:
-            return 1;
+            return kInvalidValue;
     }
 }

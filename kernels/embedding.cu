@@ -1,27 +1,28 @@
 // Token embedding: out[T, D] = table[token_ids[T], :], and its gradient dtable[V, D] += scatter(dout[T, D]).
 //
-// The forward assigns, the backward accumulates. A scatter with atomics would add a token's rows in a different order
-// each time; instead `rows_by_token` lists the rows sorted by token, so that a token's rows are one run of the list and
-// one warp (a short run) or one block (a long one) sums them in f32 and touches the table's row once.
+// The forward assigns, the backward accumulates. A scatter with atomics would add the rows of a token in a different
+// order each time. Instead `rows_by_token` lists the rows sorted by token, so that a token's rows are one run of the
+// list. One warp (for a short run) or one block (for a long one) sums them in f32 and updates the table's row once.
 
 #include "common/row_gather.cuh"
 
 namespace {
 
-// Runs up to this length are summed by one warp, which finds a run's end with one vote over its lanes. Longer ones
-// (punctuation, end tokens: hundreds of rows in a batch) would leave one warp busy long after all others are done.
+// The longest run that one warp sums; it finds the run's end with one vote over its lanes. Longer runs (punctuation,
+// end tokens: hundreds of rows in a batch) would keep one warp busy long after all others are done.
 constexpr int kShortRun = kWarp;
-// Rows under way in a warp: enough that a run of a few rows costs one trip to memory.
+// Rows that a warp loads at once: with this many, a run of a few rows costs one round trip to memory.
 constexpr int kRowsAtOnce = 4;
-// A warp or block owns one vector a lane.
+// Columns of a warp or block: one vector a lane.
 constexpr int kRunColumns = kTileColumns<1>;
 
-// The token at `position` of the sorted list.
+// The list of rows sorted by token.
 struct SortedTokens {
     const uint32_t* token_ids;
     const uint32_t* rows_by_token;
     int rows;
 
+    // The token at `position` of the list.
     DEVICE uint32_t token(int position) const { return token_ids[rows_by_token[position]]; }
     DEVICE bool is(int position, uint32_t wanted) const {
         return position >= 0 && position < rows && token(position) == wanted;
@@ -35,7 +36,7 @@ DEVICE void add_values(float (&sum)[kVector], uint4 packed) {
     for (int i = 0; i < kVector; ++i) sum[i] += values[i];
 }
 
-// A warp looks at one position of the sorted list and 256 columns; it works if a short run starts there.
+// A warp looks at one position of the list and 256 columns. It sums the run that starts there, if it is short.
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
     add_short_runs_kernel(float* dtable, const bf16* __restrict__ dout, SortedTokens sorted, int width) {
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kBlock)
     store8<kVectorized>(out, tile.column, width, total);
 }
 
-// First position of a long run whose first multiple of kShortRun is `anchor`, or -1. Every long run covers such a
-// multiple, and only the block of the first one works. All warps of a block get the same answer.
+// The first position of a long run whose first multiple of kShortRun is `anchor`, or -1 if there is none. Every long
+// run covers such a multiple, and only the block of the first one works. All warps of a block get the same answer.
 DEVICE int long_run_start(const SortedTokens& sorted, int anchor, uint32_t token) {
     if (sorted.is(anchor - kShortRun, token)) return -1;
     const uint32_t before = __ballot_sync(0xffffffffu, sorted.is(anchor - int(lane_id()), token));
@@ -77,7 +78,7 @@ DEVICE int long_run_start(const SortedTokens& sorted, int anchor, uint32_t token
     return sorted.is(start + kShortRun, token) ? start : -1;
 }
 
-// A block looks at one multiple of kShortRun in the sorted list and 256 columns; its warps take the run's rows in turn.
+// A block looks at one multiple of kShortRun in the list and 256 columns; its warps take the run's rows in rotation.
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
     add_long_runs_kernel(float* dtable, const bf16* __restrict__ dout, SortedTokens sorted, int width) {

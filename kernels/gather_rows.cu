@@ -1,7 +1,7 @@
-// The rows that the log-prob head scores: out[N, D] = hidden[scored_rows[N], :], and the way back.
+// The rows that the log-prob head scores: out[N, D] = hidden[scored_rows[N], :], and the gradient of that.
 //
 // Both directions assign. A pair's last prompt row predicts the first token of both responses, so a row is gathered at
-// most twice; `row_scores[T, 2]` is that relation from the row's side, which lets the backward gather too instead of
+// most twice. `row_scores[T, 2]` is the relation seen from the rows, so that the backward can gather too, instead of
 // adding with atomics.
 
 #include "common/row_gather.cuh"
@@ -9,10 +9,10 @@
 namespace {
 
 constexpr uint32_t kNone = 0xffffffffu;
-// Vectors a lane: rows that predict nothing are written without being read, so two reads of two vectors suffice.
+// Vectors of a lane. Rows that predict nothing are written without being read, so two reads of two vectors suffice.
 constexpr int kBackwardVectors = 2;
 
-// Zeros where `score` is kNone.
+// Loads the lane's vectors of dout of one scored token, or zeros if `score` is kNone.
 template <bool kVectorized>
 DEVICE void load_score(uint4 (&packed)[kBackwardVectors], const bf16* dout, uint32_t score, int column, int width) {
     const bf16* const row = dout + int64_t(score == kNone ? 0 : score) * width;

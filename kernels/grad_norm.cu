@@ -1,8 +1,8 @@
 // The global gradient norm, in two steps: the norms of fixed parts of each tensor, then the norm of those.
 //
-// All outputs are assigned. Parts have a fixed size and sums a fixed order, so the norm has the same bits whatever the
-// GPU. Squares are summed in f64, where those of the largest f32 still fit; one multiply-add and one conversion a value
-// are cheaper than reading it.
+// All outputs are assigned. Parts have a fixed size and sums a fixed order, so the norm has the same bits on every GPU.
+// Squares are summed in f64, which can hold even the square of the largest f32. One multiply-add and one conversion for
+// each value cost less than reading it.
 
 #include "common/reduce.cuh"
 #include "common/tensor_table.cuh"
@@ -11,14 +11,14 @@
 namespace {
 
 // Values of a part: 64 KiB, so that even a small model's tensors give each multiprocessor several blocks, while the
-// partial norms of an 8-billion-parameter model take 2 MB.
+// norms of the parts of an 8-billion-parameter model take only 2 MB.
 constexpr int kPart = 16384;
-// 64 bytes a thread are under way.
+// Vectors that a thread loads at once, 64 bytes.
 constexpr int kVectorsAtOnce = 4;
 constexpr int kStep = kBlock * kVectorF32;
 static_assert(kPart % (kStep * kVectorsAtOnce) == 0, "a part is whole steps");
 
-// One block reads the parts' norms: as many threads as a block can have.
+// One block reads the norms of the parts, so it has as many threads as a block can have.
 constexpr int kFinishThreads = 1024;
 
 DEVICE double sum_of_squares(const float (&values)[kVectorF32]) {
@@ -43,8 +43,7 @@ DEVICE double thread_sum(const float* part, int length) {
 
 using Table = TensorTable<mmpo_floats>;
 
-// A block has one part. What holds of the alignment of a tensor's start holds of every part's; the last part may have a
-// tail.
+// A block has one part. All parts of a tensor are aligned if its start is; the last part may have a tail.
 __global__ void __launch_bounds__(kBlock)
     partial_kernel(float* __restrict__ partials, const __grid_constant__ Table table) {
     DYNAMIC_SHARED(shared);
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     const double total = block_sum<kFinishThreads>(sum, reinterpret_cast<double*>(shared));
     if (threadIdx.x != 0) return;
     const float norm = float(sqrt(total));
-    // An infinite norm over an infinite limit would be a NaN that no gradient has.
+    // Without this case, an infinite norm over an infinite limit would give a NaN although no gradient is one.
     const float ratio = max_norm == INFINITY && norm == norm ? 1.0f : max_norm / (norm + 1e-6f);
     out[0] = norm;
     // Not fminf, which would turn a NaN into 1.
@@ -87,8 +86,8 @@ int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_floats* gradients, int32
     return count_parts(gradients, count) * int64_t(sizeof(float));
 }
 
-// The parts of a tensor follow those of the one before it, whatever the tables: the order of the sum never changes.
-// With no parts there is still a norm to assign: 0.
+// The parts of a tensor follow those of the one before it, however tensors are split into tables, so the order of the
+// sum never changes. Without any parts, there is still a norm to assign: 0.
 mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_floats* gradients, int32_t count,
                                        float max_norm, mmpo_stream stream) {
     float* const partials = static_cast<float*>(workspace);

@@ -1,36 +1,29 @@
-// Matrix products of a linear layer x[T, I] -> out[T, O] with weight[O, I], on the core of common/product.cuh:
+// The gemms of a linear layer x[T, I] -> out[T, O] with weight[O, I], on mma.sync (common/gemm.cuh):
 //
-//   product               left                 right                  out
-//   forward               x[T, I]              weight[O, I], by rows  bf16 assigned (+ bias)
-//   backward_input        dout[T, O]           weight[O, I]           bf16 assigned, or f32 accumulated
-//   backward_weight       dout[T, O], by rows  x[T, I]                f32 accumulated
+//   gemm                  left                       right                      out
+//   forward               x[T, I]                    weight[O, I], transposed   bf16 assigned (+ bias)
+//   backward_input        dout[T, O]                 weight[O, I]               bf16 assigned, or f32 accumulated
+//   backward_weight       dout[T, O], transposed     x[T, I]                    f32 accumulated
 //
-// This runs where cuBLASLt is missing, and on the emulated device.
+// These run on GPUs where cuBLASLt is missing, and on the emulated device.
 
-#include "common/product.cuh"
+#include "common/gemm.cuh"
 
 namespace {
 
-using product::Contiguous;
-using product::Operands;
-
-using Forward = product::Order<Contiguous::kDepth, Contiguous::kDepth>;
-using BackwardInput = product::Order<Contiguous::kDepth, Contiguous::kOuter>;
-using BackwardWeight = product::Order<Contiguous::kOuter, Contiguous::kOuter>;
-
-// The accumulators as they are, to `out`; four columns at a time where kAligned.
+// Stores the accumulators as they are; four columns at a time where kAligned.
 struct PlainEpilogue {
     static constexpr bool kStores = true;
 
-    template <class L>
-    DEVICE void transform(product::Accumulators<L>&, product::TileOrigin, unsigned char*) const {}
+    template <class C>
+    DEVICE void transform(gemm::Accumulators<C>&, gemm::TileOrigin, unsigned char*) const {}
 };
 
-// Assigned as bf16, plus bias.
+// Assigns the accumulators plus bias, rounded to bf16.
 template <bool kAligned>
 struct StoreBf16 : PlainEpilogue {
     bf16* out;
-    const bf16* bias;  // [N], or null
+    const bf16* bias;  // [N], or null for none
     int columns;
 
     StoreBf16(bf16* out, const bf16* bias, int columns) : out(out), bias(bias), columns(columns) {}
@@ -41,11 +34,11 @@ struct StoreBf16 : PlainEpilogue {
             const int count = min(4, columns - column);
             for (int i = 0; i < count; ++i) values[i] += to_float(bias[column + i]);
         }
-        product::store_four_bf16<kAligned>(out, columns, row, column, values);
+        gemm::store_four_bf16<kAligned>(out, columns, row, column, values);
     }
 };
 
-// Accumulated in f32.
+// Adds the accumulators to what is there, in f32.
 template <bool kAligned>
 struct AddF32 : PlainEpilogue {
     float* out;
@@ -67,35 +60,36 @@ struct AddF32 : PlainEpilogue {
     }
 };
 
-// Large tiles read each operand half as often; small ones are for shapes that would leave multiprocessors, or most of a
-// large tile, idle. `epilogue` makes an epilogue for aligned (true_type) or any (false_type) rows of `out`.
-template <class Order, class MakeEpilogue>
-mmpo_status launch_product(const Operands& operands, const void* out, MakeEpilogue epilogue, mmpo_stream stream) {
-    using product::LargeTile;
-    using product::SmallTile;
+// Large tiles read each operand half as often as small ones. Small tiles are for shapes with which large ones would
+// leave multiprocessors, or most of a tile, idle. `epilogue` makes an epilogue for rows of `out` that are aligned to 16
+// bytes (true_type) or not (false_type).
+template <class Lines, class MakeEpilogue>
+mmpo_status launch_gemm(const GemmOperands& operands, const void* out, MakeEpilogue epilogue, mmpo_stream stream) {
+    using gemm::LargeTile;
+    using gemm::SmallTile;
     if (operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0) return kSuccess;
-    if (!product::lines_aligned<Order>(operands) || !vector_rows(operands.shape_n) || !vector_aligned(out)) {
-        return product::launch_tiles<SmallTile, Order, false>(operands, epilogue(std::false_type()), stream);
+    if (!lines_aligned<Lines>(operands) || !vector_rows(operands.shape_n) || !vector_aligned(out)) {
+        return gemm::launch_tiles<SmallTile, Lines, false>(operands, epilogue(std::false_type()), stream);
     }
     const auto aligned = epilogue(std::true_type());
     const bool fits_small = operands.shape_m <= SmallTile::BLOCK_M || operands.shape_n <= SmallTile::BLOCK_N;
-    return fits_small || product::tile_count<LargeTile>(operands) < multiprocessors()
-               ? product::launch_tiles<SmallTile, Order, true>(operands, aligned, stream)
-               : product::launch_tiles<LargeTile, Order, true>(operands, aligned, stream);
+    return fits_small || gemm::tile_count<LargeTile>(operands) < multiprocessors()
+               ? gemm::launch_tiles<SmallTile, Lines, true>(operands, aligned, stream)
+               : gemm::launch_tiles<LargeTile, Lines, true>(operands, aligned, stream);
 }
 
-template <class Order>
-mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, mmpo_stream stream) {
+template <class Lines>
+mmpo_status launch_bf16(bf16* out, const bf16* bias, const GemmOperands& operands, mmpo_stream stream) {
     const auto epilogue = [&](auto aligned) {
         return StoreBf16<decltype(aligned)::value>(out, bias, operands.shape_n);
     };
-    return launch_product<Order>(operands, out, epilogue, stream);
+    return launch_gemm<Lines>(operands, out, epilogue, stream);
 }
 
-template <class Order>
-mmpo_status launch_add_f32(float* out, const Operands& operands, mmpo_stream stream) {
+template <class Lines>
+mmpo_status launch_add_f32(float* out, const GemmOperands& operands, mmpo_stream stream) {
     const auto epilogue = [&](auto aligned) { return AddF32<decltype(aligned)::value>(out, operands.shape_n); };
-    return launch_product<Order>(operands, out, epilogue, stream);
+    return launch_gemm<Lines>(operands, out, epilogue, stream);
 }
 
 }  // namespace
@@ -103,20 +97,20 @@ mmpo_status launch_add_f32(float* out, const Operands& operands, mmpo_stream str
 mmpo_status MMPO_EXPORT(linear_forward)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
                                         const mmpo_bf16* bias, int32_t rows, int32_t inputs, int32_t outputs,
                                         mmpo_stream stream) {
-    return launch_bf16<Forward>(out, bias, {x, weight, rows, outputs, inputs}, stream);
+    return launch_bf16<ForwardLines>(out, bias, {x, weight, rows, outputs, inputs}, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream) {
-    return launch_bf16<BackwardInput>(dx, nullptr, {dout, weight, rows, inputs, outputs}, stream);
+    return launch_bf16<BackwardInputLines>(dx, nullptr, {dout, weight, rows, inputs, outputs}, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_f32)(float* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                    int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream) {
-    return launch_add_f32<BackwardInput>(dx, {dout, weight, rows, inputs, outputs}, stream);
+    return launch_add_f32<BackwardInputLines>(dx, {dout, weight, rows, inputs, outputs}, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_weight)(float* dweight, const mmpo_bf16* dout, const mmpo_bf16* x, int32_t rows,
                                                 int32_t inputs, int32_t outputs, mmpo_stream stream) {
-    return launch_add_f32<BackwardWeight>(dweight, {dout, x, outputs, inputs, rows}, stream);
+    return launch_add_f32<BackwardWeightLines>(dweight, {dout, x, outputs, inputs, rows}, stream);
 }

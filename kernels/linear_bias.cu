@@ -1,29 +1,29 @@
 // The gradient of a linear layer's bias: dbias[outputs] += column sums of dout[rows, outputs].
 //
-// Accumulates. Blocks sum slices of the rows into `workspace`, a second kernel adds the slices in order: the same bits
-// every time, with no atomics. (The bias itself is added by the product's epilogue, see linear.cu.)
+// Accumulates. Blocks sum slices of the rows into `workspace`, and a second kernel adds the slices in order. So the
+// bits are the same every time, without atomics. (The bias itself is added by the gemm's epilogue, see linear.cu.)
 
 #include "common/partials.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// A warp's lanes have 256 columns, one vector each.
+// The lanes of a warp have 256 columns, one vector each.
 constexpr int kColumns = kTileColumns<1>;
-// Rows under way in a warp.
+// Rows that a warp loads at once.
 constexpr int kRowsAtOnce = 4;
-// A slice of fewer rows would write almost as much to the workspace as it reads.
+// Least rows of a slice. Shorter slices would write almost as much to the workspace as they read.
 constexpr int kMinSliceRows = kBlockWarps * kRowsAtOnce;
-// Blocks wanted, if there are rows enough: eight on each multiprocessor of an H100, fixed so that the bits do not
-// depend on the GPU.
-constexpr int kBlocks = 8 * 132;
+// The number of blocks that is aimed at if there are enough rows: eight on each multiprocessor of an H100. It is fixed
+// so that the bits do not depend on the GPU.
+constexpr int kBlocks = 8 * kPlannedMultiprocessors;
 
 int slice_count(int rows, int outputs) {
     const int64_t most = ceil_div(rows, kMinSliceRows);
     return int(min(most, ceil_div(kBlocks, ceil_div(outputs, kColumns))));
 }
 
-// A block has 256 columns and one slice of rows, which its warps take in turn.
+// A block has 256 columns and one slice of rows, which its warps take in rotation.
 template <bool kVectorized>
 __global__ void __launch_bounds__(kBlock)
     column_sums_kernel(float* __restrict__ partials, const bf16* __restrict__ dout, int rows, int outputs) {
@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(kBlock)
             for (int j = 0; j < kVector; ++j) sum[j] += values[j];
         }
     }
-    // Two halves of 16 bytes a lane, 32 bytes apart: every other group of four lanes stores its upper half first, so
-    // that eight lanes at once cover all banks.
+    // A lane stores two halves of 16 bytes, 32 bytes apart from its neighbour's. Every other group of four lanes stores
+    // its upper half first, so that eight lanes at a time cover all banks.
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn) {
-        const bool upper = (lane_id() / 4 + turn) % 2 != 0;
+    for (int round = 0; round < 2; ++round) {
+        const bool upper = (lane_id() / 4 + round) % 2 != 0;
         uint32_t half[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) half[j] = __float_as_uint(upper ? sum[4 + j] : sum[j]);

@@ -1,22 +1,23 @@
-// The products of a linear layer on Hopper: common/product_sm90.cuh with the epilogues that store them.
+// The gemms of a linear layer on Hopper: common/gemm_sm90.cuh with the epilogues that store them.
 //
-//   product          left                 right                  out
-//   forward          x[T, I]              weight[O, I], by rows  bf16 assigned (+ bias)
-//   backward_input   dout[T, O]           weight[O, I]           bf16 assigned, or f32 accumulated
-//   backward_weight  dout[T, O], by rows  x[T, I]                f32 accumulated
-//   swiglu_forward   x[T, I]              weight[2F, I], by rows bf16 gate_up[T, 2F] assigned (+ bias), and out[T, F]
+//   gemm             left                    right                      out
+//   forward          x[T, I]                 weight[O, I], transposed   bf16 assigned (+ bias)
+//   backward_input   dout[T, O]              weight[O, I]               bf16 assigned, or f32 accumulated
+//   backward_weight  dout[T, O], transposed  x[T, I]                    f32 accumulated
+//   swiglu_forward   x[T, I]                 weight[2F, I], transposed  bf16 gate_up[T, 2F] (+ bias) and out[T, F]
 //
-// T may be anything; I and O are multiples of 8 and arrays start on 16 bytes, which tensor maps ask for. `tile` is a
-// tile shape of common/product_plan.cuh by its number, or MMPO_PLANNED_TILE.
+// T may be anything; I and O must be multiples of 8, and arrays must start on 16 bytes, which tensor maps ask for.
+// `tile` is the number of a tile shape in common/gemm_plan_sm90.cuh, or MMPO_PLANNED_TILE.
 
-#include "common/product_epilogues.cuh"
+#include "common/gemm_epilogues_sm90.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-using namespace hopper;
+using namespace gemm_sm90;
 
-// Accumulates out[M, N] += the sum of a split product's parts, in their order. `part` is the distance between two.
+// Accumulates out[M, N] += the partial sums of a split gemm, in their order. `part` is the distance between two of
+// them.
 __global__ void __launch_bounds__(kBlock)
     add_parts_kernel(float* out, const float* __restrict__ parts, int64_t length, int64_t part, int count) {
     const int64_t index = flat_index<kVectorF32>();
@@ -36,51 +37,55 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class Lines>
-bool takes(const Operands& operands, const void* out, int tile) {
-    return operands_mappable<Lines>(operands) && vector_rows(operands.shape_n) && vector_aligned(out) &&
+bool is_supported(const GemmOperands& operands, const void* out, int tile) {
+    return lines_aligned<Lines>(operands) && vector_rows(operands.shape_n) && vector_aligned(out) &&
            tile < kTileShapeCount;
 }
 
-bool empty(const Operands& operands) { return operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0; }
-
-template <class Lines>
-mmpo_status launch_bf16(bf16* out, const bf16* bias, const Operands& operands, int tile, mmpo_stream stream) {
-    if (empty(operands)) return kSuccess;
-    if (!takes<Lines>(operands, out, tile)) return kInvalidValue;
-    StoreBf16 epilogue{{}, bias, operands.shape_m, operands.shape_n};
-    if (const int error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n)) return error;
-    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, false, tile);
-    return launch_product<Lines>(operands, plan, epilogue, stream);
+bool empty(const GemmOperands& operands) {
+    return operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0;
 }
 
 template <class Lines>
-mmpo_status launch_parts(float* out, float* parts, const Operands& operands, const ProductPlan& plan,
+mmpo_status launch_bf16(bf16* out, const bf16* bias, const GemmOperands& operands, int tile, mmpo_stream stream) {
+    if (empty(operands)) return kSuccess;
+    if (!is_supported<Lines>(operands, out, tile)) return kInvalidValue;
+    StoreBf16 epilogue{{}, bias, operands.shape_m, operands.shape_n};
+    if (const mmpo_status error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n))
+        return error;
+    const GemmPlan plan = plan_gemm(operands.shape_m, operands.shape_n, operands.shape_k, false, tile);
+    return launch_gemm<Lines>(operands, plan, epilogue, stream);
+}
+
+template <class Lines>
+mmpo_status launch_parts(float* out, float* parts, const GemmOperands& operands, const GemmPlan& plan,
                          mmpo_stream stream) {
     const int64_t rows = split_rows(plan, operands.shape_m), width = operands.shape_n;
     StoreF32 epilogue{{}, int(rows * plan.splits), operands.shape_n, false};
-    if (const int error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
-    if (const int error = launch_product<Lines>(operands, plan, epilogue, stream)) return error;
+    if (const mmpo_status error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
+    if (const mmpo_status error = launch_gemm<Lines>(operands, plan, epilogue, stream)) return error;
     const int64_t length = operands.shape_m * width;
     return LAUNCH(add_parts_kernel, flat_blocks<kVectorF32>(length), kBlock, 0, cuda_stream(stream), out, parts, length,
                   rows * width, plan.splits);
 }
 
-// Bytes of the parts of out[M, N] of depth K.
+// Bytes of the partial sums of out[M, N] with depth K; 0 where the depth is not split.
 int64_t parts_bytes(int shape_m, int shape_n, int shape_k, int tile) {
     if (tile >= kTileShapeCount) return 0;
-    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, true, tile);
+    const GemmPlan plan = plan_gemm(shape_m, shape_n, shape_k, true, tile);
     return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, shape_m) * shape_n * int64_t(sizeof(float));
 }
 
 template <class Lines>
-mmpo_status launch_add_f32(float* out, void* workspace, const Operands& operands, int tile, mmpo_stream stream) {
+mmpo_status launch_add_f32(float* out, void* workspace, const GemmOperands& operands, int tile, mmpo_stream stream) {
     if (empty(operands)) return kSuccess;
-    if (!takes<Lines>(operands, out, tile)) return kInvalidValue;
-    const ProductPlan plan = plan_product(operands.shape_m, operands.shape_n, operands.shape_k, true, tile);
+    if (!is_supported<Lines>(operands, out, tile)) return kInvalidValue;
+    const GemmPlan plan = plan_gemm(operands.shape_m, operands.shape_n, operands.shape_k, true, tile);
     if (plan.splits > 1) return launch_parts<Lines>(out, static_cast<float*>(workspace), operands, plan, stream);
     StoreF32 epilogue{{}, operands.shape_m, operands.shape_n, true};
-    if (const int error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n)) return error;
-    return launch_product<Lines>(operands, plan, epilogue, stream);
+    if (const mmpo_status error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n))
+        return error;
+    return launch_gemm<Lines>(operands, plan, epilogue, stream);
 }
 
 }  // namespace
@@ -94,15 +99,15 @@ mmpo_status MMPO_EXPORT(linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x,
 mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
                                                     const mmpo_bf16* weight, const mmpo_bf16* bias, int32_t rows,
                                                     int32_t inputs, int32_t width, mmpo_stream stream) {
-    const Operands operands{x, weight, rows, 2 * width, inputs};
+    const GemmOperands operands{x, weight, rows, 2 * width, inputs};
     if (empty(operands)) return kSuccess;
-    const bool mappable = operands_mappable<GatedForwardLines>(operands) && vector_rows(width);
+    const bool mappable = lines_aligned<GatedForwardLines>(operands) && vector_rows(width);
     if (!mappable || !vector_aligned(out, gate_up)) return kInvalidValue;
     StoreSwiGlu epilogue{{}, {}, {}, bias, rows, width};
-    if (const int error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
-    if (const int error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
-    if (const int error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
-    const ProductPlan plan = plan_panel_tiles(rows, 2 * width, inputs);
+    if (const mmpo_status error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
+    if (const mmpo_status error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
+    if (const mmpo_status error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
+    const GemmPlan plan = plan_panel_tiles(rows, 2 * width, inputs);
     return launch_panel_tiles<GatedForwardLines>(operands, plan, epilogue, stream);
 }
 
@@ -134,11 +139,11 @@ mmpo_status MMPO_EXPORT(linear_backward_weight_sm90)(float* dweight, void* works
     return launch_add_f32<BackwardWeightLines>(dweight, workspace, {dout, x, outputs, inputs, rows}, tile, stream);
 }
 
-int32_t MMPO_EXPORT(product_tiles_sm90)(void) { return kTileShapeCount; }
+int32_t MMPO_EXPORT(gemm_tiles_sm90)(void) { return kTileShapeCount; }
 
-mmpo_product_plan MMPO_EXPORT(product_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split,
-                                                 int32_t tile) {
+mmpo_gemm_plan MMPO_EXPORT(gemm_plan_sm90)(int32_t shape_m, int32_t shape_n, int32_t shape_k, int32_t may_split,
+                                           int32_t tile) {
     if (tile >= kTileShapeCount) return {};
-    const ProductPlan plan = plan_product(shape_m, shape_n, shape_k, may_split != 0, tile);
+    const GemmPlan plan = plan_gemm(shape_m, shape_n, shape_k, may_split != 0, tile);
     return {plan.block_m, plan.block_n, plan.cluster, plan.splits, plan.tile_group, plan.efficiency};
 }

@@ -5,50 +5,48 @@
 //   lse = log sum_v e^logit     logp = logit[target] - lse     entropy = -sum_v pi_v log pi_v
 //   dlogits_v = a * (onehot_v - pi_v) - b * pi_v * (log pi_v + entropy)
 //
-// All outputs are assigned. Logits exist only as f32 accumulators. The product's epilogue (common/logp_epilogue.cuh)
-// turns a tile of them into statistics of its rows, which a second kernel merges in a fixed order. For the backward
-// there are two ways:
+// All outputs are assigned. Logits exist only as f32 accumulators. The gemm's epilogue (common/logp_epilogue.cuh) turns
+// a tile of them into statistics of its rows, which a second kernel merges in a fixed order. The backward has two
+// modes:
 //
-//   main       The epilogue also writes the exponentials relative to a reference of the row, as bf16. A row's dlogits
-//              are these times -a e^(reference - lse), once the target's own is replaced. So they are never formed: the
-//              factor goes to the rows of hidden (for dweight), and to those of the product (for dhidden). An entropy
-//              term has no such factor; with one, references are tiles' largest logits, and dlogits formed in place.
-//   recompute  Nothing is kept. The product runs again, and its epilogue writes dlogits.
+//   main       The epilogue also writes the exponentials of the logits relative to a reference of the row, as bf16.
+//              Once the target's own value is replaced, a row's dlogits are these exponentials times
+//              -a e^(reference - lse). So dlogits are never formed: the factor is applied to the rows of hidden (for
+//              dweight) and to the rows of the result (for dhidden). With an entropy term there is no such factor. Then
+//              references are the tiles' largest logits, and dlogits are formed in place.
+//   recompute  Nothing is kept. The gemm runs again, and its epilogue writes dlogits.
 //
-// Why exponentials and not logits: rounding a logit of 20 to bf16 puts its probability off by 6 %, rounding a log-prob
-// of -8 by 3 %; an exponential keeps every probability to 2^-9 of its size, whatever its size, the epilogue has it at
-// hand, and the backward needs no exponential of its own. The target's gradient a (1 - pi) comes from its f32 log-prob.
+// Why exponentials are kept and not logits: rounding a logit of 20 to bf16 changes its probability by up to 6 %,
+// rounding a log-prob of -8 by up to 3 %. An exponential keeps every probability to 2^-9 of its size, the epilogue has
+// it at hand, and the backward needs no exponential of its own. The target's gradient a (1 - pi) comes from its f32
+// log-prob.
 
+#include "common/gemm.cuh"
 #include "common/logp_epilogue.cuh"
 #include "common/logp_merge.cuh"
-#include "common/product.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-using Logits = product::Order<product::Contiguous::kDepth, product::Contiguous::kDepth>;
-using product::LargeTile;
-using product::Operands;
+// ---- forward: statistics of a tile
 
-// ---- Forward: statistics of a tile
-
-// What the warps of a block tell each other about their columns of its rows.
-template <class L>
+// What the warps of a block tell each other about the block's rows, each about its own columns.
+template <class C>
 struct Exchange {
-    float largest[L::Tile::kWarpsN][L::Tile::BLOCK_M];
-    float sum[L::Tile::kWarpsN][L::Tile::BLOCK_M];
-    float weighted[L::Tile::kWarpsN][L::Tile::BLOCK_M];
+    float largest[C::Tile::kWarpsN][C::Tile::BLOCK_M];
+    float sum[C::Tile::kWarpsN][C::Tile::BLOCK_M];
+    float weighted[C::Tile::kWarpsN][C::Tile::BLOCK_M];
 };
 
-// Writes `values` of rows row + l/4 and row + l/4 + 8 of the tile; a quad agrees on them.
-DEVICE void tell(float* of_rows, int row, const float (&values)[2]) {
+// Writes `values`, on which a quad of lanes agrees, for rows row + l/4 and row + l/4 + 8 of the tile.
+DEVICE void share(float* of_rows, int row, const float (&values)[2]) {
     if (lane_id() % 4 != 0) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) of_rows[row + int(lane_id()) / 4 + 8 * h] = values[h];
 }
 
-// kExponentials: those are kept in exponentials[rows, V], four at a time where kAligned.
+// kExponentials: exponentials are kept in exponentials[rows, V], stored four at a time where kAligned.
 template <bool kExponentials, bool kAligned>
 struct ForwardEpilogue {
     static constexpr bool kStores = kExponentials;
@@ -56,86 +54,86 @@ struct ForwardEpilogue {
     bf16* exponentials;
     TileStatistics statistics;
 
-    // Rows' statistics need all of their columns, which are those of kWarpsN warps.
-    template <class L>
-    DEVICE void transform(product::Accumulators<L>& logits, product::TileOrigin origin, unsigned char* shared) const {
-        static_assert(L::Tile::BLOCK_N == kStatisticsColumns, "a tile is a row's columns of one reference");
-        static_assert(L::kStagedBytes + sizeof(Exchange<L>) <= L::kSharedBytes, "room after the staged tile");
-        Exchange<L>& exchange = *reinterpret_cast<Exchange<L>*>(shared + L::kStagedBytes);
-        const product::WarpPart part = product::warp_part<L>();
-        const int neighbour = part.n / L::WARP_N;
-        constexpr int COLUMNS = L::WARP_N;
+    // A row's statistics need all of its columns in the tile, which kWarpsN warps share.
+    template <class C>
+    DEVICE void transform(gemm::Accumulators<C>& logits, gemm::TileOrigin origin, unsigned char* shared) const {
+        static_assert(C::Tile::BLOCK_N == kStatisticsColumns, "a tile is a row's columns of one reference");
+        static_assert(C::kStagedBytes + sizeof(Exchange<C>) <= C::kSharedBytes, "room after the staged tile");
+        Exchange<C>& exchange = *reinterpret_cast<Exchange<C>*>(shared + C::kStagedBytes);
+        const gemm::WarpPart part = gemm::warp_part<C>();
+        const int warp_column = part.n / C::WARP_N;
+        constexpr int COLUMNS = C::WARP_N;
 #pragma unroll
-        for (int i = 0; i < L::kMmaM; ++i) {
+        for (int i = 0; i < C::kMmaM; ++i) {
             float largest[2] = {kNoLogit, kNoLogit};
             mask_columns<COLUMNS>(logits[i], origin.n + part.n, statistics.vocab);
             const int row = origin.m + part.m + 16 * i;
             pick_targets<COLUMNS>(statistics, RowTargets(statistics, row), logits[i], row, origin.n + part.n);
             raise_largest<COLUMNS>(largest, logits[i]);
             join_largest(largest);
-            tell(exchange.largest[neighbour], part.m + 16 * i, largest);
+            share(exchange.largest[warp_column], part.m + 16 * i, largest);
         }
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < L::kMmaM; ++i) {
+        for (int i = 0; i < C::kMmaM; ++i) {
             float reference[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                reference[h] = block_reference<L>(exchange, origin, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
+                reference[h] = block_reference<C>(exchange, origin, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
             }
             RowSums sums;
             sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
             sums.join<true>();
-            tell(exchange.sum[neighbour], part.m + 16 * i, sums.sum);
-            tell(exchange.weighted[neighbour], part.m + 16 * i, sums.weighted);
+            share(exchange.sum[warp_column], part.m + 16 * i, sums.sum);
+            share(exchange.weighted[warp_column], part.m + 16 * i, sums.weighted);
         }
         __syncthreads();
-        write_statistics<L>(exchange, origin);
+        write_statistics<C>(exchange, origin);
     }
 
     DEVICE void store(int row, int column, float4 value) const {
         const float values[4] = {value.x, value.y, value.z, value.w};
-        product::store_four_bf16<kAligned>(exponentials, statistics.vocab, row, column, values);
+        gemm::store_four_bf16<kAligned>(exponentials, statistics.vocab, row, column, values);
     }
 
 private:
-    template <class L>
-    DEVICE float block_reference(const Exchange<L>& exchange, product::TileOrigin origin, int row) const {
+    template <class C>
+    DEVICE float block_reference(const Exchange<C>& exchange, gemm::TileOrigin origin, int row) const {
         float largest = exchange.largest[0][row];
 #pragma unroll
-        for (int warp = 1; warp < L::Tile::kWarpsN; ++warp) largest = fmaxf(largest, exchange.largest[warp][row]);
+        for (int warp = 1; warp < C::Tile::kWarpsN; ++warp) largest = fmaxf(largest, exchange.largest[warp][row]);
         return statistics.reference_of(origin.m + row, largest);
     }
 
-    // A thread a row.
-    template <class L>
-    DEVICE void write_statistics(const Exchange<L>& exchange, product::TileOrigin origin) const {
-        static_assert(L::kThreads >= L::Tile::BLOCK_M, "a thread for each row");
+    // One thread a row.
+    template <class C>
+    DEVICE void write_statistics(const Exchange<C>& exchange, gemm::TileOrigin origin) const {
+        static_assert(C::kThreads >= C::Tile::BLOCK_M, "a thread for each row");
         const int row = int(threadIdx.x);
-        if (row >= L::Tile::BLOCK_M || origin.m + row >= statistics.rows) return;
+        if (row >= C::Tile::BLOCK_M || origin.m + row >= statistics.rows) return;
         float sum = 0.0f, weighted = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < L::Tile::kWarpsN; ++warp) {
+        for (int warp = 0; warp < C::Tile::kWarpsN; ++warp) {
             sum += exchange.sum[warp][row];
             weighted += exchange.weighted[warp][row];
         }
         const int64_t index = int64_t(origin.n / kStatisticsColumns) * statistics.rows + origin.m + row;
-        statistics.reference[index] = block_reference<L>(exchange, origin, row);
+        statistics.reference[index] = block_reference<C>(exchange, origin, row);
         statistics.sum[index] = sum;
         if (statistics.weighted != nullptr) statistics.weighted[index] = weighted;
     }
 };
 
 template <bool kExponentials, bool kAlignedLoads, bool kAlignedStores>
-mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
+mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const GemmOperands& operands,
                               mmpo_stream stream) {
     const ForwardEpilogue<kExponentials, kAlignedStores> epilogue{exponentials, statistics};
-    return product::launch_tiles<LargeTile, Logits, kAlignedLoads>(operands, epilogue, stream);
+    return gemm::launch_tiles<gemm::LargeTile, ForwardLines, kAlignedLoads>(operands, epilogue, stream);
 }
 
-mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
+mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statistics, const GemmOperands& operands,
                               mmpo_stream stream) {
-    const bool loads = product::lines_aligned<Logits>(operands);
+    const bool loads = lines_aligned<ForwardLines>(operands);
     const bool stores = vector_rows(statistics.vocab) && vector_aligned(exponentials);
     if (exponentials == nullptr) {
         return loads ? launch_statistics<false, true, true>(nullptr, statistics, operands, stream)
@@ -146,7 +144,7 @@ mmpo_status launch_statistics(bf16* exponentials, const TileStatistics& statisti
                   : launch_statistics<true, true, false>(exponentials, statistics, operands, stream);
 }
 
-// ---- Backward in place: a warp tile of exponentials becomes dlogits
+// ---- backward in place: dlogits overwrite exponentials
 
 constexpr int kBackwardVectors = 4;
 
@@ -171,14 +169,15 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int v = 0; v < kBackwardVectors; ++v) {
         const int column = tile.column + v * kVectorStride;
-        // The logarithm of what makes probabilities of exponentials.
+        // log2 of the factor that makes a probability of an exponential.
         const float log2_factor = shift[v] - gradient.lse, factor = exp2_approx(log2_factor);
         const int offset = gradient.target - column;
         float values[kVector];
         unpack8(values, packed[v]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-            // The same for a whole warp: rows without an entropy term form no logarithm. One of 0 would be infinite.
+            // The branch is the same for a whole warp: rows without an entropy term form no logarithm. The logarithm of
+            // 0 would be infinite.
             const float log2_probability =
                 gradient.slope != 0.0f && values[i] != 0.0f ? log2_approx(values[i]) + log2_factor : 0.0f;
             values[i] = gradient.of(values[i] * factor, log2_probability);
@@ -194,7 +193,9 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
-// ---- Backward without an entropy term: dlogits are the kept exponentials times a factor a row
+// ---- backward without an entropy term
+//
+// The dlogits of a row are its kept exponentials times a factor.
 
 template <bool kVectorized>
 DEVICE void load_values(float (&values)[kVector], const bf16* row, int column, int width) {
@@ -232,7 +233,7 @@ mmpo_status scale_rows(bf16* out, const Input* x, const void* workspace, const f
                                        x, references, lse, dlogp, rows, width);
 }
 
-// ---- Backward without anything kept: the product once more
+// ---- backward with nothing kept: the gemm runs once more
 
 template <bool kAligned>
 struct GradientEpilogue {
@@ -243,27 +244,27 @@ struct GradientEpilogue {
     int first_column;
     int columns;
 
-    template <class L>
-    DEVICE void transform(product::Accumulators<L>& logits, product::TileOrigin origin, unsigned char*) const {
-        const product::WarpPart part = product::warp_part<L>();
+    template <class C>
+    DEVICE void transform(gemm::Accumulators<C>& logits, gemm::TileOrigin origin, unsigned char*) const {
+        const gemm::WarpPart part = gemm::warp_part<C>();
 #pragma unroll
-        for (int i = 0; i < L::kMmaM; ++i) {
+        for (int i = 0; i < C::kMmaM; ++i) {
             const RowGradients gradients(inputs, origin.m + part.m + 16 * i);
-            logits_to_gradient<L::WARP_N>(logits[i], gradients, inputs, first_column + origin.n + part.n);
+            logits_to_gradient<C::WARP_N>(logits[i], gradients, inputs, first_column + origin.n + part.n);
         }
     }
 
     DEVICE void store(int row, int column, float4 value) const {
         const float values[4] = {value.x, value.y, value.z, value.w};
-        product::store_four_bf16<kAligned>(dlogits, columns, row, column, values);
+        gemm::store_four_bf16<kAligned>(dlogits, columns, row, column, values);
     }
 };
 
 template <bool kAlignedLoads, bool kAlignedStores>
-mmpo_status launch_gradients(bf16* dlogits, const GradientInputs& inputs, int first_column, const Operands& operands,
-                             mmpo_stream stream) {
+mmpo_status launch_gradients(bf16* dlogits, const GradientInputs& inputs, int first_column,
+                             const GemmOperands& operands, mmpo_stream stream) {
     const GradientEpilogue<kAlignedStores> epilogue{dlogits, inputs, first_column, operands.shape_n};
-    return product::launch_tiles<LargeTile, Logits, kAlignedLoads>(operands, epilogue, stream);
+    return gemm::launch_tiles<gemm::LargeTile, ForwardLines, kAlignedLoads>(operands, epilogue, stream);
 }
 
 }  // namespace
@@ -278,7 +279,7 @@ mmpo_status MMPO_EXPORT(logp_head_forward)(float* lse, float* logp, float* entro
                                            mmpo_stream stream) {
     if (rows == 0 || width == 0 || vocab == 0) return kSuccess;
     const auto statistics = begin_statistics(exponentials, workspace, targets, rows, vocab, entropy);
-    const Operands operands{hidden, weight, rows, vocab, width};
+    const GemmOperands operands{hidden, weight, rows, vocab, width};
     if (const mmpo_status error = target_references(statistics, hidden, weight, width, stream)) return error;
     if (const mmpo_status error = launch_statistics(exponentials, statistics, operands, stream)) return error;
     return merge_tiles(lse, logp, entropy, exponentials, statistics, stream);
@@ -319,8 +320,8 @@ mmpo_status MMPO_EXPORT(logp_head_dlogits)(mmpo_bf16* dlogits, const mmpo_bf16* 
     if (rows == 0 || width == 0 || columns == 0) return kSuccess;
     if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
     const GradientInputs inputs{targets, lse, logp, dlogp, dentropy, entropy, rows};
-    const Operands operands{hidden, weight + int64_t(first_column) * width, rows, columns, width};
-    if (!product::lines_aligned<Logits>(operands)) {
+    const GemmOperands operands{hidden, weight + int64_t(first_column) * width, rows, columns, width};
+    if (!lines_aligned<ForwardLines>(operands)) {
         return launch_gradients<false, false>(dlogits, inputs, first_column, operands, stream);
     }
     return vector_rows(columns) && vector_aligned(dlogits)

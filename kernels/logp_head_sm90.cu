@@ -1,23 +1,23 @@
-// The log-prob head's products on Hopper: common/product_sm90.cuh with the epilogues of common/logp_epilogue.cuh. What
-// they compute, and why, is said in logp_head.cu.
+// The log-prob head's gemms on Hopper: common/gemm_sm90.cuh with the epilogues of common/logp_epilogue.cuh.
+// logp_head.cu says what they compute, and why.
 //
-// A consumer warp holds 16 whole rows of its tile, so that a row's statistics need the four lanes of a quad and no
-// barrier. Panels of 64 columns leave by TMA while the next are computed, and the producer runs ahead into the next
-// tile.
+// A consumer warp holds 16 whole rows of its tile, so a row's statistics need only the four lanes of a quad and no
+// barrier. Panels of 64 columns leave by TMA while the next ones are computed, and the producer runs ahead into the
+// next tile.
 
 #include "common/logp_epilogue.cuh"
 #include "common/logp_merge.cuh"
-#include "common/product_sm90.cuh"
+#include "common/gemm_sm90.cuh"
 
 namespace {
 
-using namespace hopper;
+using namespace gemm_sm90;
 
 // Columns of a panel, and the accumulators a lane holds of them.
 constexpr int kColumns = kPanelColumns, kValues = kPanelAccumulatorsBf16;
 static_assert(kStatisticsColumns == 2 * kColumns, "two panels share a reference");
 
-// A matrix of bf16 that panels go to: by TMA where its rows start on 16 bytes, else value by value.
+// A bf16 matrix that panels are stored to: by TMA where its rows start on 16 bytes, otherwise value by value.
 struct PanelTarget {
     CUtensorMap map;
     bf16* out;
@@ -51,10 +51,10 @@ private:
     }
 };
 
-// Statistics, and exponentials where they are kept.
+// Leaves statistics, and exponentials where they are kept.
 template <bool kExponentials>
 struct ForwardEpilogue {
-    // Accumulators of the columns that share a reference, and their exponentials.
+    // Accumulators that a lane holds of the columns that share a reference, and their exponentials.
     static constexpr int kTileValues = 2 * kValues;
     using Logits = float[kTileValues];
     using Pairs = PanelPairs[2];
@@ -90,8 +90,9 @@ struct ForwardEpilogue {
     }
 
 private:
-    // Exponentials relative to the rows' references, and their sums: false where there are none, or where one is too
-    // far below the tile's logits. The sums say so, which spares the search for the largest logit.
+    // Takes exponentials relative to the rows' references, and their sums. False if rows have no references, or if the
+    // reference of one is too far below the tile's logits. The sums show that, so no search for the largest logit is
+    // needed.
     DEVICE bool take_by_row(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
         if constexpr (kExponentials) {
             if (statistics.row_reference == nullptr) return false;
@@ -104,7 +105,7 @@ private:
         }
     }
 
-    // The same where a tile's largest logits have to be known.
+    // The same relative to references that depend on the tile's largest logits.
     DEVICE void take_by_tile(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
         float largest[2] = {kNoLogit, kNoLogit};
         raise_largest<kStatisticsColumns>(largest, logits);
@@ -119,7 +120,7 @@ private:
             take_in<false>(pairs, sums, reference, logits);
     }
 
-    // The logits stay as they are: half as many registers hold their exponentials.
+    // Leaves the logits as they are: their exponentials take half as many registers.
     template <bool kEntropy>
     static DEVICE void take_in(Pairs& pairs, RowSums& sums, const float (&reference)[2], const Logits& logits) {
         sums = RowSums();
@@ -148,7 +149,7 @@ private:
     }
 };
 
-// dlogits of columns first_column .. of the vocabulary.
+// Writes dlogits of the vocabulary's columns from first_column on.
 struct GradientEpilogue {
     PanelTarget dlogits;
     GradientInputs inputs;
@@ -171,19 +172,20 @@ struct GradientEpilogue {
     }
 };
 
-// In tiles whose consumers hold whole runs of kStatisticsColumns columns.
+// Uses tiles whose consumers hold whole runs of kStatisticsColumns columns.
 template <class Epilogue>
-mmpo_status launch_logits(const Operands& operands, const Epilogue& epilogue, mmpo_stream stream) {
-    const ProductPlan plan = plan_panel_tiles(operands.shape_m, operands.shape_n, operands.shape_k);
+mmpo_status launch_logits(const GemmOperands& operands, const Epilogue& epilogue, mmpo_stream stream) {
+    const GemmPlan plan = plan_panel_tiles(operands.shape_m, operands.shape_n, operands.shape_k);
     return launch_panel_tiles<ForwardLines>(operands, plan, epilogue, stream);
 }
 
 template <bool kExponentials>
-mmpo_status launch_forward(bf16* exponentials, const TileStatistics& statistics, const Operands& operands,
+mmpo_status launch_forward(bf16* exponentials, const TileStatistics& statistics, const GemmOperands& operands,
                            mmpo_stream stream) {
     ForwardEpilogue<kExponentials> epilogue{{}, statistics};
     if constexpr (kExponentials) {
-        const int error = PanelTarget::make(&epilogue.exponentials, exponentials, statistics.rows, statistics.vocab);
+        const mmpo_status error =
+            PanelTarget::make(&epilogue.exponentials, exponentials, statistics.rows, statistics.vocab);
         if (error != kSuccess) return error;
     }
     return launch_logits(operands, epilogue, stream);
@@ -196,8 +198,8 @@ mmpo_status MMPO_EXPORT(logp_head_forward_sm90)(float* lse, float* logp, float* 
                                                 const uint32_t* targets, int32_t rows, int32_t width, int32_t vocab,
                                                 mmpo_stream stream) {
     if (rows == 0 || width == 0 || vocab == 0) return kSuccess;
-    const Operands operands{hidden, weight, rows, vocab, width};
-    if (!operands_mappable<ForwardLines>(operands)) return kInvalidValue;
+    const GemmOperands operands{hidden, weight, rows, vocab, width};
+    if (!lines_aligned<ForwardLines>(operands)) return kInvalidValue;
     const auto statistics = begin_statistics(exponentials, workspace, targets, rows, vocab, entropy);
     if (const mmpo_status error = target_references(statistics, hidden, weight, width, stream)) return error;
     const mmpo_status status = exponentials != nullptr
@@ -214,9 +216,9 @@ mmpo_status MMPO_EXPORT(logp_head_dlogits_sm90)(mmpo_bf16* dlogits, const mmpo_b
                                                 mmpo_stream stream) {
     if (rows == 0 || width == 0 || columns == 0) return kSuccess;
     if ((dentropy == nullptr) != (entropy == nullptr)) return kInvalidValue;
-    const Operands operands{hidden, weight + int64_t(first_column) * width, rows, columns, width};
-    if (!operands_mappable<ForwardLines>(operands)) return kInvalidValue;
+    const GemmOperands operands{hidden, weight + int64_t(first_column) * width, rows, columns, width};
+    if (!lines_aligned<ForwardLines>(operands)) return kInvalidValue;
     GradientEpilogue epilogue{{}, {targets, lse, logp, dlogp, dentropy, entropy, rows}, first_column};
-    const int error = PanelTarget::make(&epilogue.dlogits, dlogits, rows, columns);
+    const mmpo_status error = PanelTarget::make(&epilogue.dlogits, dlogits, rows, columns);
     return error != kSuccess ? error : launch_logits(operands, epilogue, stream);
 }

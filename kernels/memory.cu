@@ -1,14 +1,14 @@
 // Zeroing and converting flat arrays. All outputs are assigned.
 //
-// zero is the runtime's own, which already runs at the speed of memory, and zero_all the same for many tensors in one
-// launch; the cast reads checkpoints' types.
+// zero is the runtime's own memset, which already runs at the speed of memory; zero_all does the same for many tensors
+// in one launch. The cast reads the number types of checkpoints.
 
 #include "common/tensor_table.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// The value of an IEEE half, exactly. Shifted into f32's fields it is 2^112 times too small, subnormals included.
+// The exact value of an IEEE half. Shifted into the fields of an f32 it is 2^112 times too small, subnormals included.
 DEVICE float half_to_float(uint32_t bits) {
     const uint32_t magnitude = (bits & 0x7fffu) << 13;
     const bool finite = (bits & 0x7c00u) != 0x7c00u;
@@ -16,7 +16,7 @@ DEVICE float half_to_float(uint32_t bits) {
     return (bits & 0x8000u) != 0 ? -value : value;
 }
 
-// Eight values from `source`, of which `count` exist.
+// Loads eight values from `source`, of which `count` exist.
 template <int kStorage, bool kVectorized>
 DEVICE uint4 load_as_bf16(const void* source, int64_t first, int count) {
     if constexpr (kStorage == MMPO_STORAGE_BF16) {
@@ -26,7 +26,7 @@ DEVICE uint4 load_as_bf16(const void* source, int64_t first, int count) {
         if constexpr (kStorage == MMPO_STORAGE_F32) {
             load8<kVectorized>(values, static_cast<const float*>(source) + first, 0, count);
         } else {
-            // Halves travel as the 16-bit patterns they are.
+            // Halves are loaded as the 16-bit patterns that they are.
             const uint4 packed = load8<kVectorized>(static_cast<const bf16*>(source) + first, 0, count);
             const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll

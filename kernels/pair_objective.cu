@@ -1,6 +1,6 @@
-// Loss and per-token coefficients of preference pairs under MMPO, DPO, SimPO and SFT.
+// Loss and per-token coefficients of preference pairs under each objective.
 //
-// The reference, formula by formula, is src/objective.rs; names are the same. All outputs are assigned. Sums over
+// The reference is src/objective, a file for each objective; names are the same. All outputs are assigned. Sums over
 // tokens and everything formed from them are f64, as there: a response of 2000 tokens sums to thousands of nats, and
 // the softmax weight of a pair depends on the difference of two such sums.
 
@@ -14,6 +14,9 @@ constexpr int kSides = 2;
 constexpr int kPairThreads = kSides * kWarp;
 // Loads under way in a lane.
 constexpr int kTokensAtOnce = 4;
+
+// LEAST_SURPRISE of src/objective/orpo.rs, in nats.
+constexpr double kLeastSurprise = 1e-6;
 
 // f32 values of a row of `outcomes`, as PairOutcome has them.
 enum Outcome {
@@ -35,17 +38,27 @@ DEVICE T of_side(const T (&values)[kSides], int side) {
 }
 
 // What the two warps tell each other.
-struct PairSums {
+struct PairExchange {
     double logp[kSides];
     double entropy[kSides];
     double entropy_bonus[kSides];
 };
 
-// What the objective makes of a pair. `slope` is dL/dlogp of each token of a side, before the entropy term.
+// What an objective sees of a pair. `known` is what the host knew beforehand: rhat, or the reference's log-prob sum.
+struct PairSums {
+    double logp[kSides];
+    double length[kSides];
+    double known[kSides];
+};
+
+// What an objective makes of a pair, before the pair's scale. `slope` is dL/dlogp of each token of a side without the
+// entropy term, `entropy_weight` the weight of the side's J_ent in the loss.
 struct PairTerms {
     double loss;
-    double weight_chosen;
+    double reward[kSides];
     double slope[kSides];
+    double entropy_weight[kSides] = {0.0, 0.0};
+    double weight_chosen = 0.0;
 };
 
 // The logistic function of a margin and of its negative, and their logarithms, from one exponential. A NaN margin makes
@@ -63,62 +76,99 @@ DEVICE Logistic logistic(double margin) {
                          : Logistic{smaller, larger, log_smaller, log_larger};
 }
 
-// ---- Objectives: sequence sums to rewards, their margin to a loss and slopes.
-
-// A token's share of its side's log-prob: 1 in a sum, one over the token count in a mean.
-DEVICE double token_share(const mmpo_objective& objective, int tokens) {
-    const bool mean = objective.kind == MMPO_OBJECTIVE_SIMPO ||
-                      (objective.kind == MMPO_OBJECTIVE_MMPO && objective.length_normalize != 0);
-    return mean ? 1.0 / double(max(tokens, 1)) : 1.0;
-}
-
-// Reward of a side from its log-prob sum; `constant` is its rhat or reference log-prob.
-DEVICE double side_reward(const mmpo_objective& objective, double logp, double share, double constant) {
-    switch (objective.kind) {
-        case MMPO_OBJECTIVE_MMPO:
-            return logp * share + constant;
-        case MMPO_OBJECTIVE_DPO:
-            return double(objective.beta) * (logp - constant);
-        case MMPO_OBJECTIVE_SIMPO:
-            return double(objective.beta) * logp * share;
-        default:
-            return logp;
-    }
-}
+// ---- Objectives: from a pair's sums to its loss, rewards and slopes
 
 // -logsumexp(s_w, s_l) = log sigmoid(s_w - s_l) - s_w, plus the optional preference term.
-DEVICE PairTerms mmpo_terms(const mmpo_objective& objective, double reward_chosen, const Logistic& weight) {
+DEVICE PairTerms mmpo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const bool mean = objective.length_normalize != 0;
+    const double share[kSides] = {mean ? 1.0 / pair.length[0] : 1.0, mean ? 1.0 / pair.length[1] : 1.0};
+    const double chosen = pair.logp[0] * share[0] + pair.known[0];
+    const double rejected = pair.logp[1] * share[1] + pair.known[1];
+    const Logistic weight = logistic(chosen - rejected);
     const double preference = objective.preference_weight;
+    const double entropy = -0.5 * double(objective.entropy_weight);
+    return PairTerms{weight.log_positive - chosen - preference * weight.log_positive,
+                     {chosen, rejected},
+                     {share[0] * (-weight.positive - preference * weight.negative),
+                      share[1] * (-weight.negative + preference * weight.negative)},
+                     {share[0] * entropy, share[1] * entropy},
+                     weight.positive};
+}
+
+DEVICE PairTerms dpo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta, wrong = objective.label_smoothing;
+    const double chosen = beta * (pair.logp[0] - pair.known[0]);
+    const double rejected = beta * (pair.logp[1] - pair.known[1]);
+    const Logistic preferred = logistic(chosen - rejected);
+    const double slope = beta * (wrong * preferred.positive - (1.0 - wrong) * preferred.negative);
     return PairTerms{
-        weight.log_positive - reward_chosen - preference * weight.log_positive,
-        weight.positive,
-        {-weight.positive - preference * weight.negative, -weight.negative + preference * weight.negative}};
+        -(1.0 - wrong) * preferred.log_positive - wrong * preferred.log_negative, {chosen, rejected}, {slope, -slope}};
 }
 
-DEVICE PairTerms dpo_terms(const mmpo_objective& objective, const Logistic& preferred) {
-    const double wrong = objective.label_smoothing;
-    const double slope = double(objective.beta) * (wrong * preferred.positive - (1.0 - wrong) * preferred.negative);
-    return PairTerms{-(1.0 - wrong) * preferred.log_positive - wrong * preferred.log_negative, 0.0, {slope, -slope}};
+DEVICE PairTerms simpo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = beta * pair.logp[0] / pair.length[0], rejected = beta * pair.logp[1] / pair.length[1];
+    const Logistic preferred = logistic(chosen - rejected - beta * double(objective.gamma_beta_ratio));
+    const double slope = -beta * preferred.negative;
+    return PairTerms{-preferred.log_positive, {chosen, rejected}, {slope / pair.length[0], -slope / pair.length[1]}};
 }
 
-DEVICE PairTerms simpo_terms(const mmpo_objective& objective, const Logistic& preferred) {
-    const double slope = -double(objective.beta) * preferred.negative;
-    return PairTerms{-preferred.log_positive, 0.0, {slope, -slope}};
+DEVICE PairTerms sft_terms(const PairSums& pair) {
+    return PairTerms{-pair.logp[0], {pair.logp[0], pair.logp[1]}, {-1.0, 0.0}};
 }
 
-// Slopes are those of the sequence's (mean) log-prob, before the pair's scale and the tokens' share.
-DEVICE PairTerms pair_terms(const mmpo_objective& objective, double reward_chosen, double reward_rejected) {
-    if (objective.kind == MMPO_OBJECTIVE_SFT) return PairTerms{-reward_chosen, 0.0, {-1.0, 0.0}};
-    const double target =
-        objective.kind == MMPO_OBJECTIVE_SIMPO ? double(objective.beta) * double(objective.gamma_beta_ratio) : 0.0;
-    const Logistic preferred = logistic(reward_chosen - reward_rejected - target);
+// (h - 1 / (2 beta))^2, h being the difference of the responses' mean log-ratios.
+DEVICE PairTerms ipo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = pair.logp[0] - pair.known[0], rejected = pair.logp[1] - pair.known[1];
+    const double gap = chosen / pair.length[0] - rejected / pair.length[1] - 0.5 / beta;
+    return PairTerms{
+        gap * gap, {beta * chosen, beta * rejected}, {2.0 * gap / pair.length[0], -2.0 * gap / pair.length[1]}};
+}
+
+// -m_w - beta * log sigmoid(o_w - o_l), m being a response's mean log-prob, o = m - log(1 - e^m) the logarithm of its
+// odds. In the odds m is at most -kLeastSurprise. (Not fmin, which takes a NaN for the other number.)
+DEVICE PairTerms orpo_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = pair.logp[0] / pair.length[0], rejected = pair.logp[1] / pair.length[1];
+    const double bounded_chosen = chosen > -kLeastSurprise ? -kLeastSurprise : chosen;
+    const double bounded_rejected = rejected > -kLeastSurprise ? -kLeastSurprise : rejected;
+    // 1 - e^m
+    const double doubt_chosen = -expm1(bounded_chosen), doubt_rejected = -expm1(bounded_rejected);
+    const Logistic preferred =
+        logistic((bounded_chosen - log(doubt_chosen)) - (bounded_rejected - log(doubt_rejected)));
+    const double pull = beta * preferred.negative;
+    return PairTerms{-chosen - beta * preferred.log_positive,
+                     {beta * chosen, beta * rejected},
+                     {(-pull / doubt_chosen - 1.0) / pair.length[0], pull / doubt_rejected / pair.length[1]}};
+}
+
+// max(0, 1 - margin) of DPO's margin. (Not fmax, which takes a NaN for the other number.)
+DEVICE PairTerms hinge_terms(const mmpo_objective& objective, const PairSums& pair) {
+    const double beta = objective.beta;
+    const double chosen = beta * (pair.logp[0] - pair.known[0]);
+    const double rejected = beta * (pair.logp[1] - pair.known[1]);
+    const double missing = 1.0 - (chosen - rejected);
+    const double slope = missing <= 0.0 ? 0.0 : -beta;
+    return PairTerms{missing <= 0.0 ? 0.0 : missing, {chosen, rejected}, {slope, -slope}};
+}
+
+DEVICE PairTerms pair_terms(const mmpo_objective& objective, const PairSums& pair) {
     switch (objective.kind) {
         case MMPO_OBJECTIVE_MMPO:
-            return mmpo_terms(objective, reward_chosen, preferred);
+            return mmpo_terms(objective, pair);
         case MMPO_OBJECTIVE_DPO:
-            return dpo_terms(objective, preferred);
+            return dpo_terms(objective, pair);
+        case MMPO_OBJECTIVE_SIMPO:
+            return simpo_terms(objective, pair);
+        case MMPO_OBJECTIVE_IPO:
+            return ipo_terms(objective, pair);
+        case MMPO_OBJECTIVE_ORPO:
+            return orpo_terms(objective, pair);
+        case MMPO_OBJECTIVE_HINGE:
+            return hinge_terms(objective, pair);
         default:
-            return simpo_terms(objective, preferred);
+            return sft_terms(pair);
     }
 }
 
@@ -175,7 +225,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
                           const uint32_t* __restrict__ scored, const float* __restrict__ constants, int first_pair,
                           mmpo_objective objective) {
     DYNAMIC_SHARED(shared);
-    PairSums& sums = *reinterpret_cast<PairSums*>(shared);
+    PairExchange& exchange = *reinterpret_cast<PairExchange*>(shared);
     const int64_t pair = int64_t(first_pair) + blockIdx.x;
     const int side = int(threadIdx.x) / kWarp;
     const uint32_t* const range = scored + 4 * pair;
@@ -187,28 +237,26 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     const double side_logp = sum_tokens(logp + first, tokens);
     const double side_entropy = sum_tokens(has_entropy ? entropy + first : nullptr, tokens);
     if (lane_id() == 0) {
-        sums.logp[side] = side_logp;
-        sums.entropy[side] = side_entropy;
-        sums.entropy_bonus[side] = 0.0;
+        exchange.logp[side] = side_logp;
+        exchange.entropy[side] = side_entropy;
+        exchange.entropy_bonus[side] = 0.0;
     }
     __syncthreads();
 
-    // rhat or the reference's log-prob of each side, then the pair's weight in the batch's loss.
+    // What was known of each side, then the pair's weight in the batch's loss.
     const float* const constant = constants + 4 * pair;
-    const double share[kSides] = {token_share(objective, count[0]), token_share(objective, count[1])};
-    const double reward[kSides] = {side_reward(objective, sums.logp[0], share[0], double(constant[0])),
-                                   side_reward(objective, sums.logp[1], share[1], double(constant[1]))};
-    const PairTerms terms = pair_terms(objective, reward[0], reward[1]);
-    const double side_scale = double(constant[2]) * of_side(share, side);
+    const PairSums sums = {{exchange.logp[0], exchange.logp[1]},
+                           {double(max(count[0], 1)), double(max(count[1], 1))},
+                           {double(constant[0]), double(constant[1])}};
+    const PairTerms terms = pair_terms(objective, sums);
+    const double scale = constant[2];
 
-    // Mean over both responses of J_ent, hence the half.
-    const bool entropy_term = has_entropy && objective.kind == MMPO_OBJECTIVE_MMPO && objective.entropy_weight != 0.0f;
-    const float slope = float(side_scale * of_side(terms.slope, side));
-    if (entropy_term) {
-        const double weight = -0.5 * double(objective.entropy_weight);
+    const float slope = float(scale * of_side(terms.slope, side));
+    const double entropy_weight = of_side(terms.entropy_weight, side);
+    if (has_entropy && entropy_weight != 0.0) {
         const double bonus = add_entropy_term(dlogp + first, dentropy + first, logp + first, entropy + first, tokens,
-                                              slope, side_scale * weight);
-        if (lane_id() == 0) sums.entropy_bonus[side] = weight * of_side(share, side) * bonus;
+                                              slope, scale * entropy_weight);
+        if (lane_id() == 0) exchange.entropy_bonus[side] = entropy_weight * bonus;
     } else {
         for (int token = int(lane_id()); token < tokens; token += kWarp) {
             dlogp[first + token] = slope;
@@ -219,14 +267,14 @@ __global__ void __launch_bounds__(kPairThreads, 1)
 
     if (threadIdx.x != 0) return;
     float* const outcome = outcomes + kOutcomeWidth * pair;
-    outcome[kLoss] = float(terms.loss + sums.entropy_bonus[0] + sums.entropy_bonus[1]);
-    outcome[kRewardChosen] = float(reward[0]);
-    outcome[kRewardRejected] = float(reward[1]);
+    outcome[kLoss] = float(terms.loss + exchange.entropy_bonus[0] + exchange.entropy_bonus[1]);
+    outcome[kRewardChosen] = float(terms.reward[0]);
+    outcome[kRewardRejected] = float(terms.reward[1]);
     outcome[kLogpChosen] = float(sums.logp[0]);
     outcome[kLogpRejected] = float(sums.logp[1]);
     outcome[kWeightChosen] = float(terms.weight_chosen);
-    outcome[kEntropyChosen] = float(sums.entropy[0]);
-    outcome[kEntropyRejected] = float(sums.entropy[1]);
+    outcome[kEntropyChosen] = float(exchange.entropy[0]);
+    outcome[kEntropyRejected] = float(exchange.entropy[1]);
 }
 
 }  // namespace
@@ -236,7 +284,7 @@ mmpo_status MMPO_EXPORT(pair_objective)(float* outcomes, float* dlogp, float* de
                                         int32_t first_pair, int32_t pairs, mmpo_objective objective,
                                         mmpo_stream stream) {
     if (pairs == 0) return kSuccess;
-    if (objective.kind < MMPO_OBJECTIVE_MMPO || objective.kind > MMPO_OBJECTIVE_SFT) return kInvalidValue;
-    return LAUNCH(pair_objective_kernel, unsigned(pairs), kPairThreads, sizeof(PairSums), cuda_stream(stream), outcomes,
-                  dlogp, dentropy, logp, entropy, scored, constants, first_pair, objective);
+    if (objective.kind < 0 || objective.kind >= MMPO_OBJECTIVE_KINDS) return kInvalidValue;
+    return LAUNCH(pair_objective_kernel, unsigned(pairs), kPairThreads, sizeof(PairExchange), cuda_stream(stream),
+                  outcomes, dlogp, dentropy, logp, entropy, scored, constants, first_pair, objective);
 }

@@ -2,8 +2,9 @@
 //
 //   rstd = 1 / sqrt(mean(x^2) + epsilon)      out = x * rstd * weight
 //
-// The forwards assign all outputs; the backward accumulates dx and dweight. A row is read once: a group of warps holds
-// it in registers between its statistics and its use, so the bytes moved are the fewest possible.
+// The forwards assign all outputs; the backward accumulates dx and dweight. A row is read once, because a group of
+// warps holds it in registers between computing its statistics and using them. So the bytes moved are the fewest
+// possible.
 
 #include "common/partials.cuh"
 #include "common/reduce.cuh"
@@ -11,7 +12,7 @@
 
 namespace {
 
-// How a row is shared out: kWarps warps work on it, each lane holding kVectors vectors.
+// How a row is shared out: kWarps warps work on it, and each lane holds kVectors vectors.
 template <int kWarpsOfRow, int kVectorsOfLane, bool kVectorizedRows>
 struct RowLayout {
     static constexpr int kWarps = kWarpsOfRow;
@@ -20,11 +21,11 @@ struct RowLayout {
     // Columns between two vectors of a thread.
     static constexpr int kStride = kWarps * kWarp * kVector;
     using Group = RowGroup<kWarps>;
-    // Eight vectors of the backward's four arrays, or single accesses with an address each, take some 200 registers,
-    // which leaves room for one block.
+    // The backward holds four arrays. With eight vectors a lane, or with single accesses that each need an address, it
+    // takes some 200 registers, which leaves room for one block only.
     static constexpr int kMinBlocks = kVectorized && kVectors <= 4 ? 2 : 1;
 };
-// Widest row that a layout holds.
+// The widest row that a layout can hold.
 template <class Layout>
 constexpr int kMaxWidth = Layout::kStride * Layout::kVectors;
 
@@ -35,9 +36,9 @@ using EightWarps = RowLayout<8, 4, true>;
 using EightWarpsWide = RowLayout<8, 8, true>;
 using SingleValues = RowLayout<8, 4, false>;
 
-// Calls `launch` with the layout for rows of `width`: up to 16384, or up to 8192 where a row's bytes are not a multiple
-// of 16. Four vectors a lane are 64 bytes of each input under way without crowding out a second block; as few warps as
-// that allows keep barriers out (D = 576, 960) or cheap (2048, 4096).
+// Calls `launch` with the layout for rows of `width`. It may be up to 16384, or up to 8192 if a row's bytes are not a
+// multiple of 16. Four vectors a lane keep 64 bytes of each input under way and still leave room for a second block.
+// The fewest warps with which that is possible need no barriers (D = 576, 960), or cheap ones (2048, 4096).
 template <class Launch>
 mmpo_status with_row_layout(int width, Launch launch) {
     if (!vector_rows(width)) return width <= kMaxWidth<SingleValues> ? launch(SingleValues{}) : kInvalidValue;
@@ -56,9 +57,9 @@ DEVICE void load_row(uint4 (&packed)[Layout::kVectors], const bf16* row, int fir
     }
 }
 
-// ---- Forward
+// ---- forward
 
-// x + delta, rounded to bf16 as it is stored, so that the norm sees what the backward will read.
+// Forms x + delta, rounded to bf16 as it is stored, so that the norm sees what the backward will read.
 template <class Layout>
 DEVICE void add_residual(uint4 (&packed)[Layout::kVectors], bf16* sum_row, const bf16* delta_row, int first,
                          int width) {
@@ -104,7 +105,7 @@ DEVICE void store_normalized(bf16* out_row, const uint4 (&packed)[Layout::kVecto
     }
 }
 
-// A group of warps normalises one row; kAdd adds `delta` first and leaves the sum.
+// A group of warps normalises one row. With kAdd it adds `delta` first, and stores the sum.
 template <class Layout, bool kAdd>
 __global__ void __launch_bounds__(kBlock)
     rms_norm_forward_kernel(bf16* __restrict__ sum, bf16* __restrict__ out, float* __restrict__ rstd,
@@ -138,7 +139,7 @@ mmpo_status launch_forward(bf16* sum, bf16* out, float* rstd, const bf16* x, con
     });
 }
 
-// ---- Add alone
+// ---- add alone
 
 template <bool kVectorized>
 DEVICE void add_vector(bf16* sum, const bf16* x, const bf16* delta, int count) {
@@ -164,18 +165,18 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
-// ---- Backward
+// ---- backward
 
-// Blocks that share out the rows: two on each multiprocessor of an H100. A constant, because the rows of a block are
-// added up together: the bits of dweight must not depend on the GPU.
-constexpr int kBackwardBlocks = 264;
+// Blocks that share out the rows: two on each multiprocessor of an H100. The rows of a block are added up together, so
+// this must be a constant, or the bits of dweight would depend on the GPU.
+constexpr int kBackwardBlocks = 2 * kPlannedMultiprocessors;
 
 template <class Layout>
 int backward_blocks(int rows) {
     return int(min(ceil_div(rows, Layout::Group::kGroups), int64_t(kBackwardBlocks)));
 }
 
-// Shared memory: the groups' scratch, then each group's sums of dweight.
+// Bytes of shared memory: the groups' scratch, then each group's sums of dweight.
 template <class Layout>
 size_t backward_shared(int width) {
     using Group = typename Layout::Group;
@@ -183,7 +184,7 @@ size_t backward_shared(int width) {
     return (Group::kScratch + sums) * sizeof(float);
 }
 
-// Sum over a thread's values of g * x, with g = dout * weight.
+// The sum over a thread's values of g * x, with g = dout * weight.
 template <class Layout>
 DEVICE float dot_gradient(const uint4 (&dout)[Layout::kVectors], const uint4 (&x)[Layout::kVectors], const bf16* weight,
                           int first, int width) {
@@ -200,7 +201,7 @@ DEVICE float dot_gradient(const uint4 (&dout)[Layout::kVectors], const uint4 (&x
     return dot;
 }
 
-// dx += rstd * (g - x * pull) with pull = rstd^2 * mean(g * x), and a thread's share of dweight += dout * x * rstd.
+// dx += rstd * (g - x * pull) with pull = rstd^2 * mean(g * x), and dweight += the thread's share of dout * x * rstd.
 template <class Layout>
 DEVICE void add_gradients(bf16* dx_row, float (&dweight)[Layout::kVectors][kVector],
                           const uint4 (&old_dx)[Layout::kVectors], const uint4 (&dout)[Layout::kVectors],
@@ -223,7 +224,7 @@ DEVICE void add_gradients(bf16* dx_row, float (&dweight)[Layout::kVectors][kVect
     }
 }
 
-// Adds the groups' dweight in order and leaves the block's sum in `partial_row`.
+// Adds the groups' dweight in order, and leaves the block's sum in `partial_row`.
 template <class Layout>
 DEVICE void store_partial(float* partial_row, float* group_sums, const float (&dweight)[Layout::kVectors][kVector],
                           const typename Layout::Group& group, int first, int width) {
@@ -250,7 +251,7 @@ DEVICE void store_partial(float* partial_row, float* group_sums, const float (&d
     }
 }
 
-// A group walks its rows, keeping its columns' dweight in registers; a block leaves one row of `partials`.
+// A group walks over its rows and keeps dweight of its columns in registers. A block leaves one row of `partials`.
 template <class Layout>
 __global__ void __launch_bounds__(kBlock, Layout::kMinBlocks)
     rms_norm_backward_kernel(bf16* __restrict__ dx, float* __restrict__ partials, const bf16* __restrict__ dout,
@@ -314,6 +315,8 @@ mmpo_status MMPO_EXPORT(rms_norm_backward)(bf16* dx, float* dweight, void* works
         const mmpo_status status =
             LAUNCH(rms_norm_backward_kernel<Layout>, unsigned(blocks), kBlock, backward_shared<Layout>(width),
                    cuda_stream(stream), dx, partials, dout, x, weight, rstd, rows, width);
-        return status != kSuccess ? status : add_partials(dweight, partials, blocks, width, stream);
+        // A frozen weight has no gradient: its partial sums stay where they are.
+        const bool finished = status != kSuccess || dweight == nullptr;
+        return finished ? status : add_partials(dweight, partials, blocks, width, stream);
     });
 }

@@ -1,30 +1,32 @@
 // Rotary positions (Su et al. 2021) on the H query and K key heads of qkv[T, (H + 2K) * E], in place.
 //
-// The pair (i, i + E/2) of a head turns by the angle of its position, as in Hugging Face checkpoints: the two halves of
-// a head are one vector apart, so both are read and written in 16 bytes. The backward of a rotation is its inverse.
-// Scaling (linear, llama3) lies in the table of angles, not here. Value heads are never touched.
+// The pair (i, i + E/2) of a head is rotated by the angle of its position, as in Hugging Face checkpoints. So the two
+// values of a pair lie half a head apart, and both halves are read and written 16 bytes at a time. The backward of a
+// rotation is its inverse. Scaling (linear, llama3) is part of the table of angles, not of this kernel. Value heads are
+// never touched.
 //
-// NOTE: a kernel of its own rather than part of attention's loads. Attention copies a key for every tile of queries
-// that sees it, 2 to 15 times at usual lengths, by TMA, which passes by the registers that could turn it; and the
-// backward pass wants turned queries and keys again. Apart it costs 4 (H + K) E bytes a token, about a hundredth of the
-// time of that token's products (docs/kernels.md). Its free place would be the epilogue of the product that makes qkv.
+// NOTE: this is a kernel of its own rather than part of attention's loads. Attention copies a key for every tile of
+// queries that sees it, 2 to 15 times at usual lengths, and by TMA, which bypasses the registers in which it could be
+// rotated; and the backward pass needs rotated queries and keys again. The kernel moves 4 (H + K) E bytes a token,
+// which takes about a hundredth of the time of that token's gemms (docs/kernels/attention_forward.md). Where it would
+// cost nothing is the epilogue of the gemm that makes qkv.
 
 #include "common/vector.cuh"
 
 namespace {
 
-// Heads a thread turns with the cosines and sines it has read: their 64 bytes are paid once for 128 bytes of heads, and
-// eight loads of 16 bytes are under way. 4 divides H + K of all four models of the paper.
+// Heads that a thread rotates with the cosines and sines it has read: their 64 bytes serve 128 bytes of heads, and
+// eight loads of 16 bytes are under way. 4 divides H + K for all four models of the paper.
 constexpr int kHeads = 4;
 
-// Which part of qkv a thread turns: pairs `pair .. pair + 8` of heads `head .. head + 4` of a row.
+// What a thread rotates: the pairs `pair .. pair + 8` of the heads `head .. head + 4` of a row.
 struct RopeItem {
     int row, head, pair;
 };
 
 struct RopeShape {
     int rows;
-    // H + K: they lie side by side at a row's start.
+    // H + K; these heads lie side by side at the start of a row.
     int turned_heads;
     int head_size;
     int64_t row_width;
@@ -32,7 +34,7 @@ struct RopeShape {
     HOST_DEVICE int pair_vectors() const { return int(ceil_div(head_size / 2, kVector)); }
     HOST_DEVICE int head_groups() const { return int(ceil_div(turned_heads, kHeads)); }
     HOST_DEVICE int64_t items() const { return int64_t(rows) * head_groups() * pair_vectors(); }
-    // Neighbouring threads have neighbouring vectors of a head, then the next heads.
+    // Neighbouring threads have neighbouring vectors of a head; then follow the next heads.
     DEVICE RopeItem item(unsigned number) const {
         const unsigned vectors = unsigned(pair_vectors()), groups = unsigned(head_groups());
         const unsigned group = number / vectors;
@@ -40,7 +42,7 @@ struct RopeShape {
     }
 };
 
-// Turns one vector of pairs in place: (a, b) becomes (a cos - b sin, b cos + a sin).
+// Rotates one vector of pairs in place: (a, b) becomes (a cos - b sin, b cos + a sin).
 DEVICE void rotate(uint4& low, uint4& high, const float (&cosine)[kVector], const float (&sine)[kVector]) {
     float a[kVector], b[kVector];
     unpack8(a, low);

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Vectors a lane: with two or three inputs 64 or 96 bytes are under way in each lane.
+// Vectors of a lane. With two or three inputs, 64 or 96 bytes are under way in each lane.
 constexpr int kVectors = 2;
 
 template <bool kVectorized>

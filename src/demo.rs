@@ -23,6 +23,10 @@ pub struct Demo {
 }
 
 impl Demo {
+    /// Writes the demo's files into a temporary folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if that cannot be written.
     pub fn unpack() -> Result<Self> {
         let temporary = std::env::temp_dir();
         let folder = TempDir::with_prefix("mmpo-fast-demo-")
@@ -37,14 +41,17 @@ impl Demo {
         Ok(demo)
     }
 
+    /// The folder of the model.
     pub fn model(&self) -> PathBuf {
         self.folder.path().join("model")
     }
 
+    /// The pairs to train on.
     pub fn pairs(&self) -> PathBuf {
         self.folder.path().join("pairs.jsonl")
     }
 
+    /// The pairs held out for evaluation.
     pub fn evaluation_pairs(&self) -> PathBuf {
         self.folder.path().join("eval_pairs.jsonl")
     }

@@ -9,7 +9,11 @@ use thiserror::Error;
 
 use crate::interrupt::Signal;
 
+/// What can fail returns this.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Exit code of a mistake in the program itself: `EX_SOFTWARE` of sysexits.h.
+pub const BUG_EXIT_CODE: u8 = 70;
 
 /// What can go wrong. `help` says what the user can do about it.
 #[derive(Debug, Error, Diagnostic)]
@@ -18,7 +22,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(config))]
     Config {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -27,10 +33,13 @@ pub enum Error {
     #[error("{}: {message}", place(path, *line))]
     #[diagnostic(code(data))]
     Data {
+        /// Where.
         path: PathBuf,
         /// 1-based line of a JSON Lines file, or 1-based record of a JSON array.
         line: Option<usize>,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -39,8 +48,11 @@ pub enum Error {
     #[error("{}: {message}", path.display())]
     #[diagnostic(code(model))]
     Model {
+        /// Where.
         path: PathBuf,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -49,11 +61,13 @@ pub enum Error {
     #[error("cannot {action} {}: {cause}", path.display())]
     #[diagnostic(code(io))]
     Io {
+        /// Where.
         path: PathBuf,
         /// A verb phrase: `read`, `write`, `create`, `sync`, `rename`.
         action: &'static str,
         /// Not the `source` of this error: the message holds it already, and would say it twice.
         cause: std::io::Error,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -62,7 +76,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(device))]
     Device {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -71,15 +87,26 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(numerics))]
     Numerics {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
+    },
+
+    /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
+    #[error("{message}")]
+    #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
+    Bug {
+        /// What is wrong.
+        message: String,
     },
 
     /// A signal asked the program to end (exit code 128 plus its number: 130 after Ctrl-C, 143 after SIGTERM).
     #[error("stopped by {signal}: {kept}")]
     #[diagnostic(code(interrupted))]
     Interrupted {
+        /// Which one.
         signal: Signal,
         /// A sentence: what was kept, and how to go on.
         kept: String,
@@ -96,14 +123,17 @@ impl Error {
             Error::Io { .. } => 5,
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
+            Error::Bug { .. } => BUG_EXIT_CODE,
             Error::Interrupted { signal, .. } => signal.exit_code(),
         }
     }
 
+    /// An [`Error::Config`]: a flag, a recipe key, or a combination of them.
     pub fn config(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Config { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Data`]: a record of a data file.
     pub fn data(
         path: &Path,
         line: Option<usize>,
@@ -113,6 +143,7 @@ impl Error {
         Error::Data { path: path.to_path_buf(), line, message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Model`]: a model folder or a file in it.
     pub fn model(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Model { path: path.to_path_buf(), message: message.into(), help: help.into() }
     }
@@ -132,10 +163,17 @@ impl Error {
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
     }
 
+    /// An [`Error::Device`]: a device that cannot be used.
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Device { message: message.into(), help: help.into() }
     }
 
+    /// An [`Error::Bug`]: a mistake in this program.
+    pub fn bug(message: impl Into<String>) -> Self {
+        Error::Bug { message: message.into() }
+    }
+
+    /// An [`Error::Numerics`]: a number that cannot be trained on.
     pub fn numerics(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Numerics { message: message.into(), help: help.into() }
     }

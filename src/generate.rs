@@ -128,21 +128,25 @@ pub struct Sampling {
     pub temperature: f64,
     /// Share of probability that the most likely tokens must cover; 1 keeps all.
     pub top_p: f64,
+    /// Seed of the draws.
     pub seed: u64,
 }
 
 impl Sampling {
+    /// The likeliest token each time.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
 }
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
+    /// The model gave an end token.
     EndToken,
+    /// The greatest number of tokens was reached.
     Length,
 }
 
-/// Up to `max_new_tokens` tokens behind `prompt`, without the end token; `on_token` sees each as it comes, and an
+/// Up to `max_new_tokens` tokens after `prompt`, without the end token; `on_token` sees each as it comes, and an
 /// error of its ends the generation.
 pub fn generate<D: Device>(
     model: &Llama<D>,

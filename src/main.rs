@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use mmpo_fast::cli::{self, Invocation, Stop, Verbosity};
 use mmpo_fast::data::Watch;
-use mmpo_fast::report::{self, BUG_EXIT_CODE, LogWriter};
+use mmpo_fast::error::BUG_EXIT_CODE;
+use mmpo_fast::report::{self, LogWriter};
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::debug_fn;

@@ -24,12 +24,19 @@ use output::ScoreOutput;
 pub struct ScoreLine {
     /// 1-based record of the data file.
     pub record: usize,
+    /// Log-prob of the chosen response.
     pub logp_chosen: f64,
+    /// Log-prob of the rejected response.
     pub logp_rejected: f64,
+    /// Scored tokens of the chosen response.
     pub tokens_chosen: usize,
+    /// Scored tokens of the rejected response.
     pub tokens_rejected: usize,
+    /// Entropy along the chosen response.
     pub entropy_chosen: f64,
+    /// Entropy along the rejected response.
     pub entropy_rejected: f64,
+    /// Rewards beside a reference.
     #[serde(flatten)]
     pub rewards: Option<Rewards>,
 }
@@ -37,8 +44,11 @@ pub struct ScoreLine {
 /// `beta * (logp - reference logp)`, as DPO has them; only with a reference.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rewards {
+    /// The reward of the chosen response.
     pub reward_chosen: f64,
+    /// The reward of the rejected response.
     pub reward_rejected: f64,
+    /// The chosen response's reward less the rejected one's.
     pub margin: f64,
 }
 

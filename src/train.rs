@@ -232,10 +232,9 @@ impl<'a, D: Device> Run<'a, D> {
             epoch: self.plan.order.epochs_after(batch.step + 1),
             pairs: PairMetrics::new(&self.config.objective, result.loss, &result.outcomes),
             grad_norm: result.gradient_norm as f64,
-            learning_rate: adamw.learning_rate as f64,
+            learning_rate: adamw.learning_rate,
             tokens_per_second: result.tokens as f64 / seconds,
             pairs_per_second: pairs.len() as f64 / seconds,
-            mfu: None,
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
     }

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
-use mmpo_fast::device::cuda::{CudaDevice, Products};
+use mmpo_fast::device::cuda::{CudaDevice, GemmChoice};
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
-    AttentionGradient, AttentionShape, BatchBuffers, Compute, LinearShape, NormShape, RawValues,
+    AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, LinearShape, NormShape, RawValues,
 };
 use mmpo_fast::error::Result;
 use ptx_machine::Landing;
@@ -224,7 +224,7 @@ fn values(seed: u32, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn upload(device: &CudaDevice, values: &[f32]) -> Result<Compute<CudaDevice>> {
+fn upload(device: &CudaDevice, values: &[f32]) -> Result<ComputeBuffer<CudaDevice>> {
     let mut buffer = device.alloc(values.len())?;
     device.upload_values(&mut buffer, 0, RawValues::from_f32(values))?;
     Ok(buffer)
@@ -232,14 +232,14 @@ fn upload(device: &CudaDevice, values: &[f32]) -> Result<Compute<CudaDevice>> {
 
 fn product(device: &CudaDevice, tile: Option<&str>, rows: usize) -> Result<Vec<f32>> {
     let products = match tile {
-        None => Products::Ours,
+        None => GemmChoice::Ours,
         Some(name) => {
-            let tiles = device.product_tiles()?;
+            let tiles = device.gemm_tiles()?;
             let number = tiles.iter().position(|tile| tile.to_string() == name).expect("a tile of this name");
-            Products::Tile(u8::try_from(number).expect("few tiles"))
+            GemmChoice::Tile(u8::try_from(number).expect("few tiles"))
         }
     };
-    let device = &CudaDevice::open(if tile.is_some() { 0 } else { 1 })?.with_products(products);
+    let device = &CudaDevice::open(if tile.is_some() { 0 } else { 1 })?.with_gemm_choice(products);
     let shape = LinearShape { rows, inputs: 600, outputs: 232 };
     let x = upload(device, &values(1, rows * shape.inputs))?;
     let weight = upload(device, &values(2, shape.outputs * shape.inputs))?;

@@ -3,7 +3,7 @@
 #
 #     bash benches/trl/run.sh [RESULTS] [options of compare.py]
 #
-# RESULTS is benches/results/<date>-cpu-trl by default. Takes about 12 minutes on two idle cores.
+# RESULTS is benches/results/<date>-cpu-trl by default. Takes about 22 minutes on two idle cores.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 results="benches/results/$(date +%F)-cpu-trl"

@@ -1,23 +1,24 @@
 // What both attention backward kernels share: the tiles of queries that see a tile of keys, the order in which a row of
 // dQ receives its terms, and the small kernels before and after the main one.
 //
-//   prepare  delta[T, H] = row sums of dout * out and lse in base 2, tile by tile; turns (or sums) at zero; the list of
-//            key tiles
-//   main     a block owns a tile of keys of one key/value head: S, dP, dV, dK and its term of dQ (5 products)
-//   finish   dQ's f32 sums to bf16
+//   prepare  forms delta[T, H] = row sums of dout * out, and lse in base 2, tile by tile; sets turns (or sums) to zero;
+//            lists the key tiles
+//   main     a block owns a tile of keys of one key/value head and forms S, dP, dV, dK and its term of dQ (5 gemms)
+//   finish   rounds dQ's f32 sums to bf16
 //
-// Query heads that share keys share tiles: row r of a tile of queries is token r / packed, head r % packed. (A "pack"
-// is those heads.) dK and dV want the sum over them anyway, and a short response fills its tiles.
+// Query heads that share keys share tiles: row r of a tile of queries is token r / packed, head r % packed. Such a
+// group of heads is a pack. dK and dV need the sum over the heads anyway, and a short response fills its tiles.
 //
-// The order of dQ. Blocks that own different keys add to the same rows of dQ, and f32 sums depend on their order. So
-// each (tile of queries, pack) has a counter of turns: the tile of keys on the diagonal assigns, then its neighbour
-// towards the first key adds, and so on; rejected queries take the prompt's tiles, again descending, after their own. A
-// block walks its queries upwards from its own diagonal, so at any moment the blocks of one sequence are at tiles of
-// queries a few apart, and the one that a block waits for has been there before it. (Ascending order would have all
-// blocks wait for the first at every step.) Blocks take tiles of keys by tickets in an order in which each waits
-// only for earlier tickets, so it never waits for a block that has not started.
+// The order of dQ. Blocks that own different keys add to the same rows of dQ, and an f32 sum depends on the order of
+// its terms. So each (tile of queries, pack) has a counter of turns. The tile of keys on the diagonal assigns its term,
+// then its neighbour towards the first key adds, and so on. Rejected queries then take the prompt's tiles, again
+// descending. A block walks its queries upwards from its own diagonal, so at any moment the blocks of one sequence are
+// at tiles of queries that are a few apart, and the block that another one waits for has already been at the tile.
+// (With an ascending order all blocks would wait for the first one at every step.) Blocks take tiles of keys by
+// tickets, in an order in which each waits only for earlier tickets, so a block never waits for one that has not
+// started.
 //
-// What that order costs is measured beside kernels that add as they come (AnyOrder): the same but for the turns.
+// The cost of that order is measured against kernels in which blocks add as they come (AnyOrder); nothing else differs.
 #pragma once
 
 #include "attention_mask.cuh"
@@ -27,17 +28,17 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// By turns: the same bits every time.
+// dQ receives its terms in turns: the same bits every time.
 struct FixedOrder {
     static constexpr bool kTurns = true;
 };
 
-// As blocks come to it, into sums that prepare has cleared.
+// dQ receives its terms as blocks come to them, into sums that prepare has cleared.
 struct AnyOrder {
     static constexpr bool kTurns = false;
 };
 
-struct AttentionGradient {
+struct BackwardProblem {
     bf16* dqkv;
     const bf16* dout;
     const bf16* out;
@@ -49,7 +50,7 @@ struct AttentionGradient {
     HeadPacking packing;
     int tile_tokens;  // of a tile of queries: BLOCK_M / packing.heads
 
-    // Groups of packed heads that share a key/value head.
+    // Packs that share a key/value head.
     HOST_DEVICE int packs() const { return packing.groups / kv_heads; }
     HOST_DEVICE int64_t stride() const { return int64_t(heads + 2 * kv_heads) * head_size; }
     HOST_DEVICE int64_t out_stride() const { return int64_t(heads) * head_size; }
@@ -58,36 +59,50 @@ struct AttentionGradient {
     HOST_DEVICE int value_column(int kv_head) const { return key_column(kv_heads + kv_head); }
 };
 
-// The most heads of a group that share tiles of block_m queries and leave at most a sixteenth of their rows idle. Row r
-// of a tile is token r / heads, head r % heads: a short response fills its tiles, and the diagonal cuts fewer of them.
-inline HeadPacking gradient_packing(int heads, int kv_heads, int block_m) {
-    const int group = heads / kv_heads;
-    int packed = 1;
-    for (int candidate = 2; candidate <= group && candidate <= block_m; ++candidate)
-        if (group % candidate == 0 && block_m % candidate <= block_m / 16) packed = candidate;
-    return {packed, heads / packed, uint32_t((65536 + packed - 1) / packed)};
+// The problem of a launcher with these arguments, in tiles of block_m packed rows.
+inline BackwardProblem backward_problem(bf16* dqkv, const bf16* dout, const bf16* out, const float* lse,
+                                        const bf16* qkv, const uint32_t* spans, int pairs, int rows, int heads,
+                                        int kv_heads, int head_size, float scale, int block_m) {
+    BackwardProblem problem{};
+    problem.dqkv = dqkv;
+    problem.dout = dout;
+    problem.out = out;
+    problem.lse = lse;
+    problem.qkv = qkv;
+    problem.spans = spans;
+    problem.pairs = pairs;
+    problem.rows = rows;
+    problem.heads = heads;
+    problem.kv_heads = kv_heads;
+    problem.head_size = head_size;
+    problem.scale = scale;
+    problem.packing = pack_heads(heads, kv_heads, block_m);
+    problem.tile_tokens = block_m / problem.packing.heads;
+    return problem;
 }
 
-// A tile of keys to be owned by a block: `tile` as find_row_tile counts. Includes the span: loading it separately would
-// add another dependent load at block start, which no other resident block can hide.
+// A tile of keys for a block to own; `tile` is its number as find_row_tile counts. Includes the span: loading it
+// separately would add another dependent load at block start, which no other resident block can hide.
 struct alignas(16) KeyTileEntry {
     Span span;
     uint32_t pair, tile;
 };
 
 // ---- numbers of tiles
-// A tile of a sequence gets the number (first row of the sequence) / rows + (index of the sequence) + (tile in it).
-// Numbers are unique, need no table, and leave out at most two a pair.
+//
+// Tile t of a sequence gets the number (first row of the sequence) / (rows of a tile) + (index of the sequence) + t.
+// Numbers are unique, need no table, and skip at most two for each pair.
 
 constexpr int64_t tile_numbers(int64_t rows, int64_t pairs, int64_t tile_rows) {
     return rows / tile_rows + kSequences * pairs;
 }
 
+// The number of a sequence's first tile.
 DEVICE int tile_number(int sequence_first, int pair, bool rejected, int tile_rows) {
     return sequence_first / tile_rows + kSequences * pair + int(rejected);
 }
 
-// Tiles of `rows` rows in all pairs of the host's table.
+// The number of tiles of `rows` rows in all pairs of the host's table.
 inline int64_t all_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     int64_t tiles = 0;
     for (int pair = 0; pair < pairs; ++pair) {
@@ -97,55 +112,59 @@ inline int64_t all_row_tiles(const uint32_t* host_spans, int pairs, int rows) {
     return tiles;
 }
 
-// Workspace of a backward pass with tiles of BLOCK_M queries and BLOCK_N keys.
-struct GradientWorkspace {
-    float* dq;              // [query tiles, packs, BLOCK_M * E] in fragments: see dq_fragment
-    float* statistics;      // [query tiles, packs, 2, BLOCK_M]: lse in base 2, delta
-    uint32_t* turns;        // [query tiles, packs]
+// The workspace of a backward pass with tiles of BLOCK_M queries and BLOCK_N keys. An entry is a (tile of queries,
+// pack).
+struct BackwardWorkspace {
+    float* dq;              // [entries, BLOCK_M * E] in fragments: see dq_fragment
+    float* statistics;      // [entries, 2, BLOCK_M]: lse in base 2, then delta
+    uint32_t* turns;        // [entries]
     uint32_t* next_ticket;  // [1]
     KeyTileEntry* key_tiles;
 
     static int64_t bytes(int64_t rows, int64_t pairs, int heads, int kv_heads, int head_size, int block_m,
                          int block_n) {
-        const HeadPacking packing = gradient_packing(heads, kv_heads, block_m);
-        const int64_t tiles = tile_numbers(rows, pairs, block_m / packing.heads) * packing.groups;
-        return tiles * block_m * (head_size + 2) * int64_t(sizeof(float)) + ceil_div(tiles + 1, 4) * 16 +
+        const HeadPacking packing = pack_heads(heads, kv_heads, block_m);
+        const int64_t entries = tile_numbers(rows, pairs, block_m / packing.heads) * packing.groups;
+        return entries * block_m * (head_size + 2) * int64_t(sizeof(float)) + ceil_div(entries + 1, 4) * 16 +
                tile_numbers(rows, pairs, block_n) * int64_t(sizeof(KeyTileEntry));
     }
 
-    GradientWorkspace(void* start, const AttentionGradient& problem, int block_m) {
-        const int64_t tiles = tile_numbers(problem.rows, problem.pairs, problem.tile_tokens) * problem.packing.groups;
+    BackwardWorkspace(void* start, const BackwardProblem& problem, int block_m) {
+        const int64_t entries = tile_numbers(problem.rows, problem.pairs, problem.tile_tokens) * problem.packing.groups;
         dq = static_cast<float*>(start);
-        statistics = dq + tiles * block_m * problem.head_size;
-        turns = reinterpret_cast<uint32_t*>(statistics + tiles * block_m * 2);
-        next_ticket = turns + tiles;
-        key_tiles = reinterpret_cast<KeyTileEntry*>(turns + ceil_div(tiles + 1, 4) * 4);
+        statistics = dq + entries * block_m * problem.head_size;
+        turns = reinterpret_cast<uint32_t*>(statistics + entries * block_m * 2);
+        next_ticket = turns + entries;
+        key_tiles = reinterpret_cast<KeyTileEntry*>(turns + ceil_div(entries + 1, 4) * 4);
     }
 };
 
-// ---- queries of a tile of keys
+// ---- the queries that see a tile of keys
 
 // One step of a block's walk: a tile of queries that see some of its keys.
 struct QueryTile {
     int first;      // first token; the tile ends early where its sequence does
     int number;     // see tile_number
     uint32_t turn;  // of this block at the tile's rows of dQ
-    int keys;       // of the block, from its first on, that some of the queries see: products leave out the rest
-    bool other;     // rejected queries on the prompt's keys: they see the first `keys` whatever their own place
-    bool crosses;   // a boundary of the mask runs through keys x queries
+    // Some query sees each of the block's first `keys` keys, and none sees a later one. Gemms leave those out.
+    int keys;
+    // Whether these are rejected queries on the prompt's keys. Such queries see all of the first `keys` keys.
+    bool other;
+    // Whether a boundary of the mask runs through keys x queries.
+    bool crosses;
 };
 
-// The tiles of queries that see a tile of keys, ascending from its diagonal; then, for keys of the prompt, those of the
-// rejected response. A tile of chosen keys alone has none of the latter.
+// The tiles of queries that see a tile of keys: first those of its own sequence, ascending from the diagonal; then, for
+// keys of the prompt, those of the rejected response. A tile that holds only chosen keys has none of the latter.
 template <int BLOCK_N>
 struct QueryWalk {
     int steps;
-    int tokens, packed;   // of a tile of queries: its tokens, and the rows of each
+    int tokens, packed;   // of a tile of queries: its tokens, and the rows of each token
     int first_key, keys;  // of the tile of keys
-    int prompt_keys;      // of them
+    int prompt_keys;      // how many of its keys are the prompt's
     int own_first, own_number, own_steps, own_last;
     int other_first, other_number, other_last;
-    int key_tile, prompt_tiles;  // in the sequence
+    int key_tile, prompt_tiles;  // the tile's place in its sequence, and tiles that hold prompt keys
 
     DEVICE QueryWalk(const Span& span, int pair, const RowTile& tile, int tile_tokens, int packed_heads) {
         tokens = tile_tokens;
@@ -167,20 +186,8 @@ struct QueryWalk {
     }
 
     DEVICE QueryTile tile(int step) const {
-        if (step < own_steps) {
-            const int first = own_first + step * tokens, last = min(first + tokens, own_last);
-            return {first,
-                    own_number + step,
-                    uint32_t((last - 1 - first_key) / BLOCK_N),
-                    min(keys, last - first_key),
-                    false,
-                    first < first_key + BLOCK_N - 1};
-        }
-        const int after_own = step - own_steps;
-        const int first = other_first + after_own * tokens, last = min(first + tokens, other_last);
-        const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
-        return {first, other_number + after_own, uint32_t(own_terms + prompt_tiles - 1 - key_tile), prompt_keys,
-                true,  prompt_keys < BLOCK_N};
+        if (step < own_steps) return own_tile(step);
+        return other_tile(step - own_steps);
     }
 
     // The first row of a tile that sees the `key`-th key of the block; all rows after it do too. (Rows past the
@@ -188,6 +195,34 @@ struct QueryWalk {
     DEVICE int first_seeing(const QueryTile& tile, int key) const {
         if (key >= tile.keys) return tokens * packed;
         return tile.other ? 0 : (first_key + key - tile.first) * packed;
+    }
+
+private:
+    // Tile number `index` of its own sequence, from the diagonal on.
+    DEVICE QueryTile own_tile(int index) const {
+        const int first = own_first + index * tokens, last = min(first + tokens, own_last);
+        QueryTile tile;
+        tile.first = first;
+        tile.number = own_number + index;
+        tile.turn = uint32_t((last - 1 - first_key) / BLOCK_N);
+        tile.keys = min(keys, last - first_key);
+        tile.other = false;
+        tile.crosses = first < first_key + BLOCK_N - 1;
+        return tile;
+    }
+
+    // Tile number `index` of the rejected response, for keys of the prompt.
+    DEVICE QueryTile other_tile(int index) const {
+        const int first = other_first + index * tokens, last = min(first + tokens, other_last);
+        const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
+        QueryTile tile;
+        tile.first = first;
+        tile.number = other_number + index;
+        tile.turn = uint32_t(own_terms + prompt_tiles - 1 - key_tile);
+        tile.keys = prompt_keys;
+        tile.other = true;
+        tile.crosses = prompt_keys < BLOCK_N;
+        return tile;
     }
 };
 
@@ -200,10 +235,11 @@ struct OwnedKeys {
     RowTile keys;
 };
 
-// Takes the next tile of keys; all threads of a block call this. `ticket` is one word of shared memory. The key/value
-// heads of a tile are neighbours, so the blocks of one head that wait for one another start kv_heads tickets apart.
+// Takes the next tile of keys. All threads of a block call this; `ticket` is one word of shared memory. The key/value
+// heads of a tile have neighbouring tickets, so blocks of one head that wait for one another start kv_heads tickets
+// apart.
 template <int BLOCK_N>
-DEVICE OwnedKeys take_keys(const AttentionGradient& problem, const GradientWorkspace& workspace, uint32_t* ticket) {
+DEVICE OwnedKeys take_keys(const BackwardProblem& problem, const BackwardWorkspace& workspace, uint32_t* ticket) {
     if (threadIdx.x == 0) *ticket = atomicAdd(workspace.next_ticket, 1u);
     __syncthreads();
     const int taken = int(*ticket);
@@ -215,8 +251,8 @@ DEVICE OwnedKeys take_keys(const AttentionGradient& problem, const GradientWorks
 
 // ---- fragments
 
-// Where a lane's four f32 of a 16 x 8 part of dQ lie in its tile: parts of a row group are neighbours, and a warp moves
-// one in 512 contiguous bytes, in the order in which mma and wgmma leave accumulators.
+// Where a lane's four f32 of a 16 x 8 part of dQ lie in its tile, in the order in which mma and wgmma leave
+// accumulators. The parts of a row group are neighbours, and a warp moves one part as 512 contiguous bytes.
 template <int E>
 DEVICE int dq_fragment(int row_group, int column_group) {
     return ((row_group * (E / 8) + column_group) * 32 + int(lane_id())) * 4;
@@ -226,12 +262,14 @@ DEVICE int dq_fragment(int row_group, int column_group) {
 }  // namespace mmpo
 
 // ---- small kernels
-// Without external linkage: two files compile them, for different targets. (nvcc knows one anonymous namespace only.)
+//
+// They have no external linkage, because two files compile them for different targets. (nvcc handles only one anonymous
+// namespace a file.)
 namespace {
 
 constexpr int kGradientThreads = 256;
 
-// Sum of a value a thread over the block; all threads call it. `partials` holds a word a warp.
+// The sum over the block of one value a thread. All threads call it; `partials` holds a word for each warp.
 DEVICE uint32_t block_sum(uint32_t value, uint32_t* partials) {
     value = __reduce_add_sync(0xffffffffu, value);
     if (lane_id() == 0) partials[threadIdx.x / 32] = value;
@@ -242,8 +280,8 @@ DEVICE uint32_t block_sum(uint32_t value, uint32_t* partials) {
 }
 
 // Lists the key tiles of one pair after those of all longer pairs, so that no long pair begins when the others are
-// done. Of a pair: the rejected response's tiles descending, then those of prompt and chosen descending, which is the
-// order in which dQ receives their terms.
+// done. Within a pair the rejected response's tiles come first, descending, then those of prompt and chosen,
+// descending. This is the order in which dQ receives their terms.
 template <int BLOCK_N>
 DEVICE void list_key_tiles(KeyTileEntry* key_tiles, const uint32_t* spans, int pairs, int pair, uint32_t* partials) {
     const auto tiles_of = [](const Span& span) {
@@ -263,40 +301,40 @@ DEVICE void list_key_tiles(KeyTileEntry* key_tiles, const uint32_t* spans, int p
         key_tiles[before + i] = {own, uint32_t(pair), tiles - 1 - i};
 }
 
-// The tile of queries of a block of the grid (tile of the pair, pack, pair).
+// The tile of queries of a block whose grid is (tile of the pair, pack, pair).
 struct PreparedTile {
     RowTile queries;
-    int64_t slot;
+    int64_t entry;  // of the workspace
     int first_head;
 
     // False after the pair's last tile.
-    DEVICE bool find(const AttentionGradient& problem) {
+    DEVICE bool find(const BackwardProblem& problem) {
         const int pair = int(blockIdx.z), pack = int(blockIdx.y);
         if (!find_row_tile(queries, load_span(problem.spans, pair), int(blockIdx.x), problem.tile_tokens)) return false;
         const int number = tile_number(queries.sequence_first, pair, queries.rejected, problem.tile_tokens) +
                            (queries.first - queries.sequence_first) / problem.tile_tokens;
-        slot = int64_t(number) * problem.packing.groups + pack;
+        entry = int64_t(number) * problem.packing.groups + pack;
         first_head = pack * problem.packing.heads;
         return true;
     }
 
-    // Index in [T, H] of a row; -1 where it has no query.
-    DEVICE int64_t position(const AttentionGradient& problem, int row) const {
+    // Index in [T, H] of a row; -1 if it has no query.
+    DEVICE int64_t position(const BackwardProblem& problem, int row) const {
         return problem.packing.position(row, queries.first, queries.last, first_head);
     }
 
-    // Index in dqkv of a row of dQ; -1 where it has no query.
-    DEVICE int64_t gradient(const AttentionGradient& problem, int row) const {
+    // Index in dqkv of a row of dQ; -1 if it has no query.
+    DEVICE int64_t gradient(const BackwardProblem& problem, int row) const {
         const int offset = problem.packing.token(row), token = queries.first + offset;
         if (token >= queries.last) return -1;
         return token * problem.stride() + problem.query_column(first_head + row - offset * problem.packing.heads);
     }
 };
 
-// A tile of dQ to zeros.
+// Sets the kValues f32 of a tile of dQ to zero.
 template <int kValues>
 DEVICE void clear_sums(float* sums) {
-    constexpr int kOfThread = 4;  // values a thread, 16 bytes
+    constexpr int kOfThread = 4;  // values of a thread, 16 bytes
     static_assert(kValues % (kGradientThreads * kOfThread) == 0, "whole rounds of the block");
 #pragma unroll
     for (int i = 0; i < kValues; i += kGradientThreads * kOfThread)
@@ -305,7 +343,7 @@ DEVICE void clear_sums(float* sums) {
 
 template <int E, int BLOCK_M, int BLOCK_N, class Order>
 __global__ void __launch_bounds__(kGradientThreads)
-    attention_prepare_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    attention_prepare_kernel(BackwardProblem problem, BackwardWorkspace workspace) {
     SHARED_ARRAY(uint32_t, partials, kGradientThreads / 32);
     const int pair = int(blockIdx.z);
     if (blockIdx.x == 0 && blockIdx.y == 0) {
@@ -315,14 +353,14 @@ __global__ void __launch_bounds__(kGradientThreads)
     PreparedTile tile;
     if (!tile.find(problem)) return;
     if constexpr (Order::kTurns) {
-        if (threadIdx.x == 0) workspace.turns[tile.slot] = 0;
+        if (threadIdx.x == 0) workspace.turns[tile.entry] = 0;
     } else {
-        clear_sums<BLOCK_M * E>(workspace.dq + tile.slot * (BLOCK_M * E));
+        clear_sums<BLOCK_M * E>(workspace.dq + tile.entry * (BLOCK_M * E));
     }
 
-    // Lanes that share a row, 16 bytes each.
+    // kLanes lanes share a row, with 16 bytes each.
     constexpr int kLanes = E / kChunkValues, kRowsAtOnce = kGradientThreads / kLanes;
-    float* statistics = workspace.statistics + tile.slot * 2 * BLOCK_M;
+    float* statistics = workspace.statistics + tile.entry * 2 * BLOCK_M;
     const int lane = int(threadIdx.x) % kLanes;
 #pragma unroll
     for (int first = 0; first < BLOCK_M; first += kRowsAtOnce) {
@@ -338,23 +376,23 @@ __global__ void __launch_bounds__(kGradientThreads)
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
         if (lane == 0 && row < BLOCK_M) {
-            // Rows without a query: an infinite lse makes every probability an exact zero.
+            // A row without a query gets an infinite lse, which makes each of its probabilities exactly zero.
             statistics[row] = position >= 0 ? problem.lse[index] * kLog2E : INFINITY;
             statistics[BLOCK_M + row] = position >= 0 ? delta : 0.0f;
         }
     }
 }
 
-// As prepare's grid; a warp writes 16 x 8 values of dQ at a time, and reads four such neighbours at once.
+// The grid is prepare's. A warp writes 16 x 8 values of dQ at a time, and reads four such neighbours at once.
 template <int E, int BLOCK_M>
 __global__ void __launch_bounds__(kGradientThreads)
-    attention_finish_kernel(AttentionGradient problem, GradientWorkspace workspace) {
+    attention_finish_kernel(BackwardProblem problem, BackwardWorkspace workspace) {
     constexpr int kAtOnce = 4, kColumnGroups = E / 8, kWarps = kGradientThreads / 32;
     constexpr int kBatches = BLOCK_M / 16 * kColumnGroups / kAtOnce;
     static_assert(kColumnGroups % kAtOnce == 0 && kBatches % kWarps == 0, "whole batches of one row group a warp");
     PreparedTile tile;
     if (!tile.find(problem)) return;
-    const float* dq = workspace.dq + tile.slot * (BLOCK_M * E);
+    const float* dq = workspace.dq + tile.entry * (BLOCK_M * E);
     const int lane = int(lane_id());
 #pragma unroll
     for (int batch = int(threadIdx.x) / 32; batch < kBatches; batch += kWarps) {
@@ -377,22 +415,22 @@ __global__ void __launch_bounds__(kGradientThreads)
     }
 }
 
-// A block a tile of queries of packed heads.
-inline dim3 query_tile_grid(const AttentionGradient& problem, const uint32_t* host_spans) {
+// One block for each tile of queries and pack.
+inline dim3 query_tile_grid(const BackwardProblem& problem, const uint32_t* host_spans) {
     return dim3(unsigned(most_row_tiles(host_spans, problem.pairs, problem.tile_tokens)),
                 unsigned(problem.packing.groups), unsigned(problem.pairs));
 }
 
 template <int E, int BLOCK_M, int BLOCK_N, class Order>
-int launch_prepare(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
-                   cudaStream_t stream) {
+mmpo_status launch_prepare(const BackwardProblem& problem, const BackwardWorkspace& workspace,
+                           const uint32_t* host_spans, cudaStream_t stream) {
     return LAUNCH((attention_prepare_kernel<E, BLOCK_M, BLOCK_N, Order>), query_tile_grid(problem, host_spans),
                   dim3(kGradientThreads), 0, stream, problem, workspace);
 }
 
 template <int E, int BLOCK_M>
-int launch_finish(const AttentionGradient& problem, const GradientWorkspace& workspace, const uint32_t* host_spans,
-                  cudaStream_t stream) {
+mmpo_status launch_finish(const BackwardProblem& problem, const BackwardWorkspace& workspace,
+                          const uint32_t* host_spans, cudaStream_t stream) {
     return LAUNCH((attention_finish_kernel<E, BLOCK_M>), query_tile_grid(problem, host_spans), dim3(kGradientThreads),
                   0, stream, problem, workspace);
 }

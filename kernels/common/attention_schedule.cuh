@@ -1,13 +1,14 @@
-// In which order a persistent grid works through the tiles of all pairs: longest first.
+// The order in which a persistent grid works through the tiles of all pairs: the longest first.
 //
-// A tile's cost is the number of key blocks that it sees, its level. Work is sorted by level, descending, without a
-// table: the tiles of a sequence that see exactly `level` blocks are a range in closed form, so that position i of the
-// order is found by adding up the sizes of those ranges. A block of the grid takes the positions of its own column of a
-// snake (0 1 2 3, 7 6 5 4, 8 9 ..), which gives all blocks nearly the same sum, and the same tiles in every run: no
-// counter in global memory, nothing to reset, and results that do not depend on timing.
+// A tile's cost is its level, the number of key blocks that it sees. Work is sorted by level, descending, without a
+// table: the tiles of a sequence that see exactly `level` blocks are a range in closed form, so position i of the order
+// is found by adding up the sizes of those ranges. Block c of a grid of n takes position c of the first n positions,
+// position n - 1 - c of the next n, and so on alternately (0 1 2 3, 7 6 5 4, 8 9 ..). This snake gives all blocks
+// nearly the same sum of costs, and the same tiles in every run: there is no counter in global memory and nothing to
+// reset, and results do not depend on timing.
 //
-// NOTE: within a level, head groups of a sequence are neighbours, and so are the tiles of one of them. Blocks that run
-// side by side read the same keys and values at nearly the same time, from L2.
+// NOTE: within a level, the head groups of a sequence are neighbours, and so are the tiles of one head group. Blocks
+// that run side by side therefore read the same keys and values at nearly the same time, from L2.
 #pragma once
 
 #include "attention_mask.cuh"
@@ -15,7 +16,7 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// How sequences are cut: tiles of tile_tokens queries, keys in blocks of BLOCK_N slots.
+// How sequences are cut: tiles of tile_tokens queries, keys in blocks of BLOCK_N slots. kGranule: see causal_sequence.
 template <int BLOCK_N, int kGranule>
 struct TileCut {
     int tile_tokens;
@@ -28,10 +29,10 @@ struct TileCut {
         return (sequence.length + tile_tokens - 1) / tile_tokens;
     }
 
-    // Key blocks that see or precede slot `last_slot`.
+    // Number of key blocks up to the one that holds slot `last_slot`, which are those that its query sees.
     HOST_DEVICE static int blocks(int last_slot) { return last_slot / BLOCK_N + 1; }
 
-    // Tiles of the sequence that see at most `level` blocks: its first ones.
+    // Number of tiles of the sequence that see at most `level` blocks; they are its first ones.
     HOST_DEVICE int tiles_up_to(const CausalSequence& sequence, int level) const {
         const int room = level * BLOCK_N - sequence.own_slot;
         if (sequence.length <= room) return tiles(sequence);
@@ -39,10 +40,10 @@ struct TileCut {
     }
 };
 
-// What the host finds out for a launch.
+// What the host counts for a launch.
 struct TileCount {
     int tiles = 0;   // of all sequences and head groups
-    int levels = 0;  // the most blocks that a tile sees
+    int levels = 0;  // the most key blocks that a tile sees
 };
 
 template <class Cut>
@@ -58,7 +59,7 @@ TileCount count_tiles(const Cut& cut, const uint32_t* host_spans, int pairs, int
     return count;
 }
 
-// One tile of the order.
+// One tile of the order: tile number `tile` of the sequence, for head group `group`.
 struct ScheduledTile {
     CausalSequence sequence;
     int tile, group;
@@ -71,8 +72,8 @@ struct TileWalk {
     const uint32_t* spans;
     int sequences, groups, tiles;
     int level;
-    int chunk = 0;   // 32 sequences, one a lane
-    int passed = 0;  // tiles of the order before this level and chunk
+    int chunk = 0;   // of 32 sequences, one a lane
+    int passed = 0;  // tiles of the order before this level's part in this chunk
     int round = 0;
 
     DEVICE TileWalk(const Cut& cut, const uint32_t* spans, int pairs, int groups, const TileCount& count)

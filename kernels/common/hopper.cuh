@@ -1,14 +1,16 @@
 // What Hopper kernels share: tiles in shared memory as TMA leaves them, their wgmma descriptors, and the ring of stages
-// between a producer warp and consumer warpgroups.
+// through which a producer warp hands data to consumer warpgroups.
 //
-// A tile of ROWS x COLUMNS bf16 values lies in panels of 64 columns, the 128 bytes that the widest swizzle spans:
+// A tile of ROWS x COLUMNS bf16 values is stored as panels of 64 columns. A panel's row is 128 bytes, which is what the
+// widest swizzle spans:
 //
 //   panel p at p * ROWS * 128, row r of it at r * 128, its 16-byte chunk c at (c ^ (r & 7)) * 16
 //
-// So eight rows of one chunk column fall into eight different groups of banks, for TMA, ldmatrix and wgmma alike. Tiles
-// start on a multiple of 1024 bytes, the length after which the pattern repeats.
+// So eight rows of one chunk column fall into eight different groups of banks, whether TMA, ldmatrix or wgmma accesses
+// them. The pattern repeats every 1024 bytes, and tiles start on a multiple of that.
 #pragma once
 
+#include "limits.cuh"
 #include "tensor_map.cuh"
 
 namespace mmpo {
@@ -17,7 +19,8 @@ inline namespace MMPO_VARIANT {
 constexpr int kWarpgroupThreads = 128;
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
-// Depth of one wgmma, in values.
+// Rows of one wgmma, and its depth in values.
+constexpr int kWgmmaRows = 64;
 constexpr int kWgmmaDepth = 16;
 
 template <int ROWS, int COLUMNS>
@@ -27,47 +30,70 @@ struct PanelTile {
     static constexpr int kPanelBytes = ROWS * kPanelRowBytes;
     static constexpr int kBytes = kPanels * kPanelBytes;
 
+    uint32_t base;  // shared address, a multiple of 1024
+
+    DEVICE uint32_t panel(int index) const { return base + uint32_t(index * kPanelBytes); }
+
     // Address of the 16-byte chunk that holds columns 8 * chunk .. 8 * chunk + 8 of a row.
-    static DEVICE uint32_t address(uint32_t tile, int row, int chunk) {
-        return tile + uint32_t(chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk ^ row) & 7) * 16);
+    DEVICE uint32_t address(int row, int chunk) const {
+        return base + uint32_t(chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk ^ row) & 7) * 16);
     }
 
-    // Starts the copy of rows row.. and columns column.. of a matrix whose map (128-byte swizzle) has boxes
-    // [ROWS, 64]; kBytes complete on `mbarrier`. Call in one thread.
-    static DEVICE void load(uint32_t tile, const CUtensorMap* map, int column, int row, uint32_t mbarrier MMPO_SITE) {
+    // Starts the copy of ROWS x COLUMNS values of a matrix, from `row` and `column` on. The map has the 128-byte
+    // swizzle and boxes [ROWS, 64]; kBytes complete on `mbarrier`. Call in one thread.
+    DEVICE void load(const CUtensorMap* map, int column, int row, uint32_t mbarrier MMPO_SITE) const {
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-            tma_load_2d(tile + panel * kPanelBytes, map, column + panel * kPanelColumns, row, mbarrier MMPO_PASS_SITE);
+        for (int index = 0; index < kPanels; ++index) {
+            tma_load_2d(panel(index), map, column + index * kPanelColumns, row, mbarrier MMPO_PASS_SITE);
         }
     }
 
-    // An operand whose outer index runs over the tile's rows from `row` (a multiple of 8) on, and whose depth is
-    // columns 16 * step .. of it ("K-major").
-    static DEVICE uint64_t depth_in_columns(uint32_t tile, int row, int step) {
+    // The wgmma operand whose outer index runs over the tile's rows from `row` (a multiple of 8) on and whose depth is
+    // the 16 columns from 16 * step on ("K-major").
+    DEVICE uint64_t depth_in_columns(int row, int step) const {
         const int panel = step / 4;
-        return wgmma_descriptor(tile, 16, 1024, Swizzle::bytes_128,
+        return wgmma_descriptor(base, 16, 1024, Swizzle::bytes_128,
                                 uint32_t(panel * kPanelBytes + row * kPanelRowBytes + step % 4 * 32));
     }
 
-    // An operand whose outer index runs over the tile's columns from `column` (a multiple of 64) on, and whose depth is
-    // rows 16 * step .. of it ("MN-major": pass it as transposed).
-    static DEVICE uint64_t depth_in_rows(uint32_t tile, int column, int step) {
+    // The wgmma operand whose outer index runs over the tile's columns from `column` (a multiple of 64) on and whose
+    // depth is the 16 rows from 16 * step on ("MN-major": pass it as transposed).
+    DEVICE uint64_t depth_in_rows(int column, int step) const {
         const int panel = column / kPanelColumns;
-        return wgmma_descriptor(tile, kPanelBytes, 1024, Swizzle::bytes_128,
+        return wgmma_descriptor(base, kPanelBytes, 1024, Swizzle::bytes_128,
                                 uint32_t(panel * kPanelBytes + step * kWgmmaDepth * kPanelRowBytes));
     }
 };
 
-// The A operand of depth step `step` from accumulators of an earlier product, rounded to bf16: wgmma's accumulators of
-// 16 columns hold the same rows and columns in each lane as its A registers.
+// Encodes the tensor map of an array [tokens, heads, head_size] of bf16 for copies of packed heads: boxes of box_tokens
+// x box_heads x 64 columns, one panel of a tile whose rows are those tokens x heads.
+inline mmpo_status encode_head_map(CUtensorMap* out, const bf16* base, uint64_t tokens, uint64_t heads, int head_size,
+                                   int box_tokens, int box_heads) {
+    const uint64_t head_bytes = uint64_t(head_size) * sizeof(bf16);
+    TensorMapShape shape{};
+    shape.rank = 3;
+    shape.sizes[0] = uint64_t(head_size);
+    shape.sizes[1] = heads;
+    shape.sizes[2] = tokens;
+    shape.strides_bytes[0] = head_bytes;
+    shape.strides_bytes[1] = heads * head_bytes;
+    shape.box[0] = kPanelColumns;
+    shape.box[1] = uint32_t(box_heads);
+    shape.box[2] = uint32_t(box_tokens);
+    shape.swizzle = Swizzle::bytes_128;
+    return encode_tensor_map(out, base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape);
+}
+
+// The A operand of depth step `step`, made of an earlier wgmma's accumulators by rounding to bf16. In each lane,
+// wgmma's accumulators of 16 columns cover the same rows and columns as its A registers.
 template <int kCount>
 DEVICE void accumulators_to_operand(uint32_t (&a)[4], const float (&d)[kCount], int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = pack_bf16x2(d[8 * step + 2 * i], d[8 * step + 2 * i + 1]);
 }
 
-// Stages of shared memory that a producer fills and consumers empty, in turn. Two mbarriers a stage: `full` counts the
-// producer and the bytes of its copies, `empty` one arrival a consumer.
+// A ring of stages of shared memory, which a producer fills and consumers empty in the same order. Each stage has two
+// mbarriers: `full` counts the producer's arrival and the bytes of its copies, `empty` the consumers' arrivals.
 template <int kStages>
 struct StageRing {
     static constexpr int kBytes = 2 * kStages * int(sizeof(uint64_t));
@@ -77,16 +103,17 @@ struct StageRing {
     DEVICE uint32_t full(int stage) const { return barriers + uint32_t(stage) * 8; }
     DEVICE uint32_t empty(int stage) const { return barriers + uint32_t(kStages + stage) * 8; }
 
-    // Call in one thread; fence_mbarrier_init and a __syncthreads follow.
-    DEVICE void init(int consumers) const {
+    // `arrivals`: how many consumers' arrivals free a stage. Call in one thread; fence_mbarrier_init and a
+    // __syncthreads must follow.
+    DEVICE void init(int arrivals) const {
         for (int stage = 0; stage < kStages; ++stage) {
             mbarrier_init(full(stage), 1);
-            mbarrier_init(empty(stage), uint32_t(consumers));
+            mbarrier_init(empty(stage), uint32_t(arrivals));
         }
     }
 };
 
-// Where one side of a ring stands. Each side keeps its own, and both advance through the same stages.
+// Where one side of a ring stands. Each side keeps its own cursor, and both advance through the same stages.
 template <int kStages>
 struct StageCursor {
     int stage = 0;

@@ -1,50 +1,48 @@
-// What the log-prob head does to logits while they are accumulators in registers: the same for the mma.sync product and
-// Hopper's.
+// What the log-prob head does with logits while they are accumulators in registers, for the gemm on mma.sync and for
+// Hopper's alike.
 //
-// Functions on `d` are called by a whole warp for 16 rows x COLUMNS columns of accumulators: lane l holds
-// d[4j + 2h + e], row `row + l/4 + 8h`, column `column + 8j + 2(l%4) + e`. A row lies in the four lanes of a quad.
+// A whole warp calls the functions on `d`, for 16 rows x COLUMNS columns of accumulators. Lane l holds d[4j + 2h + e]
+// of row `row + l/4 + 8h` and column `column + 8j + 2(l%4) + e`. So the four lanes of a quad hold a row.
 //
-// Exponents are of base 2 in here: 2^(log2(e) * logit - reference) is one fma and one ex2, and the exponent is rounded
-// once. A tile's reference is log2(e) times a logit: the row's largest within kStatisticsColumns columns, or, for all
-// tiles of a row, the target's.
+// Exponents are of base 2 here: 2^(log2(e) * logit - reference) is one fma and one ex2, and the exponent is rounded
+// once. A reference is log2(e) times a logit: the largest one of the row's kStatisticsColumns columns in a tile, or,
+// for all tiles of the row, the target's.
 #pragma once
 
 #include <cfloat>
 
 #include "launch.cuh"
+#include "limits.cuh"
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-
-// Columns of a row that share a reference. More of them would make fewer statistics, which are 12 bytes beside 256 of
-// exponentials, but a block of the portable product has no more.
+// Columns of a row that share a reference. With more columns there would be fewer statistics, but those are only 12
+// bytes beside 256 of exponentials, and a block of the portable gemm has no more columns.
 constexpr int kStatisticsColumns = 128;
 
-// A row's own exponents stay below this, and their sum far below f32's and bf16's 2^127.
+// Limit of a row's exponents. Below it their sum stays far below 2^127, the limit of f32 and bf16.
 constexpr float kMostExponent = 64.0f;
 // 2^kMostExponent: if the sum of exponentials is at most this, so is every term.
 constexpr float kMostSum = 0x1p64f;
 
-// What the forward leaves of each row and kStatisticsColumns columns, [tiles, rows] each, so that a block writes whole
-// lines; and of each row.
+// What the forward leaves of each tile of a row, which is a run of kStatisticsColumns columns, and of each row. The
+// arrays of the tiles are [tiles, rows], so that a block writes whole lines.
 struct TileStatistics {
     float* reference;
     // Sum of 2^exponent over the columns, with exponent = log2(e) * logit - reference.
     float* sum;
-    // Sum of 2^exponent * exponent; NULL where no entropy is wanted.
+    // Sum of 2^exponent * exponent; NULL if no entropy is wanted.
     float* weighted;
-    // [rows] the target's logit.
+    // [rows] The target's logit.
     float* target_logit;
-    // [rows] the reference that all of a row's tiles take where they can, see `reference_of`; NULL: each takes its own.
+    // [rows] The reference that a row's tiles use where they can, see `reference_of`. NULL: each uses its own.
     float* row_reference;
     const uint32_t* targets;
     int rows;
     int vocab;
 
-    // Cuts `workspace` up. The references come first: logp_head_backward reads them there.
+    // Lays the arrays out in `workspace`. The references come first, because logp_head_backward reads them there.
     static TileStatistics of(void* workspace, const uint32_t* targets, int rows, int vocab, bool entropy,
                              bool row_references) {
         float* const reference = static_cast<float*>(workspace);
@@ -60,7 +58,7 @@ struct TileStatistics {
                 vocab};
     }
 
-    // The rows' references in the workspace of a forward that had some.
+    // The rows' references in the workspace of a forward that had row references.
     static const float* row_references_in(const void* workspace, int rows, int vocab) {
         return static_cast<const float*>(workspace) + 3 * tiles(vocab) * rows + rows;
     }
@@ -71,11 +69,11 @@ struct TileStatistics {
         return (3 * tiles(vocab) + 2) * rows * int64_t(sizeof(float));
     }
 
-    // The row's own, where there are any. Rows past the last are given the last one's.
+    // The row's own reference; there must be some. Rows past the last get that of the last.
     DEVICE float reference_of_row(int row) const { return row_reference[min(row, rows - 1)]; }
 
     // The reference of a tile whose largest logit, times log2(e), is `largest`: the row's, as long as exponentials
-    // relative to it stay far from overflow.
+    // relative to it stay far from overflow, else `largest`.
     DEVICE float reference_of(int row, float largest) const {
         if (row_reference == nullptr) return largest;
         const float of_row = reference_of_row(row);
@@ -83,7 +81,8 @@ struct TileStatistics {
     }
 };
 
-// Stands for a logit beyond the vocabulary: its exponential is 0, and so is that times the finite exponent.
+// Stands for a logit beyond the vocabulary. Its exponential is 0, and since the value is finite, so is its exponential
+// times its exponent.
 constexpr float kNoLogit = -1e30f;
 
 template <int COLUMNS>
@@ -101,7 +100,7 @@ DEVICE void mask_columns(float (&d)[COLUMNS / 2], int column, int vocab) {
     }
 }
 
-// Targets of a lane's two rows; -1 past the last.
+// The targets of a lane's two rows; -1 for rows past the last.
 struct RowTargets {
     int target[2];
 
@@ -114,7 +113,7 @@ struct RowTargets {
     }
 };
 
-// The lane that holds the logit of a row's target writes it.
+// Stores the logit of each row's target, from the lane that holds it.
 template <int COLUMNS>
 DEVICE void pick_targets(const TileStatistics& statistics, const RowTargets& targets, const float (&d)[COLUMNS / 2],
                          int row, int column) {
@@ -134,7 +133,7 @@ DEVICE void pick_targets(const TileStatistics& statistics, const RowTargets& tar
     }
 }
 
-// A value of each of a lane's two rows, joined with those of the quad's other lanes; all four get the same bits.
+// Joins a value of each of a lane's two rows with those of the quad's other lanes. All four lanes get the same bits.
 template <class Join>
 DEVICE void join_quad(float (&values)[2], Join join) {
 #pragma unroll
@@ -144,26 +143,26 @@ DEVICE void join_quad(float (&values)[2], Join join) {
     }
 }
 
-// Raises a lane's part of the rows' largest logits. NaN is left to the sums.
+// Raises `largest` to the largest logits among the lane's. NaN is left for the sums to show.
 template <int COLUMNS>
 DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], d[i]);
 }
 
-// The rows' largest logits times log2(e), from the lanes'.
+// Turns the lanes' largest logits into those of the rows, times log2(e).
 DEVICE void join_largest(float (&largest)[2]) {
     join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int h = 0; h < 2; ++h) largest[h] *= kLog2E;
 }
 
-// A lane's part of the rows' sums; `join` makes them the rows'.
+// A lane's part of the sums of its two rows; `join` adds up the parts of the quad.
 struct RowSums {
     float sum[2] = {0.0f, 0.0f};
     float weighted[2] = {0.0f, 0.0f};
 
-    // Replaces logits by their exponentials, and adds these.
+    // Replaces logits by their exponentials, and adds these to the sums.
     template <int COLUMNS, bool kEntropy>
     DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2]) {
 #pragma unroll
@@ -191,9 +190,9 @@ struct RowSums {
     }
 };
 
-// ---- Gradients
+// ---- gradients
 
-// What dlogits are made of, [rows] each. dentropy and entropy are NULL together.
+// The inputs of dlogits, [rows] each. dentropy and entropy are NULL together.
 struct GradientInputs {
     const uint32_t* targets;
     const float* lse;
@@ -204,15 +203,15 @@ struct GradientInputs {
     int rows;
 };
 
-// The same of one row, as it is wanted for logits other than the target's:
+// The same for one row, in the form that logits other than the target's need:
 //   -a pi - b pi (log pi + entropy) = -pi (constant + slope log2 pi)
 struct RowGradient {
-    float lse;  // times log2 e
+    float lse;  // times log2(e)
     float constant;
     float slope;
     int target;
 
-    // Rows past the last are given the last one's.
+    // Rows past the last get the values of the last.
     DEVICE RowGradient(const GradientInputs& inputs, int row) {
         row = min(row, inputs.rows - 1);
         const float a = inputs.dlogp[row];
@@ -229,8 +228,8 @@ struct RowGradient {
     }
 };
 
-// The target's: a (1 - pi) - b pi (log pi + entropy), from the log-prob itself. 1 - pi by way of a rounded probability,
-// or even of a logit minus lse, would lose a target that the model is sure of.
+// The target's gradient a (1 - pi) - b pi (log pi + entropy), from the log-prob itself. If 1 - pi were formed from a
+// rounded probability, or even from a logit minus lse, a target that the model is sure of would lose its gradient.
 DEVICE float target_gradient(const GradientInputs& inputs, int row) {
     const float logp = inputs.logp[row];
     const float gradient = -inputs.dlogp[row] * expm1f(logp);
@@ -238,7 +237,7 @@ DEVICE float target_gradient(const GradientInputs& inputs, int row) {
                                       : gradient - inputs.dentropy[row] * expf(logp) * (logp + inputs.entropy[row]);
 }
 
-// A lane's two rows of the 16 that begin at `row`.
+// The gradients' inputs of a lane's two rows, among the 16 that begin at `first`.
 struct RowGradients {
     RowGradient of_half[2];
     int row;
@@ -248,7 +247,7 @@ struct RowGradients {
           row(first + int(lane_id()) / 4) {}
 };
 
-// Replaces logits by their gradient. Rows past the last and columns past the vocabulary get numbers without a meaning.
+// Replaces logits by their gradient. Rows past the last and columns past the vocabulary get meaningless numbers.
 template <int COLUMNS>
 DEVICE void logits_to_gradient(float (&d)[COLUMNS / 2], const RowGradients& gradients, const GradientInputs& inputs,
                                int column) {

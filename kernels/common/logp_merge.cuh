@@ -1,5 +1,5 @@
-// What runs before and after the head's product: rows' references, and from the statistics of a row's tiles
-// (logp_epilogue.cuh) to its lse, log-prob and entropy.
+// What runs before and after the head's gemm. Before it: the rows' references. After it: from the statistics of a row's
+// tiles (logp_epilogue.cuh) to the row's lse, log-prob and entropy.
 #pragma once
 
 #include "logp_epilogue.cuh"
@@ -9,15 +9,16 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// Exponentials that are kept without entropies are relative to one reference a row, where they can be: the target's
-// logit, the one that is known beforehand at no cost to speak of. The row's largest is no less, and seldom 40 more.
+// Lays the statistics of a forward out in `workspace`. If exponentials are kept and no entropy is wanted, they are
+// relative to one reference for the whole row wherever possible. That reference is the target's logit, because it costs
+// almost nothing to know in advance; the row's largest logit is at least as large, and seldom more than 40 larger.
 inline TileStatistics begin_statistics(const bf16* exponentials, void* workspace, const uint32_t* targets, int rows,
                                        int vocab, const float* entropy) {
     const bool row_references = exponentials != nullptr && entropy == nullptr;
     return TileStatistics::of(workspace, targets, rows, vocab, entropy != nullptr, row_references);
 }
 
-// A warp a row.
+// One warp a row.
 template <bool kVectorized>
 static __global__ void __launch_bounds__(kBlock)
     target_references_kernel(TileStatistics statistics, const bf16* __restrict__ hidden,
@@ -38,7 +39,7 @@ static __global__ void __launch_bounds__(kBlock)
     if (lane_id() == 0) statistics.row_reference[row] = sum * kLog2E;
 }
 
-// Queues it where rows have references.
+// Queues target_references_kernel if rows have references.
 inline mmpo_status target_references(const TileStatistics& statistics, const bf16* hidden, const bf16* weight,
                                      int width, mmpo_stream stream) {
     if (statistics.row_reference == nullptr) return kSuccess;
@@ -50,16 +51,73 @@ inline mmpo_status target_references(const TileStatistics& statistics, const bf1
                         weight, width);
 }
 
-// A block merges the tiles of 32 rows, one a lane: its warps take the tiles in turn, and the warps' results are merged
-// in order.
+// ---- the merge
+//
+// A block merges the tiles of 32 rows, one row a lane.
+
+// The block's warps take the tiles in rotation, and merge their results in a fixed order through this.
 struct MergeScratch {
     float reference[kBlockWarps][kWarp];
     float sum[kBlockWarps][kWarp];
     float weighted[kBlockWarps][kWarp];
 };
 
-// Makes the exponentials of a tile relative to its row's reference. Called by a warp; a lane's `shift` is not 0 where
-// that of its row is not the tile's.
+// The row of a lane, and which tiles its warp takes: number `warp` and every kBlockWarps-th after it.
+struct MergedRow {
+    int row, lane, warp, tiles;
+    bool valid;  // false past the last row
+
+    DEVICE int64_t index(const TileStatistics& statistics, int tile) const {
+        return int64_t(tile) * statistics.rows + row;
+    }
+};
+
+// The largest reference of the row's tiles, which becomes the row's own.
+DEVICE float largest_reference(const TileStatistics& statistics, MergeScratch& scratch, const MergedRow& at) {
+    float reference = -FLT_MAX;
+    if (at.valid) {
+#pragma unroll 8
+        for (int tile = at.warp; tile < at.tiles; tile += kBlockWarps) {
+            reference = fmaxf(reference, statistics.reference[at.index(statistics, tile)]);
+        }
+    }
+    scratch.reference[at.warp][at.lane] = reference;
+    __syncthreads();
+#pragma unroll
+    for (int other = 0; other < kBlockWarps; ++other) {
+        reference = fmaxf(reference, scratch.reference[other][at.lane]);
+    }
+    return reference;
+}
+
+// Sums over the warp's tiles, relative to the row's reference.
+struct MergedSums {
+    float sum = 0.0f, weighted = 0.0f;
+    bool shifted = false;  // some tile has another reference than the row
+};
+
+// A tile whose reference is `shift` above the row's contributes 2^shift times its sum, with exponents that are larger
+// by `shift`.
+DEVICE MergedSums sum_tiles(const TileStatistics& statistics, const MergedRow& at, float reference, bool entropy) {
+    MergedSums merged;
+    if (!at.valid) return merged;
+#pragma unroll 8
+    for (int tile = at.warp; tile < at.tiles; tile += kBlockWarps) {
+        const int64_t index = at.index(statistics, tile);
+        const float shift = statistics.reference[index] - reference, factor = exp2_approx(shift);
+        merged.shifted = merged.shifted || shift != 0.0f;
+        const float tile_sum = statistics.sum[index];
+        merged.sum = fmaf(tile_sum, factor, merged.sum);
+        // The shift of a tile whose factor is 0 may be infinite.
+        if (entropy && factor > 0.0f) {
+            merged.weighted = fmaf(fmaf(tile_sum, shift, statistics.weighted[index]), factor, merged.weighted);
+        }
+    }
+    return merged;
+}
+
+// Makes the exponentials of one tile relative to the rows' references. A warp calls it; a lane's `shift` is what the
+// tile's reference is above that of the lane's row.
 DEVICE void rebase_tile(bf16* exponentials, const TileStatistics& statistics, int first_row, int tile, float shift) {
     const int first = tile * kStatisticsColumns, end = min(first + kStatisticsColumns, statistics.vocab);
 #pragma unroll 1
@@ -74,6 +132,17 @@ DEVICE void rebase_tile(bf16* exponentials, const TileStatistics& statistics, in
     }
 }
 
+// Rebases the warp's tiles where they need it. This walk is slow, each tile waiting for the one before, but seldom.
+DEVICE void rebase_tiles(bf16* exponentials, const TileStatistics& statistics, const MergedRow& at, float reference) {
+#pragma unroll 1
+    for (int tile = at.warp; tile < at.tiles; tile += kBlockWarps) {
+        const float shift = at.valid ? statistics.reference[at.index(statistics, tile)] - reference : 0.0f;
+        if (__any_sync(0xffffffffu, shift != 0.0f)) {
+            rebase_tile(exponentials, statistics, int(blockIdx.x) * kWarp, tile, shift);
+        }
+    }
+}
+
 // `entropy` is NULL together with statistics.weighted, `exponentials` together with statistics.row_reference.
 static __global__ void __launch_bounds__(kBlock)
     merge_tiles_kernel(float* __restrict__ lse, float* __restrict__ logp, float* __restrict__ entropy,
@@ -82,52 +151,18 @@ static __global__ void __launch_bounds__(kBlock)
     MergeScratch& scratch = *reinterpret_cast<MergeScratch*>(shared);
     const int lane = int(lane_id()), warp = int(threadIdx.x) / kWarp;
     const int row = int(blockIdx.x) * kWarp + lane;
-    const bool valid = row < statistics.rows;
-    const auto index = [&](int tile) { return int64_t(tile) * statistics.rows + row; };
+    const MergedRow at{row, lane, warp, tiles, row < statistics.rows};
 
-    float reference = -FLT_MAX;
-    if (valid) {
-#pragma unroll 8
-        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-            reference = fmaxf(reference, statistics.reference[index(tile)]);
-        }
+    const float reference = largest_reference(statistics, scratch, at);
+    const MergedSums merged = sum_tiles(statistics, at, reference, entropy != nullptr);
+    if (exponentials != nullptr && __any_sync(0xffffffffu, merged.shifted)) {
+        rebase_tiles(exponentials, statistics, at, reference);
     }
-    scratch.reference[warp][lane] = reference;
+    scratch.sum[warp][lane] = merged.sum;
+    scratch.weighted[warp][lane] = merged.weighted;
     __syncthreads();
-#pragma unroll
-    for (int other = 0; other < kBlockWarps; ++other) reference = fmaxf(reference, scratch.reference[other][lane]);
-
-    // Relative to the row's reference a tile has 2^shift times its sum, and exponents that are larger by the shift.
+    if (warp != 0 || !at.valid) return;
     float sum = 0.0f, weighted = 0.0f;
-    bool shifted = false;
-    if (valid) {
-#pragma unroll 8
-        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-            const float shift = statistics.reference[index(tile)] - reference, factor = exp2_approx(shift);
-            shifted = shifted || shift != 0.0f;
-            const float tile_sum = statistics.sum[index(tile)];
-            sum = fmaf(tile_sum, factor, sum);
-            // A tile that vanishes may have an infinite shift.
-            if (entropy != nullptr && factor > 0.0f) {
-                weighted = fmaf(fmaf(tile_sum, shift, statistics.weighted[index(tile)]), factor, weighted);
-            }
-        }
-    }
-    // Seldom: a walk over the tiles in which each waits for the one before.
-    if (exponentials != nullptr && __any_sync(0xffffffffu, shifted)) {
-#pragma unroll 1
-        for (int tile = warp; tile < tiles; tile += kBlockWarps) {
-            const float shift = valid ? statistics.reference[index(tile)] - reference : 0.0f;
-            if (__any_sync(0xffffffffu, shift != 0.0f)) {
-                rebase_tile(exponentials, statistics, int(blockIdx.x) * kWarp, tile, shift);
-            }
-        }
-    }
-    scratch.sum[warp][lane] = sum;
-    scratch.weighted[warp][lane] = weighted;
-    __syncthreads();
-    if (warp != 0 || !valid) return;
-    sum = 0.0f, weighted = 0.0f;
 #pragma unroll
     for (int other = 0; other < kBlockWarps; ++other) {
         sum += scratch.sum[other][lane];
@@ -140,14 +175,15 @@ static __global__ void __launch_bounds__(kBlock)
     if (entropy != nullptr) entropy[row] = fmaf(-kLn2, weighted / sum, log_sum);
     if (exponentials == nullptr) return;
     statistics.row_reference[row] = reference;
-    // In the target's place -(1 - pi), in the same unit as the other probabilities.
+    // The target's place gets -(1 - pi), in the unit of the row's other exponentials, which are probabilities times
+    // `sum`.
     exponentials[int64_t(row) * statistics.vocab + statistics.targets[row]] = to_bf16(expm1f(target_logp) * sum);
 }
 
-// Queues it, for what the product has left.
+// Queues merge_tiles_kernel for what the gemm has left.
 inline mmpo_status merge_tiles(float* lse, float* logp, float* entropy, bf16* exponentials,
                                const TileStatistics& statistics, mmpo_stream stream) {
-    // Relative to the tiles' references they stay as they are.
+    // Without row references the exponentials stay relative to their tiles' references.
     if (statistics.row_reference == nullptr) exponentials = nullptr;
     return LAUNCH(merge_tiles_kernel, unsigned(ceil_div(statistics.rows, kWarp)), kBlock, sizeof(MergeScratch),
                   cuda_stream(stream), lse, logp, entropy, exponentials, statistics,

@@ -1,6 +1,6 @@
-// The running softmax of flash attention, in base 2, over accumulators of mma.sync or wgmma: a lane holds two rows,
-// values 4j and 4j + 1 of its registers are columns 8j + 2 * (lane % 4) and the next of the upper one, 4j + 2 and 4j +
-// 3 those of the lower.
+// The running softmax of flash attention, in base 2, over accumulators of mma.sync or wgmma. A lane holds two rows, the
+// upper and the lower one. Its registers 4j and 4j + 1 are columns 8j + 2 * (lane % 4) and the next one of the upper
+// row; registers 4j + 2 and 4j + 3 are the same columns of the lower row.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -8,7 +8,8 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// Sets to -inf the scores of the upper (0) or lower (1) row for whose column, less 2 * (lane % 4), `hidden` holds.
+// Sets scores of the upper (half 0) or lower (half 1) row to -inf where `hidden` holds for the column, counted from 2 *
+// (lane % 4) on.
 template <int kScores, class Hidden>
 DEVICE void mask_scores(float (&scores)[kScores], int half, Hidden hidden) {
 #pragma unroll
@@ -23,10 +24,10 @@ DEVICE void mask_scores(float (&scores)[kScores], int half, Hidden hidden) {
 // The running softmax of a lane's two rows.
 struct OnlineSoftmax {
     float maximum[2] = {-INFINITY, -INFINITY};  // of unscaled scores
-    float sum[2] = {0.0f, 0.0f};                // this lane's columns only, until finish
+    float sum[2] = {0.0f, 0.0f};                // of this lane's columns only, until finish
 
-    // Replaces scores by exp2(scale * (score - maximum)), and gives the factors by which results of earlier blocks are
-    // to be multiplied. The scale is folded into one multiply-add a score; it must be positive.
+    // Replaces scores by exp2(scale * (score - maximum)), and sets `rescale` to the factors by which the results of
+    // earlier blocks must be multiplied. The scale is folded into one multiply-add a score; it must be positive.
     template <int kScores>
     DEVICE void update(float (&scores)[kScores], float scale, float (&rescale)[2]) {
 #pragma unroll
@@ -38,7 +39,7 @@ struct OnlineSoftmax {
             }
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            // A row that has seen no key yet keeps -inf; 0 in its place avoids inf - inf.
+            // A row that has seen no key yet has the maximum -inf; 0 in its place avoids inf - inf.
             const float base = highest == -INFINITY ? 0.0f : highest * scale;
             rescale[half] = exp2_approx(__fmaf_rn(maximum[half], scale, -base));
             maximum[half] = highest;
@@ -55,7 +56,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // Adds up the columns of the row's four lanes.
+    // Adds up the sums of the row's four lanes.
     DEVICE void finish() {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -64,7 +65,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // logsumexp of the row's scaled scores, natural log; valid after finish.
+    // logsumexp of the row's scaled scores, natural log. Valid after finish.
     DEVICE float lse(int half, float scale) const { return maximum[half] * scale * kLn2 + logf(sum[half]); }
 };
 

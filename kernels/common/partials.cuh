@@ -1,4 +1,4 @@
-// Column sums in two kernels: blocks leave rows of partial sums, and the kernel here adds them up in a fixed order.
+// Column sums in two kernels: blocks leave rows of partial sums, which the kernel here adds up in a fixed order.
 #pragma once
 
 #include "launch.cuh"
@@ -6,12 +6,13 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// Columns are few (18 blocks at 576), so a block is as large as it can be: it has a few hundred rows under way at once.
+// There are few columns (18 blocks at a width of 576), so a block is as large as possible, to have a few hundred rows
+// under way at once.
 constexpr int kPartialThreads = 1024;
 constexpr int kPartialSlices = kPartialThreads / kWarp;
 
-// Accumulates out[width] += the column sums of partials[count, width]. A block has 32 columns, one a lane; its warps
-// take the rows in turn, and the warps' sums are added in order.
+// Accumulates out[width] += the column sums of partials[count, width]. A block has 32 columns, one a lane. Its warps
+// take the rows in rotation, and then their sums are added in order.
 static __global__ void __launch_bounds__(kPartialThreads)
     add_partials_kernel(float* out, const float* __restrict__ partials, int count, int width) {
     DYNAMIC_SHARED(shared);

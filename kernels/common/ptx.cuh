@@ -1,7 +1,7 @@
-// Every inline PTX instruction of the program, one wrapper each, beside its emulated twin. No logic lives here.
+// Every inline PTX instruction of the program: one wrapper each, beside its emulated twin. No logic lives here.
 //
 // Shared addresses are the 32-bit ones of `shared_address`. Instructions marked sm_90 exist only where MMPO_SM90 is
-// set; elsewhere their wrapper traps, so that one file compiles for every target. Names follow the PTX ISA's.
+// set; elsewhere their wrapper traps, so that one file compiles for every target. Names follow the PTX ISA.
 #pragma once
 
 #include "device.cuh"
@@ -30,7 +30,7 @@ DEVICE uint32_t shared_address(const void* pointer MMPO_SITE) {
     return PTX_TWIN(emulated::shared_address(pointer, site), uint32_t(__cvta_generic_to_shared(pointer)));
 }
 
-// Rounds both to nearest even; `low` goes to bits 0..15.
+// Rounds both values to nearest even; `low` goes to bits 0..15.
 DEVICE uint32_t pack_bf16x2(float low, float high) {
     uint32_t pair;
     PTX_TWIN(pair = uint32_t(to_bf16(low).bits) | uint32_t(to_bf16(high).bits) << 16,
@@ -42,7 +42,7 @@ DEVICE uint32_t pack_bf16x2(float low, float high) {
 inline float flush_subnormal(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 #endif
 
-// 2^x, relative error about 2^-22; subnormals are flushed.
+// 2^x with a relative error of about 2^-22. Subnormals are flushed to zero.
 DEVICE float exp2_approx(float x) {
     float result;
     PTX_TWIN(result = flush_subnormal(exp2f(flush_subnormal(x))),
@@ -50,14 +50,14 @@ DEVICE float exp2_approx(float x) {
     return result;
 }
 
-// log2(x), absolute error about 2^-22 near 1.
+// log2(x) with an absolute error of about 2^-22 near 1.
 DEVICE float log2_approx(float x) {
     float result;
     PTX_TWIN(result = log2f(flush_subnormal(x)), asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
     return result;
 }
 
-// 1/x, one unit in the last place.
+// 1/x with an error of one unit in the last place.
 DEVICE float rcp_approx(float x) {
     float result;
     PTX_TWIN(result = flush_subnormal(1.0f / flush_subnormal(x)),
@@ -65,7 +65,7 @@ DEVICE float rcp_approx(float x) {
     return result;
 }
 
-// 1/sqrt(x), relative error about 2^-22.
+// 1/sqrt(x) with a relative error of about 2^-22.
 DEVICE float rsqrt_approx(float x) {
     float result;
     PTX_TWIN(result = 1.0f / sqrtf(flush_subnormal(x)), asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x)));
@@ -74,7 +74,7 @@ DEVICE float rsqrt_approx(float x) {
 
 // ---- vector accesses
 
-// 16 bytes of global memory, 16-byte aligned.
+// Loads 16 bytes of global memory, 16-byte aligned.
 DEVICE uint4 load_128(const void* source MMPO_SITE) {
     uint4 v;
     PTX_TWIN(emulated::load_vector(&v, source, 16, site),
@@ -83,7 +83,7 @@ DEVICE uint4 load_128(const void* source MMPO_SITE) {
     return v;
 }
 
-// As load_128, for data that no one writes during the kernel and that is read once: not kept in L1.
+// As load_128, but not kept in L1: for data that no one writes during the kernel and that is read once.
 DEVICE uint4 load_128_streaming(const void* source MMPO_SITE) {
     uint4 v;
     PTX_TWIN(emulated::load_vector(&v, source, 16, site),
@@ -98,7 +98,7 @@ DEVICE void store_128(void* destination, uint4 v MMPO_SITE) {
                           "r"(v.w) : "memory"));
 }
 
-// As store_128, first to be evicted: for outputs larger than L2.
+// As store_128, but first to be evicted: for outputs larger than L2.
 DEVICE void store_128_streaming(void* destination, uint4 v MMPO_SITE) {
     PTX_TWIN(emulated::store_vector(destination, &v, 16, site),
              asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(v.x), "r"(v.y),
@@ -138,7 +138,8 @@ DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
 
 // ---- matrix fragments
 
-// 8x8 matrices of 16-bit values; lanes 8i..8i+7 give the addresses of matrix i's rows, 16-byte aligned.
+// Load and store 8x8 matrices of 16-bit values. Lanes 8i..8i+7 give the addresses of the rows of matrix i, 16-byte
+// aligned.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address MMPO_SITE) {
     PTX_TWIN(emulated::load_matrices(r, 4, false, address, site),
              asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
@@ -188,7 +189,7 @@ DEVICE void stmatrix_x2_trans(uint32_t address, const uint32_t (&r)[2] MMPO_SITE
                             "r"(r[1]) : "memory"));
 }
 
-// d[16, 8] += a[16, 16] * b[16, 8], bf16 into f32.
+// d[16, 8] += a[16, 16] * b[16, 8], bf16 operands, f32 accumulators.
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] MMPO_SITE) {
     PTX_TWIN(emulated::mma_m16n8k16_bf16(d, a, b, site),
              asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -199,8 +200,8 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 
 // ---- asynchronous copies, sm_80
 
-// 16 bytes from global to shared memory, both 16-byte aligned; zeros where not `valid` (`source` is not read then, but
-// must still be an address inside the allocation).
+// Copies 16 bytes from global to shared memory, both 16-byte aligned. Where not `valid`, writes zeros instead; `source`
+// is not read then, but must still be an address inside the allocation.
 DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid MMPO_SITE) {
     PTX_TWIN(emulated::copy_async(destination, source, 16, valid ? 16 : 0, site),
              asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
@@ -211,7 +212,7 @@ DEVICE void cp_async_commit(MMPO_SITE_ONLY) {
     PTX_TWIN(emulated::copy_async_commit(site), asm volatile("cp.async.commit_group;" :: : "memory"));
 }
 
-// Waits until at most `kGroupsLeft` of this thread's newest groups are still under way.
+// Waits until at most `kGroupsLeft` of this thread's newest groups have not finished.
 template <int kGroupsLeft>
 DEVICE void cp_async_wait(MMPO_SITE_ONLY) {
     PTX_TWIN(emulated::copy_async_wait(kGroupsLeft, site),
@@ -220,7 +221,7 @@ DEVICE void cp_async_wait(MMPO_SITE_ONLY) {
 
 // ---- named barriers
 
-// Barrier `id` (1..15; 0 is __syncthreads') of `threads` threads, a multiple of 32.
+// Barrier `id` (1..15; 0 is __syncthreads') for `threads` threads, a multiple of 32.
 DEVICE void bar_sync(uint32_t id, uint32_t threads MMPO_SITE) {
     PTX_TWIN(emulated::barrier_sync(id, threads, site),
              asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
@@ -253,9 +254,9 @@ DEVICE void mbarrier_arrive(uint32_t address MMPO_SITE) {
                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory"));
 }
 
-// At the same address of the block `rank` of the cluster. Tells it that this thread is through with shared memory that
-// the other block's copies will overwrite; ordinary stores are not made visible there. (`.release.cluster` would, by a
-// fence of the whole GPU at every arrival.)
+// Arrives at the mbarrier at the same address of block `rank` of the cluster. This tells the other block that the
+// thread no longer uses shared memory that the other block's copies will overwrite. It does not make ordinary stores
+// visible there: `.release.cluster` would, at the price of a fence of the whole GPU at every arrival.
 DEVICE void mbarrier_arrive_at(uint32_t address, uint32_t rank MMPO_SITE) {
     PTX90_TWIN(emulated::mbarrier_arrive_at(address, rank, site),
                asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -263,7 +264,8 @@ DEVICE void mbarrier_arrive_at(uint32_t address, uint32_t rank MMPO_SITE) {
                             "r"(rank) : "memory"));
 }
 
-// Where `arrives`; without a branch, across which compilers would have to keep accumulators of products under way.
+// Arrives if `arrives`, without a branch. Compilers would have to keep the accumulators of running wgmmas across a
+// branch.
 DEVICE void mbarrier_arrive_if(uint32_t address, bool arrives MMPO_SITE) {
     PTX90_TWIN(
         arrives ? emulated::mbarrier_arrive(address, 1, site) : void(),
@@ -295,7 +297,7 @@ DEVICE bool mbarrier_test_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     return done != 0;
 }
 
-// May return false after a hardware-defined time although nothing is wrong: loop, or use mbarrier_wait.
+// May return false after a hardware-defined time although nothing is wrong, so call it in a loop, or use mbarrier_wait.
 DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     uint32_t done = 0;
     PTX90_TWIN(
@@ -307,26 +309,27 @@ DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     return done != 0;
 }
 
-// Waits for the completion of the phase with this parity: 0 for the first, then alternating.
+// Waits until the phase with this parity is complete: parity 0 for the first phase, then alternating.
 DEVICE void mbarrier_wait(uint32_t address, uint32_t parity MMPO_SITE) {
     while (!mmpo::mbarrier_try_wait(address, parity MMPO_PASS_SITE)) {
     }
 }
 
-// Orders this thread's ordinary shared-memory accesses before later ones of the async proxy (TMA, wgmma).
+// Orders this thread's earlier ordinary accesses of shared memory before later ones of the async proxy (TMA, wgmma).
 DEVICE void fence_proxy_async(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::fence_proxy_async(site), asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 
-// As fence_proxy_async, for accesses of global memory: between another block's and the async proxy's.
+// The same for global memory: orders another block's accesses before later ones of the async proxy.
 DEVICE void fence_proxy_async_global() {
     PTX90_TWIN(emulated::fence_proxy_async_global(), asm volatile("fence.proxy.async.global;" :: : "memory"));
 }
 
 // ---- turns between blocks
-// A counter in global memory, zero before the launch, orders what blocks do to the memory that it guards: turn 0, 1, ..
-// A block that waits holds its place on the GPU, so it may wait only for blocks that have surely started: give out work
-// by tickets (an atomic counter), and let a ticket depend on earlier ones only.
+//
+// A counter in global memory, zero before the launch, orders what blocks do to the memory that it guards: turn 0, then
+// turn 1, and so on. A block that waits keeps its place on the GPU, so it may wait only for blocks that are certain to
+// have started. Give out work by tickets (an atomic counter), and let a ticket depend only on earlier ones.
 
 #if !MMPO_EMULATED
 DEVICE uint32_t load_acquire(const uint32_t* source) {
@@ -340,7 +343,7 @@ DEVICE void store_release(uint32_t* destination, uint32_t v) {
 }
 #endif
 
-// Waits until the counter stands at `turn`. One thread; a barrier then orders its block's other threads.
+// Waits until the counter stands at `turn`. Call in one thread; a barrier then orders the block's other threads.
 DEVICE void wait_for_turn(const uint32_t* counter, uint32_t turn MMPO_SITE) {
 #if MMPO_EMULATED
     emulated::wait_for_turn(counter, turn, site);
@@ -349,8 +352,8 @@ DEVICE void wait_for_turn(const uint32_t* counter, uint32_t turn MMPO_SITE) {
 #endif
 }
 
-// Lets the next turn begin. One thread, after a barrier that follows the accesses of its block's other threads, and
-// after bulk_wait<0> if it stored in bulk.
+// Lets the next turn begin. Call in one thread, after a barrier that follows the accesses of the block's other threads,
+// and after bulk_wait<0> if the thread stored in bulk.
 DEVICE void pass_turn(uint32_t* counter, uint32_t turn MMPO_SITE) {
     PTX_TWIN(emulated::pass_turn(counter, turn, site), store_release(counter, turn + 1));
 }
@@ -361,7 +364,7 @@ DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
     PTX90_TWIN((void)map, asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
 }
 
-// A box of `map` at element coordinates (x, y[, z]) to 128-byte aligned shared memory; its bytes complete on
+// Copies a box of `map` at element coordinates (x, y[, z]) to 128-byte aligned shared memory. The bytes complete on
 // `mbarrier`.
 DEVICE void tma_load_2d(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t mbarrier MMPO_SITE) {
     PTX90_TWIN(emulated::tensor_load(destination, map, emulated::Coordinates(x, y), mbarrier, site),
@@ -378,8 +381,8 @@ DEVICE void tma_load_3d(uint32_t destination, const CUtensorMap* map, int x, int
                             "l"(map), "r"(x), "r"(y), "r"(z), "r"(mbarrier) : "memory"));
 }
 
-// As tma_load_2d, to the same address of every block of the cluster whose rank is a bit of `ranks`: the bytes complete
-// on the mbarrier at the same address of each.
+// As tma_load_2d, to the same address of every block of the cluster whose rank is a bit of `ranks`. In each of them the
+// bytes complete on the mbarrier at the same address.
 DEVICE void tma_load_2d_multicast(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t mbarrier,
                                   uint16_t ranks MMPO_SITE) {
     PTX90_TWIN(
@@ -390,7 +393,8 @@ DEVICE void tma_load_2d_multicast(uint32_t destination, const CUtensorMap* map, 
             "l"(map), "r"(x), "r"(y), "r"(mbarrier), "h"(ranks) : "memory"));
 }
 
-// The inverse: parts outside the tensor are not written. Needs bulk_commit and a wait before shared memory is reused.
+// Copies a box from shared memory. Parts outside the tensor are not written. Needs bulk_commit, and a wait before the
+// shared memory is reused.
 DEVICE void tma_store_2d(const CUtensorMap* map, uint32_t source, int x, int y MMPO_SITE) {
     PTX90_TWIN(
         emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::assign, site),
@@ -405,7 +409,7 @@ DEVICE void tma_store_3d(const CUtensorMap* map, uint32_t source, int x, int y, 
                      "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
 }
 
-// As the stores, adding. The order in which several blocks add to one element is not fixed.
+// As the stores, but adds. The order in which several blocks add to one element is not fixed.
 DEVICE void tma_reduce_add_2d(const CUtensorMap* map, uint32_t source, int x, int y MMPO_SITE) {
     PTX90_TWIN(
         emulated::tensor_store(map, source, emulated::Coordinates(x, y), emulated::BulkStore::add, site),
@@ -423,7 +427,7 @@ DEVICE void tma_reduce_add_3d(const CUtensorMap* map, uint32_t source, int x, in
             "r"(source), "r"(x), "r"(y), "r"(z) : "memory"));
 }
 
-// `bytes` (a multiple of 16) of contiguous memory, both sides 16-byte aligned.
+// Copies `bytes` (a multiple of 16) of contiguous memory, 16-byte aligned on both sides.
 DEVICE void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier MMPO_SITE) {
     PTX90_TWIN(
         emulated::bulk_load(destination, source, bytes, mbarrier, site),
@@ -432,14 +436,14 @@ DEVICE void bulk_load(uint32_t destination, const void* source, uint32_t bytes, 
                      "l"(source), "r"(bytes), "r"(mbarrier) : "memory"));
 }
 
-// The inverse. Needs bulk_commit, and a wait before shared memory is reused.
+// The other direction. Needs bulk_commit, and a wait before the shared memory is reused.
 DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes MMPO_SITE) {
     PTX90_TWIN(emulated::bulk_store(destination, source, bytes, emulated::BulkStore::assign, site),
                asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
                             "r"(source), "r"(bytes) : "memory"));
 }
 
-// As bulk_store, but adds f32 values to those there; subnormal values and sums count as zero.
+// As bulk_store, but adds f32 values to those in place. Subnormal values and sums count as zero.
 DEVICE void bulk_add_f32(float* destination, uint32_t source, uint32_t bytes MMPO_SITE) {
     PTX90_TWIN(
         emulated::bulk_store(destination, source, bytes, emulated::BulkStore::add, site),
@@ -451,14 +455,14 @@ DEVICE void bulk_commit(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::bulk_commit(site), asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
 }
 
-// Until the writes of all but the newest groups are visible to this thread.
+// Waits until the writes of all but the newest kGroupsLeft groups are visible to this thread.
 template <int kGroupsLeft>
 DEVICE void bulk_wait(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::bulk_wait(kGroupsLeft, false, site),
                asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// Until the sources of all but the newest groups have been read, so that shared memory may be reused.
+// Waits until the sources of all but the newest kGroupsLeft groups have been read, so that shared memory may be reused.
 template <int kGroupsLeft>
 DEVICE void bulk_wait_read(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::bulk_wait(kGroupsLeft, true, site),
@@ -467,16 +471,16 @@ DEVICE void bulk_wait_read(MMPO_SITE_ONLY) {
 
 // ---- clusters, sm_90
 
-// Rank of the calling block among those of its cluster.
+// The rank of the calling block in its cluster.
 DEVICE uint32_t cluster_rank() {
     uint32_t rank = 0;
     PTX90_TWIN(rank = emulated::cluster_rank(), asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
     return rank;
 }
 
-// All threads of the cluster that have not exited. Orders mbarriers initialised before fence_mbarrier_init, and nothing
-// else: a full release would wait for every store of the block to reach the whole GPU. A block must not exit while
-// others may still reach into its shared memory.
+// Waits for all threads of the cluster that have not exited. It orders mbarriers that were initialised before
+// fence_mbarrier_init, and nothing else: a full release would wait until every store of the block has reached the whole
+// GPU. A block must not exit while others may still access its shared memory.
 DEVICE void cluster_sync(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::cluster_sync(site), asm volatile("barrier.cluster.arrive.relaxed;\n"
                                                           "barrier.cluster.wait;" :: : "memory"));
@@ -492,7 +496,8 @@ DEVICE bool elect_one(MMPO_SITE_ONLY) {
     return elected != 0;
 }
 
-// sm_90. Gives registers back to, or takes them from, the block's pool; all warps of a warpgroup, a multiple of 8.
+// sm_90. Gives registers back to the block's pool, or takes some from it, until a thread has kRegisters (a multiple of
+// 8). All warps of a warpgroup call it.
 template <int kRegisters>
 DEVICE void setmaxnreg_decrease(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::set_max_registers(kRegisters, false, site),

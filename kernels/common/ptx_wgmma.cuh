@@ -1,12 +1,13 @@
-// The part of ptx.cuh about Hopper's warpgroup products (sm_90a): d[64, N] (+)= a[64, 16] * b[16, N], bf16 into f32.
+// The part of ptx.cuh about Hopper's wgmma (sm_90a), the gemm of a warpgroup: d[64, N] (+)= a[64, 16] * b[16, N], bf16
+// operands, f32 accumulators.
 //
-// Order a kernel must keep: wgmma_fence; wgmma...; wgmma_commit; wgmma_wait; only then read `d` or overwrite operands.
-// An accumulator of lane l in warp w of the warpgroup: d[4j + 2h + e] is row 16w + l/4 + 8h, column 8j + 2(l%4) + e.
+// A kernel must keep this order: wgmma_fence; wgmma...; wgmma_commit; wgmma_wait; and only then read `d` or overwrite
+// operands. In lane l of warp w of the warpgroup, d[4j + 2h + e] is row 16w + l/4 + 8h, column 8j + 2(l%4) + e.
 #pragma once
 
 #include "ptx.cuh"
 
-// Operands %0.. of the accumulators, and the accumulators as asm outputs, by their count N / 2.
+// By the number N / 2 of accumulators: their names %0.. in the instruction, and the accumulators as asm outputs.
 // clang-format off
 #define WGMMA_NAMES_32                                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                            \
@@ -52,14 +53,14 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// How 16-byte chunks of a shared tile are permuted, as a matrix descriptor numbers it.
+// How the 16-byte chunks of a shared tile are permuted, in the numbering of matrix descriptors.
 enum class Swizzle { none = 0, bytes_128 = 1, bytes_64 = 2, bytes_32 = 3 };
 
-// Describes an operand in shared memory. With swizzling: `stride_bytes` between groups of 8 rows (K-major) or of 8 k
-// (transposed), `leading_bytes` between swizzle-wide column groups of a transposed operand (K-major ignores it).
-// Without: 8x8 cores of 128 bytes; `leading_bytes` between cores along K, `stride_bytes` along M or N.
-// The operand starts `offset` bytes after `address`: where the offset is a constant, the descriptors of one tile
-// differ by one addition.
+// The matrix descriptor of an operand in shared memory. With swizzling, `stride_bytes` lies between groups of 8 rows
+// (K-major) or of 8 k (transposed), and `leading_bytes` between swizzle-wide column groups of a transposed operand
+// (K-major ignores it). Without swizzling there are 8x8 cores of 128 bytes, with `leading_bytes` between cores along K
+// and `stride_bytes` along M or N. The operand starts `offset` bytes after `address`; if the offset is a constant, the
+// descriptors of one tile differ by one addition.
 HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes, Swizzle swizzle,
                                       uint32_t offset = 0) {
     const uint32_t low = ((address & 0x3ffffu) >> 4 | (leading_bytes & 0x3ffffu) >> 4 << 16) + (offset >> 4);
@@ -67,7 +68,7 @@ HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, 
     return uint64_t(high) << 32 | low;
 }
 
-// Orders earlier writes of accumulator and operand registers before the warpgroup's next wgmma.
+// Orders earlier writes of accumulator and operand registers before the next wgmma of the warpgroup.
 DEVICE void wgmma_fence(MMPO_SITE_ONLY) {
     PTX90_TWIN(emulated::wgmma_fence(site), asm volatile("wgmma.fence.sync.aligned;" :: : "memory"));
 }
@@ -82,7 +83,7 @@ DEVICE void wgmma_wait(MMPO_SITE_ONLY) {
                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// Keeps the compiler from moving accesses of these registers across the point where it stands (a fence or a wait).
+// Keeps the compiler from moving accesses of these registers across this point, which is a fence or a wait.
 template <int kCount>
 DEVICE void pin_registers(float (&d)[kCount]) {
 #pragma unroll
@@ -94,7 +95,7 @@ DEVICE void pin_registers(uint32_t (&a)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : PTX_TWIN("+m", "+r")(a[i])::"memory");
 }
 
-// Both operands from shared memory; `accumulate` false assigns.
+// Both operands come from shared memory. `accumulate` = false assigns.
 template <int N, bool kTransposedA = false, bool kTransposedB = false>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate MMPO_SITE) {
     static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "widths with an operand list above");
@@ -111,7 +112,7 @@ DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descri
 #endif
 }
 
-// A from registers, laid out as mma_m16n8k16's A per warp.
+// A comes from registers, which each warp lays out as mma_m16n8k16's A.
 template <int N, bool kTransposedB = false>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor, bool accumulate MMPO_SITE) {
     static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "widths with an operand list above");

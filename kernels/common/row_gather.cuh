@@ -1,4 +1,5 @@
-// out[rows, width] = source[indices[rows], width]: the embedding's lookup and the head's choice of scored rows.
+// out[rows, width] = source[indices[rows], width]: the embedding's lookup, and the selection of the rows that the head
+// scores.
 #pragma once
 
 #include "vector.cuh"
@@ -6,7 +7,7 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// A row's index must arrive before its values can be asked for; four vectors a lane pay for that wait.
+// A row's values can be requested only once its index has arrived. Four vectors a lane make up for that wait.
 constexpr int kGatherVectors = 4;
 
 template <bool kVectorized>

@@ -1,4 +1,4 @@
-// Host side of TMA: encodes tensor maps of row-major bf16 or f32 arrays. For launchers.
+// Host side of TMA, for launchers: encodes tensor maps of row-major bf16 or f32 arrays.
 #pragma once
 
 #include "device.cuh"
@@ -6,10 +6,11 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// A 2- or 3-D array in global memory and the box that one copy moves. Index 0 is the innermost dimension.
+// A 2- or 3-dimensional array in global memory, and the box of it that one copy moves. Index 0 is the innermost
+// dimension.
 struct TensorMapShape {
     int rank;
-    uint64_t sizes[3];          // elements
+    uint64_t sizes[3];          // elements; those from `rank` on are not read
     uint64_t strides_bytes[2];  // of dimensions 1 and 2, multiples of 16
     uint32_t box[3];            // elements, at most 256 each; the innermost spans exactly the swizzle, if there is one
     Swizzle swizzle;
@@ -28,13 +29,13 @@ inline CUtensorMapSwizzle tensor_map_swizzle(Swizzle swizzle) {
     }
 }
 
-// Encodes `out` (64-byte aligned); elements outside the array read as zero. 0, or an error code.
-inline int encode_tensor_map(CUtensorMap* out, const void* base, CUtensorMapDataType type,
-                             const TensorMapShape& shape) {
+// Encodes `out` (64-byte aligned). Elements outside the array read as zero.
+inline mmpo_status encode_tensor_map(CUtensorMap* out, const void* base, CUtensorMapDataType type,
+                                     const TensorMapShape& shape) {
 #if MMPO_EMULATED
     const auto encode = &cuTensorMapEncodeTiled;
 #else
-    // Asked of the driver at run time, once, so that the program does not link against it.
+    // The driver is asked for it once, at run time, so that the program does not link against the driver.
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
         void* entry = nullptr;
@@ -52,10 +53,17 @@ inline int encode_tensor_map(CUtensorMap* out, const void* base, CUtensorMapData
 }
 
 // A row-major bf16 matrix [rows, columns] whose rows lie `row_elements` apart, moved in boxes [box_rows, box_columns].
-inline int encode_tensor_map_2d(CUtensorMap* out, const bf16* base, uint64_t rows, uint64_t columns,
-                                uint64_t row_elements, uint32_t box_rows, uint32_t box_columns, Swizzle swizzle) {
-    const TensorMapShape shape{
-        2, {columns, rows, 1}, {row_elements * sizeof(bf16), 0}, {box_columns, box_rows, 1}, swizzle};
+inline mmpo_status encode_tensor_map_2d(CUtensorMap* out, const bf16* base, uint64_t rows, uint64_t columns,
+                                        uint64_t row_elements, uint32_t box_rows, uint32_t box_columns,
+                                        Swizzle swizzle) {
+    TensorMapShape shape{};
+    shape.rank = 2;
+    shape.sizes[0] = columns;
+    shape.sizes[1] = rows;
+    shape.strides_bytes[0] = row_elements * sizeof(bf16);
+    shape.box[0] = box_columns;
+    shape.box[1] = box_rows;
+    shape.swizzle = swizzle;
     return encode_tensor_map(out, base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape);
 }
 

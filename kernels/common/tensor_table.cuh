@@ -1,6 +1,6 @@
-// Many tensors in one launch. A table of them travels as a kernel parameter, each tensor has blocks of its own, side by
-// side in the grid, and a block finds its tensor by a search: a model has hundreds of tensors, most of them so small
-// that a launch for each would cost more than its work.
+// Many tensors in one launch. A table of tensors is passed as a kernel parameter. Each tensor has blocks of its own,
+// side by side in the grid, and a block finds its tensor by a search. A model has hundreds of tensors, most of them so
+// small that launching a kernel for each would cost more than the work.
 #pragma once
 
 #include "launch.cuh"
@@ -8,7 +8,7 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// A kernel's parameters have 4096 bytes on any GPU; 56 are for what stands beside the table.
+// A kernel's parameters have 4096 bytes on every GPU; 56 are left for those beside the table.
 constexpr size_t kTableBytes = 4096 - 56;
 
 // `Tensor` has a `length`, in values.
@@ -17,12 +17,12 @@ struct TensorTable {
     static constexpr int kCapacity = int(kTableBytes / (sizeof(Tensor) + sizeof(unsigned)));
 
     Tensor tensors[kCapacity];
-    // The first block of each, ascending; beyond any grid where there is no tensor. Apart from the tensors, so that a
-    // search stays within a few lines of the constant cache.
+    // The first block of each tensor, ascending; beyond any grid in unused places. Stored apart from the tensors, so
+    // that a search reads only a few lines of the constant cache.
     unsigned first_blocks[kCapacity];
 
-    // The tensor of the calling block: the last one that does not start after it. The same steps in every block, and
-    // each reads what the whole block reads.
+    // The tensor of the calling block: the last one that does not start after it. Every block takes the same steps, and
+    // all threads of a block read the same places.
     DEVICE int find() const {
         int tensor = 0;
 #pragma unroll
@@ -33,15 +33,15 @@ struct TensorTable {
         return tensor;
     }
 
-    // First value of the calling block in that tensor.
+    // The first value of the calling block in its tensor.
     template <int kBlockValues>
     DEVICE int64_t first_value(int tensor) const {
         return int64_t(blockIdx.x - first_blocks[tensor]) * kBlockValues;
     }
 };
 
-// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, of `block_values` values each. Tensors
-// without values take no room.
+// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, each of `block_values` values. Tensors
+// without values are skipped.
 template <class Tensor, class Launch>
 mmpo_status launch_tables(const Tensor* tensors, int count, int64_t block_values, Launch launch) {
     using Table = TensorTable<Tensor>;

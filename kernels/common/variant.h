@@ -3,9 +3,9 @@
 // The same sources are compiled up to three times into one program:
 //   gpu      by nvcc                                         mmpo_<name>
 //   plain    as host C++ on the emulated device, fast        mmpo_emulated_<name>   -DMMPO_EMULATED_VARIANT=plain
-//   checked  likewise, every load and store instrumented     mmpo_checked_<name>    -DMMPO_EMULATED_VARIANT=checked
-// C++ symbols stay apart because everything in headers lives in `namespace mmpo { inline namespace MMPO_VARIANT`, and
-// a .cu file keeps everything but its launchers in an anonymous namespace.
+//   checked  the same, every load and store instrumented     mmpo_checked_<name>    -DMMPO_EMULATED_VARIANT=checked
+// C++ symbols of the builds do not clash: headers put everything into `namespace mmpo { inline namespace MMPO_VARIANT`,
+// and a .cu file keeps everything but its launchers in an anonymous namespace.
 #pragma once
 
 #if defined(MMPO_EMULATED_VARIANT)

@@ -1,8 +1,8 @@
-// Eight values at a time: 16-byte accesses where rows allow them, single values where not, and conversions to f32.
+// Eight values at a time, in 16-byte accesses where rows allow them and single values where not; conversions to f32.
 //
-// Kernels are templates over kVectorized. True promises that base and width make every access start on a 16-byte
-// boundary and lie wholly inside the row or wholly outside; false takes any width. Either way values beyond the row's
-// end read as 0 and are not written, so a kernel needs no tail of its own.
+// Kernels are templates over kVectorized. `true` promises that base and width make every access start on a 16-byte
+// boundary and lie either inside the row or outside it as a whole. `false` takes any width. In both cases values beyond
+// the row's end read as 0 and are not written, so a kernel needs no code for a row's tail.
 #pragma once
 
 #include "launch.cuh"
@@ -10,9 +10,11 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// ---- bf16, packed two to a register until they are computed with: half the registers of f32.
+// ---- bf16
+//
+// Values stay packed, two to a register, until they are computed with. That takes half the registers of f32.
 
-// Columns column .. column + 8 of `row`.
+// Loads columns column .. column + 8 of `row`.
 template <bool kVectorized>
 DEVICE uint4 load8(const bf16* row, int column, int width) {
     uint4 packed = make_uint4(0, 0, 0, 0);
@@ -50,7 +52,7 @@ DEVICE void unpack8(float (&values)[kVector], uint4 packed) {
     }
 }
 
-// Rounds to nearest even.
+// Rounds to nearest even, and packs.
 DEVICE uint4 pack8(const float (&values)[kVector]) {
     return make_uint4(pack_bf16x2(values[0], values[1]), pack_bf16x2(values[2], values[3]),
                       pack_bf16x2(values[4], values[5]), pack_bf16x2(values[6], values[7]));
@@ -100,8 +102,10 @@ DEVICE void store8(float* row, int column, int width, const float (&values)[kVec
     }
 }
 
-// ---- f32, four values at a time: for arrays that a whole warp reads or writes. Where a lane takes eight, each of its
-// two accesses touches every sector of the warp's line, and fills but half of it.
+// ---- f32, four values at a time
+//
+// For arrays that a whole warp reads or writes. If a lane took eight values, each of its two accesses would touch every
+// sector of the warp's line and use only half of each.
 
 template <bool kVectorized>
 DEVICE void load4(float (&values)[kVectorF32], const float* row, int column, int width) {
@@ -132,7 +136,7 @@ DEVICE void store4(float* row, int column, int width, const float (&values)[kVec
     }
 }
 
-// As many bf16 values, 8 bytes.
+// Stores four values as bf16, 8 bytes.
 template <bool kVectorized>
 DEVICE void store4(bf16* row, int column, int width, const float (&values)[kVectorF32]) {
     if constexpr (kVectorized) {

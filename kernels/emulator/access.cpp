@@ -61,7 +61,8 @@ uint64_t count_sectors(const WarpAccess& access) {
     return uint64_t(std::unique(sectors.begin(), sectors.end()) - sectors.begin());
 }
 
-// Passes over shared memory of lanes [first, first + count): the most distinct words any of the 32 banks must deliver.
+// The passes over shared memory that lanes [first, first + count) need: the most distinct words that any of the 32
+// banks must deliver.
 uint64_t count_wavefronts(const WarpAccess& access, int first, int count) {
     std::vector<uint64_t> words[32];
     for (int lane = first; lane < first + count; ++lane) {
@@ -90,7 +91,7 @@ void count_access(Counters& counters, const WarpAccess& access) {
     }
 }
 
-// Gathers the lanes' accesses of one source line, the n-th time each passes it, into one of the warp.
+// Joins the lanes' accesses by one source line, each lane's n-th pass over it, into one access of the warp.
 void trace(Thread& thread, uintptr_t address, uint32_t bytes, bool write, bool shared, Site site) {
     const uint64_t line = PackedSite(site).bits() << 1 | uint64_t(write);
     const uint32_t visit = thread.visits[line]++;

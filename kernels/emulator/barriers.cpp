@@ -27,7 +27,7 @@ void open_barrier(NamedBarrier& barrier) {
     if (kChecked) barrier.clock = {};
 }
 
-// Counts the calling thread in; true if it is the last.
+// Counts the calling thread as arrived. True if it is the last one.
 bool arrive(uint32_t id, uint32_t threads, const char* what, Site site) {
     if (id >= kBarriers) fail(site, "%s: there is no barrier %u, only 0 to 15", what, id);
     if (threads % 32 != 0 || threads > running->thread_count)
@@ -63,7 +63,7 @@ void barrier_arrive(uint32_t id, uint32_t threads, Site site) {
     if (arrive(id, threads, "bar.arrive", site)) open_barrier(running->barriers[id]);
 }
 
-// A thread that exits no longer counts at __syncthreads.
+// A thread that exits no longer counts at __syncthreads, so its exit may open the barrier.
 void check_barrier_after_exit() {
     for (NamedBarrier& barrier : running->barriers) {
         if (barrier.arrived != 0 && barrier.expected == NamedBarrier::kEveryone && barrier.arrived == running->live)
@@ -93,7 +93,8 @@ Mbarrier& mbarrier_at(uint32_t address, const char* what, Site site) {
     return barrier;
 }
 
-// Using an mbarrier needs its initialisation to happen before; it orders other accesses, and is not ordered by them.
+// Fails if the initialisation of the mbarrier is not ordered before its use. That is the only check on the barrier's
+// own memory: it orders other accesses, and need not be ordered by them.
 void check_ordered(uint32_t address, Site site) {
     if (kChecked) race_access(self(), SharedAccess{address - kSharedBase, 8, false, Proxy::generic, false}, site);
 }
@@ -117,7 +118,7 @@ void end_phase_if_complete(uint32_t address, Mbarrier& barrier) {
     waiters.resize(kept);
 }
 
-// The phase of `parity` is complete when the barrier is in a phase of the other parity.
+// Whether the phase of this parity is complete, which it is once the barrier is in a phase of the other parity.
 bool phase_complete(uint32_t address, uint32_t parity, const char* what, Site site) {
     const Mbarrier& barrier = mbarrier_at(address, what, site);
     check_ordered(address, site);
@@ -166,7 +167,8 @@ void mbarrier_expect_tx(uint32_t address, uint32_t bytes, Site site) {
     barrier.bytes += bytes;
 }
 
-// Called when a load lands: its bytes count down, and its unit's time becomes known to those who wait.
+// Called when a load lands: takes its bytes off the barrier's count, and makes the time of the load's unit known to the
+// threads that wait.
 void mbarrier_complete_bytes(const BulkLoad& load) {
     Mbarrier& barrier = mbarrier_at(load.mbarrier, "complete_tx", load.site);
     barrier.bytes -= load.bytes();
@@ -193,7 +195,8 @@ bool mbarrier_try_wait(uint32_t address, uint32_t parity, Site site) {
     return true;
 }
 
-// Checked by what it makes visible: a load on a barrier whose initialisation is not ordered before it is a race.
+// The fence itself checks nothing. What it should make visible is checked: a load on a barrier whose initialisation is
+// not ordered before the load is a race.
 void fence_mbarrier_init(Site) {
     if (kChecked) race_release(running->cluster->clock, self());
 }

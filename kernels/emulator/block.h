@@ -243,8 +243,8 @@ struct Block : BlockView {
     Block();
     ~Block();
     uint64_t random();
-    // Identities in the race checker, from those of one block of the cluster to the next: threads, then bulk-load
-    // units, then warpgroups.
+    // Numbers of units in the race checker. Each block of the cluster has a range of them: its threads, then its
+    // bulk-load units, then its warpgroups.
     uint32_t thread_unit(uint32_t linear) const { return cluster_rank * units() + linear; }
     uint32_t load_unit(uint32_t index) const { return thread_unit(thread_count) + index; }
     uint32_t warpgroup_unit(uint32_t index) const { return load_unit(kLoadUnits) + index; }
@@ -268,7 +268,7 @@ struct Cluster {
 
 extern __thread Block* running;  // the block this host thread is inside of
 inline Thread& self() { return *static_cast<Thread*>(current_thread); }
-// While it lives, the calling thread acts on another block of its cluster.
+// As long as this object lives, the calling thread acts on another block of its cluster.
 class Inside {
 public:
     explicit Inside(Block& block) : outer_(running) { running = &block; }
@@ -303,8 +303,8 @@ void check_cluster_after_exit();
 void check_thread_exit(Thread&);
 bool early(Block&);  // whether an asynchronous operation issued now takes effect at once
 
-// Names the registers of a wgmma under way that the access would disturb or read too soon; null if none. Checked
-// variant.
+// Names the registers of a wgmma under way that this access would disturb, or read too soon; null if there are none.
+// For the checked variant.
 const char* watched_accumulator(const Thread&, uintptr_t address, size_t bytes, bool write);
 
 // Reports.

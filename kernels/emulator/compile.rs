@@ -56,7 +56,7 @@ const COMMON: &[&str] = &[
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 ];
-/// AVX2 makes the emulated matrix products bearable. There is no emulated device but on x86-64.
+/// AVX2 makes emulated gemms fast enough. There is no emulated device but on x86-64.
 const MACHINE: &str = "-march=x86-64-v3";
 
 /// Later flags win: less optimisation, so that accesses stay as the source has them. Vectorisation would change their

@@ -81,7 +81,8 @@ void copy_async(uint32_t destination, const void* source, int bytes, int source_
         check_block_order(thread, uintptr_t(source), size_t(source_bytes), false, site);
     }
     running->counters.copy_async_bytes += uint64_t(source_bytes);
-    // Compared now, since the data may land any time from now on; remembered as of the wait that makes it visible.
+    // The write is compared with earlier accesses now, because its data may land at any time from now on. It is
+    // remembered at the wait that makes it visible.
     if (kChecked) race_access(thread, {destination - kSharedBase, uint32_t(bytes), true, Proxy::generic, false}, site);
     thread.copies.operations.push_back({destination, source, bytes, source_bytes, false, site});
     if (early(*running)) land(thread.copies.operations.back());
@@ -110,7 +111,8 @@ namespace {
 
 constexpr uint32_t kTensorMapMagic = 0x7e50a11e;
 
-// The permutation of 16-byte chunks is a function of the shared address alone; `mode` counts 32, 64, 128 bytes.
+// The swizzled address. The permutation of 16-byte chunks depends only on the shared address; `mode` is 0 for none,
+// then 1, 2, 3 for 32, 64, 128 bytes.
 uint32_t swizzled(uint32_t address, int mode) {
     static constexpr uint32_t kMask[] = {0, 0x10, 0x30, 0x70};
     return address ^ (address >> 3 & kMask[mode]);
@@ -126,7 +128,8 @@ const TensorMap& checked_map(const void* map, Coordinates at, uint32_t shared, c
     return tensor;
 }
 
-// The innermost rows of a box: `visit(shared address, global row or 0, first byte inside, last byte inside)`.
+// Calls `visit(shared address, global address or 0, first byte inside, end byte inside)` for each innermost row of a
+// box. "Inside" means inside the tensor; a row that lies outside as a whole has global address 0.
 template <class Visit>
 void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit visit) {
     const int64_t first = std::max<int64_t>(0, at.at[0]);
@@ -146,8 +149,8 @@ void each_box_row(const TensorMap& map, uint32_t shared, Coordinates at, Visit v
     }
 }
 
-// The 16-byte chunks of a row: `visit(shared bytes, global bytes, first, last)` with the part [first, last) of the
-// chunk that lies inside the tensor.
+// Calls `visit(shared bytes, global bytes, first, last)` for each 16-byte chunk of a row, where [first, last) is the
+// part of the chunk that lies inside the tensor.
 template <class Visit>
 void each_chunk(const TensorMap& map, uint32_t shared, uintptr_t global, uint32_t from, uint32_t to, Visit visit) {
     for (uint32_t at = 0; at < map.row_bytes(); at += 16) {
@@ -198,7 +201,7 @@ void check_mbarrier(uint32_t address, const char* what, Site site) {
 
 }  // namespace
 
-// Any load under way may be the next to land: order is not promised.
+// Lets one of the loads under way land, drawn at random, because no order among them is promised.
 void land_one_load() {
     Block& block = *running;
     const size_t index = block.random() % block.loads.size();
@@ -357,14 +360,15 @@ void bulk_wait(int groups_left, bool, Site) {
     for (const size_t due = queue.due(groups_left); queue.finished < due; ++queue.finished) {
         TensorStore& store = queue.operations[queue.finished];
         if (!store.landed) land(store, thread);
-        // The unit read its source until now.
+        // Until now the asynchronous unit has been reading the source, so that the thread may write it only from here
+        // on.
         if (kChecked)
             race_access(thread, {store.source - kSharedBase, store.bytes(), false, Proxy::async, true}, store.site);
     }
     if (queue.drained()) queue.clear();
 }
 
-// What a thread may not leave unfinished when it exits.
+// Fails if the thread exits while something that it must wait for is unfinished.
 void check_thread_exit(Thread& thread) {
     if (!thread.copies.drained())
         fail(thread.copies.operations.back().site, "the thread exits without waiting for this cp.async");

@@ -39,7 +39,7 @@ public:
     int refuse(std::string text);
     // The first text stops the launch; later ones, from blocks already running, are dropped.
     void record(std::string text);
-    // For what does not stop the launch: one text for each key, a limited number in all.
+    // Records a finding that does not stop the launch: one text for each key, and a limited number in all.
     void record_once(std::pair<uint64_t, uint64_t> key, const std::string& text);
     uint32_t number() const { return number_; }
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
@@ -49,8 +49,8 @@ public:
     // A host thread says that it runs blocks of this launch, and that it takes no more.
     void enter();
     void leave();
-    // Sleeps until `ready`, which is asked again after every turn that some block passes. False if no running block
-    // could pass one: all wait.
+    // Sleeps until `ready()`, which is called again after every turn that some block passes. False if all running
+    // blocks wait, so that none can pass a turn.
     bool await_others(const std::function<bool()>& ready);
     void turn_passed();
 
@@ -79,7 +79,7 @@ void add_counters(const Counters&);
 Counters read_counters();
 void reset_counters();
 
-// Checked variant: counts accesses whose warp did not get round to finishing them.
+// Checked variant: counts the traced accesses that some lanes of their warp never made.
 void finish_traces(Block&);
 
 }  // namespace emulated

@@ -47,7 +47,7 @@ extern __thread ThreadView* current_thread;
 extern __thread BlockView* current_block;
 
 #if MMPO_CHECKED
-// Out of line, where reading the emulated device's own variables is not instrumented.
+// These are not inline, so that reading the emulated device's own variables is not instrumented.
 uint3 thread_index();
 uint32_t thread_lane();
 uint32_t cluster_rank();
@@ -71,7 +71,7 @@ uint32_t shared_address(const void* pointer, Site);
 // Barriers of the block; `threads` 0 means every thread that has not exited.
 void barrier_sync(uint32_t id, uint32_t threads, Site);
 void barrier_arrive(uint32_t id, uint32_t threads, Site);
-// Barrier of every thread of the cluster that has not exited; orders what came before a fence_mbarrier_init.
+// The barrier of every thread of the cluster that has not exited. It orders what came before a fence_mbarrier_init.
 void cluster_sync(Site);
 
 // Warp collectives.
@@ -104,7 +104,7 @@ void copy_async_wait(int groups_left, Site);
 void mbarrier_init(uint32_t address, uint32_t count, Site);
 void mbarrier_invalidate(uint32_t address, Site);
 void mbarrier_arrive(uint32_t address, uint32_t count, Site);
-// At the same address of another block of the cluster.
+// Arrives at the mbarrier at the same address of another block of the cluster.
 void mbarrier_arrive_at(uint32_t address, uint32_t rank, Site);
 void mbarrier_expect_tx(uint32_t address, uint32_t bytes, Site);
 bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site);
@@ -123,7 +123,7 @@ struct Coordinates {
 };
 enum class BulkStore { assign, add };
 void tensor_load(uint32_t destination, const void* map, Coordinates, uint32_t mbarrier, Site);
-// To the same addresses of the blocks whose ranks are bits of `ranks`.
+// Loads to the same addresses of the blocks whose ranks are bits of `ranks`.
 void tensor_load_multicast(uint32_t destination, const void* map, Coordinates, uint32_t mbarrier, uint32_t ranks, Site);
 void tensor_store(const void* map, uint32_t source, Coordinates, BulkStore, Site);
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier, Site);
@@ -151,7 +151,7 @@ void wgmma_wait(int groups_left, Site);
 uint64_t atomic_load(const void* pointer, int bytes, Site);
 bool atomic_replace(void* pointer, uint64_t& seen, uint64_t next, int bytes);
 
-// Turns of blocks at a counter in global memory.
+// Turns of blocks at a counter in global memory: see ptx.cuh.
 void wait_for_turn(const uint32_t* counter, uint32_t turn, Site);
 void pass_turn(uint32_t* counter, uint32_t turn, Site);
 

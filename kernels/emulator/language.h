@@ -27,7 +27,7 @@
 // The line of the kernel that calls a wrapper, as its last parameter.
 #define MMPO_SITE_ONLY ::mmpo::emulated::Site site = {__builtin_FILE(), __builtin_LINE()}
 #define MMPO_SITE , MMPO_SITE_ONLY
-// Hands a wrapper's own call site on.
+// Passes a wrapper's own call site on to what it calls.
 #define MMPO_PASS_SITE , site
 
 namespace mmpo {
@@ -39,8 +39,8 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
 #if MMPO_CHECKED && defined(__clang__)
-// Left to itself, clang splits a copy of a vector into its elements and does not check its alignment. Here it is one
-// access, of the line that copies.
+// By itself clang splits a copy of a vector into its elements and does not check its alignment. These make the copy one
+// access, reported with the line that copies.
 #define MMPO_COPIED_WHOLE(vector, element, bytes)                                    \
     typedef element Whole __attribute__((vector_size(bytes), may_alias));            \
     vector() = default;                                                              \
@@ -239,5 +239,5 @@ constexpr int cudaMemcpyDeviceToDevice = 3;
 #define __sinf(x) ::mmpo::fast_sin(x)
 #define __cosf(x) ::mmpo::fast_cos(x)
 
-// CUDA's names are global; so are these, in the files that include this header (kernels only).
+// CUDA's names are global, so these are too, but only in the files that include this header, which are kernels.
 using namespace mmpo;

@@ -34,7 +34,7 @@ GlobalMemory& GlobalMemory::instance() {
 }
 
 GlobalMemory::GlobalMemory() {
-    // Only addresses are reserved; under a limit on them, less does.
+    // This reserves only addresses. If the process may not have so many, a smaller range has to do.
     for (size_t bytes = size_t(64) << 30; bytes >= size_t(256) << 20; bytes /= 2) {
         uint8_t* memory = reserve(bytes);
         if (memory == nullptr) continue;
@@ -94,7 +94,7 @@ bool GlobalMemory::release(uintptr_t address) {
     const size_t bytes = found->second;
     live_.erase(found);
     now_ -= bytes;
-    // What still reads it sees NaN.
+    // Whoever still reads this memory sees NaN.
     memset(reinterpret_cast<void*>(address), kFreshByte, bytes);
     if (kChecked) memset(shadow(address), kFreed, bytes);
     dead_[address] = bytes;
@@ -241,8 +241,8 @@ bool conflicts(const Touch& earlier, const Touch& mine) {
     return earlier.launch == mine.launch && earlier.block != mine.block && (earlier.bytes & mine.bytes) != 0;
 }
 
-// A word remembers one block. Blocks that touch different bytes of it push one another out, which loses findings but
-// makes none up.
+// A word of memory remembers one block. Blocks that touch different bytes of it replace one another there, which may
+// lose findings but never invents one.
 void remember(Touch& word, const Touch& mine, bool by_several) {
     const bool known = word.launch == mine.launch && (word.block == mine.block || by_several);
     const uint32_t bytes = known ? word.bytes | mine.bytes : mine.bytes;

@@ -39,7 +39,7 @@ std::string name_unit(uint32_t unit) {
 
 std::string name_site(Site site) { return std::string(file_name(site)) + ":" + std::to_string(site.line); }
 
-// An access under comparison, and what it is compared with.
+// An access that is being compared with earlier ones.
 struct Comparison {
     const Thread& observer;
     uint32_t epoch;
@@ -89,7 +89,7 @@ void remember_write(const Comparison& now, SharedCell& cell, uint8_t bytes) {
     if (bytes == 0xf) cell.reads = 0;
 }
 
-// Keeps the reads that are concurrent with this one; of too many, a random selection.
+// Keeps the reads that are concurrent with this one; if they are too many, a random selection of them.
 void remember_read(const Comparison& now, SharedCell& cell, uint8_t bytes) {
     int kept = 0;
     for (int i = 0; i < cell.reads; ++i) {

@@ -75,14 +75,15 @@ struct SharedAccess {
     bool remember;  // false: only compare with earlier accesses
 };
 
-// Compares an access of `unit` at `time` with what came before; `observer` is the thread whose knowledge counts.
+// Compares an access by `unit` at `time` with earlier ones. `observer` is the thread whose clock decides what is
+// earlier.
 void race_access(Thread& observer, uint32_t unit, uint32_t time, SharedAccess, Site);
-// As above, by a thread itself.
+// The same for an access by a thread itself.
 void race_access(Thread&, SharedAccess, Site);
 
 void race_release(ClockPair& to, Thread& from);
 void race_acquire(Thread& to, const ClockPair& from);
-// All of `threads` of the mask happen before what follows in each of them.
+// Makes what the threads of the mask have done so far happen before whatever any of them does next.
 void race_join_warp(Thread* const* threads, uint32_t mask);
 
 // Bounds and initialisation of shared bytes, as offsets from the start of dynamic shared memory.

@@ -1,5 +1,5 @@
-// Failures: who did what, where. A failure ends the block by leaving its threads' stacks behind; kernels own nothing
-// that would need unwinding.
+// Failures: who did what, where. A failure ends the block by abandoning its threads' stacks, which is allowed because
+// kernels own nothing that would need unwinding.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>

@@ -56,8 +56,8 @@ bool land_in_cluster() {
     return false;
 }
 
-// The next thread to run, after letting the asynchronous units work if all wait; null when all have exited. A block of
-// a cluster goes on as long as it can, unless the schedule is random.
+// The next thread to run, or null when all have exited. If all wait, the asynchronous units work first. A block of a
+// cluster continues as long as it can, unless the schedule is random.
 Thread* pick_next() {
     const Cluster& cluster = *running->cluster;
     const size_t count = cluster.blocks.size();

@@ -20,7 +20,7 @@ void check_counter(const uint32_t* counter, const char* what, Site site) {
     running->uses_global_atomics = true;
 }
 
-// Whether any thread goes on: its turn has come, or is over, which it reports itself.
+// Wakes the threads whose turn has come, or is already over, which they then report themselves. True if there are any.
 bool wake_due_threads(std::vector<Thread*>& waiters) {
     size_t kept = 0;
     for (Thread* waiter : waiters) {

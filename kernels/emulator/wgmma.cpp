@@ -1,4 +1,4 @@
-// wgmma: the 128 threads of a warpgroup deposit their operands; the products are formed at a wait, or earlier.
+// wgmma: the 128 threads of a warpgroup deposit their operands, and the gemm is computed at a wait, or earlier.
 #include <algorithm>
 
 #include "block.h"
@@ -73,7 +73,7 @@ void read_operand(uint64_t bits, bool transposed, uint32_t rows, float* out, uin
     });
 }
 
-// ---- products
+// ---- gemms
 
 // PTX ISA, "D fragment of wgmma m64nNk16": thread t holds rows 16(t/32) + (t%32)/4 and 8 further, in pairs of columns.
 template <class Move>
@@ -124,7 +124,8 @@ bool same_accumulators(const WgmmaOperation& a, const WgmmaOperation& b) {
     return a.operands.n == b.operands.n && memcmp(a.d, b.d, sizeof a.d) == 0;
 }
 
-// Executes operations up to and without `end`, runs of the same accumulators without writing them out in between.
+// Executes the operations before number `end`. Accumulators are written back only after a run of operations that share
+// them.
 void execute(Warpgroup& group, uint64_t end) {
     std::vector<float>& scratch = running->wgmma_scratch;
     scratch.resize(size_t(kRows * kMaxColumns + kRows * kDepth + kDepth * kMaxColumns));
@@ -167,7 +168,7 @@ void execute(Warpgroup& group, uint64_t end) {
     group.waiters.resize(kept);
 }
 
-// Operand reads belong to the warpgroup's asynchronous unit, and last until the wait.
+// Checks the reads of operands for races. They belong to the warpgroup's asynchronous unit, and last until the wait.
 void race_operands(Thread& thread, const WgmmaOperation& operation, uint64_t sequence) {
     const uint32_t unit = running->warpgroup_unit(thread.linear / kWarpgroup), time = uint32_t(sequence) + 1;
     const auto read = [&](uint64_t bits, bool transposed, uint32_t rows) {
@@ -228,7 +229,7 @@ void wgmma(const WgmmaOperands& operands, Site site) {
     operation.d[thread.linear % kWarpgroup] = operands.d;
     operation.a[thread.linear % kWarpgroup] = operands.a_registers;
     ++operation.threads_in;
-    // One lane of each warp stands for its warp's knowledge of earlier writes.
+    // One lane of each warp is checked, with what its clock knows of earlier writes.
     if (kChecked && thread.lane == 0) race_operands(thread, operation, sequence);
     if (kChecked) watch(thread.wgmma, operands.d, size_t(operands.n) / 2 * sizeof(float), true);
     if (kChecked && operands.a_registers != nullptr)

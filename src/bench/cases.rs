@@ -5,11 +5,11 @@ mod head;
 mod layer;
 mod optimizer;
 
-pub use layer::{head_products, linear_shape};
+pub use layer::{head_gemms, linear_shape};
 
 use super::shapes::Shape;
 use crate::data::{PairBatch, Sides};
-use crate::device::{BatchBuffers, Compute, Device, Floats};
+use crate::device::{BatchBuffers, ComputeBuffer, Device, Floats};
 use crate::error::Result;
 use crate::objective::{PairConstants, ReferencePair};
 
@@ -18,7 +18,9 @@ const WORD: usize = 4;
 
 /// What an operation writes or updates; its inputs live in its closure.
 pub struct Outputs<D: Device> {
-    pub compute: Vec<Compute<D>>,
+    /// Buffers of the storage type, in the order in which the case made them.
+    pub compute: Vec<ComputeBuffer<D>>,
+    /// Buffers of f32.
     pub floats: Vec<Floats<D>>,
 }
 
@@ -30,12 +32,13 @@ pub struct Case<D: Device> {
     pub operation: &'static str,
     /// Which of several uses; empty where there is one.
     pub part: &'static str,
-    /// Floating-point operations of its products; 0 where memory bounds it anyway.
+    /// Floating-point operations of its gemms; 0 where memory bounds it anyway.
     pub flops: f64,
     /// The fewest bytes it can move.
     pub bytes: f64,
     /// Bytes of memory that it needs beside operands and results; 0 where nobody compares them.
     pub workspace: f64,
+    /// What the operation writes, compared between devices.
     pub outputs: Outputs<D>,
     /// Whether this device does in it what it does in another case: nothing to measure.
     pub redundant: bool,
@@ -102,6 +105,7 @@ impl<D: Device> Case<D> {
         format!("{} {}", self.operation, self.part).trim_end().to_owned()
     }
 
+    /// Brings operands that the operation updates in place back to their first values.
     pub fn prepare_operands(&mut self, device: &D) -> Result<()> {
         match &mut self.prepare {
             Some(prepare) => prepare(device, &mut self.outputs),
@@ -109,6 +113,7 @@ impl<D: Device> Case<D> {
         }
     }
 
+    /// Calls the operation once.
     pub fn run(&mut self, device: &D) -> Result<()> {
         (self.run)(device, &mut self.outputs)
     }

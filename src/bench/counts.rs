@@ -20,12 +20,15 @@ use crate::error::{Error, Result};
 /// Sums over launches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
+    /// Kernel launches.
     pub launches: u64,
     /// mma.sync and wgmma instructions, and the floating-point operations of both.
     pub mma_operations: u64,
+    /// Floating-point operations of tensor-core instructions.
     pub mma_flops: u64,
     /// Bytes of global memory, by ordinary accesses, cp.async and TMA.
     pub load_bytes: u64,
+    /// Bytes written to global memory.
     pub store_bytes: u64,
     /// 32-byte sectors of the ordinary accesses.
     pub sectors: u64,
@@ -60,8 +63,11 @@ impl Counts {
 /// What one launcher did for an operation; `all` where several share the work.
 #[derive(Clone, Debug, Serialize)]
 pub struct Counted {
+    /// The operation, as `bench kernels` names it.
     pub operation: String,
+    /// The launcher, as `kernels/api.h` names it.
     pub launcher: String,
+    /// What it did.
     #[serde(flatten)]
     pub counts: Counts,
     /// Floating-point operations and bytes that the whole operation needs at least; in its last row.

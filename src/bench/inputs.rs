@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::shapes::Lengths;
 use crate::data::TokenizedPair;
-use crate::device::{Compute, Device, Element, Floats, RawValues};
+use crate::device::{ComputeBuffer, Device, Element, Floats, RawValues};
 use crate::error::Result;
 use crate::model::{LlamaConfig, TensorSpec};
 
@@ -78,7 +78,7 @@ pub fn normal(operand: u64, len: usize, scale: f32) -> Vec<f32> {
 }
 
 /// A buffer of `normal` values.
-pub fn compute<D: Device>(device: &D, operand: u64, len: usize, scale: f32) -> Result<Compute<D>> {
+pub fn compute<D: Device>(device: &D, operand: u64, len: usize, scale: f32) -> Result<ComputeBuffer<D>> {
     let mut buffer = device.alloc(len)?;
     device.upload_values(&mut buffer, 0, RawValues::from_f32(&normal(operand, len, scale)))?;
     Ok(buffer)

@@ -1,7 +1,7 @@
 //! How things are timed, and this machine's ceilings.
 //!
-//! Before anything is timed its outputs are poisoned and checked. A call is timed alone, by events on a GPU, behind a
-//! read of other memory that pushes its operands out of the caches; so the launch's own cost on the host hides behind that.
+//! Before anything is timed its outputs are poisoned and checked. A call is timed alone, by events on a GPU, after a
+//! read of other memory that pushes its operands out of the caches. That read also hides the cost of the launch on the host.
 
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ pub struct Method {
 }
 
 impl Method {
+    /// For a GPU, whose calls are short and whose clock settles.
     pub const GPU: Method = Method {
         warmups: 50,
         calls: 50,
@@ -36,6 +37,7 @@ impl Method {
         product_side: 8192,
         copy_bytes: 2 << 30,
     };
+    /// For the CPU.
     pub const CPU: Method = Method {
         warmups: 2,
         calls: 7,
@@ -99,6 +101,7 @@ impl Deadline {
         Deadline(seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds)))
     }
 
+    /// Whether the time given for the calls is over.
     pub fn is_over(&self) -> bool {
         self.0.is_some_and(|end| Instant::now() >= end)
     }
@@ -115,14 +118,17 @@ impl Sample {
         if sorted.is_empty() { f64::NAN } else { choose(&sorted) }
     }
 
+    /// Seconds a call, the median.
     pub fn median(&self) -> f64 {
         self.at(|sorted| (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0)
     }
 
+    /// Seconds of the fastest call.
     pub fn min(&self) -> f64 {
         self.at(|sorted| sorted[0])
     }
 
+    /// Seconds of the slowest call.
     pub fn max(&self) -> f64 {
         self.at(|sorted| sorted[sorted.len() - 1])
     }
@@ -137,6 +143,10 @@ pub struct Stopwatch<'a, D: Device> {
 }
 
 impl<'a, D: Device> Stopwatch<'a, D> {
+    /// A stopwatch for `device`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device cannot make its events.
     pub fn new(device: &'a D, method: Method) -> Result<Self> {
         let mut flush = device.alloc(method.flush_bytes / size_of::<f32>())?;
         // A system may back memory that was never written by one page of zeros.
@@ -177,13 +187,19 @@ impl<'a, D: Device> Stopwatch<'a, D> {
 pub struct Ceilings {
     /// Seconds of a copy of `copy_bytes`; it reads and writes them.
     pub copy: Sample,
+    /// Bytes that the measured copy reads and writes.
     pub copy_bytes: usize,
     /// Seconds of a square product in the device's number type.
     pub product: Sample,
+    /// Rows, columns and depth of the measured square gemm.
     pub product_side: usize,
 }
 
 impl Ceilings {
+    /// Measures the ceilings of a device: its copy and its largest gemm.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn measure<D: Device>(stopwatch: &mut Stopwatch<'_, D>) -> Result<Self> {
         let (device, method) = (stopwatch.device, stopwatch.method);
         let values = method.copy_bytes / size_of::<f32>();
@@ -212,13 +228,14 @@ impl Ceilings {
         Ok(source)
     }
 
-    /// Samples of two measurements, one before and one behind all else.
+    /// Samples of two measurements, one before and one after all else.
     pub fn join(mut self, later: Ceilings) -> Self {
         self.copy.0.extend(later.copy.0);
         self.product.0.extend(later.product.0);
         self
     }
 
+    /// Floating-point operations of the measured gemm.
     pub fn product_flops(&self) -> f64 {
         2.0 * (self.product_side as f64).powi(3)
     }

@@ -3,10 +3,10 @@
 pub mod cases;
 #[cfg(mmpo_emulated)]
 pub mod counts;
+mod gemm;
 pub mod inputs;
 mod kernels;
 mod measure;
-mod products;
 mod report;
 pub mod shapes;
 mod step;
@@ -23,10 +23,12 @@ use crate::model::LlamaConfig;
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
+    /// Each operation by itself.
     Kernels,
+    /// A whole training step, and its parts.
     Step,
     /// Linear layers by our kernels and by the vendor's.
-    Products,
+    Gemm,
     /// What the kernels do, on the emulated device, instead of how long they take.
     Counts,
 }
@@ -43,8 +45,11 @@ pub enum ModelChoice {
 /// One of several shapes that are measured beside the same ceilings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BenchCase {
+    /// Name of a model in `benches/shapes.json`.
     pub model: String,
+    /// Name of a profile of pair lengths, or the lengths themselves.
     pub profile: String,
+    /// Pairs of a batch; the shape's own where absent.
     pub pairs: Option<usize>,
 }
 
@@ -64,25 +69,35 @@ impl BenchCase {
 /// A checked command line; `None` leaves a number to the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BenchConfig {
+    /// What to measure.
     pub parts: Vec<Part>,
-    /// Of `bench kernels`, instead of model, profile and pairs.
+    /// Shapes of `bench kernels`, instead of one model, profile and number of pairs.
     pub cases: Vec<BenchCase>,
+    /// A model folder or a named shape.
     pub model: Option<ModelChoice>,
+    /// Layers instead of the model's own number, for a quicker step.
     pub layers: Option<usize>,
     /// A name in `benches/shapes.json`, or `P/C/R`.
     pub profile: Option<String>,
+    /// Pairs of a batch.
     pub pairs: Option<usize>,
+    /// Tokens of a batch, from which the number of pairs follows.
     pub tokens: Option<usize>,
     /// Only kernels whose names contain one of these; all if there is none.
     pub only: Vec<String>,
+    /// Calls before the measured ones.
     pub warmups: Option<usize>,
+    /// Measured calls.
     pub calls: Option<usize>,
     /// Nothing more is begun when so many seconds are over.
     pub seconds: Option<f64>,
+    /// Whether results are printed as JSON.
     pub json: bool,
-    /// Receives a row a result, behind those that it has.
+    /// A file to which a row for each result is appended.
     pub csv: Option<PathBuf>,
+    /// Where to run.
     pub device: DeviceChoice,
+    /// CPU threads; all cores where absent.
     pub threads: Option<usize>,
 }
 
@@ -96,7 +111,7 @@ impl BenchConfig {
 /// Measures and prints.
 pub fn run(config: &BenchConfig) -> Result<()> {
     match config.parts[..] {
-        [Part::Products] => products::run(config),
+        [Part::Gemm] => gemm::run(config),
         [Part::Counts] => counts(config),
         _ => run_on(config.device, config.threads, Task(config)),
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::measure::Sample;
 use crate::error::{Error, Result};
+use crate::report::{Reader, print_result};
 
 /// The columns of every CSV file of results, of ours and of the peers.
 pub const CSV_HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace";
@@ -17,18 +18,26 @@ pub const OURS: &str = "mmpo-fast";
 /// One result, in the columns of [`CSV_HEADER`].
 #[derive(Clone, Debug, Serialize)]
 pub struct ResultRow {
+    /// The operation.
     pub op: String,
+    /// Its shape, under the name by which engines are compared.
     pub shape: String,
+    /// Microseconds a call, the median.
     pub median_us: f64,
+    /// Microseconds of the fastest call.
     pub min_us: f64,
+    /// Microseconds of the slowest call.
     pub max_us: f64,
+    /// Least floating-point operations of a call.
     pub flops: f64,
+    /// Least bytes that a call reads and writes.
     pub bytes: f64,
     /// Bytes of memory beside operands and results, where they are counted.
     pub workspace: f64,
 }
 
 impl ResultRow {
+    /// The row of one measured operation; `flops` and `bytes` are the least that it asks for.
     pub fn new(op: &str, shape: &str, sample: &Sample, flops: f64, bytes: f64) -> Self {
         ResultRow {
             op: op.to_owned(),
@@ -68,11 +77,14 @@ pub fn append_csv(path: &Path, machine: &str, peer: &str, rows: &[ResultRow]) ->
     file.write_all(text.as_bytes()).map_err(failed)
 }
 
-/// To standard output, where a closed pipe is an error like any other.
+/// To standard output, escaped on a terminal; a closed pipe is an error like any other.
 pub fn print(text: &str) -> Result<()> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|error| Error::io(Path::new("standard output"), "write", error))
+    match print_result(text)? {
+        Reader::Listening => Ok(()),
+        Reader::Gone => {
+            Err(Error::io(Path::new("standard output"), "write to", std::io::ErrorKind::BrokenPipe.into()))
+        }
+    }
 }
 
 /// Columns as wide as they need to be: the first to the left, the others to the right.

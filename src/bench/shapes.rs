@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 
 use crate::config::suggest;
 use crate::data::PairSpan;
-use crate::device::AdamWStep;
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 use crate::objective::{Mmpo, Objective};
+use crate::optimizer::AdamWStep;
 
 const TEXT: &str = include_str!("../../benches/shapes.json");
 
@@ -29,11 +29,11 @@ pub struct StepSettings {
     beta: f64,
     epsilon: f64,
     length_normalize: bool,
-    learning_rate: f32,
-    beta1: f32,
-    beta2: f32,
-    adam_epsilon: f32,
-    weight_decay: f32,
+    learning_rate: f64,
+    beta1: f64,
+    beta2: f64,
+    adam_epsilon: f64,
+    weight_decay: f64,
 }
 
 impl StepSettings {
@@ -66,8 +66,11 @@ impl StepSettings {
 /// Tokens of a pair's parts: `P`, `C`, `R`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lengths {
+    /// `P`, tokens of the prompt.
     pub prompt: usize,
+    /// `C`, tokens of the chosen response.
     pub chosen: usize,
+    /// `R`, tokens of the rejected response.
     pub rejected: usize,
 }
 
@@ -89,10 +92,13 @@ impl Lengths {
 pub struct Shape {
     /// `llama-3.2-1b`, or the folder's name.
     pub model: String,
+    /// The model's sizes.
     pub config: LlamaConfig,
     /// `hh-rlhf`, or `P/C/R`.
     pub profile: String,
+    /// Tokens of each pair's parts.
     pub lengths: Lengths,
+    /// Pairs of the batch.
     pub pairs: usize,
 }
 
@@ -122,6 +128,7 @@ impl Shape {
         self.pairs * self.lengths.visible()
     }
 
+    /// Where each pair lies in the packed batch.
     pub fn spans(&self) -> Vec<PairSpan> {
         let Lengths { prompt, chosen, rejected } = self.lengths;
         (0..self.pairs)
@@ -136,12 +143,7 @@ impl Shape {
 }
 
 fn file() -> Result<File> {
-    serde_json::from_str(TEXT).map_err(|error| {
-        Error::config(
-            format!("benches/shapes.json: {error}"),
-            "this is a mistake in the program, not in your input; please report it",
-        )
-    })
+    serde_json::from_str(TEXT).map_err(|error| Error::bug(format!("benches/shapes.json: {error}")))
 }
 
 /// Names of the models, for people.
@@ -149,6 +151,10 @@ pub fn model_names() -> Result<Vec<String>> {
     Ok(file()?.models.keys().cloned().collect())
 }
 
+/// Settings of the measured training step.
+///
+/// # Errors
+/// [`Error::Config`] if `benches/shapes.json` does not parse, which is a bug.
 pub fn settings() -> Result<StepSettings> {
     Ok(file()?.step)
 }

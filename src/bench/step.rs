@@ -39,6 +39,10 @@ struct Steps {
     peak_device_bytes: usize,
 }
 
+/// Measures a training step by its parts: forward, head, backward, update.
+///
+/// # Errors
+/// Those of the device and of standard output.
 pub fn run<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape, place: Place) -> Result<()> {
     let (warmups, calls) = match place {
         Place::Gpu => (10, 20),
@@ -82,7 +86,7 @@ fn measure<D: Device>(
         let started = Instant::now();
         losses.push(trainer.step(&batch, settings.adamw(number), None)?.loss);
         // The last update is queued and not waited for: a step ends when the device is done.
-        device.download(&mut [0.0f32], &trainer.states.final_norm.first_moment, 0)?;
+        device.download_compute(&mut [0.0f32], &trainer.model.weights.final_norm, 0)?;
         Ok(started.elapsed().as_secs_f64())
     };
     let deadline = Deadline::of(config.seconds);
@@ -208,17 +212,6 @@ fn report<D: Device>(
         let report = as_json(&device.describe(), shape, warmup, flops, &steps, &phases);
         return report::print(&format!("{report}\n"));
     }
-    let rows: Vec<Vec<String>> = phases
-        .iter()
-        .map(|phase| {
-            vec![
-                phase.phase.to_owned(),
-                phase.operations.to_string(),
-                figures(phase.seconds * 1e3),
-                format!("{:.1} %", 100.0 * phase.seconds / steps.traced),
-            ]
-        })
-        .collect();
     let share = ceilings.map(|ceilings| {
         let rate = ceilings.rate();
         format!(
@@ -246,9 +239,23 @@ fn report<D: Device>(
         figures(flops / median / 1e12),
         share.unwrap_or_default(),
         steps.peak_device_bytes as f64 / f64::from(1 << 30),
-        report::table(&["part", "operations", "ms", "share"], &rows),
+        table(&phases, steps.traced),
         figures(steps.traced * 1e3),
     ))
+}
+
+/// The parts of a step that took `traced` seconds, for people.
+fn table(phases: &[Phase], traced: f64) -> String {
+    let row = |phase: &Phase| {
+        vec![
+            phase.phase.to_owned(),
+            phase.operations.to_string(),
+            figures(phase.seconds * 1e3),
+            format!("{:.1} %", 100.0 * phase.seconds / traced),
+        ]
+    };
+    let rows: Vec<Vec<String>> = phases.iter().map(row).collect();
+    report::table(&["part", "operations", "ms", "share"], &rows)
 }
 
 /// Of the whole step, and of each part of the traced one.

@@ -14,12 +14,16 @@ const PIECE_VALUES: usize = 4 << 20;
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
+    /// Its name in the file.
     pub name: String,
+    /// Its storage type.
     pub dtype: Dtype,
+    /// Its dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl StoredTensor {
+    /// A tensor of `shape`, outermost dimension first.
     pub fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
         StoredTensor { name: name.into(), dtype, shape: shape.to_vec() }
     }
@@ -41,7 +45,7 @@ impl StoredTensor {
 /// The order in the file is that of the safetensors library: wide dtypes first, so that all are aligned, then by name.
 ///
 /// # Errors
-/// Those of `fill` and of the disk; [`Error::Config`] where two tensors have one name.
+/// Those of `fill` and of the disk; [`Error::Bug`] where two tensors have one name.
 pub fn write_tensors(
     mut file: SyncedFile,
     tensors: &[StoredTensor],
@@ -89,9 +93,7 @@ fn header(tensors: &[&StoredTensor], metadata: &[(&str, &str)]) -> Result<Vec<u8
         .collect();
     let metadata: HashMap<String, String> =
         metadata.iter().map(|&(key, value)| (key.to_string(), value.to_string())).collect();
-    let invalid = |reason: String| {
-        Error::config(format!("these tensors make no safetensors file: {reason}"), "report this as a bug")
-    };
+    let invalid = |reason: String| Error::bug(format!("these tensors make no safetensors file: {reason}"));
     if names.len() != tensors.len() {
         return Err(invalid("two have one name".into()));
     }

@@ -25,6 +25,7 @@ fn shared(row: &Row) -> bool {
     ["device", "threads"].contains(&row.name)
 }
 
+/// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("bench")
         .about("Measure kernels and training steps on this machine")
@@ -62,6 +63,10 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
+/// What the flags ask for.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
     let in_range = |count: &usize| (1..=MOST).contains(count);
@@ -70,7 +75,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
     let parts = match arguments::text(matches, "part").as_deref() {
         Some("kernels") => vec![Part::Kernels],
         Some("step") => vec![Part::Step],
-        Some("products") => vec![Part::Products],
+        Some("products") => vec![Part::Gemm],
         Some("counts") => vec![Part::Counts],
         _ => vec![Part::Kernels, Part::Step],
     };
@@ -128,7 +133,7 @@ fn cases(matches: &ArgMatches, parts: &[Part]) -> Result<Vec<BenchCase>> {
 fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
     let (part, flags, why): (_, &[&str], _) = match parts {
         [Part::Step] => ("step", &["only"], "it chooses kernels, and a step has none to choose"),
-        [Part::Products] => (
+        [Part::Gemm] => (
             "products",
             &["shape", "model", "layers", "profile", "pairs", "tokens", "threads"],
             "the layers and batches that it times are fixed",

@@ -14,6 +14,7 @@ fn shared(row: &Row) -> bool {
     ["chat_template", "device", "threads"].contains(&row.name)
 }
 
+/// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("generate")
         .about("Answer a prompt")
@@ -39,6 +40,10 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
+/// What the flags ask for.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<GenerateConfig> {
     let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
     let not_negative = |temperature: &f64| temperature.is_finite() && *temperature >= 0.0;

@@ -19,12 +19,15 @@ use crate::error::{Error, Result};
 /// What a command line asks for before any command is run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verbosity {
+    /// Warnings and results only.
     pub quiet: bool,
+    /// More than the usual messages.
     pub verbose: bool,
 }
 
 /// A command line that was understood.
 pub struct Invocation {
+    /// How much the program says.
     pub verbosity: Verbosity,
     command: Parsed,
 }
@@ -41,6 +44,7 @@ enum Parsed {
 pub enum Stop {
     /// Help, or a usage error in clap's own words; clap prints it and knows the exit code (0 or 2).
     Clap(clap::Error),
+    /// A value that a flag cannot have.
     Error(Error),
 }
 

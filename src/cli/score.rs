@@ -17,6 +17,7 @@ fn shared(row: &Row) -> bool {
     names.contains(&row.name)
 }
 
+/// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
@@ -46,6 +47,10 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
+/// What the flags ask for.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
     let settled = arguments::options(matches, shared)?.settle(ObjectiveKind::Mmpo);
     let path = |name| value(matches, name, config::is_path, "must name a file or folder");

@@ -13,6 +13,7 @@ const ABOUT: &str = "Train a model on preference pairs.
 With no arguments a small built-in demo runs. Options can also stand in a recipe, a TOML file whose keys are the flags' \
 names with underscores; a flag goes before the recipe, the recipe before the defaults.";
 
+/// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("train")
         .about("Train a model on preference pairs")
@@ -24,6 +25,10 @@ pub fn command() -> Command {
         .args(arguments::flags(|_| true))
 }
 
+/// What the flags ask for.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<RunConfig> {
     let flags = arguments::options(matches, |_| true)?;
     let recipe = arguments::text(matches, "recipe").map(PathBuf::from);

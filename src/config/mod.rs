@@ -20,30 +20,8 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::Objective;
-use crate::optimizer::Schedule;
-
-/// Which objective, without its numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ObjectiveKind {
-    Mmpo,
-    Dpo,
-    Simpo,
-    Sft,
-}
-
-impl ObjectiveKind {
-    pub const ALL: [ObjectiveKind; 4] =
-        [ObjectiveKind::Mmpo, ObjectiveKind::Dpo, ObjectiveKind::Simpo, ObjectiveKind::Sft];
-
-    pub fn of(objective: &Objective) -> Self {
-        match objective {
-            Objective::Mmpo(_) => ObjectiveKind::Mmpo,
-            Objective::Dpo(_) => ObjectiveKind::Dpo,
-            Objective::Simpo(_) => ObjectiveKind::Simpo,
-            Objective::Sft => ObjectiveKind::Sft,
-        }
-    }
-}
+pub use crate::objective::ObjectiveKind;
+use crate::optimizer::{AdamWSettings, Schedule};
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,28 +30,39 @@ pub struct RunConfig {
     pub model: Option<PathBuf>,
     /// Pairs file; `None` is the built-in demo pairs.
     pub data: Option<PathBuf>,
+    /// Folder of the run; made if it is absent.
     pub output: PathBuf,
     /// Frozen reference folder; `None` is the starting model.
     pub reference: Option<PathBuf>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// The objective, with its numbers.
     pub objective: Objective,
-    pub optimizer: OptimizerConfig,
+    /// Numbers of AdamW but the learning rate of each step.
+    pub optimizer: AdamWSettings,
+    /// Length of the run, and the learning rate over it.
     pub schedule: ScheduleConfig,
+    /// Sizes of batches.
     pub batch: BatchConfig,
     /// Limits that do not yet know the model's context.
     pub limits: LengthLimits,
+    /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
     pub save_steps: Option<usize>,
     /// Checkpoints kept, the newest.
     pub keep_checkpoints: usize,
+    /// Seed of the order of pairs.
     pub seed: u64,
+    /// Where to compute.
     pub device: DeviceChoice,
+    /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+    /// Whether a run in `output` is continued.
     pub resume: bool,
 }
 
@@ -87,10 +76,7 @@ impl RunConfig {
     /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
     /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
     pub fn pairs_per_step(&self, pairs: usize) -> usize {
-        let group = match self.objective {
-            Objective::Mmpo(mmpo) => mmpo.reward_group,
-            _ => 1,
-        };
+        let group = self.objective.formula().pairs_together();
         let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
         self.batch.pairs_per_step.unwrap_or((1 << most.ilog2()).max(group))
     }
@@ -121,21 +107,12 @@ impl RunConfig {
     }
 }
 
-/// AdamW.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct OptimizerConfig {
-    pub learning_rate: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub epsilon: f64,
-    pub weight_decay: f64,
-    /// Global l2 norm the gradient is clipped to; `None` does not clip.
-    pub max_grad_norm: Option<f64>,
-}
-
+/// Length of a run, and its learning rate over the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScheduleConfig {
+    /// Form of the decay.
     pub kind: Schedule,
+    /// Steps before the peak.
     pub warmup: Warmup,
     /// Passes over the data; of no meaning where `max_steps` is given.
     pub epochs: f64,
@@ -143,13 +120,16 @@ pub struct ScheduleConfig {
     pub max_steps: Option<usize>,
 }
 
+/// How many steps warm up.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Warmup {
     /// Share of all steps, `0..=1`.
     Ratio(f64),
+    /// So many optimiser steps.
     Steps(usize),
 }
 
+/// Sizes of batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchConfig {
     /// Pairs of one optimiser step; `None`: as many as suit the file, see [`RunConfig::pairs_per_step`].
@@ -163,18 +143,23 @@ pub struct BatchConfig {
 pub struct LengthLimits {
     /// Prompt plus one response.
     pub max_length: usize,
+    /// Prompt alone.
     pub max_prompt_length: usize,
 }
 
 /// The lengths that were given; what was not follows the defaults and the model's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AskedLengths {
+    /// `--max-length`.
     pub max_length: Option<usize>,
+    /// `--max-prompt-length`.
     pub max_prompt_length: Option<usize>,
 }
 
+/// When and on what a run is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationConfig {
+    /// Pairs file; `None`: no evaluation.
     pub data: Option<PathBuf>,
     /// Optimiser steps between evaluations; `None`: once an epoch.
     pub steps: Option<usize>,
@@ -183,7 +168,9 @@ pub struct EvaluationConfig {
 /// Everything `score` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreConfig {
+    /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Pairs file.
     pub data: PathBuf,
     /// The JSON Lines file that is written, a line a pair.
     pub output: PathBuf,
@@ -191,9 +178,13 @@ pub struct ScoreConfig {
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; of no meaning without a reference.
     pub beta: f64,
+    /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// Tokens of one micro-batch; the result does not depend on it.
     pub tokens_per_micro_batch: usize,
+    /// Where to compute.
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
@@ -202,18 +193,25 @@ pub struct ScoreConfig {
 /// Everything `generate` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
+    /// Hugging Face model folder.
     pub model: PathBuf,
+    /// The user's message, or the whole text with `raw`.
     pub prompt: String,
+    /// A system message before it.
     pub system: Option<String>,
     /// The prompt as it stands, with no chat template around it.
     pub raw: bool,
+    /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// Tokens after which the text ends in any case.
     pub max_new_tokens: usize,
     /// 0 is greedy: always the likeliest token.
     pub temperature: f64,
     /// Samples from the likeliest tokens whose probabilities add up to this; 1 is all of them.
     pub top_p: f64,
+    /// Seed of the draws.
     pub seed: u64,
+    /// Where to compute.
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,

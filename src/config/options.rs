@@ -10,26 +10,37 @@ use super::{ObjectiveKind, check};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::{HeadChoice, HeadOptions};
+use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::Schedule;
-
-use ObjectiveKind::{Dpo, Mmpo, Simpo};
 
 /// The heading of the options that are numbers of the objective.
 pub const OBJECTIVE_HEADING: &str = "Objective";
 
-const ALL: &[ObjectiveKind] = &ObjectiveKind::ALL;
+/// Whether the option of this name belongs to an objective: the column of the table that says so.
+type Belongs = fn(&Descriptor, &str) -> bool;
+
+/// An option of every run.
+const ALL: Belongs = |_, _| true;
+/// An option of the objectives whose descriptors list it.
+const OWN: Belongs = |objective, name| objective.option(name).is_some();
+/// An option of the objectives with a reference.
+const REFERENCE: Belongs = |objective, _| objective.needs_reference;
 
 /// Who gave a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
+    /// A flag of the command line.
     Flag,
     /// A key of a recipe file, and its 1-based line.
     Recipe {
+        /// The recipe file.
         path: PathBuf,
+        /// Line of the key.
         line: usize,
     },
     /// A key of the built-in demo's recipe: no choice of the user's.
     Demo {
+        /// Line of the key.
         line: usize,
     },
 }
@@ -53,37 +64,68 @@ pub fn flag_name(option: &str) -> String {
 /// A value, and who gave it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Given<T> {
+    /// The value.
     pub value: T,
+    /// Who gave it.
     pub origin: Origin,
 }
 
 /// An option without its type, for what treats all options alike: flags, recipe files, help.
 pub struct Row {
+    /// The recipe's key; the flag has `-` for `_`.
     pub name: &'static str,
+    /// The heading that it stands under in `--help`.
     pub heading: &'static str,
+    /// What it does, in a sentence.
     pub documentation: String,
+    /// Stands for the value in `--help`.
     pub placeholder: &'static str,
     /// Whether the flag may stand alone, meaning `true`.
     pub is_switch: bool,
     /// The objectives that the option belongs to.
-    pub only: &'static [ObjectiveKind],
+    pub only: Vec<ObjectiveKind>,
     /// The default for people.
     pub default: String,
+    /// Sets it from a flag's text.
     pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
+    /// Sets it from a recipe's value.
     pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
+    /// Who gave it, if anybody did.
     pub origin: fn(&Options) -> Option<&Origin>,
+    /// Takes it back.
     pub clear: fn(&mut Options),
+    /// Its value as TOML, if it has one.
     pub to_toml: fn(&Options) -> Option<String>,
 }
 
 impl Row {
+    /// What `--help` says of it.
     pub fn help(&self) -> String {
-        let for_objectives = match self.only.len() {
-            4 => String::new(),
-            _ => format!(" [only {}]", join(self.only)),
+        let for_objectives = match self.only.len() == DESCRIPTORS.len() {
+            true => String::new(),
+            false => format!("[only {}] ", join(&self.only)),
         };
-        format!("{}{for_objectives} [default: {}]", self.documentation, self.default)
+        let gap = if self.documentation.ends_with('\n') { "" } else { " " };
+        format!("{}{gap}{for_objectives}[default: {}]", self.documentation, self.default)
     }
+}
+
+fn objectives(name: &str, belongs: Belongs) -> Vec<ObjectiveKind> {
+    DESCRIPTORS.iter().filter(|objective| belongs(objective, name)).map(|objective| objective.kind).collect()
+}
+
+/// The documentation of an option, with a line for each objective whose descriptor says something about it.
+fn documented(name: &str, documentation: &str) -> String {
+    let line = |objective: &&Descriptor| {
+        let text = match name {
+            "objective" => format!("{} ({})", objective.help, objective.source),
+            _ => objective.option(name)?.meaning?.to_string(),
+        };
+        Some(format!("\n- {}: {text}", objective.name))
+    };
+    let lines: Vec<String> = DESCRIPTORS.iter().filter_map(line).collect();
+    let after = if lines.is_empty() { "" } else { "\n" };
+    format!("{}{}{after}", documentation.trim(), lines.concat())
 }
 
 /// `mmpo, dpo`
@@ -151,11 +193,11 @@ macro_rules! options {
             vec![$($( Row {
                 name: stringify!($name),
                 heading: $heading,
-                documentation: concat!($($documentation),+).trim().to_string(),
+                documentation: documented(stringify!($name), concat!($($documentation),+)),
                 placeholder: <$type as OptionValue>::PLACEHOLDER,
                 is_switch: <$type as OptionValue>::IS_SWITCH,
-                only: $only,
-                default: <$fallback_type as Fallback<$type>>::label($fallback, $only),
+                only: objectives(stringify!($name), $only),
+                default: <$fallback_type as Fallback<$type>>::label($fallback, &objectives(stringify!($name), $only)),
                 put_text: |options, text, origin| {
                     let parsed = <$type as OptionValue>::from_text(text);
                     options.$name = checked(stringify!($name), parsed, $check, origin)?;
@@ -184,7 +226,7 @@ options! {
         /// Folder that receives the model, metrics, report and checkpoints.
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
-        reference: PathBuf, Absent = Absent("the starting model"), &[Mmpo, Dpo], check::path;
+        reference: PathBuf, Absent = Absent("the starting model"), REFERENCE, check::path;
         /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
         /// Prompts are cut from the left to this many tokens.
@@ -195,34 +237,32 @@ options! {
             ALL, check::at_least_two;
     }
     "Objective" {
-        /// What is optimised: mmpo, dpo, simpo or sft.
-        objective: ObjectiveKind, Always<ObjectiveKind> = Always(Mmpo), ALL, check::anything;
-        /// Weight of the reference log-prob in MMPO's reward; inverse temperature of DPO and SimPO.
-        beta: f64, PerObjective<f64> = PerObjective { mmpo: 0.05, dpo: 0.1, simpo: 2.0, sft: 0.0 },
-            &[Mmpo, Dpo, Simpo], check::positive;
+        /// What is optimised:
+        objective: ObjectiveKind, Always<ObjectiveKind> = Always(ObjectiveKind::Mmpo), ALL, check::anything;
+        /// The main number of the objective:
+        beta: f64, PerObjective = PerObjective(Descriptor::beta), OWN, check::positive;
         /// Reward of the chosen response before the reference's part; the rejected one gets 1 - epsilon.
-        epsilon: f64, Always<f64> = Always(0.9), &[Mmpo], check::half_to_one;
+        epsilon: f64, Always<f64> = Always(0.9), OWN, check::half_to_one;
         /// Pairs whose rewards are normalised together; 2 is what the authors do.
-        reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), &[Mmpo], check::at_least_one;
+        reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), OWN, check::at_least_one;
         /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
-        reward_normalize: bool, Always<bool> = Always(true), &[Mmpo], check::anything;
+        reward_normalize: bool, Always<bool> = Always(true), OWN, check::anything;
         /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
-        length_normalize: bool, Always<bool> = Always(false), &[Mmpo], check::anything;
+        length_normalize: bool, Always<bool> = Always(false), OWN, check::anything;
         /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
-        preference_weight: f64, Always<f64> = Always(0.0), &[Mmpo], check::not_negative;
+        preference_weight: f64, Always<f64> = Always(0.0), OWN, check::not_negative;
         /// Weight of the entropy bonus; `beta` is the paper's "+ EntropyOptim".
         entropy_weight: EntropyWeight, Always<EntropyWeight> = Always(EntropyWeight::Number(0.0)),
-            &[Mmpo], check::entropy_weight;
+            OWN, check::entropy_weight;
         /// Target margin of SimPO in units of beta.
-        gamma_beta_ratio: f64, Always<f64> = Always(0.5), &[Simpo], check::not_negative;
+        gamma_beta_ratio: f64, Always<f64> = Always(0.5), OWN, check::not_negative;
         /// Probability that a label is the wrong way round (conservative DPO).
-        label_smoothing: f64, Always<f64> = Always(0.0), &[Dpo], check::below_half;
+        label_smoothing: f64, Always<f64> = Always(0.0), OWN, check::below_half;
     }
     "Optimiser and schedule" {
-        /// Peak learning rate of AdamW. The defaults are the smallest the paper uses for each objective; its full
-        /// training of small models takes 5e-4 for mmpo, see recipes/.
-        learning_rate: f64, PerObjective<f64> = PerObjective { mmpo: 1e-4, dpo: 1e-5, simpo: 1e-4, sft: 2e-5 },
-            ALL, check::positive;
+        /// Peak learning rate of AdamW. The defaults of mmpo, dpo and simpo are the smallest that MMPO's paper uses for each;
+        /// its full training of small models takes 5e-4 for mmpo, see recipes/.
+        learning_rate: f64, PerObjective = PerObjective(|objective| objective.learning_rate), ALL, check::positive;
         /// Decay of the first moment.
         adam_beta1: f64, Always<f64> = Always(0.9), ALL, check::below_one;
         /// Decay of the second moment.

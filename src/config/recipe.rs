@@ -94,9 +94,6 @@ impl RunConfig {
 
 /// The options that make `config`.
 fn given(config: &RunConfig) -> Options {
-    fn some<T>(value: T) -> Option<Given<T>> {
-        Some(Given { value, origin: Origin::Flag })
-    }
     let schedule = &config.schedule;
     let (warmup_ratio, warmup_steps) = match schedule.warmup {
         Warmup::Ratio(ratio) => (some(ratio), None),
@@ -110,7 +107,7 @@ fn given(config: &RunConfig) -> Options {
         chat_template: config.chat_template.clone().and_then(some),
         max_prompt_length: some(config.limits.max_prompt_length),
         max_length: some(config.limits.max_length),
-        objective: some(ObjectiveKind::of(&config.objective)),
+        objective: some(config.objective.kind()),
         learning_rate: some(config.optimizer.learning_rate),
         adam_beta1: some(config.optimizer.beta1),
         adam_beta2: some(config.optimizer.beta2),
@@ -135,25 +132,30 @@ fn given(config: &RunConfig) -> Options {
         threads: config.threads.and_then(some),
         ..Options::default()
     };
-    match config.objective {
-        Objective::Mmpo(mmpo) => {
-            options.beta = some(mmpo.beta);
-            options.epsilon = some(mmpo.epsilon);
-            options.reward_normalize = some(mmpo.reward_normalize);
-            options.reward_group = if mmpo.reward_normalize { some(mmpo.reward_group) } else { None };
-            options.length_normalize = some(mmpo.length_normalize);
-            options.preference_weight = some(mmpo.preference_weight);
-            options.entropy_weight = some(EntropyWeight::Number(mmpo.entropy_weight));
-        }
-        Objective::Dpo(dpo) => {
-            options.beta = some(dpo.beta);
-            options.label_smoothing = some(dpo.label_smoothing);
-        }
-        Objective::Simpo(simpo) => {
-            options.beta = some(simpo.beta);
-            options.gamma_beta_ratio = some(simpo.gamma_beta_ratio);
-        }
-        Objective::Sft => {}
-    }
+    set_objective(&mut options, config.objective);
     options
+}
+
+/// The options that make `objective`, but for its name.
+fn set_objective(options: &mut Options, objective: Objective) {
+    let settings = objective.settings();
+    options.beta = some(settings.beta);
+    options.epsilon = some(settings.epsilon);
+    options.reward_normalize = some(settings.reward_normalize);
+    options.reward_group = if settings.reward_normalize { some(settings.reward_group) } else { None };
+    options.length_normalize = some(settings.length_normalize);
+    options.preference_weight = some(settings.preference_weight);
+    options.entropy_weight = some(EntropyWeight::Number(settings.entropy_weight));
+    options.gamma_beta_ratio = some(settings.gamma_beta_ratio);
+    options.label_smoothing = some(settings.label_smoothing);
+    clear_strangers(options, objective.kind());
+}
+
+fn some<T>(value: T) -> Option<Given<T>> {
+    Some(Given { value, origin: Origin::Flag })
+}
+
+/// Takes out what does not belong to the objective.
+fn clear_strangers(options: &mut Options, kind: ObjectiveKind) {
+    rows().iter().filter(|row| !row.only.contains(&kind)).for_each(|row| (row.clear)(options));
 }

@@ -6,12 +6,13 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, OptimizerConfig,
-    PAIRS_PER_STEP, RunConfig, ScheduleConfig, Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, PAIRS_PER_STEP, RunConfig,
+    ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
-use crate::objective::{Dpo, Mmpo, Objective, Simpo};
+use crate::objective::{Objective, Settings};
+use crate::optimizer::AdamWSettings;
 
 /// Defaults that depend on other options, so that the table can only describe them.
 const WARMUP_RATIO: f64 = 0.1;
@@ -150,7 +151,7 @@ fn refuse_strangers(options: &Options, kind: ObjectiveKind) -> Result<()> {
                 Origin::Recipe { path, line } => format!("by {}:{line}", path.display()),
                 Origin::Demo { .. } => "by the demo's recipe".into(),
             });
-        let belongs = join(row.only);
+        let belongs = join(&row.only);
         return Err(Error::config(
             format!("{} belongs to {belongs}, and the objective is {kind} ({source})", origin.name(row.name)),
             format!("leave it out, or choose an objective that has it: {belongs}"),
@@ -219,7 +220,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         reference: settled.reference,
         chat_template: settled.chat_template,
         objective,
-        optimizer: OptimizerConfig {
+        optimizer: AdamWSettings {
             learning_rate: settled.learning_rate,
             beta1: settled.adam_beta1,
             beta2: settled.adam_beta2,
@@ -284,24 +285,21 @@ impl AskedLengths {
 }
 
 fn objective(settled: &Settled) -> Result<Objective> {
-    let beta = settled.beta;
-    Ok(match settled.objective {
-        ObjectiveKind::Mmpo => Objective::Mmpo(Mmpo {
-            beta,
-            epsilon: settled.epsilon,
-            reward_group: reward_group(settled)?,
-            reward_normalize: settled.reward_normalize,
-            length_normalize: settled.length_normalize,
-            preference_weight: settled.preference_weight,
-            entropy_weight: match settled.entropy_weight {
-                EntropyWeight::Beta => beta,
-                EntropyWeight::Number(weight) => weight,
-            },
-        }),
-        ObjectiveKind::Dpo => Objective::Dpo(Dpo { beta, label_smoothing: settled.label_smoothing }),
-        ObjectiveKind::Simpo => Objective::Simpo(Simpo { beta, gamma_beta_ratio: settled.gamma_beta_ratio }),
-        ObjectiveKind::Sft => Objective::Sft,
-    })
+    let settings = Settings {
+        beta: settled.beta,
+        epsilon: settled.epsilon,
+        reward_group: reward_group(settled)?,
+        reward_normalize: settled.reward_normalize,
+        length_normalize: settled.length_normalize,
+        preference_weight: settled.preference_weight,
+        entropy_weight: match settled.entropy_weight {
+            EntropyWeight::Beta => settled.beta,
+            EntropyWeight::Number(weight) => weight,
+        },
+        gamma_beta_ratio: settled.gamma_beta_ratio,
+        label_smoothing: settled.label_smoothing,
+    };
+    Ok((settled.objective.descriptor().build)(&settings))
 }
 
 fn reward_group(settled: &Settled) -> Result<usize> {

@@ -7,6 +7,7 @@ use toml::de::DeValue;
 use super::{ObjectiveKind, suggest};
 use crate::device::DeviceChoice;
 use crate::model::HeadChoice;
+use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::Schedule;
 
 /// A type of value that a flag and a recipe key can hold.
@@ -18,7 +19,15 @@ pub trait OptionValue: Clone {
     /// Whether the flag may stand alone, meaning `true`.
     const IS_SWITCH: bool = false;
 
+    /// The value of a flag.
+    ///
+    /// # Errors
+    /// The end of a sentence that begins with the option's name.
     fn from_text(text: &str) -> Result<Self, String>;
+    /// The value of a recipe's key.
+    ///
+    /// # Errors
+    /// The end of a sentence that begins with the option's name.
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
     /// The value as TOML text; reading it back gives the same value.
     fn to_toml(&self) -> String;
@@ -134,35 +143,39 @@ impl OptionValue for PathBuf {
 }
 
 /// A value out of a fixed list of words.
-trait Word: Sized + Copy + 'static {
-    const WORDS: &'static [(&'static str, Self)];
+trait Word: Sized + Copy + PartialEq {
+    fn words() -> Vec<(&'static str, Self)>;
 
     fn from_word(word: &str) -> Result<Self, String> {
-        Self::WORDS.iter().find(|(name, _)| *name == word).map(|(_, value)| *value).ok_or_else(|| {
-            let names: Vec<&str> = Self::WORDS.iter().map(|(name, _)| *name).collect();
-            let nearest = suggest::nearest(word, names.iter().copied()).unwrap_or_default();
-            format!("must be one of {}, not `{word}` (did you mean `{nearest}`?)", names.join(", "))
+        let words = Self::words();
+        words.iter().find(|(name, _)| *name == word).map(|(_, value)| *value).ok_or_else(|| {
+            let nearest = suggest::nearest(word, words.iter().map(|(name, _)| *name)).unwrap_or_default();
+            format!("must be one of {}, not `{word}` (did you mean `{nearest}`?)", Self::names())
         })
+    }
+
+    /// All words, for a message.
+    fn names() -> String {
+        Self::words().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
     }
 }
 
 impl Word for ObjectiveKind {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("mmpo", ObjectiveKind::Mmpo),
-        ("dpo", ObjectiveKind::Dpo),
-        ("simpo", ObjectiveKind::Simpo),
-        ("sft", ObjectiveKind::Sft),
-    ];
+    fn words() -> Vec<(&'static str, Self)> {
+        DESCRIPTORS.iter().map(|objective| (objective.name, objective.kind)).collect()
+    }
 }
 
 impl Word for Schedule {
-    const WORDS: &'static [(&'static str, Self)] =
-        &[("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)]
+    }
 }
 
 impl Word for HeadChoice {
-    const WORDS: &'static [(&'static str, Self)] =
-        &[("auto", HeadChoice::Auto), ("main", HeadChoice::Main), ("recompute", HeadChoice::Recompute)];
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("auto", HeadChoice::Auto), ("main", HeadChoice::Main), ("recompute", HeadChoice::Recompute)]
+    }
 }
 
 macro_rules! word_option {
@@ -177,7 +190,7 @@ macro_rules! word_option {
             fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
                 let word = value
                     .as_str()
-                    .ok_or_else(|| format!("must be one of {}, not {}", $placeholder, toml_kind(value)))?;
+                    .ok_or_else(|| format!("must be one of {}, not {}", Self::names(), toml_kind(value)))?;
                 Self::from_word(word)
             }
 
@@ -188,14 +201,15 @@ macro_rules! word_option {
 
         impl std::fmt::Display for $type {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                let word = Self::WORDS.iter().find(|(_, value)| value == self).map_or("", |(name, _)| name);
+                let word =
+                    Self::words().into_iter().find(|(_, value)| value == self).map_or("", |(name, _)| name);
                 f.write_str(word)
             }
         }
     };
 }
 
-word_option!(ObjectiveKind, "mmpo|dpo|simpo|sft");
+word_option!(ObjectiveKind, "NAME");
 word_option!(Schedule, "cosine|linear|constant");
 word_option!(HeadChoice, "auto|main|recompute");
 
@@ -220,6 +234,7 @@ impl OptionValue for DeviceChoice {
 /// A model or data source: a path, or the one built into the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
+    /// A file or folder.
     Path(PathBuf),
     /// Written [`Source::BUILTIN`].
     Builtin,
@@ -229,10 +244,12 @@ impl Source {
     /// The name of the built-in demo's model and pairs; no path can be meant by it (`./builtin:demo` can).
     pub const BUILTIN: &'static str = "builtin:demo";
 
+    /// A path, or the built-in source where there is none.
     pub fn from_path(path: Option<&PathBuf>) -> Self {
         path.map_or(Source::Builtin, |path| Source::Path(path.clone()))
     }
 
+    /// The path, unless the source is built in.
     pub fn into_path(self) -> Option<PathBuf> {
         match self {
             Source::Path(path) => Some(path),
@@ -269,7 +286,9 @@ impl OptionValue for Source {
 /// The weight of the entropy term: a number, or `beta` for whatever beta is, as the paper's ablation has it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum EntropyWeight {
+    /// As much as beta is.
     Beta,
+    /// So much.
     Number(f64),
 }
 
@@ -308,6 +327,7 @@ pub trait Fallback<T> {
     /// Type of the option once that is settled.
     type Settled;
 
+    /// The option's value: the given one, or what stands in for it with that objective.
     fn settle(self, given: Option<T>, objective: ObjectiveKind) -> Self::Settled;
     /// The default for `--help`.
     fn label(self, only: &[ObjectiveKind]) -> String;
@@ -328,42 +348,19 @@ impl<T: OptionValue> Fallback<T> for Always<T> {
     }
 }
 
-/// One value an objective.
-pub struct PerObjective<T> {
-    pub mmpo: T,
-    pub dpo: T,
-    pub simpo: T,
-    pub sft: T,
-}
+/// A number that each objective's descriptor has.
+pub struct PerObjective(pub fn(&Descriptor) -> f64);
 
-impl<T> PerObjective<T> {
-    fn of(self, objective: ObjectiveKind) -> T {
-        match objective {
-            ObjectiveKind::Mmpo => self.mmpo,
-            ObjectiveKind::Dpo => self.dpo,
-            ObjectiveKind::Simpo => self.simpo,
-            ObjectiveKind::Sft => self.sft,
-        }
-    }
-}
+impl Fallback<f64> for PerObjective {
+    type Settled = f64;
 
-impl<T: OptionValue> Fallback<T> for PerObjective<T> {
-    type Settled = T;
-
-    fn settle(self, given: Option<T>, objective: ObjectiveKind) -> T {
-        given.unwrap_or_else(|| self.of(objective))
+    fn settle(self, given: Option<f64>, objective: ObjectiveKind) -> f64 {
+        given.unwrap_or_else(|| (self.0)(objective.descriptor()))
     }
 
     fn label(self, only: &[ObjectiveKind]) -> String {
-        let values = [
-            (ObjectiveKind::Mmpo, self.mmpo),
-            (ObjectiveKind::Dpo, self.dpo),
-            (ObjectiveKind::Simpo, self.simpo),
-            (ObjectiveKind::Sft, self.sft),
-        ];
-        let label = |(kind, value): &(ObjectiveKind, T)| format!("{kind} {}", value.to_toml());
-        let labels: Vec<String> = values.iter().filter(|(kind, _)| only.contains(kind)).map(label).collect();
-        labels.join(", ")
+        let label = |kind: &ObjectiveKind| format!("{kind} {}", (self.0)(kind.descriptor()).to_toml());
+        only.iter().map(label).collect::<Vec<_>>().join(", ")
     }
 }
 

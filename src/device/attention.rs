@@ -1,7 +1,7 @@
 //! Attention with the shared-prefix mask of [`PairSpan`], without a matrix of scores (FlashAttention-2, Dao 2023).
 
-use super::check::{REPORT, check_sizes};
-use super::{BatchBuffers, Checked, Compute, Floats, Memory};
+use super::check::check_sizes;
+use super::{BatchBuffers, Checked, ComputeBuffer, Floats, Memory};
 use crate::data::PairSpan;
 use crate::error::{Error, Result};
 
@@ -37,14 +37,15 @@ impl AttentionShape {
 ///
 /// # Errors
 /// All methods return [`crate::Error::Device`] for heads that do not divide evenly or that the device has no kernel for,
-/// for spans that do not tile the batch in order, for buffers that are too small, and where the device fails.
+/// and where the device fails; [`crate::Error::Bug`] for spans that do not tile the batch in order, and for buffers that are
+/// too small.
 pub trait Attention: Memory {
     /// Assigns `out[T, H * E]` and `lse[T, H]` (natural log, of scaled scores).
     fn attention_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         lse: &mut Floats<Self>,
-        qkv: &Compute<Self>,
+        qkv: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
     ) -> Result<()> {
@@ -65,8 +66,8 @@ pub trait Attention: Memory {
     /// `qkv`) over rows `0..length`.
     fn attention_decode(
         &self,
-        out: &mut Compute<Self>,
-        cache: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        cache: &ComputeBuffer<Self>,
         length: usize,
         shape: AttentionShape,
     ) -> Result<()> {
@@ -84,9 +85,9 @@ pub trait Attention: Memory {
     /// The device's part of [`Attention::attention_forward`].
     fn run_attention_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         lse: &mut Floats<Self>,
-        qkv: &Compute<Self>,
+        qkv: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         shape: AttentionShape,
         checked: Checked,
@@ -95,8 +96,8 @@ pub trait Attention: Memory {
     /// The device's part of [`Attention::attention_decode`].
     fn run_attention_decode(
         &self,
-        out: &mut Compute<Self>,
-        cache: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        cache: &ComputeBuffer<Self>,
         length: usize,
         shape: AttentionShape,
         checked: Checked,
@@ -107,19 +108,30 @@ pub trait Attention: Memory {
 #[derive(Debug)]
 pub struct AttentionGradient<'a, D: Memory> {
     /// Assigned, `[T, (H + 2K) * E]`: the gradient of `qkv`.
-    pub dqkv: &'a mut Compute<D>,
+    pub dqkv: &'a mut ComputeBuffer<D>,
     /// `[T, H * E]`: the gradient of `out`.
-    pub dout: &'a Compute<D>,
+    pub dout: &'a ComputeBuffer<D>,
     /// `[T, H * E]`, as the forward assigned it.
-    pub out: &'a Compute<D>,
+    pub out: &'a ComputeBuffer<D>,
     /// `[T, H]`, as the forward assigned it.
     pub lse: &'a Floats<D>,
     /// `[T, (H + 2K) * E]`, the forward's input.
-    pub qkv: &'a Compute<D>,
+    pub qkv: &'a ComputeBuffer<D>,
     /// The batch that the forward ran over.
     pub batch: &'a BatchBuffers<D>,
     /// Heads.
     pub shape: AttentionShape,
+}
+
+/// What the largest batch holds, as far as attention's scratch memory depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionCapacity {
+    /// `T`
+    pub rows: usize,
+    /// Pairs of the batch.
+    pub pairs: usize,
+    /// Rows of the longest prompt or response.
+    pub longest_part: usize,
 }
 
 /// Attention, backward. Errors are those of [`Attention`].
@@ -142,9 +154,16 @@ pub trait AttentionBackward: Memory {
         self.run_attention_backward(operands, checked)
     }
 
-    /// Sets the scratch memory aside that [`AttentionBackward::attention_backward`] takes for batches of up to `rows`
-    /// rows and `pairs` pairs: no step allocates it then, and [`Memory::free_memory`] no longer counts it.
-    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()>;
+    /// Sets the scratch memory aside that [`Attention::attention_forward`] and [`AttentionBackward::attention_backward`]
+    /// take for batches of up to this capacity: no step allocates it then, and [`Memory::free_memory`] no longer counts it.
+    fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()>;
+
+    /// Another handle of this device, whose attention backward adds the terms of a sum in whatever order its blocks come
+    /// to them; `None` for a device that has one order only. No training run asks for it: it is there to measure and to
+    /// test what the fixed order costs.
+    fn in_any_order(&self) -> Option<Self> {
+        None
+    }
 
     /// The device's part of [`AttentionBackward::attention_backward`].
     fn run_attention_backward(&self, operands: AttentionGradient<'_, Self>, checked: Checked) -> Result<()>;
@@ -171,7 +190,7 @@ fn check_spans(operation: &str, spans: &[PairSpan]) -> Result<usize> {
         if span.start as usize != end {
             let message =
                 format!("{operation}: {span:?} overlaps the span before it or leaves a gap at row {end}");
-            return Err(Error::device(message, REPORT));
+            return Err(Error::bug(message));
         }
         end = span.rows().end;
     }

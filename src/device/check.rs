@@ -4,9 +4,6 @@ use std::fmt::Debug;
 
 use crate::error::{Error, Result};
 
-/// What to do about an error that only a mistake in this program can cause.
-pub(super) const REPORT: &str = "this is a mistake in the program, not in your input; please report it";
-
 /// Proof that an operation's buffers are as large as its shape asks.
 ///
 /// The public method of an operation checks its operands once, for all devices, and hands the proof to the device's own
@@ -17,7 +14,8 @@ pub struct Checked(());
 /// Compares the buffers of an operation with its shape: `(name, values it holds, values needed)`.
 ///
 /// # Errors
-/// [`Error::Device`] that names the operation, the first buffer that is too small, and the shape.
+/// [`Error::Bug`] that names the operation, the first buffer that is too small, and the shape: buffers are made for the
+/// shapes that use them.
 pub(super) fn check_sizes(
     operation: &str,
     shape: &dyn Debug,
@@ -25,9 +23,8 @@ pub(super) fn check_sizes(
 ) -> Result<Checked> {
     match buffers.iter().find(|(_, holds, needed)| holds < needed) {
         None => Ok(Checked(())),
-        Some((name, holds, needed)) => Err(Error::device(
-            format!("{operation}: `{name}` holds {holds} values, {needed} are needed for {shape:?}"),
-            REPORT,
-        )),
+        Some((name, holds, needed)) => Err(Error::bug(format!(
+            "{operation}: `{name}` holds {holds} values, {needed} are needed for {shape:?}"
+        ))),
     }
 }

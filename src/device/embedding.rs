@@ -1,20 +1,21 @@
 //! Rows by index: the embedding table, and the rows that the log-prob head scores.
 
 use super::check::check_sizes;
-use super::{BatchBuffers, Checked, Compute, Floats, Indices, Memory};
+use super::{BatchBuffers, Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::Result;
 
 /// Gathers and scatters rows of `D` values.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the sizes, and where the device fails;
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
+/// [`crate::Error::Device`] where the device fails;
 /// the CPU also for an index outside its table.
 pub trait Embedding: Memory {
     /// Assigns `out[T, D] = table[token_ids, :]`.
     fn embedding_forward(
         &self,
-        out: &mut Compute<Self>,
-        table: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        table: &ComputeBuffer<Self>,
         token_ids: &Indices<Self>,
         rows: usize,
         width: usize,
@@ -29,7 +30,7 @@ pub trait Embedding: Memory {
     fn embedding_backward(
         &self,
         dtable: &mut Floats<Self>,
-        dout: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         rows: usize,
         width: usize,
@@ -46,8 +47,8 @@ pub trait Embedding: Memory {
     /// Assigns `out[N, D] = hidden[scored_rows, :]`.
     fn gather_rows(
         &self,
-        out: &mut Compute<Self>,
-        hidden: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        hidden: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         scored: usize,
         width: usize,
@@ -62,8 +63,8 @@ pub trait Embedding: Memory {
     /// are none.
     fn gather_rows_backward(
         &self,
-        dhidden: &mut Compute<Self>,
-        dout: &Compute<Self>,
+        dhidden: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         rows: usize,
         width: usize,
@@ -79,8 +80,8 @@ pub trait Embedding: Memory {
     /// The device's part of [`Embedding::embedding_forward`]; sizes are `[T, D]`.
     fn run_embedding_forward(
         &self,
-        out: &mut Compute<Self>,
-        table: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        table: &ComputeBuffer<Self>,
         token_ids: &Indices<Self>,
         sizes: [usize; 2],
         checked: Checked,
@@ -90,7 +91,7 @@ pub trait Embedding: Memory {
     fn run_embedding_backward(
         &self,
         dtable: &mut Floats<Self>,
-        dout: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         sizes: [usize; 2],
         checked: Checked,
@@ -99,8 +100,8 @@ pub trait Embedding: Memory {
     /// The device's part of [`Embedding::gather_rows`]; sizes are `[N, D]`.
     fn run_gather_rows(
         &self,
-        out: &mut Compute<Self>,
-        hidden: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        hidden: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         sizes: [usize; 2],
         checked: Checked,
@@ -109,8 +110,8 @@ pub trait Embedding: Memory {
     /// The device's part of [`Embedding::gather_rows_backward`]; sizes are `[T, D]`.
     fn run_gather_rows_backward(
         &self,
-        dhidden: &mut Compute<Self>,
-        dout: &Compute<Self>,
+        dhidden: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
         batch: &BatchBuffers<Self>,
         sizes: [usize; 2],
         checked: Checked,

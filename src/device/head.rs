@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::check::{REPORT, check_sizes};
-use super::{Checked, Compute, Floats, Indices, Memory};
+use super::check::check_sizes;
+use super::{Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::{Error, Result};
 
 /// What the head's forward leaves for its backward.
@@ -33,6 +33,17 @@ pub struct HeadShape {
     pub entropy: bool,
     /// What the forward keeps.
     pub mode: HeadMode,
+}
+
+/// Sizes of the head that do not depend on the rows of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadSizes {
+    /// `D`
+    pub width: usize,
+    /// `V`
+    pub vocab: usize,
+    /// Values that the workspace holds.
+    pub workspace: usize,
 }
 
 /// Per-token results of the head, `[N]` each, natural log, f32.
@@ -85,11 +96,11 @@ pub struct HeadForward<'a, D: Memory> {
     /// Rows `shape.rows` are assigned.
     pub scores: &'a mut TokenScores<D>,
     /// Scratch of the device; in [`HeadMode::Main`] it carries the probabilities to the backward of the same shape.
-    pub workspace: &'a mut Compute<D>,
+    pub workspace: &'a mut ComputeBuffer<D>,
     /// `[N, D]`
-    pub hidden: &'a Compute<D>,
+    pub hidden: &'a ComputeBuffer<D>,
     /// `[V, D]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[N]`
     pub targets: &'a Indices<D>,
     /// Rows and sizes.
@@ -100,13 +111,13 @@ pub struct HeadForward<'a, D: Memory> {
 #[derive(Debug)]
 pub struct HeadBackward<'a, D: Memory> {
     /// `[N, D]`: rows `shape.rows` are replaced by their gradient.
-    pub hidden: &'a mut Compute<D>,
+    pub hidden: &'a mut ComputeBuffer<D>,
     /// Accumulated, `[V, D]`; `None` where the vocabulary matrix is not trained.
     pub dweight: Option<&'a mut Floats<D>>,
     /// As the forward of the same shape left it.
-    pub workspace: &'a mut Compute<D>,
+    pub workspace: &'a mut ComputeBuffer<D>,
     /// `[V, D]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[N]`
     pub targets: &'a Indices<D>,
     /// As the forward assigned them.
@@ -120,7 +131,8 @@ pub struct HeadBackward<'a, D: Memory> {
 /// The log-prob head.
 ///
 /// # Errors
-/// All methods return [`Error::Device`] for buffers that are smaller than the shape, and where the device fails; the CPU
+/// All methods return [`Error::Bug`] for buffers that are smaller than the shape, and
+/// [`Error::Device`] where the device fails; the CPU
 /// also for a target outside the vocabulary.
 pub trait Head: Memory {
     /// Chunk size, in bytes of probabilities, beyond which larger chunks of pairs do not speed up a step.
@@ -166,13 +178,14 @@ pub trait Head: Memory {
         ];
         let checked = check_sizes(name, shape, &sizes)?;
         if shape.mode == HeadMode::Score {
-            return Err(Error::device(
-                format!("{name}: the forward of {shape:?} kept nothing for a backward"),
-                REPORT,
-            ));
+            return Err(Error::bug(format!("{name}: the forward of {shape:?} kept nothing for a backward")));
         }
         self.run_logp_head_backward(operands, checked)
     }
+
+    /// Sets the scratch memory aside that forward and backward of this mode take, beside the workspace, for calls of up to
+    /// `rows` rows, so that no step allocates it.
+    fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()>;
 
     /// The device's part of [`Head::logp_head_forward`]; it checks its own use of the workspace.
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, checked: Checked) -> Result<()>;

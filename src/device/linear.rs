@@ -1,7 +1,7 @@
 //! Linear layers: one gemm forward, two backward.
 
 use super::check::check_sizes;
-use super::{Checked, Compute, Floats, Memory};
+use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::Result;
 
 /// `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T + bias[outputs]`.
@@ -18,15 +18,16 @@ pub struct LinearShape {
 /// Gemms of linear layers; sums are f32.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Linear: Memory {
     /// Assigns `out[rows, outputs] = x * weight^T (+ bias)`.
     fn linear_forward(
         &self,
-        out: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
+        out: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
+        bias: Option<&ComputeBuffer<Self>>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
@@ -43,9 +44,9 @@ pub trait Linear: Memory {
     /// Assigns `dx[rows, inputs] = dout * weight`.
     fn linear_backward_input(
         &self,
-        dx: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        weight: &Compute<Self>,
+        dx: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
@@ -58,18 +59,23 @@ pub trait Linear: Memory {
         self.run_linear_backward_input(dx, dout, weight, shape, checked)
     }
 
-    /// Accumulates `dweight[outputs, inputs] += dout^T * x` and `dbias[outputs] += column sums of dout`.
+    /// Accumulates `dweight[outputs, inputs] += dout^T * x` and `dbias[outputs] += column sums of dout`, each unless it is
+    /// `None`: a frozen tensor has no gradient.
     fn linear_backward_weight(
         &self,
-        dweight: &mut Floats<Self>,
+        dweight: Option<&mut Floats<Self>>,
         dbias: Option<&mut Floats<Self>>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
         shape: LinearShape,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
         let sizes = [
-            ("dweight", self.len(dweight), outputs * inputs),
+            (
+                "dweight",
+                dweight.as_ref().map_or(outputs * inputs, |dweight| self.len(dweight)),
+                outputs * inputs,
+            ),
             ("dbias", dbias.as_ref().map_or(outputs, |dbias| self.len(dbias)), outputs),
             ("dout", self.len(dout), rows * outputs),
             ("x", self.len(x), rows * inputs),
@@ -78,13 +84,17 @@ pub trait Linear: Memory {
         self.run_linear_backward_weight(dweight, dbias, dout, x, shape, checked)
     }
 
+    /// Sets the scratch memory aside that the gemms of a layer take for up to `shape.rows` rows, and with `bias` that of
+    /// the bias' gradient, so that no step allocates it.
+    fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()>;
+
     /// The device's part of [`Linear::linear_forward`].
     fn run_linear_forward(
         &self,
-        out: &mut Compute<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
-        bias: Option<&Compute<Self>>,
+        out: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
+        bias: Option<&ComputeBuffer<Self>>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;
@@ -92,9 +102,9 @@ pub trait Linear: Memory {
     /// The device's part of [`Linear::linear_backward_input`].
     fn run_linear_backward_input(
         &self,
-        dx: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        weight: &Compute<Self>,
+        dx: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;
@@ -102,10 +112,10 @@ pub trait Linear: Memory {
     /// The device's part of [`Linear::linear_backward_weight`].
     fn run_linear_backward_weight(
         &self,
-        dweight: &mut Floats<Self>,
+        dweight: Option<&mut Floats<Self>>,
         dbias: Option<&mut Floats<Self>>,
-        dout: &Compute<Self>,
-        x: &Compute<Self>,
+        dout: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
         shape: LinearShape,
         checked: Checked,
     ) -> Result<()>;

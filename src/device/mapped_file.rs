@@ -19,6 +19,10 @@ pub struct MappedFile {
 }
 
 impl MappedFile {
+    /// Maps the file at `path` for reading.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) if it cannot be opened or mapped.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, "read", error))?;
         // SAFETY: the map is private and read-only, and lives as long as every borrow of its bytes. Bytes are only
@@ -28,6 +32,7 @@ impl MappedFile {
         Ok(MappedFile { path: path.to_path_buf(), map })
     }
 
+    /// Where the file was when it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -14,7 +14,7 @@ impl Element for u32 {}
 impl Element for half::bf16 {}
 
 /// Buffer of weights or activations.
-pub type Compute<D> = <D as Memory>::Buffer<<D as Memory>::Compute>;
+pub type ComputeBuffer<D> = <D as Memory>::Buffer<<D as Memory>::Compute>;
 /// Buffer of statistics, weight gradients or optimiser states.
 pub type Floats<D> = <D as Memory>::Buffer<f32>;
 /// Buffer of token ids, positions or row numbers.
@@ -74,12 +74,15 @@ pub struct MemoryUse {
     pub now: usize,
     /// The most bytes that were ever held at once.
     pub peak: usize,
+    /// How often memory was taken since the device was opened: a training step takes none.
+    pub allocations: usize,
 }
 
 /// Buffers. A method checks its ranges and calls the device's `run_` method of the same name.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for a range outside its buffer, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for a range outside its buffer, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Memory: Hardware {
     /// Storage of weights and activations: f32 on the CPU, bf16 on CUDA.
     type Compute: Element;
@@ -112,13 +115,18 @@ pub trait Memory: Hardware {
 
     /// As [`Memory::upload`], converted to [`Memory::Compute`] by rounding to the nearest even value or by widening.
     /// Reads straight from a memory map.
-    fn upload_values(&self, out: &mut Compute<Self>, offset: usize, source: RawValues<'_>) -> Result<()> {
+    fn upload_values(
+        &self,
+        out: &mut ComputeBuffer<Self>,
+        offset: usize,
+        source: RawValues<'_>,
+    ) -> Result<()> {
         let checked = check_range("upload_values", "out", self.len(out), offset, source.len())?;
         self.run_upload_values(out, offset, source, checked)
     }
 
     /// As [`Memory::download`], widened to f32.
-    fn download_compute(&self, out: &mut [f32], source: &Compute<Self>, offset: usize) -> Result<()> {
+    fn download_compute(&self, out: &mut [f32], source: &ComputeBuffer<Self>, offset: usize) -> Result<()> {
         let checked = check_range("download_compute", "source", self.len(source), offset, out.len())?;
         self.run_download_compute(out, source, offset, checked)
     }
@@ -171,7 +179,7 @@ pub trait Memory: Hardware {
     /// The device's part of [`Memory::upload_values`].
     fn run_upload_values(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         offset: usize,
         source: RawValues<'_>,
         checked: Checked,
@@ -181,7 +189,7 @@ pub trait Memory: Hardware {
     fn run_download_compute(
         &self,
         out: &mut [f32],
-        source: &Compute<Self>,
+        source: &ComputeBuffer<Self>,
         offset: usize,
         checked: Checked,
     ) -> Result<()>;

@@ -1,22 +1,22 @@
 //! SwiGLU (Shazeer 2020): a row of `gate_up` is `F` gate values, then `F` up values.
 
 use super::check::check_sizes;
-use super::{Checked, Compute, Linear, LinearShape};
+use super::{Checked, ComputeBuffer, Linear, LinearShape};
 use crate::error::Result;
 
 /// Operands of [`Mlp::linear_swiglu_forward`].
 #[derive(Debug)]
 pub struct LinearSwiglu<'a, D: Linear> {
     /// Assigned, `[T, F]`.
-    pub out: &'a mut Compute<D>,
+    pub out: &'a mut ComputeBuffer<D>,
     /// Assigned, `[T, 2F]`.
-    pub gate_up: &'a mut Compute<D>,
+    pub gate_up: &'a mut ComputeBuffer<D>,
     /// `[T, D]`
-    pub x: &'a Compute<D>,
+    pub x: &'a ComputeBuffer<D>,
     /// `[2F, D]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[2F]`
-    pub bias: Option<&'a Compute<D>>,
+    pub bias: Option<&'a ComputeBuffer<D>>,
     /// Sizes of the gemm: `outputs` is `2F`.
     pub shape: LinearShape,
 }
@@ -24,13 +24,14 @@ pub struct LinearSwiglu<'a, D: Linear> {
 /// SwiGLU, alone and fused with the gemm before it.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the sizes, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Mlp: Linear {
     /// Assigns `out[T, F] = silu(gate) * up`.
     fn swiglu_forward(
         &self,
-        out: &mut Compute<Self>,
-        gate_up: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        gate_up: &ComputeBuffer<Self>,
         rows: usize,
         width: usize,
     ) -> Result<()> {
@@ -59,9 +60,9 @@ pub trait Mlp: Linear {
     /// Assigns `dgate_up[T, 2F]`.
     fn swiglu_backward(
         &self,
-        dgate_up: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        gate_up: &Compute<Self>,
+        dgate_up: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        gate_up: &ComputeBuffer<Self>,
         rows: usize,
         width: usize,
     ) -> Result<()> {
@@ -78,8 +79,8 @@ pub trait Mlp: Linear {
     /// The device's part of [`Mlp::swiglu_forward`]; sizes are `[T, F]`.
     fn run_swiglu_forward(
         &self,
-        out: &mut Compute<Self>,
-        gate_up: &Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
+        gate_up: &ComputeBuffer<Self>,
         sizes: [usize; 2],
         checked: Checked,
     ) -> Result<()>;
@@ -94,9 +95,9 @@ pub trait Mlp: Linear {
     /// The device's part of [`Mlp::swiglu_backward`]; sizes are `[T, F]`.
     fn run_swiglu_backward(
         &self,
-        dgate_up: &mut Compute<Self>,
-        dout: &Compute<Self>,
-        gate_up: &Compute<Self>,
+        dgate_up: &mut ComputeBuffer<Self>,
+        dout: &ComputeBuffer<Self>,
+        gate_up: &ComputeBuffer<Self>,
         sizes: [usize; 2],
         checked: Checked,
     ) -> Result<()>;

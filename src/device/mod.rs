@@ -10,6 +10,8 @@
 //! `H`/`K` query and key/value heads, `E` head size. Matrices are row-major. `out` comes first, then what is updated,
 //! then inputs, then the shape. The documentation of each operation says whether it *assigns* or *accumulates*.
 
+#![allow(unsafe_code)]
+
 mod attention;
 mod batch;
 mod check;
@@ -29,20 +31,21 @@ mod rope;
 mod select;
 mod trace;
 
-pub use attention::{Attention, AttentionBackward, AttentionGradient, AttentionShape};
+pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
 pub use embedding::Embedding;
 pub use hardware::Hardware;
 pub use head::{
-    Head, HeadBackward, HeadForward, HeadMode, HeadShape, RECOMPUTE_WORKSPACE, TokenCoefficients, TokenScores,
+    Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, RECOMPUTE_WORKSPACE, TokenCoefficients,
+    TokenScores,
 };
 pub use linear::{Linear, LinearShape};
 pub use mapped_file::MappedFile;
-pub use memory::{Compute, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
+pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
-pub use optimizer::{AdamWState, AdamWStep, AdamWUpdate, Optimizer};
+pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
@@ -79,7 +82,7 @@ impl<D> Device for D where
 {
 }
 
-/// The traits of all families, for code that works on one device by its type: `use mmpo_fast::device::prelude::*`.
+/// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
         Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, Memory, Mlp, Norm,

@@ -1,7 +1,7 @@
 //! RMSNorm (Zhang and Sennrich 2019), alone and fused with the residual addition before it.
 
 use super::check::check_sizes;
-use super::{Checked, Compute, Floats, Memory};
+use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::Result;
 
 /// RMSNorm over the last axis of `[rows, width]`.
@@ -19,17 +19,17 @@ pub struct NormShape {
 #[derive(Debug)]
 pub struct AddRmsNorm<'a, D: Memory> {
     /// Assigned: `x + delta`.
-    pub sum: &'a mut Compute<D>,
+    pub sum: &'a mut ComputeBuffer<D>,
     /// Assigned: the norm of `sum`.
-    pub out: &'a mut Compute<D>,
+    pub out: &'a mut ComputeBuffer<D>,
     /// Assigned, `[rows]`: `1 / sqrt(mean(sum^2) + epsilon)`.
     pub rstd: &'a mut Floats<D>,
     /// The residual stream.
-    pub x: &'a Compute<D>,
+    pub x: &'a ComputeBuffer<D>,
     /// What a block adds to it.
-    pub delta: &'a Compute<D>,
+    pub delta: &'a ComputeBuffer<D>,
     /// `[width]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// Sizes.
     pub shape: NormShape,
 }
@@ -38,15 +38,15 @@ pub struct AddRmsNorm<'a, D: Memory> {
 #[derive(Debug)]
 pub struct RmsNormBackward<'a, D: Memory> {
     /// Accumulated: the gradient of `x`.
-    pub dx: &'a mut Compute<D>,
-    /// Accumulated, `[width]`: the gradient of `weight`.
-    pub dweight: &'a mut Floats<D>,
+    pub dx: &'a mut ComputeBuffer<D>,
+    /// Accumulated, `[width]`: the gradient of `weight`; `None` where the weight is not trained.
+    pub dweight: Option<&'a mut Floats<D>>,
     /// Gradient of the forward's output.
-    pub dout: &'a Compute<D>,
+    pub dout: &'a ComputeBuffer<D>,
     /// Input of the forward.
-    pub x: &'a Compute<D>,
+    pub x: &'a ComputeBuffer<D>,
     /// `[width]`
-    pub weight: &'a Compute<D>,
+    pub weight: &'a ComputeBuffer<D>,
     /// `[rows]`, as the forward assigned it.
     pub rstd: &'a Floats<D>,
     /// Sizes.
@@ -56,15 +56,16 @@ pub struct RmsNormBackward<'a, D: Memory> {
 /// RMSNorm and the residual addition.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the shape, and where the device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Norm: Memory {
     /// Assigns `out = x * rstd * weight` and `rstd[rows] = 1 / sqrt(mean(x^2) + epsilon)`.
     fn rms_norm_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         rstd: &mut Floats<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: NormShape,
     ) -> Result<()> {
         let values = shape.rows * shape.width;
@@ -97,9 +98,9 @@ pub trait Norm: Memory {
     /// Assigns `sum = x + delta` over `[len]`.
     fn add(
         &self,
-        sum: &mut Compute<Self>,
-        x: &Compute<Self>,
-        delta: &Compute<Self>,
+        sum: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        delta: &ComputeBuffer<Self>,
         len: usize,
     ) -> Result<()> {
         let sizes = [("sum", self.len(sum), len), ("x", self.len(x), len), ("delta", self.len(delta), len)];
@@ -107,13 +108,17 @@ pub trait Norm: Memory {
         self.run_add(sum, x, delta, len, checked)
     }
 
-    /// Accumulates `dx[rows, width] += ..` and `dweight[width] += ..`.
+    /// Accumulates `dx[rows, width] += ..` and, where it is given, `dweight[width] += ..`.
     fn rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>) -> Result<()> {
         let shape = operands.shape;
         let values = shape.rows * shape.width;
         let sizes = [
             ("dx", self.len(operands.dx), values),
-            ("dweight", self.len(operands.dweight), shape.width),
+            (
+                "dweight",
+                operands.dweight.as_ref().map_or(shape.width, |dweight| self.len(dweight)),
+                shape.width,
+            ),
             ("dout", self.len(operands.dout), values),
             ("x", self.len(operands.x), values),
             ("weight", self.len(operands.weight), shape.width),
@@ -123,13 +128,17 @@ pub trait Norm: Memory {
         self.run_rms_norm_backward(operands, checked)
     }
 
+    /// Sets the scratch memory aside that [`Norm::rms_norm_backward`] takes for up to `shape.rows` rows, so that no step
+    /// allocates it.
+    fn reserve_rms_norm(&self, shape: NormShape) -> Result<()>;
+
     /// The device's part of [`Norm::rms_norm_forward`].
     fn run_rms_norm_forward(
         &self,
-        out: &mut Compute<Self>,
+        out: &mut ComputeBuffer<Self>,
         rstd: &mut Floats<Self>,
-        x: &Compute<Self>,
-        weight: &Compute<Self>,
+        x: &ComputeBuffer<Self>,
+        weight: &ComputeBuffer<Self>,
         shape: NormShape,
         checked: Checked,
     ) -> Result<()>;
@@ -140,9 +149,9 @@ pub trait Norm: Memory {
     /// The device's part of [`Norm::add`].
     fn run_add(
         &self,
-        sum: &mut Compute<Self>,
-        x: &Compute<Self>,
-        delta: &Compute<Self>,
+        sum: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        delta: &ComputeBuffer<Self>,
         len: usize,
         checked: Checked,
     ) -> Result<()>;

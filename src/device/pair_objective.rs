@@ -29,7 +29,8 @@ pub trait PairObjective: Memory {
     /// Assigns `outcomes` and `coefficients` of `pairs`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] for buffers that are too small, and where the device fails.
+    /// [`crate::Error::Bug`] for buffers that are too small, and
+    /// [`crate::Error::Device`] where the device fails.
     fn pair_objective(&self, operands: ObjectiveOperands<'_, Self>) -> Result<()> {
         let (pairs, tokens) = (operands.pairs.end, self.len(&operands.scores.logp));
         let sizes = [

@@ -1,7 +1,7 @@
 //! Rotary positions (Su et al. 2021), half-split pairs as in Hugging Face checkpoints.
 
 use super::check::check_sizes;
-use super::{AttentionShape, Checked, Compute, Floats, Indices, Memory};
+use super::{AttentionShape, Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::Result;
 
 /// Which way [`RotaryPositions::rope`] turns: the backward of a rotation is the inverse rotation.
@@ -16,14 +16,15 @@ pub enum RopeDirection {
 /// Rotation of queries and keys by their positions.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Device`] for buffers that are smaller than the sizes, and where the device fails;
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
+/// [`crate::Error::Device`] where the device fails;
 /// the CPU also for a position outside the table.
 pub trait RotaryPositions: Memory {
     /// Rotates the query and key heads of `qkv[T, (H + 2K) * E]` in place. `table[positions, E]` holds `E/2` cosines,
     /// then `E/2` sines, of each position.
     fn rope(
         &self,
-        qkv: &mut Compute<Self>,
+        qkv: &mut ComputeBuffer<Self>,
         table: &Floats<Self>,
         positions: &Indices<Self>,
         rows: usize,
@@ -39,7 +40,7 @@ pub trait RotaryPositions: Memory {
     /// The device's part of [`RotaryPositions::rope`].
     fn run_rope(
         &self,
-        qkv: &mut Compute<Self>,
+        qkv: &mut ComputeBuffer<Self>,
         table: &Floats<Self>,
         positions: &Indices<Self>,
         sizes: (usize, AttentionShape),

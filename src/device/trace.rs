@@ -9,6 +9,7 @@ use crate::error::Result;
 pub struct OperationTime {
     /// The launcher's or the operation's name; `operation/launcher` for one of several that make up an operation.
     pub operation: String,
+    /// How long it took.
     pub seconds: f64,
 }
 

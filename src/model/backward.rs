@@ -1,23 +1,36 @@
 //! The Llama backward: from the gradient of the residual stream after the last layer to all weight gradients.
 //!
 //! `scratch.residual` flows from the top of the model down; each block adds what reaches it through its own norm.
-//! Weight gradients accumulate over micro-batches, in f32.
+//! Weight gradients accumulate over micro-batches, in f32. A frozen tensor has none, and the gemm that would form it is
+//! not run.
 
-use super::Llama;
 use super::buffers::{Activations, BackwardScratch};
 use super::projection::ProjectionBackward;
-use super::tensors::{LayerTensors, LlamaTensors};
-use crate::device::{AttentionGradient, BatchBuffers, Device, Floats, RmsNormBackward, RopeDirection};
+use super::tensors::LayerTensors;
+use super::{Gradients, LayerGradients, Llama};
+use crate::device::{AttentionGradient, BatchBuffers, ComputeBuffer, Device, RmsNormBackward, RopeDirection};
 use crate::error::Result;
+
+/// A layer whose gradients the backward has completed, for this micro-batch.
+#[derive(Debug)]
+pub struct CompleteLayer<'a, D: Device> {
+    /// Its number, from 0.
+    pub layer: usize,
+    /// Its weights. The rest of the backward does not read them, so they may be updated.
+    pub weights: &'a mut LayerTensors<ComputeBuffer<D>>,
+    /// The gradients of the trained ones.
+    pub gradients: &'a mut LayerGradients<D>,
+}
 
 /// Learns of each layer when the backward has added all that this micro-batch gives to its gradients: the place to reduce
 /// them between processes, or to apply them, while the layers below are still to come.
 pub trait GradientSink<D: Device> {
-    /// The gradients of `layer` are complete; layers come from the last to the first.
+    /// The gradients of a layer are complete. Layers come from the last one to the lowest that the backward reaches, each
+    /// once.
     ///
     /// # Errors
     /// Those of what the sink does with them; they end the backward.
-    fn layer_complete(&mut self, layer: usize, gradients: &mut LayerTensors<Floats<D>>) -> Result<()>;
+    fn layer_complete(&mut self, layer: CompleteLayer<'_, D>) -> Result<()>;
 }
 
 /// Leaves the gradients where they are: one optimiser step over all of them follows.
@@ -25,166 +38,193 @@ pub trait GradientSink<D: Device> {
 pub struct KeepGradients;
 
 impl<D: Device> GradientSink<D> for KeepGradients {
-    fn layer_complete(&mut self, _: usize, _: &mut LayerTensors<Floats<D>>) -> Result<()> {
+    fn layer_complete(&mut self, _: CompleteLayer<'_, D>) -> Result<()> {
         Ok(())
     }
 }
 
 impl<D: Device> Llama<D> {
     /// Accumulates into `gradients`; `scratch.residual` holds `dL/d residual[L]` on entry and is consumed.
-    /// `activations` must be those of [`Llama::forward`] over the same batch.
+    /// `activations` must be those of [`Llama::forward`] over the same batch. The backward ends at the lowest tensor that
+    /// is trained. Weights change only where `sink` changes them.
     pub fn backward(
-        &self,
-        gradients: &mut LlamaTensors<Floats<D>>,
+        &mut self,
+        gradients: &mut Gradients<D>,
         scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
         tokens: usize,
         sink: &mut impl GradientSink<D>,
     ) -> Result<()> {
-        for layer in (0..self.config.layers).rev() {
-            self.mlp_backward(layer, gradients, scratch, activations, tokens)?;
-            self.attention_backward(layer, gradients, scratch, activations, batch, tokens)?;
-            sink.layer_complete(layer, &mut gradients.layers[layer])?;
+        for layer in (self.lowest_trained_layer()..self.config.layers).rev() {
+            let gradients = &mut gradients.layers[layer];
+            LayerBackward {
+                model: self,
+                weights: &self.weights.layers[layer],
+                slot: activations.slot(layer),
+                residual_slot: activations.residual_slot(layer),
+                gradients: &mut *gradients,
+                scratch: &mut *scratch,
+                activations: &mut *activations,
+                tokens,
+            }
+            .run(batch)?;
+            sink.layer_complete(CompleteLayer {
+                layer,
+                weights: &mut self.weights.layers[layer],
+                gradients,
+            })?;
         }
-        self.device.embedding_backward(
-            &mut gradients.embedding,
-            &scratch.residual,
-            batch,
-            batch.embedding_rows,
-            self.config.hidden_size,
-        )
+        let Some(dtable) = &mut gradients.embedding else { return Ok(()) };
+        let (rows, width) = (batch.embedding_rows, self.config.hidden_size);
+        self.device.embedding_backward(dtable, &scratch.residual, batch, rows, width)
     }
 
-    fn mlp_backward(
-        &self,
-        layer: usize,
-        gradients: &mut LlamaTensors<Floats<D>>,
-        scratch: &mut BackwardScratch<D>,
-        activations: &mut Activations<D>,
-        tokens: usize,
-    ) -> Result<()> {
-        let device = &self.device;
-        let (weights, gradients) = (&self.weights.layers[layer], &mut gradients.layers[layer]);
-        let slot = activations.slot(layer);
-        let mlp_width = self.config.intermediate_size;
+    /// The lowest layer that the gradient must pass through to reach all trained tensors; the number of layers where all
+    /// of them lie above.
+    fn lowest_trained_layer(&self) -> usize {
+        if self.layout.embedding.trained {
+            return 0;
+        }
+        let mut layers = self.layout.layers.iter();
+        let lowest = layers.position(|layer| layer.iter().any(|tensor| tensor.trained));
+        lowest.unwrap_or(self.config.layers)
+    }
+}
 
-        // delta = down(activated)
-        device.swiglu_forward(&mut activations.activated, &activations.gate_up[slot], tokens, mlp_width)?;
-        self.project_backward(ProjectionBackward {
+/// The backward of one layer: what its stages read and write.
+struct LayerBackward<'a, D: Device> {
+    model: &'a Llama<D>,
+    weights: &'a LayerTensors<ComputeBuffer<D>>,
+    slot: usize,
+    residual_slot: usize,
+    gradients: &'a mut LayerGradients<D>,
+    scratch: &'a mut BackwardScratch<D>,
+    activations: &'a mut Activations<D>,
+    tokens: usize,
+}
+
+impl<D: Device> LayerBackward<'_, D> {
+    fn run(&mut self, batch: &BatchBuffers<D>) -> Result<()> {
+        self.down()?;
+        self.gate_up()?;
+        self.attention_out()?;
+        self.attention(batch)?;
+        self.qkv()
+    }
+
+    /// `delta = down(activated)`: from the residual stream's gradient to that of `activated`.
+    fn down(&mut self) -> Result<()> {
+        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        let width = model.config.intermediate_size;
+        let gate_up = &activations.gate_up[*slot];
+        model.device.swiglu_forward(&mut activations.activated, gate_up, *tokens, width)?;
+        model.project_backward(ProjectionBackward {
             dx: &mut scratch.activated,
             dweights: &mut gradients.down,
             dout: &scratch.residual,
             x: &activations.activated,
             weights: &weights.down,
-            shape: self.down_shape(tokens),
-        })?;
+            shape: model.config.down_shape(*tokens),
+        })
+    }
 
-        // activated = silu(gate) * up, gate_up = linear(normed)
-        device.swiglu_backward(
+    /// `activated = silu(gate) * up`, `gate_up = linear(normed)`, `normed = rms_norm(middle)`: to the gradient of the
+    /// residual stream between attention and MLP.
+    fn gate_up(&mut self) -> Result<()> {
+        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        let (slot, tokens, norm_shape) = (*slot, *tokens, model.config.norm_shape(*tokens));
+        model.device.swiglu_backward(
             &mut scratch.gate_up,
             &scratch.activated,
             &activations.gate_up[slot],
             tokens,
-            mlp_width,
+            model.config.intermediate_size,
         )?;
-        device.rms_norm_forward(
+        model.device.rms_norm_forward(
             &mut activations.normed,
             &mut activations.post_rstd[slot],
             &activations.middle[slot],
             &weights.post_norm,
-            self.norm_shape(tokens),
+            norm_shape,
         )?;
-        self.project_backward(ProjectionBackward {
+        model.project_backward(ProjectionBackward {
             dx: &mut scratch.normed,
             dweights: &mut gradients.gate_up,
             dout: &scratch.gate_up,
             x: &activations.normed,
             weights: &weights.gate_up,
-            shape: self.gate_up_shape(tokens),
+            shape: model.config.gate_up_shape(tokens),
         })?;
-
-        // normed = rms_norm(middle)
-        device.rms_norm_backward(RmsNormBackward {
+        model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,
-            dweight: &mut gradients.post_norm,
+            dweight: gradients.post_norm.as_mut(),
             dout: &scratch.normed,
             x: &activations.middle[slot],
             weight: &weights.post_norm,
             rstd: &activations.post_rstd[slot],
-            shape: self.norm_shape(tokens),
+            shape: norm_shape,
         })
     }
 
-    fn attention_backward(
-        &self,
-        layer: usize,
-        gradients: &mut LlamaTensors<Floats<D>>,
-        scratch: &mut BackwardScratch<D>,
-        activations: &mut Activations<D>,
-        batch: &BatchBuffers<D>,
-        tokens: usize,
-    ) -> Result<()> {
-        let device = &self.device;
-        let (weights, gradients) = (&self.weights.layers[layer], &mut gradients.layers[layer]);
-        let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
-        let shape = self.config.attention_shape();
-
-        // delta = attention_out(attention)
-        self.project_backward(ProjectionBackward {
+    /// `delta = attention_out(attention)`: to the gradient of the attention's output.
+    fn attention_out(&mut self) -> Result<()> {
+        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        model.project_backward(ProjectionBackward {
             dx: &mut scratch.attention,
             dweights: &mut gradients.attention_out,
             dout: &scratch.residual,
-            x: &activations.attention[slot],
+            x: &activations.attention[*slot],
             weights: &weights.attention_out,
-            shape: self.attention_out_shape(tokens),
-        })?;
+            shape: model.config.attention_out_shape(*tokens),
+        })
+    }
 
-        // attention = softmax(q k^T) v, q and k rotated
-        device.attention_backward(AttentionGradient {
+    /// `attention = softmax(q k^T) v` with `q` and `k` rotated: to the gradient of `qkv` before the rotation.
+    fn attention(&mut self, batch: &BatchBuffers<D>) -> Result<()> {
+        let LayerBackward { model, slot, scratch, activations, tokens, .. } = self;
+        let shape = model.config.attention_shape();
+        model.device.attention_backward(AttentionGradient {
             dqkv: &mut scratch.qkv,
             dout: &scratch.attention,
-            out: &activations.attention[slot],
-            lse: &activations.attention_lse[slot],
-            qkv: &activations.qkv[slot],
+            out: &activations.attention[*slot],
+            lse: &activations.attention_lse[*slot],
+            qkv: &activations.qkv[*slot],
             batch,
             shape,
         })?;
-        device.rope(
-            &mut scratch.qkv,
-            &self.rope_table,
-            &batch.positions,
-            tokens,
-            shape,
-            RopeDirection::Backward,
-        )?;
+        let (table, positions) = (&model.rope_table, &batch.positions);
+        model.device.rope(&mut scratch.qkv, table, positions, *tokens, shape, RopeDirection::Backward)
+    }
 
-        // qkv = linear(normed)
-        device.rms_norm_forward(
+    /// `qkv = linear(normed)`, `normed = rms_norm(residual)`: to the gradient of the residual stream entering the layer.
+    fn qkv(&mut self) -> Result<()> {
+        let LayerBackward { model, weights, slot, residual_slot, gradients, scratch, activations, tokens } =
+            self;
+        let (slot, residual_slot, norm_shape) = (*slot, *residual_slot, model.config.norm_shape(*tokens));
+        model.device.rms_norm_forward(
             &mut activations.normed,
             &mut activations.input_rstd[slot],
-            &activations.residual[residual],
+            &activations.residual[residual_slot],
             &weights.input_norm,
-            self.norm_shape(tokens),
+            norm_shape,
         )?;
-        self.project_backward(ProjectionBackward {
+        model.project_backward(ProjectionBackward {
             dx: &mut scratch.normed,
             dweights: &mut gradients.qkv,
             dout: &scratch.qkv,
             x: &activations.normed,
             weights: &weights.qkv,
-            shape: self.qkv_shape(tokens),
+            shape: model.config.qkv_shape(*tokens),
         })?;
-
-        // normed = rms_norm(residual)
-        device.rms_norm_backward(RmsNormBackward {
+        model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,
-            dweight: &mut gradients.input_norm,
+            dweight: gradients.input_norm.as_mut(),
             dout: &scratch.normed,
-            x: &activations.residual[residual],
+            x: &activations.residual[residual_slot],
             weight: &weights.input_norm,
             rstd: &activations.input_rstd[slot],
-            shape: self.norm_shape(tokens),
+            shape: norm_shape,
         })
     }
 }

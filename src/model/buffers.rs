@@ -6,7 +6,9 @@
 use super::config::LlamaConfig;
 use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
-use crate::device::{Compute, Device, Floats, TokenCoefficients, TokenScores};
+use crate::device::{
+    AttentionCapacity, ComputeBuffer, Device, Floats, HeadSizes, TokenCoefficients, TokenScores,
+};
 use crate::error::Result;
 use crate::objective::PairOutcome;
 
@@ -15,9 +17,12 @@ use crate::objective::PairOutcome;
 pub struct Capacity {
     /// `T`
     pub tokens: usize,
+    /// Pairs of the batch.
     pub pairs: usize,
     /// `N`
     pub scored: usize,
+    /// Tokens of the longest prompt or response.
+    pub longest_part: usize,
     /// Scored tokens of the longest pair.
     pub longest: usize,
 }
@@ -26,9 +31,12 @@ impl Capacity {
     /// The least capacity that holds `self` and also `batch`.
     pub fn cover(self, batch: &PairBatch) -> Self {
         let longest = batch.scored.iter().map(|pair| pair.rejected.end - pair.chosen.start).max();
+        let longest_part =
+            batch.spans.iter().map(|span| span.prompt.max(span.chosen).max(span.rejected)).max();
         Capacity {
             tokens: self.tokens.max(batch.tokens()),
             pairs: self.pairs.max(batch.spans.len()),
+            longest_part: self.longest_part.max(longest_part.unwrap_or(0) as usize),
             scored: self.scored.max(batch.scored_tokens()),
             longest: self.longest.max(longest.unwrap_or(0)),
         }
@@ -38,7 +46,9 @@ impl Capacity {
 /// Whether the backward follows: without it, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
+    /// Forward and backward.
     Training(HeadOptions),
+    /// Forward alone.
     Inference,
 }
 
@@ -48,27 +58,28 @@ pub enum Purpose {
 pub struct Activations<D: Device> {
     slots: usize,
     /// `[T, D]` the residual stream entering each layer, and after the last.
-    pub residual: Vec<Compute<D>>,
+    pub residual: Vec<ComputeBuffer<D>>,
     /// `[T]` of the norm before attention.
     pub input_rstd: Vec<Floats<D>>,
     /// `[T, (H + 2K) * E]`
-    pub qkv: Vec<Compute<D>>,
+    pub qkv: Vec<ComputeBuffer<D>>,
     /// `[T, H * E]`
-    pub attention: Vec<Compute<D>>,
+    pub attention: Vec<ComputeBuffer<D>>,
     /// `[T, H]`
     pub attention_lse: Vec<Floats<D>>,
     /// `[T, D]` the residual stream between attention and MLP.
-    pub middle: Vec<Compute<D>>,
+    pub middle: Vec<ComputeBuffer<D>>,
     /// `[T]` of the norm before the MLP.
     pub post_rstd: Vec<Floats<D>>,
     /// `[T, 2F]`
-    pub gate_up: Vec<Compute<D>>,
+    pub gate_up: Vec<ComputeBuffer<D>>,
     /// `[T, D]` scratch: a norm's output.
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[T, D]` scratch: what a block adds to the residual stream.
-    pub delta: Compute<D>,
+    pub delta: ComputeBuffer<D>,
     /// `[T, F]` scratch: SwiGLU's output.
-    pub activated: Compute<D>,
+    pub activated: ComputeBuffer<D>,
+    /// Buffers of the log-prob head.
     pub head: HeadBuffers<D>,
 }
 
@@ -76,15 +87,18 @@ pub struct Activations<D: Device> {
 #[derive(Debug)]
 pub struct HeadBuffers<D: Device> {
     /// `[N, D]` the residual rows that predict a target; in the backward, their gradient.
-    pub gathered: Compute<D>,
+    pub gathered: ComputeBuffer<D>,
     /// `[N, D]` the same after the final norm; the head's backward replaces it by its gradient.
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[N]`
     pub rstd: Floats<D>,
+    /// How the head cuts its rows into chunks.
     pub plan: HeadPlan,
     /// `[plan.values]`
-    pub workspace: Compute<D>,
+    pub workspace: ComputeBuffer<D>,
+    /// Log-prob, entropy and logsumexp of each scored token.
     pub scores: TokenScores<D>,
+    /// Coefficients of each scored token.
     pub coefficients: TokenCoefficients<D>,
     /// `[pairs, PairOutcome::WIDTH]`
     pub outcomes: Floats<D>,
@@ -94,22 +108,26 @@ pub struct HeadBuffers<D: Device> {
 #[derive(Debug)]
 pub struct BackwardScratch<D: Device> {
     /// `[T, D]` of the residual stream, from the top of the model down.
-    pub residual: Compute<D>,
+    pub residual: ComputeBuffer<D>,
     /// `[T, D]`
-    pub normed: Compute<D>,
+    pub normed: ComputeBuffer<D>,
     /// `[T, (H + 2K) * E]`
-    pub qkv: Compute<D>,
+    pub qkv: ComputeBuffer<D>,
     /// `[T, H * E]`
-    pub attention: Compute<D>,
+    pub attention: ComputeBuffer<D>,
     /// `[T, 2F]`
-    pub gate_up: Compute<D>,
+    pub gate_up: ComputeBuffer<D>,
     /// `[T, F]`
-    pub activated: Compute<D>,
+    pub activated: ComputeBuffer<D>,
     /// `[N, D]` of the gathered residual rows.
-    pub gathered: Compute<D>,
+    pub gathered: ComputeBuffer<D>,
 }
 
 impl<D: Device> Activations<D> {
+    /// Buffers for batches of up to `capacity`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
@@ -121,7 +139,7 @@ impl<D: Device> Activations<D> {
             Purpose::Training(_) => config.layers + 1,
             Purpose::Inference => 1,
         };
-        let compute = |count: usize, width: usize| -> Result<Vec<Compute<D>>> {
+        let compute = |count: usize, width: usize| -> Result<Vec<ComputeBuffer<D>>> {
             (0..count).map(|_| device.alloc(tokens * width)).collect()
         };
         let floats = |width: usize| -> Result<Vec<Floats<D>>> {
@@ -164,24 +182,47 @@ impl<D: Device> HeadBuffers<D> {
         let scores = TokenScores::new(device, capacity.scored)?;
         let coefficients = TokenCoefficients::new(device, capacity.scored)?;
         let outcomes = device.alloc(capacity.pairs * PairOutcome::WIDTH)?;
-        let shape = (config.hidden_size, config.vocab_size);
+        let (width, vocab) = (config.hidden_size, config.vocab_size);
         let plan = match purpose {
             Purpose::Training(options) => {
-                device.reserve_attention_backward(
-                    capacity.tokens,
-                    capacity.pairs,
-                    config.attention_shape(),
-                )?;
-                HeadPlan::training(device, shape, capacity.scored, capacity.longest, options)?
+                reserve_layers(device, config, capacity)?;
+                HeadPlan::training(device, (width, vocab), capacity.scored, capacity.longest, options)?
             }
-            Purpose::Inference => HeadPlan::inference(device, shape, capacity.scored)?,
+            Purpose::Inference => HeadPlan::inference(device, (width, vocab), capacity.scored)?,
         };
         let workspace = device.alloc(plan.values)?;
+        if let Purpose::Training(_) = purpose {
+            let sizes = HeadSizes { width, vocab, workspace: plan.values };
+            for (mode, rows) in plan.calls(capacity.scored) {
+                device.reserve_logp_head(mode, rows, sizes)?;
+            }
+        }
         Ok(HeadBuffers { gathered, normed, rstd, plan, workspace, scores, coefficients, outcomes })
     }
 }
 
+/// Sets the scratch memory of a layer's operations aside, forward and backward, so that no step allocates it.
+fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<()> {
+    let Capacity { tokens, pairs, longest_part, scored, .. } = capacity;
+    let attention = AttentionCapacity { rows: tokens, pairs, longest_part };
+    device.reserve_attention(attention, config.attention_shape())?;
+    device.reserve_rms_norm(config.norm_shape(tokens.max(scored)))?;
+    for (shape, bias) in [
+        (config.qkv_shape(tokens), config.attention_bias),
+        (config.attention_out_shape(tokens), config.attention_bias),
+        (config.gate_up_shape(tokens), config.mlp_bias),
+        (config.down_shape(tokens), config.mlp_bias),
+    ] {
+        device.reserve_linear(shape, bias)?;
+    }
+    Ok(())
+}
+
 impl<D: Device> BackwardScratch<D> {
+    /// Buffers for batches of up to `capacity`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;

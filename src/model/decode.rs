@@ -4,14 +4,14 @@ use super::buffers::{Activations, Capacity, Purpose};
 use super::forward::Context;
 use super::{Llama, LlamaConfig};
 use crate::data::{PairBatch, PairSpan};
-use crate::device::{BatchBuffers, Compute, Device};
+use crate::device::{BatchBuffers, ComputeBuffer, Device};
 use crate::error::{Error, Result};
 
 /// Rows of `qkv`, after RoPE, of all tokens so far, for each layer; it grows with them.
 #[derive(Debug)]
 pub struct KvCache<D: Device> {
     /// `[capacity, (H + 2K) * E]` each.
-    pub(super) layers: Vec<Compute<D>>,
+    pub(super) layers: Vec<ComputeBuffer<D>>,
     filled: Vec<usize>,
     row_width: usize,
 }
@@ -34,7 +34,13 @@ impl<D: Device> KvCache<D> {
     }
 
     /// Appends the first `rows` rows of `qkv`.
-    pub(super) fn append(&mut self, device: &D, layer: usize, qkv: &Compute<D>, rows: usize) -> Result<()> {
+    pub(super) fn append(
+        &mut self,
+        device: &D,
+        layer: usize,
+        qkv: &ComputeBuffer<D>,
+        rows: usize,
+    ) -> Result<()> {
         let start = self.filled[layer];
         self.reserve(device, layer, start + rows)?;
         device.copy(&mut self.layers[layer], start * self.row_width, qkv, 0, rows * self.row_width)?;
@@ -68,7 +74,7 @@ pub struct Generation<'a, D: Device> {
     cache: KvCache<D>,
     length: usize,
     /// `[V]` on the device.
-    device_logits: Compute<D>,
+    device_logits: ComputeBuffer<D>,
     logits: Vec<f32>,
 }
 
@@ -82,7 +88,8 @@ impl<'a, D: Device> Generation<'a, D> {
                 "give some text, or use a model with a BOS token",
             ));
         }
-        let capacity = Capacity { tokens: prompt.len(), pairs: 1, scored: 1, longest: 1 };
+        let capacity =
+            Capacity { tokens: prompt.len(), pairs: 1, longest_part: prompt.len(), scored: 1, longest: 1 };
         let device = model.device.as_ref();
         let mut generation = Generation {
             model,

@@ -7,7 +7,7 @@
 use super::Llama;
 use super::buffers::Activations;
 use super::decode::KvCache;
-use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearShape, LinearSwiglu, NormShape, RopeDirection};
+use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
 use crate::error::Result;
 
 /// What the queries of a forward see.
@@ -56,30 +56,60 @@ impl<D: Device> Llama<D> {
         tokens: usize,
         context: &mut Context<'_, D>,
     ) -> Result<()> {
-        self.open_layer(layer, activations, tokens)?;
+        match layer.checked_sub(1) {
+            // The first layer has its residual stream from the embedding.
+            None => self.input_norm(layer, activations, tokens)?,
+            Some(before) => self.close_and_open(before, activations, tokens)?,
+        }
         self.attention_block(layer, activations, batch, tokens, context)?;
-        self.mlp_block(layer, activations, tokens)
+        self.gate_up_block(layer, activations, tokens)?;
+        let (x, weights) = (&activations.activated, &self.weights.layers[layer].down);
+        self.project(&mut activations.delta, x, weights, self.config.down_shape(tokens))
     }
 
-    /// The residual sum that ends the layer before, fused with this layer's input norm: to `residual` and `normed`. The
-    /// first layer has its residual stream from the embedding.
-    fn open_layer(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+    /// Computes the activations of a layer that its backward reads once more, to the same bits, from the residual stream
+    /// that enters the layer: `qkv`, `attention` and its lse, `middle`, `gate_up`, and the `rstd` of both norms. The layer's
+    /// output is not formed: the backward does not read it.
+    ///
+    /// `activations.residual` of the layer and `batch` must be those of a forward with [`Context::Packed`].
+    pub fn recompute_layer(
+        &self,
+        layer: usize,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()> {
+        self.input_norm(layer, activations, tokens)?;
+        self.attention_block(layer, activations, batch, tokens, &mut Context::Packed)?;
+        self.gate_up_block(layer, activations, tokens)
+    }
+
+    /// The input norm of a layer over its residual stream: to `normed`.
+    fn input_norm(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
-        let before = layer.checked_sub(1).map(|before| activations.slot(before));
-        let weight = &self.weights.layers[layer].input_norm;
-        let shape = self.norm_shape(tokens);
-        let (out, rstd) = (&mut activations.normed, &mut activations.input_rstd[slot]);
-        let Some(before) = before else {
-            return self.device.rms_norm_forward(out, rstd, &activations.residual[residual], weight, shape);
-        };
+        self.device.rms_norm_forward(
+            &mut activations.normed,
+            &mut activations.input_rstd[slot],
+            &activations.residual[residual],
+            &self.weights.layers[layer].input_norm,
+            self.config.norm_shape(tokens),
+        )
+    }
+
+    /// The residual sum that ends layer `before`, fused with the input norm of the layer after it: to that layer's
+    /// `residual` and to `normed`.
+    fn close_and_open(&self, before: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let layer = before + 1;
+        let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
+        let middle = activations.slot(before);
         self.device.add_rms_norm_forward(AddRmsNorm {
             sum: &mut activations.residual[residual],
-            out,
-            rstd,
-            x: &activations.middle[before],
+            out: &mut activations.normed,
+            rstd: &mut activations.input_rstd[slot],
+            x: &activations.middle[middle],
             delta: &activations.delta,
-            weight,
-            shape,
+            weight: &self.weights.layers[layer].input_norm,
+            shape: self.config.norm_shape(tokens),
         })
     }
 
@@ -99,7 +129,7 @@ impl<D: Device> Llama<D> {
         let attention = &mut activations.attention[slot];
         let lse = &mut activations.attention_lse[slot];
 
-        self.project(qkv, &activations.normed, &weights.qkv, self.qkv_shape(tokens))?;
+        self.project(qkv, &activations.normed, &weights.qkv, self.config.qkv_shape(tokens))?;
         self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
         match context {
             Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
@@ -117,7 +147,7 @@ impl<D: Device> Llama<D> {
             &mut activations.delta,
             attention,
             &weights.attention_out,
-            self.attention_out_shape(tokens),
+            self.config.attention_out_shape(tokens),
         )?;
         self.device.add_rms_norm_forward(AddRmsNorm {
             sum: &mut activations.middle[slot],
@@ -126,23 +156,22 @@ impl<D: Device> Llama<D> {
             x: &activations.residual[residual],
             delta: &activations.delta,
             weight: &weights.post_norm,
-            shape: self.norm_shape(tokens),
+            shape: self.config.norm_shape(tokens),
         })
     }
 
-    /// From `normed` to `delta`.
-    fn mlp_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
-        let weights = &self.weights.layers[layer];
+    /// The MLP up to its last gemm, from `normed`: to `gate_up` and `activated`.
+    fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let weights = &self.weights.layers[layer].gate_up;
         let slot = activations.slot(layer);
         self.device.linear_swiglu_forward(LinearSwiglu {
             out: &mut activations.activated,
             gate_up: &mut activations.gate_up[slot],
             x: &activations.normed,
-            weight: &weights.gate_up.weight,
-            bias: weights.gate_up.bias.as_ref(),
-            shape: self.gate_up_shape(tokens),
-        })?;
-        self.project(&mut activations.delta, &activations.activated, &weights.down, self.down_shape(tokens))
+            weight: &weights.weight,
+            bias: weights.bias.as_ref(),
+            shape: self.config.gate_up_shape(tokens),
+        })
     }
 
     /// The scored rows after the final norm: `head.gathered` and `head.normed`, `[N, D]`.
@@ -166,35 +195,7 @@ impl<D: Device> Llama<D> {
             &mut head.rstd,
             &head.gathered,
             &self.weights.final_norm,
-            self.norm_shape(scored),
+            self.config.norm_shape(scored),
         )
-    }
-
-    pub(super) fn norm_shape(&self, rows: usize) -> NormShape {
-        NormShape { rows, width: self.config.hidden_size, epsilon: self.config.rms_norm_eps }
-    }
-
-    pub(super) fn qkv_shape(&self, rows: usize) -> LinearShape {
-        LinearShape {
-            rows,
-            inputs: self.config.hidden_size,
-            outputs: self.config.attention_shape().qkv_width(),
-        }
-    }
-
-    pub(super) fn attention_out_shape(&self, rows: usize) -> LinearShape {
-        LinearShape {
-            rows,
-            inputs: self.config.attention_shape().out_width(),
-            outputs: self.config.hidden_size,
-        }
-    }
-
-    pub(super) fn gate_up_shape(&self, rows: usize) -> LinearShape {
-        LinearShape { rows, inputs: self.config.hidden_size, outputs: 2 * self.config.intermediate_size }
-    }
-
-    pub(super) fn down_shape(&self, rows: usize) -> LinearShape {
-        LinearShape { rows, inputs: self.config.intermediate_size, outputs: self.config.hidden_size }
     }
 }

@@ -8,24 +8,22 @@
 
 use std::ops::Range;
 
-use super::Llama;
 use super::buffers::{Activations, BackwardScratch, HeadBuffers};
-use super::tensors::LlamaTensors;
+use super::{Gradients, Llama};
 use crate::data::{ScoredPair, micro_batches};
 use crate::device::{
-    BatchBuffers, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
-    RmsNormBackward,
+    BatchBuffers, Device, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands, RmsNormBackward,
 };
 use crate::error::Result;
 use crate::objective::Objective;
 
 impl<D: Device> Llama<D> {
     /// Log-probs, objective and gradient of a batch. Reads the residual stream that [`Llama::forward`] left, assigns
-    /// `scratch.residual`, accumulates into the head's and the final norm's weight scratch, and leaves
+    /// `scratch.residual`, accumulates the gradients of the vocabulary matrix and of the final norm's weight, and leaves
     /// `activations.head.outcomes`.
     pub fn head_forward_backward(
         &self,
-        gradients: &mut LlamaTensors<Floats<D>>,
+        gradients: &mut Gradients<D>,
         scratch: &mut BackwardScratch<D>,
         activations: &mut Activations<D>,
         batch: &BatchBuffers<D>,
@@ -60,7 +58,7 @@ impl<D: Device> Llama<D> {
             })?;
             device.logp_head_backward(HeadBackward {
                 hidden: &mut head.normed,
-                dweight: Some(gradients.head_mut()),
+                dweight: gradients.head_mut().as_mut(),
                 workspace: &mut head.workspace,
                 weight,
                 targets: &batch.targets,
@@ -73,12 +71,12 @@ impl<D: Device> Llama<D> {
         device.zero(&mut scratch.gathered, 0..total * width)?;
         device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.gathered,
-            dweight: &mut gradients.final_norm,
+            dweight: gradients.final_norm.as_mut(),
             dout: &head.normed,
             x: &head.gathered,
             weight: &self.weights.final_norm,
             rstd: &head.rstd,
-            shape: self.norm_shape(total),
+            shape: self.config.norm_shape(total),
         })?;
         let tokens = batch.host_spans.last().map_or(0, |span| span.rows().end);
         device.gather_rows_backward(&mut scratch.residual, &scratch.gathered, batch, tokens, width)

@@ -9,12 +9,14 @@ use crate::error::Result;
 /// What a user may ask of the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadOptions {
+    /// Which mode, or the choice left to the plan.
     pub mode: HeadChoice,
     /// Bytes that probabilities kept for the backward may take.
     pub workspace: usize,
 }
 
 impl HeadOptions {
+    /// Bytes of workspace where none are given.
     pub const DEFAULT_WORKSPACE: usize = 1 << 30;
 }
 
@@ -46,6 +48,7 @@ pub struct HeadPlan {
     pub longest: usize,
     /// Values of [`Memory::Compute`](crate::device::Memory::Compute) in the workspace, and the bytes of these.
     pub values: usize,
+    /// Bytes of workspace that the plan needs.
     pub bytes: usize,
 }
 
@@ -62,7 +65,7 @@ struct Sizes {
     free: Option<usize>,
 }
 
-/// What other operations' scratch memory, reserved in the first step, and the driver may still need.
+/// What the scratch memory of the head itself, reserved after the plan, and the driver may still need.
 const SPARE: usize = 512 << 20;
 
 /// Main mode for short pairs alone is not worth its memory: below this many rows its products wait for the vocabulary
@@ -89,14 +92,21 @@ impl HeadPlan {
             free: device.free_memory()?,
         };
         let (chunk_rows, main_rows) = cut(sizes, options);
-        let mut needed = values(HeadMode::Score, scored)?;
-        if main_rows > 0 {
-            needed = needed.max(values(HeadMode::Main, chunk_rows)?);
+        let mut plan = HeadPlan { chunk_rows, main_rows, longest, values: 0, bytes: 0 };
+        for (mode, rows) in plan.calls(scored) {
+            plan.values = plan.values.max(values(mode, rows)?);
         }
-        if main_rows < longest || main_rows == 0 {
-            needed = needed.max(values(HeadMode::Recompute, scored)?);
-        }
-        Ok(HeadPlan { chunk_rows, main_rows, longest, values: needed, bytes: needed * size })
+        plan.bytes = plan.values * size;
+        Ok(plan)
+    }
+
+    /// The modes that a training run calls the head in, with the most scored tokens of a call; `scored` is those of the
+    /// largest micro-batch. Evaluations run in [`HeadMode::Score`].
+    pub(super) fn calls(&self, scored: usize) -> impl Iterator<Item = (HeadMode, usize)> + use<> {
+        let main = (self.main_rows > 0).then_some((HeadMode::Main, self.chunk_rows));
+        let is_too_long = self.main_rows == 0 || self.main_rows < self.longest;
+        let recompute = is_too_long.then_some((HeadMode::Recompute, scored));
+        std::iter::once((HeadMode::Score, scored)).chain(main).chain(recompute)
     }
 
     /// For log-probs without gradients.

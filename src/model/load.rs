@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use super::{FusedTensor, Llama, LlamaConfig, LlamaTensors, TensorSpec};
+use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{Compute, Device, Floats, RawValues};
+use crate::device::{ComputeBuffer, Device, RawValues};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
     /// Uploads a checkpoint's weights straight from its memory map. `positions` is the longest sequence that will be
     /// run.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
-        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
         };
         Self::assemble(&device, folder.config().clone(), positions, upload)
@@ -24,7 +24,7 @@ impl<D: Device> Llama<D> {
         positions: usize,
         mut values: impl FnMut(&TensorSpec) -> Vec<f32>,
     ) -> Result<Self> {
-        let upload = |weight: &mut Compute<D>, offset: usize, tensor: &TensorSpec| {
+        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, RawValues::from_f32(&values(tensor)))
         };
         Self::assemble(&device, config, positions, upload)
@@ -34,7 +34,7 @@ impl<D: Device> Llama<D> {
         device: &Arc<D>,
         config: LlamaConfig,
         positions: usize,
-        mut upload: impl FnMut(&mut Compute<D>, usize, &TensorSpec) -> Result<()>,
+        mut upload: impl FnMut(&mut ComputeBuffer<D>, usize, &TensorSpec) -> Result<()>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
         let weights = layout.try_map(|fused| {
@@ -50,13 +50,28 @@ impl<D: Device> Llama<D> {
         Ok(Llama { device: Arc::clone(device), config, layout, weights, rope_table })
     }
 
-    /// Trainable values.
+    /// Values of all tensors, frozen ones included.
     pub fn parameters(&self) -> usize {
         self.layout.iter().map(FusedTensor::values).sum()
     }
 
-    /// Zeroed f32 gradients of all weights.
-    pub fn zero_gradients(&self) -> Result<LlamaTensors<Floats<D>>> {
-        self.layout.try_map(|fused| self.device.alloc(fused.values()))
+    /// Freezes the tensors for which `is_frozen` is true, and trains the others. Gradients and optimiser states are made
+    /// for the trained ones alone: call it before [`Llama::zero_gradients`] and before a
+    /// [`Trainer`](crate::train::Trainer) takes the model.
+    pub fn freeze(&mut self, is_frozen: impl Fn(&FusedTensor) -> bool) {
+        for tensor in self.layout.iter_mut() {
+            tensor.trained = !is_frozen(tensor);
+        }
+    }
+
+    /// Zeroed f32 gradients of the trained tensors.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for them.
+    pub fn zero_gradients(&self) -> Result<Gradients<D>> {
+        self.layout.try_map(|tensor| match tensor.trained {
+            true => Ok(Some(self.device.alloc(tensor.values())?)),
+            false => Ok(None),
+        })
     }
 }

@@ -9,6 +9,7 @@ mod forward;
 mod head;
 mod head_plan;
 mod known_keys;
+mod layer_shapes;
 mod load;
 mod projection;
 mod rope;
@@ -17,7 +18,7 @@ mod tensors;
 
 use std::sync::Arc;
 
-pub use backward::{GradientSink, KeepGradients};
+pub use backward::{CompleteLayer, GradientSink, KeepGradients};
 pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
@@ -27,16 +28,24 @@ pub use projection::Projection;
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 
-use crate::device::{Compute, Device, Floats};
+use crate::device::{ComputeBuffer, Device, Floats};
+
+/// f32 gradients of a model's tensors; `None` for a frozen one.
+pub type Gradients<D> = LlamaTensors<Option<Floats<D>>>;
+/// f32 gradients of a layer's tensors; `None` for a frozen one.
+pub type LayerGradients<D> = LayerTensors<Option<Floats<D>>>;
 
 /// Weights on a device, and what is needed to run them.
 #[derive(Debug)]
 pub struct Llama<D: Device> {
+    /// Where the weights are, and what computes.
     pub device: Arc<D>,
+    /// Sizes.
     pub config: LlamaConfig,
-    /// Names and shapes of the checkpoint's tensors inside `weights`.
+    /// Names and shapes of the checkpoint's tensors inside `weights`, and which of `weights` are trained.
     pub layout: LlamaTensors<FusedTensor>,
-    pub weights: LlamaTensors<Compute<D>>,
+    /// The tensors themselves.
+    pub weights: LlamaTensors<ComputeBuffer<D>>,
     /// `[positions, E]`: cosines, then sines.
     rope_table: Floats<D>,
 }

@@ -1,7 +1,7 @@
 //! A linear layer of the model: its tensors, its gemm forward, and its two gemms backward.
 
 use super::Llama;
-use crate::device::{Compute, Device, Floats, LinearShape};
+use crate::device::{ComputeBuffer, Device, Floats, LinearShape};
 use crate::error::Result;
 
 /// One value of type `T` for each tensor of a linear layer: a weight, a gradient, an optimiser state or a name.
@@ -36,15 +36,15 @@ impl<T> Projection<T> {
 /// Operands of [`Llama::project_backward`].
 pub(super) struct ProjectionBackward<'a, D: Device> {
     /// Assigned, `[rows, inputs]`: the gradient of `x`.
-    pub dx: &'a mut Compute<D>,
-    /// Accumulated: the gradients of the layer's tensors.
-    pub dweights: &'a mut Projection<Floats<D>>,
+    pub dx: &'a mut ComputeBuffer<D>,
+    /// Accumulated: the gradients of the layer's tensors; `None` for those that are frozen.
+    pub dweights: &'a mut Projection<Option<Floats<D>>>,
     /// `[rows, outputs]`: the gradient of the layer's output.
-    pub dout: &'a Compute<D>,
+    pub dout: &'a ComputeBuffer<D>,
     /// `[rows, inputs]`, the input of the forward.
-    pub x: &'a Compute<D>,
+    pub x: &'a ComputeBuffer<D>,
     /// The layer's tensors.
-    pub weights: &'a Projection<Compute<D>>,
+    pub weights: &'a Projection<ComputeBuffer<D>>,
     /// Sizes.
     pub shape: LinearShape,
 }
@@ -53,19 +53,22 @@ impl<D: Device> Llama<D> {
     /// Assigns `out[rows, outputs] = x[rows, inputs] * weight^T + bias`.
     pub(super) fn project(
         &self,
-        out: &mut Compute<D>,
-        x: &Compute<D>,
-        weights: &Projection<Compute<D>>,
+        out: &mut ComputeBuffer<D>,
+        x: &ComputeBuffer<D>,
+        weights: &Projection<ComputeBuffer<D>>,
         shape: LinearShape,
     ) -> Result<()> {
         self.device.linear_forward(out, x, &weights.weight, weights.bias.as_ref(), shape)
     }
 
-    /// Accumulates the gradients of weight and bias, then assigns the gradient of the input.
+    /// Accumulates the gradients of weight and bias, unless both are frozen, then assigns the gradient of the input.
     pub(super) fn project_backward(&self, operands: ProjectionBackward<'_, D>) -> Result<()> {
         let ProjectionBackward { dx, dweights, dout, x, weights, shape } = operands;
-        let Projection { weight: dweight, bias: dbias } = dweights;
-        self.device.linear_backward_weight(dweight, dbias.as_mut(), dout, x, shape)?;
+        let dweight = dweights.weight.as_mut();
+        let dbias = dweights.bias.as_mut().and_then(Option::as_mut);
+        if dweight.is_some() || dbias.is_some() {
+            self.device.linear_backward_weight(dweight, dbias, dout, x, shape)?;
+        }
         self.device.linear_backward_input(dx, dout, &weights.weight, shape)
     }
 }

@@ -11,6 +11,7 @@ use super::config::{LlamaConfig, TensorSpec};
 pub struct LlamaTensors<T> {
     /// `[V, D]`; also the output head where `lm_head` is `None` (tied).
     pub embedding: T,
+    /// The layers, first to last.
     pub layers: Vec<LayerTensors<T>>,
     /// `[D]`
     pub final_norm: T,
@@ -38,12 +39,20 @@ pub struct LayerTensors<T> {
 /// The checkpoint tensors that lie one after the other in a fused tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FusedTensor {
+    /// Names and shapes, in order.
     pub parts: Vec<TensorSpec>,
+    /// Whether training changes it. A frozen tensor keeps its values: it has no gradient and no optimiser state.
+    pub trained: bool,
 }
 
 impl FusedTensor {
     fn of(parts: Vec<TensorSpec>) -> Self {
-        FusedTensor { parts }
+        FusedTensor { parts, trained: true }
+    }
+
+    /// The name of the first part, by which checkpoints know the whole.
+    pub fn name(&self) -> &str {
+        self.parts.first().map_or("", |part| part.name.as_str())
     }
 
     /// Number of values.
@@ -115,6 +124,7 @@ impl<T> LlamaTensors<T> {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The vocabulary matrix of the head: the embedding where the two are tied.
     pub fn head_mut(&mut self) -> &mut T {
         self.lm_head.as_mut().unwrap_or(&mut self.embedding)
     }
@@ -158,14 +168,16 @@ impl<T> LayerTensors<T> {
         })
     }
 
-    fn iter(&self) -> impl Iterator<Item = &T> {
+    /// All values of the layer, in the order of [`LlamaTensors::try_map`].
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
         let attention =
             std::iter::once(&self.input_norm).chain(self.qkv.iter()).chain(self.attention_out.iter());
         let mlp = std::iter::once(&self.post_norm).chain(self.gate_up.iter()).chain(self.down.iter());
         attention.chain(mlp)
     }
 
-    fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+    /// As [`LayerTensors::iter`].
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         let LayerTensors { input_norm, qkv, attention_out, post_norm, gate_up, down } = self;
         let attention = std::iter::once(input_norm).chain(qkv.iter_mut()).chain(attention_out.iter_mut());
         let mlp = std::iter::once(post_norm).chain(gate_up.iter_mut()).chain(down.iter_mut());

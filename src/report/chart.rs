@@ -23,13 +23,17 @@ const SMOOTH_FROM: usize = 30;
 /// A named line over steps.
 #[derive(Clone, Debug)]
 pub struct Line {
+    /// The name in the legend.
     pub name: &'static str,
+    /// Values by step, in order of the steps.
     pub points: Vec<(f64, f64)>,
     /// Number of its colour on the page.
     pub color: usize,
+    /// How the points are drawn.
     pub kind: LineKind,
 }
 
+/// How the points of a line are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LineKind {
     /// Differs from step to step by chance: a long one is drawn faint, with a smoothed one in front.
@@ -40,11 +44,14 @@ pub enum LineKind {
     Dots,
 }
 
+/// A chart: lines over the steps of a run.
 #[derive(Clone, Debug)]
 pub struct Chart {
+    /// What stands above it.
     pub title: &'static str,
     /// What is shown, in a sentence.
     pub about: &'static str,
+    /// Its lines, in the order of the legend.
     pub lines: Vec<Line>,
     /// Shares have an axis of 0 to 1, whatever the values.
     pub share: bool,

@@ -10,9 +10,6 @@ use miette::{Diagnostic, MietteDiagnostic, MietteHandlerOpts};
 use super::escape::escaped;
 use crate::error::Error;
 
-/// Exit code of a fault of the program itself: `EX_SOFTWARE` of sysexits.h.
-pub const BUG_EXIT_CODE: u8 = 70;
-
 /// The latest panic: what it said and where.
 static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 

@@ -27,7 +27,7 @@ impl MetricsWriter {
         Ok(MetricsWriter { path, file })
     }
 
-    /// Goes on behind step `step`: later lines, and a last line that a crash cut short, are taken off, so that the
+    /// Continues after step `step`: later lines, and a last line that a crash cut short, are taken off, so that the
     /// steps that are done again are not in the file twice.
     pub fn resume(folder: &Path, step: usize) -> Result<Self> {
         let path = folder.join(METRICS_FILE);
@@ -49,10 +49,18 @@ impl MetricsWriter {
         Ok(MetricsWriter { path, file })
     }
 
+    /// Appends the line of a step.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written.
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.line(metrics.step, metrics.fields())
     }
 
+    /// Appends the line of an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written.
     pub fn evaluation(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.line(metrics.step, metrics.fields())
     }

@@ -7,6 +7,7 @@ use super::history::History;
 use super::metrics::EvalMetrics;
 use super::progress::duration;
 use super::summary::{Sample, compare};
+use crate::objective::ObjectiveKind;
 
 /// Name of the file in a run's output folder.
 pub const REPORT_FILE: &str = "report.html";
@@ -27,11 +28,13 @@ pub struct RunReport {
     pub device: String,
     /// The resolved recipe, TOML.
     pub recipe: String,
+    /// The metrics of every step and evaluation.
     pub history: History,
     /// The training pairs, and those of the evaluation where there are some.
     pub data: Vec<DataSummary>,
     /// Evaluations of the same pairs before the first and after the last step.
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
+    /// Prompts with the answers before and after.
     pub samples: Vec<Sample>,
     /// What a user should know of this run: saturated weights, many cut prompts.
     pub warnings: Vec<String>,
@@ -44,7 +47,9 @@ pub struct RunReport {
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
     pub name: String,
+    /// Records read.
     pub read: usize,
+    /// Pairs used.
     pub used: usize,
     /// Reasons for dropping a pair, and how often.
     pub dropped: Vec<(String, usize)>,
@@ -253,20 +258,25 @@ fn begin_table(out: &mut String, columns: &[&str]) {
 
 /// The charts that a run's metrics have lines for.
 fn charts(history: &History) -> Vec<Chart> {
-    let line = |name, series: &str, color| Line {
-        name,
-        points: history.series(series),
-        color,
-        kind: LineKind::Noisy,
-    };
-    let dots = |name, series: &str, color| Line {
-        name,
-        points: history.series(series),
-        color,
-        kind: LineKind::Dots,
-    };
-    let learning_rate = Line { kind: LineKind::Exact, ..line("learning rate", "learning_rate", 0) };
-    [
+    let charts = [preference_charts(history), training_charts(history)];
+    charts.into_iter().flatten().flatten().collect()
+}
+
+/// A value of every step, whose trend is drawn.
+fn line(history: &History, name: &'static str, series: &str, color: usize) -> Line {
+    Line { name, points: history.series(series), color, kind: LineKind::Noisy }
+}
+
+/// A value of every evaluation.
+fn dots(history: &History, name: &'static str, series: &str, color: usize) -> Line {
+    Line { kind: LineKind::Dots, ..line(history, name, series, color) }
+}
+
+/// What training does to the preferences of the model.
+fn preference_charts(history: &History) -> Vec<Option<Chart>> {
+    let line = |name, series, color| line(history, name, series, color);
+    let dots = |name, series, color| dots(history, name, series, color);
+    vec![
         Chart::of(
             "Loss",
             "Mean over the pairs of a step.",
@@ -307,8 +317,19 @@ fn charts(history: &History) -> Vec<Chart> {
             "Mean softmax weight of the chosen response, and the share of pairs with a weight above 0.99, which train on \
              one response alone.",
             true,
-            vec![line("weight of chosen", "weights/chosen", 0), line("saturated pairs", "weights/saturated", 1)],
+            vec![
+                line("weight of chosen", "weights/chosen", 0),
+                line("saturated pairs", "weights/saturated", 1),
+            ],
         ),
+    ]
+}
+
+/// How the training itself goes.
+fn training_charts(history: &History) -> Vec<Option<Chart>> {
+    let line = |name, series, color| line(history, name, series, color);
+    let learning_rate = Line { kind: LineKind::Exact, ..line("learning rate", "learning_rate", 0) };
+    vec![
         Chart::of(
             "Gradient norm",
             "Global l2 norm before clipping.",
@@ -323,20 +344,11 @@ fn charts(history: &History) -> Vec<Chart> {
             vec![line("tokens a second", "tokens_per_second", 0)],
         ),
     ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
 
 /// An objective as its paper writes it.
 fn written(objective: &str) -> &str {
-    match objective {
-        "mmpo" => "MMPO",
-        "dpo" => "DPO",
-        "simpo" => "SimPO",
-        "sft" => "SFT",
-        other => other,
-    }
+    ObjectiveKind::from_name(objective).map_or(objective, |kind| kind.descriptor().title)
 }
 
 /// At most `most` of the steps, evenly spread, the first and the last among them.

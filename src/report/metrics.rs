@@ -9,7 +9,9 @@ const SATURATED: f64 = 0.99;
 /// Means over pairs. Log-probs are sums over a response's tokens, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairMetrics {
+    /// Mean loss, as the objective defines it.
     pub loss: f64,
+    /// Mean log-prob of the chosen responses, sums over tokens, in nats.
     pub logps_chosen: f64,
     /// `None` where the rejected response is not looked at (SFT).
     pub preference: Option<PreferenceMetrics>,
@@ -17,20 +19,26 @@ pub struct PairMetrics {
     pub weights: Option<WeightMetrics>,
 }
 
+/// Metrics of objectives that see both responses; means over pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PreferenceMetrics {
+    /// Reward of the chosen response.
     pub rewards_chosen: f64,
+    /// Reward of the rejected response.
     pub rewards_rejected: f64,
     /// Share of the pairs whose chosen response has the higher reward.
     pub accuracy: f64,
+    /// Log-prob of the rejected responses, sums over tokens, in nats.
     pub logps_rejected: f64,
     /// Share of the pairs whose chosen response is the likelier one; unlike MMPO's rewards it holds no part of the
     /// label.
     pub likelier: f64,
 }
 
+/// The softmax weights that MMPO gives the responses.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct WeightMetrics {
+    /// Mean weight of the chosen response.
     pub chosen: f64,
     /// Share of the pairs that effectively train on one response alone.
     pub saturated: f64,
@@ -43,14 +51,16 @@ pub struct StepMetrics {
     pub step: usize,
     /// Passes over the data done, a fraction.
     pub epoch: f64,
+    /// Metrics of the step's pairs.
     pub pairs: PairMetrics,
     /// Global l2 norm before clipping.
     pub grad_norm: f64,
+    /// The learning rate of the step.
     pub learning_rate: f64,
+    /// Tokens of the packed batches a second.
     pub tokens_per_second: f64,
+    /// Pairs a second.
     pub pairs_per_second: f64,
-    /// Share of the device's peak arithmetic that the model's products used; `None` where the peak is unknown.
-    pub mfu: Option<f64>,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
 }
@@ -60,7 +70,9 @@ pub struct StepMetrics {
 pub struct EvalMetrics {
     /// Optimiser steps done before it.
     pub step: usize,
+    /// Epochs done so far, with fractions.
     pub epoch: f64,
+    /// Metrics of the evaluated pairs.
     pub pairs: PairMetrics,
 }
 
@@ -90,7 +102,7 @@ impl PairMetrics {
             loss,
             logps_chosen: mean(&|outcome| outcome.logp_chosen.into()),
             preference: (objective.sides() == Sides::Both).then(preference),
-            weights: matches!(objective, Objective::Mmpo(_)).then(weights),
+            weights: objective.descriptor().has_weights.then(weights),
         }
     }
 
@@ -144,7 +156,6 @@ impl StepMetrics {
             ("tokens_per_second", self.tokens_per_second),
             ("pairs_per_second", self.pairs_per_second),
         ]);
-        fields.extend(self.mfu.map(|mfu| ("mfu", mfu)));
         fields.extend(self.memory_peak_gib.map(|gib| ("memory/peak_gib", gib)));
         fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
     }
@@ -238,12 +249,11 @@ mod tests {
             weights: Some(WeightMetrics::default()),
             ..PairMetrics::default()
         };
-        let step =
-            StepMetrics { pairs, mfu: Some(0.4), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
+        let step = StepMetrics { pairs, memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
         let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
              logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen weights/saturated \
-             tokens_per_second pairs_per_second mfu memory/peak_gib";
+             tokens_per_second pairs_per_second memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();

@@ -12,7 +12,7 @@ mod summary;
 mod tensorboard;
 
 pub use escape::escaped;
-pub use failure::{BUG_EXIT_CODE, bug_message, note_panics, print_bug, print_error, wants_color};
+pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color};
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
 pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};

@@ -5,17 +5,24 @@ use super::metrics::{EvalMetrics, PreferenceMetrics, WeightMetrics};
 /// What the model answers before and after training.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
+    /// The prompt.
     pub prompt: String,
+    /// The answer before training.
     pub before: String,
+    /// The answer after training.
     pub after: String,
 }
 
 /// A line of the before-and-after table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ComparisonRow {
+    /// What the row is about.
     pub label: &'static str,
+    /// Its value before training.
     pub before: String,
+    /// Its value after training.
     pub after: String,
+    /// The difference, with its sign.
     pub change: String,
     /// `None` where neither direction is the better one.
     pub better: Option<bool>,
@@ -79,7 +86,7 @@ pub fn summary(before: &EvalMetrics, after: &EvalMetrics, samples: &[Sample]) ->
     text
 }
 
-/// Wrapped at spaces, and set under the column behind its label. Control characters would reach the terminal as
+/// Wrapped at spaces, and set under the column after its label. Control characters would reach the terminal as
 /// commands, so they become spaces.
 fn indented(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();

@@ -46,10 +46,18 @@ impl EventWriter {
         Ok(writer)
     }
 
+    /// Writes the scalars of a step.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) if they cannot be written.
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.scalars(metrics.step, &metrics.fields())
     }
 
+    /// Writes the scalars of an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) if they cannot be written.
     pub fn evaluation(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let mut fields = metrics.fields();
         // The steps' own `epoch` is the one to chart.

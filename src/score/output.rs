@@ -70,6 +70,10 @@ impl ScoreOutput {
         }
     }
 
+    /// Writes all lines at once.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be written.
     pub fn write(&self, text: &str) -> Result<()> {
         match self {
             ScoreOutput::StandardOutput => print_result(text).map(|_| ()),

@@ -12,11 +12,17 @@ use crate::objective::ReferencePair;
 /// What a model says of a pair: sums over the scored tokens, nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairScore {
+    /// Log-prob of the chosen response.
     pub logp_chosen: f64,
+    /// Log-prob of the rejected response.
     pub logp_rejected: f64,
+    /// Entropy along the chosen response; 0 where it was not asked for.
     pub entropy_chosen: f64,
+    /// Entropy along the rejected response; 0 where it was not asked for.
     pub entropy_rejected: f64,
+    /// Scored tokens of the chosen response.
     pub tokens_chosen: usize,
+    /// Scored tokens of the rejected response.
     pub tokens_rejected: usize,
 }
 
@@ -40,6 +46,7 @@ impl PairScore {
         ))
     }
 
+    /// The same as objectives take it.
     pub fn reference(&self) -> ReferencePair {
         ReferencePair {
             logp_chosen: self.logp_chosen as f32,
@@ -63,6 +70,10 @@ pub struct Scorer<'a, D: Device> {
 }
 
 impl<'a, D: Device> Scorer<'a, D> {
+    /// Buffers for all micro-batches of `pairs`, each of up to `token_budget` tokens, or of one pair that is longer.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device has not enough memory.
     pub fn new(model: &'a Llama<D>, pairs: &'a [TokenizedPair], token_budget: usize) -> Result<Self> {
         let device = model.device.as_ref();
         let sizes: Vec<usize> = pairs.iter().map(TokenizedPair::tokens).collect();

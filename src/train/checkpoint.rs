@@ -10,9 +10,10 @@ use crate::checkpoint::run_state::save_checkpoint;
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
 };
-use crate::device::{AdamWState, Compute, Device, RawValues};
+use crate::device::{Device, RawValues};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
+use crate::optimizer::StateBuffer;
 
 /// Options that may differ between the parts of a run: they say where things are and when, not what is computed. Model,
 /// reference and pairs are compared by what they hold, so that another spelling of a path is no other run.
@@ -30,9 +31,6 @@ pub const FREE_OPTIONS: &[&str] = &[
     "device",
 ];
 
-/// The three f32 tensors of every weight.
-const KINDS: [&str; 3] = ["weight", "first_moment", "second_moment"];
-
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.
 ///
 /// # Errors
@@ -47,16 +45,22 @@ pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep:
     run_state::prune(run, keep)
 }
 
-/// Puts `checkpoint` into `trainer`.
+/// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
 pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
-    let device = trainer.model.device.clone();
-    let layout: Vec<FusedTensor> = trainer.model.layout.iter().cloned().collect();
-    let states = trainer.states.iter_mut();
-    for ((fused, weight), state) in layout.iter().zip(trainer.model.weights.iter_mut()).zip(states) {
-        let stored = |kind: &str| checkpoint.values::<f32>(&stored_name(fused, kind), &[fused.values()]);
-        restore_weight(device.as_ref(), weight, state, stored(KINDS[0])?)?;
-        device.upload(&mut state.first_moment, 0, stored(KINDS[1])?)?;
-        device.upload(&mut state.second_moment, 0, stored(KINDS[2])?)?;
+    let Trainer { model, states, .. } = trainer;
+    let device = model.device.as_ref();
+    for ((tensor, weight), state) in model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut())
+    {
+        let Some(state) = state else { continue };
+        for buffer in StateBuffer::ALL {
+            let values = checkpoint.values::<f32>(&stored_name(tensor, buffer), &[tensor.values()])?;
+            if buffer == StateBuffer::Weight {
+                device.upload_values(weight, 0, RawValues::from_f32(values))?;
+            }
+            if let Some(kept) = state.get_mut(buffer) {
+                device.upload(kept, 0, values)?;
+            }
+        }
     }
     Ok(())
 }
@@ -87,55 +91,177 @@ pub fn save_weights<D: Device>(
     })
 }
 
-fn restore_weight<D: Device>(
-    device: &D,
-    weight: &mut Compute<D>,
-    state: &mut AdamWState<D>,
-    values: &[f32],
-) -> Result<()> {
-    if let Some(master) = &mut state.master {
-        device.upload(master, 0, values)?;
-    }
-    device.upload_values(weight, 0, RawValues::from_f32(values))
-}
-
-/// What a checkpoint of a model of this layout holds.
+/// What a checkpoint of a model of this layout holds: every buffer of each trained tensor's state.
 pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>) -> Vec<StoredTensor> {
-    let of = |kind: &'static str| {
-        layout
-            .iter()
-            .map(move |fused| StoredTensor::new(stored_name(fused, kind), Dtype::F32, &[fused.values()]))
-    };
-    KINDS.into_iter().flat_map(of).collect()
+    let mut stored = Vec::new();
+    for tensor in layout.iter().filter(|tensor| tensor.trained) {
+        let shape = [tensor.values()];
+        stored.extend(
+            StateBuffer::ALL.map(|buffer| StoredTensor::new(stored_name(tensor, buffer), Dtype::F32, &shape)),
+        );
+    }
+    stored
 }
 
-/// A fused tensor goes by the name of its first part.
-fn stored_name(fused: &FusedTensor, kind: &str) -> String {
-    let part = fused.parts.first().map_or("", |part| part.name.as_str());
-    format!("{kind}/{part}")
+fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
+    format!("{}/{}", buffer.name(), tensor.name())
 }
 
+/// Assigns `values` of the stored tensor `name` from index `offset` on.
 fn download<D: Device>(trainer: &Trainer<D>, name: &str, offset: usize, values: &mut [f32]) -> Result<()> {
     let (model, device) = (&trainer.model, trainer.device());
-    for ((fused, weight), state) in model.layout.iter().zip(model.weights.iter()).zip(trainer.states.iter()) {
-        let is = |kind: &str| stored_name(fused, kind) == name;
-        if is(KINDS[0]) {
-            return match &state.master {
-                Some(master) => device.download(values, master, offset),
+    let weights = model.layout.iter().zip(model.weights.iter());
+    for ((tensor, weight), state) in weights.zip(trainer.states.iter()) {
+        let Some(state) = state else { continue };
+        if let Some(buffer) = StateBuffer::ALL.into_iter().find(|&buffer| stored_name(tensor, buffer) == name)
+        {
+            return match state.get(buffer) {
+                Some(kept) => device.download(values, kept, offset),
                 None => device.download_compute(values, weight, offset),
             };
-        } else if is(KINDS[1]) {
-            return device.download(values, &state.first_moment, offset);
-        } else if is(KINDS[2]) {
-            return device.download(values, &state.second_moment, offset);
         }
     }
     Err(unknown(name))
 }
 
 fn unknown(name: &str) -> Error {
-    Error::device(
-        format!("no tensor `{name}` in this model"),
-        "this is a mistake in the program; please report it",
-    )
+    Error::bug(format!("no tensor `{name}` in this model"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::checkpoint::run_state::{self, RngPosition, RunIdentity};
+    use crate::device::cpu::CpuDevice;
+    use crate::device::prelude::*;
+    use crate::model::{Capacity, HeadOptions, Llama, LlamaConfig, TensorSpec};
+    use crate::objective::Objective;
+    use crate::train::Workload;
+
+    const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12,
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true}"#;
+
+    fn trainer(is_frozen: impl Fn(&FusedTensor) -> bool) -> Trainer<CpuDevice> {
+        let device = Arc::new(CpuDevice::new(Some(1)).unwrap());
+        let config = LlamaConfig::parse(Path::new("config.json"), CONFIG).unwrap();
+        let values = |tensor: &TensorSpec| vec![0.5; tensor.values()];
+        let mut model = Llama::from_values(device, config, 16, values).unwrap();
+        model.freeze(is_frozen);
+        let micro_batch = Capacity { tokens: 16, pairs: 1, longest_part: 8, scored: 8, longest: 8 };
+        let head = HeadOptions::default();
+        let workload = Workload { micro_batch, pairs_per_step: 1, token_budget: 16, head };
+        Trainer::new(model, Objective::Sft, workload).unwrap()
+    }
+
+    fn state() -> RunState {
+        RunState {
+            step: 7,
+            epoch: 0,
+            pairs_seen: 7,
+            rng: RngPosition::default(),
+            identity: RunIdentity::default(),
+        }
+    }
+
+    /// What stands at an index of a stored tensor; another number for each.
+    fn stored(name: &str, index: usize) -> f32 {
+        let salt: usize = name.bytes().map(usize::from).sum();
+        (salt + index) as f32 / 8192.0
+    }
+
+    /// Names as every version so far has written them, spelt out here on purpose.
+    const NAMES: [&str; 3] = ["weight", "first_moment", "second_moment"];
+    const TENSORS: [(&str, usize); 14] = [
+        ("model.embed_tokens.weight", 96),
+        ("model.layers.0.input_layernorm.weight", 8),
+        ("model.layers.0.self_attn.q_proj.weight", 128),
+        ("model.layers.0.self_attn.o_proj.weight", 64),
+        ("model.layers.0.post_attention_layernorm.weight", 8),
+        ("model.layers.0.mlp.gate_proj.weight", 128),
+        ("model.layers.0.mlp.down_proj.weight", 64),
+        ("model.layers.1.input_layernorm.weight", 8),
+        ("model.layers.1.self_attn.q_proj.weight", 128),
+        ("model.layers.1.self_attn.o_proj.weight", 64),
+        ("model.layers.1.post_attention_layernorm.weight", 8),
+        ("model.layers.1.mlp.gate_proj.weight", 128),
+        ("model.layers.1.mlp.down_proj.weight", 64),
+        ("model.norm.weight", 8),
+    ];
+
+    /// A checkpoint in that layout, made without the optimiser's own names.
+    fn write_old(run: &Path, tensors: &[(&str, usize)]) {
+        let of = |kind: &str| -> Vec<StoredTensor> {
+            let stored = tensors.iter().map(|(tensor, values)| {
+                StoredTensor::new(format!("{kind}/{tensor}"), Dtype::F32, &[*values])
+            });
+            stored.collect()
+        };
+        let layout: Vec<StoredTensor> = NAMES.into_iter().flat_map(of).collect();
+        save_checkpoint(run, &state(), &layout, |tensor, offset, bytes| {
+            for (index, value) in bytemuck::cast_slice_mut::<u8, f32>(bytes).iter_mut().enumerate() {
+                *value = stored(&tensor.name, offset + index);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    fn open(run: &Path) -> (std::path::PathBuf, Checkpoint) {
+        let path = run_state::latest(run).unwrap().unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        (path, checkpoint)
+    }
+
+    fn values(trainer: &Trainer<CpuDevice>, buffer: &crate::device::cpu::CpuBuffer<f32>) -> Vec<f32> {
+        let mut values = vec![0.0; buffer.len()];
+        trainer.device().download(&mut values, buffer, 0).unwrap();
+        values
+    }
+
+    /// A checkpoint of an earlier version puts its bits into weights and moments, and is written again byte for byte.
+    #[test]
+    fn an_old_checkpoint_is_restored_and_written_again_to_the_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+        write_old(&old, &TENSORS);
+        let mut trainer = trainer(|_| false);
+        let (old, checkpoint) = open(&old);
+        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout)).unwrap();
+        restore(&checkpoint, &mut trainer).unwrap();
+        let layer = &trainer.model.weights.layers[1].down.weight;
+        let wanted = |kind: &str| -> Vec<f32> {
+            let name = format!("{kind}/model.layers.1.mlp.down_proj.weight");
+            (0..64).map(|index| stored(&name, index)).collect()
+        };
+        assert_eq!(values(&trainer, layer), wanted("weight"));
+        let moments = trainer.states.layers[1].down.weight.as_ref().unwrap();
+        assert_eq!(values(&trainer, &moments.first_moment), wanted("first_moment"));
+        assert_eq!(values(&trainer, &moments.second_moment), wanted("second_moment"));
+
+        save(&new, &trainer, &state(), 1).unwrap();
+        for file in ["state.safetensors", "state.json", "B3SUMS"] {
+            let bytes = |run: &Path| std::fs::read(run.join(file)).unwrap();
+            assert!(bytes(&old) == bytes(&open(&new).0), "{file}");
+        }
+    }
+
+    /// A checkpoint holds the trained tensors alone; one with more, or with less, is of another run.
+    #[test]
+    fn frozen_tensors_are_not_stored() {
+        let folder = tempfile::tempdir().unwrap();
+        let is_frozen = |tensor: &FusedTensor| !tensor.name().starts_with("model.layers.1.");
+        let trainer = trainer(is_frozen);
+        save(folder.path(), &trainer, &state(), 1).unwrap();
+        let (_, checkpoint) = open(folder.path());
+        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout)).unwrap();
+        let name = "weight/model.layers.1.mlp.down_proj.weight";
+        assert_eq!(checkpoint.values::<f32>(name, &[64]).unwrap(), [0.5; 64]);
+        assert!(checkpoint.values::<f32>("weight/model.norm.weight", &[8]).is_err());
+        let all = self::trainer(|_| false);
+        let error = checkpoint.check_tensors(&stored_tensors(&all.model.layout)).unwrap_err();
+        assert_eq!(error.exit_code(), 4, "{error}");
+    }
 }

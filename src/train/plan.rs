@@ -2,11 +2,10 @@
 //! checkpoint of each step must say.
 
 use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
-use crate::config::{OptimizerConfig, RunConfig, Warmup};
+use crate::config::{RunConfig, Warmup};
 use crate::data::BatchOrder;
-use crate::device::AdamWStep;
 use crate::error::{Error, Result};
-use crate::optimizer::Schedule;
+use crate::optimizer::{AdamWSettings, AdamWStep, Schedule};
 
 /// An AdamW update of this size or more is refused: two weights of it have a product that f32 (and bf16, whose range
 /// is the same) cannot hold, so that no forward pass would give a number.
@@ -21,7 +20,7 @@ pub struct Plan {
     pub pairs_per_step: usize,
     pairs: usize,
     schedule: Schedule,
-    optimizer: OptimizerConfig,
+    optimizer: AdamWSettings,
     seed: u64,
     /// Whether the number of steps was asked for.
     is_given: bool,
@@ -57,16 +56,7 @@ impl Plan {
 
     /// The update with 0-based number `step`.
     pub fn adamw(&self, step: usize) -> AdamWStep {
-        let optimizer = &self.optimizer;
-        let factor = self.schedule.factor(step, self.warmup_steps, self.total_steps);
-        AdamWStep {
-            learning_rate: (optimizer.learning_rate * factor) as f32,
-            beta1: optimizer.beta1 as f32,
-            beta2: optimizer.beta2 as f32,
-            epsilon: optimizer.epsilon as f32,
-            weight_decay: optimizer.weight_decay as f32,
-            step: step as u32 + 1,
-        }
+        self.optimizer.step(self.schedule.factor(step, self.warmup_steps, self.total_steps), step as u32 + 1)
     }
 
     /// Where a run stands after `step` steps.

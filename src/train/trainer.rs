@@ -3,19 +3,22 @@
 use std::sync::Arc;
 
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{AdamWState, AdamWStep, AdamWUpdate, BatchBuffers, Device, Floats};
-use crate::error::Result;
+use crate::device::{BatchBuffers, Device, Floats};
+use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
-    Activations, BackwardScratch, Capacity, Context, HeadOptions, HeadPlan, KeepGradients, Llama,
+    Activations, BackwardScratch, Capacity, Context, Gradients, HeadOptions, HeadPlan, KeepGradients, Llama,
     LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
+use crate::optimizer::{AdamWStep, OptimizerState};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
 pub struct TrainingPair<'a> {
+    /// The pair.
     pub pair: &'a TokenizedPair,
+    /// What the frozen reference says of it.
     pub reference: ReferencePair,
 }
 
@@ -35,9 +38,12 @@ pub struct StepResult {
 /// A model in training: weights, gradients, optimiser states and the buffers of the largest micro-batch.
 #[derive(Debug)]
 pub struct Trainer<D: Device> {
+    /// The model in training.
     pub model: Llama<D>,
-    pub states: LlamaTensors<AdamWState<D>>,
-    pub gradients: LlamaTensors<Floats<D>>,
+    /// Of the trained tensors; `None` for a frozen one.
+    pub states: LlamaTensors<Option<OptimizerState<D>>>,
+    /// Gradients of the step, summed over its micro-batches.
+    pub gradients: Gradients<D>,
     objective: Objective,
     token_budget: usize,
     activations: Activations<D>,
@@ -52,9 +58,13 @@ pub struct Trainer<D: Device> {
 /// The sizes a [`Trainer`] allocates for.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
+    /// The largest micro-batch.
     pub micro_batch: Capacity,
+    /// Pairs of an optimiser step.
     pub pairs_per_step: usize,
+    /// Tokens of a micro-batch.
     pub token_budget: usize,
+    /// How the head uses memory.
     pub head: HeadOptions,
 }
 
@@ -82,6 +92,7 @@ impl Workload {
             micro_batch: Capacity {
                 tokens: budget,
                 pairs: most_pairs,
+                longest_part: micro_batch.longest_part,
                 scored: scored.min(micro_batch.scored * most_pairs),
                 longest: micro_batch.longest,
             },
@@ -93,23 +104,28 @@ impl Workload {
 }
 
 impl<D: Device> Trainer<D> {
+    /// Gradients, optimiser states and buffers for `model`, whose frozen tensors get none of the first two.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where every tensor is frozen; [`Error::Device`] where the device has no memory for them.
     pub fn new(model: Llama<D>, objective: Objective, workload: Workload) -> Result<Self> {
+        if !model.layout.iter().any(|tensor| tensor.trained) {
+            return Err(Error::config(
+                "every tensor of the model is frozen: there is nothing to train",
+                "leave a tensor to be trained",
+            ));
+        }
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
-        let mut states = model.layout.try_map(|fused| AdamWState::new(device, fused.values()))?;
-        for (state, weight) in states.iter_mut().zip(model.weights.iter()) {
-            if let Some(master) = &mut state.master {
-                let mut values = vec![0.0; device.len(weight)];
-                device.download_compute(&mut values, weight, 0)?;
-                device.upload(master, 0, &values)?;
-            }
-        }
+        let states = new_states(&model)?;
+        let gradients = model.zero_gradients()?;
+        device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
             states,
-            gradients: model.zero_gradients()?,
+            gradients,
             objective,
             token_budget: workload.token_budget,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
@@ -141,7 +157,7 @@ impl<D: Device> Trainer<D> {
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
         let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().collect::<Vec<_>>())?;
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
         let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
@@ -160,8 +176,8 @@ impl<D: Device> Trainer<D> {
                 &mut KeepGradients,
             )
         })?;
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().collect();
-        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm.map(|norm| norm as f32))?;
+        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
+        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
         let mut norm = [0.0; 2];
         device.download(&mut norm, &self.norm, 0)?;
         let outcomes = self.download_outcomes(pairs.len())?;
@@ -170,14 +186,15 @@ impl<D: Device> Trainer<D> {
         Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
     }
 
-    /// AdamW over all weights, from the gradients of [`Trainer::accumulate_gradients`].
+    /// AdamW over all trained weights, from the gradients of [`Trainer::accumulate_gradients`].
     pub fn update(&mut self, adamw: AdamWStep) -> Result<()> {
         let device = &self.model.device;
-        let gradients = self.gradients.iter();
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
-            .zip(gradients)
-            .map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient })
+            .zip(self.gradients.iter())
+            .filter_map(|((weight, state), gradient)| {
+                Some(state.as_mut()?.update(weight, gradient.as_ref()?))
+            })
             .collect();
         device.adamw(&mut updates, &self.norm, adamw)
     }
@@ -208,6 +225,7 @@ impl<D: Device> Trainer<D> {
         self.activations.head.plan
     }
 
+    /// Where the model computes.
     pub fn device(&self) -> &D {
         &self.model.device
     }
@@ -250,14 +268,20 @@ impl<D: Device> Trainer<D> {
     }
 
     fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {
-        let weight = match self.objective {
-            Objective::Sft => chosen_tokens(pairs).iter().sum::<usize>(),
-            _ => pairs.len(),
-        };
-        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / weight.max(1) as f64
+        let count = self.objective.batch_count(&chosen_tokens(pairs));
+        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / count
     }
 }
 
 fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
+}
+
+/// The states of the trained tensors before the first update.
+fn new_states<D: Device>(model: &Llama<D>) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
+    let mut weights = model.weights.iter();
+    model.layout.try_map(|tensor| match (weights.next(), tensor.trained) {
+        (Some(weight), true) => OptimizerState::of(&*model.device, weight).map(Some),
+        _ => Ok(None),
+    })
 }

@@ -1,7 +1,7 @@
 // Runs a case of this variant by name; compiled once a variant.
 #include "harness.h"
 
-// The name of a case by its number, null behind the last.
+// The name of a case by its number; null after the last.
 extern "C" const char* MMPO_EXPORT(test_name)(int number) {
     for (const auto& entry : mmpo::test::cases()) {
         if (number-- == 0) return entry.first.c_str();

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use mmpo_fast::objective::DESCRIPTORS;
+
 use crate::harness::{TRAIN, Workplace};
 
 const CONFIG: i32 = 2;
@@ -60,6 +62,36 @@ fn small_files_learn_at_the_default_options() {
     assert!(work.series("given", "learning_rate")[0] > 0.0);
     work.succeed(&format!("{DEFAULTS} --output huge --pairs-per-step 2147483647"));
     work.assert_same_bits("given", "huge", 1);
+}
+
+/// The loss of the pairs that were trained on falls, and a run that is cut goes on with the same bits.
+#[test]
+fn every_objective_learns_and_resumes() {
+    for objective in DESCRIPTORS {
+        let (work, name) = (Workplace::new(), objective.name);
+        let run = format!(
+            "{TRAIN} --objective {name} --max-steps 6 --warmup-steps 0 --save-steps 2 --keep-checkpoints 9 \
+             --eval-data pairs.jsonl --eval-steps 6"
+        );
+        work.succeed(&format!("{run} --output whole"));
+        let losses = work.series("whole", "eval_loss");
+        let (before, after) = (losses[0], losses[losses.len() - 1]);
+        assert!(after < before - 0.01 * before.abs(), "{name}: {losses:?}");
+        // As a process leaves its folder that is killed after step 2.
+        let whole = work.path("whole");
+        for (path, bytes) in work.contents("whole") {
+            let inner = path.strip_prefix(&whole).unwrap();
+            let later = ["model", "report.html", "checkpoints/step-000004", "checkpoints/step-000006"];
+            if !later.iter().any(|name| inner.starts_with(name)) {
+                let copy = work.path("cut").join(inner);
+                std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+                std::fs::write(copy, bytes).unwrap();
+            }
+        }
+        let finished = work.succeed(&format!("{run} --output cut --resume"));
+        assert!(finished.stderr.contains("resuming after step 2"), "{name}: {}", finished.stderr);
+        work.assert_same_bits("whole", "cut", 6);
+    }
 }
 
 #[test]

@@ -1,14 +1,21 @@
 //! The program as a user runs it, from the command line to the files it leaves.
 
 mod bad_input;
+mod bench;
 mod checkpoints;
+mod cli;
 mod context;
 mod demo;
+#[cfg(target_os = "linux")]
+mod device_choice;
 #[cfg(mmpo_emulated)]
 mod emulated;
 mod generate;
 mod harness;
+mod hostile_templates;
+mod hostile_templates_list;
 mod learning;
+mod own_data;
 mod reliability;
 mod resume;
 mod score;

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use mmpo_fast::data::Sides;
+use mmpo_fast::objective::DESCRIPTORS;
+
 use crate::harness::{TRAIN, Workplace, assert_close};
 
 const STEP_NAMES: &str = "step loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
@@ -96,13 +99,8 @@ fn two_runs_and_any_number_of_threads_give_the_same_bits() {
 #[test]
 fn the_loss_does_not_depend_on_the_micro_batches() {
     let work = Workplace::new();
-    for objective in [
-        "mmpo",
-        "mmpo --length-normalize --entropy-weight beta --preference-weight 0.5",
-        "dpo",
-        "simpo",
-        "sft",
-    ] {
+    let every = DESCRIPTORS.iter().map(|objective| objective.name);
+    for objective in every.chain(["mmpo --length-normalize --entropy-weight beta --preference-weight 0.5"]) {
         let name = objective.replace(' ', "_");
         let run = |budget: usize| {
             let output = format!("{name}-{budget}");
@@ -155,19 +153,22 @@ fn both_modes_of_the_head_give_the_same_run() {
 }
 
 #[test]
-fn sft_and_simpo_need_no_reference_and_the_first_loss_of_dpo_is_ln_2() {
-    let work = Workplace::new();
-    for objective in ["sft", "simpo"] {
-        let finished =
-            work.succeed(&format!("{TRAIN} --objective {objective} --output {objective} --epochs 1"));
-        assert!(!finished.stderr.contains("reference"), "{}", finished.stderr);
-        assert!(!work.path("cache").exists(), "{objective} made a reference cache");
+fn only_objectives_with_a_reference_score_one_and_the_first_loss_of_dpo_is_ln_2() {
+    for objective in DESCRIPTORS {
+        let work = Workplace::new();
+        let name = objective.name;
+        let finished = work.succeed(&format!("{TRAIN} --objective {name} --output run --epochs 1"));
+        let scored = finished.stderr.contains("reference log-probs");
+        assert_eq!(scored, objective.needs_reference, "{name}: {}", finished.stderr);
+        assert_eq!(work.path("cache").exists(), objective.needs_reference, "{name}: the reference cache");
+        let has = |series: &str| !work.series("run", series).is_empty();
+        // SFT looks at no rejected response, and the weights are MMPO's.
+        assert_eq!(has("rewards/chosen"), objective.sides == Sides::Both, "{name}");
+        assert_eq!(has("weights/chosen"), objective.has_weights, "{name}");
+        if name == "dpo" {
+            assert_close(work.series("run", "loss")[0], std::f64::consts::LN_2, 1e-5, "first loss");
+        }
     }
-    assert!(work.series("sft", "rewards/chosen").is_empty(), "SFT looks at no rejected response");
-    let finished = work.succeed(&format!("{TRAIN} --objective dpo --output dpo --epochs 1"));
-    assert!(finished.stderr.contains("reference log-probs"), "{}", finished.stderr);
-    assert_close(work.series("dpo", "loss")[0], std::f64::consts::LN_2, 1e-5, "first loss");
-    assert!(work.series("dpo", "weights/chosen").is_empty(), "the weights are MMPO's");
 }
 
 #[test]

@@ -1,5 +1,6 @@
-use mmpo_fast::device::{AdamWState, AdamWStep, AdamWUpdate, Compute, Device, Floats};
+use mmpo_fast::device::{ComputeBuffer, Device, Floats};
 use mmpo_fast::error::Result;
+use mmpo_fast::optimizer::{AdamWStep, OptimizerState};
 
 use crate::harness::*;
 use crate::naive::Precision;
@@ -10,22 +11,22 @@ const STEP: AdamWStep =
 /// An update of one tensor.
 fn update<D: Device>(
     device: &D,
-    weight: &mut Compute<D>,
-    state: &mut AdamWState<D>,
+    weight: &mut ComputeBuffer<D>,
+    state: &mut OptimizerState<D>,
     gradient: &Floats<D>,
     norm: &Floats<D>,
     step: AdamWStep,
 ) -> Result<()> {
-    device.adamw(&mut [AdamWUpdate { weight, state, gradient }], norm, step)
+    device.adamw(&mut [state.update(weight, gradient)], norm, step)
 }
 
 /// Weights, states and gradients of these lengths, after two updates: of all tensors in one call, or of one in each. What
 /// comes out, as bits.
 fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<u32> {
-    let mut weights: Vec<Compute<D>> =
+    let mut weights: Vec<ComputeBuffer<D>> =
         lengths.iter().zip(1..).map(|(&len, seed)| random_compute(device, seed, len, 1.0).0).collect();
-    let mut states: Vec<AdamWState<D>> =
-        lengths.iter().map(|&len| AdamWState::new(device, len).unwrap()).collect();
+    let mut states: Vec<OptimizerState<D>> =
+        lengths.iter().map(|&len| OptimizerState::new(device, len).unwrap()).collect();
     for (state, weight) in states.iter_mut().zip(&weights) {
         if let Some(master) = &mut state.master {
             device.upload(master, 0, &read_compute(device, weight)).unwrap();
@@ -41,7 +42,7 @@ fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<
             .collect();
         let tensors = weights.iter_mut().zip(&mut states).zip(&gradients);
         let mut updates: Vec<_> =
-            tensors.map(|((weight, state), gradient)| AdamWUpdate { weight, state, gradient }).collect();
+            tensors.map(|((weight, state), gradient)| state.update(weight, gradient)).collect();
         if together {
             device.adamw(&mut updates, &norm, step).unwrap();
         } else {
@@ -51,7 +52,7 @@ fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<
         }
     }
     let weights = weights.iter().flat_map(|weight| read_compute(device, weight));
-    let states = states.iter().flat_map(|AdamWState { master, first_moment, second_moment }| {
+    let states = states.iter().flat_map(|OptimizerState { master, first_moment, second_moment }| {
         [Some(first_moment), Some(second_moment), master.as_ref()].into_iter().flatten().collect::<Vec<_>>()
     });
     weights.chain(states.flat_map(|buffer| read(device, buffer))).map(f32::to_bits).collect()
@@ -79,7 +80,7 @@ device_tests! {
         for len in [1, 50, 4095, 40_000] {
             trying("values", len);
             let (mut weight, weight64) = random_compute(device, 1, len, 1.0);
-            let mut state = AdamWState::new(device, len).unwrap();
+            let mut state = OptimizerState::new(device, len).unwrap();
             if let Some(master) = &mut state.master {
                 let values: Vec<f32> = weight64.iter().map(|&value| value as f32).collect();
                 device.upload(master, 0, &values).unwrap();
@@ -115,7 +116,7 @@ device_tests! {
     /// size: the bias correction is exact.
     fn first_update_is_the_learning_rate(device, bounds) {
         let (mut weight, _) = compute(device, &[0.0; 4]);
-        let mut state = AdamWState::new(device, 4).unwrap();
+        let mut state = OptimizerState::new(device, 4).unwrap();
         let gradient = floats(device, &[1e-3, -1e-3, 10.0, -1e3]);
         let norm = floats(device, &[0.0, 1.0]);
         let step = AdamWStep { weight_decay: 0.0, ..STEP };
@@ -128,7 +129,7 @@ device_tests! {
     /// Update number 0 has no bias correction, and a short gradient is refused.
     fn refused(device, bounds) {
         let (mut weight, _) = compute(device, &[0.0; 4]);
-        let mut state = AdamWState::new(device, 4).unwrap();
+        let mut state = OptimizerState::new(device, 4).unwrap();
         let (gradient, norm) = (floats(device, &[0.0; 4]), floats(device, &[0.0, 1.0]));
         let step = AdamWStep { step: 0, ..STEP };
         assert!(update(device, &mut weight, &mut state, &gradient, &norm, step).is_err());

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use mmpo_fast::device::cuda::CudaDevice;
 #[cfg(mmpo_emulated)]
-use mmpo_fast::device::cuda::{EmulatorOptions, EmulatorVariant};
-use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, Compute, Device, Floats};
+use mmpo_fast::device::cuda::EmulatorOptions;
+use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, Device, Floats};
 
 use crate::harness::*;
 use crate::naive::{self, Precision};
@@ -25,9 +25,9 @@ struct Problem {
 struct Loaded<D: Device> {
     shape: AttentionShape,
     batch: BatchBuffers<D>,
-    qkv: Compute<D>,
-    dout: Compute<D>,
-    out: Compute<D>,
+    qkv: ComputeBuffer<D>,
+    dout: ComputeBuffer<D>,
+    out: ComputeBuffer<D>,
     lse: Floats<D>,
 }
 
@@ -295,17 +295,17 @@ fn packed_equals_unpacked() {
 #[cfg(mmpo_emulated)]
 #[test]
 fn any_order_is_as_exact() {
+    let own_options = OwnOptions::take();
     let problem = Problem::new(&[(300, 70, 140), (0, 97, 298)], (2, 1, 64));
     let wide = Problem::new(&[(200, 60, 270)], (2, 2, 128));
     for device in both_paths() {
         let device = device.with_attention_order(AttentionOrder::Any);
         for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1)] {
             let options = EmulatorOptions { host_threads, async_: asynchronous, ..emulator_options(seed) };
-            EmulatorVariant::Plain.configure(options).unwrap();
+            own_options.set(options);
             problem.check(&device);
             wide.check(&device);
         }
-        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
     }
 }
 
@@ -314,24 +314,25 @@ fn any_order_is_as_exact() {
 #[cfg(mmpo_emulated)]
 #[test]
 fn same_bits_however_blocks_run() {
+    let own_options = OwnOptions::take();
     let problems = [
         Problem::new(&[(300, 70, 140), (10, 130, 0), (0, 97, 298)], (2, 1, 64)),
         Problem::new(&[(200, 60, 270)], (2, 2, 128)),
     ];
     for device in both_paths() {
         for problem in &problems {
+            own_options.set(emulator_options(0));
             let loaded = problem.load(&device);
             let wanted = loaded.gradients(&device);
             for (seed, host_threads, asynchronous) in [(1, 1, 0), (2, 2, 2), (3, 2, 1), (4, 1, 2), (5, 2, 0)]
             {
                 let options =
                     EmulatorOptions { host_threads, async_: asynchronous, ..emulator_options(seed) };
-                EmulatorVariant::Plain.configure(options).unwrap();
+                own_options.set(options);
                 let got = loaded.gradients(&device);
                 let differing = wanted.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!(differing, 0, "values of {}, seed {seed}, {:?}", wanted.len(), device.path());
             }
-            EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
         }
     }
 }

@@ -20,7 +20,7 @@ device_tests! {
         let wanted = values.iter().flatten().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
         let buffers: Vec<_> = values.iter().map(|values| floats(device, values)).collect();
         let gradients: Vec<_> = buffers.iter().collect();
-        for (max_norm, factor) in [(None, 1.0), (Some(1.0), 1.0 / (wanted + 1e-6)), (Some(1e6), 1.0), (Some(f32::INFINITY), 1.0)] {
+        for (max_norm, factor) in [(None, 1.0), (Some(1.0), 1.0 / (wanted + 1e-6)), (Some(1e6), 1.0), (Some(f64::INFINITY), 1.0)] {
             let mut out = unset_floats(device, 2);
             device.gradient_norm(&mut out, &gradients, max_norm).unwrap();
             assert_close("norm and factor", &read(device, &out), &[wanted, factor], Tolerance::F32);

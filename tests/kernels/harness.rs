@@ -6,12 +6,12 @@ use std::sync::Once;
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
 pub use mmpo_fast::device::cuda::AttentionOrder;
 use mmpo_fast::device::cuda::{self, CudaDevice};
-pub use mmpo_fast::device::cuda::{KernelPath, Products};
-use mmpo_fast::device::{BatchBuffers, Compute, Device, Floats, Indices, RawValues};
+pub use mmpo_fast::device::cuda::{GemmChoice, KernelPath};
+use mmpo_fast::device::{BatchBuffers, ComputeBuffer, Device, Floats, Indices, RawValues};
 use mmpo_fast::objective::PairConstants;
 
 #[cfg(mmpo_emulated)]
-pub use crate::emulated::{checked, emulated, emulator_options};
+pub use crate::emulated::{OwnOptions, checked, emulated, emulator_options};
 
 /// How far a device's result may lie from the naive f64 one:
 /// `error <= relative * |wanted| + absolute * rms(wanted)`.
@@ -72,20 +72,20 @@ macro_rules! hopper_tests {
             body(&device, $crate::harness::Tolerance::BF16);
         }
 
-        /// The kernels that any GPU runs, also where the device would choose others or the vendor's products.
+        /// The kernels that any GPU runs, also where the device would choose others or the vendor's gemms.
         #[test]
         fn gpu_portable() {
             if let Some(device) = $crate::harness::gpu() {
-                let device = device.with_path(KernelPath::Portable).with_products(Products::Ours);
+                let device = device.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours);
                 body(&device, $crate::harness::Tolerance::BF16);
             }
         }
 
-        /// The GPU's own path without the vendor's products, which [`gpu`] takes for shapes that were never measured.
+        /// The GPU's own path without the vendor's gemms, which [`gpu`] takes for shapes that were never measured.
         #[test]
         fn gpu_our_products() {
             if let Some(device) = $crate::harness::gpu() {
-                body(&device.with_products(Products::Ours), $crate::harness::Tolerance::BF16);
+                body(&device.with_gemm_choice(GemmChoice::Ours), $crate::harness::Tolerance::BF16);
             }
         }
     };
@@ -231,7 +231,7 @@ pub fn random(seed: u64, len: usize, scale: f32) -> Vec<f32> {
 }
 
 /// A buffer of weights or activations and what it holds after rounding to the device's type.
-pub fn compute<D: Device>(device: &D, values: &[f32]) -> (Compute<D>, Vec<f64>) {
+pub fn compute<D: Device>(device: &D, values: &[f32]) -> (ComputeBuffer<D>, Vec<f64>) {
     let mut buffer = device.alloc(values.len()).unwrap();
     device.upload_values(&mut buffer, 0, RawValues::from_f32(values)).unwrap();
     let rounded = read_compute(device, &buffer).into_iter().map(f64::from).collect();
@@ -239,12 +239,17 @@ pub fn compute<D: Device>(device: &D, values: &[f32]) -> (Compute<D>, Vec<f64>) 
 }
 
 /// As [`compute`], of [`random`] values.
-pub fn random_compute<D: Device>(device: &D, seed: u64, len: usize, scale: f32) -> (Compute<D>, Vec<f64>) {
+pub fn random_compute<D: Device>(
+    device: &D,
+    seed: u64,
+    len: usize,
+    scale: f32,
+) -> (ComputeBuffer<D>, Vec<f64>) {
     compute(device, &random(seed, len, scale))
 }
 
 /// A buffer that starts as NaN: an operation that assigns must overwrite all of it.
-pub fn unset_compute<D: Device>(device: &D, len: usize) -> Compute<D> {
+pub fn unset_compute<D: Device>(device: &D, len: usize) -> ComputeBuffer<D> {
     compute(device, &vec![f32::NAN; len]).0
 }
 
@@ -264,7 +269,7 @@ pub fn indices<D: Device>(device: &D, values: &[u32]) -> Indices<D> {
     buffer
 }
 
-pub fn read_compute<D: Device>(device: &D, buffer: &Compute<D>) -> Vec<f32> {
+pub fn read_compute<D: Device>(device: &D, buffer: &ComputeBuffer<D>) -> Vec<f32> {
     let mut values = vec![0.0; device.len(buffer)];
     device.download_compute(&mut values, buffer, 0).unwrap();
     values

@@ -5,7 +5,7 @@ use crate::harness::*;
 use crate::naive;
 
 /// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models, one of which all
-/// three products take the portable kernels' large tiles, one whose weight gradient Hopper's sum in parts, and one of
+/// three gemms take the portable kernels' large tiles, one whose weight gradient Hopper's sum in parts, and one of
 /// which each of Hopper's blocks has several tiles, deeper than its ring of stages. Where inputs or outputs are no
 /// multiples of 8 Hopper takes the portable kernels.
 const SHAPES: &[(usize, usize, usize)] = &[
@@ -57,7 +57,7 @@ path_tests! {
             let before_weight = random(5, outputs * inputs, 1.0);
             let before_bias = random(6, outputs, 1.0);
             let (mut dweight, mut dbias) = (floats(device, &before_weight), floats(device, &before_bias));
-            device.linear_backward_weight(&mut dweight, Some(&mut dbias), &dout, &x, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), Some(&mut dbias), &dout, &x, shape).unwrap();
             let scalar = |x: &[f64], weight: &[f64], bias: &[f64]| {
                 inner(&naive::linear(x, weight, bias, inputs), &dout64)
             };
@@ -114,10 +114,10 @@ path_tests! {
         let mut dweight = floats(device, &vec![1.0; shape.outputs * shape.inputs]);
         device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
         device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+        device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
         let used = device.memory().now;
-        device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
-        assert_eq!(device.memory().now, used, "a product allocates nothing once it has run");
+        device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
+        assert_eq!(device.memory().now, used, "a gemm allocates nothing once it has run");
 
         let wanted = naive::linear(&x64, &weight64, &vec![0.0; shape.outputs], shape.inputs);
         assert_exact("out", &read_compute(device, &out), &wanted);
@@ -136,7 +136,7 @@ path_tests! {
         assert_exact("dweight", &read(device, &dweight), &dweight64);
     }
 
-    /// The product of gate and up with SwiGLU behind it: what each of the two gives by itself, to the bit.
+    /// The gemm of gate and up followed by SwiGLU in one kernel: what each of the two gives by itself, to the bit.
     fn swiglu(device, bounds) {
         for (rows, inputs, width) in [(1, 8, 8), (70, 72, 136), (5, 17, 31), (150, 64, 280)] {
             trying("(rows, inputs, width)", (rows, inputs, width));
@@ -178,7 +178,7 @@ path_tests! {
 }
 
 /// Products of small integers are exact in every tile shape that Hopper's kernels have, also in those that no plan takes for
-/// so small a product.
+/// so small a gemm.
 mod every_tile_of_hopper {
     use mmpo_fast::device::cuda::CudaDevice;
 
@@ -198,7 +198,7 @@ mod every_tile_of_hopper {
     }
 
     fn body(mut device: CudaDevice) {
-        let tiles = device.product_tiles().unwrap();
+        let tiles = device.gemm_tiles().unwrap();
         assert!(tiles.iter().any(|tile| tile.cluster > 1), "{tiles:?}");
         let shape = LinearShape { rows: 1100, inputs: 200, outputs: 232 };
         let integers = |count: usize, step: usize| -> Vec<f32> {
@@ -213,13 +213,13 @@ mod every_tile_of_hopper {
             naive::Precision::Exact.linear_backward_weight(&dout64, &x64, shape.inputs),
         ];
         for (number, tile) in tiles.iter().enumerate() {
-            device = device.with_products(Products::Tile(number.try_into().unwrap()));
+            device = device.with_gemm_choice(GemmChoice::Tile(number.try_into().unwrap()));
             let mut out = unset_compute(&device, shape.rows * shape.outputs);
             let mut dx = unset_compute(&device, shape.rows * shape.inputs);
             let mut dweight = floats(&device, &vec![0.0; shape.outputs * shape.inputs]);
             device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
             device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
-            device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
             let mut dx_f32 = floats(&device, &vec![0.0; shape.rows * shape.inputs]);
             device.linear_backward_input_f32(&mut dx_f32, &dout, &weight, shape).unwrap();
             trying("(tile, shape)", (tile.to_string(), shape));
@@ -228,7 +228,7 @@ mod every_tile_of_hopper {
             assert_exact("dx", &read_compute(&device, &dx), &dx64);
             assert_exact("dweight", &read(&device, &dweight), &dweight64);
         }
-        device = device.with_products(Products::Tile(tiles.len().try_into().unwrap()));
+        device = device.with_gemm_choice(GemmChoice::Tile(tiles.len().try_into().unwrap()));
         let mut out = unset_compute(&device, shape.rows * shape.outputs);
         let error = device.linear_forward(&mut out, &x, &weight, None, shape).unwrap_err().to_string();
         assert!(error.contains("linear_forward_sm90"), "{error}");
@@ -238,18 +238,19 @@ mod every_tile_of_hopper {
 /// Where cuBLASLt is not loaded it cannot be insisted on; leaving the choice open or insisting on our kernels works.
 #[cfg(mmpo_emulated)]
 #[test]
-fn choice_of_products() {
-    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, Products};
+fn choice_of_gemms() {
+    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, GemmChoice};
     let shape = LinearShape { rows: 2, inputs: 8, outputs: 8 };
     for path in [KernelPath::Portable, KernelPath::Hopper] {
-        for products in [Products::Fastest, Products::Ours, Products::Vendor] {
-            let device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(path).with_products(products);
+        for choice in [GemmChoice::Fastest, GemmChoice::Ours, GemmChoice::Vendor] {
+            let device =
+                CudaDevice::emulated(EmulatorVariant::Plain).with_path(path).with_gemm_choice(choice);
             let (x, _) = random_compute(&device, 1, 16, 1.0);
             let (weight, _) = random_compute(&device, 2, 64, 1.0);
             let mut out = unset_compute(&device, 16);
             let done = device.linear_forward(&mut out, &x, &weight, None, shape);
-            match products {
-                Products::Vendor => {
+            match choice {
+                GemmChoice::Vendor => {
                     let error = done.unwrap_err().to_string();
                     assert!(error.contains("cuBLASLt"), "{error}");
                 }
@@ -268,7 +269,7 @@ fn gpu_large_products() {
     let integers = |count: usize, step: usize| -> Vec<f32> {
         (0..count).map(|i| ((i * step + i / 7) % 3) as f32 - 1.0).collect()
     };
-    for device in [own, portable].map(|device| device.with_products(Products::Ours)) {
+    for device in [own, portable].map(|device| device.with_gemm_choice(GemmChoice::Ours)) {
         // The two large sizes are those of the output: of `out`, of `dx`, of `dweight`.
         for [rows, inputs, outputs] in [[1408, 64, 1536], [1408, 1536, 64], [64, 1536, 1408]] {
             let shape = LinearShape { rows, inputs, outputs };
@@ -283,7 +284,7 @@ fn gpu_large_products() {
             device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
             device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
             device.linear_backward_input_f32(&mut dx_f32, &dout, &weight, shape).unwrap();
-            device.linear_backward_weight(&mut dweight, None, &dout, &x, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
             let exact = naive::Precision::Exact;
             let dx64 = exact.linear_backward_input(&dout64, &weight64, inputs);
             assert_exact("dx in f32", &read(&device, &dx_f32), &dx64);
@@ -302,7 +303,7 @@ fn gpu_large_products() {
 fn gpu_swiglu_in_wide_tiles() {
     let (Some(own), Some(portable)) = (crate::harness::gpu(), crate::harness::gpu()) else { return };
     let portable = portable.with_path(KernelPath::Portable);
-    let [own, portable] = [own, portable].map(|device| device.with_products(Products::Ours));
+    let [own, portable] = [own, portable].map(|device| device.with_gemm_choice(GemmChoice::Ours));
     for (rows, outputs) in [(1408, 3072), (1024, 4096)] {
         let shape = LinearShape { rows, inputs: 64, outputs };
         trying("shape", shape);

@@ -508,7 +508,7 @@ path_tests! {
     }
 }
 
-/// The large tiles of Hopper's product, alone and in clusters, against the portable ones. Only large products get them.
+/// The large tiles of Hopper's gemm, alone and in clusters, against the portable ones. Only large gemms get them.
 #[cfg(mmpo_emulated)]
 #[test]
 fn large_tiles() {
@@ -537,8 +537,8 @@ cpu_tests! {
 #[test]
 fn gpu_wide_tiles() {
     let (Some(own), Some(portable)) = (gpu(), gpu()) else { return };
-    let portable = portable.with_path(KernelPath::Portable).with_products(Products::Ours);
-    let own = own.with_products(Products::Ours);
+    let portable = portable.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours);
+    let own = own.with_gemm_choice(GemmChoice::Ours);
     for sizes in [(1408, 16, 3072), (1024, 16, 4096)] {
         for (mode, entropy) in WAYS {
             let wanted = outputs(&portable, mode, sizes, entropy, None);

@@ -6,7 +6,8 @@
 
 use half::bf16;
 use mmpo_fast::data::PairSpan;
-use mmpo_fast::device::{AdamWStep, AttentionShape};
+use mmpo_fast::device::AttentionShape;
+use mmpo_fast::optimizer::AdamWStep;
 
 /// What is kept of a number that goes into a tensor of weights, activations or gradients. Sums and statistics inside one
 /// operation are f64 in both: better than an eager framework's f32, so that the comparison is not easier than a real one.
@@ -272,13 +273,13 @@ impl Precision {
         (beta1, beta2): (f64, f64),
     ) -> (f64, f64, f64) {
         let gradient = self.store(gradient);
-        let learning_rate = f64::from(step.learning_rate);
-        let weight = self.store(weight - learning_rate * f64::from(step.weight_decay) * weight);
+        let learning_rate = step.learning_rate;
+        let weight = self.store(weight - learning_rate * step.weight_decay * weight);
         let first = self.store(beta1 * first + (1.0 - beta1) * gradient);
         let second = self.store(beta2 * second + (1.0 - beta2) * gradient * gradient);
         let first_corrected = first / (1.0 - beta1.powi(step.step as i32));
         let second_corrected = second / (1.0 - beta2.powi(step.step as i32));
-        let update = learning_rate * first_corrected / (second_corrected.sqrt() + f64::from(step.epsilon));
+        let update = learning_rate * first_corrected / (second_corrected.sqrt() + step.epsilon);
         (self.store(weight - update), first, second)
     }
 }

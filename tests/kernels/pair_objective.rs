@@ -1,17 +1,17 @@
 use std::ops::Range;
 
-use mmpo_fast::data::PairBatch;
+use mmpo_fast::data::{PairBatch, Sides};
 use mmpo_fast::device::{Device, ObjectiveOperands, TokenCoefficients, TokenScores};
 use mmpo_fast::objective::{
-    Dpo, Mmpo, Objective, PairCoefficients, PairConstants, PairOutcome, PairScores, Simpo,
+    DESCRIPTORS, Dpo, Hinge, Ipo, Mmpo, Objective, Orpo, PairCoefficients, PairConstants, PairOutcome,
+    PairScores, Simpo,
 };
 #[cfg(mmpo_emulated)]
 use proptest::prelude::*;
 
 use crate::harness::*;
 
-/// MMPO plain, with each switch alone and with all, DPO plain and smoothed, SimPO and SFT. (`reward_normalize` only changes
-/// constants.)
+/// Every objective, and MMPO and DPO with each switch too. (`reward_normalize` only changes constants.)
 fn objectives() -> Vec<Objective> {
     let mmpo = Mmpo {
         beta: 0.05,
@@ -33,10 +33,21 @@ fn objectives() -> Vec<Objective> {
         Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.1 }),
         Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 1.6 }),
         Objective::Sft,
+        Objective::Ipo(Ipo { beta: 0.1 }),
+        Objective::Orpo(Orpo { beta: 0.1 }),
+        Objective::Hinge(Hinge { beta: 0.1 }),
     ]
 }
 
-/// What a batch of pairs has behind the head: log-probs and entropies of its scored tokens.
+#[test]
+fn every_objective_is_among_those_that_are_tested() {
+    for descriptor in DESCRIPTORS {
+        let mut tested = objectives().into_iter().filter(|objective| objective.kind() == descriptor.kind);
+        assert!(tested.next().is_some(), "{} is not tested", descriptor.name);
+    }
+}
+
+/// What the head's forward leaves of a batch of pairs: log-probs and entropies of its scored tokens.
 struct Scores {
     batch: PairBatch,
     constants: Vec<PairConstants>,
@@ -80,8 +91,8 @@ impl Scores {
         (outcome, wanted)
     }
 
-    /// Runs the device over `asked` and compares; pairs before stay untouched.
-    fn check<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) {
+    /// Outcomes and both kinds of coefficients of a batch whose pairs `asked` the device was asked for; the rest is NaN.
+    fn run<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) -> [Vec<f32>; 3] {
         let (pairs, scored) = (self.batch.spans.len(), self.batch.scored_tokens());
         let buffers = load_batch(device, &self.batch, &self.constants);
         let scores: TokenScores<D> = TokenScores {
@@ -99,11 +110,15 @@ impl Scores {
                 scores: &scores,
                 batch: &buffers,
                 objective,
-                pairs: asked.clone(),
+                pairs: asked,
             })
             .unwrap();
-        let outcomes = read(device, &outcomes);
-        let (a, b) = (read(device, &coefficients.logp), read(device, &coefficients.entropy));
+        [read(device, &outcomes), read(device, &coefficients.logp), read(device, &coefficients.entropy)]
+    }
+
+    /// Runs the device over `asked` and compares; pairs before stay untouched.
+    fn check<D: Device>(&self, device: &D, objective: &Objective, asked: Range<usize>) {
+        let [outcomes, a, b] = self.run(device, objective, asked.clone());
         let untouched = &outcomes[..asked.start * PairOutcome::WIDTH];
         assert!(untouched.iter().all(|value| value.is_nan()), "pairs before {asked:?} were not asked for");
         for pair in asked {
@@ -159,6 +174,21 @@ device_tests! {
             }
             for objective in objectives() {
                 scores.check(device, &objective, 0..4);
+            }
+        }
+    }
+
+    /// A log-prob that is not a number makes a loss that is none: the run must stop there.
+    fn a_nan_reaches_the_loss(device, bounds) {
+        for objective in objectives() {
+            let sides = if objective.sides() == Sides::Both { 2 } else { 1 };
+            for side in 0..sides {
+                let mut scores = Scores::new(&[(2, 3, 40)], 1, 1.0);
+                let range = &scores.batch.scored[0];
+                let token = [range.chosen.start, range.rejected.end - 1][side];
+                scores.logp[token] = f32::NAN;
+                let [outcomes, ..] = scores.run(device, &objective, 0..1);
+                assert!(outcomes[0].is_nan(), "{objective:?}, side {side}: loss {}", outcomes[0]);
             }
         }
     }

@@ -99,7 +99,7 @@ device_tests! {
             let mut dweight = floats(device, &before_dweight);
             device.rms_norm_backward(RmsNormBackward {
                 dx: &mut dx,
-                dweight: &mut dweight,
+                dweight: Some(&mut dweight),
                 dout: &dout,
                 x: &x,
                 weight: &weight,

@@ -1,8 +1,6 @@
 //! Kernels that sum over rows or blocks give the same bits whatever order blocks, warps and lanes run in.
 
 use mmpo_fast::device::cuda::CudaDevice;
-#[cfg(mmpo_emulated)]
-use mmpo_fast::device::cuda::EmulatorVariant;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
     HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
@@ -26,7 +24,7 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     device
         .rms_norm_backward(RmsNormBackward {
             dx: &mut dx,
-            dweight: &mut dweight,
+            dweight: Some(&mut dweight),
             dout: &out,
             x: &x,
             weight: &weight,
@@ -43,12 +41,12 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     let linear = LinearShape { rows: ROWS, inputs: WIDTH, outputs: WIDTH };
     let mut dlinear = floats(device, &[0.0; WIDTH * WIDTH]);
     let mut dbias = floats(device, &[0.0; WIDTH]);
-    device.linear_backward_weight(&mut dlinear, Some(&mut dbias), &out, &x, linear).unwrap();
+    device.linear_backward_weight(Some(&mut dlinear), Some(&mut dbias), &out, &x, linear).unwrap();
     // Many rows for a small weight: on Hopper their sum is made in parts.
     let tall = LinearShape { rows: 16 * ROWS, inputs: 8, outputs: WIDTH };
     let (dtall, _) = random_compute(device, 5, tall.rows * tall.outputs, 1.0);
     let mut dparts = floats(device, &vec![0.0; tall.inputs * tall.outputs]);
-    device.linear_backward_weight(&mut dparts, None, &dtall, &x, tall).unwrap();
+    device.linear_backward_weight(Some(&mut dparts), None, &dtall, &x, tall).unwrap();
     let mut gradient_norm = unset_floats(device, 2);
     device.gradient_norm(&mut gradient_norm, &[&dlinear, &dbias, &dweight], Some(1.0)).unwrap();
 
@@ -93,8 +91,8 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
 #[test]
 fn gpu_again_and_again() {
     let (Some(device), Some(other)) = (gpu(), gpu()) else { return };
-    for device in [device, other.with_path(KernelPath::Portable).with_products(Products::Ours)] {
-        trying("(kernels, products)", (device.path(), device.products()));
+    for device in [device, other.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours)] {
+        trying("(kernels, gemms)", (device.path(), device.gemm_choice()));
         let wanted = bits(&device);
         for _ in 0..20 {
             let got = bits(&device);
@@ -107,15 +105,16 @@ fn gpu_again_and_again() {
 #[cfg(mmpo_emulated)]
 #[test]
 fn whatever_the_order() {
+    let options = OwnOptions::take();
     for path in [KernelPath::Portable, KernelPath::Hopper] {
         let device = emulated().with_path(path);
+        options.set(emulator_options(0));
         let wanted = bits(&device);
         for seed in 1..=4 {
-            EmulatorVariant::Plain.configure(emulator_options(seed)).unwrap();
+            options.set(emulator_options(seed));
             let got = bits(&device);
             let differing = wanted.iter().zip(&got).filter(|(wanted, got)| wanted != got).count();
             assert_eq!(differing, 0, "{path:?} values differ under schedule {seed}, of {}", wanted.len());
         }
-        EmulatorVariant::Plain.configure(emulator_options(0)).unwrap();
     }
 }

@@ -6,6 +6,7 @@
 
 #![cfg(mmpo_gpu_kernels)]
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(unsafe_code, reason = "it loads the machine and calls it through C")]
 
 mod library;
 

@@ -1,5 +1,5 @@
 """Writes ../goldens/configs.json: log-probs that transformers gives to small Llamas with the config.json keys of
-published models. Weights come from a formula that tests/published_configs.rs repeats, so that none is committed.
+published models. Weights come from a formula that tests/training/published_configs.rs repeats, so that none is committed.
 
 Packages: requirements.txt. Usage: python make_config_goldens.py
 """

@@ -40,10 +40,13 @@ ALL = {
     "dpo_smoothing": ("dpo", {"beta": BETA, "label_smoothing": 0.1}),
     "simpo": ("simpo", {"beta": BETA, "gamma_beta_ratio": 1.6}),
     "sft": ("sft", {}),
+    "ipo": ("ipo", {"beta": 0.1}),
+    "orpo": ("orpo", {"beta": 0.1}),
+    "hinge": ("hinge", {"beta": BETA}),
 }
 # The variants differ from the base model below the objective, so a few objectives tell all there is to tell.
 FEW = {name: ALL[name] for name in ("mmpo_length", "mmpo_entropy_length", "dpo", "sft")}
-THREE_STEPS = ("mmpo", "mmpo_length", "mmpo_entropy_length", "dpo", "simpo")
+THREE_STEPS = ("mmpo", "mmpo_length", "mmpo_entropy_length", "dpo", "simpo", "ipo", "orpo", "hinge")
 PROMPTS = ("What is the capital of France?", "Name three colours.")
 LIMITS = {"max_length": 160, "max_prompt_length": 64}
 ROPE_POSITIONS = (0, 1, 2, 17, 100, 511)

@@ -80,4 +80,24 @@ def sft(scores):
     return -torch.cat(chosen).mean()
 
 
-OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft}
+def ipo(scores, beta):
+    """Azar et al. 2023, equation 17, on log-ratios a token: what the authors computed, by TRL's account."""
+    ratio = (scores.sums(scores.logp, False) - scores.reference) / scores.lengths()
+    return ((ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2).mean()
+
+
+def orpo(scores, beta):
+    """Hong et al. 2024, equations 3 to 7: the mean log-prob of a response is the logarithm of its probability."""
+    log_p = scores.sums(scores.logp, True)
+    log_odds = log_p - torch.log1p(-log_p.exp())
+    odds_ratio = -logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+    return (-log_p[:, 0] + beta * odds_ratio).mean()
+
+
+def hinge(scores, beta):
+    """Zhao et al. 2023, the calibration loss, on log-ratios to the reference (Liu et al. 2023)."""
+    ratio = scores.sums(scores.logp, False) - scores.reference
+    return torch.relu(1 - beta * (ratio[:, 0] - ratio[:, 1])).mean()
+
+
+OBJECTIVES = {"mmpo": mmpo, "dpo": dpo, "simpo": simpo, "sft": sft, "ipo": ipo, "orpo": orpo, "hinge": hinge}

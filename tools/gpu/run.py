@@ -49,7 +49,7 @@ STEPS = ["--warmups", "10", "--calls", "20"]
 ATTENTION = ["--only", "attention_forward", "--only", "attention_backward"]
 HEAD = ["--only", "logp_head forward and backward"]
 HEAD_PEERS = ["--only", "compile", "--only", "liger", "--only", "products"]
-COUNTED = "attention|product|logp_head|rms_norm|swiglu|adamw"
+COUNTED = "attention|gemm|logp_head|rms_norm|swiglu|adamw"
 METRICS = (
     "gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "dram__bytes.sum,lts__t_sector_hit_rate.pct,sm__inst_executed_pipe_tensor.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,"

@@ -6,8 +6,8 @@ use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, floats};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{
-    BatchBuffers, Compute, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape, ObjectiveOperands,
-    TokenCoefficients, TokenScores,
+    BatchBuffers, ComputeBuffer, Device, Floats, HeadBackward, HeadForward, HeadMode, HeadShape,
+    ObjectiveOperands, TokenCoefficients, TokenScores,
 };
 use crate::error::Result;
 use crate::model::HeadOptions;
@@ -54,9 +54,9 @@ struct Head<D: Device> {
     shape: HeadShape,
     batch: BatchBuffers<D>,
     objective: Objective,
-    weight: Compute<D>,
+    weight: ComputeBuffer<D>,
     /// The hidden rows as they are before the backward replaces them.
-    pristine: Compute<D>,
+    pristine: ComputeBuffer<D>,
     coefficients: TokenCoefficients<D>,
 }
 
@@ -82,18 +82,18 @@ impl<D: Device> Head<D> {
         })
     }
 
-    fn hidden(&self, device: &D) -> Result<Compute<D>> {
+    fn hidden(&self, device: &D) -> Result<ComputeBuffer<D>> {
         let mut hidden = device.alloc(device.len(&self.pristine))?;
         self.restore(device, &mut hidden)?;
         Ok(hidden)
     }
 
-    fn restore(&self, device: &D, hidden: &mut Compute<D>) -> Result<()> {
+    fn restore(&self, device: &D, hidden: &mut ComputeBuffer<D>) -> Result<()> {
         device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
     }
 
     /// For so many rows at once.
-    fn workspace(&self, device: &D, rows: usize) -> Result<Compute<D>> {
+    fn workspace(&self, device: &D, rows: usize) -> Result<ComputeBuffer<D>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
         device.alloc(device.logp_head_workspace(mode, rows, width, vocab)?)
     }
@@ -124,7 +124,7 @@ impl<D: Device> Head<D> {
     }
 
     /// Operations of one gemm with the vocabulary matrix.
-    fn product_flops(&self) -> usize {
+    fn gemm_flops(&self) -> usize {
         2 * self.scored() * self.shape.vocab * self.shape.width
     }
 
@@ -144,8 +144,8 @@ impl<D: Device> Head<D> {
         &self,
         device: &D,
         scores: &mut TokenScores<D>,
-        workspace: &mut Compute<D>,
-        hidden: &Compute<D>,
+        workspace: &mut ComputeBuffer<D>,
+        hidden: &ComputeBuffer<D>,
         shape: &HeadShape,
     ) -> Result<()> {
         device.logp_head_forward(HeadForward {
@@ -162,9 +162,9 @@ impl<D: Device> Head<D> {
     fn backward(
         &self,
         device: &D,
-        hidden: &mut Compute<D>,
+        hidden: &mut ComputeBuffer<D>,
         dweight: &mut Floats<D>,
-        workspace: &mut Compute<D>,
+        workspace: &mut ComputeBuffer<D>,
         scores: &TokenScores<D>,
         coefficients: &TokenCoefficients<D>,
         shape: &HeadShape,
@@ -184,7 +184,7 @@ impl<D: Device> Head<D> {
 
 fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = Head::new(device, shape, HeadMode::Main, false)?;
-    let (flops, bytes, scored) = (head.product_flops(), head.forward_bytes(), head.scored());
+    let (flops, bytes, scored) = (head.gemm_flops(), head.forward_bytes(), head.scored());
     let (hidden, mut workspace) = (head.hidden(device)?, head.workspace(device, scored)?);
     let mut scores = TokenScores::new(device, scored)?;
     let out = outputs(device, &[], &[scored, scored])?;
@@ -203,7 +203,7 @@ fn head_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 
 fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, HeadMode::Main, false)?);
-    let (flops, bytes, scored) = (2 * head.product_flops(), head.backward_bytes(), head.scored());
+    let (flops, bytes, scored) = (2 * head.gemm_flops(), head.backward_bytes(), head.scored());
     let workspace = std::rc::Rc::new(std::cell::RefCell::new(head.workspace(device, scored)?));
     let scores = std::rc::Rc::new(std::cell::RefCell::new(TokenScores::new(device, scored)?));
     let out = super::Outputs {
@@ -262,7 +262,7 @@ impl Both {
 /// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
 fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, both.mode(), both == Both::WithEntropy)?);
-    let flops = 3 * head.product_flops();
+    let flops = 3 * head.gemm_flops();
     let bytes = head.forward_bytes() + head.backward_bytes();
     let (scored, pairs) = (head.scored(), shape.pairs);
     let chunks = head.chunks(device, pairs, both.workspace::<D>())?;

@@ -1,7 +1,5 @@
 //! The operations of the embedding and the layers.
 
-use std::any::Any;
-
 use super::{Case, Maker, WORD, batch, compute_size, outputs};
 use crate::bench::inputs::{compute, filled};
 use crate::bench::shapes::Shape;
@@ -21,19 +19,19 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         add_rms_norm_forward,
         add,
         rms_norm_backward,
-        |device, shape| product_forward(device, shape, Product::Qkv),
-        |device, shape| product_forward(device, shape, Product::AttentionOut),
-        |device, shape| product_forward(device, shape, Product::GateUp),
-        |device, shape| product_forward(device, shape, Product::Down),
-        |device, shape| product_backward_input(device, shape, Product::Qkv),
-        |device, shape| product_backward_input(device, shape, Product::AttentionOut),
-        |device, shape| product_backward_input(device, shape, Product::GateUp),
-        |device, shape| product_backward_input(device, shape, Product::Down),
-        |device, shape| product_backward_weight(device, shape, Product::Qkv),
-        |device, shape| product_backward_weight(device, shape, Product::AttentionOut),
-        |device, shape| product_backward_weight(device, shape, Product::GateUp),
-        |device, shape| product_backward_weight(device, shape, Product::Down),
-        product_backward_bias,
+        |device, shape| gemm_forward(device, shape, Gemm::Qkv),
+        |device, shape| gemm_forward(device, shape, Gemm::AttentionOut),
+        |device, shape| gemm_forward(device, shape, Gemm::GateUp),
+        |device, shape| gemm_forward(device, shape, Gemm::Down),
+        |device, shape| gemm_backward_input(device, shape, Gemm::Qkv),
+        |device, shape| gemm_backward_input(device, shape, Gemm::AttentionOut),
+        |device, shape| gemm_backward_input(device, shape, Gemm::GateUp),
+        |device, shape| gemm_backward_input(device, shape, Gemm::Down),
+        |device, shape| gemm_backward_weight(device, shape, Gemm::Qkv),
+        |device, shape| gemm_backward_weight(device, shape, Gemm::AttentionOut),
+        |device, shape| gemm_backward_weight(device, shape, Gemm::GateUp),
+        |device, shape| gemm_backward_weight(device, shape, Gemm::Down),
+        gemm_backward_bias,
         rope,
         attention_forward,
         |device, shape| attention_backward(device, shape, AttentionOrder::Fixed),
@@ -144,7 +142,7 @@ fn rms_norm_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         let (dx, dweight) = (&mut out.compute[0], &mut out.floats[0]);
         device.rms_norm_backward(RmsNormBackward {
             dx,
-            dweight,
+            dweight: Some(dweight),
             dout: &dout,
             x: &x,
             weight: &weight,
@@ -156,9 +154,9 @@ fn rms_norm_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.updates().bytes(bytes))
 }
 
-/// The products of a layer, and those of the head's gradients.
+/// The gemms of a layer, and those of the head's gradients.
 #[derive(Clone, Copy)]
-enum Product {
+enum Gemm {
     Qkv,
     AttentionOut,
     GateUp,
@@ -166,14 +164,14 @@ enum Product {
     Head,
 }
 
-impl Product {
+impl Gemm {
     fn name(self) -> &'static str {
         match self {
-            Product::Qkv => "qkv",
-            Product::AttentionOut => "attention_out",
-            Product::GateUp => "gate_up",
-            Product::Down => "down",
-            Product::Head => "head",
+            Gemm::Qkv => "qkv",
+            Gemm::AttentionOut => "attention_out",
+            Gemm::GateUp => "gate_up",
+            Gemm::Down => "down",
+            Gemm::Head => "head",
         }
     }
 
@@ -181,28 +179,28 @@ impl Product {
         let (config, rows) = (&shape.config, shape.tokens());
         let attention = config.attention_shape();
         let (inputs, outputs) = match self {
-            Product::Qkv => (config.hidden_size, attention.qkv_width()),
-            Product::AttentionOut => (attention.out_width(), config.hidden_size),
-            Product::GateUp => (config.hidden_size, 2 * config.intermediate_size),
-            Product::Down => (config.intermediate_size, config.hidden_size),
-            Product::Head => (config.hidden_size, config.vocab_size),
+            Gemm::Qkv => (config.hidden_size, attention.qkv_width()),
+            Gemm::AttentionOut => (attention.out_width(), config.hidden_size),
+            Gemm::GateUp => (config.hidden_size, 2 * config.intermediate_size),
+            Gemm::Down => (config.intermediate_size, config.hidden_size),
+            Gemm::Head => (config.hidden_size, config.vocab_size),
         };
         LinearShape { rows, inputs, outputs }
     }
 }
 
-/// The product that is called `part`; `down` for a name that none has.
+/// The gemm that is called `part`; `down` for a name that none has.
 pub fn linear_shape(shape: &Shape, part: &str) -> LinearShape {
-    let all = [Product::Qkv, Product::AttentionOut, Product::GateUp, Product::Head];
-    all.into_iter().find(|product| product.name() == part).unwrap_or(Product::Down).shape(shape)
+    let all = [Gemm::Qkv, Gemm::AttentionOut, Gemm::GateUp, Gemm::Head];
+    all.into_iter().find(|gemm| gemm.name() == part).unwrap_or(Gemm::Down).shape(shape)
 }
 
-fn product_flops(linear: LinearShape) -> usize {
+fn gemm_flops(linear: LinearShape) -> usize {
     2 * linear.rows * linear.inputs * linear.outputs
 }
 
-fn product_forward<D: Device>(device: &D, shape: &Shape, product: Product) -> Result<Case<D>> {
-    let linear = product.shape(shape);
+fn gemm_forward<D: Device>(device: &D, shape: &Shape, gemm: Gemm) -> Result<Case<D>> {
+    let linear = gemm.shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let (x, weight) = (compute(device, 1, rows * inputs, 1.0)?, compute(device, 2, columns * inputs, 0.02)?);
     let out = outputs(device, &[rows * columns], &[])?;
@@ -210,11 +208,11 @@ fn product_forward<D: Device>(device: &D, shape: &Shape, product: Product) -> Re
         device.linear_forward(&mut out.compute[0], &x, &weight, None, linear)
     });
     let values = rows * inputs + inputs * columns + rows * columns;
-    Ok(case.part(product.name()).flops(product_flops(linear)).bytes(compute_size::<D>() * values))
+    Ok(case.part(gemm.name()).flops(gemm_flops(linear)).bytes(compute_size::<D>() * values))
 }
 
-fn product_backward_input<D: Device>(device: &D, shape: &Shape, product: Product) -> Result<Case<D>> {
-    let linear = product.shape(shape);
+fn gemm_backward_input<D: Device>(device: &D, shape: &Shape, gemm: Gemm) -> Result<Case<D>> {
+    let linear = gemm.shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let (dout, weight) =
         (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, columns * inputs, 0.02)?);
@@ -223,29 +221,29 @@ fn product_backward_input<D: Device>(device: &D, shape: &Shape, product: Product
         device.linear_backward_input(&mut out.compute[0], &dout, &weight, linear)
     });
     let values = rows * inputs + inputs * columns + rows * columns;
-    Ok(case.part(product.name()).flops(product_flops(linear)).bytes(compute_size::<D>() * values))
+    Ok(case.part(gemm.name()).flops(gemm_flops(linear)).bytes(compute_size::<D>() * values))
 }
 
-fn product_backward_weight<D: Device>(device: &D, shape: &Shape, product: Product) -> Result<Case<D>> {
-    let linear = product.shape(shape);
+fn gemm_backward_weight<D: Device>(device: &D, shape: &Shape, gemm: Gemm) -> Result<Case<D>> {
+    let linear = gemm.shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let (dout, x) = (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, rows * inputs, 1.0)?);
     let out = outputs(device, &[], &[columns * inputs])?;
     let case = Case::new("linear_backward_weight", out, move |device: &D, out| {
-        device.linear_backward_weight(&mut out.floats[0], None, &dout, &x, linear)
+        device.linear_backward_weight(Some(&mut out.floats[0]), None, &dout, &x, linear)
     });
     let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * inputs * columns;
-    Ok(case.updates().part(product.name()).flops(product_flops(linear)).bytes(bytes))
+    Ok(case.updates().part(gemm.name()).flops(gemm_flops(linear)).bytes(bytes))
 }
 
 /// What the head's backward multiplies, of the logits' gradients `[N, V]`: those of the scored tokens, which are all tokens
 /// here, and of the embedding. Only CUDA has the first as an operation of its own.
-pub fn head_products() -> Vec<Maker<CudaDevice>> {
-    vec![head_backward_input, |device, shape| product_backward_weight(device, shape, Product::Head)]
+pub fn head_gemms() -> Vec<Maker<CudaDevice>> {
+    vec![head_backward_input, |device, shape| gemm_backward_weight(device, shape, Gemm::Head)]
 }
 
 fn head_backward_input(device: &CudaDevice, shape: &Shape) -> Result<Case<CudaDevice>> {
-    let linear = Product::Head.shape(shape);
+    let linear = Gemm::Head.shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let (dout, weight) =
         (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, columns * inputs, 0.02)?);
@@ -254,21 +252,21 @@ fn head_backward_input(device: &CudaDevice, shape: &Shape) -> Result<Case<CudaDe
         device.linear_backward_input_f32(&mut out.floats[0], &dout, &weight, linear)
     });
     let bytes = compute_size::<CudaDevice>() * columns * (rows + inputs) + 2 * WORD * rows * inputs;
-    Ok(case.updates().part(Product::Head.name()).flops(product_flops(linear)).bytes(bytes))
+    Ok(case.updates().part(Gemm::Head.name()).flops(gemm_flops(linear)).bytes(bytes))
 }
 
 /// With the gradient of a bias, as models with biases have it on q, k and v.
-fn product_backward_bias<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let linear = Product::Qkv.shape(shape);
+fn gemm_backward_bias<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let linear = Gemm::Qkv.shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let (dout, x) = (compute(device, 1, rows * columns, 1.0)?, compute(device, 2, rows * inputs, 1.0)?);
     let out = outputs(device, &[], &[columns * inputs, columns])?;
     let case = Case::new("linear_backward_weight", out, move |device: &D, out| {
         let (dweight, dbias) = out.floats.split_at_mut(1);
-        device.linear_backward_weight(&mut dweight[0], Some(&mut dbias[0]), &dout, &x, linear)
+        device.linear_backward_weight(Some(&mut dweight[0]), Some(&mut dbias[0]), &dout, &x, linear)
     });
     let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * (inputs + 1) * columns;
-    Ok(case.updates().part("qkv and bias").flops(product_flops(linear)).bytes(bytes))
+    Ok(case.updates().part("qkv and bias").flops(gemm_flops(linear)).bytes(bytes))
 }
 
 fn rope<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
@@ -306,13 +304,6 @@ fn attention_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.flops(flops).bytes(attention_bytes::<D>(rows, attention)))
 }
 
-/// Another handle of a CUDA device, which sums in any order; other devices have one order.
-fn in_any_order<D: Device>(device: &D) -> Option<D> {
-    let device = (device as &dyn Any).downcast_ref::<CudaDevice>()?;
-    let unordered: Box<dyn Any> = Box::new(device.with_attention_order(AttentionOrder::Any));
-    unordered.downcast().ok().map(|unordered| *unordered)
-}
-
 fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrder) -> Result<Case<D>> {
     let (rows, attention) = (shape.tokens(), shape.config.attention_shape());
     let qkv = compute(device, 1, rows * attention.qkv_width(), 1.0)?;
@@ -324,7 +315,7 @@ fn attention_backward<D: Device>(device: &D, shape: &Shape, order: AttentionOrde
     let gradient = outputs(device, &[rows * attention.qkv_width()], &[])?;
     let (part, other) = match order {
         AttentionOrder::Fixed => ("", None),
-        AttentionOrder::Any => ("any order", in_any_order(device)),
+        AttentionOrder::Any => ("any order", device.in_any_order()),
     };
     let redundant = order == AttentionOrder::Any && other.is_none();
     let case = Case::new("attention_backward", gradient, move |device: &D, gradient| {

@@ -3,8 +3,9 @@
 use super::{Case, Maker, Outputs, WORD, compute_size, outputs};
 use crate::bench::inputs::{compute, filled, floats, normal};
 use crate::bench::shapes::{self, Shape};
-use crate::device::{AdamWState, AdamWUpdate, Device, Floats};
+use crate::device::{Device, Floats};
 use crate::error::Result;
+use crate::optimizer::OptimizerState;
 
 /// Gate, up and down: these operations take many tensors at once.
 const TENSORS: usize = 3;
@@ -45,7 +46,7 @@ fn gradient_norm<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 
 fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let values = values(shape);
-    let mut states = tensors(|_| AdamWState::new(device, values))?;
+    let mut states = tensors(|_| OptimizerState::new(device, values))?;
     for (tensor, state) in states.iter_mut().enumerate() {
         if let Some(master) = &mut state.master {
             device.upload(master, 0, &normal(tensor as u64, values, 0.02))?;
@@ -62,7 +63,7 @@ fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             .compute
             .iter_mut()
             .zip(states)
-            .map(|(weight, (state, gradient))| AdamWUpdate { weight, state, gradient })
+            .map(|(weight, (state, gradient))| state.update(weight, gradient))
             .collect();
         device.adamw(&mut updates, &norm, settings.adamw(1))
     });

@@ -14,10 +14,12 @@ use rayon::prelude::*;
 
 use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
+use super::scratch::split;
 use super::shared_rows::SharedRows;
 use super::transpose::transpose;
 use super::{CpuDevice, simd};
-use crate::device::{AttentionBackward, AttentionGradient, AttentionShape, Checked};
+use crate::data::PairSpan;
+use crate::device::{AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape, Checked};
 use crate::error::Result;
 
 /// What a unit reads.
@@ -31,8 +33,11 @@ struct Inputs<'a> {
 }
 
 impl AttentionBackward for CpuDevice {
-    /// Nothing to do: a unit of work allocates its own few tiles.
-    fn reserve_attention_backward(&self, _: usize, _: usize, _: AttentionShape) -> Result<()> {
+    fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()> {
+        self.reserve_attention_forward(shape);
+        let prefixes = self.scratch.take::<f32>(prefix_rows_of(capacity.rows, shape) * shape.head_size);
+        self.scratch.reserve::<f32>(self.threads, Unit::len(shape, capacity.longest_part));
+        drop(prefixes);
         Ok(())
     }
 
@@ -40,23 +45,29 @@ impl AttentionBackward for CpuDevice {
         self.traced("attention_backward", || {
             let AttentionGradient { dqkv, dout, out, lse, qkv, batch, shape } = operands;
             let inputs = Inputs { dout, out, lse, qkv, shape };
-            let kv_heads = shape.kv_heads;
-            // Responses first: they are the longer units, and the prompt's fill the gaps at the end.
-            let parts: Vec<[Part; 3]> = batch.host_spans.iter().map(Part::of).collect();
-            let units: Vec<(&Part, usize)> =
-                parts.iter().flatten().flat_map(|part| (0..kv_heads).map(move |head| (part, head))).collect();
+            let (spans, kv_heads) = (&batch.host_spans[..], shape.kv_heads);
+            let rows = spans.last().map_or(0, |span| span.rows().end);
+            let mut memory = self.scratch.take::<f32>(prefix_rows_of(rows, shape) * shape.head_size);
+            let prefixes = SharedRows::new(&mut memory, shape.head_size);
             let dqkv = SharedRows::new(dqkv, shape.qkv_width());
             self.parallel(|| {
-                let prefix_gradients: Vec<KeyValueGradients> = units
-                    .par_iter()
-                    .with_max_len(1)
-                    .map(|&(part, head)| Unit::new(inputs, part, head).run(self, &dqkv))
-                    .collect();
-                (0..parts.len() * kv_heads).into_par_iter().for_each(|index| {
-                    let (pair, head) = (index / kv_heads, index % kv_heads);
-                    for response in 1..3 {
-                        let gradients = &prefix_gradients[(pair * 3 + response) * kv_heads + head];
-                        add_to_prompt(&dqkv, &parts[pair][0], HeadColumns::new(shape, head), gradients);
+                (0..spans.len() * 3 * kv_heads).into_par_iter().with_max_len(1).for_each(|index| {
+                    let (pair, part, head) = (index / (3 * kv_heads), index / kv_heads % 3, index % kv_heads);
+                    // SAFETY: each unit has prefix rows of its own.
+                    let prefix = unsafe { prefixes.rows_mut(prefix_rows(&spans[pair], part, head, shape)) };
+                    let part = &Part::of(&spans[pair])[part];
+                    let mut memory = self.scratch.take::<f32>(Unit::len(shape, part.rows.len()));
+                    Unit::new(inputs, part, head, prefix, &mut memory).run(self, &dqkv);
+                });
+                (0..spans.len() * kv_heads).into_par_iter().for_each(|index| {
+                    let (span, head) = (&spans[index / kv_heads], index % kv_heads);
+                    let parts = Part::of(span);
+                    let responses = (1..3).filter(|&part| !parts[part].rows.is_empty());
+                    for part in responses {
+                        // SAFETY: all units have ended, and each (pair, kv head) is one work item.
+                        let prefix = unsafe { prefixes.rows_mut(prefix_rows(span, part, head, shape)) };
+                        let gradients = KeyValueGradients::new(prefix);
+                        add_to_prompt(&dqkv, &parts[0], HeadColumns::new(shape, head), &gradients);
                     }
                 });
             });
@@ -65,20 +76,42 @@ impl AttentionBackward for CpuDevice {
     }
 }
 
-/// Gradients of consecutive keys and values, `[keys, E]` each.
-struct KeyValueGradients {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+/// Rows of `E` values that hold the gradients of the prompts' keys and values for `rows` rows of a batch: each response
+/// and key/value head has its own, and no prompt is longer than its pair.
+fn prefix_rows_of(rows: usize, shape: AttentionShape) -> usize {
+    rows * 2 * shape.kv_heads * 2
 }
 
-impl KeyValueGradients {
-    fn zeros(len: usize) -> Self {
-        KeyValueGradients { keys: vec![0.0; len], values: vec![0.0; len] }
+/// The rows, keys before values, where a unit collects the gradients of its prefix; none for a prompt, part 0.
+fn prefix_rows(span: &PairSpan, part: usize, kv_head: usize, shape: AttentionShape) -> Range<usize> {
+    let start = prefix_rows_of(span.rows().start, shape);
+    let Some(response) = part.checked_sub(1) else { return start..start };
+    let rows = 2 * span.prompt_rows().len();
+    let start = start + (response * shape.kv_heads + kv_head) * rows;
+    start..start + rows
+}
+
+/// Gradients of consecutive keys and values, `[keys, E]` each.
+struct KeyValueGradients<'a> {
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+}
+
+impl<'a> KeyValueGradients<'a> {
+    /// `memory` holds the keys' gradients, then the values'.
+    fn new(memory: &'a mut [f32]) -> Self {
+        let (keys, values) = memory.split_at_mut(memory.len() / 2);
+        KeyValueGradients { keys, values }
     }
 }
 
 /// Adds a response's gradients of the prompt's keys and values to what the prompt's own queries left in `dqkv`.
-fn add_to_prompt(dqkv: &SharedRows<'_>, prompt: &Part, columns: HeadColumns, gradients: &KeyValueGradients) {
+fn add_to_prompt(
+    dqkv: &SharedRows<'_>,
+    prompt: &Part,
+    columns: HeadColumns,
+    gradients: &KeyValueGradients<'_>,
+) {
     let head_size = columns.head_size;
     for (values, range) in
         [(&gradients.keys, columns.key_columns()), (&gradients.values, columns.value_columns())]
@@ -99,51 +132,72 @@ struct Unit<'a> {
     columns: HeadColumns,
     kv_head: usize,
     /// `[rows, E]`, times the softmax scale.
-    queries: Vec<f32>,
+    queries: &'a mut [f32],
     /// `[rows, E]`
-    dout: Vec<f32>,
+    dout: &'a mut [f32],
     /// `[rows, E]`
-    dqueries: Vec<f32>,
+    dqueries: &'a mut [f32],
     /// `[rows, TILE_N]`: scores, then probabilities.
-    probabilities: Vec<f32>,
+    probabilities: &'a mut [f32],
     /// `[rows, TILE_N]`: `dP`, then `dS`.
-    dscores: Vec<f32>,
+    dscores: &'a mut [f32],
     /// `[E, TILE_N]`: keys, then values of a tile.
-    turned: Vec<f32>,
-    lse: Vec<f32>,
-    delta: Vec<f32>,
+    turned: &'a mut [f32],
+    lse: &'a mut [f32],
+    delta: &'a mut [f32],
     /// Gradients of the prefix' keys and values, and of the part's own.
-    prefix: KeyValueGradients,
-    own: KeyValueGradients,
+    prefix: KeyValueGradients<'a>,
+    own: KeyValueGradients<'a>,
 }
 
 impl<'a> Unit<'a> {
-    fn new(inputs: Inputs<'a>, part: &'a Part, kv_head: usize) -> Self {
+    /// Values of the buffers of a part of `part_rows` rows, in the order of the fields; `prefix` has memory of its own.
+    fn sizes(shape: AttentionShape, part_rows: usize) -> [usize; 9] {
+        let rows = tile::tile_rows(shape.heads / shape.kv_heads);
+        let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
+        let (turned, own) = (shape.head_size * TILE_N, 2 * part_rows * shape.head_size);
+        [by_head, by_head, by_head, by_key, by_key, turned, rows, rows, own]
+    }
+
+    /// Values of all buffers together.
+    fn len(shape: AttentionShape, part_rows: usize) -> usize {
+        Self::sizes(shape, part_rows).iter().sum()
+    }
+
+    /// `memory` holds [`Unit::len`] values.
+    fn new(
+        inputs: Inputs<'a>,
+        part: &'a Part,
+        kv_head: usize,
+        prefix: &'a mut [f32],
+        memory: &'a mut [f32],
+    ) -> Self {
+        let sizes = Self::sizes(inputs.shape, part.rows.len());
+        let [queries, dout, dqueries, probabilities, dscores, turned, lse, delta, own] = split(memory, sizes);
+        prefix.fill(0.0);
+        own.fill(0.0);
         let columns = HeadColumns::new(inputs.shape, kv_head);
-        let head_size = columns.head_size;
-        let rows = tile::tile_rows(columns.group).min(part.rows.len() * columns.group);
-        // A response without tokens gives the prompt nothing, and needs no room.
-        let prefix = if part.rows.is_empty() { 0 } else { part.prefix.len() };
+        let (prefix, own) = (KeyValueGradients::new(prefix), KeyValueGradients::new(own));
         Unit {
             inputs,
             part,
             columns,
             kv_head,
-            queries: vec![0.0; rows * head_size],
-            dout: vec![0.0; rows * head_size],
-            dqueries: vec![0.0; rows * head_size],
-            probabilities: vec![0.0; rows * TILE_N],
-            dscores: vec![0.0; rows * TILE_N],
-            turned: vec![0.0; head_size * TILE_N],
-            lse: vec![0.0; rows],
-            delta: vec![0.0; rows],
-            prefix: KeyValueGradients::zeros(prefix * head_size),
-            own: KeyValueGradients::zeros(part.rows.len() * head_size),
+            queries,
+            dout,
+            dqueries,
+            probabilities,
+            dscores,
+            turned,
+            lse,
+            delta,
+            prefix,
+            own,
         }
     }
 
-    /// Assigns the part's rows of `dqkv`; returns the gradients of the prefix.
-    fn run(mut self, device: &CpuDevice, dqkv: &SharedRows<'_>) -> KeyValueGradients {
+    /// Assigns the part's rows of `dqkv`, and leaves the gradients of the prefix in `prefix`.
+    fn run(mut self, device: &CpuDevice, dqkv: &SharedRows<'_>) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         for queries in self.part.query_blocks(columns.group) {
             device.vectorized(
@@ -169,7 +223,6 @@ impl<'a> Unit<'a> {
                 unsafe { dqkv.row_mut(row, range.clone()) }.copy_from_slice(values);
             }
         }
-        self.prefix
     }
 
     /// Packs a block's queries and output gradients, and works out `delta`.
@@ -179,15 +232,8 @@ impl<'a> Unit<'a> {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         let width = shape.out_width();
         let query_columns = columns.query_columns();
-        tile::pack(
-            &mut self.queries,
-            qkv,
-            columns.row,
-            queries.clone(),
-            query_columns.clone(),
-            shape.scale(),
-        );
-        tile::pack(&mut self.dout, dout, width, queries.clone(), query_columns, 1.0);
+        tile::pack(self.queries, qkv, columns.row, queries.clone(), query_columns.clone(), shape.scale());
+        tile::pack(self.dout, dout, width, queries.clone(), query_columns, 1.0);
         for m in 0..queries.len() * columns.group {
             let (row, head) = (queries.start + m / columns.group, m % columns.group);
             let out = &out[row * width + columns.query + head * head_size..][..head_size];
@@ -207,8 +253,8 @@ impl<'a> Unit<'a> {
             [(&mut self.probabilities, &self.queries, key_rows), (&mut self.dscores, &self.dout, value_rows)]
         {
             // Turned here, because `gemm` would turn it value by value.
-            transpose(&mut self.turned, TILE_N, rhs, columns.row, (count, head_size));
-            let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(&self.turned, TILE_N));
+            transpose(self.turned, TILE_N, rhs, columns.row, (count, head_size));
+            let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(self.turned, TILE_N));
             multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs);
         }
         device.vectorized(
@@ -225,8 +271,8 @@ impl<'a> Unit<'a> {
             let (lhs, rhs) = (Matrix::transposed(lhs, TILE_N), Matrix::rows(rhs, head_size));
             multiply(&mut out[range.clone()], head_size, true, (count, rows, head_size), lhs, rhs);
         }
-        let (lhs, rhs) = (Matrix::rows(&self.dscores, TILE_N), Matrix::rows(key_rows, columns.row));
-        multiply(&mut self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs);
+        let (lhs, rhs) = (Matrix::rows(self.dscores, TILE_N), Matrix::rows(key_rows, columns.row));
+        multiply(self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs);
     }
 
     /// Scores become probabilities, `dP` becomes `dS`; both are zero where a query does not see a key.

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
+use super::scratch::split;
 use super::shared_rows::SharedRows;
 use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, simd};
@@ -24,33 +25,28 @@ impl Attention for CpuDevice {
         _: Checked,
     ) -> Result<()> {
         self.traced("attention_forward", || {
-            let parts: Vec<Part> = batch.host_spans.iter().flat_map(Part::of).collect();
             let group = shape.heads / shape.kv_heads;
-            let blocks: Vec<(&Part, Range<usize>, usize)> = parts
-                .iter()
-                .flat_map(|part| part.query_blocks(group).map(move |queries| (part, queries)))
-                .flat_map(|(part, queries)| {
-                    (0..shape.kv_heads).map(move |head| (part, queries.clone(), head))
-                })
-                .collect();
             let out = SharedRows::new(out, shape.out_width());
             let lse = SharedRows::new(lse, shape.heads);
+            let parts = || batch.host_spans.iter().flat_map(Part::of);
+            let blocks: usize = parts().map(|part| part.block_count(group)).sum();
             self.parallel(|| {
-                blocks.into_par_iter().for_each_init(
-                    || Scratch::new(shape),
-                    |scratch, (part, queries, kv_head)| {
-                        let columns = HeadColumns::new(shape, kv_head);
-                        scratch.attend(self, qkv, part, &queries, columns, shape.scale());
-                        let heads = kv_head * group..(kv_head + 1) * group;
-                        for (i, row) in queries.enumerate() {
-                            // SAFETY: each pair (query row, kv head) belongs to one block, and spans do not overlap.
-                            let (out, lse) = unsafe {
-                                (out.row_mut(row, columns.query_columns()), lse.row_mut(row, heads.clone()))
-                            };
-                            scratch.write(i * group, out, lse);
-                        }
-                    },
-                );
+                (0..blocks * shape.kv_heads).into_par_iter().for_each(|index| {
+                    let (block, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
+                    let Some((part, queries)) = tile::find_block(parts(), group, block) else { return };
+                    let columns = HeadColumns::new(shape, kv_head);
+                    let mut memory = self.scratch.take::<f32>(Tiles::len(shape));
+                    let mut tiles = Tiles::new(shape, &mut memory);
+                    tiles.attend(self, qkv, &part, &queries, columns, shape.scale());
+                    let heads = kv_head * group..(kv_head + 1) * group;
+                    for (i, row) in queries.enumerate() {
+                        // SAFETY: each pair (query row, kv head) belongs to one block, and spans do not overlap.
+                        let (out, lse) = unsafe {
+                            (out.row_mut(row, columns.query_columns()), lse.row_mut(row, heads.clone()))
+                        };
+                        tiles.write(i * group, out, lse);
+                    }
+                });
             });
             Ok(())
         })
@@ -71,9 +67,10 @@ impl Attention for CpuDevice {
                 out[..shape.out_width()].par_chunks_exact_mut(group_width).enumerate().for_each(
                     |(kv_head, out)| {
                         let columns = HeadColumns::new(shape, kv_head);
-                        let mut scratch = Scratch::new(shape);
-                        scratch.attend(self, cache, &part, &part.rows, columns, shape.scale());
-                        scratch.write(0, out, &mut vec![0.0; columns.group]);
+                        let mut memory = self.scratch.take::<f32>(Tiles::len(shape));
+                        let mut tiles = Tiles::new(shape, &mut memory);
+                        tiles.attend(self, cache, &part, &part.rows, columns, shape.scale());
+                        tiles.write(0, out, &mut vec![0.0; columns.group]);
                     },
                 );
             });
@@ -82,33 +79,37 @@ impl Attention for CpuDevice {
     }
 }
 
-/// The tiles of one thread. Rows are those of [`attention_tile`](tile): query row times head of the group.
-struct Scratch {
+/// The tiles of one block of queries. Rows are those of [`attention_tile`](tile): query row times head of the group.
+struct Tiles<'a> {
     head_size: usize,
     /// `[rows, E]`, times the softmax scale.
-    queries: Vec<f32>,
+    queries: &'a mut [f32],
     /// `[E, TILE_N]`, the keys of a tile.
-    keys: Vec<f32>,
+    keys: &'a mut [f32],
     /// `[rows, TILE_N]`: scores, then `e^(score - max)`.
-    scores: Vec<f32>,
+    scores: &'a mut [f32],
     /// `[rows, E]`: output before the division by `sums`.
-    values: Vec<f32>,
-    maxima: Vec<f32>,
-    sums: Vec<f32>,
+    values: &'a mut [f32],
+    maxima: &'a mut [f32],
+    sums: &'a mut [f32],
 }
 
-impl Scratch {
-    fn new(shape: AttentionShape) -> Self {
+impl<'a> Tiles<'a> {
+    /// Values of the buffers, in the order of the fields.
+    fn sizes(shape: AttentionShape) -> [usize; 6] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
-        Scratch {
-            head_size: shape.head_size,
-            queries: vec![0.0; rows * shape.head_size],
-            keys: vec![0.0; shape.head_size * TILE_N],
-            scores: vec![0.0; rows * TILE_N],
-            values: vec![0.0; rows * shape.head_size],
-            maxima: vec![0.0; rows],
-            sums: vec![0.0; rows],
-        }
+        let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
+        [by_head, shape.head_size * TILE_N, by_key, by_head, rows, rows]
+    }
+
+    /// Values of all buffers together.
+    fn len(shape: AttentionShape) -> usize {
+        Self::sizes(shape).iter().sum()
+    }
+
+    fn new(shape: AttentionShape, memory: &'a mut [f32]) -> Self {
+        let [queries, keys, scores, values, maxima, sums] = split(memory, Self::sizes(shape));
+        Tiles { head_size: shape.head_size, queries, keys, scores, values, maxima, sums }
     }
 
     /// Attention of `queries` for the group of one key/value head; the result stays in the scratch.
@@ -125,32 +126,32 @@ impl Scratch {
         let rows = queries.len() * columns.group;
         device.vectorized(
             #[inline(always)]
-            || tile::pack(&mut self.queries, qkv, row, queries.clone(), columns.query_columns(), scale),
+            || tile::pack(self.queries, qkv, row, queries.clone(), columns.query_columns(), scale),
         );
         self.maxima[..rows].fill(f32::NEG_INFINITY);
         self.sums[..rows].fill(0.0);
         for (index, keys) in part.key_tiles(queries).enumerate() {
             let (first, count) = (keys.keys.start * row, keys.keys.len());
             // Turned here, because `gemm` would turn it value by value.
-            transpose(&mut self.keys, TILE_N, &qkv[first + columns.key..], row, (count, head_size));
+            transpose(self.keys, TILE_N, &qkv[first + columns.key..], row, (count, head_size));
             multiply(
-                &mut self.scores,
+                self.scores,
                 TILE_N,
                 false,
                 (rows, head_size, count),
-                Matrix::rows(&self.queries, head_size),
-                Matrix::rows(&self.keys, TILE_N),
+                Matrix::rows(self.queries, head_size),
+                Matrix::rows(self.keys, TILE_N),
             );
             device.vectorized(
                 #[inline(always)]
                 || self.softmax_tile(&keys, queries.start, columns.group, rows),
             );
             multiply(
-                &mut self.values,
+                self.values,
                 head_size,
                 index > 0,
                 (rows, count, head_size),
-                Matrix::rows(&self.scores, TILE_N),
+                Matrix::rows(self.scores, TILE_N),
                 Matrix::rows(&qkv[first + columns.value..], row),
             );
         }
@@ -191,5 +192,12 @@ impl Scratch {
             }
             lse[h] = self.maxima[m + h] + self.sums[m + h].ln();
         }
+    }
+}
+
+impl CpuDevice {
+    /// Sets the scratch memory of the forward aside: the tiles of a block on each thread.
+    pub(super) fn reserve_attention_forward(&self, shape: AttentionShape) {
+        self.scratch.reserve::<f32>(self.threads, Tiles::len(shape));
     }
 }

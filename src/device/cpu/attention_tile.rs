@@ -54,10 +54,20 @@ impl Part {
         ]
     }
 
+    /// Number of [`Part::query_blocks`].
+    pub(super) fn block_count(&self, group: usize) -> usize {
+        self.rows.len().div_ceil(block_rows(group))
+    }
+
     /// The part's queries in blocks that make tiles of about [`TILE_M`] rows.
     pub(super) fn query_blocks(&self, group: usize) -> impl Iterator<Item = Range<usize>> {
-        let (step, end) = ((TILE_M / group).max(1), self.rows.end);
-        self.rows.clone().step_by(step).map(move |start| start..(start + step).min(end))
+        (0..self.block_count(group)).map(move |index| self.query_block(group, index))
+    }
+
+    /// Block `index` of [`Part::query_blocks`].
+    fn query_block(&self, group: usize, index: usize) -> Range<usize> {
+        let start = self.rows.start + index * block_rows(group);
+        start..(start + block_rows(group)).min(self.rows.end)
     }
 
     /// The keys that `queries` see, prefix first; none of them is empty or hidden from the whole block.
@@ -65,6 +75,28 @@ impl Part {
         let own = self.rows.start..queries.end;
         tiles(self.prefix.clone(), false).chain(tiles(own, true))
     }
+}
+
+/// Block `index` of all blocks of `parts`, one part after the other, with its part.
+pub(super) fn find_block(
+    parts: impl Iterator<Item = Part>,
+    group: usize,
+    mut index: usize,
+) -> Option<(Part, Range<usize>)> {
+    for part in parts {
+        let count = part.block_count(group);
+        if index < count {
+            let queries = part.query_block(group, index);
+            return Some((part, queries));
+        }
+        index -= count;
+    }
+    None
+}
+
+/// Query rows of a block.
+fn block_rows(group: usize) -> usize {
+    (TILE_M / group).max(1)
 }
 
 fn tiles(keys: Range<usize>, causal: bool) -> impl Iterator<Item = KeyTile> {
@@ -132,7 +164,7 @@ pub(super) fn pack(
     }
 }
 
-/// Scratch floats for `rows` rows of a tile of queries.
+/// Rows of a tile of queries, heads included.
 pub(super) fn tile_rows(group: usize) -> usize {
-    (TILE_M / group).max(1) * group
+    block_rows(group) * group
 }

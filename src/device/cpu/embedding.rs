@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::shared_rows::SharedRows;
 use super::{CpuBuffer, CpuDevice, check_indices};
 use crate::device::{BatchBuffers, Checked, Embedding};
 use crate::error::Result;
@@ -36,29 +37,22 @@ impl Embedding for CpuDevice {
             let order = &batch.rows_by_token[..rows];
             let tokens = batch.token_ids.len().min(dout.len() / width.max(1));
             check_indices(operation, "row by token", order, tokens)?;
-            let token_of = |&row: &u32| batch.token_ids[row as usize];
-            let token_ids: Vec<u32> = order.iter().map(token_of).collect();
-            check_indices(operation, "token id", &token_ids, dtable.len() / width.max(1))?;
-            let groups: Vec<&[u32]> = order.chunk_by(|a, b| token_of(a) == token_of(b)).collect();
-            // Tokens ascend, so each group's row of the table can be split off the front of what is left.
-            let mut work = Vec::with_capacity(groups.len());
-            let (mut rest, mut first) = (&mut dtable[..], 0);
-            for group in groups {
-                let token = token_of(&group[0]) as usize;
-                let Some(skipped) = token.checked_sub(first) else {
-                    return Err(super::index_error(
-                        operation,
-                        "token out of order: token id",
-                        token as u32,
-                        first,
-                    ));
-                };
-                let (row, tail) = rest[skipped * width..].split_at_mut(width);
-                work.push((row, group));
-                (rest, first) = (tail, token + 1);
+            let token_of = |row: &u32| batch.token_ids[*row as usize];
+            let limit = dtable.len() / width.max(1);
+            if let Some(token) = order.iter().map(token_of).find(|&token| token as usize >= limit) {
+                return Err(super::index_error(operation, "token id", token, limit));
             }
+            // One group of rows for each token, so that each row of the table belongs to one task.
+            if let Some(pair) = order.windows(2).find(|pair| token_of(&pair[0]) > token_of(&pair[1])) {
+                let (token, before) = (token_of(&pair[1]), token_of(&pair[0]) as usize);
+                return Err(super::index_error(operation, "token out of order: token id", token, before));
+            }
+            let dtable = SharedRows::new(&mut dtable[..], width);
             self.parallel(|| {
-                work.into_par_iter().with_min_len(self.block_rows(width)).for_each(|(sum, group)| {
+                order.par_chunk_by(|one, other| token_of(one) == token_of(other)).for_each(|group| {
+                    let token = token_of(&group[0]) as usize;
+                    // SAFETY: tokens ascend, so no other group has this one.
+                    let sum = unsafe { dtable.row_mut(token, 0..width) };
                     self.vectorized(
                         #[inline(always)]
                         || {

@@ -139,6 +139,13 @@ unsafe fn multiply_into(
 }
 
 impl Linear for CpuDevice {
+    fn reserve_linear(&self, shape: LinearShape, _: bool) -> Result<()> {
+        if shape.rows >= TRANSPOSE_ROWS {
+            self.scratch.reserve::<f32>(self.threads, shape.inputs * OUTPUT_BLOCK.min(shape.outputs));
+        }
+        Ok(())
+    }
+
     /// A block of outputs a task. From `TRANSPOSE_ROWS` rows on the block's weights are turned around first: `gemm` packs a
     /// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
     /// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
@@ -162,9 +169,9 @@ impl Linear for CpuDevice {
                 if let Some(bias) = bias {
                     out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
                 }
-                let blocks: Vec<usize> = (0..outputs).step_by(OUTPUT_BLOCK).collect();
                 let out = SharedRows::new(out, outputs);
-                blocks.into_par_iter().for_each(|first| {
+                let blocks = block_starts(outputs);
+                blocks.for_each(|first| {
                     let count = OUTPUT_BLOCK.min(outputs - first);
                     let weight = &weight[first * inputs..(first + count) * inputs];
                     let sizes = (rows, inputs, count);
@@ -175,7 +182,7 @@ impl Linear for CpuDevice {
                             out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs))
                         };
                     } else {
-                        let mut turned = self.scratch.take(inputs * count);
+                        let mut turned = self.scratch.take::<f32>(inputs * count);
                         transpose(&mut turned, count, weight, inputs, (count, inputs));
                         // SAFETY: as above.
                         unsafe {
@@ -202,9 +209,9 @@ impl Linear for CpuDevice {
                 return Ok(());
             }
             let dx = SharedRows::new(&mut dx[..rows * inputs], inputs);
-            let blocks: Vec<usize> = (0..inputs).step_by(OUTPUT_BLOCK).collect();
+            let blocks = block_starts(inputs);
             self.parallel(|| {
-                blocks.into_par_iter().for_each(|first| {
+                blocks.for_each(|first| {
                     let count = OUTPUT_BLOCK.min(inputs - first);
                     let (dout, weight) =
                         (Matrix::rows(dout, outputs), Matrix::rows(&weight[first..], inputs));
@@ -218,7 +225,7 @@ impl Linear for CpuDevice {
 
     fn run_linear_backward_weight(
         &self,
-        dweight: &mut CpuBuffer<f32>,
+        dweight: Option<&mut CpuBuffer<f32>>,
         dbias: Option<&mut CpuBuffer<f32>>,
         dout: &CpuBuffer<f32>,
         x: &CpuBuffer<f32>,
@@ -228,19 +235,14 @@ impl Linear for CpuDevice {
         self.traced("linear_backward_weight", || {
             let LinearShape { rows, inputs, outputs } = shape;
             self.parallel(|| {
-                dweight[..outputs * inputs].par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(
-                    |(block, dweight)| {
-                        let count = dweight.len() / inputs;
-                        multiply(
-                            dweight,
-                            inputs,
-                            true,
-                            (count, rows, inputs),
-                            Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs),
-                            Matrix::rows(x, inputs),
-                        );
-                    },
-                );
+                if let Some(dweight) = dweight {
+                    let dweight = &mut dweight[..outputs * inputs];
+                    dweight.par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(|(block, dweight)| {
+                        let sizes = (dweight.len() / inputs, rows, inputs);
+                        let dout = Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs);
+                        multiply(dweight, inputs, true, sizes, dout, Matrix::rows(x, inputs));
+                    });
+                }
                 if let Some(dbias) = dbias {
                     dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
                         self.vectorized(
@@ -253,6 +255,11 @@ impl Linear for CpuDevice {
             Ok(())
         })
     }
+}
+
+/// The first columns of the blocks that a gemm with `columns` columns is cut into, a task each.
+fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize> {
+    (0..columns.div_ceil(OUTPUT_BLOCK)).into_par_iter().map(|block| block * OUTPUT_BLOCK)
 }
 
 /// `sums += ` the sums of columns `first..first + sums.len()` of `values[.., width]`, rows in order.

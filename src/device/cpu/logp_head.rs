@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use super::super::check::check_sizes;
@@ -16,7 +17,9 @@ use super::linear::{Matrix, multiply};
 use super::scratch::Scratch;
 use super::transpose::transpose;
 use super::{CpuDevice, check_indices, simd};
-use crate::device::{Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, RECOMPUTE_WORKSPACE};
+use crate::device::{
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, RECOMPUTE_WORKSPACE,
+};
 use crate::error::Result;
 
 /// Parts of the vocabulary that may run at the same time. Each has its own sum of `dhidden`, so more of them would cost
@@ -52,6 +55,19 @@ impl Head for CpuDevice {
         Ok(rows_at_once(mode, rows, vocab, usize::MAX) * vocab)
     }
 
+    fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()> {
+        let HeadSizes { width, vocab, workspace } = sizes;
+        let at_once = rows_at_once(mode, rows, vocab, workspace);
+        let strips = strip_count(vocab);
+        // What is held at the same time, at most.
+        let turned = self.scratch.take::<f32>(at_once * width);
+        let summaries = self.scratch.take::<RowSummary>(strips * at_once);
+        let terms = self.scratch.take::<RowTerms>(at_once);
+        self.scratch.reserve::<f32>(1, strips * at_once.min(BACKWARD_ROWS) * width);
+        drop((turned, summaries, terms));
+        Ok(())
+    }
+
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
         self.traced("logp_head_forward", || {
             let HeadForward { scores, workspace, hidden, weight, targets, shape } = operands;
@@ -68,7 +84,7 @@ impl Head for CpuDevice {
                 let strips = form_logits(self, logits, hidden, &weight[..vocab * width], run.len(), entropy);
                 for (row, token) in run.clone().enumerate() {
                     let mut total = RowSummary::EMPTY;
-                    strips.iter().for_each(|strip| total.join(strip[row]));
+                    strips.chunks_exact(run.len()).for_each(|strip| total.join(strip[row]));
                     scores.lse[token] = total.lse();
                     scores.logp[token] = total.logp(logits[targets[token] as usize * run.len() + row]);
                     if entropy {
@@ -94,16 +110,16 @@ impl Head for CpuDevice {
             let weight = &weight[..vocab * width];
             let mut dweight = dweight.map(|dweight| &mut dweight[..vocab * width]);
             for run in runs(rows, at_once) {
-                let terms: Vec<RowTerms> = run
-                    .clone()
-                    .map(|token| RowTerms {
+                let mut terms = self.scratch.take::<RowTerms>(run.len());
+                for (terms, token) in terms.iter_mut().zip(run.clone()) {
+                    *terms = RowTerms {
                         a: coefficients.logp[token],
                         b: if entropy { coefficients.entropy[token] } else { 0.0 },
                         lse: scores.lse[token],
                         entropy: if entropy { scores.entropy[token] } else { 0.0 },
-                        target: targets[token] as usize,
-                    })
-                    .collect();
+                        target: targets[token],
+                    };
+                }
                 let logits = &mut workspace[..run.len() * vocab];
                 let hidden = &mut hidden[run.start * width..run.end * width];
                 if mode == HeadMode::Recompute {
@@ -122,27 +138,31 @@ impl Head for CpuDevice {
     }
 }
 
-/// Assigns `logits[V, rows]`; gives each strip's summaries of the rows.
-fn form_logits(
-    device: &CpuDevice,
+/// Assigns `logits[V, rows]`; gives each strip's summaries of the rows, `[strips, rows]`.
+fn form_logits<'a>(
+    device: &'a CpuDevice,
     logits: &mut [f32],
     hidden: &[f32],
     weight: &[f32],
     rows: usize,
     entropy: bool,
-) -> Vec<Vec<RowSummary>> {
-    let width = hidden.len() / rows;
-    let strip = strip_tokens(logits.len() / rows);
+) -> Scratch<'a, RowSummary> {
+    let (width, vocab) = (hidden.len() / rows, logits.len() / rows);
+    let strip = strip_tokens(vocab);
     // Turned around once here, and not by every tile's product.
-    let mut turned = device.scratch.take(rows * width);
+    let mut turned = device.scratch.take::<f32>(rows * width);
+    let mut summaries = device.scratch.take::<RowSummary>(strip_count(vocab) * rows);
     device.parallel(|| {
         turn_hidden(&mut turned, hidden, rows, width);
         logits
             .par_chunks_mut(strip * rows)
             .zip(weight.par_chunks(strip * width))
-            .map(|(logits, weight)| summarize_strip(device, logits, &turned, weight, (rows, width), entropy))
-            .collect::<Vec<_>>()
-    })
+            .zip(summaries.par_chunks_mut(rows))
+            .for_each(|((logits, weight), summaries)| {
+                summarize_strip(device, summaries, logits, &turned, weight, width, entropy);
+            });
+    });
+    summaries
 }
 
 /// `out[D, rows] = hidden[rows, D]^T`, on all threads.
@@ -159,18 +179,26 @@ fn strip_tokens(vocab: usize) -> usize {
     vocab.div_ceil(STRIPS).next_multiple_of(TILE)
 }
 
+/// Strips of the vocabulary.
+fn strip_count(vocab: usize) -> usize {
+    vocab.div_ceil(strip_tokens(vocab).max(1))
+}
+
 /// What a part of a row of logits comes to, relative to its maximum.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct RowSummary {
-    max: f32,
     /// `sum e^(x - max)`
     sum: f64,
     /// `sum e^(x - max) (x - max)`; 0 unless the entropy is wanted.
     weighted: f64,
+    max: f32,
+    /// Fills the place up to the alignment, because scratch memory holds plain bytes.
+    padding: u32,
 }
 
 impl RowSummary {
-    const EMPTY: RowSummary = RowSummary { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 };
+    const EMPTY: RowSummary = RowSummary { sum: 0.0, weighted: 0.0, max: f32::NEG_INFINITY, padding: 0 };
 
     /// Makes the sums relative to `max`, which is no smaller than the old maximum.
     fn raise(&mut self, max: f32) {
@@ -206,27 +234,23 @@ impl RowSummary {
     }
 }
 
-/// Assigns the logits of one strip and sums them up, row by row.
+/// Assigns the logits of one strip and the summaries of its rows.
 fn summarize_strip(
     device: &CpuDevice,
+    summaries: &mut [RowSummary],
     logits: &mut [f32],
     hidden: &[f32],
     weight: &[f32],
-    (rows, width): (usize, usize),
+    width: usize,
     entropy: bool,
-) -> Vec<RowSummary> {
-    let mut summaries = vec![RowSummary::EMPTY; rows];
+) {
+    let rows = summaries.len();
+    summaries.fill(RowSummary::EMPTY);
     for (logits, weight) in logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)) {
         let tokens = weight.len() / width;
         // logits[tokens, rows] = weight[tokens, D] * hidden[D, rows]
-        multiply(
-            logits,
-            rows,
-            false,
-            (tokens, width, rows),
-            Matrix::rows(weight, width),
-            Matrix::rows(hidden, rows),
-        );
+        let (lhs, rhs) = (Matrix::rows(weight, width), Matrix::rows(hidden, rows));
+        multiply(logits, rows, false, (tokens, width, rows), lhs, rhs);
         device.vectorized(
             #[inline(always)]
             || {
@@ -236,7 +260,6 @@ fn summarize_strip(
             },
         );
     }
-    summaries
 }
 
 /// Adds a tile of logits `[tokens, rows]` to the summaries of rows `first..first + summaries.len()`.
@@ -286,13 +309,14 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
 }
 
 /// What a row's gradient is made of.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct RowTerms {
     a: f32,
     b: f32,
     lse: f32,
     entropy: f32,
-    target: usize,
+    target: u32,
 }
 
 /// The backward of up to [`BACKWARD_ROWS`] scored tokens.
@@ -308,27 +332,31 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Replaces `hidden` by its gradient and accumulates the weight's.
     fn run(&self, hidden: &mut [f32], dweight: Option<&mut [f32]>, logits: &mut [f32], weight: &[f32]) {
-        let (width, strip) = (self.width, strip_tokens(weight.len() / self.width));
-        let mut dweights: Vec<Option<&mut [f32]>> = match dweight {
-            Some(dweight) => dweight.chunks_mut(strip * width).map(Some).collect(),
-            None => weight.chunks(strip * width).map(|_| None).collect(),
-        };
+        let (width, vocab) = (self.width, weight.len() / self.width);
+        let (strip, values) = (strip_tokens(vocab), self.terms.len() * width);
+        let mut partial = self.device.scratch.take::<f32>(strip_count(vocab) * values);
         let input: &[f32] = hidden;
-        let partial: Vec<Scratch<'_>> = self.device.parallel(|| {
-            dweights
-                .par_iter_mut()
+        self.device.parallel(|| {
+            let strips = partial
+                .par_chunks_mut(values)
                 .zip(logits.par_chunks_mut(strip * self.rows))
                 .zip(weight.par_chunks(strip * width))
-                .enumerate()
-                .map(|(index, ((dweight, logits), weight))| {
-                    self.strip(input, dweight.as_deref_mut(), logits, weight, index * strip)
-                })
-                .collect()
+                .enumerate();
+            match dweight {
+                None => strips.for_each(|(index, ((dhidden, logits), weight))| {
+                    self.strip(dhidden, None, logits, (input, weight), index * strip)
+                }),
+                Some(dweight) => strips.zip(dweight.par_chunks_mut(strip * width)).for_each(
+                    |((index, ((dhidden, logits), weight)), dweight)| {
+                        self.strip(dhidden, Some(dweight), logits, (input, weight), index * strip)
+                    },
+                ),
+            }
         });
         hidden.fill(0.0);
         self.device.parallel(|| {
             hidden.par_chunks_mut(width).enumerate().for_each(|(row, sum)| {
-                for partial in &partial {
+                for partial in partial.chunks_exact(values) {
                     let values = &partial[row * width..][..width];
                     sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
                 }
@@ -336,17 +364,16 @@ impl Pass<'_> {
         });
     }
 
-    /// One strip, whose first token is `first_token`; returns its part of the gradient of `hidden`.
+    /// One strip, whose first token is `first_token`: assigns its part of the gradient of `hidden` to `dhidden`.
     fn strip(
         &self,
-        hidden: &[f32],
+        dhidden: &mut [f32],
         mut dweight: Option<&mut [f32]>,
         logits: &mut [f32],
-        weight: &[f32],
+        (hidden, weight): (&[f32], &[f32]),
         first_token: usize,
-    ) -> Scratch<'_> {
+    ) {
         let (rows, count, width) = (self.rows, self.terms.len(), self.width);
-        let mut dhidden = self.device.scratch.take(count * width);
         for (tile, (logits, weight)) in
             logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)).enumerate()
         {
@@ -354,25 +381,12 @@ impl Pass<'_> {
             self.logit_gradients(logits, first_token + tile * TILE);
             let dlogits = Matrix::rows(&logits[self.first..], rows);
             if let Some(dweight) = &mut dweight {
-                multiply(
-                    &mut dweight[tile * TILE * width..],
-                    width,
-                    true,
-                    (tokens, count, width),
-                    dlogits,
-                    Matrix::rows(hidden, width),
-                );
+                let out = &mut dweight[tile * TILE * width..];
+                multiply(out, width, true, (tokens, count, width), dlogits, Matrix::rows(hidden, width));
             }
-            multiply(
-                &mut dhidden,
-                width,
-                tile > 0,
-                (count, tokens, width),
-                dlogits.transpose(),
-                Matrix::rows(weight, width),
-            );
+            let (lhs, rhs) = (dlogits.transpose(), Matrix::rows(weight, width));
+            multiply(dhidden, width, tile > 0, (count, tokens, width), lhs, rhs);
         }
-        dhidden
     }
 
     /// Replaces logits `[tokens, rows]` by `a (onehot - pi) - b pi (log pi + H)`, in the pass' columns.
@@ -391,8 +405,9 @@ impl Pass<'_> {
         );
         let tokens = first_token..first_token + logits.len() / self.rows;
         for (column, terms) in columns.zip(self.terms) {
-            if tokens.contains(&terms.target) {
-                logits[(terms.target - first_token) * self.rows + column] += terms.a;
+            let target = terms.target as usize;
+            if tokens.contains(&target) {
+                logits[(target - first_token) * self.rows + column] += terms.a;
             }
         }
     }

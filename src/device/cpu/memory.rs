@@ -16,16 +16,23 @@ use crate::error::{Error, Result};
 pub(super) struct MemoryCounter {
     now: AtomicUsize,
     peak: AtomicUsize,
+    allocations: AtomicUsize,
 }
 
 impl MemoryCounter {
     pub(super) fn read(&self) -> MemoryUse {
-        MemoryUse { now: self.now.load(Ordering::Relaxed), peak: self.peak.load(Ordering::Relaxed) }
+        MemoryUse {
+            now: self.now.load(Ordering::Relaxed),
+            peak: self.peak.load(Ordering::Relaxed),
+            allocations: self.allocations.load(Ordering::Relaxed),
+        }
     }
 
+    /// Notes that `bytes` bytes were taken at once.
     pub(super) fn add(&self, bytes: usize) {
         let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.peak.fetch_max(now, Ordering::Relaxed);
+        self.allocations.fetch_add(1, Ordering::Relaxed);
     }
 }
 

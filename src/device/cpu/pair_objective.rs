@@ -56,10 +56,7 @@ fn scored_ranges(ends: &[u32], capacity: usize) -> Result<(Range<usize>, Range<u
     let ordered =
         chosen_start <= chosen_end && chosen_end <= rejected_start && rejected_start <= rejected_end;
     if !ordered {
-        return Err(Error::device(
-            format!("{OPERATION}: scored ranges {ends:?} are not in order"),
-            "this is a mistake in the program, not in your input; please report it",
-        ));
+        return Err(Error::bug(format!("{OPERATION}: scored ranges {ends:?} are not in order")));
     }
     check_sizes(OPERATION, &ends, &[("scores or coefficients", capacity, rejected_end)])?;
     Ok((chosen_start..chosen_end, rejected_start..rejected_end))

@@ -15,6 +15,11 @@ const COLUMNS: usize = 64;
 const RUN: usize = 64;
 
 impl Norm for CpuDevice {
+    /// Nothing to do: the norms take no scratch memory.
+    fn reserve_rms_norm(&self, _: NormShape) -> Result<()> {
+        Ok(())
+    }
+
     fn run_rms_norm_forward(
         &self,
         out: &mut CpuBuffer<f32>,
@@ -124,6 +129,7 @@ impl Norm for CpuDevice {
                             || input_gradient(dx, dout, x, weight, rstd),
                         )
                     });
+                let Some(dweight) = dweight else { return };
                 dweight[..width].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dweight)| {
                     self.vectorized(
                         #[inline(always)]

@@ -1,23 +1,30 @@
 //! Working memory of operations, kept between calls: the pages of a fresh large allocation cost more than filling them.
 
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytemuck::Pod;
+
 use super::memory::MemoryCounter;
 
-/// Vectors that nobody uses now. The lock is held only to push and pop, never while work runs: a thread that waits for
-/// others may take up another operation, which then finds the pool unlocked.
+/// Pieces of memory that nobody uses now. The lock is held only to push and pop, never while work runs: a thread that
+/// waits for others may take up another operation, which then finds the pool unlocked.
+///
+/// A training run reserves what its operations take before the first step, so that no step allocates any.
 #[derive(Debug, Default)]
 pub(super) struct ScratchPool {
-    idle: Mutex<Vec<Vec<f32>>>,
+    /// Of 64-bit words, so that each piece is aligned for every type of number that the operations use.
+    idle: Mutex<Vec<Vec<u64>>>,
     memory: Arc<MemoryCounter>,
 }
 
 /// Working memory of one operation; goes back to its pool when dropped. The values are whatever was there.
-pub(super) struct Scratch<'a> {
-    values: Vec<f32>,
+pub(super) struct Scratch<'a, T> {
+    words: Vec<u64>,
     len: usize,
     pool: &'a ScratchPool,
+    values: PhantomData<T>,
 }
 
 impl ScratchPool {
@@ -27,42 +34,63 @@ impl ScratchPool {
     }
 
     /// `len` values of unspecified content.
-    pub(super) fn take(&self, len: usize) -> Scratch<'_> {
+    pub(super) fn take<T: Pod>(&self, len: usize) -> Scratch<'_, T> {
+        let needed = (len * size_of::<T>()).div_ceil(size_of::<u64>());
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that fits; else the largest, to be grown.
         let index = (0..idle.len())
-            .filter(|&index| idle[index].len() >= len)
+            .filter(|&index| idle[index].len() >= needed)
             .min_by_key(|&index| idle[index].len())
             .or_else(|| (0..idle.len()).max_by_key(|&index| idle[index].len()));
-        let mut values = index.map(|index| idle.swap_remove(index)).unwrap_or_default();
+        let mut words = index.map(|index| idle.swap_remove(index)).unwrap_or_default();
         drop(idle);
-        if values.len() < len {
-            self.memory.add((len - values.len()) * size_of::<f32>());
+        if words.len() < needed {
+            self.memory.add((needed - words.len()) * size_of::<u64>());
             // Not `resize`, which would copy what nobody wants to keep.
-            drop(std::mem::take(&mut values));
-            values = vec![0.0; len];
+            drop(std::mem::take(&mut words));
+            words = vec![0; needed];
         }
-        Scratch { values, len, pool: self }
+        Scratch { words, len, pool: self, values: PhantomData }
+    }
+
+    /// Makes sure that `count` pieces of `len` values can be taken at the same time without an allocation.
+    pub(super) fn reserve<T: Pod>(&self, count: usize, len: usize) {
+        let held: Vec<Scratch<'_, T>> = (0..count).map(|_| self.take(len)).collect();
+        // Room for all pieces of the pool: giving them back must not allocate either.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).reserve(count);
+        drop(held);
     }
 }
 
-impl Drop for Scratch<'_> {
+impl<T> Drop for Scratch<'_, T> {
     fn drop(&mut self) {
-        let values = std::mem::take(&mut self.values);
-        self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(values);
+        let words = std::mem::take(&mut self.words);
+        self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 }
 
-impl Deref for Scratch<'_> {
-    type Target = [f32];
+impl<T: Pod> Deref for Scratch<'_, T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
+    fn deref(&self) -> &[T] {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        bytemuck::cast_slice(&bytes[..self.len * size_of::<T>()])
     }
 }
 
-impl DerefMut for Scratch<'_> {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
+impl<T: Pod> DerefMut for Scratch<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
+        bytemuck::cast_slice_mut(&mut bytes[..self.len * size_of::<T>()])
     }
+}
+
+/// Cuts the front of `memory` into slices of these lengths, one after the other.
+pub(super) fn split<const COUNT: usize>(memory: &mut [f32], sizes: [usize; COUNT]) -> [&mut [f32]; COUNT] {
+    let mut rest = memory;
+    sizes.map(|size| {
+        let (slice, tail) = std::mem::take(&mut rest).split_at_mut(size);
+        rest = tail;
+        slice
+    })
 }

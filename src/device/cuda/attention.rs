@@ -5,7 +5,9 @@ use half::bf16;
 use super::bindings::KernelTable;
 use super::{CudaBuffer, CudaDevice, KernelPath, launch_sizes};
 use crate::data::PairSpan;
-use crate::device::{Attention, AttentionBackward, AttentionGradient, AttentionShape, BatchBuffers, Checked};
+use crate::device::{
+    Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape, BatchBuffers, Checked,
+};
 use crate::error::{Error, Result};
 
 /// The order in which the gradient of the queries receives its terms, which come from blocks of the GPU that each own some
@@ -154,14 +156,19 @@ impl AttentionBackward for CudaDevice {
         )
     }
 
-    fn reserve_attention_backward(&self, rows: usize, pairs: usize, shape: AttentionShape) -> Result<()> {
+    fn in_any_order(&self) -> Option<Self> {
+        Some(self.with_attention_order(AttentionOrder::Any))
+    }
+
+    fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()> {
         let name = "attention_backward";
         check_head_size(name, shape)?;
+        let AttentionCapacity { rows, pairs, .. } = capacity;
         let sizes = launch_sizes(name, [rows, pairs, shape.heads, shape.kv_heads, shape.head_size])?;
         let bytes = self.workspace_bytes(name, &(rows, shape), |kernels| {
             backward_workspace(kernels, self.path(), sizes)
         })?;
-        self.workspace.with(&self.memory, bytes, |_| Ok(()))
+        self.workspace.reserve(&self.memory, bytes)
     }
 }
 

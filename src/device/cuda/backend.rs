@@ -91,50 +91,60 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// Seconds from one moment of this backend to a later one, which is waited for.
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64>;
 
-    /// The vendor's matrix products, where there are some; see `products.rs` for who does them otherwise.
-    fn products(&self) -> Option<&dyn MatrixProducts> {
+    /// The vendor's gemm library, where there is one; `gemm.rs` says who multiplies otherwise.
+    fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         None
     }
 }
 
-/// A library of matrix products on the backend's stream.
-pub(super) trait MatrixProducts {
-    /// Queues one product.
+/// A library of gemms on the backend's stream.
+pub(super) trait GemmLibrary {
+    /// Queues one gemm.
     ///
     /// # Safety
-    /// The operands lie in live allocations of the backend, of at least the sizes that `product` states, and `out`
+    /// The operands lie in live allocations of the backend, of at least the sizes that `gemm` states, and `out`
     /// overlaps none of the others.
-    unsafe fn multiply(&self, product: &Product) -> Result<()>;
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()>;
 }
 
-/// Where a product goes, and in which type.
+/// Where a gemm goes, and in which type.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
-pub(super) enum ProductOut {
+pub(super) enum GemmOut {
     /// Rounded to nearest even.
     Bf16(*mut bf16),
     /// The accumulators as they are.
     F32(*mut f32),
 }
 
-/// A row-major matrix that enters a product as it lies in memory, or transposed.
+/// A row-major matrix that enters a gemm as it lies in memory, or transposed.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) struct Operand {
+    /// Address of the first value in device memory.
     pub values: *const bf16,
+    /// Whether the matrix is read transposed.
     pub transposed: bool,
 }
 
 /// `out[rows, columns] = left[rows, depth] * right[depth, columns] (+ bias[columns])`, or `+=` to accumulate.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
-pub(super) struct Product {
-    pub out: ProductOut,
+pub(super) struct Gemm {
+    /// Where the result goes, and in which type.
+    pub out: GemmOut,
+    /// Whether the result is added to what is there.
     pub accumulate: bool,
+    /// `[rows, depth]`
     pub left: Operand,
+    /// `[depth, columns]`
     pub right: Operand,
+    /// `[columns]`, added to every row.
     pub bias: Option<*const bf16>,
+    /// Rows of the result.
     pub rows: usize,
+    /// Columns of the result.
     pub columns: usize,
+    /// Length of each sum.
     pub depth: usize,
 }

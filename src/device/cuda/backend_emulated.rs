@@ -25,6 +25,7 @@ pub type EmulatorCounters = mmpo_emulator_counters;
 pub struct EmulatedLaunch {
     /// The launcher, as `kernels/api.h` names it.
     pub launcher: String,
+    /// What the launcher's kernels did.
     pub counters: EmulatorCounters,
 }
 
@@ -85,6 +86,7 @@ impl EmulatorVariant {
         variant.counters()
     }
 
+    /// Sets all counters of the variant to 0.
     pub fn reset_counters(self) {
         let variant = self.get();
         let _one_at_a_time = variant.lock();
@@ -128,10 +130,7 @@ impl Variant {
         }
         // SAFETY: the text is a C string that lives until the next failing call, which the held lock excludes.
         let text = unsafe { CStr::from_ptr((self.emulator.last_error)()) }.to_string_lossy().into_owned();
-        Err(Error::device(
-            format!("{operation} on the emulated device: {text}"),
-            "this is a mistake in a kernel or its launch, not in your input; please report it",
-        ))
+        Err(Error::bug(format!("{operation} on the emulated device: {text}")))
     }
 }
 
@@ -218,7 +217,7 @@ impl Backend for EmulatedBackend {
         match (start, end) {
             (Moment::Host(start), Moment::Host(end)) => Ok((*end - *start).as_secs_f64()),
             #[cfg(mmpo_gpu_kernels)]
-            _ => Err(Error::device("a moment of another device", super::REPORT)),
+            _ => Err(Error::bug("a moment of another device")),
         }
     }
 }

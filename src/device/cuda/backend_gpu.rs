@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use miette::Diagnostic as _;
 
 use super::arena::{Arena, PieceSource};
-use super::backend::{Address, Backend, LaunchCall, MatrixProducts, Moment};
+use super::backend::{Address, Backend, GemmLibrary, LaunchCall, Moment};
 use super::bindings::KernelTable;
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
@@ -37,7 +37,7 @@ fn kernels() -> &'static KernelTable {
 /// One GPU, one stream.
 pub(super) struct GpuBackend {
     // Dropped in this order: what needs the context goes before it.
-    products: Option<CublasLt>,
+    gemm_library: Option<CublasLt>,
     staging: Mutex<Staging>,
     arena: Mutex<Arena>,
     stream: Arc<CudaStream>,
@@ -51,10 +51,10 @@ impl GpuBackend {
         let context = CudaContext::new(gpu.ordinal).map_err(failed)?;
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
-        let (products, how) = match CublasLt::open(&stream) {
-            Ok(products) => {
-                let how = format!("cuBLASLt {}", products.version());
-                (Some(products), how)
+        let (gemm_library, how) = match CublasLt::open(&stream) {
+            Ok(library) => {
+                let how = format!("cuBLASLt {}", library.version());
+                (Some(library), how)
             }
             Err(why) => {
                 let advice = why.help().map_or(String::new(), |help| format!("; {help}"));
@@ -66,7 +66,7 @@ impl GpuBackend {
         // A stand-in checks accesses by allocation, so each buffer is one of its own.
         let arena = if STAND_IN.get().is_some() { Arena::exact() } else { Arena::default() };
         let (staging, arena) = (Mutex::new(staging), Mutex::new(arena));
-        Ok(GpuBackend { products, staging, arena, stream, context, description })
+        Ok(GpuBackend { gemm_library, staging, arena, stream, context, description })
     }
 
     /// Makes the context current on this thread: the runtime inside the kernels' library and the driver's calls use it.
@@ -184,7 +184,7 @@ impl Backend for GpuBackend {
 
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
         let (Moment::Stream(start), Moment::Stream(end)) = (start, end) else {
-            return Err(Error::device("a moment of another device", super::REPORT));
+            return Err(Error::bug("a moment of another device"));
         };
         let milliseconds = start.elapsed_ms(end);
         milliseconds
@@ -192,8 +192,8 @@ impl Backend for GpuBackend {
             .map_err(|error| driver_error("waiting for the GPU's work between two events", error))
     }
 
-    fn products(&self) -> Option<&dyn MatrixProducts> {
-        self.products.as_ref().map(|products| products as &dyn MatrixProducts)
+    fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
+        self.gemm_library.as_ref().map(|library| library as &dyn GemmLibrary)
     }
 }
 

@@ -93,6 +93,7 @@ macro_rules! functions {
 #[rustfmt::skip]
 mod functions;
 #[rustfmt::skip]
+#[allow(missing_docs, reason = "the headers document what they declare")]
 mod types;
 
 pub use functions::*;

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt, loaded at run time.
+//! Gemms by cuBLASLt, loaded at run time.
 //!
 //! Row-major `out = left * right` is column-major `out^T = right^T * left^T`: the library's A is our right operand, its
 //! B our left one. An algorithm is picked once for each shape by the library's heuristic and kept, so a shape always
@@ -13,7 +13,7 @@ use cudarc::cublaslt::result::{self as blas, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::{CudaStream, result as driver};
 
-use super::backend::{MatrixProducts, Product, ProductOut};
+use super::backend::{Gemm, GemmLibrary, GemmOut};
 use super::probe::driver_error;
 use crate::error::{Error, Result};
 
@@ -22,15 +22,15 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 /// The widest alignment that the heuristic distinguishes.
 const WIDEST_ALIGNMENT: usize = 256;
 
-/// A handle of the library, its workspace, and a plan for each kind of product seen so far.
+/// A handle of the library, its workspace, and a plan for each kind of gemm seen so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
-    plans: Mutex<HashMap<Kind, Plan>>,
+    plans: Mutex<HashMap<Kind, GemmPlan>>,
     stream: Arc<CudaStream>,
 }
 
-// SAFETY: the library's handle may be used from any thread; plans, whose descriptors are written before each product,
+// SAFETY: the library's handle may be used from any thread; plans, whose descriptors are written before each gemm,
 // are used under their lock alone.
 unsafe impl Send for CublasLt {}
 // SAFETY: as above.
@@ -51,9 +51,9 @@ struct Kind {
     alignments: [usize; 3],
 }
 
-/// Descriptors and algorithm of one kind of product.
-struct Plan {
-    product: sys::cublasLtMatmulDesc_t,
+/// Descriptors and algorithm of one kind of gemm.
+struct GemmPlan {
+    gemm: sys::cublasLtMatmulDesc_t,
     left: sys::cublasLtMatrixLayout_t,
     right: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
@@ -84,7 +84,7 @@ impl CublasLt {
         format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100)
     }
 
-    fn plan(&self, kind: &Kind, product: &Product) -> std::result::Result<Plan, CublasError> {
+    fn plan(&self, kind: &Kind, gemm: &Gemm) -> std::result::Result<GemmPlan, CublasError> {
         use sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA,
@@ -92,20 +92,20 @@ impl CublasLt {
         };
         let (f32_type, bf16_type) = (sys::cudaDataType::CUDA_R_32F, sys::cudaDataType::CUDA_R_16BF);
         let out_type = if kind.to_f32 { f32_type } else { bf16_type };
-        let mut plan = Plan {
-            product: blas::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?,
+        let mut plan = GemmPlan {
+            gemm: blas::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?,
             right: layout(bf16_type, kind.depth, kind.columns, kind.right_transposed)?,
             left: layout(bf16_type, kind.rows, kind.depth, kind.left_transposed)?,
             out: layout(out_type, kind.rows, kind.columns, false)?,
             // SAFETY: opaque words that the heuristic below fills before anything reads them.
             algorithm: unsafe { std::mem::zeroed() },
         };
-        set(plan.product, CUBLASLT_MATMUL_DESC_TRANSA, &operation(kind.right_transposed))?;
-        set(plan.product, CUBLASLT_MATMUL_DESC_TRANSB, &operation(kind.left_transposed))?;
-        if let Some(bias) = product.bias {
-            set(plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
-            // The heuristic looks at it too; each product sets its own again.
-            set(plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        set(plan.gemm, CUBLASLT_MATMUL_DESC_TRANSA, &operation(kind.right_transposed))?;
+        set(plan.gemm, CUBLASLT_MATMUL_DESC_TRANSB, &operation(kind.left_transposed))?;
+        if let Some(bias) = gemm.bias {
+            set(plan.gemm, CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
+            // The heuristic looks at it too; each gemm sets its own again.
+            set(plan.gemm, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         plan.algorithm = self.choose(&plan, kind)?;
         Ok(plan)
@@ -113,7 +113,7 @@ impl CublasLt {
 
     fn choose(
         &self,
-        plan: &Plan,
+        plan: &GemmPlan,
         kind: &Kind,
     ) -> std::result::Result<sys::cublasLtMatmulAlgo_t, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
@@ -137,7 +137,7 @@ impl CublasLt {
             }
             let chosen = blas::get_matmul_algo_heuristic(
                 self.handle,
-                plan.product,
+                plan.gemm,
                 plan.right,
                 plan.left,
                 plan.out,
@@ -150,25 +150,25 @@ impl CublasLt {
     }
 
     /// # Safety
-    /// As [`MatrixProducts::multiply`]; the context is current.
-    unsafe fn queue(&self, plan: &Plan, product: &Product) -> std::result::Result<(), CublasError> {
-        if let Some(bias) = product.bias {
+    /// As [`GemmLibrary::multiply`]; the context is current.
+    unsafe fn queue(&self, plan: &GemmPlan, gemm: &Gemm) -> std::result::Result<(), CublasError> {
+        if let Some(bias) = gemm.bias {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            set(plan.product, attribute, &bias)?;
+            set(plan.gemm, attribute, &bias)?;
         }
-        let (one, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
-        let out = out_address(product.out);
+        let (one, beta) = (1.0f32, if gemm.accumulate { 1.0f32 } else { 0.0 });
+        let out = out_address(gemm.out);
         // SAFETY: the caller's promise about the matrices; plan and scalars are live, the workspace is this handle's,
         // and one stream orders its users.
         unsafe {
             blas::matmul(
                 self.handle,
-                plan.product,
+                plan.gemm,
                 (&raw const one).cast(),
                 (&raw const beta).cast(),
-                product.right.values.cast(),
+                gemm.right.values.cast(),
                 plan.right,
-                product.left.values.cast(),
+                gemm.left.values.cast(),
                 plan.left,
                 out.cast_const(),
                 plan.out,
@@ -183,23 +183,23 @@ impl CublasLt {
     }
 }
 
-impl MatrixProducts for CublasLt {
-    unsafe fn multiply(&self, product: &Product) -> Result<()> {
-        if product.rows == 0 || product.columns == 0 || product.depth == 0 {
+impl GemmLibrary for CublasLt {
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()> {
+        if gemm.rows == 0 || gemm.columns == 0 || gemm.depth == 0 {
             return Ok(());
         }
-        let doing = || format!("a matrix product of {}x{}x{}", product.rows, product.columns, product.depth);
+        let doing = || format!("a matrix product of {}x{}x{}", gemm.rows, gemm.columns, gemm.depth);
         self.stream.context().bind_to_thread().map_err(|error| driver_error(&doing(), error))?;
-        let kind = Kind::of(product);
+        let kind = Kind::of(gemm);
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match plans.entry(kind) {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
             std::collections::hash_map::Entry::Vacant(free) => {
-                free.insert(self.plan(&kind, product).map_err(|error| failed(&doing(), error))?)
+                free.insert(self.plan(&kind, gemm).map_err(|error| failed(&doing(), error))?)
             }
         };
         // SAFETY: the caller's promise, and the context was just made current.
-        unsafe { self.queue(plan, product) }.map_err(|error| failed(&doing(), error))
+        unsafe { self.queue(plan, gemm) }.map_err(|error| failed(&doing(), error))
     }
 }
 
@@ -207,7 +207,7 @@ impl Drop for CublasLt {
     fn drop(&mut self) {
         let plans = self.plans.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: each descriptor, the handle and the workspace are destroyed once and not used again; the wait ends the
-        // products that still use them.
+        // gemms that still use them.
         let destroyed = unsafe {
             let waited = driver::stream::synchronize(self.stream.cu_stream());
             for plan in plans.values() {
@@ -216,8 +216,8 @@ impl Drop for CublasLt {
                         tracing::debug!("destroying a matrix layout: {error:?}");
                     }
                 }
-                if let Err(error) = blas::destroy_matmul_desc(plan.product) {
-                    tracing::debug!("destroying a product: {error:?}");
+                if let Err(error) = blas::destroy_matmul_desc(plan.gemm) {
+                    tracing::debug!("destroying a gemm: {error:?}");
                 }
             }
             if let Err(error) = blas::destroy_handle(self.handle) {
@@ -232,8 +232,8 @@ impl Drop for CublasLt {
 }
 
 impl Kind {
-    fn of(product: &Product) -> Self {
-        let Product { out, accumulate, left, right, bias, rows, columns, depth } = *product;
+    fn of(gemm: &Gemm) -> Self {
+        let Gemm { out, accumulate, left, right, bias, rows, columns, depth } = *gemm;
         let addresses = [left.values as usize, right.values as usize, out_address(out) as usize];
         Kind {
             rows,
@@ -241,7 +241,7 @@ impl Kind {
             depth,
             left_transposed: left.transposed,
             right_transposed: right.transposed,
-            to_f32: matches!(out, ProductOut::F32(_)),
+            to_f32: matches!(out, GemmOut::F32(_)),
             accumulate,
             bias: bias.is_some(),
             alignments: addresses.map(|address| WIDEST_ALIGNMENT.min(1 << address.trailing_zeros().min(16))),
@@ -249,10 +249,10 @@ impl Kind {
     }
 }
 
-fn out_address(out: ProductOut) -> *mut c_void {
+fn out_address(out: GemmOut) -> *mut c_void {
     match out {
-        ProductOut::Bf16(values) => values.cast(),
-        ProductOut::F32(values) => values.cast(),
+        GemmOut::Bf16(values) => values.cast(),
+        GemmOut::F32(values) => values.cast(),
     }
 }
 
@@ -273,13 +273,13 @@ fn layout(
 }
 
 fn set<T>(
-    product: sys::cublasLtMatmulDesc_t,
+    gemm: sys::cublasLtMatmulDesc_t,
     attribute: sys::cublasLtMatmulDescAttributes_t,
     value: &T,
 ) -> std::result::Result<(), CublasError> {
     let value: *const T = value;
     // SAFETY: the descriptor is live, and the library copies `size_of::<T>()` bytes during the call.
-    unsafe { blas::set_matmul_desc_attribute(product, attribute, value.cast(), size_of::<T>()) }
+    unsafe { blas::set_matmul_desc_attribute(gemm, attribute, value.cast(), size_of::<T>()) }
 }
 
 fn failed(doing: &str, error: CublasError) -> Error {

@@ -4,7 +4,7 @@ use crate::device::RECOMPUTE_WORKSPACE;
 
 /// What the workspace may take: below [`RECOMPUTE_WORKSPACE`], with room for the boundaries of what lies in it.
 pub(super) const BUDGET: usize = RECOMPUTE_WORKSPACE - (64 << 10);
-/// Rows and columns of a product's tile, so that no tile is half empty but the last.
+/// Rows and columns of a gemm's tile, so that no tile is half empty but the last.
 const TILE: usize = 256;
 /// Boundary of each part of the workspace.
 pub(super) const ALIGNMENT: usize = 256;
@@ -45,10 +45,12 @@ impl HeadChunks {
         (self.rows * width * size_of::<f32>()).next_multiple_of(ALIGNMENT)
     }
 
+    /// Bytes of workspace that the forward of a chunk needs; `statistics` are bytes a row.
     pub fn forward_bytes(&self, statistics: usize) -> usize {
         self.forward_rows * statistics
     }
 
+    /// Bytes of workspace that the backward of a chunk needs, for hidden rows of `width`.
     pub fn backward_bytes(&self, width: usize) -> usize {
         self.dlogits_offset(width) + self.rows * self.columns * size_of::<half::bf16>()
     }

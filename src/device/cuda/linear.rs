@@ -1,16 +1,31 @@
 //! Linear layers: `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, and back.
 //!
-//! Sizes are checked here; `products.rs` says which kernel or library multiplies.
+//! Sizes are checked here; `gemm.rs` says which kernel or library multiplies.
 
 use half::bf16;
 
 use super::super::check::check_sizes;
-use super::products::{LinearProduct, multiply};
+use super::gemm::{self, GemmKind, LinearGemm, multiply};
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{Checked, Linear, LinearShape};
 use crate::error::Result;
 
 impl Linear for CudaDevice {
+    fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()> {
+        let shapes: Vec<_> = (1..=shape.rows).map(|rows| LinearShape { rows, ..shape }).collect();
+        gemm::reserve(self, GemmKind::BackwardWeight, &shapes)?;
+        if !bias {
+            return Ok(());
+        }
+        let name = "linear_bias_backward";
+        let [rows, outputs] = launch_sizes(name, [shape.rows, shape.outputs])?;
+        // SAFETY: a pure function of two numbers.
+        let bytes = self.workspace_bytes(name, &shape, |kernels| unsafe {
+            (kernels.linear_bias_backward_workspace)(rows, outputs)
+        })?;
+        self.workspace.reserve(&self.memory, bytes)
+    }
+
     fn run_linear_forward(
         &self,
         out: &mut CudaBuffer<bf16>,
@@ -20,14 +35,14 @@ impl Linear for CudaDevice {
         shape: LinearShape,
         _: Checked,
     ) -> Result<()> {
-        let product = LinearProduct::Forward {
+        let gemm = LinearGemm::Forward {
             out: out.start_mut(),
             x: x.start(),
             weight: weight.start(),
             bias: bias.map(CudaBuffer::start),
         };
         // SAFETY: the buffers cover the sizes.
-        unsafe { multiply(self, product, shape) }
+        unsafe { multiply(self, gemm, shape) }
     }
 
     fn run_linear_backward_input(
@@ -44,7 +59,7 @@ impl Linear for CudaDevice {
 
     fn run_linear_backward_weight(
         &self,
-        dweight: &mut CudaBuffer<f32>,
+        dweight: Option<&mut CudaBuffer<f32>>,
         dbias: Option<&mut CudaBuffer<f32>>,
         dout: &CudaBuffer<bf16>,
         x: &CudaBuffer<bf16>,
@@ -52,8 +67,10 @@ impl Linear for CudaDevice {
         _: Checked,
     ) -> Result<()> {
         let name = "linear_backward_weight";
-        // SAFETY: the buffers cover the sizes.
-        unsafe { backward_weight_at(self, dweight.start_mut(), dout.start(), x.start(), shape)? };
+        if let Some(dweight) = dweight {
+            // SAFETY: the buffers cover the sizes.
+            unsafe { backward_weight_at(self, dweight.start_mut(), dout.start(), x.start(), shape)? };
+        }
         let Some(dbias) = dbias else { return Ok(()) };
         let [rows, outputs] = launch_sizes(name, [shape.rows, shape.outputs])?;
         // SAFETY: the workspace is as large as the launcher's own rule says, and the buffers cover the sizes.
@@ -87,7 +104,7 @@ pub(super) unsafe fn backward_input_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardInput { dx, dout, weight }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardInput { dx, dout, weight }, shape) }
 }
 
 impl CudaDevice {
@@ -126,7 +143,7 @@ pub(super) unsafe fn add_backward_input_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardInputF32 { dx, dout, weight }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardInputF32 { dx, dout, weight }, shape) }
 }
 
 /// As [`backward_weight`] without bias, from the addresses of a buffer's rows.
@@ -141,5 +158,5 @@ pub(super) unsafe fn backward_weight_at(
     shape: LinearShape,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { multiply(device, LinearProduct::BackwardWeight { dweight, dout, x }, shape) }
+    unsafe { multiply(device, LinearGemm::BackwardWeight { dweight, dout, x }, shape) }
 }

@@ -1,4 +1,5 @@
-//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the vocabulary matrix, and the products behind
+//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the
+//! vocabulary matrix, and the gemms of
 //! its gradient.
 //!
 //! What lies in the workspace:
@@ -16,10 +17,11 @@ use half::bf16;
 
 use super::super::check::check_sizes;
 use super::bindings::MMPO_STORAGE_F32;
+use super::gemm::{self, GemmKind};
 use super::head_chunks::{ALIGNMENT, HeadChunks};
-use super::{CudaBuffer, CudaDevice, KernelPath, REPORT, launch_sizes, linear};
+use super::{CudaBuffer, CudaDevice, KernelPath, launch_sizes, linear};
 use crate::device::{
-    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape, TokenCoefficients,
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape, TokenCoefficients,
     TokenScores,
 };
 use crate::error::{Error, Result};
@@ -32,6 +34,30 @@ impl Head for CudaDevice {
     /// Values of the workspace that a call needs.
     fn logp_head_workspace(&self, mode: HeadMode, rows: usize, width: usize, vocab: usize) -> Result<usize> {
         Ok(Layout::new(self, mode, (rows, width, vocab), usize::MAX)?.values)
+    }
+
+    fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()> {
+        let HeadSizes { width, vocab, workspace } = sizes;
+        let (statistics, bytes) = (row_statistics(self, vocab)?, workspace.saturating_mul(size_of::<bf16>()));
+        let gemm = |rows, columns| LinearShape { rows, inputs: width, outputs: columns };
+        let mut gemms = Vec::new();
+        for rows in 1..=rows {
+            match mode {
+                HeadMode::Score => {}
+                HeadMode::Main => gemms.push(gemm(rows, vocab)),
+                HeadMode::Recompute => {
+                    // Whole chunks, and what is left after the last whole one.
+                    let chunks = HeadChunks::new(rows, width, vocab, statistics, bytes);
+                    let ends = [vocab % chunks.columns.max(1), chunks.columns];
+                    for count in [rows % chunks.rows.max(1), chunks.rows] {
+                        gemms.extend(ends.map(|columns| gemm(count, columns)));
+                    }
+                }
+            }
+        }
+        gemms.retain(|gemm| gemm.rows * gemm.outputs > 0);
+        gemm::reserve(self, GemmKind::BackwardWeight, &gemms)?;
+        gemm::reserve(self, GemmKind::BackwardInputF32, &gemms)
     }
 
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
@@ -91,9 +117,7 @@ impl Head for CudaDevice {
                 HeadMode::Main if *entropy => backward.in_place(hidden, dweight, workspace),
                 HeadMode::Main => backward.by_rows(hidden, dweight, workspace),
                 HeadMode::Recompute => backward.recompute(hidden, dweight, workspace, layout.chunks),
-                HeadMode::Score => {
-                    Err(Error::device(format!("{name}: {shape:?} left nothing to go back from"), REPORT))
-                }
+                HeadMode::Score => Err(Error::bug(format!("{name}: {shape:?} left nothing to go back from"))),
             }
         })
     }
@@ -189,7 +213,7 @@ impl Backward<'_> {
         let statistics = inside(workspace, statistics_offset(rows.len(), *vocab));
         let scaled_at = scaled_offset(rows.len(), *vocab, row_statistics(self.device, *vocab)?);
         let (lse, dlogp) = (self.scores.lse.at(first), self.coefficients.logp.at(first));
-        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        let gemm = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
         if let Some(dweight) = dweight {
             let scaled: *mut bf16 = inside(workspace, scaled_at).cast();
             // SAFETY: the buffers cover the shape, and the workspace is what the forward of the same rows left, with
@@ -202,17 +226,17 @@ impl Backward<'_> {
             })?;
             // SAFETY: as above.
             unsafe {
-                linear::backward_weight_at(self.device, dweight.start_mut(), exponentials, scaled, product)?;
+                linear::backward_weight_at(self.device, dweight.start_mut(), exponentials, scaled, gemm)?;
             }
         }
         let gradient: *mut f32 = inside(workspace, scaled_at).cast();
-        // SAFETY: as above; the product above was queued first, so its scaled rows may be overwritten.
+        // SAFETY: as above; the gemm above was queued first, so its scaled rows may be overwritten.
         self.device.launch("zero", self.shape, |kernels, stream| unsafe {
             (kernels.zero)(gradient.cast(), (rows.len() * width * size_of::<f32>()) as i64, stream)
         })?;
         // SAFETY: as above.
         unsafe {
-            linear::add_backward_input_at(self.device, gradient, exponentials, self.weight.start(), product)?;
+            linear::add_backward_input_at(self.device, gradient, exponentials, self.weight.start(), gemm)?;
         }
         // SAFETY: as above; whatever reads `hidden` was queued first.
         self.device.launch("logp_head_scale_gradient", self.shape, |kernels, stream| unsafe {
@@ -253,18 +277,18 @@ impl Backward<'_> {
                 stream,
             )
         })?;
-        let product = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
+        let gemm = LinearShape { rows: rows.len(), inputs: *width, outputs: *vocab };
         if let Some(dweight) = dweight {
             let x = hidden.at(first * width);
             // SAFETY: the buffers cover the shape.
             unsafe {
-                linear::backward_weight_at(self.device, dweight.start_mut(), dlogits, x, product)?;
+                linear::backward_weight_at(self.device, dweight.start_mut(), dlogits, x, gemm)?;
             }
         }
-        // SAFETY: the buffers cover the shape. The product above was queued first, so `hidden` may be replaced.
+        // SAFETY: the buffers cover the shape. The gemm above was queued first, so `hidden` may be replaced.
         unsafe {
             let dx = hidden.at_mut(first * width);
-            linear::backward_input_at(self.device, dx, dlogits, self.weight.start(), product)
+            linear::backward_input_at(self.device, dx, dlogits, self.weight.start(), gemm)
         }
     }
 
@@ -288,20 +312,20 @@ impl Backward<'_> {
             })?;
             for column in (0..*vocab).step_by(chunks.columns.max(1)) {
                 let columns = column..(*vocab).min(column + chunks.columns);
-                let product = LinearShape { rows: chunk.len(), inputs: *width, outputs: columns.len() };
+                let gemm = LinearShape { rows: chunk.len(), inputs: *width, outputs: columns.len() };
                 self.dlogits(dlogits, x, chunk.clone(), columns)?;
                 let weight = self.weight.at(column * width);
                 // SAFETY: the buffers cover the shape, and `dlogits` has room for the chunk's rows and columns.
                 unsafe {
                     if let Some(dweight) = &mut dweight {
                         let dweight = dweight.at_mut(column * width);
-                        linear::backward_weight_at(self.device, dweight, dlogits, x, product)?;
+                        linear::backward_weight_at(self.device, dweight, dlogits, x, gemm)?;
                     }
-                    linear::add_backward_input_at(self.device, dhidden, dlogits, weight, product)?;
+                    linear::add_backward_input_at(self.device, dhidden, dlogits, weight, gemm)?;
                 }
             }
             let values = (chunk.len() * width) as i64;
-            // SAFETY: the products above were queued first, so the rows of `hidden` may be replaced.
+            // SAFETY: the gemms above were queued first, so the rows of `hidden` may be replaced.
             self.device.launch("cast_to_bf16", self.shape, |kernels, stream| unsafe {
                 (kernels.cast_to_bf16)(x, dhidden.cast(), MMPO_STORAGE_F32 as i32, values, stream)
             })?;

@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::backend::{Address, Backend};
 use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32, mmpo_floats};
-use super::{CudaDevice, REPORT, launch_sizes};
+use super::{CudaDevice, launch_sizes};
 use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
 
@@ -23,16 +23,22 @@ pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
     now: AtomicUsize,
     peak: AtomicUsize,
+    allocations: AtomicUsize,
 }
 
 impl DeviceMemory {
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(DeviceMemory { backend, now: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
+        let (now, peak, allocations) = Default::default();
+        Arc::new(DeviceMemory { backend, now, peak, allocations })
     }
 
     pub(super) fn read(&self) -> MemoryUse {
-        MemoryUse { now: self.now.load(Ordering::Relaxed), peak: self.peak.load(Ordering::Relaxed) }
+        MemoryUse {
+            now: self.now.load(Ordering::Relaxed),
+            peak: self.peak.load(Ordering::Relaxed),
+            allocations: self.allocations.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -49,6 +55,7 @@ impl Allocation {
         let address = memory.backend.allocate(bytes.max(1))?;
         let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         memory.peak.fetch_max(now, Ordering::Relaxed);
+        memory.allocations.fetch_add(1, Ordering::Relaxed);
         Ok(Allocation { memory: Arc::clone(memory), address, bytes })
     }
 }
@@ -105,14 +112,19 @@ impl CudaBuffer<f32> {
     }
 }
 
-/// Scratch memory of the launches, shared by all of them because one stream runs them one after another. It only grows,
-/// so after the largest micro-batch no step allocates any more.
+/// Scratch memory of the launches, shared by all of them because one stream runs them one after another. It only grows. A
+/// training run reserves what its launches take before the first step, so that no step allocates any.
 #[derive(Default)]
 pub(super) struct Workspace {
     allocation: Mutex<Option<Allocation>>,
 }
 
 impl Workspace {
+    /// Makes sure that no launch that takes up to `bytes` bytes allocates.
+    pub(super) fn reserve(&self, memory: &Arc<DeviceMemory>, bytes: usize) -> Result<()> {
+        if bytes == 0 { Ok(()) } else { self.with(memory, bytes, |_| Ok(())) }
+    }
+
     /// Runs `use_it` with at least `bytes` bytes of scratch memory.
     pub(super) fn with<R>(
         &self,
@@ -121,17 +133,16 @@ impl Workspace {
         use_it: impl FnOnce(*mut std::ffi::c_void) -> Result<R>,
     ) -> Result<R> {
         // The lock is held while the launch is queued, so that another thread cannot free what it uses.
-        let mut allocation = self.allocation.lock().unwrap_or_else(PoisonError::into_inner);
-        let enough = allocation.as_ref().is_some_and(|allocation| allocation.bytes >= bytes);
-        if !enough {
+        let mut held = self.allocation.lock().unwrap_or_else(PoisonError::into_inner);
+        let allocation = match held.take() {
+            Some(allocation) if allocation.bytes >= bytes => allocation,
             // The old one goes first: both at once may not fit.
-            *allocation = None;
-            *allocation = Some(Allocation::new(memory, bytes)?);
-        }
-        let Some(allocation) = allocation.as_ref() else {
-            return Err(Error::device("no scratch memory", REPORT));
+            smaller => {
+                drop(smaller);
+                Allocation::new(memory, bytes)?
+            }
         };
-        use_it(allocation.address.pointer())
+        use_it(held.insert(allocation).address.pointer())
     }
 }
 

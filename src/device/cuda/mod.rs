@@ -16,6 +16,8 @@ mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
+mod gemm;
+mod gemm_table;
 mod head_chunks;
 mod kernel_path;
 mod linear;
@@ -24,8 +26,6 @@ mod memory;
 mod optimizer;
 mod pair_objective;
 mod probe;
-mod product_table;
-mod products;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -43,15 +43,14 @@ pub use self::backend_emulated::{
     MMPO_EMULATOR_SCHEDULE_RANDOM,
 };
 use self::bindings::{KernelTable, mmpo_status, mmpo_stream};
+pub use self::gemm::{GemmChoice, GemmTile};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
-pub use self::products::{ProductTile, Products};
 use super::Hardware;
-use super::check::REPORT;
 use super::trace::{OperationTime, Trace};
 use crate::error::{Error, Result};
 
@@ -60,7 +59,7 @@ pub struct CudaDevice {
     memory: Arc<DeviceMemory>,
     workspace: Workspace,
     path: KernelPath,
-    products: Products,
+    gemm_choice: GemmChoice,
     attention_order: AttentionOrder,
     trace: Trace<Moment>,
 }
@@ -121,7 +120,7 @@ impl CudaDevice {
             memory: DeviceMemory::new(backend),
             workspace: Workspace::default(),
             path,
-            products: Products::default(),
+            gemm_choice: GemmChoice::default(),
             attention_order: AttentionOrder::default(),
             trace: Trace::default(),
         }
@@ -139,15 +138,15 @@ impl CudaDevice {
         self.path
     }
 
-    /// The same device with this choice of matrix products: to test or to time them side by side.
+    /// The same device with this choice of gemm: to test or to time them side by side.
     #[must_use]
-    pub fn with_products(self, products: Products) -> Self {
-        CudaDevice { products, ..self }
+    pub fn with_gemm_choice(self, gemm_choice: GemmChoice) -> Self {
+        CudaDevice { gemm_choice, ..self }
     }
 
-    /// Whose matrix products run where there is a choice.
-    pub fn products(&self) -> Products {
-        self.products
+    /// Whose gemm runs where there is a choice.
+    pub fn gemm_choice(&self) -> GemmChoice {
+        self.gemm_choice
     }
 
     /// Another handle of this GPU, whose buffers either takes, with this order of the sums in attention's backward pass: to
@@ -161,7 +160,7 @@ impl CudaDevice {
             memory: Arc::clone(&self.memory),
             workspace: Workspace::default(),
             path: self.path,
-            products: self.products,
+            gemm_choice: self.gemm_choice,
             attention_order,
             trace: Trace::default(),
         }
@@ -204,9 +203,8 @@ impl CudaDevice {
         bytes: impl Fn(&KernelTable) -> i64,
     ) -> Result<usize> {
         let needed = self.ask(operation, shape, bytes)?;
-        usize::try_from(needed).map_err(|_| {
-            Error::device(format!("{operation}: no scratch memory is enough for {shape:?}"), REPORT)
-        })
+        usize::try_from(needed)
+            .map_err(|_| Error::bug(format!("{operation}: no scratch memory is enough for {shape:?}")))
     }
 
     /// Runs one launcher with the scratch memory that `bytes` asks for.

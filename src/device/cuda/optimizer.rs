@@ -1,13 +1,25 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::bindings::{mmpo_adamw_step, mmpo_adamw_tensor};
-use super::{CudaBuffer, CudaDevice, REPORT, launch_sizes};
-use crate::device::{AdamWStep, AdamWUpdate, Checked, Optimizer};
+use super::{CudaBuffer, CudaDevice, launch_sizes};
+use crate::device::{AdamWUpdate, Checked, Optimizer};
 use crate::error::{Error, Result};
+use crate::optimizer::AdamWFactors;
 
 impl Optimizer for CudaDevice {
     fn needs_master(&self) -> bool {
         true
+    }
+
+    fn reserve_gradient_norm(&self, gradients: &[&CudaBuffer<f32>]) -> Result<()> {
+        let name = "gradient_norm";
+        let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+        let [count] = launch_sizes(name, [tensors.len()])?;
+        // SAFETY: reads `count` lengths in host memory.
+        let bytes = self.workspace_bytes(name, &count, |kernels| unsafe {
+            (kernels.gradient_norm_workspace)(tensors.as_ptr(), count)
+        })?;
+        self.workspace.reserve(&self.memory, bytes)
     }
 
     fn run_gradient_norm(
@@ -46,12 +58,12 @@ impl Optimizer for CudaDevice {
         &self,
         updates: &mut [AdamWUpdate<'_, Self>],
         norm: &CudaBuffer<f32>,
-        step: AdamWStep,
+        factors: AdamWFactors,
         _: Checked,
     ) -> Result<()> {
         let tensors = updates.iter_mut().map(tensor).collect::<Result<Vec<_>>>()?;
         let [count] = launch_sizes("adamw", [tensors.len()])?;
-        let parameters = parameters(step);
+        let parameters = parameters(factors);
         // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are written.
         self.launch("adamw", &count, |kernels, stream| unsafe {
             (kernels.adamw)(tensors.as_ptr(), count, norm.start(), parameters, stream)
@@ -61,41 +73,24 @@ impl Optimizer for CudaDevice {
 
 /// A tensor as the launcher takes it.
 fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> Result<mmpo_adamw_tensor> {
-    let AdamWUpdate { weight, state, gradient } = update;
+    let AdamWUpdate { weight, master, first_moment, second_moment, gradient } = update;
     let len = weight.len();
-    let Some(master) = state.master.as_mut() else {
+    let Some(master) = master else {
         let message = "adamw: bf16 weights are updated through an f32 master copy, and this state has none";
-        return Err(Error::device(message, REPORT));
+        return Err(Error::bug(message));
     };
     Ok(mmpo_adamw_tensor {
         weight: weight.start_mut(),
         master: master.start_mut(),
-        first_moment: state.first_moment.start_mut(),
-        second_moment: state.second_moment.start_mut(),
+        first_moment: first_moment.start_mut(),
+        second_moment: second_moment.start_mut(),
         gradient: gradient.start(),
         length: len as i64,
     })
 }
 
-/// The factors of one update, in f64 until the end.
-fn parameters(step: AdamWStep) -> mmpo_adamw_step {
-    let (beta1, beta2) = (decimal(step.beta1), decimal(step.beta2));
-    let power = f64::from(step.step);
-    let learning_rate = f64::from(step.learning_rate);
-    mmpo_adamw_step {
-        beta1: step.beta1,
-        beta2: step.beta2,
-        rest1: (1.0 - beta1) as f32,
-        rest2: (1.0 - beta2) as f32,
-        decay: (1.0 - learning_rate * f64::from(step.weight_decay)) as f32,
-        step_size: (learning_rate / (1.0 - beta1.powf(power))) as f32,
-        root_correction: (1.0 / (1.0 - beta2.powf(power)).sqrt()) as f32,
-        epsilon: step.epsilon,
-    }
-}
-
-/// The f64 nearest to the short decimal that was rounded to this f32: 0.999 and not 0.99900001287, whose difference to 1
-/// is off by 1e-5.
-fn decimal(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
+/// The factors as the launcher takes them.
+fn parameters(factors: AdamWFactors) -> mmpo_adamw_step {
+    let AdamWFactors { beta1, beta2, rest1, rest2, decay, step_size, root_correction, epsilon } = factors;
+    mmpo_adamw_step { beta1, beta2, rest1, rest2, decay, step_size, root_correction, epsilon }
 }

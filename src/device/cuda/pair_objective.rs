@@ -1,12 +1,10 @@
 //! Losses, rewards and per-token coefficients of pairs: `kernels/pair_objective.cu`.
 
-use super::bindings::{
-    MMPO_OBJECTIVE_DPO, MMPO_OBJECTIVE_MMPO, MMPO_OBJECTIVE_SFT, MMPO_OBJECTIVE_SIMPO, mmpo_objective,
-};
+use super::bindings::{MMPO_OBJECTIVE_KINDS, mmpo_objective};
 use super::{CudaDevice, launch_sizes};
 use crate::device::{Checked, ObjectiveOperands, PairObjective};
 use crate::error::Result;
-use crate::objective::Objective;
+use crate::objective::{DESCRIPTORS, Objective};
 
 impl PairObjective for CudaDevice {
     fn run_pair_objective(&self, operands: ObjectiveOperands<'_, Self>, _: Checked) -> Result<()> {
@@ -34,36 +32,20 @@ impl PairObjective for CudaDevice {
     }
 }
 
+/// The kernel's numbers of the kinds are those of [`crate::objective::ObjectiveKind`]; the kernel's tests compare every kind
+/// with the objective of the same number.
+const _: () = assert!(MMPO_OBJECTIVE_KINDS as usize == DESCRIPTORS.len());
+
 /// The objective as the kernel takes it.
 fn parameters(objective: &Objective) -> mmpo_objective {
-    let mut parameters = mmpo_objective {
-        kind: 0,
-        length_normalize: 0,
-        beta: 0.0,
-        preference_weight: 0.0,
-        entropy_weight: 0.0,
-        label_smoothing: 0.0,
-        gamma_beta_ratio: 0.0,
-    };
-    let kind = match objective {
-        Objective::Mmpo(mmpo) => {
-            parameters.length_normalize = i32::from(mmpo.length_normalize);
-            parameters.preference_weight = mmpo.preference_weight as f32;
-            parameters.entropy_weight = mmpo.entropy_weight as f32;
-            MMPO_OBJECTIVE_MMPO
-        }
-        Objective::Dpo(dpo) => {
-            parameters.beta = dpo.beta as f32;
-            parameters.label_smoothing = dpo.label_smoothing as f32;
-            MMPO_OBJECTIVE_DPO
-        }
-        Objective::Simpo(simpo) => {
-            parameters.beta = simpo.beta as f32;
-            parameters.gamma_beta_ratio = simpo.gamma_beta_ratio as f32;
-            MMPO_OBJECTIVE_SIMPO
-        }
-        Objective::Sft => MMPO_OBJECTIVE_SFT,
-    };
-    parameters.kind = kind as i32;
-    parameters
+    let settings = objective.settings();
+    mmpo_objective {
+        kind: objective.kind() as i32,
+        length_normalize: settings.length_normalize.into(),
+        beta: settings.beta as f32,
+        preference_weight: settings.preference_weight as f32,
+        entropy_weight: settings.entropy_weight as f32,
+        label_smoothing: settings.label_smoothing as f32,
+        gamma_beta_ratio: settings.gamma_beta_ratio as f32,
+    }
 }

@@ -28,7 +28,9 @@ pub fn emulated_info() -> &'static str {
 /// A GPU that the driver lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
+    /// The driver's number of the GPU, as in `--device cuda:N`.
     pub ordinal: usize,
+    /// The driver's name of it.
     pub name: String,
     /// Compute capability, major and minor.
     pub capability: (i32, i32),
@@ -111,6 +113,7 @@ pub(super) fn no_kernels() -> Error {
     )
 }
 
+/// The error of asking for the emulated device in a build without it.
 #[cfg(not(mmpo_emulated))]
 pub fn no_emulated_device() -> Error {
     Error::device(

@@ -7,6 +7,16 @@ use crate::device::{AddRmsNorm, Checked, Norm, NormShape, RmsNormBackward};
 use crate::error::Result;
 
 impl Norm for CudaDevice {
+    fn reserve_rms_norm(&self, shape: NormShape) -> Result<()> {
+        let name = "rms_norm_backward";
+        let [rows, width] = launch_sizes(name, [shape.rows, shape.width])?;
+        // SAFETY: a pure function of two numbers.
+        let bytes = self.workspace_bytes(name, &shape, |kernels| unsafe {
+            (kernels.rms_norm_backward_workspace)(rows, width)
+        })?;
+        self.workspace.reserve(&self.memory, bytes)
+    }
+
     fn run_rms_norm_forward(
         &self,
         out: &mut CudaBuffer<bf16>,
@@ -70,6 +80,7 @@ impl Norm for CudaDevice {
 
     fn run_rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>, _: Checked) -> Result<()> {
         let RmsNormBackward { dx, dweight, dout, x, weight, rstd, shape } = operands;
+        let dweight = dweight.map_or(std::ptr::null_mut(), CudaBuffer::start_mut);
         let name = "rms_norm_backward";
         let [rows, width] = launch_sizes(name, [shape.rows, shape.width])?;
         // SAFETY: the workspace is as large as the launcher's own rule says, and the buffers cover the sizes.
@@ -80,7 +91,7 @@ impl Norm for CudaDevice {
             |kernels, workspace, stream| unsafe {
                 (kernels.rms_norm_backward)(
                     dx.start_mut(),
-                    dweight.start_mut(),
+                    dweight,
                     workspace,
                     dout.start(),
                     x.start(),

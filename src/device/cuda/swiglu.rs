@@ -1,8 +1,8 @@
-//! SwiGLU: `kernels/swiglu.cu`, and as the end of the product that makes its input.
+//! SwiGLU: `kernels/swiglu.cu`, and as the end of the gemm that makes its input.
 
 use half::bf16;
 
-use super::products::fuses_swiglu;
+use super::gemm::fuses_swiglu;
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{Checked, Linear, LinearSwiglu, Mlp};
 use crate::error::Result;

@@ -48,7 +48,10 @@ fn run(check: bool) -> Result<String, String> {
 fn parse_headers(root: &Path) -> Result<String, String> {
     let libclang = libclang_folder(root)?;
     // SAFETY: this program has one thread, and nothing has read the environment concurrently.
-    unsafe { std::env::set_var("LIBCLANG_PATH", libclang) };
+    #[allow(unsafe_code, reason = "bindgen takes the folder of libclang from the environment alone")]
+    unsafe {
+        std::env::set_var("LIBCLANG_PATH", libclang)
+    };
     let bindings = bindgen::Builder::default()
         .header_contents("headers.h", HEADERS)
         .clang_arg(format!("-I{}", root.join("kernels").display()))

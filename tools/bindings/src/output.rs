@@ -65,7 +65,7 @@ impl Headers {
         let types = &self.types;
         let file = pretty(quote! {
             #![allow(non_camel_case_types)]
-            #![cfg_attr(not(mmpo_emulated), allow(dead_code, reason = "the emulated device's options"))]
+            #![allow(dead_code, reason = "the whole of the headers, whoever uses it")]
             #(#types)*
         })?;
         Ok(format!("{HEAD}{file}"))

@@ -143,7 +143,7 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn product_tiles_sm90() -> i32;
+    fn gemm_tiles_sm90() -> i32;
     fn linear_forward_sm90(
         out: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -210,13 +210,13 @@ kernels {
         tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn product_plan_sm90(
+    fn gemm_plan_sm90(
         shape_m: i32,
         shape_n: i32,
         shape_k: i32,
         may_split: i32,
         tile: i32,
-    ) -> mmpo_product_plan;
+    ) -> mmpo_gemm_plan;
     fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
     fn linear_bias_backward(
         dbias: *mut f32,

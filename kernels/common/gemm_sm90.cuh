@@ -1,0 +1,454 @@
+// Gemm on TMA and wgmma (sm_90a): out[M, N] = left[M, K] * right[K, N] with bf16 operands and f32 accumulators, which
+// an epilogue then stores or processes. The sizes may be anything, as long as the lines of both operands are multiples
+// of 8 values (16 bytes, which tensor maps ask for): copies fill what lies outside an operand with zeros, stores clip
+// it.
+//
+// A block is persistent: it computes one tile of `out` after the other. Its warpgroups have roles:
+//
+//   producer     one thread fills a ring of stages by TMA; a stage holds a slice of BLOCK_K along K of both operands
+//   consumers    64 rows of the tile each: wgmma from the stages, then the epilogue on the accumulators
+//
+// The producer runs ahead into the next tile while consumers are in the epilogue. The epilogue's stores are TMA's as
+// well, so the tensor cores wait only while accumulators are converted and written to panels of shared memory.
+//
+// Two blocks may form a cluster, with one tile below the other. Both need the same slices of the right operand, so each
+// loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes a cycle.
+// The price is that a stage is free only when the consumers of both blocks have left it.
+#pragma once
+
+#include "gemm_operands.cuh"
+#include "gemm_plan_sm90.cuh"
+#include "warp_panels.cuh"
+
+namespace mmpo {
+inline namespace MMPO_VARIANT {
+namespace gemm_sm90 {
+
+constexpr int BLOCK_K = kSliceDepth;
+
+// A tile shape is BLOCK_M x BLOCK_N of `out`, shared out among kConsumersM * kConsumersN consumers. kStages slices can
+// be under way. Each consumer warp has kPanels panels for its epilogue: with two, one is stored while the next is
+// written; where memory is left there are more, so that the stores of a tile rarely wait for one another. A block is
+// launched with the same number of registers for every warpgroup, and the producer hands most of its own to the
+// consumers.
+struct SingleBlock {
+    static constexpr int kCluster = 1;
+};
+struct TwoConsumers : SingleBlock {
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+struct Tile128x256 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 256, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 2;
+};
+struct Tile192x192 : SingleBlock {
+    static constexpr int BLOCK_M = 192, BLOCK_N = 192, kConsumersM = 3, kConsumersN = 1, kStages = 3, kPanels = 3;
+    static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+};
+struct Tile128x192 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 192, kConsumersM = 2, kConsumersN = 1, kStages = 4, kPanels = 4;
+};
+struct Tile128x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 128, kConsumersM = 2, kConsumersN = 1, kStages = 5, kPanels = 4;
+};
+struct Tile64x128 : TwoConsumers {
+    static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kConsumersN = 2, kStages = 6, kPanels = 4;
+};
+
+// The same tile, run by clusters of two blocks.
+template <class Tile>
+struct Paired : Tile {
+    static constexpr int kCluster = 2;
+};
+
+// The weight is gate rows followed by as many up rows. Half of a tile's columns come from the gate part and half from
+// the same columns of the up part, so that the epilogue has both of each value at hand. In general a tile's columns
+// come from kRightParts equal parts of the right operand's columns, the same columns of each, side by side.
+struct GatedForwardLines {
+    static constexpr Line kLeft = Line::depth, kRight = Line::depth;
+    static constexpr int kRightParts = 2;
+};
+
+// A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K. The kShares blocks of a
+// cluster each load an equal share of its rows, for all of them.
+template <int OUTER, Line kLine, int kShares = 1>
+struct Slice {
+    static constexpr bool kTransposed = kLine == Line::outer;
+    static constexpr int kRows = kTransposed ? BLOCK_K : OUTER, kColumns = kTransposed ? OUTER : BLOCK_K;
+    using Panels = PanelTile<kRows, kColumns>;
+    static constexpr int kBytes = Panels::kBytes;
+    static constexpr int kShareRows = kRows / kShares;
+    static_assert(kRows % (8 * kShares) == 0, "whole repetitions of the swizzle");
+
+    Panels tile;
+
+    // A tensor map of the operand, whose lines lie back to back.
+    static mmpo_status encode(CUtensorMap* map, const bf16* operand, int outer_size, int depth_size) {
+        const uint64_t rows = uint64_t(kTransposed ? depth_size : outer_size);
+        const uint64_t columns = uint64_t(kTransposed ? outer_size : depth_size);
+        return encode_tensor_map_2d(map, operand, rows, columns, columns, kShareRows, kPanelColumns,
+                                    Swizzle::bytes_128);
+    }
+    // Starts the copy of the slice at `outer`, `depth`, or of this block's share of it. `rank`: of the block in its
+    // cluster.
+    DEVICE void load(const CUtensorMap* map, int outer, int depth, uint32_t mbarrier, int rank) const {
+        const int column = kTransposed ? outer : depth, row = kTransposed ? depth : outer;
+        if constexpr (kShares == 1) {
+            tile.load(map, column, row, mbarrier);
+        } else {
+            const int first = rank * kShareRows;
+#pragma unroll
+            for (int panel = 0; panel < Panels::kPanels; ++panel) {
+                tma_load_2d_multicast(tile.panel(panel) + uint32_t(first * kPanelRowBytes), map,
+                                      column + panel * kPanelColumns, row + first, mbarrier, (1 << kShares) - 1);
+            }
+        }
+    }
+    // The operand of one wgmma: depth 16 * step .., outer index from `outer` (a multiple of 64) on.
+    DEVICE uint64_t operand(int outer, int step) const {
+        if constexpr (kTransposed)
+            return tile.depth_in_rows(outer, step);
+        else
+            return tile.depth_in_columns(outer, step);
+    }
+};
+
+// The constants of one tile shape and operand order.
+template <class TileShape, class LineOrder>
+struct Config {
+    using Tile = TileShape;
+    using Lines = LineOrder;
+    using Left = Slice<Tile::BLOCK_M, Lines::kLeft>;
+    using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
+    using RightPart = Slice<Tile::BLOCK_N / Lines::kRightParts, Lines::kRight, Tile::kCluster>;
+    static_assert(Lines::kRightParts == 1 || !Right::kTransposed, "parts of a slice lie below each other");
+    using Ring = StageRing<Tile::kStages>;
+    using Cursor = StageCursor<Tile::kStages>;
+    using Panels = WarpPanels<Tile::kPanels>;
+    static constexpr int kConsumers = Tile::kConsumersM * Tile::kConsumersN;  // warpgroups
+    static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarp;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+    static constexpr int CONSUMER_N = Tile::BLOCK_N / Tile::kConsumersN;
+    static_assert(Tile::BLOCK_M == kWgmmaRows * Tile::kConsumersM, "a consumer has the rows of one wgmma");
+    static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
+
+    // A thread's part of a consumer's accumulators.
+    using Accumulators = float[CONSUMER_N / 2];
+};
+
+// Where things lie in shared memory: stages, panels, then the ring's mbarriers.
+template <class C>
+struct Shared {
+    static constexpr int kPanels = C::Tile::kStages * C::kStageBytes;
+    static constexpr int kRing = kPanels + C::kConsumerWarps * C::Panels::kBytes;
+    static constexpr int kBytes = kRing + C::Ring::kBytes;
+    static_assert(kBytes <= kSharedLimitSm90, "fewer stages or panels");
+
+    uint32_t base;
+
+    // The left slice of a stage, which the right one follows.
+    DEVICE uint32_t stage(int index) const { return base + uint32_t(index * C::kStageBytes); }
+    DEVICE typename C::Ring ring() const { return {base + kRing}; }
+    DEVICE typename C::Panels panels(int consumer_warp) const {
+        return {base + uint32_t(kPanels + consumer_warp * C::Panels::kBytes)};
+    }
+};
+
+// Divides numbers below 2^31 by one that the host knows, with one multiplication and two shifts. The device's own
+// division is a chain of some hundred cycles, and consumers would begin each tile with five of them.
+struct Divisor {
+    uint32_t multiplier, shift;
+
+    static Divisor of(int64_t divisor) {
+        uint32_t shift = 0;
+        while (int64_t(1) << shift < divisor) ++shift;
+        return {uint32_t(ceil_div(int64_t(1) << (31 + shift), divisor)), shift};
+    }
+    DEVICE int quotient(int number) const { return int(uint64_t(uint32_t(number)) * multiplier >> 31 >> shift); }
+};
+
+// The kernel's parameters. An epilogue is a struct with
+//
+//   template <int kCount, class Panels>
+//   DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const;
+//
+// which every consumer warp calls once a tile. `d` are the accumulators of 16 rows x 2 * kCount columns of `out`, from
+// `row` and `column` on, in wgmma's layout (ptx_wgmma.cuh); some or all of them may lie outside `out`. `panels` is the
+// warp's own way to global memory (warp_panels.cuh). Where the depth is split, the epilogue sees part s of the sums at
+// rows that are s * split_rows further on.
+template <class Epilogue>
+struct Problem {
+    CUtensorMap left, right;
+    int tiles_m, tiles_n;    // tiles_m counts whole clusters
+    int splits, tile_group;  // tile_group: rows of tiles that are walked together, in whole clusters
+    // Slices of one split; the first `longer_splits` splits have one more.
+    int split_slices, longer_splits;
+    // Divisors: tiles of a split; tiles of a group; rows of tiles of a group, and of the last group if it has fewer.
+    Divisor by_tiles, by_group_tiles, by_group_rows, by_last_rows;
+    int split_rows;
+    int right_part;  // distance between the parts of the right operand
+    Epilogue epilogue;
+};
+
+// One tile of `out`, or one split's part of its sum.
+struct TileWork {
+    int m, n, first_slice, end_slice, out_row;
+};
+
+// The work number `index` of all; the tiles of a cluster, one below the other, share a number.
+template <class Tile, class Epilogue>
+DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index, int rank) {
+    const int split = problem.by_tiles.quotient(index), tile = index - split * problem.tiles_m * problem.tiles_n;
+    const int group = problem.by_group_tiles.quotient(tile), first_row = group * problem.tile_group;
+    const int within = tile - first_row * problem.tiles_n;
+    const bool whole = first_row + problem.tile_group <= problem.tiles_m;
+    const int rows = whole ? problem.tile_group : problem.tiles_m - first_row;
+    const int column = (whole ? problem.by_group_rows : problem.by_last_rows).quotient(within);
+    const int m = ((first_row + within - column * rows) * Tile::kCluster + rank) * Tile::BLOCK_M;
+    const int first_slice = split * problem.split_slices + min(split, problem.longer_splits);
+    const int slices = problem.split_slices + (split < problem.longer_splits ? 1 : 0);
+    return {m, column * Tile::BLOCK_N, first_slice, first_slice + slices, m + split * problem.split_rows};
+}
+
+template <class Tile>
+DEVICE int rank_in_cluster() {
+    return Tile::kCluster == 1 ? 0 : int(cluster_rank());
+}
+
+// Calls `visit` with each of the block's tiles. Producer and consumers walk the same ones.
+template <class Tile, class Epilogue, class Visit>
+DEVICE void each_tile(const Problem<Epilogue>& problem, const Visit& visit) {
+    const int count = problem.tiles_m * problem.tiles_n * problem.splits, rank = rank_in_cluster<Tile>();
+    const int step = int(gridDim.x) / Tile::kCluster;
+    for (int index = int(blockIdx.x) / Tile::kCluster; index < count; index += step) {
+        visit(tile_work<Tile>(problem, index, rank));
+    }
+}
+
+#if MMPO_SM90
+
+template <class Tile>
+DEVICE void sync_cluster() {
+    if constexpr (Tile::kCluster == 1)
+        __syncthreads();
+    else
+        cluster_sync();
+}
+
+// The producer, one thread: loads slices as stages become free.
+template <class C, class Epilogue>
+DEVICE void produce(const Problem<Epilogue>& problem, const Shared<C>& shared) {
+    using Tile = typename C::Tile;
+    using Lines = typename C::Lines;
+    const typename C::Ring ring = shared.ring();
+    typename C::Cursor cursor;
+    const int rank = rank_in_cluster<Tile>();
+    prefetch_tensor_map(&problem.left);
+    prefetch_tensor_map(&problem.right);
+    each_tile<Tile>(problem, [&](const TileWork& work) {
+        for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
+            const uint32_t stage = shared.stage(cursor.stage), full = ring.full(cursor.stage);
+            // Wait until the stage is free in all blocks of the cluster, since this block may multicast to all of them.
+            mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+            mbarrier_arrive_expect_tx(full, C::kStageBytes);
+            typename C::Left{stage}.load(&problem.left, work.m, slice * BLOCK_K, full, rank);
+#pragma unroll
+            for (int part = 0; part < Lines::kRightParts; ++part) {
+                const typename C::RightPart right{stage + C::Left::kBytes + part * C::RightPart::kBytes};
+                right.load(&problem.right, work.n / Lines::kRightParts + part * problem.right_part, slice * BLOCK_K,
+                           full, rank);
+            }
+            cursor.advance();
+        }
+    });
+}
+
+// The lead of the first of two consumers over the second. Two consumers that finish a tile together leave the tensor
+// cores idle while both are in the epilogue. So the second starts a tile only when the first has queued the wgmmas of
+// kLead slices. It then still multiplies while the first is in the epilogue, and the first multiplies the next tile
+// while the second is in its epilogue. The ring holds the slices between the two; where copies do not keep up, the
+// first waits for them and the lead shrinks.
+template <class Tile>
+struct Lead {
+    static constexpr int kLead = Tile::kConsumersM * Tile::kConsumersN == 2 ? Tile::kStages / 2 : 0;
+    static constexpr uint32_t kBarrier = 1, kThreads = 2 * kWarpgroupThreads;
+
+    // Whether the tile is deep enough for a lead. The first consumer is at most a ring ahead, so in a deeper tile it
+    // cannot arrive for the next tile before the second has started this one.
+    static DEVICE bool wanted(const TileWork& work) {
+        return kLead > 0 && work.end_slice - work.first_slice > Tile::kStages;
+    }
+    static DEVICE void wait(const TileWork& work, int consumer) {
+        if (consumer == 1 && wanted(work)) bar_sync(kBarrier, kThreads);
+    }
+    // Call after queueing the wgmmas of `slice`.
+    static DEVICE void give(const TileWork& work, int consumer, int slice) {
+        if (consumer == 0 && slice + 1 - work.first_slice == kLead && wanted(work)) bar_arrive(kBarrier, kThreads);
+    }
+};
+
+// d = the consumer's part of one tile. While the wgmmas of one slice run, the consumer waits for the next slice; it
+// gives a stage back once the wgmmas of the next slice are queued.
+template <class C>
+DEVICE void multiply_tile(typename C::Accumulators& d, typename C::Cursor& cursor, const Shared<C>& shared,
+                          const TileWork& work, int consumer) {
+    using Tile = typename C::Tile;
+    const typename C::Ring ring = shared.ring();
+    const int outer_m = consumer % Tile::kConsumersM * kWgmmaRows;
+    const int outer_n = consumer / Tile::kConsumersM * C::CONSUMER_N;
+    // Each warp arrives for itself, because it may be one slice later than the other warps of its warpgroup.
+    const auto release = [&](int stage) {
+        if constexpr (Tile::kCluster == 1) {
+            if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
+        } else if (lane_id() < Tile::kCluster) {
+            mbarrier_arrive_at(ring.empty(stage), lane_id());
+        }
+    };
+    int previous = 0;
+    Lead<Tile>::wait(work, consumer);
+    for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
+        // The shuffle tells the compiler that the address is uniform, so that descriptors stay in uniform registers.
+        const uint32_t stage = __shfl_sync(0xffffffffu, shared.stage(cursor.stage), 0);
+        const typename C::Left left{stage};
+        const typename C::Right right{stage + C::Left::kBytes};
+        mbarrier_wait(ring.full(cursor.stage), cursor.parity);
+        pin_registers(d);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BLOCK_K / kWgmmaDepth; ++step) {
+            wgmma_ss<C::CONSUMER_N, C::Left::kTransposed, C::Right::kTransposed>(
+                d, left.operand(outer_m, step), right.operand(outer_n, step), slice != work.first_slice || step != 0);
+        }
+        wgmma_commit();
+        Lead<Tile>::give(work, consumer, slice);
+        wgmma_wait<1>();
+        if (slice != work.first_slice) release(previous);
+        previous = cursor.stage;
+        cursor.advance();
+    }
+    wgmma_wait<0>();
+    pin_registers(d);
+    release(previous);
+}
+
+template <class C, class Epilogue>
+DEVICE void consume(const Problem<Epilogue>& problem, const Shared<C>& shared, int consumer) {
+    using Tile = typename C::Tile;
+    const int warp = int(threadIdx.x) / kWarp % 4;
+    const int row = consumer % Tile::kConsumersM * kWgmmaRows + warp * 16,
+              column = consumer / Tile::kConsumersM * C::CONSUMER_N;
+    typename C::Panels panels = shared.panels(consumer * 4 + warp);
+    typename C::Cursor cursor;
+    each_tile<Tile>(problem, [&](const TileWork& work) {
+        typename C::Accumulators d;
+        multiply_tile<C>(d, cursor, shared, work, consumer);
+        problem.epilogue(d, work.out_row + row, work.n + column, panels);
+    });
+    panels.drain();
+}
+
+#endif
+
+template <class Tile, class Lines, class Epilogue>
+static __global__ void __launch_bounds__(Config<Tile, Lines>::kThreads, 1)
+    gemm_sm90_kernel(const __grid_constant__ Problem<Epilogue> problem) {
+#if MMPO_SM90
+    using C = Config<Tile, Lines>;
+    DYNAMIC_SHARED(raw);
+    const Shared<C> shared{shared_address(raw)};
+    if (threadIdx.x == 0) {
+        shared.ring().init(C::kConsumerWarps * Tile::kCluster);
+        fence_mbarrier_init();
+    }
+    sync_cluster<Tile>();
+    // The shuffle tells the compiler that all lanes of a warp have the same role.
+    const int role = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0);
+    if (role == C::kConsumers) {
+        setmaxnreg_decrease<Tile::kProducerRegisters>();
+        if (threadIdx.x == C::kConsumers * kWarpgroupThreads) produce(problem, shared);
+    } else {
+        setmaxnreg_increase<Tile::kConsumerRegisters>();
+        consume(problem, shared, role);
+    }
+    // The other block may still multicast into this block's shared memory, and arrive at its mbarriers.
+    if constexpr (Tile::kCluster > 1) sync_cluster<Tile>();
+#endif
+}
+
+// Rows that each split has in the array that its epilogue writes: whole clusters, so that splits do not overlap.
+inline int64_t split_rows(const GemmPlan& plan, int shape_m) {
+    const int64_t rows = int64_t(plan.block_m) * plan.cluster;
+    return ceil_div(shape_m, rows) * rows;
+}
+
+template <class Tile, class Lines, class Epilogue>
+mmpo_status launch_tiles(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+                         mmpo_stream stream) {
+    using C = Config<Tile, Lines>;
+    const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M * Tile::kCluster);
+    const int64_t tiles_n = ceil_div(operands.shape_n, Tile::BLOCK_N);
+    const int64_t count = tiles_m * tiles_n * plan.splits;
+    const int64_t rows = tiles_m * Tile::BLOCK_M * Tile::kCluster;
+    if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
+    const int64_t slices = ceil_div(operands.shape_k, BLOCK_K);
+    const int group = plan.tile_group / Tile::kCluster, last_rows = int(tiles_m % group);
+    Problem<Epilogue> problem{};
+    problem.tiles_m = int(tiles_m);
+    problem.tiles_n = int(tiles_n);
+    problem.splits = plan.splits;
+    problem.tile_group = group;
+    problem.split_slices = int(slices / plan.splits);
+    problem.longer_splits = int(slices % plan.splits);
+    problem.by_tiles = Divisor::of(tiles_m * tiles_n);
+    problem.by_group_tiles = Divisor::of(group * tiles_n);
+    problem.by_group_rows = Divisor::of(group);
+    problem.by_last_rows = Divisor::of(last_rows > 0 ? last_rows : 1);
+    problem.split_rows = int(rows);
+    problem.right_part = operands.shape_n / Lines::kRightParts;
+    problem.epilogue = epilogue;
+    if (const mmpo_status error = C::Left::encode(&problem.left, operands.left, operands.shape_m, operands.shape_k))
+        return error;
+    if (const mmpo_status error =
+            C::RightPart::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
+        return error;
+    const int64_t resident = multiprocessors() / Tile::kCluster > 0 ? multiprocessors() / Tile::kCluster : 1;
+    const unsigned blocks = unsigned(count < resident ? count : resident) * Tile::kCluster;
+    if constexpr (Tile::kCluster == 1) {
+        return LAUNCH((gemm_sm90_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(C::kThreads), Shared<C>::kBytes,
+                      cuda_stream(stream), problem);
+    } else {
+        return LAUNCH_CLUSTERS((gemm_sm90_kernel<Tile, Lines, Epilogue>), Tile::kCluster, dim3(blocks),
+                               dim3(C::kThreads), Shared<C>::kBytes, cuda_stream(stream), problem);
+    }
+}
+
+// Runs the tile in clusters of one block or two, as the plan says.
+template <class Tile, class Lines, class Epilogue>
+mmpo_status launch_single_or_paired(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+                                    mmpo_stream stream) {
+    return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
+                             : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
+}
+
+// Queues one gemm in the tile shape that `plan` names. If the plan splits the depth, `out` has splits * split_rows
+// rows.
+template <class Lines, class Epilogue>
+mmpo_status launch_gemm(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+                        mmpo_stream stream) {
+    if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 128) return launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_m == 192) return launch_single_or_paired<Tile192x192, Lines>(operands, plan, epilogue, stream);
+    if (plan.block_n == 192) return launch_single_or_paired<Tile128x192, Lines>(operands, plan, epilogue, stream);
+    return launch_single_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
+}
+
+// As launch_gemm, for a plan of plan_panel_tiles.
+template <class Lines, class Epilogue>
+mmpo_status launch_panel_tiles(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+                               mmpo_stream stream) {
+    return plan.block_n == 128 ? launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream)
+                               : launch_single_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
+}
+
+}  // namespace gemm_sm90
+}  // namespace MMPO_VARIANT
+}  // namespace mmpo

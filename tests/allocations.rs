@@ -1,0 +1,138 @@
+//! Nothing is allocated inside a training step: a binary of its own, because its allocator counts for the whole process.
+//!
+//! What is counted: every allocation of [`LARGE`] bytes or more, on any thread, from the first step on, with two
+//! exceptions. First, memory on a cache line's boundary: only the `gemm` crate asks for that, to pack the operands of a
+//! gemm, and it leaves no way to hand it memory. Second, by their size, the lists of a few bytes for each token, pair or
+//! tensor that the host makes to pack a batch and to name the tensors of an update.
+
+#![allow(unsafe_code, reason = "an allocator is unsafe by its trait")]
+
+#[path = "training/golden.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod golden;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use golden::Golden;
+use mmpo_fast::device::Hardware;
+use mmpo_fast::device::cpu::CpuDevice;
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::model::{HeadChoice, HeadOptions};
+use mmpo_fast::objective::{Dpo, Mmpo, Objective};
+use mmpo_fast::optimizer::AdamWStep;
+
+/// Bytes from which on an allocation counts. The smallest scratch memory of an operation here has 16 KiB.
+const LARGE: usize = 4096;
+/// Boundary of what the `gemm` crate allocates.
+const CACHE_LINE: usize = 64;
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static LARGE_ONES: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static SMALL_ONES: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+fn note(bytes: usize, boundary: usize) {
+    if !COUNTING.load(Ordering::Relaxed) || boundary >= CACHE_LINE {
+        return;
+    }
+    match bytes >= LARGE {
+        true => {
+            LARGE_ONES.fetch_add(1, Ordering::Relaxed);
+            LARGEST.fetch_max(bytes, Ordering::Relaxed);
+        }
+        false => _ = SMALL_ONES.fetch_add(1, Ordering::Relaxed),
+    }
+}
+
+// SAFETY: every method hands its arguments to the system's allocator unchanged, and counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout.size(), layout.align());
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        note(layout.size(), layout.align());
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        note(size, layout.align());
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of `work`: how many large ones, and the bytes of the largest.
+fn large_allocations(work: impl FnOnce()) -> (usize, usize) {
+    for count in [&LARGE_ONES, &LARGEST, &SMALL_ONES] {
+        count.store(0, Ordering::Relaxed);
+    }
+    COUNTING.store(true, Ordering::Relaxed);
+    work();
+    COUNTING.store(false, Ordering::Relaxed);
+    (LARGE_ONES.load(Ordering::Relaxed), LARGEST.load(Ordering::Relaxed))
+}
+
+const MMPO: Objective = Objective::Mmpo(Mmpo {
+    beta: 0.05,
+    epsilon: 0.9,
+    reward_group: 2,
+    reward_normalize: true,
+    length_normalize: true,
+    preference_weight: 0.5,
+    entropy_weight: 0.05,
+});
+
+fn adamw(step: u32) -> AdamWStep {
+    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step }
+}
+
+/// Steps and an evaluation of a model, with and without biases, tied embeddings, entropies and kept probabilities.
+///
+/// One test in this program, so that no other one allocates at the same time.
+#[test]
+fn a_step_allocates_nothing_large() {
+    let (large, largest) = large_allocations(|| drop(std::hint::black_box(vec![1u8; 1 << 20])));
+    assert_eq!((large, largest), (1, 1 << 20), "the allocator counts");
+
+    let recompute = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
+    let dpo = Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 });
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    for (name, objective, head) in [
+        ("tied", MMPO, HeadOptions::default()),
+        ("bias", dpo, HeadOptions::default()),
+        ("base", MMPO, recompute),
+    ] {
+        let golden = Golden::read(&folder.join(name));
+        let device = Arc::new(CpuDevice::new(Some(3)).expect("the CPU device starts"));
+        golden.with_trainer(&device, objective, head, |trainer, pairs| {
+            let before = device.memory();
+            for step in 1..=3 {
+                let (large, largest) = large_allocations(|| {
+                    trainer.step(pairs, adamw(step), Some(1.0)).expect("step");
+                    trainer.evaluate(pairs).expect("evaluation");
+                });
+                let small = SMALL_ONES.load(Ordering::Relaxed);
+                let what = format!("{name} on {}, step {step}", device.describe());
+                assert_eq!(large, 0, "{what}: the largest of them has {largest} bytes; {small} small ones");
+                assert_eq!(device.memory(), before, "{what}: buffers and scratch memory");
+            }
+        });
+    }
+}

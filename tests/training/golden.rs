@@ -1,0 +1,133 @@
+//! Goldens that transformers and PyTorch made, read for a test on any device.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mmpo_fast::checkpoint::ModelFolder;
+use mmpo_fast::data::TokenizedPair;
+use mmpo_fast::device::Device;
+use mmpo_fast::model::{HeadOptions, Llama};
+use mmpo_fast::objective::{Objective, ObjectiveKind, Settings};
+use mmpo_fast::optimizer::AdamWStep;
+use mmpo_fast::score::{PairScore, Scorer};
+use mmpo_fast::train::{Trainer, TrainingPair, Workload};
+use serde_json::Value;
+
+pub struct Golden {
+    pub folder: PathBuf,
+    pub json: Value,
+    pub pairs: Vec<TokenizedPair>,
+}
+
+impl Golden {
+    pub fn read(folder: &Path) -> Golden {
+        let text = std::fs::read_to_string(folder.join("golden.json")).expect("golden.json");
+        let json: Value = serde_json::from_str(&text).expect("golden.json parses");
+        let pairs = array(&json["pairs"])
+            .iter()
+            .enumerate()
+            .map(|(record, pair)| TokenizedPair {
+                record,
+                prompt: ids(&pair["prompt_ids"]),
+                chosen: ids(&pair["chosen_ids"]),
+                rejected: ids(&pair["rejected_ids"]),
+            })
+            .collect();
+        Golden { folder: folder.to_path_buf(), json, pairs }
+    }
+
+    /// The folders with a `golden.json`: ours, and those of `MMPO_FAST_FIXTURES`.
+    pub fn all() -> Vec<Golden> {
+        let mut roots = vec![PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")];
+        roots.extend(std::env::var_os("MMPO_FAST_FIXTURES").map(PathBuf::from));
+        let mut folders: Vec<PathBuf> = roots
+            .iter()
+            .flat_map(|root| std::fs::read_dir(root).into_iter().flatten())
+            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+            .filter(|path| path.join("golden.json").is_file())
+            .collect();
+        folders.sort();
+        assert!(!folders.is_empty(), "no goldens under {roots:?}");
+        folders.iter().map(|folder| Golden::read(folder)).collect()
+    }
+
+    pub fn name(&self) -> String {
+        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    pub fn load<D: Device>(&self, device: &Arc<D>) -> Llama<D> {
+        let folder = ModelFolder::open(&self.folder.join("model")).expect("model folder");
+        Llama::load(Arc::clone(device), &folder, 2048).expect("weights")
+    }
+
+    /// The objective named by `options`; the first fixture, which has none, names it by its key alone.
+    pub fn objective(&self, key: &str, options: &Value) -> Objective {
+        let option = |name: &str, default: f64| options[name].as_f64().unwrap_or(default);
+        let flag = |name: &str, default: bool| options[name].as_bool().unwrap_or(default);
+        let beta = option("beta", number(&self.json["beta"]));
+        let family = options["objective"].as_str().unwrap_or(key.split('_').next().unwrap_or(key));
+        let kind = ObjectiveKind::from_name(family)
+            .unwrap_or_else(|| panic!("golden objective `{family}` is not known to the program"));
+        (kind.descriptor().build)(&Settings {
+            beta,
+            epsilon: 0.9,
+            reward_group: option("reward_group", self.pairs.len() as f64) as usize,
+            reward_normalize: flag("reward_normalize", true),
+            length_normalize: flag("length_normalize", key == "mmpo_length"),
+            preference_weight: option("preference_weight", 0.0),
+            entropy_weight: option("entropy_weight", 0.0),
+            gamma_beta_ratio: option("gamma_beta_ratio", 1.6),
+            label_smoothing: option("label_smoothing", 0.0),
+        })
+    }
+
+    /// Runs `body` with a trainer at the stored weights, whose head works as `head` says, and the pairs with their
+    /// references.
+    pub fn with_trainer<D: Device>(
+        &self,
+        device: &Arc<D>,
+        objective: Objective,
+        head: HeadOptions,
+        body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
+    ) {
+        let model = self.load(device);
+        let references = score(&model, &self.pairs);
+        let pairs: Vec<TrainingPair> = self
+            .pairs
+            .iter()
+            .zip(references)
+            .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
+            .collect();
+        let workload = Workload { head, ..Workload::plan(&self.pairs, &objective, pairs.len(), 700) };
+        let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
+        body(&mut trainer, &pairs);
+    }
+}
+
+pub fn array(value: &Value) -> &[Value] {
+    value.as_array().map(Vec::as_slice).unwrap_or_else(|| panic!("not an array: {value}"))
+}
+
+pub fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
+}
+
+pub fn ids(value: &Value) -> Vec<u32> {
+    array(value).iter().map(|id| number(id) as u32).collect()
+}
+
+pub fn score<D: Device>(model: &Llama<D>, pairs: &[TokenizedPair]) -> Vec<PairScore> {
+    Scorer::new(model, pairs, 700).expect("scorer").run(true, |_| ()).expect("scores")
+}
+
+pub fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {
+    let beta = |index: usize| number(&settings["betas"][index]);
+    AdamWStep {
+        learning_rate: learning_rate.unwrap_or_else(|| number(&settings["lr"])),
+        beta1: beta(0),
+        beta2: beta(1),
+        epsilon: number(&settings["eps"]),
+        weight_decay: number(&settings["weight_decay"]),
+        step,
+    }
+}

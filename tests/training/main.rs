@@ -1,0 +1,12 @@
+//! The library under `train`, a part at a time: options, objectives, the Llama and its optimiser against numbers that
+//! transformers and PyTorch made, what is saved, and the report.
+
+mod checkpoint;
+mod config;
+mod golden;
+mod goldens;
+mod layers;
+mod memory_table;
+mod objective;
+mod published_configs;
+mod report;
