@@ -17,7 +17,7 @@ use mmpo_fast::device::{
 use mmpo_fast::error::Result;
 use ptx_machine::Landing;
 
-/// What a fault is planted in: an operation, the target whose PTX runs, and part of the mangled names of its kernels.
+/// What a fault is planted in: an operation, the target whose PTX runs, and words that the mangled names of its kernels hold.
 struct Subject {
     name: &'static str,
     target: &'static str,
@@ -29,21 +29,21 @@ struct Subject {
 const PRODUCT: Subject = Subject {
     name: "product",
     target: "sm_90a",
-    entry: "hopper14product_kernelINS1_10Tile64x128ENS1_12ForwardLinesENS1_9StoreBf16",
+    entry: "gemm_sm90_kernel 10Tile64x128 12ForwardLines 9StoreBf16",
     run: |device| product(device, Some("64x128"), 200),
 };
 /// The same by clusters of two blocks.
 const PAIRED: Subject = Subject {
     name: "product by two blocks",
     target: "sm_90a",
-    entry: "hopper14product_kernelINS1_6PairedINS1_11Tile128x128EEENS1_12ForwardLinesENS1_9StoreBf16",
+    entry: "gemm_sm90_kernel 6Paired 11Tile128x128 12ForwardLines 9StoreBf16",
     run: |device| product(device, Some("128x128 by 2"), 600),
 };
 /// `mma.sync`, `ldmatrix` and `cp.async`.
 const PORTABLE: Subject = Subject {
     name: "portable product",
     target: "sm_80",
-    entry: "product14product_kernel",
+    entry: "11gemm_kernel",
     run: |device| product(device, None, 150),
 };
 const NORM: Subject = Subject {
@@ -68,13 +68,13 @@ const ATTENTION: Subject = Subject {
 const ATTENTION_GRADIENT: Subject = Subject {
     name: "attention's gradient",
     target: "sm_90a",
-    entry: "attention_backward_sm90_kernelILi64EN4mmpo3gpu10FixedOrder",
+    entry: "attention_backward_sm90_kernel ILi64E FixedOrder",
     run: |device| attention(device, true),
 };
 const PORTABLE_ATTENTION: Subject = Subject {
     name: "portable attention",
     target: "sm_80",
-    entry: "attention_forward_kernelILi64",
+    entry: "24attention_forward_kernel attention_forward_cu",
     run: |device| attention(device, false),
 };
 
@@ -353,8 +353,7 @@ fn a_finding_says_where() {
     for part in [
         "out of bounds: 16 bytes at byte 14208 of an allocation of 14208 bytes",
         "rms_norm_forward_kernel",
-        "block (0, 0, 0)",
-        "thread",
+        "block (4, 0, 0), warp 5, thread 160",
         "PTX line",
         "ld.global",
         "kernels/",

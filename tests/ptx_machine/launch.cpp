@@ -24,6 +24,15 @@ std::pair<size_t, size_t> entry_range(const std::string& text, const std::string
     return {start, end == std::string::npos ? text.size() : end};
 }
 
+// Whether a mangled name holds every word of `words`.
+bool holds_all(const std::string& name, const std::string& words) {
+    std::istringstream rest(words);
+    for (std::string word; rest >> word;) {
+        if (name.find(word) == std::string::npos) return false;
+    }
+    return true;
+}
+
 std::string read_file(const std::filesystem::path& path) {
     std::ifstream file(path);
     std::ostringstream text;
@@ -99,7 +108,7 @@ std::string Machine::edit(const std::string& entry, const std::string& from, con
     int edits = 0;
     for (auto& entries : entries_) {
         for (auto& [name, known] : entries) {
-            if (name.find(entry) == std::string::npos) continue;
+            if (!holds_all(name, entry)) continue;
             Module& module = *known.module;
             std::string text = module.edited.empty() ? module.text : module.edited;
             auto [start, end] = entry_range(text, name);
@@ -124,7 +133,7 @@ std::string Machine::edit(const std::string& entry, const std::string& from, con
             }
         }
     }
-    return edits != 0 ? "" : "no `" + from + "` in an entry with `" + entry + "` in its name";
+    return edits != 0 ? "" : "no `" + from + "` in an entry whose name holds `" + entry + "`";
 }
 
 void Machine::restore() {

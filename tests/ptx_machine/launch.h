@@ -31,7 +31,7 @@ public:
     std::string open(const std::string& folder);
     void configure(const Options& options);
     // Replaces occurrence number `occurrence` (from 1; 0: all) of `from` by `to` in the text of every entry whose
-    // mangled name holds `entry`, until `restore`; an error text if there is none.
+    // mangled name holds every word of `entry`, until `restore`; an error text if there is none.
     std::string edit(const std::string& entry, const std::string& from, const std::string& to, int occurrence);
     void restore();
     // `target file entry launches`, a line for every entry.

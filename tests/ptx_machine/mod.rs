@@ -24,7 +24,7 @@ pub const MODE: &str = "MMPO_FAST_PTX_MODE";
 /// A file that the process appends its launches to, a line an entry, when it ends.
 pub const LAUNCHES: &str = "MMPO_FAST_PTX_LAUNCHES";
 
-/// A change of the PTX before anything runs, of [`EDIT_FIELDS`] lines: part of the mangled names of entries, number of the
+/// A change of the PTX before anything runs, of [`EDIT_FIELDS`] lines: words that the mangled names of entries hold, number of the
 /// occurrence (0: all), the text to replace, and the text to put there, in which `\n` stands for a new line.
 pub const EDIT: &str = "MMPO_FAST_PTX_EDIT";
 const EDIT_FIELDS: usize = 4;
@@ -146,7 +146,7 @@ impl Machine {
         self.configure(landing, seed, measured);
     }
 
-    /// Replaces text in the PTX of every entry whose mangled name holds `entry`: the occurrence of this number, from 1, or all
+    /// Replaces text in the PTX of every entry whose mangled name holds every word of `entry`: the occurrence of this number, from 1, or all
     /// where it is 0. The error says that there is none.
     pub fn edit(&self, entry: &str, from: &str, to: &str, occurrence: i32) -> Result<(), String> {
         let [entry, from, to] =
