@@ -315,6 +315,7 @@ mmpo_status MMPO_EXPORT(rms_norm_backward)(bf16* dx, float* dweight, void* works
         const mmpo_status status =
             LAUNCH(rms_norm_backward_kernel<Layout>, unsigned(blocks), kBlock, backward_shared<Layout>(width),
                    cuda_stream(stream), dx, partials, dout, x, weight, rstd, rows, width);
+        // A frozen weight has no gradient: its partial sums stay where they are.
         const bool finished = status != kSuccess || dweight == nullptr;
         return finished ? status : add_partials(dweight, partials, blocks, width, stream);
     });

@@ -22,7 +22,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(config))]
     Config {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -31,10 +33,13 @@ pub enum Error {
     #[error("{}: {message}", place(path, *line))]
     #[diagnostic(code(data))]
     Data {
+        /// Where.
         path: PathBuf,
         /// 1-based line of a JSON Lines file, or 1-based record of a JSON array.
         line: Option<usize>,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -43,8 +48,11 @@ pub enum Error {
     #[error("{}: {message}", path.display())]
     #[diagnostic(code(model))]
     Model {
+        /// Where.
         path: PathBuf,
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -53,11 +61,13 @@ pub enum Error {
     #[error("cannot {action} {}: {cause}", path.display())]
     #[diagnostic(code(io))]
     Io {
+        /// Where.
         path: PathBuf,
         /// A verb phrase: `read`, `write`, `create`, `sync`, `rename`.
         action: &'static str,
         /// Not the `source` of this error: the message holds it already, and would say it twice.
         cause: std::io::Error,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -66,7 +76,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(device))]
     Device {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -75,7 +87,9 @@ pub enum Error {
     #[error("{message}")]
     #[diagnostic(code(numerics))]
     Numerics {
+        /// What is wrong.
         message: String,
+        /// What to do about it.
         #[help]
         help: String,
     },
@@ -83,12 +97,16 @@ pub enum Error {
     /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
     #[error("{message}")]
     #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
-    Bug { message: String },
+    Bug {
+        /// What is wrong.
+        message: String,
+    },
 
     /// A signal asked the program to end (exit code 128 plus its number: 130 after Ctrl-C, 143 after SIGTERM).
     #[error("stopped by {signal}: {kept}")]
     #[diagnostic(code(interrupted))]
     Interrupted {
+        /// Which one.
         signal: Signal,
         /// A sentence: what was kept, and how to go on.
         kept: String,

@@ -140,7 +140,9 @@ impl Sampling {
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
+    /// The model gave an end token.
     EndToken,
+    /// The greatest number of tokens was reached.
     Length,
 }
 

@@ -25,8 +25,11 @@ const SAME_KEY: Duration = Duration::from_millis(100);
 /// A signal that ends the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
+    /// SIGHUP: the terminal is gone.
     Hangup = 1,
+    /// SIGINT: Ctrl-C.
     Interrupt = 2,
+    /// SIGTERM: somebody asked the process to end.
     Terminate = 15,
 }
 

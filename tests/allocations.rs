@@ -5,6 +5,9 @@
 //! gemm, and it leaves no way to hand it memory. Second, by their size, the lists of a few bytes for each token, pair or
 //! tensor that the host makes to pack a batch and to name the tensors of an update.
 
+#![allow(unsafe_code, reason = "an allocator is unsafe by its trait")]
+
+#[path = "training/golden.rs"]
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod golden;
 

@@ -23,7 +23,9 @@ use crate::model::LlamaConfig;
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
+    /// Each operation by itself.
     Kernels,
+    /// A whole training step, and its parts.
     Step,
     /// Linear layers by our kernels and by the vendor's.
     Gemm,

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::measure::Sample;
 use crate::error::{Error, Result};
+use crate::report::{Reader, print_result};
 
 /// The columns of every CSV file of results, of ours and of the peers.
 pub const CSV_HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace";
@@ -76,11 +77,14 @@ pub fn append_csv(path: &Path, machine: &str, peer: &str, rows: &[ResultRow]) ->
     file.write_all(text.as_bytes()).map_err(failed)
 }
 
-/// To standard output, where a closed pipe is an error like any other.
+/// To standard output, escaped on a terminal; a closed pipe is an error like any other.
 pub fn print(text: &str) -> Result<()> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|error| Error::io(Path::new("standard output"), "write", error))
+    match print_result(text)? {
+        Reader::Listening => Ok(()),
+        Reader::Gone => {
+            Err(Error::io(Path::new("standard output"), "write to", std::io::ErrorKind::BrokenPipe.into()))
+        }
+    }
 }
 
 /// Columns as wide as they need to be: the first to the left, the others to the right.

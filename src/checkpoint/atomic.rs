@@ -27,10 +27,18 @@ impl SyncedFile {
         Ok(SyncedFile { shown, file: BufWriter::with_capacity(BUFFER, file) })
     }
 
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be written.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(|error| Error::io(&self.shown, "write", error))
     }
 
+    /// Makes sure that the bytes are on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be.
     pub fn finish(mut self) -> Result<()> {
         self.file.flush().map_err(|error| Error::io(&self.shown, "write", error))?;
         self.file.get_ref().sync_all().map_err(|error| Error::io(&self.shown, "sync", error))
@@ -101,6 +109,10 @@ impl AtomicFolder {
         SyncedFile::create(&path, shown)
     }
 
+    /// Writes a whole file into the folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written.
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let mut file = self.file(name)?;
         file.write(bytes)?;

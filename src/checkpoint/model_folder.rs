@@ -1,7 +1,7 @@
 //! A Hugging Face Llama folder, opened for reading: every tensor is found and checked before the first is used.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
@@ -38,14 +38,14 @@ impl ModelFolder {
     /// shape in f32, f16 or bf16, and no other may: leftovers of an adapter or of another architecture mean that the
     /// folder is not the model its config describes. Three kinds of extra tensor are harmless: rotary tables of old
     /// checkpoints, which the config determines; heads of other tasks, with a warning; and the `lm_head.weight` of a
-    /// tied model where it equals the embedding. Where the two differ, transformers leaves them untied against the
-    /// config, with a warning; here that contradiction is refused.
+    /// tied model where it equals the embedding. Where the two differ, the weights count and not the config: the model
+    /// is not tied, with a warning, as in transformers 5.
     ///
     /// # Errors
     /// [`Error::Model`] or [`Error::Io`] naming the file, and the tensor where it is about one.
     pub fn open(path: &Path) -> Result<Self> {
         let config = LlamaConfig::from_folder(path)?;
-        let shards = open_shards(path)?;
+        let shards = open_shards(path, &config)?;
         let mut folder = ModelFolder { path: path.to_path_buf(), config, shards, tensors: BTreeMap::new() };
         folder.find_tensors()?;
         if let Some(warning) = foreign::folder::leftover_adapter(path) {
@@ -54,10 +54,12 @@ impl ModelFolder {
         Ok(folder)
     }
 
+    /// The folder, as it was named.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// What its `config.json` says.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
@@ -121,8 +123,16 @@ impl ModelFolder {
 
     /// Fills `tensors` with what the config asks for, and refuses what it does not.
     fn find_tensors(&mut self) -> Result<()> {
-        let specs = self.config.tensors();
         let mut found = self.read_names()?;
+        if self.config.tie_word_embeddings && self.has_another_head(&found) {
+            tracing::warn!(
+                "{}: `tie_word_embeddings` is true, but the weights hold an `{HEAD}` that differs from \
+                 `{EMBEDDING}`; both are used and trained, as in transformers, and the saved config says false",
+                self.path.join("config.json").display()
+            );
+            self.config.untie();
+        }
+        let specs = self.config.tensors();
         if self.config.tie_word_embeddings
             && !found.contains_key(EMBEDDING)
             && let Some(head) = found.remove(HEAD)
@@ -136,7 +146,9 @@ impl ModelFolder {
                 None => missing.push(spec.name.as_str()),
             }
         }
-        let tied_head = found.remove(HEAD).filter(|_| self.config.tie_word_embeddings);
+        if self.config.tie_word_embeddings {
+            found.remove(HEAD);
+        }
         let extra: Vec<&str> = found.keys().map(String::as_str).collect();
         let file = match &self.shards[..] {
             [single] => single.path(),
@@ -154,7 +166,7 @@ impl ModelFolder {
                 return Err(wrong_dtype(file.path(), &spec.name, entry));
             }
         }
-        tied_head.map_or(Ok(()), |(shard, entry)| self.check_tied_head(&self.shards[shard], &entry))
+        Ok(())
     }
 
     /// Every tensor of the shards under the name that the config has for it.
@@ -182,22 +194,15 @@ impl ModelFolder {
         Ok(found)
     }
 
-    /// The head that a tied model may store beside its embedding, in whatever dtype.
-    fn check_tied_head(&self, file: &TensorFile, entry: &TensorEntry) -> Result<()> {
-        let (shard, embedding) = &self.tensors[EMBEDDING];
-        let other = &self.shards[*shard];
-        let same_values = || match (file.values(entry), other.values(embedding)) {
-            (Some(head), Some(embedding)) => equal_values(head, embedding),
-            _ => false,
+    /// Whether the weights hold a head beside the embedding, in whatever dtype, that is not the same.
+    fn has_another_head(&self, found: &BTreeMap<String, (usize, TensorEntry)>) -> bool {
+        let (Some((head_shard, head)), Some((shard, embedding))) = (found.get(HEAD), found.get(EMBEDDING))
+        else {
+            return false;
         };
-        if entry.shape == embedding.shape && same_values() {
-            return Ok(());
-        }
-        Err(Error::model(
-            file.path(),
-            format!("config.json ties the embeddings, but `{HEAD}` differs from `{EMBEDDING}`"),
-            "set tie_word_embeddings to false to use both, or remove lm_head.weight",
-        ))
+        let values = (self.shards[*head_shard].values(head), self.shards[*shard].values(embedding));
+        let same_values = || matches!(values, (Some(head), Some(embedding)) if equal_values(head, embedding));
+        !(head.shape == embedding.shape && same_values())
     }
 }
 
@@ -240,7 +245,12 @@ pub fn first_non_finite(values: RawValues<'_>) -> Option<usize> {
     Some(piece / size + within)
 }
 
-fn open_shards(folder: &Path) -> Result<Vec<TensorFile>> {
+fn open_shards(folder: &Path, config: &LlamaConfig) -> Result<Vec<TensorFile>> {
+    match config.weights_file() {
+        Ok(None) => {}
+        Ok(Some(name)) => return open_named(folder, name),
+        Err(other) => return Err(wrong_weights_file(folder, other.to_string())),
+    }
     let single = folder.join(SINGLE);
     let index = folder.join(INDEX);
     if single.is_file() {
@@ -250,6 +260,28 @@ fn open_shards(folder: &Path) -> Result<Vec<TensorFile>> {
         return open_indexed(folder, &index);
     }
     Err(foreign::folder::without_weights(folder))
+}
+
+/// The weights that `transformers_weights` of the config names, as transformers takes them.
+fn open_named(folder: &Path, name: &str) -> Result<Vec<TensorFile>> {
+    let stays_inside = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    let path = folder.join(name);
+    match (stays_inside, name.ends_with(".safetensors.index.json"), name.ends_with(".safetensors")) {
+        (true, true, _) if path.is_file() => open_indexed(folder, &path),
+        (true, _, true) if path.is_file() => Ok(vec![TensorFile::open(&path)?]),
+        _ => Err(wrong_weights_file(folder, format!("{name:?}"))),
+    }
+}
+
+fn wrong_weights_file(folder: &Path, found: String) -> Error {
+    Error::model(
+        &folder.join("config.json"),
+        format!(
+            "`transformers_weights` is {found}, which is no file of the folder that ends in `.safetensors` or \
+             `.safetensors.index.json`"
+        ),
+        "name a file that is there, or remove the key if the weights are in model.safetensors",
+    )
 }
 
 fn open_indexed(folder: &Path, index: &Path) -> Result<Vec<TensorFile>> {

@@ -33,7 +33,9 @@ pub struct RunState {
     pub epoch: u64,
     /// Pairs trained on since the start of the run.
     pub pairs_seen: u64,
+    /// Where the generator of the next epoch's order stands.
     pub rng: RngPosition,
+    /// What the checkpoint belongs to.
     pub identity: RunIdentity,
 }
 
@@ -41,8 +43,11 @@ pub struct RunState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngPosition {
+    /// The run's seed.
     pub seed: u64,
+    /// The epoch, each of which has a stream of its own.
     pub stream: u64,
+    /// Words drawn so far.
     pub word: u64,
 }
 
@@ -62,6 +67,7 @@ pub struct RunIdentity {
 
 /// A number that training state consists of.
 pub trait StateElement: bytemuck::Pod {
+    /// Its dtype in a safetensors file.
     const DTYPE: Dtype;
 }
 impl StateElement for f32 {
@@ -164,10 +170,12 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_path_buf(), state, tensors: TensorFile::open(&path.join(TENSORS))? })
     }
 
+    /// The checkpoint's folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// Where the run stands.
     pub fn state(&self) -> &RunState {
         &self.state
     }

@@ -11,6 +11,7 @@ use crate::checkpoint::atomic::{AtomicFolder, list};
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
 use crate::data::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::error::{Error, Result};
+use crate::foreign::json;
 use crate::model::{LlamaConfig, TensorSpec};
 
 /// Largest shard unless a single tensor is larger: 5 GB, the limit below which every host of models takes a file.
@@ -86,7 +87,7 @@ impl CompanionFiles {
         if let Some(mut config) = self.object(source, TOKENIZER_CONFIG)?
             && config.shift_remove("chat_template").is_some()
         {
-            self.set(TOKENIZER_CONFIG, format!("{:#}\n", Value::Object(config)));
+            self.set(TOKENIZER_CONFIG, json::write(&Value::Object(config)) + "\n");
         }
         for (name, text) in templates {
             match *name {
@@ -124,21 +125,29 @@ impl CompanionFiles {
         }
         let mut generation = given.unwrap_or_else(|| {
             // What transformers makes of config.json where there is no generation_config.json.
-            let tokens = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)];
-            let tokens = tokens.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?.into())));
+            let tokens = [
+                ("bos_token_id", config.bos_token_id.map(Value::from)),
+                ("pad_token_id", config.value("pad_token_id").cloned()),
+            ];
+            let tokens = tokens.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?)));
             [("_from_model_config".to_string(), true.into())].into_iter().chain(tokens).collect()
         });
         generation.insert("eos_token_id".to_string(), ids.into());
-        self.set(GENERATION_CONFIG, format!("{:#}\n", Value::Object(generation)));
+        self.set(GENERATION_CONFIG, json::write(&Value::Object(generation)) + "\n");
         Ok(())
     }
 
     /// A companion that is a JSON object; `None` if it is absent.
     fn object(&self, source: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
         let Some((_, content)) = self.files.iter().find(|(other, _)| other == name) else { return Ok(None) };
-        serde_json::from_slice(content).map(Some).map_err(|error| {
+        let broken = |error: String| {
             Error::model(&source.join(name), format!("broken JSON: {error}"), "copy the model's file again")
-        })
+        };
+        let text = std::str::from_utf8(content).map_err(|error| broken(error.to_string()))?;
+        match json::parse(text).map_err(|error| broken(error.to_string()))? {
+            Value::Object(members) => Ok(Some(members)),
+            _ => Err(broken("it is not an object".into())),
+        }
     }
 
     /// Adds file `name`, or replaces it.

@@ -15,11 +15,14 @@ use crate::foreign::{self, Foreign};
 /// makes sure of both, and that tensors neither overlap nor leave gaps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorEntry {
+    /// Its storage type.
     pub dtype: Dtype,
+    /// Its dimensions, outermost first.
     pub shape: Vec<usize>,
     bytes: Range<usize>,
 }
 
+/// A safetensors file, mapped into memory.
 #[derive(Debug)]
 pub struct TensorFile {
     map: MappedFile,
@@ -48,6 +51,7 @@ impl TensorFile {
         Ok(TensorFile { map, tensors })
     }
 
+    /// The file, as it was named.
     pub fn path(&self) -> &Path {
         self.map.path()
     }
@@ -57,6 +61,7 @@ impl TensorFile {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// The tensor of that name.
     pub fn get(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.get(name)
     }

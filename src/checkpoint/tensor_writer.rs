@@ -14,12 +14,16 @@ const PIECE_VALUES: usize = 4 << 20;
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
+    /// Its name in the file.
     pub name: String,
+    /// Its storage type.
     pub dtype: Dtype,
+    /// Its dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl StoredTensor {
+    /// A tensor of `shape`, outermost dimension first.
     pub fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
         StoredTensor { name: name.into(), dtype, shape: shape.to_vec() }
     }

@@ -44,6 +44,7 @@ enum Parsed {
 pub enum Stop {
     /// Help, or a usage error in clap's own words; clap prints it and knows the exit code (0 or 2).
     Clap(clap::Error),
+    /// A value that a flag cannot have.
     Error(Error),
 }
 

@@ -30,28 +30,39 @@ pub struct RunConfig {
     pub model: Option<PathBuf>,
     /// Pairs file; `None` is the built-in demo pairs.
     pub data: Option<PathBuf>,
+    /// Folder of the run; made if it is absent.
     pub output: PathBuf,
     /// Frozen reference folder; `None` is the starting model.
     pub reference: Option<PathBuf>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// The objective, with its numbers.
     pub objective: Objective,
+    /// Numbers of AdamW but the learning rate of each step.
     pub optimizer: AdamWSettings,
+    /// Length of the run, and the learning rate over it.
     pub schedule: ScheduleConfig,
+    /// Sizes of batches.
     pub batch: BatchConfig,
     /// Limits that do not yet know the model's context.
     pub limits: LengthLimits,
+    /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
     pub save_steps: Option<usize>,
     /// Checkpoints kept, the newest.
     pub keep_checkpoints: usize,
+    /// Seed of the order of pairs.
     pub seed: u64,
+    /// Where to compute.
     pub device: DeviceChoice,
+    /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+    /// Whether a run in `output` is continued.
     pub resume: bool,
 }
 
@@ -96,9 +107,12 @@ impl RunConfig {
     }
 }
 
+/// Length of a run, and its learning rate over the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScheduleConfig {
+    /// Form of the decay.
     pub kind: Schedule,
+    /// Steps before the peak.
     pub warmup: Warmup,
     /// Passes over the data; of no meaning where `max_steps` is given.
     pub epochs: f64,
@@ -106,13 +120,16 @@ pub struct ScheduleConfig {
     pub max_steps: Option<usize>,
 }
 
+/// How many steps warm up.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Warmup {
     /// Share of all steps, `0..=1`.
     Ratio(f64),
+    /// So many optimiser steps.
     Steps(usize),
 }
 
+/// Sizes of batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchConfig {
     /// Pairs of one optimiser step; `None`: as many as suit the file, see [`RunConfig::pairs_per_step`].
@@ -126,18 +143,23 @@ pub struct BatchConfig {
 pub struct LengthLimits {
     /// Prompt plus one response.
     pub max_length: usize,
+    /// Prompt alone.
     pub max_prompt_length: usize,
 }
 
 /// The lengths that were given; what was not follows the defaults and the model's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AskedLengths {
+    /// `--max-length`.
     pub max_length: Option<usize>,
+    /// `--max-prompt-length`.
     pub max_prompt_length: Option<usize>,
 }
 
+/// When and on what a run is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationConfig {
+    /// Pairs file; `None`: no evaluation.
     pub data: Option<PathBuf>,
     /// Optimiser steps between evaluations; `None`: once an epoch.
     pub steps: Option<usize>,
@@ -146,7 +168,9 @@ pub struct EvaluationConfig {
 /// Everything `score` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreConfig {
+    /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Pairs file.
     pub data: PathBuf,
     /// The JSON Lines file that is written, a line a pair.
     pub output: PathBuf,
@@ -154,9 +178,13 @@ pub struct ScoreConfig {
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; of no meaning without a reference.
     pub beta: f64,
+    /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// Tokens of one micro-batch; the result does not depend on it.
     pub tokens_per_micro_batch: usize,
+    /// Where to compute.
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
@@ -165,18 +193,25 @@ pub struct ScoreConfig {
 /// Everything `generate` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
+    /// Hugging Face model folder.
     pub model: PathBuf,
+    /// The user's message, or the whole text with `raw`.
     pub prompt: String,
+    /// A system message before it.
     pub system: Option<String>,
     /// The prompt as it stands, with no chat template around it.
     pub raw: bool,
+    /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// Tokens after which the text ends in any case.
     pub max_new_tokens: usize,
     /// 0 is greedy: always the likeliest token.
     pub temperature: f64,
     /// Samples from the likeliest tokens whose probabilities add up to this; 1 is all of them.
     pub top_p: f64,
+    /// Seed of the draws.
     pub seed: u64,
+    /// Where to compute.
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,

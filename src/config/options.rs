@@ -29,14 +29,18 @@ const REFERENCE: Belongs = |objective, _| objective.needs_reference;
 /// Who gave a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
+    /// A flag of the command line.
     Flag,
     /// A key of a recipe file, and its 1-based line.
     Recipe {
+        /// The recipe file.
         path: PathBuf,
+        /// Line of the key.
         line: usize,
     },
     /// A key of the built-in demo's recipe: no choice of the user's.
     Demo {
+        /// Line of the key.
         line: usize,
     },
 }
@@ -60,15 +64,21 @@ pub fn flag_name(option: &str) -> String {
 /// A value, and who gave it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Given<T> {
+    /// The value.
     pub value: T,
+    /// Who gave it.
     pub origin: Origin,
 }
 
 /// An option without its type, for what treats all options alike: flags, recipe files, help.
 pub struct Row {
+    /// The recipe's key; the flag has `-` for `_`.
     pub name: &'static str,
+    /// The heading that it stands under in `--help`.
     pub heading: &'static str,
+    /// What it does, in a sentence.
     pub documentation: String,
+    /// Stands for the value in `--help`.
     pub placeholder: &'static str,
     /// Whether the flag may stand alone, meaning `true`.
     pub is_switch: bool,
@@ -76,14 +86,20 @@ pub struct Row {
     pub only: Vec<ObjectiveKind>,
     /// The default for people.
     pub default: String,
+    /// Sets it from a flag's text.
     pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
+    /// Sets it from a recipe's value.
     pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
+    /// Who gave it, if anybody did.
     pub origin: fn(&Options) -> Option<&Origin>,
+    /// Takes it back.
     pub clear: fn(&mut Options),
+    /// Its value as TOML, if it has one.
     pub to_toml: fn(&Options) -> Option<String>,
 }
 
 impl Row {
+    /// What `--help` says of it.
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() == DESCRIPTORS.len() {
             true => String::new(),

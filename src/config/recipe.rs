@@ -8,6 +8,7 @@ use super::options::{Given, Options, Origin, Row, rows};
 use super::value::{EntropyWeight, Source};
 use super::{ObjectiveKind, RunConfig, Warmup, suggest};
 use crate::error::{Error, Result};
+use crate::objective::Objective;
 
 /// The resolved recipe beside a result: the whole configuration, defaults included.
 pub const RESOLVED_FILE: &str = "resolved.toml";
@@ -93,9 +94,6 @@ impl RunConfig {
 
 /// The options that make `config`.
 fn given(config: &RunConfig) -> Options {
-    fn some<T>(value: T) -> Option<Given<T>> {
-        Some(Given { value, origin: Origin::Flag })
-    }
     let schedule = &config.schedule;
     let (warmup_ratio, warmup_steps) = match schedule.warmup {
         Warmup::Ratio(ratio) => (some(ratio), None),
@@ -134,7 +132,13 @@ fn given(config: &RunConfig) -> Options {
         threads: config.threads.and_then(some),
         ..Options::default()
     };
-    let settings = config.objective.settings();
+    set_objective(&mut options, config.objective);
+    options
+}
+
+/// The options that make `objective`, but for its name.
+fn set_objective(options: &mut Options, objective: Objective) {
+    let settings = objective.settings();
     options.beta = some(settings.beta);
     options.epsilon = some(settings.epsilon);
     options.reward_normalize = some(settings.reward_normalize);
@@ -144,8 +148,11 @@ fn given(config: &RunConfig) -> Options {
     options.entropy_weight = some(EntropyWeight::Number(settings.entropy_weight));
     options.gamma_beta_ratio = some(settings.gamma_beta_ratio);
     options.label_smoothing = some(settings.label_smoothing);
-    clear_strangers(&mut options, config.objective.kind());
-    options
+    clear_strangers(options, objective.kind());
+}
+
+fn some<T>(value: T) -> Option<Given<T>> {
+    Some(Given { value, origin: Origin::Flag })
 }
 
 /// Takes out what does not belong to the objective.

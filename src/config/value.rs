@@ -19,7 +19,15 @@ pub trait OptionValue: Clone {
     /// Whether the flag may stand alone, meaning `true`.
     const IS_SWITCH: bool = false;
 
+    /// The value of a flag.
+    ///
+    /// # Errors
+    /// The end of a sentence that begins with the option's name.
     fn from_text(text: &str) -> Result<Self, String>;
+    /// The value of a recipe's key.
+    ///
+    /// # Errors
+    /// The end of a sentence that begins with the option's name.
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
     /// The value as TOML text; reading it back gives the same value.
     fn to_toml(&self) -> String;
@@ -226,6 +234,7 @@ impl OptionValue for DeviceChoice {
 /// A model or data source: a path, or the one built into the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
+    /// A file or folder.
     Path(PathBuf),
     /// Written [`Source::BUILTIN`].
     Builtin,
@@ -235,10 +244,12 @@ impl Source {
     /// The name of the built-in demo's model and pairs; no path can be meant by it (`./builtin:demo` can).
     pub const BUILTIN: &'static str = "builtin:demo";
 
+    /// A path, or the built-in source where there is none.
     pub fn from_path(path: Option<&PathBuf>) -> Self {
         path.map_or(Source::Builtin, |path| Source::Path(path.clone()))
     }
 
+    /// The path, unless the source is built in.
     pub fn into_path(self) -> Option<PathBuf> {
         match self {
             Source::Path(path) => Some(path),
@@ -275,7 +286,9 @@ impl OptionValue for Source {
 /// The weight of the entropy term: a number, or `beta` for whatever beta is, as the paper's ablation has it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum EntropyWeight {
+    /// As much as beta is.
     Beta,
+    /// So much.
     Number(f64),
 }
 
@@ -314,6 +327,7 @@ pub trait Fallback<T> {
     /// Type of the option once that is settled.
     type Settled;
 
+    /// The option's value: the given one, or what stands in for it with that objective.
     fn settle(self, given: Option<T>, objective: ObjectiveKind) -> Self::Settled;
     /// The default for `--help`.
     fn label(self, only: &[ObjectiveKind]) -> String;

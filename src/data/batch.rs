@@ -10,8 +10,11 @@ use std::ops::Range;
 pub struct TokenizedPair {
     /// 0-based position of the record in its file, counting dropped ones.
     pub record: usize,
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
+    /// Token ids of the chosen response, without the prompt.
     pub chosen: Vec<u32>,
+    /// Token ids of the rejected response, without the prompt.
     pub rejected: Vec<u32>,
 }
 
@@ -51,23 +54,30 @@ impl TokenizedPair {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PairSpan {
+    /// First row of the pair.
     pub start: u32,
+    /// `P`
     pub prompt: u32,
+    /// `C`
     pub chosen: u32,
+    /// `R`
     pub rejected: u32,
 }
 
 impl PairSpan {
+    /// Rows of the prompt.
     pub fn prompt_rows(&self) -> Range<usize> {
         let start = self.start as usize;
         start..start + self.prompt as usize
     }
 
+    /// Rows of the chosen response.
     pub fn chosen_rows(&self) -> Range<usize> {
         let start = self.prompt_rows().end;
         start..start + self.chosen as usize
     }
 
+    /// Rows of the rejected response.
     pub fn rejected_rows(&self) -> Range<usize> {
         let start = self.chosen_rows().end;
         start..start + self.rejected as usize
@@ -89,20 +99,25 @@ impl PairSpan {
 /// The scored tokens of one pair: ranges into the `N` rows of the head.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScoredPair {
+    /// Scored tokens of the chosen response.
     pub chosen: Range<usize>,
+    /// Scored tokens of the rejected response.
     pub rejected: Range<usize>,
 }
 
 /// Which responses of a pair are computed. SFT never looks at the rejected one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sides {
+    /// Both responses.
     Both,
+    /// The chosen response alone, as SFT has it.
     ChosenOnly,
 }
 
 /// A packed batch, on the host. The order of pairs is the order given to [`PairBatch::pack`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PairBatch {
+    /// Where each pair lies.
     pub spans: Vec<PairSpan>,
     /// `[T]` token ids.
     pub token_ids: Vec<u32>,

@@ -23,6 +23,7 @@ use crate::{Error, Result};
 /// A model's tokenizer and chat template: all that text needs to become token ids.
 #[derive(Debug)]
 pub struct TextEncoder {
+    /// Turns text into token ids.
     pub tokenizer: Tokenizer,
     /// `None` if the model has none; conversations are then refused.
     pub template: Option<ChatTemplate>,
@@ -33,7 +34,9 @@ pub struct TextEncoder {
 pub struct EncodedRecord {
     /// `None` if one of `causes` drops it.
     pub pair: Option<TokenizedPair>,
+    /// 1-based line or record.
     pub place: usize,
+    /// What happened to it.
     pub causes: Vec<Cause>,
     /// What happened, in words, for those of `causes` that need them.
     pub examples: Vec<(Cause, String)>,
@@ -105,7 +108,11 @@ impl TextEncoder {
             }
             false => {
                 let texts = self.texts(path, record, &mut events)?;
-                let pair = self.tokenise(record.index, &texts, &mut events)?;
+                let pair = self.tokenise(record.index, &texts, &mut events).map_err(|error| match error {
+                    // A text that is too long, which the tokenizer cannot place.
+                    Error::Data { message, help, .. } => Error::data(path, Some(record.place), message, help),
+                    error => error,
+                })?;
                 self.fit(pair, limits, &mut events)
             }
         };

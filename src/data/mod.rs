@@ -22,7 +22,7 @@ pub use dataset::{PairDataset, load_pairs};
 pub use encode::{EncodedRecord, TextEncoder};
 pub use order::{BatchOrder, StepBatch, Steps, permutation};
 pub(crate) use records::common_prefix;
-pub use records::{Body, Message, Note, Record, read_records};
+pub use records::{Body, Message, Note, Record, read_chosen_records, read_records};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
 pub use template::{ChatTemplate, TemplateRefusal, Watch};

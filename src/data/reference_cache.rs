@@ -41,6 +41,7 @@ pub struct CacheKey<'a> {
     pub template: [u8; 32],
     /// [`super::PairDataset::fingerprint`].
     pub data: [u8; 32],
+    /// Lengths to which pairs were cut.
     pub limits: LengthLimits,
     /// Device kind and dtype, as `cpu f32`: other arithmetic gives other last bits.
     pub compute: &'a str,
@@ -87,6 +88,7 @@ impl ReferenceCache {
         ReferenceCache { path, key: hash, compute: key.compute.to_string() }
     }
 
+    /// The cache file.
     pub fn path(&self) -> &Path {
         &self.path
     }

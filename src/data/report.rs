@@ -65,6 +65,7 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// All causes, in the order of the report.
     pub const ALL: [Cause; 25] = [
         Cause::BlankResponse,
         Cause::NoRoom,
@@ -140,6 +141,7 @@ impl Cause {
 /// How often a cause struck, and where first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
+    /// Records that it struck.
     pub count: usize,
     /// 1-based lines (JSON Lines) or record numbers of the first few.
     pub first: Vec<usize>,
@@ -159,6 +161,7 @@ pub struct EncodingReport {
     pub tokens: usize,
     /// Tokens of the largest pair kept: a micro-batch cannot be smaller.
     pub largest_pair: usize,
+    /// Lengths to which pairs were cut.
     pub limits: LengthLimits,
     tallies: [Tally; Cause::ALL.len()],
 }
@@ -175,6 +178,7 @@ impl EncodingReport {
         }
     }
 
+    /// How often a cause struck.
     pub fn tally(&self, cause: Cause) -> &Tally {
         &self.tallies[cause as usize]
     }

@@ -3,14 +3,22 @@
 //! `tokenizer.json` holds the tokenizer; `tokenizer_config.json` (and, in older folders, `special_tokens_map.json`)
 //! say which tokens begin and end a sequence, and which [class](class) of transformers reads the file.
 
+mod added;
 mod class;
+mod layout;
+mod merges;
+mod normal_form;
+mod pattern;
 mod special;
 mod stream;
+mod words;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use foldhash::fast::RandomState;
 use serde_json::{Map, Value};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{
@@ -20,6 +28,7 @@ use tokenizers::{
 use self::class::Class;
 use self::special::SpecialTokens;
 pub use self::stream::StreamDecoder;
+use self::words::{Understood, Words};
 use super::panics::catch;
 use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
@@ -28,6 +37,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Tokenises word by word; `None` where that cannot be known to give the same ids.
+    words: Option<Words>,
     path: PathBuf,
     special_tokens: BTreeMap<String, String>,
     special_ids: HashSet<u32>,
@@ -44,8 +55,28 @@ pub struct Tokenizer {
 #[derive(Debug, Default)]
 pub struct SegmentCache {
     /// By whether the segment begins its text, which some tokenizers treat otherwise, and by its normalised text.
-    ids: [HashMap<String, Vec<u32>>; 2],
+    ids: [HashMap<String, Vec<u32>, RandomState>; 2],
 }
+
+/// Bytes of text that the library is given at once, which takes about 120 times as much memory.
+const MOST_UNCUT: usize = 4 << 20;
+
+/// The error of a text, or a part of one, that cannot be cut and is too long as a whole: its bytes.
+#[derive(Debug)]
+struct Uncut(usize);
+
+impl fmt::Display for Uncut {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        let Uncut(bytes) = self;
+        write!(
+            formatter,
+            "the text has {bytes} bytes that this tokenizer takes as one piece, more than {} MiB",
+            MOST_UNCUT >> 20
+        )
+    }
+}
+
+impl std::error::Error for Uncut {}
 
 impl Tokenizer {
     /// Loads the tokenizer of `folder`; also gives its `tokenizer_config.json`, where chat templates may stand.
@@ -61,8 +92,11 @@ impl Tokenizer {
         let class = class_of(folder, &config, &json)?;
         let tokens = SpecialTokens::read(folder, &config, &json, class)?;
         class.rebuild(&mut json, &config);
+        let understood = Understood::read(&json);
         let (inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
             .unwrap_or_else(|panic| Err(not_a_tokenizer(&path, panic)))?;
+        // What panics or fails here does so again for a text, where it is an error that names the text.
+        let words = understood.and_then(|parts| catch(|| Words::new(parts, &inner)).ok().flatten());
 
         let special_tokens = tokens.named();
         let special_ids = inner
@@ -80,6 +114,7 @@ impl Tokenizer {
         let fingerprint = fingerprint(&bytes, &config, class, &special_tokens);
         let mut tokenizer = Tokenizer {
             inner,
+            words,
             path,
             special_tokens,
             special_ids,
@@ -99,10 +134,39 @@ impl Tokenizer {
     }
 
     /// As [`Tokenizer::encode`], with what earlier texts have left in `cache`.
+    ///
+    /// Errors: [`Error::Data`] for a text that is too long to be tokenised, [`Error::Model`] for whatever else the
+    /// tokenizer does not take.
     pub fn encode_with(&self, text: &str, cache: &mut SegmentCache) -> Result<Vec<u32>> {
-        match catch(|| self.segments(text, cache)) {
+        self.ids(|| match &self.words {
+            Some(words) => words.encode(&self.inner, text, cache),
+            None => self.segments(text, cache),
+        })
+    }
+
+    /// The ids that the library gives the text as a whole: what [`Tokenizer::encode`] must equal. It takes far more
+    /// time and memory.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))
+    }
+
+    /// Whether texts are tokenised word by word, in little time and memory.
+    pub fn is_cut_into_words(&self) -> bool {
+        self.words.is_some()
+    }
+
+    fn ids(&self, encode: impl FnOnce() -> tokenizers::Result<Vec<u32>>) -> Result<Vec<u32>> {
+        match catch(encode) {
             Ok(Ok(ids)) => Ok(ids),
-            Ok(Err(error)) => Err(self.cannot_tokenise(error.as_ref())),
+            Ok(Err(error)) => Err(match error.downcast_ref::<Uncut>() {
+                Some(uncut) => Error::data(
+                    &self.path,
+                    None,
+                    uncut.to_string(),
+                    "no model of this program reads so long a text: cut it or leave the record out",
+                ),
+                None => self.cannot_tokenise(error.as_ref()),
+            }),
             Err(panic) => Err(self.cannot_tokenise(&panic)),
         }
     }
@@ -163,6 +227,7 @@ impl Tokenizer {
         self.special_ids.contains(&id)
     }
 
+    /// The id of a token of the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -195,6 +260,9 @@ impl Tokenizer {
     /// The ids of `text`, segment by segment. The library's own steps, but each segment is tokenised only once for
     /// all texts that share `cache`.
     fn segments(&self, text: &str, cache: &mut SegmentCache) -> tokenizers::Result<Vec<u32>> {
+        if text.len() > MOST_UNCUT {
+            return Err(Box::new(Uncut(text.len())));
+        }
         let added = self.inner.get_added_vocabulary();
         let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
         let known: Vec<Option<u32>> = pieces
@@ -389,8 +457,12 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
         Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
         Err(error) => return Err(error),
     };
-    serde_json::from_str(&text)
-        .map_err(|error| Error::model(path, format!("broken JSON: {error}"), "copy the model's file again"))
+    let broken =
+        |message: &str| Error::model(path, format!("broken JSON: {message}"), "copy the model's file again");
+    match foreign::json::parse(&text).map_err(|error| broken(&error.to_string()))? {
+        Value::Object(members) => Ok(members),
+        _ => Err(broken("it is not an object")),
+    }
 }
 
 /// BPE dropout tokenises the same text differently each time, which no cache or resumed run survives.

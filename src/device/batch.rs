@@ -10,6 +10,7 @@ use crate::objective::PairConstants;
 pub struct BatchBuffers<D: Memory> {
     /// Host copy of the spans: launchers choose their work from it.
     pub host_spans: Vec<PairSpan>,
+    lists: HostLists,
     /// This token's row of the embedding gets no gradient from its use as an input, as transformers' `padding_idx`.
     pub padding_token: Option<u32>,
     /// Rows listed in `rows_by_token`: all but those of the padding token.
@@ -39,6 +40,7 @@ impl<D: Memory> BatchBuffers<D> {
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {
             host_spans: Vec::with_capacity(max_pairs),
+            lists: HostLists::new(max_tokens, max_pairs),
             padding_token: None,
             embedding_rows: 0,
             spans: device.alloc(max_pairs * 4)?,
@@ -63,31 +65,19 @@ impl<D: Memory> BatchBuffers<D> {
     pub fn load(&mut self, device: &D, batch: &PairBatch, constants: &[PairConstants]) -> Result<()> {
         let pairs = batch.spans.len();
         self.check_capacity(device, batch)?;
-        let zeros = vec![PairConstants::default(); pairs];
-        let constants = if constants.is_empty() { &zeros } else { constants };
-        if constants.len() != pairs {
+        if !constants.is_empty() && constants.len() != pairs {
             return Err(Error::bug(format!("load batch: {} constants for {pairs} pairs", constants.len())));
         }
-        let row_scores = row_scores(batch)?;
-        let scored: Vec<u32> = batch
-            .scored
-            .iter()
-            .flat_map(|pair| [pair.chosen.start, pair.chosen.end, pair.rejected.start, pair.rejected.end])
-            .map(|row| row as u32)
-            .collect();
-        let token = |row: u32| batch.token_ids[row as usize];
-        let mut rows_by_token: Vec<u32> =
-            (0..batch.tokens() as u32).filter(|&row| Some(token(row)) != self.padding_token).collect();
-        rows_by_token.sort_by_key(|&row| token(row));
-
+        self.lists.fill(batch, constants, self.padding_token)?;
+        let HostLists { row_scores, scored, rows_by_token, constants } = &self.lists;
         device.upload(&mut self.spans, 0, bytemuck::cast_slice(&batch.spans))?;
         device.upload(&mut self.token_ids, 0, &batch.token_ids)?;
         device.upload(&mut self.positions, 0, &batch.positions)?;
-        device.upload(&mut self.rows_by_token, 0, &rows_by_token)?;
+        device.upload(&mut self.rows_by_token, 0, rows_by_token)?;
         device.upload(&mut self.scored_rows, 0, &batch.scored_rows)?;
         device.upload(&mut self.targets, 0, &batch.targets)?;
-        device.upload(&mut self.row_scores, 0, &row_scores)?;
-        device.upload(&mut self.scored, 0, &scored)?;
+        device.upload(&mut self.row_scores, 0, row_scores.as_flattened())?;
+        device.upload(&mut self.scored, 0, scored.as_flattened())?;
         device.upload(&mut self.constants, 0, bytemuck::cast_slice(constants))?;
         self.embedding_rows = rows_by_token.len();
         self.host_spans.clone_from(&batch.spans);
@@ -112,20 +102,60 @@ impl<D: Memory> BatchBuffers<D> {
     }
 }
 
-/// `[T, 2]` the scored tokens that each row predicts, ascending, `u32::MAX` for none.
-fn row_scores(batch: &PairBatch) -> Result<Vec<u32>> {
-    let mut row_scores = vec![[u32::MAX; 2]; batch.tokens()];
-    for (scored, &row) in batch.scored_rows.iter().enumerate() {
-        let slots = row_scores.get_mut(row as usize);
-        match slots.and_then(|slots| slots.iter_mut().find(|slot| **slot == u32::MAX)) {
-            Some(slot) => *slot = scored as u32,
-            None => {
+/// What [`BatchBuffers::load`] works out of a batch; kept between batches, so that no step allocates it.
+#[derive(Debug, Default)]
+struct HostLists {
+    /// `[T]` the scored tokens that each row predicts, ascending, `u32::MAX` for none.
+    row_scores: Vec<[u32; 2]>,
+    /// `[pairs]` chosen start, chosen end, rejected start, rejected end.
+    scored: Vec<[u32; 4]>,
+    /// `[T]` at most: rows sorted by token, without those of the padding token.
+    rows_by_token: Vec<u32>,
+    /// `[pairs]`
+    constants: Vec<PairConstants>,
+}
+
+impl HostLists {
+    fn new(tokens: usize, pairs: usize) -> Self {
+        HostLists {
+            row_scores: Vec::with_capacity(tokens),
+            scored: Vec::with_capacity(pairs),
+            rows_by_token: Vec::with_capacity(tokens),
+            constants: Vec::with_capacity(pairs),
+        }
+    }
+
+    fn fill(&mut self, batch: &PairBatch, constants: &[PairConstants], padding: Option<u32>) -> Result<()> {
+        self.fill_row_scores(batch)?;
+        self.scored.clear();
+        let ends = batch.scored.iter().map(|pair| {
+            [pair.chosen.start, pair.chosen.end, pair.rejected.start, pair.rejected.end].map(|row| row as u32)
+        });
+        self.scored.extend(ends);
+        let token = |row: u32| batch.token_ids[row as usize];
+        self.rows_by_token.clear();
+        self.rows_by_token.extend((0..batch.tokens() as u32).filter(|&row| Some(token(row)) != padding));
+        // Ties by row; the stable sort would allocate.
+        self.rows_by_token.sort_unstable_by_key(|&row| (token(row), row));
+        self.constants.clear();
+        self.constants.extend_from_slice(constants);
+        self.constants.resize(batch.spans.len(), PairConstants::default());
+        Ok(())
+    }
+
+    fn fill_row_scores(&mut self, batch: &PairBatch) -> Result<()> {
+        self.row_scores.clear();
+        self.row_scores.resize(batch.tokens(), [u32::MAX; 2]);
+        for (scored, &row) in batch.scored_rows.iter().enumerate() {
+            let slots = self.row_scores.get_mut(row as usize);
+            let Some(slot) = slots.and_then(|slots| slots.iter_mut().find(|slot| **slot == u32::MAX)) else {
                 return Err(Error::bug(format!(
                     "load batch: row {row} of {} is outside the batch or predicts a third token",
                     batch.tokens()
                 )));
-            }
+            };
+            *slot = scored as u32;
         }
+        Ok(())
     }
-    Ok(row_scores.into_flattened())
 }

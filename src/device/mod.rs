@@ -82,6 +82,7 @@ impl<D> Device for D where
 {
 }
 
+/// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
         Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, Memory, Mlp, Norm,

@@ -14,6 +14,7 @@ pub enum DeviceChoice {
     /// A CUDA GPU of compute capability 8.0 or later, else the CPU.
     #[default]
     Auto,
+    /// The CPU.
     Cpu,
     /// The CUDA device of this ordinal.
     Cuda(usize),
@@ -40,7 +41,12 @@ impl std::fmt::Display for DeviceReport {
 
 /// Work that runs on whatever device was chosen; a closure cannot be generic, so it is a trait.
 pub trait DeviceTask {
+    /// What the work comes to.
     type Output;
+    /// Does the work on `device`.
+    ///
+    /// # Errors
+    /// Those of the work.
     fn run<D: Device>(self, device: Arc<D>) -> Result<Self::Output>;
 }
 

@@ -2,6 +2,7 @@
 //! the program reads weights, a tokenizer, a config or pairs, and the error of a parser would not tell them so.
 
 pub mod folder;
+pub mod json;
 
 use std::fs::File;
 use std::io::Read;
@@ -15,29 +16,45 @@ pub const START: usize = 512;
 /// A kind of file that this program does not read, or not in that place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
+    /// An empty file.
     Empty,
     /// The text that git keeps in place of a large file.
     LfsPointer,
+    /// A model of llama.cpp.
     Gguf,
+    /// A safetensors file.
     Safetensors,
     /// A ZIP archive; `torch.save` writes one.
     Zip,
     /// Python's pickle, as `torch.save` wrote it before ZIP archives.
     Pickle,
+    /// An HDF5 file; Keras saves one.
     Hdf5,
+    /// A numpy array.
     Numpy,
+    /// A Parquet file.
     Parquet,
     /// Arrow's file format (Feather version 2).
     Arrow,
+    /// A gzip stream.
     Gzip,
+    /// A Zstandard stream.
     Zstandard,
+    /// An xz stream.
     Xz,
+    /// A bzip2 stream.
     Bzip2,
+    /// A 7-Zip archive.
     SevenZip,
+    /// A tar archive.
     Tar,
+    /// An SQLite database.
     Sqlite,
+    /// A PDF document.
     Pdf,
+    /// Text in UTF-16.
     Utf16,
+    /// Text in UTF-32.
     Utf32,
     /// A web page: what a failed download saves.
     Html,

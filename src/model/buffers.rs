@@ -17,6 +17,7 @@ use crate::objective::PairOutcome;
 pub struct Capacity {
     /// `T`
     pub tokens: usize,
+    /// Pairs of the batch.
     pub pairs: usize,
     /// `N`
     pub scored: usize,
@@ -45,7 +46,9 @@ impl Capacity {
 /// Whether the backward follows: without it, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
+    /// Forward and backward.
     Training(HeadOptions),
+    /// Forward alone.
     Inference,
 }
 
@@ -76,6 +79,7 @@ pub struct Activations<D: Device> {
     pub delta: ComputeBuffer<D>,
     /// `[T, F]` scratch: SwiGLU's output.
     pub activated: ComputeBuffer<D>,
+    /// Buffers of the log-prob head.
     pub head: HeadBuffers<D>,
 }
 
@@ -88,10 +92,13 @@ pub struct HeadBuffers<D: Device> {
     pub normed: ComputeBuffer<D>,
     /// `[N]`
     pub rstd: Floats<D>,
+    /// How the head cuts its rows into chunks.
     pub plan: HeadPlan,
     /// `[plan.values]`
     pub workspace: ComputeBuffer<D>,
+    /// Log-prob, entropy and logsumexp of each scored token.
     pub scores: TokenScores<D>,
+    /// Coefficients of each scored token.
     pub coefficients: TokenCoefficients<D>,
     /// `[pairs, PairOutcome::WIDTH]`
     pub outcomes: Floats<D>,
@@ -117,6 +124,10 @@ pub struct BackwardScratch<D: Device> {
 }
 
 impl<D: Device> Activations<D> {
+    /// Buffers for batches of up to `capacity`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
@@ -208,6 +219,10 @@ fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacit
 }
 
 impl<D: Device> BackwardScratch<D> {
+    /// Buffers for batches of up to `capacity`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;

@@ -10,10 +10,13 @@ use serde_json::{Map, Value};
 
 use crate::device::{AttentionShape, StorageType};
 use crate::error::{Error, Result};
-use crate::foreign;
+use crate::foreign::{self, json};
 use crate::model::config_keys::{Keys, MAX_LAYERS, MAX_SIZE};
 use crate::model::rope::Rope;
 use crate::model::rope_keys;
+
+/// The key that names the file of weights.
+const WEIGHTS_FILE: &str = "transformers_weights";
 
 /// A Llama, as its `config.json` describes it. Symbols are those of the legend: `V D F L H K E`.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +35,7 @@ pub struct LlamaConfig {
     pub kv_heads: usize,
     /// `E`, even; `H * E` need not be `D`.
     pub head_size: usize,
+    /// Added to the mean square before its root.
     pub rms_norm_eps: f32,
     /// The output head is the embedding table.
     pub tie_word_embeddings: bool,
@@ -43,7 +47,9 @@ pub struct LlamaConfig {
     pub attention_dropout: f64,
     /// Positions that the model was trained for.
     pub max_position_embeddings: usize,
+    /// Rotary positions.
     pub rope: Rope,
+    /// Begins a text, where the model has such a token.
     pub bos_token_id: Option<u32>,
     /// End tokens of `config.json`.
     pub eos_token_ids: Vec<u32>,
@@ -63,11 +69,14 @@ pub struct LlamaConfig {
 /// A weight's name in a Hugging Face folder and its shape there, row-major, `[outputs, inputs]` for matrices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
+    /// Name in a Hugging Face checkpoint.
     pub name: String,
+    /// Dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl TensorSpec {
+    /// A tensor of `shape`, outermost dimension first.
     pub fn new(name: impl Into<String>, shape: &[usize]) -> Self {
         TensorSpec { name: name.into(), shape: shape.to_vec() }
     }
@@ -160,6 +169,27 @@ impl LlamaConfig {
         }
     }
 
+    /// The file of the folder that holds the weights or their index, where the config names one. `Err` has what it
+    /// names if that is no name.
+    pub fn weights_file(&self) -> std::result::Result<Option<&str>, &Value> {
+        match self.value(WEIGHTS_FILE) {
+            None => Ok(None),
+            Some(Value::String(name)) => Ok(Some(name)),
+            Some(other) => Err(other),
+        }
+    }
+
+    /// A key as `config.json` has it; `null` is absent.
+    pub(crate) fn value(&self, key: &str) -> Option<&Value> {
+        self.original.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Unties the head from the embedding, where the weights show that the config is wrong about it.
+    pub(crate) fn untie(&mut self) {
+        self.tie_word_embeddings = false;
+        self.original.insert("tie_word_embeddings".into(), false.into());
+    }
+
     /// The text of the saved folder's `config.json`: the original with its dtype set to bfloat16.
     pub fn to_saved_json(&self) -> String {
         let mut map = self.original.clone();
@@ -168,7 +198,9 @@ impl LlamaConfig {
             map.insert("torch_dtype".into(), "bfloat16".into());
         }
         map.insert("dtype".into(), "bfloat16".into());
-        format!("{:#}\n", Value::Object(map))
+        // Says where this folder's weights are, which are saved under the usual name.
+        map.shift_remove(WEIGHTS_FILE);
+        json::write(&Value::Object(map)) + "\n"
     }
 
     /// All that the results depend on beside weights and tokens, as text.
@@ -184,6 +216,7 @@ impl LlamaConfig {
         self.max_position_embeddings.min(self.rope.positions().unwrap_or(usize::MAX))
     }
 
+    /// `H`, `K` and `E`.
     pub fn attention_shape(&self) -> AttentionShape {
         AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_size }
     }
@@ -440,6 +473,8 @@ mod tests {
         assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (None, &[2][..]));
         assert!(config.warnings.iter().any(|warning| warning.contains("token id 49152 lies outside")));
         refused("pad_token_id", json!(49152), "token id 49152 lies outside the vocabulary");
+        refused("pad_token_id", json!(-49153), "token id -49153 lies outside the vocabulary");
+        refused("pad_token_id", json!(1.5), "`pad_token_id` is 1.5, not a token id");
     }
 
     #[test]
@@ -496,6 +531,41 @@ mod tests {
     }
 
     #[test]
+    fn a_negative_padding_token_counts_from_the_end() {
+        let mut json = smollm2();
+        for (id, row) in [(-1, 49151), (-49152, 0), (7, 7)] {
+            json["pad_token_id"] = id.into();
+            assert_eq!(parse(&json).unwrap().pad_token_id, Some(row), "{id}");
+        }
+    }
+
+    #[test]
+    fn pythons_nan_is_an_error_only_where_it_is_read() {
+        let mut json = smollm2();
+        json["initializer_range"] = "NaN".into();
+        let text = json.to_string().replace("\"NaN\"", "NaN");
+        let config = LlamaConfig::parse(Path::new("config.json"), &text).unwrap();
+        assert!(config.to_saved_json().contains("\"initializer_range\": NaN"), "{}", config.to_saved_json());
+        json["rms_norm_eps"] = "NaN".into();
+        let text = json.to_string().replace("\"NaN\"", "NaN");
+        let error = LlamaConfig::parse(Path::new("config.json"), &text).unwrap_err();
+        assert!(error.to_string().contains("`rms_norm_eps` is NaN, not a positive number"), "{error}");
+    }
+
+    #[test]
+    fn the_file_of_weights_is_named_and_not_saved() {
+        let mut json = smollm2();
+        assert_eq!(parse(&json).unwrap().weights_file().unwrap(), None);
+        json["transformers_weights"] = "other.safetensors".into();
+        let config = parse(&json).unwrap();
+        assert_eq!(config.weights_file().unwrap(), Some("other.safetensors"));
+        assert!(!config.to_saved_json().contains("other.safetensors"));
+        assert!(config.warnings.iter().all(|warning| !warning.contains("transformers_weights")));
+        json["transformers_weights"] = 3.into();
+        assert!(parse(&json).unwrap().weights_file().is_err());
+    }
+
+    #[test]
     fn broken_json_names_the_line() {
         let error = LlamaConfig::parse(Path::new("config.json"), "{\n  \"vocab_size\": 3,\n").unwrap_err();
         assert!(error.to_string().contains("line 3"), "{error}");
@@ -506,13 +576,11 @@ mod tests {
     fn end_tokens_are_merged_for_generation() {
         let mut json = smollm2();
         json["eos_token_id"] = json!([2, 7]);
-        json["pad_token_id"] = (-1).into();
         let mut config = parse(&json).unwrap();
         let path = Path::new("generation_config.json");
         config.add_generation_config(path, r#"{"eos_token_id": [9, 2], "temperature": 0.6}"#);
         assert_eq!(config.eos_token_ids, [2, 7]);
         assert_eq!(config.stop_token_ids, [2, 7, 9]);
-        assert_eq!(config.pad_token_id, None);
         for text in [
             r#"{"eos_token_id": null}"#,
             r#"{"eos_token_id": 1000000}"#,

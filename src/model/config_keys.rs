@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::device::StorageType;
 use crate::error::{Error, Result};
+use crate::foreign::json;
 
 /// Largest size any dimension may have: beyond it a config is taken for damaged.
 pub(super) const MAX_SIZE: u64 = 1 << 24;
@@ -24,7 +25,7 @@ impl Keys {
     pub(super) fn parse(path: &Path, text: &str) -> Result<Self> {
         let broken =
             |message: String| Error::model(path, message, "download the file again, or mend its JSON");
-        match serde_json::from_str(text) {
+        match json::parse(text) {
             Ok(Value::Object(map)) => {
                 Ok(Keys { path: path.to_path_buf(), map, warnings: RefCell::default() })
             }
@@ -47,6 +48,7 @@ impl Keys {
 
     /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
     pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
+        let value = json::shown(value.to_string());
         self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
     }
 
@@ -143,17 +145,20 @@ impl Keys {
         Ok(ids)
     }
 
-    /// The padding token's row of the embedding. A negative id, as old configs write it, is none.
+    /// The padding token's row of the embedding. A negative id, as old configs write it, counts from the end, as
+    /// torch's `Embedding` has it.
     pub(super) fn pad_token_id(&self, vocab_size: usize) -> Result<Option<u32>> {
         let Some(value) = self.get("pad_token_id") else { return Ok(None) };
-        match whole_number(value) {
-            Some(id) if id < vocab_size as u64 => Ok(Some(id as u32)),
-            Some(id) => Err(self.error(
-                format!("`pad_token_id`: token id {id} lies outside the vocabulary of {vocab_size}"),
+        let Some(id) = value.as_f64().filter(|_| is_whole(value)) else {
+            return Err(self.wrong("pad_token_id", value, "a token id"));
+        };
+        let size = vocab_size as f64;
+        match if id < 0.0 { id + size } else { id } {
+            row if (0.0..size).contains(&row) => Ok(Some(row as u32)),
+            _ => Err(self.error(
+                format!("`pad_token_id`: token id {value} lies outside the vocabulary of {vocab_size}"),
                 "correct pad_token_id, or vocab_size; transformers refuses such a model too",
             )),
-            None if is_whole(value) => Ok(None),
-            None => Err(self.wrong("pad_token_id", value, "a token id")),
         }
     }
 

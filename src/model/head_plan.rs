@@ -9,12 +9,14 @@ use crate::error::Result;
 /// What a user may ask of the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadOptions {
+    /// Which mode, or the choice left to the plan.
     pub mode: HeadChoice,
     /// Bytes that probabilities kept for the backward may take.
     pub workspace: usize,
 }
 
 impl HeadOptions {
+    /// Bytes of workspace where none are given.
     pub const DEFAULT_WORKSPACE: usize = 1 << 30;
 }
 
@@ -46,6 +48,7 @@ pub struct HeadPlan {
     pub longest: usize,
     /// Values of [`Memory::Compute`](crate::device::Memory::Compute) in the workspace, and the bytes of these.
     pub values: usize,
+    /// Bytes of workspace that the plan needs.
     pub bytes: usize,
 }
 

@@ -36,6 +36,7 @@ const READ_KEYS: &[&str] = &[
     "rope_theta",
     "tie_word_embeddings",
     "torch_dtype",
+    "transformers_weights",
     "vocab_size",
 ];
 

@@ -8,39 +8,51 @@
 pub struct Rope {
     /// Base of the geometric series of frequencies.
     pub theta: f64,
+    /// How the frequencies are stretched.
     pub scaling: RopeScaling,
 }
 
 /// How frequencies are stretched for contexts longer than those of pre-training.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
+    /// No stretching.
     Default,
     /// Every frequency divided by `factor`.
     Linear {
+        /// Divides every frequency.
         factor: f64,
     },
     /// NTK-aware scaling whose base grows with the sequence: the default rope up to `max_position_embeddings`
     /// positions. Beyond them all angles depend on the longest sequence of a batch, so that no table holds them.
     Dynamic {
+        /// Grows the base with the sequence.
         factor: f64,
+        /// Positions up to which the rope is the default one.
         max_position_embeddings: usize,
     },
     /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between.
     Llama3 {
+        /// Divides the frequencies of long wavelengths.
         factor: f64,
+        /// Wavelengths above the original context over this are long.
         low_freq_factor: f64,
+        /// Wavelengths below the original context over this are short.
         high_freq_factor: f64,
+        /// Positions of pre-training.
         original_max_position_embeddings: usize,
     },
     /// YaRN (Peng et al. 2023): as Llama 3.1's by dimension instead of wavelength, and cosines and sines multiplied
     /// by `attention_factor`.
     Yarn {
+        /// Divides the frequencies of slow dimensions.
         factor: f64,
+        /// Multiplies cosines and sines.
         attention_factor: f64,
         /// Dimensions that turn more often than this over the original context keep their frequency.
         beta_fast: f64,
         /// Dimensions that turn less often than this are divided by `factor`.
         beta_slow: f64,
+        /// Positions of pre-training.
         original_max_position_embeddings: usize,
         /// Whether the two bounds are rounded to whole dimensions.
         truncate: bool,
@@ -50,12 +62,16 @@ pub enum RopeScaling {
     LongRope {
         /// `[E/2]`
         short_factor: Vec<f64>,
+        /// Multiplies cosines and sines.
         attention_factor: f64,
+        /// Positions of pre-training.
         original_max_position_embeddings: usize,
     },
     /// The first `share` of the frequencies divided by `factor`; the other dimensions are not turned.
     Proportional {
+        /// Divides the first frequencies.
         factor: f64,
+        /// Share of the dimensions that are turned.
         share: f64,
     },
 }

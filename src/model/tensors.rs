@@ -11,6 +11,7 @@ use super::config::{LlamaConfig, TensorSpec};
 pub struct LlamaTensors<T> {
     /// `[V, D]`; also the output head where `lm_head` is `None` (tied).
     pub embedding: T,
+    /// The layers, first to last.
     pub layers: Vec<LayerTensors<T>>,
     /// `[D]`
     pub final_norm: T,
@@ -123,6 +124,7 @@ impl<T> LlamaTensors<T> {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The vocabulary matrix of the head: the embedding where the two are tied.
     pub fn head_mut(&mut self) -> &mut T {
         self.lm_head.as_mut().unwrap_or(&mut self.embedding)
     }

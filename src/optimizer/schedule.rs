@@ -7,6 +7,7 @@ pub enum Schedule {
     Cosine,
     /// A straight line down to zero.
     Linear,
+    /// The peak to the end.
     Constant,
 }
 

@@ -49,6 +49,7 @@ pub struct DataSummary {
     pub name: String,
     /// Records read.
     pub read: usize,
+    /// Pairs used.
     pub used: usize,
     /// Reasons for dropping a pair, and how often.
     pub dropped: Vec<(String, usize)>,

@@ -37,6 +37,7 @@ impl Write for LogWriter {
 /// Whether anybody still reads standard output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reader {
+    /// Somebody does.
     Listening,
     /// The reader has seen enough, as `head`: no error, and nothing is left to print.
     Gone,

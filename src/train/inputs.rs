@@ -10,25 +10,36 @@ use crate::demo::Demo;
 use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
+/// What a run reads: model, reference and pairs, all checked.
 #[derive(Debug)]
 pub struct Inputs {
+    /// The model that training starts from.
     pub folder: ModelFolder,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
     /// Saved beside the trained weights.
     pub companions: CompanionFiles,
+    /// Its tokenizer and chat template.
     pub encoder: TextEncoder,
     /// The lengths asked for, within the models' context.
     pub limits: LengthLimits,
+    /// Pairs to train on.
     pub training: PairDataset,
+    /// Pairs to evaluate on.
     pub evaluation: Option<PairDataset>,
+    /// The file of the former.
     pub training_path: PathBuf,
+    /// The file of the latter.
     pub evaluation_path: Option<PathBuf>,
     /// Keeps the demo's files alive.
     _demo: Option<Demo>,
 }
 
 impl Inputs {
+    /// Reads and checks all that `config` names.
+    ///
+    /// # Errors
+    /// Those of model folders, data files and limits that do not fit them.
     pub fn load(config: &RunConfig) -> Result<Self> {
         let demo = match config.model.is_none() || config.data.is_none() {
             true => Some(Demo::unpack()?),

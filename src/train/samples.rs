@@ -1,7 +1,7 @@
 //! What the model answers to a few prompts, before and after: the difference that a person sees.
 
 use super::inputs::Inputs;
-use crate::data::{Body, Record, TokenizedPair, read_records};
+use crate::data::{Body, Record, TokenizedPair, read_chosen_records};
 use crate::device::Device;
 use crate::error::Result;
 use crate::generate::{Sampling, generate};
@@ -25,11 +25,12 @@ impl Samples {
             (Some(path), Some(dataset)) => (path, &dataset.pairs),
             _ => (&inputs.training_path, &inputs.training.pairs),
         };
-        let records = read_records(path)?;
         let chosen: Vec<&TokenizedPair> =
             pairs.iter().filter(|pair| !pair.prompt.is_empty()).take(COUNT).collect();
+        let places: Vec<usize> = chosen.iter().map(|pair| pair.record).collect();
+        let records = read_chosen_records(path, &places)?;
         Ok(Samples {
-            prompts: chosen.iter().map(|pair| prompt_text(records.get(pair.record))).collect(),
+            prompts: (0..chosen.len()).map(|place| prompt_text(records.get(place))).collect(),
             tokens: chosen.iter().map(|pair| pair.prompt.clone()).collect(),
         })
     }

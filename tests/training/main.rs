@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 mod golden;
 mod goldens;
+mod layers;
 mod memory_table;
 mod objective;
 mod published_configs;

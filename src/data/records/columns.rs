@@ -45,9 +45,6 @@ pub(super) const SWIFT_REJECTED: [&str; 2] = ["rejected_response", "rejected_mes
 /// Columns of pictures, films and sound, which no text model sees.
 const MEDIA_COLUMNS: [&str; 7] = ["images", "image", "videos", "video", "audios", "audio", "objects"];
 
-/// Bytes of all texts of a record. Tokenising takes some hundred bytes of memory for each.
-const MAX_TEXT_BYTES: usize = 4 << 20;
-
 /// Columns of one record; no table has as many.
 const MAX_COLUMNS: usize = 10_000;
 
@@ -141,18 +138,6 @@ impl<'a> Columns<'a> {
     }
 
     fn take_values(&mut self, text: &[u8], known: Vec<(String, Span)>) -> Parsed<()> {
-        let bytes: usize = known.iter().map(|(_, span)| span.range.len()).sum();
-        if bytes > MAX_TEXT_BYTES {
-            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
-            return Err(Fault::new(
-                format!(
-                    "the record's texts (`{}`) have {bytes} bytes, more than {} MiB",
-                    names.join("`, `"),
-                    MAX_TEXT_BYTES >> 20
-                ),
-                "no model of this program reads so long a pair: cut the texts or leave the record out",
-            ));
-        }
         for (name, span) in known {
             if span.kind == Kind::Null {
                 self.unread.push((name, Kind::Null));

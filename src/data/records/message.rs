@@ -56,13 +56,17 @@ const TURN_KEYS: [[&str; 2]; 8] = [
 /// every member that another message has.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Message {
+    /// Who speaks, as templates name it.
     pub role: String,
+    /// What is said.
     pub content: String,
+    /// All other members.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
 impl Message {
+    /// A message of a role and a text.
     pub fn new(role: &str, content: impl Into<String>) -> Self {
         Message { role: role.to_string(), content: content.into(), other: Map::new() }
     }

@@ -36,6 +36,7 @@ pub struct Record {
     pub index: usize,
     /// 1-based line of a JSON Lines file, 1-based record of any other: what errors and reports name.
     pub place: usize,
+    /// What it says.
     pub body: Body,
     /// What looks wrong in the record, or was mended in it.
     pub notes: Vec<Note>,
@@ -44,14 +45,22 @@ pub struct Record {
 /// A pair as plain text, or as a conversation that a chat template turns into text.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Body {
+    /// Plain text, used as it is.
     Text {
+        /// The text before the responses.
         prompt: String,
+        /// The better response.
         chosen: String,
+        /// The worse response.
         rejected: String,
     },
+    /// Messages, which go through the chat template.
     Conversation {
+        /// Messages before the responses.
         prompt: Vec<Message>,
+        /// Messages of the better response.
         chosen: Vec<Message>,
+        /// Messages of the worse response.
         rejected: Vec<Message>,
         /// Extra template variables: the columns `tools` and `chat_template_kwargs`.
         variables: Map<String, Value>,
@@ -114,6 +123,25 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// The records of a pairs file at `places`, 0-based and rising. Nothing after the last of them is read but the rest of
+/// its chunk. A file that has become shorter gives fewer.
+pub fn read_chosen_records(path: &Path, places: &[usize]) -> Result<Vec<Record>> {
+    let mut records = Vec::with_capacity(places.len());
+    let mut done = places.is_empty();
+    if done {
+        return Ok(records);
+    }
+    let read = for_each_chunk(path, &mut |chunk| {
+        for raw in chunk.into_iter().filter(|raw| places.contains(&raw.index)) {
+            done |= places.last() == Some(&raw.index);
+            records.push(raw.read(path)?);
+        }
+        // An error is what stops the reader.
+        if done { Err(no_record(path)) } else { Ok(()) }
+    });
+    if done && records.len() == places.len() { Ok(records) } else { read.map(|()| records) }
+}
+
 /// Refuses a file in which some records are plain text and some are conversations. Each would be read the same
 /// anywhere, but only conversations go through the chat template, and a model that is trained on both kinds because a
 /// column is missing here and there learns to answer without its turns.
@@ -153,3 +181,33 @@ pub(crate) fn no_record(path: &Path) -> Error {
 pub(crate) const FORMATS_HELP: &str = "a record has `chosen` and `rejected`, and its prompt in `prompt`, \
      `messages`, `conversations`, `instruction` (with `input`), `question`, or as the beginning that both responses \
      share; docs/data.md shows every format";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chosen_records_are_read_and_nothing_after_them() {
+        let line = |n: usize| format!("{{\"prompt\":\"p{n}\",\"chosen\":\"a\",\"rejected\":\"b\"}}\n");
+        let mut text: String = (0..3).map(line).collect();
+        text += "broken\n";
+        text.extend((4..2000).map(line));
+        // Longer than any record may be.
+        text.push_str(&"x".repeat(33 << 20));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let prompts = |places: &[usize]| -> Result<Vec<String>> {
+            let records = read_chosen_records(file.path(), places)?;
+            let prompt = |record: &Record| match &record.body {
+                Body::Text { prompt, .. } => prompt.clone(),
+                _ => unreachable!("plain text"),
+            };
+            Ok(records.iter().map(prompt).collect())
+        };
+        assert_eq!(prompts(&[]).unwrap(), [""; 0]);
+        assert_eq!(prompts(&[0, 2, 4]).unwrap(), ["p0", "p2", "p4"]);
+        assert_eq!(prompts(&[1999]).unwrap(), ["p1999"]);
+        assert!(prompts(&[1, 3]).unwrap_err().to_string().contains(":4: broken JSON"), "the record is read");
+        assert!(prompts(&[5000]).unwrap_err().to_string().contains("longer than 32 MiB"), "the file is");
+    }
+}

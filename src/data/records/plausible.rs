@@ -2,6 +2,9 @@
 
 use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
+use std::sync::LazyLock;
+
+use aho_corasick::AhoCorasick;
 
 use super::scan::excerpt;
 use super::{Body, Message};
@@ -10,6 +13,7 @@ use crate::data::Cause;
 /// Something seen in a record, with the words that show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
+    /// What was seen.
     pub cause: Cause,
     /// A short excerpt on one line.
     pub example: String,
@@ -36,6 +40,14 @@ const USER_TURNS: [&str; 12] = [
     "[INST]",
     "<|User|>",
 ];
+
+/// All of [`USER_TURNS`] are looked for in one pass over a text; `None` cannot come of fixed words.
+static USER_TURN: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| AhoCorasick::new(USER_TURNS).ok());
+
+/// Where the first of [`USER_TURNS`] stands.
+fn first_user_turn(text: &str) -> Option<usize> {
+    USER_TURN.as_ref()?.find(text).map(|found| found.start())
+}
 
 /// A shorter prompt may well begin an answer that does not repeat it.
 const SHORTEST_REPEATED: usize = 12;
@@ -90,8 +102,9 @@ fn look_at_texts(prompt: &str, responses: [&String; 2], notes: &mut Vec<Note>) {
             rest = &rest[prompt.len()..];
         }
         look_at_list(rest, notes);
-        if !is_list_as_text(rest) && USER_TURNS.iter().any(|turn| rest.contains(turn)) {
-            let turn = USER_TURNS.iter().filter_map(|turn| rest.find(turn)).min().unwrap_or(0);
+        if !is_list_as_text(rest)
+            && let Some(turn) = first_user_turn(rest)
+        {
             add(notes, Cause::UserTurnInResponse, rest[turn..].trim_start());
         }
     }

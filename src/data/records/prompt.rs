@@ -92,6 +92,7 @@ impl Sources {
             }
         }
         sources.join_instruction();
+        sources.take_blank_prompt(columns)?;
         Ok(sources)
     }
 
@@ -107,6 +108,17 @@ impl Sources {
                 }
                 _ => self.system = Some((name, text)),
             }
+        }
+        Ok(())
+    }
+
+    /// A `prompt` of white space is one where there is no other: TRL trains on it.
+    fn take_blank_prompt(&mut self, columns: &mut Columns) -> Parsed<()> {
+        let is_alone = self.history.is_empty() && self.turns.is_empty() && self.texts.is_empty();
+        let is_blank = matches!(columns.get("prompt"), Some(Value::String(text)) if !text.is_empty());
+        if is_alone && is_blank {
+            let text = columns.take_text("prompt")?;
+            self.texts.push(Text { name: "prompt", parts: vec![String::new()], text });
         }
         Ok(())
     }

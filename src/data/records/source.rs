@@ -66,13 +66,15 @@ pub(crate) fn for_each_chunk(path: &Path, sink: &mut Sink) -> Result<()> {
     let mut reader = open(path)?;
     let (first, before) = skip_blank(&mut *reader).map_err(|error| read_error(path, error))?;
     let mut chunks = Chunks { path, sink, chunk: Vec::new(), bytes: 0, index: 0 };
-    match first {
+    let read = match first {
         None => return Err(Error::data(path, None, "the file is empty", FORMATS_HELP)),
-        Some(b'[') => list::read(path, reader, before, &mut chunks)?,
-        Some(b'{') => read_lines_or_object(path, Lines::new(reader, before), &mut chunks)?,
+        Some(b'[') => list::read(path, reader, before, &mut chunks),
+        Some(b'{') => read_lines_or_object(path, Lines::new(reader, before), &mut chunks),
         Some(_) => return Err(no_json(path, &mut *reader, before.line)),
-    }
-    chunks.flush()
+    };
+    // A record before the fault may hold one of its own, which comes first.
+    chunks.flush()?;
+    read
 }
 
 /// Gathers records into chunks for the sink.

@@ -80,21 +80,7 @@ impl SpecialTokens {
                 named.extend(named_token(folder, name, value)?.map(|token| (name.clone(), token)));
             }
         }
-        let mut extra = Vec::new();
-        let more = config.get("extra_special_tokens").filter(|more| super::class::truthy(more, false));
-        match more.or_else(|| config.get("additional_special_tokens")) {
-            Some(Value::Array(tokens)) => {
-                for token in tokens {
-                    extra.extend(named_token(folder, "additional_special_tokens", token)?);
-                }
-            }
-            Some(Value::Object(tokens)) => {
-                for (name, token) in tokens {
-                    named.extend(named_token(folder, name, token)?.map(|token| (name.clone(), token)));
-                }
-            }
-            _ => {}
-        }
+        let extra = extra_tokens(folder, &config, &mut named)?;
         Ok(SpecialTokens { named, extra, listed, given })
     }
 
@@ -205,6 +191,30 @@ fn added_token(value: &Value) -> Option<AddedToken> {
             .rstrip(flag("rstrip").unwrap_or(false))
             .normalized(flag("normalized").unwrap_or(!special)),
     )
+}
+
+/// More special tokens of a config: those without names are returned, those with names are added to `named`.
+fn extra_tokens(
+    folder: &Path,
+    config: &Map<String, Value>,
+    named: &mut Vec<(String, AddedToken)>,
+) -> Result<Vec<AddedToken>> {
+    let mut extra = Vec::new();
+    let more = config.get("extra_special_tokens").filter(|more| super::class::truthy(more, false));
+    match more.or_else(|| config.get("additional_special_tokens")) {
+        Some(Value::Array(tokens)) => {
+            for token in tokens {
+                extra.extend(named_token(folder, "additional_special_tokens", token)?);
+            }
+        }
+        Some(Value::Object(tokens)) => {
+            for (name, token) in tokens {
+                named.extend(named_token(folder, name, token)?.map(|token| (name.clone(), token)));
+            }
+        }
+        _ => {}
+    }
+    Ok(extra)
 }
 
 /// A special token as older and newer configs write it: a string, or an object with its `content`.

@@ -217,13 +217,50 @@ fn a_tied_head_may_be_stored_if_it_is_the_embedding() {
         tensors.insert(HEAD.into(), head);
         Folder::with(&config, &tensors).open().unwrap();
     }
-    tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
-    Folder::with(&config, &tensors)
-        .refused("model.safetensors", "ties the embeddings, but `lm_head.weight` differs");
-    tensors.insert(HEAD.into(), tensors[EMBEDDING].clone());
-    tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
-    Folder::with(&config, &tensors)
-        .refused("model.safetensors", "ties the embeddings, but `lm_head.weight` differs");
+}
+
+#[test]
+fn a_head_that_differs_from_the_embedding_unties_the_model() {
+    let config = with_key("tie_word_embeddings", true.into());
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        let mut tensors = tensors(&config, Dtype::F32);
+        let head = super::small_model::tensors(&config, dtype)[EMBEDDING].clone();
+        tensors.insert(HEAD.into(), head);
+        tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
+        let folder = Folder::with(&config, &tensors);
+        let opened = folder.open().unwrap();
+        assert!(!opened.config().tie_word_embeddings);
+        assert!(opened.tensor(HEAD, &[40, 16]).unwrap().bytes == tensors[HEAD].2, "the head is its own");
+        assert!(opened.tensor(EMBEDDING, &[40, 16]).unwrap().bytes == tensors[EMBEDDING].2);
+        assert!(opened.config().to_saved_json().contains("\"tie_word_embeddings\": false"));
+    }
+    // Another shape is no head of this model.
+    let mut tensors = tensors(&config, Dtype::F32);
+    let (dtype, shape, bytes) = tensors[EMBEDDING].clone();
+    tensors.insert(HEAD.into(), (dtype, vec![shape[1], shape[0]], bytes));
+    Folder::with(&config, &tensors).refused("model.safetensors", "`lm_head.weight` has shape [16, 40]");
+}
+
+#[test]
+fn the_config_may_name_the_file_of_weights() {
+    let named = |name: &str| with_key("transformers_weights", name.into());
+    let tensors = tensors(&config(), Dtype::F32);
+    let folder = Folder::with(&named("other.safetensors"), &tensors);
+    // A file under the usual name is not looked at then.
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("other.safetensors"))
+        .unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), "something else").unwrap();
+    expect_values(&folder.open().unwrap(), Dtype::F32);
+
+    let folder = Folder::sharded(&named("other.safetensors.index.json"), &tensors);
+    let usual = folder.path().join("model.safetensors.index.json");
+    std::fs::rename(usual, folder.path().join("other.safetensors.index.json")).unwrap();
+    expect_values(&folder.open().unwrap(), Dtype::F32);
+
+    for name in ["absent.safetensors", "../model.safetensors", "config.json", "/model.safetensors", ""] {
+        let message = format!("`transformers_weights` is {name:?}, which is no file of the folder");
+        Folder::with(&named(name), &tensors).refused("config.json", &message);
+    }
 }
 
 #[test]

@@ -49,7 +49,9 @@ fn parse_headers(root: &Path) -> Result<String, String> {
     let libclang = libclang_folder(root)?;
     // SAFETY: this program has one thread, and nothing has read the environment concurrently.
     #[allow(unsafe_code, reason = "bindgen takes the folder of libclang from the environment alone")]
-    unsafe { std::env::set_var("LIBCLANG_PATH", libclang) };
+    unsafe {
+        std::env::set_var("LIBCLANG_PATH", libclang)
+    };
     let bindings = bindgen::Builder::default()
         .header_contents("headers.h", HEADERS)
         .clang_arg(format!("-I{}", root.join("kernels").display()))

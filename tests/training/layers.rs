@@ -1,13 +1,9 @@
 //! The model as training uses it: frozen tensors, activations computed again, and the sink that hears of each layer. On
 //! the CPU device, and what depends on kernels on the emulated GPU too.
 
-#[allow(dead_code, reason = "each test program uses a part of it")]
-mod golden;
-
 use std::path::Path;
 use std::sync::Arc;
 
-use golden::Golden;
 use mmpo_fast::Result;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::cpu::CpuDevice;
@@ -21,6 +17,8 @@ use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, OptimizerState};
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
+
+use crate::golden::{self, Golden};
 
 const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
     beta: 0.05,
@@ -120,6 +118,9 @@ fn step(golden: &Golden, is_frozen: impl Fn(&FusedTensor) -> bool) -> Step {
     }
 }
 
+/// Which tensors are frozen.
+type IsFrozen<'a> = &'a dyn Fn(&FusedTensor) -> bool;
+
 /// A frozen tensor keeps its bits and takes no memory for gradient and moments; the others get the gradients and the
 /// updates of a run that trains everything.
 #[test]
@@ -132,7 +133,7 @@ fn frozen_tensors_cost_nothing_and_change_nothing_for_the_others() {
     let projections = |tensor: &FusedTensor| tensor.name().contains("_proj.weight");
     let biases = |tensor: &FusedTensor| tensor.name().ends_with(".bias");
     let all_but_final_norm = |tensor: &FusedTensor| tensor.name() != "model.norm.weight";
-    let choices: [(&str, &dyn Fn(&FusedTensor) -> bool); 7] = [
+    let choices: [(&str, IsFrozen); 7] = [
         ("all but layer 1", &not_in_layer_1),
         ("all but layer 0", &not_in_layer_0),
         ("the embedding", &embedding),
