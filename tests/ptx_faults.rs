@@ -100,13 +100,7 @@ const FAULTS: &[Fault] = &[
         "wgmma.wait_group.sync.aligned 1",
         Says("register of a wgmma under way"),
     ),
-    (
-        &GEMM,
-        0,
-        "wgmma.wait_group.sync.aligned 1",
-        "wgmma.wait_group.sync.aligned 3",
-        Says("may still read"),
-    ),
+    (&GEMM, 0, "wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 3", Says("may still read")),
     (&GEMM, 1, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
     (&GEMM, 1, "wgmma.commit_group", "//wgmma.commit_group", Says("commit_group is missing")),
     // Its operands: scale-d, and which of both is transposed.
@@ -133,13 +127,7 @@ const FAULTS: &[Fault] = &[
     (&GEMM, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
     (&GEMM, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
     (&GEMM, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
-    (
-        &GEMM,
-        0,
-        "cp.async.bulk.commit_group",
-        "//cp.async.bulk.commit_group",
-        Says("no group was committed"),
-    ),
+    (&GEMM, 0, "cp.async.bulk.commit_group", "//cp.async.bulk.commit_group", Says("no group was committed")),
     (
         &GEMM,
         0,
