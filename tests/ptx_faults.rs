@@ -26,25 +26,25 @@ struct Subject {
 }
 
 /// `wgmma`, TMA and mbarriers: a tile of 64 x 128 without clusters.
-const PRODUCT: Subject = Subject {
-    name: "product",
+const GEMM: Subject = Subject {
+    name: "gemm",
     target: "sm_90a",
-    entry: "gemm_sm90_kernel 10Tile64x128 12ForwardLines 9StoreBf16",
-    run: |device| product(device, Some("64x128"), 200),
+    entry: "gemm_sm9016gemm_sm90_kernelINS1_10Tile64x128ENS0_12ForwardLinesENS1_9StoreBf16",
+    run: |device| gemm(device, Some("64x128"), 200),
 };
 /// The same by clusters of two blocks.
 const PAIRED: Subject = Subject {
-    name: "product by two blocks",
+    name: "gemm by two blocks",
     target: "sm_90a",
-    entry: "gemm_sm90_kernel 6Paired 11Tile128x128 12ForwardLines 9StoreBf16",
-    run: |device| product(device, Some("128x128 by 2"), 600),
+    entry: "gemm_sm9016gemm_sm90_kernelINS1_6PairedINS1_11Tile128x128EEENS0_12ForwardLinesENS1_9StoreBf16",
+    run: |device| gemm(device, Some("128x128 by 2"), 600),
 };
 /// `mma.sync`, `ldmatrix` and `cp.async`.
 const PORTABLE: Subject = Subject {
-    name: "portable product",
+    name: "portable gemm",
     target: "sm_80",
-    entry: "11gemm_kernel",
-    run: |device| product(device, None, 150),
+    entry: "gemm11gemm_kernel",
+    run: |device| gemm(device, None, 150),
 };
 const NORM: Subject = Subject {
     name: "norm",
@@ -68,13 +68,13 @@ const ATTENTION: Subject = Subject {
 const ATTENTION_GRADIENT: Subject = Subject {
     name: "attention's gradient",
     target: "sm_90a",
-    entry: "attention_backward_sm90_kernel ILi64E FixedOrder",
+    entry: "attention_backward_sm90_kernelILi64EN4mmpo3gpu10FixedOrder",
     run: |device| attention(device, true),
 };
 const PORTABLE_ATTENTION: Subject = Subject {
     name: "portable attention",
     target: "sm_80",
-    entry: "24attention_forward_kernel attention_forward_cu",
+    entry: "attention_forward_kernelILi64",
     run: |device| attention(device, false),
 };
 
@@ -94,60 +94,48 @@ type Fault = (&'static Subject, i32, &'static str, &'static str, Caught);
 const FAULTS: &[Fault] = &[
     // Waits of wgmma and its fences.
     (
-        &PRODUCT,
+        &GEMM,
         1,
         "wgmma.wait_group.sync.aligned 0",
         "wgmma.wait_group.sync.aligned 1",
         Says("register of a wgmma under way"),
     ),
-    (
-        &PRODUCT,
-        0,
-        "wgmma.wait_group.sync.aligned 1",
-        "wgmma.wait_group.sync.aligned 3",
-        Says("may still read"),
-    ),
-    (&PRODUCT, 1, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
-    (&PRODUCT, 1, "wgmma.commit_group", "//wgmma.commit_group", Says("commit_group is missing")),
+    (&GEMM, 0, "wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 3", Says("may still read")),
+    (&GEMM, 1, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
+    (&GEMM, 1, "wgmma.commit_group", "//wgmma.commit_group", Says("commit_group is missing")),
     // Its operands: scale-d, and which of both is transposed.
-    (&PRODUCT, 1, "setp.ne.b32 p", "setp.eq.b32 p", Differs),
-    (&PRODUCT, 2, "p, 1, 1, 0, 0", "p, 1, 1, 0, 1", Differs),
-    (&PRODUCT, 2, "p, 1, 1, 0, 0", "p, 1, 1, 1, 0", Differs),
+    (&GEMM, 1, "setp.ne.b32 p", "setp.eq.b32 p", Differs),
+    (&GEMM, 2, "p, 1, 1, 0, 0", "p, 1, 1, 0, 1", Differs),
+    (&GEMM, 2, "p, 1, 1, 0, 0", "p, 1, 1, 1, 0", Differs),
     // mbarriers.
-    (&PRODUCT, 1, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
-    (&PRODUCT, 1, "bar.sync 0", "//bar.sync 0", Says("missing fence.mbarrier_init")),
-    (&PRODUCT, 1, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
-    (&PRODUCT, 2, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
-    (&PRODUCT, 1, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
-    (&PRODUCT, 1, "mbarrier.arrive.expect_tx", "mbarrier.arrive", Says("more arrivals at the mbarrier")),
-    (&PRODUCT, 0, "mbarrier.arrive.shared::cta", "//mbarrier.arrive.shared::cta", Says("deadlock")),
+    (&GEMM, 1, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
+    (&GEMM, 1, "bar.sync 0", "//bar.sync 0", Says("missing fence.mbarrier_init")),
+    (&GEMM, 1, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
+    (&GEMM, 2, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
+    (&GEMM, 1, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
+    (&GEMM, 1, "mbarrier.arrive.expect_tx", "mbarrier.arrive", Says("more arrivals at the mbarrier")),
+    (&GEMM, 0, "mbarrier.arrive.shared::cta", "//mbarrier.arrive.shared::cta", Says("deadlock")),
     // A wait that always says that the phase is complete: the producer's, and a consumer's.
-    (&PRODUCT, 1, "1, 0, p;", "1, 1, p;", Says("race: a copy overwrites")),
-    (&PRODUCT, 2, "1, 0, p;", "1, 1, p;", Says("reads shared memory that nothing wrote")),
+    (&GEMM, 1, "1, 0, p;", "1, 1, p;", Says("race: a copy overwrites")),
+    (&GEMM, 2, "1, 0, p;", "1, 1, p;", Says("reads shared memory that nothing wrote")),
     // Named barriers between the consumers.
-    (&PRODUCT, 1, "bar.arrive", "//bar.arrive", Says("deadlock")),
-    (&PRODUCT, 2, "bar.sync", "//bar.sync", Says("threads at barrier")),
+    (&GEMM, 1, "bar.arrive", "//bar.arrive", Says("deadlock")),
+    (&GEMM, 2, "bar.sync", "//bar.sync", Says("threads at barrier")),
     // Tensor copies in and out.
-    (&PRODUCT, 1, "cp.async.bulk.tensor.2d.shared", "//cp.async.bulk.tensor.2d.shared", Says("deadlock")),
-    (&PRODUCT, 1, "tensor.2d.shared", "tensor.3d.shared", Says("another number of coordinates")),
-    (&PRODUCT, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
-    (&PRODUCT, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
-    (&PRODUCT, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
+    (&GEMM, 1, "cp.async.bulk.tensor.2d.shared", "//cp.async.bulk.tensor.2d.shared", Says("deadlock")),
+    (&GEMM, 1, "tensor.2d.shared", "tensor.3d.shared", Says("another number of coordinates")),
+    (&GEMM, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
+    (&GEMM, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
+    (&GEMM, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
+    (&GEMM, 0, "cp.async.bulk.commit_group", "//cp.async.bulk.commit_group", Says("no group was committed")),
     (
-        &PRODUCT,
-        0,
-        "cp.async.bulk.commit_group",
-        "//cp.async.bulk.commit_group",
-        Says("no group was committed"),
-    ),
-    (
-        &PRODUCT,
+        &GEMM,
         0,
         "cp.async.bulk.wait_group",
         "//cp.async.bulk.wait_group",
         Says("still reads its shared memory"),
     ),
-    (&PRODUCT, 1, "cp.async.bulk.tensor.2d.global", "//cp.async.bulk.tensor.2d.global", Differs),
+    (&GEMM, 1, "cp.async.bulk.tensor.2d.global", "//cp.async.bulk.tensor.2d.global", Differs),
     // Clusters.
     (&PAIRED, 1, "barrier.cluster.arrive", "//barrier.cluster.arrive", Says("without having arrived")),
     (&PAIRED, 0, "barrier.cluster", "//barrier.cluster", Says("missing fence.mbarrier_init")),
@@ -230,8 +218,8 @@ fn upload(device: &CudaDevice, values: &[f32]) -> Result<ComputeBuffer<CudaDevic
     Ok(buffer)
 }
 
-fn product(device: &CudaDevice, tile: Option<&str>, rows: usize) -> Result<Vec<f32>> {
-    let products = match tile {
+fn gemm(device: &CudaDevice, tile: Option<&str>, rows: usize) -> Result<Vec<f32>> {
+    let choice = match tile {
         None => GemmChoice::Ours,
         Some(name) => {
             let tiles = device.gemm_tiles()?;
@@ -239,7 +227,7 @@ fn product(device: &CudaDevice, tile: Option<&str>, rows: usize) -> Result<Vec<f
             GemmChoice::Tile(u8::try_from(number).expect("few tiles"))
         }
     };
-    let device = &CudaDevice::open(if tile.is_some() { 0 } else { 1 })?.with_gemm_choice(products);
+    let device = &CudaDevice::open(if tile.is_some() { 0 } else { 1 })?.with_gemm_choice(choice);
     let shape = LinearShape { rows, inputs: 600, outputs: 232 };
     let x = upload(device, &values(1, rows * shape.inputs))?;
     let weight = upload(device, &values(2, shape.outputs * shape.inputs))?;

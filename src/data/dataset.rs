@@ -110,6 +110,9 @@ fn read_ahead(path: &Path, sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>) -
     })
 }
 
+/// Tokens of a pair whose lists lie on pages of their own.
+const LARGE_PAIR: usize = 1 << 20;
+
 /// Chunks that are read before they are needed.
 const CHUNKS_AHEAD: usize = 2;
 
@@ -131,8 +134,8 @@ impl PairDataset {
             hash_ids(part, hasher);
         }
         // Copied on one thread: what the tokenising threads leave between their short-lived texts would keep those
-        // pages in use for the whole run.
-        self.pairs.push(pair.clone());
+        // pages in use for the whole run. A large pair has pages of its own.
+        self.pairs.push(if pair.tokens() > LARGE_PAIR { pair } else { pair.clone() });
     }
 }
 

@@ -191,13 +191,16 @@ impl TextEncoder {
         } else if !(self.is_closed(&chosen[shared..])? && self.is_closed(&rejected[shared..])?) {
             events.add(Cause::NoEndToken);
         }
+        let mut pair = TokenizedPair { record, prompt, chosen, rejected };
+        pair.prompt.truncate(shared);
+        for response in [&mut pair.chosen, &mut pair.rejected] {
+            response.drain(..shared);
+        }
         // Exact sizes: these stay for the whole run.
-        Ok(TokenizedPair {
-            record,
-            prompt: prompt[..shared].to_vec(),
-            chosen: chosen[shared..].to_vec(),
-            rejected: rejected[shared..].to_vec(),
-        })
+        for ids in [&mut pair.prompt, &mut pair.chosen, &mut pair.rejected] {
+            ids.shrink_to_fit();
+        }
+        Ok(pair)
     }
 
     /// Counts a prompt of which only `shared` tokens stand before both responses.

@@ -186,6 +186,12 @@ fn broken_json_is_named_in_the_words_of_its_author() {
             );
         }
     }
+    assert_named(
+        format!("{PAIR}\n {}", PAIR.replace('}', ",}")),
+        Some(2),
+        &["trailing comma at column 46"],
+        "JSON Lines",
+    );
     assert_named(format!("[{PAIR},\n{PAIR},\n]"), Some(3), &["trailing comma", "record 3"], "line");
     assert_named(format!("{PAIR}\n{}", &PAIR[..20]), Some(2), &["EOF"], "JSON Lines");
     assert_named(format!("[{PAIR},\n{}", &PAIR[..20]), Some(2), &["EOF", "record 2"], "line");

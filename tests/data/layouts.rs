@@ -204,6 +204,11 @@ fn a_name_in_other_letters_is_not_passed_over() {
             "{message}"
         );
     }
+    // Also where the record has a prompt without it.
+    for name in ["System", "HISTORY", "Question"] {
+        let message = refusal(json!({"prompt": "p", name: "a", "chosen": "The a", "rejected": "The b"}));
+        assert!(message.contains(&format!("column `{name}`")), "{message}");
+    }
     for name in ["promt", "user_prompt", "question_text", "chat_history", "instuction"] {
         let message = refusal(json!({name: "a", "chosen": "The a", "rejected": "The b"}));
         assert!(message.contains(&format!("column `{name}`")), "{message}");

@@ -24,11 +24,6 @@ pub const MODE: &str = "MMPO_FAST_PTX_MODE";
 /// A file that the process appends its launches to, a line an entry, when it ends.
 pub const LAUNCHES: &str = "MMPO_FAST_PTX_LAUNCHES";
 
-/// A change of the PTX before anything runs, of [`EDIT_FIELDS`] lines: words that the mangled names of entries hold, number of the
-/// occurrence (0: all), the text to replace, and the text to put there, in which `\n` stands for a new line.
-pub const EDIT: &str = "MMPO_FAST_PTX_EDIT";
-const EDIT_FIELDS: usize = 4;
-
 /// When asynchronous operations take effect, in the machine's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Landing {
@@ -181,17 +176,7 @@ pub fn device_of_environment() -> Option<CudaDevice> {
     let target = std::env::var(TARGET).ok()?;
     let machine = machine().expect("a machine was asked for by its name");
     static CONFIGURED: OnceLock<()> = OnceLock::new();
-    CONFIGURED.get_or_init(|| {
-        machine.configure_by_words(&std::env::var(MODE).unwrap_or_default());
-        if let Ok(edit) = std::env::var(EDIT) {
-            let fields: Vec<&str> = edit.splitn(EDIT_FIELDS, '\n').collect();
-            let [entry, occurrence, from, to] = fields[..] else { panic!("{EDIT}={edit}") };
-            let occurrence = occurrence.parse().expect("a number of an occurrence");
-            machine
-                .edit(entry, &from.replace("\\n", "\n"), &to.replace("\\n", "\n"), occurrence)
-                .expect("an edit");
-        }
-    });
+    CONFIGURED.get_or_init(|| machine.configure_by_words(&std::env::var(MODE).unwrap_or_default()));
     device(&target)
 }
 
