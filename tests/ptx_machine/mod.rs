@@ -141,8 +141,8 @@ impl Machine {
         self.configure(landing, seed, measured);
     }
 
-    /// Replaces text in the PTX of every entry whose mangled name holds every word of `entry`: the occurrence of this number, from 1, or all
-    /// where it is 0. The error says that there is none.
+    /// Replaces text in the PTX of every entry whose mangled name holds every word of `entry`: the occurrence of this number,
+    /// from 1, or all where it is 0. The error says that there is none.
     pub fn edit(&self, entry: &str, from: &str, to: &str, occurrence: i32) -> Result<(), String> {
         let [entry, from, to] =
             [entry, from, to].map(|text| CString::new(text).expect("text without a zero"));
