@@ -2,6 +2,9 @@
 //! what bf16 weights and activations allow, and two runs give the same bits. On the emulated GPU, and on a real one
 //! where there is one.
 
+#[cfg(mmpo_gpu_kernels)]
+mod ptx_machine;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -219,6 +222,29 @@ fn the_emulated_gpu_trains_with_a_recomputing_head() {
     let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
     let hopper = || emulated().with_path(KernelPath::Hopper);
     compare(MODELS[0], &run_with(hopper(), MODELS[0], head), &run(cpu(), MODELS[0]));
+}
+
+/// What nvcc made of the kernels, executed on the host for both targets, each in a process of its own: one with a machine in the
+/// driver's place must not look for a GPU.
+#[cfg(mmpo_gpu_kernels)]
+#[test]
+fn the_ptx_trains_as_the_cpu_does() {
+    if let Some(device) = ptx_machine::device_of_environment() {
+        return compare(MODELS[0], &run(device, MODELS[0]), &run(cpu(), MODELS[0]));
+    }
+    if !ptx_machine::available() {
+        return;
+    }
+    for target in ["sm_90a", "sm_80"] {
+        let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "the_ptx_trains_as_the_cpu_does"])
+            .env(ptx_machine::TARGET, target)
+            .output()
+            .expect("this program runs");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(output.status.success() && text.contains("1 passed"), "{target}:\n{text}");
+    }
 }
 
 #[test]

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use mmpo_fast::device::cuda::{CudaDevice, EmulatorOptions};
+use mmpo_fast::device::cuda::CudaDevice;
+#[cfg(mmpo_emulated)]
+use mmpo_fast::device::cuda::EmulatorOptions;
 use mmpo_fast::device::{AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, Device, Floats};
 
 use crate::harness::*;
@@ -108,11 +110,13 @@ fn part<T: Copy>(values: &[T], columns: &Range<usize>, shape: AttentionShape) ->
 }
 
 /// Both sets of kernels on the emulated GPU, in order.
+#[cfg(mmpo_emulated)]
 fn both_paths() -> [CudaDevice; 2] {
     [KernelPath::Portable, KernelPath::Hopper].map(|path| emulated().with_path(path))
 }
 
 /// Both sets of kernels, each with dQ's terms in the fixed order and in any.
+#[cfg(mmpo_emulated)]
 fn all_ways() -> [CudaDevice; 4] {
     let [portable, hopper] = both_paths();
     let any_order = |device: &CudaDevice| device.with_attention_order(AttentionOrder::Any);
@@ -154,6 +158,7 @@ fn check_boundaries(devices: &[CudaDevice]) {
     }
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn every_boundary_of_the_tiles() {
     check_boundaries(&all_ways());
@@ -185,6 +190,7 @@ fn check_shared_heads(devices: &[CudaDevice]) {
     }
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn heads_that_share_keys() {
     check_shared_heads(&all_ways());
@@ -204,6 +210,7 @@ fn check_many_pairs(devices: &[CudaDevice]) {
     devices.iter().for_each(|device| problem.check(device));
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn many_pairs() {
     check_many_pairs(&all_ways());
@@ -235,6 +242,7 @@ fn gpu_same_bits_again_and_again() {
 }
 
 /// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.
+#[cfg(mmpo_emulated)]
 #[test]
 fn packed_equals_unpacked() {
     for ((p, c, r), heads) in
@@ -284,6 +292,7 @@ fn packed_equals_unpacked() {
 }
 
 /// In any order the sums are other ones, none of them worse, whichever block runs first or faster.
+#[cfg(mmpo_emulated)]
 #[test]
 fn any_order_is_as_exact() {
     let own_options = OwnOptions::take();
@@ -302,6 +311,7 @@ fn any_order_is_as_exact() {
 
 /// Blocks of one sequence add to the same rows of dQ: whichever runs first or faster, on one or two cores, with copies that
 /// land early or late, the bits are those of the first run.
+#[cfg(mmpo_emulated)]
 #[test]
 fn same_bits_however_blocks_run() {
     let own_options = OwnOptions::take();

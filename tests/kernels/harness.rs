@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::sync::Once;
 
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
-#[cfg(mmpo_emulated)]
 pub use mmpo_fast::device::cuda::AttentionOrder;
 use mmpo_fast::device::cuda::{self, CudaDevice};
 pub use mmpo_fast::device::cuda::{GemmChoice, KernelPath};
@@ -47,11 +46,9 @@ macro_rules! path_tests {
 pub(crate) use path_tests;
 
 /// As [`path_tests`], for operations that a GPU may also do in any order, to the same tolerance.
-#[cfg(mmpo_emulated)]
 macro_rules! order_tests {
     ($($item:tt)+) => { $crate::harness::define_tests! { any_order_tests $($item)+ } };
 }
-#[cfg(mmpo_emulated)]
 pub(crate) use order_tests;
 
 macro_rules! no_more_tests {
@@ -95,7 +92,6 @@ macro_rules! hopper_tests {
 }
 pub(crate) use hopper_tests;
 
-#[cfg(mmpo_emulated)]
 macro_rules! any_order_tests {
     () => {
         $crate::harness::hopper_tests! {}
@@ -127,7 +123,6 @@ macro_rules! any_order_tests {
         }
     };
 }
-#[cfg(mmpo_emulated)]
 pub(crate) use any_order_tests;
 
 macro_rules! define_tests {
@@ -203,9 +198,14 @@ pub fn is_cpu<D: Device>() -> bool {
     size_of::<D::Compute>() == size_of::<f32>()
 }
 
-/// The first GPU; none where driver, kernels or GPU are missing, which is said. With `MMPO_FAST_REQUIRE_GPU` set that is a
+/// The first GPU, or the PTX machine's where `MMPO_FAST_PTX` asks for it; none where driver, kernels or GPU are missing, which is
+/// said. With `MMPO_FAST_REQUIRE_GPU` set that is a
 /// failure: on a GPU machine a test that skips itself proves nothing.
 pub fn gpu() -> Option<CudaDevice> {
+    #[cfg(mmpo_gpu_kernels)]
+    if let Some(device) = crate::ptx_machine::device_of_environment() {
+        return Some(device);
+    }
     let missing = match cuda::gpus() {
         Ok(gpus) if !gpus.is_empty() => return Some(CudaDevice::open(0).expect("the first GPU opens")),
         Ok(_) => "no GPU".to_owned(),

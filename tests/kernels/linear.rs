@@ -220,7 +220,10 @@ mod every_tile_of_hopper {
             device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
             device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
             device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
+            let mut dx_f32 = floats(&device, &vec![0.0; shape.rows * shape.inputs]);
+            device.linear_backward_input_f32(&mut dx_f32, &dout, &weight, shape).unwrap();
             trying("(tile, shape)", (tile.to_string(), shape));
+            assert_exact("dx in f32", &read(&device, &dx_f32), &dx64);
             assert_exact("out", &read_compute(&device, &out), &wanted);
             assert_exact("dx", &read_compute(&device, &dx), &dx64);
             assert_exact("dweight", &read(&device, &dweight), &dweight64);
@@ -254,5 +257,75 @@ fn choice_of_gemms() {
                 _ => done.unwrap(),
             }
         }
+    }
+}
+
+/// The portable kernels' large tiles, which only products that fill a GPU with them choose; and Hopper's, whichever it plans.
+/// Small integers make every product exact.
+#[test]
+fn gpu_large_products() {
+    let (Some(own), Some(portable)) = (crate::harness::gpu(), crate::harness::gpu()) else { return };
+    let portable = portable.with_path(KernelPath::Portable);
+    let integers = |count: usize, step: usize| -> Vec<f32> {
+        (0..count).map(|i| ((i * step + i / 7) % 3) as f32 - 1.0).collect()
+    };
+    for device in [own, portable].map(|device| device.with_gemm_choice(GemmChoice::Ours)) {
+        // The two large sizes are those of the output: of `out`, of `dx`, of `dweight`.
+        for [rows, inputs, outputs] in [[1408, 64, 1536], [1408, 1536, 64], [64, 1536, 1408]] {
+            let shape = LinearShape { rows, inputs, outputs };
+            trying("(kernels, shape)", (device.path(), shape));
+            let (x, x64) = compute(&device, &integers(rows * inputs, 5));
+            let (weight, weight64) = compute(&device, &integers(outputs * inputs, 7));
+            let (dout, dout64) = compute(&device, &integers(rows * outputs, 11));
+            let mut out = unset_compute(&device, rows * outputs);
+            let mut dx = unset_compute(&device, rows * inputs);
+            let mut dx_f32 = floats(&device, &vec![0.0; rows * inputs]);
+            let mut dweight = floats(&device, &vec![0.0; outputs * inputs]);
+            device.linear_forward(&mut out, &x, &weight, None, shape).unwrap();
+            device.linear_backward_input(&mut dx, &dout, &weight, shape).unwrap();
+            device.linear_backward_input_f32(&mut dx_f32, &dout, &weight, shape).unwrap();
+            device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape).unwrap();
+            let exact = naive::Precision::Exact;
+            let dx64 = exact.linear_backward_input(&dout64, &weight64, inputs);
+            assert_exact("dx in f32", &read(&device, &dx_f32), &dx64);
+            let dweight64 = exact.linear_backward_weight(&dout64, &x64, inputs);
+            assert_exact("dweight", &read(&device, &dweight), &dweight64);
+            // What bf16 stores of an integer above 256 is the nearest that it has.
+            assert_close("dx", &read_compute(&device, &dx), &dx64, Tolerance::BF16);
+            let wanted = naive::linear(&x64, &weight64, &vec![0.0; outputs], inputs);
+            assert_close("out", &read_compute(&device, &out), &wanted, Tolerance::BF16);
+        }
+    }
+}
+
+/// Gate, up and SwiGLU in tiles of 128 x 256, by one block and by two: beside the product and SwiGLU apart.
+#[test]
+fn gpu_swiglu_in_wide_tiles() {
+    let (Some(own), Some(portable)) = (crate::harness::gpu(), crate::harness::gpu()) else { return };
+    let portable = portable.with_path(KernelPath::Portable);
+    let [own, portable] = [own, portable].map(|device| device.with_gemm_choice(GemmChoice::Ours));
+    for (rows, outputs) in [(1408, 3072), (1024, 4096)] {
+        let shape = LinearShape { rows, inputs: 64, outputs };
+        trying("shape", shape);
+        let [got, wanted] = [&own, &portable].map(|device| {
+            let (x, _) = random_compute(device, 1, rows * shape.inputs, 1.0);
+            let (weight, _) = random_compute(device, 2, outputs * shape.inputs, 0.1);
+            let mut gate_up = unset_compute(device, rows * outputs);
+            let mut out = unset_compute(device, rows * outputs / 2);
+            let operands = LinearSwiglu {
+                out: &mut out,
+                gate_up: &mut gate_up,
+                x: &x,
+                weight: &weight,
+                bias: None,
+                shape,
+            };
+            device.linear_swiglu_forward(operands).unwrap();
+            [read_compute(device, &gate_up), read_compute(device, &out)]
+        });
+        // Both round sums of another order; SwiGLU of a rounded gate and up differs by as much again.
+        let bounds = Tolerance { relative: 2.0 * Tolerance::BF16.relative, ..Tolerance::BF16 };
+        assert_close("gate and up", &got[0], &wide(&wanted[0]), bounds);
+        assert_close("out", &got[1], &wide(&wanted[1]), bounds);
     }
 }

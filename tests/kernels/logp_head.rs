@@ -531,3 +531,18 @@ cpu_tests! {
         assert!(error.contains("logp_head_forward") && error.contains("target 40"), "{error}");
     }
 }
+
+/// Tiles of 128 x 256 by one block and by two, which only products of this many rows and tokens choose: both sets of kernels
+/// agree.
+#[test]
+fn gpu_wide_tiles() {
+    let (Some(own), Some(portable)) = (gpu(), gpu()) else { return };
+    let portable = portable.with_path(KernelPath::Portable).with_gemm_choice(GemmChoice::Ours);
+    let own = own.with_gemm_choice(GemmChoice::Ours);
+    for sizes in [(1408, 16, 3072), (1024, 16, 4096)] {
+        for (mode, entropy) in WAYS {
+            let wanted = outputs(&portable, mode, sizes, entropy, None);
+            assert_agree(&outputs(&own, mode, sizes, entropy, None), &wanted, Tolerance::BF16);
+        }
+    }
+}

@@ -4,10 +4,11 @@
 mod emulated;
 mod harness;
 mod naive;
+#[path = "../ptx_machine/mod.rs"]
+mod ptx_machine;
 
 mod adamw;
 mod attention;
-#[cfg(mmpo_emulated)]
 mod attention_backward;
 mod attention_forward;
 mod batch_buffers;
@@ -18,8 +19,9 @@ mod linear;
 mod logp_head;
 mod memory;
 mod pair_objective;
+#[cfg(mmpo_gpu_kernels)]
+mod ptx;
 mod rms_norm;
 mod rope;
-#[cfg(mmpo_emulated)]
 mod same_bits;
 mod swiglu;

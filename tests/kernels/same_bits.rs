@@ -102,6 +102,7 @@ fn gpu_again_and_again() {
     }
 }
 
+#[cfg(mmpo_emulated)]
 #[test]
 fn whatever_the_order() {
     let options = OwnOptions::take();

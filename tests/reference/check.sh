@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a few steps on two golden models, scores the folders that came out, and lets transformers load them: it must
-# find every tensor and come to the log-probs and logits that we came to. Then token ids beside TRL's. Needs .venv
+# find every tensor and come to the log-probs and logits that we came to. Then token ids and losses beside TRL's. Needs .venv
 # (setup.sh).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -49,3 +49,6 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 .venv/bin/python -W ignore tests/reference/check_tokens.py "$program/examples/token_ids"
 # Log-probs with Llama 2's tokenizer, against transformers'.
 .venv/bin/python -W ignore tests/reference/check_scores.py "$program/mmpo-fast"
+
+# The losses and derivatives that the objectives are tested with, against TRL's own loss functions.
+.venv/bin/python -W ignore tests/reference/check_trl_losses.py

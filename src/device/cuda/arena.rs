@@ -18,10 +18,20 @@ pub(super) trait PieceSource {
 }
 
 /// Pieces and the free ranges inside them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Arena {
     /// By address.
     pieces: BTreeMap<u64, Piece>,
+    /// Of which every buffer's length is a multiple.
+    alignment: usize,
+    /// The least that is asked for at once.
+    piece_bytes: usize,
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Arena { pieces: BTreeMap::new(), alignment: ALIGNMENT, piece_bytes: PIECE_BYTES }
+    }
 }
 
 #[derive(Debug)]
@@ -34,15 +44,21 @@ struct Piece {
 }
 
 impl Arena {
+    /// Every buffer a piece of its own and not a byte longer: for whoever watches accesses by allocation.
+    #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a stand-in for a GPU watches them"))]
+    pub(super) fn exact() -> Self {
+        Arena { pieces: BTreeMap::new(), alignment: 1, piece_bytes: 0 }
+    }
+
     /// The address of `bytes` free bytes: of the first free range that is large enough, else of a new piece.
     pub(super) fn allocate<S: PieceSource>(&mut self, bytes: usize, source: &mut S) -> Result<u64, S::Error> {
-        let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let bytes = bytes.max(1).next_multiple_of(self.alignment);
         for (address, piece) in &mut self.pieces {
             if let Some(offset) = piece.cut(bytes) {
                 return Ok(address + offset as u64);
             }
         }
-        let whole = bytes.max(PIECE_BYTES);
+        let whole = bytes.max(self.piece_bytes);
         // Near the end of the memory a piece of just this size may still be there.
         let (address, size) = match source.take(whole) {
             Ok(address) => (address, whole),

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_void};
 use std::fmt::{self, Debug};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, CudaStream, sys};
@@ -11,6 +11,7 @@ use miette::Diagnostic as _;
 
 use super::arena::{Arena, PieceSource};
 use super::backend::{Address, Backend, GemmLibrary, LaunchCall, Moment};
+use super::bindings::KernelTable;
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
 use super::probe::{Gpu, advice, driver_error};
@@ -19,6 +20,19 @@ use crate::error::{Error, Result};
 /// Pinned slots: enough that the uploads of two micro-batches never wait for each other.
 const SLOTS: usize = 32;
 const SLOT_BYTES: usize = 512 << 10;
+
+/// Launchers in place of those that are linked into the program; see [`super::launch_through`].
+static STAND_IN: OnceLock<KernelTable> = OnceLock::new();
+
+/// Takes the launchers of `table` from now on. False if others were taken before.
+pub(super) fn launch_through(table: KernelTable) -> bool {
+    STAND_IN.set(table).is_ok()
+}
+
+/// The launchers that every GPU of this process is given.
+fn kernels() -> &'static KernelTable {
+    STAND_IN.get().unwrap_or(&KERNELS)
+}
 
 /// One GPU, one stream.
 pub(super) struct GpuBackend {
@@ -49,7 +63,9 @@ impl GpuBackend {
             }
         };
         let description = format!("cuda:{} ({gpu}; products: {how})", gpu.ordinal);
-        let (staging, arena) = (Mutex::new(staging), Mutex::default());
+        // A stand-in checks accesses by allocation, so each buffer is one of its own.
+        let arena = if STAND_IN.get().is_some() { Arena::exact() } else { Arena::default() };
+        let (staging, arena) = (Mutex::new(staging), Mutex::new(arena));
         Ok(GpuBackend { gemm_library, staging, arena, stream, context, description })
     }
 
@@ -149,12 +165,12 @@ impl Backend for GpuBackend {
 
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
         let stream = self.bind()?;
-        let status = call(&KERNELS, stream.cast());
+        let status = call(kernels(), stream.cast());
         if status == 0 {
             return Ok(());
         }
         // SAFETY: the launcher returns a static C string.
-        let text = unsafe { CStr::from_ptr((KERNELS.error_text)(status)) }.to_string_lossy();
+        let text = unsafe { CStr::from_ptr((kernels().error_text)(status)) }.to_string_lossy();
         Err(Error::device(format!("{operation} of {shape:?}: {text}"), advice(status)))
     }
 

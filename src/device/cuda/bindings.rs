@@ -12,6 +12,30 @@ macro_rules! table {
         pub struct $table {
             $(pub $name: unsafe extern "C" fn($($argument: $type),*) $(-> $result)?,)*
         }
+
+        impl $table {
+            /// The functions that `find` gives for their names without a prefix; the name of the first that it lacks otherwise.
+            ///
+            /// # Safety
+            /// Each is the function that the header declares under that name, and stays where it is.
+            #[allow(dead_code, reason = "only tests bring launchers of their own")]
+            pub unsafe fn of(
+                find: &dyn Fn(&str) -> Option<std::ptr::NonNull<std::ffi::c_void>>,
+            ) -> Result<Self, &'static str> {
+                Ok($table {
+                    $($name: {
+                        let found = find(stringify!($name)).ok_or(stringify!($name))?;
+                        // SAFETY: the caller's promise; function pointers are as large as any other.
+                        unsafe {
+                            std::mem::transmute::<
+                                std::ptr::NonNull<std::ffi::c_void>,
+                                unsafe extern "C" fn($($argument: $type),*) $(-> $result)?,
+                            >(found)
+                        }
+                    },)*
+                })
+            }
+        }
     };
 }
 

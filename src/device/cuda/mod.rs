@@ -64,6 +64,24 @@ pub struct CudaDevice {
     trace: Trace<Moment>,
 }
 
+/// Makes every GPU that is opened from now on take the launchers of another library, built from the same objects. This is
+/// how tests execute the kernels' PTX on a stand-in for driver and runtime; no option of the program leads here.
+///
+/// # Errors
+/// The name of a launcher that `find` does not have, or that launchers were replaced before.
+///
+/// # Safety
+/// `find` gives, for a name of `kernels/api.h` without its prefix, the function declared there, which stays loaded.
+#[cfg(mmpo_gpu_kernels)]
+#[doc(hidden)]
+pub unsafe fn launch_through(
+    find: &dyn Fn(&str) -> Option<std::ptr::NonNull<c_void>>,
+) -> std::result::Result<(), &'static str> {
+    // SAFETY: the caller's promise.
+    let table = unsafe { KernelTable::of(find)? };
+    if backend_gpu::launch_through(table) { Ok(()) } else { Err("launchers were replaced before") }
+}
+
 impl Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CudaDevice({})", self.describe())

@@ -224,7 +224,7 @@ fn a_head_that_differs_from_the_embedding_unties_the_model() {
     let config = with_key("tie_word_embeddings", true.into());
     for dtype in [Dtype::F32, Dtype::BF16] {
         let mut tensors = tensors(&config, Dtype::F32);
-        let head = crate::checkpoint::small_model::tensors(&config, dtype)[EMBEDDING].clone();
+        let head = super::small_model::tensors(&config, dtype)[EMBEDDING].clone();
         tensors.insert(HEAD.into(), head);
         tensors.get_mut(HEAD).unwrap().2[0] ^= 1;
         let folder = Folder::with(&config, &tensors);

@@ -1,0 +1,352 @@
+//! Faults planted in the PTX that nvcc emitted, each of which the PTX machine must catch: by a finding whose text is named
+//! here, or by a result that differs from that of the kernel as it is.
+
+#![cfg(mmpo_gpu_kernels)]
+
+mod ptx_machine;
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
+use mmpo_fast::device::cuda::{CudaDevice, GemmChoice};
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::device::{
+    AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, LinearShape, NormShape, RawValues,
+};
+use mmpo_fast::error::Result;
+use ptx_machine::Landing;
+
+/// What a fault is planted in: an operation, the target whose PTX runs, and part of the mangled names of its kernels.
+struct Subject {
+    name: &'static str,
+    target: &'static str,
+    entry: &'static str,
+    run: fn(&CudaDevice) -> Result<Vec<f32>>,
+}
+
+/// `wgmma`, TMA and mbarriers: a tile of 64 x 128 without clusters.
+const GEMM: Subject = Subject {
+    name: "gemm",
+    target: "sm_90a",
+    entry: "gemm_sm9016gemm_sm90_kernelINS1_10Tile64x128ENS0_12ForwardLinesENS1_9StoreBf16",
+    run: |device| gemm(device, Some("64x128"), 200),
+};
+/// The same by clusters of two blocks.
+const PAIRED: Subject = Subject {
+    name: "gemm by two blocks",
+    target: "sm_90a",
+    entry: "gemm_sm9016gemm_sm90_kernelINS1_6PairedINS1_11Tile128x128EEENS0_12ForwardLinesENS1_9StoreBf16",
+    run: |device| gemm(device, Some("128x128 by 2"), 600),
+};
+/// `mma.sync`, `ldmatrix` and `cp.async`.
+const PORTABLE: Subject = Subject {
+    name: "portable gemm",
+    target: "sm_80",
+    entry: "gemm11gemm_kernel",
+    run: |device| gemm(device, None, 150),
+};
+const NORM: Subject = Subject {
+    name: "norm",
+    target: "sm_80",
+    entry: "rms_norm_forward_kernel",
+    run: |device| norm(device, 37, 192),
+};
+/// Rows that whole blocks share.
+const WIDE_NORM: Subject = Subject {
+    name: "norm of wide rows",
+    target: "sm_80",
+    entry: "rms_norm_forward_kernel",
+    run: |device| norm(device, 5, 4100),
+};
+const ATTENTION: Subject = Subject {
+    name: "attention",
+    target: "sm_90a",
+    entry: "attention_forward_sm90_cu",
+    run: |device| attention(device, false),
+};
+const ATTENTION_GRADIENT: Subject = Subject {
+    name: "attention's gradient",
+    target: "sm_90a",
+    entry: "attention_backward_sm90_kernelILi64EN4mmpo3gpu10FixedOrder",
+    run: |device| attention(device, true),
+};
+const PORTABLE_ATTENTION: Subject = Subject {
+    name: "portable attention",
+    target: "sm_80",
+    entry: "attention_forward_kernelILi64",
+    run: |device| attention(device, false),
+};
+
+/// How a fault shows.
+enum Caught {
+    /// By a finding that says this.
+    Says(&'static str),
+    /// By other results.
+    Differs,
+}
+use Caught::{Differs, Says};
+
+/// Occurrence `.1` (0: all) of `.2` becomes `.3` in the entries of the subject. `//` makes the rest of a line a comment, so the
+/// instruction is gone.
+type Fault = (&'static Subject, i32, &'static str, &'static str, Caught);
+
+const FAULTS: &[Fault] = &[
+    // Waits of wgmma and its fences.
+    (
+        &GEMM,
+        1,
+        "wgmma.wait_group.sync.aligned 0",
+        "wgmma.wait_group.sync.aligned 1",
+        Says("register of a wgmma under way"),
+    ),
+    (&GEMM, 0, "wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 3", Says("may still read")),
+    (&GEMM, 1, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
+    (&GEMM, 1, "wgmma.commit_group", "//wgmma.commit_group", Says("commit_group is missing")),
+    // Its operands: scale-d, and which of both is transposed.
+    (&GEMM, 1, "setp.ne.b32 p", "setp.eq.b32 p", Differs),
+    (&GEMM, 2, "p, 1, 1, 0, 0", "p, 1, 1, 0, 1", Differs),
+    (&GEMM, 2, "p, 1, 1, 0, 0", "p, 1, 1, 1, 0", Differs),
+    // mbarriers.
+    (&GEMM, 1, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
+    (&GEMM, 1, "bar.sync 0", "//bar.sync 0", Says("missing fence.mbarrier_init")),
+    (&GEMM, 1, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
+    (&GEMM, 2, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
+    (&GEMM, 1, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
+    (&GEMM, 1, "mbarrier.arrive.expect_tx", "mbarrier.arrive", Says("more arrivals at the mbarrier")),
+    (&GEMM, 0, "mbarrier.arrive.shared::cta", "//mbarrier.arrive.shared::cta", Says("deadlock")),
+    // A wait that always says that the phase is complete: the producer's, and a consumer's.
+    (&GEMM, 1, "1, 0, p;", "1, 1, p;", Says("race: a copy overwrites")),
+    (&GEMM, 2, "1, 0, p;", "1, 1, p;", Says("reads shared memory that nothing wrote")),
+    // Named barriers between the consumers.
+    (&GEMM, 1, "bar.arrive", "//bar.arrive", Says("deadlock")),
+    (&GEMM, 2, "bar.sync", "//bar.sync", Says("threads at barrier")),
+    // Tensor copies in and out.
+    (&GEMM, 1, "cp.async.bulk.tensor.2d.shared", "//cp.async.bulk.tensor.2d.shared", Says("deadlock")),
+    (&GEMM, 1, "tensor.2d.shared", "tensor.3d.shared", Says("another number of coordinates")),
+    (&GEMM, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
+    (&GEMM, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
+    (&GEMM, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
+    (&GEMM, 0, "cp.async.bulk.commit_group", "//cp.async.bulk.commit_group", Says("no group was committed")),
+    (
+        &GEMM,
+        0,
+        "cp.async.bulk.wait_group",
+        "//cp.async.bulk.wait_group",
+        Says("still reads its shared memory"),
+    ),
+    (&GEMM, 1, "cp.async.bulk.tensor.2d.global", "//cp.async.bulk.tensor.2d.global", Differs),
+    // Clusters.
+    (&PAIRED, 1, "barrier.cluster.arrive", "//barrier.cluster.arrive", Says("without having arrived")),
+    (&PAIRED, 0, "barrier.cluster", "//barrier.cluster", Says("missing fence.mbarrier_init")),
+    (&PAIRED, 0, "mbarrier.arrive.shared::cluster", "//mbarrier.arrive.shared::cluster", Says("deadlock")),
+    // cp.async and its groups; each thread waits before the block's barrier.
+    (
+        &PORTABLE,
+        1,
+        "cp.async.wait_group",
+        "//cp.async.wait_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (
+        &PORTABLE,
+        0,
+        "cp.async.wait_group 1",
+        "cp.async.wait_group 2",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (
+        &PORTABLE,
+        1,
+        "cp.async.commit_group",
+        "//cp.async.commit_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (&PORTABLE, 1, "cp.async.cg", "//cp.async.cg", Says("reads shared memory that nothing wrote")),
+    (&PORTABLE, 1, "], 16, %r", "], 8, %r", Says("cp.async.cg copies 16 bytes")),
+    (&PORTABLE, 1, "bar.sync 0", "//bar.sync 0", Says("reads shared memory that nothing wrote")),
+    (&PORTABLE, 2, "bar.sync 0", "//bar.sync 0", Says("race: reads shared memory")),
+    // Fragments.
+    (
+        &PORTABLE,
+        1,
+        "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared",
+        Differs,
+    ),
+    (&PORTABLE, 1, "ldmatrix", "//ldmatrix", Differs),
+    (&PORTABLE, 1, "mma.sync", "//mma.sync", Differs),
+    // Who does what.
+    (&PORTABLE, 1, "%tid.x", "%laneid", Says("race: a copy overwrites")),
+    (&PORTABLE, 1, "%ctaid.x", "%tid.x", Says("out of bounds")),
+    (&NORM, 1, "%ctaid.x", "%ntid.x", Differs),
+    (&NORM, 1, "setp.ge.", "setp.gt.", Says("out of bounds")),
+    (&NORM, 1, "shfl.sync", "//shfl.sync", Differs),
+    (&NORM, 0, "shfl.sync.bfly", "shfl.sync.down", Differs),
+    (&NORM, 1, "rsqrt", "//rsqrt", Differs),
+    (&WIDE_NORM, 1, "bar.sync", "//bar.sync", Says("reads shared memory that nothing wrote")),
+    // Attention: softmax, rings of tiles, turns between blocks.
+    (&PORTABLE_ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
+    (
+        &PORTABLE_ATTENTION,
+        0,
+        "cp.async.wait_group",
+        "//cp.async.wait_group",
+        Says("reads shared memory that nothing wrote"),
+    ),
+    (&ATTENTION, 0, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
+    (&ATTENTION, 0, "wgmma.fence", "//wgmma.fence", Says("wgmma without wgmma.fence")),
+    (&ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
+    (&ATTENTION_GRADIENT, 0, "st.release", "//st.release", Says("deadlock")),
+    (&ATTENTION_GRADIENT, 0, "cp.reduce.async", "//cp.reduce.async", Differs),
+];
+
+/// Pseudo-random values between -1 and 1.
+fn values(seed: u32, count: usize) -> Vec<f32> {
+    let mut state = seed;
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn upload(device: &CudaDevice, values: &[f32]) -> Result<ComputeBuffer<CudaDevice>> {
+    let mut buffer = device.alloc(values.len())?;
+    device.upload_values(&mut buffer, 0, RawValues::from_f32(values))?;
+    Ok(buffer)
+}
+
+fn gemm(device: &CudaDevice, tile: Option<&str>, rows: usize) -> Result<Vec<f32>> {
+    let choice = match tile {
+        None => GemmChoice::Ours,
+        Some(name) => {
+            let tiles = device.gemm_tiles()?;
+            let number = tiles.iter().position(|tile| tile.to_string() == name).expect("a tile of this name");
+            GemmChoice::Tile(u8::try_from(number).expect("few tiles"))
+        }
+    };
+    let device = &CudaDevice::open(if tile.is_some() { 0 } else { 1 })?.with_gemm_choice(choice);
+    let shape = LinearShape { rows, inputs: 600, outputs: 232 };
+    let x = upload(device, &values(1, rows * shape.inputs))?;
+    let weight = upload(device, &values(2, shape.outputs * shape.inputs))?;
+    let mut out = upload(device, &vec![f32::NAN; rows * shape.outputs])?;
+    device.linear_forward(&mut out, &x, &weight, None, shape)?;
+    let mut result = vec![0.0; rows * shape.outputs];
+    device.download_compute(&mut result, &out, 0)?;
+    Ok(result)
+}
+
+fn norm(device: &CudaDevice, rows: usize, width: usize) -> Result<Vec<f32>> {
+    let x = upload(device, &values(1, rows * width))?;
+    let weight = upload(device, &values(2, width))?;
+    let mut out = upload(device, &vec![f32::NAN; rows * width])?;
+    let mut rstd = device.alloc(rows)?;
+    device.upload(&mut rstd, 0, &vec![0.0_f32; rows])?;
+    device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, NormShape { rows, width, epsilon: 1e-5 })?;
+    let mut result = vec![0.0; rows * width];
+    device.download_compute(&mut result, &out, 0)?;
+    Ok(result)
+}
+
+fn attention(device: &CudaDevice, gradient: bool) -> Result<Vec<f32>> {
+    let shape = AttentionShape { heads: 2, kv_heads: 1, head_size: 64 };
+    let pair = TokenizedPair { record: 0, prompt: vec![1; 150], chosen: vec![1; 70], rejected: vec![1; 90] };
+    let batch = PairBatch::pack(&[pair], Sides::Both);
+    let tokens = batch.tokens();
+    let mut buffers = BatchBuffers::new(device, tokens, 1, batch.scored_tokens())?;
+    buffers.load(device, &batch, &[])?;
+    let qkv = upload(device, &values(1, tokens * shape.qkv_width()))?;
+    let mut out = upload(device, &vec![f32::NAN; tokens * shape.out_width()])?;
+    let mut lse = device.alloc(tokens * shape.heads)?;
+    device.upload(&mut lse, 0, &vec![f32::NAN; tokens * shape.heads])?;
+    device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape)?;
+    if !gradient {
+        let mut result = vec![0.0; tokens * shape.out_width()];
+        device.download_compute(&mut result, &out, 0)?;
+        return Ok(result);
+    }
+    let dout = upload(device, &values(3, tokens * shape.out_width()))?;
+    let mut dqkv = upload(device, &vec![f32::NAN; tokens * shape.qkv_width()])?;
+    let batch = &buffers;
+    device.attention_backward(AttentionGradient {
+        dqkv: &mut dqkv,
+        dout: &dout,
+        out: &out,
+        lse: &lse,
+        qkv: &qkv,
+        batch,
+        shape,
+    })?;
+    let mut result = vec![0.0; tokens * shape.qkv_width()];
+    device.download_compute(&mut result, &dqkv, 0)?;
+    Ok(result)
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// What is wrong with the outcome of a faulty kernel, if it was not caught as it should be.
+fn missed(outcome: Result<Vec<f32>>, caught: &Caught, wanted: &[u32]) -> Option<String> {
+    match (outcome, caught) {
+        (Err(error), Says(text)) if error.to_string().contains(text) => None,
+        (Err(error), _) => Some(format!("the machine says: {error}")),
+        (Ok(_), Says(text)) => Some(format!("no finding, where `{text}` was expected")),
+        (Ok(result), Differs) if bits(&result) != wanted => None,
+        (Ok(_), Differs) => Some("the result is the same".to_owned()),
+    }
+}
+
+/// The machine has one set of edits: the tests here take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+#[test]
+fn every_fault_planted_in_the_ptx_is_caught() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(machine) = ptx_machine::machine() else { return };
+    machine.configure(Landing::Late, 0, false);
+    assert!(FAULTS.len() >= 40, "{} faults", FAULTS.len());
+    let mut wanted: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
+    let mut all_missed = Vec::new();
+    for (subject, occurrence, from, to, caught) in FAULTS {
+        let device = ptx_machine::device(subject.target).expect("the machine runs");
+        let wanted = wanted.entry(subject.name).or_insert_with(|| {
+            bits(&(subject.run)(&device).unwrap_or_else(|error| panic!("{} as it is: {error}", subject.name)))
+        });
+        machine
+            .edit(subject.entry, from, to, *occurrence)
+            .unwrap_or_else(|error| panic!("{}: {error}", subject.name));
+        let outcome = (subject.run)(&device);
+        machine.restore();
+        if let Some(why) = missed(outcome, caught, wanted) {
+            all_missed.push(format!("{}: `{from}` ({occurrence}) to `{to}`: {why}", subject.name));
+        }
+    }
+    assert!(all_missed.is_empty(), "{} of {}:\n{}", all_missed.len(), FAULTS.len(), all_missed.join("\n"));
+}
+
+/// A report names what a person needs to find the fault: kernel, block, thread, the PTX line and its text, and the source.
+#[test]
+fn a_finding_says_where() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(machine) = ptx_machine::machine() else { return };
+    machine.configure(Landing::Late, 0, false);
+    let device = ptx_machine::device(NORM.target).expect("the machine runs");
+    machine.edit(NORM.entry, "setp.ge.", "setp.gt.", 1).expect("an edit");
+    let outcome = (NORM.run)(&device);
+    machine.restore();
+    let error = outcome.expect_err("a finding").to_string();
+    for part in [
+        "out of bounds: 16 bytes at byte 14208 of an allocation of 14208 bytes",
+        "rms_norm_forward_kernel",
+        "block (0, 0, 0)",
+        "thread",
+        "PTX line",
+        "ld.global",
+        "kernels/",
+    ] {
+        assert!(error.contains(part), "`{part}` is missing in: {error}");
+    }
+}

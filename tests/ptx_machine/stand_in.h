@@ -1,0 +1,8 @@
+// What the stand-ins for driver and runtime share.
+#pragma once
+
+// The device whose context is current in this thread.
+int current_device();
+// Of both devices: an H100 has 132. Persistent kernels launch as many blocks.
+int multiprocessors();
+void set_multiprocessors(int count);
