@@ -228,6 +228,12 @@ fn the_token_that_ends_a_turn_is_what_the_template_writes_after_the_answer() {
         // Nothing special is written: a response then ends with the tokenizer's own end token.
         ("chatml", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|im_end|>"),
         ("chatml", "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", "<|endoftext|>"),
+        // Of two, the first.
+        (
+            "chatml",
+            "{% for m in messages %}{{ m.content }}<|im_end|><|endoftext|>{% endfor %}<|im_start|>",
+            "<|im_end|>",
+        ),
         // This one takes no conversation without a system message.
         (
             "llama3",
@@ -250,6 +256,13 @@ fn a_template_that_asks_for_too_much_is_at_fault_and_not_the_conversation() {
         let template = ChatTemplate::from_source(Path::new("t"), source, Default::default()).unwrap();
         let refusal = template.render(&[], &Map::new(), false).unwrap_err();
         assert!(refusal.exceeded && refusal.message.contains("line 1"), "{source}: {refusal}");
+        let turn = |role: &str| serde_json::json!([{"role": role, "content": "x"}]);
+        let record = serde_json::json!({"prompt": turn("user"), "chosen": turn("assistant"), "rejected": turn("assistant")});
+        let (_folder, path) = temporary("pairs.jsonl", record.to_string());
+        let encoder =
+            mmpo_fast::data::TextEncoder { tokenizer: encoder("chatml").tokenizer, template: Some(template) };
+        let error = mmpo_fast::data::load_pairs(&path, &encoder, golden_limits()).map(|_| ()).unwrap_err();
+        assert_eq!(error.exit_code(), 4, "{error}");
     }
 }
 
