@@ -62,15 +62,18 @@ device_tests! {
         for storage in [StorageType::F32, StorageType::F16, StorageType::Bf16] {
             let mut bytes = vec![0xFF];
             bytes.extend(bytes_of(storage));
-            let mut buffer = unset_compute(device, values.len() + 1);
-            device.upload_values(&mut buffer, 1, RawValues { storage, bytes: &bytes[1..] }).unwrap();
-            let got = read_compute(device, &buffer);
-            assert!(got[0].is_nan());
-            for (&got, &value) in got[1..].iter().zip(&values) {
-                // bf16 keeps 8 bits, f16 11.
-                let error = if value.is_infinite() { if got == value { 0.0 } else { 1.0 } } else { (got / value - 1.0).abs() };
-                let allowed = if storage == StorageType::F32 { bounds.relative as f32 } else { 4e-3 };
-                assert!(error <= allowed, "{storage:?}: {got} for {value}");
+            // To an address that is a multiple of 16 bytes on a GPU, and to one that is not.
+            for offset in [1, 8] {
+                let mut buffer = unset_compute(device, values.len() + offset);
+                device.upload_values(&mut buffer, offset, RawValues { storage, bytes: &bytes[1..] }).unwrap();
+                let got = read_compute(device, &buffer);
+                assert!(got[..offset].iter().all(|value| value.is_nan()));
+                for (&got, &value) in got[offset..].iter().zip(&values) {
+                    // bf16 keeps 8 bits, f16 11.
+                    let error = if value.is_infinite() { if got == value { 0.0 } else { 1.0 } } else { (got / value - 1.0).abs() };
+                    let allowed = if storage == StorageType::F32 { bounds.relative as f32 } else { 4e-3 };
+                    assert!(error <= allowed, "{storage:?}: {got} for {value}");
+                }
             }
         }
     }
