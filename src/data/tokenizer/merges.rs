@@ -326,6 +326,18 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_that_has_become_another_waits_for_its_own_turn() {
+        let pairs = [("b", "c"), ("a", "b"), ("d", "a"), ("a", "bc")];
+        let merges = pairs.map(|(left, right)| (left.to_string(), right.to_string()));
+        let model = model(&merges, false);
+        let (ours, library) = (Merges::read(&model).unwrap(), library(&model));
+        let mut word = letters(&library, "dabc");
+        ours.merge(&mut word);
+        assert_eq!(word, ["da", "bc"].map(|token| library.token_to_id(token).unwrap()));
+        assert_eq!(word, ids(&library, "dabc"));
+    }
+
+    #[test]
     fn merges_stop_before_a_space_only_where_none_reaches_over_it() {
         let stops = |merges: &[(&str, &str)], takes_whole_words, letter| {
             let merges: Vec<(String, String)> =
