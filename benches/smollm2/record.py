@@ -71,7 +71,9 @@ def train(objective, options, pairs, held_out):
     printed = call(*command)
     words = shlex.join(map(str, command)).replace(str(ROOT) + "/", "")
     (options.results / f"metrics-{objective}.jsonl").write_text((output / "metrics.jsonl").read_text())
-    (options.results / f"resolved-{objective}.toml").write_text((output / "resolved.toml").read_text())
+    # Paths from the root of the tree, as in the command.
+    resolved = (output / "resolved.toml").read_text().replace(f"{ROOT}/", "")
+    (options.results / f"resolved-{objective}.toml").write_text(resolved)
     return {"objective": objective, "seconds": round(time.monotonic() - started, 1), "command": words, "printed": printed}
 
 
