@@ -1,7 +1,7 @@
 //! JSON of Python programs: `NaN`, `Infinity` and `-Infinity` stand where the standard has only numbers.
 //!
 //! Python's `json` writes and reads them, so model folders may hold them. Such a number is kept as a string that begins
-//! with a zero byte, which no other string of a config does: it is no number for whoever reads the key, and [`write`]
+//! with a zero byte, which no other string of a config does: it is no number for whoever reads the key, and [`write()`]
 //! writes it as it was.
 
 use serde_json::Value;
