@@ -16,3 +16,5 @@ trap 'rm -rf "$profile"' EXIT
 # Root, as in a container, has no sandbox.
 "$browser" --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$profile" \
   --window-size="1100,$height" --screenshot="$(realpath -m "$picture")" "file://$page" 2>/dev/null
+# A page has few colours, and a picture in the tree is to be small.
+if command -v pngquant > /dev/null; then pngquant --force --ext .png 96 "$picture"; fi
