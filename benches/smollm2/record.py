@@ -33,6 +33,13 @@ OBJECTIVES = {
     "simpo": ["--learning-rate", "1e-5"],
     "sft": ["--learning-rate", "2e-5"],
 }
+# Names for people, and what to expect of the held-out pairs.
+SHOWN = {
+    "mmpo": ("MMPO", "MMPO raises both responses of a pair, each by its weight."),
+    "dpo": ("DPO", "DPO moves the two responses apart."),
+    "simpo": ("SimPO", "SimPO moves them apart by the token."),
+    "sft": ("SFT", "SFT learns the chosen responses alone."),
+}
 LENGTHS = ["--max-length", "384", "--max-prompt-length", "192"]
 SHARED = ["--pairs-per-step", "4", "--epochs", "1", "--seed", "42"]
 PROMPTS, PROMPT_CHARACTERS, NEW_TOKENS = 4, 160, 96
@@ -201,7 +208,8 @@ def report(results):
             scores[row["model"]].append(row)
     runs = json.loads((results / "runs.json").read_text())
     pictures = sorted(results.glob("report-*.png"))
-    lines = ["# All four objectives on a real model and real pairs, with pairs held out", ""]
+    names = ", ".join(SHOWN[run["objective"]][0] for run in runs)
+    lines = [f"# A real model and real pairs, with pairs held out: {names}", ""]
     lines += [f"- {entry}" for entry in (results / "about.txt").read_text().splitlines()]
     minutes = ", ".join(f"{run['objective']} {run['seconds'] / 60:.1f} min" for run in runs)
     lines += [f"- time of the whole commands, references and evaluations included: {minutes}"]
@@ -214,7 +222,7 @@ def report(results):
         "",
         *score_table(scores),
         "",
-        "SFT learns the chosen responses alone; MMPO raises both responses of a pair, each by its weight; DPO and SimPO move them apart.",
+        " ".join(SHOWN[run["objective"]][1] for run in runs),
         "",
         *(f"![The report of the {path.stem.removeprefix('report-')} run]({path.name})" for path in pictures),
         "",
