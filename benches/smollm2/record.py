@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains the real SmolLM2-135M-Instruct with all four objectives on real pairs, and looks at pairs that were held out.
+"""Trains the real SmolLM2-135M-Instruct with MMPO, DPO, SimPO and SFT on real pairs, and looks at pairs that were held out.
 
     python3 benches/smollm2/record.py RESULTS             everything; benches/smollm2/run.sh calls it so
     python3 benches/smollm2/record.py RESULTS --report    README.md alone, from what is there

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recorded run of all four objectives on the real SmolLM2-135M-Instruct: model, pairs, program, training, results.
+# The recorded run of MMPO, DPO, SimPO and SFT on the real SmolLM2-135M-Instruct: model, pairs, program, training, results.
 #
 #     bash benches/smollm2/run.sh [RESULTS] [options of record.py]
 #
