@@ -139,7 +139,7 @@ path_tests! {
                 if tokens > 60 { 12 } else { 40 },
                 bounds,
             );
-            let [exact, eager] = naive::both(|precision| {
+            let [exact, eager] = naive::both_once((sizes, shape), &[&qkv64, &dout64], |precision| {
                 let pass = precision.attention(&qkv64, &spans, shape);
                 precision.attention_backward(&dout64, &pass, &qkv64, shape)
             });
