@@ -37,14 +37,20 @@ fn attention_bounds<D: Device>(bounds: Tolerance) -> Tolerance {
 }
 
 /// What a forward and a backward pass gave.
-struct Passes {
-    out: Vec<f32>,
-    lse: Vec<f32>,
-    dqkv: Vec<f32>,
+pub struct Passes {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub dqkv: Vec<f32>,
 }
 
 /// Runs both passes on `sizes` with the given values.
-fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f32], dout: &[f32]) -> Passes {
+pub fn run<D: Device>(
+    device: &D,
+    sizes: Sizes<'_>,
+    shape: AttentionShape,
+    qkv: &[f32],
+    dout: &[f32],
+) -> Passes {
     let batch = pair_batch(sizes, 2);
     let buffers = load_batch(device, &batch, &[]);
     let tokens = batch.tokens();
