@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::inputs::Inputs;
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
-use crate::data::{CacheKey, PairDataset, ReferenceCache};
+use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
 use crate::device::Device;
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
@@ -19,25 +19,19 @@ use crate::score::Scorer;
 /// How often what is scored so far is stored, for a process that is killed.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// References of the training and of the evaluation pairs, in their orders; zeros where the objective needs none.
+/// References of the training and of the evaluation pairs, in their orders.
 #[derive(Debug)]
 pub struct References {
-    /// Of the training pairs, in their order.
+    /// Of the training pairs, in their order; not known where the objective needs none.
     pub training: Vec<ReferencePair>,
-    /// Of the evaluation pairs, in their order.
+    /// Of the evaluation pairs, in their order; not known where the objective looks at the chosen responses alone. The others
+    /// have them whatever they train on, to show what training changes.
     pub evaluation: Vec<ReferencePair>,
 }
 
 impl References {
     /// `model` is the starting model, which is the reference unless the configuration names another.
     pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
-        let evaluation_pairs = inputs.evaluation.as_ref().map_or(0, |dataset| dataset.pairs.len());
-        if !config.objective.needs_reference() {
-            return Ok(References {
-                training: vec![ReferencePair::default(); inputs.training.pairs.len()],
-                evaluation: vec![ReferencePair::default(); evaluation_pairs],
-            });
-        }
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
             Some(folder) => {
@@ -57,13 +51,19 @@ impl References {
         let score = |dataset: &PairDataset, label: &str| {
             score_cached(config, inputs, weights, reference, dataset, label)
         };
-        Ok(References {
-            training: score(&inputs.training, "reference log-probs")?,
-            evaluation: match &inputs.evaluation {
-                Some(dataset) => score(dataset, "reference log-probs, evaluation")?,
-                None => Vec::new(),
-            },
-        })
+        let unknown = |dataset: &PairDataset| vec![ReferencePair::default(); dataset.pairs.len()];
+        let training = match config.objective.needs_reference() {
+            true => score(&inputs.training, "reference log-probs")?,
+            false => unknown(&inputs.training),
+        };
+        let evaluation = match &inputs.evaluation {
+            Some(dataset) if config.objective.sides() == Sides::Both => {
+                score(dataset, "reference log-probs, evaluation")?
+            }
+            Some(dataset) => unknown(dataset),
+            None => Vec::new(),
+        };
+        Ok(References { training, evaluation })
     }
 }
 
