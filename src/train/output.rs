@@ -10,7 +10,8 @@ use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
+    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, advice, print_result,
+    summary,
 };
 
 const MODEL_FOLDER: &str = "model";
@@ -88,14 +89,20 @@ impl Output {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
         };
+        let history = History::read(&self.path)?;
+        let warnings = advice(&history, config.optimizer.learning_rate);
+        // The demo's page has them too, but its terminal shows what a newcomer came for.
+        if config.model.is_some() {
+            warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        }
         let report = RunReport {
             model: name(config),
             objective: config.objective.name().to_string(),
             device,
             recipe: config.to_toml(),
-            history: History::read(&self.path)?,
+            warnings,
+            history,
             data: inputs.data_summaries(config),
-            warnings: warnings(&comparison),
             comparison,
             samples,
             seconds,
@@ -161,20 +168,4 @@ fn name(config: &RunConfig) -> String {
         Some(path) => path.display().to_string(),
         None => "the built-in demo".to_string(),
     }
-}
-
-/// What a user should know of this run beyond its numbers.
-fn warnings(comparison: &Option<(EvalMetrics, EvalMetrics)>) -> Vec<String> {
-    let saturated =
-        comparison.iter().filter_map(|(_, after)| after.pairs.weights).map(|weights| weights.saturated);
-    saturated
-        .filter(|&share| share > 0.5)
-        .map(|share| {
-            format!(
-                "{:.0} % of the pairs train on one response alone: their softmax weights are above 0.99. Log-probs of \
-                 long responses differ by tens of nats; `length_normalize = true` compares means instead.",
-                100.0 * share
-            )
-        })
-        .collect()
 }
