@@ -46,7 +46,7 @@ impl Keys {
         self.warnings.take()
     }
 
-    /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
+    /// The error for a key whose value is of the wrong kind.
     pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         let value = json::shown(value.to_string());
         self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
@@ -162,7 +162,7 @@ impl Keys {
         }
     }
 
-    /// What the config says of the weights' type; `None` also where it is a type that is not stored here.
+    /// The type that the config names for the weights; `None` also for a type that this program does not store.
     pub(super) fn dtype(&self) -> Result<Option<StorageType>> {
         let Some(value) = self.get("dtype").or_else(|| self.get("torch_dtype")) else {
             return Ok(None);

@@ -131,7 +131,7 @@ const HARMLESS_KEYS: &[&str] = &[
 /// The names under which the published configs of Llamas have their causal model.
 const CAUSAL_MODELS: [&str; 2] = ["LlamaForCausalLM", "LLaMAForCausalLM"];
 
-/// What the warning about unread keys shows of them.
+/// Most keys that the warning about unread keys names.
 const SHOWN_KEYS: usize = 20;
 
 impl Keys {
@@ -220,7 +220,7 @@ impl Keys {
         Ok(())
     }
 
-    /// One warning that lists what no Llama reads. `unread_rope` are such keys of the rope section.
+    /// Gives one warning that lists the keys that no Llama reads. `unread_rope` are those of the rope section.
     pub(super) fn warn_of_unread(&self, unread_rope: &[String]) {
         let known =
             |key: &str| key.starts_with('_') || READ_KEYS.contains(&key) || HARMLESS_KEYS.contains(&key);
