@@ -42,7 +42,7 @@ pub struct PairCoefficients<'a> {
     pub entropy_rejected: &'a mut [f32],
 }
 
-/// What a pair came to; the layout is that of `outcomes[pairs, 8]` on a device.
+/// Results of one pair; the layout is that of `outcomes[pairs, 8]` on a device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PairOutcome {

@@ -16,7 +16,7 @@ use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
 
-/// How often what is scored so far is stored, for a process that is killed.
+/// Time between two writes of the scores so far: a process that is killed loses no more than that.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// References of the training and of the evaluation pairs, in their orders; zeros where the objective needs none.
@@ -29,7 +29,8 @@ pub struct References {
 }
 
 impl References {
-    /// `model` is the starting model, which is the reference unless the configuration names another.
+    /// Scores the pairs, unless the objective needs no reference. `model` is the starting model, which is the reference
+    /// unless the configuration names another.
     pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
         let evaluation_pairs = inputs.evaluation.as_ref().map_or(0, |dataset| dataset.pairs.len());
         if !config.objective.needs_reference() {
@@ -97,7 +98,7 @@ fn score_cached<D: Device>(
     Ok(references)
 }
 
-/// Scores what an earlier run that was stopped did not; a signal keeps what is done by then.
+/// Scores the pairs that an earlier run, which was stopped, did not; a signal keeps those that are done by then.
 fn score_rest<D: Device>(
     config: &RunConfig,
     reference: &Llama<D>,
@@ -140,7 +141,7 @@ fn score_rest<D: Device>(
     Ok(std::mem::take(&mut *done.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// What a signal does while references are scored.
+/// On a signal, keeps the references that are scored by then.
 fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pairs: usize) -> Keeper {
     interrupt::keep_before_end(move || {
         let done = done.lock().unwrap_or_else(PoisonError::into_inner);
