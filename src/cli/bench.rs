@@ -17,7 +17,7 @@ that its operation needs.
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
 a model folder.";
 
-/// Layers, pairs, tokens or calls at most: more than any measurement needs, and few enough to count in 32 bits.
+/// Most layers, pairs, tokens or calls: more than any measurement needs, and few enough to count in 32 bits.
 const MOST: usize = 1 << 24;
 
 /// The options of `train` that mean the same here.
@@ -63,7 +63,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
@@ -129,7 +129,7 @@ fn cases(matches: &ArgMatches, parts: &[Part]) -> Result<Vec<BenchCase>> {
     Ok(cases)
 }
 
-/// Flags that a part would ignore are mistakes.
+/// Refuses flags that a part would ignore.
 fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
     let (part, flags, why): (_, &[&str], _) = match parts {
         [Part::Step] => ("step", &["only"], "it chooses kernels, and a step has none to choose"),

@@ -70,36 +70,36 @@ pub struct Given<T> {
     pub origin: Origin,
 }
 
-/// An option without its type, for what treats all options alike: flags, recipe files, help.
+/// An option without its type, for code that treats all options alike: flags, recipe files, help.
 pub struct Row {
     /// The recipe's key; the flag has `-` for `_`.
     pub name: &'static str,
-    /// The heading that it stands under in `--help`.
+    /// The heading under which it stands in `--help`.
     pub heading: &'static str,
     /// What it does, in a sentence.
     pub documentation: String,
-    /// Stands for the value in `--help`.
+    /// The word that stands for the value in `--help`.
     pub placeholder: &'static str,
     /// Whether the flag may stand alone, meaning `true`.
     pub is_switch: bool,
     /// The objectives that the option belongs to.
     pub only: Vec<ObjectiveKind>,
-    /// The default for people.
+    /// The default, for people.
     pub default: String,
     /// Sets it from a flag's text.
     pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
     /// Sets it from a recipe's value.
     pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
-    /// Who gave it, if anybody did.
+    /// Where the value came from; `None` if nobody gave one.
     pub origin: fn(&Options) -> Option<&Origin>,
-    /// Takes it back.
+    /// Removes the value.
     pub clear: fn(&mut Options),
     /// Its value as TOML, if it has one.
     pub to_toml: fn(&Options) -> Option<String>,
 }
 
 impl Row {
-    /// What `--help` says of it.
+    /// The text of `--help` about it.
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() == DESCRIPTORS.len() {
             true => String::new(),
@@ -152,7 +152,8 @@ fn checked<T: OptionValue>(
     }
 }
 
-/// Makes from the table: [`Options`] (what was given), [`Settled`] (what holds), and the [`rows`].
+/// Makes from the table: [`Options`] (the values that were given), [`Settled`] (the values that hold), and the
+/// [`rows`].
 macro_rules! options {
     ($($heading:literal { $(
         $(#[doc = $documentation:literal])+
@@ -173,7 +174,7 @@ macro_rules! options {
         )+)+ }
 
         impl Options {
-            /// `self` where it says something, else `lower`.
+            /// The values of `self`, and those of `lower` where `self` has none.
             pub fn or(self, lower: Options) -> Options {
                 Options { $($( $name: self.$name.or(lower.$name), )+)+ }
             }
