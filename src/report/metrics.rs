@@ -1,4 +1,4 @@
-//! What a step and an evaluation came to, under the names that users of this ecosystem already chart.
+//! The results of a step and of an evaluation, under the names that users of this ecosystem already chart.
 
 use crate::data::Sides;
 use crate::objective::{Objective, PairOutcome};
@@ -57,9 +57,9 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// The learning rate of the step.
     pub learning_rate: f64,
-    /// Tokens of the packed batches a second.
+    /// Tokens of the packed batches per second.
     pub tokens_per_second: f64,
-    /// Pairs a second.
+    /// Pairs per second.
     pub pairs_per_second: f64,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
@@ -106,7 +106,7 @@ impl PairMetrics {
         }
     }
 
-    /// Names and values up to the weights, which come later in the order of names.
+    /// Names and values without the weights, which come later in the order of names.
     fn fields(&self) -> Vec<(&'static str, f64)> {
         let mut fields = vec![("loss", self.loss)];
         if let Some(preference) = self.preference {

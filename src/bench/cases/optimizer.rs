@@ -1,4 +1,4 @@
-//! The operations of the optimiser, over the weights that the products of an MLP have.
+//! The operations of the optimiser, over the weights of an MLP.
 
 use super::{Case, Maker, Outputs, WORD, compute_size, outputs};
 use crate::bench::inputs::{compute, filled, floats, normal};
@@ -67,7 +67,8 @@ fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             .collect();
         device.adamw(&mut updates, &norm, settings.adamw(1))
     });
-    // Both moments are read and written, the gradient read, the weight written and what it comes from read.
+    // Both moments are read and written, the gradient is read, the weight is written, and its master copy, or the
+    // weight itself, is read.
     let bytes = 5 * WORD + compute_size::<D>() + masters;
     Ok(case.updates().bytes(bytes * TENSORS * values))
 }
