@@ -1,9 +1,9 @@
 //! Signals that ask the program to end: Ctrl-C, a batch system's SIGTERM, a terminal that closes.
 //!
-//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error, and where none is
-//! reached within `GRACE` (a large matrix product, a large file), what is worth keeping is kept and the process ends
-//! there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves and stops. A second
-//! signal ends the process at once.
+//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error. Where none is
+//! reached within `GRACE` (in a large matrix product, or a large file), the command keeps what is worth keeping, and
+//! the process ends there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves
+//! and stops. A second signal ends the process at once.
 
 use std::fmt;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -78,6 +78,9 @@ fn state() -> MutexGuard<'static, State> {
 }
 
 /// From now on SIGINT and SIGTERM are requests, and SIGHUP unless it was ignored from the start, as under `nohup`.
+///
+/// # Errors
+/// [`Error::Config`] where the system does not allow that.
 pub fn install() -> Result<()> {
     let installed = INSTALLED.get_or_init(|| watch().map_err(|error| error.to_string()));
     installed.clone().map_err(|error| {
@@ -117,7 +120,7 @@ pub fn stopped(signal: Signal, kept: impl Into<String>) -> Error {
 #[must_use]
 pub struct Steps(());
 
-/// Begins what must not be cut.
+/// Begins work that must not be interrupted.
 ///
 /// # Errors
 /// As [`check`]: a signal that came before ends the command here.

@@ -116,8 +116,8 @@ impl Object<'_> {
         })
     }
 
-    /// The number of rows if `chosen` is a column of values, rather than one record's response: a list with a value
-    /// a row, or an object with a row's number as each key, as pandas writes it by default.
+    /// The number of rows if `chosen` is a column of values rather than one record's response: a list with one value
+    /// per row, or an object with each row's number as a key, as pandas writes it by default.
     fn is_columns(&self, chosen: &Span) -> Option<usize> {
         match chosen.kind {
             Kind::List { .. } => {
