@@ -1,7 +1,7 @@
 //! Valid inputs of every format with seeded changes: the program answers each with a result or an error. A panic, an
 //! abort, more than [`TIME`] or more than [`MEMORY`] is a fault.
 //!
-//! `cargo test --release --test fuzz` tries a few inputs a format. More, by hand:
+//! `cargo test --release --test fuzz` tries a few inputs of each format. More, by hand:
 //!
 //! ```text
 //! cargo test --release --test fuzz -- --inputs 1000000 --seed 7 --log fuzz.log
@@ -30,7 +30,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 const TIME: Duration = Duration::from_secs(5);
 /// Bytes of private writable memory that a worker may have.
 const MEMORY: u64 = 1 << 30;
-/// Inputs a format where no number is given.
+/// Inputs per format where no number is given.
 const FEW: u64 = 200;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
@@ -47,7 +47,7 @@ struct Options {
     keep: Option<PathBuf>,
 }
 
-/// Flags of the test harness that this program is not are ignored.
+/// Flags that are meant for Rust's own test harness, which this program replaces, are ignored.
 fn options() -> Options {
     let arguments: Vec<String> = std::env::args().collect();
     let value = |flag: &str| {
@@ -115,7 +115,7 @@ fn report(options: &Options, mut results: Vec<Outcome>, started: Instant) -> Exi
     if faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What came of a format's inputs.
+/// Results of one format's inputs.
 struct Outcome {
     summary: String,
     faults: Vec<String>,
