@@ -38,6 +38,9 @@ pub struct BatchBuffers<D: Memory> {
 
 impl<D: Memory> BatchBuffers<D> {
     /// Room for batches of up to `max_tokens` tokens, `max_pairs` pairs and `max_scored` scored tokens.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {
             host_spans: Vec::with_capacity(max_pairs),

@@ -109,6 +109,9 @@ impl LlamaConfig {
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the file and the key that is missing, wrong or not supported.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let keys = Keys::parse(path, text)?;
         keys.check_architecture()?;
@@ -169,8 +172,10 @@ impl LlamaConfig {
         }
     }
 
-    /// The file of the folder that holds the weights or their index, where the config names one. The error is the key's
-    /// value where that is not a string.
+    /// The file of the folder that holds the weights or their index, where the config names one.
+    ///
+    /// # Errors
+    /// The key's value where that is not a string.
     pub fn weights_file(&self) -> std::result::Result<Option<&str>, &Value> {
         match self.value(WEIGHTS_FILE) {
             None => Ok(None),

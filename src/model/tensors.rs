@@ -130,6 +130,9 @@ impl<T> LlamaTensors<T> {
     }
 
     /// A tree of the same shape, made value by value in a fixed order.
+    ///
+    /// # Errors
+    /// The first error of `make`, which ends the walk.
     pub fn try_map<U, E>(&self, mut make: impl FnMut(&T) -> Result<U, E>) -> Result<LlamaTensors<U>, E> {
         Ok(LlamaTensors {
             embedding: make(&self.embedding)?,

@@ -31,6 +31,9 @@ pub struct References {
 impl References {
     /// Scores the pairs, unless the objective needs no reference. `model` is the starting model, which is the reference
     /// unless the configuration names another.
+    ///
+    /// # Errors
+    /// Those of the reference's folder and of the device; [`crate::Error::Numerics`] for log-probs that are not finite.
     pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
         let evaluation_pairs = inputs.evaluation.as_ref().map_or(0, |dataset| dataset.pairs.len());
         if !config.objective.needs_reference() {
