@@ -80,7 +80,7 @@ fn state() -> MutexGuard<'static, State> {
 /// From now on SIGINT and SIGTERM are requests, and SIGHUP unless it was ignored from the start, as under `nohup`.
 ///
 /// # Errors
-/// [`Error::Config`] where the system does not allow that.
+/// [`Error::Device`] where the system does not allow that.
 pub fn install() -> Result<()> {
     let installed = INSTALLED.get_or_init(|| watch().map_err(|error| error.to_string()));
     installed.clone().map_err(|error| {

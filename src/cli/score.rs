@@ -27,7 +27,7 @@ pub fn command() -> Command {
             own(
                 "output",
                 "FILE.jsonl",
-                "File that receives a line a pair, in the order of the data; `-` is standard output",
+                "File that receives one line per pair, in the order of the data; `-` is standard output",
             )
             .required(true),
         )

@@ -248,7 +248,7 @@ options! {
         reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), OWN, check::at_least_one;
         /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
         reward_normalize: bool, Always<bool> = Always(true), OWN, check::anything;
-        /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
+        /// Use means over tokens instead of sums, for policy, reference and entropy; the paper's "+ LengthNorm".
         length_normalize: bool, Always<bool> = Always(false), OWN, check::anything;
         /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
         preference_weight: f64, Always<f64> = Always(0.0), OWN, check::not_negative;
@@ -289,7 +289,7 @@ options! {
     "Batches" {
         /// Pairs of one optimiser step, gathered over micro-batches. An epoch's last step takes what is left over.
         pairs_per_step: usize, Absent = Absent("128; with under 2560 pairs, the largest power of two from 2 that makes \
-            at least 20 steps of an epoch"), ALL, check::at_least_one;
+            at least 20 steps per epoch"), ALL, check::at_least_one;
         /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
         /// larger than that is a micro-batch of its own.
         tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
@@ -300,10 +300,10 @@ options! {
         /// Pairs to evaluate on.
         eval_data: PathBuf, Absent = Absent("no evaluation"), ALL, check::path;
         /// Optimiser steps between evaluations.
-        eval_steps: usize, Absent = Absent("once an epoch"), ALL, check::at_least_one;
+        eval_steps: usize, Absent = Absent("once per epoch"), ALL, check::at_least_one;
         /// Optimiser steps between checkpoints.
         save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
-        /// Checkpoints kept, the newest.
+        /// How many checkpoints are kept, the newest ones.
         keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
     }
     "Machine" {

@@ -246,7 +246,7 @@ impl EncodingReport {
         match cause {
             Cause::BlankResponse => "dropped: a response is empty".to_string(),
             Cause::NoRoom => {
-                format!("dropped: no room for a response behind the prompt within max_length {max_length}")
+                format!("dropped: no room for a response after the prompt within max_length {max_length}")
             }
             Cause::NothingToScore => "dropped: an empty prompt and a response of one token".to_string(),
             Cause::PromptCut => format!("prompts cut on the left to max_prompt_length {max_prompt_length}"),

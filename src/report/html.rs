@@ -339,9 +339,9 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
         Chart::of("Learning rate", "After warm-up and schedule.", false, vec![learning_rate]),
         Chart::of(
             "Speed",
-            "Tokens a second, prompts counted once.",
+            "Tokens per second, prompts counted once.",
             false,
-            vec![line("tokens a second", "tokens_per_second", 0)],
+            vec![line("tokens per second", "tokens_per_second", 0)],
         ),
     ]
 }

@@ -109,6 +109,6 @@ fn table_too_long(path: &Path, limit: usize) -> Error {
             "a file that is one JSON object is held in memory, and this one is longer than {} MiB",
             limit >> 20
         ),
-        "write it as JSON Lines, one record a line",
+        "write it as JSON Lines, one record per line",
     )
 }
