@@ -19,7 +19,7 @@ const GRACE: Duration = Duration::from_millis(1000);
 /// Signals of one kind that arrive this soon after the first are one request: `timeout` and batch systems send theirs
 /// to a process and to its group.
 const SAME_REQUEST: Duration = Duration::from_millis(1000);
-/// The same for Ctrl-C, which people press twice on purpose.
+/// As [`SAME_REQUEST`], for Ctrl-C, which people press twice on purpose.
 const SAME_KEY: Duration = Duration::from_millis(100);
 
 /// A signal that ends the program.
@@ -115,7 +115,7 @@ pub fn stopped(signal: Signal, kept: impl Into<String>) -> Error {
     Error::Interrupted { signal, kept: kept.into() }
 }
 
-/// As long as this lives, a signal waits for whoever asks [`requested`].
+/// As long as this lives, a signal ends nothing: the loop that asks [`requested`] finds it.
 #[derive(Debug)]
 #[must_use]
 pub struct Steps(());

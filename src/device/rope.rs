@@ -7,9 +7,9 @@ use crate::error::Result;
 /// Direction of [`RotaryPositions::rope`]: the backward pass of a rotation is the inverse rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeDirection {
-    /// By the position's angle.
+    /// Rotates by the position's angle.
     Forward,
-    /// By its negative.
+    /// Rotates by the negative of that angle.
     Backward,
 }
 

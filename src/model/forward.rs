@@ -14,7 +14,7 @@ use crate::error::Result;
 pub enum Context<'a, D: Device> {
     /// Their own pair, by the shared-prefix mask.
     Packed,
-    /// The same, and their keys and values are kept for what follows.
+    /// As [`Context::Packed`]; their keys and values are kept for what follows.
     Prefill(&'a mut KvCache<D>),
     /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),

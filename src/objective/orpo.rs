@@ -20,7 +20,7 @@ pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     build: |settings| Objective::Orpo(Orpo { beta: settings.beta }),
 };
 
-/// In the odds, a mean log-prob counts as at most minus this many nats. f32 log-probs are differences of numbers of
+/// A mean log-prob counts in the odds as at most minus this many nats. f32 log-probs are differences of numbers of
 /// about 16, and are known no better than that; at 0 itself the odds are infinite, and with them the loss.
 const LEAST_SURPRISE: f64 = 1e-6;
 

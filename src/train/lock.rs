@@ -105,7 +105,7 @@ fn holder() -> String {
     format!("process {}{host} since {since}\n", std::process::id())
 }
 
-/// Opens the file without waiting for whoever would read a FIFO of that name.
+/// Opens the file without waiting, even where a FIFO of that name has no reader.
 fn open(path: &Path, create: bool) -> std::result::Result<File, String> {
     let mut options = File::options();
     options.read(true).write(true).create(create).truncate(false);

@@ -22,9 +22,9 @@ const STORE_INTERVAL: Duration = Duration::from_secs(60);
 /// References of the training and of the evaluation pairs, in their orders; zeros where the objective needs none.
 #[derive(Debug)]
 pub struct References {
-    /// Of the training pairs, in their order.
+    /// References of the training pairs, in their order.
     pub training: Vec<ReferencePair>,
-    /// Of the evaluation pairs, in their order.
+    /// References of the evaluation pairs, in their order.
     pub evaluation: Vec<ReferencePair>,
 }
 

@@ -14,7 +14,7 @@ const TAG_TOKENS: usize = 8_000;
 
 /// The function that a value passes before `{% set name = value %}` keeps it.
 pub(super) const KEEP: &str = "__mmpo_keep";
-/// The same before `{% set namespace.name = value %}`; its second argument says that the value is a new namespace.
+/// As [`KEEP`], before `{% set namespace.name = value %}`; its second argument says that the value is a new namespace.
 pub(super) const KEEP_IN_NAMESPACE: &str = "__mmpo_keep_in_namespace";
 
 /// Why a source is refused before it is compiled.

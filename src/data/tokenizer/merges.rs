@@ -25,7 +25,7 @@ const WAITING_LEAST: usize = 1024;
 pub(super) struct Merges {
     /// Left and right token and what they become, best first.
     list: Vec<[u32; 3]>,
-    /// The same by left and right token, made when a long word comes.
+    /// The merges by left and right token, made when a long word comes.
     table: OnceLock<HashMap<u64, (u32, u32), RandomState>>,
     /// Last characters of the tokens that are merged with a token beginning with [`SPACE`].
     before_space: HashSet<char>,

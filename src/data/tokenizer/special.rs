@@ -20,7 +20,7 @@ const NAMES: [&str; 7] =
 
 /// The tokens that the files of a folder list.
 pub(super) struct SpecialTokens {
-    /// By name, those of [`NAMES`] first.
+    /// Named tokens with their names, those of [`NAMES`] first.
     named: Vec<(String, AddedToken)>,
     /// More special tokens, without names.
     extra: Vec<AddedToken>,
