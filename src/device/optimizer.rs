@@ -23,9 +23,8 @@ pub struct AdamWUpdate<'a, D: Memory> {
 /// Gradient norm and AdamW, over all tensors at once.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Bug`] for buffers that are too small, for update number 0, and
-/// [`crate::Error::Device`] where the
-/// device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are too small and for a step numbered 0, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Optimizer: Memory {
     /// Whether AdamW keeps an f32 master copy beside the weights.
     fn needs_master(&self) -> bool;
@@ -70,7 +69,7 @@ pub trait Optimizer: Memory {
         self.run_adamw(updates, norm, AdamWFactors::new(step), checked)
     }
 
-    /// Sets the scratch memory aside that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
+    /// Sets aside the scratch memory that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
     /// allocates it.
     fn reserve_gradient_norm(&self, gradients: &[&Floats<Self>]) -> Result<()>;
 
