@@ -23,7 +23,7 @@ const TENSORS: &str = "state.safetensors";
 /// that are never 0.
 const FORMAT: u32 = 2;
 
-/// Where a run stands, in integers and text alone, because each of these comes back exactly.
+/// Where a run stands. Integers and text alone: each comes back exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {

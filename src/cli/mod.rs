@@ -1,5 +1,4 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `score`, `generate` and
-//! `bench`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate` and `bench`.
 
 mod arguments;
 mod bench;

@@ -69,7 +69,7 @@ pub trait Optimizer: Memory {
         self.run_adamw(updates, norm, AdamWFactors::new(step), checked)
     }
 
-    /// Sets aside the scratch memory that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
+    /// Sets the scratch memory aside that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
     /// allocates it.
     fn reserve_gradient_norm(&self, gradients: &[&Floats<Self>]) -> Result<()>;
 

@@ -43,7 +43,7 @@ impl Capacity {
     }
 }
 
-/// Whether a backward follows. Without one, all layers share one set of buffers.
+/// Whether the backward follows: without it, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Forward and backward.
@@ -52,8 +52,8 @@ pub enum Purpose {
     Inference,
 }
 
-/// Results of the forward. A field that is a `Vec` has one buffer per layer in training, and a single one for
-/// inference; [`Activations::slot`] maps a layer to its buffer.
+/// Results of the forward. A field that is a `Vec` has one buffer a layer in training and one in all for inference;
+/// [`Activations::slot`] maps a layer to its buffer.
 #[derive(Debug)]
 pub struct Activations<D: Device> {
     slots: usize,

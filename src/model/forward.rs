@@ -90,7 +90,7 @@ impl<D: Device> Llama<D> {
         self.gate_up_block(layer, activations, tokens)
     }
 
-    /// Computes the input norm of a layer over its residual stream, into `normed`.
+    /// The input norm of a layer over its residual stream: to `normed`.
     fn input_norm(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
         self.device.rms_norm_forward(

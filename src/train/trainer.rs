@@ -154,9 +154,6 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are.
-    ///
-    /// # Errors
-    /// As [`Trainer::step`].
     pub fn accumulate_gradients(
         &mut self,
         pairs: &[TrainingPair<'_>],
@@ -237,7 +234,7 @@ impl<D: Device> Trainer<D> {
         self.activations.head.plan
     }
 
-    /// The device that the model is on.
+    /// Where the model computes.
     pub fn device(&self) -> &D {
         &self.model.device
     }

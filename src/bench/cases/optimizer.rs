@@ -67,8 +67,7 @@ fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             .collect();
         device.adamw(&mut updates, &norm, settings.adamw(1))
     });
-    // Both moments are read and written, the gradient is read, the weight is written, and its master copy, or the
-    // weight itself, is read.
+    // Both moments are read and written, the gradient read, the weight written and what it comes from read.
     let bytes = 5 * WORD + compute_size::<D>() + masters;
     Ok(case.updates().bytes(bytes * TENSORS * values))
 }
