@@ -1,4 +1,4 @@
-//! One validated configuration of a run, whatever it came from: flags before a recipe file before defaults.
+//! One validated configuration of a run, from flags, a recipe file and defaults, in this order of precedence.
 //!
 //! [`options`] is the table of a training run's options; [`recipe`] reads them from TOML and writes them back;
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
