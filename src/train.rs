@@ -233,7 +233,12 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(StepMetrics {
             step: batch.step + 1,
             epoch: self.plan.order.epochs_after(batch.step + 1),
-            pairs: PairMetrics::new(&self.config.objective, result.loss, &result.outcomes),
+            pairs: PairMetrics::new(
+                &self.config.objective,
+                result.loss,
+                &result.outcomes,
+                pairs.iter().map(|pair| pair.reference),
+            ),
             grad_norm: result.gradient_norm as f64,
             learning_rate: adamw.learning_rate,
             tokens_per_second: result.tokens as f64 / seconds,
@@ -265,7 +270,12 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(Some(EvalMetrics {
             step: done,
             epoch: self.plan.order.epochs_after(done),
-            pairs: PairMetrics::new(&self.config.objective, loss, &outcomes),
+            pairs: PairMetrics::new(
+                &self.config.objective,
+                loss,
+                &outcomes,
+                pairs.iter().map(|pair| pair.reference),
+            ),
         }))
     }
 }

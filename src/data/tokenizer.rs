@@ -379,13 +379,13 @@ fn build(
 
 /// The class that the configs name for this tokenizer.
 fn class_of(folder: &Path, config: &Map<String, Value>, tokenizer: &Value) -> Result<Class> {
-    let name = |config: &Map<String, Value>| {
-        config.get("tokenizer_class").and_then(Value::as_str).map(str::to_string)
-    };
-    let name = match name(config) {
-        Some(name) => Some(name),
-        // A broken config.json is the model loader's to report.
-        None => read_object(&folder.join("config.json")).ok().as_ref().and_then(name),
+    let text =
+        |config: &Map<String, Value>, key: &str| config.get(key).and_then(Value::as_str).map(str::to_string);
+    // A broken config.json is the model loader's to report.
+    let model = read_object(&folder.join("config.json")).unwrap_or_default();
+    let name = match class::of_family(text(&model, "model_type").as_deref()) {
+        Some(name) => Some(name.to_string()),
+        None => text(config, "tokenizer_class").or_else(|| text(&model, "tokenizer_class")),
     };
     let (class, known) = Class::of(name.as_deref(), tokenizer);
     if !known {

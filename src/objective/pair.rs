@@ -81,3 +81,10 @@ pub struct ReferencePair {
     /// Scored tokens of the rejected response.
     pub tokens_rejected: u32,
 }
+
+impl ReferencePair {
+    /// Whether the reference has scored the pair: where it has, there is at least one scored token.
+    pub fn is_known(&self) -> bool {
+        self.tokens_chosen > 0 && self.tokens_rejected > 0
+    }
+}

@@ -15,7 +15,7 @@ pub use escape::escaped;
 pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color};
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
-pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
+pub use metrics::{EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
 pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

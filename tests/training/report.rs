@@ -5,8 +5,8 @@ use std::path::Path;
 use mmpo_fast::config::options::Options;
 use mmpo_fast::config::resolve;
 use mmpo_fast::report::{
-    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, History, METRICS_FILE, MetricsWriter, PairMetrics,
-    PreferenceMetrics, RunReport, Sample, StepMetrics, WeightMetrics,
+    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, History, ImplicitMetrics, METRICS_FILE,
+    MetricsWriter, PairMetrics, PreferenceMetrics, RunReport, Sample, StepMetrics, WeightMetrics,
 };
 
 /// Metrics like those of a run that learns: no randomness, some wobble.
@@ -23,6 +23,7 @@ fn pairs(progress: f64, step: usize) -> PairMetrics {
             logps_rejected: -58.0 * (-0.8 * progress).exp() - 14.0,
             likelier: 0.9 * accuracy,
         }),
+        implicit: Some(ImplicitMetrics { accuracy, margin: 12.0 * progress + 4.0 * wobble }),
         weights: Some(WeightMetrics { chosen: accuracy, saturated: 0.2 + 0.6 * progress + wobble }),
     }
 }
