@@ -23,7 +23,7 @@ const MOST_POSITIONS: usize = 1 << 20;
 /// Writes the answer to `config.prompt` to standard output as it comes.
 ///
 /// # Errors
-/// Those of the model folder, the device and standard output; [`Error::Config`] for a prompt that the template refuses.
+/// Those of the model folder, of [`TextEncoder::encode_chat_prompt`], of the device and of standard output.
 pub fn run(config: &GenerateConfig) -> Result<()> {
     interrupt::install()?;
     let folder = ModelFolder::open(&config.model)?;

@@ -86,7 +86,8 @@ impl TextEncoder {
     /// stand before a response in training, but for an end that belongs to the response there.
     ///
     /// # Errors
-    /// [`Error::Model`] for a model without a chat template, [`Error::Config`] for a prompt that the template refuses.
+    /// [`Error::Model`] for a model without a chat template, and for a prompt that the template refuses; those of the
+    /// tokenizer.
     pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.template()?;
         let messages: Vec<&Message> = messages.iter().collect();

@@ -12,7 +12,7 @@ impl<D: Device> Llama<D> {
     /// that will be run.
     ///
     /// # Errors
-    /// [`Error::Model`] for a tensor that is missing or has another shape; [`Error::Device`] where the device has no
+    /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
     /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
         let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {

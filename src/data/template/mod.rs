@@ -51,7 +51,8 @@ impl ChatTemplate {
     /// its place if given. `None` if there is no template.
     ///
     /// # Errors
-    /// [`Error::Config`] for a `chosen` that names nothing, [`Error::Model`] for a template that does not compile.
+    /// [`Error::Config`] for a `chosen` that names nothing, [`Error::Model`] for templates without a default and for one
+    /// that does not compile.
     pub fn load(
         folder: &Path,
         tokenizer_config: &Map<String, Json>,
