@@ -1,4 +1,5 @@
-//! Signals that ask the program to end: Ctrl-C, a batch system's SIGTERM, a terminal that closes.
+//! Signals that ask the program to end (Ctrl-C, a batch system's SIGTERM, a terminal that closes), and SIGUSR1, which asks
+//! a run to save and to go on.
 //!
 //! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error. Where none is
 //! reached within `GRACE` (in a large matrix product, or a large file), the command keeps what is worth keeping, and
@@ -6,8 +7,8 @@
 //! and stops. A second signal ends the process at once.
 
 use std::fmt;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -69,6 +70,8 @@ struct State {
 }
 
 static REQUESTED: AtomicI32 = AtomicI32::new(0);
+/// Set by SIGUSR1; `None` before [`install`], and where there are no Unix signals.
+static SAVE_REQUESTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 static INSTALLED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
 static STATE: Mutex<State> =
     Mutex::new(State { is_stoppable: true, is_ending: false, next_keeper: 0, keepers: Vec::new() });
@@ -77,7 +80,8 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on SIGINT and SIGTERM are requests, and SIGHUP unless it was ignored from the start, as under `nohup`.
+/// From now on SIGINT, SIGTERM and SIGUSR1 are requests, and SIGHUP unless it was ignored from the start, as under
+/// `nohup`.
 ///
 /// # Errors
 /// [`Error::Device`] where the system does not allow that.
@@ -94,6 +98,11 @@ pub fn install() -> Result<()> {
 /// The signal that asked this process to end.
 pub fn requested() -> Option<Signal> {
     Signal::of(REQUESTED.load(Ordering::SeqCst))
+}
+
+/// Whether SIGUSR1 has come since the last call: batch systems send it some time before they end a job.
+pub fn take_save_request() -> bool {
+    SAVE_REQUESTED.get().is_some_and(|requested| requested.swap(false, Ordering::SeqCst))
 }
 
 /// Ends a stoppable command that a signal asked to end; does nothing while [`steps`] run.
@@ -177,6 +186,8 @@ fn watch() -> std::io::Result<()> {
     if hangup_is_heard() {
         numbers.push(Signal::Hangup as i32);
     }
+    let save = SAVE_REQUESTED.get_or_init(Arc::default);
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(save))?;
     let mut signals = signal_hook::iterator::Signals::new(numbers)?;
     let listen = move || {
         let mut first: Option<Instant> = None;

@@ -205,11 +205,15 @@ impl<'a, D: Device> Run<'a, D> {
             }
             let interrupted = interrupt::requested().filter(|_| done < total);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
-            if due || interrupted.is_some() {
+            let asked = interrupt::take_save_request();
+            if due || asked || interrupted.is_some() {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
                 checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+                if asked {
+                    tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
+                }
             }
             if let Some(signal) = interrupted {
                 let output = output.path().display();
