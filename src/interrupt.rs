@@ -1,10 +1,10 @@
 //! Signals that ask the program to end (Ctrl-C, a batch system's SIGTERM, a terminal that closes), and SIGUSR1, which asks
 //! a run to save and to go on.
 //!
-//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error, and where none is
-//! reached within `GRACE` (a large matrix product, a large file), what is worth keeping is kept and the process ends
-//! there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves and stops. A second
-//! signal ends the process at once.
+//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error. Where none is
+//! reached within `GRACE` (in a large matrix product, or a large file), the command keeps what is worth keeping, and
+//! the process ends there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves
+//! and stops. A second signal ends the process at once.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -20,7 +20,7 @@ const GRACE: Duration = Duration::from_millis(1000);
 /// Signals of one kind that arrive this soon after the first are one request: `timeout` and batch systems send theirs
 /// to a process and to its group.
 const SAME_REQUEST: Duration = Duration::from_millis(1000);
-/// The same for Ctrl-C, which people press twice on purpose.
+/// As [`SAME_REQUEST`], for Ctrl-C, which people press twice on purpose.
 const SAME_KEY: Duration = Duration::from_millis(100);
 
 /// A signal that ends the program.
@@ -80,7 +80,11 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on SIGINT, SIGTERM and SIGUSR1 are requests, and SIGHUP unless it was ignored from the start, as under `nohup`.
+/// From now on SIGINT, SIGTERM and SIGUSR1 are requests, and SIGHUP unless it was ignored from the start, as under
+/// `nohup`.
+///
+/// # Errors
+/// [`Error::Device`] where the system does not allow that.
 pub fn install() -> Result<()> {
     let installed = INSTALLED.get_or_init(|| watch().map_err(|error| error.to_string()));
     installed.clone().map_err(|error| {
@@ -120,12 +124,12 @@ pub fn stopped(signal: Signal, kept: impl Into<String>) -> Error {
     Error::Interrupted { signal, kept: kept.into() }
 }
 
-/// As long as this lives, a signal waits for whoever asks [`requested`].
+/// As long as this lives, a signal ends nothing: the loop that asks [`requested`] finds it.
 #[derive(Debug)]
 #[must_use]
 pub struct Steps(());
 
-/// Begins what must not be cut.
+/// Begins work that must not be interrupted.
 ///
 /// # Errors
 /// As [`check`]: a signal that came before ends the command here.

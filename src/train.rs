@@ -39,13 +39,16 @@ use recorder::Recorder;
 use resume::Start;
 use samples::Samples;
 
-/// Runs `config` from its first line to its report.
+/// Trains as `config` says, up to the report.
+///
+/// # Errors
+/// Those of its stages; see [`crate::Error`] for the classes.
 pub fn run(config: &RunConfig) -> Result<()> {
     interrupt::install()?;
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
-    // What is saved, and what a resumed run must agree with, are the lengths that the run has.
+    // The lengths are those that the run really has: they are saved, and a resumed run must agree with them.
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
@@ -87,7 +90,7 @@ fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
 
 struct Training<'a> {
     config: &'a RunConfig,
-    /// As [`RunConfig::recorded`] has it.
+    /// What [`RunConfig::recorded`] gives.
     recorded: RunConfig,
     inputs: Inputs,
     output: Output,
@@ -183,7 +186,7 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(Some(checkpoint.state().step as usize))
     }
 
-    /// The steps from `first` on; returns the last evaluation.
+    /// Takes the steps from `first` on; returns the last evaluation.
     fn train(
         &mut self,
         output: &Output,
@@ -248,8 +251,8 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    /// Refuses to keep weights that make no loss or no gradient of the shortest pair they were just trained on: an update
-    /// may be finite and its model broken all the same.
+    /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just
+    /// trained on: an update may be finite and break the model all the same.
     fn probe(&mut self, batch: &StepBatch) -> Result<()> {
         let tokens = |&index: &usize| self.inputs.training.pairs[index].tokens();
         let shortest = batch.pairs.iter().copied().min_by_key(tokens);
@@ -257,7 +260,7 @@ impl<'a, D: Device> Run<'a, D> {
         self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
     }
 
-    /// Once an epoch unless the configuration says how often, and after the last step.
+    /// Whether an evaluation follows: once per epoch unless the configuration says how often, and after the last step.
     fn is_evaluation_due(&self, done: usize) -> bool {
         let every = self.config.evaluation.steps.unwrap_or_else(|| self.plan.order.steps_per_epoch());
         done.is_multiple_of(every.max(1)) || done == self.plan.total_steps

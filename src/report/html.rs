@@ -42,7 +42,7 @@ pub struct RunReport {
     pub seconds: f64,
 }
 
-/// What became of the records of one file.
+/// How the records of one file were used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
@@ -262,18 +262,18 @@ fn begin_table(out: &mut String, columns: &[&str]) {
     out.push_str("</tr></thead>\n<tbody>\n");
 }
 
-/// The charts that a run's metrics have lines for.
+/// The charts for which a run's metrics have lines.
 fn charts(history: &History) -> Vec<Chart> {
     let charts = [preference_charts(history), training_charts(history)];
     charts.into_iter().flatten().flatten().collect()
 }
 
-/// A value of every step, whose trend is drawn.
+/// The line of a value that every step has; its trend is drawn.
 fn line(history: &History, name: &'static str, series: &str, color: usize) -> Line {
     Line { name, points: history.series(series), color, kind: LineKind::Noisy }
 }
 
-/// A value of every evaluation.
+/// The dots of a value that every evaluation has.
 fn dots(history: &History, name: &'static str, series: &str, color: usize) -> Line {
     Line { kind: LineKind::Dots, ..line(history, name, series, color) }
 }
@@ -368,14 +368,14 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
         Chart::of("Learning rate", "After warm-up and schedule.", false, vec![learning_rate]),
         Chart::of(
             "Speed",
-            "Tokens a second, prompts counted once.",
+            "Tokens per second, prompts counted once.",
             false,
-            vec![line("tokens a second", "tokens_per_second", 0)],
+            vec![line("tokens per second", "tokens_per_second", 0)],
         ),
     ]
 }
 
-/// An objective as its paper writes it.
+/// An objective's name as its paper writes it.
 fn written(objective: &str) -> &str {
     ObjectiveKind::from_name(objective).map_or(objective, |kind| kind.descriptor().title)
 }

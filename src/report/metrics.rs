@@ -1,4 +1,4 @@
-//! What a step and an evaluation came to, under the names that users of this ecosystem already chart.
+//! The results of a step and of an evaluation, under the names that users of this ecosystem already chart.
 
 use crate::data::Sides;
 use crate::objective::{Objective, PairOutcome, ReferencePair};
@@ -41,13 +41,13 @@ pub struct PreferenceMetrics {
     pub likelier: f64,
 }
 
-/// What training changed: `log-prob - log-prob of the reference`, chosen beside rejected, whatever the objective's reward is.
-/// Before training both are 0 for every pair.
+/// What training changed: the gain of the chosen response beside that of the rejected one, whatever the objective's reward
+/// is. A response's gain is its log-prob less its log-prob under the reference, 0 for every response before training.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ImplicitMetrics {
     /// Share of the pairs whose chosen response gained more than the rejected one; a tie counts as half.
     pub accuracy: f64,
-    /// Mean of how much more it gained, in nats.
+    /// Mean over the pairs of how much more the chosen response gained than the rejected one, in nats.
     pub margin: f64,
 }
 
@@ -73,9 +73,9 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// The learning rate of the step.
     pub learning_rate: f64,
-    /// Tokens of the packed batches a second.
+    /// Tokens of the packed batches per second.
     pub tokens_per_second: f64,
-    /// Pairs a second.
+    /// Pairs per second.
     pub pairs_per_second: f64,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
@@ -129,7 +129,7 @@ impl PairMetrics {
         }
     }
 
-    /// Names and values up to the weights, which come later in the order of names.
+    /// Names and values without the weights, which come later in the order of names.
     fn fields(&self) -> Vec<(&'static str, f64)> {
         let mut fields = vec![("loss", self.loss)];
         if let Some(preference) = self.preference {

@@ -1,4 +1,4 @@
-//! What a run tells: metrics as it goes (`metrics.jsonl`, TensorBoard events, a progress bar), and at its end a summary
+//! What a run shows: metrics as it goes (`metrics.jsonl`, TensorBoard events, a progress bar), and at its end a summary
 //! and the page `report.html`.
 
 mod advice;

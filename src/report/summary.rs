@@ -31,7 +31,7 @@ pub struct ComparisonRow {
 /// Columns that answers are wrapped to.
 const ANSWER_WIDTH: usize = 88;
 
-/// What two evaluations of the same pairs have in common.
+/// The rows that two evaluations of the same pairs have in common.
 pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> {
     let preference = |value: fn(&PreferenceMetrics) -> f64| {
         Some((value(&before.pairs.preference?), value(&after.pairs.preference?)))
@@ -68,7 +68,7 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
     .collect()
 }
 
-/// `sign`: 1 where more is better, -1 where less is.
+/// Makes a row. `sign` is 1 where more is better, -1 where less is.
 fn row(label: &'static str, (before, after): (f64, f64), share: bool, sign: Option<f64>) -> ComparisonRow {
     let text = |value: f64| if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.3}") };
     let change = after - before;
@@ -91,7 +91,7 @@ pub fn summary(before: &EvalMetrics, after: &EvalMetrics, samples: &[Sample]) ->
     text
 }
 
-/// Wrapped at spaces, and set under the column after its label. Control characters would reach the terminal as
+/// Wraps text at spaces and indents it under the column after its label. Control characters would reach the terminal as
 /// commands, so they become spaces.
 fn indented(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();

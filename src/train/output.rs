@@ -81,8 +81,8 @@ impl Output {
         self.path.join(MODEL_FOLDER)
     }
 
-    /// Writes `report.html`, and tells the terminal how it ended: last, so that a standard output that cannot be
-    /// written costs no file.
+    /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
+    /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
         let text = match &comparison {
@@ -114,7 +114,7 @@ impl Output {
     }
 }
 
-/// The demo may be run again over itself.
+/// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
     let is_taken = [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER, REPORT_FILE]
@@ -129,7 +129,8 @@ fn refuse_taken(config: &RunConfig) -> Result<()> {
     Ok(())
 }
 
-/// A run must not write over what it reads, nor fill a model folder with files that are no part of the model.
+/// Refuses a folder that holds an input: a run must not write over what it reads, nor fill a model folder with files
+/// that are no part of the model.
 fn refuse_inputs(config: &RunConfig) -> Result<()> {
     // Where the folder is new, no input is in it.
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };

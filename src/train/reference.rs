@@ -16,21 +16,25 @@ use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
 
-/// How often what is scored so far is stored, for a process that is killed.
+/// Time between two writes of the scores so far: a process that is killed loses no more than that.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// References of the training and of the evaluation pairs, in their orders.
 #[derive(Debug)]
 pub struct References {
-    /// Of the training pairs, in their order; not known where the objective needs none.
+    /// References of the training pairs, in their order; not known where the objective needs none.
     pub training: Vec<ReferencePair>,
-    /// Of the evaluation pairs, in their order; not known where the objective looks at the chosen responses alone. The others
-    /// have them whatever they train on, to show what training changes.
+    /// References of the evaluation pairs, in their order; not known where the objective looks only at the chosen
+    /// responses. All other objectives have them, whatever they train on, to show what training changes.
     pub evaluation: Vec<ReferencePair>,
 }
 
 impl References {
-    /// `model` is the starting model, which is the reference unless the configuration names another.
+    /// Scores the pairs whose references are wanted; the fields say which. `model` is the starting model, which is the
+    /// reference unless the configuration names another.
+    ///
+    /// # Errors
+    /// Those of the reference's folder and of the device; [`crate::Error::Numerics`] for log-probs that are not finite.
     pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
@@ -97,7 +101,7 @@ fn score_cached<D: Device>(
     Ok(references)
 }
 
-/// Scores what an earlier run that was stopped did not; a signal keeps what is done by then.
+/// Scores the pairs that an earlier run, which was stopped, did not; a signal keeps those that are done by then.
 fn score_rest<D: Device>(
     config: &RunConfig,
     reference: &Llama<D>,
@@ -140,7 +144,7 @@ fn score_rest<D: Device>(
     Ok(std::mem::take(&mut *done.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// What a signal does while references are scored.
+/// On a signal, keeps the references that are scored by then.
 fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pairs: usize) -> Keeper {
     interrupt::keep_before_end(move || {
         let done = done.lock().unwrap_or_else(PoisonError::into_inner);

@@ -161,7 +161,7 @@ fn event_files_of_a_resumed_run() {
     let folder = folder.path().join(EVENTS_FOLDER);
     let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
-    // A version, then an event a step; behind a resume a session start too.
+    // A version, then one event per step; after a resume a session start too.
     assert_eq!(files.iter().map(|file| records(file)).collect::<Vec<_>>(), [1 + 6, 1 + 1 + 2 + 1]);
 }
 

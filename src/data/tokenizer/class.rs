@@ -55,7 +55,7 @@ impl Class {
         (if is_bpe { class } else { Class::AsWritten }, true)
     }
 
-    /// Special tokens that the class has where the config is silent.
+    /// Special tokens that the class has where the config names none.
     pub(super) fn default_tokens(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Class::AsWritten => &[],
