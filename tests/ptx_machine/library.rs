@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The toolkit that the kernels were compiled with.
-const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
+pub const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
 /// Where the build left the kernels' objects and their archive.
 const BUILD: &str = env!("OUT_DIR");
 
@@ -27,14 +27,14 @@ const FLAGS: [&str; 9] = [
     "-Werror=return-type",
 ];
 
-fn folder() -> PathBuf {
+pub fn folder() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx_machine");
     std::fs::create_dir_all(&folder).expect("a folder for the machine");
     folder
 }
 
 /// The files of a folder with one of these endings, sorted.
-fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
+pub fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut found: Vec<PathBuf> = entries
         .map(|entry| entry.expect("a folder's entry").path())
@@ -46,7 +46,7 @@ fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     found
 }
 
-fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
+pub fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
     let mut hasher = DefaultHasher::new();
     flags.hash(&mut hasher);
     for path in paths {
@@ -57,18 +57,18 @@ fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
 }
 
 /// Runs a command that must succeed.
-fn run(command: &mut Command) -> Vec<u8> {
+pub fn run(command: &mut Command) -> Vec<u8> {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}:\n{}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }
 
-fn compiler() -> String {
+pub fn compiler() -> String {
     std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned())
 }
 
-/// The machine with the launchers in it, as the library that programs look for by the driver's name.
-pub fn build() -> PathBuf {
+/// The machine's own objects.
+pub fn machine_objects() -> Vec<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ptx_machine");
     let mut flags: Vec<String> = FLAGS.map(str::to_owned).to_vec();
     flags.push(format!("-I{TOOLKIT}/include"));
@@ -85,7 +85,12 @@ pub fn build() -> PathBuf {
         })
         .collect();
     compile(&sources, &objects, &flags);
+    objects
+}
 
+/// The machine with the launchers in it, as the library that programs look for by the driver's name.
+pub fn build() -> PathBuf {
+    let objects = machine_objects();
     let archive = Path::new(BUILD).join("libmmpo_kernels_gpu.a");
     let library =
         folder().join(hash_of(&[objects.clone(), vec![archive.clone()]].concat(), &[])).join("libcuda.so");
@@ -149,16 +154,22 @@ fn cuobjdump() -> Option<PathBuf> {
 
 /// A folder with the PTX of every kernel file, as `NAME.sm_80.ptx` and `NAME.sm_90a.ptx`.
 pub fn extract_ptx() -> Option<PathBuf> {
-    let cuobjdump = cuobjdump()?;
     let objects = Path::new(BUILD).join("objects/gpu");
-    let out = folder().join(format!("ptx-{}", hash_of(&files(&objects, &["key"]), &[])));
+    let key = hash_of(&files(&objects, &["key"]), &[]);
+    extract_ptx_of(&files(&objects, &["o"]), &key)
+}
+
+/// The same of other objects; `key` changes with what is in them.
+pub fn extract_ptx_of(objects: &[PathBuf], key: &str) -> Option<PathBuf> {
+    let cuobjdump = cuobjdump()?;
+    let out = folder().join(format!("ptx-{key}"));
     if out.exists() {
         return Some(out);
     }
     let unfinished = out.with_extension(format!("{}", std::process::id()));
     std::fs::create_dir_all(&unfinished).expect("a folder for the PTX");
-    for object in files(&objects, &["o"]) {
-        let listing = run(Command::new(&cuobjdump).arg("-ptx").arg(&object));
+    for object in objects {
+        let listing = run(Command::new(&cuobjdump).arg("-ptx").arg(object));
         let listing = String::from_utf8(listing).expect("PTX is text");
         let stem = object.file_stem().unwrap_or_default().to_string_lossy().replace("kernels-", "");
         for section in listing.split("Fatbin ptx code:").skip(1) {

@@ -158,6 +158,7 @@ void decode_mbarrier(Operands& operands, const InstructionText& text, Instructio
 Mbarrier& find_mbarrier(Warp& warp, int lane, uint32_t address) {
     const SharedRange at = shared_range(warp, lane, address, 8, 8);
     check_mark(at, lane);
+    at.block->cluster->orders.barrier_used(warp.actor, at.block->rank, at.address);
     return at.block->mbarriers[at.address];
 }
 

@@ -214,7 +214,7 @@ void decode_active_mask(Operands& operands, const InstructionText& text, Instruc
 }
 
 Step synchronise(Warp& warp, const Instruction& i) {
-    return with_members(warp, i.operands[0], [](Mask) {});
+    return with_members(warp, i.operands[0], [&](Mask) { warp.block->cluster->orders.lanes_meet(warp.actor); });
 }
 
 }  // namespace
