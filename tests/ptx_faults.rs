@@ -393,7 +393,16 @@ const SUMS: &[Sum] = &[
     // f32 rounds 1 + 1.5 * 2^-24 to nearest; tensor cores cut it off.
     (&[(1.0, 1.0), (1.5 * power(-12), power(-12))], [1, 0, 0]),
     // Four times 2^-25 beside 1: one bit more than Ampere keeps, as many as Hopper keeps.
-    (&[(1.0, 1.0), (power(-12), power(-13)), (power(-12), power(-13)), (power(-12), power(-13)), (power(-12), power(-13))], [0, 0, 1]),
+    (
+        &[
+            (1.0, 1.0),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+        ],
+        [0, 0, 1],
+    ),
     // Eight times 2^-26, which Ampere adds up before it meets the 1, and Hopper beside it.
     (&[TINY, TINY, TINY, TINY, TINY, TINY, TINY, TINY, (1.0, 1.0)], [1, 1, 0]),
 ];
@@ -423,7 +432,8 @@ fn matrix_instructions_round_as_was_measured() {
         [("sm_80", false, 0), ("sm_90a", false, 0), ("sm_80", true, 1), ("sm_90a", true, 2)]
     {
         machine.configure(Mode { measured_rounding: measured, ..Mode::LATE });
-        let device = ptx_machine::device(target).expect("the machine runs").with_gemm_choice(GemmChoice::Ours);
+        let device =
+            ptx_machine::device(target).expect("the machine runs").with_gemm_choice(GemmChoice::Ours);
         for (number, (factors, beyond_one)) in SUMS.iter().enumerate() {
             for sign in [1.0, -1.0] {
                 let wanted = sign * (1.0 + beyond_one[column] as f32 * power(-23));

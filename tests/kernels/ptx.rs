@@ -128,8 +128,10 @@ fn the_emulated_devices_cases_pass_on_the_ptx() {
         let outcomes = cases.run(mode, &names);
         let passed: Vec<&String> = outcomes.iter().map(|(name, _)| name).collect();
         assert_eq!(passed, names.iter().collect::<Vec<_>>(), "each case has an outcome");
-        let failed: Vec<String> =
-            outcomes.iter().filter_map(|(name, what)| what.as_ref().map(|what| format!("{name}: {what}"))).collect();
+        let failed: Vec<String> = outcomes
+            .iter()
+            .filter_map(|(name, what)| what.as_ref().map(|what| format!("{name}: {what}")))
+            .collect();
         assert!(failed.is_empty(), "{words}:\n{}", failed.join("\n"));
     }
 }

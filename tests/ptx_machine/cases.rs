@@ -35,7 +35,9 @@ impl Cases {
     pub fn build(names: &[&str]) -> Option<Cases> {
         let folder = root().join("tests/emulator");
         let kernels = root().join("kernels");
-        let headers = [&folder, &kernels, &kernels.join("common")].map(|folder| library::files(folder, &["h", "cuh"])).concat();
+        let headers = [&folder, &kernels, &kernels.join("common")]
+            .map(|folder| library::files(folder, &["h", "cuh"]))
+            .concat();
         let sources: Vec<PathBuf> =
             names.iter().chain(&["registry"]).map(|name| folder.join(format!("{name}.cu"))).collect();
         let flags = FLAGS.map(str::to_owned);
@@ -57,7 +59,11 @@ impl Cases {
 
     /// Runs cases, `!` after a name for the fault that it plants; of each the name and what went wrong, if anything.
     pub fn run(&self, mode: Mode, names: &[String]) -> Vec<(String, Option<String>)> {
-        let numbers = [(mode.landing as u64).to_string(), mode.seed.to_string(), u8::from(mode.measured_rounding).to_string()];
+        let numbers = [
+            (mode.landing as u64).to_string(),
+            mode.seed.to_string(),
+            u8::from(mode.measured_rounding).to_string(),
+        ];
         let output = Command::new(&self.program).arg(&self.ptx).args(numbers).args(names).output();
         let output = output.expect("the program of cases runs");
         let text = String::from_utf8_lossy(&output.stdout);
@@ -66,7 +72,9 @@ impl Cases {
         for line in text.lines() {
             if let Some(name) = line.strip_prefix("ok ") {
                 outcomes.push((name.to_owned(), None));
-            } else if let Some((name, what)) = line.strip_prefix("FAILED ").and_then(|rest| rest.split_once(": ")) {
+            } else if let Some((name, what)) =
+                line.strip_prefix("FAILED ").and_then(|rest| rest.split_once(": "))
+            {
                 outcomes.push((name.to_owned(), Some(what.to_owned())));
             } else if let Some((_, Some(what))) = outcomes.last_mut() {
                 // A report has several lines.

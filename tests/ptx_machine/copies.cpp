@@ -1,5 +1,5 @@
 // cp.async of one thread, bulk copies of contiguous bytes, and the groups in which threads wait for either. PTX
-// ISA 9.0, section 9.7.9, "Data Movement and Conversion: Asynchronous copy".
+// ISA 9.0, section 9.7.9.25, "Data Movement and Conversion Instructions: Asynchronous copy".
 #include "copies.h"
 
 #include "decode.h"
@@ -36,7 +36,8 @@ void start_store(Warp& warp, int lane, uint32_t address, uint32_t bytes, std::fu
     const uint32_t actor = warp.actor;
     const auto look = [=] {
         check_written({block, address, nullptr}, bytes, lane);
-        block->cluster->orders.async_read(actor, actor, block->rank, address, bytes, "a store of the async proxy", uint8_t(lane));
+        block->cluster->orders.async_read(actor, actor, block->rank, address, bytes, "a store of the async proxy",
+                                          uint8_t(lane));
     };
     // Now for what is missing now, and again when it reads, for what happens until then.
     look();
@@ -207,7 +208,8 @@ Step wait_for_stores(Warp& warp, const Instruction& i) {
     each_lane(warp.lanes, [&](int lane) {
         std::vector<std::vector<BulkStore>>& groups = warp.bulk[size_t(lane)].groups;
         if (!warp.bulk[size_t(lane)].open.empty())
-            fail_lane(lane, "waits for groups while a bulk store stands in none: cp.async.bulk.commit_group is missing");
+            fail_lane(lane,
+                      "waits for groups while a bulk store stands in none: cp.async.bulk.commit_group is missing");
         const size_t done = groups.size() > size_t(i.constant) ? groups.size() - size_t(i.constant) : 0;
         for (size_t group = 0; group < done; ++group) {
             for (BulkStore& store : groups[group]) {

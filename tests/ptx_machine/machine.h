@@ -206,8 +206,8 @@ struct Warp {
     bool wgmma_fenced = false;
     std::vector<PendingProduct> products;
     std::vector<std::vector<PendingProduct>> product_groups;
-    // How many groups this warp has waited for; `product_groups` are those that follow. For each group ever committed, the
-    // time by which its operands have been read, or 0.
+    // How many groups this warp has waited for; `product_groups` are those that follow. For each group ever committed,
+    // the time by which its operands have been read, or 0.
     size_t groups_waited = 0;
     std::vector<Time> group_read_times;
     // Products since the last commit and in groups, together, and how many of them use each virtual register.

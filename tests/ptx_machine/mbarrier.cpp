@@ -1,6 +1,6 @@
-// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13, "mbarrier". A
-// phase is complete when no arrival is pending and its transaction count is zero; then the next begins with the parity
-// flipped.
+// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13.15,
+// "mbarrier". A phase is complete when no arrival is pending and its transaction count is zero; then the next begins
+// with the parity flipped.
 #include "mbarrier.h"
 
 #include "decode.h"

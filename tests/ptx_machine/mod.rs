@@ -47,13 +47,15 @@ pub struct Mode {
 }
 
 impl Mode {
-    pub const LATE: Mode = Mode { landing: Landing::Late, seed: 0, measured_rounding: false, strict_reads: false };
+    pub const LATE: Mode =
+        Mode { landing: Landing::Late, seed: 0, measured_rounding: false, strict_reads: false };
 
     /// As [`MODE`] says; the number of multiprocessors beside it, where one is named.
     pub fn from_words(words: &str) -> (Mode, Option<u32>) {
         let (mut mode, mut multiprocessors) = (Mode::LATE, None);
         for word in words.split_whitespace() {
-            let number = |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u32>().ok());
+            let number =
+                |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u32>().ok());
             match word {
                 "late" => mode.landing = Landing::Late,
                 "early" => mode.landing = Landing::Early,
@@ -157,7 +159,12 @@ impl Machine {
         let Mode { landing, seed, measured_rounding, strict_reads } = mode;
         // SAFETY: the call stores numbers under a lock.
         unsafe {
-            (self.configure)(landing as c_int, seed, c_int::from(measured_rounding), c_int::from(!strict_reads));
+            (self.configure)(
+                landing as c_int,
+                seed,
+                c_int::from(measured_rounding),
+                c_int::from(!strict_reads),
+            );
         }
     }
 

@@ -75,7 +75,9 @@ void Orders::between_lanes(uint32_t actor, uint32_t block, uint32_t index, uint3
             const uint32_t b = at % kChunk;
             const uint8_t writer = writers[b], reader = readers[b];
             if (own_write && (c.write_mask >> b & 1) != 0 && writer != kNoLane && writer != lane) {
-                fail_lane(of, "race between lanes: %s shared memory at %#x, which %s of its warp wrote with no bar.warp.sync between",
+                fail_lane(of,
+                          "race between lanes: %s shared memory at %#x, which %s of its warp wrote with no "
+                          "bar.warp.sync between",
                           write ? "writes" : "reads", at,
                           writer == kWholeWarp ? "stmatrix" : ("lane " + std::to_string(writer)).c_str());
             }
@@ -83,8 +85,11 @@ void Orders::between_lanes(uint32_t actor, uint32_t block, uint32_t index, uint3
                 if (lane != kWholeWarp) readers[b] = reader == kNoLane || reader == lane ? lane : kWholeWarp;
                 continue;
             }
-            if (own_read && lane != kWholeWarp && (c.read_mask[slot] >> b & 1) != 0 && reader != kNoLane && reader != lane) {
-                fail_lane(of, "race between lanes: writes shared memory at %#x, which another lane of its warp reads with no bar.warp.sync between",
+            if (own_read && lane != kWholeWarp && (c.read_mask[slot] >> b & 1) != 0 && reader != kNoLane &&
+                reader != lane) {
+                fail_lane(of,
+                          "race between lanes: writes shared memory at %#x, which another lane of its warp reads with "
+                          "no bar.warp.sync between",
                           at);
             }
             writers[b] = lane;
@@ -154,10 +159,10 @@ void Orders::async_read(uint32_t actor, uint32_t reader, uint32_t block, uint32_
                  at * kChunk, name(c.writer).c_str());
         }
         if (lane != kNoLane) between_lanes(actor, block, at, address, bytes, false, {lane, bytes});
-        const int slot = c.reader[0] == reader                  ? 0
-                         : c.reader[1] == reader                ? 1
+        const int slot = c.reader[0] == reader              ? 0
+                         : c.reader[1] == reader            ? 1
                          : c.read_time[0] <= c.read_time[1] ? 0
-                                                                : 1;
+                                                            : 1;
         c.reader[slot] = uint8_t(reader);
         c.read_time[slot] = now_;
         c.read_mask[slot] = 0xffff;

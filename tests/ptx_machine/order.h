@@ -1,17 +1,18 @@
 // Who has seen what: happens-before between the warps of a cluster, and from it data races in shared memory and missing
 // fences between the generic and the async proxy.
 //
-// The unit is a warp (an actor); every block also has an actor for asynchronous copies, and one for the products of each
-// warpgroup, which read their operands. Time is one counter of the
-// cluster. `seen[w][a]` is the time up to which everything that actor a did happens before what warp w does next (PTX
-// ISA 9.0, "Memory Consistency Model: Causality Order"). Barriers join these clocks. `fenced` is the same for accesses
-// that are also visible to the async proxy, because a proxy fence stood on the way (same chapter, "Proxy").
+// The unit is a warp (an actor); every block also has an actor for asynchronous copies, and one for the products of
+// each warpgroup, which read their operands. Time is one counter of the cluster. `seen[w][a]` is the time up to which
+// everything that actor a did happens before what warp w does next (PTX ISA 9.0, "Memory Consistency Model: Causality
+// Order"). Barriers join these clocks. `fenced` is the same for accesses that are also visible to the async proxy,
+// because a proxy fence stood on the way (same chapter, "Proxy").
 //
-// Lanes of one warp are told apart by the lane that wrote or read each byte since the lanes last met: at bar.warp.sync, or
-// where the warp acquires something. A meeting of some lanes counts as one of all, shuffles and votes as none (PTX ISA
-// 9.0, "bar.warp.sync": it alone orders memory).
+// Lanes of one warp are told apart by the lane that wrote or read each byte since the lanes last met: at bar.warp.sync,
+// or where the warp acquires something. A meeting of some lanes counts as one of all, shuffles and votes as none (PTX
+// ISA 9.0, "bar.warp.sync": it alone orders memory).
 //
-// What it cannot see: races between lanes after a meeting that not all of them took part in, and races in global memory.
+// What it cannot see: races between lanes after a meeting that not all of them took part in, and races in global
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +63,8 @@ public:
 
     // A warp's generic access to its own or another block's shared memory; a fault where it races.
     void generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, bool write, Lanes lanes);
-    // The async proxy reads on behalf of a warp: a store by TMA for one of its lanes, an operand of wgmma for kNoLane. The
-    // reader is the warp, or the products of its warpgroup.
+    // The async proxy reads on behalf of a warp: a store by TMA for one of its lanes, an operand of wgmma for kNoLane.
+    // The reader is the warp, or the products of its warpgroup.
     void async_read(uint32_t actor, uint32_t reader, uint32_t block, uint32_t address, uint32_t bytes, const char* what,
                     uint8_t lane);
     // The time up to which products have read their operands now.
@@ -114,8 +115,8 @@ private:
     Time now_ = 1;
     std::vector<Clock> clocks_;
     std::vector<Chunk> chunks_;
-    // For each byte of the chunks, the lane that wrote it last, and the one that read it last; valid where the chunk says
-    // that it was the asking warp, since that warp's lanes last met, whose times are in `met_`.
+    // For each byte of the chunks, the lane that wrote it last, and the one that read it last; valid where the chunk
+    // says that it was the asking warp, since that warp's lanes last met, whose times are in `met_`.
     std::vector<uint8_t> writer_lanes_, reader_lanes_;
     std::vector<Time> met_;
     std::vector<Initialised> initialised_;

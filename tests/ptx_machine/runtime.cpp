@@ -195,8 +195,8 @@ const char* ptx_machine_open(const char* folder) {
     text = ptx::Machine::get().open(folder);
     return text.c_str();
 }
-// landing: 0 late, 1 early, 2 by seed. seed 0: warps in order. creation_zeros: whether zeros of a buffer's creation count
-// as written.
+// landing: 0 late, 1 early, 2 by seed. seed 0: warps in order. creation_zeros: whether zeros of a buffer's creation
+// count as written.
 void ptx_machine_configure(int landing, uint64_t seed, int measured_rounding, int creation_zeros) {
     ptx::Machine::get().configure({ptx::Landing(landing), seed, measured_rounding != 0, creation_zeros != 0});
 }

@@ -15,8 +15,8 @@ constexpr uint32_t kRankShift = 24;
 constexpr uint32_t kMostShared80 = 163 * 1024;
 constexpr uint32_t kMostShared90 = 227 * 1024;
 
-// Who wrote a byte of global memory. The program zeroes every buffer when it makes it, which hides reads of what nothing
-// wrote after that; so those zeros have a mark of their own.
+// Who wrote a byte of global memory. The program zeroes every buffer when it makes it, which hides reads of what
+// nothing wrote after that; so those zeros have a mark of their own.
 constexpr uint8_t kUnwritten = 0, kWritten = 1, kZeroedAtCreation = 2;
 
 // One allocation of global memory, or a launch's parameters.

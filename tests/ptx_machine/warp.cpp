@@ -1,4 +1,4 @@
-// Instructions by which the lanes of a warp exchange values. PTX ISA 9.0, sections 9.7.9 (shfl.sync) and 9.7.13
+// Instructions by which the lanes of a warp exchange values. PTX ISA 9.0, sections 9.7.9.6 (shfl.sync) and 9.7.13
 // (vote.sync, redux.sync, bar.warp.sync, elect.sync, activemask).
 #include "warp.h"
 

@@ -2,8 +2,8 @@
 // memory matrix layout, matrix descriptor format, wgmma.fence, .mma_async, .commit_group, .wait_group.
 //
 // Warp w of the four computes rows 16w .. 16w+15, from its own registers and from shared memory. A group of products is
-// the whole warpgroup's, though: it is complete when the products of all four warps are, and whichever warp waits for it
-// first waits for all of them. That all four ask for the same is compared when they exit.
+// the whole warpgroup's, though: it is complete when the products of all four warps are, and whichever warp waits for
+// it first waits for all of them. That all four ask for the same is compared when they exit.
 #include "decode.h"
 #include "matrix_arithmetic.h"
 #include "memory.h"
@@ -109,7 +109,8 @@ void compute(Warp& warp, const PendingProduct& product) {
     }
 }
 
-// Computes what is left to compute of a warp's group number `group`, whose registers stay in use until the warp's own wait.
+// Computes what is left to compute of a warp's group number `group`, whose registers stay in use until the warp's own
+// wait.
 void land_group(Warp& warp, size_t group) {
     if (group < warp.groups_waited) return;
     for (PendingProduct& product : warp.product_groups[group - warp.groups_waited]) {
@@ -188,8 +189,7 @@ Step commit(Warp& warp, const Instruction&) {
 // `constant`: groups that may stay under way.
 Step wait(Warp& warp, const Instruction& i) {
     if (!whole_warp(warp)) return Step::gathering;
-    if (!warp.products.empty())
-        fail("waits for groups while a wgmma stands in none: wgmma.commit_group is missing");
+    if (!warp.products.empty()) fail("waits for groups while a wgmma stands in none: wgmma.commit_group is missing");
     const size_t committed = warp.group_read_times.size(), stay = size_t(i.constant);
     const size_t complete = committed > stay ? committed - stay : 0;
     bool all_here = true;

@@ -1,8 +1,8 @@
 // cases FOLDER LANDING SEED MEASURED [CASE[!]...]
 //
-// Runs the emulated device's own cases (tests/emulator) on the PTX machine, which stands where driver and runtime stood: those
-// that are named, `!` with the fault that the case plants, or all of them. FOLDER holds their PTX; the numbers are those of
-// ptx_machine_configure. Prints `ok NAME` or `FAILED NAME: what` for each.
+// Runs the emulated device's own cases (tests/emulator) on the PTX machine, which stands where driver and runtime
+// stood: those that are named, `!` with the fault that the case plants, or all of them. FOLDER holds their PTX; the
+// numbers are those of ptx_machine_configure. Prints `ok NAME` or `FAILED NAME: what` for each.
 //
 // Each case has a process of its own, because the first error of a process is all that its cases say.
 #include <sys/wait.h>
