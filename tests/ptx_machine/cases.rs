@@ -33,6 +33,7 @@ impl Cases {
     /// Compiles the cases of these files of `tests/emulator`, named without `.cu`; `None` without a cuobjdump to take the PTX out
     /// with. What was compiled before from the same files is kept.
     pub fn build(names: &[&str]) -> Option<Cases> {
+        let _alone = library::building();
         let folder = root().join("tests/emulator");
         let kernels = root().join("kernels");
         let headers = [&folder, &kernels, &kernels.join("common")]
@@ -41,7 +42,14 @@ impl Cases {
         let sources: Vec<PathBuf> =
             names.iter().chain(&["registry"]).map(|name| folder.join(format!("{name}.cu"))).collect();
         let flags = FLAGS.map(str::to_owned);
-        let objects: Vec<PathBuf> = sources.iter().map(|source| object(source, &headers, &flags)).collect();
+        let objects = sources.iter().map(|source| object(source, &headers, &flags));
+        let jobs: Vec<(&PathBuf, PathBuf)> = sources.iter().zip(objects).collect();
+        library::compile(&jobs, &|| {
+            let mut nvcc = Command::new(Path::new(library::TOOLKIT).join("bin/nvcc"));
+            nvcc.current_dir(root()).args(&flags);
+            nvcc
+        });
+        let objects: Vec<PathBuf> = jobs.into_iter().map(|(_, object)| object).collect();
         let main = root().join("tests/ptx_machine/cases/main.cpp");
         let machine = library::machine_objects();
         let key = library::hash_of(&[objects.clone(), machine.clone(), vec![main.clone()]].concat(), &[]);
@@ -86,18 +94,10 @@ impl Cases {
     }
 }
 
-/// The object of a file of cases.
+/// Where the object of a file of cases is, or will be.
 fn object(source: &Path, headers: &[PathBuf], flags: &[String]) -> PathBuf {
     let key = library::hash_of(&[headers, &[source.to_owned()]].concat(), flags);
-    let stem = source.file_stem().unwrap_or_default().display();
-    let object = library::folder().join(format!("case-{stem}-{key}.o"));
-    if !object.exists() {
-        let unfinished = object.with_extension(format!("{}", std::process::id()));
-        let mut nvcc = Command::new(Path::new(library::TOOLKIT).join("bin/nvcc"));
-        library::run(nvcc.current_dir(root()).args(flags).arg("-c").arg(source).arg("-o").arg(&unfinished));
-        std::fs::rename(&unfinished, &object).expect("the object gets its name");
-    }
-    object
+    library::folder().join(format!("case-{}-{key}.o", source.file_stem().unwrap_or_default().display()))
 }
 
 /// The cases of a file of `tests/emulator` that GPUs have too, by their names in its text.

@@ -5,8 +5,8 @@ use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The toolkit that the kernels were compiled with.
 pub const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
@@ -26,6 +26,12 @@ const FLAGS: [&str; 9] = [
     "-fno-math-errno",
     "-Werror=return-type",
 ];
+
+/// Held by whoever makes files here: the tests of one process run side by side.
+pub fn building() -> MutexGuard<'static, ()> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    BUILDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 pub fn folder() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx_machine");
@@ -77,15 +83,17 @@ pub fn machine_objects() -> Vec<PathBuf> {
     }
     let headers = files(&source, &["h"]);
     let sources = files(&source, &["cpp"]);
-    let objects: Vec<PathBuf> = sources
-        .iter()
-        .map(|path| {
-            let key = hash_of(&[headers.clone(), vec![path.clone()]].concat(), &flags);
-            folder().join(format!("{}-{key}.o", path.file_stem().unwrap_or_default().display()))
-        })
-        .collect();
-    compile(&sources, &objects, &flags);
-    objects
+    let objects = sources.iter().map(|path| {
+        let key = hash_of(&[headers.clone(), vec![path.clone()]].concat(), &flags);
+        folder().join(format!("{}-{key}.o", path.file_stem().unwrap_or_default().display()))
+    });
+    let jobs: Vec<(&PathBuf, PathBuf)> = sources.iter().zip(objects).collect();
+    compile(&jobs, &|| {
+        let mut command = Command::new(compiler());
+        command.args(&flags);
+        command
+    });
+    jobs.into_iter().map(|(_, object)| object).collect()
 }
 
 /// The machine with the launchers in it, as the library that programs look for by the driver's name.
@@ -110,23 +118,23 @@ pub fn build() -> PathBuf {
     library
 }
 
-/// As many at once as there are processors.
-fn compile(sources: &[PathBuf], objects: &[PathBuf], flags: &[String]) {
+/// Makes of each source the object beside it, where there is none yet, by a command that takes `-c SOURCE -o OBJECT`; as many
+/// at once as there are processors.
+pub fn compile(jobs: &[(&PathBuf, PathBuf)], command: &(dyn Fn() -> Command + Sync)) {
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
-                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let object = &objects[sources.iter().position(|other| other == source).unwrap_or(0)];
+                while let Some((source, object)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if object.exists() {
                         continue;
                     }
                     let unfinished = object.with_extension(format!("{}", std::process::id()));
-                    let mut command = Command::new(compiler());
-                    command.args(flags).arg("-c").arg(source).arg("-o").arg(&unfinished);
-                    let output = command.output().expect("a C++ compiler runs");
+                    let mut command = command();
+                    command.arg("-c").arg(source).arg("-o").arg(&unfinished);
+                    let output = command.output().expect("a compiler runs");
                     if output.status.success() {
                         std::fs::rename(&unfinished, object).expect("the object gets its name");
                     } else {

@@ -109,6 +109,7 @@ fn load(path: &Path) -> NonNull<c_void> {
 /// Whether the PTX can be executed; builds what that needs, and says what is missing. Loads nothing, so that this process may
 /// still look for a GPU.
 pub fn available() -> bool {
+    let _alone = library::building();
     let available = library::extract_ptx().is_some();
     if available {
         library::build();
@@ -123,6 +124,7 @@ pub fn machine() -> Option<&'static Machine> {
 }
 
 fn start() -> Option<Machine> {
+    let _alone = library::building();
     let folder = library::extract_ptx()?;
     let library = load(&library::build());
     let function = |name: &str| symbol(library, name).unwrap_or_else(|| panic!("the machine has no {name}"));
