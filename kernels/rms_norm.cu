@@ -152,13 +152,13 @@ DEVICE void add_vector(bf16* sum, const bf16* x, const bf16* delta, int count) {
     store8<kVectorized>(sum, 0, count, pack8(values));
 }
 
-template <bool kVectorized>
+// The pointers lie on 16-byte boundaries.
 __global__ void __launch_bounds__(kBlock)
     add_kernel(bf16* __restrict__ sum, const bf16* __restrict__ x, const bf16* __restrict__ delta, int64_t length) {
     const int64_t first = flat_index();
     if (first >= length) return;
     const int64_t left = length - first;
-    if (kVectorized && left >= kVector) {
+    if (left >= kVector) {
         add_vector<true>(sum + first, x + first, delta + first, kVector);
     } else {
         add_vector<false>(sum + first, x + first, delta + first, int(min(left, int64_t(kVector))));
@@ -294,9 +294,8 @@ mmpo_status MMPO_EXPORT(add_rms_norm_forward)(bf16* sum, bf16* out, float* rstd,
 
 mmpo_status MMPO_EXPORT(add)(bf16* sum, const bf16* x, const bf16* delta, int64_t length, mmpo_stream stream) {
     if (length == 0) return kSuccess;
-    return vector_aligned(sum, x, delta)
-               ? LAUNCH(add_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length)
-               : LAUNCH(add_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length);
+    if (!vector_aligned(sum, x, delta)) return kInvalidValue;
+    return LAUNCH(add_kernel, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length);
 }
 
 int64_t MMPO_EXPORT(rms_norm_backward_workspace)(int32_t rows, int32_t width) {
