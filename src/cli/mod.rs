@@ -4,6 +4,7 @@ mod arguments;
 mod bench;
 mod generate;
 mod score;
+mod shell;
 mod train;
 mod version;
 
@@ -38,6 +39,8 @@ enum Parsed {
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Bench(BenchConfig),
+    Completions(clap_complete::Shell),
+    Man(shell::ManConfig),
 }
 
 /// How parsing ends where there is nothing to run.
@@ -68,6 +71,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
+        Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
@@ -90,6 +95,8 @@ impl Invocation {
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Completions(shell) => shell::print_completions(shell, command()),
+            Parsed::Man(config) => shell::write_man(&config, command()),
         }
     }
 }
@@ -121,6 +128,8 @@ fn command() -> Command {
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(bench::command())
+        .subcommand(shell::completions_command())
+        .subcommand(shell::man_command())
 }
 
 /// Turns an unknown flag or command into an error that names the nearest known one; everything else stays clap's.
