@@ -7,6 +7,7 @@ use crate::config::{LengthLimits, RunConfig};
 use crate::context;
 use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::demo::Demo;
+use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
@@ -63,6 +64,7 @@ impl Inputs {
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
         let companions = companions(&model, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
+            let _memory = LargeBlocks::give_back();
             let dataset = load_pairs(path, &encoder, limits)?;
             dataset.report.log(&name(given));
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
