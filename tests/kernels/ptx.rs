@@ -1,7 +1,8 @@
 //! The kernels' PTX, executed: this program's own tests for a GPU, in processes of their own whose GPU is the PTX machine of
 //! `tests/ptx_machine`. Every entry of the fat binary is launched by one of them.
 //!
-//! `MMPO_FAST_PTX_LONG=1` runs them under more timings and schedules, and with the rounding of tensor cores.
+//! Matrix instructions compute in f32 there; the tests of gemms run with the rounding of tensor cores too. `MMPO_FAST_PTX_LONG=1` runs
+//! all tests with that rounding, and under more timings and schedules.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
