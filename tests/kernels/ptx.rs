@@ -127,7 +127,8 @@ fn all_tests_for_devices_pass_on_the_ptx_and_launch_every_entry() {
 }
 
 /// The files of the emulated device's own cases that GPUs run too, planted faults in their right form among them.
-const CASES: [&str; 10] = [
+const CASES: [&str; 11] = [
+    "gemm",
     "layouts",
     "tensors",
     "collectives",
@@ -152,8 +153,8 @@ fn the_emulated_devices_cases_pass_on_the_ptx() {
     let Some(cases) = ptx_machine::cases::Cases::build(&CASES) else { return };
     let mut names: Vec<String> = CASES.iter().flat_map(|file| ptx_machine::cases::names(file)).collect();
     names.retain(|name| name != NOT_HERE);
-    assert!(names.len() > 90, "{} cases", names.len());
-    for words in ["late", "early", "random seed=7"] {
+    assert!(names.len() > 120, "{} cases", names.len());
+    for words in ["late", "early", "random seed=7", "late measured"] {
         let (mode, _) = ptx_machine::Mode::from_words(words);
         let outcomes = cases.run(mode, &names);
         let passed: Vec<&String> = outcomes.iter().map(|(name, _)| name).collect();
