@@ -53,7 +53,8 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
     let identity = identity(&recorded, &inputs);
-    let tensors = checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()));
+    let tensors =
+        checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()), config.memory.states);
     let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
     if matches!(start, Start::Finished) {
         return say_finished(&output, &plan);
@@ -170,7 +171,8 @@ impl<'a, D: Device> Run<'a, D> {
             plan.pairs_per_step,
             config.batch.tokens_per_micro_batch,
         );
-        let workload = Workload { head: config.head, ..workload };
+        let workload =
+            Workload { head: config.head, memory: config.memory, rounding_seed: config.seed, ..workload };
         let trainer = Trainer::new(model, config.objective, workload)?;
         tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })

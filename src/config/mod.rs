@@ -18,10 +18,10 @@ pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::HeadOptions;
+use crate::model::{HeadOptions, Recompute};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
-use crate::optimizer::{AdamWSettings, Schedule};
+use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +58,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
@@ -127,6 +129,15 @@ pub enum Warmup {
     Ratio(f64),
     /// So many optimiser steps.
     Steps(usize),
+}
+
+/// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// What AdamW keeps of each trained tensor.
+    pub states: StateOptions,
+    /// What of the forward is computed again in the backward.
+    pub recompute: Recompute,
 }
 
 /// Sizes of batches.

@@ -6,13 +6,13 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, PAIRS_PER_STEP, RunConfig,
-    ScheduleConfig, Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, MemoryConfig, ObjectiveKind, PAIRS_PER_STEP,
+    RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::{Objective, Settings};
-use crate::optimizer::AdamWSettings;
+use crate::optimizer::{AdamWSettings, StateOptions};
 
 /// Defaults that depend on other options, so that the table can only describe them.
 const WARMUP_RATIO: f64 = 0.1;
@@ -245,6 +245,10 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
+        memory: MemoryConfig {
+            states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
+            recompute: settled.recompute,
+        },
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::config::MemoryConfig;
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, Floats};
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::model::{
     LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::optimizer::{AdamWStep, OptimizerState};
+use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +47,7 @@ pub struct Trainer<D: Device> {
     pub gradients: Gradients<D>,
     objective: Objective,
     token_budget: usize,
+    state_options: StateOptions,
     activations: Activations<D>,
     scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
@@ -66,9 +68,17 @@ pub struct Workload {
     pub token_budget: usize,
     /// How the head uses memory.
     pub head: HeadOptions,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
+    /// Seed of the stochastic rounding of weights without a master copy.
+    pub rounding_seed: u64,
 }
 
 impl Workload {
+    fn purpose(&self) -> Purpose {
+        Purpose::Training { head: self.head, recompute: self.memory.recompute }
+    }
+
     /// Covers every way of cutting `pairs` into micro-batches of at most `token_budget` tokens (a longer pair gets
     /// one of its own).
     pub fn plan<'a>(
@@ -99,6 +109,8 @@ impl Workload {
             pairs_per_step,
             token_budget,
             head: HeadOptions::default(),
+            memory: MemoryConfig::default(),
+            rounding_seed: 0,
         }
     }
 }
@@ -118,7 +130,7 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
-        let states = new_states(&model)?;
+        let states = new_states(&model, workload)?;
         let gradients = model.zero_gradients()?;
         device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
@@ -128,12 +140,13 @@ impl<D: Device> Trainer<D> {
             gradients,
             objective,
             token_budget: workload.token_budget,
+            state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
             // Last: the head is planned with the memory that all else leaves.
-            activations: Activations::new(device, &model.config, capacity, Purpose::Training(workload.head))?,
+            activations: Activations::new(device, &model.config, capacity, workload.purpose())?,
             model,
         })
     }
@@ -225,6 +238,11 @@ impl<D: Device> Trainer<D> {
         self.activations.head.plan
     }
 
+    /// What is kept of each trained tensor.
+    pub fn state_options(&self) -> StateOptions {
+        self.state_options
+    }
+
     /// Where the model computes.
     pub fn device(&self) -> &D {
         &self.model.device
@@ -277,11 +295,19 @@ fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
 }
 
-/// The states of the trained tensors before the first update.
-fn new_states<D: Device>(model: &Llama<D>) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
-    let mut weights = model.weights.iter();
+/// The states of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
+/// the random bits of a tensor do not depend on which others are trained.
+fn new_states<D: Device>(
+    model: &Llama<D>,
+    workload: Workload,
+) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
+    let (device, options) = (&*model.device, workload.memory.states);
+    let mut weights = model.weights.iter().zip(0..);
     model.layout.try_map(|tensor| match (weights.next(), tensor.trained) {
-        (Some(weight), true) => OptimizerState::of(&*model.device, weight).map(Some),
+        (Some((weight, number)), true) => {
+            let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
+            OptimizerState::before_first(device, weight, options, rounding).map(Some)
+        }
         _ => Ok(None),
     })
 }

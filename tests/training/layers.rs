@@ -5,16 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mmpo_fast::Result;
+use mmpo_fast::config::MemoryConfig;
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{BatchBuffers, ComputeBuffer, Floats};
 use mmpo_fast::model::{
     Activations, BackwardScratch, Capacity, CompleteLayer, Context, FusedTensor, GradientSink, Gradients,
-    HeadOptions, KeepGradients, Llama, LlamaTensors, Purpose,
+    HeadOptions, KeepGradients, Llama, LlamaTensors, Purpose, Recompute,
 };
 use mmpo_fast::objective::{Mmpo, Objective};
-use mmpo_fast::optimizer::{AdamWStep, OptimizerState};
+use mmpo_fast::optimizer::{AdamWStep, OptimizerState, StateBuffer, StateValues};
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
@@ -205,7 +206,7 @@ impl<D: Device> Run<D> {
         let chosen: Vec<usize> = golden.pairs.iter().map(|pair| pair.scored_tokens()[0]).collect();
         let constants = OBJECTIVE.batch_constants(&references, &chosen);
         batch.load(&**device, &packed, &constants).expect("load");
-        let purpose = Purpose::Training(HeadOptions::default());
+        let purpose = Purpose::Training { head: HeadOptions::default(), recompute: Recompute::None };
         let mut run = Run {
             activations: Activations::new(&**device, &model.config, capacity, purpose).expect("activations"),
             scratch: BackwardScratch::new(&**device, &model.config, capacity).expect("scratch"),
@@ -431,8 +432,11 @@ fn layer_by_layer_is_the_same_update<D: Device>(golden: &Golden, device: &Arc<D>
     for ((tensor, (weight, wanted)), (state, wanted_state)) in model.layout.iter().zip(weights).zip(states) {
         let what = format!("{}: {}", golden.name(), tensor.name());
         assert!(compute_bits(&**device, weight) == compute_bits(&**device, wanted), "{what}");
-        let (moment, wanted) = (&state.second_moment, &wanted_state.second_moment);
-        assert!(bits(&**device, moment) == bits(&**device, wanted), "{what}: second moment");
+        let second = |state: &OptimizerState<D>| match state.get(StateBuffer::SecondMoment) {
+            Some(StateValues::F32(moment)) => bits(&**device, moment),
+            other => panic!("{other:?}"),
+        };
+        assert!(second(state) == second(wanted_state), "{what}: second moment");
     }
     for gradient in gradients.layers.iter().flat_map(|layer| layer.iter().flatten()) {
         assert!(bits(&**device, gradient).iter().all(|&bits| bits == 0), "{}", golden.name());
@@ -468,5 +472,61 @@ fn kept_gradients_are_those_of_the_trainer() {
     trainer.accumulate_gradients(&training_pairs(&golden, &scores), None).expect("gradients");
     for (ours, wanted) in run.gradients.iter().flatten().zip(trainer.gradients.iter().flatten()) {
         assert!(bits(&*device, ours) == bits(&*device, wanted));
+    }
+}
+
+/// What a step with this recomputation leaves: gradient norm, loss and weights as bits, and the bytes on the device before it.
+fn recomputed_step<D: Device>(
+    golden: &Golden,
+    device: D,
+    recompute: Recompute,
+) -> (u32, u64, Vec<Vec<u32>>, usize) {
+    let device = Arc::new(device);
+    let (model, scores) = load(golden, &device, |_| false);
+    let workload = Workload {
+        memory: MemoryConfig { recompute, ..MemoryConfig::default() },
+        ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, 150)
+    };
+    let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
+    let memory = device.memory();
+    let result = trainer.step(&training_pairs(golden, &scores), STEP, Some(1.0)).expect("step");
+    // Everything was reserved before the step.
+    assert_eq!(device.memory(), memory, "{recompute:?}");
+    let weights = trainer.model.weights.iter().map(|weight| compute_bits(&*device, weight)).collect();
+    (result.gradient_norm.to_bits(), result.loss.to_bits(), weights, memory.now)
+}
+
+/// Every recomputation gives the bits of none, with less memory: exactly the buffers of all layers but one.
+fn recomputation_gives_the_same_bits<D: Device>(golden: &Golden, device: impl Fn() -> D) {
+    let (norm, loss, weights, bytes) = recomputed_step(golden, device(), Recompute::None);
+    let config = golden.load(&cpu()).config;
+    let attention = config.attention_shape();
+    let tokens = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, 150).micro_batch.tokens;
+    let gate_up = 2 * config.intermediate_size * size_of::<D::Compute>();
+    let rest = (attention.qkv_width() + attention.out_width() + config.hidden_size) * size_of::<D::Compute>()
+        + (attention.heads + 2) * size_of::<f32>();
+    for (recompute, row) in [(Recompute::Selective, gate_up), (Recompute::Layer, gate_up + rest)] {
+        let what = format!("{} {recompute:?}", golden.name());
+        let step = recomputed_step(golden, device(), recompute);
+        assert_eq!((step.0, step.1), (norm, loss), "{what}: norm and loss");
+        assert!(step.2 == weights, "{what}: weights");
+        assert_eq!(bytes - step.3, (config.layers - 1) * tokens * row, "{what}: bytes");
+    }
+}
+
+#[test]
+fn recomputed_layers_give_the_same_step_from_less_memory() {
+    for name in ["base", "tied", "bias"] {
+        recomputation_gives_the_same_bits(&golden(name), || CpuDevice::new(Some(2)).expect("the CPU device"));
+    }
+}
+
+#[cfg(mmpo_emulated)]
+#[test]
+fn recomputed_layers_give_the_same_step_on_the_emulated_gpu() {
+    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, KernelPath};
+    for path in [KernelPath::Portable, KernelPath::Hopper] {
+        let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
+        recomputation_gives_the_same_bits(&golden("bias"), device);
     }
 }

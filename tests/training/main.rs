@@ -10,3 +10,4 @@ mod memory_table;
 mod objective;
 mod published_configs;
 mod report;
+mod states;
