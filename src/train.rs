@@ -8,6 +8,7 @@
 mod checkpoint;
 mod guard;
 mod inputs;
+mod layer_updates;
 mod lock;
 mod output;
 mod plan;
@@ -49,6 +50,7 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
+    plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;

@@ -24,7 +24,8 @@ const TENSORS: &str = "state.safetensors";
 const FORMAT: u32 = 2;
 
 /// Options that came later than format 2, and what runs did before: a checkpoint without them goes on with these.
-const ADDED_OPTIONS: [(&str, &str); 2] = [("optimizer_states", "\"f32\""), ("master_weights", "\"f32\"")];
+const ADDED_OPTIONS: [(&str, &str); 3] =
+    [("optimizer_states", "\"f32\""), ("master_weights", "\"f32\""), ("gradients", "\"f32\"")];
 
 /// Where a run stands. Integers and text alone: each comes back exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

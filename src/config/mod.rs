@@ -131,6 +131,17 @@ pub enum Warmup {
     Steps(usize),
 }
 
+/// Which gradients exist at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GradientConfig {
+    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes a parameter.
+    #[default]
+    F32,
+    /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
+    /// is not known in time to clip by it.
+    Layer,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -138,6 +149,8 @@ pub struct MemoryConfig {
     pub states: StateOptions,
     /// What of the forward is computed again in the backward.
     pub recompute: Recompute,
+    /// Which gradients exist at a time.
+    pub gradients: GradientConfig,
 }
 
 /// Sizes of batches.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
-use super::{ObjectiveKind, check};
+use super::{GradientConfig, ObjectiveKind, check};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::{HeadChoice, HeadOptions, Recompute};
@@ -317,6 +317,9 @@ options! {
         /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
         /// largest activations), or layer (all between the residual streams of two layers).
         recompute: Recompute, Always<Recompute> = Always(Recompute::None), ALL, check::anything;
+        /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
+        /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
+        gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

@@ -130,6 +130,7 @@ fn given(config: &RunConfig) -> Options {
         optimizer_states: some(config.memory.states.moments),
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),
+        gradients: some(config.memory.gradients),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{ObjectiveKind, suggest};
+use super::{GradientConfig, ObjectiveKind, suggest};
 use crate::device::DeviceChoice;
 use crate::model::{HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -196,6 +196,12 @@ impl Word for Recompute {
     }
 }
 
+impl Word for GradientConfig {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("f32", GradientConfig::F32), ("layer", GradientConfig::Layer)]
+    }
+}
+
 macro_rules! word_option {
     ($type:ty, $placeholder:literal) => {
         impl OptionValue for $type {
@@ -233,6 +239,7 @@ word_option!(HeadChoice, "auto|main|recompute");
 word_option!(MomentFormat, "f32|bf16|8bit");
 word_option!(MasterWeights, "f32|none");
 word_option!(Recompute, "none|selective|layer");
+word_option!(GradientConfig, "f32|layer");
 
 impl OptionValue for DeviceChoice {
     const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";

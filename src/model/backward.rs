@@ -58,7 +58,9 @@ impl<D: Device> Llama<D> {
     ) -> Result<()> {
         for layer in (self.lowest_trained_layer()..self.config.layers).rev() {
             self.complete_activations(layer, activations, batch, tokens)?;
-            let gradients = &mut gradients.layers[layer];
+            // All layers share the gradients of one where a sink applies them.
+            let gradient_slot = layer % gradients.layers.len();
+            let gradients = &mut gradients.layers[gradient_slot];
             LayerBackward {
                 model: self,
                 weights: &self.weights.layers[layer],

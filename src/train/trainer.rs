@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::config::MemoryConfig;
+use super::layer_updates::{self, LayerNorms, UpdateLayers};
+use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, Floats};
 use crate::error::{Error, Result};
@@ -53,6 +54,8 @@ pub struct Trainer<D: Device> {
     batch: BatchBuffers<D>,
     /// `[pairs of a step, PairOutcome::WIDTH]`
     outcomes: Floats<D>,
+    /// Where gradients are applied layer by layer.
+    layer_norms: Option<LayerNorms<D>>,
     /// `[2]`: norm, clip factor.
     norm: Floats<D>,
 }
@@ -131,8 +134,18 @@ impl<D: Device> Trainer<D> {
         let device = device.as_ref();
         let capacity = workload.micro_batch;
         let states = new_states(&model, workload)?;
-        let gradients = model.zero_gradients()?;
-        device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
+        let (gradients, layer_norms) = match workload.memory.gradients {
+            GradientConfig::F32 => {
+                let gradients = model.zero_gradients()?;
+                device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
+                (gradients, None)
+            }
+            GradientConfig::Layer => {
+                let gradients = model.zero_gradients_of_one_layer()?;
+                let norms = LayerNorms::new(&model, &gradients)?;
+                (gradients, Some(norms))
+            }
+        };
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
@@ -145,6 +158,7 @@ impl<D: Device> Trainer<D> {
             batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
+            layer_norms,
             // Last: the head is planned with the memory that all else leaves.
             activations: Activations::new(device, &model.config, capacity, workload.purpose())?,
             model,
@@ -158,17 +172,24 @@ impl<D: Device> Trainer<D> {
         adamw: AdamWStep,
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
+        if self.layer_norms.is_some() {
+            return self.step_by_layers(pairs, Some(adamw), max_grad_norm);
+        }
         let result = self.accumulate_gradients(pairs, max_grad_norm)?;
         self.update(adamw)?;
         Ok(result)
     }
 
-    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are.
+    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are. Where gradients are
+    /// applied layer by layer, none are left.
     pub fn accumulate_gradients(
         &mut self,
         pairs: &[TrainingPair<'_>],
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
+        if self.layer_norms.is_some() {
+            return self.step_by_layers(pairs, None, max_grad_norm);
+        }
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
         let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
@@ -199,8 +220,59 @@ impl<D: Device> Trainer<D> {
         Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
     }
 
+    /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
+    fn step_by_layers(
+        &mut self,
+        pairs: &[TrainingPair<'_>],
+        adamw: Option<AdamWStep>,
+        max_grad_norm: Option<f64>,
+    ) -> Result<StepResult> {
+        let sizes = self.pair_sizes(pairs);
+        layer_updates::check(micro_batches(&sizes, self.token_budget).len(), max_grad_norm)?;
+        let device = Arc::clone(&self.model.device);
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
+            trainer.model.head_forward_backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                &batch.scored,
+                &trainer.objective,
+            )?;
+            let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
+            let mut sink =
+                UpdateLayers { device: &*device, states: &mut trainer.states.layers, norms, step: adamw };
+            trainer.model.backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                tokens,
+                &mut sink,
+            )
+        })?;
+        let mut gradient_norm = 0.0;
+        if let Some(norms) = &mut self.layer_norms {
+            norms.finish(&mut self.model, &mut self.states, &self.gradients, adamw)?;
+            gradient_norm = norms.total(&*device)?;
+        }
+        let outcomes = self.download_outcomes(pairs.len())?;
+        let loss = self.mean_loss(pairs, &outcomes);
+        super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
+        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+    }
+
+    /// Tokens of each pair.
+    fn pair_sizes(&self, pairs: &[TrainingPair<'_>]) -> Vec<usize> {
+        pairs.iter().map(|pair| pair.pair.tokens_of(self.objective.sides())).collect()
+    }
+
     /// AdamW over all trained weights, from the gradients of [`Trainer::accumulate_gradients`].
     pub fn update(&mut self, adamw: AdamWStep) -> Result<()> {
+        if self.layer_norms.is_some() {
+            return Err(Error::bug("gradients are applied layer by layer: none are left for an update"));
+        }
         let device = &self.model.device;
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
@@ -258,7 +330,7 @@ impl<D: Device> Trainer<D> {
         let sides = self.objective.sides();
         let references: Vec<ReferencePair> = pairs.iter().map(|pair| pair.reference).collect();
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
-        let sizes: Vec<usize> = pairs.iter().map(|pair| pair.pair.tokens_of(sides)).collect();
+        let sizes = self.pair_sizes(pairs);
         let mut tokens = 0;
         for run in micro_batches(&sizes, self.token_budget) {
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.

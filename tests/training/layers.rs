@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mmpo_fast::Result;
-use mmpo_fast::config::MemoryConfig;
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::data::PairBatch;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
@@ -529,4 +529,78 @@ fn recomputed_layers_give_the_same_step_on_the_emulated_gpu() {
         let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
         recomputation_gives_the_same_bits(&golden("bias"), device);
     }
+}
+
+/// Three steps without clipping: the bits of weights and moments, the last norm, and the bytes on the device.
+fn steps_with_gradients<D: Device>(
+    golden: &Golden,
+    device: D,
+    gradients: GradientConfig,
+) -> (Vec<Vec<u32>>, f32, usize) {
+    let device = Arc::new(device);
+    let (model, scores) = load(golden, &device, |_| false);
+    let workload = Workload {
+        memory: MemoryConfig { gradients, ..MemoryConfig::default() },
+        ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, usize::MAX)
+    };
+    let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
+    let (memory, pairs) = (device.memory(), training_pairs(golden, &scores));
+    let mut norm = 0.0;
+    for step in 1..=3 {
+        // The gradients of one pair, which change nothing: a checkpoint asks for them.
+        trainer.accumulate_gradients(&pairs[..1], None).expect("gradients");
+        norm = trainer.step(&pairs, AdamWStep { step, ..STEP }, None).expect("step").gradient_norm;
+    }
+    assert_eq!(device.memory(), memory, "{gradients:?}: everything was reserved before the step");
+    let weights = trainer.model.weights.iter().map(|weight| compute_bits(&*device, weight));
+    let states = trainer.states.iter().flatten().map(|state| match state.get(StateBuffer::SecondMoment) {
+        Some(StateValues::F32(moment)) => bits(&*device, moment),
+        other => panic!("{other:?}"),
+    });
+    (weights.chain(states).collect(), norm, memory.now)
+}
+
+/// The optimiser inside the backward gives the bits of one update over all gradients, and keeps those of one layer alone.
+fn layers_are_updated_as_the_whole_is<D: Device>(golden: &Golden, device: impl Fn() -> D) {
+    let name = golden.name();
+    let (whole, norm, bytes) = steps_with_gradients(golden, device(), GradientConfig::F32);
+    let (layers, layer_norm, layer_bytes) = steps_with_gradients(golden, device(), GradientConfig::Layer);
+    assert!(layers == whole, "{name}: weights and moments");
+    assert!((layer_norm - norm).abs() <= 1e-6 * norm, "{name}: norm {layer_norm}, wanted {norm}");
+    let layout = LlamaTensors::layout(&golden.load(&cpu()).config);
+    let layer: usize = layout.layers[0].iter().map(FusedTensor::values).sum();
+    let saved = (layout.layers.len() - 1) * layer * size_of::<f32>();
+    // The norms of the layers, and scratch memory of the sums.
+    assert!(bytes - layer_bytes >= saved - 1024, "{name}: {bytes} and {layer_bytes}, {saved} to be saved");
+}
+
+#[test]
+fn layers_are_updated_inside_the_backward() {
+    for name in ["base", "tied", "bias"] {
+        layers_are_updated_as_the_whole_is(&golden(name), || CpuDevice::new(Some(2)).expect("the CPU device"));
+    }
+}
+
+#[cfg(mmpo_emulated)]
+#[test]
+fn layers_are_updated_inside_the_backward_on_the_emulated_gpu() {
+    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
+    layers_are_updated_as_the_whole_is(&golden("tied"), || CudaDevice::emulated(EmulatorVariant::Plain));
+}
+
+/// What needs all gradients at once is refused.
+#[test]
+fn updates_by_layer_refuse_clipping_and_several_micro_batches() {
+    let (golden, device) = (golden("tied"), cpu());
+    let (model, scores) = load(&golden, &device, |_| false);
+    let memory = MemoryConfig { gradients: GradientConfig::Layer, ..MemoryConfig::default() };
+    let workload = Workload { memory, ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, 1) };
+    let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
+    let pairs = training_pairs(&golden, &scores);
+    let several = trainer.step(&pairs, STEP, None).expect_err("several micro-batches");
+    assert!(several.exit_code() == 2 && several.to_string().contains("a step has 4 of them"), "{several}");
+    let clipped = trainer.step(&pairs[..1], STEP, Some(1.0)).expect_err("clipping");
+    assert!(clipped.exit_code() == 2 && clipped.to_string().contains("cannot be clipped"), "{clipped}");
+    trainer.step(&pairs[..1], STEP, None).expect("one micro-batch, no clipping");
+    assert!(trainer.update(STEP).is_err());
 }
