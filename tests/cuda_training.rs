@@ -20,8 +20,9 @@ use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
 
-/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases, linear and llama3 rope.
-const MODELS: [&str; 4] = ["tied", "bias", "rope_linear", "rope_llama3"];
+/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases on all
+/// projections and on some, linear and llama3 rope.
+const MODELS: [&str; 5] = ["tied", "bias", "rope_linear", "rope_llama3", "qwen2"];
 const STEPS: u32 = 3;
 /// Tokens of a micro-batch: a step takes several.
 const TOKEN_BUDGET: usize = 400;

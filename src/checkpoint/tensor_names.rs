@@ -159,7 +159,7 @@ fn describe_missing(
                    base model without a head, which transformers would fill with random numbers"
             .into(),
         [] if all_end(strange, ".bias") => {
-            "if the model has biases, set attention_bias or mlp_bias in config.json to true".into()
+            "if the model has biases, set attention_bias or mlp_bias in config.json to true (model_type llama)".into()
         }
         [] if strange.iter().all(|name| name.starts_with("model.layers.")) => {
             let layers = specs.iter().filter(|spec| spec.name.ends_with(".input_layernorm.weight")).count();

@@ -19,7 +19,7 @@ pub fn command() -> Command {
     Command::new("generate")
         .about("Answer a prompt")
         .long_about("Answer a prompt. The answer goes to standard output, everything else to standard error.")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("prompt", "TEXT", "What the user says").required(true).allow_hyphen_values(true))
         .arg(own("system", "TEXT", "What the system message says").allow_hyphen_values(true).conflicts_with("raw"))
         .arg(

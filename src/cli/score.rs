@@ -21,7 +21,7 @@ fn shared(row: &Row) -> bool {
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
             own(

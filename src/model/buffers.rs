@@ -241,8 +241,8 @@ fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacit
     device.reserve_attention(attention, config.attention_shape())?;
     device.reserve_rms_norm(config.norm_shape(tokens.max(scored)))?;
     for (shape, bias) in [
-        (config.qkv_shape(tokens), config.attention_bias),
-        (config.attention_out_shape(tokens), config.attention_bias),
+        (config.qkv_shape(tokens), config.qkv_bias),
+        (config.attention_out_shape(tokens), config.attention_out_bias),
         (config.gate_up_shape(tokens), config.mlp_bias),
         (config.down_shape(tokens), config.mlp_bias),
     ] {

@@ -1,10 +1,11 @@
-//! The Llama runtime, written once over [`Device`].
+//! The Llama runtime, written once over [`Device`]; [`Family`] has the models that it computes.
 
 mod backward;
 mod buffers;
 mod config;
 mod config_keys;
 mod decode;
+mod family;
 mod forward;
 mod head;
 mod head_plan;
@@ -22,6 +23,7 @@ pub use backward::{CompleteLayer, GradientSink, KeepGradients};
 pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, Recompute};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
+pub use family::Family;
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
 pub use projection::Projection;

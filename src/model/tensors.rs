@@ -105,9 +105,9 @@ fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor>
         qkv: projection(
             &[("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)],
             width,
-            config.attention_bias,
+            config.qkv_bias,
         ),
-        attention_out: projection(&[("self_attn.o_proj", width)], query, config.attention_bias),
+        attention_out: projection(&[("self_attn.o_proj", width)], query, config.attention_out_bias),
         post_norm: norm("post_attention_layernorm"),
         gate_up: projection(
             &[("mlp.gate_proj", mlp_width), ("mlp.up_proj", mlp_width)],

@@ -63,10 +63,11 @@ impl Problem {
         let (_, qkv) = compute(device, &self.qkv);
         let (_, dout) = compute(device, &self.dout);
         let spans = spans(&self.sizes);
-        let [exact, eager] = naive::both(|precision: Precision| {
-            let pass = precision.attention(&qkv, &spans, self.shape);
-            precision.attention_backward(&dout, &pass, &qkv, self.shape)
-        });
+        let [exact, eager] =
+            naive::both_once((&self.sizes, self.shape), &[&qkv, &dout], |precision: Precision| {
+                let pass = precision.attention(&qkv, &spans, self.shape);
+                precision.attention_backward(&dout, &pass, &qkv, self.shape)
+            });
         for (what, columns) in parts(self.shape) {
             assert_no_worse(
                 &format!("{what} of {:?}, {:?}", self.sizes, self.shape),

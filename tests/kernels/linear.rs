@@ -35,7 +35,9 @@ path_tests! {
                 device.linear_forward(&mut out, &x, &weight, with_bias.then_some(&bias), shape).unwrap();
                 let zeros = vec![0.0; outputs];
                 let bias64 = if with_bias { &bias64 } else { &zeros };
-                let [wanted, eager] = naive::both(|precision| precision.linear(&x64, &weight64, bias64, inputs));
+                let [wanted, eager] = naive::both_once(shape, &[&x64, &weight64, bias64], |precision| {
+                    precision.linear(&x64, &weight64, bias64, inputs)
+                });
                 let out = read_compute(device, &out);
                 assert_close("out", &out[..rows * outputs], &wanted, bounds);
                 assert_no_worse("out", &out[..rows * outputs], Stored::Bf16, &wanted, &eager);
@@ -65,11 +67,13 @@ path_tests! {
             let dx = read_compute(device, &dx);
             assert_gradient("dx", &dx, |x| scalar(x, &weight64, &zeros), &x64, samples, bounds);
             let [exact, eager] =
-                naive::both(|precision| precision.linear_backward_input(&dout64, &weight64, inputs));
+                naive::both_once(shape, &[&dout64, &weight64], |precision| {
+                    precision.linear_backward_input(&dout64, &weight64, inputs)
+                });
             assert_no_worse("dx", &dx, Stored::Bf16, &exact, &eager);
             let before = wide(&before_weight);
             let dweight = read(device, &dweight);
-            let [exact, eager] = naive::both(|precision| {
+            let [exact, eager] = naive::both_once(shape, &[&before, &dout64, &x64], |precision| {
                 precision.accumulate(&before, &precision.linear_backward_weight(&dout64, &x64, inputs))
             });
             assert_no_worse("dweight", &dweight, Stored::F32, &exact, &eager);

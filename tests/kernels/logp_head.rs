@@ -316,7 +316,10 @@ path_tests! {
             }
             let (a, b, before) = (wide(&a), wide(&b), wide(&before));
             let dweight = read(device, &dweight);
-            let [exact, eager] = naive::both(|precision| gradients(precision, &case, &a, &b, &before));
+            let inputs: [&[f64]; 5] = [&case.hidden64, &case.weight64, &a, &b, &before];
+            let [exact, eager] = naive::both_once((&case.targets, sizes), &inputs, |precision| {
+                gradients(precision, &case, &a, &b, &before)
+            });
             assert_no_worse("dhidden", &dhidden, Stored::Bf16, &exact[0], &eager[0]);
             assert_no_worse("dweight", &dweight, Stored::F32, &exact[1], &eager[1]);
             // The exact gradient is that of central differences, which cost a head each.

@@ -11,3 +11,5 @@ mod objective;
 mod published_configs;
 mod report;
 mod states;
+#[path = "../support/mod.rs"]
+mod support;

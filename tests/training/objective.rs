@@ -8,6 +8,8 @@ use mmpo_fast::objective::{
 };
 use serde_json::Value;
 
+use crate::support::close::{self, Bounds};
+
 const MMPO: Mmpo = Mmpo {
     beta: 0.05,
     epsilon: 0.9,
@@ -149,8 +151,7 @@ fn evaluate(objective: &Objective, pair: [&Response; 2], constants: PairConstant
 
 #[track_caller]
 fn assert_close(what: &str, got: f64, wanted: f64) {
-    let (error, allowed) = ((got - wanted).abs(), 1e-6 + 2e-6 * wanted.abs());
-    assert!(error <= allowed, "{what}: {got}, wanted {wanted}, error {error:e} > {allowed:e}");
+    close::assert_close(what, got, wanted, Bounds { relative: 2e-6, absolute: 1e-6 });
 }
 
 /// Every objective with every switch.

@@ -22,6 +22,8 @@ use super::{MOST_UNCUT, SegmentCache, Uncut};
 
 /// Bytes of a word from which on it is merged here, in little memory, rather than by the library.
 const LONG_WORD: usize = 4096;
+/// Bytes of a text from which on its list of ids never grows.
+const LONG_TEXT: usize = 1 << 20;
 /// Bytes of a word that is worth remembering, and how many words are.
 const REMEMBERED_BYTES: usize = 64;
 const REMEMBERED_WORDS: usize = 1 << 16;
@@ -126,7 +128,10 @@ impl Words {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let state = idle().pop();
         let mut state = state.unwrap_or_else(|| self.state());
-        let mut ids = Vec::with_capacity(text.len() / 4);
+        // A long text has room for a token per byte, as digits need it, because a list that grows has its old ids in
+        // memory beside the new ones. Room that is not used is never touched, so it costs no memory.
+        let room = if text.len() >= LONG_TEXT { text.len() + 16 } else { text.len() / 4 };
+        let mut ids = Vec::with_capacity(room);
         let mut part = |part: Part| match part {
             Part::Token(id) => {
                 ids.push(id);
