@@ -1,10 +1,10 @@
 // One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of many tensors: clip, update,
 // rounding of the states and of the weight in one pass, in which every byte moves once.
 //
-// Moments are f32, bf16, or 8-bit by blocks of 256 values (common/dynamic_map.cuh). The weight is bf16(master) with an f32
-// master copy, or its own master copy, rounded stochastically (common/stochastic.cuh). All of them are updated in place. The
-// moments of this update move the weight before they are rounded themselves. Clipping costs nothing: every gradient is
-// multiplied by the factor that grad_norm.cu left in norm[1].
+// Moments are f32, bf16, or 8-bit by blocks of 256 values (common/dynamic_map.cuh). The weight is bf16(master) with an
+// f32 master copy, or its own master copy, rounded stochastically (common/stochastic.cuh). All of them are updated in
+// place. The moments of this update move the weight before they are rounded themselves. Clipping costs nothing: every
+// gradient is multiplied by the factor that grad_norm.cu left in norm[1].
 //
 // A warp works on whole vectors of its own: 128 values, or the 256 of a quantised block, so that 8-bit moments need no
 // barrier but that of the table of decades.
@@ -30,8 +30,8 @@ DEVICE State update(State old, float gradient, const mmpo_adamw_step& step) {
     return now;
 }
 
-// What a warp is given of a tensor: a lane's vector v is the values at(v) .. at(v) + 4 of it. `length` ends them only in
-// kernels that are not vectorized.
+// What a warp is given of a tensor: a lane's vector v is the values at(v) .. at(v) + 4 of it. `length` ends them only
+// in kernels that are not vectorized.
 template <int kVectors>
 struct WarpPart {
     static constexpr int kValues = kVectors * kWarp * kVectorF32;
@@ -41,9 +41,7 @@ struct WarpPart {
 
     DEVICE int64_t at(int vector) const { return start + (vector * kWarp + int(lane_id())) * kVectorF32; }
     // How many of a vector's values there are.
-    DEVICE int count(int vector) const {
-        return int(max(min(length - at(vector), int64_t(kVectorF32)), int64_t(0)));
-    }
+    DEVICE int count(int vector) const { return int(max(min(length - at(vector), int64_t(kVectorF32)), int64_t(0))); }
     DEVICE bool is_whole() const { return start + kValues <= length; }
 };
 
@@ -199,8 +197,8 @@ struct EightBitMoments {
         if (lane_id() == 1) second_scales[block] = second_scale;
     }
 
-    // The largest absolute value of the warp's block; 0 where that is no normal f32. As numbers that are not negative are
-    // ordered as their bits are, with NaN above all, the largest is found among integers.
+    // The largest absolute value of the warp's block; 0 where that is no normal f32. As numbers that are not negative
+    // are ordered as their bits are, with NaN above all, the largest is found among integers.
     DEVICE static float block_scale(const Values<kVectors>& values) {
         uint32_t largest = 0;
 #pragma unroll
@@ -338,17 +336,18 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class Moments, class Weights>
 mmpo_status launch_kernel(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                   mmpo_stream stream) {
+                          mmpo_stream stream) {
     using Row = Tensor<Moments, Weights>;
-    return launch_tables_of<Row>(
-        tensors, count, kBlockValues<Moments>, [=](const TensorTable<Row>& table, unsigned blocks) {
-            return LAUNCH((adamw_kernel<Moments, Weights>), blocks, kBlock, kSharedBytes<Moments>, cuda_stream(stream), table, norm, step);
-        });
+    return launch_tables_of<Row>(tensors, count, kBlockValues<Moments>,
+                                 [=](const TensorTable<Row>& table, unsigned blocks) {
+                                     return LAUNCH((adamw_kernel<Moments, Weights>), blocks, kBlock,
+                                                   kSharedBytes<Moments>, cuda_stream(stream), table, norm, step);
+                                 });
 }
 
 template <class Moments>
 mmpo_status launch_moments(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                   mmpo_stream stream) {
+                           mmpo_stream stream) {
     if (count == 0) return kSuccess;
     return tensors[0].master != nullptr ? launch_kernel<Moments, MasterWeights>(tensors, count, norm, step, stream)
                                         : launch_kernel<Moments, StochasticWeights>(tensors, count, norm, step, stream);

@@ -17,10 +17,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use golden::Golden;
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::device::Hardware;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
-use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::model::{HeadChoice, HeadOptions, Recompute};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};

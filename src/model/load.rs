@@ -86,7 +86,10 @@ impl<D: Device> Llama<D> {
         let shared = layers.next().map(|mut shared| {
             // Room for whatever is trained in any layer.
             for layer in layers {
-                shared.iter_mut().zip(layer.iter()).for_each(|(tensor, other)| tensor.trained |= other.trained);
+                shared
+                    .iter_mut()
+                    .zip(layer.iter())
+                    .for_each(|(tensor, other)| tensor.trained |= other.trained);
             }
             shared
         });

@@ -23,7 +23,8 @@ impl<D: Device> LayerNorms<D> {
     /// [`Error::Device`] where the device has no memory for them.
     pub fn new(model: &Llama<D>, gradients: &Gradients<D>) -> Result<Self> {
         let device = &*model.device;
-        let shared: Vec<&Floats<D>> = gradients.layers.iter().flat_map(|layer| layer.iter().flatten()).collect();
+        let shared: Vec<&Floats<D>> =
+            gradients.layers.iter().flat_map(|layer| layer.iter().flatten()).collect();
         device.reserve_gradient_norm(&shared)?;
         device.reserve_gradient_norm(&gradients.outside_layers().flatten().collect::<Vec<_>>())?;
         let layers = (0..model.config.layers).map(|_| device.alloc(2)).collect::<Result<_>>()?;

@@ -1,8 +1,8 @@
 //! Which steps a run consists of, and what is known of them before the first: learning rates, batches, and what a
 //! checkpoint of each step must say.
 
-use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
 use super::layer_updates;
+use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
 use crate::config::{GradientConfig, RunConfig, Warmup};
 use crate::data::{BatchOrder, TokenizedPair, micro_batches};
 use crate::error::{Error, Result};

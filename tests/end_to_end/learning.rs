@@ -226,7 +226,10 @@ fn every_choice_of_memory_learns_and_resumes() {
         if flags.contains("8bit") {
             work.cut_after_step_2("whole", "other");
             let other = run.replace("8bit", "bf16");
-            let parts = ["`optimizer_states` was \"8bit\" and is \"bf16\"", "resume with the settings the run began with"];
+            let parts = [
+                "`optimizer_states` was \"8bit\" and is \"bf16\"",
+                "resume with the settings the run began with",
+            ];
             work.refuse(&format!("{other} --output other --resume"), CONFIG, &parts);
         }
     }

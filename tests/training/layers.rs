@@ -577,7 +577,9 @@ fn layers_are_updated_as_the_whole_is<D: Device>(golden: &Golden, device: impl F
 #[test]
 fn layers_are_updated_inside_the_backward() {
     for name in ["base", "tied", "bias"] {
-        layers_are_updated_as_the_whole_is(&golden(name), || CpuDevice::new(Some(2)).expect("the CPU device"));
+        layers_are_updated_as_the_whole_is(&golden(name), || {
+            CpuDevice::new(Some(2)).expect("the CPU device")
+        });
     }
 }
 
