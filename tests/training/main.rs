@@ -11,5 +11,6 @@ mod objective;
 mod published_configs;
 mod python_options;
 mod report;
+mod states;
 #[path = "../support/mod.rs"]
 mod support;
