@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{ObjectiveKind, suggest};
+use super::{ObjectiveKind, Policy, suggest};
 use crate::device::DeviceChoice;
 use crate::model::HeadChoice;
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -34,7 +34,7 @@ pub trait OptionValue: Clone {
 }
 
 /// `DeValue` for people.
-fn toml_kind(value: &DeValue<'_>) -> String {
+pub(super) fn toml_kind(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string \"{text}\""),
         DeValue::Integer(number) => number.to_string(),
@@ -178,6 +178,12 @@ impl Word for HeadChoice {
     }
 }
 
+impl Word for Policy {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("keep", Policy::Keep), ("cut", Policy::Cut), ("drop", Policy::Drop), ("error", Policy::Error)]
+    }
+}
+
 macro_rules! word_option {
     ($type:ty, $placeholder:literal) => {
         impl OptionValue for $type {
@@ -212,6 +218,7 @@ macro_rules! word_option {
 word_option!(ObjectiveKind, "NAME");
 word_option!(Schedule, "cosine|linear|constant");
 word_option!(HeadChoice, "auto|main|recompute");
+word_option!(Policy, "keep|cut|drop|error");
 
 impl OptionValue for DeviceChoice {
     const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";
