@@ -8,7 +8,7 @@ use crate::config::value::OptionValue;
 use crate::config::{self, ObjectiveKind, PairFiles, ScoreConfig};
 use crate::error::{Error, Result};
 
-/// Factor of the rewards, as DPO's own default.
+/// Factor of the rewards: DPO's own default.
 const BETA: f64 = 0.1;
 
 /// The options of `train` that mean the same here.
@@ -36,7 +36,7 @@ pub fn command() -> Command {
             own(
                 "output",
                 "FILE.jsonl",
-                "File that receives a line a pair, in the order of the data; `-` is standard output",
+                "File that receives one line per pair, in the order of the data; `-` is standard output",
             )
             .required(true),
         )
@@ -56,7 +56,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

@@ -46,6 +46,9 @@ impl PairDataset {
     }
 
     /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
+    ///
+    /// # Errors
+    /// [`Error::Model`] with the largest such token.
     pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
         let tokens =
             self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
@@ -90,6 +93,9 @@ pub struct FileReport {
 }
 
 /// Reads all records of the file `path` and tokenises their pairs; see [`load`].
+///
+/// # Errors
+/// Those of [`load`].
 pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> Result<PairDataset> {
     load(&PairSource::file(path), encoder, Treatment::new(limits), &mut |_| {})
 }
@@ -98,8 +104,9 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
 /// result does not depend on the number of threads, and the error of the first bad record in file order is the one
 /// reported.
 ///
-/// Errors: a file cannot be read, is empty, holds a broken or ill-typed record or one that the chat template refuses or
-/// that `treatment` does not allow, or not one pair can be used.
+/// # Errors
+/// [`Error::Io`] where a file cannot be read; [`Error::Data`] where one is empty, holds a broken or ill-typed record or
+/// one that the chat template refuses or that `treatment` does not allow, or where not one pair can be used.
 pub fn load(
     source: &PairSource,
     encoder: &TextEncoder,
@@ -369,7 +376,7 @@ fn read_ahead(
                     no_record(path)
                 })
             });
-            // Whoever hung up has an error of its own, of an earlier record.
+            // The receiver that hung up has an error of its own, of an earlier record.
             if stopped { Ok(()) } else { read }
         });
         for chunk in &receive {
@@ -379,7 +386,7 @@ fn read_ahead(
     })
 }
 
-/// Tokens of a pair whose lists lie on pages of their own.
+/// A pair of more tokens than this has lists that lie on pages of their own.
 const LARGE_PAIR: usize = 1 << 20;
 
 /// Chunks that are read before they are needed.

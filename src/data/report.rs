@@ -49,7 +49,7 @@ pub enum Cause {
     BosTwice,
     /// No column holds a prompt: it is the beginning that both texts share.
     ImplicitPrompt,
-    /// The same, while the record has a text in a column whose name means nothing here.
+    /// As [`Cause::ImplicitPrompt`], while the record has a text in a column whose name means nothing here.
     ImplicitPromptBesideText,
     /// The messages of the prompt stood at the beginning of a response too, and were taken off there.
     PromptTakenOff,
@@ -186,7 +186,7 @@ impl Cause {
         }
     }
 
-    /// Whether its example tells what happened, rather than being an excerpt of the record.
+    /// Whether its example says what happened, rather than being an excerpt of the record.
     fn is_told(self) -> bool {
         matches!(
             self,
@@ -226,10 +226,10 @@ impl Cause {
     }
 }
 
-/// How often a cause struck, and where first.
+/// How often a cause was met, and where first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Records that it struck.
+    /// Records in which it was met.
     pub count: usize,
     /// Records that were left out for it; of several causes, the first in the order of [`Cause::ALL`] counts.
     pub dropped: usize,
@@ -241,7 +241,7 @@ pub struct Tally {
     pub example: Option<String>,
 }
 
-/// The account of a file's records; `Display` shows it to people, and its alternate form leaves out what
+/// The report on a file's records. `Display` shows it to people, and its alternate form leaves out what
 /// [`EncodingReport::warnings`] says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodingReport {
@@ -279,7 +279,7 @@ impl EncodingReport {
         }
     }
 
-    /// How often a cause struck.
+    /// How often a cause was met.
     pub fn tally(&self, cause: Cause) -> &Tally {
         &self.tallies[cause as usize]
     }
@@ -357,7 +357,7 @@ impl EncodingReport {
             .collect()
     }
 
-    /// Tells the user what became of the records of the file `name`: the account, and each warning once.
+    /// Logs the report on the records of the file `name`, and each warning once.
     pub fn log(&self, name: &str) {
         tracing::info!("{name}: {self:#}");
         for warning in self.warnings() {
@@ -416,7 +416,7 @@ impl EncodingReport {
             Cause::Refused => "no pair can be read from the record".to_string(),
             Cause::BlankResponse => "a response is empty".to_string(),
             Cause::NoRoom => {
-                format!("no room for a response behind the prompt within max_length {max_length}")
+                format!("no room for a response after the prompt within max_length {max_length}")
             }
             Cause::NothingToScore => "an empty prompt and a response of one token".to_string(),
             Cause::PromptCut => {

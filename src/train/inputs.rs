@@ -19,9 +19,9 @@ pub struct Inputs {
     pub folder: ModelFolder,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
-    /// Saved beside the trained weights.
+    /// The files that are saved beside the trained weights.
     pub companions: CompanionFiles,
-    /// Its tokenizer and chat template.
+    /// The model's tokenizer and chat template.
     pub encoder: TextEncoder,
     /// The lengths asked for, within the models' context.
     pub limits: LengthLimits,
@@ -92,7 +92,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// The longest sequence any pair makes: positions that RoPE needs.
+    /// Tokens of the longest sequence that any pair makes: the number of positions that RoPE needs.
     pub fn positions(&self) -> usize {
         let evaluation = self.evaluation.iter().flat_map(|dataset| &dataset.pairs);
         let pairs = self.training.pairs.iter().chain(evaluation);
@@ -108,7 +108,8 @@ impl Inputs {
     }
 }
 
-/// transformers would drop attention weights in training; a run without that is another run.
+/// Refuses attention dropout: transformers would drop attention weights in training, and a run without that is another
+/// run.
 fn check_dropout(model: &ModelFolder) -> Result<()> {
     match model.config().attention_dropout {
         0.0 => Ok(()),

@@ -75,7 +75,7 @@ impl Fault {
 
 pub(super) type Parsed<T> = std::result::Result<T, Fault>;
 
-/// The columns of one record and where it stands.
+/// The columns of one record, and its place in the file.
 #[derive(Debug)]
 pub(crate) struct Columns<'a> {
     path: &'a Path,

@@ -91,7 +91,7 @@ impl Record {
     }
 }
 
-/// What a file's account needs of a record once its texts are tokens.
+/// What a file's report needs from a record once its texts are tokens.
 #[derive(Debug)]
 pub(crate) struct Read {
     pub is_text: bool,
@@ -113,11 +113,17 @@ impl Read {
 }
 
 /// Reads a whole pairs file. Training goes through [`crate::data::load`], which holds a chunk at a time.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, [`Error::Data`] naming its first bad record.
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     read_records_as(path, &ColumnNames::default())
 }
 
 /// As [`read_records`], of a file whose columns have other names.
+///
+/// # Errors
+/// Those of [`read_records`], and [`Error::Data`] for a name that no record has.
 pub fn read_records_as(path: &Path, columns: &ColumnNames) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     let mut one_kind = OneKind::default();
@@ -139,6 +145,9 @@ pub fn read_records_as(path: &Path, columns: &ColumnNames) -> Result<Vec<Record>
 
 /// The records of `source` at `places`, 0-based over all its files and rising. Nothing after the last of them is read
 /// but the rest of its chunk. Files that have become shorter give fewer.
+///
+/// # Errors
+/// Those of [`read_records`], for what is read.
 pub fn read_chosen_records(source: &PairSource, places: &[usize]) -> Result<Vec<Record>> {
     let renamed = Renamed::new(&source.columns);
     let mut records = Vec::with_capacity(places.len());
