@@ -14,6 +14,7 @@ pub use account::Account;
 use crate::checkpoint::atomic;
 use crate::config::{AskedLengths, CheckConfig, LengthLimits};
 use crate::data::{PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
+use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
@@ -63,7 +64,9 @@ fn survey(config: &CheckConfig) -> Result<Account> {
     let source = PairSource::open(&files, &config.columns, Part::All)?;
     let treatment = Treatment { limits, policies: config.policies, tolerant: true };
     let mut survey = Survey::new(&encoder, config.shown)?;
+    let memory = LargeBlocks::give_back();
     let dataset = load(&source, &encoder, treatment, &mut |record| survey.add(record))?;
+    drop(memory);
     interrupt::check()?;
     dataset.check_vocabulary(model.vocab_size, &folder)?;
     let account = Account::new(&folder, &model, &encoder, &dataset, &survey, config)?;

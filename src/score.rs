@@ -12,7 +12,7 @@ use crate::checkpoint::ModelFolder;
 use crate::config::ScoreConfig;
 use crate::context;
 use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
-use crate::device::{Device, DeviceTask, run_on};
+use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
@@ -70,7 +70,9 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         TextEncoder::load(&config.model, config.chat_template.as_deref())?.at(config.template_date)?;
     let source = PairSource::open(&config.data, &config.columns, Part::All)?;
     let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+    let memory = LargeBlocks::give_back();
     let dataset = load(&source, &encoder, treatment, &mut |_| {})?;
+    drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
     dataset.log();
     if let Some(reference) = &reference {

@@ -42,8 +42,8 @@ pub fn command() -> Command {
         .about("Tell what becomes of preference pairs, before training")
         .long_about(ABOUT)
         .after_help(
-            "mmpo-fast check --model DIR --data pairs.jsonl\n\
-             mmpo-fast check --model DIR --data pairs.parquet --on-identical drop --html check.html",
+            "Examples:\n  mmpo-fast check --model M --data pairs.jsonl\n  \
+             mmpo-fast check --model M --data pairs.parquet --on-identical drop --html check.html",
         )
         .arg(
             own("model", "DIR", "Hugging Face folder of the model, or its name in the Hub's cache")

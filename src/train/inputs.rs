@@ -9,6 +9,7 @@ use crate::data::{
     Cause, FileReport, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load,
 };
 use crate::demo::Demo;
+use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
@@ -64,6 +65,7 @@ impl Inputs {
         let companions = companions(&model, &folder, &encoder)?;
         let treatment = Treatment { limits, policies: config.policies, tolerant: false };
         let load = |source: &PairSource| -> Result<PairDataset> {
+            let _memory = LargeBlocks::give_back();
             let dataset = load(source, &encoder, treatment, &mut |_| {})?;
             for file in &dataset.files {
                 file.report.log(&name(file, source.part, demo.as_ref()));
