@@ -193,7 +193,7 @@ pub struct EvaluationConfig {
     pub data: Option<PairFiles>,
     /// Share of the training data that is held out and evaluated on.
     pub split: Option<f64>,
-    /// Optimiser steps between evaluations; `None`: once an epoch.
+    /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
 }
 
@@ -206,7 +206,7 @@ pub struct ScoreConfig {
     pub data: PairFiles,
     /// Columns that have other names in these files.
     pub columns: ColumnNames,
-    /// The JSON Lines file that is written, a line a pair.
+    /// The JSON Lines file that is written, one line per pair.
     pub output: PathBuf,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,

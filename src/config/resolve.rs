@@ -22,7 +22,7 @@ const MAX_PROMPT_LENGTH: usize = 1800;
 /// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
 const MAX_LENGTH: usize = 2312;
 
-/// Pairs of options of which a run has one.
+/// Pairs of options of which a run may have only one.
 const RIVALS: [(&str, &str); 3] =
     [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps"), ("eval_data", "eval_split")];
 
