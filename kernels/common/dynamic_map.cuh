@@ -7,7 +7,7 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// Values that share a scale: a warp quantises a block, eight values a lane.
+// Values that share a scale: a warp quantises a block, eight values per lane.
 constexpr int kQuantizedBlock = 256;
 
 // 0, the upper ends of the decades from 1e-6 to 1, and a place for the entry 1, which stands alone above them.

@@ -90,7 +90,7 @@ impl<D: Device> Llama<D> {
         self.gate_up_block(layer, activations, tokens)
     }
 
-    /// As [`Llama::recompute_layer`], where what is missing is `gate_up` alone: from `middle`.
+    /// Computes `gate_up` again from `middle`, where nothing else is missing; see [`Llama::recompute_layer`].
     fn recompute_gate_up(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let slot = activations.slot(layer);
         self.device.rms_norm_forward(
@@ -122,7 +122,7 @@ impl<D: Device> Llama<D> {
         }
     }
 
-    /// The input norm of a layer over its residual stream: to `normed`.
+    /// Computes the input norm of a layer over its residual stream, into `normed`.
     fn input_norm(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
         self.device.rms_norm_forward(
