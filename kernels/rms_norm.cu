@@ -21,8 +21,8 @@ struct RowLayout {
     // Columns between two vectors of a thread.
     static constexpr int kStride = kWarps * kWarp * kVector;
     using Group = RowGroup<kWarps>;
-    // The backward holds four arrays. With eight vectors a lane, or with single accesses that each need an address, it
-    // takes some 200 registers, which leaves room for one block only.
+    // The backward holds four arrays. With eight vectors per lane, or with single accesses that each need an address,
+    // it takes some 200 registers, which leaves room for one block only.
     static constexpr int kMinBlocks = kVectorized && kVectors <= 4 ? 2 : 1;
 };
 // The widest row that a layout can hold.
@@ -37,7 +37,7 @@ using EightWarpsWide = RowLayout<8, 8, true>;
 using SingleValues = RowLayout<8, 4, false>;
 
 // Calls `launch` with the layout for rows of `width`. It may be up to 16384, or up to 8192 if a row's bytes are not a
-// multiple of 16. Four vectors a lane keep 64 bytes of each input under way and still leave room for a second block.
+// multiple of 16. Four vectors per lane keep 64 bytes of each input under way and still leave room for a second block.
 // The fewest warps with which that is possible need no barriers (D = 576, 960), or cheap ones (2048, 4096).
 template <class Launch>
 mmpo_status with_row_layout(int width, Launch launch) {

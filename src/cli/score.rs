@@ -7,7 +7,7 @@ use crate::config::options::Row;
 use crate::config::{self, ObjectiveKind, ScoreConfig};
 use crate::error::{Error, Result};
 
-/// Factor of the rewards, as DPO's own default.
+/// Factor of the rewards: DPO's own default.
 const BETA: f64 = 0.1;
 
 /// The options of `train` that mean the same here.
@@ -21,13 +21,17 @@ fn shared(row: &Row) -> bool {
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .after_help(
+            "Examples:\n  mmpo-fast score --model M --data pairs.jsonl --output scores.jsonl\n  \
+             mmpo-fast score --model run/model --reference M --data held-out.jsonl --output - | head -n 3",
+        )
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
             own(
                 "output",
                 "FILE.jsonl",
-                "File that receives a line a pair, in the order of the data; `-` is standard output",
+                "File that receives one line per pair, in the order of the data; `-` is standard output",
             )
             .required(true),
         )
@@ -47,7 +51,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

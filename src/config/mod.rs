@@ -1,4 +1,4 @@
-//! One validated configuration of a run, whatever it came from: flags before a recipe file before defaults.
+//! One validated configuration of a run, from flags, a recipe file and defaults, in this order of precedence.
 //!
 //! [`options`] is the table of a training run's options; [`recipe`] reads them from TOML and writes them back;
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
@@ -18,10 +18,10 @@ pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::HeadOptions;
+use crate::model::{HeadOptions, Recompute};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
-use crate::optimizer::{AdamWSettings, Schedule};
+use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,7 +44,7 @@ pub struct RunConfig {
     pub schedule: ScheduleConfig,
     /// Sizes of batches.
     pub batch: BatchConfig,
-    /// Limits that do not yet know the model's context.
+    /// Token limits, which do not yet take the model's context into account.
     pub limits: LengthLimits,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
@@ -58,6 +58,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
@@ -68,13 +70,13 @@ pub struct RunConfig {
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
 const PAIRS_PER_STEP: usize = 128;
-/// A small file's pairs are parted into at least this many steps an epoch.
+/// A small file's pairs are divided into at least this many steps per epoch.
 const LEAST_STEPS: usize = 20;
 
 impl RunConfig {
     /// Pairs of one optimiser step of a run over `pairs` pairs: the number that was given, else 128, or for a file of
-    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
-    /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
+    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps per epoch. It is never less than 2
+    /// or than MMPO's `reward_group`, whose pairs must lie in one step.
     pub fn pairs_per_step(&self, pairs: usize) -> usize {
         let group = self.objective.formula().pairs_together();
         let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
@@ -114,7 +116,7 @@ pub struct ScheduleConfig {
     pub kind: Schedule,
     /// Steps before the peak.
     pub warmup: Warmup,
-    /// Passes over the data; of no meaning where `max_steps` is given.
+    /// Passes over the data; ignored where `max_steps` is given.
     pub epochs: f64,
     /// Length of the run in optimiser steps, in place of `epochs`.
     pub max_steps: Option<usize>,
@@ -125,8 +127,30 @@ pub struct ScheduleConfig {
 pub enum Warmup {
     /// Share of all steps, `0..=1`.
     Ratio(f64),
-    /// So many optimiser steps.
+    /// A number of optimiser steps.
     Steps(usize),
+}
+
+/// Which gradients exist at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GradientConfig {
+    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes a parameter.
+    #[default]
+    F32,
+    /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
+    /// is not known in time to clip by it.
+    Layer,
+}
+
+/// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// What AdamW keeps of each trained tensor.
+    pub states: StateOptions,
+    /// What of the forward is computed again in the backward.
+    pub recompute: Recompute,
+    /// Which gradients exist at a time.
+    pub gradients: GradientConfig,
 }
 
 /// Sizes of batches.
@@ -147,7 +171,7 @@ pub struct LengthLimits {
     pub max_prompt_length: usize,
 }
 
-/// The lengths that were given; what was not follows the defaults and the model's context.
+/// The lengths that were given; those that were not follow the defaults and the model's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AskedLengths {
     /// `--max-length`.
@@ -161,7 +185,7 @@ pub struct AskedLengths {
 pub struct EvaluationConfig {
     /// Pairs file; `None`: no evaluation.
     pub data: Option<PathBuf>,
-    /// Optimiser steps between evaluations; `None`: once an epoch.
+    /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
 }
 
@@ -172,11 +196,11 @@ pub struct ScoreConfig {
     pub model: PathBuf,
     /// Pairs file.
     pub data: PathBuf,
-    /// The JSON Lines file that is written, a line a pair.
+    /// The JSON Lines file that is written, one line per pair.
     pub output: PathBuf,
-    /// With it, rewards `beta * (lp - lp_ref)` and margins are written too.
+    /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
-    /// Factor of the rewards; of no meaning without a reference.
+    /// Factor of the rewards; ignored without a reference.
     pub beta: f64,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,

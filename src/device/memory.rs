@@ -12,6 +12,7 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + Debug {}
 impl Element for f32 {}
 impl Element for u32 {}
 impl Element for half::bf16 {}
+impl Element for u8 {}
 
 /// Buffer of weights or activations.
 pub type ComputeBuffer<D> = <D as Memory>::Buffer<<D as Memory>::Compute>;
@@ -92,7 +93,8 @@ pub trait Memory: Hardware {
     /// Bytes in use on the device now, and the most so far.
     fn memory(&self) -> MemoryUse;
 
-    /// Bytes that a large buffer may still have; `None` where that is no fixed number, as in a computer's main memory.
+    /// Bytes that one large buffer may still take; `None` where there is no fixed limit, as in a computer's main
+    /// memory.
     fn free_memory(&self) -> Result<Option<usize>>;
 
     /// A buffer of `len` zeros.

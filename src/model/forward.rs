@@ -5,7 +5,7 @@
 //! norm is fused with it.
 
 use super::Llama;
-use super::buffers::Activations;
+use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
 use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
 use crate::error::Result;
@@ -14,7 +14,7 @@ use crate::error::Result;
 pub enum Context<'a, D: Device> {
     /// Their own pair, by the shared-prefix mask.
     Packed,
-    /// The same, and their keys and values are kept for what follows.
+    /// As [`Context::Packed`]; their keys and values are kept for what follows.
     Prefill(&'a mut KvCache<D>),
     /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),
@@ -22,6 +22,9 @@ pub enum Context<'a, D: Device> {
 
 impl<D: Device> Llama<D> {
     /// Leaves the residual stream of the last layer in `activations`, `[T, D]`, before the final norm.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn forward(
         &self,
         activations: &mut Activations<D>,
@@ -72,6 +75,9 @@ impl<D: Device> Llama<D> {
     /// output is not formed: the backward does not read it.
     ///
     /// `activations.residual` of the layer and `batch` must be those of a forward with [`Context::Packed`].
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn recompute_layer(
         &self,
         layer: usize,
@@ -82,6 +88,38 @@ impl<D: Device> Llama<D> {
         self.input_norm(layer, activations, tokens)?;
         self.attention_block(layer, activations, batch, tokens, &mut Context::Packed)?;
         self.gate_up_block(layer, activations, tokens)
+    }
+
+    /// As [`Llama::recompute_layer`], where what is missing is `gate_up` alone: from `middle`.
+    fn recompute_gate_up(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let slot = activations.slot(layer);
+        self.device.rms_norm_forward(
+            &mut activations.normed,
+            &mut activations.post_rstd[slot],
+            &activations.middle[slot],
+            &self.weights.layers[layer].post_norm,
+            self.config.norm_shape(tokens),
+        )?;
+        self.gate_up_block(layer, activations, tokens)
+    }
+
+    /// Computes again what the forward has not kept for the backward of a layer. Call it for the layers from the last down: the
+    /// last one's activations are still in the buffers that all layers share.
+    pub(super) fn complete_activations(
+        &self,
+        layer: usize,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()> {
+        if layer + 1 == self.config.layers {
+            return Ok(());
+        }
+        match activations.recompute {
+            Recompute::None => Ok(()),
+            Recompute::Selective => self.recompute_gate_up(layer, activations, tokens),
+            Recompute::Layer => self.recompute_layer(layer, activations, batch, tokens),
+        }
     }
 
     /// The input norm of a layer over its residual stream: to `normed`.
@@ -96,8 +134,8 @@ impl<D: Device> Llama<D> {
         )
     }
 
-    /// The residual sum that ends layer `before`, fused with the input norm of the layer after it: to that layer's
-    /// `residual` and to `normed`.
+    /// Computes the residual sum that ends layer `before`, fused with the input norm of the layer after it, into that
+    /// layer's `residual` and into `normed`.
     fn close_and_open(&self, before: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let layer = before + 1;
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
@@ -113,7 +151,8 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// From `normed` to `normed`: the attention block, its residual sum and the norm after it.
+    /// The attention block, its residual sum and the norm after it. Reads the block's input from `normed`, and leaves
+    /// the norm's output there.
     fn attention_block(
         &self,
         layer: usize,
@@ -160,10 +199,10 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// The MLP up to its last gemm, from `normed`: to `gate_up` and `activated`.
+    /// The MLP up to its last gemm: reads `normed`, assigns `gate_up` and `activated`.
     fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer].gate_up;
-        let slot = activations.slot(layer);
+        let slot = activations.gate_up_slot(layer);
         self.device.linear_swiglu_forward(LinearSwiglu {
             out: &mut activations.activated,
             gate_up: &mut activations.gate_up[slot],
@@ -174,7 +213,7 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// The scored rows after the final norm: `head.gathered` and `head.normed`, `[N, D]`.
+    /// Assigns the scored rows, and what the final norm makes of them: `head.gathered` and `head.normed`, `[N, D]`.
     pub(super) fn head_input(
         &self,
         activations: &mut Activations<D>,

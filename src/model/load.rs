@@ -8,8 +8,12 @@ use crate::device::{ComputeBuffer, Device, RawValues};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
-    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the longest sequence that will be
-    /// run.
+    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the length of the longest sequence
+    /// that will be run.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
+    /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
         let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
@@ -17,7 +21,10 @@ impl<D: Device> Llama<D> {
         Self::assemble(&device, folder.config().clone(), positions, upload)
     }
 
-    /// Weights that `values` gives for each checkpoint tensor: for benchmarks and tests.
+    /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
+    ///
+    /// # Errors
+    /// Those of `values`, and [`Error::Device`] where the device has no memory for them.
     pub fn from_values(
         device: Arc<D>,
         config: LlamaConfig,
@@ -70,6 +77,31 @@ impl<D: Device> Llama<D> {
     /// [`Error::Device`] where the device has no memory for them.
     pub fn zero_gradients(&self) -> Result<Gradients<D>> {
         self.layout.try_map(|tensor| match tensor.trained {
+            true => Ok(Some(self.device.alloc(tensor.values())?)),
+            false => Ok(None),
+        })
+    }
+
+    /// As [`Llama::zero_gradients`], with one layer that all layers share: for a backward whose sink applies the gradients of
+    /// each layer and sets them to zero.
+    ///
+    /// # Errors
+    /// As [`Llama::zero_gradients`].
+    pub fn zero_gradients_of_one_layer(&self) -> Result<Gradients<D>> {
+        let mut layout = self.layout.clone();
+        let mut layers = layout.layers.drain(..);
+        let shared = layers.next().map(|mut shared| {
+            // Room for whatever is trained in any layer.
+            for layer in layers {
+                shared
+                    .iter_mut()
+                    .zip(layer.iter())
+                    .for_each(|(tensor, other)| tensor.trained |= other.trained);
+            }
+            shared
+        });
+        layout.layers = shared.into_iter().collect();
+        layout.try_map(|tensor| match tensor.trained {
             true => Ok(Some(self.device.alloc(tensor.values())?)),
             false => Ok(None),
         })

@@ -1,10 +1,11 @@
-//! The Llama runtime, written once over [`Device`].
+//! The Llama runtime, written once over [`Device`]; [`Family`] has the models that it computes.
 
 mod backward;
 mod buffers;
 mod config;
 mod config_keys;
 mod decode;
+mod family;
 mod forward;
 mod head;
 mod head_plan;
@@ -19,9 +20,10 @@ mod tensors;
 use std::sync::Arc;
 
 pub use backward::{CompleteLayer, GradientSink, KeepGradients};
-pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
+pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, Recompute};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
+pub use family::Family;
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
 pub use projection::Projection;
@@ -38,9 +40,9 @@ pub type LayerGradients<D> = LayerTensors<Option<Floats<D>>>;
 /// Weights on a device, and what is needed to run them.
 #[derive(Debug)]
 pub struct Llama<D: Device> {
-    /// Where the weights are, and what computes.
+    /// The device that holds the weights and computes.
     pub device: Arc<D>,
-    /// Sizes.
+    /// Sizes and settings.
     pub config: LlamaConfig,
     /// Names and shapes of the checkpoint's tensors inside `weights`, and which of `weights` are trained.
     pub layout: LlamaTensors<FusedTensor>,

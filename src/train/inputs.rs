@@ -7,6 +7,7 @@ use crate::config::{LengthLimits, RunConfig};
 use crate::context;
 use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::demo::Demo;
+use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
@@ -17,9 +18,9 @@ pub struct Inputs {
     pub folder: ModelFolder,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
-    /// Saved beside the trained weights.
+    /// The files that are saved beside the trained weights.
     pub companions: CompanionFiles,
-    /// Its tokenizer and chat template.
+    /// The model's tokenizer and chat template.
     pub encoder: TextEncoder,
     /// The lengths asked for, within the models' context.
     pub limits: LengthLimits,
@@ -27,9 +28,9 @@ pub struct Inputs {
     pub training: PairDataset,
     /// Pairs to evaluate on.
     pub evaluation: Option<PairDataset>,
-    /// The file of the former.
+    /// The file of the training pairs.
     pub training_path: PathBuf,
-    /// The file of the latter.
+    /// The file of the evaluation pairs.
     pub evaluation_path: Option<PathBuf>,
     /// Keeps the demo's files alive.
     _demo: Option<Demo>,
@@ -63,6 +64,7 @@ impl Inputs {
         let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
         let companions = companions(&model, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
+            let _memory = LargeBlocks::give_back();
             let dataset = load_pairs(path, &encoder, limits)?;
             dataset.report.log(&name(given));
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
@@ -90,7 +92,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// The longest sequence any pair makes: positions that RoPE needs.
+    /// Tokens of the longest sequence that any pair makes: the number of positions that RoPE needs.
     pub fn positions(&self) -> usize {
         let evaluation = self.evaluation.iter().flat_map(|dataset| &dataset.pairs);
         let pairs = self.training.pairs.iter().chain(evaluation);
@@ -104,7 +106,8 @@ impl Inputs {
     }
 }
 
-/// transformers would drop attention weights in training; a run without that is another run.
+/// Refuses attention dropout: transformers would drop attention weights in training, and a run without that is another
+/// run.
 fn check_dropout(model: &ModelFolder) -> Result<()> {
     match model.config().attention_dropout {
         0.0 => Ok(()),
@@ -130,7 +133,7 @@ fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
     Ok(reference)
 }
 
-/// A data file for people.
+/// The name of a data file, for people.
 fn name(given: &Option<PathBuf>) -> String {
     match given {
         Some(path) => path.display().to_string(),

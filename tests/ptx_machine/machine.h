@@ -21,7 +21,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr int kWarpgroupWarps = 4;
-// One bit a lane.
+// One bit per lane.
 using Mask = uint32_t;
 constexpr Mask kAllLanes = 0xffffffffu;
 

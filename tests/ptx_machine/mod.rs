@@ -23,7 +23,7 @@ pub const TARGET: &str = "MMPO_FAST_PTX";
 /// How it runs: words out of `late`, `early`, `random`, `seed=N`, `measured` (rounding of tensor cores), `strict_reads` (zeros of
 /// a buffer's creation count as unwritten), `multiprocessors=N`.
 pub const MODE: &str = "MMPO_FAST_PTX_MODE";
-/// A file that the process appends its launches to, a line an entry, when it ends.
+/// A file to which the process appends its launches when it ends, one line per entry.
 pub const LAUNCHES: &str = "MMPO_FAST_PTX_LAUNCHES";
 
 /// When asynchronous operations take effect, in the machine's numbers.
@@ -117,7 +117,8 @@ pub fn available() -> bool {
     available
 }
 
-/// The machine of this process, from now on in the driver's place. `None` where there is no cuobjdump to take the PTX out with, which is said.
+/// The machine of this process, which stands in the driver's place from now on. `None`, with a message, where there is
+/// no cuobjdump to take the PTX out with.
 pub fn machine() -> Option<&'static Machine> {
     static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
     MACHINE.get_or_init(start).as_ref()
