@@ -30,6 +30,7 @@ use crate::config::RunConfig;
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::{Llama, LlamaTensors};
 use crate::objective::ReferencePair;
@@ -47,6 +48,7 @@ use samples::Samples;
 pub fn run(config: &RunConfig) -> Result<()> {
     interrupt::install()?;
     let started = Instant::now();
+    let config = &located(config)?;
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
     // The lengths are those that the run really has: they are saved, and a resumed run must agree with them.
@@ -68,6 +70,19 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let (device, threads) = (config.device, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
     run_on(device, threads, training)
+}
+
+/// The configuration with names of the Hub replaced by folders of its cache, so that the run's record says which
+/// revision was read.
+fn located(config: &RunConfig) -> Result<RunConfig> {
+    let mut located = config.clone();
+    for path in [&mut located.model, &mut located.reference].into_iter().flatten() {
+        *path = hub::model(path)?;
+    }
+    for files in [&mut located.data, &mut located.evaluation.data].into_iter().flatten() {
+        *files = hub::pairs(files)?;
+    }
+    Ok(located)
 }
 
 /// What must not change between the parts of a run.

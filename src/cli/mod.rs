@@ -1,7 +1,9 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate` and `bench`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `check`,
+//! `score`, `generate` and `bench`.
 
 mod arguments;
 mod bench;
+mod check;
 mod generate;
 mod score;
 mod shell;
@@ -14,7 +16,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{CheckConfig, GenerateConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
 /// How much a command line asks the program to say.
@@ -36,6 +38,7 @@ pub struct Invocation {
 enum Parsed {
     Version,
     Train(Box<RunConfig>),
+    Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Bench(BenchConfig),
@@ -68,6 +71,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
@@ -76,7 +80,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, score, generate or bench",
+                "a command is missing: train, check, score, generate or bench",
             )));
         }
     };
@@ -92,6 +96,7 @@ impl Invocation {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
             Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
@@ -126,6 +131,7 @@ pub fn command() -> Command {
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
         .subcommand(train::command())
+        .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(bench::command())

@@ -7,7 +7,7 @@ use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
     AskedLengths, BatchConfig, EvaluationConfig, GradientConfig, LengthLimits, MemoryConfig, ObjectiveKind,
-    PAIRS_PER_STEP, RunConfig, ScheduleConfig, Warmup,
+    PAIRS_PER_STEP, PairData, RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
@@ -22,8 +22,9 @@ const MAX_PROMPT_LENGTH: usize = 1800;
 /// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
 const MAX_LENGTH: usize = 2312;
 
-/// Pairs of options of which a run may have only one.
-const RIVALS: [(&str, &str); 2] = [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps")];
+/// Pairs of options of which a run has one.
+const RIVALS: [(&str, &str); 3] =
+    [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps"), ("eval_data", "eval_split")];
 
 /// The configuration of a run. A flag is taken before the recipe file, and that before a default.
 ///
@@ -176,7 +177,7 @@ fn refuse_idle(options: &Options) -> Result<()> {
             "leave one of the two out",
         ));
     }
-    if let (Some(steps), None) = (&options.eval_steps, &options.eval_data) {
+    if let (Some(steps), None, None) = (&options.eval_steps, &options.eval_data, &options.eval_split) {
         return Err(Error::config(
             format!("{} has no effect without `eval_data`", steps.origin.name("eval_steps")),
             "name the pairs to evaluate on with --eval-data",
@@ -187,7 +188,7 @@ fn refuse_idle(options: &Options) -> Result<()> {
 
 struct Files {
     model: Source,
-    data: Source,
+    data: PairData,
     output: PathBuf,
 }
 
@@ -220,12 +221,16 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         (Some(steps), _) => Warmup::Steps(steps),
         (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
     };
+    let policies = settled.policies();
     Ok(RunConfig {
+        policies,
         model: files.model.into_path(),
-        data: files.data.into_path(),
+        data: files.data.into_files(),
+        columns: settled.columns.unwrap_or_default(),
         output: files.output,
         reference: settled.reference,
         chat_template: settled.chat_template,
+        template_date: settled.template_date,
         objective,
         optimizer: AdamWSettings {
             learning_rate: settled.learning_rate,
@@ -247,7 +252,11 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         limits: asked_lengths.limits(None)?,
         asked_lengths,
-        evaluation: EvaluationConfig { data: settled.eval_data, steps: settled.eval_steps },
+        evaluation: EvaluationConfig {
+            data: settled.eval_data,
+            split: settled.eval_split,
+            steps: settled.eval_steps,
+        },
         save_steps: settled.save_steps,
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,

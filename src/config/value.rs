@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{GradientConfig, ObjectiveKind, suggest};
+use super::{GradientConfig, ObjectiveKind, Policy, suggest};
 use crate::device::DeviceChoice;
 use crate::model::{HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -33,8 +33,8 @@ pub trait OptionValue: Clone {
     fn to_toml(&self) -> String;
 }
 
-/// A TOML value, described for people.
-fn toml_kind(value: &DeValue<'_>) -> String {
+/// `DeValue` for people.
+pub(super) fn toml_kind(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string \"{text}\""),
         DeValue::Integer(number) => number.to_string(),
@@ -202,6 +202,12 @@ impl Word for GradientConfig {
     }
 }
 
+impl Word for Policy {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("keep", Policy::Keep), ("cut", Policy::Cut), ("drop", Policy::Drop), ("error", Policy::Error)]
+    }
+}
+
 macro_rules! word_option {
     ($type:ty, $placeholder:literal) => {
         impl OptionValue for $type {
@@ -240,6 +246,7 @@ word_option!(MomentFormat, "f32|bf16|8bit");
 word_option!(MasterWeights, "f32|none");
 word_option!(Recompute, "none|selective|layer");
 word_option!(GradientConfig, "f32|layer");
+word_option!(Policy, "keep|cut|drop|error");
 
 impl OptionValue for DeviceChoice {
     const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";

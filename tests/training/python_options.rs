@@ -51,7 +51,10 @@ fn write_option(text: &mut String, command: &Command, flag: &Arg) {
     let help = flag.get_help().map(ToString::to_string).unwrap_or_default();
     // The first line, unless a list follows that it announces.
     let first = help.lines().next().filter(|line| !line.ends_with(':'));
-    let help = first.map_or_else(|| help.split_whitespace().collect::<Vec<_>>().join(" "), str::to_string).replace('\\', "\\\\").replace('"', "\\\"");
+    let help = first
+        .map_or_else(|| help.split_whitespace().collect::<Vec<_>>().join(" "), str::to_string)
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"");
     writeln!(text, "    {name}: {python_type}\n    \"\"\"{help}\"\"\"").unwrap();
 }
 
