@@ -17,19 +17,47 @@ class TrainOptions(TypedDict, total=False):
     resume: bool
     """Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too"""
     model: PathLike
-    """Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
+    """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
-    """Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
+    """Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its pairs, =2 takes each twice. `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
+    columns: str
+    """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
     output: PathLike
     """Folder that receives the model, metrics, report and checkpoints. [default: required; the demo's is mmpo-fast-demo]"""
     reference: PathLike
     """Hugging Face folder of the frozen reference model. [only mmpo, dpo, ipo, hinge] [default: the starting model]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
+    template_date: str
+    """The date that `strftime_now` of a chat template gives. [default: the time of the run]"""
     max_prompt_length: int
     """Prompts are cut from the left to this many tokens. [default: 1800, or the same share of a smaller --max-length]"""
     max_length: int
     """Prompt plus one response are cut to this many tokens, the response from the right. [default: 2312, or the model's max_position_embeddings where that is less]"""
+    on_refused: str
+    """Records that cannot be read as a pair or that the chat template refuses: error or drop. [default: error]"""
+    on_empty: str
+    """Pairs with a response that has no text, or no token to score: drop or error. [default: drop]"""
+    on_long_prompt: str
+    """Prompts longer than --max-prompt-length: cut them on the left, drop or error. [default: cut]"""
+    on_long_response: str
+    """Responses that end beyond --max-length: cut them on the right, drop or error. [default: cut]"""
+    on_identical: str
+    """Pairs whose responses have the same tokens: keep, drop or error. [default: keep]"""
+    on_duplicate: str
+    """Pairs that came before: keep, drop or error. [default: keep]"""
+    on_contradiction: str
+    """Pairs that came before with their responses exchanged: keep, drop or error. [default: keep]"""
+    on_boundary: str
+    """Pairs whose prompt ends within a token of a response, or is written otherwise before one: keep, drop or error. [default: keep]"""
+    on_lost_text: str
+    """Pairs of which the chat template leaves out or rewrites some text: keep, drop or error. [default: keep]"""
+    on_no_end: str
+    """Pairs with a response after which the chat template writes no end token: keep, drop or error. [default: keep]"""
+    on_after_end: str
+    """Responses with tokens after their last end token, which are scored too: keep, cut them off, drop or error. [default: keep]"""
+    on_suspicious: str
+    """Pairs that do not look like what their author meant, such as a list written as text: keep, drop or error. [default: keep]"""
     objective: str
     """What is optimised: - mmpo: maximum marginal likelihood of the preferred output (Najafi and Fyshe, EACL 2026, arXiv 2510.22881) - dpo: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) - simpo: preference by mean log-probs with a target margin (Meng et al. 2024, arXiv 2405.14734) - sft: supervised fine-tuning on the chosen responses (maximum likelihood) - ipo: squared distance of the mean log-ratios' difference from 1 / (2 beta) (Azar et al. 2023, arXiv 2310.12036) - orpo: supervised fine-tuning on the chosen responses, and an odds ratio that sets the rejected ones apart (Hong et al. 2024, arXiv 2403.07691) - hinge: hinge loss on DPO's margin, which leaves a pair alone once its margin is 1 (Zhao et al. 2023, arXiv 2305.10425) [default: mmpo]"""
     beta: float
@@ -79,7 +107,9 @@ class TrainOptions(TypedDict, total=False):
     seed: int
     """Seed of the order of the pairs. [default: 42]"""
     eval_data: PathLike
-    """Pairs to evaluate on. [default: no evaluation]"""
+    """Pairs to evaluate on, named as with --data. [default: no evaluation]"""
+    eval_split: float
+    """Share of the pairs of --data that is held out and evaluated on, instead of --eval-data. A hash of each prompt decides, so that the same pairs are held out wherever they stand, and no prompt is on both sides. [default: none]"""
     eval_steps: int
     """Optimiser steps between evaluations. [default: once per epoch]"""
     save_steps: int
@@ -88,6 +118,14 @@ class TrainOptions(TypedDict, total=False):
     """How many checkpoints are kept, the newest ones. [default: 2]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
+    optimizer_states: str
+    """Format of AdamW's moments: f32 takes 8 bytes a parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
+    master_weights: str
+    """Copy of the weights that updates are added to: f32 takes 4 bytes a parameter beside bf16 weights; none rounds the updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy. [default: f32]"""
+    recompute: str
+    """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
+    gradients: str
+    """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
     head_mode: str
     """How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding. [default: auto]"""
     head_workspace: int
@@ -100,21 +138,49 @@ class ScoreOptions(TypedDict, total=False):
     """Options of `score`."""
 
     model: PathLike
-    """Hugging Face folder of the model"""
+    """Hugging Face folder of the Llama model"""
     data: PathLike
-    """Preference pairs: .jsonl, .json or .jsonl.gz"""
+    """Preference pairs, named as with `train`"""
     output: PathLike
     """File that receives one line per pair, in the order of the data; `-` is standard output"""
     reference: PathLike
     """Hugging Face folder of a reference model: writes rewards and margins too"""
     beta: float
     """Factor of the rewards, beta * (logp - reference logp) [default: 0.1]"""
+    columns: str
+    """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
+    template_date: str
+    """The date that `strftime_now` of a chat template gives. [default: the time of the run]"""
     max_prompt_length: int
     """Prompts are cut from the left to this many tokens. [default: 1800, or the same share of a smaller --max-length]"""
     max_length: int
     """Prompt plus one response are cut to this many tokens, the response from the right. [default: 2312, or the model's max_position_embeddings where that is less]"""
+    on_refused: str
+    """Records that cannot be read as a pair or that the chat template refuses: error or drop. [default: error]"""
+    on_empty: str
+    """Pairs with a response that has no text, or no token to score: drop or error. [default: drop]"""
+    on_long_prompt: str
+    """Prompts longer than --max-prompt-length: cut them on the left, drop or error. [default: cut]"""
+    on_long_response: str
+    """Responses that end beyond --max-length: cut them on the right, drop or error. [default: cut]"""
+    on_identical: str
+    """Pairs whose responses have the same tokens: keep, drop or error. [default: keep]"""
+    on_duplicate: str
+    """Pairs that came before: keep, drop or error. [default: keep]"""
+    on_contradiction: str
+    """Pairs that came before with their responses exchanged: keep, drop or error. [default: keep]"""
+    on_boundary: str
+    """Pairs whose prompt ends within a token of a response, or is written otherwise before one: keep, drop or error. [default: keep]"""
+    on_lost_text: str
+    """Pairs of which the chat template leaves out or rewrites some text: keep, drop or error. [default: keep]"""
+    on_no_end: str
+    """Pairs with a response after which the chat template writes no end token: keep, drop or error. [default: keep]"""
+    on_after_end: str
+    """Responses with tokens after their last end token, which are scored too: keep, cut them off, drop or error. [default: keep]"""
+    on_suspicious: str
+    """Pairs that do not look like what their author meant, such as a list written as text: keep, drop or error. [default: keep]"""
     tokens_per_micro_batch: int
     """Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair larger than that is a micro-batch of its own. [default: 4096]"""
     device: str
@@ -144,6 +210,8 @@ class GenerateOptions(TypedDict, total=False):
     """Seed of the sampling; needs a temperature [default: 42]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
+    template_date: str
+    """The date that `strftime_now` of a chat template gives. [default: the time of the run]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
     threads: int
