@@ -4,7 +4,7 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`score::run`], [`generate::run`], [`bench::run`]. Below them, in the order of a training step:
+//! [`check::run`], [`score::run`], [`generate::run`], [`bench::run`]. Below them, in the order of a training step:
 //!
 //! | module | holds |
 //! |---|---|
@@ -14,7 +14,7 @@
 //! | [`device`] | the operations that compute, as traits, and the CPU and CUDA devices that have them |
 //! | [`model`] | the Llama: forward, backward and log-prob head, written once over [`device::Device`] |
 //! | [`objective`] | losses of a pair and their coefficients for each token |
-//! | [`optimizer`] | the learning rate of each step |
+//!  | [`optimizer`] | settings, factors and states of AdamW, and the learning rate of each step |
 //! | [`report`] | metrics, charts and the report of a run |
 //!
 //! # Example
@@ -54,6 +54,7 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

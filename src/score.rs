@@ -1,4 +1,4 @@
-//! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
+//! `mmpo-fast score`: log-probs of pairs under a model, one line per pair.
 
 mod output;
 mod scorer;
@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::checkpoint::ModelFolder;
 use crate::config::ScoreConfig;
 use crate::context;
-use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
-use crate::device::{Device, DeviceTask, run_on};
+use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
+use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::report::{Progress, print_notice, print_result};
@@ -22,7 +23,7 @@ use output::ScoreOutput;
 /// A line of the output file. Log-probs and entropies are sums over the response's tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ScoreLine {
-    /// 1-based record of the data file.
+    /// 1-based record of the data, over all its files.
     pub record: usize,
     /// Log-prob of the chosen response.
     pub logp_chosen: f64,
@@ -36,7 +37,7 @@ pub struct ScoreLine {
     pub entropy_chosen: f64,
     /// Entropy along the rejected response.
     pub entropy_rejected: f64,
-    /// Rewards beside a reference.
+    /// The rewards, where there is a reference.
     #[serde(flatten)]
     pub rewards: Option<Rewards>,
 }
@@ -53,18 +54,27 @@ pub struct Rewards {
 }
 
 /// Scores all pairs of `config.data`; the output file appears whole or not at all.
+///
+/// # Errors
+/// Those of model folders, data, device and output; [`Error::Numerics`] for scores that are not finite.
 pub fn run(config: &ScoreConfig) -> Result<()> {
     interrupt::install()?;
+    let config = &located(config)?;
     let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
     let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
     let limits = context::limits(config.asked_lengths, &models)?;
-    let encoder = TextEncoder::load(&config.model, config.chat_template.as_deref())?;
-    let dataset = load_pairs(&config.data, &encoder, limits)?;
+    let encoder =
+        TextEncoder::load(&config.model, config.chat_template.as_deref())?.at(config.template_date)?;
+    let source = PairSource::open(&config.data, &config.columns, Part::All)?;
+    let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+    let memory = LargeBlocks::give_back();
+    let dataset = load(&source, &encoder, treatment, &mut |_| {})?;
+    drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    dataset.report.log(&config.data.display().to_string());
+    dataset.log();
     if let Some(reference) = &reference {
         reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
@@ -92,6 +102,16 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The configuration with names of the Hub replaced by folders of its cache.
+fn located(config: &ScoreConfig) -> Result<ScoreConfig> {
+    Ok(ScoreConfig {
+        model: hub::model(&config.model)?,
+        reference: config.reference.as_deref().map(hub::model).transpose()?,
+        data: hub::pairs(&config.data)?,
+        ..config.clone()
+    })
 }
 
 struct Scoring<'a> {
@@ -139,7 +159,7 @@ impl Scoring<'_> {
 }
 
 impl ScoreLine {
-    /// JSON has no infinity: a reward that overflows would become a null.
+    /// Fails for a reward that is not finite: JSON has no infinity, and would have a null in its place.
     fn check_finite(&self, beta: f64) -> Result<()> {
         match self.rewards {
             Some(rewards) if !rewards.margin.is_finite() => Err(Error::numerics(
@@ -174,7 +194,7 @@ fn score_line(
     }
 }
 
-/// The table at the end.
+/// The table that the command prints at its end.
 fn summary(lines: &[ScoreLine]) -> String {
     let mean =
         |value: &dyn Fn(&ScoreLine) -> f64| lines.iter().map(value).sum::<f64>() / lines.len().max(1) as f64;

@@ -46,13 +46,13 @@ fn goldens() -> PathBuf {
     }
 }
 
-/// What a run leaves behind.
+/// Results of a run.
 struct Run {
     /// `logp_chosen, logp_rejected, entropy_chosen, entropy_rejected` of each pair, before and after training.
     scores: [Vec<[f64; 4]>; 2],
     losses: Vec<f64>,
     gradient_norms: Vec<f32>,
-    /// Of the first step, tensor by tensor.
+    /// The gradients of the first step, tensor by tensor.
     gradients: Vec<Vec<f32>>,
 }
 
@@ -194,7 +194,6 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
     assert_same_bits(&run(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
 }
 
-/// The head keeps no probabilities, and Hopper's kernels run.
 /// No other test of this program runs the checked variant, so all of its launches are this one's.
 #[cfg(mmpo_emulated)]
 #[test]
@@ -217,6 +216,7 @@ fn the_optimiser_launches_once_for_all_tensors() {
     }
 }
 
+/// The head keeps no probabilities, and Hopper's kernels run.
 #[cfg(mmpo_emulated)]
 #[test]
 fn the_emulated_gpu_trains_with_a_recomputing_head() {

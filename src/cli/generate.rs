@@ -11,13 +11,14 @@ const MAX_NEW_TOKENS: usize = 256;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    ["chat_template", "device", "threads"].contains(&row.name)
+    ["chat_template", "template_date", "device", "threads"].contains(&row.name)
 }
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("generate")
         .about("Answer a prompt")
+        .after_help("Example:\n  mmpo-fast generate --model run/model --prompt \"Name three colours.\"")
         .long_about("Answer a prompt. The answer goes to standard output, everything else to standard error.")
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("prompt", "TEXT", "What the user says").required(true).allow_hyphen_values(true))
@@ -29,7 +30,7 @@ pub fn command() -> Command {
                 .conflicts_with("chat_template")
                 .help("Continue the prompt as it stands, with no chat template around it"),
         )
-        .arg(own("max_new_tokens", "COUNT", format!("Tokens at most [default: {MAX_NEW_TOKENS}]")))
+        .arg(own("max_new_tokens", "COUNT", format!("Most tokens of the answer [default: {MAX_NEW_TOKENS}]")))
         .arg(own("temperature", "NUMBER", "0 is greedy, 1 samples from the model as it is [default: 0]"))
         .arg(own(
             "top_p",
@@ -40,7 +41,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
@@ -67,6 +68,7 @@ pub fn config(matches: &ArgMatches) -> Result<GenerateConfig> {
         system: arguments::text(matches, "system"),
         raw: matches.get_flag("raw"),
         chat_template: settled.chat_template,
+        template_date: settled.template_date,
         max_new_tokens: value(matches, "max_new_tokens", |count: &usize| *count >= 1, "must be at least 1")?
             .unwrap_or(MAX_NEW_TOKENS),
         temperature,

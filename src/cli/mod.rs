@@ -1,9 +1,12 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate` and `bench`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `check`,
+//! `score`, `generate` and `bench`.
 
 mod arguments;
 mod bench;
+mod check;
 mod generate;
 mod score;
+mod shell;
 mod train;
 mod version;
 
@@ -13,10 +16,10 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{CheckConfig, GenerateConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
-/// What a command line asks for before any command is run.
+/// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verbosity {
     /// Warnings and results only.
@@ -25,7 +28,7 @@ pub struct Verbosity {
     pub verbose: bool,
 }
 
-/// A command line that was understood.
+/// A command line that was parsed.
 pub struct Invocation {
     /// How much the program says.
     pub verbosity: Verbosity,
@@ -35,12 +38,15 @@ pub struct Invocation {
 enum Parsed {
     Version,
     Train(Box<RunConfig>),
+    Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Bench(BenchConfig),
+    Completions(clap_complete::Shell),
+    Man(shell::ManConfig),
 }
 
-/// What parsing ended in when there is nothing to run.
+/// How parsing ends where there is nothing to run.
 pub enum Stop {
     /// Help, or a usage error in clap's own words; clap prints it and knows the exit code (0 or 2).
     Clap(clap::Error),
@@ -54,7 +60,10 @@ impl From<Error> for Stop {
     }
 }
 
-/// Understands a command line, the program's name first.
+/// Parses a command line, whose first argument is the program's name.
+///
+/// # Errors
+/// [`Stop`] for help, for a usage error, and for a value that a flag cannot have.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Result<Invocation, Stop> {
     let mut command = command();
     let matches = command.try_get_matches_from_mut(arguments).map_err(|error| explain(error, &command))?;
@@ -62,13 +71,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
+        Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, score, generate or bench",
+                "a command is missing: train, check, score, generate or bench",
             )));
         }
     };
@@ -76,19 +88,26 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
 }
 
 impl Invocation {
-    /// Does what was asked.
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// Those of the command.
     pub fn run(self) -> Result<()> {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
             Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Completions(shell) => shell::print_completions(shell, command()),
+            Parsed::Man(config) => shell::write_man(&config, command()),
         }
     }
 }
 
-fn command() -> Command {
+/// All commands and their flags: for the parser, and for whoever describes them elsewhere (completions, man pages, Python).
+pub fn command() -> Command {
     let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
     Command::new("mmpo-fast")
         .about(
@@ -112,12 +131,15 @@ fn command() -> Command {
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
         .subcommand(train::command())
+        .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(bench::command())
+        .subcommand(shell::completions_command())
+        .subcommand(shell::man_command())
 }
 
-/// An unknown flag or command names the nearest known one, in our words; the rest is clap's.
+/// Turns an unknown flag or command into an error that names the nearest known one; everything else stays clap's.
 fn explain(error: clap::Error, command: &Command) -> Stop {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),

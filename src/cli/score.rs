@@ -3,31 +3,44 @@
 use clap::{ArgMatches, Command};
 
 use super::arguments::{self, own, value};
-use crate::config::options::Row;
-use crate::config::{self, ObjectiveKind, ScoreConfig};
+use crate::config::options::{PROBLEMS_HEADING, Row};
+use crate::config::value::OptionValue;
+use crate::config::{self, ObjectiveKind, PairFiles, ScoreConfig};
 use crate::error::{Error, Result};
 
-/// Factor of the rewards, as DPO's own default.
+/// Factor of the rewards: DPO's own default.
 const BETA: f64 = 0.1;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    let names =
-        ["chat_template", "max_prompt_length", "max_length", "tokens_per_micro_batch", "device", "threads"];
-    names.contains(&row.name)
+    let names = [
+        "chat_template",
+        "template_date",
+        "columns",
+        "max_prompt_length",
+        "max_length",
+        "tokens_per_micro_batch",
+        "device",
+        "threads",
+    ];
+    names.contains(&row.name) || row.heading == PROBLEMS_HEADING
 }
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
+        .after_help(
+            "Examples:\n  mmpo-fast score --model M --data pairs.jsonl --output scores.jsonl\n  \
+             mmpo-fast score --model run/model --reference M --data held-out.jsonl --output - | head -n 3",
+        )
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
-        .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
+        .arg(own("data", PairFiles::PLACEHOLDER, "Preference pairs, named as with `train`").required(true))
         .arg(
             own(
                 "output",
                 "FILE.jsonl",
-                "File that receives a line a pair, in the order of the data; `-` is standard output",
+                "File that receives one line per pair, in the order of the data; `-` is standard output",
             )
             .required(true),
         )
@@ -47,7 +60,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
@@ -58,7 +71,10 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
     let positive = |beta: &f64| beta.is_finite() && *beta > 0.0;
     Ok(ScoreConfig {
         model: required("model")?,
-        data: required("data")?,
+        data: value(matches, "data", |_: &PairFiles| true, "")?.ok_or_else(|| missing("data"))?,
+        columns: settled.columns.clone().unwrap_or_default(),
+        template_date: settled.template_date,
+        policies: settled.policies(),
         output: required("output")?,
         reference: path("reference")?,
         beta: value(matches, "beta", positive, "must be finite and greater than 0")?.unwrap_or(BETA),

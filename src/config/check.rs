@@ -1,7 +1,8 @@
-//! The values an option may have. A rule completes "`beta` = -1 ...".
+//! The values an option may have. The text of a rule completes a sentence that begins "`beta` = -1".
 
 use std::path::PathBuf;
 
+use super::Policy;
 use super::value::{EntropyWeight, Source};
 
 pub type Check<T> = fn(&T) -> Result<(), &'static str>;
@@ -14,7 +15,8 @@ pub fn anything<T>(_value: &T) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The kernels compute in f32: a number that is infinite or zero there is not the number that was asked for.
+/// Whether the number is finite in f32. The kernels compute in f32: a number that is infinite or zero there is not the
+/// number that was asked for.
 fn is_finite(value: f64) -> bool {
     (value as f32).is_finite()
 }
@@ -35,6 +37,10 @@ pub fn zero_to_one(value: &f64) -> Result<(), &'static str> {
     rule((0.0..=1.0).contains(value), "must be from 0 to 1")
 }
 
+pub fn between_zero_and_one(value: &f64) -> Result<(), &'static str> {
+    rule(*value > 0.0 && *value < 1.0, "must be greater than 0 and less than 1")
+}
+
 pub fn half_to_one(value: &f64) -> Result<(), &'static str> {
     rule(
         (0.5..=1.0).contains(value),
@@ -53,10 +59,10 @@ pub fn below_half(value: &f64) -> Result<(), &'static str> {
     rule((0.0..0.5).contains(value), "must be at least 0 and less than 0.5: at 0.5 the labels say nothing")
 }
 
-/// More tokens, pairs or steps than any run has. Sums and products of a few such counts stay within 64 bits, and TOML
-/// can write them.
+/// Largest count, which is more tokens, pairs or steps than any run has. Sums and products of a few such counts stay
+/// within 64 bits, and TOML can write them.
 const LARGEST_COUNT: usize = (1 << 31) - 1;
-/// More MiB than any machine has.
+/// Largest number of MiB, which is more than any machine has.
 const LARGEST_MEBIBYTES: usize = 1 << 30;
 const MOST_THREADS: usize = 1024;
 
@@ -93,7 +99,7 @@ pub fn entropy_weight(value: &EntropyWeight) -> Result<(), &'static str> {
     }
 }
 
-/// Whether something is named at all.
+/// Whether the path names something at all.
 #[expect(clippy::ptr_arg, reason = "a rule takes the option's own type")]
 pub fn is_path(value: &PathBuf) -> bool {
     !value.as_os_str().is_empty()
@@ -108,4 +114,16 @@ pub fn source(value: &Source) -> Result<(), &'static str> {
         Source::Builtin => Ok(()),
         Source::Path(value) => path(value),
     }
+}
+
+pub fn drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(matches!(value, Policy::Drop | Policy::Error), "must be drop or error")
+}
+
+pub fn cut_drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(*value != Policy::Keep, "must be cut, drop or error")
+}
+
+pub fn keep_drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(*value != Policy::Cut, "must be keep, drop or error: there is nothing to cut")
 }

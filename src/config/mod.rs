@@ -1,20 +1,24 @@
-//! One validated configuration of a run, whatever it came from: flags before a recipe file before defaults.
+//! One validated configuration of a run, from flags, a recipe file and defaults, in this order of precedence.
 //!
 //! [`options`] is the table of a training run's options; [`recipe`] reads them from TOML and writes them back;
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
 
 mod check;
 pub mod options;
+mod policy;
 pub mod recipe;
 mod resolve;
+mod sources;
 pub mod suggest;
 pub mod value;
 
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve};
+pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -28,14 +32,18 @@ use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
 pub struct RunConfig {
     /// Hugging Face model folder; `None` is the built-in demo model.
     pub model: Option<PathBuf>,
-    /// Pairs file; `None` is the built-in demo pairs.
-    pub data: Option<PathBuf>,
+    /// Pairs to train on; `None` is the built-in demo pairs.
+    pub data: Option<PairFiles>,
+    /// Columns that have other names in the files of pairs.
+    pub columns: ColumnNames,
     /// Folder of the run; made if it is absent.
     pub output: PathBuf,
     /// Frozen reference folder; `None` is the starting model.
     pub reference: Option<PathBuf>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the run.
+    pub template_date: Option<TemplateDate>,
     /// The objective, with its numbers.
     pub objective: Objective,
     /// Numbers of AdamW but the learning rate of each step.
@@ -44,10 +52,12 @@ pub struct RunConfig {
     pub schedule: ScheduleConfig,
     /// Sizes of batches.
     pub batch: BatchConfig,
-    /// Limits that do not yet know the model's context.
+    /// Token limits, which do not yet take the model's context into account.
     pub limits: LengthLimits,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
     /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
@@ -70,13 +80,13 @@ pub struct RunConfig {
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
 const PAIRS_PER_STEP: usize = 128;
-/// A small file's pairs are parted into at least this many steps an epoch.
+/// A small file's pairs are divided into at least this many steps per epoch.
 const LEAST_STEPS: usize = 20;
 
 impl RunConfig {
     /// Pairs of one optimiser step of a run over `pairs` pairs: the number that was given, else 128, or for a file of
-    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
-    /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
+    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps per epoch. It is never less than 2
+    /// or than MMPO's `reward_group`, whose pairs must lie in one step.
     pub fn pairs_per_step(&self, pairs: usize) -> usize {
         let group = self.objective.formula().pairs_together();
         let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
@@ -95,14 +105,10 @@ impl RunConfig {
         let mut recorded = self.clone();
         recorded.batch.pairs_per_step = Some(self.pairs_per_step(pairs));
         recorded.output = absolute(&self.output)?;
-        let optional = [
-            &mut recorded.model,
-            &mut recorded.data,
-            &mut recorded.reference,
-            &mut recorded.chat_template,
-            &mut recorded.evaluation.data,
-        ];
-        for path in optional.into_iter().flatten() {
+        let optional = [&mut recorded.model, &mut recorded.reference, &mut recorded.chat_template];
+        let files = [&mut recorded.data, &mut recorded.evaluation.data];
+        let files = files.into_iter().flatten().flat_map(|files| &mut files.0);
+        for path in optional.into_iter().flatten().chain(files.map(|file| &mut file.path)) {
             *path = absolute(path)?;
         }
         Ok(recorded)
@@ -116,7 +122,7 @@ pub struct ScheduleConfig {
     pub kind: Schedule,
     /// Steps before the peak.
     pub warmup: Warmup,
-    /// Passes over the data; of no meaning where `max_steps` is given.
+    /// Passes over the data; ignored where `max_steps` is given.
     pub epochs: f64,
     /// Length of the run in optimiser steps, in place of `epochs`.
     pub max_steps: Option<usize>,
@@ -127,7 +133,7 @@ pub struct ScheduleConfig {
 pub enum Warmup {
     /// Share of all steps, `0..=1`.
     Ratio(f64),
-    /// So many optimiser steps.
+    /// A number of optimiser steps.
     Steps(usize),
 }
 
@@ -171,7 +177,7 @@ pub struct LengthLimits {
     pub max_prompt_length: usize,
 }
 
-/// The lengths that were given; what was not follows the defaults and the model's context.
+/// The lengths that were given; those that were not follow the defaults and the model's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AskedLengths {
     /// `--max-length`.
@@ -183,8 +189,10 @@ pub struct AskedLengths {
 /// When and on what a run is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationConfig {
-    /// Pairs file; `None`: no evaluation.
-    pub data: Option<PathBuf>,
+    /// Pairs to evaluate on; `None`: no evaluation, or on a share of the training data.
+    pub data: Option<PairFiles>,
+    /// Share of the training data that is held out and evaluated on.
+    pub split: Option<f64>,
     /// Optimiser steps between evaluations; `None`: once an epoch.
     pub steps: Option<usize>,
 }
@@ -194,22 +202,59 @@ pub struct EvaluationConfig {
 pub struct ScoreConfig {
     /// Hugging Face model folder.
     pub model: PathBuf,
-    /// Pairs file.
-    pub data: PathBuf,
+    /// Files of pairs.
+    pub data: PairFiles,
+    /// Columns that have other names in these files.
+    pub columns: ColumnNames,
     /// The JSON Lines file that is written, a line a pair.
     pub output: PathBuf,
-    /// With it, rewards `beta * (lp - lp_ref)` and margins are written too.
+    /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
-    /// Factor of the rewards; of no meaning without a reference.
+    /// Factor of the rewards; ignored without a reference.
     pub beta: f64,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
     /// Tokens of one micro-batch; the result does not depend on it.
     pub tokens_per_micro_batch: usize,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<usize>,
+}
+
+/// Everything `check` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckConfig {
+    /// Hugging Face model folder, of which the config and the tokenizer are read.
+    pub model: PathBuf,
+    /// Files of pairs.
+    pub data: PairFiles,
+    /// Columns that have other names in these files.
+    pub columns: ColumnNames,
+    /// Jinja file in place of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
+    /// The limits that were given, before defaults.
+    pub asked_lengths: AskedLengths,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
+    /// Tokens of one micro-batch.
+    pub tokens_per_micro_batch: usize,
+    /// Pairs that are shown whole.
+    pub shown: usize,
+    /// The page that is written.
+    pub html: Option<PathBuf>,
+    /// Whether the account goes to standard output as JSON.
+    pub json: bool,
+    /// Whether the account on standard output has colours; `None`: where that is a terminal.
+    pub color: Option<bool>,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
 }
@@ -227,6 +272,8 @@ pub struct GenerateConfig {
     pub raw: bool,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
     /// Tokens after which the text ends in any case.
     pub max_new_tokens: usize,
     /// 0 is greedy: always the likeliest token.

@@ -6,12 +6,17 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
-use super::{GradientConfig, ObjectiveKind, check};
+use super::{
+    ColumnNames, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check,
+};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::{HeadChoice, HeadOptions, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
+
+/// The heading of the options that say what is done with pairs that have a problem.
+pub const PROBLEMS_HEADING: &str = "Pairs with a problem";
 
 /// The heading of the options that are numbers of the objective.
 pub const OBJECTIVE_HEADING: &str = "Objective";
@@ -70,36 +75,36 @@ pub struct Given<T> {
     pub origin: Origin,
 }
 
-/// An option without its type, for what treats all options alike: flags, recipe files, help.
+/// An option without its type, for code that treats all options alike: flags, recipe files, help.
 pub struct Row {
     /// The recipe's key; the flag has `-` for `_`.
     pub name: &'static str,
-    /// The heading that it stands under in `--help`.
+    /// The heading under which it stands in `--help`.
     pub heading: &'static str,
     /// What it does, in a sentence.
     pub documentation: String,
-    /// Stands for the value in `--help`.
+    /// The word that stands for the value in `--help`.
     pub placeholder: &'static str,
     /// Whether the flag may stand alone, meaning `true`.
     pub is_switch: bool,
     /// The objectives that the option belongs to.
     pub only: Vec<ObjectiveKind>,
-    /// The default for people.
+    /// The default, for people.
     pub default: String,
     /// Sets it from a flag's text.
     pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
     /// Sets it from a recipe's value.
     pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
-    /// Who gave it, if anybody did.
+    /// Where the value came from; `None` if nobody gave one.
     pub origin: fn(&Options) -> Option<&Origin>,
-    /// Takes it back.
+    /// Removes the value.
     pub clear: fn(&mut Options),
     /// Its value as TOML, if it has one.
     pub to_toml: fn(&Options) -> Option<String>,
 }
 
 impl Row {
-    /// What `--help` says of it.
+    /// The text of `--help` about it.
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() == DESCRIPTORS.len() {
             true => String::new(),
@@ -152,7 +157,8 @@ fn checked<T: OptionValue>(
     }
 }
 
-/// Makes from the table: [`Options`] (what was given), [`Settled`] (what holds), and the [`rows`].
+/// Makes from the table: [`Options`] (the values that were given), [`Settled`] (the values that hold), and the
+/// [`rows`].
 macro_rules! options {
     ($($heading:literal { $(
         $(#[doc = $documentation:literal])+
@@ -173,7 +179,7 @@ macro_rules! options {
         )+)+ }
 
         impl Options {
-            /// `self` where it says something, else `lower`.
+            /// The values of `self`, and those of `lower` where `self` has none.
             pub fn or(self, lower: Options) -> Options {
                 Options { $($( $name: self.$name.or(lower.$name), )+)+ }
             }
@@ -218,23 +224,57 @@ macro_rules! options {
 
 options! {
     "Input and output" {
-        /// Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's.
+        /// Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk;
+        /// `builtin:demo` is the demo's.
         model: Source, Absent = Absent("required; without --data and --recipe too, the demo"),
             ALL, check::source;
-        /// Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's.
-        data: Source, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::source;
+        /// Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on
+        /// the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its
+        /// pairs, =2 takes each twice. `builtin:demo` is the demo's.
+        data: PairData, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::anything;
+        /// Columns that have other names in the files: what each is read as, and its name there, such as
+        /// prompt=question,chosen=answer_good.
+        columns: ColumnNames, Absent = Absent("the files' own names"), ALL, check::anything;
         /// Folder that receives the model, metrics, report and checkpoints.
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), REFERENCE, check::path;
         /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
+        /// The date that `strftime_now` of a chat template gives.
+        template_date: TemplateDate, Absent = Absent("the time of the run"), ALL, check::anything;
         /// Prompts are cut from the left to this many tokens.
         max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
             ALL, check::at_least_one;
         /// Prompt plus one response are cut to this many tokens, the response from the right.
         max_length: usize, Absent = Absent("2312, or the model's max_position_embeddings where that is less"),
             ALL, check::at_least_two;
+    }
+    "Pairs with a problem" {
+        /// Records that cannot be read as a pair or that the chat template refuses: error or drop.
+        on_refused: Policy, Always<Policy> = Always(Policy::Error), ALL, check::drop_or_error;
+        /// Pairs with a response that has no text, or no token to score: drop or error.
+        on_empty: Policy, Always<Policy> = Always(Policy::Drop), ALL, check::drop_or_error;
+        /// Prompts longer than --max-prompt-length: cut them on the left, drop or error.
+        on_long_prompt: Policy, Always<Policy> = Always(Policy::Cut), ALL, check::cut_drop_or_error;
+        /// Responses that end beyond --max-length: cut them on the right, drop or error.
+        on_long_response: Policy, Always<Policy> = Always(Policy::Cut), ALL, check::cut_drop_or_error;
+        /// Pairs whose responses have the same tokens: keep, drop or error.
+        on_identical: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs that came before: keep, drop or error.
+        on_duplicate: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs that came before with their responses exchanged: keep, drop or error.
+        on_contradiction: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs whose prompt ends within a token of a response, or is written otherwise before one: keep, drop or error.
+        on_boundary: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs of which the chat template leaves out or rewrites some text: keep, drop or error.
+        on_lost_text: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs with a response after which the chat template writes no end token: keep, drop or error.
+        on_no_end: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Responses with tokens after their last end token, which are scored too: keep, cut them off, drop or error.
+        on_after_end: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::anything;
+        /// Pairs that do not look like what their author meant, such as a list written as text: keep, drop or error.
+        on_suspicious: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
     }
     "Objective" {
         /// What is optimised:
@@ -247,7 +287,7 @@ options! {
         reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), OWN, check::at_least_one;
         /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
         reward_normalize: bool, Always<bool> = Always(true), OWN, check::anything;
-        /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
+        /// Use means over tokens instead of sums, for policy, reference and entropy; the paper's "+ LengthNorm".
         length_normalize: bool, Always<bool> = Always(false), OWN, check::anything;
         /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
         preference_weight: f64, Always<f64> = Always(0.0), OWN, check::not_negative;
@@ -288,7 +328,7 @@ options! {
     "Batches" {
         /// Pairs of one optimiser step, gathered over micro-batches. An epoch's last step takes what is left over.
         pairs_per_step: usize, Absent = Absent("128; with under 2560 pairs, the largest power of two from 2 that makes \
-            at least 20 steps of an epoch"), ALL, check::at_least_one;
+            at least 20 steps per epoch"), ALL, check::at_least_one;
         /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
         /// larger than that is a micro-batch of its own.
         tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
@@ -296,13 +336,16 @@ options! {
         seed: u64, Always<u64> = Always(42), ALL, check::fits_toml;
     }
     "Evaluation and checkpoints" {
-        /// Pairs to evaluate on.
-        eval_data: PathBuf, Absent = Absent("no evaluation"), ALL, check::path;
+        /// Pairs to evaluate on, named as with --data.
+        eval_data: PairFiles, Absent = Absent("no evaluation"), ALL, check::anything;
+        /// Share of the pairs of --data that is held out and evaluated on, instead of --eval-data. A hash of each prompt
+        /// decides, so that the same pairs are held out wherever they stand, and no prompt is on both sides.
+        eval_split: f64, Absent = Absent("none"), ALL, check::between_zero_and_one;
         /// Optimiser steps between evaluations.
-        eval_steps: usize, Absent = Absent("once an epoch"), ALL, check::at_least_one;
+        eval_steps: usize, Absent = Absent("once per epoch"), ALL, check::at_least_one;
         /// Optimiser steps between checkpoints.
         save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
-        /// Checkpoints kept, the newest.
+        /// How many checkpoints are kept, the newest ones.
         keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
     }
     "Machine" {
@@ -327,5 +370,25 @@ options! {
         head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::mebibytes;
         /// CPU threads.
         threads: usize, Absent = Absent("all cores"), ALL, check::threads;
+    }
+}
+
+impl Settled {
+    /// What is done with pairs that have a problem.
+    pub fn policies(&self) -> Policies {
+        Policies {
+            refused: self.on_refused,
+            empty: self.on_empty,
+            long_prompt: self.on_long_prompt,
+            long_response: self.on_long_response,
+            identical: self.on_identical,
+            duplicate: self.on_duplicate,
+            contradiction: self.on_contradiction,
+            boundary: self.on_boundary,
+            lost_text: self.on_lost_text,
+            no_end: self.on_no_end,
+            after_end: self.on_after_end,
+            suspicious: self.on_suspicious,
+        }
     }
 }

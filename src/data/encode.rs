@@ -1,4 +1,4 @@
-//! From records to token ids: one piece, as the model sees it and as TRL has it.
+//! From records to token ids: each text is tokenised in one piece, as the model sees it and as TRL does it.
 //!
 //! Prompt and response are tokenised as one text, once with each response. The prompt's share is what both have in
 //! common with the tokens of the prompt alone; all after it is the response. Where a token reaches across the boundary,
@@ -17,7 +17,7 @@ use super::lost_text::{lost_text, quoted_start};
 use super::records::Record;
 use super::tokenizer::SegmentCache;
 use super::{Body, Cause, ChatTemplate, Message, TokenizedPair, Tokenizer};
-use crate::config::LengthLimits;
+use crate::config::{LengthLimits, Policy, TemplateDate};
 use crate::{Error, Result};
 
 /// A model's tokenizer and chat template: all that text needs to become token ids.
@@ -40,6 +40,20 @@ pub struct EncodedRecord {
     pub causes: Vec<Cause>,
     /// What happened, in words, for those of `causes` that need them.
     pub examples: Vec<(Cause, String)>,
+    /// Tokens of prompt, chosen and rejected response before anything was cut; `None` where nothing was tokenised.
+    pub uncut: Option<[usize; 3]>,
+}
+
+/// What tokenising is to do beyond turning text into ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cutting {
+    /// Lengths that pairs are cut to.
+    pub limits: LengthLimits,
+    /// What is done with tokens after the last end token of a response.
+    pub after_end: Policy,
+    /// The tokens that end a response, as [`TextEncoder::end_tokens`] has them. Needed only where `after_end` is not
+    /// [`Policy::Keep`].
+    pub ends: Vec<u32>,
 }
 
 /// A record's texts: the prompt alone, and followed by each response.
@@ -70,8 +84,11 @@ impl Events {
 }
 
 impl TextEncoder {
-    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a
-    /// file, to use instead.
+    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a file,
+    /// to use instead.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::load`] and [`ChatTemplate::load`].
     pub fn load(folder: &Path, chat_template: Option<&Path>) -> Result<Self> {
         let (tokenizer, config) = Tokenizer::load(folder)?;
         let special_tokens = tokenizer.special_tokens().clone();
@@ -79,8 +96,26 @@ impl TextEncoder {
         Ok(TextEncoder { tokenizer, template })
     }
 
-    /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same
-    /// ids stand before a response in training, but for an end that belongs to the response there.
+    /// Fixes the date that the chat template's functions give, where one is given.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a date that cannot be counted.
+    pub fn at(self, date: Option<TemplateDate>) -> Result<Self> {
+        if let (Some(date), Some(template)) = (date, &self.template) {
+            let seconds = date.unix_seconds().map_err(|error| {
+                Error::config(format!("`--template-date`: {error}"), "give a date such as 2024-07-26")
+            })?;
+            template.fix_time(seconds)?;
+        }
+        Ok(self)
+    }
+
+    /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same ids
+    /// stand before a response in training, but for an end that belongs to the response there.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model without a chat template, and for a prompt that the template refuses; those of the
+    /// tokenizer.
     pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.template()?;
         let messages: Vec<&Message> = messages.iter().collect();
@@ -90,17 +125,40 @@ impl TextEncoder {
         self.tokenizer.encode(&text)
     }
 
-    /// Token ids of a plain prompt, as in plain-text pairs: without what the tokenizer puts after plain text, since
-    /// the prompt goes on.
+    /// Token ids of a plain prompt, as in plain-text pairs: without the tokens that the tokenizer puts after plain
+    /// text, since the prompt goes on.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
     pub fn encode_text_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode_plain(text, &mut SegmentCache::default())?;
         ids.truncate(ids.len() - self.tokenizer.appended());
         Ok(ids)
     }
 
+    /// The tokens that end a response: the tokenizer's `eos_token`, and what the chat template writes after the
+    /// assistant's turn.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn end_tokens(&self) -> Result<Vec<u32>> {
+        let mut ends: Vec<u32> = self.tokenizer.eos().into_iter().collect();
+        if let Some(template) = &self.template {
+            ends.extend(template.end_of_turn(&self.tokenizer)?);
+        }
+        ends.sort_unstable();
+        ends.dedup();
+        Ok(ends)
+    }
+
     /// Token ids of one record of `path`, which errors name.
-    pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a record that the chat template refuses or that is too long to be tokenised;
+    /// [`Error::Model`] where tokenizer or template cannot be used.
+    pub fn encode(&self, path: &Path, record: &Record, cutting: &Cutting) -> Result<EncodedRecord> {
         let mut events = Events::default();
+        let mut uncut = None;
         let pair = match has_blank_response(&record.body) {
             true => {
                 events.add(Cause::BlankResponse);
@@ -113,10 +171,12 @@ impl TextEncoder {
                     Error::Data { message, help, .. } => Error::data(path, Some(record.place), message, help),
                     error => error,
                 })?;
-                self.fit(pair, limits, &mut events)
+                uncut = Some([&pair.prompt, &pair.chosen, &pair.rejected].map(Vec::len));
+                self.fit(look_after_ends(pair, cutting, &mut events), cutting.limits, &mut events)
             }
         };
-        Ok(EncodedRecord { pair, place: record.place, causes: events.causes, examples: events.examples })
+        let Events { causes, examples } = events;
+        Ok(EncodedRecord { pair, place: record.place, causes, examples, uncut })
     }
 
     fn template(&self) -> Result<&ChatTemplate> {
@@ -169,7 +229,7 @@ impl TextEncoder {
         })
     }
 
-    /// The three texts as ids, cut where both wholes part from the prompt alone.
+    /// The three texts as ids, cut where both wholes differ from the prompt alone.
     fn tokenise(&self, record: usize, texts: &Texts, events: &mut Events) -> Result<TokenizedPair> {
         let mut cache = SegmentCache::default();
         let mut encode = |text: &str| match texts.plain {
@@ -319,6 +379,31 @@ impl TextEncoder {
     }
 }
 
+/// Counts tokens after the last end token of each response, and cuts them off where that is asked for.
+fn look_after_ends(mut pair: TokenizedPair, cutting: &Cutting, events: &mut Events) -> TokenizedPair {
+    if cutting.after_end == Policy::Keep {
+        return pair;
+    }
+    let mut found = false;
+    for response in [&mut pair.chosen, &mut pair.rejected] {
+        let after = tokens_after_end(response, &cutting.ends);
+        found |= after > 0;
+        if cutting.after_end == Policy::Cut {
+            response.truncate(response.len() - after);
+        }
+    }
+    if found {
+        events.add(Cause::AfterEnd);
+    }
+    pair
+}
+
+/// How many tokens follow the last of `ends` in a response; 0 where it has none.
+pub(crate) fn tokens_after_end(response: &[u32], ends: &[u32]) -> usize {
+    let last = response.iter().rposition(|id| ends.contains(id));
+    last.map_or(0, |last| response.len() - last - 1)
+}
+
 /// Counts what the template leaves out of the messages.
 fn note_lost_text([prompt, chosen, rejected]: [&[Message]; 3], texts: &Texts, events: &mut Events) {
     let lost = |messages: &[Message], written: &str, from: usize| {
@@ -352,7 +437,7 @@ fn common_tokens(one: &[u32], other: &[u32]) -> usize {
     one.iter().zip(other).take_while(|(one, other)| one == other).count()
 }
 
-/// Whose fault it is that a conversation has no text.
+/// Who has to mend it when a conversation gives no text: whoever made the model, or whoever wrote the record.
 enum RenderFailure {
     Model(Error),
     Record(String),

@@ -20,6 +20,7 @@ pub mod cuda;
 mod embedding;
 mod hardware;
 mod head;
+mod host_memory;
 mod linear;
 mod mapped_file;
 mod memory;
@@ -40,6 +41,7 @@ pub use head::{
     Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, RECOMPUTE_WORKSPACE, TokenCoefficients,
     TokenScores,
 };
+pub use host_memory::LargeBlocks;
 pub use linear::{Linear, LinearShape};
 pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
@@ -51,7 +53,7 @@ pub use rope::{RopeDirection, RotaryPositions};
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 pub use trace::OperationTime;
 
-/// What computes: the CPU, a CUDA GPU, or the emulated one.
+/// A device that computes: the CPU, a CUDA GPU, or the emulated one.
 ///
 /// Operations are asynchronous where the device is; [`Memory::download`] waits. Errors name the operation and shapes.
 pub trait Device:

@@ -24,9 +24,8 @@ pub struct AdamWUpdate<'a, D: Memory> {
 /// Gradient norm and AdamW, over all tensors at once.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Bug`] for buffers that are too small, for update number 0, and
-/// [`crate::Error::Device`] where the
-/// device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are too small and for a step numbered 0, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Optimizer: Memory {
     /// Whether weights are narrower than f32, so that AdamW may keep an f32 master copy beside them.
     fn needs_master(&self) -> bool;

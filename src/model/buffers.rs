@@ -80,7 +80,7 @@ pub struct Activations<D: Device> {
     slots: usize,
     /// `[T, D]` the residual stream entering each layer, and after the last.
     pub residual: Vec<ComputeBuffer<D>>,
-    /// `[T]` of the norm before attention.
+    /// `[T]`, of the norm before attention: `1 / sqrt(mean(x^2) + epsilon)`.
     pub input_rstd: Vec<Floats<D>>,
     /// `[T, (H + 2K) * E]`
     pub qkv: Vec<ComputeBuffer<D>>,
@@ -90,7 +90,7 @@ pub struct Activations<D: Device> {
     pub attention_lse: Vec<Floats<D>>,
     /// `[T, D]` the residual stream between attention and MLP.
     pub middle: Vec<ComputeBuffer<D>>,
-    /// `[T]` of the norm before the MLP.
+    /// `[T]`, of the norm before the MLP: as `input_rstd`.
     pub post_rstd: Vec<Floats<D>>,
     /// `[T, 2F]`
     pub gate_up: Vec<ComputeBuffer<D>>,
@@ -234,7 +234,7 @@ impl<D: Device> HeadBuffers<D> {
     }
 }
 
-/// Sets the scratch memory of a layer's operations aside, forward and backward, so that no step allocates it.
+/// Sets aside the scratch memory of a layer's operations, forward and backward, so that no step allocates it.
 fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<()> {
     let Capacity { tokens, pairs, longest_part, scored, .. } = capacity;
     let attention = AttentionCapacity { rows: tokens, pairs, longest_part };

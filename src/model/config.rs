@@ -23,7 +23,7 @@ const WEIGHTS_FILE: &str = "transformers_weights";
 /// legend: `V D F L H K E`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
-    /// Whose configuration class in transformers gives the keys their meaning.
+    /// The family whose configuration class in transformers gives the keys their meaning.
     pub family: &'static Family,
     /// `V`
     pub vocab_size: usize,
@@ -41,13 +41,13 @@ pub struct LlamaConfig {
     pub head_size: usize,
     /// Added to the mean square before its root.
     pub rms_norm_eps: f32,
-    /// The output head is the embedding table.
+    /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
-    /// Biases on q, k and v.
+    /// Whether q, k and v have biases.
     pub qkv_bias: bool,
-    /// A bias on o.
+    /// Whether o has a bias.
     pub attention_out_bias: bool,
-    /// Biases on gate, up and down.
+    /// Whether gate, up and down have biases.
     pub mlp_bias: bool,
     /// Share of the attention weights that transformers drops in training; nothing here drops any.
     pub attention_dropout: f64,
@@ -55,18 +55,18 @@ pub struct LlamaConfig {
     pub max_position_embeddings: usize,
     /// Rotary positions.
     pub rope: Rope,
-    /// Begins a text, where the model has such a token.
+    /// The token that begins a text, where the model has one.
     pub bos_token_id: Option<u32>,
     /// End tokens of `config.json`.
     pub eos_token_ids: Vec<u32>,
     /// Where generation stops: the end tokens of `config.json`, then those that `generation_config.json` adds.
     pub stop_token_ids: Vec<u32>,
-    /// As transformers has it, this row of the embedding gets no gradient from its use as an input. A negative id,
-    /// as old configs write it, is none.
+    /// The token whose row of the embedding gets no gradient from its use as an input, as in transformers. A negative
+    /// id, as old configs write it, was counted from the end of the vocabulary.
     pub pad_token_id: Option<u32>,
-    /// What the config says the weights are stored in; the tensors themselves are what counts.
+    /// The type that the config names for the weights; what counts is the type of the tensors themselves.
     pub dtype: Option<StorageType>,
-    /// What the user should know of the file although it is no error, each a sentence without the file's name.
+    /// What the user should know about the file although it is no error, each a sentence without the file's name.
     pub warnings: Vec<String>,
     /// The file as it was, key order included: a saved folder's config is this one.
     original: Map<String, Value>,
@@ -115,6 +115,9 @@ impl LlamaConfig {
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the file and the key that is missing, wrong or not supported.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let keys = Keys::parse(path, text)?;
         keys.check_architecture()?;
@@ -193,8 +196,10 @@ impl LlamaConfig {
         }
     }
 
-    /// The file of the folder that holds the weights or their index, where the config names one. `Err` has what it
-    /// names if that is no name.
+    /// The file of the folder that holds the weights or their index, where the config names one.
+    ///
+    /// # Errors
+    /// The key's value where that is not a string.
     pub fn weights_file(&self) -> std::result::Result<Option<&str>, &Value> {
         match self.value(WEIGHTS_FILE) {
             None => Ok(None),
@@ -222,7 +227,7 @@ impl LlamaConfig {
             map.insert("torch_dtype".into(), "bfloat16".into());
         }
         map.insert("dtype".into(), "bfloat16".into());
-        // Says where this folder's weights are, which are saved under the usual name.
+        // This key names the file of the weights, which are saved under the usual name.
         map.shift_remove(WEIGHTS_FILE);
         json::write(&Value::Object(map)) + "\n"
     }
@@ -235,7 +240,8 @@ impl LlamaConfig {
         )
     }
 
-    /// Positions that the model was trained for; where its rope depends on other sequences beyond fewer, those.
+    /// Number of positions that the model was trained for, or fewer where the angles of its rope would depend on other
+    /// sequences beyond them.
     pub fn context(&self) -> usize {
         self.max_position_embeddings.min(self.rope.positions().unwrap_or(usize::MAX))
     }
@@ -245,7 +251,7 @@ impl LlamaConfig {
         AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_size }
     }
 
-    /// `[positions, E]`: of each position `E/2` cosines, then `E/2` sines, as transformers computes them in f32.
+    /// `[positions, E]`: for each position `E/2` cosines, then `E/2` sines, as transformers computes them in f32.
     pub fn rope_table(&self, positions: usize) -> Vec<f32> {
         self.rope.table(self.head_size, positions)
     }

@@ -19,7 +19,7 @@ pub(super) const MAX_LAYERS: u64 = 10_000;
 pub(super) struct Keys {
     path: PathBuf,
     pub(super) map: Map<String, Value>,
-    /// Whose config it is: Llama until `check_architecture` has looked.
+    /// The family that the config belongs to: Llama until `check_architecture` has looked.
     pub(super) family: Cell<&'static Family>,
     /// What the user should know although it is no error.
     warnings: RefCell<Vec<String>>,
@@ -51,7 +51,7 @@ impl Keys {
         self.warnings.take()
     }
 
-    /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
+    /// The error for a key whose value is of the wrong kind.
     pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         let value = json::shown(value.to_string());
         self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
@@ -166,7 +166,7 @@ impl Keys {
         }
     }
 
-    /// What the config says of the weights' type; `None` also where it is a type that is not stored here.
+    /// The type that the config names for the weights; `None` also for a type that this program does not store.
     pub(super) fn dtype(&self) -> Result<Option<StorageType>> {
         let Some(value) = self.get("dtype").or_else(|| self.get("torch_dtype")) else {
             return Ok(None);

@@ -1,7 +1,7 @@
 //! The model families that this runtime computes: Llama, and those that are a Llama but for a name, a bias or a default.
 //!
-//! A family is what transformers has a configuration class of its own for. The descriptors hold all in which they
-//! differ; the values are those of the classes in transformers 5.
+//! A family is a kind of model for which transformers has a configuration class of its own. The descriptors hold
+//! everything in which families differ; the values are those of the classes in transformers 5.
 
 use super::config_keys::Keys;
 use crate::error::Result;
@@ -44,9 +44,9 @@ pub(super) struct Defaults {
 pub(super) enum AttentionBias {
     /// The key `attention_bias`, for q, k, v and o alike; `mlp_bias` does the same for gate, up and down.
     Keys,
-    /// There are none.
+    /// No linear layer of the attention has a bias.
     Never,
-    /// On q, k and v, and on nothing else.
+    /// q, k and v have biases, and nothing else does.
     QueryKeyValue,
 }
 

@@ -128,7 +128,7 @@ const HARMLESS_KEYS: &[&str] = &[
     "use_return_dict",
 ];
 
-/// What the warning about unread keys shows of them.
+/// Most keys that the warning about unread keys names.
 const SHOWN_KEYS: usize = 20;
 
 impl Keys {
@@ -221,7 +221,8 @@ impl Keys {
         Ok(())
     }
 
-    /// One warning that lists what no model of the family reads. `unread_rope` are such keys of the rope section.
+    /// Gives one warning that lists the keys that no model of the family reads. `unread_rope` are those of the rope
+    /// section.
     pub(super) fn warn_of_unread(&self, unread_rope: &[String]) {
         let Family { name, own_keys, .. } = self.family.get();
         let known = |key: &str| {

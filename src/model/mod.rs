@@ -40,9 +40,9 @@ pub type LayerGradients<D> = LayerTensors<Option<Floats<D>>>;
 /// Weights on a device, and what is needed to run them.
 #[derive(Debug)]
 pub struct Llama<D: Device> {
-    /// Where the weights are, and what computes.
+    /// The device that holds the weights and computes.
     pub device: Arc<D>,
-    /// Sizes.
+    /// Sizes and settings.
     pub config: LlamaConfig,
     /// Names and shapes of the checkpoint's tensors inside `weights`, and which of `weights` are trained.
     pub layout: LlamaTensors<FusedTensor>,

@@ -15,7 +15,12 @@ static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 /// Colours only for people, and only where NO_COLOR does not forbid them.
 pub fn wants_color() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    wants_color_on(&std::io::stderr())
+}
+
+/// As [`wants_color`], of another place than standard error.
+pub fn wants_color_on(place: &impl IsTerminal) -> bool {
+    place.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Prints what went wrong and how to mend it to standard error.
@@ -38,8 +43,8 @@ pub fn bug_message() -> String {
     format!("this is a bug in mmpo-fast, not a mistake of yours: {panic}")
 }
 
-/// Notes panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an error
-/// is then told once, as that error.
+/// Records panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an
+/// error is then reported once, as that error.
 pub fn note_panics() {
     std::panic::set_hook(Box::new(|panic| {
         if let Ok(mut last) = LAST_PANIC.lock() {
@@ -61,8 +66,8 @@ fn describe(panic: &PanicHookInfo<'_>) -> String {
     format!("{what}{}{trace}", place.unwrap_or_default())
 }
 
-/// Lines are wrapped for a terminal alone, so that a script can search them. A standard error that cannot be written
-/// changes nothing: the exit code says what happened.
+/// Prints a message with its code and advice. Lines are wrapped only for a terminal, so that a script can search them.
+/// A standard error that cannot be written changes nothing: the exit code says what happened.
 fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>) {
     let mut diagnostic = MietteDiagnostic::new(escaped(message));
     if let Some(code) = code {

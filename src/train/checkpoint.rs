@@ -23,6 +23,22 @@ pub const FREE_OPTIONS: &[&str] = &[
     "data",
     "reference",
     "chat_template",
+    // What the next ones do to the pairs is in the hash of these.
+    "columns",
+    "template_date",
+    "eval_split",
+    "on_refused",
+    "on_empty",
+    "on_long_prompt",
+    "on_long_response",
+    "on_identical",
+    "on_duplicate",
+    "on_contradiction",
+    "on_boundary",
+    "on_lost_text",
+    "on_no_end",
+    "on_after_end",
+    "on_suspicious",
     "output",
     "save_steps",
     "keep_checkpoints",
@@ -211,7 +227,7 @@ mod tests {
         }
     }
 
-    /// What stands at an index of a stored tensor; another number for each.
+    /// A value for each index of a stored tensor, all of them different.
     fn stored(name: &str, index: usize) -> f32 {
         let salt: usize = name.bytes().map(usize::from).sum();
         (salt + index) as f32 / 8192.0

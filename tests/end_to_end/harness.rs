@@ -9,11 +9,11 @@ use serde_json::{Map, Value};
 
 use crate::support::close::{self, Bounds};
 
-/// Trains the golden model on the golden pairs: 11 usable pairs, 3 steps an epoch.
+/// Trains the golden model on the golden pairs: 11 usable pairs, 3 steps per epoch.
 pub const TRAIN: &str = "train --model base --data pairs.jsonl --max-length 160 --max-prompt-length 64 \
                          --pairs-per-step 4 --learning-rate 1e-3 --device cpu --threads 1";
 
-/// What differs between two runs of the same bits.
+/// The metrics in which two runs of the same bits may differ.
 const TIMING: [&str; 3] = ["tokens_per_second", "pairs_per_second", "memory/peak_gib"];
 
 /// A folder that holds `base` (the golden model) and `pairs.jsonl`, with a reference cache of its own.
@@ -67,7 +67,7 @@ impl Workplace {
         command
     }
 
-    /// Runs a command line; words are parted at spaces.
+    /// Runs a command line, which is split at spaces.
     pub fn run(&self, arguments: &str) -> Finished {
         finish(self.command(arguments))
     }
@@ -193,7 +193,7 @@ pub fn assert_close(ours: f64, theirs: f64, tolerance: f64, what: &str) {
 pub struct CommandLine(Vec<String>);
 
 impl CommandLine {
-    /// The words of `line`, which are parted at spaces.
+    /// The words of `line`, split at spaces.
     pub fn new(line: &str) -> Self {
         CommandLine(line.split_whitespace().map(String::from).collect())
     }

@@ -8,11 +8,13 @@ use mmpo_fast::objective::DESCRIPTORS;
 use crate::harness::{CommandLine, TRAIN, Workplace, assert_close};
 
 const STEP_NAMES: &str = "step loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
-                          logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen \
-                          weights/saturated tokens_per_second pairs_per_second memory/peak_gib";
+                          logps/rejected logps/accuracies logps/margins implicit/accuracies implicit/margins \
+                          grad_norm learning_rate epoch weights/chosen weights/saturated tokens_per_second \
+                          pairs_per_second memory/peak_gib";
 const EVALUATION_NAMES: &str = "step eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies \
                                 eval_rewards/margins eval_logps/chosen eval_logps/rejected eval_logps/accuracies \
-                                eval_logps/margins epoch eval_weights/chosen eval_weights/saturated";
+                                eval_logps/margins eval_implicit/accuracies eval_implicit/margins epoch \
+                                eval_weights/chosen eval_weights/saturated";
 
 #[test]
 fn a_run_leaves_model_metrics_report_and_checkpoints() {

@@ -4,7 +4,7 @@
 //! Other programs on the machine make an input slower but cost it no processor time. So an input that has taken [`TIME`]
 //! on the clock is a fault only where its process was also busy that long, or where it has not ended after [`WAIT`].
 //!
-//! `cargo test --release --test fuzz` tries a few inputs a format. More, by hand:
+//! `cargo test --release --test fuzz` tries a few inputs of each format. More, by hand:
 //!
 //! ```text
 //! cargo test --release --test fuzz -- --inputs 1000000 --seed 7 --log fuzz.log
@@ -35,7 +35,7 @@ const TIME: Duration = Duration::from_secs(5);
 const WAIT: Duration = Duration::from_secs(60);
 /// Bytes of private writable memory that a worker may have.
 const MEMORY: u64 = 1 << 30;
-/// Inputs a format where no number is given.
+/// Inputs per format where no number is given.
 const FEW: u64 = 200;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
@@ -52,7 +52,7 @@ struct Options {
     keep: Option<PathBuf>,
 }
 
-/// Flags of the test harness that this program is not are ignored.
+/// Flags that are meant for Rust's own test harness, which this program replaces, are ignored.
 fn options() -> Options {
     let arguments: Vec<String> = std::env::args().collect();
     let value = |flag: &str| {
@@ -120,7 +120,7 @@ fn report(options: &Options, mut results: Vec<Outcome>, started: Instant) -> Exi
     if faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What came of a format's inputs.
+/// Results of one format's inputs.
 struct Outcome {
     summary: String,
     faults: Vec<String>,

@@ -210,7 +210,7 @@ path_tests! {
         assert!(passes.dqkv.iter().all(|value| value.is_finite()));
     }
 
-    /// Heads that do not divide, and spans that overlap or end behind the buffers, are errors.
+    /// Heads that do not divide, and spans that overlap or end after the buffers, are errors.
     fn refused(device, bounds) {
         let batch = pair_batch(&[(3, 2, 2)], 2);
         let mut buffers = load_batch(device, &batch, &[]);
@@ -234,7 +234,7 @@ fn rows(values: &[f32], width: usize, order: impl IntoIterator<Item = usize>) ->
     order.into_iter().flat_map(|row| values[row * width..][..width].to_vec()).collect()
 }
 
-/// The packed pair gives each response what it would get alone behind its prompt, forward and backward.
+/// The packed pair gives each response what it would get alone after its prompt, forward and backward.
 fn packed_equals_unpacked<D: Device>(device: &D, (p, c, r): (usize, usize, usize), bounds: Tolerance) {
     let shape = shape::<D>((6, 2, 16));
     let (width, out_width) = (shape.qkv_width(), shape.out_width());

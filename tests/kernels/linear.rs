@@ -4,10 +4,10 @@ use mmpo_fast::device::{LinearShape, LinearSwiglu};
 use crate::harness::*;
 use crate::naive;
 
-/// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models, one of which all
-/// three gemms take the portable kernels' large tiles, one whose weight gradient Hopper's sum in parts, and one of
-/// which each of Hopper's blocks has several tiles, deeper than its ring of stages. Where inputs or outputs are no
-/// multiples of 8 Hopper takes the portable kernels.
+/// Rows, inputs, outputs: one token; tails in every direction; the narrowest of the paper's models; a shape whose three
+/// gemms all take the portable kernels' large tiles; one whose weight gradient Hopper's kernels sum in parts; and one
+/// that gives each of Hopper's blocks several tiles, deeper than its ring of stages. Where inputs or outputs are no
+/// multiples of 8, Hopper takes the portable kernels.
 const SHAPES: &[(usize, usize, usize)] = &[
     (1, 16, 48),
     (1, 8, 8),
@@ -46,7 +46,7 @@ path_tests! {
         }
     }
 
-    /// The three gradients agree with central differences; `dx` is assigned, the weight's and bias' accumulate.
+    /// The three gradients agree with central differences; `dx` is assigned, those of weight and bias accumulate.
     fn backward(device, bounds) {
         for &(rows, inputs, outputs) in SHAPES {
             trying("(rows, inputs, outputs)", (rows, inputs, outputs));

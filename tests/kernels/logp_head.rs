@@ -106,7 +106,7 @@ impl<D: Device> Case<D> {
     }
 }
 
-/// `dhidden` and `dweight` of a head, the latter behind what was there before.
+/// `dhidden` and `dweight` of a head; `dweight` is added to what was there before.
 fn gradients<D: Device>(
     precision: Precision,
     case: &Case<D>,
@@ -483,7 +483,7 @@ path_tests! {
         }
     }
 
-    /// A buffer that is too small is an error, and so is a backward behind log-probs alone.
+    /// A buffer that is too small is an error, and so is a backward after a forward of log-probs alone.
     fn too_small(device, bounds) {
         let mut case = Case::new(device, HeadMode::Main, (2, 16, 40), 1.0);
         case.shape.rows = 0..3;
@@ -526,7 +526,7 @@ fn large_tiles() {
 }
 
 cpu_tests! {
-    /// A target behind the vocabulary is an error that names it.
+    /// A target beyond the vocabulary is an error that names it.
     fn target_outside_the_vocabulary(device) {
         let mut case = Case::new(device, HeadMode::Main, (2, 16, 40), 1.0);
         case.set_targets(device, vec![3, 40]);

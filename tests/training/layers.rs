@@ -241,7 +241,7 @@ impl<D: Device> Run<D> {
         ]
     }
 
-    /// Overwrites them.
+    /// Overwrites these activations.
     fn spoil(&mut self, layer: usize) {
         let (device, activations) = (Arc::clone(&self.model.device), &mut self.activations);
         let slot = activations.slot(layer);
@@ -373,7 +373,7 @@ fn a_sink_that_fails_ends_the_backward() {
 struct Apply<D: Device> {
     device: Arc<D>,
     states: LlamaTensors<OptimizerState<D>>,
-    /// No clipping.
+    /// The norm and the factor of an update without clipping.
     norm: Floats<D>,
 }
 
