@@ -400,9 +400,9 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master copy.
- * Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute value,
- * for every 256 of them; both scales are NULL for the other formats. */
+/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
+ * copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute
+ * value, for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
@@ -419,10 +419,10 @@ typedef struct mmpo_adamw_tensor {
  *   first  = beta1 * first + rest1 * g
  *   second = beta2 * second + rest2 * g^2
  *   w      = decay * w - step_size * first / (sqrt(second) * root_correction + epsilon)
- * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new weight
- * is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the key `seed`.
- * Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`, and either all
- * or none have a master copy. `tensors` is in host memory and is read during the call only. */
+ * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new
+ * weight is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the
+ * key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`,
+ * and either all or none have a master copy. `tensors` is in host memory and is read during the call only. */
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                                int32_t moments, mmpo_stream stream);
 
