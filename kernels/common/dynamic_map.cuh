@@ -43,7 +43,8 @@ DEVICE DecadeTable fill_decades(float* shared) {
 }
 
 // Where entries of one decade give way to those of the next: to the first decade from 0, from decade to decade, and to
-// the entry 1. Each lies halfway between the two entries beside it, but that a second moment above 0 never becomes 0.
+// the entry 1. Each lies halfway between the two entries beside it, except that a second moment above 0 never becomes
+// 0.
 constexpr float decade_threshold(bool is_signed, int decade) {
     double power = 1e-6, entries = is_signed ? 1.0 : 2.0;
     if (decade == 0) return is_signed ? float(1e-6 * (0.05 + 0.225)) : 1.17549435e-38f;
