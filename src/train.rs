@@ -8,6 +8,7 @@
 mod checkpoint;
 mod guard;
 mod inputs;
+mod layer_updates;
 mod lock;
 mod output;
 mod plan;
@@ -54,11 +55,13 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
+    plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
     let identity = identity(&recorded, &inputs);
-    let tensors = checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()));
+    let tensors =
+        checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()), config.memory.states);
     let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
     if matches!(start, Start::Finished) {
         return say_finished(&output, &plan);
@@ -188,7 +191,8 @@ impl<'a, D: Device> Run<'a, D> {
             plan.pairs_per_step,
             config.batch.tokens_per_micro_batch,
         );
-        let workload = Workload { head: config.head, ..workload };
+        let workload =
+            Workload { head: config.head, memory: config.memory, rounding_seed: config.seed, ..workload };
         let trainer = Trainer::new(model, config.objective, workload)?;
         tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })

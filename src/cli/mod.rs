@@ -106,7 +106,8 @@ impl Invocation {
     }
 }
 
-fn command() -> Command {
+/// All commands and their flags: for the parser, and for whoever describes them elsewhere (completions, man pages, Python).
+pub fn command() -> Command {
     let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
     Command::new("mmpo-fast")
         .about(

@@ -34,7 +34,7 @@ pub fn command() -> Command {
             "Examples:\n  mmpo-fast score --model M --data pairs.jsonl --output scores.jsonl\n  \
              mmpo-fast score --model run/model --reference M --data held-out.jsonl --output - | head -n 3",
         )
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("data", PairFiles::PLACEHOLDER, "Preference pairs, named as with `train`").required(true))
         .arg(
             own(

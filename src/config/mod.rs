@@ -22,10 +22,10 @@ pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::HeadOptions;
+use crate::model::{HeadOptions, Recompute};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
-use crate::optimizer::{AdamWSettings, Schedule};
+use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,6 +68,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
@@ -133,6 +135,28 @@ pub enum Warmup {
     Ratio(f64),
     /// A number of optimiser steps.
     Steps(usize),
+}
+
+/// Which gradients exist at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GradientConfig {
+    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes a parameter.
+    #[default]
+    F32,
+    /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
+    /// is not known in time to clip by it.
+    Layer,
+}
+
+/// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// What AdamW keeps of each trained tensor.
+    pub states: StateOptions,
+    /// What of the forward is computed again in the backward.
+    pub recompute: Recompute,
+    /// Which gradients exist at a time.
+    pub gradients: GradientConfig,
 }
 
 /// Sizes of batches.

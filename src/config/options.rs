@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
-use super::{ColumnNames, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check};
+use super::{
+    ColumnNames, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check,
+};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{HeadChoice, HeadOptions};
+use crate::model::{HeadChoice, HeadOptions, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
-use crate::optimizer::Schedule;
+use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
 
 /// The heading of the options that say what is done with pairs that have a problem.
 pub const PROBLEMS_HEADING: &str = "Pairs with a problem";
@@ -349,6 +351,18 @@ options! {
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
+        /// Format of AdamW's moments: f32 takes 8 bytes a parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
+        /// tensors of fewer than 4096 values stay f32 with 8bit.
+        optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
+        /// Copy of the weights that updates are added to: f32 takes 4 bytes a parameter beside bf16 weights; none rounds the
+        /// updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy.
+        master_weights: MasterWeights, Always<MasterWeights> = Always(MasterWeights::F32), ALL, check::anything;
+        /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
+        /// largest activations), or layer (all between the residual streams of two layers).
+        recompute: Recompute, Always<Recompute> = Always(Recompute::None), ALL, check::anything;
+        /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
+        /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
+        gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

@@ -6,13 +6,13 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, PAIRS_PER_STEP, PairData,
-    RunConfig, ScheduleConfig, Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, GradientConfig, LengthLimits, MemoryConfig, ObjectiveKind,
+    PAIRS_PER_STEP, PairData, RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::HeadOptions;
 use crate::objective::{Objective, Settings};
-use crate::optimizer::AdamWSettings;
+use crate::optimizer::{AdamWSettings, StateOptions};
 
 /// Defaults that depend on other options, so that the table can only describe them.
 const WARMUP_RATIO: f64 = 0.1;
@@ -216,6 +216,7 @@ fn require_files(options: &Options) -> Result<Files> {
 fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     let asked_lengths = asked_lengths(&settled)?;
     let objective = objective(&settled)?;
+    refuse_clipping_by_layer(&settled)?;
     let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
         (Some(steps), _) => Warmup::Steps(steps),
         (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
@@ -260,6 +261,11 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
+        memory: MemoryConfig {
+            states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
+            recompute: settled.recompute,
+            gradients: settled.gradients,
+        },
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),
@@ -267,6 +273,22 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         threads: settled.threads,
         resume,
     })
+}
+
+/// A layer that is updated inside the backward cannot be clipped by the norm of gradients that are still to come. A first backward for
+/// the norm alone would make a step half as long again; nobody is given that unasked.
+fn refuse_clipping_by_layer(settled: &Settled) -> Result<()> {
+    if settled.gradients == GradientConfig::F32 || settled.max_grad_norm == 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(
+        format!(
+            "`gradients` = layer updates a layer before the gradients of the layers below it are there: `max_grad_norm` = {} \
+             would clip by a norm that is not known yet",
+            settled.max_grad_norm
+        ),
+        "give --max-grad-norm 0, which turns clipping off, or --gradients f32",
+    ))
 }
 
 /// The lengths given to `train` or `score`, checked as far as they can be without the model.

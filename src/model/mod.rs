@@ -20,7 +20,7 @@ mod tensors;
 use std::sync::Arc;
 
 pub use backward::{CompleteLayer, GradientSink, KeepGradients};
-pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
+pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, Recompute};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use family::Family;

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
-use mmpo_fast::config::{ColumnNames, LengthLimits, PairFiles, Policy, RunConfig, Warmup, resolve};
-use mmpo_fast::model::{HeadChoice, HeadOptions};
+use mmpo_fast::config::{
+    ColumnNames, GradientConfig, LengthLimits, MemoryConfig, PairFiles, Policy, RunConfig, Warmup, resolve,
+};
+use mmpo_fast::model::{HeadChoice, HeadOptions, Recompute};
 use mmpo_fast::objective::{DESCRIPTORS, Dpo, Mmpo, Objective, Simpo};
-use mmpo_fast::optimizer::Schedule;
+use mmpo_fast::optimizer::{MasterWeights, MomentFormat, Schedule, StateOptions};
 use mmpo_fast::{Error, Result};
 use proptest::prelude::*;
 
@@ -180,6 +182,25 @@ fn the_head_may_be_told_its_mode_and_workspace() {
     let message = refusal(run("head_mode = \"recomputed\"", &[]));
     assert!(message.contains("run.toml:4: ") && message.contains("did you mean `recompute`?"), "{message}");
     assert!(refusal(run("head_workspace = 0", &[])).contains("at least 1"));
+}
+
+#[test]
+fn what_is_kept_on_the_device_is_told_in_words() {
+    assert_eq!(run("", &[]).unwrap().memory, MemoryConfig::default());
+    let text = "optimizer_states = \"bf16\"\nmaster_weights = \"none\"\nrecompute = \"selective\"";
+    let config = run(text, &[("optimizer_states", "8bit")]).unwrap();
+    let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
+    let gradients = GradientConfig::F32;
+    assert_eq!(config.memory, MemoryConfig { states, recompute: Recompute::Selective, gradients });
+    assert_round_trip(&config);
+    let message = refusal(run("optimizer_states = \"8bits\"", &[]));
+    assert!(message.contains("run.toml:4: ") && message.contains("did you mean `8bit`?"), "{message}");
+    // Clipping needs all gradients at once.
+    let message = refusal(run("gradients = \"layer\"", &[]));
+    assert!(message.contains("`gradients` = layer") && message.contains("`max_grad_norm` = 1"), "{message}");
+    let config = run("gradients = \"layer\"\nmax_grad_norm = 0", &[]).unwrap();
+    assert_eq!(config.memory.gradients, GradientConfig::Layer);
+    assert_round_trip(&config);
 }
 
 #[test]
