@@ -1,8 +1,10 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate` and `bench`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate`, `merge` and
+//! `bench`.
 
 mod arguments;
 mod bench;
 mod generate;
+mod merge;
 mod score;
 mod train;
 mod version;
@@ -13,7 +15,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{GenerateConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
 /// What a command line asks for before any command is run.
@@ -37,6 +39,7 @@ enum Parsed {
     Train(Box<RunConfig>),
     Score(ScoreConfig),
     Generate(GenerateConfig),
+    Merge(MergeConfig),
     Bench(BenchConfig),
 }
 
@@ -64,11 +67,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
+        Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, score, generate or bench",
+                "a command is missing: train, score, generate, merge or bench",
             )));
         }
     };
@@ -83,6 +87,7 @@ impl Invocation {
             Parsed::Train(config) => crate::train::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
+            Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
         }
     }
@@ -114,6 +119,7 @@ fn command() -> Command {
         .subcommand(train::command())
         .subcommand(score::command())
         .subcommand(generate::command())
+        .subcommand(merge::command())
         .subcommand(bench::command())
 }
 

@@ -22,6 +22,7 @@ pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
         .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("adapter", "DIR", "Folder of an adapter of that model, as PEFT has it: the adapted model is scored"))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
             own(
@@ -58,6 +59,7 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
     let positive = |beta: &f64| beta.is_finite() && *beta > 0.0;
     Ok(ScoreConfig {
         model: required("model")?,
+        adapter: path("adapter")?,
         data: required("data")?,
         output: required("output")?,
         reference: path("reference")?,

@@ -18,7 +18,7 @@ pub use resolve::{asked_lengths, resolve};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::HeadOptions;
+use crate::model::{HeadOptions, LoraSettings};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
 use crate::optimizer::{AdamWSettings, Schedule};
@@ -36,6 +36,10 @@ pub struct RunConfig {
     pub reference: Option<PathBuf>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// New adapters to train in place of the weights.
+    pub lora: Option<LoraSettings>,
+    /// Folder of adapters to go on training in place of the weights.
+    pub adapter: Option<PathBuf>,
     /// The objective, with its numbers.
     pub objective: Objective,
     /// Numbers of AdamW but the learning rate of each step.
@@ -98,6 +102,7 @@ impl RunConfig {
             &mut recorded.data,
             &mut recorded.reference,
             &mut recorded.chat_template,
+            &mut recorded.adapter,
             &mut recorded.evaluation.data,
         ];
         for path in optional.into_iter().flatten() {
@@ -170,6 +175,8 @@ pub struct EvaluationConfig {
 pub struct ScoreConfig {
     /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: Option<PathBuf>,
     /// Pairs file.
     pub data: PathBuf,
     /// The JSON Lines file that is written, a line a pair.
@@ -190,11 +197,24 @@ pub struct ScoreConfig {
     pub threads: Option<usize>,
 }
 
+/// Everything `merge` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MergeConfig {
+    /// Hugging Face model folder.
+    pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: PathBuf,
+    /// Folder that receives the merged model.
+    pub output: PathBuf,
+}
+
 /// Everything `generate` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
     /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: Option<PathBuf>,
     /// The user's message, or the whole text with `raw`.
     pub prompt: String,
     /// A system message before it.

@@ -21,6 +21,7 @@ mod embedding;
 mod hardware;
 mod head;
 mod linear;
+mod low_rank;
 mod mapped_file;
 mod memory;
 mod mlp;
@@ -41,6 +42,7 @@ pub use head::{
     TokenScores,
 };
 pub use linear::{Linear, LinearShape};
+pub use low_rank::{Dropout, LowRank, LowRankShape, RowPart, hash};
 pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
@@ -58,6 +60,7 @@ pub trait Device:
     Embedding
     + Norm
     + Linear
+    + LowRank
     + RotaryPositions
     + Attention
     + AttentionBackward
@@ -72,6 +75,7 @@ impl<D> Device for D where
     D: Embedding
         + Norm
         + Linear
+        + LowRank
         + RotaryPositions
         + Attention
         + AttentionBackward
@@ -85,7 +89,7 @@ impl<D> Device for D where
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, Memory, Mlp, Norm,
+        Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, LowRank, Memory, Mlp, Norm,
         Optimizer, PairObjective, RotaryPositions,
     };
 }

@@ -4,6 +4,7 @@
 //! Weight gradients accumulate over micro-batches, in f32. A frozen tensor has none, and the gemm that would form it is
 //! not run.
 
+use super::adapter::{AdapterBackward, Place, Site};
 use super::buffers::{Activations, BackwardScratch};
 use super::projection::ProjectionBackward;
 use super::tensors::LayerTensors;
@@ -61,6 +62,7 @@ impl<D: Device> Llama<D> {
             LayerBackward {
                 model: self,
                 weights: &self.weights.layers[layer],
+                layer,
                 slot: activations.slot(layer),
                 residual_slot: activations.residual_slot(layer),
                 gradients: &mut *gradients,
@@ -96,6 +98,7 @@ impl<D: Device> Llama<D> {
 struct LayerBackward<'a, D: Device> {
     model: &'a Llama<D>,
     weights: &'a LayerTensors<ComputeBuffer<D>>,
+    layer: usize,
     slot: usize,
     residual_slot: usize,
     gradients: &'a mut LayerGradients<D>,
@@ -113,8 +116,13 @@ impl<D: Device> LayerBackward<'_, D> {
         self.qkv()
     }
 
+    fn place(&self, site: Site) -> Place {
+        Place { layer: self.layer, site, slot: self.slot, tokens: self.tokens }
+    }
+
     /// `delta = down(activated)`: from the residual stream's gradient to that of `activated`.
     fn down(&mut self) -> Result<()> {
+        let place = self.place(Site::Down);
         let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
         let width = model.config.intermediate_size;
         let gate_up = &activations.gate_up[*slot];
@@ -126,12 +134,21 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.activated,
             weights: &weights.down,
             shape: model.config.down_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.activated,
+            dadapter: gradients.down.adapter.as_mut(),
+            dout: &scratch.residual,
+            x: &activations.activated,
+            activations: activations.adapter.as_mut(),
+            place,
         })
     }
 
     /// `activated = silu(gate) * up`, `gate_up = linear(normed)`, `normed = rms_norm(middle)`: to the gradient of the
     /// residual stream between attention and MLP.
     fn gate_up(&mut self) -> Result<()> {
+        let place = self.place(Site::GateUp);
         let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
         let (slot, tokens, norm_shape) = (*slot, *tokens, model.config.norm_shape(*tokens));
         model.device.swiglu_backward(
@@ -156,6 +173,14 @@ impl<D: Device> LayerBackward<'_, D> {
             weights: &weights.gate_up,
             shape: model.config.gate_up_shape(tokens),
         })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.normed,
+            dadapter: gradients.gate_up.adapter.as_mut(),
+            dout: &scratch.gate_up,
+            x: &activations.normed,
+            activations: activations.adapter.as_mut(),
+            place,
+        })?;
         model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,
             dweight: gradients.post_norm.as_mut(),
@@ -169,6 +194,7 @@ impl<D: Device> LayerBackward<'_, D> {
 
     /// `delta = attention_out(attention)`: to the gradient of the attention's output.
     fn attention_out(&mut self) -> Result<()> {
+        let place = self.place(Site::AttentionOut);
         let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
         model.project_backward(ProjectionBackward {
             dx: &mut scratch.attention,
@@ -177,6 +203,14 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.attention[*slot],
             weights: &weights.attention_out,
             shape: model.config.attention_out_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.attention,
+            dadapter: gradients.attention_out.adapter.as_mut(),
+            dout: &scratch.residual,
+            x: &activations.attention[*slot],
+            activations: activations.adapter.as_mut(),
+            place,
         })
     }
 
@@ -199,7 +233,8 @@ impl<D: Device> LayerBackward<'_, D> {
 
     /// `qkv = linear(normed)`, `normed = rms_norm(residual)`: to the gradient of the residual stream entering the layer.
     fn qkv(&mut self) -> Result<()> {
-        let LayerBackward { model, weights, slot, residual_slot, gradients, scratch, activations, tokens } =
+        let place = self.place(Site::Qkv);
+        let LayerBackward { model, weights, slot, residual_slot, gradients, scratch, activations, tokens, .. } =
             self;
         let (slot, residual_slot, norm_shape) = (*slot, *residual_slot, model.config.norm_shape(*tokens));
         model.device.rms_norm_forward(
@@ -216,6 +251,14 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.normed,
             weights: &weights.qkv,
             shape: model.config.qkv_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.normed,
+            dadapter: gradients.qkv.adapter.as_mut(),
+            dout: &scratch.qkv,
+            x: &activations.normed,
+            activations: activations.adapter.as_mut(),
+            place,
         })?;
         model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,

@@ -1,5 +1,6 @@
 //! The Llama runtime, written once over [`Device`].
 
+mod adapter;
 mod backward;
 mod buffers;
 mod config;
@@ -18,13 +19,14 @@ mod tensors;
 
 use std::sync::Arc;
 
+pub use adapter::{AdaptedModule, AdaptedModules, Adapters, LoraSettings, PEFT_PREFIX, initial_values};
 pub use backward::{CompleteLayer, GradientSink, KeepGradients};
 pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
-pub use projection::Projection;
+pub use projection::{Adapter, Projection};
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 
@@ -46,6 +48,8 @@ pub struct Llama<D: Device> {
     pub layout: LlamaTensors<FusedTensor>,
     /// The tensors themselves.
     pub weights: LlamaTensors<ComputeBuffer<D>>,
+    /// What the adapters in `weights` are, where there are some.
+    adapters: Option<Adapters>,
     /// `[positions, E]`: cosines, then sines.
     rope_table: Floats<D>,
 }

@@ -91,7 +91,7 @@ fn refused(path: &Path, why: &str) -> Error {
 
 /// The data, the chat template, and all files of the model folders.
 fn read_files(config: &ScoreConfig) -> Vec<PathBuf> {
-    let folders = [Some(&config.model), config.reference.as_ref()];
+    let folders = [Some(&config.model), config.adapter.as_ref(), config.reference.as_ref()];
     let entries = folders.into_iter().flatten().filter_map(|folder| std::fs::read_dir(folder).ok());
     let in_folders = entries.flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let single = [Some(&config.data), config.chat_template.as_ref()];

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::adapter::StartingAdapter;
 use crate::checkpoint::{CompanionFiles, ModelFolder};
 use crate::config::{LengthLimits, RunConfig};
 use crate::context;
@@ -15,6 +16,8 @@ use crate::report::DataSummary;
 pub struct Inputs {
     /// The model that training starts from.
     pub folder: ModelFolder,
+    /// The adapters that are trained in place of the weights, where they are.
+    pub adapter: Option<StartingAdapter>,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
     /// Saved beside the trained weights.
@@ -58,10 +61,12 @@ impl Inputs {
         folder.check_finite()?;
         let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
         check_dropout(&folder)?;
+        let adapter = StartingAdapter::of(config, &folder)?;
         let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
         let limits = context::limits(config.asked_lengths, &models)?;
-        let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?;
-        let companions = companions(&model, &folder, &encoder)?;
+        let text_folder = context::text_folder(&model, config.adapter.as_deref());
+        let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
+        let companions = companions(text_folder, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
             let dataset = load_pairs(path, &encoder, limits)?;
             dataset.report.log(&name(given));
@@ -73,6 +78,7 @@ impl Inputs {
             evaluation_path.as_deref().map(|path| load(path, &config.evaluation.data)).transpose()?;
         let inputs = Inputs {
             folder,
+            adapter,
             reference,
             companions,
             encoder,

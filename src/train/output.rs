@@ -14,10 +14,13 @@ use crate::report::{
 };
 
 const MODEL_FOLDER: &str = "model";
+const ADAPTER_FOLDER: &str = "adapter";
 
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
+    /// What the run writes at its end: a model, or an adapter.
+    result: &'static str,
     /// Held while this process writes there.
     _lock: Option<RunLock>,
 }
@@ -53,7 +56,11 @@ impl Output {
         refuse_inputs(config)?;
         RunLock::check(&path)?;
         refuse_taken(config)?;
-        Ok(Output { path, _lock: None })
+        let result = match config.lora.is_some() || config.adapter.is_some() {
+            true => ADAPTER_FOLDER,
+            false => MODEL_FOLDER,
+        };
+        Ok(Output { path, result, _lock: None })
     }
 
     /// Makes the folder and locks it, after the inputs were found good and before anything is computed.
@@ -64,7 +71,7 @@ impl Output {
         atomic::check_writable(&self.path)?;
         let lock = RunLock::take(&self.path)?;
         refuse_taken(config)?;
-        Ok(Output { path: self.path, _lock: Some(lock) })
+        Ok(Output { _lock: Some(lock), ..self })
     }
 
     /// Writes the resolved configuration.
@@ -76,8 +83,14 @@ impl Output {
         &self.path
     }
 
+    /// The folder of the trained model or adapter.
     pub fn model(&self) -> PathBuf {
-        self.path.join(MODEL_FOLDER)
+        self.path.join(self.result)
+    }
+
+    /// A line that says where that is.
+    pub fn model_line(&self) -> String {
+        format!("{:<8}{}", self.result, self.model().display())
     }
 
     /// Writes `report.html`, and tells the terminal how it ended: last, so that a standard output that cannot be
@@ -102,7 +115,7 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("{text}\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))?;
+        print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
         Ok(())
     }
 }
@@ -110,7 +123,7 @@ impl Output {
 /// The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
-    let is_taken = [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER, REPORT_FILE]
+    let is_taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE]
         .iter()
         .any(|name| path.join(name).exists());
     if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
@@ -126,9 +139,10 @@ fn refuse_taken(config: &RunConfig) -> Result<()> {
 fn refuse_inputs(config: &RunConfig) -> Result<()> {
     // Where the folder is new, no input is in it.
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
-    let written = [MODEL_FOLDER, run_state::FOLDER, EVENTS_FOLDER, METRICS_FILE, RESOLVED_FILE, REPORT_FILE];
+    let written = [MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, EVENTS_FOLDER, METRICS_FILE, RESOLVED_FILE, REPORT_FILE];
     let inputs = [
         ("--model", config.model.as_ref()),
+        ("--adapter", config.adapter.as_ref()),
         ("--reference", config.reference.as_ref()),
         ("--data", config.data.as_ref()),
         ("--eval-data", config.evaluation.data.as_ref()),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats};
+use crate::device::{BatchBuffers, Device, Floats, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -44,6 +44,10 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
+    /// Of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
+    pub dropout_seed: u64,
+    /// Of the step under way.
+    dropout_key: u64,
     objective: Objective,
     token_budget: usize,
     activations: Activations<D>,
@@ -126,6 +130,8 @@ impl<D: Device> Trainer<D> {
         Ok(Trainer {
             states,
             gradients,
+            dropout_seed: 0,
+            dropout_key: 0,
             objective,
             token_budget: workload.token_budget,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
@@ -133,7 +139,7 @@ impl<D: Device> Trainer<D> {
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
             // Last: the head is planned with the memory that all else leaves.
-            activations: Activations::new(device, &model.config, capacity, Purpose::Training(workload.head))?,
+            activations: Activations::of(&model, capacity, Purpose::Training(workload.head))?,
             model,
         })
     }
@@ -145,6 +151,7 @@ impl<D: Device> Trainer<D> {
         adamw: AdamWStep,
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
+        self.dropout_key = hash(self.dropout_seed, adamw.step.into());
         let result = self.accumulate_gradients(pairs, max_grad_norm)?;
         self.update(adamw)?;
         Ok(result)
@@ -158,7 +165,8 @@ impl<D: Device> Trainer<D> {
     ) -> Result<StepResult> {
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
-        let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
+        let dropout = Some(self.dropout_key);
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -204,7 +212,7 @@ impl<D: Device> Trainer<D> {
         let mut outcomes = Vec::with_capacity(pairs.len());
         let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;
         for chunk in pairs.chunks(batch.max(1)) {
-            self.each_micro_batch(chunk, |trainer, batch, _| {
+            self.each_micro_batch(chunk, None, |trainer, batch, _| {
                 trainer.model.head_forward(
                     &mut trainer.activations,
                     &trainer.batch,
@@ -230,10 +238,12 @@ impl<D: Device> Trainer<D> {
         &self.model.device
     }
 
-    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through.
+    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through. `dropout`
+    /// names the masks of adapters' dropout; `None` drops nothing.
     fn each_micro_batch(
         &mut self,
         pairs: &[TrainingPair<'_>],
+        dropout: Option<u64>,
         mut head: impl FnMut(&mut Self, &PairBatch, usize) -> Result<()>,
     ) -> Result<usize> {
         let device = Arc::clone(&self.model.device);
@@ -242,7 +252,8 @@ impl<D: Device> Trainer<D> {
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
         let sizes: Vec<usize> = pairs.iter().map(|pair| pair.pair.tokens_of(sides)).collect();
         let mut tokens = 0;
-        for run in micro_batches(&sizes, self.token_budget) {
+        for (number, run) in micro_batches(&sizes, self.token_budget).into_iter().enumerate() {
+            self.model.set_dropout_key(dropout.map(|key| hash(key, number as u64)));
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
             interrupt::check()?;
             let batch = PairBatch::pack(pairs[run.clone()].iter().map(|pair| pair.pair), sides);
@@ -258,6 +269,7 @@ impl<D: Device> Trainer<D> {
             )?;
             tokens += batch.tokens();
         }
+        self.model.set_dropout_key(None);
         Ok(tokens)
     }
 
