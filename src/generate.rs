@@ -25,7 +25,8 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
     interrupt::install()?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
-    let adapter = config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
+    let adapter =
+        config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
     let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
     let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
     let prompt = match config.raw {

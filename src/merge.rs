@@ -24,15 +24,21 @@ pub fn run(config: &MergeConfig) -> Result<()> {
     let mut companions = CompanionFiles::read(&config.model, folder.config())?;
     companions.overlay(&config.adapter)?;
     let mut product = None;
-    save_model(&config.output, &companions, &folder.config().tensors(), SHARD_BYTES, |tensor, offset, values| {
-        interrupt::check()?;
-        let weight = folder.tensor(&tensor.name, &tensor.shape)?;
-        if product.as_ref().is_none_or(|product: &Product| product.name != tensor.name) {
-            product = Product::of(&adapter, tensor)?.into();
-        }
-        fill(values, weight, offset, product.as_ref());
-        check_finite(values, tensor, offset)
-    })?;
+    save_model(
+        &config.output,
+        &companions,
+        &folder.config().tensors(),
+        SHARD_BYTES,
+        |tensor, offset, values| {
+            interrupt::check()?;
+            let weight = folder.tensor(&tensor.name, &tensor.shape)?;
+            if product.as_ref().is_none_or(|product: &Product| product.name != tensor.name) {
+                product = Some(Product::of(&adapter, tensor)?);
+            }
+            fill(values, weight, offset, product.as_ref());
+            check_finite(values, tensor, offset)
+        },
+    )?;
     print_result(&format!("model   {}\n", config.output.display()))?;
     Ok(())
 }
@@ -63,7 +69,8 @@ impl Product {
             rank,
         };
         let module = tensor.name.strip_suffix(".weight");
-        let is_adapted = |module: &&str| settings.modules.iter().any(|adapted| module.ends_with(adapted.path()));
+        let is_adapted =
+            |module: &&str| settings.modules.iter().any(|adapted| module.ends_with(adapted.path()));
         if let (Some(module), &[outputs, inputs]) = (module.filter(is_adapted), &tensor.shape[..]) {
             let matrix = |name: &str, shape: &[usize]| {
                 adapter.values(&TensorSpec::new(format!("{PEFT_PREFIX}{module}.{name}.weight"), shape))
@@ -98,7 +105,8 @@ fn fill(values: &mut [bf16], weight: RawValues<'_>, offset: usize, product: Opti
     );
     pieces.for_each(|(start, piece)| {
         let bytes = &weight.bytes[start * size..][..piece.len() * size];
-        let mut sums: Vec<f32> = bytes.chunks_exact(size).map(|bytes| widened(weight.storage, bytes)).collect();
+        let mut sums: Vec<f32> =
+            bytes.chunks_exact(size).map(|bytes| widened(weight.storage, bytes)).collect();
         if let Some(product) = product {
             product.add(&mut sums, start / width, start % width);
         }
@@ -121,7 +129,11 @@ fn check_finite(values: &[bf16], tensor: &TensorSpec, offset: usize) -> Result<(
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::numerics(
-            format!("tensor `{}` with the adapter added is not finite at index {}", tensor.name, offset + index),
+            format!(
+                "tensor `{}` with the adapter added is not finite at index {}",
+                tensor.name,
+                offset + index
+            ),
             "the adapter's training diverged, or its scale is not its own: use an earlier one",
         )),
     }

@@ -58,7 +58,8 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
-    let adapter = config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
+    let adapter =
+        config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
     let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
     let limits = context::limits(config.asked_lengths, &models)?;

@@ -137,7 +137,8 @@ impl DeviceTask for Training<'_> {
             Some(adapter) => adapter.save(&output.model(), &run.trainer, &inputs),
         }
         .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
-        let saved = format!("what was trained is in {}; only the report is missing", output.model().display());
+        let saved =
+            format!("what was trained is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;

@@ -94,15 +94,29 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<AdapterForm> {
     let number = |key: &str, default: f64, rule: fn(f64) -> bool, must: &str| match keys.get(key) {
         None | Some(Value::Null) => Ok(default),
         Some(value) => value.as_f64().filter(|&number| rule(number)).ok_or_else(|| {
-            Error::model(path, format!("`{key}` is {}, and must be {must}", json::shown(value.to_string())), again)
+            Error::model(
+                path,
+                format!("`{key}` is {}, and must be {must}", json::shown(value.to_string())),
+                again,
+            )
         }),
     };
     let is_rank = |rank: f64| (1.0..=65536.0).contains(&rank) && rank.fract() == 0.0;
     // PEFT's own defaults stand in for absent keys.
     Ok(AdapterForm {
         rank: number("r", 8.0, is_rank, "a whole number from 1 to 65536")? as usize,
-        alpha: number("lora_alpha", 8.0, |alpha| alpha as f32 > 0.0 && (alpha as f32).is_finite(), "greater than 0")?,
-        dropout: number("lora_dropout", 0.0, |rate| (0.0..1.0).contains(&rate), "at least 0 and less than 1")?,
+        alpha: number(
+            "lora_alpha",
+            8.0,
+            |alpha| alpha as f32 > 0.0 && (alpha as f32).is_finite(),
+            "greater than 0",
+        )?,
+        dropout: number(
+            "lora_dropout",
+            0.0,
+            |rate| (0.0..1.0).contains(&rate),
+            "at least 0 and less than 1",
+        )?,
         rslora: flag(path, keys, "use_rslora")?,
     })
 }
@@ -161,7 +175,9 @@ fn check_variants(path: &Path, keys: &Map<String, Value>) -> Result<()> {
     if !is_plain {
         return Err(Error::model(
             path,
-            format!("`init_lora_weights` is {start}: such an adapter goes with base weights that were changed"),
+            format!(
+                "`init_lora_weights` is {start}: such an adapter goes with base weights that were changed"
+            ),
             "let PEFT convert it to a plain LoRA adapter: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         ));
     }
@@ -172,7 +188,9 @@ fn check_variants(path: &Path, keys: &Map<String, Value>) -> Result<()> {
         None => Ok(()),
         Some((key, value)) => Err(Error::model(
             path,
-            format!("`{key}` is {value}, and is not a key of LoRA that is known here: it may change what the adapter computes"),
+            format!(
+                "`{key}` is {value}, and is not a key of LoRA that is known here: it may change what the adapter computes"
+            ),
             format!("remove the key if it does not; otherwise {}", merge_with_peft()),
         )),
     }

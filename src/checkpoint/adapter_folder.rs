@@ -15,7 +15,8 @@ use crate::device::{RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::foreign;
 use crate::model::{
-    AdaptedModule, AdaptedModules, FusedTensor, LlamaConfig, LlamaTensors, LoraSettings, PEFT_PREFIX, TensorSpec,
+    AdaptedModule, AdaptedModules, FusedTensor, LlamaConfig, LlamaTensors, LoraSettings, PEFT_PREFIX,
+    TensorSpec,
 };
 
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -107,7 +108,9 @@ impl AdapterFolder {
         let Some(entry) = self.file.get(name) else {
             return Err(Error::model(
                 file,
-                format!("`{name}` is missing: an adapter must have the same modules in every layer of the model"),
+                format!(
+                    "`{name}` is missing: an adapter must have the same modules in every layer of the model"
+                ),
                 "give the model that it was trained on; an adapter of some layers only must be merged with PEFT's \
                  merge_and_unload()",
             ));
@@ -115,7 +118,10 @@ impl AdapterFolder {
         if entry.shape != tensor.shape {
             return Err(Error::model(
                 file,
-                format!("tensor `{name}` has shape {:?}; the model and `r` ask for {:?}", entry.shape, tensor.shape),
+                format!(
+                    "tensor `{name}` has shape {:?}; the model and `r` ask for {:?}",
+                    entry.shape, tensor.shape
+                ),
                 "the adapter was trained on another model, or adapter_config.json is not its own",
             ));
         }
@@ -157,7 +163,9 @@ fn check_holds_adapter(path: &Path) -> Result<()> {
     if path.join(PICKLED_WEIGHTS).is_file() {
         return Err(Error::model(
             path,
-            format!("the adapter is in {PICKLED_WEIGHTS}; only safetensors is read, because pickle files can run code"),
+            format!(
+                "the adapter is in {PICKLED_WEIGHTS}; only safetensors is read, because pickle files can run code"
+            ),
             "load it with PEFT and save it again: save_pretrained writes safetensors",
         ));
     }
@@ -187,15 +195,16 @@ fn module_of(name: &str) -> Option<AdaptedModule> {
 }
 
 fn strange_tensor(file: &Path, name: &str) -> Error {
-    let what = if name.contains("lora_embedding_") || name.contains("embed_tokens") || name.contains("lm_head") {
-        "an adapter or a copy of the embedding or the output head"
-    } else if name.contains("lora_magnitude_vector") {
-        "the magnitudes of DoRA"
-    } else if name.contains(".lora_A.") || name.contains(".lora_B.") {
-        "no adapter of q, k, v, o, gate, up or down under PEFT's name"
-    } else {
-        "no part of a plain LoRA adapter"
-    };
+    let what =
+        if name.contains("lora_embedding_") || name.contains("embed_tokens") || name.contains("lm_head") {
+            "an adapter or a copy of the embedding or the output head"
+        } else if name.contains("lora_magnitude_vector") {
+            "the magnitudes of DoRA"
+        } else if name.contains(".lora_A.") || name.contains(".lora_B.") {
+            "no adapter of q, k, v, o, gate, up or down under PEFT's name"
+        } else {
+            "no part of a plain LoRA adapter"
+        };
     Error::model(
         file,
         format!("holds `{name}`: {what}"),
@@ -242,5 +251,7 @@ pub fn save_adapter(
 
 /// Whether a file of this name may be lost when an adapter folder is replaced by a newer adapter.
 fn belongs_to_an_adapter(name: &str) -> bool {
-    name == ADAPTER_CONFIG || name == WEIGHTS || (save::belongs_to_a_model(name) && !name.starts_with("model"))
+    name == ADAPTER_CONFIG
+        || name == WEIGHTS
+        || (save::belongs_to_a_model(name) && !name.starts_with("model"))
 }

@@ -94,7 +94,9 @@ impl CompanionFiles {
         // A template that the adapter does not have was replaced by another one when it was trained.
         if theirs.iter().any(|(name, _)| *name == *TOKENIZER_CONFIG) {
             let is_template = |name: &str| {
-                name == TEMPLATE_FILE || name == LEGACY_TEMPLATE || name.starts_with(&format!("{TEMPLATE_FOLDER}/"))
+                name == TEMPLATE_FILE
+                    || name == LEGACY_TEMPLATE
+                    || name.starts_with(&format!("{TEMPLATE_FOLDER}/"))
             };
             self.files.retain(|(name, _)| !is_template(name));
         }

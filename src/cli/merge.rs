@@ -10,7 +10,10 @@ use crate::error::{Error, Result};
 pub fn command() -> Command {
     Command::new("merge")
         .about("Write a model with an adapter merged into its weights")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model that the adapter was trained on").required(true))
+        .arg(
+            own("model", "DIR", "Hugging Face folder of the Llama model that the adapter was trained on")
+                .required(true),
+        )
         .arg(own("adapter", "DIR", "Folder of the adapter, as PEFT has it").required(true))
         .arg(own("output", "DIR", "Folder that receives the merged model, in bf16").required(true))
 }

@@ -22,7 +22,11 @@ pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
         .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
-        .arg(own("adapter", "DIR", "Folder of an adapter of that model, as PEFT has it: the adapted model is scored"))
+        .arg(own(
+            "adapter",
+            "DIR",
+            "Folder of an adapter of that model, as PEFT has it: the adapted model is scored",
+        ))
         .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
         .arg(
             own(

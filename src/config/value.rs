@@ -259,9 +259,9 @@ impl OptionValue for AdaptedModules {
     }
 
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let text = value
-            .as_str()
-            .ok_or_else(|| format!("must be names of modules in quotes, such as \"q,v\", not {}", toml_kind(value)))?;
+        let text = value.as_str().ok_or_else(|| {
+            format!("must be names of modules in quotes, such as \"q,v\", not {}", toml_kind(value))
+        })?;
         Self::from_text(text)
     }
 

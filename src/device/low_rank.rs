@@ -229,11 +229,10 @@ mod tests {
     /// The first numbers of SplitMix64 from seed 0, as its authors' reference code gives them.
     #[test]
     fn hash_is_splitmix64() {
-        assert_eq!([0, 1, 2].map(|counter| hash(0, counter)), [
-            0xE220_A839_7B1D_CDAF,
-            0x6E78_9E6A_A1B9_65F4,
-            0x06C4_5D18_8009_454F
-        ]);
+        assert_eq!(
+            [0, 1, 2].map(|counter| hash(0, counter)),
+            [0xE220_A839_7B1D_CDAF, 0x6E78_9E6A_A1B9_65F4, 0x06C4_5D18_8009_454F]
+        );
     }
 
     /// So many values are dropped as the probability says, in either half of a hash; what is kept keeps the mean.

@@ -234,8 +234,17 @@ impl<D: Device> LayerBackward<'_, D> {
     /// `qkv = linear(normed)`, `normed = rms_norm(residual)`: to the gradient of the residual stream entering the layer.
     fn qkv(&mut self) -> Result<()> {
         let place = self.place(Site::Qkv);
-        let LayerBackward { model, weights, slot, residual_slot, gradients, scratch, activations, tokens, .. } =
-            self;
+        let LayerBackward {
+            model,
+            weights,
+            slot,
+            residual_slot,
+            gradients,
+            scratch,
+            activations,
+            tokens,
+            ..
+        } = self;
         let (slot, residual_slot, norm_shape) = (*slot, *residual_slot, model.config.norm_shape(*tokens));
         model.device.rms_norm_forward(
             &mut activations.normed,

@@ -142,7 +142,10 @@ impl<D: Device> Activations<D> {
         if training {
             AdapterActivations::reserve(model, capacity)?;
         }
-        Ok(Activations { adapter, ..Activations::new(model.device.as_ref(), &model.config, capacity, purpose)? })
+        Ok(Activations {
+            adapter,
+            ..Activations::new(model.device.as_ref(), &model.config, capacity, purpose)?
+        })
     }
 
     /// Buffers for batches of up to `capacity` through a model without adapters.

@@ -178,7 +178,8 @@ impl<D: Device> Llama<D> {
         let slot = activations.slot(layer);
         if weights.adapter.is_some() {
             // SwiGLU needs the whole of gate and up, so it cannot be the end of the frozen weights' gemm.
-            let (gate_up, place) = (&mut activations.gate_up[slot], Place { layer, site: Site::GateUp, slot, tokens });
+            let (gate_up, place) =
+                (&mut activations.gate_up[slot], Place { layer, site: Site::GateUp, slot, tokens });
             self.project(gate_up, &activations.normed, weights, self.config.gate_up_shape(tokens))?;
             self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
             self.adapter_output(gate_up, activations.adapter.as_ref(), place)?;

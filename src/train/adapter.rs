@@ -81,7 +81,9 @@ impl StartingAdapter {
     pub fn set_masters<D: Device>(&self, trainer: &mut Trainer<D>) -> Result<()> {
         let Trainer { model, states, .. } = trainer;
         for (fused, state) in model.layout.iter().zip(states.iter_mut()) {
-            let Some(master) = state.as_mut().and_then(|state| state.get_mut(StateBuffer::Weight)) else { continue };
+            let Some(master) = state.as_mut().and_then(|state| state.get_mut(StateBuffer::Weight)) else {
+                continue;
+            };
             for (offset, tensor) in fused.offsets() {
                 model.device.upload(master, offset, &self.values(tensor)?)?;
             }

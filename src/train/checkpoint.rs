@@ -109,7 +109,12 @@ fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
 }
 
 /// Assigns `values` of the stored tensor `name` from index `offset` on.
-pub(super) fn download<D: Device>(trainer: &Trainer<D>, name: &str, offset: usize, values: &mut [f32]) -> Result<()> {
+pub(super) fn download<D: Device>(
+    trainer: &Trainer<D>,
+    name: &str,
+    offset: usize,
+    values: &mut [f32],
+) -> Result<()> {
     let (model, device) = (&trainer.model, trainer.device());
     let weights = model.layout.iter().zip(model.weights.iter());
     for ((tensor, weight), state) in weights.zip(trainer.states.iter()) {

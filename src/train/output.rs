@@ -139,7 +139,15 @@ fn refuse_taken(config: &RunConfig) -> Result<()> {
 fn refuse_inputs(config: &RunConfig) -> Result<()> {
     // Where the folder is new, no input is in it.
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
-    let written = [MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, EVENTS_FOLDER, METRICS_FILE, RESOLVED_FILE, REPORT_FILE];
+    let written = [
+        MODEL_FOLDER,
+        ADAPTER_FOLDER,
+        run_state::FOLDER,
+        EVENTS_FOLDER,
+        METRICS_FILE,
+        RESOLVED_FILE,
+        REPORT_FILE,
+    ];
     let inputs = [
         ("--model", config.model.as_ref()),
         ("--adapter", config.adapter.as_ref()),

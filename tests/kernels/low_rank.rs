@@ -14,7 +14,9 @@ const SHAPES: &[[usize; 8]] = &[
     [70, 64, 200, 64, 328, 64, 192, 64],
 ];
 
-fn shape([rows, rank, outputs, first, width, first_inner, inner_width, first_row]: [usize; 8]) -> LowRankShape {
+fn shape(
+    [rows, rank, outputs, first, width, first_inner, inner_width, first_row]: [usize; 8],
+) -> LowRankShape {
     LowRankShape {
         rows,
         rank,

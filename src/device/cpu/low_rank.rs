@@ -66,7 +66,9 @@ impl LowRank for CpuDevice {
                     let b = Matrix::transposed(&b[(shape.first_row + first) * rank..], rank);
                     let sizes = (rows, rank, count);
                     // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
-                    unsafe { out.multiply_scaled(shape.out.first + first, true, sizes, inner, b, shape.scale) };
+                    unsafe {
+                        out.multiply_scaled(shape.out.first + first, true, sizes, inner, b, shape.scale)
+                    };
                 });
             });
             Ok(())
