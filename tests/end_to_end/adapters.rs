@@ -74,12 +74,9 @@ fn a_trained_adapter_is_scored_continued_and_merged() {
     answer("--model merged");
 
     // Its own log-probs are where the next run begins; a step of a tiny learning rate hardly moves them.
-    work.succeed(&format!(
-        "{TRAIN} --max-steps 1 --learning-rate 1e-6 --adapter run/adapter --output more --eval-data pairs.jsonl"
-    ));
+    let slow = TRAIN.replace("--learning-rate 1e-3", "--learning-rate 1e-6");
+    work.succeed(&format!("{slow} --max-steps 1 --adapter run/adapter --output more"));
     assert_same_scores(&scores(&work, "--model base --adapter more/adapter"), &adapted, 1e-3);
-    // The reference is the base without the adapter: the first reward margins are not all 0.
-    assert!(work.series("more", "eval/loss").len() + work.series("more", "loss").len() >= 2);
     let resolved = String::from_utf8(work.read("more/resolved.toml")).unwrap();
     assert!(resolved.contains("adapter = \"") && !resolved.contains("lora"), "{resolved}");
 }
@@ -107,7 +104,7 @@ fn the_reference_is_the_base_without_the_adapter() {
 
 #[test]
 fn a_run_cut_in_two_gives_the_bits_of_one_in_one_piece() {
-    const STEPS: usize = 120;
+    const STEPS: usize = 60;
     let work = Workplace::new();
     let run = format!("{TRAIN} {LORA} --max-steps {STEPS} --save-steps 10 --weight-decay 0.01");
     work.succeed(&format!("{run} --output whole"));
