@@ -1,4 +1,4 @@
-//! The token ids of every pair of a file, as training and scoring see them: one JSON object a line.
+//! The token ids of every pair of a file, as training and scoring see them: one JSON object per line.
 //!
 //!     cargo run --release --example token_ids -- MODEL PAIRS.jsonl [TEMPLATE.jinja [PAIRS TEMPLATE]...] > ids.jsonl
 //!     cargo run --release --example token_ids -- --count MODEL PAIRS.jsonl

@@ -99,7 +99,7 @@ struct Shared {
 
 // ---- loads
 
-// Starts copying the rows of a tile of queries, of a matrix with `stride` values a token: the tokens from `first` on,
+// Starts copying the rows of a tile of queries, of a matrix with `stride` values per token: the tokens from `first` on,
 // of each the packed heads that start at `source`. Rows without a query become zeros.
 template <int E>
 DEVICE void load_packed_async(typename Config<E>::Queries tile, const bf16* source, int64_t stride,

@@ -13,7 +13,7 @@
 //   dQ = dS K                        over all 128 keys, so dS goes through shared memory; each consumer forms a part of
 //                                    64 x 64 values
 //
-// dS has two buffers, so that one barrier a step is enough: a consumer refills a buffer only after a barrier that the
+// dS has two buffers, so that one barrier per step is enough: a consumer refills a buffer only after a barrier that the
 // other consumer reached after reading it.
 #include "common/attention_backward.cuh"
 #include "common/hopper.cuh"
@@ -27,7 +27,7 @@ struct BackwardTiles {
     int producer_registers, consumer_registers;
 };
 
-// Two consumers with 240 registers a thread and a producer with 24 are just what a block of 384 threads is launched
+// Two consumers with 240 registers per thread and a producer with 24 are just what a block of 384 threads is launched
 // with, 168 each. A consumer's dV and dK take E registers. S and dP take BLOCK_M; in their place there are later P^T
 // and dS^T as operands, with half as many, and dQ's 32.
 //

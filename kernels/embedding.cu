@@ -13,7 +13,7 @@ namespace {
 constexpr int kShortRun = kWarp;
 // Rows that a warp loads at once: with this many, a run of a few rows costs one round trip to memory.
 constexpr int kRowsAtOnce = 4;
-// Columns of a warp or block: one vector a lane.
+// Columns of a warp or block: one vector per lane.
 constexpr int kRunColumns = kTileColumns<1>;
 
 // The list of rows sorted by token.

@@ -1,7 +1,7 @@
 // Zeroing and converting flat arrays. All outputs are assigned.
 //
 // zero is the runtime's own memset, which already runs at the speed of memory; zero_all does the same for many tensors
-// in one launch. The cast reads the number types of checkpoints.
+// in one launch. The cast reads the number types of checkpoints but bf16, which is copied as it is.
 
 #include "common/tensor_table.cuh"
 #include "common/vector.cuh"
@@ -19,21 +19,17 @@ DEVICE float half_to_float(uint32_t bits) {
 // Loads eight values from `source`, of which `count` exist.
 template <int kStorage, bool kVectorized>
 DEVICE uint4 load_as_bf16(const void* source, int64_t first, int count) {
-    if constexpr (kStorage == MMPO_STORAGE_BF16) {
-        return load8<kVectorized>(static_cast<const bf16*>(source) + first, 0, count);
+    float values[kVector];
+    if constexpr (kStorage == MMPO_STORAGE_F32) {
+        load8<kVectorized>(values, static_cast<const float*>(source) + first, 0, count);
     } else {
-        float values[kVector];
-        if constexpr (kStorage == MMPO_STORAGE_F32) {
-            load8<kVectorized>(values, static_cast<const float*>(source) + first, 0, count);
-        } else {
-            // Halves are loaded as the 16-bit patterns that they are.
-            const uint4 packed = load8<kVectorized>(static_cast<const bf16*>(source) + first, 0, count);
-            const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+        // Halves are loaded as the 16-bit patterns that they are.
+        const uint4 packed = load8<kVectorized>(static_cast<const bf16*>(source) + first, 0, count);
+        const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) values[i] = half_to_float(pairs[i / 2] >> 16 * (i % 2) & 0xffffu);
-        }
-        return pack8(values);
+        for (int i = 0; i < kVector; ++i) values[i] = half_to_float(pairs[i / 2] >> 16 * (i % 2) & 0xffffu);
     }
+    return pack8(values);
 }
 
 // A thread converts eight values.
@@ -106,8 +102,6 @@ mmpo_status MMPO_EXPORT(cast_to_bf16)(bf16* out, const void* source, int32_t sto
             return launch_cast<MMPO_STORAGE_F32>(out, source, length, stream);
         case MMPO_STORAGE_F16:
             return launch_cast<MMPO_STORAGE_F16>(out, source, length, stream);
-        case MMPO_STORAGE_BF16:
-            return launch_cast<MMPO_STORAGE_BF16>(out, source, length, stream);
         default:
             return kInvalidValue;
     }

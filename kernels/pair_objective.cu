@@ -218,7 +218,7 @@ DEVICE double add_entropy_term(float* dlogp, float* dentropy, const float* logp,
     return warp_sum(bonus);
 }
 
-// "1" block a multiprocessor at least: without it ptxas aims at 48 registers, and spills.
+// At least 1 block per multiprocessor: without it ptxas aims at 48 registers, and spills.
 __global__ void __launch_bounds__(kPairThreads, 1)
     pair_objective_kernel(float* __restrict__ outcomes, float* __restrict__ dlogp, float* __restrict__ dentropy,
                           const float* __restrict__ logp, const float* __restrict__ entropy,

@@ -21,8 +21,8 @@ struct RowLayout {
     // Columns between two vectors of a thread.
     static constexpr int kStride = kWarps * kWarp * kVector;
     using Group = RowGroup<kWarps>;
-    // The backward holds four arrays. With eight vectors a lane, or with single accesses that each need an address, it
-    // takes some 200 registers, which leaves room for one block only.
+    // The backward holds four arrays. With eight vectors per lane, or with single accesses that each need an address,
+    // it takes some 200 registers, which leaves room for one block only.
     static constexpr int kMinBlocks = kVectorized && kVectors <= 4 ? 2 : 1;
 };
 // The widest row that a layout can hold.
@@ -37,7 +37,7 @@ using EightWarpsWide = RowLayout<8, 8, true>;
 using SingleValues = RowLayout<8, 4, false>;
 
 // Calls `launch` with the layout for rows of `width`. It may be up to 16384, or up to 8192 if a row's bytes are not a
-// multiple of 16. Four vectors a lane keep 64 bytes of each input under way and still leave room for a second block.
+// multiple of 16. Four vectors per lane keep 64 bytes of each input under way and still leave room for a second block.
 // The fewest warps with which that is possible need no barriers (D = 576, 960), or cheap ones (2048, 4096).
 template <class Launch>
 mmpo_status with_row_layout(int width, Launch launch) {
@@ -152,13 +152,13 @@ DEVICE void add_vector(bf16* sum, const bf16* x, const bf16* delta, int count) {
     store8<kVectorized>(sum, 0, count, pack8(values));
 }
 
-template <bool kVectorized>
+// The pointers lie on 16-byte boundaries.
 __global__ void __launch_bounds__(kBlock)
     add_kernel(bf16* __restrict__ sum, const bf16* __restrict__ x, const bf16* __restrict__ delta, int64_t length) {
     const int64_t first = flat_index();
     if (first >= length) return;
     const int64_t left = length - first;
-    if (kVectorized && left >= kVector) {
+    if (left >= kVector) {
         add_vector<true>(sum + first, x + first, delta + first, kVector);
     } else {
         add_vector<false>(sum + first, x + first, delta + first, int(min(left, int64_t(kVector))));
@@ -294,9 +294,8 @@ mmpo_status MMPO_EXPORT(add_rms_norm_forward)(bf16* sum, bf16* out, float* rstd,
 
 mmpo_status MMPO_EXPORT(add)(bf16* sum, const bf16* x, const bf16* delta, int64_t length, mmpo_stream stream) {
     if (length == 0) return kSuccess;
-    return vector_aligned(sum, x, delta)
-               ? LAUNCH(add_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length)
-               : LAUNCH(add_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length);
+    if (!vector_aligned(sum, x, delta)) return kInvalidValue;
+    return LAUNCH(add_kernel, flat_blocks(length), kBlock, 0, cuda_stream(stream), sum, x, delta, length);
 }
 
 int64_t MMPO_EXPORT(rms_norm_backward_workspace)(int32_t rows, int32_t width) {

@@ -7,7 +7,7 @@
 //
 // NOTE: this is a kernel of its own rather than part of attention's loads. Attention copies a key for every tile of
 // queries that sees it, 2 to 15 times at usual lengths, and by TMA, which bypasses the registers in which it could be
-// rotated; and the backward pass needs rotated queries and keys again. The kernel moves 4 (H + K) E bytes a token,
+// rotated; and the backward pass needs rotated queries and keys again. The kernel moves 4 (H + K) E bytes per token,
 // which takes about a hundredth of the time of that token's gemms (docs/kernels/attention_forward.md). Where it would
 // cost nothing is the epilogue of the gemm that makes qkv.
 

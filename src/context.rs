@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 
 /// The limits of a run over `models`. A default length is at most the shortest context among them, which is logged; a
 /// given one may be longer, with a warning.
+///
+/// # Errors
+/// Those of [`AskedLengths::limits`].
 pub fn limits(asked: AskedLengths, models: &[&ModelFolder]) -> Result<LengthLimits> {
     let shortest = models.iter().min_by_key(|model| model.config().context());
     let limits = asked.limits(shortest.map(|model| model.config().context()))?;
@@ -55,7 +58,10 @@ pub fn check_positions(model: &ModelFolder, longest: usize, help: impl Fn(usize)
     }
 }
 
-/// [`check_positions`] for pairs, whose lengths an option bounds.
+/// As [`check_positions`], for pairs, whose lengths an option bounds.
+///
+/// # Errors
+/// [`Error::Model`] with the length that the rope holds for.
 pub fn check_pairs(model: &ModelFolder, longest: usize) -> Result<()> {
     check_positions(model, longest, |positions| format!("give --max-length {positions} or less"))
 }

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::interrupt::Signal;
 
-/// What can fail returns this.
+/// The result of everything that can fail here.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Exit code of a mistake in the program itself: `EX_SOFTWARE` of sysexits.h.

@@ -16,11 +16,14 @@ use crate::interrupt;
 use crate::model::{Generation, Llama};
 use crate::report::{Reader, print_result};
 
-/// The longest answer that may be asked for, whatever the model's context: between these, its context.
+/// The longest answer that may be asked for is the model's context, but at least and at most these.
 const LEAST_POSITIONS: usize = 1 << 16;
 const MOST_POSITIONS: usize = 1 << 20;
 
 /// Writes the answer to `config.prompt` to standard output as it comes.
+///
+/// # Errors
+/// Those of the model folder, of [`TextEncoder::encode_chat_prompt`], of the device and of standard output.
 pub fn run(config: &GenerateConfig) -> Result<()> {
     interrupt::install()?;
     let folder = ModelFolder::open(&config.model)?;
@@ -50,7 +53,7 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
     run_on(config.device, config.threads, task)
 }
 
-/// A tokenizer that is not the model's gives tokens that the model has no embedding for.
+/// Refuses a tokenizer that is not the model's: it gives tokens for which the model has no embedding.
 fn check_vocabulary(prompt: &[u32], folder: &ModelFolder, encoder: &TextEncoder) -> Result<()> {
     let vocabulary = folder.config().vocab_size;
     match prompt.iter().find(|&&token| token as usize >= vocabulary) {
@@ -63,7 +66,8 @@ fn check_vocabulary(prompt: &[u32], folder: &ModelFolder, encoder: &TextEncoder)
     }
 }
 
-/// What `--max-new-tokens` comes to: a RoPE table reaches to the last position, so there has to be one.
+/// The number of new tokens that `--max-new-tokens` allows. It is bounded, because a RoPE table reaches to the last
+/// position.
 fn most_new_tokens(asked: usize, context: usize) -> usize {
     let most = context.clamp(LEAST_POSITIONS, MOST_POSITIONS);
     if asked > most {
@@ -94,7 +98,7 @@ struct Generating<'a> {
     encoder: TextEncoder,
     prompt: Vec<u32>,
     max_new_tokens: usize,
-    /// Ends the answer, beside the model's own end tokens.
+    /// A token that ends the answer, beside the model's own end tokens.
     end_of_turn: Option<u32>,
 }
 
@@ -119,7 +123,7 @@ impl DeviceTask for Generating<'_> {
             }
         });
         if !is_read {
-            // As a program that SIGPIPE ends, without a word.
+            // End without a word, as a program does that SIGPIPE ends.
             return Ok(());
         }
         generated?;
@@ -153,8 +157,11 @@ pub enum Finish {
     Length,
 }
 
-/// Up to `max_new_tokens` tokens after `prompt`, without the end token; `on_token` sees each as it comes, and an
-/// error of its ends the generation.
+/// Up to `max_new_tokens` tokens after `prompt`, without the end token; `on_token` sees each as it comes, and an error
+/// of its ends the generation.
+///
+/// # Errors
+/// Those of the device and of `on_token`.
 pub fn generate<D: Device>(
     model: &Llama<D>,
     prompt: &[u32],
@@ -180,7 +187,7 @@ pub fn generate<D: Device>(
     Ok((tokens, Finish::Length))
 }
 
-/// Greedy ties go to the lowest id.
+/// Chooses the next token. Where greedy decoding meets a tie, the lowest id wins.
 fn next_token(logits: &[f32], sampling: Sampling, random: &mut ChaCha8Rng) -> u32 {
     let mut ranked: Vec<usize> = (0..logits.len()).collect();
     if sampling.temperature == 0.0 {
@@ -203,7 +210,7 @@ fn next_token(logits: &[f32], sampling: Sampling, random: &mut ChaCha8Rng) -> u3
     ranked[nucleus - 1] as u32
 }
 
-/// The fewest of the `weights`, which fall, that cover `top_p` of their sum; at least one.
+/// The size of the smallest set that covers `top_p` of the sum of `weights`, which are in falling order; at least one.
 fn nucleus_size(weights: &[f64], top_p: f64) -> usize {
     let wanted = top_p * weights.iter().sum::<f64>();
     let mut covered = 0.0;

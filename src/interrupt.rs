@@ -1,13 +1,14 @@
-//! Signals that ask the program to end: Ctrl-C, a batch system's SIGTERM, a terminal that closes.
+//! Signals that ask the program to end (Ctrl-C, a batch system's SIGTERM, a terminal that closes), and SIGUSR1, which asks
+//! a run to save and to go on.
 //!
-//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error, and where none is
-//! reached within `GRACE` (a large matrix product, a large file), what is worth keeping is kept and the process ends
-//! there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves and stops. A second
-//! signal ends the process at once.
+//! A command is *stoppable* unless it says otherwise: the nearest [`check`] ends it with an error. Where none is
+//! reached within `GRACE` (in a large matrix product, or a large file), the command keeps what is worth keeping, and
+//! the process ends there. While optimiser steps run ([`steps`]), the loop asks [`requested`] after each step, saves
+//! and stops. A second signal ends the process at once.
 
 use std::fmt;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ const GRACE: Duration = Duration::from_millis(1000);
 /// Signals of one kind that arrive this soon after the first are one request: `timeout` and batch systems send theirs
 /// to a process and to its group.
 const SAME_REQUEST: Duration = Duration::from_millis(1000);
-/// The same for Ctrl-C, which people press twice on purpose.
+/// As [`SAME_REQUEST`], for Ctrl-C, which people press twice on purpose.
 const SAME_KEY: Duration = Duration::from_millis(100);
 
 /// A signal that ends the program.
@@ -69,6 +70,8 @@ struct State {
 }
 
 static REQUESTED: AtomicI32 = AtomicI32::new(0);
+/// Set by SIGUSR1; `None` before [`install`], and where there are no Unix signals.
+static SAVE_REQUESTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 static INSTALLED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
 static STATE: Mutex<State> =
     Mutex::new(State { is_stoppable: true, is_ending: false, next_keeper: 0, keepers: Vec::new() });
@@ -77,7 +80,11 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on SIGINT and SIGTERM are requests, and SIGHUP unless it was ignored from the start, as under `nohup`.
+/// From now on SIGINT, SIGTERM and SIGUSR1 are requests, and SIGHUP unless it was ignored from the start, as under
+/// `nohup`.
+///
+/// # Errors
+/// [`Error::Device`] where the system does not allow that.
 pub fn install() -> Result<()> {
     let installed = INSTALLED.get_or_init(|| watch().map_err(|error| error.to_string()));
     installed.clone().map_err(|error| {
@@ -91,6 +98,11 @@ pub fn install() -> Result<()> {
 /// The signal that asked this process to end.
 pub fn requested() -> Option<Signal> {
     Signal::of(REQUESTED.load(Ordering::SeqCst))
+}
+
+/// Whether SIGUSR1 has come since the last call: batch systems send it some time before they end a job.
+pub fn take_save_request() -> bool {
+    SAVE_REQUESTED.get().is_some_and(|requested| requested.swap(false, Ordering::SeqCst))
 }
 
 /// Ends a stoppable command that a signal asked to end; does nothing while [`steps`] run.
@@ -112,12 +124,12 @@ pub fn stopped(signal: Signal, kept: impl Into<String>) -> Error {
     Error::Interrupted { signal, kept: kept.into() }
 }
 
-/// As long as this lives, a signal waits for whoever asks [`requested`].
+/// As long as this lives, a signal ends nothing: the loop that asks [`requested`] finds it.
 #[derive(Debug)]
 #[must_use]
 pub struct Steps(());
 
-/// Begins what must not be cut.
+/// Begins work that must not be interrupted.
 ///
 /// # Errors
 /// As [`check`]: a signal that came before ends the command here.
@@ -174,6 +186,8 @@ fn watch() -> std::io::Result<()> {
     if hangup_is_heard() {
         numbers.push(Signal::Hangup as i32);
     }
+    let save = SAVE_REQUESTED.get_or_init(Arc::default);
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(save))?;
     let mut signals = signal_hook::iterator::Signals::new(numbers)?;
     let listen = move || {
         let mut first: Option<Instant> = None;

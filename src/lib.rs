@@ -14,7 +14,7 @@
 //! | [`device`] | the operations that compute, as traits, and the CPU and CUDA devices that have them |
 //! | [`model`] | the Llama: forward, backward and log-prob head, written once over [`device::Device`] |
 //! | [`objective`] | losses of a pair and their coefficients for each token |
-//! | [`optimizer`] | the learning rate of each step |
+//!  | [`optimizer`] | settings, factors and states of AdamW, and the learning rate of each step |
 //! | [`report`] | metrics, charts and the report of a run |
 //!
 //! # Example

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 /// Turns a panic of any thread that `command` waits for into a message and an exit code of its own.
 fn guarded(command: impl FnOnce() -> ExitCode) -> ExitCode {
     report::note_panics();
-    // Nothing is used after a panic but the note of it: the program ends.
+    // After a panic nothing is used but the record of it: the program ends.
     match catch_unwind(AssertUnwindSafe(command)) {
         Ok(code) => code,
         Err(_) => {
@@ -45,14 +45,15 @@ fn command() -> ExitCode {
     }
 }
 
-/// How often a rendering of a chat template is looked at, and at how many looks in a row it must have ended.
+/// Time between two looks at the renderings of chat templates, and the number of looks in a row at which a rendering
+/// counts as endless.
 const LOOK: Duration = Duration::from_millis(250);
 const LOOKS: u32 = 14;
-/// Enough for every chat template within its limits, which then need no stack of their own.
+/// Stack that is enough for every chat template within its limits, so that renderings need no stack of their own.
 const STACK: usize = 128 << 20;
 
-/// Runs the command in a thread, beside which this one watches for a chat template that does not end: nothing can
-/// stop that but the end of the process.
+/// Runs the command in a thread of its own, while this one watches for a chat template that does not end: nothing can
+/// stop such a template but the end of the process.
 fn run_watched(invocation: Invocation) -> Result<()> {
     let (sender, receiver) = mpsc::channel();
     let command = move || {
@@ -94,8 +95,8 @@ fn fail(error: &Error) -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// Help that was asked for goes to standard output as clap prints it. A usage error shows what the user typed, which
-/// may come from a file name: it goes through the same escaping as all other errors.
+/// Prints help or a usage error. Help that was asked for goes to standard output as clap prints it. A usage error shows
+/// what the user typed, which may come from a file name, so it goes through the same escaping as all other errors.
 fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() {
         let text = error.render().to_string();

@@ -1,4 +1,4 @@
-//! `mmpo-fast score`: log-probs of pairs under a model, a line a pair.
+//! `mmpo-fast score`: log-probs of pairs under a model, one line per pair.
 
 mod output;
 mod scorer;
@@ -36,7 +36,7 @@ pub struct ScoreLine {
     pub entropy_chosen: f64,
     /// Entropy along the rejected response.
     pub entropy_rejected: f64,
-    /// Rewards beside a reference.
+    /// The rewards, where there is a reference.
     #[serde(flatten)]
     pub rewards: Option<Rewards>,
 }
@@ -53,6 +53,9 @@ pub struct Rewards {
 }
 
 /// Scores all pairs of `config.data`; the output file appears whole or not at all.
+///
+/// # Errors
+/// Those of model folders, data, device and output; [`Error::Numerics`] for scores that are not finite.
 pub fn run(config: &ScoreConfig) -> Result<()> {
     interrupt::install()?;
     let output = ScoreOutput::check(config)?;
@@ -146,7 +149,7 @@ impl Scoring<'_> {
 }
 
 impl ScoreLine {
-    /// JSON has no infinity: a reward that overflows would become a null.
+    /// Fails for a reward that is not finite: JSON has no infinity, and would have a null in its place.
     fn check_finite(&self, beta: f64) -> Result<()> {
         match self.rewards {
             Some(rewards) if !rewards.margin.is_finite() => Err(Error::numerics(
@@ -181,7 +184,7 @@ fn score_line(
     }
 }
 
-/// The table at the end.
+/// The table that the command prints at its end.
 fn summary(lines: &[ScoreLine]) -> String {
     let mean =
         |value: &dyn Fn(&ScoreLine) -> f64| lines.iter().map(value).sum::<f64>() / lines.len().max(1) as f64;

@@ -40,13 +40,16 @@ use recorder::Recorder;
 use resume::Start;
 use samples::Samples;
 
-/// Runs `config` from its first line to its report.
+/// Trains as `config` says, up to the report.
+///
+/// # Errors
+/// Those of its stages; see [`crate::Error`] for the classes.
 pub fn run(config: &RunConfig) -> Result<()> {
     interrupt::install()?;
     let started = Instant::now();
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
-    // What is saved, and what a resumed run must agree with, are the lengths that the run has.
+    // The lengths are those that the run really has: they are saved, and a resumed run must agree with them.
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
@@ -91,7 +94,7 @@ fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
 
 struct Training<'a> {
     config: &'a RunConfig,
-    /// As [`RunConfig::recorded`] has it.
+    /// What [`RunConfig::recorded`] gives.
     recorded: RunConfig,
     inputs: Inputs,
     output: Output,
@@ -198,7 +201,7 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(Some(checkpoint.state().step as usize))
     }
 
-    /// The steps from `first` on; returns the last evaluation.
+    /// Takes the steps from `first` on; returns the last evaluation.
     fn train(
         &mut self,
         output: &Output,
@@ -217,11 +220,15 @@ impl<'a, D: Device> Run<'a, D> {
             }
             let interrupted = interrupt::requested().filter(|_| done < total);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
-            if due || interrupted.is_some() {
+            let asked = interrupt::take_save_request();
+            if due || asked || interrupted.is_some() {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
                 checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+                if asked {
+                    tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
+                }
             }
             if let Some(signal) = interrupted {
                 let output = output.path().display();
@@ -245,7 +252,12 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(StepMetrics {
             step: batch.step + 1,
             epoch: self.plan.order.epochs_after(batch.step + 1),
-            pairs: PairMetrics::new(&self.config.objective, result.loss, &result.outcomes),
+            pairs: PairMetrics::new(
+                &self.config.objective,
+                result.loss,
+                &result.outcomes,
+                pairs.iter().map(|pair| pair.reference),
+            ),
             grad_norm: result.gradient_norm as f64,
             learning_rate: adamw.learning_rate,
             tokens_per_second: result.tokens as f64 / seconds,
@@ -254,8 +266,8 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    /// Refuses to keep weights that make no loss or no gradient of the shortest pair they were just trained on: an update
-    /// may be finite and its model broken all the same.
+    /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just
+    /// trained on: an update may be finite and break the model all the same.
     fn probe(&mut self, batch: &StepBatch) -> Result<()> {
         let tokens = |&index: &usize| self.inputs.training.pairs[index].tokens();
         let shortest = batch.pairs.iter().copied().min_by_key(tokens);
@@ -263,7 +275,7 @@ impl<'a, D: Device> Run<'a, D> {
         self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
     }
 
-    /// Once an epoch unless the configuration says how often, and after the last step.
+    /// Whether an evaluation follows: once per epoch unless the configuration says how often, and after the last step.
     fn is_evaluation_due(&self, done: usize) -> bool {
         let every = self.config.evaluation.steps.unwrap_or_else(|| self.plan.order.steps_per_epoch());
         done.is_multiple_of(every.max(1)) || done == self.plan.total_steps
@@ -277,7 +289,12 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(Some(EvalMetrics {
             step: done,
             epoch: self.plan.order.epochs_after(done),
-            pairs: PairMetrics::new(&self.config.objective, loss, &outcomes),
+            pairs: PairMetrics::new(
+                &self.config.objective,
+                loss,
+                &outcomes,
+                pairs.iter().map(|pair| pair.reference),
+            ),
         }))
     }
 }

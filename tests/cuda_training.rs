@@ -22,8 +22,9 @@ use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
 
-/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases, linear and llama3 rope.
-const MODELS: [&str; 4] = ["tied", "bias", "rope_linear", "rope_llama3"];
+/// The committed models whose heads the CUDA kernels know; with and without tied embeddings, biases on all
+/// projections and on some, linear and llama3 rope.
+const MODELS: [&str; 5] = ["tied", "bias", "rope_linear", "rope_llama3", "qwen2"];
 const STEPS: u32 = 3;
 /// Tokens of a micro-batch: a step takes several.
 const TOKEN_BUDGET: usize = 400;
@@ -47,13 +48,13 @@ fn goldens() -> PathBuf {
     }
 }
 
-/// What a run leaves behind.
+/// Results of a run.
 struct Run {
     /// `logp_chosen, logp_rejected, entropy_chosen, entropy_rejected` of each pair, before and after training.
     scores: [Vec<[f64; 4]>; 2],
     losses: Vec<f64>,
     gradient_norms: Vec<f32>,
-    /// Of the first step, tensor by tensor.
+    /// The gradients of the first step, tensor by tensor.
     gradients: Vec<Vec<f32>>,
 }
 
@@ -215,7 +216,6 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
     assert_same_bits(&run(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
 }
 
-/// The head keeps no probabilities, and Hopper's kernels run.
 /// No other test of this program runs the checked variant, so all of its launches are this one's.
 #[cfg(mmpo_emulated)]
 #[test]
@@ -255,6 +255,7 @@ fn the_emulated_gpu_trains_adapters_as_the_cpu_does() {
     }
 }
 
+/// The head keeps no probabilities, and Hopper's kernels run.
 #[cfg(mmpo_emulated)]
 #[test]
 fn the_emulated_gpu_trains_with_a_recomputing_head() {

@@ -8,14 +8,16 @@ mod ptx_machine;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use half::bf16;
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{CudaDevice, GemmChoice};
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
     AttentionGradient, AttentionShape, BatchBuffers, ComputeBuffer, LinearShape, NormShape, RawValues,
+    StorageType,
 };
 use mmpo_fast::error::Result;
-use ptx_machine::Landing;
+use ptx_machine::Mode;
 
 /// What a fault is planted in: an operation, the target whose PTX runs, and words that the mangled names of its kernels hold.
 struct Subject {
@@ -78,6 +80,14 @@ const PORTABLE_ATTENTION: Subject = Subject {
     run: |device| attention(device, false),
 };
 
+/// Writes scratch memory that the gradient's kernel reads.
+const ATTENTION_PREPARATION: Subject = Subject {
+    name: "preparation of attention's gradient",
+    target: "sm_90a",
+    entry: "attention_prepare_kernelILi64 FixedOrder",
+    run: |device| attention(device, true),
+};
+
 /// How a fault shows.
 enum Caught {
     /// By a finding that says this.
@@ -109,7 +119,7 @@ const FAULTS: &[Fault] = &[
     (&GEMM, 2, "p, 1, 1, 0, 0", "p, 1, 1, 1, 0", Differs),
     // mbarriers.
     (&GEMM, 1, "fence.mbarrier_init", "//fence.mbarrier_init", Says("missing fence.mbarrier_init")),
-    (&GEMM, 1, "bar.sync 0", "//bar.sync 0", Says("missing fence.mbarrier_init")),
+    (&GEMM, 1, "bar.sync 0", "//bar.sync 0", Says("race: uses the mbarrier")),
     (&GEMM, 1, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
     (&GEMM, 2, "mbarrier.init", "//mbarrier.init", Says("no mbarrier is initialised")),
     (&GEMM, 1, "mbarrier.arrive.expect_tx", "//mbarrier.arrive.expect_tx", Says("deadlock")),
@@ -121,13 +131,22 @@ const FAULTS: &[Fault] = &[
     // Named barriers between the consumers.
     (&GEMM, 1, "bar.arrive", "//bar.arrive", Says("deadlock")),
     (&GEMM, 2, "bar.sync", "//bar.sync", Says("threads at barrier")),
+    (&GEMM, 1, "bar.arrive %r", "bar.arrive 1, 128; //bar.arrive %r", Says("mismatched counts")),
+    // The lane that asks for a tensor copy has not seen what the other lanes wrote.
+    (&GEMM, 2, "bar.warp.sync", "//bar.warp.sync", Says("race between lanes")),
     // Tensor copies in and out.
     (&GEMM, 1, "cp.async.bulk.tensor.2d.shared", "//cp.async.bulk.tensor.2d.shared", Says("deadlock")),
     (&GEMM, 1, "tensor.2d.shared", "tensor.3d.shared", Says("another number of coordinates")),
     (&GEMM, 0, "fence.proxy.async", "//fence.proxy.async", Says("missing fence.proxy.async")),
     (&GEMM, 1, "stmatrix", "//stmatrix", Says("reads shared memory that nothing wrote")),
     (&GEMM, 1, ".x4.shared.b16", ".x4.trans.shared.b16", Differs),
-    (&GEMM, 0, "cp.async.bulk.commit_group", "//cp.async.bulk.commit_group", Says("no group was committed")),
+    (
+        &GEMM,
+        0,
+        "cp.async.bulk.commit_group",
+        "//cp.async.bulk.commit_group",
+        Says("cp.async.bulk.commit_group is missing"),
+    ),
     (
         &GEMM,
         0,
@@ -138,7 +157,7 @@ const FAULTS: &[Fault] = &[
     (&GEMM, 1, "cp.async.bulk.tensor.2d.global", "//cp.async.bulk.tensor.2d.global", Differs),
     // Clusters.
     (&PAIRED, 1, "barrier.cluster.arrive", "//barrier.cluster.arrive", Says("without having arrived")),
-    (&PAIRED, 0, "barrier.cluster", "//barrier.cluster", Says("missing fence.mbarrier_init")),
+    (&PAIRED, 0, "barrier.cluster", "//barrier.cluster", Says("race: uses the mbarrier")),
     (&PAIRED, 0, "mbarrier.arrive.shared::cluster", "//mbarrier.arrive.shared::cluster", Says("deadlock")),
     // cp.async and its groups; each thread waits before the block's barrier.
     (
@@ -162,9 +181,17 @@ const FAULTS: &[Fault] = &[
         "//cp.async.commit_group",
         Says("reads shared memory that nothing wrote"),
     ),
+    // With more waits than groups.
+    (
+        &PORTABLE,
+        0,
+        "cp.async.commit_group",
+        "//cp.async.commit_group",
+        Says("cp.async.commit_group is missing"),
+    ),
     (&PORTABLE, 1, "cp.async.cg", "//cp.async.cg", Says("reads shared memory that nothing wrote")),
     (&PORTABLE, 1, "], 16, %r", "], 8, %r", Says("cp.async.cg copies 16 bytes")),
-    (&PORTABLE, 1, "bar.sync 0", "//bar.sync 0", Says("reads shared memory that nothing wrote")),
+    (&PORTABLE, 1, "bar.sync 0", "//bar.sync 0", Says("race between lanes")),
     (&PORTABLE, 2, "bar.sync 0", "//bar.sync 0", Says("race: reads shared memory")),
     // Fragments.
     (
@@ -185,6 +212,18 @@ const FAULTS: &[Fault] = &[
     (&NORM, 0, "shfl.sync.bfly", "shfl.sync.down", Differs),
     (&NORM, 1, "rsqrt", "//rsqrt", Differs),
     (&WIDE_NORM, 1, "bar.sync", "//bar.sync", Says("reads shared memory that nothing wrote")),
+    // All lanes take themselves for the first one, which alone writes the warp's sum.
+    (&WIDE_NORM, 0, ", 31;", ", 0;", Says("race between lanes")),
+    // Vectors off their boundaries, in shared and in global memory.
+    (&WIDE_NORM, 0, "+16];", "+8];", Says("misaligned: shared")),
+    (&ATTENTION_PREPARATION, 0, "+16], {", "+20], {", Says("misaligned: global")),
+    (
+        &ATTENTION_PREPARATION,
+        0,
+        "st.global.f32",
+        "//st.global.f32",
+        Says("reads global memory that nothing wrote"),
+    ),
     // Attention: softmax, rings of tiles, turns between blocks.
     (&PORTABLE_ATTENTION, 0, "ex2.approx", "lg2.approx", Differs),
     (
@@ -212,9 +251,11 @@ fn values(seed: u32, count: usize) -> Vec<f32> {
         .collect()
 }
 
+/// As bf16, which needs no conversion on the device: that would leave what it converts in the scratch memory of the kernels.
 fn upload(device: &CudaDevice, values: &[f32]) -> Result<ComputeBuffer<CudaDevice>> {
     let mut buffer = device.alloc(values.len())?;
-    device.upload_values(&mut buffer, 0, RawValues::from_f32(values))?;
+    let bytes: Vec<u8> = values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
+    device.upload_values(&mut buffer, 0, RawValues { storage: StorageType::Bf16, bytes: &bytes })?;
     Ok(buffer)
 }
 
@@ -306,7 +347,7 @@ static TURN: Mutex<()> = Mutex::new(());
 fn every_fault_planted_in_the_ptx_is_caught() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(machine) = ptx_machine::machine() else { return };
-    machine.configure(Landing::Late, 0, false);
+    machine.configure(Mode::LATE);
     assert!(FAULTS.len() >= 40, "{} faults", FAULTS.len());
     let mut wanted: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
     let mut all_missed = Vec::new();
@@ -332,7 +373,7 @@ fn every_fault_planted_in_the_ptx_is_caught() {
 fn a_finding_says_where() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(machine) = ptx_machine::machine() else { return };
-    machine.configure(Landing::Late, 0, false);
+    machine.configure(Mode::LATE);
     let device = ptx_machine::device(NORM.target).expect("the machine runs");
     machine.edit(NORM.entry, "setp.ge.", "setp.gt.", 1).expect("an edit");
     let outcome = (NORM.run)(&device);
@@ -348,4 +389,193 @@ fn a_finding_says_where() {
     ] {
         assert!(error.contains(part), "`{part}` is missing in: {error}");
     }
+}
+
+/// Sums of 16 products that tell the roundings apart: the pairs of factors, and the sum in units of 2^-23 beyond one, in f32, on
+/// Ampere and on Hopper.
+type Sum = (&'static [(f32, f32)], [i32; 3]);
+
+/// `2^exponent`.
+const fn power(exponent: i32) -> f32 {
+    f32::from_bits(((127 + exponent) as u32) << 23)
+}
+
+const TINY: (f32, f32) = (power(-13), power(-13));
+const SUMS: &[Sum] = &[
+    // f32 rounds 1 + 1.5 * 2^-24 to nearest; tensor cores cut it off.
+    (&[(1.0, 1.0), (1.5 * power(-12), power(-12))], [1, 0, 0]),
+    // Four times 2^-25 beside 1: one bit more than Ampere keeps, as many as Hopper keeps.
+    (
+        &[
+            (1.0, 1.0),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+            (power(-12), power(-13)),
+        ],
+        [0, 0, 1],
+    ),
+    // Eight times 2^-26, which Ampere adds up before it meets the 1, and Hopper beside it.
+    (&[TINY, TINY, TINY, TINY, TINY, TINY, TINY, TINY, (1.0, 1.0)], [1, 1, 0]),
+];
+
+/// A gradient of weights whose every value is the sum of these products, each factor with the sign given to the left ones.
+fn sum_of_products(device: &CudaDevice, factors: &[(f32, f32)], sign: f32) -> Result<Vec<f32>> {
+    let shape = LinearShape { rows: 16, inputs: 32, outputs: 24 };
+    let matrix = |width: usize, value: &dyn Fn((f32, f32)) -> f32| -> Vec<f32> {
+        let rows = (0..shape.rows).map(|row| factors.get(row).map_or(0.0, |&pair| value(pair)));
+        rows.flat_map(|value| std::iter::repeat_n(value, width)).collect()
+    };
+    let dout = upload(device, &matrix(shape.outputs, &|(left, _)| sign * left))?;
+    let x = upload(device, &matrix(shape.inputs, &|(_, right)| right))?;
+    let mut dweight = device.alloc::<f32>(shape.inputs * shape.outputs)?;
+    device.linear_backward_weight(Some(&mut dweight), None, &dout, &x, shape)?;
+    let mut values = vec![0.0; shape.inputs * shape.outputs];
+    device.download(&mut values, &dweight, 0)?;
+    Ok(values)
+}
+
+/// What arXiv 2511.10909 measured: F = 24 and 8 products at a time on Ampere, F = 25 and 16 on Hopper, cut off towards zero.
+#[test]
+fn matrix_instructions_round_as_was_measured() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(machine) = ptx_machine::machine() else { return };
+    for (target, measured, column) in
+        [("sm_80", false, 0), ("sm_90a", false, 0), ("sm_80", true, 1), ("sm_90a", true, 2)]
+    {
+        machine.configure(Mode { measured_rounding: measured, ..Mode::LATE });
+        let device =
+            ptx_machine::device(target).expect("the machine runs").with_gemm_choice(GemmChoice::Ours);
+        for (number, (factors, beyond_one)) in SUMS.iter().enumerate() {
+            for sign in [1.0, -1.0] {
+                let wanted = sign * (1.0 + beyond_one[column] as f32 * power(-23));
+                let got = sum_of_products(&device, factors, sign).expect("a product");
+                let wrong = got.iter().find(|value| value.to_bits() != wanted.to_bits());
+                assert_eq!(wrong, None, "sum {number}, {target}, measured {measured}, wanted {wanted:?}");
+            }
+        }
+    }
+}
+
+/// What a buffer's creation zeroed and nothing wrote since is as good as unwritten, where a test asks for that.
+#[test]
+fn strict_reads_find_a_buffer_that_was_never_filled() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(machine) = ptx_machine::machine() else { return };
+    let outcome = |strict_reads, filled: bool| {
+        machine.configure(Mode { strict_reads, ..Mode::LATE });
+        let device = ptx_machine::device("sm_80").expect("the machine runs");
+        let shape = NormShape { rows: 4, width: 64, epsilon: 1e-5 };
+        let mut x = device.alloc(4 * 64).expect("a buffer");
+        if filled {
+            device.zero(&mut x, 0..4 * 64).expect("zeros");
+        }
+        let weight = upload(&device, &values(2, 64)).expect("a weight");
+        let mut out = device.alloc(4 * 64).expect("a buffer");
+        let mut rstd = device.alloc(4).expect("a buffer");
+        device.rms_norm_forward(&mut out, &mut rstd, &x, &weight, shape).map_err(|error| error.to_string())
+    };
+    assert_eq!(outcome(false, false), Ok(()));
+    assert_eq!(outcome(true, true), Ok(()));
+    let error = outcome(true, false).expect_err("a finding");
+    assert!(error.contains("nothing wrote since its creation zeroed it"), "{error}");
+}
+
+/// The files of `tests/emulator` that plant faults in C++.
+const CASE_FILES: [&str; 4] = ["faults_memory", "faults_order", "faults_hopper", "faults_clusters"];
+
+/// The faults that the emulated device's own tests plant, compiled by nvcc, and what this machine says of each. The two share
+/// nothing but the cases, so each shows what the other could miss.
+const CASE_FAULTS: &[(&str, &str)] = &[
+    ("global_read", "out of bounds: 4 bytes at byte 256 of an allocation of 256 bytes"),
+    ("global_write", "out of bounds: 4 bytes at byte 256 of an allocation of 256 bytes"),
+    ("global_write_before", "4 bytes before an allocation of 256 bytes"),
+    ("use_after_free", "out of bounds"),
+    ("uninitialised_global", "wrong data"),
+    ("wild_pointer", "address 0x1000, near no allocation"),
+    ("misaligned_vector", "misaligned: global address"),
+    ("misaligned_load_128", "misaligned: global address"),
+    ("shared_write", "out of bounds: 128 bytes at shared address"),
+    ("uninitialised_shared", "reads shared memory that nothing wrote"),
+    ("static_shared_read", "out of bounds: 128 bytes at shared address"),
+    ("misaligned_ldmatrix", "misaligned: shared address"),
+    ("offset_overflow", "wrong data"),
+    ("missing_syncthreads", "reads shared memory that nothing wrote"),
+    ("write_after_read", "race: reads shared memory"),
+    ("overwritten_too_soon", "race: reads shared memory"),
+    ("two_writers", "race: writes shared memory"),
+    ("missing_syncwarp", "race between lanes: reads shared memory"),
+    ("exited_lane", "waits for lanes 0x20, which have exited"),
+    ("divergent_collective", "deadlock: the lanes of a warp wait for one another"),
+    ("shuffle_outside_mask", "shuffles from lane 20, which takes no part"),
+    ("barrier_deadlock", "deadlock"),
+    ("named_barrier_count", "mismatched counts"),
+    ("missing_copy_wait", "reads shared memory that nothing wrote"),
+    ("missing_copy_commit", "cp.async.commit_group is missing"),
+    ("missing_copy_sync", "race between lanes: reads shared memory"),
+    ("lax_copy_wait", "reads shared memory that nothing wrote"),
+    ("tail_without_zero_fill", "out of bounds: 16 bytes at byte 400 of an allocation of 400 bytes"),
+    ("turn_too_late", "deadlock"),
+    ("turn_taken_twice", "deadlock"),
+    ("turn_of_unstarted_block", "deadlock"),
+    ("turn_without_wait", "wrong data"),
+    ("warp_order", "wrong data"),
+    ("load_without_wait", "reads shared memory that nothing wrote"),
+    ("wrong_parity", "reads shared memory that nothing wrote"),
+    ("wrong_byte_count", "deadlock"),
+    ("missing_arrival", "deadlock"),
+    ("uninitialised_mbarrier", "no mbarrier is initialised"),
+    ("unordered_mbarrier_init", "race: uses the mbarrier"),
+    ("swizzle_mismatch", "wrong data"),
+    ("missing_full_wait", "reads shared memory that nothing wrote"),
+    ("missing_empty_wait", "more arrivals at the mbarrier"),
+    ("empty_parity", "deadlock"),
+    ("missing_proxy_fence", "missing fence.proxy.async"),
+    ("missing_store_commit", "cp.async.bulk.commit_group is missing"),
+    ("missing_store_wait", "exits while a bulk store still reads its shared memory"),
+    ("missing_store_sync", "reads shared memory that nothing wrote"),
+    ("wgmma_without_fence", "wgmma without wgmma.fence"),
+    ("missing_wgmma_commit", "wgmma.commit_group is missing"),
+    ("missing_wgmma_wait", "uses a register of a wgmma under way"),
+    ("wgmma_proxy_fence", "missing fence.proxy.async"),
+    ("operand_overwritten", "missing fence.proxy.async"),
+    ("descriptor_stride", "wrong data"),
+    ("divergent_elect", "deadlock: the lanes of a warp wait for one another"),
+    ("unordered_cluster_init", "missing fence.mbarrier_init"),
+    ("missing_init_fence", "race: uses the mbarrier"),
+    ("missing_cluster_exit", "has exited, and its shared memory with it"),
+    ("cluster_barrier", "deadlock"),
+    ("missing_peer_release", "deadlock"),
+    ("missing_peer_wait", "race: a copy overwrites shared memory"),
+    ("multicast_outside", "a copy to blocks 0x5 of a cluster of 2"),
+];
+
+/// Faults of the same files that this machine does not find, and why.
+const NOT_FOUND: &[(&str, &str)] = &[
+    ("block_order", "blocks run in order, and races in global memory are not looked for"),
+    ("turn_passed_early", "the memory model between blocks is not modelled"),
+    ("turn_without_fence", "fences between the proxies for global memory are not modelled"),
+    ("register_pool", "registers have no number here"),
+    ("accumulator_read_early", "nvcc moves the read to after the wait"),
+    ("local_array", "local memory is not known here"),
+];
+
+#[test]
+fn the_emulated_devices_planted_faults_are_caught() {
+    let Some(cases) = ptx_machine::cases::Cases::build(&CASE_FILES) else { return };
+    let names: Vec<String> = CASE_FILES.iter().flat_map(|file| ptx_machine::cases::names(file)).collect();
+    for name in &names {
+        let known = CASE_FAULTS.iter().chain(NOT_FOUND).filter(|(known, _)| known == name).count();
+        assert_eq!(known, 1, "{name} is in one of the tables");
+    }
+    let planted: Vec<String> = CASE_FAULTS.iter().map(|(name, _)| format!("{name}!")).collect();
+    let outcomes = cases.run(Mode::LATE, &planted);
+    assert_eq!(outcomes.len(), CASE_FAULTS.len(), "each case has an outcome");
+    let missed: Vec<String> = CASE_FAULTS
+        .iter()
+        .zip(&outcomes)
+        .filter(|((_, wanted), (_, what))| !what.as_ref().is_some_and(|what| what.contains(wanted)))
+        .map(|((name, wanted), (_, what))| format!("{name}: `{wanted}` is not in: {what:?}"))
+        .collect();
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
 }

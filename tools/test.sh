@@ -8,9 +8,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+stage() { printf '\n-- %s (%s s)\n' "$1" "$SECONDS"; }
+
+stage "Rust tests: build"
+cargo test --release --locked --no-run
+stage "Rust tests"
 cargo test --release --locked
 [ "${1:-}" = --rust ] && exit 0
+stage "Python environment"
 bash tests/reference/setup.sh
+stage "beside transformers and TRL"
 bash tests/reference/check.sh
+stage "a real model"
 bash tests/reference/check_real_model.sh
+stage "the scripts of a GPU machine"
 bash tests/gpu_scripts/check.sh
+stage "done"

@@ -264,12 +264,12 @@ DEVICE int dq_fragment(int row_group, int column_group) {
 // ---- small kernels
 //
 // They have no external linkage, because two files compile them for different targets. (nvcc handles only one anonymous
-// namespace a file.)
+// namespace per file.)
 namespace {
 
 constexpr int kGradientThreads = 256;
 
-// The sum over the block of one value a thread. All threads call it; `partials` holds a word for each warp.
+// The sum over the block of one value per thread. All threads call it; `partials` holds a word for each warp.
 DEVICE uint32_t block_sum(uint32_t value, uint32_t* partials) {
     value = __reduce_add_sync(0xffffffffu, value);
     if (lane_id() == 0) partials[threadIdx.x / 32] = value;

@@ -88,7 +88,8 @@ struct SharedTile {
     }
 };
 
-// Starts copying rows first .. first + ROWS of a matrix with `stride` values a row. Rows from `limit` on become zeros.
+// Starts copying rows first .. first + ROWS of a matrix with `stride` values per row. Rows from `limit` on become
+// zeros.
 template <int THREADS, int ROWS, int E>
 DEVICE void load_tile_async(SharedTile<ROWS, E> tile, const bf16* source, int64_t stride, int first, int limit) {
     constexpr int kChunks = E / kChunkValues;

@@ -29,7 +29,7 @@ constexpr int kChunk = kVector;
 // Rows of tiles that are walked together, so that the blocks running at one time share their right slices in L2.
 constexpr int kTileGroup = 8;
 
-// A warp computes 64 x 32 of `out`: 16 mma for 6 ldmatrix, and 64 accumulators a thread.
+// A warp computes 64 x 32 of `out`: 16 mma for 6 ldmatrix, and 64 accumulators per thread.
 struct LargeTile {
     static constexpr int BLOCK_M = 128, BLOCK_N = 128, kWarpsM = 2, kWarpsN = 4;
 };

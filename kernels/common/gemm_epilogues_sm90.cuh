@@ -46,7 +46,7 @@ struct StoreBf16 {
 };
 
 // out[M, N] (+)= the accumulators. The memory system does the addition, so no warp waits for the old values. The order
-// of additions is fixed, hence the bits as well: each element receives one addition a launch, and launches run in
+// of additions is fixed, hence the bits as well: each element receives one addition per launch, and launches run in
 // order.
 struct StoreF32 {
     CUtensorMap out;

@@ -12,8 +12,8 @@
 // well, so the tensor cores wait only while accumulators are converted and written to panels of shared memory.
 //
 // Two blocks may form a cluster, with one tile below the other. Both need the same slices of the right operand, so each
-// loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes a cycle.
-// The price is that a stage is free only when the consumers of both blocks have left it.
+// loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes per
+// cycle. The price is that a stage is free only when the consumers of both blocks have left it.
 #pragma once
 
 #include "gemm_operands.cuh"
@@ -172,10 +172,10 @@ struct Divisor {
 //   template <int kCount, class Panels>
 //   DEVICE void operator()(const float (&d)[kCount], int row, int column, Panels& panels) const;
 //
-// which every consumer warp calls once a tile. `d` are the accumulators of 16 rows x 2 * kCount columns of `out`, from
-// `row` and `column` on, in wgmma's layout (ptx_wgmma.cuh); some or all of them may lie outside `out`. `panels` is the
-// warp's own way to global memory (warp_panels.cuh). Where the depth is split, the epilogue sees part s of the sums at
-// rows that are s * split_rows further on.
+// which every consumer warp calls once per tile. `d` are the accumulators of 16 rows x 2 * kCount columns of `out`,
+// from `row` and `column` on, in wgmma's layout (ptx_wgmma.cuh); some or all of them may lie outside `out`. `panels` is
+// the warp's own way to global memory (warp_panels.cuh). Where the depth is split, the epilogue sees part s of the sums
+// at rows that are s * split_rows further on.
 template <class Epilogue>
 struct Problem {
     CUtensorMap left, right;

@@ -18,7 +18,7 @@ inline TileStatistics begin_statistics(const bf16* exponentials, void* workspace
     return TileStatistics::of(workspace, targets, rows, vocab, entropy != nullptr, row_references);
 }
 
-// One warp a row.
+// One warp per row.
 template <bool kVectorized>
 static __global__ void __launch_bounds__(kBlock)
     target_references_kernel(TileStatistics statistics, const bf16* __restrict__ hidden,
@@ -53,7 +53,7 @@ inline mmpo_status target_references(const TileStatistics& statistics, const bf1
 
 // ---- the merge
 //
-// A block merges the tiles of 32 rows, one row a lane.
+// A block merges the tiles of 32 rows, one row per lane.
 
 // The block's warps take the tiles in rotation, and merge their results in a fixed order through this.
 struct MergeScratch {

@@ -99,9 +99,9 @@ DEVICE void write_panel_bf16(Panel panel, const float (&values)[kPanelAccumulato
     write_panel_bf16(panel, pairs);
 }
 
-// Writes accumulators of 32 columns to a panel as f32. A half warp stores four rows at once, eight bytes a lane. If all
-// four rows stored the same columns, the swizzle would leave rows 0 and 1 (and rows 2 and 3) in the same banks. So odd
-// rows store columns that are 16 further on (or back) than those of even rows.
+// Writes accumulators of 32 columns to a panel as f32. A half warp stores four rows at once, eight bytes per lane. If
+// all four rows stored the same columns, the swizzle would leave rows 0 and 1 (and rows 2 and 3) in the same banks. So
+// odd rows store columns that are 16 further on (or back) than those of even rows.
 DEVICE void write_panel_f32(Panel panel, const float (&values)[kPanelAccumulatorsF32]) {
     const int lane = int(lane_id());
     const bool odd_row = lane / 4 % 2 != 0;

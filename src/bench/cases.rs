@@ -1,5 +1,5 @@
-//! One case an operation of the `Device` trait: its operands, the operations it must do, and the fewest bytes it can move
-//! (each input read once, each output written once, what is updated both).
+//! One case for each operation of the `Device` trait: its operands, the floating-point operations it must do, and the
+//! fewest bytes it can move (each input read once, each output written once, what is updated both).
 
 mod adapter;
 mod head;
@@ -31,19 +31,19 @@ type Work<D> = Box<dyn FnMut(&D, &mut Outputs<D>) -> Result<()>>;
 pub struct Case<D: Device> {
     /// Its name in the `Device` trait.
     pub operation: &'static str,
-    /// Which of several uses; empty where there is one.
+    /// Which of several uses of the operation; empty where there is one.
     pub part: &'static str,
     /// Floating-point operations of its gemms; 0 where memory bounds it anyway.
     pub flops: f64,
     /// The fewest bytes it can move.
     pub bytes: f64,
-    /// Bytes of memory that it needs beside operands and results; 0 where nobody compares them.
+    /// Bytes of memory that it needs beside operands and results; 0 where they are not compared.
     pub workspace: f64,
     /// What the operation writes, compared between devices.
     pub outputs: Outputs<D>,
-    /// Whether this device does in it what it does in another case: nothing to measure.
+    /// Whether another case measures the same on this device, so that there is nothing to measure.
     pub redundant: bool,
-    /// Whether outputs are assigned, and so may hold anything before.
+    /// Whether outputs are assigned, and so may hold anything before a call.
     assigns: bool,
     prepare: Option<Work<D>>,
     run: Work<D>,
@@ -91,22 +91,25 @@ impl<D: Device> Case<D> {
         Case { workspace: bytes as f64, ..self }
     }
 
-    /// It updates its outputs: they are not poisoned.
+    /// Marks an operation that updates its outputs: they are not poisoned.
     fn updates(self) -> Self {
         Case { assigns: false, ..self }
     }
 
-    /// What brings its operands back to where a call needs them.
+    /// Sets the work that brings the operands back to their values before a call.
     fn prepare(self, prepare: impl FnMut(&D, &mut Outputs<D>) -> Result<()> + 'static) -> Self {
         Case { prepare: Some(Box::new(prepare)), ..self }
     }
 
-    /// `rope`, `linear_forward qkv`.
+    /// The case's name: `rope`, or `linear_forward qkv`.
     pub fn name(&self) -> String {
         format!("{} {}", self.operation, self.part).trim_end().to_owned()
     }
 
     /// Brings operands that the operation updates in place back to their first values.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn prepare_operands(&mut self, device: &D) -> Result<()> {
         match &mut self.prepare {
             Some(prepare) => prepare(device, &mut self.outputs),
@@ -115,11 +118,14 @@ impl<D: Device> Case<D> {
     }
 
     /// Calls the operation once.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn run(&mut self, device: &D) -> Result<()> {
         (self.run)(device, &mut self.outputs)
     }
 
-    /// Poisons what the operation assigns, or as much of each output's start and end, and runs it once.
+    /// Poisons what the operation assigns, or the first and last `most` values of each output, and runs it once.
     fn poisoned_run(&mut self, device: &D, most: usize) -> Result<()> {
         if self.assigns {
             for buffer in &mut self.outputs.compute {
@@ -138,7 +144,11 @@ impl<D: Device> Case<D> {
         self.run(device)
     }
 
-    /// One run on poisoned outputs, and what is not finite in them. Sums of gradients may be gigabytes: their norm says it.
+    /// Runs once on poisoned outputs, and says what is not finite in them. Sums of gradients may be gigabytes, so their
+    /// norm stands for them.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn not_finite(&mut self, device: &D) -> Result<Option<String>> {
         self.poisoned_run(device, usize::MAX)?;
         for buffer in &self.outputs.compute {
@@ -159,13 +169,19 @@ impl<D: Device> Case<D> {
         Ok(None)
     }
 
-    /// One run on poisoned outputs, and all of them.
+    /// Runs once on poisoned outputs, and returns all of them.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn checked_run(&mut self, device: &D) -> Result<Vec<f32>> {
         self.sampled_run(device, usize::MAX)
     }
 
-    /// One run on poisoned outputs, and at most so many values of each one's start and end: to look at all of a large output takes
-    /// the host longer than a GPU takes to make it.
+    /// Runs once on poisoned outputs, and returns at most `most` values of the start and of the end of each: the host
+    /// takes longer to look at all of a large output than a GPU to make it.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn sampled_run(&mut self, device: &D, most: usize) -> Result<Vec<f32>> {
         self.poisoned_run(device, most)?;
         let mut values = Vec::new();
@@ -187,7 +203,7 @@ impl<D: Device> Case<D> {
     }
 }
 
-/// All of `len` values, or the first and the last `most`.
+/// Ranges that cover all of `len` values, or the first and the last `most`.
 fn ends(len: usize, most: usize) -> Vec<std::ops::Range<usize>> {
     match len / 2 >= most {
         true => vec![0..most, len - most..len],
@@ -195,7 +211,7 @@ fn ends(len: usize, most: usize) -> Vec<std::ops::Range<usize>> {
     }
 }
 
-/// Makes a case when its turn comes, so that only one's operands exist at a time.
+/// Makes a case just before it is measured, so that only one case's operands exist at a time.
 pub type Maker<D> = fn(&D, &Shape) -> Result<Case<D>>;
 
 /// Every operation of a training step, with and without adapters, and of generation.
@@ -208,7 +224,7 @@ fn compute_size<D: Device>() -> usize {
     size_of::<D::Compute>()
 }
 
-/// Buffers of these many values.
+/// Outputs of these lengths.
 fn outputs<D: Device>(device: &D, compute: &[usize], floats: &[usize]) -> Result<Outputs<D>> {
     Ok(Outputs {
         compute: compute.iter().map(|&len| device.alloc(len)).collect::<Result<_>>()?,

@@ -1,5 +1,5 @@
 //! `mmpo-fast bench counts`: what each kernel does, counted exactly by the emulated device, beside the least that its
-//! operation could. It needs no GPU, and does not depend on the machine.
+//! operation needs. It needs no GPU, and does not depend on the machine.
 
 use std::collections::BTreeMap;
 
@@ -22,17 +22,17 @@ use crate::error::{Error, Result};
 pub struct Counts {
     /// Kernel launches.
     pub launches: u64,
-    /// mma.sync and wgmma instructions, and the floating-point operations of both.
+    /// mma.sync and wgmma instructions.
     pub mma_operations: u64,
     /// Floating-point operations of tensor-core instructions.
     pub mma_flops: u64,
-    /// Bytes of global memory, by ordinary accesses, cp.async and TMA.
+    /// Bytes read from global memory, by ordinary accesses, cp.async and TMA.
     pub load_bytes: u64,
     /// Bytes written to global memory.
     pub store_bytes: u64,
     /// 32-byte sectors of the ordinary accesses.
     pub sectors: u64,
-    /// Shared-memory wavefronts beyond those that the accesses' bytes need.
+    /// Shared-memory wavefronts beyond those that the bytes of the accesses need.
     pub bank_conflicts: u64,
 }
 
@@ -60,7 +60,7 @@ impl Counts {
     }
 }
 
-/// What one launcher did for an operation; `all` where several share the work.
+/// What one launcher did for an operation; the launcher is `all` for the sum where several share the work.
 #[derive(Clone, Debug, Serialize)]
 pub struct Counted {
     /// The operation, as `bench kernels` names it.
@@ -70,11 +70,14 @@ pub struct Counted {
     /// What it did.
     #[serde(flatten)]
     pub counts: Counts,
-    /// Floating-point operations and bytes that the whole operation needs at least; in its last row.
+    /// The floating-point operations and bytes that the whole operation needs at least; only in its last row.
     pub minimum: Option<[f64; 2]>,
 }
 
 /// The emulated device, set to count every access.
+///
+/// # Errors
+/// Those of the device.
 pub fn counting_device() -> Result<CudaDevice> {
     EmulatorVariant::Checked.configure(EmulatorOptions {
         async_: MMPO_EMULATOR_ASYNC_LATE as i32,
@@ -87,7 +90,7 @@ pub fn counting_device() -> Result<CudaDevice> {
     Ok(CudaDevice::emulated(EmulatorVariant::Checked))
 }
 
-/// Sums a device's launches by launcher, and `all` of them if there are several.
+/// Sums a device's launches by launcher, and over `all` of them if there are several.
 pub fn sum_launches(operation: &str, launches: &[EmulatedLaunch], minimum: Option<[f64; 2]>) -> Vec<Counted> {
     let mut by_launcher: BTreeMap<&str, Counts> = BTreeMap::new();
     let mut total = Counts::default();
@@ -107,6 +110,9 @@ pub fn sum_launches(operation: &str, launches: &[EmulatedLaunch], minimum: Optio
 }
 
 /// Runs a case once on the counting device.
+///
+/// # Errors
+/// Those of the device.
 pub fn count_case(device: &CudaDevice, make: Maker<CudaDevice>, shape: &Shape) -> Result<Vec<Counted>> {
     let mut case = make(device, shape)?;
     // Shapes that are counted fit into one chunk of the head anyway.

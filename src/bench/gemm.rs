@@ -1,5 +1,5 @@
-//! `mmpo-fast bench products`: a GPU's linear layers and the head's gradients by our kernels in every tile shape and by cuBLASLt, call by call in
-//! turn, as rows of `src/device/cuda/gemm_table.rs`.
+//! `mmpo-fast bench products`: times a GPU's linear layers and the head's gradients by our kernels, in every tile
+//! shape, and by cuBLASLt, alternating call by call, and prints rows of `src/device/cuda/gemm_table.rs`.
 
 use serde_json::json;
 
@@ -12,9 +12,9 @@ use crate::device::cuda::{CudaDevice, GemmChoice, GemmTile};
 use crate::device::{DeviceChoice, Floats, Hardware, LinearShape, Memory, Optimizer};
 use crate::error::{Error, Result};
 
-/// Tokens of a batch at which each layer is timed, the usual ones first: time may not suffice for all.
+/// Tokens of a batch at which each layer is timed, the usual ones first: there may not be time for all.
 const ROWS: [usize; 3] = [8192, 2048, 16384];
-/// Values of each output's start and of its end that must be the vendor's.
+/// Values at the start and at the end of each output that must agree with the vendor's.
 const COMPARED: usize = 1 << 18;
 /// Scored tokens at which the head's gradients are timed.
 const SCORED: usize = 4096;
@@ -37,12 +37,12 @@ struct Duel {
     vendor: Sample,
     /// Our kernel in the tile that it plans.
     planned: Sample,
-    /// Our kernel in each tile shape; none where the operation has but one plan.
+    /// Our kernel in each tile shape; empty where the operation has only one plan.
     tiles: Vec<Sample>,
 }
 
 impl Duel {
-    /// The tile shape in which our kernel is fastest, none for the planned one, and its time.
+    /// The tile shape in which our kernel is fastest (`None` is the planned one), and its time.
     fn fastest(&self) -> (Option<usize>, &Sample) {
         let tiles = self.tiles.iter().enumerate().map(|(tile, sample)| (Some(tile), sample));
         let all = std::iter::once((None, &self.planned)).chain(tiles);
@@ -54,7 +54,7 @@ impl Duel {
     }
 }
 
-/// Times every tile of our gemms and cuBLASLt in turn, at the shapes of `config`.
+/// Times every tile of our gemms and cuBLASLt, one call after another, at the shapes of `config`.
 ///
 /// # Errors
 /// [`Error::Device`](crate::Error::Device) without a GPU; those of the device and of standard output.
@@ -117,7 +117,7 @@ fn compare(
     failure.map_or(Ok(()), Err)
 }
 
-/// One gemm every way: the other engine's, ours as planned, ours in each tile.
+/// Times one gemm in every way: by the other library, by ours as planned, and by ours in each tile.
 fn fight(
     device: CudaDevice,
     make: Maker<CudaDevice>,
@@ -157,14 +157,15 @@ fn fight(
     (device, duel)
 }
 
-/// What is timed of a model at once.
+/// What is timed together of one model.
 struct Sweep {
     model: &'static str,
     rows: usize,
     makers: Vec<Maker<CudaDevice>>,
 }
 
-/// By worth: all models' layers at the usual batch, the heads, then the layers at other batches.
+/// The sweeps, the most useful first: all models' layers at the usual batch, the heads, then the layers at other
+/// batches.
 fn sweeps() -> impl Iterator<Item = Sweep> {
     let layers = |rows| MODELS.map(|model| Sweep { model, rows, makers: cases::all() });
     let heads = MODELS.map(|model| Sweep { model, rows: SCORED, makers: cases::head_gemms() });
@@ -189,7 +190,8 @@ fn smallest() -> Result<Shape> {
     })
 }
 
-/// All ways in turn, call by call: a GPU that changes its clock changes it for all. Before, all must compute the same as the first.
+/// Times all ways, one call after another, so that a GPU that changes its clock changes it for all. Before that, all
+/// must compute the same as the first.
 fn time(
     mut device: CudaDevice,
     mut case: Case<CudaDevice>,
@@ -230,7 +232,7 @@ fn time(
     (device.with_gemm_choice(GemmChoice::Fastest), Ok(samples))
 }
 
-/// Outputs of one run that has nothing to add to.
+/// The outputs of one run over sums that were zeroed before.
 fn fresh_run(device: &CudaDevice, case: &mut Case<CudaDevice>) -> Result<Vec<f32>> {
     for sums in &mut case.outputs.floats {
         device.zero(sums, 0..device.len(sums))?;
@@ -238,7 +240,7 @@ fn fresh_run(device: &CudaDevice, case: &mut Case<CudaDevice>) -> Result<Vec<f32
     case.sampled_run(device, COMPARED)
 }
 
-/// Both round to bf16 once, after sums in different orders.
+/// Fails unless the results are the same. Both round to bf16 once, after sums in different orders.
 fn same(name: impl Fn() -> String, found: &[f32], expected: &[f32]) -> Result<()> {
     let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
     let difference = squares(&mut found.iter().zip(expected).map(|(&a, &b)| f64::from(a) - f64::from(b)));
@@ -379,7 +381,7 @@ mod tests {
         assert!(heads.iter().all(|sweep| sweep.makers.len() == 2));
     }
 
-    /// All of it but cuBLASLt, in whose place our own portable gemms stand: rows for the file and for the table.
+    /// Everything but cuBLASLt, in whose place our own portable gemms stand: rows for the file and for the table.
     #[cfg(mmpo_emulated)]
     #[test]
     fn gemms_are_compared_and_written_down() {

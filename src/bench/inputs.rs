@@ -1,4 +1,4 @@
-//! Made-up inputs: never zeros, which a GPU multiplies faster than real numbers.
+//! Made-up inputs. They are never zeros, which a GPU multiplies faster than other numbers.
 //!
 //! Values come from a formula of a stream and an element number, not from a generator with a state, so that every engine,
 //! in whatever language, starts from the same weights and pairs: equal losses then say that equal work was done.
@@ -27,7 +27,7 @@ fn scramble(stream: u64, element: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// In [0, 1), exact in an f32.
+/// A number in [0, 1), exact in f32.
 fn unit(stream: u64, element: u64) -> f32 {
     (scramble(stream, element) >> 40) as f32 / (1u32 << 24) as f32
 }
@@ -70,14 +70,17 @@ pub fn pairs(lengths: Lengths, pairs: usize, vocabulary: usize) -> Vec<Tokenized
         .collect()
 }
 
-/// Nearly normal values of standard deviation `scale`, of operand number `operand`: sums of four uniform ones.
+/// Nearly normal values of standard deviation `scale` for operand number `operand`: sums of four uniform ones.
 pub fn normal(operand: u64, len: usize, scale: f32) -> Vec<f32> {
     let value =
         |element: u64| (0..4).map(|part| unit(OPERANDS + operand, 4 * element + part)).sum::<f32>() - 2.0;
     (0..len as u64).into_par_iter().map(|element| value(element) * 3f32.sqrt() * scale).collect()
 }
 
-/// A buffer of `normal` values.
+/// A buffer of [`normal`] values.
+///
+/// # Errors
+/// Those of the device.
 pub fn compute<D: Device>(device: &D, operand: u64, len: usize, scale: f32) -> Result<ComputeBuffer<D>> {
     let mut buffer = device.alloc(len)?;
     device.upload_values(&mut buffer, 0, RawValues::from_f32(&normal(operand, len, scale)))?;
@@ -85,11 +88,17 @@ pub fn compute<D: Device>(device: &D, operand: u64, len: usize, scale: f32) -> R
 }
 
 /// As [`compute`], in f32.
+///
+/// # Errors
+/// Those of the device.
 pub fn floats<D: Device>(device: &D, operand: u64, len: usize, scale: f32) -> Result<Floats<D>> {
     filled(device, &normal(operand, len, scale))
 }
 
 /// A buffer of these values.
+///
+/// # Errors
+/// Those of the device.
 pub fn filled<D: Device, T: Element>(device: &D, values: &[T]) -> Result<D::Buffer<T>> {
     let mut buffer = device.alloc(values.len())?;
     device.upload(&mut buffer, 0, values)?;

@@ -29,6 +29,9 @@ struct Line {
 }
 
 /// Measures every shape, whatever is wrong with one kernel, and then fails if something was.
+///
+/// # Errors
+/// That of the first kernel that failed; those of the device and of standard output.
 pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method: Method) -> Result<()> {
     let deadline = Deadline::of(config.seconds);
     let mut stopwatch = Stopwatch::new(device, method)?;
@@ -38,7 +41,7 @@ pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method
     let mut measured = Vec::new();
     for shape in shapes {
         let rows = measure_shape(&mut stopwatch, device, config, shape, deadline, &mut failures)?;
-        // At once: what was measured is there even if something later brings the program to an end.
+        // Written at once: what was measured is kept even if something later ends the program.
         write(config, device, &rows.iter().map(|row| row.row.clone()).collect::<Vec<_>>())?;
         measured.push((shape, rows));
         if failures.lost_device {
@@ -67,7 +70,7 @@ pub fn run<D: Device>(device: &D, config: &BenchConfig, shapes: &[Shape], method
 #[derive(Default)]
 struct Failures {
     first: Option<Error>,
-    /// A kernel that faults takes the process's use of its GPU with it.
+    /// Whether the device is lost: a kernel that faults ends the process's use of its GPU.
     lost_device: bool,
 }
 
@@ -167,7 +170,7 @@ fn measure<D: Device>(
     Ok(Measured { row: ResultRow { workspace: case.workspace, ..row }, error })
 }
 
-/// The shape at which results are compared: every part of the mask, and rows that fill no tile.
+/// The shape at which results are compared: it has every part of the mask, and rows that fill no whole tile.
 fn small_shape() -> Result<Shape> {
     Ok(Shape {
         model: "tiny".into(),
@@ -194,7 +197,7 @@ fn check<D: Device>(
     let difference =
         squares(&mut got.iter().zip(&wanted).map(|(&got, &wanted)| f64::from(got) - f64::from(wanted)));
     let size = squares(&mut wanted.iter().map(|&wanted| f64::from(wanted)));
-    // Zeros may be all that is wanted.
+    // All results may rightly be zeros.
     let error = if difference == 0.0 { 0.0 } else { (difference / size).sqrt() };
     if error <= TOLERANCE && got.len() == wanted.len() {
         return Ok(Some(error));

@@ -9,19 +9,20 @@ use super::inputs;
 use crate::device::{Device, Floats, LinearShape};
 use crate::error::Result;
 
-/// How often a thing runs.
+/// How often something runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Method {
     /// Calls before the timed ones, at most.
     pub warmups: usize,
     /// Timed calls, at most.
     pub calls: usize,
-    /// Seconds of the device after which a long operation has warmed up, and as many timed ones twice over; infinite where a
-    /// number of calls was asked for. A GPU is warm after so much work, whether that is one call or fifty.
+    /// Device seconds that warm an operation up; twice as many are timed. A long operation then runs less often than
+    /// `warmups` and `calls` say: a GPU is warm after so much work, whether that is one call or fifty. Infinite where a
+    /// number of calls was asked for.
     pub enough: f64,
     /// Bytes read before each timed call: several times the last cache.
     pub flush_bytes: usize,
-    /// Sides of the square product whose rate is the ceiling.
+    /// Side of the square matrices whose gemm gives the ceiling.
     pub product_side: usize,
     /// Bytes of the copy whose bandwidth is the ceiling.
     pub copy_bytes: usize,
@@ -46,7 +47,7 @@ impl Method {
         product_side: 2048,
         copy_bytes: 256 << 20,
     };
-    /// To see that everything runs; its times mean nothing.
+    /// To see that everything runs; the times mean nothing.
     pub const EMULATED: Method = Method {
         warmups: 0,
         calls: 1,
@@ -56,7 +57,7 @@ impl Method {
         copy_bytes: 1 << 16,
     };
 
-    /// With these numbers of calls where they are asked for, exactly.
+    /// The method with exactly these numbers of calls, where they are given.
     pub fn with_calls(self, warmups: Option<usize>, calls: Option<usize>) -> Self {
         let asked = warmups.or(calls).is_some();
         Method {
@@ -67,17 +68,17 @@ impl Method {
         }
     }
 
-    /// Warm-up calls and timed calls of an operation that takes so many seconds.
+    /// Warm-up calls and timed calls of an operation that takes this many seconds.
     pub fn calls_of(&self, seconds: f64) -> (usize, usize) {
         let within = |enough: f64, least: usize, most: usize| {
             let calls = (enough / seconds.max(1e-9)).ceil();
-            // The least may be more than was asked for.
+            // The least may be more than the most that was asked for.
             if calls >= most as f64 { most } else { (calls as usize).max(least).min(most) }
         };
         (within(self.enough, 3, self.warmups), within(2.0 * self.enough, 7, self.calls))
     }
 
-    /// For people.
+    /// The method in words.
     pub fn describe(&self) -> String {
         let flush = match self.flush_bytes >> 20 {
             0 => String::new(),
@@ -91,12 +92,12 @@ impl Method {
     }
 }
 
-/// The time after which nothing more is begun: what was measured by then is the result.
+/// The time after which nothing more is begun; the results are those measured by then.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline(Option<Instant>);
 
 impl Deadline {
-    /// So many seconds from now; never without.
+    /// A deadline this many seconds from now; `None` never comes.
     pub fn of(seconds: Option<f64>) -> Self {
         Deadline(seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds)))
     }
@@ -118,7 +119,7 @@ impl Sample {
         if sorted.is_empty() { f64::NAN } else { choose(&sorted) }
     }
 
-    /// Seconds a call, the median.
+    /// Median of the seconds per call.
     pub fn median(&self) -> f64 {
         self.at(|sorted| (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0)
     }
@@ -155,6 +156,9 @@ impl<'a, D: Device> Stopwatch<'a, D> {
     }
 
     /// Times `run`, with an untimed `prepare` before each call.
+    ///
+    /// # Errors
+    /// Those of `prepare`, of `run` and of the device.
     pub fn measure(
         &mut self,
         mut prepare: impl FnMut() -> Result<()>,
@@ -182,14 +186,14 @@ impl<'a, D: Device> Stopwatch<'a, D> {
     }
 }
 
-/// What this machine can do at best, measured in the same run as all else.
+/// The best that this machine can do, measured in the same run as everything else.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ceilings {
-    /// Seconds of a copy of `copy_bytes`; it reads and writes them.
+    /// Seconds of a copy of `copy_bytes`, which it both reads and writes.
     pub copy: Sample,
-    /// Bytes that the measured copy reads and writes.
+    /// Bytes that the measured copy moves.
     pub copy_bytes: usize,
-    /// Seconds of a square product in the device's number type.
+    /// Seconds of a square gemm in the device's number type.
     pub product: Sample,
     /// Rows, columns and depth of the measured square gemm.
     pub product_side: usize,
@@ -218,7 +222,8 @@ impl Ceilings {
         Ok(Ceilings { copy, copy_bytes: method.copy_bytes, product, product_side: side })
     }
 
-    /// Random values, a few of them again and again: to make gigabytes on the host would take longer than all copies.
+    /// Random values, a few of them repeated again and again: to make gigabytes on the host would take longer than all
+    /// copies.
     fn copy_source<D: Device>(device: &D, values: usize) -> Result<Floats<D>> {
         let some = inputs::floats(device, 0, values.min(1 << 24), 1.0)?;
         let mut source = device.alloc(values)?;
@@ -228,7 +233,7 @@ impl Ceilings {
         Ok(source)
     }
 
-    /// Samples of two measurements, one before and one after all else.
+    /// Joins the samples of two measurements, one before and one after everything else.
     pub fn join(mut self, later: Ceilings) -> Self {
         self.copy.0.extend(later.copy.0);
         self.product.0.extend(later.product.0);
@@ -240,18 +245,18 @@ impl Ceilings {
         2.0 * (self.product_side as f64).powi(3)
     }
 
-    /// FLOP/s of the product.
+    /// FLOP/s of the gemm.
     pub fn rate(&self) -> f64 {
         self.product_flops() / self.product.median()
     }
 
-    /// Bytes/s of the copy, read and written.
+    /// Bytes per second of the copy, read and written.
     pub fn bandwidth(&self) -> f64 {
         2.0 * self.copy_bytes as f64 / self.copy.median()
     }
 
-    /// The share of the ceilings that work of `flops` and `bytes` reaches in `seconds`: of whichever of the two bounds
-    /// it. 1 is as fast as this machine goes.
+    /// The share of the ceiling that work of `flops` and `bytes` reaches in `seconds`, where the ceiling is whichever
+    /// of the two limits the work. 1 is as fast as this machine goes.
     pub fn share(&self, flops: f64, bytes: f64, seconds: f64) -> f64 {
         (flops / self.rate()).max(bytes / self.bandwidth()) / seconds
     }

@@ -29,16 +29,16 @@ pub enum Part {
     Step,
     /// Linear layers by our kernels and by the vendor's.
     Gemm,
-    /// What the kernels do, on the emulated device, instead of how long they take.
+    /// What the kernels do, counted on the emulated device, instead of how long they take.
     Counts,
 }
 
-/// Whose shapes.
+/// The model whose shapes are measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelChoice {
     /// A name in `benches/shapes.json`.
     Named(String),
-    /// A Hugging Face folder, of which `config.json` is read; the step takes its weights too.
+    /// A Hugging Face folder, whose `config.json` is read; the step takes its weights too.
     Folder(PathBuf),
 }
 
@@ -89,13 +89,13 @@ pub struct BenchConfig {
     pub warmups: Option<usize>,
     /// Measured calls.
     pub calls: Option<usize>,
-    /// Nothing more is begun when so many seconds are over.
+    /// Seconds after which nothing more is begun.
     pub seconds: Option<f64>,
     /// Whether results are printed as JSON.
     pub json: bool,
     /// A file to which a row for each result is appended.
     pub csv: Option<PathBuf>,
-    /// Where to run.
+    /// The device to measure.
     pub device: DeviceChoice,
     /// CPU threads; all cores where absent.
     pub threads: Option<usize>,
@@ -109,6 +109,9 @@ impl BenchConfig {
 }
 
 /// Measures and prints.
+///
+/// # Errors
+/// Those of the parts, of the device and of standard output.
 pub fn run(config: &BenchConfig) -> Result<()> {
     match config.parts[..] {
         [Part::Gemm] => gemm::run(config),
@@ -127,7 +130,7 @@ fn counts(_: &BenchConfig) -> Result<()> {
     Err(crate::device::cuda::no_emulated_device())
 }
 
-/// Where the work runs, as far as measuring cares.
+/// The kind of device, as far as measuring depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     Gpu,
@@ -153,7 +156,7 @@ impl Place {
         }
     }
 
-    /// Model, profile and tokens of a batch where none are named.
+    /// Model, profile and tokens of a batch where none are given.
     fn defaults(self) -> (&'static str, &'static str, usize) {
         match self {
             Place::Gpu => ("smollm2-135m", "ultrafeedback", 8192),
@@ -202,7 +205,7 @@ fn shapes(config: &BenchConfig, place: Place) -> Result<Vec<Shape>> {
     config.cases.iter().map(of_case).collect()
 }
 
-/// Tokens of a batch: more than any GPU holds, and few enough to count in 32 bits.
+/// Most tokens of a batch: more than any GPU holds, and few enough to count in 32 bits.
 const MOST_TOKENS: usize = 1 << 24;
 
 fn shape(config: &BenchConfig, place: Place) -> Result<Shape> {

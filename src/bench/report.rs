@@ -9,10 +9,10 @@ use super::measure::Sample;
 use crate::error::{Error, Result};
 use crate::report::{Reader, print_result};
 
-/// The columns of every CSV file of results, of ours and of the peers.
+/// The columns of every CSV file of results, for this program and for its peers.
 pub const CSV_HEADER: &str = "date,machine,peer,op,shape,median_us,min_us,max_us,flops,bytes,workspace";
 
-/// How rows of this program's own results are marked.
+/// The name that marks this program's own results.
 pub const OURS: &str = "mmpo-fast";
 
 /// One result, in the columns of [`CSV_HEADER`].
@@ -22,7 +22,7 @@ pub struct ResultRow {
     pub op: String,
     /// Its shape, under the name by which engines are compared.
     pub shape: String,
-    /// Microseconds a call, the median.
+    /// Median of the microseconds per call.
     pub median_us: f64,
     /// Microseconds of the fastest call.
     pub min_us: f64,
@@ -77,7 +77,10 @@ pub fn append_csv(path: &Path, machine: &str, peer: &str, rows: &[ResultRow]) ->
     file.write_all(text.as_bytes()).map_err(failed)
 }
 
-/// To standard output, escaped on a terminal; a closed pipe is an error like any other.
+/// Prints to standard output, escaped on a terminal; a closed pipe is an error like any other.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
 pub fn print(text: &str) -> Result<()> {
     match print_result(text)? {
         Reader::Listening => Ok(()),
@@ -87,7 +90,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Columns as wide as they need to be: the first to the left, the others to the right.
+/// A table with columns as wide as they need to be: the first is aligned to the left, the others to the right.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {
@@ -112,7 +115,7 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Three figures, as tables have it: `0.123`, `12.3`, `1234`.
+/// A number with three figures, as tables have it: `0.123`, `12.3`, `1234`.
 pub fn figures(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),

@@ -1,5 +1,5 @@
-//! What is measured: models, lengths of pairs, and a training step's settings, as `benches/shapes.json` lists them. The
-//! peers in `benches/peers/` read the same file.
+//! The shapes that are measured: models, lengths of pairs, and a training step's settings, as `benches/shapes.json`
+//! lists them. The peers in `benches/peers/` read the same file.
 
 use std::path::Path;
 
@@ -37,7 +37,7 @@ pub struct StepSettings {
 }
 
 impl StepSettings {
-    /// MMPO whose `pairs` of a step are one group of rewards.
+    /// MMPO that normalises the rewards of all `pairs` of a step together.
     pub fn objective(&self, pairs: usize) -> Objective {
         Objective::Mmpo(Mmpo {
             beta: self.beta,
@@ -50,7 +50,7 @@ impl StepSettings {
         })
     }
 
-    /// Update `step`, counted from 1.
+    /// The settings of update `step`, counted from 1.
     pub fn adamw(&self, step: u32) -> AdamWStep {
         AdamWStep {
             learning_rate: self.learning_rate,
@@ -63,7 +63,7 @@ impl StepSettings {
     }
 }
 
-/// Tokens of a pair's parts: `P`, `C`, `R`.
+/// Tokens of the parts of a pair: `P`, `C`, `R`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lengths {
     /// `P`, tokens of the prompt.
@@ -90,11 +90,11 @@ impl Lengths {
 /// A model, the lengths of its pairs, and how many of them are packed into a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
-    /// `llama-3.2-1b`, or the folder's name.
+    /// A name such as `llama-3.2-1b`, or the folder's name.
     pub model: String,
     /// The model's sizes.
     pub config: LlamaConfig,
-    /// `hh-rlhf`, or `P/C/R`.
+    /// A name such as `hh-rlhf`, or `P/C/R`.
     pub profile: String,
     /// Tokens of each pair's parts.
     pub lengths: Lengths,
@@ -147,6 +147,9 @@ fn file() -> Result<File> {
 }
 
 /// Names of the models, for people.
+///
+/// # Errors
+/// [`Error::Config`] if `benches/shapes.json` does not parse, which is a bug.
 pub fn model_names() -> Result<Vec<String>> {
     Ok(file()?.models.keys().cloned().collect())
 }
@@ -180,7 +183,7 @@ pub fn model(name: &str, layers: Option<usize>) -> Result<LlamaConfig> {
     LlamaConfig::parse(Path::new("benches/shapes.json"), &config.to_string())
 }
 
-/// `hh-rlhf`, or `P/C/R`; `P/0/0` are plain causal sequences.
+/// Reads lengths: `hh-rlhf`, or `P/C/R`; `P/0/0` are plain causal sequences.
 ///
 /// # Errors
 /// [`Error::Config`] for text that is neither.

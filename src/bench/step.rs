@@ -27,7 +27,7 @@ struct Phase {
     seconds: f64,
 }
 
-/// What the timed steps came to.
+/// Results of the timed steps.
 struct Steps {
     parameters: usize,
     sample: Sample,
@@ -52,7 +52,7 @@ pub fn run<D: Device>(device: &Arc<D>, config: &BenchConfig, shape: &Shape, plac
     let (warmups, calls) = (config.warmups.unwrap_or(warmups), config.calls.unwrap_or(calls));
     let steps = measure(device, config, shape, warmups, calls)?;
     let ceilings = match config.json {
-        // A program that compares engines wants no more than the step in its memory and its time.
+        // A program that compares engines wants nothing but the step in its memory and its time.
         true => None,
         false => Some(Ceilings::measure(&mut Stopwatch::new(&**device, place.method())?)?),
     };
@@ -145,7 +145,7 @@ fn with_reference<'a, D: Device>(
 
 /// The part of a step that an operation belongs to.
 fn phase_of(operation: &str) -> &'static str {
-    // The first that fits; a launcher of Hopper's is called as the operation with an ending.
+    // The first that fits counts; the name of a Hopper launcher is the operation's with an ending.
     const PHASES: [(&str, &[&str]); 12] = [
         ("embedding", &["embedding_"]),
         ("norms, residual sums", &["rms_norm_", "add_rms_norm_", "add"]),
@@ -164,7 +164,7 @@ fn phase_of(operation: &str) -> &'static str {
     PHASES.iter().find(|(_, names)| fits(names)).map_or("other", |(phase, _)| phase)
 }
 
-/// Phases in descending order of time, then what lies between the operations: launches that came late, and the host.
+/// Phases in descending order of time, then the time between the operations: launches that came late, and the host.
 fn phases(operations: &[OperationTime], total: f64) -> Vec<Phase> {
     let mut by_phase: BTreeMap<&'static str, Phase> = BTreeMap::new();
     for operation in operations {
@@ -180,7 +180,7 @@ fn phases(operations: &[OperationTime], total: f64) -> Vec<Phase> {
     phases
 }
 
-/// Floating-point operations that a step's products must do: 6 a weight and token, the head on scored tokens alone, and
+/// Floating-point operations that a step's gemms must do: 6 per weight and token, the head on scored tokens alone, and
 /// attention on the pairs of tokens that see each other.
 fn flops(shape: &Shape) -> f64 {
     let config = &shape.config;
@@ -244,7 +244,7 @@ fn report<D: Device>(
     ))
 }
 
-/// The parts of a step that took `traced` seconds, for people.
+/// The parts of a step that took `traced` seconds, as a table.
 fn table(phases: &[Phase], traced: f64) -> String {
     let row = |phase: &Phase| {
         vec![
@@ -258,7 +258,7 @@ fn table(phases: &[Phase], traced: f64) -> String {
     report::table(&["part", "operations", "ms", "share"], &rows)
 }
 
-/// Of the whole step, and of each part of the traced one.
+/// Rows of the whole step, and of each part of the traced one.
 fn rows(shape: &Shape, flops: f64, steps: &Steps, phases: &[Phase]) -> Vec<ResultRow> {
     let step = ResultRow::new("step", &shape.name(), &steps.sample, flops, 0.0);
     let part = |phase: &Phase| {
@@ -309,7 +309,7 @@ fn as_json(
     })
 }
 
-/// Bytes in a line of Linux's account of this process; 0 where the system does not say.
+/// Bytes in a line of what Linux says about this process; 0 where the system says nothing.
 fn memory(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Bytes gathered before a write.
+/// Bytes gathered before they are written.
 const BUFFER: usize = 1 << 20;
 
 /// A new file that is on the disk once [`SyncedFile::finish`] returns. Errors name `shown`, the place it is meant for.
@@ -46,6 +46,9 @@ impl SyncedFile {
 }
 
 /// Replaces file `target` by `bytes`, or leaves it as it was.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
 pub fn write_file(target: &Path, bytes: &[u8]) -> Result<()> {
     remove_leftovers(target)?;
     let partial = Partial::new(target);
@@ -58,6 +61,9 @@ pub fn write_file(target: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes `folder`, and fails now if nothing can be written in it: better before hours of work than after them.
+///
+/// # Errors
+/// [`Error::Io`] naming the folder.
 pub fn check_writable(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
     tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, "write in", error))?;
@@ -101,6 +107,9 @@ impl AtomicFolder {
     }
 
     /// Starts a file in the folder, or in a folder of its own there; the caller finishes it before the commit.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be made.
     pub fn file(&self, name: &str) -> Result<SyncedFile> {
         let (path, shown) = (self.partial.path.join(name), self.target.join(name));
         if Path::new(name).components().count() > 1 {
@@ -120,6 +129,9 @@ impl AtomicFolder {
     }
 
     /// Puts the folder in its place.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk or a rename fails; the target is then what it was before.
     pub fn commit(self) -> Result<()> {
         for entry in list(&self.partial.path)?.iter().filter(|entry| entry.is_dir()) {
             sync_folder(entry)?;
@@ -144,7 +156,7 @@ impl Partial {
         Partial { path: with_suffix(target, &format!(".partial-{}", std::process::id())) }
     }
 
-    /// It has been renamed: there is nothing to remove.
+    /// Keeps what is there on drop, because it has been renamed.
     fn keep(mut self) {
         self.path = PathBuf::new();
     }
@@ -203,6 +215,9 @@ fn exchange(_: &Path, _: &Path) -> std::io::Result<()> {
 
 /// Removes what killed processes left of `target`. Where one died between moving the old folder aside and putting the
 /// new one in its place, the old one comes back.
+///
+/// # Errors
+/// [`Error::Io`] if a leftover cannot be renamed or removed.
 pub fn remove_leftovers(target: &Path) -> Result<()> {
     let Some(name) = target.file_name().and_then(OsStr::to_str) else {
         return Ok(());
@@ -222,8 +237,8 @@ pub fn remove_leftovers(target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether no other process of this id runs. Our own id counts as dead: containers give it out again and again, and
-/// one target has one writer.
+/// Whether no other process has this id. Our own id counts as dead: containers give it out again and again, and one
+/// target has one writer.
 fn belongs_to_the_dead(process: &str) -> bool {
     match process.parse::<u32>() {
         Ok(process) => process == std::process::id() || !Path::new(&format!("/proc/{process}")).exists(),
@@ -232,6 +247,9 @@ fn belongs_to_the_dead(process: &str) -> bool {
 }
 
 /// Removes a folder so that a process killed meanwhile leaves it whole or gone, never half under its name.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be removed.
 pub fn remove_folder(folder: &Path) -> Result<()> {
     let partial = Partial::new(folder);
     std::fs::rename(folder, &partial.path).map_err(|error| Error::io(folder, "remove", error))?;
@@ -270,6 +288,9 @@ fn check_replaceable(target: &Path, replaceable: fn(&str) -> bool) -> Result<()>
 }
 
 /// Paths of a folder's entries, sorted; none where there is no such folder.
+///
+/// # Errors
+/// [`Error::Io`] if the folder cannot be read.
 pub fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(folder, "read", error);
     let entries = match std::fs::read_dir(folder) {

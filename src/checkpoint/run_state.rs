@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 pub const FOLDER: &str = "checkpoints";
 const STATE: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
-/// Raised when the meaning of a file here, or what a step computes, changes: 2 has checksums, and learning rates that
-/// are never 0.
+/// Raised when the meaning of a file here changes, or what a step computes. Format 2 has checksums, and learning rates
+/// that are never 0.
 const FORMAT: u32 = 2;
 
 /// Where a run stands. Integers and text alone: each comes back exactly.
@@ -35,7 +35,7 @@ pub struct RunState {
     pub pairs_seen: u64,
     /// Where the generator of the next epoch's order stands.
     pub rng: RngPosition,
-    /// What the checkpoint belongs to.
+    /// The run that the checkpoint belongs to.
     pub identity: RunIdentity,
 }
 
@@ -107,17 +107,26 @@ pub fn save_checkpoint(
 }
 
 /// The newest complete checkpoint of a run, if there is one.
+///
+/// # Errors
+/// [`Error::Io`] if the folder of checkpoints cannot be read.
 pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
     Ok(newest_first(run)?.into_iter().next())
 }
 
-/// The folders of a run's checkpoints.
+/// The folders of a run's checkpoints, the newest first.
+///
+/// # Errors
+/// [`Error::Io`] if the folder of checkpoints cannot be read.
 pub fn newest_first(run: &Path) -> Result<Vec<PathBuf>> {
     Ok(all(&run.join(FOLDER))?.into_iter().rev().map(|(_, path)| path).collect())
 }
 
 /// Gives a damaged checkpoint a name that is no checkpoint's, `step-000123.damaged`, so that it neither counts among
 /// those that are kept nor stands in the way when its step is saved again. Returns the new path.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be renamed.
 pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
     let aside = checkpoint.with_extension("damaged");
     if aside.exists() {
@@ -128,6 +137,9 @@ pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
 }
 
 /// Removes all checkpoints but the `keep` newest; the newest one stays in any case.
+///
+/// # Errors
+/// [`Error::Io`] if one cannot be removed.
 pub fn prune(run: &Path, keep: usize) -> Result<()> {
     let mut checkpoints = all(&run.join(FOLDER))?;
     checkpoints.truncate(checkpoints.len().saturating_sub(keep.max(1)));
@@ -273,7 +285,7 @@ fn step_of(name: &str) -> Option<u64> {
     name.strip_prefix("step-")?.parse().ok()
 }
 
-/// What killed runs left half written, of whatever step.
+/// Removes what killed runs left half written, whatever the step.
 fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     for path in atomic::list(checkpoints)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -296,8 +308,8 @@ fn encode(path: &Path, run: &RunState) -> Result<String> {
         .map_err(|error| Error::bug(format!("the state of {} cannot be encoded: {error}", path.display())))
 }
 
-/// The format is looked at before the checksums, which format 1 has not, and before fields that another format may
-/// not have.
+/// Refuses another format. It is looked at before the checksums, which format 1 does not have, and before fields that
+/// another format may not have.
 fn check_format(path: &Path, text: &[u8]) -> Result<()> {
     #[derive(Deserialize)]
     struct Format {

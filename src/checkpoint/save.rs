@@ -20,9 +20,8 @@ pub const SHARD_BYTES: u64 = 5_000_000_000;
 pub(super) const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What is copied from the source as it is, where it is there: what transformers reads beside the weights. LICENSE and
-/// README are not among them: what a trained model is called and under which terms it is given away is for whoever
-/// publishes it to say.
+/// The files that are copied from the source unchanged, where they are there: what transformers reads beside the
+/// weights. LICENSE and README are not among them: whoever publishes a trained model decides on its name and its terms.
 const COMPANIONS: &[&str] = &[
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -40,7 +39,7 @@ const COMPANIONS: &[&str] = &[
 ];
 const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-/// A chat template as processors keep it.
+/// The file in which processors keep a chat template.
 const LEGACY_TEMPLATE: &str = "chat_template.json";
 
 /// The files beside the weights. Read when a run starts, so that its end does not depend on the source still being
@@ -53,6 +52,9 @@ pub struct CompanionFiles {
 
 impl CompanionFiles {
     /// The config, as it will be saved, and the tokenizer files of `source`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file that is there cannot be read.
     pub fn read(source: &Path, config: &LlamaConfig) -> Result<Self> {
         let mut companions = CompanionFiles::default();
         companions.set(CONFIG, config.to_saved_json());
@@ -232,7 +234,7 @@ pub fn save_model(
     folder.commit()
 }
 
-/// In the order given, as many tensors as fit; one above the limit has a shard to itself.
+/// Fills shards in the order given, each with as many tensors as fit; a tensor above the limit has a shard to itself.
 fn cut_into_shards(tensors: &[TensorSpec], shard_bytes: u64) -> Vec<Vec<&TensorSpec>> {
     let mut shards: Vec<Vec<&TensorSpec>> = Vec::new();
     let mut current = Vec::new();

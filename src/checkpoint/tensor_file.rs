@@ -11,7 +11,7 @@ use crate::device::{MappedFile, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 
-/// What the header says of one tensor. `bytes` lies inside the file and fits dtype and shape: safetensors' own check
+/// What the header says about one tensor. `bytes` lies inside the file and fits dtype and shape: safetensors' own check
 /// makes sure of both, and that tensors neither overlap nor leave gaps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorEntry {

@@ -61,8 +61,8 @@ pub fn loaded(stored: &str, expected: &HashSet<String>) -> String {
     }
 }
 
-/// Refuses `missing` and `extra` names, but for extra tensors that no Llama computes with; what to say of those that
-/// are worth a warning. `file` holds the tensors.
+/// Refuses `missing` and `extra` names, but for extra tensors that no Llama computes with; returns a warning where such
+/// tensors deserve one. `file` holds the tensors.
 ///
 /// # Errors
 /// [`Error::Model`] with a few of the names, their number, and what they mean.
@@ -88,7 +88,7 @@ pub fn check(file: &Path, specs: &[TensorSpec], missing: &[&str], extra: &[&str]
     Err(Error::model(file, message, help))
 }
 
-/// The wrapper whose part of the names, taken away, leaves names that the model has.
+/// The wrapper that was left in the names: without its part they are names that the model has.
 fn wrapper(specs: &[TensorSpec], strange: &[&str]) -> Option<(&'static str, &'static str)> {
     let known: HashSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
     let is_part = |part: &&str| WRAPPERS.iter().any(|(wrapper, _)| wrapper == part);
@@ -159,7 +159,7 @@ fn describe_missing(
                    base model without a head, which transformers would fill with random numbers"
             .into(),
         [] if all_end(strange, ".bias") => {
-            "if the model has biases, set attention_bias or mlp_bias in config.json to true".into()
+            "if the model has biases, set attention_bias or mlp_bias in config.json to true (model_type llama)".into()
         }
         [] if strange.iter().all(|name| name.starts_with("model.layers.")) => {
             let layers = specs.iter().filter(|spec| spec.name.ends_with(".input_layernorm.weight")).count();

@@ -39,8 +39,9 @@ impl StoredTensor {
     }
 }
 
-/// Writes `tensors`, finishes `file`, and returns the BLAKE3 of its bytes. `fill(tensor, offset, bytes)` assigns the little-endian values of a tensor
-/// from row-major index `offset` on; `bytes` starts at an address fit for any of the dtypes.
+/// Writes `tensors`, finishes `file`, and returns the BLAKE3 of its bytes. `fill(tensor, offset, bytes)` assigns the
+/// little-endian values of a tensor from row-major index `offset` on; `bytes` starts at an address fit for any of the
+/// dtypes.
 ///
 /// The order in the file is that of the safetensors library: wide dtypes first, so that all are aligned, then by name.
 ///

@@ -6,7 +6,7 @@ use crate::config::options::{Options, Origin, Row, rows};
 use crate::config::value::OptionValue;
 use crate::error::{Error, Result};
 
-/// The flag of a row: `--learning-rate NUMBER`. Values are read by the row, so that a flag and a recipe key accept
+/// The flag of a row: `--learning-rate NUMBER`. The row itself reads the values, so that a flag and a recipe key accept
 /// the same and complain alike.
 fn flag(row: &Row) -> Arg {
     let flag = Arg::new(row.name)
@@ -25,6 +25,9 @@ pub fn flags(wanted: impl Fn(&Row) -> bool) -> Vec<Arg> {
 }
 
 /// What was given to the flags of [`flags`].
+///
+/// # Errors
+/// [`Error::Config`] naming the flag whose value is wrong.
 pub fn options(matches: &ArgMatches, wanted: impl Fn(&Row) -> bool) -> Result<Options> {
     let mut options = Options::default();
     for row in rows().iter().filter(|row| wanted(row)) {
@@ -35,7 +38,7 @@ pub fn options(matches: &ArgMatches, wanted: impl Fn(&Row) -> bool) -> Result<Op
     Ok(options)
 }
 
-/// A flag of one command alone.
+/// A flag that one command alone has.
 pub fn own(name: &'static str, placeholder: &'static str, help: impl Into<String>) -> Arg {
     Arg::new(name)
         .long(name.replace('_', "-"))
@@ -45,7 +48,10 @@ pub fn own(name: &'static str, placeholder: &'static str, help: impl Into<String
         .action(ArgAction::Set)
 }
 
-/// The value of a flag made by [`own`], where `rule` holds.
+/// The value of a flag made by [`own`]; `rule` must hold for it.
+///
+/// # Errors
+/// [`Error::Config`] naming the flag, where its value does not parse or breaks the rule.
 pub fn value<T: OptionValue>(
     matches: &ArgMatches,
     name: &str,
@@ -63,7 +69,7 @@ pub fn value<T: OptionValue>(
     Ok(Some(parsed))
 }
 
-/// The value of a flag made by [`own`] as it stands.
+/// The value of a flag made by [`own`], as it was given.
 pub fn text(matches: &ArgMatches, name: &str) -> Option<String> {
     matches.get_one::<String>(name).cloned()
 }

@@ -10,14 +10,14 @@ use crate::config::{self, ObjectiveKind};
 use crate::error::{Error, Result};
 
 const ABOUT: &str = "Measure this machine: `kernels` times every kernel beside the machine's own ceilings (a large copy, a large \
-product), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
-cuBLASLt in turn. `counts` needs no GPU: it counts on the emulated device what each kernel computes and moves, beside the least \
+gemm), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
+cuBLASLt, one call after the other. `counts` needs no GPU: it counts on the emulated device what each kernel computes and moves, beside the least \
 that its operation needs.
 
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
 a model folder.";
 
-/// Layers, pairs, tokens or calls at most: more than any measurement needs, and few enough to count in 32 bits.
+/// Most layers, pairs, tokens or calls: more than any measurement needs, and few enough to count in 32 bits.
 const MOST: usize = 1 << 24;
 
 /// The options of `train` that mean the same here.
@@ -58,12 +58,12 @@ pub fn command() -> Command {
         .arg(own("warmups", "COUNT", "Calls before the timed ones"))
         .arg(own("calls", "COUNT", "Timed calls"))
         .arg(own("seconds", "SECONDS", "Begin nothing more when these are over, and report what was measured"))
-        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON, an object a part"))
-        .arg(own("csv", "FILE", "Add a row a result to FILE too"))
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON, one object per part"))
+        .arg(own("csv", "FILE", "Also add one row per result to FILE"))
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
@@ -129,7 +129,7 @@ fn cases(matches: &ArgMatches, parts: &[Part]) -> Result<Vec<BenchCase>> {
     Ok(cases)
 }
 
-/// Flags that a part would ignore are mistakes.
+/// Refuses flags that a part would ignore.
 fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
     let (part, flags, why): (_, &[&str], _) = match parts {
         [Part::Step] => ("step", &["only"], "it chooses kernels, and a step has none to choose"),

@@ -19,7 +19,7 @@ pub fn command() -> Command {
     Command::new("generate")
         .about("Answer a prompt")
         .long_about("Answer a prompt. The answer goes to standard output, everything else to standard error.")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("adapter", "DIR", "Folder of an adapter of that model, as PEFT has it"))
         .arg(own("prompt", "TEXT", "What the user says").required(true).allow_hyphen_values(true))
         .arg(own("system", "TEXT", "What the system message says").allow_hyphen_values(true).conflicts_with("raw"))
@@ -30,7 +30,7 @@ pub fn command() -> Command {
                 .conflicts_with("chat_template")
                 .help("Continue the prompt as it stands, with no chat template around it"),
         )
-        .arg(own("max_new_tokens", "COUNT", format!("Tokens at most [default: {MAX_NEW_TOKENS}]")))
+        .arg(own("max_new_tokens", "COUNT", format!("Most tokens of the answer [default: {MAX_NEW_TOKENS}]")))
         .arg(own("temperature", "NUMBER", "0 is greedy, 1 samples from the model as it is [default: 0]"))
         .arg(own(
             "top_p",
@@ -41,7 +41,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

@@ -11,7 +11,7 @@ pub fn command() -> Command {
     Command::new("merge")
         .about("Write a model with an adapter merged into its weights")
         .arg(
-            own("model", "DIR", "Hugging Face folder of the Llama model that the adapter was trained on")
+            own("model", "DIR", "Hugging Face folder of the model that the adapter was trained on")
                 .required(true),
         )
         .arg(own("adapter", "DIR", "Folder of the adapter, as PEFT has it").required(true))

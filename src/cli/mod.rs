@@ -18,7 +18,7 @@ use crate::bench::BenchConfig;
 use crate::config::{GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
-/// What a command line asks for before any command is run.
+/// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verbosity {
     /// Warnings and results only.
@@ -27,7 +27,7 @@ pub struct Verbosity {
     pub verbose: bool,
 }
 
-/// A command line that was understood.
+/// A command line that was parsed.
 pub struct Invocation {
     /// How much the program says.
     pub verbosity: Verbosity,
@@ -43,7 +43,7 @@ enum Parsed {
     Bench(BenchConfig),
 }
 
-/// What parsing ended in when there is nothing to run.
+/// How parsing ends where there is nothing to run.
 pub enum Stop {
     /// Help, or a usage error in clap's own words; clap prints it and knows the exit code (0 or 2).
     Clap(clap::Error),
@@ -57,7 +57,10 @@ impl From<Error> for Stop {
     }
 }
 
-/// Understands a command line, the program's name first.
+/// Parses a command line, whose first argument is the program's name.
+///
+/// # Errors
+/// [`Stop`] for help, for a usage error, and for a value that a flag cannot have.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Result<Invocation, Stop> {
     let mut command = command();
     let matches = command.try_get_matches_from_mut(arguments).map_err(|error| explain(error, &command))?;
@@ -80,7 +83,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
 }
 
 impl Invocation {
-    /// Does what was asked.
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// Those of the command.
     pub fn run(self) -> Result<()> {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
@@ -123,7 +129,7 @@ fn command() -> Command {
         .subcommand(bench::command())
 }
 
-/// An unknown flag or command names the nearest known one, in our words; the rest is clap's.
+/// Turns an unknown flag or command into an error that names the nearest known one; everything else stays clap's.
 fn explain(error: clap::Error, command: &Command) -> Stop {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),

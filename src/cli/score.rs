@@ -7,7 +7,7 @@ use crate::config::options::Row;
 use crate::config::{self, ObjectiveKind, ScoreConfig};
 use crate::error::{Error, Result};
 
-/// Factor of the rewards, as DPO's own default.
+/// Factor of the rewards: DPO's own default.
 const BETA: f64 = 0.1;
 
 /// The options of `train` that mean the same here.
@@ -21,7 +21,7 @@ fn shared(row: &Row) -> bool {
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
-        .arg(own("model", "DIR", "Hugging Face folder of the Llama model").required(true))
+        .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own(
             "adapter",
             "DIR",
@@ -32,7 +32,7 @@ pub fn command() -> Command {
             own(
                 "output",
                 "FILE.jsonl",
-                "File that receives a line a pair, in the order of the data; `-` is standard output",
+                "File that receives one line per pair, in the order of the data; `-` is standard output",
             )
             .required(true),
         )
@@ -52,7 +52,7 @@ pub fn command() -> Command {
         .args(arguments::flags(shared))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

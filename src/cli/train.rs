@@ -25,7 +25,7 @@ pub fn command() -> Command {
         .args(arguments::flags(|_| true))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

@@ -7,7 +7,8 @@ use crate::report::print_result;
 /// A line of `--version --verbose`: a name and what there is to say.
 type Feature = (&'static str, String);
 
-/// What this build can do. `kernels`: which GPUs, by which compiler, or why none; `emulated`: whether, or why not.
+/// What this build can do: `kernels` says for which GPUs kernels were built and by which compiler, or why there are
+/// none; `emulated` says whether the emulated device is built in, or why not.
 fn features() -> Vec<Feature> {
     vec![
         ("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS)),
@@ -18,7 +19,10 @@ fn features() -> Vec<Feature> {
     ]
 }
 
-/// The version on one line, then a line a feature where `verbose`.
+/// Prints the version on one line, then one line per feature if `verbose`.
+///
+/// # Errors
+/// [`crate::Error::Io`] if standard output cannot be written.
 pub fn print(verbose: bool) -> Result<()> {
     let mut text = format!("mmpo-fast {}\n", env!("CARGO_PKG_VERSION"));
     if verbose {

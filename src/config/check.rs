@@ -1,4 +1,4 @@
-//! The values an option may have. A rule completes "`beta` = -1 ...".
+//! The values an option may have. The text of a rule completes a sentence that begins "`beta` = -1".
 
 use std::path::PathBuf;
 
@@ -14,7 +14,8 @@ pub fn anything<T>(_value: &T) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The kernels compute in f32: a number that is infinite or zero there is not the number that was asked for.
+/// Whether the number is finite in f32. The kernels compute in f32: a number that is infinite or zero there is not the
+/// number that was asked for.
 fn is_finite(value: f64) -> bool {
     (value as f32).is_finite()
 }
@@ -53,10 +54,10 @@ pub fn below_half(value: &f64) -> Result<(), &'static str> {
     rule((0.0..0.5).contains(value), "must be at least 0 and less than 0.5: at 0.5 the labels say nothing")
 }
 
-/// More tokens, pairs or steps than any run has. Sums and products of a few such counts stay within 64 bits, and TOML
-/// can write them.
+/// Largest count, which is more tokens, pairs or steps than any run has. Sums and products of a few such counts stay
+/// within 64 bits, and TOML can write them.
 const LARGEST_COUNT: usize = (1 << 31) - 1;
-/// More MiB than any machine has.
+/// Largest number of MiB, which is more than any machine has.
 const LARGEST_MEBIBYTES: usize = 1 << 30;
 const MOST_THREADS: usize = 1024;
 
@@ -100,7 +101,7 @@ pub fn entropy_weight(value: &EntropyWeight) -> Result<(), &'static str> {
     }
 }
 
-/// Whether something is named at all.
+/// Whether the path names something at all.
 #[expect(clippy::ptr_arg, reason = "a rule takes the option's own type")]
 pub fn is_path(value: &PathBuf) -> bool {
     !value.as_os_str().is_empty()

@@ -1,4 +1,4 @@
-//! One validated configuration of a run, whatever it came from: flags before a recipe file before defaults.
+//! One validated configuration of a run, from flags, a recipe file and defaults, in this order of precedence.
 //!
 //! [`options`] is the table of a training run's options; [`recipe`] reads them from TOML and writes them back;
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
@@ -48,7 +48,7 @@ pub struct RunConfig {
     pub schedule: ScheduleConfig,
     /// Sizes of batches.
     pub batch: BatchConfig,
-    /// Limits that do not yet know the model's context.
+    /// Token limits, which do not yet take the model's context into account.
     pub limits: LengthLimits,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
@@ -72,13 +72,13 @@ pub struct RunConfig {
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
 const PAIRS_PER_STEP: usize = 128;
-/// A small file's pairs are parted into at least this many steps an epoch.
+/// A small file's pairs are divided into at least this many steps per epoch.
 const LEAST_STEPS: usize = 20;
 
 impl RunConfig {
     /// Pairs of one optimiser step of a run over `pairs` pairs: the number that was given, else 128, or for a file of
-    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps of an epoch. It is never less than
-    /// 2 or than MMPO's `reward_group`, whose pairs must lie in one step.
+    /// fewer than 2560 pairs the largest power of two that makes at least 20 steps per epoch. It is never less than 2
+    /// or than MMPO's `reward_group`, whose pairs must lie in one step.
     pub fn pairs_per_step(&self, pairs: usize) -> usize {
         let group = self.objective.formula().pairs_together();
         let most = (pairs / LEAST_STEPS).clamp(2, PAIRS_PER_STEP);
@@ -119,7 +119,7 @@ pub struct ScheduleConfig {
     pub kind: Schedule,
     /// Steps before the peak.
     pub warmup: Warmup,
-    /// Passes over the data; of no meaning where `max_steps` is given.
+    /// Passes over the data; ignored where `max_steps` is given.
     pub epochs: f64,
     /// Length of the run in optimiser steps, in place of `epochs`.
     pub max_steps: Option<usize>,
@@ -130,7 +130,7 @@ pub struct ScheduleConfig {
 pub enum Warmup {
     /// Share of all steps, `0..=1`.
     Ratio(f64),
-    /// So many optimiser steps.
+    /// A number of optimiser steps.
     Steps(usize),
 }
 
@@ -152,7 +152,7 @@ pub struct LengthLimits {
     pub max_prompt_length: usize,
 }
 
-/// The lengths that were given; what was not follows the defaults and the model's context.
+/// The lengths that were given; those that were not follow the defaults and the model's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AskedLengths {
     /// `--max-length`.
@@ -166,7 +166,7 @@ pub struct AskedLengths {
 pub struct EvaluationConfig {
     /// Pairs file; `None`: no evaluation.
     pub data: Option<PathBuf>,
-    /// Optimiser steps between evaluations; `None`: once an epoch.
+    /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
 }
 
@@ -179,11 +179,11 @@ pub struct ScoreConfig {
     pub adapter: Option<PathBuf>,
     /// Pairs file.
     pub data: PathBuf,
-    /// The JSON Lines file that is written, a line a pair.
+    /// The JSON Lines file that is written, one line per pair.
     pub output: PathBuf,
-    /// With it, rewards `beta * (lp - lp_ref)` and margins are written too.
+    /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
-    /// Factor of the rewards; of no meaning without a reference.
+    /// Factor of the rewards; ignored without a reference.
     pub beta: f64,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,

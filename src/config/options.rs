@@ -70,36 +70,36 @@ pub struct Given<T> {
     pub origin: Origin,
 }
 
-/// An option without its type, for what treats all options alike: flags, recipe files, help.
+/// An option without its type, for code that treats all options alike: flags, recipe files, help.
 pub struct Row {
     /// The recipe's key; the flag has `-` for `_`.
     pub name: &'static str,
-    /// The heading that it stands under in `--help`.
+    /// The heading under which it stands in `--help`.
     pub heading: &'static str,
     /// What it does, in a sentence.
     pub documentation: String,
-    /// Stands for the value in `--help`.
+    /// The word that stands for the value in `--help`.
     pub placeholder: &'static str,
     /// Whether the flag may stand alone, meaning `true`.
     pub is_switch: bool,
     /// The objectives that the option belongs to.
     pub only: Vec<ObjectiveKind>,
-    /// The default for people.
+    /// The default, for people.
     pub default: String,
     /// Sets it from a flag's text.
     pub put_text: fn(&mut Options, &str, Origin) -> Result<()>,
     /// Sets it from a recipe's value.
     pub put_toml: fn(&mut Options, &DeValue<'_>, Origin) -> Result<()>,
-    /// Who gave it, if anybody did.
+    /// Where the value came from; `None` if nobody gave one.
     pub origin: fn(&Options) -> Option<&Origin>,
-    /// Takes it back.
+    /// Removes the value.
     pub clear: fn(&mut Options),
     /// Its value as TOML, if it has one.
     pub to_toml: fn(&Options) -> Option<String>,
 }
 
 impl Row {
-    /// What `--help` says of it.
+    /// The text of `--help` about it.
     pub fn help(&self) -> String {
         let for_objectives = match self.only.len() == DESCRIPTORS.len() {
             true => String::new(),
@@ -152,7 +152,8 @@ fn checked<T: OptionValue>(
     }
 }
 
-/// Makes from the table: [`Options`] (what was given), [`Settled`] (what holds), and the [`rows`].
+/// Makes from the table: [`Options`] (the values that were given), [`Settled`] (the values that hold), and the
+/// [`rows`].
 macro_rules! options {
     ($($heading:literal { $(
         $(#[doc = $documentation:literal])+
@@ -173,7 +174,7 @@ macro_rules! options {
         )+)+ }
 
         impl Options {
-            /// `self` where it says something, else `lower`.
+            /// The values of `self`, and those of `lower` where `self` has none.
             pub fn or(self, lower: Options) -> Options {
                 Options { $($( $name: self.$name.or(lower.$name), )+)+ }
             }
@@ -247,7 +248,7 @@ options! {
         reward_group: usize, Absent = Absent("2, or 1 if --pairs-per-step is 1"), OWN, check::at_least_one;
         /// Scale the rewards of a group to 0..1; false is the paper's "- InBatchNormalization".
         reward_normalize: bool, Always<bool> = Always(true), OWN, check::anything;
-        /// Means over tokens instead of sums, of policy, reference and entropy; the paper's "+ LengthNorm".
+        /// Use means over tokens instead of sums, for policy, reference and entropy; the paper's "+ LengthNorm".
         length_normalize: bool, Always<bool> = Always(false), OWN, check::anything;
         /// Weight of an added DPO-like loss; at 1 the whole is plain SFT on the chosen responses.
         preference_weight: f64, Always<f64> = Always(0.0), OWN, check::not_negative;
@@ -303,7 +304,7 @@ options! {
     "Batches" {
         /// Pairs of one optimiser step, gathered over micro-batches. An epoch's last step takes what is left over.
         pairs_per_step: usize, Absent = Absent("128; with under 2560 pairs, the largest power of two from 2 that makes \
-            at least 20 steps of an epoch"), ALL, check::at_least_one;
+            at least 20 steps per epoch"), ALL, check::at_least_one;
         /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
         /// larger than that is a micro-batch of its own.
         tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
@@ -314,10 +315,10 @@ options! {
         /// Pairs to evaluate on.
         eval_data: PathBuf, Absent = Absent("no evaluation"), ALL, check::path;
         /// Optimiser steps between evaluations.
-        eval_steps: usize, Absent = Absent("once an epoch"), ALL, check::at_least_one;
+        eval_steps: usize, Absent = Absent("once per epoch"), ALL, check::at_least_one;
         /// Optimiser steps between checkpoints.
         save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
-        /// Checkpoints kept, the newest.
+        /// How many checkpoints are kept, the newest ones.
         keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
     }
     "Machine" {

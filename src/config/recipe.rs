@@ -21,17 +21,26 @@ const DEMO: &str = include_str!("../../recipes/demo.toml");
 const FLAGS_ONLY: [&str; 2] = ["recipe", "resume"];
 
 /// Reads a recipe file.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read; [`Error::Config`] naming line and key of what is wrong in it.
 pub fn read(path: &Path) -> Result<Options> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, "read", source))?;
     parse(&text, path)
 }
 
 /// Reads a recipe's text; `path` is for messages.
+///
+/// # Errors
+/// [`Error::Config`] naming line and key of what is wrong.
 pub fn parse(text: &str, path: &Path) -> Result<Options> {
     parse_with(text, &path.display().to_string(), |line| Origin::Recipe { path: path.to_path_buf(), line })
 }
 
 /// The built-in demo's recipe.
+///
+/// # Errors
+/// [`Error::Config`], as for any recipe; a test reads it.
 pub fn demo() -> Result<Options> {
     parse_with(DEMO, DEMO_PATH, |line| Origin::Demo { line })
 }
@@ -161,7 +170,7 @@ fn some<T>(value: T) -> Option<Given<T>> {
     Some(Given { value, origin: Origin::Flag })
 }
 
-/// Takes out what does not belong to the objective.
+/// Removes the options that do not belong to the objective.
 fn clear_strangers(options: &mut Options, kind: ObjectiveKind) {
     rows().iter().filter(|row| !row.only.contains(&kind)).for_each(|row| (row.clear)(options));
 }

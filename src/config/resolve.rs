@@ -1,4 +1,4 @@
-//! From what was given to what holds: layers, defaults, and the rules between options.
+//! From the options that were given to the configuration that holds: layers, defaults, and the rules between options.
 
 use std::path::{Path, PathBuf};
 
@@ -22,13 +22,17 @@ const MAX_PROMPT_LENGTH: usize = 1800;
 /// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
 const MAX_LENGTH: usize = 2312;
 
-/// Pairs of options of which a run has one.
+/// Pairs of options of which a run may have only one.
 const RIVALS: [(&str, &str); 2] = [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps")];
 
-/// The configuration of a run: `flags` before the recipe file before defaults.
+/// The configuration of a run. A flag is taken before the recipe file, and that before a default.
 ///
 /// With neither model, data nor recipe it is the built-in demo; with `resume`, the run that was saved in the output
 /// folder.
+///
+/// # Errors
+/// [`Error::Config`] naming the options that are missing, contradict each other or do not belong to the objective;
+/// [`Error::Io`] for a recipe that cannot be read.
 pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Result<RunConfig> {
     let bare = recipe_file.is_none() && flags.model.is_none() && flags.data.is_none();
     let base = match recipe_file {
@@ -49,7 +53,8 @@ pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Resu
     build(options.settle(kind), files, resume)
 }
 
-/// The demo's recipe. Its numbers belong to its objective: another one that is asked for comes with its own defaults.
+/// The demo's recipe. Its numbers belong to its objective: where the flags ask for another objective, that one's
+/// defaults hold instead.
 fn demo(flags: &Options) -> Result<Options> {
     let mut demo = recipe::demo()?;
     let objective = |options: &Options| options.objective.as_ref().map(|given| given.value);
@@ -59,8 +64,8 @@ fn demo(flags: &Options) -> Result<Options> {
     Ok(demo)
 }
 
-/// A resolved recipe that lies in another run's folder than the one it names: the run was moved, or the recipe has a
-/// relative path and is read from elsewhere. Resuming would begin a new run in the folder that it names.
+/// Refuses a resolved recipe that lies in another folder than the run's folder that it names: the run was moved, or the
+/// recipe has a relative path and is read from elsewhere. Resuming would begin a new run in the folder that it names.
 fn refuse_moved_run(recipe_file: &Path, recipe: &Options) -> Result<()> {
     let Some(output) = &recipe.output else { return Ok(()) };
     let folder =
@@ -109,7 +114,8 @@ fn saved_run(flags: &Options) -> Result<Options> {
     recipe::read(&saved)
 }
 
-/// `upper` over `lower`; one of two rivals above replaces the other below.
+/// Merges `upper` over `lower`. Where `upper` sets one of two options of [`RIVALS`], the other one of `lower` is
+/// removed.
 fn layer(upper: Options, mut lower: Options) -> Options {
     let rows = rows();
     let find = |name: &str| rows.iter().find(|row| row.name == name);
@@ -141,7 +147,7 @@ fn require_one_of_rivals(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// An option of another objective is an error, never ignored.
+/// Refuses an option that belongs to another objective: it is never ignored.
 fn refuse_strangers(options: &Options, kind: ObjectiveKind) -> Result<()> {
     for row in rows().iter().filter(|row| !row.only.contains(&kind)) {
         let Some(origin) = (row.origin)(options) else { continue };
@@ -160,7 +166,7 @@ fn refuse_strangers(options: &Options, kind: ObjectiveKind) -> Result<()> {
     Ok(())
 }
 
-/// An option that another one makes idle.
+/// Refuses an option that another one makes idle.
 fn refuse_idle(options: &Options) -> Result<()> {
     if let (Some(group), Some(Given { value: false, .. })) =
         (&options.reward_group, &options.reward_normalize)
@@ -286,6 +292,9 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
 }
 
 /// The lengths given to `train` or `score`, checked as far as they can be without the model.
+///
+/// # Errors
+/// [`Error::Config`] for a prompt that leaves no room for a response.
 pub fn asked_lengths(settled: &Settled) -> Result<AskedLengths> {
     let asked = AskedLengths { max_length: settled.max_length, max_prompt_length: settled.max_prompt_length };
     asked.limits(None)?;
@@ -296,8 +305,11 @@ impl AskedLengths {
     /// The least `max_length`: a token of the prompt and one of the response.
     pub const LEAST: usize = 2;
 
-    /// The limits for a model that was trained for `context` positions, which a default does not pass; a prompt must
+    /// The limits for a model that was trained for `context` positions, which a default does not exceed; a prompt must
     /// leave room for a response.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a prompt that leaves none.
     pub fn limits(self, context: Option<usize>) -> Result<LengthLimits> {
         let default = MAX_LENGTH.min(context.unwrap_or(MAX_LENGTH)).max(Self::LEAST);
         let max_length = self.max_length.unwrap_or(default);

@@ -1,6 +1,6 @@
-//! "Did you mean": the nearest known name, with the names that other trainers use for the same thing.
+//! "Did you mean": the nearest known name, also for the names that other trainers use for the same thing.
 
-/// Names that users bring from TRL, transformers, axolotl and LLaMA-Factory, and ours.
+/// Names that users bring from TRL, transformers, axolotl and LLaMA-Factory, each with ours.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("adam_eps", "adam_epsilon"),
     ("base_model", "model"),
@@ -36,7 +36,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("train_batch_size", "pairs_per_step"),
 ];
 
-/// The known name nearest to `unknown`; `None` only where nothing is known. Hyphens and underscores are one.
+/// The known name nearest to `unknown`; `None` only where nothing is known. Hyphens and underscores count as the same.
 pub fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |name: &str| name.trim_start_matches('-').replace('-', "_").to_lowercase();
     let unknown = plain(unknown);

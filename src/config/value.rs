@@ -1,4 +1,4 @@
-//! What an option's value may be, read from a flag's text or from a TOML value, and what stands in for it.
+//! What an option's value may be, read from a flag's text or from a TOML value, and the default in its place.
 
 use std::path::PathBuf;
 
@@ -14,17 +14,17 @@ use crate::optimizer::Schedule;
 ///
 /// Messages complete the sentence "`name` ...", for example "`beta` must be a number, not `high`".
 pub trait OptionValue: Clone {
-    /// Stands for the value in `--help`.
+    /// The word that stands for the value in `--help`.
     const PLACEHOLDER: &'static str;
     /// Whether the flag may stand alone, meaning `true`.
     const IS_SWITCH: bool = false;
 
-    /// The value of a flag.
+    /// Reads the value of a flag.
     ///
     /// # Errors
     /// The end of a sentence that begins with the option's name.
     fn from_text(text: &str) -> Result<Self, String>;
-    /// The value of a recipe's key.
+    /// Reads the value of a recipe's key.
     ///
     /// # Errors
     /// The end of a sentence that begins with the option's name.
@@ -33,7 +33,7 @@ pub trait OptionValue: Clone {
     fn to_toml(&self) -> String;
 }
 
-/// `DeValue` for people.
+/// A TOML value, described for people.
 fn toml_kind(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string \"{text}\""),
@@ -280,7 +280,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// The name of the built-in demo's model and pairs; no path can be meant by it (`./builtin:demo` can).
+    /// The name of the built-in demo's model and pairs. It never means a path; `./builtin:demo` does.
     pub const BUILTIN: &'static str = "builtin:demo";
 
     /// A path, or the built-in source where there is none.
@@ -322,12 +322,12 @@ impl OptionValue for Source {
     }
 }
 
-/// The weight of the entropy term: a number, or `beta` for whatever beta is, as the paper's ablation has it.
+/// The weight of the entropy term: a number, or the word `beta` for the value of beta, as in the paper's ablation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum EntropyWeight {
-    /// As much as beta is.
+    /// The value of beta.
     Beta,
-    /// So much.
+    /// This number.
     Number(f64),
 }
 
@@ -361,18 +361,18 @@ impl OptionValue for EntropyWeight {
     }
 }
 
-/// What an option is when nobody gave it.
+/// The default of an option, used where nobody gave a value.
 pub trait Fallback<T> {
-    /// Type of the option once that is settled.
+    /// Type of the option after defaults.
     type Settled;
 
-    /// The option's value: the given one, or what stands in for it with that objective.
+    /// The option's value: the given one, or the default for that objective.
     fn settle(self, given: Option<T>, objective: ObjectiveKind) -> Self::Settled;
     /// The default for `--help`.
     fn label(self, only: &[ObjectiveKind]) -> String;
 }
 
-/// One value, whatever the objective.
+/// One default, whatever the objective.
 pub struct Always<T>(pub T);
 
 impl<T: OptionValue> Fallback<T> for Always<T> {
@@ -387,7 +387,7 @@ impl<T: OptionValue> Fallback<T> for Always<T> {
     }
 }
 
-/// A number that each objective's descriptor has.
+/// A default that each objective's descriptor has.
 pub struct PerObjective(pub fn(&Descriptor) -> f64);
 
 impl Fallback<f64> for PerObjective {
@@ -403,7 +403,7 @@ impl Fallback<f64> for PerObjective {
     }
 }
 
-/// No value, or one that depends on other options; the words say which.
+/// No default, or one that depends on other options; the words say which.
 pub struct Absent(pub &'static str);
 
 impl<T> Fallback<T> for Absent {

@@ -121,13 +121,13 @@ pub struct PairBatch {
     pub spans: Vec<PairSpan>,
     /// `[T]` token ids.
     pub token_ids: Vec<u32>,
-    /// `[T]` positions for RoPE; those of the rejected response restart behind the prompt.
+    /// `[T]` positions for RoPE; those of the rejected response restart after the prompt.
     pub positions: Vec<u32>,
     /// `[N]` the row whose hidden state predicts the target: for a response's first token, the prompt's last row.
     pub scored_rows: Vec<u32>,
     /// `[N]` the token to be predicted.
     pub targets: Vec<u32>,
-    /// One entry a pair; its ranges tile `0..N` in order, chosen before rejected.
+    /// One entry per pair; its ranges tile `0..N` in order, chosen before rejected.
     pub scored: Vec<ScoredPair>,
 }
 

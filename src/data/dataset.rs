@@ -23,6 +23,9 @@ pub struct PairDataset {
 
 impl PairDataset {
     /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
+    ///
+    /// # Errors
+    /// [`Error::Model`] with the largest such token.
     pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
         let tokens =
             self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
@@ -41,8 +44,9 @@ impl PairDataset {
 /// Reads `path` and tokenises its pairs. The result does not depend on the number of threads, and the error of the
 /// first bad record in file order is the one reported.
 ///
-/// Errors: the file cannot be read, is empty, holds a broken or ill-typed record or one that the chat template
-/// refuses, or not one pair of it can be used.
+/// # Errors
+/// [`Error::Io`] where the file cannot be read; [`Error::Data`] where it is empty, holds a broken or ill-typed record
+/// or one that the chat template refuses, or where not one pair of it can be used.
 pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> Result<PairDataset> {
     let mut dataset =
         PairDataset { pairs: Vec::new(), report: EncodingReport::new(limits), fingerprint: [0; 32] };
@@ -51,7 +55,7 @@ pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> R
     read_ahead(path, &mut |chunk| {
         let read = |raw: RawRecord| -> Result<(Read, EncodedRecord)> {
             let record = raw.read(path)?;
-            // The raw text goes before the tokens come.
+            // Drop the raw text before the tokens are made.
             drop(raw);
             Ok((Read::of(&record), encoder.encode(path, &record, limits)?))
         };
@@ -100,7 +104,7 @@ fn read_ahead(path: &Path, sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>) -
                     no_record(path)
                 })
             });
-            // Whoever hung up has an error of its own, of an earlier record.
+            // The receiver that hung up has an error of its own, of an earlier record.
             if stopped { Ok(()) } else { read }
         });
         for chunk in &receive {
@@ -110,7 +114,7 @@ fn read_ahead(path: &Path, sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>) -
     })
 }
 
-/// Tokens of a pair whose lists lie on pages of their own.
+/// A pair of more tokens than this has lists that lie on pages of their own.
 const LARGE_PAIR: usize = 1 << 20;
 
 /// Chunks that are read before they are needed.

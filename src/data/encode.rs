@@ -1,4 +1,4 @@
-//! From records to token ids: one piece, as the model sees it and as TRL has it.
+//! From records to token ids: each text is tokenised in one piece, as the model sees it and as TRL does it.
 //!
 //! Prompt and response are tokenised as one text, once with each response. The prompt's share is what both have in
 //! common with the tokens of the prompt alone; all after it is the response. Where a token reaches across the boundary,
@@ -70,8 +70,11 @@ impl Events {
 }
 
 impl TextEncoder {
-    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a
-    /// file, to use instead.
+    /// Loads tokenizer and template of a model folder; `chat_template` is the name of one of its templates, or a file,
+    /// to use instead.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::load`] and [`ChatTemplate::load`].
     pub fn load(folder: &Path, chat_template: Option<&Path>) -> Result<Self> {
         let (tokenizer, config) = Tokenizer::load(folder)?;
         let special_tokens = tokenizer.special_tokens().clone();
@@ -79,8 +82,12 @@ impl TextEncoder {
         Ok(TextEncoder { tokenizer, template })
     }
 
-    /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same
-    /// ids stand before a response in training, but for an end that belongs to the response there.
+    /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same ids
+    /// stand before a response in training, but for an end that belongs to the response there.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model without a chat template, and for a prompt that the template refuses; those of the
+    /// tokenizer.
     pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.template()?;
         let messages: Vec<&Message> = messages.iter().collect();
@@ -90,8 +97,11 @@ impl TextEncoder {
         self.tokenizer.encode(&text)
     }
 
-    /// Token ids of a plain prompt, as in plain-text pairs: without what the tokenizer puts after plain text, since
-    /// the prompt goes on.
+    /// Token ids of a plain prompt, as in plain-text pairs: without the tokens that the tokenizer puts after plain
+    /// text, since the prompt goes on.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
     pub fn encode_text_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode_plain(text, &mut SegmentCache::default())?;
         ids.truncate(ids.len() - self.tokenizer.appended());
@@ -99,6 +109,10 @@ impl TextEncoder {
     }
 
     /// Token ids of one record of `path`, which errors name.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a record that the chat template refuses or that is too long to be tokenised;
+    /// [`Error::Model`] where tokenizer or template cannot be used.
     pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
         let mut events = Events::default();
         let pair = match has_blank_response(&record.body) {
@@ -169,7 +183,7 @@ impl TextEncoder {
         })
     }
 
-    /// The three texts as ids, cut where both wholes part from the prompt alone.
+    /// The three texts as ids, cut where both wholes differ from the prompt alone.
     fn tokenise(&self, record: usize, texts: &Texts, events: &mut Events) -> Result<TokenizedPair> {
         let mut cache = SegmentCache::default();
         let mut encode = |text: &str| match texts.plain {
@@ -352,7 +366,7 @@ fn common_tokens(one: &[u32], other: &[u32]) -> usize {
     one.iter().zip(other).take_while(|(one, other)| one == other).count()
 }
 
-/// Whose fault it is that a conversation has no text.
+/// Who has to mend it when a conversation gives no text: whoever made the model, or whoever wrote the record.
 enum RenderFailure {
     Model(Error),
     Record(String),

@@ -54,7 +54,7 @@ impl BatchOrder {
         }
     }
 
-    /// The batches from step `first_step` on, without end (none if there are no pairs).
+    /// The batches from step `first_step` on, without an end (none if there are no pairs).
     pub fn from_step(self, first_step: usize) -> Steps {
         Steps { order: self, step: first_step, permuted_epoch: None, permutation: Vec::new() }
     }

@@ -10,7 +10,7 @@ thread_local! {
     static SILENT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `call` returns, or the message of the panic that ended it. Nothing is printed for such a panic.
+/// Returns what `call` returns, or the message of the panic that ended it. Nothing is printed for such a panic.
 ///
 /// For calls into libraries that panic where they should return an error. `call` must not leave something half
 /// changed that is used after its panic.

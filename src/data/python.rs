@@ -5,7 +5,7 @@ use std::fmt::Write;
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-/// How much may be written of one value.
+/// Limits of what may be written of one value.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     /// Lists and mappings within each other.

@@ -1,7 +1,8 @@
 //! Reference log-probs kept on disk between runs.
 //!
-//! They depend on the reference's weights, on the token ids, and on the numbers of the device that computed them,
-//! and are stored under a hash of all of it: a change of any finds no file and computes anew.
+//! They depend on the reference's weights, on the token ids, and on the arithmetic of the device that computed them,
+//! and are stored under a hash of all of these: where one of them changes, no file is found, and they are computed
+//! anew.
 //!
 //! A file is one line of JSON that says what it is, then `pairs` records of 16 bytes (little-endian f32
 //! `logp_chosen`, f32 `logp_rejected`, u32 `tokens_chosen`, u32 `tokens_rejected`), then the 32-byte BLAKE3 hash of
@@ -27,7 +28,7 @@ const FORMAT: &str = "mmpo-fast reference log-probs";
 const VERSION: u32 = 1;
 const RECORD_BYTES: usize = 16;
 const HASH_BYTES: usize = blake3::OUT_LEN;
-/// More than any header of ours takes.
+/// More bytes than any header of ours takes.
 const HEADER_BYTES: usize = 4096;
 
 /// All that reference log-probs depend on.
@@ -125,7 +126,7 @@ impl ReferenceCache {
     pub fn store(&self, references: &[ReferencePair]) -> Result<()> {
         self.write(&self.path, references, references.len())?;
         match fs::remove_file(self.partial_path()) {
-            // What is left there is never looked at again.
+            // A partial file that is left there is never looked at again.
             Ok(()) | Err(_) => Ok(()),
         }
     }
@@ -165,6 +166,9 @@ impl ReferenceCache {
     }
 
     /// The stored log-probs if there are any, else those of `compute`, which are stored.
+    ///
+    /// # Errors
+    /// Those of `compute`, and [`Error::Io`] where they cannot be stored.
     pub fn load_or_compute(
         &self,
         pairs: usize,
@@ -178,7 +182,7 @@ impl ReferenceCache {
         Ok(references)
     }
 
-    /// What `bytes` hold, or what is wrong with them.
+    /// The log-probs that `bytes` hold, or what is wrong with them.
     fn parse(
         &self,
         bytes: &[u8],
@@ -205,8 +209,8 @@ impl ReferenceCache {
     }
 }
 
-/// The bytes of a regular file of this user's own, `None` where there is no file; else what is wrong with it, before
-/// anything is read from it that could block or never end.
+/// The bytes of a regular file of this user's own; `None` where there is no file. The error says what is wrong with it,
+/// before anything is read that could block or never end.
 fn read_own_file(path: &Path, most: usize) -> std::result::Result<Option<Vec<u8>>, String> {
     let failed = |error: std::io::Error| format!("the file cannot be read ({error})");
     let file = match open_without_waiting(path) {

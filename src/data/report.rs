@@ -44,7 +44,7 @@ pub enum Cause {
     BosTwice,
     /// No column holds a prompt: it is the beginning that both texts share.
     ImplicitPrompt,
-    /// The same, while the record has a text in a column whose name means nothing here.
+    /// As [`Cause::ImplicitPrompt`], while the record has a text in a column whose name means nothing here.
     ImplicitPromptBesideText,
     /// The messages of the prompt stood at the beginning of a response too, and were taken off there.
     PromptTakenOff,
@@ -102,7 +102,7 @@ impl Cause {
         )
     }
 
-    /// Whether its example tells what happened, rather than being an excerpt of the record.
+    /// Whether its example says what happened, rather than being an excerpt of the record.
     fn is_told(self) -> bool {
         matches!(
             self,
@@ -138,10 +138,10 @@ impl Cause {
     }
 }
 
-/// How often a cause struck, and where first.
+/// How often a cause was met, and where first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Records that it struck.
+    /// Records in which it was met.
     pub count: usize,
     /// 1-based lines (JSON Lines) or record numbers of the first few.
     pub first: Vec<usize>,
@@ -149,7 +149,7 @@ pub struct Tally {
     pub example: Option<String>,
 }
 
-/// The account of a file's records; `Display` shows it to people, and its alternate form leaves out what
+/// The report on a file's records. `Display` shows it to people, and its alternate form leaves out what
 /// [`EncodingReport::warnings`] says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodingReport {
@@ -178,7 +178,7 @@ impl EncodingReport {
         }
     }
 
-    /// How often a cause struck.
+    /// How often a cause was met.
     pub fn tally(&self, cause: Cause) -> &Tally {
         &self.tallies[cause as usize]
     }
@@ -217,7 +217,7 @@ impl EncodingReport {
             .collect()
     }
 
-    /// Tells the user what became of the records of the file `name`: the account, and each warning once.
+    /// Logs the report on the records of the file `name`, and each warning once.
     pub fn log(&self, name: &str) {
         tracing::info!("{name}: {self:#}");
         for warning in self.warnings() {
@@ -246,7 +246,7 @@ impl EncodingReport {
         match cause {
             Cause::BlankResponse => "dropped: a response is empty".to_string(),
             Cause::NoRoom => {
-                format!("dropped: no room for a response behind the prompt within max_length {max_length}")
+                format!("dropped: no room for a response after the prompt within max_length {max_length}")
             }
             Cause::NothingToScore => "dropped: an empty prompt and a response of one token".to_string(),
             Cause::PromptCut => format!("prompts cut on the left to max_prompt_length {max_prompt_length}"),

@@ -54,14 +54,14 @@ pub struct Tokenizer {
 /// segment is what lies between two added tokens; nothing outside decides its ids.
 #[derive(Debug, Default)]
 pub struct SegmentCache {
-    /// By whether the segment begins its text, which some tokenizers treat otherwise, and by its normalised text.
+    /// By whether the segment begins its text, which some tokenizers treat differently, and by its normalised text.
     ids: [HashMap<String, Vec<u32>, RandomState>; 2],
 }
 
-/// Bytes of text that the library is given at once, which takes about 120 times as much memory.
+/// Most bytes of text that the library is given at once; it takes about 120 times as much memory.
 const MOST_UNCUT: usize = 4 << 20;
 
-/// The error of a text, or a part of one, that cannot be cut and is too long as a whole: its bytes.
+/// The error of a text, or of a part of one, that cannot be cut and is too long as a whole; holds its bytes.
 #[derive(Debug)]
 struct Uncut(usize);
 
@@ -81,7 +81,9 @@ impl std::error::Error for Uncut {}
 impl Tokenizer {
     /// Loads the tokenizer of `folder`; also gives its `tokenizer_config.json`, where chat templates may stand.
     ///
-    /// Errors: a file is missing, broken, or something else; the named tokens are not the tokenizer's.
+    /// # Errors
+    /// [`Error::Model`] where a file is missing, broken or something else, or where the named tokens are not the
+    /// tokenizer's.
     pub fn load(folder: &Path) -> Result<(Self, Map<String, Value>)> {
         let path = folder.join("tokenizer.json");
         let bytes = read_tokenizer_file(folder, &path)?;
@@ -129,14 +131,18 @@ impl Tokenizer {
     }
 
     /// Token ids of `text`; special tokens written in it become their ids, none is added.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_with`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, &mut SegmentCache::default())
     }
 
-    /// As [`Tokenizer::encode`], with what earlier texts have left in `cache`.
+    /// As [`Tokenizer::encode`], with the ids that earlier texts have left in `cache`.
     ///
-    /// Errors: [`Error::Data`] for a text that is too long to be tokenised, [`Error::Model`] for whatever else the
-    /// tokenizer does not take.
+    /// # Errors
+    /// [`Error::Data`] for a text that is too long to be tokenised, [`Error::Model`] for whatever else the tokenizer
+    /// does not take.
     pub fn encode_with(&self, text: &str, cache: &mut SegmentCache) -> Result<Vec<u32>> {
         self.ids(|| match &self.words {
             Some(words) => words.encode(&self.inner, text, cache),
@@ -144,8 +150,11 @@ impl Tokenizer {
         })
     }
 
-    /// The ids that the library gives the text as a whole: what [`Tokenizer::encode`] must equal. It takes far more
+    /// The ids that the library gives the text as a whole, which [`Tokenizer::encode`] must equal. It takes far more
     /// time and memory.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_with`].
     pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         self.ids(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))
     }
@@ -173,12 +182,18 @@ impl Tokenizer {
 
     /// Token ids of `text` as plain text, which is what calling the tokenizer in transformers gives: with the tokens
     /// that the post-processor adds, a BOS in most.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_with`].
     pub fn encode_plain(&self, text: &str, cache: &mut SegmentCache) -> Result<Vec<u32>> {
         let [before, after] = &self.around_text;
         Ok([before.as_slice(), &self.encode_with(text, cache)?, after].concat())
     }
 
     /// Text of `ids`, without special tokens if `skip_special_tokens`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for ids that the tokenizer cannot decode.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         let failed = |error: &dyn std::fmt::Display| {
             Error::model(&self.path, format!("cannot decode {} tokens: {error}", ids.len()), COPY_HELP)
@@ -257,8 +272,8 @@ impl Tokenizer {
         Error::model(&self.path, format!("cannot tokenise a text: {error}"), COPY_HELP)
     }
 
-    /// The ids of `text`, segment by segment. The library's own steps, but each segment is tokenised only once for
-    /// all texts that share `cache`.
+    /// The ids of `text`, segment by segment. These are the library's own steps, but each segment is tokenised only
+    /// once for all texts that share `cache`.
     fn segments(&self, text: &str, cache: &mut SegmentCache) -> tokenizers::Result<Vec<u32>> {
         if text.len() > MOST_UNCUT {
             return Err(Box::new(Uncut(text.len())));
@@ -364,13 +379,13 @@ fn build(
 
 /// The class that the configs name for this tokenizer.
 fn class_of(folder: &Path, config: &Map<String, Value>, tokenizer: &Value) -> Result<Class> {
-    let name = |config: &Map<String, Value>| {
-        config.get("tokenizer_class").and_then(Value::as_str).map(str::to_string)
-    };
-    let name = match name(config) {
-        Some(name) => Some(name),
-        // A broken config.json is the model loader's to report.
-        None => read_object(&folder.join("config.json")).ok().as_ref().and_then(name),
+    let text =
+        |config: &Map<String, Value>, key: &str| config.get(key).and_then(Value::as_str).map(str::to_string);
+    // A broken config.json is the model loader's to report.
+    let model = read_object(&folder.join("config.json")).unwrap_or_default();
+    let name = match class::of_family(text(&model, "model_type").as_deref()) {
+        Some(name) => Some(name.to_string()),
+        None => text(config, "tokenizer_class").or_else(|| text(&model, "tokenizer_class")),
     };
     let (class, known) = Class::of(name.as_deref(), tokenizer);
     if !known {

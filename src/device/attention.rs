@@ -119,7 +119,7 @@ pub struct AttentionGradient<'a, D: Memory> {
     pub qkv: &'a ComputeBuffer<D>,
     /// The batch that the forward ran over.
     pub batch: &'a BatchBuffers<D>,
-    /// Heads.
+    /// Heads and their size.
     pub shape: AttentionShape,
 }
 
@@ -154,8 +154,9 @@ pub trait AttentionBackward: Memory {
         self.run_attention_backward(operands, checked)
     }
 
-    /// Sets the scratch memory aside that [`Attention::attention_forward`] and [`AttentionBackward::attention_backward`]
-    /// take for batches of up to this capacity: no step allocates it then, and [`Memory::free_memory`] no longer counts it.
+    /// Sets aside the scratch memory that [`Attention::attention_forward`] and
+    /// [`AttentionBackward::attention_backward`] take for batches of up to this capacity: no step allocates it then,
+    /// and [`Memory::free_memory`] no longer counts it.
     fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()>;
 
     /// Another handle of this device, whose attention backward adds the terms of a sum in whatever order its blocks come
@@ -169,7 +170,7 @@ pub trait AttentionBackward: Memory {
     fn run_attention_backward(&self, operands: AttentionGradient<'_, Self>, checked: Checked) -> Result<()>;
 }
 
-/// Refuses heads of which some would share a key/value head with more others than the rest.
+/// Refuses query heads that cannot be shared out evenly over the key/value heads.
 fn check_heads(operation: &str, shape: AttentionShape) -> Result<()> {
     let AttentionShape { heads, kv_heads, head_size } = shape;
     if kv_heads == 0 || head_size == 0 || heads == 0 || heads % kv_heads != 0 {

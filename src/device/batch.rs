@@ -11,7 +11,8 @@ pub struct BatchBuffers<D: Memory> {
     /// Host copy of the spans: launchers choose their work from it.
     pub host_spans: Vec<PairSpan>,
     lists: HostLists,
-    /// This token's row of the embedding gets no gradient from its use as an input, as transformers' `padding_idx`.
+    /// The token whose row of the embedding gets no gradient from its use as an input, as with transformers'
+    /// `padding_idx`.
     pub padding_token: Option<u32>,
     /// Rows listed in `rows_by_token`: all but those of the padding token.
     pub embedding_rows: usize,
@@ -37,6 +38,9 @@ pub struct BatchBuffers<D: Memory> {
 
 impl<D: Memory> BatchBuffers<D> {
     /// Room for batches of up to `max_tokens` tokens, `max_pairs` pairs and `max_scored` scored tokens.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {
             host_spans: Vec::with_capacity(max_pairs),
@@ -55,13 +59,12 @@ impl<D: Memory> BatchBuffers<D> {
         })
     }
 
-    /// Replaces the contents by `batch`. `constants` has one entry a pair, or is empty where no objective is
-    /// evaluated (scoring); then zeros take its place.
+    /// Replaces the contents by `batch`. `constants` has one entry per pair, or is empty where no objective is
+    /// evaluated (scoring); zeros take its place then.
     ///
     /// # Errors
-    /// [`Error::Device`] if the batch exceeds the capacity; [`Error::Bug`] if it has not one constant a pair, or if three
-    /// scored tokens
-    /// share a row. The buffers are untouched then.
+    /// [`Error::Device`] if the batch exceeds the capacity; [`Error::Bug`] if `constants` has entries, but not one
+    /// per pair, or if three scored tokens share a row. The buffers are untouched then.
     pub fn load(&mut self, device: &D, batch: &PairBatch, constants: &[PairConstants]) -> Result<()> {
         let pairs = batch.spans.len();
         self.check_capacity(device, batch)?;
@@ -102,7 +105,8 @@ impl<D: Memory> BatchBuffers<D> {
     }
 }
 
-/// What [`BatchBuffers::load`] works out of a batch; kept between batches, so that no step allocates it.
+/// Lists that [`BatchBuffers::load`] derives from a batch. They are kept between batches, so that no step allocates
+/// them.
 #[derive(Debug, Default)]
 struct HostLists {
     /// `[T]` the scored tokens that each row predicts, ascending, `u32::MAX` for none.
@@ -135,7 +139,7 @@ impl HostLists {
         let token = |row: u32| batch.token_ids[row as usize];
         self.rows_by_token.clear();
         self.rows_by_token.extend((0..batch.tokens() as u32).filter(|&row| Some(token(row)) != padding));
-        // Ties by row; the stable sort would allocate.
+        // The row breaks ties. A stable sort would do so by itself, but it allocates.
         self.rows_by_token.sort_unstable_by_key(|&row| (token(row), row));
         self.constants.clear();
         self.constants.extend_from_slice(constants);

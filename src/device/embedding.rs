@@ -7,9 +7,8 @@ use crate::error::Result;
 /// Gathers and scatters rows of `D` values.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
-/// [`crate::Error::Device`] where the device fails;
-/// the CPU also for an index outside its table.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and [`crate::Error::Device`]
+/// where the device fails; the CPU also for an index outside its table.
 pub trait Embedding: Memory {
     /// Assigns `out[T, D] = table[token_ids, :]`.
     fn embedding_forward(

@@ -17,8 +17,8 @@ pub trait Hardware: Sized + Send + Sync + 'static {
     /// Those of `work`, and those of the device's clock.
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64>;
 
-    /// Runs `work` and says how long each operation in it took, in order. Noting the moments costs a few microseconds
-    /// an operation.
+    /// Runs `work` and says how long each operation in it took, in order. Recording the moments costs a few
+    /// microseconds per operation.
     ///
     /// # Errors
     /// Those of `work`, and those of the device's clock.

@@ -13,7 +13,8 @@ pub enum HeadMode {
     Score,
     /// The probabilities of all of a call's rows: `6 N V D` operations, and a workspace that grows with the rows of a call.
     Main,
-    /// Nothing: the backward forms the logits once more. `8 N V D` operations in less than [`RECOMPUTE_WORKSPACE`].
+    /// Nothing: the backward forms the logits once more. `8 N V D` operations, and a workspace below
+    /// [`RECOMPUTE_WORKSPACE`].
     Recompute,
 }
 
@@ -131,9 +132,8 @@ pub struct HeadBackward<'a, D: Memory> {
 /// The log-prob head.
 ///
 /// # Errors
-/// All methods return [`Error::Bug`] for buffers that are smaller than the shape, and
-/// [`Error::Device`] where the device fails; the CPU
-/// also for a target outside the vocabulary.
+/// All methods return [`Error::Bug`] for buffers that are smaller than the shape, and [`Error::Device`] where the
+/// device fails; the CPU also for a target outside the vocabulary.
 pub trait Head: Memory {
     /// Chunk size, in bytes of probabilities, beyond which larger chunks of pairs do not speed up a step.
     const HEAD_CHUNK_BYTES: usize;
@@ -183,8 +183,8 @@ pub trait Head: Memory {
         self.run_logp_head_backward(operands, checked)
     }
 
-    /// Sets the scratch memory aside that forward and backward of this mode take, beside the workspace, for calls of up to
-    /// `rows` rows, so that no step allocates it.
+    /// Sets aside the scratch memory that forward and backward of this mode take, beside the workspace, for calls of up
+    /// to `rows` rows, so that no step allocates it.
     fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()>;
 
     /// The device's part of [`Head::logp_head_forward`]; it checks its own use of the workspace.

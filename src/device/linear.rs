@@ -84,8 +84,8 @@ pub trait Linear: Memory {
         self.run_linear_backward_weight(dweight, dbias, dout, x, shape, checked)
     }
 
-    /// Sets the scratch memory aside that the gemms of a layer take for up to `shape.rows` rows, and with `bias` that of
-    /// the bias' gradient, so that no step allocates it.
+    /// Sets aside the scratch memory that the gemms of a layer take for up to `shape.rows` rows, and with `bias` that
+    /// of the bias's gradient, so that no step allocates it.
     fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()>;
 
     /// The device's part of [`Linear::linear_forward`].

@@ -92,7 +92,8 @@ pub trait Memory: Hardware {
     /// Bytes in use on the device now, and the most so far.
     fn memory(&self) -> MemoryUse;
 
-    /// Bytes that a large buffer may still have; `None` where that is no fixed number, as in a computer's main memory.
+    /// Bytes that one large buffer may still take; `None` where there is no fixed limit, as in a computer's main
+    /// memory.
     fn free_memory(&self) -> Result<Option<usize>>;
 
     /// A buffer of `len` zeros.

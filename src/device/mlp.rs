@@ -85,7 +85,7 @@ pub trait Mlp: Linear {
         checked: Checked,
     ) -> Result<()>;
 
-    /// The device's part of [`Mlp::linear_swiglu_forward`]; the two operations in turn unless the device fuses them.
+    /// The device's part of [`Mlp::linear_swiglu_forward`]; one operation after the other unless the device fuses them.
     fn run_linear_swiglu_forward(&self, operands: LinearSwiglu<'_, Self>, _: Checked) -> Result<()> {
         let LinearSwiglu { out, gate_up, x, weight, bias, shape } = operands;
         self.linear_forward(gate_up, x, weight, bias, shape)?;

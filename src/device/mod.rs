@@ -53,7 +53,7 @@ pub use rope::{RopeDirection, RotaryPositions};
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
 pub use trace::OperationTime;
 
-/// What computes: the CPU, a CUDA GPU, or the emulated one.
+/// A device that computes: the CPU, a CUDA GPU, or the emulated one.
 ///
 /// Operations are asynchronous where the device is; [`Memory::download`] waits. Errors name the operation and shapes.
 pub trait Device:

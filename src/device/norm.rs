@@ -128,8 +128,8 @@ pub trait Norm: Memory {
         self.run_rms_norm_backward(operands, checked)
     }
 
-    /// Sets the scratch memory aside that [`Norm::rms_norm_backward`] takes for up to `shape.rows` rows, so that no step
-    /// allocates it.
+    /// Sets aside the scratch memory that [`Norm::rms_norm_backward`] takes for up to `shape.rows` rows, so that no
+    /// step allocates it.
     fn reserve_rms_norm(&self, shape: NormShape) -> Result<()>;
 
     /// The device's part of [`Norm::rms_norm_forward`].

@@ -23,9 +23,8 @@ pub struct AdamWUpdate<'a, D: Memory> {
 /// Gradient norm and AdamW, over all tensors at once.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Bug`] for buffers that are too small, for update number 0, and
-/// [`crate::Error::Device`] where the
-/// device fails.
+/// All methods return [`crate::Error::Bug`] for buffers that are too small and for a step numbered 0, and
+/// [`crate::Error::Device`] where the device fails.
 pub trait Optimizer: Memory {
     /// Whether AdamW keeps an f32 master copy beside the weights.
     fn needs_master(&self) -> bool;

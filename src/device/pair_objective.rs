@@ -18,9 +18,9 @@ pub struct ObjectiveOperands<'a, D: Memory> {
     pub scores: &'a TokenScores<D>,
     /// The batch that was scored.
     pub batch: &'a BatchBuffers<D>,
-    /// What is computed.
+    /// The objective to evaluate.
     pub objective: &'a Objective,
-    /// Which pairs of the batch.
+    /// The pairs of the batch that it is evaluated for.
     pub pairs: Range<usize>,
 }
 
@@ -29,8 +29,7 @@ pub trait PairObjective: Memory {
     /// Assigns `outcomes` and `coefficients` of `pairs`.
     ///
     /// # Errors
-    /// [`crate::Error::Bug`] for buffers that are too small, and
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::Error::Bug`] for buffers that are too small, and [`crate::Error::Device`] where the device fails.
     fn pair_objective(&self, operands: ObjectiveOperands<'_, Self>) -> Result<()> {
         let (pairs, tokens) = (operands.pairs.end, self.len(&operands.scores.logp));
         let sizes = [

@@ -4,21 +4,20 @@ use super::check::check_sizes;
 use super::{AttentionShape, Checked, ComputeBuffer, Floats, Indices, Memory};
 use crate::error::Result;
 
-/// Which way [`RotaryPositions::rope`] turns: the backward of a rotation is the inverse rotation.
+/// Direction of [`RotaryPositions::rope`]: the backward pass of a rotation is the inverse rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeDirection {
-    /// By the position's angle.
+    /// Rotates by the position's angle.
     Forward,
-    /// By its negative.
+    /// Rotates by the negative of that angle.
     Backward,
 }
 
 /// Rotation of queries and keys by their positions.
 ///
 /// # Errors
-/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
-/// [`crate::Error::Device`] where the device fails;
-/// the CPU also for a position outside the table.
+/// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and [`crate::Error::Device`]
+/// where the device fails; the CPU also for a position outside the table.
 pub trait RotaryPositions: Memory {
     /// Rotates the query and key heads of `qkv[T, (H + 2K) * E]` in place. `table[positions, E]` holds `E/2` cosines,
     /// then `E/2` sines, of each position.

@@ -41,7 +41,7 @@ impl std::fmt::Display for DeviceReport {
 
 /// Work that runs on whatever device was chosen; a closure cannot be generic, so it is a trait.
 pub trait DeviceTask {
-    /// What the work comes to.
+    /// What the work returns.
     type Output;
     /// Does the work on `device`.
     ///
@@ -103,7 +103,7 @@ fn emulated() -> Result<CudaDevice> {
     Err(cuda::no_emulated_device())
 }
 
-/// The first GPU that the kernels run on; else why there is none, as a sentence's end.
+/// The first GPU that the kernels run on; the error says why there is none, as the end of a sentence.
 fn first_gpu() -> std::result::Result<(CudaDevice, usize), String> {
     let gpus = cuda::gpus().map_err(|error| error.to_string())?;
     if gpus.is_empty() {

@@ -1,4 +1,4 @@
-//! How long each operation of a device takes: moments noted around the operations while a trace runs.
+//! How long each operation of a device takes: the moments around each one, recorded while a trace runs.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,8 @@ pub struct OperationTime {
     pub seconds: f64,
 }
 
-/// What a device needs to be traced: a clock of type `M`. Nothing is noted, and nothing costs, while no trace runs.
+/// The trace of a device whose clock gives moments of type `M`. While no trace runs, nothing is recorded and nothing
+/// costs time.
 #[derive(Debug)]
 pub(super) struct Trace<M>(Mutex<Option<Notes<M>>>);
 
@@ -34,7 +35,7 @@ impl<M> Trace<M> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `work`, and notes the moments before and after it if a trace runs.
+    /// Runs `work`, and records the moments before and after it while a trace runs.
     pub(super) fn around<R>(
         &self,
         operation: &str,
@@ -57,7 +58,7 @@ impl<M> Trace<M> {
         Ok(result)
     }
 
-    /// Runs `work`, whose launches belong to `operation`.
+    /// Runs `work`; the launches inside it are recorded as parts of `operation`.
     pub(super) fn scope<R>(&self, operation: &'static str, work: impl FnOnce() -> Result<R>) -> Result<R> {
         let enter = |scope| {
             if let Some(notes) = &mut *self.lock() {

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// As many bytes as [`recognise`] looks at.
+/// The number of bytes that [`recognise`] looks at.
 pub const START: usize = 512;
 
-/// A kind of file that this program does not read, or not in that place.
+/// A kind of file that this program does not read, or does not read in that place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
     /// An empty file.
@@ -184,7 +184,7 @@ impl Foreign {
         }
     }
 
-    /// How to get the file that was meant, where that does not depend on what was meant.
+    /// How to get the file that was meant, if the advice is the same for every place.
     pub fn help(self) -> &'static str {
         match self {
             Foreign::LfsPointer => {

@@ -23,8 +23,8 @@ pub struct CompleteLayer<'a, D: Device> {
     pub gradients: &'a mut LayerGradients<D>,
 }
 
-/// Learns of each layer when the backward has added all that this micro-batch gives to its gradients: the place to reduce
-/// them between processes, or to apply them, while the layers below are still to come.
+/// Is told of each layer once the backward has added all that this micro-batch contributes to its gradients. This is
+/// the place to reduce them between processes, or to apply them, while the layers below are still to come.
 pub trait GradientSink<D: Device> {
     /// The gradients of a layer are complete. Layers come from the last one to the lowest that the backward reaches, each
     /// once.
@@ -46,8 +46,11 @@ impl<D: Device> GradientSink<D> for KeepGradients {
 
 impl<D: Device> Llama<D> {
     /// Accumulates into `gradients`; `scratch.residual` holds `dL/d residual[L]` on entry and is consumed.
-    /// `activations` must be those of [`Llama::forward`] over the same batch. The backward ends at the lowest tensor that
-    /// is trained. Weights change only where `sink` changes them.
+    /// `activations` must be those of [`Llama::forward`] over the same batch. The backward ends at the lowest tensor
+    /// that is trained. Weights change only where `sink` changes them.
+    ///
+    /// # Errors
+    /// Those of the device and of `sink`.
     pub fn backward(
         &mut self,
         gradients: &mut Gradients<D>,
@@ -82,8 +85,8 @@ impl<D: Device> Llama<D> {
         self.device.embedding_backward(dtable, &scratch.residual, batch, rows, width)
     }
 
-    /// The lowest layer that the gradient must pass through to reach all trained tensors; the number of layers where all
-    /// of them lie above.
+    /// The lowest layer that the gradient must pass through to reach all trained tensors; the number of layers if they
+    /// all lie above the layers.
     fn lowest_trained_layer(&self) -> usize {
         if self.layout.embedding.trained {
             return 0;

@@ -61,7 +61,7 @@ pub struct Activations<D: Device> {
     slots: usize,
     /// `[T, D]` the residual stream entering each layer, and after the last.
     pub residual: Vec<ComputeBuffer<D>>,
-    /// `[T]` of the norm before attention.
+    /// `[T]`, of the norm before attention: `1 / sqrt(mean(x^2) + epsilon)`.
     pub input_rstd: Vec<Floats<D>>,
     /// `[T, (H + 2K) * E]`
     pub qkv: Vec<ComputeBuffer<D>>,
@@ -71,7 +71,7 @@ pub struct Activations<D: Device> {
     pub attention_lse: Vec<Floats<D>>,
     /// `[T, D]` the residual stream between attention and MLP.
     pub middle: Vec<ComputeBuffer<D>>,
-    /// `[T]` of the norm before the MLP.
+    /// `[T]`, of the norm before the MLP: as `input_rstd`.
     pub post_rstd: Vec<Floats<D>>,
     /// `[T, 2F]`
     pub gate_up: Vec<ComputeBuffer<D>>,
@@ -226,15 +226,15 @@ impl<D: Device> HeadBuffers<D> {
     }
 }
 
-/// Sets the scratch memory of a layer's operations aside, forward and backward, so that no step allocates it.
+/// Sets aside the scratch memory of a layer's operations, forward and backward, so that no step allocates it.
 fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<()> {
     let Capacity { tokens, pairs, longest_part, scored, .. } = capacity;
     let attention = AttentionCapacity { rows: tokens, pairs, longest_part };
     device.reserve_attention(attention, config.attention_shape())?;
     device.reserve_rms_norm(config.norm_shape(tokens.max(scored)))?;
     for (shape, bias) in [
-        (config.qkv_shape(tokens), config.attention_bias),
-        (config.attention_out_shape(tokens), config.attention_bias),
+        (config.qkv_shape(tokens), config.qkv_bias),
+        (config.attention_out_shape(tokens), config.attention_out_bias),
         (config.gate_up_shape(tokens), config.mlp_bias),
         (config.down_shape(tokens), config.mlp_bias),
     ] {

@@ -1,6 +1,6 @@
 //! The keys of a `config.json`, read one by one, each error naming file and key.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 use crate::device::StorageType;
 use crate::error::{Error, Result};
 use crate::foreign::json;
+
+use super::family::{FAMILIES, Family};
 
 /// Largest size any dimension may have: beyond it a config is taken for damaged.
 pub(super) const MAX_SIZE: u64 = 1 << 24;
@@ -17,6 +19,8 @@ pub(super) const MAX_LAYERS: u64 = 10_000;
 pub(super) struct Keys {
     path: PathBuf,
     pub(super) map: Map<String, Value>,
+    /// The family that the config belongs to: Llama until `check_architecture` has looked.
+    pub(super) family: Cell<&'static Family>,
     /// What the user should know although it is no error.
     warnings: RefCell<Vec<String>>,
 }
@@ -27,7 +31,8 @@ impl Keys {
             |message: String| Error::model(path, message, "download the file again, or mend its JSON");
         match json::parse(text) {
             Ok(Value::Object(map)) => {
-                Ok(Keys { path: path.to_path_buf(), map, warnings: RefCell::default() })
+                let (path, family) = (path.to_path_buf(), Cell::new(&FAMILIES[0]));
+                Ok(Keys { path, map, family, warnings: RefCell::default() })
             }
             Ok(_) => Err(broken("holds JSON that is not an object".into())),
             Err(error) => Err(broken(format!("is not valid JSON: {error}"))),
@@ -46,7 +51,7 @@ impl Keys {
         self.warnings.take()
     }
 
-    /// `key` as the config asks for it, or the refusal of a value of the wrong kind.
+    /// The error for a key whose value is of the wrong kind.
     pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         let value = json::shown(value.to_string());
         self.error(format!("`{key}` is {value}, not {wanted}"), format!("set `{key}` to {wanted}"))
@@ -67,7 +72,7 @@ impl Keys {
         }
     }
 
-    /// A size that every config should have. Where it is absent, `default` is that of `LlamaConfig`.
+    /// A size that every config should have. Where it is absent, `default` is that of the family's configuration class.
     pub(super) fn size(&self, key: &str, largest: u64, default: usize) -> Result<usize> {
         if let Some(size) = self.optional_size(key, largest)? {
             return Ok(size);
@@ -75,9 +80,8 @@ impl Keys {
         if let Some(value) = self.map.get(key) {
             return Err(self.wrong(key, value, &format!("a whole number in 1..={largest}")));
         }
-        self.warn(format!(
-            "`{key}` is missing; {default} is taken, the default of transformers' LlamaConfig"
-        ));
+        let class = self.family.get().config_class;
+        self.warn(format!("`{key}` is missing; {default} is taken, the default of transformers' {class}"));
         Ok(default)
     }
 
@@ -162,7 +166,7 @@ impl Keys {
         }
     }
 
-    /// What the config says of the weights' type; `None` also where it is a type that is not stored here.
+    /// The type that the config names for the weights; `None` also for a type that this program does not store.
     pub(super) fn dtype(&self) -> Result<Option<StorageType>> {
         let Some(value) = self.get("dtype").or_else(|| self.get("torch_dtype")) else {
             return Ok(None);

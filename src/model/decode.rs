@@ -18,6 +18,9 @@ pub struct KvCache<D: Device> {
 
 impl<D: Device> KvCache<D> {
     /// Room for `capacity` tokens to begin with.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, config: &LlamaConfig, capacity: usize) -> Result<Self> {
         let row_width = config.attention_shape().qkv_width();
         let len = capacity.saturating_mul(row_width);
@@ -49,7 +52,7 @@ impl<D: Device> KvCache<D> {
     }
 
     /// Makes room for `tokens` tokens in all; a layer that is too small becomes twice as large, so that growing costs
-    /// a token no more than one copy of a row.
+    /// no more than one copy of a row per token.
     fn reserve(&mut self, device: &D, layer: usize, tokens: usize) -> Result<()> {
         let capacity = device.len(&self.layers[layer]) / self.row_width;
         if tokens <= capacity {
@@ -62,7 +65,7 @@ impl<D: Device> KvCache<D> {
     }
 }
 
-/// Tokens of an answer that memory is taken for before the first of them.
+/// Memory for this many tokens of an answer is taken before the first of them.
 const FIRST_TOKENS: usize = 256;
 
 /// A sequence being generated. One at a time: this serves samples in reports and `mmpo-fast generate`.
@@ -81,6 +84,9 @@ pub struct Generation<'a, D: Device> {
 impl<'a, D: Device> Generation<'a, D> {
     /// Reads `prompt` (at least one token). `max_new_tokens` is how many may follow: memory for the first of them is
     /// taken at once, for more as they come. The model's RoPE table must reach to the last of them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a prompt without tokens; those of the device.
     pub fn start(model: &'a Llama<D>, prompt: &[u32], max_new_tokens: usize) -> Result<Self> {
         if prompt.is_empty() {
             return Err(Error::config(
@@ -109,7 +115,10 @@ impl<'a, D: Device> Generation<'a, D> {
         &self.logits
     }
 
-    /// Appends `token`.
+    /// Appends `token`, and computes the logits of the one after it.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn push(&mut self, token: u32) -> Result<()> {
         self.advance(&[token])
     }

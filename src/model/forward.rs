@@ -15,7 +15,7 @@ use crate::error::Result;
 pub enum Context<'a, D: Device> {
     /// Their own pair, by the shared-prefix mask.
     Packed,
-    /// The same, and their keys and values are kept for what follows.
+    /// As [`Context::Packed`]; their keys and values are kept for what follows.
     Prefill(&'a mut KvCache<D>),
     /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),
@@ -23,6 +23,9 @@ pub enum Context<'a, D: Device> {
 
 impl<D: Device> Llama<D> {
     /// Leaves the residual stream of the last layer in `activations`, `[T, D]`, before the final norm.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn forward(
         &self,
         activations: &mut Activations<D>,
@@ -76,6 +79,9 @@ impl<D: Device> Llama<D> {
     /// each adapter's second matrix. The layer's output is not formed: the backward does not read it.
     ///
     /// `activations.residual` of the layer and `batch` must be those of a forward with [`Context::Packed`].
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn recompute_layer(
         &self,
         layer: usize,
@@ -102,8 +108,8 @@ impl<D: Device> Llama<D> {
         )
     }
 
-    /// The residual sum that ends layer `before`, fused with the input norm of the layer after it: to that layer's
-    /// `residual` and to `normed`.
+    /// Computes the residual sum that ends layer `before`, fused with the input norm of the layer after it, into that
+    /// layer's `residual` and into `normed`.
     fn close_and_open(&self, before: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let layer = before + 1;
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
@@ -119,7 +125,8 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// From `normed` to `normed`: the attention block, its residual sum and the norm after it.
+    /// The attention block, its residual sum and the norm after it. Reads the block's input from `normed`, and leaves
+    /// the norm's output there.
     fn attention_block(
         &self,
         layer: usize,
@@ -172,7 +179,7 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// The MLP up to its last gemm, from `normed`: to `gate_up` and `activated`.
+    /// The MLP up to its last gemm: reads `normed`, assigns `gate_up` and `activated`.
     fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer].gate_up;
         let slot = activations.slot(layer);
@@ -196,7 +203,7 @@ impl<D: Device> Llama<D> {
         })
     }
 
-    /// The scored rows after the final norm: `head.gathered` and `head.normed`, `[N, D]`.
+    /// Assigns the scored rows, and what the final norm makes of them: `head.gathered` and `head.normed`, `[N, D]`.
     pub(super) fn head_input(
         &self,
         activations: &mut Activations<D>,

@@ -2,9 +2,9 @@
 //!
 //! Logits of all `N x V` are never held. The weight of a response depends on its own pair alone, so in main mode each
 //! chunk of whole pairs runs the forward, evaluates the objective, and reuses its saved probabilities in the backward:
-//! the logits are computed once (`6 N V D` operations), where a peer that needs the batch's loss first computes them
+//! the logits are computed once (`6 N V D` operations), where a program that needs the batch's loss first computes them
 //! twice (`8 N V D`). The recompute mode does that too: it keeps nothing, and the objective sees the whole batch before
-//! any backward. [`HeadPlan`](super::HeadPlan) says which runs, and on how much memory.
+//! any backward. [`HeadPlan`](super::HeadPlan) says which mode runs, and on how much memory.
 
 use std::ops::Range;
 
@@ -19,8 +19,11 @@ use crate::objective::Objective;
 
 impl<D: Device> Llama<D> {
     /// Log-probs, objective and gradient of a batch. Reads the residual stream that [`Llama::forward`] left, assigns
-    /// `scratch.residual`, accumulates the gradients of the vocabulary matrix and of the final norm's weight, and leaves
-    /// `activations.head.outcomes`.
+    /// `scratch.residual`, accumulates the gradients of the vocabulary matrix and of the final norm's weight, and
+    /// leaves `activations.head.outcomes`.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn head_forward_backward(
         &self,
         gradients: &mut Gradients<D>,
@@ -84,6 +87,9 @@ impl<D: Device> Llama<D> {
 
     /// Per-token scores of a batch in `activations.head.scores`, without any gradient; with `objective`, its outcomes
     /// too.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn head_forward(
         &self,
         activations: &mut Activations<D>,
@@ -141,8 +147,9 @@ impl<D: Device> HeadBuffers<D> {
     }
 }
 
-/// As few runs as [`micro_batches`] of at most `most` rows, and the largest of them as small as it can be: every run walks
-/// over the whole vocabulary matrix, so a last one of a few rows would cost as much as a full one.
+/// Cuts pairs into as few runs as [`micro_batches`] does, of at most `most` rows each, and makes the largest run as
+/// small as it can be. Every run walks over the whole vocabulary matrix, so a last one of a few rows would cost as much
+/// as a full one.
 fn even_chunks(rows: &[usize], most: usize) -> Vec<Range<usize>> {
     let chunks = micro_batches(rows, most);
     let (mut least, mut enough) = (rows.iter().sum::<usize>() / chunks.len().max(1), most);

@@ -37,22 +37,22 @@ pub enum HeadChoice {
     Recompute,
 }
 
-/// What is decided. `bytes` and `values` size the workspace.
+/// How the head works on a micro-batch. `bytes` and `values` are the size of its workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadPlan {
-    /// Scored tokens up to which pairs are taken together in main mode.
+    /// Pairs are taken together in main mode up to this many scored tokens.
     pub chunk_rows: usize,
     /// Pairs of up to this many scored tokens run in main mode; 0 is the recompute mode for all.
     pub main_rows: usize,
     /// Scored tokens of the longest pair.
     pub longest: usize,
-    /// Values of [`Memory::Compute`](crate::device::Memory::Compute) in the workspace, and the bytes of these.
+    /// Values of [`Memory::Compute`](crate::device::Memory::Compute) in the workspace.
     pub values: usize,
-    /// Bytes of workspace that the plan needs.
+    /// Bytes of these values.
     pub bytes: usize,
 }
 
-/// Sizes that the plan follows from.
+/// Sizes from which the plan follows.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
     /// Scored tokens of the largest micro-batch, and of the longest pair.
@@ -60,21 +60,21 @@ struct Sizes {
     longest: usize,
     /// Bytes of a scored token in main mode.
     row_bytes: usize,
-    /// Bytes from which on larger chunks make no step faster.
+    /// Chunk size, in bytes, beyond which larger chunks do not speed up a step.
     chunk_bytes: usize,
     free: Option<usize>,
 }
 
-/// What the scratch memory of the head itself, reserved after the plan, and the driver may still need.
+/// Bytes left free for the head's own scratch memory, which is reserved after the plan, and for the driver.
 const SPARE: usize = 512 << 20;
 
-/// Main mode for short pairs alone is not worth its memory: below this many rows its products wait for the vocabulary
-/// matrix.
+/// Fewest scored tokens for which it pays to keep main mode for the short pairs alone: with fewer rows the head's gemms
+/// wait for the vocabulary matrix.
 const LEAST_MAIN_ROWS: usize = 512;
 
 impl HeadPlan {
-    /// For micro-batches of up to `scored` scored tokens whose longest pair has `longest`. Call it when everything else
-    /// is allocated.
+    /// The plan for micro-batches of up to `scored` scored tokens whose longest pair has `longest`. Call it when
+    /// everything else is allocated.
     pub(super) fn training<D: Device>(
         device: &D,
         (width, vocab): (usize, usize),
@@ -109,7 +109,7 @@ impl HeadPlan {
         std::iter::once((HeadMode::Score, scored)).chain(main).chain(recompute)
     }
 
-    /// For log-probs without gradients.
+    /// The plan for log-probs without gradients.
     pub(super) fn inference<D: Device>(
         device: &D,
         (width, vocab): (usize, usize),
@@ -126,7 +126,7 @@ impl HeadPlan {
     }
 }
 
-/// `chunk_rows` and `main_rows`.
+/// Decides `chunk_rows` and `main_rows`.
 fn cut(sizes: Sizes, options: HeadOptions) -> (usize, usize) {
     let Sizes { scored, longest, row_bytes, chunk_bytes, free } = sizes;
     let workspace_rows = options.workspace / row_bytes;

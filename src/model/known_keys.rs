@@ -1,18 +1,19 @@
 //! Which keys of `config.json` mean what: those that are read, those that cannot matter, and those that transformers
 //! acts on and this program does not compute.
 //!
-//! The list that counts is what transformers' Llama reads (`LlamaConfig`, `modeling_llama`, and the masks and caches
-//! they call). A key outside it cannot change a Llama there, so it is named in a warning and ignored here.
+//! The list that counts is what transformers reads for a model of the family (for Llama `LlamaConfig`, `modeling_llama`,
+//! and the masks and caches they call). A key outside it cannot change the model there, so it is named in a warning and
+//! ignored here.
 
 use serde_json::Value;
 
 use super::config_keys::Keys;
+use super::family::{FAMILIES, Family};
 use crate::error::Result;
 
-/// Keys read by `LlamaConfig::parse`.
+/// Keys that `LlamaConfig::parse` reads of every family; `Family::own_keys` has the others.
 const READ_KEYS: &[&str] = &[
     "architectures",
-    "attention_bias",
     "attention_dropout",
     "bos_token_id",
     "dtype",
@@ -23,7 +24,6 @@ const READ_KEYS: &[&str] = &[
     "intermediate_size",
     "is_causal",
     "max_position_embeddings",
-    "mlp_bias",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -128,48 +128,49 @@ const HARMLESS_KEYS: &[&str] = &[
     "use_return_dict",
 ];
 
-/// The names under which the published configs of Llamas have their causal model.
-const CAUSAL_MODELS: [&str; 2] = ["LlamaForCausalLM", "LLaMAForCausalLM"];
-
-/// What the warning about unread keys shows of them.
+/// Most keys that the warning about unread keys names.
 const SHOWN_KEYS: usize = 20;
 
 impl Keys {
-    /// transformers goes by `model_type`, and by `architectures` only where there is no `model_type`.
+    /// Finds the family of the config. transformers goes by `model_type`, and by `architectures` only where there is no
+    /// `model_type`.
     pub(super) fn check_architecture(&self) -> Result<()> {
-        let help =
-            "mmpo-fast trains LlamaForCausalLM (model_type llama): convert the model, or choose another";
+        let help = "mmpo-fast trains models with `model_type` llama, mistral (without a sliding window) or qwen2: convert \
+                    the model, or choose another";
         let architectures = self.get("architectures");
         let names: Vec<&str> = match architectures {
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
             Some(Value::String(name)) => vec![name],
             _ => Vec::new(),
         };
-        match self.get("model_type") {
-            Some(kind) if kind == "llama" => {
-                let causal = names.iter().all(|name| CAUSAL_MODELS.contains(name));
-                if let (Some(value), false) = (architectures, causal) {
-                    self.warn(format!(
-                        "`architectures` is {value}; `model_type` is llama, so it is read as LlamaForCausalLM, as transformers does"
-                    ));
-                }
-                Ok(())
+        if let Some(kind) = self.get("model_type") {
+            let family = FAMILIES
+                .iter()
+                .find(|family| kind == family.model_type)
+                .ok_or_else(|| self.error(format!("unknown architecture: `model_type` is {kind}"), help))?;
+            self.family.set(family);
+            let causal = names.iter().all(|name| family.causal_models.contains(name));
+            if let (Some(value), false) = (architectures, causal) {
+                let Family { model_type, causal_models, .. } = family;
+                self.warn(format!(
+                    "`architectures` is {value}; `model_type` is {model_type}, so it is read as {}, as transformers does",
+                    causal_models[0]
+                ));
             }
-            Some(kind) => Err(self.error(format!("unknown architecture: `model_type` is {kind}"), help)),
-            None => match names.first() {
-                Some(name) if CAUSAL_MODELS.contains(name) || *name == "LlamaModel" => Ok(()),
-                Some(_) => Err(self.error(
-                    format!(
-                        "unknown architecture: `architectures` is {}",
-                        architectures.unwrap_or(&Value::Null)
-                    ),
-                    help,
-                )),
-                None => {
-                    Err(self.error("neither `architectures` nor `model_type` says what model this is", help))
-                }
-            },
+            return Ok(());
         }
+        let Some(name) = names.first() else {
+            return Err(self.error("neither `architectures` nor `model_type` says what model this is", help));
+        };
+        let named = |family: &&Family| family.causal_models.contains(name) || family.base_model == *name;
+        match FAMILIES.iter().find(named) {
+            Some(family) => self.family.set(family),
+            None => {
+                let value = architectures.unwrap_or(&Value::Null);
+                return Err(self.error(format!("unknown architecture: `architectures` is {value}"), help));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses by name what transformers would act on and this program does not compute.
@@ -180,7 +181,7 @@ impl Keys {
         {
             return Err(self.error(
                 format!("`hidden_act` is {value}; of activations only silu (also called swish) is computed"),
-                "choose a model with silu, as nearly every Llama has it",
+                "choose a model with silu, which nearly every Llama has",
             ));
         }
         if self.get("is_causal") == Some(&Value::Bool(false)) {
@@ -220,10 +221,16 @@ impl Keys {
         Ok(())
     }
 
-    /// One warning that lists what no Llama reads. `unread_rope` are such keys of the rope section.
+    /// Gives one warning that lists the keys that no model of the family reads. `unread_rope` are those of the rope
+    /// section.
     pub(super) fn warn_of_unread(&self, unread_rope: &[String]) {
-        let known =
-            |key: &str| key.starts_with('_') || READ_KEYS.contains(&key) || HARMLESS_KEYS.contains(&key);
+        let Family { name, own_keys, .. } = self.family.get();
+        let known = |key: &str| {
+            key.starts_with('_')
+                || READ_KEYS.contains(&key)
+                || own_keys.contains(&key)
+                || HARMLESS_KEYS.contains(&key)
+        };
         let unread: Vec<String> = self
             .map
             .iter()
@@ -244,7 +251,7 @@ impl Keys {
         };
         let shown = &unread[..unread.len().min(SHOWN_KEYS)];
         self.warn(format!(
-            "ignored, because transformers' Llama does not read {}: {}{more}{code}",
+            "ignored, because transformers' {name} does not read {}: {}{more}{code}",
             if unread.len() == 1 { "this key" } else { "these keys" },
             shown.join(", ")
         ));

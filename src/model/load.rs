@@ -8,8 +8,12 @@ use crate::device::{ComputeBuffer, Device, RawValues};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
-    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the longest sequence that will be
-    /// run.
+    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the length of the longest sequence
+    /// that will be run.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
+    /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
         let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
             device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
@@ -17,7 +21,10 @@ impl<D: Device> Llama<D> {
         Self::assemble(&device, folder.config().clone(), positions, upload)
     }
 
-    /// Weights that `values` gives for each checkpoint tensor: for benchmarks and tests.
+    /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
+    ///
+    /// # Errors
+    /// Those of `values`, and [`Error::Device`] where the device has no memory for them.
     pub fn from_values(
         device: Arc<D>,
         config: LlamaConfig,

@@ -1,4 +1,4 @@
-//! The Llama runtime, written once over [`Device`].
+//! The Llama runtime, written once over [`Device`]; [`Family`] has the models that it computes.
 
 mod adapter;
 mod backward;
@@ -6,6 +6,7 @@ mod buffers;
 mod config;
 mod config_keys;
 mod decode;
+mod family;
 mod forward;
 mod head;
 mod head_plan;
@@ -24,6 +25,7 @@ pub use backward::{CompleteLayer, GradientSink, KeepGradients};
 pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
+pub use family::Family;
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
 pub use projection::{Adapter, Projection};
@@ -40,9 +42,9 @@ pub type LayerGradients<D> = LayerTensors<Option<Floats<D>>>;
 /// Weights on a device, and what is needed to run them.
 #[derive(Debug)]
 pub struct Llama<D: Device> {
-    /// Where the weights are, and what computes.
+    /// The device that holds the weights and computes.
     pub device: Arc<D>,
-    /// Sizes.
+    /// Sizes and settings.
     pub config: LlamaConfig,
     /// Names and shapes of the checkpoint's tensors inside `weights`, and which of `weights` are trained.
     pub layout: LlamaTensors<FusedTensor>,

@@ -41,16 +41,16 @@ pub enum RopeScaling {
         /// Positions of pre-training.
         original_max_position_embeddings: usize,
     },
-    /// YaRN (Peng et al. 2023): as Llama 3.1's by dimension instead of wavelength, and cosines and sines multiplied
-    /// by `attention_factor`.
+    /// YaRN (Peng et al. 2023): as Llama 3.1's, but by dimension instead of wavelength, and with cosines and sines
+    /// multiplied by `attention_factor`.
     Yarn {
         /// Divides the frequencies of slow dimensions.
         factor: f64,
         /// Multiplies cosines and sines.
         attention_factor: f64,
-        /// Dimensions that turn more often than this over the original context keep their frequency.
+        /// Dimensions that rotate more often than this over the original context keep their frequency.
         beta_fast: f64,
-        /// Dimensions that turn less often than this are divided by `factor`.
+        /// Frequencies of dimensions that rotate less often than this are divided by `factor`.
         beta_slow: f64,
         /// Positions of pre-training.
         original_max_position_embeddings: usize,
@@ -67,11 +67,11 @@ pub enum RopeScaling {
         /// Positions of pre-training.
         original_max_position_embeddings: usize,
     },
-    /// The first `share` of the frequencies divided by `factor`; the other dimensions are not turned.
+    /// The first `share` of the frequencies divided by `factor`; the other dimensions are not rotated.
     Proportional {
         /// Divides the first frequencies.
         factor: f64,
-        /// Share of the dimensions that are turned.
+        /// Share of the dimensions that are rotated.
         share: f64,
     },
 }
@@ -100,7 +100,7 @@ impl Rope {
         }
     }
 
-    /// `[positions, E]`: of each position `E/2` cosines, then `E/2` sines.
+    /// `[positions, E]`: for each position `E/2` cosines, then `E/2` sines.
     pub fn table(&self, head_size: usize, positions: usize) -> Vec<f32> {
         let frequencies = self.inverse_frequencies(head_size);
         let factor = self.attention_factor() as f32;
@@ -113,7 +113,7 @@ impl Rope {
         table
     }
 
-    /// Positions for which [`Rope::table`] holds, where that is not all.
+    /// Number of positions for which [`Rope::table`] holds; `None` if it holds for all.
     pub fn positions(&self) -> Option<usize> {
         match self.scaling {
             RopeScaling::Dynamic { max_position_embeddings, .. } => Some(max_position_embeddings),
@@ -134,8 +134,8 @@ impl Rope {
         }
     }
 
-    /// The base of a sequence within the context. Dynamic scaling is formed here as it is for any length, because
-    /// its rounding can move the last digit.
+    /// The base for a sequence within the context. Dynamic scaling computes it by the formula for any length even here,
+    /// because the formula's rounding can move the last digit.
     fn theta_within_context(&self, head_size: usize) -> f64 {
         match self.scaling {
             RopeScaling::Dynamic { factor, max_position_embeddings } => {

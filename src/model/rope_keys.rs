@@ -70,7 +70,7 @@ pub(super) fn parse(
     Ok((Rope { theta, scaling }, unread))
 }
 
-/// A section that says something; transformers takes an empty one for absent.
+/// The section of this name, unless it is empty: transformers takes an empty one for absent.
 fn section<'a>(keys: &'a Keys, name: &str) -> Result<Option<&'a Map<String, Value>>> {
     match keys.get(name) {
         Some(Value::Object(map)) if !map.is_empty() => Ok(Some(map)),
@@ -121,8 +121,8 @@ impl Section<'_> {
     }
 
     fn scaling(&self, kind: &str) -> Result<RopeScaling> {
-        // The default rope of a Llama does not read it; the others would turn a part of the head only, which does not
-        // fit the head in transformers either.
+        // The default rope of a Llama does not read the key; the others would rotate a part of the head only, which
+        // does not fit the head in transformers either.
         if !["default", "proportional"].contains(&kind) {
             self.check_partial()?;
         }
@@ -226,7 +226,8 @@ impl Section<'_> {
         Ok(self.optional("factor")?.unwrap_or(ratio))
     }
 
-    /// Of the whole config before the section, as transformers has it; else the context length.
+    /// `original_max_position_embeddings` of the whole config, else of the section, as in transformers; else the
+    /// context length.
     fn original_positions(&self) -> Result<usize> {
         const KEY: &str = "original_max_position_embeddings";
         if let Some(whole) = self.keys.optional_size(KEY, 1 << 53)? {
@@ -239,7 +240,7 @@ impl Section<'_> {
         }
     }
 
-    /// The share of a head that is turned: of the section, else of the whole config.
+    /// The share of a head that is rotated: `partial_rotary_factor` of the section, else of the whole config.
     fn partial(&self) -> Result<Option<f64>> {
         let value = self.get("partial_rotary_factor").or_else(|| self.keys.get("partial_rotary_factor"));
         match value.map(|value| (value, value.as_f64())) {
@@ -264,7 +265,7 @@ impl Section<'_> {
         }
     }
 
-    /// What stands in the section, or beside it, without being read.
+    /// The keys in the section, or beside it, that are not read.
     fn unread(&self, kind: &str, read: &[&str]) -> Vec<String> {
         let strange = |key: &str| !COMMON_KEYS.contains(&key) && !read.contains(&key);
         let mut unread: Vec<String> = self

@@ -1,7 +1,7 @@
-//! The tensors of a Llama, once as a shape: the same tree holds weights, gradients, optimiser states or names.
+//! The tensors of a Llama as one tree, which holds weights, gradients, optimiser states or names.
 //!
-//! Matrices that read the same input are stored as one: query, key and value projections are rows of `qkv`, gate and
-//! up projections are rows of `gate_up`, so each is one product. A file still sees them by their own names.
+//! Matrices that read the same input are stored as one: query, key and value projections are rows of `qkv`, gate and up
+//! projections are rows of `gate_up`, so each is one gemm. A file still has them under their own names.
 
 use super::Projection;
 use super::config::{LlamaConfig, TensorSpec};
@@ -106,9 +106,9 @@ fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor>
         qkv: projection(
             &[("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)],
             width,
-            config.attention_bias,
+            config.qkv_bias,
         ),
-        attention_out: projection(&[("self_attn.o_proj", width)], query, config.attention_bias),
+        attention_out: projection(&[("self_attn.o_proj", width)], query, config.attention_out_bias),
         post_norm: norm("post_attention_layernorm"),
         gate_up: projection(
             &[("mlp.gate_proj", mlp_width), ("mlp.up_proj", mlp_width)],
@@ -131,6 +131,9 @@ impl<T> LlamaTensors<T> {
     }
 
     /// A tree of the same shape, made value by value in a fixed order.
+    ///
+    /// # Errors
+    /// The first error of `make`, which ends the walk.
     pub fn try_map<U, E>(&self, mut make: impl FnMut(&T) -> Result<U, E>) -> Result<LlamaTensors<U>, E> {
         Ok(LlamaTensors {
             embedding: make(&self.embedding)?,

@@ -78,11 +78,11 @@ impl Descriptor {
     }
 }
 
-/// The values of all options that are numbers of objectives, under the options' names. An objective reads those that its
-/// descriptor lists; the others are of no meaning to it.
+/// The values of all options that are numbers of objectives, under the options' names. An objective reads those that
+/// its descriptor lists, and ignores the others.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Settings {
-    /// Each objective says in its descriptor what it means to it.
+    /// Each objective's descriptor says what this means.
     pub beta: f64,
     /// [`super::Mmpo::epsilon`]
     pub epsilon: f64,

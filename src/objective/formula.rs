@@ -19,7 +19,7 @@ pub trait Formula {
         false
     }
 
-    /// Pairs that must lie in one optimiser step.
+    /// Number of pairs that must lie together in one optimiser step.
     fn pairs_together(&self) -> usize {
         1
     }
@@ -64,7 +64,7 @@ impl PairSums {
 pub struct PairTerms {
     /// The loss, without an entropy term.
     pub loss: f64,
-    /// What is charted as rewards.
+    /// The rewards that reports and charts show.
     pub reward: [f64; 2],
     /// `dL/dlogp` of each token, without an entropy term: the same for all tokens of a response.
     pub slope: [f64; 2],

@@ -9,7 +9,7 @@ pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     kind: ObjectiveKind::Hinge,
     name: "hinge",
     title: "SLiC hinge",
-    help: "hinge loss on DPO's margin, which lets go of a pair at a margin of 1",
+    help: "hinge loss on DPO's margin, which leaves a pair alone once its margin is 1",
     source: "Zhao et al. 2023, arXiv 2305.10425",
     needs_reference: true,
     sides: Sides::Both,

@@ -173,7 +173,7 @@ impl Objective {
             true => self.formula().known(references),
             false => vec![[0.0; 2]; pairs],
         };
-        assert_eq!(known.len(), pairs, "one reference a pair: {} for {pairs}", known.len());
+        assert_eq!(known.len(), pairs, "one reference per pair: {} for {pairs}", known.len());
         known
             .into_iter()
             .map(|[chosen, rejected]| PairConstants {

@@ -20,8 +20,8 @@ pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     build: |settings| Objective::Orpo(Orpo { beta: settings.beta }),
 };
 
-/// The nearest to 0 that a mean log-prob counts as in the odds, in nats. f32 log-probs are differences of numbers of about 16,
-/// and not known to more; at 0 itself the odds are infinite, and with them the loss.
+/// A mean log-prob counts in the odds as at most minus this many nats. f32 log-probs are differences of numbers of
+/// about 16, and are known no better than that; at 0 itself the odds are infinite, and with them the loss.
 const LEAST_SURPRISE: f64 = 1e-6;
 
 /// `L = -m_w - beta * log sigmoid(o_w - o_l)`: `m = lp / n` is the mean log-prob of a response, `o = m - log(1 - e^m)` the
@@ -43,8 +43,8 @@ impl Formula for Orpo {
         Settings { beta: self.beta, ..Settings::default() }
     }
 
-    /// `do/dm = 1 / (1 - e^m)`. Where `m` is held at its bound the slope is that of the bound, so that a rejected response that
-    /// is certain still becomes less so.
+    /// `do/dm = 1 / (1 - e^m)`. Where `m` is held at its bound the slope is that of the bound, so that a rejected
+    /// response that is certain still becomes less certain.
     fn terms(&self, pair: &PairSums) -> PairTerms {
         let mean = [pair.logp[0] / pair.length[0], pair.logp[1] / pair.length[1]];
         // Not `min`, which takes a NaN for the other number.

@@ -42,7 +42,7 @@ pub struct PairCoefficients<'a> {
     pub entropy_rejected: &'a mut [f32],
 }
 
-/// What a pair came to; the layout is that of `outcomes[pairs, 8]` on a device.
+/// Results of one pair; the layout is that of `outcomes[pairs, 8]` on a device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PairOutcome {
@@ -80,4 +80,11 @@ pub struct ReferencePair {
     pub tokens_chosen: u32,
     /// Scored tokens of the rejected response.
     pub tokens_rejected: u32,
+}
+
+impl ReferencePair {
+    /// Whether the reference has scored the pair: where it has, there is at least one scored token.
+    pub fn is_known(&self) -> bool {
+        self.tokens_chosen > 0 && self.tokens_rejected > 0
+    }
 }

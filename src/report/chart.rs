@@ -1,11 +1,11 @@
-//! Line charts as SVG text: axes with round numbers, one or more lines, a caption for those who cannot see them.
-//! Colours are the page's: a line of colour 0 has the class `line-0`, and so on.
+//! Line charts as SVG text: axes with round numbers, one or more lines, a caption for those who cannot see them. The
+//! page defines the colours: a line of colour 0 has the class `line-0`, and so on.
 
 use std::fmt::Write;
 
 use super::html::escape;
 
-/// The drawing's own units; the page scales it.
+/// Size of the drawing in its own units; the page scales it.
 const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 58.0;
@@ -15,7 +15,7 @@ const BOTTOM: f64 = 38.0;
 
 /// More points than this are averaged in runs: a chart is some 500 pixels wide.
 const MAX_POINTS: usize = 300;
-/// Strips that show a step's values under the pointer.
+/// Most strips that show a step's values under the pointer.
 const MAX_STRIPS: usize = 100;
 /// Lines of more points than this get a smoothed line in front of a faint raw one.
 const SMOOTH_FROM: usize = 30;
@@ -38,9 +38,9 @@ pub struct Line {
 pub enum LineKind {
     /// Differs from step to step by chance: a long one is drawn faint, with a smoothed one in front.
     Noisy,
-    /// Means what it says at each step.
+    /// The value at each step is exact.
     Exact,
-    /// Few points, dots: evaluations.
+    /// A few dots: evaluations.
     Dots,
 }
 
@@ -53,12 +53,12 @@ pub struct Chart {
     pub about: &'static str,
     /// Its lines, in the order of the legend.
     pub lines: Vec<Line>,
-    /// Shares have an axis of 0 to 1, whatever the values.
+    /// Whether the values are shares, whose axis goes from 0 to 1 whatever they are.
     pub share: bool,
 }
 
 impl Chart {
-    /// Lines that have nothing to show go; `None` where none is left.
+    /// A chart of the lines that have something to show; `None` where none has.
     pub fn of(title: &'static str, about: &'static str, share: bool, lines: Vec<Line>) -> Option<Chart> {
         let lines: Vec<Line> = lines.into_iter().filter(|line| !line.points.is_empty()).collect();
         if lines.is_empty() { None } else { Some(Chart { title, about, lines, share }) }
@@ -181,7 +181,7 @@ fn average(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
     points.chunks(run).map(mean).collect()
 }
 
-/// Means over a window around each point, some twelfth of the line wide. Towards the ends it shrinks on both sides,
+/// Means over a window around each point, about a twelfth of the line wide. Towards the ends it shrinks on both sides,
 /// so that no part of the line is shifted.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = (points.len() / 24).max(2);
@@ -193,7 +193,7 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().enumerate().map(smoothed).collect()
 }
 
-/// From values to places on the drawing.
+/// Maps values to places on the drawing.
 struct Scale {
     first_step: f64,
     last_step: f64,
@@ -288,7 +288,7 @@ fn round_ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     (first..=last).map(|index| index as f64 * step).collect()
 }
 
-/// Room around a line that does not move.
+/// Space above and below a line that does not move.
 fn margin(value: f64) -> f64 {
     if value == 0.0 { 1.0 } else { 0.1 * value.abs() }
 }

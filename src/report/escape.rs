@@ -1,4 +1,4 @@
-//! Text from files and models as a terminal may show it.
+//! Text from files and models, made safe for a terminal.
 //!
 //! A template, a file name, a record or an answer can hold escape sequences that move the cursor, set the window's
 //! title or hide what was printed. Everything that this program shows a person goes through [`escaped`].
@@ -20,8 +20,9 @@ pub fn escaped(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Control characters (C0, DEL and C1), what reorders the text around it (bidirectional embeddings, overrides and
-/// isolates), Unicode's own line ends, and the marks of interlinear annotation.
+/// Whether a terminal could take this for a command: control characters (C0, DEL and C1), characters that reorder the
+/// text around them (bidirectional embeddings, overrides and isolates), Unicode's own line ends, and the marks of
+/// interlinear annotation.
 fn is_command(character: char) -> bool {
     match character {
         '\n' | '\t' => false,

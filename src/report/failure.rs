@@ -38,8 +38,8 @@ pub fn bug_message() -> String {
     format!("this is a bug in mmpo-fast, not a mistake of yours: {panic}")
 }
 
-/// Notes panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an error
-/// is then told once, as that error.
+/// Records panics for [`print_bug`] in place of Rust's own report. A panic that a caller catches and turns into an
+/// error is then reported once, as that error.
 pub fn note_panics() {
     std::panic::set_hook(Box::new(|panic| {
         if let Ok(mut last) = LAST_PANIC.lock() {
@@ -61,8 +61,8 @@ fn describe(panic: &PanicHookInfo<'_>) -> String {
     format!("{what}{}{trace}", place.unwrap_or_default())
 }
 
-/// Lines are wrapped for a terminal alone, so that a script can search them. A standard error that cannot be written
-/// changes nothing: the exit code says what happened.
+/// Prints a message with its code and advice. Lines are wrapped only for a terminal, so that a script can search them.
+/// A standard error that cannot be written changes nothing: the exit code says what happened.
 fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>) {
     let mut diagnostic = MietteDiagnostic::new(escaped(message));
     if let Some(code) = code {

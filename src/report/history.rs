@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a step or evaluation, written as the run goes and read back for its report.
+//! `metrics.jsonl`: one JSON object per step or evaluation, written as the run goes and read back for its report.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -21,14 +21,20 @@ pub struct MetricsWriter {
 
 impl MetricsWriter {
     /// Begins the file of a new run; one that is there is emptied.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be made.
     pub fn create(folder: &Path) -> Result<Self> {
         let path = folder.join(METRICS_FILE);
         let file = File::create(&path).map_err(|source| Error::io(&path, "create", source))?;
         Ok(MetricsWriter { path, file })
     }
 
-    /// Continues after step `step`: later lines, and a last line that a crash cut short, are taken off, so that the
-    /// steps that are done again are not in the file twice.
+    /// Continues after step `step`: later lines, and a last line that a crash cut short, are removed, so that the steps
+    /// that are done again are not in the file twice.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read or written.
     pub fn resume(folder: &Path, step: usize) -> Result<Self> {
         let path = folder.join(METRICS_FILE);
         let text = match std::fs::read(&path) {
@@ -75,12 +81,15 @@ impl MetricsWriter {
     }
 
     /// Waits until the lines are on the disk; to be called where a checkpoint is saved.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system refuses.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|source| Error::io(&self.path, "sync", source))
     }
 }
 
-/// Length of the leading whole lines of steps up to `step`.
+/// Bytes of the whole lines at the beginning that belong to steps up to `step`.
 fn kept_bytes(text: &[u8], step: usize) -> u64 {
     let keeps = |line: &[u8]| {
         line.ends_with(b"\n")
@@ -95,7 +104,7 @@ fn kept_bytes(text: &[u8], step: usize) -> u64 {
         .sum()
 }
 
-/// A run's metrics as they were written, over all the times it was resumed.
+/// A run's metrics as they were written, over all parts of a resumed run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     rows: Vec<Map<String, Value>>,
@@ -103,6 +112,9 @@ pub struct History {
 
 impl History {
     /// Reads the `metrics.jsonl` of a run's output folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; [`Error::Data`] naming a line that is not a JSON object.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(METRICS_FILE);
         let text = std::fs::read_to_string(&path).map_err(|source| Error::io(&path, "read", source))?;

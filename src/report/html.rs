@@ -42,7 +42,7 @@ pub struct RunReport {
     pub seconds: f64,
 }
 
-/// What became of the records of one file.
+/// How the records of one file were used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DataSummary {
     /// The file, or `the built-in demo`.
@@ -119,17 +119,20 @@ impl RunReport {
     /// The figures one looks for first: label, value, and what it is compared with.
     fn tiles(&self) -> Vec<(&'static str, String, String)> {
         let mut tiles = Vec::new();
-        if let Some((before, after)) = &self.comparison
-            && let (Some(before), Some(after)) = (before.pairs.preference, after.pairs.preference)
-        {
+        if let Some((before, after)) = &self.comparison {
             let percent = |share: f64| format!("{:.1} %", 100.0 * share);
-            let accuracy_before = format!("before {}", percent(before.accuracy));
-            tiles.push(("Preference accuracy", percent(after.accuracy), accuracy_before));
-            tiles.push((
-                "Reward margin",
-                number(after.margin()),
-                format!("before {}", number(before.margin())),
-            ));
+            let was = |text: String| format!("before {text}");
+            if let (Some(before), Some(after)) = (before.pairs.implicit, after.pairs.implicit) {
+                tiles.push((
+                    "Chosen gained more",
+                    percent(after.accuracy),
+                    "of the pairs, over the reference".into(),
+                ));
+                tiles.push(("By", format!("{} nats", number(after.margin)), was(number(before.margin))));
+            }
+            if let (Some(before), Some(after)) = (before.pairs.preference, after.pairs.preference) {
+                tiles.push(("Chosen is likelier", percent(after.likelier), was(percent(before.likelier))));
+            }
         }
         let loss = self.history.series("loss");
         if let (Some(first), Some(last)) = (loss.first(), loss.last()) {
@@ -202,6 +205,9 @@ impl RunReport {
             "rewards/rejected",
             "rewards/accuracies",
             "rewards/margins",
+            "implicit/accuracies",
+            "implicit/margins",
+            "logps/accuracies",
             "grad_norm",
             "learning_rate",
         ];
@@ -256,18 +262,18 @@ fn begin_table(out: &mut String, columns: &[&str]) {
     out.push_str("</tr></thead>\n<tbody>\n");
 }
 
-/// The charts that a run's metrics have lines for.
+/// The charts for which a run's metrics have lines.
 fn charts(history: &History) -> Vec<Chart> {
     let charts = [preference_charts(history), training_charts(history)];
     charts.into_iter().flatten().flatten().collect()
 }
 
-/// A value of every step, whose trend is drawn.
+/// The line of a value that every step has; its trend is drawn.
 fn line(history: &History, name: &'static str, series: &str, color: usize) -> Line {
     Line { name, points: history.series(series), color, kind: LineKind::Noisy }
 }
 
-/// A value of every evaluation.
+/// The dots of a value that every evaluation has.
 fn dots(history: &History, name: &'static str, series: &str, color: usize) -> Line {
     Line { kind: LineKind::Dots, ..line(history, name, series, color) }
 }
@@ -284,8 +290,31 @@ fn preference_charts(history: &History) -> Vec<Option<Chart>> {
             vec![line("training", "loss", 0), dots("evaluation", "eval_loss", 1)],
         ),
         Chart::of(
-            "Preference accuracy",
-            "Share of pairs whose chosen response has the higher reward.",
+            "Chosen gained more",
+            "Share of pairs whose chosen response gained more log-prob over the reference than the rejected one. A tie counts \
+             as half, so a run begins at 50 %.",
+            true,
+            vec![
+                line("training", "implicit/accuracies", 0),
+                dots("evaluation", "eval_implicit/accuracies", 1),
+            ],
+        ),
+        Chart::of(
+            "Gain of chosen over rejected",
+            "Mean of how much more the chosen response gained over the reference, in nats.",
+            false,
+            vec![line("training", "implicit/margins", 0), dots("evaluation", "eval_implicit/margins", 1)],
+        ),
+        Chart::of(
+            "Chosen is likelier",
+            "Share of pairs whose chosen response has the higher log-prob.",
+            true,
+            vec![line("training", "logps/accuracies", 0), dots("evaluation", "eval_logps/accuracies", 1)],
+        ),
+        Chart::of(
+            "Reward accuracy",
+            "Share of pairs whose chosen response has the higher reward. MMPO's rewards hold a part of the label, so theirs is \
+             high before any training.",
             true,
             vec![line("training", "rewards/accuracies", 0), dots("evaluation", "eval_rewards/accuracies", 1)],
         ),
@@ -339,14 +368,14 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
         Chart::of("Learning rate", "After warm-up and schedule.", false, vec![learning_rate]),
         Chart::of(
             "Speed",
-            "Tokens a second, prompts counted once.",
+            "Tokens per second, prompts counted once.",
             false,
-            vec![line("tokens a second", "tokens_per_second", 0)],
+            vec![line("tokens per second", "tokens_per_second", 0)],
         ),
     ]
 }
 
-/// An objective as its paper writes it.
+/// An objective's name as its paper writes it.
 fn written(objective: &str) -> &str {
     ObjectiveKind::from_name(objective).map_or(objective, |kind| kind.descriptor().title)
 }

@@ -1,10 +1,14 @@
-//! What a step and an evaluation came to, under the names that users of this ecosystem already chart.
+//! The results of a step and of an evaluation, under the names that users of this ecosystem already chart.
 
 use crate::data::Sides;
-use crate::objective::{Objective, PairOutcome};
+use crate::objective::{Objective, PairOutcome, ReferencePair};
 
 /// A pair counts as saturated when one of its two MMPO weights exceeds this.
 const SATURATED: f64 = 0.99;
+
+/// Two margins are a tie where they differ by no more than this share of the log-probs that they are differences of: the
+/// rounding of f32 sums of log-probs, formed in other batches by the reference than by the policy.
+const ROUNDING: f64 = 1e-6;
 
 /// Means over pairs. Log-probs are sums over a response's tokens, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -15,6 +19,8 @@ pub struct PairMetrics {
     pub logps_chosen: f64,
     /// `None` where the rejected response is not looked at (SFT).
     pub preference: Option<PreferenceMetrics>,
+    /// `None` where the rejected response is not looked at, or the reference's log-probs are not known.
+    pub implicit: Option<ImplicitMetrics>,
     /// MMPO's softmax weights.
     pub weights: Option<WeightMetrics>,
 }
@@ -33,6 +39,16 @@ pub struct PreferenceMetrics {
     /// Share of the pairs whose chosen response is the likelier one; unlike MMPO's rewards it holds no part of the
     /// label.
     pub likelier: f64,
+}
+
+/// What training changed: the gain of the chosen response beside that of the rejected one, whatever the objective's reward
+/// is. A response's gain is its log-prob less its log-prob under the reference, 0 for every response before training.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ImplicitMetrics {
+    /// Share of the pairs whose chosen response gained more than the rejected one; a tie counts as half.
+    pub accuracy: f64,
+    /// Mean over the pairs of how much more the chosen response gained than the rejected one, in nats.
+    pub margin: f64,
 }
 
 /// The softmax weights that MMPO gives the responses.
@@ -57,9 +73,9 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// The learning rate of the step.
     pub learning_rate: f64,
-    /// Tokens of the packed batches a second.
+    /// Tokens of the packed batches per second.
     pub tokens_per_second: f64,
-    /// Pairs a second.
+    /// Pairs per second.
     pub pairs_per_second: f64,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
@@ -77,8 +93,14 @@ pub struct EvalMetrics {
 }
 
 impl PairMetrics {
-    /// Means of `outcomes`; `loss` is the batch's, `sum(scale * loss)`.
-    pub fn new(objective: &Objective, loss: f64, outcomes: &[PairOutcome]) -> Self {
+    /// Means of `outcomes`; `loss` is the batch's, `sum(scale * loss)`, and `references` has the pairs' log-probs under the
+    /// reference, in the same order.
+    pub fn new(
+        objective: &Objective,
+        loss: f64,
+        outcomes: &[PairOutcome],
+        references: impl Iterator<Item = ReferencePair>,
+    ) -> Self {
         let pairs = outcomes.len().max(1) as f64;
         let mean = |value: &dyn Fn(&PairOutcome) -> f64| outcomes.iter().map(value).sum::<f64>() / pairs;
         let share =
@@ -102,11 +124,12 @@ impl PairMetrics {
             loss,
             logps_chosen: mean(&|outcome| outcome.logp_chosen.into()),
             preference: (objective.sides() == Sides::Both).then(preference),
+            implicit: ImplicitMetrics::new(outcomes, references).filter(|_| objective.sides() == Sides::Both),
             weights: objective.descriptor().has_weights.then(weights),
         }
     }
 
-    /// Names and values up to the weights, which come later in the order of names.
+    /// Names and values without the weights, which come later in the order of names.
     fn fields(&self) -> Vec<(&'static str, f64)> {
         let mut fields = vec![("loss", self.loss)];
         if let Some(preference) = self.preference {
@@ -125,6 +148,10 @@ impl PairMetrics {
                 ("logps/margins", self.logps_chosen - preference.logps_rejected),
             ]);
         }
+        if let Some(implicit) = self.implicit {
+            fields
+                .extend([("implicit/accuracies", implicit.accuracy), ("implicit/margins", implicit.margin)]);
+        }
         fields
     }
 
@@ -139,6 +166,30 @@ impl PreferenceMetrics {
     /// Mean of chosen minus rejected rewards.
     pub fn margin(&self) -> f64 {
         self.rewards_chosen - self.rewards_rejected
+    }
+}
+
+impl ImplicitMetrics {
+    /// `None` if a pair's reference is not known.
+    fn new(outcomes: &[PairOutcome], references: impl Iterator<Item = ReferencePair>) -> Option<Self> {
+        let (mut pairs, mut wins, mut margins) = (0usize, 0.0, 0.0);
+        for (outcome, reference) in outcomes.iter().zip(references) {
+            if !reference.is_known() {
+                return None;
+            }
+            let [chosen, rejected] = [outcome.logp_chosen, outcome.logp_rejected].map(f64::from);
+            let known = [reference.logp_chosen, reference.logp_rejected].map(f64::from);
+            let margin = (chosen - known[0]) - (rejected - known[1]);
+            let size = chosen.abs() + rejected.abs() + known[0].abs() + known[1].abs();
+            wins += match margin {
+                _ if margin.abs() <= ROUNDING * size => 0.5,
+                _ if margin > 0.0 => 1.0,
+                _ => 0.0,
+            };
+            (pairs, margins) = (pairs + 1, margins + margin);
+        }
+        let pairs = (pairs > 0).then_some(pairs as f64)?;
+        Some(ImplicitMetrics { accuracy: wins / pairs, margin: margins / pairs })
     }
 }
 
@@ -162,12 +213,13 @@ impl StepMetrics {
 
     /// The step in a few words, beside a progress bar.
     pub fn brief(&self) -> String {
-        let accuracy = self
-            .pairs
-            .preference
-            .map_or_else(String::new, |p| format!(" acc {:.2} margin {:.3}", p.accuracy, p.margin()));
+        let PairMetrics { implicit, preference, .. } = self.pairs;
+        let gained = implicit.map_or_else(String::new, |i| {
+            format!(" chosen gained more {:.2} by {:+.3}", i.accuracy, i.margin)
+        });
+        let likelier = preference.map_or_else(String::new, |p| format!(" chosen likelier {:.2}", p.likelier));
         format!(
-            "loss {:.4}{accuracy} lr {:.1e} {:.0} tok/s",
+            "loss {:.4}{gained}{likelier} lr {:.1e} {:.0} tok/s",
             self.pairs.loss, self.learning_rate, self.tokens_per_second
         )
     }
@@ -220,7 +272,7 @@ mod tests {
             outcome(2.0, 2.0, 0.5),
             outcome(5.0, 1.0, 0.9),
         ];
-        let metrics = PairMetrics::new(&mmpo(), 1.5, &outcomes);
+        let metrics = PairMetrics::new(&mmpo(), 1.5, &outcomes, unknown());
         let preference = metrics.preference.unwrap();
         assert_eq!(
             (preference.rewards_chosen, preference.rewards_rejected, preference.margin()),
@@ -233,34 +285,63 @@ mod tests {
         assert!((weights.chosen - 0.599).abs() <= 1e-6, "{weights:?}");
     }
 
+    /// A pair before training is a tie, also where rounding says otherwise; the rewards of MMPO say nothing of it.
+    #[test]
+    fn what_training_changed_is_zero_before_it() {
+        let reference = |chosen, rejected| ReferencePair {
+            logp_chosen: chosen,
+            logp_rejected: rejected,
+            tokens_chosen: 3,
+            tokens_rejected: 4,
+        };
+        let implicit = |references: [ReferencePair; 2]| {
+            let outcomes = [outcome(9.0, 0.0, 0.5), outcome(0.0, 9.0, 0.5)];
+            PairMetrics::new(&mmpo(), 0.0, &outcomes, references.into_iter()).implicit
+        };
+        let before = implicit([reference(-8.0, -4.0), reference(-8.000001, -4.0)]).unwrap();
+        assert_eq!(before.accuracy, 0.5);
+        assert!(before.margin.abs() <= 1e-6, "{before:?}");
+        let after = implicit([reference(-9.0, -4.0), reference(-8.0, -3.5)]).unwrap();
+        assert_eq!(after, ImplicitMetrics { accuracy: 1.0, margin: 0.75 });
+        let apart = implicit([reference(-8.0, -4.5), reference(-9.0, -4.0)]).unwrap();
+        assert_eq!(apart, ImplicitMetrics { accuracy: 0.5, margin: 0.25 });
+        assert_eq!(implicit([reference(-8.0, -4.0), ReferencePair::default()]), None);
+    }
+
+    fn unknown() -> impl Iterator<Item = ReferencePair> {
+        std::iter::repeat(ReferencePair::default())
+    }
+
     #[test]
     fn objectives_have_what_they_know() {
         let simpo = Objective::Simpo(Simpo { beta: 2.0, gamma_beta_ratio: 0.5 });
-        let metrics = PairMetrics::new(&simpo, 0.0, &[outcome(1.0, 0.0, 0.0)]);
-        assert!(metrics.preference.is_some() && metrics.weights.is_none());
-        let metrics = PairMetrics::new(&Objective::Sft, 0.0, &[outcome(1.0, 0.0, 0.0)]);
-        assert!(metrics.preference.is_none() && metrics.weights.is_none());
+        let metrics = PairMetrics::new(&simpo, 0.0, &[outcome(1.0, 0.0, 0.0)], unknown());
+        assert!(metrics.preference.is_some() && metrics.weights.is_none() && metrics.implicit.is_none());
+        let metrics = PairMetrics::new(&Objective::Sft, 0.0, &[outcome(1.0, 0.0, 0.0)], unknown());
+        assert!(metrics.preference.is_none() && metrics.weights.is_none() && metrics.implicit.is_none());
     }
 
     #[test]
     fn names_are_the_documented_ones_in_order() {
         let pairs = PairMetrics {
             preference: Some(PreferenceMetrics::default()),
+            implicit: Some(ImplicitMetrics::default()),
             weights: Some(WeightMetrics::default()),
             ..PairMetrics::default()
         };
         let step = StepMetrics { pairs, memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
         let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
-             logps/rejected logps/accuracies logps/margins grad_norm learning_rate epoch weights/chosen weights/saturated \
-             tokens_per_second pairs_per_second memory/peak_gib";
+             logps/rejected logps/accuracies logps/margins implicit/accuracies implicit/margins grad_norm learning_rate \
+             epoch weights/chosen weights/saturated tokens_per_second pairs_per_second memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();
         assert_eq!(
             names.join(" "),
             "eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins \
-             eval_logps/chosen eval_logps/rejected eval_logps/accuracies eval_logps/margins epoch \
+             eval_logps/chosen eval_logps/rejected eval_logps/accuracies eval_logps/margins \
+             eval_implicit/accuracies eval_implicit/margins epoch \
              eval_weights/chosen eval_weights/saturated"
         );
     }

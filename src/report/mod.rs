@@ -1,6 +1,7 @@
-//! What a run tells: metrics as it goes (`metrics.jsonl`, TensorBoard events, a progress bar), and at its end a summary
+//! What a run shows: metrics as it goes (`metrics.jsonl`, TensorBoard events, a progress bar), and at its end a summary
 //! and the page `report.html`.
 
+mod advice;
 mod chart;
 mod escape;
 mod failure;
@@ -11,11 +12,12 @@ mod progress;
 mod summary;
 mod tensorboard;
 
+pub use advice::advice;
 pub use escape::escaped;
 pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color};
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use html::{DataSummary, REPORT_FILE, RunReport};
-pub use metrics::{EvalMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
+pub use metrics::{EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
 pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -14,11 +14,11 @@ use crate::error::{Error, Result};
 /// Seconds between plain lines, so that a log file is not flooded.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// All bars of the program, so that a log line can step aside for them.
+/// All bars of the program: a log line hides them while it is written.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// Standard error for the log: a line goes above the bars, never through them. What cannot be written (a full disk, a
-/// closed pipe) is lost: a log that nobody can read ends no run.
+/// Standard error for the log: a line goes above the bars, never through them. A line that cannot be written (a full
+/// disk, a closed pipe) is lost: a log that nobody can read ends no run.
 #[derive(Debug)]
 pub struct LogWriter;
 
@@ -39,12 +39,11 @@ impl Write for LogWriter {
 pub enum Reader {
     /// Somebody does.
     Listening,
-    /// The reader has seen enough, as `head`: no error, and nothing is left to print.
+    /// The reader has seen enough, as `head` does: no error, and nothing is left to print.
     Gone,
 }
 
-/// Writes to standard output what a command was run for. A terminal gets it with its commands escaped, a file or pipe
-/// as it is.
+/// Writes a command's result to standard output. A terminal gets it with its commands escaped, a file or pipe as it is.
 ///
 /// # Errors
 /// [`Error::Io`] where standard output takes no more, for instance on a full disk.
@@ -66,14 +65,14 @@ pub fn print_notice(line: &str) {
     let _ = BARS.suspend(|| writeln!(std::io::stderr(), "{}", escaped(line)));
 }
 
-/// How far some work of known length is.
+/// How far a piece of work of known length has come.
 #[derive(Debug)]
 pub struct Progress {
     label: String,
     unit: &'static str,
     total: u64,
     done: u64,
-    /// Done before this process, by the run that is resumed: no part of the speed.
+    /// Units done before this process, by the run that is resumed; they do not count in the speed.
     already_done: u64,
     started: Instant,
     view: View,
@@ -87,7 +86,7 @@ enum View {
 }
 
 impl Progress {
-    /// Work of `total` units, `done` of them by an earlier run.
+    /// Begins work of `total` units, of which an earlier run did `done`.
     pub fn start(label: impl Into<String>, unit: &'static str, total: usize, done: usize) -> Self {
         let label = label.into();
         let view = if !tracing::enabled!(tracing::Level::INFO) {
@@ -101,7 +100,7 @@ impl Progress {
         Progress { label, unit, total: total as u64, done, already_done: done, started: Instant::now(), view }
     }
 
-    /// `units` more are done; `message` says in a few words how it goes.
+    /// Adds `units` finished units; `message` says in a few words how the work goes.
     pub fn advance(&mut self, units: usize, message: impl FnOnce() -> String) {
         self.done += units as u64;
         match &mut self.view {
@@ -139,7 +138,7 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// A finished bar goes; what is to stay is printed by whoever did the work.
+    /// Removes a finished bar; what is to stay is printed by whoever did the work.
     fn drop(&mut self) {
         if let View::Bar(bar) = &self.view {
             bar.finish_and_clear();
@@ -158,7 +157,7 @@ fn bar(label: &str, unit: &str, total: u64, done: u64) -> ProgressBar {
     bar
 }
 
-/// A closed standard error stops no training.
+/// Prints a line; a closed standard error stops no training.
 fn print(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }

@@ -1,6 +1,6 @@
 //! Before and after: what a run did to the preferences, for the terminal and the report.
 
-use super::metrics::{EvalMetrics, PreferenceMetrics, WeightMetrics};
+use super::metrics::{EvalMetrics, ImplicitMetrics, PreferenceMetrics, WeightMetrics};
 
 /// What the model answers before and after training.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,10 +31,13 @@ pub struct ComparisonRow {
 /// Columns that answers are wrapped to.
 const ANSWER_WIDTH: usize = 88;
 
-/// What two evaluations of the same pairs have in common.
+/// The rows that two evaluations of the same pairs have in common.
 pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> {
     let preference = |value: fn(&PreferenceMetrics) -> f64| {
         Some((value(&before.pairs.preference?), value(&after.pairs.preference?)))
+    };
+    let implicit = |value: fn(&ImplicitMetrics) -> f64| {
+        Some((value(&before.pairs.implicit?), value(&after.pairs.implicit?)))
     };
     let weights = |value: fn(&WeightMetrics) -> f64| {
         Some((value(&before.pairs.weights?), value(&after.pairs.weights?)))
@@ -43,6 +46,8 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
         |metrics: &EvalMetrics| Some(metrics.pairs.logps_chosen - metrics.pairs.preference?.logps_rejected);
     let margins = margin(before).zip(margin(after));
     [
+        implicit(|i| i.accuracy).map(|pair| row("chosen gained more", pair, true, Some(1.0))),
+        implicit(|i| i.margin).map(|pair| row("gain of chosen over rejected", pair, false, Some(1.0))),
         preference(|p| p.likelier).map(|pair| row("chosen is the likelier", pair, true, Some(1.0))),
         margins.map(|pair| row("log-prob margin", pair, false, Some(1.0))),
         preference(|p| p.accuracy).map(|pair| row("reward accuracy", pair, true, Some(1.0))),
@@ -63,7 +68,7 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
     .collect()
 }
 
-/// `sign`: 1 where more is better, -1 where less is.
+/// Makes a row. `sign` is 1 where more is better, -1 where less is.
 fn row(label: &'static str, (before, after): (f64, f64), share: bool, sign: Option<f64>) -> ComparisonRow {
     let text = |value: f64| if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.3}") };
     let change = after - before;
@@ -86,7 +91,7 @@ pub fn summary(before: &EvalMetrics, after: &EvalMetrics, samples: &[Sample]) ->
     text
 }
 
-/// Wrapped at spaces, and set under the column after its label. Control characters would reach the terminal as
+/// Wraps text at spaces and indents it under the column after its label. Control characters would reach the terminal as
 /// commands, so they become spaces.
 fn indented(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();
@@ -121,7 +126,9 @@ mod tests {
             logps_rejected: -5.0,
             likelier: accuracy / 2.0,
         };
-        let pairs = PairMetrics { loss, logps_chosen: -4.0, preference: Some(preference), weights: None };
+        let implicit = Some(ImplicitMetrics { accuracy, margin: loss });
+        let preference = Some(preference);
+        let pairs = PairMetrics { loss, logps_chosen: -4.0, preference, implicit, weights: None };
         EvalMetrics { step: 0, epoch: 0.0, pairs }
     }
 
@@ -129,8 +136,10 @@ mod tests {
     fn the_table_says_what_became_better() {
         let rows = compare(&evaluation(0.5, 2.0), &evaluation(0.985, 2.5));
         let find = |label: &str| rows.iter().find(|row| row.label == label).unwrap();
-        assert_eq!(rows[0].label, "chosen is the likelier");
-        assert_eq!((rows[0].before.as_str(), rows[0].after.as_str()), ("25.0 %", "49.2 %"));
+        assert_eq!((rows[0].label, rows[0].before.as_str()), ("chosen gained more", "50.0 %"));
+        assert_eq!((rows[1].label, rows[1].after.as_str()), ("gain of chosen over rejected", "2.500"));
+        assert_eq!(rows[2].label, "chosen is the likelier");
+        assert_eq!((rows[2].before.as_str(), rows[2].after.as_str()), ("25.0 %", "49.2 %"));
         let accuracy = find("reward accuracy");
         assert_eq!((accuracy.before.as_str(), accuracy.after.as_str()), ("50.0 %", "98.5 %"));
         assert_eq!((accuracy.change.as_str(), accuracy.better), ("+48.5 points", Some(true)));
@@ -138,7 +147,7 @@ mod tests {
         assert_eq!((loss.change.as_str(), loss.better), ("+0.500", Some(false)));
         let chosen = find("log-prob of chosen");
         assert_eq!(chosen.better, None, "no change is neither");
-        assert_eq!(rows.len(), 7, "no weights without MMPO");
+        assert_eq!(rows.len(), 9, "no weights without MMPO");
     }
 
     #[test]

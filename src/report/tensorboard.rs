@@ -26,8 +26,11 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Begins a new event file in the output folder `folder`. Behind a resume, `resumed` is the step it goes on from:
-    /// what earlier files say of later steps is then void.
+    /// Begins a new event file in the output folder `folder`. After a resume, `resumed` is the step that the run
+    /// continues from: what earlier files say about later steps is then void.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) if it cannot be made.
     pub fn create(folder: &Path, resumed: Option<usize>) -> Result<Self> {
         let folder = folder.join(EVENTS_FOLDER);
         std::fs::create_dir_all(&folder).map_err(|source| Error::io(&folder, "create", source))?;

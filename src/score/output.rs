@@ -15,7 +15,7 @@ const STANDARD_OUTPUT: &str = "-";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ScoreOutput {
     StandardOutput,
-    /// The file itself, where a symbolic link was given.
+    /// A file; where a symbolic link was given, the file that it leads to.
     File(PathBuf),
 }
 
@@ -63,6 +63,9 @@ impl ScoreOutput {
     }
 
     /// Fails now if nothing can be written there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the folder.
     pub fn check_writable(&self) -> Result<()> {
         match self {
             ScoreOutput::StandardOutput => Ok(()),

@@ -27,7 +27,7 @@ pub struct PairScore {
 }
 
 impl PairScore {
-    /// Finite weights can still overflow on the way, as after a diverged training.
+    /// Fails where a score is not finite: finite weights can still overflow on the way, as after a diverged training.
     fn check_finite(&self, pair: &TokenizedPair) -> Result<()> {
         let PairScore { logp_chosen, logp_rejected, entropy_chosen, entropy_rejected, .. } = *self;
         if [logp_chosen, logp_rejected, entropy_chosen, entropy_rejected]
@@ -46,7 +46,7 @@ impl PairScore {
         ))
     }
 
-    /// The same as objectives take it.
+    /// The scores as objectives take them.
     pub fn reference(&self) -> ReferencePair {
         ReferencePair {
             logp_chosen: self.logp_chosen as f32,
@@ -122,7 +122,8 @@ impl<'a, D: Device> Scorer<'a, D> {
         Ok(scores)
     }
 
-    /// Scores all pairs, in order; `progress` hears how many more are done. A signal ends it between micro-batches.
+    /// Scores all pairs, in order; `progress` is called with the number of pairs that were just scored. A signal ends
+    /// the scoring between micro-batches.
     ///
     /// # Errors
     /// As [`Scorer::run_from`]; [`Error::Interrupted`].

@@ -172,7 +172,7 @@ mod tests {
         }
     }
 
-    /// What stands at an index of a stored tensor; another number for each.
+    /// A value for each index of a stored tensor, all of them different.
     fn stored(name: &str, index: usize) -> f32 {
         let salt: usize = name.bytes().map(usize::from).sum();
         (salt + index) as f32 / 8192.0

@@ -16,7 +16,7 @@ use crate::report::History;
 const PIECE: usize = 1 << 20;
 
 /// Fails unless loss and gradient norm (`None` where no gradient was asked for) are finite. Called before an update and
-/// before a checkpoint, so that what is on the disk is from before.
+/// before a checkpoint, so that the disk holds only what was saved before the failure.
 pub fn check_finite(
     loss: f64,
     gradient_norm: Option<f32>,
@@ -54,7 +54,8 @@ pub fn check_saved(name: &str, offset: usize, values: &[f32]) -> Result<()> {
     ))
 }
 
-/// Names, in the advice of a numerical error, the newest checkpoint of `run`: one is only saved of weights that pass.
+/// Adds the newest checkpoint of `run` to the advice of a numerical error: a checkpoint is only written if its weights
+/// pass.
 pub fn with_last_checkpoint(error: Error, run: &Path) -> Error {
     let Error::Numerics { message, help } = error else { return error };
     let kept = match run_state::latest(run) {

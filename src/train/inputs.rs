@@ -20,9 +20,9 @@ pub struct Inputs {
     pub adapter: Option<StartingAdapter>,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
-    /// Saved beside the trained weights.
+    /// The files that are saved beside the trained weights.
     pub companions: CompanionFiles,
-    /// Its tokenizer and chat template.
+    /// The model's tokenizer and chat template.
     pub encoder: TextEncoder,
     /// The lengths asked for, within the models' context.
     pub limits: LengthLimits,
@@ -30,9 +30,9 @@ pub struct Inputs {
     pub training: PairDataset,
     /// Pairs to evaluate on.
     pub evaluation: Option<PairDataset>,
-    /// The file of the former.
+    /// The file of the training pairs.
     pub training_path: PathBuf,
-    /// The file of the latter.
+    /// The file of the evaluation pairs.
     pub evaluation_path: Option<PathBuf>,
     /// Keeps the demo's files alive.
     _demo: Option<Demo>,
@@ -96,7 +96,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// The longest sequence any pair makes: positions that RoPE needs.
+    /// Tokens of the longest sequence that any pair makes: the number of positions that RoPE needs.
     pub fn positions(&self) -> usize {
         let evaluation = self.evaluation.iter().flat_map(|dataset| &dataset.pairs);
         let pairs = self.training.pairs.iter().chain(evaluation);
@@ -110,7 +110,8 @@ impl Inputs {
     }
 }
 
-/// transformers would drop attention weights in training; a run without that is another run.
+/// Refuses attention dropout: transformers would drop attention weights in training, and a run without that is another
+/// run.
 fn check_dropout(model: &ModelFolder) -> Result<()> {
     match model.config().attention_dropout {
         0.0 => Ok(()),
@@ -136,7 +137,7 @@ fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
     Ok(reference)
 }
 
-/// A data file for people.
+/// The name of a data file, for people.
 fn name(given: &Option<PathBuf>) -> String {
     match given {
         Some(path) => path.display().to_string(),

@@ -1,4 +1,4 @@
-//! One process an output folder: two runs in one folder would mix their metrics, checkpoints and models.
+//! One process per output folder: two runs in one folder would mix their metrics, checkpoints and models.
 
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{ErrorKind, Read, Seek, Write};
@@ -26,7 +26,7 @@ impl RunLock {
     /// Takes the lock of `folder`, which must exist.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the process that has it. A file system without locks is a warning.
+    /// [`Error::Config`] naming the process that has it. On a file system without locks there is only a warning.
     pub fn take(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
         loop {
@@ -105,7 +105,7 @@ fn holder() -> String {
     format!("process {}{host} since {since}\n", std::process::id())
 }
 
-/// Opens the file without waiting for whoever would read a FIFO of that name.
+/// Opens the file without waiting, even where a FIFO of that name has no reader.
 fn open(path: &Path, create: bool) -> std::result::Result<File, String> {
     let mut options = File::options();
     options.read(true).write(true).create(create).truncate(false);

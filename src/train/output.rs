@@ -10,7 +10,8 @@ use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, print_result, summary,
+    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, advice, print_result,
+    summary,
 };
 
 const MODEL_FOLDER: &str = "model";
@@ -93,22 +94,28 @@ impl Output {
         format!("{:<8}{}", self.result, self.model().display())
     }
 
-    /// Writes `report.html`, and tells the terminal how it ended: last, so that a standard output that cannot be
-    /// written costs no file.
+    /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
+    /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
         };
+        let history = History::read(&self.path)?;
+        let warnings = advice(&history, config.optimizer.learning_rate);
+        // The demo's page has them too, but its terminal shows what a newcomer came for.
+        if config.model.is_some() {
+            warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        }
         let report = RunReport {
             model: name(config),
             objective: config.objective.name().to_string(),
             device,
             recipe: config.to_toml(),
-            history: History::read(&self.path)?,
+            warnings,
+            history,
             data: inputs.data_summaries(config),
-            warnings: warnings(&comparison),
             comparison,
             samples,
             seconds,
@@ -120,7 +127,7 @@ impl Output {
     }
 }
 
-/// The demo may be run again over itself.
+/// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
     let is_taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE]
@@ -135,7 +142,8 @@ fn refuse_taken(config: &RunConfig) -> Result<()> {
     Ok(())
 }
 
-/// A run must not write over what it reads, nor fill a model folder with files that are no part of the model.
+/// Refuses a folder that holds an input: a run must not write over what it reads, nor fill a model folder with files
+/// that are no part of the model.
 fn refuse_inputs(config: &RunConfig) -> Result<()> {
     // Where the folder is new, no input is in it.
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
@@ -183,20 +191,4 @@ fn name(config: &RunConfig) -> String {
         Some(path) => path.display().to_string(),
         None => "the built-in demo".to_string(),
     }
-}
-
-/// What a user should know of this run beyond its numbers.
-fn warnings(comparison: &Option<(EvalMetrics, EvalMetrics)>) -> Vec<String> {
-    let saturated =
-        comparison.iter().filter_map(|(_, after)| after.pairs.weights).map(|weights| weights.saturated);
-    saturated
-        .filter(|&share| share > 0.5)
-        .map(|share| {
-            format!(
-                "{:.0} % of the pairs train on one response alone: their softmax weights are above 0.99. Log-probs of \
-                 long responses differ by tens of nats; `length_normalize = true` compares means instead.",
-                100.0 * share
-            )
-        })
-        .collect()
 }

@@ -7,8 +7,8 @@ use crate::data::BatchOrder;
 use crate::error::{Error, Result};
 use crate::optimizer::{AdamWSettings, AdamWStep, Schedule};
 
-/// An AdamW update of this size or more is refused: two weights of it have a product that f32 (and bf16, whose range
-/// is the same) cannot hold, so that no forward pass would give a number.
+/// An AdamW update of this size or more is refused: two weights of that size have a product that f32 (and bf16, whose
+/// range is the same) cannot hold, so that no forward pass would give a number.
 const LARGEST_UPDATE: f64 = 1.8e19;
 
 /// The steps of a run.
@@ -35,7 +35,7 @@ impl Plan {
         let schedule = config.schedule;
         let total_steps = schedule.max_steps.unwrap_or_else(|| order.steps_of(schedule.epochs));
         let warmup_steps = match schedule.warmup {
-            // A share of the run leaves it a step at the peak.
+            // A warm-up that is given as a share of the run leaves at least one step at the peak.
             Warmup::Ratio(ratio) => {
                 ((ratio * total_steps as f64).ceil() as usize).min(total_steps.saturating_sub(1))
             }
@@ -151,12 +151,13 @@ impl Plan {
     fn largest_ratio(&self) -> f64 {
         let (beta1, beta2) = (self.optimizer.beta1, self.optimizer.beta2);
         let ratio = beta1 * beta1 / beta2;
-        // Without a limit where the first moment remembers for longer than the second: each step counts then.
+        // There is no limit where the first moment remembers for longer than the second: every step of the run counts
+        // then.
         let sum = if ratio < 1.0 { 1.0 / (1.0 - ratio) } else { self.total_steps as f64 };
         (((1.0 - beta1) * (1.0 - beta1) * sum) / (1.0 - beta2)).sqrt().max(1.0)
     }
 
-    /// Tells what will be trained. `given`: whether the pairs of a step were asked for.
+    /// Logs what will be trained. `given` says whether this number of pairs per step was asked for.
     pub fn log(&self, given: bool) {
         let Plan { total_steps, pairs, pairs_per_step, warmup_steps, .. } = *self;
         let chosen = match given {

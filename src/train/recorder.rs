@@ -16,7 +16,8 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// `resumed`: steps done by an earlier part of the run, whose later lines are taken off.
+    /// Opens the files. `resumed` is the number of steps done by an earlier part of the run, whose lines for later
+    /// steps are removed.
     pub fn start(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
         let metrics = match resumed {
             Some(step) => MetricsWriter::resume(output, step)?,
@@ -48,7 +49,8 @@ impl Recorder {
         self.events.evaluation(metrics)
     }
 
-    /// Before a checkpoint of the same step: what it counts on is on the disk.
+    /// Makes sure that everything recorded so far is on the disk: called before the checkpoint of the same step, which
+    /// counts on it.
     pub fn sync(&self) -> Result<()> {
         self.check_place()?;
         self.metrics.sync()
@@ -95,7 +97,7 @@ fn id(_: &std::fs::Metadata) -> FileId {
     (0, 0)
 }
 
-/// Lines that the metrics file should have, up to the checkpoint's step, and has not.
+/// Warns of lines that the metrics file lacks for steps before the checkpoint.
 fn warn_of_missing_lines(output: &Path, step: usize) -> Result<()> {
     let mut is_there = vec![false; step + 1];
     for (at, _) in History::read(output)?.series("loss") {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::inputs::Inputs;
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
-use crate::data::{CacheKey, PairDataset, ReferenceCache};
+use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
 use crate::device::Device;
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
@@ -16,28 +16,26 @@ use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
 
-/// How often what is scored so far is stored, for a process that is killed.
+/// Time between two writes of the scores so far: a process that is killed loses no more than that.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// References of the training and of the evaluation pairs, in their orders; zeros where the objective needs none.
+/// References of the training and of the evaluation pairs, in their orders.
 #[derive(Debug)]
 pub struct References {
-    /// Of the training pairs, in their order.
+    /// References of the training pairs, in their order; not known where the objective needs none.
     pub training: Vec<ReferencePair>,
-    /// Of the evaluation pairs, in their order.
+    /// References of the evaluation pairs, in their order; not known where the objective looks only at the chosen
+    /// responses. All other objectives have them, whatever they train on, to show what training changes.
     pub evaluation: Vec<ReferencePair>,
 }
 
 impl References {
-    /// `model` is the starting model, which is the reference unless the configuration names another.
+    /// Scores the pairs whose references are wanted; the fields say which. `model` is the starting model, which is the
+    /// reference unless the configuration names another.
+    ///
+    /// # Errors
+    /// Those of the reference's folder and of the device; [`crate::Error::Numerics`] for log-probs that are not finite.
     pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
-        let evaluation_pairs = inputs.evaluation.as_ref().map_or(0, |dataset| dataset.pairs.len());
-        if !config.objective.needs_reference() {
-            return Ok(References {
-                training: vec![ReferencePair::default(); inputs.training.pairs.len()],
-                evaluation: vec![ReferencePair::default(); evaluation_pairs],
-            });
-        }
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
             Some(folder) => {
@@ -57,13 +55,19 @@ impl References {
         let score = |dataset: &PairDataset, label: &str| {
             score_cached(config, inputs, weights, reference, dataset, label)
         };
-        Ok(References {
-            training: score(&inputs.training, "reference log-probs")?,
-            evaluation: match &inputs.evaluation {
-                Some(dataset) => score(dataset, "reference log-probs, evaluation")?,
-                None => Vec::new(),
-            },
-        })
+        let unknown = |dataset: &PairDataset| vec![ReferencePair::default(); dataset.pairs.len()];
+        let training = match config.objective.needs_reference() {
+            true => score(&inputs.training, "reference log-probs")?,
+            false => unknown(&inputs.training),
+        };
+        let evaluation = match &inputs.evaluation {
+            Some(dataset) if config.objective.sides() == Sides::Both => {
+                score(dataset, "reference log-probs, evaluation")?
+            }
+            Some(dataset) => unknown(dataset),
+            None => Vec::new(),
+        };
+        Ok(References { training, evaluation })
     }
 }
 
@@ -97,7 +101,7 @@ fn score_cached<D: Device>(
     Ok(references)
 }
 
-/// Scores what an earlier run that was stopped did not; a signal keeps what is done by then.
+/// Scores the pairs that an earlier run, which was stopped, did not; a signal keeps those that are done by then.
 fn score_rest<D: Device>(
     config: &RunConfig,
     reference: &Llama<D>,
@@ -140,7 +144,7 @@ fn score_rest<D: Device>(
     Ok(std::mem::take(&mut *done.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// What a signal does while references are scored.
+/// On a signal, keeps the references that are scored by then.
 fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pairs: usize) -> Keeper {
     interrupt::keep_before_end(move || {
         let done = done.lock().unwrap_or_else(PoisonError::into_inner);

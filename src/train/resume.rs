@@ -10,7 +10,7 @@ use crate::config::{RESOLVED_FILE, RunConfig};
 use crate::error::{Error, Result};
 use crate::report::{EVENTS_FOLDER, METRICS_FILE, REPORT_FILE};
 
-/// What a run without a checkpoint may have left: it can begin again without a loss.
+/// What a run without a checkpoint may have left. Such a run can begin again and loses nothing.
 const LEFT_BY_A_START: [&str; 5] =
     [RESOLVED_FILE, METRICS_FILE, EVENTS_FOLDER, run_state::FOLDER, "reference-cache"];
 

@@ -9,7 +9,7 @@ use crate::model::Llama;
 use crate::report::Sample;
 
 const COUNT: usize = 3;
-/// Tokens of an answer at most.
+/// Most tokens of an answer.
 pub const MAX_NEW_TOKENS: usize = 64;
 
 /// Prompts of the first evaluation pairs (of the first training pairs where there are none).

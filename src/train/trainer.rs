@@ -22,7 +22,7 @@ pub struct TrainingPair<'a> {
     pub reference: ReferencePair,
 }
 
-/// What one optimiser step came to.
+/// Results of one optimiser step.
 #[derive(Clone, Debug)]
 pub struct StepResult {
     /// In the order of the batch.
@@ -40,7 +40,7 @@ pub struct StepResult {
 pub struct Trainer<D: Device> {
     /// The model in training.
     pub model: Llama<D>,
-    /// Of the trained tensors; `None` for a frozen one.
+    /// Optimiser states of the trained tensors; `None` for a frozen one.
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
@@ -90,7 +90,7 @@ impl Workload {
         }
         let most_pairs = (token_budget / shortest).clamp(1, pairs_per_step.max(1));
         let budget = token_budget.min(micro_batch.tokens * most_pairs).max(micro_batch.tokens);
-        // A pair of P + C + R tokens scores C + R of them, or one more than T for each pair with a one-token prompt.
+        // No pair scores more tokens than it has, so the budget bounds the scored ones; `most_pairs` more are to spare.
         let scored = micro_batch.scored.max(budget + most_pairs);
         Workload {
             micro_batch: Capacity {
@@ -145,6 +145,9 @@ impl<D: Device> Trainer<D> {
     }
 
     /// One optimiser step over `pairs`, whose loss is their mean whatever the micro-batches.
+    ///
+    /// # Errors
+    /// [`Error::Numerics`] for a loss or a gradient that is not finite, before the update; those of the device.
     pub fn step(
         &mut self,
         pairs: &[TrainingPair<'_>],
@@ -195,6 +198,9 @@ impl<D: Device> Trainer<D> {
     }
 
     /// AdamW over all trained weights, from the gradients of [`Trainer::accumulate_gradients`].
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn update(&mut self, adamw: AdamWStep) -> Result<()> {
         let device = &self.model.device;
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
@@ -208,6 +214,9 @@ impl<D: Device> Trainer<D> {
     }
 
     /// Outcomes of `pairs` under the current weights, and their mean loss.
+    ///
+    /// # Errors
+    /// Those of the device; [`Error::Interrupted`] where a signal ends the evaluation.
     pub fn evaluate(&mut self, pairs: &[TrainingPair<'_>]) -> Result<(Vec<PairOutcome>, f64)> {
         let mut outcomes = Vec::with_capacity(pairs.len());
         let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;

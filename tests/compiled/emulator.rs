@@ -350,7 +350,7 @@ fn chosen_compiler() -> Result<Compiler, String> {
     Compiler::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
 }
 
-/// A program of the cases in those files that `wanted` chooses by name; `name` is its folder's.
+/// Builds a program of the cases of these files that `wanted` chooses by name, in a folder called `name`.
 fn build(compiler: &Compiler, name: &str, wanted: impl Fn(&str) -> bool) -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let kernels = root.join("kernels");
@@ -416,7 +416,7 @@ fn files_in(folder: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect()
 }
 
-/// Of everything that is included, and of the compile steps.
+/// The time of the last change of a header, or of the compile steps.
 fn newest_header(folder: &Path) -> Option<SystemTime> {
     let included = |path: &PathBuf| path.extension().is_some_and(|e| e == "h" || e == "cuh" || e == "rs");
     files_in(folder).iter().filter(|path| included(path)).filter_map(|path| modified(path)).max()

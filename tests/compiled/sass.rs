@@ -111,7 +111,7 @@ fn count(instructions: &[String], name: &str) -> usize {
 }
 
 /// Exponentials between a wait that leaves one group of wgmmas under way and the next wait: they run under the tensor
-/// cores. Both compilers would rather have them behind the second wait.
+/// cores. Both compilers would rather have them after the second wait.
 fn overlapped(instructions: &[String]) -> usize {
     let wait = "WARPGROUP.DEPBAR.LE gsb0";
     let behind = instructions.iter().skip_while(|code| !code.starts_with(&format!("{wait}, 0x1"))).skip(1);
@@ -138,7 +138,8 @@ fn exponentials_run_under_a_product() {
 #[test]
 fn descriptors_stay_in_uniform_registers() {
     let Some(tool) = cuobjdump() else { return };
-    // Some tiles of the linear layers keep one move, of four operands a product that there would be.
+    // Some tiles of the linear layers keep one move per gemm; without uniform registers there would be four, one per
+    // operand.
     let most = [
         ("attention_forward_sm90", 0),
         ("attention_backward_sm90", 0),
@@ -159,8 +160,8 @@ fn descriptors_stay_in_uniform_registers() {
     }
 }
 
-/// Terms of dQ in the fixed order: the first assigned, each behind an acquiring load and the fence between its proxy and theirs.
-/// Nothing of it is left where any order will do, so that the difference is what the order costs.
+/// Terms of dQ in the fixed order: the first assigned, each after an acquiring load and the fence between its proxy and
+/// theirs. Nothing of it is left where any order will do, so that the difference is what the order costs.
 #[test]
 fn only_the_fixed_order_waits() {
     let Some(tool) = cuobjdump() else { return };

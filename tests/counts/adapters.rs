@@ -34,7 +34,8 @@ fn run(device: &CudaDevice, projection: &Projection) {
     let (x, a, b) = (compute(ROWS * inputs), compute(inner_width * inputs), compute(outputs * RANK));
     let (mut inner, mut out, mut dx) =
         (compute(ROWS * inner_width), compute(ROWS * outputs), compute(ROWS * inputs));
-    let (mut da, mut db) = (device.alloc(inner_width * inputs).unwrap(), device.alloc(outputs * RANK).unwrap());
+    let (mut da, mut db) =
+        (device.alloc(inner_width * inputs).unwrap(), device.alloc(outputs * RANK).unwrap());
 
     device.linear_forward(&mut inner, &x, &a, None, down).unwrap();
     let mut first = 0;
@@ -78,7 +79,10 @@ fn adapters_of_a_layer_of_2048_add_less_than_a_tenth_of_its_operations() {
         }
         println!("{path:?}: {:.2} % more operations", 100.0 * counted as f64 / frozen as f64);
         // Hopper's tiles have 128 columns, of which rank 64 fills half.
-        assert!(counted >= added && (counted == added || path == KernelPath::Hopper), "{path:?}: {counted}, {added}");
+        assert!(
+            counted >= added && (counted == added || path == KernelPath::Hopper),
+            "{path:?}: {counted}, {added}"
+        );
         assert!(counted as f64 <= 0.1 * frozen as f64, "{path:?}: {counted} of {frozen}");
     }
 }

@@ -1,5 +1,6 @@
-//! What attention's backward kernels do at the lengths that matter, counted by the emulated device: tensor-core work next to
-//! the ten FLOPs a value of the head that each visible (query, key) entry asks for, and the traffic of dQ's sums.
+//! What attention's backward kernels do at the lengths that matter, counted by the emulated device: tensor-core work
+//! next to the ten FLOPs per value of the head that each visible (query, key) entry asks for, and the traffic of dQ's
+//! sums.
 
 use half::bf16;
 use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};

@@ -1,5 +1,5 @@
-//! What the log-prob head does, counted by the emulated device: tensor-core work next to `6 N V D` (main mode) and
-//! `8 N V D` (recompute mode), the bytes beside the operands of products, and bank conflicts.
+//! What the log-prob head does, counted by the emulated device: tensor-core work next to `6 N V D` (main mode) and `8 N
+//! V D` (recompute mode), the bytes beside the operands of gemms, and bank conflicts.
 
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorCounters, EmulatorVariant, KernelPath};
 use mmpo_fast::device::prelude::*;
@@ -12,7 +12,7 @@ use crate::emulator_alone;
 /// Watches ordinary loads and stores too.
 const VARIANT: EmulatorVariant = EmulatorVariant::Checked;
 
-/// Whole tiles of every product.
+/// Whole tiles of every gemm.
 const ROWS: usize = 256;
 const WIDTH: usize = 128;
 const VOCAB: usize = 1024;
@@ -78,7 +78,7 @@ fn stored(counters: &EmulatorCounters) -> usize {
     (counters.global_store_bytes + counters.tensor_store_bytes) as usize
 }
 
-/// Bytes that are no operand of a product: those go by cp.async or TMA.
+/// Bytes loaded by ordinary accesses. The operands of gemms are not among them: they go by cp.async or TMA.
 fn loaded(counters: &EmulatorCounters) -> usize {
     counters.global_load_bytes as usize
 }
@@ -100,7 +100,7 @@ fn print_row(pass: &str, counters: &EmulatorCounters) {
 #[test]
 fn the_head_does_the_least_work() {
     let _alone = emulator_alone();
-    // Statistics of a row: of each run of columns two f32 and the target's logit; lse, log-prob.
+    // Statistics of a row: two f32 for each run of columns, and the target's logit; then lse and log-prob.
     let statistics = ROWS * 4 * (2 * VOCAB / STATISTICS + 1 + 2);
     for path in [KernelPath::Portable, KernelPath::Hopper] {
         let device = CudaDevice::emulated(VARIANT).with_path(path);
@@ -110,8 +110,8 @@ fn the_head_does_the_least_work() {
             print_row("forward", &forward);
             print_row("backward", &backward);
             assert_eq!(flops(&forward) + flops(&backward), factor * LOGITS * WIDTH, "{path:?} {mode:?}");
-            // The product, the merge of its statistics, and in main mode the rows' references before it. These are
-            // written twice, and the target's exponential once more.
+            // The gemm, the merge of its statistics, and in main mode the rows' references before it. These are written
+            // twice, and the target's exponential once more.
             let main = mode == HeadMode::Main;
             assert_eq!(forward.launches, if main { 3 } else { 2 }, "{path:?} {mode:?}");
             let exponentials = if main { 2 * LOGITS + ROWS * (2 * 4 + 2) } else { 0 };

@@ -41,7 +41,7 @@ fn counted(run: impl FnOnce()) -> EmulatorCounters {
     VARIANT.counters()
 }
 
-/// `[rows, columns] = [rows, depth] * [depth, columns]` in whole tiles: each operand is read once a tile, each mma of
+/// `[rows, columns] = [rows, depth] * [depth, columns]` in whole tiles: each operand is read once per tile, each mma of
 /// 16 x 8 x 16 is done once, and no `ldmatrix` waits for a bank.
 #[track_caller]
 fn assert_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, depth: usize) {
@@ -76,7 +76,7 @@ fn gemms_read_each_operand_once_a_tile() {
 const HOPPER_TILE: (usize, usize) = (64, 128);
 const F32: usize = 4;
 
-/// As [`assert_gemm`], with wgmma and TMA: `stored` bytes a value leave shared memory by TMA, once.
+/// As [`assert_gemm`], with wgmma and TMA: `stored` bytes per value leave shared memory by TMA, once.
 #[track_caller]
 fn assert_hopper_gemm(counters: &EmulatorCounters, rows: usize, columns: usize, depth: usize, stored: usize) {
     assert_eq!(counters.launches, 1);

@@ -65,7 +65,7 @@ impl Table {
         );
     }
 
-    /// One line a difference, from this table to `now`.
+    /// One line per difference, from this table to `now`.
     pub fn differences(&self, now: &Table) -> Vec<String> {
         if self.header != now.header {
             return vec![format!("the columns were {}, are {}", self.header, now.header)];

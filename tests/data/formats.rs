@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use mmpo_fast::config::LengthLimits;
 use mmpo_fast::data::{Body, Cause, Message, TextEncoder, load_pairs, read_records};
 
 use crate::*;
@@ -181,29 +180,4 @@ fn order_and_fingerprint_do_not_depend_on_threads_or_format() {
     assert!(one.pairs.iter().enumerate().all(|(n, pair)| pair.record == n));
     let (_changed_folder, changed) = temporary("pairs.jsonl", lines.replace("yes 2499", "yes 2498"));
     assert_ne!(load(&changed, 2).fingerprint, one.fingerprint);
-}
-
-/// The larger fixture, made with transformers as well, where its folder is given.
-#[test]
-fn the_shared_fixture_has_equal_ids_in_both_formats() {
-    let Some(fixtures) = std::env::var_os("MMPO_FAST_FIXTURES").map(PathBuf::from) else {
-        eprintln!("MMPO_FAST_FIXTURES is not set: only the committed goldens are compared");
-        return;
-    };
-    let folder = fixtures.join("tiny-llama");
-    let golden = json(&folder.join("golden.json"));
-    let limit = |name: &str| golden[name].as_u64().unwrap() as usize;
-    let limits =
-        LengthLimits { max_length: limit("max_length"), max_prompt_length: limit("max_prompt_length") };
-    let encoder = TextEncoder::load(&folder.join("model"), None).unwrap();
-    let conversational = load_pairs(&folder.join("pairs.jsonl"), &encoder, limits).unwrap();
-    let share_gpt = load_pairs(&fixtures.join("../data/dpo_en_demo.json"), &encoder, limits).unwrap();
-    assert_eq!(conversational.pairs, share_gpt.pairs);
-    assert_eq!(conversational.fingerprint, share_gpt.fingerprint);
-    assert_eq!(conversational.report.records, 300);
-    let pairs = golden["pairs"].as_array().unwrap();
-    for (pair, golden) in conversational.pairs.iter().zip(pairs) {
-        let expected = ["prompt_ids", "chosen_ids", "rejected_ids"].map(|part| ids(&golden[part]));
-        assert_eq!(parts(pair), expected, "record {}", pair.record);
-    }
 }

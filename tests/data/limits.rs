@@ -51,7 +51,7 @@ fn every_drop_is_counted_with_its_places_and_shown() {
     for line in [
         "5 records, 2 pairs",
         "2 dropped: a response is empty (at 2, 5)",
-        "1 dropped: no room for a response behind the prompt within max_length 8 (at 3)",
+        "1 dropped: no room for a response after the prompt within max_length 8 (at 3)",
         "1 prompts cut on the left to max_prompt_length 8 (at 3)",
         "1 kept with identical chosen and rejected responses (at 4)",
     ] {

@@ -14,8 +14,8 @@ fn pairs() -> impl Strategy<Value = Vec<TokenizedPair>> {
     })
 }
 
-/// One response alone behind its prompt: for each token that something predicts, the tokens up to its predictor
-/// and the token.
+/// One response alone after its prompt: for each token that something predicts, the tokens up to its predictor and the
+/// token.
 fn alone(prompt: &[u32], response: &[u32]) -> Vec<(Vec<u32>, u32)> {
     let sequence = [prompt, response].concat();
     (prompt.len().max(1)..sequence.len()).map(|at| (sequence[..at].to_vec(), sequence[at])).collect()

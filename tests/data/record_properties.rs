@@ -71,7 +71,8 @@ fn record(columns: &[(&'static str, Value)], [chosen, rejected]: [Value; 2]) -> 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Of any columns together, every text is in the pair, or the record is refused by the name of a column of it.
+    /// Whatever columns stand together, every text is in the pair, or the record is refused by the name of one of its
+    /// columns.
     #[test]
     fn no_text_of_a_prompt_is_lost_without_a_word(
         chosen in subsequence(columns(), 0..4), pair in 0..responses().len()

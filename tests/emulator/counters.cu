@@ -70,7 +70,8 @@ __global__ void strided_kernel(float* out, const float* in, int global_stride, i
     out[threadIdx.x] = shared[int(threadIdx.x) * shared_stride];
 }
 
-// One warp, 4 bytes a lane: 4 sectors when contiguous, 32 when 32 bytes apart; 1 wavefront, or as many as lanes share a bank.
+// One warp, 4 bytes per lane: 4 sectors when contiguous, 32 when 32 bytes apart; 1 wavefront, or as many as lanes share
+// a bank.
 std::string check_strides(int global_stride, int shared_stride, uint64_t sectors, uint64_t wavefronts) {
     DeviceArray<float> in(iota(size_t(32 * global_stride))), out(32);
     MMPO_EXPORT(reset_counters)();

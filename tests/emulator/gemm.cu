@@ -1,5 +1,5 @@
-// Hopper gemms (common/gemm_sm90.cuh) in every tile and operand order, exact on small integers: ragged, of several
-// tiles a block, in parts.
+// Hopper gemms (common/gemm_sm90.cuh) in every tile and operand order, exact on small integers: ragged ones, ones with
+// several tiles per block, and ones summed in parts.
 #include <cmath>
 
 #include "common/gemm_epilogues_sm90.cuh"

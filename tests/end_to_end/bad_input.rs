@@ -6,7 +6,7 @@ use std::process::Command;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::harness::{TRAIN, Workplace};
+use crate::harness::{CommandLine, TRAIN, Workplace};
 
 const CONFIG: i32 = 2;
 const DATA: i32 = 3;
@@ -124,7 +124,7 @@ fn weights_that_hold_nan() {
     work.refused("base", "pairs.jsonl", MODEL, &parts);
     work.refuse("generate --model base --prompt hello", MODEL, &parts);
     work.copy_model("base", "sound");
-    let train = TRAIN.replace("--model base", "--model sound");
+    let train = CommandLine::new(TRAIN).set("--model", "sound");
     work.refuse(&format!("{train} --output new --reference base"), MODEL, &parts);
     work.refuse("score --model sound --reference base --data pairs.jsonl --output s.jsonl", MODEL, &parts);
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mmpo_fast::checkpoint::checksums;
 
-use crate::harness::{Finished, TRAIN, Workplace, finish};
+use crate::harness::{CommandLine, Finished, TRAIN, Workplace, finish};
 use crate::resume::wait_for_lines;
 
 const CONFIG: i32 = 2;
@@ -167,7 +167,7 @@ fn a_run_is_resumed_from_anywhere_and_by_any_spelling_of_its_files() {
     ] {
         let output = format!("run-{name}");
         work.copy_run("cut", &output);
-        let run = TRAIN.replace("--model base", &format!("--model {model}"));
+        let run = CommandLine::new(TRAIN).set("--model", model);
         let log = work.succeed(&format!("{run} {RUN} --output ./{output}/ --resume")).stderr;
         assert!(log.contains("resuming after step 3 of 4"), "{name}: {log}");
     }
@@ -192,7 +192,7 @@ fn a_run_is_resumed_from_anywhere_and_by_any_spelling_of_its_files() {
     assert!(finished.stderr.contains("is finished, all 4 steps"), "{}", finished.stderr);
     // Another model is another run.
     work.bring("tied");
-    let run = TRAIN.replace("--model base", "--model tied");
+    let run = CommandLine::new(TRAIN).set("--model", "tied");
     work.refuse(
         &format!("{run} {RUN} --output moved --resume"),
         CONFIG,

@@ -30,7 +30,15 @@ fn the_demo_learns_its_preference_and_shows_it() {
     let margins = work.series(run, "eval_logps/margins");
     assert!(margins[0] < 0.0 && margins[margins.len() - 1] > 1.0, "{margins:?}");
 
-    for row in ["chosen is the likelier", "log-prob margin", "reward accuracy", "reward margin", "loss"] {
+    for row in [
+        "chosen gained more",
+        "gain of chosen over rejected",
+        "chosen is the likelier",
+        "log-prob margin",
+        "reward accuracy",
+        "reward margin",
+        "loss",
+    ] {
         assert!(finished.stdout.contains(row), "no row {row:?} in: {}", finished.stdout);
     }
     let answers = |label: &str| -> Vec<&str> {

@@ -16,10 +16,10 @@ impl Workplace {
 #[test]
 fn greedy_answers_are_those_of_transformers() {
     let work = Workplace::new();
-    for name in ["tied", "bias", "rope_linear", "rope_llama3"] {
+    for name in ["tied", "bias", "rope_linear", "rope_llama3", "qwen2", "mistral"] {
         work.bring(name);
     }
-    for name in ["base", "tied", "bias", "rope_linear", "rope_llama3"] {
+    for name in ["base", "tied", "bias", "rope_linear", "rope_llama3", "qwen2", "mistral"] {
         for entry in golden(name)["generate"].as_array().unwrap() {
             let prompt = entry["prompt"].as_str().unwrap();
             let answer = work.answer(name, prompt, "--max-new-tokens 12");

@@ -1,16 +1,19 @@
 //! A folder of its own for every test, and the program run inside it.
 
 use std::collections::BTreeMap;
+use std::fmt::{Display, Formatter};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::{Map, Value};
 
-/// Trains the golden model on the golden pairs: 11 usable pairs, 3 steps an epoch.
+use crate::support::close::{self, Bounds};
+
+/// Trains the golden model on the golden pairs: 11 usable pairs, 3 steps per epoch.
 pub const TRAIN: &str = "train --model base --data pairs.jsonl --max-length 160 --max-prompt-length 64 \
                          --pairs-per-step 4 --learning-rate 1e-3 --device cpu --threads 1";
 
-/// What differs between two runs of the same bits.
+/// The metrics in which two runs of the same bits may differ.
 const TIMING: [&str; 3] = ["tokens_per_second", "pairs_per_second", "memory/peak_gib"];
 
 /// A folder that holds `base` (the golden model) and `pairs.jsonl`, with a reference cache of its own.
@@ -64,7 +67,7 @@ impl Workplace {
         command
     }
 
-    /// Runs a command line; words are parted at spaces.
+    /// Runs a command line, which is split at spaces.
     pub fn run(&self, arguments: &str) -> Finished {
         finish(self.command(arguments))
     }
@@ -179,9 +182,39 @@ pub fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
 }
 
-/// `|ours - theirs| <= tolerance * max(1, |theirs|)`.
+/// Asserts that two numbers are equal but for a share of `tolerance`, or that much where they are below 1.
 #[track_caller]
 pub fn assert_close(ours: f64, theirs: f64, tolerance: f64, what: &str) {
-    let error = (ours - theirs).abs() / theirs.abs().max(1.0);
-    assert!(error <= tolerance, "{what}: {ours} against {theirs}, off by {error:e}");
+    close::assert_close(what, ours, theirs, Bounds { relative: tolerance, absolute: tolerance });
+}
+
+/// A command line of the program, whose options a test changes by name.
+#[derive(Clone, Debug)]
+pub struct CommandLine(Vec<String>);
+
+impl CommandLine {
+    /// The words of `line`, split at spaces.
+    pub fn new(line: &str) -> Self {
+        CommandLine(line.split_whitespace().map(String::from).collect())
+    }
+
+    /// Another value for an option that the line has.
+    #[track_caller]
+    pub fn set(mut self, option: &str, value: impl ToString) -> Self {
+        let at = self.position(option);
+        self.0[at + 1] = value.to_string();
+        self
+    }
+
+    #[track_caller]
+    fn position(&self, option: &str) -> usize {
+        let found = self.0.iter().position(|word| word == option);
+        found.unwrap_or_else(|| panic!("no {option} in {self}"))
+    }
+}
+
+impl Display for CommandLine {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(" "))
+    }
 }

@@ -20,5 +20,7 @@ mod own_data;
 mod reliability;
 mod resume;
 mod score;
+#[path = "../support/mod.rs"]
+mod support;
 mod templates;
 mod train;

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::harness::{TRAIN, Workplace};
+use crate::harness::{CommandLine, TRAIN, Workplace};
 use crate::resume::wait_for_lines;
 
 const SCORE: &str =
@@ -290,10 +290,10 @@ fn a_run_writes_in_no_folder_that_it_reads() {
     work.refuse(&format!("{TRAIN} --output base"), 2, &["would write where `--model` = base is read"]);
     work.refuse(&format!("{TRAIN} --output page"), 2, &["page holds a run already"]);
     work.succeed(&format!("{TRAIN} --max-steps 1 --output run"));
-    let again = TRAIN.replace("--model base", "--model run/model");
+    let again = CommandLine::new(TRAIN).set("--model", "run/model");
     work.refuse(&format!("{again} --output run --resume"), 2, &["`--model` = run/model is read"]);
     std::fs::copy(work.path("pairs.jsonl"), work.path("page/metrics.jsonl")).unwrap();
-    let data = TRAIN.replace("--data pairs.jsonl", "--data page/metrics.jsonl");
+    let data = CommandLine::new(TRAIN).set("--data", "page/metrics.jsonl");
     work.refuse(&format!("{data} --output page --resume"), 2, &["`--data` = page/metrics.jsonl is read"]);
     assert_eq!(work.read("page/report.html"), b"mine");
 }

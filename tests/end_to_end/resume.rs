@@ -24,8 +24,44 @@ pub fn wait_for_lines(metrics: &Path, lines: usize, child: &mut Child) {
 }
 
 fn interrupt(child: &Child) {
-    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    send("-INT", child);
+}
+
+fn send(signal: &str, child: &Child) {
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
     assert!(sent.success(), "{sent}");
+}
+
+#[test]
+fn sigusr1_saves_and_the_run_goes_on() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --max-steps {STEPS}");
+    work.succeed(&format!("{run} --output whole"));
+
+    let mut child = work.command(&format!("{run} --output cut")).spawn().unwrap();
+    let metrics = work.path("cut/metrics.jsonl");
+    wait_for_lines(&metrics, 5, &mut child);
+    send("-USR1", &child);
+    // It has no other checkpoints before its end.
+    let saved =
+        || std::fs::read_dir(work.path("cut/checkpoints")).is_ok_and(|mut folder| folder.next().is_some());
+    let started = Instant::now();
+    while !saved() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended");
+        assert!(started.elapsed() < Duration::from_secs(120), "nothing was saved");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let lines = std::fs::read_to_string(&metrics).unwrap().lines().count();
+    wait_for_lines(&metrics, lines + 3, &mut child);
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("SIGUSR1: saved after step"), "{message}");
+    assert!(!work.path("cut/model").exists(), "the run was over");
+
+    let finished = work.succeed(&format!("{run} --output cut --resume"));
+    assert!(finished.stderr.contains("resuming after step"), "{}", finished.stderr);
+    work.assert_same_bits("whole", "cut", STEPS);
 }
 
 #[test]

@@ -16,10 +16,10 @@ fn of_record<'a>(golden: &'a Value, line: &serde_json::Map<String, Value>) -> &'
 #[test]
 fn scores_agree_with_transformers_in_the_order_of_the_file() {
     let work = Workplace::new();
-    for name in ["tied", "bias", "rope_linear", "rope_llama3"] {
+    for name in ["tied", "bias", "rope_linear", "rope_llama3", "qwen2", "mistral"] {
         work.bring(name);
     }
-    for name in ["base", "tied", "bias", "rope_linear", "rope_llama3"] {
+    for name in ["base", "tied", "bias", "rope_linear", "rope_llama3", "qwen2", "mistral"] {
         let golden = golden(name);
         let finished = work.succeed(&format!("{SCORE} --model {name} --output {name}.jsonl"));
         let lines = work.lines(&format!("{name}.jsonl"));

@@ -40,7 +40,7 @@ pub const ALL: [&str; 14] = [
 /// A folder in which inputs are tried: the golden model, its pairs, and what a short run of the program leaves.
 pub struct Place {
     folder: PathBuf,
-    /// The valid model's, loaded when the first pairs are read.
+    /// The encoder of the valid model, loaded when the first pairs are read.
     encoder: OnceCell<TextEncoder>,
 }
 

@@ -1,7 +1,10 @@
 //! Valid inputs of every format with seeded changes: the program answers each with a result or an error. A panic, an
 //! abort, more than [`TIME`] or more than [`MEMORY`] is a fault.
 //!
-//! `cargo test --release --test fuzz` tries a few inputs a format. More, by hand:
+//! Other programs on the machine make an input slower but cost it no processor time. So an input that has taken [`TIME`]
+//! on the clock is a fault only where its process was also busy that long, or where it has not ended after [`WAIT`].
+//!
+//! `cargo test --release --test fuzz` tries a few inputs of each format. More, by hand:
 //!
 //! ```text
 //! cargo test --release --test fuzz -- --inputs 1000000 --seed 7 --log fuzz.log
@@ -28,9 +31,11 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// How long one input may take.
 const TIME: Duration = Duration::from_secs(5);
+/// After this time an input hangs, however little it computes.
+const WAIT: Duration = Duration::from_secs(60);
 /// Bytes of private writable memory that a worker may have.
 const MEMORY: u64 = 1 << 30;
-/// Inputs a format where no number is given.
+/// Inputs per format where no number is given.
 const FEW: u64 = 200;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
@@ -47,7 +52,7 @@ struct Options {
     keep: Option<PathBuf>,
 }
 
-/// Flags of the test harness that this program is not are ignored.
+/// Flags that are meant for Rust's own test harness, which this program replaces, are ignored.
 fn options() -> Options {
     let arguments: Vec<String> = std::env::args().collect();
     let value = |flag: &str| {
@@ -115,7 +120,7 @@ fn report(options: &Options, mut results: Vec<Outcome>, started: Instant) -> Exi
     if faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What came of a format's inputs.
+/// Results of one format's inputs.
 struct Outcome {
     summary: String,
     faults: Vec<String>,
@@ -192,6 +197,16 @@ impl Worker {
         Worker { process, lines, errors }
     }
 
+    /// The processor time that the worker has used, all threads together.
+    fn busy(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap_or_default();
+        // proc_pid_stat(5): after the name in parentheses come the fields from number 3 on; 14 and 15 are the time in
+        // user and in kernel mode, in ticks.
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let ticks = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok());
+        Duration::from_millis(ticks.sum::<u64>() * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
     /// Follows the worker to its end; returns the input that ended it before its time, and how.
     fn follow(
         &mut self,
@@ -200,14 +215,15 @@ impl Worker {
         faults: &mut Vec<String>,
     ) -> Option<(u64, String)> {
         let mut at = None;
-        let mut since = Instant::now();
+        let (mut since, mut busy_before) = (Instant::now(), Duration::ZERO);
         loop {
-            match self.lines.recv_timeout(if at.is_some() { TIME } else { TIME * 12 }) {
+            match self.lines.recv_timeout(TIME) {
                 Ok(line) => {
                     if at.is_some() {
                         *slowest = (*slowest).max(since.elapsed());
                     }
                     since = Instant::now();
+                    busy_before = self.busy();
                     match line.split_once(' ') {
                         Some(("try", index)) => at = index.parse().ok(),
                         Some(("fault", what)) => faults.push(what.to_string()),
@@ -220,6 +236,10 @@ impl Worker {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
+                    let computes = at.is_some() && self.busy().saturating_sub(busy_before) >= TIME;
+                    if !computes && since.elapsed() < WAIT {
+                        continue;
+                    }
                     let _ = self.process.kill();
                     let _ = self.process.wait();
                     return Some((at?, format!("took more than {TIME:?}")));

@@ -37,14 +37,20 @@ fn attention_bounds<D: Device>(bounds: Tolerance) -> Tolerance {
 }
 
 /// What a forward and a backward pass gave.
-struct Passes {
-    out: Vec<f32>,
-    lse: Vec<f32>,
-    dqkv: Vec<f32>,
+pub struct Passes {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub dqkv: Vec<f32>,
 }
 
 /// Runs both passes on `sizes` with the given values.
-fn run<D: Device>(device: &D, sizes: Sizes<'_>, shape: AttentionShape, qkv: &[f32], dout: &[f32]) -> Passes {
+pub fn run<D: Device>(
+    device: &D,
+    sizes: Sizes<'_>,
+    shape: AttentionShape,
+    qkv: &[f32],
+    dout: &[f32],
+) -> Passes {
     let batch = pair_batch(sizes, 2);
     let buffers = load_batch(device, &batch, &[]);
     let tokens = batch.tokens();
@@ -139,7 +145,7 @@ path_tests! {
                 if tokens > 60 { 12 } else { 40 },
                 bounds,
             );
-            let [exact, eager] = naive::both(|precision| {
+            let [exact, eager] = naive::both_once((sizes, shape), &[&qkv64, &dout64], |precision| {
                 let pass = precision.attention(&qkv64, &spans, shape);
                 precision.attention_backward(&dout64, &pass, &qkv64, shape)
             });
@@ -204,7 +210,7 @@ path_tests! {
         assert!(passes.dqkv.iter().all(|value| value.is_finite()));
     }
 
-    /// Heads that do not divide, and spans that overlap or end behind the buffers, are errors.
+    /// Heads that do not divide, and spans that overlap or end after the buffers, are errors.
     fn refused(device, bounds) {
         let batch = pair_batch(&[(3, 2, 2)], 2);
         let mut buffers = load_batch(device, &batch, &[]);
@@ -228,7 +234,7 @@ fn rows(values: &[f32], width: usize, order: impl IntoIterator<Item = usize>) ->
     order.into_iter().flat_map(|row| values[row * width..][..width].to_vec()).collect()
 }
 
-/// The packed pair gives each response what it would get alone behind its prompt, forward and backward.
+/// The packed pair gives each response what it would get alone after its prompt, forward and backward.
 fn packed_equals_unpacked<D: Device>(device: &D, (p, c, r): (usize, usize, usize), bounds: Tolerance) {
     let shape = shape::<D>((6, 2, 16));
     let (width, out_width) = (shape.qkv_width(), shape.out_width());

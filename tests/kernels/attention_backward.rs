@@ -63,10 +63,11 @@ impl Problem {
         let (_, qkv) = compute(device, &self.qkv);
         let (_, dout) = compute(device, &self.dout);
         let spans = spans(&self.sizes);
-        let [exact, eager] = naive::both(|precision: Precision| {
-            let pass = precision.attention(&qkv, &spans, self.shape);
-            precision.attention_backward(&dout, &pass, &qkv, self.shape)
-        });
+        let [exact, eager] =
+            naive::both_once((&self.sizes, self.shape), &[&qkv, &dout], |precision: Precision| {
+                let pass = precision.attention(&qkv, &spans, self.shape);
+                precision.attention_backward(&dout, &pass, &qkv, self.shape)
+            });
         for (what, columns) in parts(self.shape) {
             assert_no_worse(
                 &format!("{what} of {:?}, {:?}", self.sizes, self.shape),
@@ -140,8 +141,9 @@ fn all_ways_of_a_gpu() -> Vec<CudaDevice> {
     vec![any_order(&own), any_order(&portable), own, portable]
 }
 
-/// Tiles hold 32, 64 or 128 rows of queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends one
-/// before, at and one behind a boundary, alone and in step with the others; with two heads in a tile also at half of it.
+/// Tiles hold 32, 64 or 128 rows of queries and 128 keys. Each of prompt, prompt and chosen together, and rejected ends
+/// one before, at and one after a boundary, alone and in step with the others; with two heads in a tile also at half of
+/// it.
 fn check_boundaries(devices: &[CudaDevice]) {
     let mut all = Vec::new();
     for boundary in [16, 32, 64, 128] {
@@ -172,7 +174,8 @@ fn gpu_every_boundary_of_the_tiles() {
     }
 }
 
-/// Query heads a key/value head: 1, 3, 4, 8, with several of the latter; 5, 6 and 7 leave rows of a tile idle.
+/// Query heads per key/value head: 1, 3, 4 and 8, with several key/value heads; with 5, 6 and 7, rows of a tile stay
+/// idle.
 fn check_shared_heads(devices: &[CudaDevice]) {
     for heads in [
         (2, 2, 64),
@@ -241,7 +244,7 @@ fn gpu_same_bits_again_and_again() {
     }
 }
 
-/// A response gets what it would get alone behind its prompt, and the prompt the sum of what both sequences give it.
+/// A response gets what it would get alone after its prompt, and the prompt the sum of what both sequences give it.
 #[cfg(mmpo_emulated)]
 #[test]
 fn packed_equals_unpacked() {

@@ -1,5 +1,6 @@
-//! The forward kernels where their tiles end: slabs and tiles of packed rows, blocks of keys, the seam between a prompt's
-//! keys and a rejected response's own, with each number of query heads a key/value head. And what must not change a bit.
+//! The forward kernels where their tiles end: slabs and tiles of packed rows, blocks of keys, the seam between a
+//! prompt's keys and a rejected response's own, with each number of query heads per key/value head. And what must not
+//! change a bit.
 
 use std::sync::OnceLock;
 
@@ -21,7 +22,7 @@ fn edges(group: usize, slabs: usize) -> Vec<usize> {
     edges
 }
 
-/// Pairs whose prompt, chosen and rejected rows end at, just before and just behind each edge.
+/// Pairs whose prompt, chosen and rejected rows end at, just before and just after each edge.
 fn around(edges: &[usize]) -> Sizes {
     let at = |edge: usize| {
         [(edge - 1, 0, edge + 1), (edge, 1, edge - 1), (edge / 2, edge - edge / 2 + 1, edge), (0, edge, 1)]
@@ -146,7 +147,7 @@ path_tests! {
         }
     }
 
-    /// A response behind its prompt in a packed pair gets what it gets as a causal sequence of its own. The kernels take
+    /// A response after its prompt in a packed pair gets what it gets as a causal sequence of its own. The kernels take
     /// the same keys in the same order where the prompt is a multiple of 16 tokens: then to the last bit.
     fn packed_equals_unpacked(device, bounds) {
         // Both results are rounded.
@@ -186,7 +187,7 @@ path_tests! {
         }
     }
 
-    /// Rows behind the batch, which copies of whole blocks reach, are as good as absent, NaN or not.
+    /// Rows after the batch, which copies of whole blocks reach, are as good as absent, NaN or not.
     fn rows_behind_the_batch(device, bounds) {
         let case = Case::new((3, 1, 64), vec![(20, 33, 41)]);
         let qkv = case.qkv();

@@ -1,10 +1,11 @@
 //! The CPU device gives the same bits at any number of threads.
 
 use mmpo_fast::device::{
-    AttentionGradient, AttentionShape, Device, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape,
-    NormShape, RmsNormBackward, TokenCoefficients, TokenScores,
+    AttentionShape, Device, HeadBackward, HeadForward, HeadMode, HeadShape, LinearShape, NormShape,
+    RmsNormBackward, TokenCoefficients, TokenScores,
 };
 
+use crate::attention::{self, Passes};
 use crate::harness::*;
 
 /// The bits of every output of an operation.
@@ -34,30 +35,12 @@ fn gemms<D: Device>(device: &D) -> Outputs {
 
 fn attention<D: Device>(device: &D) -> Outputs {
     let shape = AttentionShape { heads: 6, kv_heads: 2, head_size: 64 };
-    let batch = pair_batch(&[(100, 70, 33), (5, 1, 140)], 7);
-    let buffers = load_batch(device, &batch, &[]);
-    let (qkv, _) = random_compute(device, 1, batch.tokens() * shape.qkv_width(), 1.0);
-    let (dout, _) = random_compute(device, 2, batch.tokens() * shape.out_width(), 1.0);
-    let mut out = unset_compute(device, batch.tokens() * shape.out_width());
-    let mut lse = unset_floats(device, batch.tokens() * shape.heads);
-    let mut dqkv = unset_compute(device, batch.tokens() * shape.qkv_width());
-    device.attention_forward(&mut out, &mut lse, &qkv, &buffers, shape).unwrap();
-    device
-        .attention_backward(AttentionGradient {
-            dqkv: &mut dqkv,
-            dout: &dout,
-            out: &out,
-            lse: &lse,
-            qkv: &qkv,
-            batch: &buffers,
-            shape,
-        })
-        .unwrap();
-    vec![
-        ("out", read_compute(device, &out)),
-        ("lse", read(device, &lse)),
-        ("dqkv", read_compute(device, &dqkv)),
-    ]
+    let sizes = [(100, 70, 33), (5, 1, 140)];
+    let tokens = pair_batch(&sizes, 7).tokens();
+    let qkv = random(1, tokens * shape.qkv_width(), 1.0);
+    let dout = random(2, tokens * shape.out_width(), 1.0);
+    let Passes { out, lse, dqkv } = attention::run(device, &sizes, shape, &qkv, &dout);
+    vec![("out", out), ("lse", lse), ("dqkv", dqkv)]
 }
 
 fn norms<D: Device>(device: &D) -> Outputs {

@@ -96,7 +96,7 @@ device_tests! {
 }
 
 cpu_tests! {
-    /// A token id behind the table is an error that names it, on the way down and on the way up.
+    /// A token id beyond the table is an error that names it, on the way down and on the way up.
     fn token_outside_the_table(device) {
         let batch = pair_batch(&[(3, 2, 2)], VOCAB as u32);
         let largest = *batch.token_ids.iter().max().unwrap();

@@ -29,10 +29,10 @@ impl Tolerance {
     pub const BF16: Tolerance = Tolerance { relative: 4e-3, absolute: 4e-3 };
 }
 
-/// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on a
-/// real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
-/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` a device, so that a failure names the device:
-/// `rms_norm::forward::cpu`.
+/// Defines tests whose body is generic over the device: on the CPU, on the emulated GPU in both of its variants, and on
+/// a real one. `bounds` is the tolerance of what the device stores as weights or activations; f32 results are held to
+/// [`Tolerance::F32`] everywhere. Each becomes a module with one `#[test]` per device, so that a failure names the
+/// device: `rms_norm::forward::cpu`.
 macro_rules! device_tests {
     ($($item:tt)+) => { $crate::harness::define_tests! { no_more_tests $($item)+ } };
 }
@@ -198,9 +198,9 @@ pub fn is_cpu<D: Device>() -> bool {
     size_of::<D::Compute>() == size_of::<f32>()
 }
 
-/// The first GPU, or the PTX machine's where `MMPO_FAST_PTX` asks for it; none where driver, kernels or GPU are missing, which is
-/// said. With `MMPO_FAST_REQUIRE_GPU` set that is a
-/// failure: on a GPU machine a test that skips itself proves nothing.
+/// The first GPU, or the PTX machine's device where `MMPO_FAST_PTX` asks for it. Where driver, kernels or GPU are
+/// missing it says so and gives `None`; with `MMPO_FAST_REQUIRE_GPU` set that is a failure, because on a GPU machine a
+/// test that skips itself proves nothing.
 pub fn gpu() -> Option<CudaDevice> {
     #[cfg(mmpo_gpu_kernels)]
     if let Some(device) = crate::ptx_machine::device_of_environment() {
@@ -311,7 +311,7 @@ pub fn trying(what: &str, shape: impl std::fmt::Debug) {
 #[derive(Clone, Copy, Debug, Default)]
 struct WrongValues {
     count: usize,
-    /// Of the count, those that are NaN or infinite.
+    /// How many of them are NaN or infinite.
     not_finite: usize,
     first: usize,
     last: usize,
@@ -404,8 +404,9 @@ pub enum Stored {
 }
 
 impl Stored {
-    /// What a tensor may be off by in its largest error and in the root mean square, given the same two norms of its values:
-    /// in bf16 one unit in the last place, and what rounding alone costs, 1 / sqrt(12) of a unit; in f32 what sums may.
+    /// The errors that a tensor may have, the largest and the root mean square, given the same two norms of its values:
+    /// in bf16 one unit in the last place, and the 1 / sqrt(12) of a unit that rounding alone costs; in f32 what sums
+    /// may lose.
     fn slack(self, [largest, root_mean_square]: [f64; 2]) -> [f64; 2] {
         let ulp = |value: f64| if value == 0.0 { 0.0 } else { (value.log2().floor() - 7.0).exp2() };
         match self {
@@ -415,9 +416,9 @@ impl Stored {
     }
 }
 
-/// The largest absolute value and the root mean square; of a NaN among the values, NaN.
+/// The largest absolute value and the root mean square; NaN if there is a NaN among the values.
 fn norms(values: &[f64]) -> [f64; 2] {
-    // `f64::max` would drop it.
+    // `f64::max` would drop a NaN.
     let larger = |largest: f64, value: &f64| {
         if largest.is_nan() || value.abs() <= largest { largest } else { value.abs() }
     };

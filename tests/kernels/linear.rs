@@ -4,10 +4,10 @@ use mmpo_fast::device::{LinearShape, LinearSwiglu};
 use crate::harness::*;
 use crate::naive;
 
-/// Rows, inputs, outputs: one token, tails in every direction, the narrowest of the paper's models, one of which all
-/// three gemms take the portable kernels' large tiles, one whose weight gradient Hopper's sum in parts, and one of
-/// which each of Hopper's blocks has several tiles, deeper than its ring of stages. Where inputs or outputs are no
-/// multiples of 8 Hopper takes the portable kernels.
+/// Rows, inputs, outputs: one token; tails in every direction; the narrowest of the paper's models; a shape whose three
+/// gemms all take the portable kernels' large tiles; one whose weight gradient Hopper's kernels sum in parts; and one
+/// that gives each of Hopper's blocks several tiles, deeper than its ring of stages. Where inputs or outputs are no
+/// multiples of 8, Hopper takes the portable kernels.
 const SHAPES: &[(usize, usize, usize)] = &[
     (1, 16, 48),
     (1, 8, 8),
@@ -35,7 +35,9 @@ path_tests! {
                 device.linear_forward(&mut out, &x, &weight, with_bias.then_some(&bias), shape).unwrap();
                 let zeros = vec![0.0; outputs];
                 let bias64 = if with_bias { &bias64 } else { &zeros };
-                let [wanted, eager] = naive::both(|precision| precision.linear(&x64, &weight64, bias64, inputs));
+                let [wanted, eager] = naive::both_once(shape, &[&x64, &weight64, bias64], |precision| {
+                    precision.linear(&x64, &weight64, bias64, inputs)
+                });
                 let out = read_compute(device, &out);
                 assert_close("out", &out[..rows * outputs], &wanted, bounds);
                 assert_no_worse("out", &out[..rows * outputs], Stored::Bf16, &wanted, &eager);
@@ -44,7 +46,7 @@ path_tests! {
         }
     }
 
-    /// The three gradients agree with central differences; `dx` is assigned, the weight's and bias' accumulate.
+    /// The three gradients agree with central differences; `dx` is assigned, those of weight and bias accumulate.
     fn backward(device, bounds) {
         for &(rows, inputs, outputs) in SHAPES {
             trying("(rows, inputs, outputs)", (rows, inputs, outputs));
@@ -65,11 +67,13 @@ path_tests! {
             let dx = read_compute(device, &dx);
             assert_gradient("dx", &dx, |x| scalar(x, &weight64, &zeros), &x64, samples, bounds);
             let [exact, eager] =
-                naive::both(|precision| precision.linear_backward_input(&dout64, &weight64, inputs));
+                naive::both_once(shape, &[&dout64, &weight64], |precision| {
+                    precision.linear_backward_input(&dout64, &weight64, inputs)
+                });
             assert_no_worse("dx", &dx, Stored::Bf16, &exact, &eager);
             let before = wide(&before_weight);
             let dweight = read(device, &dweight);
-            let [exact, eager] = naive::both(|precision| {
+            let [exact, eager] = naive::both_once(shape, &[&before, &dout64, &x64], |precision| {
                 precision.accumulate(&before, &precision.linear_backward_weight(&dout64, &x64, inputs))
             });
             assert_no_worse("dweight", &dweight, Stored::F32, &exact, &eager);

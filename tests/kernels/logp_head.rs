@@ -106,7 +106,7 @@ impl<D: Device> Case<D> {
     }
 }
 
-/// `dhidden` and `dweight` of a head, the latter behind what was there before.
+/// `dhidden` and `dweight` of a head; `dweight` is added to what was there before.
 fn gradients<D: Device>(
     precision: Precision,
     case: &Case<D>,
@@ -316,7 +316,10 @@ path_tests! {
             }
             let (a, b, before) = (wide(&a), wide(&b), wide(&before));
             let dweight = read(device, &dweight);
-            let [exact, eager] = naive::both(|precision| gradients(precision, &case, &a, &b, &before));
+            let inputs: [&[f64]; 5] = [&case.hidden64, &case.weight64, &a, &b, &before];
+            let [exact, eager] = naive::both_once((&case.targets, sizes), &inputs, |precision| {
+                gradients(precision, &case, &a, &b, &before)
+            });
             assert_no_worse("dhidden", &dhidden, Stored::Bf16, &exact[0], &eager[0]);
             assert_no_worse("dweight", &dweight, Stored::F32, &exact[1], &eager[1]);
             // The exact gradient is that of central differences, which cost a head each.
@@ -480,7 +483,7 @@ path_tests! {
         }
     }
 
-    /// A buffer that is too small is an error, and so is a backward behind log-probs alone.
+    /// A buffer that is too small is an error, and so is a backward after a forward of log-probs alone.
     fn too_small(device, bounds) {
         let mut case = Case::new(device, HeadMode::Main, (2, 16, 40), 1.0);
         case.shape.rows = 0..3;
@@ -523,7 +526,7 @@ fn large_tiles() {
 }
 
 cpu_tests! {
-    /// A target behind the vocabulary is an error that names it.
+    /// A target beyond the vocabulary is an error that names it.
     fn target_outside_the_vocabulary(device) {
         let mut case = Case::new(device, HeadMode::Main, (2, 16, 40), 1.0);
         case.set_targets(device, vec![3, 40]);

@@ -1,4 +1,4 @@
-//! Every operation of every device against naive f64 code ([`naive`]), one file an operation.
+//! Every operation of every device against naive f64 code ([`naive`]), one file per operation.
 
 #[cfg(mmpo_emulated)]
 mod emulated;

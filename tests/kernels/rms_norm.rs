@@ -20,7 +20,7 @@ const SHAPES: &[(usize, usize)] = &[
 const EPSILON: f32 = 1e-5;
 
 device_tests! {
-    /// `out` and `rstd` are assigned in full, and nothing behind the rows asked for is touched.
+    /// `out` and `rstd` are assigned in full, and nothing after the rows asked for is touched.
     fn forward(device, bounds) {
         for &(rows, width) in SHAPES {
             trying("(rows, width)", (rows, width));

@@ -29,7 +29,7 @@ fn inputs(rows: usize, head_size: usize) -> (Vec<f32>, Vec<u32>) {
 }
 
 device_tests! {
-    /// Query and key heads turn, value heads stay as they are.
+    /// Query and key heads are rotated, value heads stay as they are.
     fn forward(device, bounds) {
         for &(rows, heads, kv_heads, head_size) in SHAPES {
             trying("(rows, heads, kv_heads, head_size)", (rows, heads, kv_heads, head_size));
@@ -78,7 +78,7 @@ device_tests! {
 }
 
 cpu_tests! {
-    /// A position behind the table is an error that names it.
+    /// A position beyond the table is an error that names it.
     fn position_outside_the_table(device) {
         let shape = AttentionShape { heads: 1, kv_heads: 1, head_size: 16 };
         let (mut qkv, _) = random_compute(device, 1, shape.qkv_width(), 1.0);

@@ -1,5 +1,5 @@
-// Clusters: their barrier and addresses of other blocks' shared memory. PTX ISA 9.0, section 9.7.13 "barrier.cluster"
-// and 9.7.9 "mapa".
+// Clusters: their barrier and addresses of other blocks' shared memory. PTX ISA 9.0, sections 9.7.13
+// (barrier.cluster) and 9.7.9.23 (mapa).
 #include "decode.h"
 #include "lanes.h"
 #include "warp.h"

@@ -1,5 +1,5 @@
 // cp.async of one thread, bulk copies of contiguous bytes, and the groups in which threads wait for either. PTX
-// ISA 9.0, section 9.7.9, "Data Movement and Conversion: Asynchronous copy".
+// ISA 9.0, section 9.7.9.25, "Data Movement and Conversion Instructions: Asynchronous copy".
 #include "copies.h"
 
 #include "decode.h"
@@ -20,7 +20,7 @@ void start_load(Warp& warp, int lane, Block& block, uint32_t address, uint32_t b
     std::function<void()> land = [=, move = std::move(move)] {
         move();
         mark_written({to, address, nullptr}, bytes);
-        to->cluster->orders.copy_lands(actor, to->rank, address, bytes, true);
+        to->cluster->orders.copy_lands(actor, to->rank, address, bytes, true, kNoLane);
         complete_transactions(*to, mbarrier, bytes);
     };
     if (launch_of(warp).lands_late()) {
@@ -36,7 +36,8 @@ void start_store(Warp& warp, int lane, uint32_t address, uint32_t bytes, std::fu
     const uint32_t actor = warp.actor;
     const auto look = [=] {
         check_written({block, address, nullptr}, bytes, lane);
-        block->cluster->orders.async_read(actor, block->rank, address, bytes, "a store of the async proxy");
+        block->cluster->orders.async_read(actor, actor, block->rank, address, bytes, "a store of the async proxy",
+                                          uint8_t(lane));
     };
     // Now for what is missing now, and again when it reads, for what happens until then.
     look();
@@ -87,7 +88,7 @@ void land(Warp& warp, int lane, const CopyRequest& copy) {
     }
     memcpy(at.bytes, bytes, copy.size);
     mark_written(at, copy.size);
-    warp.block->cluster->orders.copy_lands(warp.actor, at.block->rank, at.address, copy.size, false);
+    warp.block->cluster->orders.copy_lands(warp.actor, at.block->rank, at.address, copy.size, false, uint8_t(lane));
 }
 
 // operands: -, destination, source, valid bytes (where `flags`); `constant`: bytes.
@@ -123,10 +124,13 @@ Step commit_copies(Warp& warp, const Instruction&) {
     return Step::next;
 }
 
-// `constant`: groups that may stay under way.
+// `constant`: groups that may stay under way. A wait with work that is in no group yet would be allowed, but waits for
+// less than whoever wrote it meant.
 Step wait_for_copies(Warp& warp, const Instruction& i) {
     each_lane(warp.lanes, [&](int lane) {
         LaneGroups<CopyRequest>& groups = warp.copies[size_t(lane)];
+        if (!groups.open.empty())
+            fail_lane(lane, "waits for groups while a cp.async stands in none: cp.async.commit_group is missing");
         while (groups.groups.size() > size_t(i.constant)) {
             for (const CopyRequest& copy : groups.groups.front()) land(warp, lane, copy);
             groups.groups.erase(groups.groups.begin());
@@ -203,6 +207,9 @@ void read_source(BulkStore& store) {
 Step wait_for_stores(Warp& warp, const Instruction& i) {
     each_lane(warp.lanes, [&](int lane) {
         std::vector<std::vector<BulkStore>>& groups = warp.bulk[size_t(lane)].groups;
+        if (!warp.bulk[size_t(lane)].open.empty())
+            fail_lane(lane,
+                      "waits for groups while a bulk store stands in none: cp.async.bulk.commit_group is missing");
         const size_t done = groups.size() > size_t(i.constant) ? groups.size() - size_t(i.constant) : 0;
         for (size_t group = 0; group < done; ++group) {
             for (BulkStore& store : groups[group]) {
@@ -267,7 +274,10 @@ void decode_group(const InstructionText& text, Instruction& out) {
         out.flags = has(text, "read") ? 1 : 0;
         out.execute = bulk ? &wait_for_stores : &wait_for_copies;
     } else if (has(text, "wait_all") && !bulk) {
-        out.execute = &wait_for_copies;
+        out.execute = [](Warp& warp, const Instruction& i) {
+            commit_copies(warp, i);
+            return wait_for_copies(warp, i);
+        };
     }
 }
 

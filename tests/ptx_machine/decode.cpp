@@ -13,8 +13,9 @@ namespace {
 const OpcodeTable& opcodes() {
     static const OpcodeTable table = [] {
         OpcodeTable filled;
-        for (const auto add : {add_arithmetic, add_conversions, add_control, add_memory, add_warp_operations,
-                               add_matrices, add_barriers, add_mbarriers, add_clusters, add_copies, add_wgmma}) {
+        for (const auto add :
+             {add_arithmetic, add_logic, add_comparisons, add_conversions, add_control, add_memory, add_warp_operations,
+              add_matrices, add_barriers, add_mbarriers, add_clusters, add_copies, add_wgmma}) {
             add(filled);
         }
         return filled;
@@ -280,6 +281,12 @@ bool has(const InstructionText& text, const char* part) {
 
 void expect_operands(const InstructionText& text, size_t count) {
     if (text.operands.size() != count) throw Unknown("takes " + std::to_string(count) + " operands");
+}
+
+void decode_same_type(Operands& operands, const InstructionText& text, Instruction& out) {
+    expect_operands(text, 3);
+    const uint32_t bytes = type_bytes(text.parts.back());
+    for (int k = 0; k < 3; ++k) out.operands[k] = operands.value(text.operands[k], bytes);
 }
 
 std::unique_ptr<Entry> decode(const ModuleText& module, const EntryText& entry) { return Decoder(module, entry).run(); }

@@ -43,6 +43,8 @@ using OpcodeTable = std::map<std::string, Decode>;
 
 // Each file of instructions adds its own.
 void add_arithmetic(OpcodeTable& table);
+void add_logic(OpcodeTable& table);
+void add_comparisons(OpcodeTable& table);
 void add_conversions(OpcodeTable& table);
 void add_control(OpcodeTable& table);
 void add_memory(OpcodeTable& table);
@@ -60,5 +62,7 @@ std::unique_ptr<Entry> decode(const ModuleText& module, const EntryText& entry);
 bool has(const InstructionText& text, const char* part);
 // Throws Unknown unless there are `count` operands.
 void expect_operands(const InstructionText& text, size_t count);
+// The places of d, a and b, all of the type that the opcode ends in.
+void decode_same_type(Operands& operands, const InstructionText& text, Instruction& out);
 
 }  // namespace ptx

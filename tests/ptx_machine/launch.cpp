@@ -213,6 +213,7 @@ void Machine::launch(int device, const std::string& name, Dim3 grid, Dim3 block,
     launch.dynamic_shared = dynamic_shared;
     launch.cluster_size = cluster_size;
     launch.parameters = parameters.start();
+    allow_creation_zeros(launch.options.creation_zeros);
     launch.rounding = launch.options.measured_rounding ? kDeviceTable[device].rounding : Rounding::f32;
     run(launch);
 }

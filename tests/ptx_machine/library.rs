@@ -5,11 +5,11 @@ use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The toolkit that the kernels were compiled with.
-const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
+pub const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
 /// Where the build left the kernels' objects and their archive.
 const BUILD: &str = env!("OUT_DIR");
 
@@ -27,14 +27,20 @@ const FLAGS: [&str; 9] = [
     "-Werror=return-type",
 ];
 
-fn folder() -> PathBuf {
+/// Held by whoever makes files here: the tests of one process run side by side.
+pub fn building() -> MutexGuard<'static, ()> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    BUILDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn folder() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx_machine");
     std::fs::create_dir_all(&folder).expect("a folder for the machine");
     folder
 }
 
 /// The files of a folder with one of these endings, sorted.
-fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
+pub fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut found: Vec<PathBuf> = entries
         .map(|entry| entry.expect("a folder's entry").path())
@@ -46,7 +52,7 @@ fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     found
 }
 
-fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
+pub fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
     let mut hasher = DefaultHasher::new();
     flags.hash(&mut hasher);
     for path in paths {
@@ -57,18 +63,18 @@ fn hash_of(paths: &[PathBuf], flags: &[String]) -> String {
 }
 
 /// Runs a command that must succeed.
-fn run(command: &mut Command) -> Vec<u8> {
+pub fn run(command: &mut Command) -> Vec<u8> {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}:\n{}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }
 
-fn compiler() -> String {
+pub fn compiler() -> String {
     std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned())
 }
 
-/// The machine with the launchers in it, as the library that programs look for by the driver's name.
-pub fn build() -> PathBuf {
+/// The machine's own objects.
+pub fn machine_objects() -> Vec<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ptx_machine");
     let mut flags: Vec<String> = FLAGS.map(str::to_owned).to_vec();
     flags.push(format!("-I{TOOLKIT}/include"));
@@ -77,15 +83,22 @@ pub fn build() -> PathBuf {
     }
     let headers = files(&source, &["h"]);
     let sources = files(&source, &["cpp"]);
-    let objects: Vec<PathBuf> = sources
-        .iter()
-        .map(|path| {
-            let key = hash_of(&[headers.clone(), vec![path.clone()]].concat(), &flags);
-            folder().join(format!("{}-{key}.o", path.file_stem().unwrap_or_default().display()))
-        })
-        .collect();
-    compile(&sources, &objects, &flags);
+    let objects = sources.iter().map(|path| {
+        let key = hash_of(&[headers.clone(), vec![path.clone()]].concat(), &flags);
+        folder().join(format!("{}-{key}.o", path.file_stem().unwrap_or_default().display()))
+    });
+    let jobs: Vec<(&PathBuf, PathBuf)> = sources.iter().zip(objects).collect();
+    compile(&jobs, &|| {
+        let mut command = Command::new(compiler());
+        command.args(&flags);
+        command
+    });
+    jobs.into_iter().map(|(_, object)| object).collect()
+}
 
+/// The machine with the launchers in it, as the library that programs look for by the driver's name.
+pub fn build() -> PathBuf {
+    let objects = machine_objects();
     let archive = Path::new(BUILD).join("libmmpo_kernels_gpu.a");
     let library =
         folder().join(hash_of(&[objects.clone(), vec![archive.clone()]].concat(), &[])).join("libcuda.so");
@@ -105,23 +118,23 @@ pub fn build() -> PathBuf {
     library
 }
 
-/// As many at once as there are processors.
-fn compile(sources: &[PathBuf], objects: &[PathBuf], flags: &[String]) {
+/// Makes of each source the object beside it, where there is none yet, by a command that takes `-c SOURCE -o OBJECT`; as many
+/// at once as there are processors.
+pub fn compile(jobs: &[(&PathBuf, PathBuf)], command: &(dyn Fn() -> Command + Sync)) {
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
-                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let object = &objects[sources.iter().position(|other| other == source).unwrap_or(0)];
+                while let Some((source, object)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if object.exists() {
                         continue;
                     }
                     let unfinished = object.with_extension(format!("{}", std::process::id()));
-                    let mut command = Command::new(compiler());
-                    command.args(flags).arg("-c").arg(source).arg("-o").arg(&unfinished);
-                    let output = command.output().expect("a C++ compiler runs");
+                    let mut command = command();
+                    command.arg("-c").arg(source).arg("-o").arg(&unfinished);
+                    let output = command.output().expect("a compiler runs");
                     if output.status.success() {
                         std::fs::rename(&unfinished, object).expect("the object gets its name");
                     } else {
@@ -149,16 +162,22 @@ fn cuobjdump() -> Option<PathBuf> {
 
 /// A folder with the PTX of every kernel file, as `NAME.sm_80.ptx` and `NAME.sm_90a.ptx`.
 pub fn extract_ptx() -> Option<PathBuf> {
-    let cuobjdump = cuobjdump()?;
     let objects = Path::new(BUILD).join("objects/gpu");
-    let out = folder().join(format!("ptx-{}", hash_of(&files(&objects, &["key"]), &[])));
+    let key = hash_of(&files(&objects, &["key"]), &[]);
+    extract_ptx_of(&files(&objects, &["o"]), &key)
+}
+
+/// The same of other objects; `key` changes with what is in them.
+pub fn extract_ptx_of(objects: &[PathBuf], key: &str) -> Option<PathBuf> {
+    let cuobjdump = cuobjdump()?;
+    let out = folder().join(format!("ptx-{key}"));
     if out.exists() {
         return Some(out);
     }
     let unfinished = out.with_extension(format!("{}", std::process::id()));
     std::fs::create_dir_all(&unfinished).expect("a folder for the PTX");
-    for object in files(&objects, &["o"]) {
-        let listing = run(Command::new(&cuobjdump).arg("-ptx").arg(&object));
+    for object in objects {
+        let listing = run(Command::new(&cuobjdump).arg("-ptx").arg(object));
         let listing = String::from_utf8(listing).expect("PTX is text");
         let stem = object.file_stem().unwrap_or_default().to_string_lossy().replace("kernels-", "");
         for section in listing.split("Fatbin ptx code:").skip(1) {

@@ -21,7 +21,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr int kWarpgroupWarps = 4;
-// One bit a lane.
+// One bit per lane.
 using Mask = uint32_t;
 constexpr Mask kAllLanes = 0xffffffffu;
 
@@ -173,6 +173,8 @@ struct PendingProduct {
     const Instruction* instruction = nullptr;
     uint64_t a_descriptor = 0, b_descriptor = 0;
     bool accumulate = false;
+    // Computed already, by a warp of the warpgroup that waited for it earlier.
+    bool done = false;
 };
 
 struct Warp {
@@ -204,6 +206,10 @@ struct Warp {
     bool wgmma_fenced = false;
     std::vector<PendingProduct> products;
     std::vector<std::vector<PendingProduct>> product_groups;
+    // How many groups this warp has waited for; `product_groups` are those that follow. For each group ever committed,
+    // the time by which its operands have been read, or 0.
+    size_t groups_waited = 0;
+    std::vector<Time> group_read_times;
     // Products since the last commit and in groups, together, and how many of them use each virtual register.
     uint32_t products_pending = 0;
     std::vector<uint16_t> in_flight;
@@ -282,6 +288,8 @@ struct Options {
     uint64_t seed = 0;
     // Rounding of tensor cores as measured, instead of f32.
     bool measured_rounding = false;
+    // Whether a buffer's creation, which zeroes it, counts as a write.
+    bool creation_zeros = true;
 };
 
 struct Dim3 {

@@ -59,7 +59,8 @@ Step load_matrices(Warp& warp, const Instruction& i) {
     uint16_t m[kCount][8][8];
     for (int lane = 0; lane < 8 * kCount; ++lane) {
         const auto address = uint32_t(lane_address(warp, i, 1, lane));
-        memcpy(m[lane / 8][lane % 8], generic_shared(warp, lane, address, 16, 16, Access::read).bytes, 16);
+        memcpy(m[lane / 8][lane % 8], generic_shared(warp, lane, address, 16, 16, Access::read, {kWholeWarp, 16}).bytes,
+               16);
     }
     for (int k = 0; k < kCount; ++k) {
         uint32_t* const d = warp.values<uint32_t>(i.list[size_t(k)]);
@@ -86,7 +87,8 @@ Step store_matrices(Warp& warp, const Instruction& i) {
     }
     for (int lane = 0; lane < 8 * kCount; ++lane) {
         const auto address = uint32_t(lane_address(warp, i, 1, lane));
-        memcpy(generic_shared(warp, lane, address, 16, 16, Access::write).bytes, m[lane / 8][lane % 8], 16);
+        memcpy(generic_shared(warp, lane, address, 16, 16, Access::write, {kWholeWarp, 16}).bytes,
+               m[lane / 8][lane % 8], 16);
     }
     warp.block->cluster->progress++;
     return Step::next;

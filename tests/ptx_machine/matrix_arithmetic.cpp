@@ -21,11 +21,15 @@ void multiply_add_f32(float* c, const float* a, const float* b, int rows, int co
     }
 }
 
-// The exponent of a value's leading place; subnormals have that of the smallest normal number, zero the least of all.
+// The exponent of the smallest normal number, which subnormals and zeros have too.
+constexpr int32_t kLeastExponent = -126;
+// A product with a zero takes no part in choosing the exponent.
+constexpr int32_t kNoExponent = -400;
+
 int32_t exponent_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) == 0) return -400;
+    if ((bits & 0x7fffffffu) == 0) return kNoExponent;
     return std::max(int32_t(bits >> 23 & 255), 1) - 127;
 }
 
@@ -36,8 +40,9 @@ double power_of_two(int32_t exponent) {
     return value;
 }
 
-// The part of an f32's 24 bits that a double's value fills, the rest cut off.
+// The f32 next to the value on the side of zero.
 float cut_to_f32(double value) {
+    if (std::fabs(value) < 0x1p-126) return float(std::trunc(value * 0x1p149) * 0x1p-149);
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     bits &= ~((uint64_t(1) << 29) - 1);
@@ -58,7 +63,8 @@ void fused_row(float* sums, const float* a, const float* b, int columns, int dep
             }
         }
         for (int column = 0; column < columns; ++column) {
-            largest[column] = std::max(largest[column], -300);
+            // The accumulator's exponent is no less, whatever its value.
+            largest[column] = std::max(largest[column], kLeastExponent);
             scale[column] = power_of_two(fraction_bits - largest[column]);
             total[column] = std::trunc(double(sums[column]) * scale[column]);
         }

@@ -1,6 +1,6 @@
-// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13, "mbarrier". A
-// phase is complete when no arrival is pending and its transaction count is zero; then the next begins with the parity
-// flipped.
+// mbarrier.init, .inval, .arrive, .expect_tx, .test_wait and .try_wait. PTX ISA 9.0, section 9.7.13.15,
+// "mbarrier". A phase is complete when no arrival is pending and its transaction count is zero; then the next begins
+// with the parity flipped.
 #include "mbarrier.h"
 
 #include "decode.h"
@@ -158,6 +158,7 @@ void decode_mbarrier(Operands& operands, const InstructionText& text, Instructio
 Mbarrier& find_mbarrier(Warp& warp, int lane, uint32_t address) {
     const SharedRange at = shared_range(warp, lane, address, 8, 8);
     check_mark(at, lane);
+    at.block->cluster->orders.barrier_used(warp.actor, at.block->rank, at.address);
     return at.block->mbarriers[at.address];
 }
 

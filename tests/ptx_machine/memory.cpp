@@ -1,7 +1,10 @@
 // Loads, stores and atomics. PTX ISA 9.0, sections 9.7.9 (ld, st) and 9.7.13 (atom, red); chapter "State Spaces".
 #include "memory.h"
 
+#include <algorithm>
+#include <array>
 #include <type_traits>
+#include <utility>
 
 #include "decode.h"
 
@@ -14,6 +17,9 @@ SharedRange shared_range(Warp& warp, int lane, uint32_t address, uint32_t bytes,
         const uint32_t rank = (address >> kRankShift) - 1;
         if (rank >= block->cluster->blocks.size()) fail_lane(lane, "the cluster has no block of rank %u", rank);
         block = block->cluster->blocks[rank].get();
+        if (block->live_threads() == 0) {
+            fail_lane(lane, "the cluster's block %u has exited, and its shared memory with it", rank);
+        }
         at = address & ((1u << kRankShift) - 1);
     }
     if (at % alignment != 0)
@@ -35,10 +41,14 @@ void mark_written(const SharedRange& range, uint32_t bytes) {
     memset(range.block->shared.written.data() + range.address, 1, bytes);
 }
 
-SharedRange generic_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, uint32_t alignment, Access access) {
+SharedRange generic_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, uint32_t alignment, Access access,
+                           Lanes lanes) {
     const SharedRange range = shared_range(warp, lane, address, bytes, alignment);
     if (access != Access::write) check_written(range, bytes, lane);
-    warp.block->cluster->orders.generic(warp.actor, range.block->rank, range.address, bytes, access != Access::read);
+    // Atomics of several lanes may meet at one place.
+    if (access == Access::update) lanes.first = kNoLane;
+    warp.block->cluster->orders.generic(warp.actor, range.block->rank, range.address, bytes, access != Access::read,
+                                        lanes);
     if (access != Access::read) mark_written(range, bytes);
     return range;
 }
@@ -64,12 +74,14 @@ void each_access(Warp& warp, const Instruction& i, uint32_t bytes, Access access
     const uint64_t first = together ? lane_address(warp, i, 1, 0) : 0;
     if constexpr (kShared) {
         if (together && first % bytes == 0) {
-            const SharedRange range = generic_shared(warp, 0, uint32_t(first), bytes * kLanes, bytes, access);
+            const SharedRange range =
+                generic_shared(warp, 0, uint32_t(first), bytes * kLanes, bytes, access, {0, bytes});
             for (int lane = 0; lane < kLanes; ++lane) f(lane, range.bytes + uint32_t(lane) * bytes);
             return;
         }
         each_lane(warp.lanes, [&](int lane) {
-            f(lane, generic_shared(warp, lane, uint32_t(lane_address(warp, i, 1, lane)), bytes, bytes, access).bytes);
+            const auto address = uint32_t(lane_address(warp, i, 1, lane));
+            f(lane, generic_shared(warp, lane, address, bytes, bytes, access, {uint8_t(lane), bytes}).bytes);
         });
     } else {
         if (together && first % bytes == 0 && GlobalMemory::get().find(first, bytes * kLanes) != nullptr) {
@@ -118,15 +130,49 @@ Step load(Warp& warp, const Instruction& i) {
     return i.flags != 0 ? Step::yielded : Step::next;
 }
 
+// What a lane stores.
+template <class T, int kCount>
+std::array<T, kCount> stored_values(const Warp& warp, const Instruction& i, int lane) {
+    std::array<T, kCount> values;
+    // The low bytes of a register come first.
+    for (size_t k = 0; k < kCount; ++k) {
+        memcpy(&values[k], warp.registers + i.list[k] + uint32_t(lane) * i.list_widths[k], sizeof(T));
+    }
+    return values;
+}
+
+// Two lanes of one store to global memory that write different values to one place: PTX leaves open which one stays.
+// Orders does this for shared memory.
+template <class T, int kCount>
+void check_lanes_differ(Warp& warp, const Instruction& i) {
+    std::array<std::pair<uint64_t, int>, kLanes> places;
+    size_t count = 0;
+    bool ascending = true;
+    each_lane(warp.lanes, [&](int lane) {
+        places[count] = {lane_address(warp, i, 1, lane), lane};
+        ascending &= count == 0 || places[count].first > places[count - 1].first;
+        ++count;
+    });
+    if (ascending) return;
+    std::sort(places.begin(), places.begin() + std::ptrdiff_t(count));
+    for (size_t k = 1; k < count; ++k) {
+        const auto [address, lane] = places[k];
+        const auto [before, other] = places[k - 1];
+        if (address != before) continue;
+        const auto values = stored_values<T, kCount>(warp, i, lane), others = stored_values<T, kCount>(warp, i, other);
+        if (memcmp(values.data(), others.data(), sizeof values) != 0) {
+            fail_lane(lane, "race between lanes: lane %d stores another value to the same place, %s", other,
+                      GlobalMemory::get().describe(address).c_str());
+        }
+    }
+}
+
 template <class T, int kCount, bool kShared>
 Step store(Warp& warp, const Instruction& i) {
+    if constexpr (!kShared) check_lanes_differ<T, kCount>(warp, i);
     each_access<kShared>(warp, i, sizeof(T) * kCount, Access::write, [&](int lane, uint8_t* memory) {
-        T values[kCount];
-        // The low bytes of a register come first.
-        for (int k = 0; k < kCount; ++k) {
-            memcpy(&values[k], warp.registers + i.list[k] + uint32_t(lane) * i.list_widths[k], sizeof(T));
-        }
-        memcpy(memory, values, sizeof values);
+        const std::array<T, kCount> values = stored_values<T, kCount>(warp, i, lane);
+        memcpy(memory, values.data(), sizeof values);
     });
     warp.block->cluster->progress++;
     return Step::next;

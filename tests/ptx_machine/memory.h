@@ -14,8 +14,10 @@ struct SharedRange {
 
 // Resolves a shared address, of the warp's own block or of another of its cluster, and checks alignment and bounds.
 SharedRange shared_range(Warp& warp, int lane, uint32_t address, uint32_t bytes, uint32_t alignment);
-// As a generic access: also that it reads nothing unwritten and races with nobody; a write is noted.
-SharedRange generic_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, uint32_t alignment, Access access);
+// As a generic access: also that it reads nothing unwritten and races with nobody; a write is noted. `lanes` are those
+// that make it, `lane` is for messages.
+SharedRange generic_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, uint32_t alignment, Access access,
+                           Lanes lanes);
 // Whether something wrote all of it; a fault otherwise.
 void check_written(const SharedRange& range, uint32_t bytes, int lane);
 void mark_written(const SharedRange& range, uint32_t bytes);

@@ -8,6 +8,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(unsafe_code, reason = "it loads the machine and calls it through C")]
 
+pub mod cases;
 mod library;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -19,9 +20,10 @@ use mmpo_fast::device::cuda::{CudaDevice, launch_through};
 
 /// Names the target whose PTX a test process executes instead of looking for a GPU: `sm_90a` or `sm_80`.
 pub const TARGET: &str = "MMPO_FAST_PTX";
-/// How it runs: words out of `late`, `early`, `random`, `seed=N`, `measured` (rounding of tensor cores), `multiprocessors=N`.
+/// How it runs: words out of `late`, `early`, `random`, `seed=N`, `measured` (rounding of tensor cores), `strict_reads` (zeros of
+/// a buffer's creation count as unwritten), `multiprocessors=N`.
 pub const MODE: &str = "MMPO_FAST_PTX_MODE";
-/// A file that the process appends its launches to, a line an entry, when it ends.
+/// A file to which the process appends its launches when it ends, one line per entry.
 pub const LAUNCHES: &str = "MMPO_FAST_PTX_LAUNCHES";
 
 /// When asynchronous operations take effect, in the machine's numbers.
@@ -32,9 +34,48 @@ pub enum Landing {
     Random = 2,
 }
 
+/// How launches run.
+#[derive(Clone, Copy, Debug)]
+pub struct Mode {
+    pub landing: Landing,
+    /// 0 keeps warps in order.
+    pub seed: u64,
+    /// Matrix instructions round as has been measured on tensor cores, not in f32.
+    pub measured_rounding: bool,
+    /// Kernels may not read what a buffer's creation zeroed and nothing has written since.
+    pub strict_reads: bool,
+}
+
+impl Mode {
+    pub const LATE: Mode =
+        Mode { landing: Landing::Late, seed: 0, measured_rounding: false, strict_reads: false };
+
+    /// As [`MODE`] says; the number of multiprocessors beside it, where one is named.
+    pub fn from_words(words: &str) -> (Mode, Option<u32>) {
+        let (mut mode, mut multiprocessors) = (Mode::LATE, None);
+        for word in words.split_whitespace() {
+            let number =
+                |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u32>().ok());
+            match word {
+                "late" => mode.landing = Landing::Late,
+                "early" => mode.landing = Landing::Early,
+                "random" => mode.landing = Landing::Random,
+                "measured" => mode.measured_rounding = true,
+                "strict_reads" => mode.strict_reads = true,
+                _ => match (number("seed="), number("multiprocessors=")) {
+                    (Some(number), _) => mode.seed = number.into(),
+                    (_, Some(number)) => multiprocessors = Some(number),
+                    _ => panic!("{MODE}={words}: unknown word `{word}`"),
+                },
+            }
+        }
+        (mode, multiprocessors)
+    }
+}
+
 /// The loaded machine.
 pub struct Machine {
-    configure: unsafe extern "C" fn(c_int, u64, c_int),
+    configure: unsafe extern "C" fn(c_int, u64, c_int, c_int),
     edit: unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, c_int) -> *const c_char,
     restore: unsafe extern "C" fn(),
     multiprocessors: unsafe extern "C" fn(c_int),
@@ -68,6 +109,7 @@ fn load(path: &Path) -> NonNull<c_void> {
 /// Whether the PTX can be executed; builds what that needs, and says what is missing. Loads nothing, so that this process may
 /// still look for a GPU.
 pub fn available() -> bool {
+    let _alone = library::building();
     let available = library::extract_ptx().is_some();
     if available {
         library::build();
@@ -75,13 +117,15 @@ pub fn available() -> bool {
     available
 }
 
-/// The machine of this process, from now on in the driver's place. `None` where there is no cuobjdump to take the PTX out with, which is said.
+/// The machine of this process, which stands in the driver's place from now on. `None`, with a message, where there is
+/// no cuobjdump to take the PTX out with.
 pub fn machine() -> Option<&'static Machine> {
     static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
     MACHINE.get_or_init(start).as_ref()
 }
 
 fn start() -> Option<Machine> {
+    let _alone = library::building();
     let folder = library::extract_ptx()?;
     let library = load(&library::build());
     let function = |name: &str| symbol(library, name).unwrap_or_else(|| panic!("the machine has no {name}"));
@@ -95,7 +139,7 @@ fn start() -> Option<Machine> {
         assert!(error.is_empty(), "{error}");
         launch_through(&|name| symbol(library, &format!("mmpo_{name}"))).expect("launchers");
         Some(Machine {
-            configure: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int, u64, c_int)>(
+            configure: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int, u64, c_int, c_int)>(
                 function("ptx_machine_configure"),
             ),
             edit: std::mem::transmute::<
@@ -113,32 +157,28 @@ fn start() -> Option<Machine> {
 }
 
 impl Machine {
-    /// How launches run from now on. Seed 0 keeps warps in order.
-    pub fn configure(&self, landing: Landing, seed: u64, measured_rounding: bool) {
+    /// How launches run from now on.
+    pub fn configure(&self, mode: Mode) {
+        let Mode { landing, seed, measured_rounding, strict_reads } = mode;
         // SAFETY: the call stores numbers under a lock.
-        unsafe { (self.configure)(landing as c_int, seed, c_int::from(measured_rounding)) };
+        unsafe {
+            (self.configure)(
+                landing as c_int,
+                seed,
+                c_int::from(measured_rounding),
+                c_int::from(!strict_reads),
+            );
+        }
     }
 
     /// As [`MODE`] says.
-    fn configure_by_words(&self, mode: &str) {
-        let (mut landing, mut seed, mut measured) = (Landing::Late, 0, false);
-        for word in mode.split_whitespace() {
-            let number =
-                |prefix: &str| word.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok());
-            match word {
-                "late" => landing = Landing::Late,
-                "early" => landing = Landing::Early,
-                "random" => landing = Landing::Random,
-                "measured" => measured = true,
-                _ => match (number("seed="), number("multiprocessors=")) {
-                    (Some(number), _) => seed = number,
-                    // SAFETY: the call stores a number.
-                    (_, Some(number)) => unsafe { (self.multiprocessors)(number as c_int) },
-                    _ => panic!("{MODE}={mode}: unknown word `{word}`"),
-                },
-            }
+    fn configure_by_words(&self, words: &str) {
+        let (mode, multiprocessors) = Mode::from_words(words);
+        self.configure(mode);
+        if let Some(count) = multiprocessors {
+            // SAFETY: the call stores a number.
+            unsafe { (self.multiprocessors)(count as c_int) };
         }
-        self.configure(landing, seed, measured);
     }
 
     /// Replaces text in the PTX of every entry whose mangled name holds every word of `entry`: the occurrence of this number,

@@ -2,6 +2,7 @@
 #include "order.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "machine.h"
 
@@ -31,23 +32,72 @@ void Clock::join(const Clock& other) {
 
 void Orders::start(uint32_t blocks, uint32_t warps, uint32_t shared_end) {
     warps_ = warps;
-    actors_ = blocks * (warps + 1);
+    block_actors_ = warps + 1 + (warps + kWarpgroupWarps - 1) / kWarpgroupWarps;
+    actors_ = blocks * block_actors_;
     chunks_per_block_ = (shared_end + kChunk - 1) / kChunk;
     now_ = 1;
     const std::vector<Time> never(actors_, 0);
     clocks_.assign(actors_, Clock{never, never, never});
     chunks_.assign(size_t(blocks) * chunks_per_block_, Chunk{});
+    writer_lanes_.assign(chunks_.size() * kChunk, kNoLane);
+    reader_lanes_.assign(chunks_.size() * kChunk, kNoLane);
+    met_.assign(actors_, 0);
     initialised_.clear();
 }
 
 std::string Orders::name(uint32_t actor) const {
-    const uint32_t warp = actor % (warps_ + 1);
-    std::string text = warp == warps_ ? "a copy" : "warp " + std::to_string(warp);
-    if (actors_ > warps_ + 1) text += " of the cluster's block " + std::to_string(actor / (warps_ + 1));
+    const uint32_t warp = actor % block_actors_;
+    std::string text = warp < warps_    ? "warp " + std::to_string(warp)
+                       : warp == warps_ ? "a copy"
+                                        : "a wgmma of warpgroup " + std::to_string(warp - warps_ - 1);
+    if (actors_ > block_actors_) text += " of the cluster's block " + std::to_string(actor / block_actors_);
     return text;
 }
 
-void Orders::generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, bool write) {
+void Orders::between_lanes(uint32_t actor, uint32_t block, uint32_t index, uint32_t address, uint32_t bytes, bool write,
+                           Lanes lanes) {
+    const Chunk& c = chunk(block, index);
+    const size_t start = (size_t(block) * chunks_per_block_ + index) * kChunk;
+    uint8_t *const writers = writer_lanes_.data() + start, *const readers = reader_lanes_.data() + start;
+    const Time met = met_[actor];
+    const bool own_write = c.writer == actor && !c.async_write && c.write_mask != 0 && c.write_time > met;
+    const int slot = c.reader[0] == actor && c.read_mask[0] != 0 ? 0 : 1;
+    const bool own_read = c.reader[slot] == actor && c.read_mask[slot] != 0 && c.read_time[slot] > met;
+    if (write && !own_write) memset(writers, kNoLane, kChunk);
+    if (!own_read) memset(readers, kNoLane, kChunk);
+    const uint32_t first = std::max(address, index * kChunk), end = std::min(address + bytes, (index + 1) * kChunk);
+    for (uint32_t at = first; at < end;) {
+        const uint32_t part = (at - address) / lanes.bytes_each;
+        const uint32_t part_end = std::min(end, address + (part + 1) * lanes.bytes_each);
+        const uint8_t lane = lanes.first >= kWholeWarp ? lanes.first : uint8_t(lanes.first + part);
+        const int of = lane < kLanes ? int(lane) : -1;
+        for (; at < part_end; ++at) {
+            const uint32_t b = at % kChunk;
+            const uint8_t writer = writers[b], reader = readers[b];
+            if (own_write && (c.write_mask >> b & 1) != 0 && writer != kNoLane && writer != lane) {
+                fail_lane(of,
+                          "race between lanes: %s shared memory at %#x, which %s of its warp wrote with no "
+                          "bar.warp.sync between",
+                          write ? "writes" : "reads", at,
+                          writer == kWholeWarp ? "stmatrix" : ("lane " + std::to_string(writer)).c_str());
+            }
+            if (!write) {
+                if (lane != kWholeWarp) readers[b] = reader == kNoLane || reader == lane ? lane : kWholeWarp;
+                continue;
+            }
+            if (own_read && lane != kWholeWarp && (c.read_mask[slot] >> b & 1) != 0 && reader != kNoLane &&
+                reader != lane) {
+                fail_lane(of,
+                          "race between lanes: writes shared memory at %#x, which another lane of its warp reads with "
+                          "no bar.warp.sync between",
+                          at);
+            }
+            writers[b] = lane;
+        }
+    }
+}
+
+void Orders::generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, bool write, Lanes lanes) {
     for (uint32_t at = address / kChunk; at * kChunk < address + bytes; ++at) {
         Chunk& c = chunk(block, at);
         const uint16_t mask = touched(at, address, bytes);
@@ -55,10 +105,12 @@ void Orders::generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t 
             fail("%s shared memory at %#x that a copy under way will write: no wait stands between",
                  write ? "writes" : "reads", address);
         }
-        if ((c.write_mask & mask) != 0 && !seen(actor, c.writer, c.write_time)) {
+        const bool atomics = c.atomic_write && lanes.first == kNoLane;
+        if ((c.write_mask & mask) != 0 && !seen(actor, c.writer, c.write_time) && !atomics) {
             fail("race: %s shared memory at %#x, which %s wrote with no barrier between", write ? "writes" : "reads",
                  address, name(c.writer).c_str());
         }
+        between_lanes(actor, block, at, address, bytes, write, lanes);
         if (!write) {
             const int slot = c.reader[0] == actor && c.read_mask[0] != 0   ? 0
                              : c.reader[1] == actor && c.read_mask[1] != 0 ? 1
@@ -84,11 +136,13 @@ void Orders::generic(uint32_t actor, uint32_t block, uint32_t address, uint32_t 
         c.writer = uint8_t(actor);
         c.write_time = now_;
         c.async_write = false;
+        c.atomic_write = lanes.first == kNoLane;
         c.read_mask[0] = c.read_mask[1] = 0;
     }
 }
 
-void Orders::async_read(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, const char* what) {
+void Orders::async_read(uint32_t actor, uint32_t reader, uint32_t block, uint32_t address, uint32_t bytes,
+                        const char* what, uint8_t lane) {
     for (uint32_t at = address / kChunk; at * kChunk < address + bytes; ++at) {
         Chunk& c = chunk(block, at);
         const uint16_t mask = touched(at, address, bytes);
@@ -104,8 +158,12 @@ void Orders::async_read(uint32_t actor, uint32_t block, uint32_t address, uint32
             fail("missing fence.proxy.async: %s reads shared memory at %#x, which %s wrote by ordinary stores", what,
                  at * kChunk, name(c.writer).c_str());
         }
-        const int slot = c.read_time[0] <= c.read_time[1] ? 0 : 1;
-        c.reader[slot] = uint8_t(actor);
+        if (lane != kNoLane) between_lanes(actor, block, at, address, bytes, false, {lane, bytes});
+        const int slot = c.reader[0] == reader              ? 0
+                         : c.reader[1] == reader            ? 1
+                         : c.read_time[0] <= c.read_time[1] ? 0
+                                                            : 1;
+        c.reader[slot] = uint8_t(reader);
         c.read_time[slot] = now_;
         c.read_mask[slot] = 0xffff;
     }
@@ -138,7 +196,8 @@ void Orders::copy_begins(uint32_t actor, uint32_t block, uint32_t address, uint3
     }
 }
 
-void Orders::copy_lands(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, bool async_proxy) {
+void Orders::copy_lands(uint32_t actor, uint32_t block, uint32_t address, uint32_t bytes, bool async_proxy,
+                        uint8_t lane) {
     tick();
     const uint32_t by = async_proxy ? async_actor(block) : actor;
     if (async_proxy) clocks_[by].seen[by] = now_;
@@ -146,9 +205,15 @@ void Orders::copy_lands(uint32_t actor, uint32_t block, uint32_t address, uint32
         Chunk& c = chunk(block, at);
         c.copying = false;
         c.async_write = async_proxy;
+        c.atomic_write = false;
         c.writer = uint8_t(by);
         c.write_time = now_;
+        if (!async_proxy) memset(&writer_lanes_[(size_t(block) * chunks_per_block_ + at) * kChunk], lane, kChunk);
     }
+}
+
+void Orders::products_seen(uint32_t actor, uint32_t products, Time time) {
+    clocks_[actor].seen[products] = std::max(clocks_[actor].seen[products], time);
 }
 
 void Orders::proxy_fence(uint32_t actor) {
@@ -189,6 +254,16 @@ void Orders::barrier_used_by_async(uint32_t actor, uint32_t block, uint32_t addr
     }
 }
 
+void Orders::barrier_used(uint32_t actor, uint32_t block, uint32_t address) {
+    for (const Initialised& known : initialised_) {
+        if (known.block != block || known.address != address) continue;
+        if (!seen(actor, known.actor, known.time) && clocks_[actor].barriers[known.actor] < known.time) {
+            fail("race: uses the mbarrier at %#x, which %s initialised with no barrier between", address,
+                 name(known.actor).c_str());
+        }
+    }
+}
+
 void Orders::release(uint32_t actor, Clock& to) {
     clocks_[actor].seen[actor] = now_;
     to.join(clocks_[actor]);
@@ -198,8 +273,13 @@ void Orders::release(uint32_t actor, Clock& to) {
 void Orders::release_barriers(uint32_t actor, Clock& to) { join_times(to.barriers, clocks_[actor].barriers); }
 
 void Orders::acquire(uint32_t actor, const Clock& from) {
-    tick();
     clocks_[actor].join(from);
+    lanes_meet(actor);
+}
+
+void Orders::lanes_meet(uint32_t actor) {
+    met_[actor] = now_;
+    tick();
 }
 
 void Orders::release_async(uint32_t block, Clock& to) {

@@ -19,7 +19,7 @@ bool is_name(char c) {
     return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
 }
 
-// Calls `f(name, in_first_operand)` for every word of an instruction behind its opcode, its guard included.
+// Calls `f(name, in_first_operand)` for every word of an instruction after its opcode, and for its guard.
 template <class F>
 void each_name(const std::string& text, F f) {
     size_t at = 0;
@@ -102,7 +102,7 @@ private:
                     break;
             }
         }
-        // What a wgmma reads and writes stays in use until a wait behind it.
+        // What a wgmma reads and writes stays in use until a wait after it.
         for (const auto& [number, at] : held_) {
             const auto wait = std::lower_bound(waits_.begin(), waits_.end(), at);
             registers_[number].last = std::max(registers_[number].last, wait == waits_.end() ? count_ : *wait);

@@ -127,7 +127,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* out, int value, size_t bytes, cudaStream_t) {
-    const std::string wrong = ptx::GlobalMemory::get().host_write(reinterpret_cast<uint64_t>(out), bytes);
+    ptx::GlobalMemory& memory = ptx::GlobalMemory::get();
+    const auto address = reinterpret_cast<uint64_t>(out);
+    const std::string wrong = value == 0 ? memory.host_zero(address, bytes) : memory.host_write(address, bytes);
     if (!wrong.empty()) return failed(cudaErrorIllegalAddress, wrong);
     memset(out, value, bytes);
     return cudaSuccess;
@@ -141,6 +143,27 @@ cudaError_t cudaMemcpyAsync(void* out, const void* source, size_t bytes, cudaMem
     memmove(out, source, bytes);
     return cudaSuccess;
 }
+// What the emulated device's own cases (tests/emulator) call besides.
+cudaError_t cudaMalloc(void** out, size_t bytes) {
+    *out = reinterpret_cast<void*>(ptx::GlobalMemory::get().allocate(bytes));
+    return *out != nullptr ? cudaSuccess : failed(cudaErrorMemoryAllocation, "no memory");
+}
+cudaError_t cudaFree(void* memory) {
+    if (ptx::GlobalMemory::get().free(reinterpret_cast<uint64_t>(memory))) return cudaSuccess;
+    return failed(cudaErrorInvalidValue, "frees what is no allocation");
+}
+cudaError_t cudaMemset(void* out, int value, size_t bytes) { return cudaMemsetAsync(out, value, bytes, nullptr); }
+cudaError_t cudaMemcpy(void* out, const void* source, size_t bytes, cudaMemcpyKind kind) {
+    ptx::GlobalMemory& memory = ptx::GlobalMemory::get();
+    std::string wrong = "a copy that this machine does not know";
+    if (kind == cudaMemcpyHostToDevice) wrong = memory.host_write(reinterpret_cast<uint64_t>(out), bytes);
+    if (kind == cudaMemcpyDeviceToHost) wrong = memory.host_read(reinterpret_cast<uint64_t>(source), bytes);
+    if (!wrong.empty()) return failed(cudaErrorInvalidValue, wrong);
+    memcpy(out, source, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
 cudaError_t cudaGetLastError() {
     const cudaError_t error = last_error;
     last_error = cudaSuccess;
@@ -172,9 +195,10 @@ const char* ptx_machine_open(const char* folder) {
     text = ptx::Machine::get().open(folder);
     return text.c_str();
 }
-// landing: 0 late, 1 early, 2 by seed. seed 0: warps in order.
-void ptx_machine_configure(int landing, uint64_t seed, int measured_rounding) {
-    ptx::Machine::get().configure({ptx::Landing(landing), seed, measured_rounding != 0});
+// landing: 0 late, 1 early, 2 by seed. seed 0: warps in order. creation_zeros: whether zeros of a buffer's creation
+// count as written.
+void ptx_machine_configure(int landing, uint64_t seed, int measured_rounding, int creation_zeros) {
+    ptx::Machine::get().configure({ptx::Landing(landing), seed, measured_rounding != 0, creation_zeros != 0});
 }
 const char* ptx_machine_edit(const char* entry, const char* from, const char* to, int occurrence) {
     static thread_local std::string text;

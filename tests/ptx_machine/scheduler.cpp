@@ -141,6 +141,8 @@ private:
             complete_cluster_barrier(*warp_.block->cluster);
             return false;
         }
+        // Whoever waits for all lanes that are left may have them now.
+        for (Split& split : warp_.others) split.gathering = false;
         if (warp_.active != 0) return advance();
         return select();
     }

@@ -1,5 +1,5 @@
 // Global memory by allocation. Each lies alone between pages that nothing may touch, and has a byte of its own for each
-// of its bytes that says whether anything wrote it: reading what nothing wrote is a finding.
+// of its bytes that says who wrote it: reading what nothing wrote is a finding.
 #include "spaces.h"
 
 #include <sys/mman.h>
@@ -34,6 +34,7 @@ Memory& memory() {
 thread_local Allocation last{};
 std::atomic<uint64_t> generation{1};
 thread_local uint64_t last_generation = 0;
+thread_local bool creation_zeros_allowed = true;
 
 uint64_t whole_pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
@@ -58,7 +59,7 @@ uint64_t GlobalMemory::allocate(uint64_t bytes) {
     if (mprotect(whole + kGap, pages, PROT_READ | PROT_WRITE) != 0) return 0;
     const uint64_t start = reinterpret_cast<uint64_t>(whole + kGap);
     const std::unique_lock lock(memory().mutex);
-    memory().allocations[start] = Allocation{start, bytes, written, false};
+    memory().allocations[start] = Allocation{start, bytes, written, false, true};
     generation++;
     return start;
 }
@@ -78,7 +79,7 @@ bool GlobalMemory::free(uint64_t start) {
 void GlobalMemory::lend(const void* start, uint64_t bytes) {
     const std::unique_lock lock(memory().mutex);
     const uint64_t address = reinterpret_cast<uint64_t>(start);
-    memory().allocations[address] = Allocation{address, bytes, nullptr, true};
+    memory().allocations[address] = Allocation{address, bytes, nullptr, true, false};
     generation++;
 }
 
@@ -130,8 +131,19 @@ std::string GlobalMemory::describe(uint64_t address) {
 std::string GlobalMemory::host_write(uint64_t d, uint64_t bytes) {
     const Allocation* found = find(d, bytes);
     if (found == nullptr) return "the host writes outside an allocation: " + describe(d);
-    memset(found->written + (d - found->start), 1, bytes);
+    memset(found->written + (d - found->start), kWritten, bytes);
     return "";
+}
+
+std::string GlobalMemory::host_zero(uint64_t d, uint64_t bytes) {
+    const std::string wrong = host_write(d, bytes);
+    const std::unique_lock lock(memory().mutex);
+    const auto found = memory().allocations.find(d);
+    if (found == memory().allocations.end()) return wrong;
+    Allocation& allocation = found->second;
+    if (allocation.is_new && allocation.bytes == bytes) memset(allocation.written, kZeroedAtCreation, bytes);
+    allocation.is_new = false;
+    return wrong;
 }
 
 std::string GlobalMemory::host_read(uint64_t d, uint64_t bytes) {
@@ -161,13 +173,20 @@ void check_global(int lane, uint64_t address, uint32_t bytes, Access access) {
     }
     uint8_t* written = found->written + (address - found->start);
     if (access == Access::write) {
-        memset(written, 1, bytes);
+        memset(written, kWritten, bytes);
         return;
     }
-    if (memchr(written, 0, bytes) != nullptr) {
+    if (memchr(written, kUnwritten, bytes) != nullptr) {
         fail_lane(lane, "reads global memory that nothing wrote: %s", GlobalMemory::get().describe(address).c_str());
     }
+    if (!creation_zeros_allowed && memchr(written, kZeroedAtCreation, bytes) != nullptr) {
+        fail_lane(lane, "reads global memory that nothing wrote since its creation zeroed it: %s",
+                  GlobalMemory::get().describe(address).c_str());
+    }
+    if (access == Access::update) memset(written, kWritten, bytes);
 }
+
+void allow_creation_zeros(bool allowed) { creation_zeros_allowed = allowed; }
 
 void SharedMemory::resize(uint32_t end_address) {
     end = end_address;

@@ -15,13 +15,19 @@ constexpr uint32_t kRankShift = 24;
 constexpr uint32_t kMostShared80 = 163 * 1024;
 constexpr uint32_t kMostShared90 = 227 * 1024;
 
+// Who wrote a byte of global memory. The program zeroes every buffer when it makes it, which hides reads of what
+// nothing wrote after that; so those zeros have a mark of their own.
+constexpr uint8_t kUnwritten = 0, kWritten = 1, kZeroedAtCreation = 2;
+
 // One allocation of global memory, or a launch's parameters.
 struct Allocation {
     uint64_t start = 0;
     uint64_t bytes = 0;
-    // A byte each: whether anything wrote it.
+    // A byte each: kUnwritten, kWritten or kZeroedAtCreation.
     uint8_t* written = nullptr;
     bool read_only = false;
+    // Nothing was done to it yet.
+    bool is_new = true;
 };
 
 enum class Access : uint8_t { read, write, update };
@@ -39,6 +45,8 @@ public:
     void take_back(const void* start);
     // Copies and fills of the host; an error text, or empty. `d` device side.
     std::string host_write(uint64_t d, uint64_t bytes);
+    // As host_write, of a fill with zeros.
+    std::string host_zero(uint64_t d, uint64_t bytes);
     std::string host_read(uint64_t d, uint64_t bytes);
     std::string host_copy(uint64_t d, uint64_t s, uint64_t bytes);
     // The allocation that holds the range, or null. The pointer lives until the allocation ends.
@@ -49,6 +57,8 @@ public:
 
 // Checks one access of global memory by a kernel, and notes what it writes; a fault otherwise.
 void check_global(int lane, uint64_t address, uint32_t bytes, Access access);
+// Whether kernels that this thread runs from now on may read what was zeroed at creation and written by nobody since.
+void allow_creation_zeros(bool allowed);
 
 struct SharedMemory {
     std::vector<uint8_t> bytes;    // from address 0 on

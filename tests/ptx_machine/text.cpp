@@ -188,7 +188,7 @@ private:
         }
     }
 
-    // .loc 1 35 7, or with `, function_name ..., inlined_at ...` behind it.
+    // .loc 1 35 7, or with `, function_name ..., inlined_at ...` after it.
     void location() {
         std::istringstream words(reader_.rest_of_line().substr(4));
         words >> source_file_ >> source_line_;
@@ -202,7 +202,7 @@ private:
             const char c = reader_.next();
             braces += c == '{' ? 1 : c == '}' ? -1 : 0;
             if (c == ';' && braces == 0) break;
-            // `::` belongs to an opcode, a single colon behind a name ends a label.
+            // `::` belongs to an opcode, a single colon after a name ends a label.
             if (c == ':' && braces == 0 && reader_.peek() != ':' && (text.empty() || text.back() != ':')) {
                 if (is_label(trim(text))) return add(entry, Statement::Kind::label, trim(text), line);
             }

@@ -1,4 +1,4 @@
-// Instructions by which the lanes of a warp exchange values. PTX ISA 9.0, sections 9.7.9 (shfl.sync) and 9.7.13
+// Instructions by which the lanes of a warp exchange values. PTX ISA 9.0, sections 9.7.9.6 (shfl.sync) and 9.7.13
 // (vote.sync, redux.sync, bar.warp.sync, elect.sync, activemask).
 #include "warp.h"
 
@@ -214,7 +214,7 @@ void decode_active_mask(Operands& operands, const InstructionText& text, Instruc
 }
 
 Step synchronise(Warp& warp, const Instruction& i) {
-    return with_members(warp, i.operands[0], [](Mask) {});
+    return with_members(warp, i.operands[0], [&](Mask) { warp.block->cluster->orders.lanes_meet(warp.actor); });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Products of a warpgroup. PTX ISA 9.0, section 9.7.15, "Asynchronous Warpgroup Level Matrix Instructions": shared
 // memory matrix layout, matrix descriptor format, wgmma.fence, .mma_async, .commit_group, .wait_group.
 //
-// Warp w of the four computes rows 16w .. 16w+15, from its own registers and from shared memory, so a warp needs none
-// of the other three to execute; that all four ask for the same is compared whenever they wait.
+// Warp w of the four computes rows 16w .. 16w+15, from its own registers and from shared memory. A group of products is
+// the whole warpgroup's, though: it is complete when the products of all four warps are, and whichever warp waits for
+// it first waits for all of them. That all four ask for the same is compared when they exit.
 #include "decode.h"
 #include "matrix_arithmetic.h"
 #include "memory.h"
@@ -44,7 +45,9 @@ struct Descriptor {
 void read_chunk(Warp& warp, uint32_t address, float (&values)[8]) {
     const SharedRange at = shared_range(warp, -1, address, 16, 16);
     check_written(at, 16, -1);
-    warp.block->cluster->orders.async_read(warp.actor, at.block->rank, at.address, 16, "wgmma");
+    Orders& orders = warp.block->cluster->orders;
+    const uint32_t products = orders.product_actor(warp.block->rank, warp.index / kWarpgroupWarps);
+    orders.async_read(warp.actor, products, at.block->rank, at.address, 16, "wgmma", kNoLane);
     uint16_t bits[8];
     memcpy(bits, at.bytes, sizeof bits);
     for (int k = 0; k < 8; ++k) values[k] = bf16_value(bits[k]);
@@ -106,10 +109,23 @@ void compute(Warp& warp, const PendingProduct& product) {
     }
 }
 
-void finish(Warp& warp, const PendingProduct& product, bool is_late) {
-    if (is_late) compute(warp, product);
-    for (const uint32_t number : product.instruction->named) --warp.in_flight[number];
-    --warp.products_pending;
+// Computes what is left to compute of a warp's group number `group`, whose registers stay in use until the warp's own
+// wait.
+void land_group(Warp& warp, size_t group) {
+    if (group < warp.groups_waited) return;
+    for (PendingProduct& product : warp.product_groups[group - warp.groups_waited]) {
+        if (!product.done) compute(warp, product);
+        product.done = true;
+    }
+    Time& read = warp.group_read_times[group];
+    if (read == 0) read = warp.block->cluster->orders.products_read();
+}
+
+// The four warps of the warpgroup, fewer at the end of a block.
+template <class F>
+void each_warp_of_group(Warp& warp, F f) {
+    const uint32_t first = warp.index / kWarpgroupWarps * kWarpgroupWarps;
+    for (uint32_t w = first; w < first + kWarpgroupWarps && w < warp.block->warps.size(); ++w) f(warp.block->warps[w]);
 }
 
 // A value that all lanes must agree on.
@@ -153,26 +169,47 @@ Step multiply(Warp& warp, const Instruction& i) {
     for (const uint32_t number : i.named) ++warp.in_flight[number];
     ++warp.products_pending;
     // All of a warp's products land late, or none: later ones add to what earlier ones leave.
-    if (launch_of(warp).options.landing == Landing::early) compute(warp, product);
+    product.done = launch_of(warp).options.landing == Landing::early;
+    if (product.done) compute(warp, product);
     warp.products.push_back(product);
     return Step::next;
 }
 
 Step commit(Warp& warp, const Instruction&) {
     if (!whole_warp(warp)) return Step::gathering;
+    const bool is_done = launch_of(warp).options.landing == Landing::early;
+    Cluster& cluster = *warp.block->cluster;
+    warp.group_read_times.push_back(is_done ? cluster.orders.products_read() : 0);
     warp.product_groups.push_back(std::move(warp.products));
     warp.products.clear();
+    cluster.progress++;
     return Step::next;
 }
 
 // `constant`: groups that may stay under way.
 Step wait(Warp& warp, const Instruction& i) {
     if (!whole_warp(warp)) return Step::gathering;
-    if (!warp.products.empty())
-        fail("waits for wgmma groups while products stand in none: wgmma.commit_group is missing");
-    const bool is_late = launch_of(warp).options.landing != Landing::early;
-    while (warp.product_groups.size() > size_t(i.constant)) {
-        for (const PendingProduct& product : warp.product_groups.front()) finish(warp, product, is_late);
+    if (!warp.products.empty()) fail("waits for groups while a wgmma stands in none: wgmma.commit_group is missing");
+    const size_t committed = warp.group_read_times.size(), stay = size_t(i.constant);
+    const size_t complete = committed > stay ? committed - stay : 0;
+    bool all_here = true;
+    each_warp_of_group(warp, [&](const Warp& peer) {
+        all_here &= peer.state == Warp::State::exited || peer.group_read_times.size() >= complete;
+    });
+    if (!all_here) return Step::again;
+    Orders& orders = warp.block->cluster->orders;
+    const uint32_t products = orders.product_actor(warp.block->rank, warp.index / kWarpgroupWarps);
+    for (; warp.groups_waited < complete; ++warp.groups_waited) {
+        const size_t group = warp.groups_waited;
+        each_warp_of_group(warp, [&](Warp& peer) {
+            if (peer.group_read_times.size() <= group) return;
+            land_group(peer, group);
+            orders.products_seen(warp.actor, products, peer.group_read_times[group]);
+        });
+        for (const PendingProduct& product : warp.product_groups.front()) {
+            for (const uint32_t number : product.instruction->named) --warp.in_flight[number];
+            --warp.products_pending;
+        }
         warp.product_groups.erase(warp.product_groups.begin());
     }
     if (warp.product_groups.empty()) warp.wgmma_fenced = false;

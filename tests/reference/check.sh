@@ -14,8 +14,8 @@ cargo build --release --locked --quiet --bin mmpo-fast --example token_scores --
   --example render_templates
 program=${CARGO_TARGET_DIR:-target}/release
 
-# An untied single file, and a tied model with a head size of its own.
-for model in base tied; do
+# An untied single file, a tied model with a head size of its own, and another family.
+for model in base tied qwen2; do
   "$program/mmpo-fast" --quiet train --model "tests/goldens/$model/model" --data tests/goldens/pairs.jsonl \
     --output "$work/$model" --max-length 160 --max-prompt-length 64 --pairs-per-step 4 --epochs 2 --learning-rate 1e-3 \
     --device cpu >"$work/$model.log"

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(folder):
-    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind, names in info.items():
         if names:
             sys.exit(f"{folder}: {kind}: {sorted(map(str, names))}")
-    if model.config.architectures != ["LlamaForCausalLM"]:
+    if model.config.architectures != [type(model).__name__]:
         sys.exit(f"{folder}: architectures is {model.config.architectures}")
     return model.eval()
 

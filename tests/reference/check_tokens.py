@@ -51,6 +51,16 @@ VARIANTS = [
     {"clean_up_tokenization_spaces": True},
 ]
 
+# Tokenizers of models that are not Llamas: transformers goes by the `model_type`, whatever class the files name.
+FAMILIES = [
+    ("qwen2_5", {"model_type": "qwen2", "tokenizer_class": "LlamaTokenizerFast"}),
+    ("qwen2_5", {"model_type": "qwen2", "tokenizer_class": None}),
+    ("gpt2", {"model_type": "qwen2"}),
+    ("llama2", {"model_type": "mistral", "tokenizer_class": "LlamaTokenizer", "legacy": False}),
+    ("llama2", {"model_type": "mistral", "tokenizer_class": None, "add_bos_token": False}),
+    ("llama3_1", {"model_type": "mistral", "tokenizer_class": "LlamaTokenizerFast"}),
+]
+
 OWN_TEMPLATES = {
     "own/vicuna": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}{% else %}{{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     "own/inst": "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}{{ bos_token }}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
@@ -136,10 +146,13 @@ def smollm2(work):
 
 
 def folder_with(model, work, changes):
-    """A model folder for both sides: the tokenizer's files, and a config that says Llama."""
+    """A model folder for both sides: the tokenizer's files, and a config that says Llama unless `changes` has a model_type."""
     folder = Path(tempfile.mkdtemp(dir=work))
     config = json.loads((model / "tokenizer_config.json").read_text())
+    model_type = changes.get("model_type", "llama")
     for key, value in changes.items():
+        if key == "model_type":
+            continue
         if value is None and key in ("tokenizer_class", "added_tokens_decoder"):
             config.pop(key, None)
         else:
@@ -148,7 +161,7 @@ def folder_with(model, work, changes):
     config.pop("chat_template", None)
     shutil.copy(model / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "sliding_window": None}))
     return folder
 
 
@@ -281,6 +294,9 @@ def main():
         if "llama2" in models:
             for changes in VARIANTS:
                 check(models["llama2"], f"llama2 with {changes}", changes, OWN_TEMPLATES)
+        for name, changes in FAMILIES:
+            if name in models:
+                check(models[name], f"{name} with {changes}", changes, OWN_TEMPLATES)
     real_used = [name for name in totals["templates"] if name != "plain text" and not name.startswith("own/")]
     print(
         f"tokens: {totals['pairs']} pairs over {len(models)} tokenizers and {len(real_used)} real templates, "

@@ -1,5 +1,5 @@
-"""Writes ../goldens/configs.json: log-probs that transformers gives to small Llamas with the config.json keys of
-published models. Weights come from a formula that tests/training/published_configs.rs repeats, so that none is committed.
+"""Writes ../goldens/configs.json: log-probs that transformers gives to small models with the config.json keys of
+published ones. Weights come from a formula that tests/training/published_configs.rs repeats, so that none is committed.
 
 Packages: requirements.txt. Usage: python make_config_goldens.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -110,6 +110,11 @@ CASES = {
     "float16": {"stored": "float16"},
     "bfloat16": {"stored": "bfloat16"},
     "mixed-dtypes": {"stored": "mixed"},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None, "rope_theta": 1000000.0, "head_dim": 12, "num_attention_heads": 4},
+    "mistral-defaults": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096, "attention_bias": True, "num_attention_heads": 8, "num_key_value_heads": ABSENT},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21, "rope_theta": 1000000.0, "tie_word_embeddings": True},
+    "qwen2-yarn": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "rope_scaling": {"type": "yarn", **YARN}},
+    "qwen2-layer-types": {"model_type": "qwen2", "architectures": ["Qwen2Model"], "layer_types": ["full_attention", "full_attention"], "num_key_value_heads": None, "names": "bare"},
 }
 
 PROMPT = [(7 * i + 3) % 89 for i in range(20)]
@@ -151,7 +156,7 @@ def dtype_of(position, stored):
 
 def write_folder(folder, config, names, stored):
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(config))).state_dict()
+    shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
     tensors = {}
     for position, (name, value) in enumerate(sorted(shapes.items())):
         if name == "lm_head.weight" and config["tie_word_embeddings"]:

@@ -1,6 +1,6 @@
 """Makes tests/goldens/*/golden.json with transformers and autograd, or checks this script against another's golden.
 
-    python make_goldens.py                      remakes the goldens of the committed models
+    python make_goldens.py [NAME ...]           remakes the goldens of the committed models, or of these
     python make_goldens.py --check FOLDER       compares with FOLDER/golden.json; the model is FOLDER/model, the pairs
                                                 are FOLDER/pairs.jsonl or the file of that name beside FOLDER
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives import OBJECTIVES, Scores
 
@@ -205,7 +205,7 @@ def generation_record(model, tokenizer, text):
 
 def make_golden(folder, raw_pairs, max_length, max_prompt_length, objectives, three_steps):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     pairs = [tokenise_pair(tokenizer, pair, max_length, max_prompt_length) for pair in raw_pairs]
     with torch.no_grad():
         logp, entropy, _ = score(model, pairs)
@@ -281,12 +281,15 @@ def dump(value, indent=""):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=Path, metavar="FOLDER")
+    parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.check:
         sys.exit(0 if check(arguments.check) else 1)
     raw_pairs = [json.loads(line) for line in (GOLDENS / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     for folder in sorted(path.parent for path in GOLDENS.glob("*/model")):
+        if arguments.names and folder.name not in arguments.names:
+            continue
         base = folder.name == "base"
         objectives, three_steps = (ALL, THREE_STEPS) if base else (FEW, ("mmpo_length",))
         golden = make_golden(folder / "model", raw_pairs, *LIMITS.values(), objectives, three_steps)

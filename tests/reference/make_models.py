@@ -1,17 +1,18 @@
-"""Makes the tiny Llamas of tests/goldens: tokenizer, random weights, a short training so that log-probs are uneven.
+"""Makes the tiny models of tests/goldens: tokenizer, random weights, a short training so that log-probs are uneven.
 
 The folders are committed: run this only to make new ones (then `make_goldens.py`). Seeded, one thread; another
-processor may still round differently. Usage: python make_models.py
+processor may still round differently. Usage: python make_models.py NAME ...
 """
 
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 # A multiple of 8 and of no larger power of two: a tile of 16 or more columns ends ragged.
@@ -64,6 +65,13 @@ VARIANTS = {
     ),
     "rope_llama3": (SMALL | {"rope_parameters": LLAMA3_ROPE, "eos_token_id": [2, 0]}, {}),
     "rope_linear": (SMALL | {"rope_parameters": LINEAR_ROPE}, {"dtype": torch.float16}),
+    # Biases on q, k and v alone; a tied head.
+    "qwen2": (
+        SMALL
+        | {"model_type": "qwen2", "rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True, "max_window_layers": 2},
+        {},
+    ),
+    "mistral": (SMALL | {"model_type": "mistral", "rope_parameters": DEFAULT_ROPE, "sliding_window": None}, {}),
 }
 OLD_KEYS = ("rope_llama3", "rope_linear")
 
@@ -94,7 +102,7 @@ def make_tokenizer(pairs):
 
 def make_weights(config):
     """Wide random weights: with transformers' 0.02, zero biases and unit norms most mistakes would go unseen."""
-    model = LlamaForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -134,10 +142,13 @@ def main():
         tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=False)[:256] for pair in pairs
     ]
     for seed, (name, (shape, saving)) in enumerate(VARIANTS.items()):
+        if name not in sys.argv[1:]:
+            continue
         torch.manual_seed(seed)
         saving = dict(saving)
         dtype = saving.pop("dtype", torch.bfloat16)
-        model = make_weights(LlamaConfig(**(COMMON | shape)))
+        keys = COMMON | shape
+        model = make_weights(AutoConfig.for_model(keys.pop("model_type", "llama"), **keys))
         train_briefly(model, rows)
         folder = GOLDENS / name / "model"
         shutil.rmtree(folder, ignore_errors=True)

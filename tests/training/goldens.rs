@@ -1,6 +1,4 @@
-//! Our Llama, head, objectives and optimiser against numbers that transformers and PyTorch made.
-//!
-//! `tests/goldens/` is committed; `MMPO_FAST_FIXTURES` may name a folder of further, larger ones.
+//! Our Llama, head, objectives and optimiser against the numbers in `tests/goldens/`, which transformers and PyTorch made.
 
 use std::sync::Arc;
 
@@ -12,13 +10,14 @@ use mmpo_fast::model::{Generation, HeadChoice, HeadOptions};
 use mmpo_fast::train::{StepResult, Trainer};
 use serde_json::Value;
 
-/// Relative agreement asked for, of numbers that are not near zero.
-const RELATIVE: f64 = 1e-3;
+use crate::support::close::{self, Bounds};
+
+/// The agreement that is asked for.
+const BOUNDS: Bounds = Bounds { relative: 1e-3, absolute: 1e-10 };
 
 #[track_caller]
 fn assert_close(what: &str, ours: f64, golden: f64) {
-    let error = (ours - golden).abs() / golden.abs().max(1e-7);
-    assert!(error <= RELATIVE, "{what}: ours {ours}, golden {golden}, relative error {error:.2e}");
+    close::assert_close(what, ours, golden, BOUNDS);
 }
 
 #[test]
@@ -114,7 +113,7 @@ fn logits_and_greedy_tokens_agree() {
                 let expected = number(golden_logit);
                 let error = (ours as f64 - expected).abs();
                 assert!(
-                    error <= RELATIVE * expected.abs().max(1.0),
+                    error <= BOUNDS.relative * expected.abs().max(1.0),
                     "{} position {position} logit {id}: ours {ours}, golden {expected}",
                     golden.name()
                 );

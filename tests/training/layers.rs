@@ -144,7 +144,7 @@ fn frozen_tensors_cost_nothing_and_change_nothing_for_the_others() {
         ("all but the final norm", &all_but_final_norm),
     ];
     // With tied embeddings, and with a head and biases.
-    for name in ["tied", "bias"] {
+    for name in ["tied", "bias", "qwen2"] {
         let golden = golden(name);
         let whole = step(&golden, |_| false);
         for (choice, is_frozen) in choices {
@@ -246,7 +246,7 @@ impl<D: Device> Run<D> {
         ]
     }
 
-    /// Overwrites them.
+    /// Overwrites these activations.
     fn spoil(&mut self, layer: usize) {
         let (device, activations) = (Arc::clone(&self.model.device), &mut self.activations);
         let slot = activations.slot(layer);
@@ -365,7 +365,7 @@ impl GradientSink<CpuDevice> for Notes<'_> {
 /// Every layer once, from the last to the first, each with all that the backward gives to its gradients.
 #[test]
 fn a_sink_hears_of_each_layer_once_when_it_is_complete() {
-    for name in ["tied", "bias"] {
+    for name in ["tied", "bias", "qwen2"] {
         let (golden, device) = (golden(name), cpu());
         let mut run = Run::new(&golden, &device);
         let mut sink = Notes { device: &device, layers: Vec::new() };
@@ -421,7 +421,7 @@ fn a_sink_that_fails_ends_the_backward() {
 struct Apply<D: Device> {
     device: Arc<D>,
     states: LlamaTensors<OptimizerState<D>>,
-    /// No clipping.
+    /// The norm and the factor of an update without clipping.
     norm: Floats<D>,
 }
 
@@ -491,7 +491,7 @@ fn layer_by_layer_is_the_same_update<D: Device>(golden: &Golden, device: &Arc<D>
 /// Gradients that are applied inside the backward, and dropped, give the weights and moments of one update over all.
 #[test]
 fn a_sink_that_applies_gives_the_same_update_as_the_whole() {
-    for name in ["tied", "bias"] {
+    for name in ["tied", "bias", "qwen2"] {
         layer_by_layer_is_the_same_update(&golden(name), &cpu());
     }
 }

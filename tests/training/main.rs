@@ -11,3 +11,5 @@ mod memory_table;
 mod objective;
 mod published_configs;
 mod report;
+#[path = "../support/mod.rs"]
+mod support;

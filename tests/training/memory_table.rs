@@ -3,7 +3,7 @@
 use mmpo_fast::bench::shapes;
 use mmpo_fast::model::LlamaTensors;
 
-/// Bytes a parameter of full training on a GPU: bf16 weight, f32 master copy, gradient and two moments.
+/// Bytes per parameter of full training on a GPU: bf16 weight, f32 master copy, gradient and two moments.
 const GPU_BYTES: usize = 2 + 4 * 4;
 /// And on the CPU, where the weight is f32 and its own master copy.
 const CPU_BYTES: usize = 4 * 4;

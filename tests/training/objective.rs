@@ -8,6 +8,8 @@ use mmpo_fast::objective::{
 };
 use serde_json::Value;
 
+use crate::support::close::{self, Bounds};
+
 const MMPO: Mmpo = Mmpo {
     beta: 0.05,
     epsilon: 0.9,
@@ -149,8 +151,7 @@ fn evaluate(objective: &Objective, pair: [&Response; 2], constants: PairConstant
 
 #[track_caller]
 fn assert_close(what: &str, got: f64, wanted: f64) {
-    let (error, allowed) = ((got - wanted).abs(), 1e-6 + 2e-6 * wanted.abs());
-    assert!(error <= allowed, "{what}: {got}, wanted {wanted}, error {error:e} > {allowed:e}");
+    close::assert_close(what, got, wanted, Bounds { relative: 2e-6, absolute: 1e-6 });
 }
 
 /// Every objective with every switch.
@@ -255,14 +256,14 @@ fn rewards_and_sums_are_what_the_charts_say() {
 fn ipo_rests_at_its_target() {
     let pair = [Response::of_logp(&[-1.0, -2.0]), Response::of_logp(&[-0.5, -0.5, -2.0])];
     let ipo = Objective::Ipo(Ipo { beta: 0.25 });
-    // Mean log-ratios of 0.5 and -1.5 nats a token: 2 apart.
+    // Mean log-ratios of 0.5 and -1.5 nats per token: 2 apart.
     let rest = evaluate(&ipo, [&pair[0], &pair[1]], constants(-4.0, 1.5));
     assert_eq!(
         (rest.outcome.loss, rest.outcome.reward_chosen, rest.outcome.reward_rejected),
         (0.0, 0.25, -1.125)
     );
     assert!(rest.logp.iter().flatten().all(|&a| a == 0.0), "{rest:?}");
-    // Equal log-ratios a token are 1 / (2 beta) short of it.
+    // Equal log-ratios per token are 1 / (2 beta) short of it.
     let start = evaluate(&ipo, [&pair[0], &pair[1]], constants(-3.0, -3.0));
     assert_eq!(start.outcome.loss, 4.0);
     assert_close("-4 scale / n_w", start.logp[0][0].into(), -4.0 * 0.125 / 2.0);

@@ -5,8 +5,8 @@ use std::path::Path;
 use mmpo_fast::config::options::Options;
 use mmpo_fast::config::resolve;
 use mmpo_fast::report::{
-    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, History, METRICS_FILE, MetricsWriter, PairMetrics,
-    PreferenceMetrics, RunReport, Sample, StepMetrics, WeightMetrics,
+    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, History, ImplicitMetrics, METRICS_FILE,
+    MetricsWriter, PairMetrics, PreferenceMetrics, RunReport, Sample, StepMetrics, WeightMetrics,
 };
 
 /// Metrics like those of a run that learns: no randomness, some wobble.
@@ -23,6 +23,7 @@ fn pairs(progress: f64, step: usize) -> PairMetrics {
             logps_rejected: -58.0 * (-0.8 * progress).exp() - 14.0,
             likelier: 0.9 * accuracy,
         }),
+        implicit: Some(ImplicitMetrics { accuracy, margin: 12.0 * progress + 4.0 * wobble }),
         weights: Some(WeightMetrics { chosen: accuracy, saturated: 0.2 + 0.6 * progress + wobble }),
     }
 }
@@ -160,7 +161,7 @@ fn event_files_of_a_resumed_run() {
     let folder = folder.path().join(EVENTS_FOLDER);
     let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
-    // A version, then an event a step; behind a resume a session start too.
+    // A version, then one event per step; after a resume a session start too.
     assert_eq!(files.iter().map(|file| records(file)).collect::<Vec<_>>(), [1 + 6, 1 + 1 + 2 + 1]);
 }
 

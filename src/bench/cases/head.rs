@@ -92,13 +92,13 @@ impl<D: Device> Head<D> {
         device.copy(hidden, 0, &self.pristine, 0, device.len(&self.pristine))
     }
 
-    /// For so many rows at once.
+    /// The workspace for this many rows at once.
     fn workspace(&self, device: &D, rows: usize) -> Result<ComputeBuffer<D>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
         device.alloc(device.logp_head_workspace(mode, rows, width, vocab)?)
     }
 
-    /// Runs of whole pairs, as a training step takes them: of one size, as large as its workspace may be.
+    /// Runs of whole pairs as a training step takes them: of one size, and as large as the workspace allows.
     fn chunks(&self, device: &D, pairs: usize, most_bytes: usize) -> Result<Vec<Range<usize>>> {
         let HeadShape { mode, width, vocab, .. } = self.shape;
         let mut most = pairs;
@@ -128,7 +128,7 @@ impl<D: Device> Head<D> {
         2 * self.scored() * self.shape.vocab * self.shape.width
     }
 
-    /// Hidden rows, their weights, targets and results; no logits, which need not be moved at all.
+    /// Bytes of hidden rows, vocabulary matrix, targets and results; the logits need not be moved at all.
     fn forward_bytes(&self) -> usize {
         let values = (self.scored() + self.shape.vocab) * self.shape.width;
         compute_size::<D>() * values + 3 * WORD * self.scored()
@@ -226,13 +226,13 @@ fn head_backward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.prepare(prepare).updates().flops(flops).bytes(bytes))
 }
 
-/// How the head goes both ways.
+/// The ways in which the head runs forward and backward.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Both {
     Main,
     WithEntropy,
     Recomputed,
-    /// Main mode with as much workspace as that takes.
+    /// Main mode with as large a workspace as one chunk takes.
     InOneChunk,
 }
 
@@ -259,7 +259,7 @@ impl Both {
     }
 }
 
-/// Forward, objective and backward: what a step does at its end, and what the peers' heads are compared with.
+/// Forward, objective and backward: the end of a step, with which the peers' heads are compared.
 fn head_both<D: Device>(device: &D, shape: &Shape, both: Both) -> Result<Case<D>> {
     let head = std::rc::Rc::new(Head::new(device, shape, both.mode(), both == Both::WithEntropy)?);
     let flops = 3 * head.gemm_flops();
@@ -326,6 +326,6 @@ fn pair_objective<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         std::mem::swap(&mut coefficients.logp, &mut dlogp[0]);
         done
     });
-    // Log-probs in; two coefficients a token and the outcomes out.
+    // Log-probs in; two coefficients per token and the outcomes out.
     Ok(case.bytes(3 * WORD * scored + WORD * pairs * (PairOutcome::WIDTH + 8)))
 }

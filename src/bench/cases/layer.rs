@@ -189,7 +189,7 @@ impl Gemm {
     }
 }
 
-/// The gemm that is called `part`; `down` for a name that none has.
+/// The shape of the gemm that is called `part`; that of `down` for a name that none has.
 pub fn linear_shape(shape: &Shape, part: &str) -> LinearShape {
     let all = [Gemm::Qkv, Gemm::AttentionOut, Gemm::GateUp, Gemm::Head];
     all.into_iter().find(|gemm| gemm.name() == part).unwrap_or(Gemm::Down).shape(shape)
@@ -236,8 +236,8 @@ fn gemm_backward_weight<D: Device>(device: &D, shape: &Shape, gemm: Gemm) -> Res
     Ok(case.updates().part(gemm.name()).flops(gemm_flops(linear)).bytes(bytes))
 }
 
-/// What the head's backward multiplies, of the logits' gradients `[N, V]`: those of the scored tokens, which are all tokens
-/// here, and of the embedding. Only CUDA has the first as an operation of its own.
+/// The gemms of the head's backward over the logits' gradients `[N, V]`: the gradient of the scored tokens, which are
+/// all tokens here, and that of the embedding. Only CUDA has the first as an operation of its own.
 pub fn head_gemms() -> Vec<Maker<CudaDevice>> {
     vec![head_backward_input, |device, shape| gemm_backward_weight(device, shape, Gemm::Head)]
 }
@@ -285,7 +285,7 @@ fn rope<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.updates().bytes(2 * compute_size::<D>() * rotated + table + WORD * rows))
 }
 
-/// Values of q, k, v and the output, and the lse.
+/// Bytes of q, k, v and the output, and of the lse.
 fn attention_bytes<D: Device>(rows: usize, attention: AttentionShape) -> usize {
     compute_size::<D>() * rows * (attention.qkv_width() + attention.out_width())
         + WORD * rows * attention.heads

@@ -1,4 +1,4 @@
-//! The operations of the optimiser, over the weights that the products of an MLP have.
+//! The operations of the optimiser, over the weights of an MLP.
 
 use super::{Case, Maker, Outputs, WORD, compute_size, outputs};
 use crate::bench::inputs::{compute, filled, floats, normal};

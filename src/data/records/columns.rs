@@ -48,7 +48,7 @@ const MEDIA_COLUMNS: [&str; 7] = ["images", "image", "videos", "video", "audios"
 /// Columns of one record; no table has as many.
 const MAX_COLUMNS: usize = 10_000;
 
-/// What is wrong with a value, before it is known where the value stands.
+/// What is wrong with a value, when its place in the file is not yet known.
 #[derive(Debug)]
 pub(super) struct Fault {
     pub message: String,
@@ -63,7 +63,7 @@ impl Fault {
 
 pub(super) type Parsed<T> = std::result::Result<T, Fault>;
 
-/// The columns of one record and where it stands.
+/// The columns of one record, and its place in the file.
 #[derive(Debug)]
 pub(crate) struct Columns<'a> {
     path: &'a Path,

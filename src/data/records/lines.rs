@@ -23,7 +23,7 @@ impl Line {
 pub(super) struct Lines {
     reader: Box<dyn BufRead>,
     position: Position,
-    /// The last byte was `\r`: a `\n` that follows belongs to the same line end.
+    /// Whether the last byte was `\r`: a `\n` that follows belongs to the same line end.
     after_return: bool,
 }
 
@@ -32,7 +32,7 @@ impl Lines {
         Lines { reader, position, after_return: false }
     }
 
-    /// The next line that is not blank. An error with the line's number if it has more than `limit` bytes.
+    /// The next line that is not blank. Fails with the line's number if it has more than `limit` bytes.
     pub fn next(&mut self, path: &Path, limit: usize) -> Result<Option<Line>> {
         loop {
             let position = self.position;
@@ -109,6 +109,6 @@ fn table_too_long(path: &Path, limit: usize) -> Error {
             "a file that is one JSON object is held in memory, and this one is longer than {} MiB",
             limit >> 20
         ),
-        "write it as JSON Lines, one record a line",
+        "write it as JSON Lines, one record per line",
     )
 }

@@ -60,8 +60,8 @@ fn read_items(path: &Path, text: &mut Text, chunks: &mut Chunks) -> Result<()> {
     }
 }
 
-/// The error of a record at whose end the file ends: that of the first break in it, which may be a quote that
-/// was never closed.
+/// The error of a record in which the file ends: that of the first break in it, which may be a quote that was never
+/// closed.
 fn unfinished(path: &Path, item: &[u8], start: Start, record: usize) -> Error {
     let ended =
         Broken { at: item.len(), message: "the text ends inside a record (EOF)".to_string(), ended: true };

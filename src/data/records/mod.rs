@@ -84,7 +84,7 @@ impl Record {
     }
 }
 
-/// What a file's account needs of a record once its texts are tokens.
+/// What a file's report needs from a record once its texts are tokens.
 #[derive(Debug)]
 pub(crate) struct Read {
     pub is_text: bool,
@@ -106,6 +106,9 @@ impl Read {
 }
 
 /// Reads a whole pairs file. Training goes through [`crate::data::load_pairs`], which holds a chunk at a time.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, [`Error::Data`] naming its first bad record.
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     let mut one_kind = OneKind::default();
@@ -125,6 +128,9 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
 
 /// The records of a pairs file at `places`, 0-based and rising. Nothing after the last of them is read but the rest of
 /// its chunk. A file that has become shorter gives fewer.
+///
+/// # Errors
+/// Those of [`read_records`], for what is read.
 pub fn read_chosen_records(path: &Path, places: &[usize]) -> Result<Vec<Record>> {
     let mut records = Vec::with_capacity(places.len());
     let mut done = places.is_empty();

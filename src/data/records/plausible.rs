@@ -1,4 +1,4 @@
-//! Records that are read without an error and do not look like what their author meant.
+//! Records that are read without an error but do not look like what their author meant.
 
 use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
@@ -41,7 +41,7 @@ const USER_TURNS: [&str; 12] = [
     "<|User|>",
 ];
 
-/// All of [`USER_TURNS`] are looked for in one pass over a text; `None` cannot come of fixed words.
+/// Finds all of [`USER_TURNS`] in one pass over a text. Building it cannot fail for fixed words, so it is never `None`.
 static USER_TURN: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| AhoCorasick::new(USER_TURNS).ok());
 
 /// Where the first of [`USER_TURNS`] stands.
@@ -49,7 +49,7 @@ fn first_user_turn(text: &str) -> Option<usize> {
     USER_TURN.as_ref()?.find(text).map(|found| found.start())
 }
 
-/// A shorter prompt may well begin an answer that does not repeat it.
+/// A shorter prompt is not looked for in an answer, which may well begin with it by chance.
 const SHORTEST_REPEATED: usize = 12;
 
 /// What looks wrong in a pair.
@@ -180,14 +180,14 @@ pub(super) fn digests(body: &Body) -> PairDigests {
     PairDigests { pair: combined([0, 1, 2]), exchanged: combined([0, 2, 1]) }
 }
 
-/// The pairs of a file so far, to find those that come again. Costs about 16 bytes a pair.
+/// The pairs of a file so far, with which repeated ones are found. Costs about 16 bytes per pair.
 #[derive(Debug, Default)]
 pub(crate) struct Digests {
     seen: HashSet<u64, BuildHasherDefault<Given>>,
 }
 
 impl Digests {
-    /// Takes the next pair; what is the matter with it, if an earlier one is the same or its opposite.
+    /// Takes the next pair; returns the cause to report if an earlier pair is the same or its opposite.
     pub fn add(&mut self, digests: PairDigests) -> Option<Cause> {
         let opposite = digests.pair != digests.exchanged && self.seen.contains(&digests.exchanged);
         let repeated = !self.seen.insert(digests.pair);
@@ -201,7 +201,7 @@ impl Digests {
     }
 }
 
-/// A hasher for keys that are hashes.
+/// A hasher for keys that are hashes already.
 #[derive(Debug, Default)]
 struct Given(u64);
 

@@ -30,7 +30,8 @@ pub(super) struct Sources {
     history: Vec<Message>,
     pub turns: Vec<(&'static str, Vec<Message>)>,
     texts: Vec<Text>,
-    /// A column for the system message or for earlier turns is there, though it may be empty: this is a conversation.
+    /// Whether a column for the system message or for earlier turns is there, though it may be empty: this is a
+    /// conversation.
     pub asks_for_template: bool,
     /// A column of messages that holds none.
     empty: Option<&'static str>,
@@ -256,7 +257,7 @@ impl Sources {
         Ok(prompt)
     }
 
-    /// Texts beside a prompt of messages: each must be among them.
+    /// Compares texts beside a prompt of messages: each must be among them.
     fn compare_texts(
         &self,
         columns: &mut Columns,

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-/// Lists and objects inside one another; Python's own parser ends near this depth.
+/// Most levels of lists and objects inside one another; Python's own parser ends near this depth.
 const MAX_DEPTH: usize = 1000;
 
 /// What breaks a text, and the byte where.
@@ -15,7 +15,7 @@ const MAX_DEPTH: usize = 1000;
 pub(super) struct Broken {
     pub at: usize,
     pub message: String,
-    /// The text ends before its value does.
+    /// Whether the text ends before its value does.
     pub ended: bool,
 }
 
@@ -24,7 +24,7 @@ impl Broken {
         Broken { at, message: message.into(), ended: false }
     }
 
-    /// No error: whoever goes through the values has seen enough.
+    /// Not an error: the code that goes through the values has seen enough.
     pub fn stop() -> Self {
         Broken::new(0, String::new())
     }
@@ -88,7 +88,7 @@ impl<'a> Scanner<'a> {
         })
     }
 
-    /// Errs unless only white space is left.
+    /// Fails unless only white space is left.
     pub fn end(&mut self) -> Result<(), Broken> {
         match self.peek() {
             None => Ok(()),
@@ -199,7 +199,8 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// A value with all that is in it; a stack of brackets instead of recursion, so that no depth costs the thread's.
+    /// Reads a value with everything in it, on a stack of brackets instead of by recursion, so that no depth exhausts
+    /// the thread's stack.
     fn nested(&mut self) -> Result<Kind, Broken> {
         let mut open: Vec<u8> = Vec::new();
         let mut outer = None;
@@ -310,7 +311,7 @@ impl<'a> Scanner<'a> {
         count
     }
 
-    /// Reads a string; whether nothing is in it.
+    /// Reads a string, and says whether it is empty.
     fn string(&mut self) -> Result<bool, Broken> {
         let start = self.at + 1;
         self.at = start;

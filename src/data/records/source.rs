@@ -153,7 +153,7 @@ fn refuse_foreign(path: &Path, head: &[u8], under: &str) -> Result<()> {
     Err(Error::data(path, None, format!("{under}this is {}, not JSON", kind.name()), help))
 }
 
-/// Where reading stands: the number of the line, and the byte of the unpacked file.
+/// The place that reading has reached: the number of the line, and the byte of the unpacked file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Position {
     /// 1-based.

@@ -116,8 +116,8 @@ impl Object<'_> {
         })
     }
 
-    /// The number of rows if `chosen` is a column of values, rather than one record's response: a list with a value
-    /// a row, or an object with a row's number as each key, as pandas writes it by default.
+    /// The number of rows if `chosen` is a column of values rather than one record's response: a list with one value
+    /// per row, or an object with each row's number as a key, as pandas writes it by default.
     fn is_columns(&self, chosen: &Span) -> Option<usize> {
         match chosen.kind {
             Kind::List { .. } => {
@@ -151,20 +151,20 @@ impl Object<'_> {
             if !matches!(span.kind, Kind::List { .. } | Kind::Object { .. }) {
                 return Err(self.fault(
                     format!("column `{name}` is neither a list nor an object"),
-                    "every column of an object of columns is a list with one value a record",
+                    "every column of an object of columns is a list with one value per record",
                 ));
             }
             if matches!(span.kind, Kind::Object { .. }) && self.keys(span) != self.row_names(chosen) {
                 return Err(self.fault(
                     format!("the rows of column `{name}` have other names than those of `{chosen}`"),
-                    "write one record a line (pandas: `to_json(FILE, orient=\"records\", lines=True)`)",
+                    "write one record per line (pandas: `to_json(FILE, orient=\"records\", lines=True)`)",
                 ));
             }
             let values = self.count(span);
             if values != rows {
                 return Err(self.fault(
                     format!("column `{name}` has {values} values and `{chosen}` has {rows}"),
-                    "every column of an object of columns has one value a record",
+                    "every column of an object of columns has one value per record",
                 ));
             }
             columns.push((name, self.ranges(span)));

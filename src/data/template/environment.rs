@@ -18,7 +18,7 @@ use crate::data::python::{self, Bounds};
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// An environment whose `strftime_now` says `time`, which is set at its first use.
+/// An environment whose `strftime_now` gives `time`, which is set at its first use.
 pub(super) fn environment(time: Arc<OnceLock<Timestamp>>) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
@@ -89,7 +89,7 @@ fn add_tests(environment: &mut Environment) {
     });
 }
 
-/// Refuses a value of too many levels, and where `namespaces` are not welcome, those: a namespace that holds itself
+/// Refuses a value of too many levels, and a namespace unless `namespaces` allows them: a namespace that holds itself
 /// could be neither compared nor written.
 fn check_levels(state: &State, value: &Value, level: usize, namespaces: bool) -> Result<()> {
     let kind = value.kind();

@@ -1,7 +1,7 @@
 //! What a template may use: templates come from the internet with their models, and some are hostile or broken.
 //!
-//! Work and memory are bounded by minijinja's fuel, the stack by running on one of a known size, and time by whoever
-//! watches ([`Watch`]), since a few operations on long strings cost no fuel.
+//! Work and memory are bounded by minijinja's fuel, the stack by running on one of a known size, and time by the caller
+//! that watches ([`Watch`]), since a few operations on long strings cost no fuel.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,7 +42,7 @@ pub(crate) fn too_deep() -> Error {
     Error::new(ErrorKind::InvalidOperation, format!("a value nests more than {LEVELS} levels deep"))
 }
 
-/// Bytes that what is left of the fuel pays for.
+/// Bytes that the rest of the fuel pays for.
 pub(super) fn bytes_left(state: &State) -> usize {
     let steps = state.fuel_levels().map_or(u64::MAX, |(_, left)| left);
     usize::try_from(steps.saturating_mul(BYTES_PER_STEP)).unwrap_or(usize::MAX)
@@ -56,7 +56,7 @@ pub(super) fn pay_for_bytes(state: &State, bytes: usize) -> Result<(), Error> {
     }
 }
 
-/// A thread's renderings.
+/// The renderings of one thread.
 #[derive(Debug, Default)]
 struct Renderings {
     /// How many there have been.

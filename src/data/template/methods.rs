@@ -172,7 +172,7 @@ fn split(state: &State, text: &str, from_right: bool, arguments: &[Value]) -> Re
     })
 }
 
-/// `split()`: at runs of white space, of which none begins or ends a piece.
+/// `split()`: cuts at runs of white space, so that no piece begins or ends with any.
 fn split_at_space(text: &str, most: usize, from_right: bool) -> Value {
     let mut pieces = Vec::new();
     let mut rest = stripped(text, None, "strip");

@@ -40,15 +40,19 @@ pub struct ChatTemplate {
     path: Arc<Path>,
     special_tokens: BTreeMap<String, String>,
     has_tool_use: bool,
-    /// Bytes that a rendering needs.
+    /// Bytes of stack that a rendering needs.
     stack: usize,
     fingerprint: [u8; 32],
     time: Arc<OnceLock<Timestamp>>,
 }
 
 impl ChatTemplate {
-    /// Compiles the template of a model folder, with `chosen` (a name of the folder's templates, or a Jinja file)
-    /// in its place if given. `None` if there is no template.
+    /// Compiles the template of a model folder, with `chosen` (a name of the folder's templates, or a Jinja file) in
+    /// its place if given. `None` if there is no template.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a `chosen` that names nothing, [`Error::Model`] for templates without a default and for one
+    /// that does not compile.
     pub fn load(
         folder: &Path,
         tokenizer_config: &Map<String, Json>,
@@ -68,6 +72,9 @@ impl ChatTemplate {
     }
 
     /// Compiles one template from its source; `path` is what errors name.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a template that does not compile.
     pub fn from_source(path: &Path, source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
         Self::compile(Sources::single(path, source), special_tokens)
     }
@@ -113,8 +120,11 @@ impl ChatTemplate {
         })
     }
 
-    /// Fixes what `strftime_now` calls now, so that a resumed run sees the texts of the run it continues. Without
-    /// it, now is the first moment a template asks, for the life of this template. The first call wins.
+    /// Fixes what `strftime_now` calls now, so that a resumed run sees the texts of the run it continues. Without it,
+    /// now is the first moment at which a template asks, for the life of this template. The first call wins.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a time that no calendar has.
     pub fn fix_time(&self, unix_seconds: i64) -> Result<()> {
         let time = Timestamp::from_second(unix_seconds)
             .map_err(|error| Error::config(format!("no such time: {error}"), "give seconds since 1970"))?;
@@ -144,8 +154,11 @@ impl ChatTemplate {
         self.fingerprint
     }
 
-    /// The text of `messages`, followed by the opening of the assistant's turn if `add_generation_prompt`.
-    /// `variables` come in front of the special tokens of the same name.
+    /// The text of `messages`, followed by the opening of the assistant's turn if `add_generation_prompt`. `variables`
+    /// take precedence over special tokens of the same name.
+    ///
+    /// # Errors
+    /// [`TemplateRefusal`] that says why there is no text.
     pub fn render(
         &self,
         messages: &[&Message],
@@ -156,7 +169,10 @@ impl ChatTemplate {
         self.render_value(messages, variables, add_generation_prompt)
     }
 
-    /// [`Self::render`] of messages as they come, whatever their content is.
+    /// As [`Self::render`], for messages with content of any kind.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
     pub fn render_json(
         &self,
         messages: &[Json],

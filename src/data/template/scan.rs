@@ -14,7 +14,7 @@ const TAG_TOKENS: usize = 8_000;
 
 /// The function that a value passes before `{% set name = value %}` keeps it.
 pub(super) const KEEP: &str = "__mmpo_keep";
-/// The same before `{% set namespace.name = value %}`; its second argument says that the value is a new namespace.
+/// As [`KEEP`], before `{% set namespace.name = value %}`; its second argument says that the value is a new namespace.
 pub(super) const KEEP_IN_NAMESPACE: &str = "__mmpo_keep_in_namespace";
 
 /// Why a source is refused before it is compiled.
@@ -79,7 +79,7 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, TooLarge> {
 /// A `{{ ... }}` or a `{% ... %}`.
 struct Tag {
     start: usize,
-    /// Behind the closing sign, or the source's end where the tag is not closed.
+    /// The byte after the closing sign, or the source's end where the tag is not closed.
     end: usize,
     is_block: bool,
     tokens: Vec<Token>,
@@ -118,7 +118,7 @@ fn next_tag(source: &str, mut at: usize) -> Option<Tag> {
     }
 }
 
-/// Behind the `{% endraw %}` that closes a raw block whose text begins at `at`.
+/// The byte after the `{% endraw %}` that closes a raw block whose text begins at `at`.
 fn end_of_raw(source: &str, mut at: usize) -> Option<usize> {
     loop {
         let start = at + source[at..].find("{%")?;
@@ -197,7 +197,7 @@ fn string_length(text: &str) -> usize {
     bytes.len()
 }
 
-/// What of a block tag is replaced by what.
+/// The replacements in a block tag: each range and its new text.
 fn rewritten(source: &str, tokens: &[Token]) -> Vec<(Range<usize>, String)> {
     let word = |index: usize| tokens.get(index).map_or("", |token| &source[token.place.clone()]);
     match (tokens.len(), word(0)) {

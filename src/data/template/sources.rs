@@ -64,7 +64,7 @@ impl Sources {
         Ok(Some(Sources { templates, overridden: true }))
     }
 
-    /// One template of its own.
+    /// The sources of a template that stands alone.
     pub fn single(path: &Path, text: &str) -> Self {
         let source = Source { path: path.to_path_buf(), text: text.to_string() };
         Sources { templates: BTreeMap::from([(DEFAULT.to_string(), source)]), overridden: false }

@@ -21,9 +21,9 @@ pub(super) struct Matcher {
 #[derive(Debug)]
 struct Token {
     id: u32,
-    /// Takes the white space on its left, and on its right.
+    /// Whether it takes the white space on its left, and on its right.
     strips: [bool; 2],
-    /// Stays text where it is found (`split_special_tokens`).
+    /// Whether it stays text where it is found (`split_special_tokens`).
     is_text: bool,
 }
 
@@ -75,7 +75,7 @@ impl AddedTokens {
 }
 
 impl Matcher {
-    /// Hands the parts of `text` over in order.
+    /// Hands the parts of `text` to the caller in order.
     pub fn split<'t, E>(
         &self,
         text: &'t str,

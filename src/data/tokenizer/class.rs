@@ -24,6 +24,16 @@ pub(super) enum Class {
 /// Names without rules of their own.
 const AS_WRITTEN: [&str; 3] = ["PreTrainedTokenizer", "TokenizersBackend", "BloomTokenizer"];
 
+/// The class that transformers takes for a model of this `model_type` whatever its files say: published files of Qwen2 name
+/// other classes by mistake, and Mistral's files are taken as they stand.
+pub(super) fn of_family(model_type: Option<&str>) -> Option<&'static str> {
+    match model_type? {
+        "qwen2" => Some("Qwen2Tokenizer"),
+        "mistral" => Some("TokenizersBackend"),
+        _ => None,
+    }
+}
+
 impl Class {
     /// The class that `name` means for this tokenizer, and whether the name is known.
     pub(super) fn of(name: Option<&str>, tokenizer: &Value) -> (Self, bool) {
@@ -45,7 +55,7 @@ impl Class {
         (if is_bpe { class } else { Class::AsWritten }, true)
     }
 
-    /// Special tokens that the class has where the config is silent.
+    /// Special tokens that the class has where the config names none.
     pub(super) fn default_tokens(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Class::AsWritten => &[],

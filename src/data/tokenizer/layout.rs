@@ -14,7 +14,7 @@ const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}
 /// From a text between two added tokens to words.
 #[derive(Debug)]
 pub(super) struct Layout {
-    /// The text is brought into Unicode's form C first.
+    /// Whether the text is brought into Unicode's form C first.
     pub composes: bool,
     pub kind: Kind,
 }
@@ -31,7 +31,7 @@ pub(super) enum Kind {
 /// A step that cuts a piece of text into smaller ones.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// Numbers apart from all else, each digit by itself if `each`.
+    /// Separates numbers from all else, and each digit from the others if `each`.
     Digits {
         each: bool,
     },
@@ -44,11 +44,11 @@ pub(super) enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InFront {
     Never,
-    /// Of every text between added tokens, even of one that begins with a space.
+    /// In front of every text between added tokens, even of one that begins with a space.
     Always,
-    /// Of every one that does not begin with a space.
+    /// In front of every text that does not begin with a space.
     WhereMissing,
-    /// The same, but only at the beginning of the whole text.
+    /// As [`InFront::WhereMissing`], but only at the beginning of the whole text.
     AtTheBeginning,
 }
 
@@ -83,7 +83,7 @@ impl Layout {
     }
 }
 
-/// The parts of a part that may be a sequence of others; none if it is null.
+/// The parts of a part that may be a sequence; none if it is null.
 fn parts<'a>(part: Option<&'a Value>, list: &str) -> Option<Vec<&'a Value>> {
     let Some(part) = part.filter(|part| !part.is_null()) else { return Some(Vec::new()) };
     if part["type"] != "Sequence" {

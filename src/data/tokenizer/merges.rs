@@ -1,7 +1,7 @@
 //! The merges of a byte-pair model: where they can be told to stop, and long words merged in little memory.
 //!
-//! The library merges a word in lists of some hundred bytes for each of its characters. That is nothing for a word,
-//! and too much for a word of a million letters. Here such a word takes about five bytes a character.
+//! The library merges a word in lists of some hundred bytes for each of its characters. That is nothing for a word, and
+//! too much for a word of a million letters. Here such a word takes about five bytes per character.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
@@ -16,7 +16,7 @@ pub(super) const SPACE: char = '▁';
 /// A place whose token was merged into an earlier one.
 const GONE: u32 = u32::MAX;
 
-/// Pairs that wait to be merged, as a share of a word's tokens: the rest is looked for again later.
+/// Pairs that may wait to be merged at once, as a share of a word's tokens; the others are looked for again later.
 const WAITING_SHARE: usize = 8;
 const WAITING_LEAST: usize = 1024;
 
@@ -25,14 +25,14 @@ const WAITING_LEAST: usize = 1024;
 pub(super) struct Merges {
     /// Left and right token and what they become, best first.
     list: Vec<[u32; 3]>,
-    /// The same by left and right token, made when a long word comes.
+    /// The merges by left and right token, made when a long word comes.
     table: OnceLock<HashMap<u64, (u32, u32), RandomState>>,
     /// Last characters of the tokens that are merged with a token beginning with [`SPACE`].
     before_space: HashSet<char>,
     has_space: bool,
     /// Bytes of the longest token.
     pub longest: usize,
-    /// Words that are tokens are taken as they are, whatever the merges make of them.
+    /// Whether words that are tokens are taken as they are, whatever the merges make of them.
     pub takes_whole_words: bool,
     /// The tokens `<0x00>` to `<0xFF>` for characters without a token of their own, if all are there.
     bytes: Option<Vec<u32>>,
@@ -158,13 +158,13 @@ struct Merging<'a> {
     merges: &'a Merges,
     /// Tokens, with [`GONE`] where one was merged into an earlier one.
     word: &'a mut Vec<u32>,
-    /// Rank and place of pairs with a rank below `end`; also of some that are no more.
+    /// Rank and place of pairs with a rank below `end`; some of these pairs may have been merged away since.
     waiting: BinaryHeap<Reverse<(u32, u32)>>,
     end: u32,
 }
 
 impl Merging<'_> {
-    /// Merges all pairs with a rank below `end`, and those that come of it.
+    /// Merges all pairs with a rank below `end`, and those that arise from these merges.
     fn merge_below(&mut self, end: u32) {
         self.end = end;
         for place in 0..self.word.len().saturating_sub(1) {
@@ -216,7 +216,7 @@ impl Merging<'_> {
         }
     }
 
-    /// Lets a pair wait if it is to be merged now.
+    /// Adds a pair to those that wait, if it is to be merged now.
     fn wait(&mut self, left: usize, right: usize) {
         if let Some((rank, _)) = self.merges.rank(self.word[left], self.word[right])
             && rank < self.end

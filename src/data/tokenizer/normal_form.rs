@@ -1,4 +1,4 @@
-//! Unicode's normalisation form C, of which nearly every text is made already.
+//! Unicode's normalisation form C, which nearly every text has already.
 
 use std::borrow::Cow;
 

@@ -20,7 +20,7 @@ const NAMES: [&str; 7] =
 
 /// The tokens that the files of a folder list.
 pub(super) struct SpecialTokens {
-    /// By name, those of [`NAMES`] first.
+    /// Named tokens with their names, those of [`NAMES`] first.
     named: Vec<(String, AddedToken)>,
     /// More special tokens, without names.
     extra: Vec<AddedToken>,
@@ -91,7 +91,9 @@ impl SpecialTokens {
 
     /// Adds what `inner` does not have yet.
     ///
-    /// Errors: `bos_token` or `eos_token` of a file is no token of the tokenizer, so that the files belong to two models.
+    /// # Errors
+    /// [`Error::Model`](crate::Error::Model) where `bos_token` or `eos_token` of a file is no token of the tokenizer,
+    /// so that the files belong to two models.
     pub(super) fn add_to(&self, inner: &mut tokenizers::Tokenizer, folder: &Path) -> Result<()> {
         let present = inner.get_added_tokens_decoder();
         let mut seen: HashSet<String> = present.values().map(|token| token.content.clone()).collect();

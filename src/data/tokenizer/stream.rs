@@ -1,4 +1,4 @@
-//! Text of tokens as they are generated.
+//! The text of tokens as they are generated.
 
 use super::Tokenizer;
 use crate::Result;
@@ -21,7 +21,10 @@ impl<'a> StreamDecoder<'a> {
         StreamDecoder { tokenizer, skip_special_tokens, ids: Vec::new(), context: 0, shown: 0 }
     }
 
-    /// Takes the next token; the text that it makes certain, perhaps none.
+    /// Takes the next token; returns the text that is certain now, perhaps none.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.pending()?;
@@ -33,6 +36,9 @@ impl<'a> StreamDecoder<'a> {
     }
 
     /// The text still held back, complete or not.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
     pub fn finish(self) -> Result<String> {
         self.pending()
     }

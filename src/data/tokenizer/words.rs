@@ -1,9 +1,9 @@
 //! Tokenising word by word, with the ids that the library gives the whole.
 //!
-//! A model sees a text in words, each by itself, and most words come again and again. The library writes down where
-//! each byte of each word came from, which takes a hundred bytes of memory a byte of text and most of its time. Here
-//! the text is cut into the same words as slices, each new word is tokenised by the library's model once, and a long
-//! text costs little more than its ids. Layouts that are not understood ([`Layout`]) are left to the library.
+//! A model sees a text in words, each by itself, and most words come again and again. The library records where each
+//! byte of each word came from, which takes most of its time and a hundred bytes of memory per byte of text. Here the
+//! text is cut into the same words as slices, each new word is tokenised by the library's model once, and a long text
+//! costs little more than its ids. Layouts that are not understood ([`Layout`]) are left to the library.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -20,16 +20,18 @@ use super::merges::{Merges, SPACE};
 use super::normal_form::composed;
 use super::{MOST_UNCUT, SegmentCache, Uncut};
 
-/// Bytes of a word from which on it is merged here, in little memory, rather than by the library.
+/// A word of this many bytes or more is merged here, in little memory, rather than by the library.
 const LONG_WORD: usize = 4096;
-/// Bytes of a word that is worth remembering, and how many words are.
+/// A text of this many bytes or more gets a list of ids that never grows.
+const LONG_TEXT: usize = 1 << 20;
+/// Bytes of a word up to which it is worth remembering, and the number of words that are remembered.
 const REMEMBERED_BYTES: usize = 64;
 const REMEMBERED_WORDS: usize = 1 << 16;
-/// Bytes of a segment that is worth remembering for the other texts of its record.
+/// Bytes of a segment up to which it is worth remembering for the other texts of its record.
 const REMEMBERED_SEGMENT: usize = 1 << 16;
 
-/// A text with most of what may come: letters, marks and digits of several scripts, white space of all kinds, the
-/// letters of contractions, and what a template writes.
+/// A text with a little of most things that may come: letters, marks and digits of several scripts, white space of all
+/// kinds, the letters of contractions, and what a template writes.
 const PROBE: &str = "<s>[INST] It's  I'LL we'd 'tis x's\n\n\n  don't 3.14 1234567 ٣٤ Ⅷ ½ \t\ttabs \r\n end \u{a0}\u{2003}wide   \
     snake_case CamelCase {\"a\": [1, 2]} <|im_start|>user\n<|eot_id|></s> Größe é e\u{301} ﬁ \u{1e9b}\u{323} naïve — “so” … \
     月は大きい。カ\u{3099}が 한국어 \u{1112}\u{1161}\u{11ab} नमस्ते สวัสดี مرحبا \u{200d}👩\u{200d}🔬🌕 \u{fffd}\u{7f}\0 ▁ ▁▁x a▁b +++--- ==== // \\ \
@@ -71,7 +73,7 @@ struct State {
     patterns: Vec<Cache>,
 }
 
-/// Token ids of words.
+/// Token ids of words that came before.
 #[derive(Debug, Default)]
 struct Remembered {
     places: HashMap<Box<str>, Range<u32>, RandomState>,
@@ -79,8 +81,8 @@ struct Remembered {
 }
 
 impl Words {
-    /// `None` for what is not understood, and where a text with a little of all that may come has other ids here than
-    /// in the library, which has the last word.
+    /// `None` for a layout that is not understood, and where the ids of [`PROBE`] are other ones here than in the
+    /// library, which has the last word.
     pub fn new(understood: Understood, tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let Understood { layout, merges } = understood;
         let added = AddedTokens::of(tokenizer)?;
@@ -126,7 +128,10 @@ impl Words {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let state = idle().pop();
         let mut state = state.unwrap_or_else(|| self.state());
-        let mut ids = Vec::with_capacity(text.len() / 4);
+        // A long text has room for a token per byte, as digits need it, because a list that grows has its old ids in
+        // memory beside the new ones. Room that is not used is never touched, so it costs no memory.
+        let room = if text.len() >= LONG_TEXT { text.len() + 16 } else { text.len() / 4 };
+        let mut ids = Vec::with_capacity(room);
         let mut part = |part: Part| match part {
             Part::Token(id) => {
                 ids.push(id);
@@ -285,7 +290,7 @@ impl Words {
         Ok(())
     }
 
-    /// A word as the model has it.
+    /// A word as the model writes it.
     fn written(&self, word: &str) -> String {
         match &self.layout.kind {
             Kind::Bytes(_) => word.bytes().map(|byte| self.byte_characters[usize::from(byte)]).collect(),
@@ -315,11 +320,11 @@ impl Words {
     }
 }
 
-/// What receives the words of a text, in order.
+/// Receives the words of a text, in order.
 type Sink<'a> = &'a mut dyn FnMut(&str) -> tokenizers::Result<()>;
 
-/// Cuts a piece of text by `steps`, each within the pieces of the one before. `patterns` are for the steps that have
-/// one.
+/// Cuts a piece of text by `steps`, each within the pieces of the one before. `patterns` holds a cache for each step
+/// that has a pattern.
 fn cut(steps: &[Step], patterns: &mut [Cache], piece: &str, word: Sink) -> tokenizers::Result<()> {
     let Some((step, rest)) = steps.split_first() else { return word(piece) };
     match step {

@@ -1,5 +1,6 @@
-//! Attention with the shared-prefix mask, backward: probabilities come again from `lse` tile by tile (FlashAttention-2,
-//! Dao 2023), so memory is a few tiles and the gradients of one part's keys and values a thread.
+//! Attention with the shared-prefix mask, backward. Probabilities are computed again from `lse`, tile by tile
+//! (FlashAttention-2, Dao 2023), so each thread needs memory only for a few tiles and for the gradients of one part's
+//! keys and values.
 //!
 //! For each tile: `P = e^(S - lse)`, `dP = dO V^T`, `dS = P (dP - delta)` with `delta = dot(dO, O)`, then `dV += P^T dO`,
 //! `dK += dS^T Q scale`, `dQ += dS K scale`.
@@ -76,8 +77,8 @@ impl AttentionBackward for CpuDevice {
     }
 }
 
-/// Rows of `E` values that hold the gradients of the prompts' keys and values for `rows` rows of a batch: each response
-/// and key/value head has its own, and no prompt is longer than its pair.
+/// Number of rows of `E` values that the responses' gradients of their prompts' keys and values take, for a batch of
+/// `rows` rows. Each response and key/value head has rows of its own, and no prompt is longer than its pair.
 fn prefix_rows_of(rows: usize, shape: AttentionShape) -> usize {
     rows * 2 * shape.kv_heads * 2
 }
@@ -145,13 +146,14 @@ struct Unit<'a> {
     turned: &'a mut [f32],
     lse: &'a mut [f32],
     delta: &'a mut [f32],
-    /// Gradients of the prefix' keys and values, and of the part's own.
+    /// Gradients of the prefix's keys and values, and of the part's own.
     prefix: KeyValueGradients<'a>,
     own: KeyValueGradients<'a>,
 }
 
 impl<'a> Unit<'a> {
-    /// Values of the buffers of a part of `part_rows` rows, in the order of the fields; `prefix` has memory of its own.
+    /// Length of each buffer for a part of `part_rows` rows, in the order of the fields. `prefix` is not among them:
+    /// its memory is separate.
     fn sizes(shape: AttentionShape, part_rows: usize) -> [usize; 9] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
         let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
@@ -159,7 +161,7 @@ impl<'a> Unit<'a> {
         [by_head, by_head, by_head, by_key, by_key, turned, rows, rows, own]
     }
 
-    /// Values of all buffers together.
+    /// Length of all buffers together.
     fn len(shape: AttentionShape, part_rows: usize) -> usize {
         Self::sizes(shape, part_rows).iter().sum()
     }
@@ -242,7 +244,7 @@ impl<'a> Unit<'a> {
         }
     }
 
-    /// The five products of one tile.
+    /// The five gemms of one tile.
     fn tile(&mut self, device: &CpuDevice, queries: &Range<usize>, keys: &KeyTile, accumulate: bool) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         let (rows, count) = (queries.len() * columns.group, keys.keys.len());
@@ -252,7 +254,7 @@ impl<'a> Unit<'a> {
         for (out, lhs, rhs) in
             [(&mut self.probabilities, &self.queries, key_rows), (&mut self.dscores, &self.dout, value_rows)]
         {
-            // Turned here, because `gemm` would turn it value by value.
+            // Transposed here, because `gemm` would transpose it value by value.
             transpose(self.turned, TILE_N, rhs, columns.row, (count, head_size));
             let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(self.turned, TILE_N));
             multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs);

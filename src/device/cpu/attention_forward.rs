@@ -1,5 +1,5 @@
 //! Attention with the shared-prefix mask, forward: blocked, with the online softmax (Milakov and Gimelshein 2018;
-//! FlashAttention, Dao et al. 2022). No `T x T` matrix is formed; memory is a few tiles a thread.
+//! FlashAttention, Dao et al. 2022). No `T x T` matrix is formed; each thread needs memory for a few tiles.
 
 use std::ops::Range;
 
@@ -95,14 +95,14 @@ struct Tiles<'a> {
 }
 
 impl<'a> Tiles<'a> {
-    /// Values of the buffers, in the order of the fields.
+    /// Length of each buffer, in the order of the fields.
     fn sizes(shape: AttentionShape) -> [usize; 6] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
         let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
         [by_head, shape.head_size * TILE_N, by_key, by_head, rows, rows]
     }
 
-    /// Values of all buffers together.
+    /// Length of all buffers together.
     fn len(shape: AttentionShape) -> usize {
         Self::sizes(shape).iter().sum()
     }
@@ -112,7 +112,8 @@ impl<'a> Tiles<'a> {
         Tiles { head_size: shape.head_size, queries, keys, scores, values, maxima, sums }
     }
 
-    /// Attention of `queries` for the group of one key/value head; the result stays in the scratch.
+    /// Computes the attention of `queries` for the group of one key/value head; leaves the result in `values`, `maxima`
+    /// and `sums`.
     fn attend(
         &mut self,
         device: &CpuDevice,
@@ -132,7 +133,7 @@ impl<'a> Tiles<'a> {
         self.sums[..rows].fill(0.0);
         for (index, keys) in part.key_tiles(queries).enumerate() {
             let (first, count) = (keys.keys.start * row, keys.keys.len());
-            // Turned here, because `gemm` would turn it value by value.
+            // Transposed here, because `gemm` would transpose it value by value.
             transpose(self.keys, TILE_N, &qkv[first + columns.key..], row, (count, head_size));
             multiply(
                 self.scores,
@@ -157,7 +158,7 @@ impl<'a> Tiles<'a> {
         }
     }
 
-    /// Turns scores into `e^(score - max)` under the running maximum, and rescales what was summed before.
+    /// Replaces scores by `e^(score - max)` under the running maximum, and rescales what was summed before.
     #[inline(always)]
     fn softmax_tile(&mut self, tile: &KeyTile, first_query: usize, group: usize, rows: usize) {
         for m in 0..rows {
@@ -196,7 +197,7 @@ impl<'a> Tiles<'a> {
 }
 
 impl CpuDevice {
-    /// Sets the scratch memory of the forward aside: the tiles of a block on each thread.
+    /// Sets aside the forward's scratch memory: the tiles of one block for each thread.
     pub(super) fn reserve_attention_forward(&self, shape: AttentionShape) {
         self.scratch.reserve::<f32>(self.threads, Tiles::len(shape));
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::data::PairSpan;
 use crate::device::AttentionShape;
 
-/// Rows of a tile of queries, heads included: a multiple of the product's register block, small enough that scores
+/// Rows of a tile of queries, heads included: a multiple of the gemm's register block, small enough that scores
 /// `[TILE_M, TILE_N]` stay in the first-level cache beside the operands.
 const TILE_M: usize = 96;
 /// Keys of a tile.
@@ -70,14 +70,14 @@ impl Part {
         start..(start + block_rows(group)).min(self.rows.end)
     }
 
-    /// The keys that `queries` see, prefix first; none of them is empty or hidden from the whole block.
+    /// The keys that `queries` see, in tiles, prefix first; no tile is empty or hidden from the whole block.
     pub(super) fn key_tiles(&self, queries: &Range<usize>) -> impl Iterator<Item = KeyTile> {
         let own = self.rows.start..queries.end;
         tiles(self.prefix.clone(), false).chain(tiles(own, true))
     }
 }
 
-/// Block `index` of all blocks of `parts`, one part after the other, with its part.
+/// Finds a block of queries by its number, counted through the blocks of all `parts` in order: its part and its rows.
 pub(super) fn find_block(
     parts: impl Iterator<Item = Part>,
     group: usize,

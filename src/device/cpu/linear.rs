@@ -1,5 +1,5 @@
-//! Matrix products, all through the `gemm` crate (packed, register-blocked, AVX-512 where there is), one serial product
-//! of a block a task.
+//! Matrix products, all through the `gemm` crate, which packs the operands, blocks them for the registers, and uses
+//! AVX-512 where the machine has it. Each task runs one serial gemm, over one block of the result.
 
 use rayon::prelude::*;
 
@@ -14,7 +14,7 @@ const COLUMNS: usize = 64;
 /// Rows summed in one f32 run before they are added to the gradient.
 const RUN: usize = 64;
 
-/// Rows from which the forward product turns the weights around first.
+/// From this many rows on, the forward gemm transposes the weights first.
 const TRANSPOSE_ROWS: usize = 32;
 /// Columns (weight gradient: rows) of one task of a product. Serial products of blocks that stay in the second-level cache
 /// beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96 divides the usual widths evenly.
@@ -177,10 +177,11 @@ impl Linear for CpuDevice {
         Ok(())
     }
 
-    /// A block of outputs a task. From `TRANSPOSE_ROWS` rows on the block's weights are turned around first: `gemm` packs a
-    /// matrix that lies the wrong way value by value and strides through the cache (at 1536 inputs every row starts in one
-    /// of two cache sets), which costs up to 30 % of the product. Here it is turned in registers and stays in the
-    /// second-level cache. With fewer rows the weights are used once, and reading them is the limit.
+    /// Each task computes one block of outputs. From `TRANSPOSE_ROWS` rows on it transposes the block's weights first:
+    /// `gemm` packs a matrix of the other storage order value by value, striding through the cache (with 1536 inputs
+    /// every row starts in one of two cache sets), which costs up to 30 % of the gemm's time. The transpose here runs
+    /// in registers, and its result stays in the second-level cache. With fewer rows the weights are used once, and
+    /// reading them is the limit.
     fn run_linear_forward(
         &self,
         out: &mut CpuBuffer<f32>,
@@ -293,7 +294,7 @@ pub(super) fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize
     (0..columns.div_ceil(OUTPUT_BLOCK)).into_par_iter().map(|block| block * OUTPUT_BLOCK)
 }
 
-/// `sums += ` the sums of columns `first..first + sums.len()` of `values[.., width]`, rows in order.
+/// Adds columns `first..first + sums.len()` of `values[.., width]` to `sums`, row after row.
 #[inline(always)]
 fn column_sums(sums: &mut [f32], values: &[f32], first: usize, width: usize) {
     let columns = sums.len();

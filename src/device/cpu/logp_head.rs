@@ -1,8 +1,8 @@
-//! The log-prob head: `hidden x vocabulary` to lse, log-prob of the target and entropy, and back.
+//! The log-prob head: from hidden rows and the vocabulary matrix to lse, the target's log-prob and entropy, and back.
 //!
-//! The vocabulary is cut into [`STRIPS`] strips that threads take, and a strip into tiles of [`TILE`] tokens whose logits
-//! stay in the second-level cache between the product and the softmax. Logits are kept transposed, `[V, N]`: neither
-//! product then has to turn the weight around, and the softmax runs down the vocabulary with a lane for each row.
+//! The vocabulary is cut into [`STRIPS`] strips, which threads take, and a strip into tiles of [`TILE`] tokens, whose
+//! logits stay in the second-level cache between the gemm and the softmax. Logits are kept transposed, `[V, N]`: then
+//! neither gemm has to transpose the weight, and the softmax runs down the vocabulary with a lane for each row.
 //!
 //! Sums of exponentials run in f32 over a tile and in f64 above it, so that their error does not grow with the
 //! vocabulary; strips are joined in order, so that the bits do not depend on the threads.
@@ -25,9 +25,9 @@ use crate::error::Result;
 /// Parts of the vocabulary that may run at the same time. Each has its own sum of `dhidden`, so more of them would cost
 /// memory.
 const STRIPS: usize = 16;
-/// Vocabulary of a tile: a multiple of 48, the product's register block; `384 x 256` logits are 384 KiB.
+/// Tokens of a tile: a multiple of 48, the gemm's register block; `384 x 256` logits are 384 KiB.
 const TILE: usize = 384;
-/// Scored tokens of one pass of the backward: bounds the strips' sums of `dhidden`.
+/// Scored tokens of one pass of the backward. Fewer of them make the strips' sums of `dhidden` smaller.
 const BACKWARD_ROWS: usize = 256;
 /// Scored tokens that are summed side by side: one AVX-512 register.
 const LANES: usize = 16;
@@ -48,7 +48,7 @@ fn runs(rows: &Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize
 }
 
 impl Head for CpuDevice {
-    /// Logits of more rows than this would leave the caches between the passes over them, with nothing gained.
+    /// Larger chunks gain nothing: their logits leave the caches between the passes over them.
     const HEAD_CHUNK_BYTES: usize = 64 << 20;
 
     fn logp_head_workspace(&self, mode: HeadMode, rows: usize, _: usize, vocab: usize) -> Result<usize> {
@@ -59,7 +59,7 @@ impl Head for CpuDevice {
         let HeadSizes { width, vocab, workspace } = sizes;
         let at_once = rows_at_once(mode, rows, vocab, workspace);
         let strips = strip_count(vocab);
-        // What is held at the same time, at most.
+        // The most that is held at the same time.
         let turned = self.scratch.take::<f32>(at_once * width);
         let summaries = self.scratch.take::<RowSummary>(strips * at_once);
         let terms = self.scratch.take::<RowTerms>(at_once);
@@ -149,7 +149,7 @@ fn form_logits<'a>(
 ) -> Scratch<'a, RowSummary> {
     let (width, vocab) = (hidden.len() / rows, logits.len() / rows);
     let strip = strip_tokens(vocab);
-    // Turned around once here, and not by every tile's product.
+    // Transposed once here, and not again by every tile's gemm.
     let mut turned = device.scratch.take::<f32>(rows * width);
     let mut summaries = device.scratch.take::<RowSummary>(strip_count(vocab) * rows);
     device.parallel(|| {
@@ -174,17 +174,17 @@ fn turn_hidden(out: &mut [f32], hidden: &[f32], rows: usize, width: usize) {
     });
 }
 
-/// Vocabulary of one strip, whole tiles.
+/// Tokens of the vocabulary in one strip, a whole number of tiles.
 fn strip_tokens(vocab: usize) -> usize {
     vocab.div_ceil(STRIPS).next_multiple_of(TILE)
 }
 
-/// Strips of the vocabulary.
+/// Number of strips of the vocabulary.
 fn strip_count(vocab: usize) -> usize {
     vocab.div_ceil(strip_tokens(vocab).max(1))
 }
 
-/// What a part of a row of logits comes to, relative to its maximum.
+/// Sums over a part of a row of logits, relative to the part's maximum.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct RowSummary {
@@ -193,7 +193,7 @@ struct RowSummary {
     /// `sum e^(x - max) (x - max)`; 0 unless the entropy is wanted.
     weighted: f64,
     max: f32,
-    /// Fills the place up to the alignment, because scratch memory holds plain bytes.
+    /// Fills the struct up to its alignment: scratch memory holds plain bytes, so none may be left undefined.
     padding: u32,
 }
 
@@ -223,7 +223,7 @@ impl RowSummary {
         (self.max as f64 + self.sum.ln()) as f32
     }
 
-    /// `target - lse`, with the maximum taken off first: no rounding of a large lse.
+    /// `target - lse`. The maximum is subtracted first, so that a large lse costs no precision.
     fn logp(&self, target: f32) -> f32 {
         ((target as f64 - self.max as f64) - self.sum.ln()) as f32
     }
@@ -295,7 +295,7 @@ fn summarize_tile(summaries: &mut [RowSummary], logits: &[f32], first: usize, ro
     }
 }
 
-/// `values`, at most [`LANES`], with zeros after them.
+/// `values`, of which there are at most [`LANES`], followed by zeros.
 #[inline(always)]
 fn lanes(values: &[f32]) -> [f32; LANES] {
     match values.first_chunk::<LANES>() {
@@ -308,7 +308,7 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
     }
 }
 
-/// What a row's gradient is made of.
+/// The numbers of one scored row from which the gradient of its logits is computed.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct RowTerms {
@@ -389,7 +389,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Replaces logits `[tokens, rows]` by `a (onehot - pi) - b pi (log pi + H)`, in the pass' columns.
+    /// Replaces logits `[tokens, rows]` by `a (onehot - pi) - b pi (log pi + H)`, in the columns of this pass.
     fn logit_gradients(&self, logits: &mut [f32], first_token: usize) {
         let columns = self.first..self.first + self.terms.len();
         self.device.vectorized(

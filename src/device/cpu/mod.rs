@@ -1,10 +1,11 @@
-//! The reference device: f32 on all cores, what every kernel is tested against and what runs where there is no GPU.
+//! The reference device: f32 on all cores. Every kernel is tested against it, and it runs where there is no GPU.
 //!
-//! Products go through the `gemm` crate; everything else is plain loops that `CpuDevice::vectorized` compiles for
-//! AVX-512, AVX2 or the baseline and picks at run time. Work is cut by fixed rules that never ask which thread is free,
-//! and every reduction has a fixed order, so that the same inputs give the same bits at any number of threads.
+//! Matrix products go through the `gemm` crate; everything else is plain loops that `CpuDevice::vectorized` compiles
+//! for AVX-512, AVX2 and the baseline, and picks from at run time. Work is cut by fixed rules that never ask which
+//! thread is free, and every reduction has a fixed order, so that the same inputs give the same bits at any number of
+//! threads.
 //!
-//! A file is one operation; `attention_tile.rs` holds what the two attention passes share.
+//! Each file holds one operation; `attention_tile.rs` holds what the two attention passes share.
 
 mod attention_backward;
 mod attention_forward;
@@ -104,7 +105,7 @@ impl CpuDevice {
         self.arch.dispatch(work)
     }
 
-    /// Runs one operation, and notes its time if a trace runs.
+    /// Runs one operation, and records its time while a trace runs.
     fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
         self.trace.around(operation, || Ok(Instant::now()), work)
     }

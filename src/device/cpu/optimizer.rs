@@ -85,7 +85,7 @@ impl Optimizer for CpuDevice {
     }
 }
 
-/// Partial sums of the norm over these gradients.
+/// Number of partial sums of the norm over these gradients.
 fn chunks(gradients: &[&CpuBuffer<f32>]) -> usize {
     gradients.iter().map(|gradient| gradient.len().div_ceil(CHUNK)).sum()
 }

@@ -11,7 +11,7 @@ use crate::objective::{PairCoefficients, PairConstants, PairOutcome, PairScores}
 const OPERATION: &str = "pair_objective";
 
 impl PairObjective for CpuDevice {
-    /// A few thousand additions a pair: not worth other threads.
+    /// Runs on one thread: a pair takes only a few thousand additions.
     fn run_pair_objective(&self, operands: ObjectiveOperands<'_, Self>, _: Checked) -> Result<()> {
         self.traced("pair_objective", || {
             let ObjectiveOperands { outcomes, coefficients, scores, batch, objective, pairs } = operands;

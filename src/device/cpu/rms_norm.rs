@@ -11,7 +11,8 @@ use crate::error::Result;
 
 /// Columns of one block of the weight's gradient.
 const COLUMNS: usize = 64;
-/// Rows summed in one f32 run before they are added to the weight's gradient: keeps rounding independent of `T`.
+/// Rows summed in one f32 run before they are added to the weight's gradient. Short runs keep the rounding error small,
+/// however large `T` is.
 const RUN: usize = 64;
 
 impl Norm for CpuDevice {

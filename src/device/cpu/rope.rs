@@ -1,4 +1,5 @@
-//! Rotary positions (Su et al. 2021): the pair `(i, i + E/2)` of each query and key head turns by its position's angle.
+//! Rotary positions (Su et al. 2021): the pair `(i, i + E/2)` of each query and key head is rotated by its position's
+//! angle.
 
 use rayon::prelude::*;
 
@@ -23,7 +24,7 @@ impl RotaryPositions for CpuDevice {
             if rows * width == 0 {
                 return Ok(());
             }
-            // The inverse of a rotation turns by the negative angle: the same cosine, the negative sine.
+            // The inverse of a rotation is the rotation by the negative angle: the same cosine, the negative sine.
             let sign = match direction {
                 RopeDirection::Forward => 1.0,
                 RopeDirection::Backward => -1.0,
@@ -51,7 +52,7 @@ impl RotaryPositions for CpuDevice {
     }
 }
 
-/// Turns every head of `row`; `angles` holds `E/2` cosines, then `E/2` sines.
+/// Rotates every head of `row`; `angles` holds `E/2` cosines, then `E/2` sines.
 #[inline(always)]
 fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
     let half = angles.len() / 2;

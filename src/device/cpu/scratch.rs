@@ -1,4 +1,5 @@
-//! Working memory of operations, kept between calls: the pages of a fresh large allocation cost more than filling them.
+//! Scratch memory of operations, kept between calls: mapping the pages of a fresh large allocation costs more than
+//! filling them.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
@@ -8,18 +9,18 @@ use bytemuck::Pod;
 
 use super::memory::MemoryCounter;
 
-/// Pieces of memory that nobody uses now. The lock is held only to push and pop, never while work runs: a thread that
-/// waits for others may take up another operation, which then finds the pool unlocked.
+/// Pieces of scratch memory that are not in use. The lock is held only to push and pop, never while work runs: a thread
+/// that waits for others may take up another operation, which then finds the pool unlocked.
 ///
-/// A training run reserves what its operations take before the first step, so that no step allocates any.
+/// A training run reserves the pieces that its operations take before the first step, so that no step allocates any.
 #[derive(Debug, Default)]
 pub(super) struct ScratchPool {
-    /// Of 64-bit words, so that each piece is aligned for every type of number that the operations use.
+    /// The pieces, as 64-bit words, so that each is aligned for every type of number that the operations use.
     idle: Mutex<Vec<Vec<u64>>>,
     memory: Arc<MemoryCounter>,
 }
 
-/// Working memory of one operation; goes back to its pool when dropped. The values are whatever was there.
+/// Scratch memory of one operation, which goes back to its pool when dropped. Its values are unspecified.
 pub(super) struct Scratch<'a, T> {
     words: Vec<u64>,
     len: usize,
@@ -37,7 +38,7 @@ impl ScratchPool {
     pub(super) fn take<T: Pod>(&self, len: usize) -> Scratch<'_, T> {
         let needed = (len * size_of::<T>()).div_ceil(size_of::<u64>());
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The smallest that fits; else the largest, to be grown.
+        // Take the smallest piece that fits, else the largest, which is then replaced by a larger one.
         let index = (0..idle.len())
             .filter(|&index| idle[index].len() >= needed)
             .min_by_key(|&index| idle[index].len())
@@ -46,7 +47,7 @@ impl ScratchPool {
         drop(idle);
         if words.len() < needed {
             self.memory.add((needed - words.len()) * size_of::<u64>());
-            // Not `resize`, which would copy what nobody wants to keep.
+            // `resize` would copy the old values, which nobody needs.
             drop(std::mem::take(&mut words));
             words = vec![0; needed];
         }
@@ -56,7 +57,7 @@ impl ScratchPool {
     /// Makes sure that `count` pieces of `len` values can be taken at the same time without an allocation.
     pub(super) fn reserve<T: Pod>(&self, count: usize, len: usize) {
         let held: Vec<Scratch<'_, T>> = (0..count).map(|_| self.take(len)).collect();
-        // Room for all pieces of the pool: giving them back must not allocate either.
+        // Give the pool room for all of its pieces: giving them back must not allocate either.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).reserve(count);
         drop(held);
     }

@@ -53,7 +53,7 @@ impl<'a, T> SharedRows<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.values.add(start), count) }
     }
 
-    /// Distance of rows.
+    /// Distance from one row to the next, in values.
     pub(super) fn width(&self) -> usize {
         self.width
     }

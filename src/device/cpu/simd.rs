@@ -94,7 +94,7 @@ pub(super) fn sum_terms(len: usize, term: impl Fn(usize) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
-/// Sum of the lanes of a reduction that a caller ran by itself.
+/// The sum of the lanes of a reduction that a caller ran itself.
 #[inline(always)]
 pub(super) fn sum(lanes: &[f32; LANES]) -> f32 {
     fold(*lanes, |a, b| a + b)

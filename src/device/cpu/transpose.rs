@@ -1,4 +1,4 @@
-//! Turning a matrix around, in tiles of 8 by 8 that stay in registers.
+//! Transposes a matrix in tiles of 8 by 8 values, which stay in registers.
 
 /// Side of a tile: the lanes of an AVX register.
 const TILE: usize = 8;
@@ -21,7 +21,7 @@ pub(super) fn transpose(
     tiles(out, out_stride, values, stride, (rows, columns), plain);
 }
 
-/// Whole tiles through `turn`, what is left value by value.
+/// Transposes whole tiles by `turn`, and the remaining values one by one.
 #[inline(always)]
 fn tiles(
     out: &mut [f32],
@@ -32,7 +32,7 @@ fn tiles(
     turn: impl Fn([[f32; TILE]; TILE]) -> [[f32; TILE]; TILE],
 ) {
     let (whole_rows, whole_columns) = (rows - rows % TILE, columns - columns % TILE);
-    // Down the columns inside a band of rows: each of the band's cache lines is read once, in order.
+    // Go along a band of rows: each of the band's cache lines is read once, in order.
     for row in (0..whole_rows).step_by(TILE) {
         for column in (0..whole_columns).step_by(TILE) {
             let mut tile = [[0.0; TILE]; TILE];

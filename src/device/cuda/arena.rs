@@ -1,11 +1,12 @@
-//! The GPU's memory in large pieces, cut into buffers: a model's hundreds of tensors are a handful of allocations, and
-//! giving a buffer back needs no wait, because one stream orders whoever uses the bytes next.
+//! The GPU's memory, taken from the driver in large pieces that are cut into buffers. So a model's hundreds of tensors
+//! need only a handful of allocations, and freeing a buffer needs no wait, because the one stream orders its last use
+//! before the next.
 
 use std::collections::BTreeMap;
 
 /// Boundary of every buffer; what the kernels and cuBLASLt ask for.
 const ALIGNMENT: usize = 256;
-/// What is asked of the driver at once, unless a buffer is larger.
+/// Bytes asked of the driver at once, unless a buffer needs more.
 const PIECE_BYTES: usize = 256 << 20;
 
 /// Where pieces come from.
@@ -20,11 +21,11 @@ pub(super) trait PieceSource {
 /// Pieces and the free ranges inside them.
 #[derive(Debug)]
 pub(super) struct Arena {
-    /// By address.
+    /// The pieces, by address.
     pieces: BTreeMap<u64, Piece>,
-    /// Of which every buffer's length is a multiple.
+    /// Every buffer's length is a multiple of this many bytes.
     alignment: usize,
-    /// The least that is asked for at once.
+    /// Bytes asked of the source at once, unless a buffer needs more.
     piece_bytes: usize,
 }
 
@@ -44,13 +45,15 @@ struct Piece {
 }
 
 impl Arena {
-    /// Every buffer a piece of its own and not a byte longer: for whoever watches accesses by allocation.
+    /// An arena in which every buffer is a piece of its own, and not a byte longer than it was asked to be, so that
+    /// accesses can be checked by allocation.
     #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only a stand-in for a GPU watches them"))]
     pub(super) fn exact() -> Self {
         Arena { pieces: BTreeMap::new(), alignment: 1, piece_bytes: 0 }
     }
 
-    /// The address of `bytes` free bytes: of the first free range that is large enough, else of a new piece.
+    /// Allocates `bytes` bytes from the first free range that is large enough, else from a new piece; returns their
+    /// address.
     pub(super) fn allocate<S: PieceSource>(&mut self, bytes: usize, source: &mut S) -> Result<u64, S::Error> {
         let bytes = bytes.max(1).next_multiple_of(self.alignment);
         for (address, piece) in &mut self.pieces {
@@ -59,7 +62,7 @@ impl Arena {
             }
         }
         let whole = bytes.max(self.piece_bytes);
-        // Near the end of the memory a piece of just this size may still be there.
+        // Near the end of the memory, a piece of just this size may still fit.
         let (address, size) = match source.take(whole) {
             Ok(address) => (address, whole),
             Err(_) if whole > bytes => (source.take(bytes)?, bytes),
@@ -88,7 +91,7 @@ impl Arena {
         self.pieces.values().flat_map(|piece| piece.free.values()).copied().max().unwrap_or(0)
     }
 
-    /// The addresses of all pieces, for the end.
+    /// The addresses of all pieces, with which they are given back at the end.
     pub(super) fn pieces(&self) -> impl Iterator<Item = u64> {
         self.pieces.keys().copied()
     }
@@ -197,7 +200,7 @@ mod tests {
         assert_eq!(memory.left, 4 << 30);
     }
 
-    /// A freed middle is used again, and neighbours that are free become one range.
+    /// A freed range between buffers is used again, and neighbours that are free become one range.
     #[test]
     fn free_neighbours_are_joined() {
         let (mut memory, mut arena) = (Memory::new(PIECE_BYTES), Arena::default());
@@ -209,7 +212,7 @@ mod tests {
         assert_eq!(arena.allocate(2 * quarter, &mut memory), Ok(buffers[1]));
     }
 
-    /// The last bytes of a GPU are smaller than a piece.
+    /// What is left of a GPU's memory may be less than a piece.
     #[test]
     fn near_the_end_a_piece_is_as_large_as_its_buffer() {
         let (mut memory, mut arena) = (Memory::new(1 << 20), Arena::default());

@@ -14,10 +14,11 @@ use crate::error::{Error, Result};
 /// of the keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AttentionOrder {
-    /// The same every time, and so are the bits: blocks add in turn.
+    /// The same order every time, and so the same bits: one block adds after the other.
     #[default]
     Fixed,
-    /// As the blocks come to it. The last bits may differ from run to run: it is there to measure what the order costs.
+    /// The order in which blocks happen to arrive. The last bits may differ from run to run; this is there to measure
+    /// what the fixed order costs.
     Any,
 }
 
@@ -61,7 +62,8 @@ impl Attention for CudaDevice {
             launch_sizes(name, [spans.len(), rows, shape.heads, shape.kv_heads, shape.head_size])?;
         let host_spans: &[u32] = bytemuck::cast_slice(spans);
         let path = self.path();
-        // SAFETY: the buffers cover the sizes, and both tables of spans are the same, for this batch.
+        // SAFETY: the buffers cover the sizes, and the tables of spans on the host and on the device are both this
+        // batch's.
         self.launch(path.either(name, "attention_forward_sm90"), &(rows, shape), |kernels, stream| unsafe {
             let launch = path.either(kernels.attention_forward, kernels.attention_forward_sm90);
             launch(

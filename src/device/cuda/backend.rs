@@ -10,7 +10,7 @@ use half::bf16;
 use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
 use crate::error::Result;
 
-/// When the work queued before it was done.
+/// A point in a device's work: the moment at which everything queued before it was done.
 #[derive(Debug)]
 #[cfg_attr(not(mmpo_emulated), allow(dead_code, reason = "only the emulated device reads the clock"))]
 pub(super) enum Moment {
@@ -51,7 +51,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// At least `bytes` bytes on a 256-byte boundary, of unknown content.
     fn allocate(&self, bytes: usize) -> Result<Address>;
 
-    /// Bytes that one more allocation may have; `None` where it is not a fixed number.
+    /// The most bytes that one more allocation may have; `None` where there is no fixed limit.
     fn free_memory(&self) -> Result<Option<usize>> {
         Ok(None)
     }
@@ -91,7 +91,7 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// Seconds from one moment of this backend to a later one, which is waited for.
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64>;
 
-    /// The vendor's gemm library, where there is one; `gemm.rs` says who multiplies otherwise.
+    /// The vendor's gemm library, where there is one; `gemm.rs` says which kernel runs otherwise.
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         None
     }
@@ -107,7 +107,7 @@ pub(super) trait GemmLibrary {
     unsafe fn multiply(&self, gemm: &Gemm) -> Result<()>;
 }
 
-/// Where a gemm goes, and in which type.
+/// Output of a gemm, and its type.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(mmpo_gpu_kernels), allow(dead_code, reason = "only the vendor's library reads it"))]
 pub(super) enum GemmOut {

@@ -32,19 +32,20 @@ pub struct EmulatedLaunch {
 /// Which build of the kernels runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EmulatorVariant {
-    /// For speed: behaves as a GPU does, finds deadlocks, misaligned and wild accesses of its own instructions.
+    /// The fast build. It behaves as a GPU does, and finds deadlocks, writes past an allocation, and misaligned or wild
+    /// addresses of the instructions that the emulator implements (copies, matrix instructions).
     Plain,
     /// Every load and store is watched: bounds, uninitialised memory, races.
     Checked,
 }
 
-/// One variant: there is one of each in a process, and its calls must not overlap.
+/// One variant of the emulated device. A process has one of each, and calls into it must not overlap.
 struct Variant {
     name: &'static str,
     kernels: &'static KernelTable,
     emulator: &'static EmulatorTable,
     calls: Mutex<()>,
-    /// Launches since counting began; `None` while nobody wants them.
+    /// Launches since counting began; `None` while no one counts.
     launches: Mutex<Option<Vec<EmulatedLaunch>>>,
 }
 
@@ -108,7 +109,7 @@ impl Variant {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The calls' lock must be held.
+    /// The caller must hold [`Variant::lock`].
     fn counters(&self) -> EmulatorCounters {
         let mut counters = std::mem::MaybeUninit::zeroed();
         // SAFETY: the call assigns the counters, which are plain numbers and valid as zeros anyway.
@@ -118,7 +119,7 @@ impl Variant {
         }
     }
 
-    /// The calls' lock must be held.
+    /// The caller must hold [`Variant::lock`].
     fn reset_counters(&self) {
         // SAFETY: no launch is running, because the lock is held.
         unsafe { (self.emulator.reset_counters)() };
@@ -184,7 +185,7 @@ impl Backend for EmulatedBackend {
     unsafe fn copy_out(&self, out: &mut [u8], source: *const c_void) -> Result<()> {
         let _one_at_a_time = self.0.lock();
         let (bytes, out) = (out.len() as u64, out.as_mut_ptr().cast());
-        // SAFETY: the call looks at the guards around every allocation: a kernel wrote beside one of them, or none did.
+        // SAFETY: the call only reads the guard bytes around every allocation; it fails if a kernel overwrote any.
         self.0.check("synchronize", unsafe { (self.0.emulator.synchronize)() })?;
         // SAFETY: the caller's promise.
         self.0.check("download", unsafe { (self.0.emulator.download)(out, source, bytes) })
@@ -205,7 +206,7 @@ impl Backend for EmulatedBackend {
         let status = call(self.0.kernels, std::ptr::null_mut());
         if let Some(launches) = &mut *launches {
             let launch = EmulatedLaunch { launcher: operation.to_owned(), counters: self.0.counters() };
-            // A question to the host, or memory set by the runtime, runs no kernel.
+            // A launcher that only answers a question, or only sets memory, runs no kernel.
             if launch.counters.launches > 0 {
                 launches.push(launch);
             }

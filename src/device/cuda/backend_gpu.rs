@@ -17,7 +17,7 @@ use super::cublaslt::CublasLt;
 use super::probe::{Gpu, advice, driver_error};
 use crate::error::{Error, Result};
 
-/// Pinned slots: enough that the uploads of two micro-batches never wait for each other.
+/// Number of pinned slots, enough that the uploads of two micro-batches never wait for each other.
 const SLOTS: usize = 32;
 const SLOT_BYTES: usize = 512 << 10;
 
@@ -29,7 +29,7 @@ pub(super) fn launch_through(table: KernelTable) -> bool {
     STAND_IN.set(table).is_ok()
 }
 
-/// The launchers that every GPU of this process is given.
+/// The launchers that every GPU of this process uses.
 fn kernels() -> &'static KernelTable {
     STAND_IN.get().unwrap_or(&KERNELS)
 }
@@ -63,7 +63,7 @@ impl GpuBackend {
             }
         };
         let description = format!("cuda:{} ({gpu}; products: {how})", gpu.ordinal);
-        // A stand-in checks accesses by allocation, so each buffer is one of its own.
+        // A stand-in checks accesses by allocation, so each buffer is an allocation of its own.
         let arena = if STAND_IN.get().is_some() { Arena::exact() } else { Arena::default() };
         let (staging, arena) = (Mutex::new(staging), Mutex::new(arena));
         Ok(GpuBackend { gemm_library, staging, arena, stream, context, description })
@@ -176,7 +176,7 @@ impl Backend for GpuBackend {
 
     fn moment(&self) -> Result<Moment> {
         self.bind()?;
-        // The default of cudarc's events takes no times.
+        // cudarc's default events record no times.
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = self.stream.record_event(flags);
         event.map(Moment::Stream).map_err(|error| driver_error("recording an event", error))
@@ -247,7 +247,7 @@ struct Staging {
 
 struct Slot {
     memory: *mut u8,
-    /// When the last copy out of the slot is over.
+    /// Recorded after the last copy out of the slot.
     copied: sys::CUevent,
 }
 

@@ -14,7 +14,8 @@ macro_rules! table {
         }
 
         impl $table {
-            /// The functions that `find` gives for their names without a prefix; the name of the first that it lacks otherwise.
+            /// The table of the functions that `find` gives for their names without a prefix; the error is the first
+            /// name that it does not know.
             ///
             /// # Safety
             /// Each is the function that the header declares under that name, and stays where it is.
@@ -65,14 +66,14 @@ macro_rules! functions {
             EmulatorTable $($emulator)*
         }
 
-        /// nvcc's.
+        /// The kernels as nvcc built them.
         #[cfg(mmpo_gpu_kernels)]
         pub mod gpu {
             use super::*;
             build! { "mmpo_" KERNELS: KernelTable $($kernels)* }
         }
 
-        /// The emulated device's, fast.
+        /// The fast build of the emulated device.
         #[cfg(mmpo_emulated)]
         pub mod emulated {
             use super::*;
@@ -80,7 +81,7 @@ macro_rules! functions {
             build! { "mmpo_emulated_" EMULATOR: EmulatorTable $($emulator)* }
         }
 
-        /// The emulated device's, every access watched.
+        /// The build of the emulated device that watches every access.
         #[cfg(mmpo_emulated)]
         pub mod checked {
             use super::*;

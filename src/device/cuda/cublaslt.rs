@@ -17,7 +17,7 @@ use super::backend::{Gemm, GemmLibrary, GemmOut};
 use super::probe::driver_error;
 use crate::error::{Error, Result};
 
-/// What NVIDIA recommends for Hopper; older GPUs need less.
+/// Bytes that NVIDIA recommends for Hopper; older GPUs need less.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// The widest alignment that the heuristic distinguishes.
 const WIDEST_ALIGNMENT: usize = 256;
@@ -77,9 +77,9 @@ impl CublasLt {
         Ok(CublasLt { handle, workspace, plans: Mutex::default(), stream: Arc::clone(stream) })
     }
 
-    /// `13.1.0`: another version may pick other algorithms, and so give other last bits.
+    /// The library's version, as in `13.1.0`. Another version may pick other algorithms, and so give other last bits.
     pub(super) fn version(&self) -> String {
-        // SAFETY: the library is loaded, or there were no handle.
+        // SAFETY: the library is loaded, or there would be no handle.
         let number = unsafe { sys::cublasLtGetVersion() };
         format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100)
     }
@@ -104,7 +104,7 @@ impl CublasLt {
         set(plan.gemm, CUBLASLT_MATMUL_DESC_TRANSB, &operation(kind.left_transposed))?;
         if let Some(bias) = gemm.bias {
             set(plan.gemm, CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
-            // The heuristic looks at it too; each gemm sets its own again.
+            // The heuristic reads the bias pointer too; each gemm sets its own before it runs.
             set(plan.gemm, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         plan.algorithm = self.choose(&plan, kind)?;

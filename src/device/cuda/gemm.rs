@@ -16,18 +16,21 @@ use crate::error::{Error, Result};
 /// Whose gemm a device uses where there is a choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GemmChoice {
-    /// By shape, from a table of measurements; cuBLASLt for shapes that it lacks, ours where cuBLASLt is not installed.
+    /// The faster one for the shape, from a table of measurements: cuBLASLt for shapes that the table lacks, ours where
+    /// cuBLASLt is not installed.
     #[default]
     Fastest,
     /// This program's kernels: to test or to time them.
     Ours,
-    /// As `Ours`, in Hopper's tile shape of this number (`0..`[`CudaDevice::gemm_tiles`]) where there is a choice.
+    /// As `Ours`, where Hopper's kernels use the tile shape of this number (`0..`[`CudaDevice::gemm_tiles`]) if they
+    /// have a choice.
     Tile(u8),
     /// cuBLASLt, and an error where it is not installed: to time it.
     Vendor,
 }
 
-/// A tile shape of Hopper's gemms: `block_m` x `block_n` of the output, by clusters of so many blocks.
+/// A tile shape of Hopper's gemms: each block computes `block_m` x `block_n` values of the output, in clusters of
+/// `cluster` blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GemmTile {
     /// Rows of a tile.
@@ -70,7 +73,7 @@ impl CudaDevice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GemmKind {
     Forward,
-    /// Gate and up, then SwiGLU of both in the same kernel; the library's gemm and a kernel for the rest otherwise.
+    /// Gate and up with SwiGLU of both in one kernel; where there is none, a gemm and the kernel of SwiGLU run instead.
     ForwardSwiGlu,
     BackwardInput,
     BackwardInputF32,
@@ -97,7 +100,7 @@ enum Implementation {
     Hopper(Tile),
 }
 
-/// A tile shape of `kernels/common/gemm_plan_sm90.cuh` by its number, or none: the one that it plans.
+/// The number of a tile shape of `kernels/common/gemm_plan_sm90.cuh`; `None` leaves the choice to the plan there.
 type Tile = Option<u8>;
 
 fn tile_number(tile: Tile) -> i32 {
@@ -128,7 +131,7 @@ pub(super) unsafe fn multiply(device: &CudaDevice, gemm: LinearGemm, shape: Line
     )
 }
 
-/// `hopper`: whether Hopper's kernels take the gemm.
+/// Chooses who computes a gemm; `hopper` says whether Hopper's kernels can.
 fn choose(device: &CudaDevice, kind: GemmKind, shape: LinearShape, hopper: bool) -> Implementation {
     let hopper = hopper && device.path() == KernelPath::Hopper;
     let ours = |tile| if hopper { Implementation::Hopper(tile) } else { Implementation::Portable };
@@ -144,7 +147,7 @@ fn choose(device: &CudaDevice, kind: GemmKind, shape: LinearShape, hopper: bool)
     }
 }
 
-/// Whether gate, up and SwiGLU of them are one kernel for these addresses and this shape of the gemm (`outputs` = 2F).
+/// Whether one kernel computes gate, up and their SwiGLU for these addresses and this shape, whose `outputs` is 2F.
 pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: LinearShape) -> bool {
     let hopper = mappable(&addresses, shape) && shape.outputs.is_multiple_of(16);
     matches!(choose(device, GemmKind::ForwardSwiGlu, shape, hopper), Implementation::Hopper(_))
@@ -156,7 +159,7 @@ fn mappable(addresses: &[usize], shape: LinearShape) -> bool {
     aligned && shape.inputs.is_multiple_of(8) && shape.outputs.is_multiple_of(8)
 }
 
-/// Sets the scratch memory aside that gemms of this kind take for any of `shapes`. The largest shape need not take the
+/// Sets aside the scratch memory that gemms of this kind take for any of `shapes`. The largest shape need not take the
 /// most: with more rows a gemm is split into fewer parts.
 pub(super) fn reserve(device: &CudaDevice, kind: GemmKind, shapes: &[LinearShape]) -> Result<()> {
     let mut taken = Vec::with_capacity(shapes.len());
@@ -213,7 +216,7 @@ impl LinearGemm {
         }
     }
 
-    /// As errors name it.
+    /// The gemm's name in errors.
     fn name(&self) -> &'static str {
         match self {
             LinearGemm::Forward { .. } => "linear_forward",
@@ -223,7 +226,7 @@ impl LinearGemm {
         }
     }
 
-    /// As `kernels/api.h` names it.
+    /// The launcher's name in `kernels/api.h`.
     fn launcher(&self, path: KernelPath) -> &'static str {
         let hopper = match self {
             LinearGemm::Forward { .. } => "linear_forward_sm90",
@@ -234,7 +237,7 @@ impl LinearGemm {
         path.either(self.name(), hopper)
     }
 
-    /// Whether `kernels/linear_sm90.cu` takes it.
+    /// Whether `kernels/linear_sm90.cu` can compute it.
     fn has_hopper_kernel(&self, shape: LinearShape) -> bool {
         let addresses = match *self {
             LinearGemm::Forward { out, x, weight, .. } => [out.addr(), x.addr(), weight.addr()],
@@ -341,7 +344,8 @@ mod tests {
 
     const MULTIPROCESSORS: usize = 132;
 
-    /// What Hopper's kernel does with a layer, and the share of the multiprocessors' time in its waves that has a tile.
+    /// How Hopper's kernel divides a layer's gemm, and the share of the multiprocessors, over all of its waves, that
+    /// have a tile to compute.
     fn plan(kind: GemmKind, rows: usize, (inputs, outputs): (usize, usize)) -> (mmpo_gemm_plan, f64) {
         let sizes = match kind {
             GemmKind::BackwardInput => [rows, inputs, outputs],

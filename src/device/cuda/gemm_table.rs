@@ -14,7 +14,8 @@ pub(super) struct Measured {
     pub kind: GemmKind,
     /// Its rows, inputs and outputs.
     pub shape: LinearShape,
-    /// The fastest of our kernel's tile shapes, by its number in `kernels/common/gemm_plan_sm90.cuh`; none: the planned one.
+    /// The fastest of our kernel's tile shapes, by its number in `kernels/common/gemm_plan_sm90.cuh`; `None` is the
+    /// planned one.
     pub tile: Option<u8>,
     /// cuBLASLt's time / the time of our kernel in that tile.
     pub speedup: f32,
@@ -22,9 +23,9 @@ pub(super) struct Measured {
 
 pub(super) const MEASURED: &[Measured] = &[];
 
-/// The tile in which our kernel is the faster one by `table`, none if it is not: of the layers with these inputs and
-/// outputs, the one counts whose rows are nearest by ratio (the lesser on a tie). The library takes what was never
-/// measured.
+/// The tile with which our kernel is the faster one by `table` (the inner `None` is the planned one); `None` if the
+/// library is faster, or if no layer with these inputs and outputs was measured. Of the measured numbers of rows, the
+/// one nearest by ratio decides; on a tie, the lesser one.
 pub(super) fn faster_tile(table: &[Measured], kind: GemmKind, shape: LinearShape) -> Option<Option<u8>> {
     let distance = |rows: usize| {
         let (more, less) = (rows.max(shape.rows), rows.min(shape.rows));

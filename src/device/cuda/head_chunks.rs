@@ -2,9 +2,11 @@
 
 use crate::device::RECOMPUTE_WORKSPACE;
 
-/// What the workspace may take: below [`RECOMPUTE_WORKSPACE`], with room for the boundaries of what lies in it.
+/// Most bytes that the parts of the workspace may take: less than [`RECOMPUTE_WORKSPACE`], to leave room for their
+/// alignment.
 pub(super) const BUDGET: usize = RECOMPUTE_WORKSPACE - (64 << 10);
-/// Rows and columns of a gemm's tile, so that no tile is half empty but the last.
+/// Chunks are whole tiles of a gemm, which have this many rows and columns, so that only the last tile may be partly
+/// empty.
 const TILE: usize = 256;
 /// Boundary of each part of the workspace.
 pub(super) const ALIGNMENT: usize = 256;
@@ -21,18 +23,21 @@ pub(super) struct HeadChunks {
 }
 
 impl HeadChunks {
-    /// For `rows` rows in all and a workspace of `bytes` bytes, or [`BUDGET`] if that is less; `statistics` is the bytes
-    /// that the forward leaves of a row. No size is less than a tile, so a tiny workspace does not hold what follows.
+    /// The chunks for `rows` rows in all and a workspace of `bytes` bytes, or [`BUDGET`] if that is less; `statistics`
+    /// is the number of bytes that the forward leaves for each row. No chunk is smaller than a tile, so the chunks may
+    /// be too large for a tiny workspace.
     ///
     /// A backward chunk walks over the whole vocabulary, so the vocabulary matrix and its f32 gradient pass through
-    /// memory once for each: `12 V D` bytes against `6 V D rows` operations. Its rows' own f32 gradient passes once for
-    /// each run of columns: `8 D rows` bytes against `6 D rows columns`. So both should be large, and the budget is cut in
-    /// halves: at D = 4096 that is 1792 rows and 9984 columns, where an H200 needs about 400 of each to be busy.
+    /// memory once per chunk: `12 V D` bytes against `6 V D rows` operations. Its rows' own f32 gradient passes once
+    /// for each run of columns: `8 D rows` bytes against `6 D rows columns` operations. So both should be large, and
+    /// the budget is cut in halves: at D = 4096 that is 1792 rows and 9984 columns, where an H200 needs about 400 of
+    /// each to be busy.
     pub fn new(rows: usize, width: usize, vocab: usize, statistics: usize, bytes: usize) -> Self {
         let bytes = bytes.min(BUDGET);
         let row_bytes = width * size_of::<f32>();
         let forward_rows = even(rows, bytes / statistics.max(1));
-        // In narrow models rows are cheap, and a tile of each one's columns is not.
+        // In narrow models, half a budget of f32 gradients would leave no room for one tile of dlogits for each of
+        // these rows.
         let tile_bytes = TILE * size_of::<half::bf16>();
         let rows = even(rows, (bytes / 2 / row_bytes.max(1)).min(bytes / (row_bytes + tile_bytes)));
         let left = bytes.saturating_sub((rows * row_bytes).next_multiple_of(ALIGNMENT));
@@ -45,7 +50,7 @@ impl HeadChunks {
         (self.rows * width * size_of::<f32>()).next_multiple_of(ALIGNMENT)
     }
 
-    /// Bytes of workspace that the forward of a chunk needs; `statistics` are bytes a row.
+    /// Bytes of workspace that the forward of a chunk needs; `statistics` is the number of bytes per row.
     pub fn forward_bytes(&self, statistics: usize) -> usize {
         self.forward_rows * statistics
     }
@@ -56,7 +61,7 @@ impl HeadChunks {
     }
 }
 
-/// The size of equal parts of `total`, whole tiles of at most `most` (but at least one tile).
+/// The size of nearly equal parts of `total`: whole tiles, each part at most `most`, but at least one tile.
 fn even(total: usize, most: usize) -> usize {
     let most = (most / TILE * TILE).max(TILE);
     let parts = total.div_ceil(most).max(1);
@@ -78,7 +83,7 @@ mod tests {
         (4096, 1),
     ];
 
-    /// Bytes a row of `logp_head_workspace`.
+    /// Bytes per row of `logp_head_workspace`.
     fn statistics(vocab: usize) -> usize {
         4 * (3 * vocab.div_ceil(128) + 2)
     }

@@ -13,13 +13,13 @@ pub enum KernelPath {
 }
 
 impl KernelPath {
-    /// The fastest that the GPU can run.
+    /// The faster path that the GPU can run.
     #[cfg(mmpo_gpu_kernels)]
     pub(super) fn of(gpu: &Gpu) -> Self {
         if gpu.capability == (9, 0) { KernelPath::Hopper } else { KernelPath::Portable }
     }
 
-    /// This path's one of two: a launcher, or its name.
+    /// Selects this path's value of the two: a launcher, or its name.
     pub(super) fn either<T>(self, portable: T, hopper: T) -> T {
         match self {
             KernelPath::Portable => portable,

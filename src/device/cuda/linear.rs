@@ -1,6 +1,6 @@
 //! Linear layers: `out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T`, and back.
 //!
-//! Sizes are checked here; `gemm.rs` says which kernel or library multiplies.
+//! `gemm.rs` says which kernel or library computes a gemm.
 
 use half::bf16;
 
@@ -92,7 +92,7 @@ impl Linear for CudaDevice {
     }
 }
 
-/// As [`backward_input`], from the addresses of a buffer's rows.
+/// Assigns `dx[rows, inputs] = dout[rows, outputs] * weight[outputs, inputs]`.
 ///
 /// # Safety
 /// From each address on, the buffers cover `shape`; `dx` overlaps none of the others.
@@ -146,7 +146,7 @@ pub(super) unsafe fn add_backward_input_at(
     unsafe { multiply(device, LinearGemm::BackwardInputF32 { dx, dout, weight }, shape) }
 }
 
-/// As [`backward_weight`] without bias, from the addresses of a buffer's rows.
+/// Accumulates `dweight[outputs, inputs] += dout[rows, outputs]^T * x[rows, inputs]` in f32.
 ///
 /// # Safety
 /// From each address on, the buffers cover `shape`; `dweight` overlaps none of the others.

@@ -1,8 +1,7 @@
-//! The log-prob head: `kernels/logp_head.cu`, or `logp_head_sm90.cu` on Hopper, between the hidden rows and the
-//! vocabulary matrix, and the gemms of
-//! its gradient.
+//! The log-prob head: the kernels of `kernels/logp_head.cu`, or of `logp_head_sm90.cu` on Hopper, and the gemms of its
+//! gradient.
 //!
-//! What lies in the workspace:
+//! Contents of the workspace:
 //!
 //! | mode | in the forward | in the backward |
 //! |---|---|---|
@@ -27,8 +26,8 @@ use crate::device::{
 use crate::error::{Error, Result};
 
 impl Head for CudaDevice {
-    /// As much as a step is asked to take, see [`crate::model::HeadOptions`]: larger gemms, fewer passes over the
-    /// vocabulary matrix.
+    /// No bound of its own: larger chunks mean larger gemms and fewer passes over the vocabulary matrix, so a step's
+    /// chunks are as large as [`crate::model::HeadOptions`] allows.
     const HEAD_CHUNK_BYTES: usize = usize::MAX;
 
     /// Values of the workspace that a call needs.
@@ -150,7 +149,7 @@ impl Layout {
     }
 }
 
-/// Bytes that the forward leaves of a row, by the launcher's own rule.
+/// Bytes of statistics that the forward leaves for each row, by the launcher's own rule.
 fn row_statistics(device: &CudaDevice, vocab: usize) -> Result<usize> {
     let name = "logp_head_workspace";
     let [vocab] = launch_sizes(name, [vocab])?;
@@ -168,7 +167,7 @@ fn statistics_offset(rows: usize, vocab: usize) -> usize {
     (rows * vocab * size_of::<bf16>()).next_multiple_of(ALIGNMENT)
 }
 
-/// Offset of the scaled rows in main mode, after the statistics of `row_statistics` bytes a row.
+/// Offset of the scaled rows in main mode, after the statistics of `row_statistics` bytes per row.
 fn scaled_offset(rows: usize, vocab: usize, row_statistics: usize) -> usize {
     statistics_offset(rows, vocab) + (rows * row_statistics).next_multiple_of(ALIGNMENT)
 }
@@ -178,7 +177,7 @@ fn inside(workspace: &mut CudaBuffer<bf16>, bytes: usize) -> *mut c_void {
     workspace.start_mut().cast::<c_void>().wrapping_byte_add(bytes)
 }
 
-/// What both modes read. The buffers cover `shape`.
+/// What the backward reads in every mode. The buffers cover `shape`.
 struct Backward<'a> {
     device: &'a CudaDevice,
     weight: &'a CudaBuffer<bf16>,
@@ -197,8 +196,8 @@ impl Backward<'_> {
         }
     }
 
-    /// Main mode without entropies: dlogits are the exponentials that the forward left, times a factor a row. So they are
-    /// never formed: the factor goes to the rows of `hidden`, and of the gradient.
+    /// Main mode without entropies: dlogits are the exponentials that the forward left, times a factor per row. So they
+    /// are never formed: the rows of `hidden`, and those of the gradient, are multiplied by the factor instead.
     fn by_rows(
         &self,
         hidden: &mut CudaBuffer<bf16>,
@@ -292,7 +291,8 @@ impl Backward<'_> {
         }
     }
 
-    /// Recompute mode: rows by rows, and for these the vocabulary by runs of columns in a fixed order.
+    /// Recompute mode: works on a chunk of rows at a time, and for each chunk on runs of the vocabulary's columns, in a
+    /// fixed order.
     fn recompute(
         &self,
         hidden: &mut CudaBuffer<bf16>,

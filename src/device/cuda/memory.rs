@@ -51,7 +51,7 @@ struct Allocation {
 
 impl Allocation {
     fn new(memory: &Arc<DeviceMemory>, bytes: usize) -> Result<Self> {
-        // No backend is asked for nothing: an empty buffer has an address too.
+        // At least one byte, so that an empty buffer has an address too.
         let address = memory.backend.allocate(bytes.max(1))?;
         let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         memory.peak.fetch_max(now, Ordering::Relaxed);
@@ -91,7 +91,7 @@ impl<T> CudaBuffer<T> {
         self.allocation.address.offset(index * size_of::<T>()).cast_const().cast()
     }
 
-    /// As [`CudaBuffer::at`], to be written.
+    /// The address of value `index`, to be written to.
     pub(super) fn at_mut(&mut self, index: usize) -> *mut T {
         self.allocation.address.offset(index * size_of::<T>()).cast()
     }
@@ -106,7 +106,7 @@ impl<T> CudaBuffer<T> {
 }
 
 impl CudaBuffer<f32> {
-    /// The buffer as one of many that a launcher takes.
+    /// The buffer as an entry of the list of tensors that a launcher takes.
     pub(super) fn as_tensor(&self) -> mmpo_floats {
         mmpo_floats { values: self.start().cast_mut(), length: self.len as i64 }
     }

@@ -1,8 +1,8 @@
 //! The CUDA device: bf16 weights and activations, the kernels of `kernels/*.cu`, on a real GPU or on the emulated one.
 //!
-//! A file here is one family of operations, which launches its kernels. `backend.rs` says what a device is
-//! to them, `backend_gpu.rs` and `backend_emulated.rs` are the two there are. All work of a device is queued on one
-//! stream; only downloads wait.
+//! Each file here launches the kernels of one family of operations. `backend.rs` declares what they need of a device;
+//! `backend_gpu.rs` and `backend_emulated.rs` implement that for the two there are. All work of a device is queued on
+//! one stream; only downloads wait.
 
 #[cfg(any(mmpo_gpu_kernels, test))]
 mod arena;
@@ -150,11 +150,12 @@ impl CudaDevice {
         self.gemm_choice
     }
 
-    /// Another handle of this GPU, whose buffers either takes, with this order of the sums in attention's backward pass: to
-    /// time or to test them side by side. It has scratch memory and a trace of its own.
+    /// Another handle of this GPU with this order of the sums in attention's backward pass, to time or to test the
+    /// orders side by side. Either handle takes the buffers of the other; each has scratch memory and a trace of its
+    /// own.
     ///
-    /// No option of a training run: a device starts with the fixed order, nothing but tests and benchmarks asks for
-    /// another, and training gives the same bits every time.
+    /// No option of a training run leads here: a device starts with the fixed order, and only tests and benchmarks ask
+    /// for another, so training gives the same bits every time.
     #[must_use]
     pub fn with_attention_order(&self, attention_order: AttentionOrder) -> Self {
         CudaDevice {
@@ -181,12 +182,12 @@ impl CudaDevice {
         self.traced(operation, || self.backend().launch(operation, shape, &mut call))
     }
 
-    /// Queues work, and notes when the device did it if a trace runs.
+    /// Queues work, and records the device's time for it while a trace runs.
     fn traced<R>(&self, operation: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
         self.trace.around(operation, || self.backend().moment(), work)
     }
 
-    /// What a launcher says of its sizes: a pure function on the host, which launches nothing and is not traced.
+    /// Asks a launcher about its sizes: a pure function on the host, which launches nothing and is not traced.
     fn ask(&self, operation: &str, shape: &dyn Debug, call: impl Fn(&KernelTable) -> i64) -> Result<i64> {
         let mut answer = 0;
         self.backend().launch(operation, shape, &mut |kernels, _| {
@@ -196,7 +197,7 @@ impl CudaDevice {
         Ok(answer)
     }
 
-    /// What a launcher's own rule, a pure function, asks for.
+    /// Bytes of scratch memory that a launcher asks for by its own rule, a pure function.
     fn workspace_bytes(
         &self,
         operation: &str,

@@ -11,7 +11,7 @@ const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 /// The oldest driver that has every function that the program looks up in it (`cuEventElapsedTime_v2` is the youngest).
 const OLDEST_DRIVER: i32 = 12080;
 
-/// The CUDA version of the kernels' runtime as the driver counts: `1000 * major + 10 * minor`; 0 without kernels.
+/// The version of CUDA that the kernels were built with, such as `13.0`; `0` without kernels.
 const RUNTIME_VERSION: &str = env!("MMPO_FAST_CUDA_VERSION");
 
 /// What `mmpo-fast --version --verbose` says of the GPU kernels in this binary: the compiler and the targets, or why
@@ -39,7 +39,10 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Whether the kernels run on it; the error says why not.
+    /// Checks that the kernels run on this GPU.
+    ///
+    /// # Errors
+    /// [`Error::Device`] that says why they do not.
     pub fn check(&self) -> Result<()> {
         if self.capability >= OLDEST_CAPABILITY {
             return Ok(());
@@ -165,7 +168,7 @@ pub(super) fn driver_error(doing: &str, error: DriverError) -> Error {
 
 /// What to do about an error of the driver or of the runtime, which share these numbers.
 pub(super) fn advice(code: i32) -> &'static str {
-    // From an illegal address to a launch that failed: found by whatever asks the GPU next.
+    // Codes from an illegal address to a failed launch: whatever asks the GPU next reports them.
     if (700..720).contains(&code) {
         "a kernel queued earlier may be the one that failed: CUDA_LAUNCH_BLOCKING=1 shows which; please report it"
     } else {

@@ -1,4 +1,4 @@
-//! SwiGLU: `kernels/swiglu.cu`, and as the end of the gemm that makes its input.
+//! SwiGLU: `kernels/swiglu.cu`, or fused into the gemm that computes its input.
 
 use half::bf16;
 
@@ -23,8 +23,8 @@ impl Mlp for CudaDevice {
         })
     }
 
-    /// SwiGLU after the gemm `gate_up = x * weight^T + bias`, `shape.outputs` = 2F: in one kernel where that is the faster
-    /// way.
+    /// SwiGLU after the gemm `gate_up = x * weight^T + bias`, `shape.outputs` = 2F: one kernel computes both where that
+    /// is faster.
     fn run_linear_swiglu_forward(&self, operands: LinearSwiglu<'_, Self>, _: Checked) -> Result<()> {
         let LinearSwiglu { out, gate_up, x, weight, bias, shape } = operands;
         let name = "linear_swiglu_forward";

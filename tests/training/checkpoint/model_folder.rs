@@ -425,14 +425,3 @@ proptest! {
         }
     }
 }
-
-#[test]
-fn a_folder_made_by_transformers_opens() {
-    let Some(fixtures) = std::env::var_os("MMPO_FAST_FIXTURES") else {
-        println!("MMPO_FAST_FIXTURES is not set: the larger fixture is skipped");
-        return;
-    };
-    let folder = ModelFolder::open(&std::path::Path::new(&fixtures).join("tiny-llama/model")).unwrap();
-    folder.check_finite().unwrap();
-    assert_eq!(folder.total_bytes(), folder.config().parameters() * 2);
-}

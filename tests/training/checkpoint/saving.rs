@@ -101,7 +101,8 @@ fn a_saved_folder_opens_with_the_same_weights() {
 fn a_large_model_is_cut_as_transformers_cuts_it() {
     let parent = tempfile::tempdir().unwrap();
     let target = parent.path().join("model");
-    // Embedding and head (1280 bytes each) are above the limit: a shard each. Then up to 1000 bytes a shard.
+    // Embedding and head (1280 bytes each) are above the limit, so each has a shard to itself. The others fill shards
+    // of up to 1000 bytes.
     save(&target, 1000).unwrap();
     expect_saved(&target);
     let index: Value =
