@@ -1,4 +1,3 @@
-use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Dropout, LinearShape, LowRankShape, RowPart};
 
 use crate::harness::*;
