@@ -237,8 +237,8 @@ mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf1
                                                    uint32_t threshold, float keep_scale, mmpo_stream stream);
 
 /* Assigns out[length]: 0 where 32 bits of the hash of `key` and the value's index lie below `threshold`, and
- * x * keep_scale elsewhere. The hash is SplitMix64 at position index / 2; an even index has its low half, an odd one its
- * high half. */
+ * x * keep_scale elsewhere. The hash is SplitMix64 at position index / 2; an even index has its low half, an odd one
+ * its high half. */
 mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
                                  float keep_scale, mmpo_stream stream);
 

@@ -187,9 +187,7 @@ mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* do
                                                   int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
                                                   int32_t inner_width, float scale, mmpo_stream stream) {
     const StridedOperands operands({dout, inner, outputs, rank, rows}, out_width, inner_width);
-    const auto epilogue = [&](auto aligned) {
-        return AddScaledF32<decltype(aligned)::value>({db, rank, rank}, scale);
-    };
+    const auto epilogue = [&](auto aligned) { return AddScaledF32<decltype(aligned)::value>({db, rank, rank}, scale); };
     return launch_gemm<Strided<BackwardWeightLines>>(operands, db, rank, epilogue, stream);
 }
 
@@ -207,9 +205,8 @@ mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t len
     if (length == 0) return kSuccess;
     const Dropout dropout{key, threshold, keep_scale};
     const bool vectorized = length % kVector == 0 && vector_aligned(out, x);
-    return vectorized
-               ? LAUNCH(dropout_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x, length,
-                        dropout)
-               : LAUNCH(dropout_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x, length,
-                        dropout);
+    return vectorized ? LAUNCH(dropout_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
+                               length, dropout)
+                      : LAUNCH(dropout_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
+                               length, dropout);
 }
