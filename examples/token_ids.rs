@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use mmpo_fast::config::LengthLimits;
 use mmpo_fast::data::{ChatTemplate, TextEncoder, load_pairs};
+use mmpo_fast::device::LargeBlocks;
 use mmpo_fast::{Error, Result};
 use serde_json::json;
 
@@ -58,6 +59,7 @@ fn run() -> Result<()> {
 
 fn print_file(encoder: &TextEncoder, number: usize, data: &Path, count: bool) -> Result<()> {
     let started = Instant::now();
+    let _memory = LargeBlocks::give_back();
     let dataset = load_pairs(data, encoder, LIMITS)?;
     let seconds = started.elapsed().as_secs_f64();
     eprintln!("{}", dataset.report);

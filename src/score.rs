@@ -12,7 +12,7 @@ use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::ScoreConfig;
 use crate::context;
 use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
-use crate::device::{Device, DeviceTask, run_on};
+use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Llama;
@@ -68,7 +68,9 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let limits = context::limits(config.asked_lengths, &models)?;
     let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
     let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
+    let memory = LargeBlocks::give_back();
     let dataset = load_pairs(&config.data, &encoder, limits)?;
+    drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
     dataset.report.log(&config.data.display().to_string());
     if let Some(reference) = &reference {

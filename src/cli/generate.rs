@@ -18,6 +18,7 @@ fn shared(row: &Row) -> bool {
 pub fn command() -> Command {
     Command::new("generate")
         .about("Answer a prompt")
+        .after_help("Example:\n  mmpo-fast generate --model run/model --prompt \"Name three colours.\"")
         .long_about("Answer a prompt. The answer goes to standard output, everything else to standard error.")
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own("adapter", "DIR", "Folder of an adapter of that model, as PEFT has it"))

@@ -6,6 +6,7 @@ mod bench;
 mod generate;
 mod merge;
 mod score;
+mod shell;
 mod train;
 mod version;
 
@@ -41,6 +42,8 @@ enum Parsed {
     Generate(GenerateConfig),
     Merge(MergeConfig),
     Bench(BenchConfig),
+    Completions(clap_complete::Shell),
+    Man(shell::ManConfig),
 }
 
 /// How parsing ends where there is nothing to run.
@@ -72,6 +75,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
+        Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
@@ -95,6 +100,8 @@ impl Invocation {
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Completions(shell) => shell::print_completions(shell, command()),
+            Parsed::Man(config) => shell::write_man(&config, command()),
         }
     }
 }
@@ -127,6 +134,8 @@ fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(merge::command())
         .subcommand(bench::command())
+        .subcommand(shell::completions_command())
+        .subcommand(shell::man_command())
 }
 
 /// Turns an unknown flag or command into an error that names the nearest known one; everything else stays clap's.

@@ -21,6 +21,10 @@ fn shared(row: &Row) -> bool {
 pub fn command() -> Command {
     Command::new("score")
         .about("Write the log-probs of preference pairs under a model")
+        .after_help(
+            "Examples:\n  mmpo-fast score --model M --data pairs.jsonl --output scores.jsonl\n  \
+             mmpo-fast score --model run/model --reference M --data held-out.jsonl --output - | head -n 3",
+        )
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
         .arg(own(
             "adapter",

@@ -13,11 +13,22 @@ const ABOUT: &str = "Train a model on preference pairs.
 With no arguments a small built-in demo runs. Options can also stand in a recipe, a TOML file whose keys are the flags' \
 names with underscores; a flag goes before the recipe, the recipe before the defaults.";
 
+const EXAMPLES: &str = "Examples:
+  mmpo-fast train
+      the built-in demo, in mmpo-fast-demo
+  mmpo-fast train --model SmolLM2-135M-Instruct --data pairs.jsonl --output run
+      MMPO with the defaults
+  mmpo-fast train --model M --data pairs.jsonl --eval-data held-out.jsonl --output run --objective dpo --beta 0.1
+      DPO, evaluated before, once per epoch and after
+  mmpo-fast train --resume --output run
+      go on where a run was stopped";
+
 /// The subcommand and its flags.
 pub fn command() -> Command {
     Command::new("train")
         .about("Train a model on preference pairs")
         .long_about(ABOUT)
+        .after_help(EXAMPLES)
         .arg(arguments::own("recipe", "FILE.toml", "Read options from a recipe; flags go before it"))
         .arg(Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too",

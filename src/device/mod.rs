@@ -20,6 +20,7 @@ pub mod cuda;
 mod embedding;
 mod hardware;
 mod head;
+mod host_memory;
 mod linear;
 mod low_rank;
 mod mapped_file;
@@ -41,6 +42,7 @@ pub use head::{
     Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, RECOMPUTE_WORKSPACE, TokenCoefficients,
     TokenScores,
 };
+pub use host_memory::LargeBlocks;
 pub use linear::{Linear, LinearShape};
 pub use low_rank::{Dropout, LowRank, LowRankShape, RowPart, hash};
 pub use mapped_file::MappedFile;

@@ -8,6 +8,7 @@ use crate::config::{LengthLimits, RunConfig};
 use crate::context;
 use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
 use crate::demo::Demo;
+use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::report::DataSummary;
 
@@ -68,6 +69,7 @@ impl Inputs {
         let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
         let companions = companions(text_folder, &folder, &encoder)?;
         let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
+            let _memory = LargeBlocks::give_back();
             let dataset = load_pairs(path, &encoder, limits)?;
             dataset.report.log(&name(given));
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;

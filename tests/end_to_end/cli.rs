@@ -2,6 +2,8 @@
 
 use std::process::{Command, Output};
 
+use crate::harness::Workplace;
+
 fn mmpo_fast(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mmpo-fast"))
         .args(arguments)
@@ -143,4 +145,40 @@ fn a_log_filter_that_is_none_is_an_error() {
         .unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("RUST_LOG"), "the variable is not named");
+}
+
+#[test]
+fn shells_complete_every_command_and_flag() {
+    let work = Workplace::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let text = work.succeed(&format!("completions {shell}")).stdout;
+        for word in ["train", "score", "generate", "bench", "length-normalize", "max-new-tokens"] {
+            assert!(text.contains(word), "{shell}: no {word:?}");
+        }
+    }
+    let refused = work.run("completions tcsh");
+    assert_eq!(refused.code, Some(2));
+    assert!(
+        refused.stderr.contains("[possible values: bash, elvish, fish, powershell, zsh]"),
+        "{}",
+        refused.stderr
+    );
+}
+
+#[test]
+fn man_pages_are_written_for_every_command() {
+    let work = Workplace::new();
+    work.succeed("man pages/man1");
+    for (page, words) in [
+        ("mmpo-fast.1", ["mmpo\\-fast\\-train(1)", "\\-\\-quiet"]),
+        ("mmpo-fast-train.1", ["\\-\\-length\\-normalize", "Examples"]),
+        ("mmpo-fast-generate.1", ["\\-\\-max\\-new\\-tokens", "Example"]),
+    ] {
+        let text = String::from_utf8(work.read(&format!("pages/man1/{page}"))).unwrap();
+        for word in words {
+            assert!(text.contains(word), "{page}: no {word:?} in {text}");
+        }
+    }
+    work.write("file", "mine");
+    work.refuse("man file", 5, &["cannot create file"]);
 }

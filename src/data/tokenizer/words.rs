@@ -22,8 +22,6 @@ use super::{MOST_UNCUT, SegmentCache, Uncut};
 
 /// A word of this many bytes or more is merged here, in little memory, rather than by the library.
 const LONG_WORD: usize = 4096;
-/// A text of this many bytes or more gets a list of ids that never grows.
-const LONG_TEXT: usize = 1 << 20;
 /// Bytes of a word up to which it is worth remembering, and the number of words that are remembered.
 const REMEMBERED_BYTES: usize = 64;
 const REMEMBERED_WORDS: usize = 1 << 16;
@@ -128,10 +126,7 @@ impl Words {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let state = idle().pop();
         let mut state = state.unwrap_or_else(|| self.state());
-        // A long text has room for a token per byte, as digits need it, because a list that grows has its old ids in
-        // memory beside the new ones. Room that is not used is never touched, so it costs no memory.
-        let room = if text.len() >= LONG_TEXT { text.len() + 16 } else { text.len() / 4 };
-        let mut ids = Vec::with_capacity(room);
+        let mut ids = Vec::with_capacity(text.len() / 4);
         let mut part = |part: Part| match part {
             Part::Token(id) => {
                 ids.push(id);
