@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 pub fn command() -> Command {
     Command::new("merge")
         .about("Write a model with an adapter merged into its weights")
+        .after_help("Example:\n  mmpo-fast merge --model M --adapter run/adapter --output merged")
         .arg(
             own("model", "DIR", "Hugging Face folder of the model that the adapter was trained on")
                 .required(true),
