@@ -1,79 +1,370 @@
-// One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of many tensors with f32 states.
+// One AdamW update (Loshchilov and Hutter 2019; the order of operations is PyTorch's) of many tensors: clip, update,
+// rounding of the states and of the weight in one pass, in which every byte moves once.
 //
-// Updates master, first_moment and second_moment, and assigns weight = bf16(master). Clipping costs nothing: every
-// gradient is multiplied by the factor that grad_norm.cu left in norm[1]. 16 bytes are read and 14 written for each
-// value.
+// Moments are f32, bf16, or 8-bit by blocks of 256 values (common/dynamic_map.cuh). The weight is bf16(master) with an
+// f32 master copy, or its own master copy, rounded stochastically (common/stochastic.cuh). All of them are updated in
+// place. The moments of this update move the weight before they are rounded themselves. Clipping costs nothing: every
+// gradient is multiplied by the factor that grad_norm.cu left in norm[1].
+//
+// A warp works on whole vectors of its own: 128 values, or the 256 of a quantised block, so that 8-bit moments need no
+// barrier but that of the table of decades.
 
+#include "common/dynamic_map.cuh"
+#include "common/stochastic.cuh"
 #include "common/tensor_table.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
 // The state of one value.
-struct Moments {
-    float master, first, second;
+struct State {
+    float weight, first, second;
 };
 
-DEVICE Moments update(Moments old, float gradient, const mmpo_adamw_step& step) {
-    Moments now;
+DEVICE State update(State old, float gradient, const mmpo_adamw_step& step) {
+    State now;
     now.first = step.beta1 * old.first + step.rest1 * gradient;
     now.second = step.beta2 * old.second + step.rest2 * gradient * gradient;
     const float denominator = sqrtf(now.second) * step.root_correction + step.epsilon;
-    now.master = step.decay * old.master - step.step_size * now.first / denominator;
+    now.weight = step.decay * old.weight - step.step_size * now.first / denominator;
     return now;
 }
 
-// Updates `count` values, four at most.
-template <bool kVectorized>
-DEVICE void update_vector(bf16* weight, float* master, float* first_moment, float* second_moment, const float* gradient,
-                          int count, float coefficient, const mmpo_adamw_step& step) {
-    float masters[kVectorF32], firsts[kVectorF32], seconds[kVectorF32], gradients[kVectorF32];
-    load4<kVectorized>(gradients, gradient, 0, count);
-    load4<kVectorized>(masters, master, 0, count);
-    load4<kVectorized>(firsts, first_moment, 0, count);
-    load4<kVectorized>(seconds, second_moment, 0, count);
-#pragma unroll
-    for (int i = 0; i < kVectorF32; ++i) {
-        const Moments now = update(Moments{masters[i], firsts[i], seconds[i]}, gradients[i] * coefficient, step);
-        masters[i] = now.master;
-        firsts[i] = now.first;
-        seconds[i] = now.second;
+// What a warp is given of a tensor: a lane's vector v is the values at(v) .. at(v) + 4 of it. `length` ends them only
+// in kernels that are not vectorized.
+template <int kVectors>
+struct WarpPart {
+    static constexpr int kValues = kVectors * kWarp * kVectorF32;
+
+    int64_t start;
+    int64_t length;
+
+    DEVICE int64_t at(int vector) const { return start + (vector * kWarp + int(lane_id())) * kVectorF32; }
+    // How many of a vector's values there are.
+    DEVICE int count(int vector) const { return int(max(min(length - at(vector), int64_t(kVectorF32)), int64_t(0))); }
+    DEVICE bool is_whole() const { return start + kValues <= length; }
+};
+
+template <int kVectors>
+using Values = float[kVectors][kVectorF32];
+
+// ---- moments
+
+struct F32Moments {
+    static constexpr int kVectors = 1;
+    static constexpr bool kNeedsDecades = false;
+
+    float* first;
+    float* second;
+
+    explicit F32Moments(const mmpo_adamw_tensor& tensor)
+        : first(static_cast<float*>(tensor.first_moment)), second(static_cast<float*>(tensor.second_moment)) {}
+    F32Moments() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(first, second); }
+
+    template <bool kVectorized>
+    DEVICE void load(Values<kVectors>& firsts, Values<kVectors>& seconds, WarpPart<kVectors> part,
+                     const DecadeTable&) const {
+        load4<kVectorized>(firsts[0], first + part.at(0), 0, part.count(0));
+        load4<kVectorized>(seconds[0], second + part.at(0), 0, part.count(0));
     }
-    store4<kVectorized>(master, 0, count, masters);
-    store4<kVectorized>(first_moment, 0, count, firsts);
-    store4<kVectorized>(second_moment, 0, count, seconds);
-    store4<kVectorized>(weight, 0, count, masters);
+
+    template <bool kVectorized>
+    DEVICE void store(const Values<kVectors>& firsts, const Values<kVectors>& seconds, WarpPart<kVectors> part,
+                      const DecadeTable&) const {
+        store4<kVectorized>(first + part.at(0), 0, part.count(0), firsts[0]);
+        store4<kVectorized>(second + part.at(0), 0, part.count(0), seconds[0]);
+    }
+};
+
+struct Bf16Moments {
+    static constexpr int kVectors = 1;
+    static constexpr bool kNeedsDecades = false;
+
+    bf16* first;
+    bf16* second;
+
+    explicit Bf16Moments(const mmpo_adamw_tensor& tensor)
+        : first(static_cast<bf16*>(tensor.first_moment)), second(static_cast<bf16*>(tensor.second_moment)) {}
+    Bf16Moments() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(first, second); }
+
+    template <bool kVectorized>
+    DEVICE void load(Values<kVectors>& firsts, Values<kVectors>& seconds, WarpPart<kVectors> part,
+                     const DecadeTable&) const {
+        load4<kVectorized>(firsts[0], first + part.at(0), 0, part.count(0));
+        load4<kVectorized>(seconds[0], second + part.at(0), 0, part.count(0));
+    }
+
+    template <bool kVectorized>
+    DEVICE void store(const Values<kVectors>& firsts, const Values<kVectors>& seconds, WarpPart<kVectors> part,
+                      const DecadeTable&) const {
+        store4<kVectorized>(first + part.at(0), 0, part.count(0), firsts[0]);
+        store4<kVectorized>(second + part.at(0), 0, part.count(0), seconds[0]);
+    }
+};
+
+// Loads four codes; those that are not there are `zero`.
+template <bool kVectorized>
+DEVICE uint32_t load_codes(const uint8_t* codes, int count, uint32_t zero) {
+    if constexpr (kVectorized) {
+        return *reinterpret_cast<const uint32_t*>(codes);
+    } else {
+        uint32_t packed = 0;
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) packed |= (i < count ? uint32_t(codes[i]) : zero) << 8 * i;
+        return packed;
+    }
 }
 
-constexpr int kBlockValues = kBlock * kVectorF32;
-using Table = TensorTable<mmpo_adamw_tensor>;
-
-// A thread updates four values, with 64 bytes of loads under way.
-__global__ void __launch_bounds__(kBlock)
-    adamw_kernel(const __grid_constant__ Table table, const float* __restrict__ norm, mmpo_adamw_step step) {
-    const int found = table.find();
-    const mmpo_adamw_tensor& tensor = table.tensors[found];
-    const int64_t at = table.first_value<kBlockValues>(found) + int(threadIdx.x) * kVectorF32;
-    if (at >= tensor.length) return;
-    const int64_t left = tensor.length - at;
-    const float coefficient = norm[1];
-    bf16* const weight = tensor.weight;
-    float *const master = tensor.master, *const first = tensor.first_moment, *const second = tensor.second_moment;
-    const float* const gradient = tensor.gradient;
-    if (left >= kVectorF32 && vector_aligned(weight, master, first, second, gradient)) {
-        update_vector<true>(weight + at, master + at, first + at, second + at, gradient + at, kVectorF32, coefficient,
-                            step);
+template <bool kVectorized>
+DEVICE void store_codes(uint8_t* codes, int count, uint32_t packed) {
+    if constexpr (kVectorized) {
+        *reinterpret_cast<uint32_t*>(codes) = packed;
     } else {
-        update_vector<false>(weight + at, master + at, first + at, second + at, gradient + at,
-                             int(min(left, int64_t(kVectorF32))), coefficient, step);
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) {
+            if (i < count) codes[i] = uint8_t(packed >> 8 * i);
+        }
     }
+}
+
+struct EightBitMoments {
+    static constexpr int kVectors = 2;
+    static constexpr bool kNeedsDecades = true;
+    static_assert(WarpPart<kVectors>::kValues == kQuantizedBlock, "a warp has one block");
+
+    uint8_t* first;
+    uint8_t* second;
+    float* first_scales;
+    float* second_scales;
+
+    explicit EightBitMoments(const mmpo_adamw_tensor& tensor)
+        : first(static_cast<uint8_t*>(tensor.first_moment)),
+          second(static_cast<uint8_t*>(tensor.second_moment)),
+          first_scales(tensor.first_scales),
+          second_scales(tensor.second_scales) {}
+    EightBitMoments() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(first, second); }
+
+    template <bool kVectorized>
+    DEVICE void load(Values<kVectors>& firsts, Values<kVectors>& seconds, WarpPart<kVectors> part,
+                     const DecadeTable& decades) const {
+        uint32_t packed[2][kVectors];
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            packed[0][v] = load_codes<kVectorized>(first + part.at(v), part.count(v), DynamicMap<true>::kZeroCode);
+            packed[1][v] = load_codes<kVectorized>(second + part.at(v), part.count(v), DynamicMap<false>::kZeroCode);
+        }
+        // One lane loads each scale, and all get it.
+        const int64_t block = part.start / kQuantizedBlock;
+        float scale = 0.0f;
+        if (lane_id() < 2) scale = (lane_id() == 0 ? first_scales : second_scales)[block];
+        const float first_scale = __shfl_sync(0xffffffffu, scale, 0);
+        const float second_scale = __shfl_sync(0xffffffffu, scale, 1);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+            for (int i = 0; i < kVectorF32; ++i) {
+                firsts[v][i] = DynamicMap<true>::decode(packed[0][v] >> 8 * i & 0xffu, decades) * first_scale;
+                seconds[v][i] = DynamicMap<false>::decode(packed[1][v] >> 8 * i & 0xffu, decades) * second_scale;
+            }
+        }
+    }
+
+    template <bool kVectorized>
+    DEVICE void store(const Values<kVectors>& firsts, const Values<kVectors>& seconds, WarpPart<kVectors> part,
+                      const DecadeTable& decades) const {
+        const float first_scale = block_scale(firsts), second_scale = block_scale(seconds);
+        const float first_inverse = first_scale == 0.0f ? 0.0f : 1.0f / first_scale;
+        const float second_inverse = second_scale == 0.0f ? 0.0f : 1.0f / second_scale;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            uint32_t packed_firsts = 0, packed_seconds = 0;
+#pragma unroll
+            for (int i = 0; i < kVectorF32; ++i) {
+                packed_firsts |= DynamicMap<true>::encode(firsts[v][i] * first_inverse, decades) << 8 * i;
+                packed_seconds |= DynamicMap<false>::encode(seconds[v][i] * second_inverse, decades) << 8 * i;
+            }
+            store_codes<kVectorized>(first + part.at(v), part.count(v), packed_firsts);
+            store_codes<kVectorized>(second + part.at(v), part.count(v), packed_seconds);
+        }
+        const int64_t block = part.start / kQuantizedBlock;
+        if (lane_id() == 0) first_scales[block] = first_scale;
+        if (lane_id() == 1) second_scales[block] = second_scale;
+    }
+
+    // The largest absolute value of the warp's block; 0 where that is no normal f32. As numbers that are not negative
+    // are ordered as their bits are, with NaN above all, the largest is found among integers.
+    DEVICE static float block_scale(const Values<kVectors>& values) {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+            for (int i = 0; i < kVectorF32; ++i) largest = max(largest, __float_as_uint(values[v][i]) & 0x7fffffffu);
+        }
+        largest = __reduce_max_sync(0xffffffffu, largest);
+        return largest < 0x00800000u ? 0.0f : __uint_as_float(largest);
+    }
+};
+
+// ---- weights
+
+struct MasterWeights {
+    bf16* weight;
+    float* master;
+
+    explicit MasterWeights(const mmpo_adamw_tensor& tensor) : weight(tensor.weight), master(tensor.master) {}
+    MasterWeights() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(weight, master); }
+
+    template <bool kVectorized>
+    DEVICE void load(float (&values)[kVectorF32], int64_t at, int count) const {
+        load4<kVectorized>(values, master + at, 0, count);
+    }
+
+    template <bool kVectorized>
+    DEVICE void store(const float (&values)[kVectorF32], int64_t at, int count, const mmpo_adamw_step&) const {
+        store4<kVectorized>(master + at, 0, count, values);
+        store4<kVectorized>(weight + at, 0, count, values);
+    }
+};
+
+struct StochasticWeights {
+    bf16* weight;
+    // The tensor's number, on which its random bits depend.
+    uint64_t tensor;
+
+    explicit StochasticWeights(const mmpo_adamw_tensor& tensor) : weight(tensor.weight), tensor(tensor.tensor) {}
+    StochasticWeights() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(weight); }
+
+    template <bool kVectorized>
+    DEVICE void load(float (&values)[kVectorF32], int64_t at, int count) const {
+        load4<kVectorized>(values, weight + at, 0, count);
+    }
+
+    template <bool kVectorized>
+    DEVICE void store(const float (&values)[kVectorF32], int64_t at, int count, const mmpo_adamw_step& step) const {
+        const uint2 random = rounding_bits(uint64_t(at) / kVectorF32, uint32_t(tensor), step.step,
+                                           make_uint2(step.seed_low, step.seed_high));
+        float rounded[kVectorF32];
+        rounded[0] = to_float(round_stochastically(values[0], random.x));
+        rounded[1] = to_float(round_stochastically(values[1], random.x >> 16));
+        rounded[2] = to_float(round_stochastically(values[2], random.y));
+        rounded[3] = to_float(round_stochastically(values[3], random.y >> 16));
+        // Each is a bf16 already, so that rounding to nearest keeps it.
+        store4<kVectorized>(weight + at, 0, count, rounded);
+    }
+};
+
+// ---- the kernel
+
+template <class Moments, class Weights>
+struct Tensor {
+    Moments moments;
+    Weights weights;
+    const float* gradient;
+    int64_t length;
+
+    explicit Tensor(const mmpo_adamw_tensor& tensor)
+        : moments(tensor), weights(tensor), gradient(tensor.gradient), length(tensor.length) {}
+    Tensor() = default;
+
+    DEVICE bool aligned() const { return moments.aligned() && weights.aligned() && vector_aligned(gradient); }
+};
+
+template <bool kVectorized, class Moments, class Weights>
+DEVICE void update_part(const Tensor<Moments, Weights>& tensor, WarpPart<Moments::kVectors> part, float coefficient,
+                        const mmpo_adamw_step& step, const DecadeTable& decades) {
+    constexpr int kVectors = Moments::kVectors;
+    Values<kVectors> gradients, weights, firsts, seconds;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        load4<kVectorized>(gradients[v], tensor.gradient + part.at(v), 0, part.count(v));
+        tensor.weights.template load<kVectorized>(weights[v], part.at(v), part.count(v));
+    }
+    tensor.moments.template load<kVectorized>(firsts, seconds, part, decades);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) {
+            const State now =
+                update(State{weights[v][i], firsts[v][i], seconds[v][i]}, gradients[v][i] * coefficient, step);
+            weights[v][i] = now.weight;
+            firsts[v][i] = now.first;
+            seconds[v][i] = now.second;
+        }
+        tensor.weights.template store<kVectorized>(weights[v], part.at(v), part.count(v), step);
+    }
+    tensor.moments.template store<kVectorized>(firsts, seconds, part, decades);
+}
+
+template <class Moments>
+constexpr int kBlockValues = kBlockWarps * WarpPart<Moments::kVectors>::kValues;
+template <class Moments>
+constexpr size_t kSharedBytes = Moments::kNeedsDecades ? 2 * kDecades * sizeof(float) : 0;
+
+template <class Moments, class Weights>
+__global__ void __launch_bounds__(kBlock)
+    adamw_kernel(const __grid_constant__ TensorTable<Tensor<Moments, Weights>> table, const float* __restrict__ norm,
+                 mmpo_adamw_step step) {
+    DecadeTable decades{};
+    if constexpr (Moments::kNeedsDecades) {
+        DYNAMIC_SHARED(shared);
+        decades = fill_decades(reinterpret_cast<float*>(shared));
+    }
+    const int found = table.find();
+    const Tensor<Moments, Weights>& tensor = table.tensors[found];
+    const int warp = int(threadIdx.x) / kWarp;
+    const WarpPart<Moments::kVectors> part{
+        table.template first_value<kBlockValues<Moments>>(found) + warp * WarpPart<Moments::kVectors>::kValues,
+        tensor.length};
+    if (part.start >= tensor.length) return;
+    const float coefficient = norm[1];
+    if (part.is_whole() && tensor.aligned()) {
+        update_part<true>(tensor, part, coefficient, step, decades);
+    } else {
+        update_part<false>(tensor, part, coefficient, step, decades);
+    }
+}
+
+template <class Moments, class Weights>
+mmpo_status launch_kernel(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
+                          mmpo_stream stream) {
+    using Row = Tensor<Moments, Weights>;
+    return launch_tables_of<Row>(tensors, count, kBlockValues<Moments>,
+                                 [=](const TensorTable<Row>& table, unsigned blocks) {
+                                     return LAUNCH((adamw_kernel<Moments, Weights>), blocks, kBlock,
+                                                   kSharedBytes<Moments>, cuda_stream(stream), table, norm, step);
+                                 });
+}
+
+template <class Moments>
+mmpo_status launch_moments(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
+                           mmpo_stream stream) {
+    if (count == 0) return kSuccess;
+    return tensors[0].master != nullptr ? launch_kernel<Moments, MasterWeights>(tensors, count, norm, step, stream)
+                                        : launch_kernel<Moments, StochasticWeights>(tensors, count, norm, step, stream);
 }
 
 }  // namespace
 
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                               mmpo_stream stream) {
-    return launch_tables(tensors, count, kBlockValues, [=](const Table& table, unsigned blocks) {
-        return LAUNCH(adamw_kernel, blocks, kBlock, 0, cuda_stream(stream), table, norm, step);
-    });
+                               int32_t moments, mmpo_stream stream) {
+    switch (moments) {
+        case MMPO_MOMENTS_F32:
+            return launch_moments<F32Moments>(tensors, count, norm, step, stream);
+        case MMPO_MOMENTS_BF16:
+            return launch_moments<Bf16Moments>(tensors, count, norm, step, stream);
+        case MMPO_MOMENTS_8BIT:
+            return launch_moments<EightBitMoments>(tensors, count, norm, step, stream);
+        default:
+            return kInvalidValue;
+    }
 }

@@ -414,7 +414,10 @@ mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_f
 
 /* ---- adamw.cu */
 
-/* The factors of one AdamW update, computed in f64 on the host. */
+/* The formats of moments: mmpo_adamw_tensor says what lies where. */
+enum mmpo_moments { MMPO_MOMENTS_F32 = 0, MMPO_MOMENTS_BF16 = 1, MMPO_MOMENTS_8BIT = 2 };
+
+/* The factors of one AdamW update, computed in f64 on the host, and what random bits depend on. */
 typedef struct mmpo_adamw_step {
     float beta1;
     float beta2;
@@ -424,26 +427,36 @@ typedef struct mmpo_adamw_step {
     float step_size;       /* learning_rate / (1 - beta1^step) */
     float root_correction; /* 1 / sqrt(1 - beta2^step) */
     float epsilon;
+    uint32_t step;     /* number of this update, from 1 */
+    uint32_t seed_low; /* of the run: the key of stochastic rounding */
+    uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. */
+/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master copy.
+ * Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute value,
+ * for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
-    float* first_moment;
-    float* second_moment;
+    void* first_moment;
+    void* second_moment;
+    float* first_scales;
+    float* second_scales;
     const float* gradient;
     int64_t length;
+    uint32_t tensor; /* its number in the model, on which the random bits of stochastic rounding depend */
 } mmpo_adamw_tensor;
 
-/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1]:
+/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w = master, or weight where there is none:
  *   first  = beta1 * first + rest1 * g
  *   second = beta2 * second + rest2 * g^2
- *   master = decay * master - step_size * first / (sqrt(second) * root_correction + epsilon)
- * Updates master, first_moment and second_moment (f32) of each tensor, and assigns weight = bf16(master). `tensors` is
- * in host memory and is read during the call only. */
+ *   w      = decay * w - step_size * first / (sqrt(second) * root_correction + epsilon)
+ * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new weight
+ * is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the key `seed`.
+ * Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`, and either all
+ * or none have a master copy. `tensors` is in host memory and is read during the call only. */
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                               mmpo_stream stream);
+                               int32_t moments, mmpo_stream stream);
 
 #ifdef __cplusplus
 }

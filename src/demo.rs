@@ -41,6 +41,11 @@ impl Demo {
         Ok(demo)
     }
 
+    /// The folder of all of them.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The folder of the model.
     pub fn model(&self) -> PathBuf {
         self.folder.path().join("model")

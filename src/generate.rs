@@ -12,6 +12,7 @@ use crate::context;
 use crate::data::{Message, TextEncoder};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::{Generation, Llama};
 use crate::report::{Reader, print_result};
@@ -26,12 +27,13 @@ const MOST_POSITIONS: usize = 1 << 20;
 /// Those of the model folder, of [`TextEncoder::encode_chat_prompt`], of the device and of standard output.
 pub fn run(config: &GenerateConfig) -> Result<()> {
     interrupt::install()?;
-    let folder = ModelFolder::open(&config.model)?;
+    let model = hub::model(&config.model)?;
+    let folder = ModelFolder::open(&model)?;
     folder.check_finite()?;
     let adapter =
         config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
-    let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
-    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
+    let text_folder = context::text_folder(&model, config.adapter.as_deref());
+    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let prompt = match config.raw {
         true => encoder.encode_text_prompt(&config.prompt)?,
         false => {

@@ -4,7 +4,8 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`]. Below them, in the order of a training step:
+//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`]. Below them, in the order of a
+//! training step:
 //!
 //! | module | holds |
 //! |---|---|
@@ -54,6 +55,7 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::ScoreConfig;
 use crate::context;
-use crate::data::{PairDataset, TextEncoder, TokenizedPair, load_pairs};
+use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
 use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::report::{Progress, print_notice, print_result};
@@ -22,7 +23,7 @@ use output::ScoreOutput;
 /// A line of the output file. Log-probs and entropies are sums over the response's tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ScoreLine {
-    /// 1-based record of the data file.
+    /// 1-based record of the data, over all its files.
     pub record: usize,
     /// Log-prob of the chosen response.
     pub logp_chosen: f64,
@@ -58,6 +59,7 @@ pub struct Rewards {
 /// Those of model folders, data, device and output; [`Error::Numerics`] for scores that are not finite.
 pub fn run(config: &ScoreConfig) -> Result<()> {
     interrupt::install()?;
+    let config = &located(config)?;
     let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
@@ -67,12 +69,14 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
     let limits = context::limits(config.asked_lengths, &models)?;
     let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
-    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
+    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
+    let source = PairSource::open(&config.data, &config.columns, Part::All)?;
+    let treatment = Treatment { limits, policies: config.policies, tolerant: false };
     let memory = LargeBlocks::give_back();
-    let dataset = load_pairs(&config.data, &encoder, limits)?;
+    let dataset = load(&source, &encoder, treatment, &mut |_| {})?;
     drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
-    dataset.report.log(&config.data.display().to_string());
+    dataset.log();
     if let Some(reference) = &reference {
         reference.check_finite()?;
         dataset.check_vocabulary(reference.config().vocab_size, reference.path())?;
@@ -100,6 +104,16 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The configuration with names of the Hub replaced by folders of its cache.
+fn located(config: &ScoreConfig) -> Result<ScoreConfig> {
+    Ok(ScoreConfig {
+        model: hub::model(&config.model)?,
+        reference: config.reference.as_deref().map(hub::model).transpose()?,
+        data: hub::pairs(&config.data)?,
+        ..config.clone()
+    })
 }
 
 struct Scoring<'a> {

@@ -9,6 +9,7 @@ mod adapter;
 mod checkpoint;
 mod guard;
 mod inputs;
+mod layer_updates;
 mod lock;
 mod output;
 mod plan;
@@ -30,6 +31,7 @@ use crate::config::RunConfig;
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
@@ -47,17 +49,19 @@ use samples::Samples;
 pub fn run(config: &RunConfig) -> Result<()> {
     interrupt::install()?;
     let started = Instant::now();
+    let config = &located(config)?;
     let output = Output::check(config)?;
     let inputs = Inputs::load(config)?;
     // The lengths are those that the run really has: they are saved, and a resumed run must agree with them.
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
+    plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
     let identity = identity(&recorded, &inputs);
-    let tensors = checkpoint::stored_tensors(&adapter::layout(&inputs));
+    let tensors = checkpoint::stored_tensors(&adapter::layout(&inputs), config.memory.states);
     let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
     if matches!(start, Start::Finished) {
         return say_finished(&output, &plan);
@@ -66,6 +70,19 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let (device, threads) = (config.device, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
     run_on(device, threads, training)
+}
+
+/// The configuration with names of the Hub replaced by folders of its cache, so that the run's record says which
+/// revision was read.
+fn located(config: &RunConfig) -> Result<RunConfig> {
+    let mut located = config.clone();
+    for path in [&mut located.model, &mut located.reference].into_iter().flatten() {
+        *path = hub::model(path)?;
+    }
+    for files in [&mut located.data, &mut located.evaluation.data].into_iter().flatten() {
+        *files = hub::pairs(files)?;
+    }
+    Ok(located)
 }
 
 /// What must not change between the parts of a run.
@@ -184,7 +201,8 @@ impl<'a, D: Device> Run<'a, D> {
             plan.pairs_per_step,
             config.batch.tokens_per_micro_batch,
         );
-        let workload = Workload { head: config.head, ..workload };
+        let workload =
+            Workload { head: config.head, memory: config.memory, rounding_seed: config.seed, ..workload };
         let mut trainer = Trainer::new(model, config.objective, workload)?;
         trainer.dropout_seed = config.seed;
         if let Some(adapter) = &inputs.adapter {

@@ -17,12 +17,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use golden::Golden;
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::device::Hardware;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
-use mmpo_fast::model::{HeadChoice, HeadOptions};
+use mmpo_fast::model::{HeadChoice, HeadOptions, Recompute};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective};
-use mmpo_fast::optimizer::AdamWStep;
+use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
+use mmpo_fast::train::Workload;
 
 /// Bytes from which on an allocation counts. The smallest scratch memory of an operation here has 16 KiB.
 const LARGE: usize = 4096;
@@ -113,19 +115,35 @@ fn a_step_allocates_nothing_large() {
 
     let recompute = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
     let dpo = Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 });
+    let plain = MemoryConfig::default();
+    let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
+    let by_layer = MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states };
+    let small = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::F32 };
+    let selective = MemoryConfig { recompute: Recompute::Selective, states: small, ..plain };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
-    for (name, objective, head) in [
-        ("tied", MMPO, HeadOptions::default()),
-        ("bias", dpo, HeadOptions::default()),
-        ("base", MMPO, recompute),
+    for (name, objective, head, memory) in [
+        ("tied", MMPO, HeadOptions::default(), plain),
+        ("bias", dpo, HeadOptions::default(), plain),
+        ("base", MMPO, recompute, plain),
+        ("base", MMPO, HeadOptions::default(), selective),
+        ("base", MMPO, HeadOptions::default(), by_layer),
     ] {
         let golden = Golden::read(&folder.join(name));
         let device = Arc::new(CpuDevice::new(Some(3)).expect("the CPU device starts"));
-        golden.with_trainer(&device, objective, head, |trainer, pairs| {
+        // Gradients by layer take neither clipping nor several micro-batches.
+        let max_grad_norm = (memory.gradients == GradientConfig::F32).then_some(1.0);
+        let adjust = |workload: Workload| match memory.gradients {
+            GradientConfig::F32 => Workload { head, memory, ..workload },
+            GradientConfig::Layer => {
+                let whole = Workload::plan(&golden.pairs, &objective, golden.pairs.len(), usize::MAX);
+                Workload { head, memory, ..whole }
+            }
+        };
+        golden.with_trainer_of(&device, objective, adjust, |trainer, pairs| {
             let before = device.memory();
             for step in 1..=3 {
                 let (large, largest) = large_allocations(|| {
-                    trainer.step(pairs, adamw(step), Some(1.0)).expect("step");
+                    trainer.step(pairs, adamw(step), max_grad_norm).expect("step");
                     trainer.evaluate(pairs).expect("evaluation");
                 });
                 let small = SMALL_ONES.load(Ordering::Relaxed);

@@ -404,6 +404,8 @@ const TINY: (f32, f32) = (power(-13), power(-13));
 const SUMS: &[Sum] = &[
     // f32 rounds 1 + 1.5 * 2^-24 to nearest; tensor cores cut it off.
     (&[(1.0, 1.0), (1.5 * power(-12), power(-12))], [1, 0, 0]),
+    // Twice 2^-24 beside 1: the last bit that Ampere keeps. In f32 each is half a unit, which rounds to even.
+    (&[(1.0, 1.0), (power(-12), power(-12)), (power(-12), power(-12))], [0, 1, 1]),
     // Four times 2^-25 beside 1: one bit more than Ampere keeps, as many as Hopper keeps.
     (
         &[

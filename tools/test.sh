@@ -21,6 +21,8 @@ stage "beside transformers and TRL"
 bash tests/reference/check.sh
 stage "a real model"
 bash tests/reference/check_real_model.sh
+stage "the wheel"
+bash tests/python/check.sh
 stage "the scripts of a GPU machine"
 bash tests/gpu_scripts/check.sh
 stage "done"

@@ -40,11 +40,12 @@ struct TensorTable {
     }
 };
 
-// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, each of `block_values` values. Tensors
+// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, each of `block_values` values. The table has a
+// `Row` for each, made from the tensor: a launcher leaves out what its kernel does not read, so that a table holds more. Tensors
 // without values are skipped.
-template <class Tensor, class Launch>
-mmpo_status launch_tables(const Tensor* tensors, int count, int64_t block_values, Launch launch) {
-    using Table = TensorTable<Tensor>;
+template <class Row, class Tensor, class Launch>
+mmpo_status launch_tables_of(const Tensor* tensors, int count, int64_t block_values, Launch launch) {
+    using Table = TensorTable<Row>;
     static_assert(sizeof(Table) <= kTableBytes && Table::kCapacity <= 256, "a parameter, found in eight steps");
     for (int next = 0; next < count;) {
         Table table{};
@@ -52,7 +53,7 @@ mmpo_status launch_tables(const Tensor* tensors, int count, int64_t block_values
         unsigned blocks = 0;
         for (; next < count && held < Table::kCapacity; ++next) {
             if (tensors[next].length == 0) continue;
-            table.tensors[held] = tensors[next];
+            table.tensors[held] = Row(tensors[next]);
             table.first_blocks[held++] = blocks;
             blocks += unsigned(ceil_div(tensors[next].length, block_values));
         }
@@ -61,6 +62,11 @@ mmpo_status launch_tables(const Tensor* tensors, int count, int64_t block_values
         if (const mmpo_status status = launch(table, blocks)) return status;
     }
     return kSuccess;
+}
+
+template <class Tensor, class Launch>
+mmpo_status launch_tables(const Tensor* tensors, int count, int64_t block_values, Launch launch) {
+    return launch_tables_of<Tensor>(tensors, count, block_values, launch);
 }
 
 }  // namespace MMPO_VARIANT

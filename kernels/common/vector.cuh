@@ -136,6 +136,21 @@ DEVICE void store4(float* row, int column, int width, const float (&values)[kVec
     }
 }
 
+// Loads four bf16 values, 8 bytes.
+template <bool kVectorized>
+DEVICE void load4(float (&values)[kVectorF32], const bf16* row, int column, int width) {
+    if constexpr (kVectorized) {
+        const uint2 packed = column < width ? *reinterpret_cast<const uint2*>(row + column) : make_uint2(0, 0);
+        values[0] = low_bf16(packed.x);
+        values[1] = high_bf16(packed.x);
+        values[2] = low_bf16(packed.y);
+        values[3] = high_bf16(packed.y);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) values[i] = column + i < width ? to_float(row[column + i]) : 0.0f;
+    }
+}
+
 // Stores four values as bf16, 8 bytes.
 template <bool kVectorized>
 DEVICE void store4(bf16* row, int column, int width, const float (&values)[kVectorF32]) {

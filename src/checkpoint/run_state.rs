@@ -23,6 +23,10 @@ const TENSORS: &str = "state.safetensors";
 /// that are never 0.
 const FORMAT: u32 = 2;
 
+/// Options that came later than format 2, and what runs did before: a checkpoint without them goes on with these.
+const ADDED_OPTIONS: [(&str, &str); 3] =
+    [("optimizer_states", "\"f32\""), ("master_weights", "\"f32\""), ("gradients", "\"f32\"")];
+
 /// Where a run stands. Integers and text alone: each comes back exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -349,7 +353,12 @@ fn damaged(path: &Path, error: serde_json::Error) -> Error {
 
 /// One sentence for every key whose value differs.
 fn config_differences(then: &str, now: &str, free: &[&str]) -> Result<Vec<String>> {
-    let (then, now) = (flat(then)?, flat(now)?);
+    let (mut then, now) = (flat(then)?, flat(now)?);
+    for (key, value) in ADDED_OPTIONS {
+        if now.contains_key(key) {
+            then.entry(key.to_string()).or_insert_with(|| value.to_string());
+        }
+    }
     let is_free = |key: &str| {
         free.iter()
             .any(|free| key.strip_prefix(free).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))

@@ -11,7 +11,7 @@ const MAX_NEW_TOKENS: usize = 256;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    ["chat_template", "device", "threads"].contains(&row.name)
+    ["chat_template", "template_date", "device", "threads"].contains(&row.name)
 }
 
 /// The subcommand and its flags.
@@ -70,6 +70,7 @@ pub fn config(matches: &ArgMatches) -> Result<GenerateConfig> {
         system: arguments::text(matches, "system"),
         raw: matches.get_flag("raw"),
         chat_template: settled.chat_template,
+        template_date: settled.template_date,
         max_new_tokens: value(matches, "max_new_tokens", |count: &usize| *count >= 1, "must be at least 1")?
             .unwrap_or(MAX_NEW_TOKENS),
         temperature,

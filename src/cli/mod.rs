@@ -1,8 +1,9 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `score`, `generate`, `merge` and
-//! `bench`.
+//! The command line: one file a command. Parsing only; the commands themselves are `train`, `check`,
+//! `score`, `generate`, `merge` and `bench`.
 
 mod arguments;
 mod bench;
+mod check;
 mod generate;
 mod merge;
 mod score;
@@ -16,7 +17,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
 /// How much a command line asks the program to say.
@@ -38,6 +39,7 @@ pub struct Invocation {
 enum Parsed {
     Version,
     Train(Box<RunConfig>),
+    Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Merge(MergeConfig),
@@ -71,6 +73,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
@@ -80,7 +83,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge or bench",
             )));
         }
     };
@@ -96,6 +99,7 @@ impl Invocation {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
             Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
@@ -106,7 +110,8 @@ impl Invocation {
     }
 }
 
-fn command() -> Command {
+/// All commands and their flags: for the parser, and for whoever describes them elsewhere (completions, man pages, Python).
+pub fn command() -> Command {
     let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
     Command::new("mmpo-fast")
         .about(
@@ -130,6 +135,7 @@ fn command() -> Command {
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
         .subcommand(train::command())
+        .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(merge::command())

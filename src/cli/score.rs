@@ -3,8 +3,9 @@
 use clap::{ArgMatches, Command};
 
 use super::arguments::{self, own, value};
-use crate::config::options::Row;
-use crate::config::{self, ObjectiveKind, ScoreConfig};
+use crate::config::options::{PROBLEMS_HEADING, Row};
+use crate::config::value::OptionValue;
+use crate::config::{self, ObjectiveKind, PairFiles, ScoreConfig};
 use crate::error::{Error, Result};
 
 /// Factor of the rewards: DPO's own default.
@@ -12,9 +13,17 @@ const BETA: f64 = 0.1;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    let names =
-        ["chat_template", "max_prompt_length", "max_length", "tokens_per_micro_batch", "device", "threads"];
-    names.contains(&row.name)
+    let names = [
+        "chat_template",
+        "template_date",
+        "columns",
+        "max_prompt_length",
+        "max_length",
+        "tokens_per_micro_batch",
+        "device",
+        "threads",
+    ];
+    names.contains(&row.name) || row.heading == PROBLEMS_HEADING
 }
 
 /// The subcommand and its flags.
@@ -31,7 +40,7 @@ pub fn command() -> Command {
             "DIR",
             "Folder of an adapter of that model, as PEFT has it: the adapted model is scored",
         ))
-        .arg(own("data", "FILE", "Preference pairs: .jsonl, .json or .jsonl.gz").required(true))
+        .arg(own("data", PairFiles::PLACEHOLDER, "Preference pairs, named as with `train`").required(true))
         .arg(
             own(
                 "output",
@@ -68,7 +77,10 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
     Ok(ScoreConfig {
         model: required("model")?,
         adapter: path("adapter")?,
-        data: required("data")?,
+        data: value(matches, "data", |_: &PairFiles| true, "")?.ok_or_else(|| missing("data"))?,
+        columns: settled.columns.clone().unwrap_or_default(),
+        template_date: settled.template_date,
+        policies: settled.policies(),
         output: required("output")?,
         reference: path("reference")?,
         beta: value(matches, "beta", positive, "must be finite and greater than 0")?.unwrap_or(BETA),

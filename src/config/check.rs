@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::Policy;
 use super::value::{EntropyWeight, Source};
 
 pub type Check<T> = fn(&T) -> Result<(), &'static str>;
@@ -34,6 +35,10 @@ pub fn epochs(value: &f64) -> Result<(), &'static str> {
 
 pub fn zero_to_one(value: &f64) -> Result<(), &'static str> {
     rule((0.0..=1.0).contains(value), "must be from 0 to 1")
+}
+
+pub fn between_zero_and_one(value: &f64) -> Result<(), &'static str> {
+    rule(*value > 0.0 && *value < 1.0, "must be greater than 0 and less than 1")
 }
 
 pub fn half_to_one(value: &f64) -> Result<(), &'static str> {
@@ -116,4 +121,16 @@ pub fn source(value: &Source) -> Result<(), &'static str> {
         Source::Builtin => Ok(()),
         Source::Path(value) => path(value),
     }
+}
+
+pub fn drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(matches!(value, Policy::Drop | Policy::Error), "must be drop or error")
+}
+
+pub fn cut_drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(*value != Policy::Keep, "must be cut, drop or error")
+}
+
+pub fn keep_drop_or_error(value: &Policy) -> Result<(), &'static str> {
+    rule(*value != Policy::Cut, "must be keep, drop or error: there is nothing to cut")
 }

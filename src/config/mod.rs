@@ -5,31 +5,37 @@
 
 mod check;
 pub mod options;
+mod policy;
 pub mod recipe;
 mod resolve;
+mod sources;
 pub mod suggest;
 pub mod value;
 
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve};
+pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{HeadOptions, LoraSettings};
+use crate::model::{HeadOptions, LoraSettings, Recompute};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
-use crate::optimizer::{AdamWSettings, Schedule};
+use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
 
 /// Everything `train` needs to know. Made by [`crate::config`] alone, so that every value in it is valid.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunConfig {
     /// Hugging Face model folder; `None` is the built-in demo model.
     pub model: Option<PathBuf>,
-    /// Pairs file; `None` is the built-in demo pairs.
-    pub data: Option<PathBuf>,
+    /// Pairs to train on; `None` is the built-in demo pairs.
+    pub data: Option<PairFiles>,
+    /// Columns that have other names in the files of pairs.
+    pub columns: ColumnNames,
     /// Folder of the run; made if it is absent.
     pub output: PathBuf,
     /// Frozen reference folder; `None` is the starting model.
@@ -40,6 +46,8 @@ pub struct RunConfig {
     pub lora: Option<LoraSettings>,
     /// Folder of adapters to go on training in place of the weights.
     pub adapter: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the run.
+    pub template_date: Option<TemplateDate>,
     /// The objective, with its numbers.
     pub objective: Objective,
     /// Numbers of AdamW but the learning rate of each step.
@@ -52,6 +60,8 @@ pub struct RunConfig {
     pub limits: LengthLimits,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
     /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
@@ -62,6 +72,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
@@ -99,13 +111,13 @@ impl RunConfig {
         recorded.output = absolute(&self.output)?;
         let optional = [
             &mut recorded.model,
-            &mut recorded.data,
             &mut recorded.reference,
             &mut recorded.chat_template,
             &mut recorded.adapter,
-            &mut recorded.evaluation.data,
         ];
-        for path in optional.into_iter().flatten() {
+        let files = [&mut recorded.data, &mut recorded.evaluation.data];
+        let files = files.into_iter().flatten().flat_map(|files| &mut files.0);
+        for path in optional.into_iter().flatten().chain(files.map(|file| &mut file.path)) {
             *path = absolute(path)?;
         }
         Ok(recorded)
@@ -132,6 +144,28 @@ pub enum Warmup {
     Ratio(f64),
     /// A number of optimiser steps.
     Steps(usize),
+}
+
+/// Which gradients exist at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GradientConfig {
+    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes a parameter.
+    #[default]
+    F32,
+    /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
+    /// is not known in time to clip by it.
+    Layer,
+}
+
+/// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// What AdamW keeps of each trained tensor.
+    pub states: StateOptions,
+    /// What of the forward is computed again in the backward.
+    pub recompute: Recompute,
+    /// Which gradients exist at a time.
+    pub gradients: GradientConfig,
 }
 
 /// Sizes of batches.
@@ -164,9 +198,11 @@ pub struct AskedLengths {
 /// When and on what a run is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationConfig {
-    /// Pairs file; `None`: no evaluation.
-    pub data: Option<PathBuf>,
-    /// Optimiser steps between evaluations; `None`: once per epoch.
+    /// Pairs to evaluate on; `None`: no evaluation, or on a share of the training data.
+    pub data: Option<PairFiles>,
+    /// Share of the training data that is held out and evaluated on.
+    pub split: Option<f64>,
+    /// Optimiser steps between evaluations; `None`: once an epoch.
     pub steps: Option<usize>,
 }
 
@@ -177,16 +213,22 @@ pub struct ScoreConfig {
     pub model: PathBuf,
     /// Folder of an adapter of that model.
     pub adapter: Option<PathBuf>,
-    /// Pairs file.
-    pub data: PathBuf,
-    /// The JSON Lines file that is written, one line per pair.
+    /// Files of pairs.
+    pub data: PairFiles,
+    /// Columns that have other names in these files.
+    pub columns: ColumnNames,
+    /// The JSON Lines file that is written, a line a pair.
     pub output: PathBuf,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; ignored without a reference.
     pub beta: f64,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
     /// The limits that were given, before defaults.
     pub asked_lengths: AskedLengths,
     /// Tokens of one micro-batch; the result does not depend on it.
@@ -208,6 +250,37 @@ pub struct MergeConfig {
     pub output: PathBuf,
 }
 
+/// Everything `check` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckConfig {
+    /// Hugging Face model folder, of which the config and the tokenizer are read.
+    pub model: PathBuf,
+    /// Files of pairs.
+    pub data: PairFiles,
+    /// Columns that have other names in these files.
+    pub columns: ColumnNames,
+    /// Jinja file in place of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
+    /// The limits that were given, before defaults.
+    pub asked_lengths: AskedLengths,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
+    /// Tokens of one micro-batch.
+    pub tokens_per_micro_batch: usize,
+    /// Pairs that are shown whole.
+    pub shown: usize,
+    /// The page that is written.
+    pub html: Option<PathBuf>,
+    /// Whether the account goes to standard output as JSON.
+    pub json: bool,
+    /// Whether the account on standard output has colours; `None`: where that is a terminal.
+    pub color: Option<bool>,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<usize>,
+}
+
 /// Everything `generate` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
@@ -223,6 +296,8 @@ pub struct GenerateConfig {
     pub raw: bool,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// What the chat template's functions call now; `None` is the time of the command.
+    pub template_date: Option<TemplateDate>,
     /// Tokens after which the text ends in any case.
     pub max_new_tokens: usize,
     /// 0 is greedy: always the likeliest token.

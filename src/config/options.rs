@@ -6,12 +6,17 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
-use super::{ObjectiveKind, check};
+use super::{
+    ColumnNames, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check,
+};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{AdaptedModules, HeadChoice, HeadOptions};
+use crate::model::{AdaptedModules, HeadChoice, HeadOptions, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
-use crate::optimizer::Schedule;
+use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
+
+/// The heading of the options that say what is done with pairs that have a problem.
+pub const PROBLEMS_HEADING: &str = "Pairs with a problem";
 
 /// The heading of the options that are numbers of the objective.
 pub const OBJECTIVE_HEADING: &str = "Objective";
@@ -219,23 +224,57 @@ macro_rules! options {
 
 options! {
     "Input and output" {
-        /// Hugging Face folder of the Llama model to train; `builtin:demo` is the demo's.
+        /// Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk;
+        /// `builtin:demo` is the demo's.
         model: Source, Absent = Absent("required; without --data and --recipe too, the demo"),
             ALL, check::source;
-        /// Preference pairs to train on: .jsonl, .json or .jsonl.gz; `builtin:demo` is the demo's.
-        data: Source, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::source;
+        /// Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on
+        /// the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its
+        /// pairs, =2 takes each twice. `builtin:demo` is the demo's.
+        data: PairData, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::anything;
+        /// Columns that have other names in the files: what each is read as, and its name there, such as
+        /// prompt=question,chosen=answer_good.
+        columns: ColumnNames, Absent = Absent("the files' own names"), ALL, check::anything;
         /// Folder that receives the model, metrics, report and checkpoints.
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), REFERENCE, check::path;
         /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
+        /// The date that `strftime_now` of a chat template gives.
+        template_date: TemplateDate, Absent = Absent("the time of the run"), ALL, check::anything;
         /// Prompts are cut from the left to this many tokens.
         max_prompt_length: usize, Absent = Absent("1800, or the same share of a smaller --max-length"),
             ALL, check::at_least_one;
         /// Prompt plus one response are cut to this many tokens, the response from the right.
         max_length: usize, Absent = Absent("2312, or the model's max_position_embeddings where that is less"),
             ALL, check::at_least_two;
+    }
+    "Pairs with a problem" {
+        /// Records that cannot be read as a pair or that the chat template refuses: error or drop.
+        on_refused: Policy, Always<Policy> = Always(Policy::Error), ALL, check::drop_or_error;
+        /// Pairs with a response that has no text, or no token to score: drop or error.
+        on_empty: Policy, Always<Policy> = Always(Policy::Drop), ALL, check::drop_or_error;
+        /// Prompts longer than --max-prompt-length: cut them on the left, drop or error.
+        on_long_prompt: Policy, Always<Policy> = Always(Policy::Cut), ALL, check::cut_drop_or_error;
+        /// Responses that end beyond --max-length: cut them on the right, drop or error.
+        on_long_response: Policy, Always<Policy> = Always(Policy::Cut), ALL, check::cut_drop_or_error;
+        /// Pairs whose responses have the same tokens: keep, drop or error.
+        on_identical: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs that came before: keep, drop or error.
+        on_duplicate: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs that came before with their responses exchanged: keep, drop or error.
+        on_contradiction: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs whose prompt ends within a token of a response, or is written otherwise before one: keep, drop or error.
+        on_boundary: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs of which the chat template leaves out or rewrites some text: keep, drop or error.
+        on_lost_text: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Pairs with a response after which the chat template writes no end token: keep, drop or error.
+        on_no_end: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
+        /// Responses with tokens after their last end token, which are scored too: keep, cut them off, drop or error.
+        on_after_end: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::anything;
+        /// Pairs that do not look like what their author meant, such as a list written as text: keep, drop or error.
+        on_suspicious: Policy, Always<Policy> = Always(Policy::Keep), ALL, check::keep_drop_or_error;
     }
     "Objective" {
         /// What is optimised:
@@ -312,8 +351,11 @@ options! {
         seed: u64, Always<u64> = Always(42), ALL, check::fits_toml;
     }
     "Evaluation and checkpoints" {
-        /// Pairs to evaluate on.
-        eval_data: PathBuf, Absent = Absent("no evaluation"), ALL, check::path;
+        /// Pairs to evaluate on, named as with --data.
+        eval_data: PairFiles, Absent = Absent("no evaluation"), ALL, check::anything;
+        /// Share of the pairs of --data that is held out and evaluated on, instead of --eval-data. A hash of each prompt
+        /// decides, so that the same pairs are held out wherever they stand, and no prompt is on both sides.
+        eval_split: f64, Absent = Absent("none"), ALL, check::between_zero_and_one;
         /// Optimiser steps between evaluations.
         eval_steps: usize, Absent = Absent("once per epoch"), ALL, check::at_least_one;
         /// Optimiser steps between checkpoints.
@@ -324,6 +366,18 @@ options! {
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
+        /// Format of AdamW's moments: f32 takes 8 bytes a parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
+        /// tensors of fewer than 4096 values stay f32 with 8bit.
+        optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
+        /// Copy of the weights that updates are added to: f32 takes 4 bytes a parameter beside bf16 weights; none rounds the
+        /// updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy.
+        master_weights: MasterWeights, Always<MasterWeights> = Always(MasterWeights::F32), ALL, check::anything;
+        /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
+        /// largest activations), or layer (all between the residual streams of two layers).
+        recompute: Recompute, Always<Recompute> = Always(Recompute::None), ALL, check::anything;
+        /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
+        /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
+        gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
@@ -331,5 +385,25 @@ options! {
         head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::mebibytes;
         /// CPU threads.
         threads: usize, Absent = Absent("all cores"), ALL, check::threads;
+    }
+}
+
+impl Settled {
+    /// What is done with pairs that have a problem.
+    pub fn policies(&self) -> Policies {
+        Policies {
+            refused: self.on_refused,
+            empty: self.on_empty,
+            long_prompt: self.on_long_prompt,
+            long_response: self.on_long_response,
+            identical: self.on_identical,
+            duplicate: self.on_duplicate,
+            contradiction: self.on_contradiction,
+            boundary: self.on_boundary,
+            lost_text: self.on_lost_text,
+            no_end: self.on_no_end,
+            after_end: self.on_after_end,
+            suspicious: self.on_suspicious,
+        }
     }
 }

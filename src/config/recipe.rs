@@ -6,7 +6,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::options::{Given, Options, Origin, Row, rows};
 use super::value::{EntropyWeight, Source};
-use super::{ObjectiveKind, RunConfig, Warmup, suggest};
+use super::{ObjectiveKind, PairData, Policies, RunConfig, Warmup, suggest};
 use crate::error::{Error, Result};
 use crate::objective::Objective;
 
@@ -110,7 +110,9 @@ fn given(config: &RunConfig) -> Options {
     };
     let mut options = Options {
         model: some(Source::from_path(config.model.as_ref())),
-        data: some(Source::from_path(config.data.as_ref())),
+        data: some(PairData::from_files(config.data.as_ref())),
+        columns: some(config.columns.clone()).filter(|given| !given.value.0.is_empty()),
+        template_date: config.template_date.and_then(some),
         output: some(config.output.clone()),
         reference: config.reference.clone().and_then(some),
         chat_template: config.chat_template.clone().and_then(some),
@@ -138,17 +140,39 @@ fn given(config: &RunConfig) -> Options {
         tokens_per_micro_batch: some(config.batch.tokens_per_micro_batch),
         seed: some(config.seed),
         eval_data: config.evaluation.data.clone().and_then(some),
+        eval_split: config.evaluation.split.and_then(some),
         eval_steps: config.evaluation.steps.and_then(some),
         save_steps: config.save_steps.and_then(some),
         keep_checkpoints: some(config.keep_checkpoints),
         device: some(config.device),
+        optimizer_states: some(config.memory.states.moments),
+        master_weights: some(config.memory.states.master),
+        recompute: some(config.memory.recompute),
+        gradients: some(config.memory.gradients),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),
         ..Options::default()
     };
+    set_policies(&mut options, &config.policies);
     set_objective(&mut options, config.objective);
     options
+}
+
+/// The options that make `policies`.
+fn set_policies(options: &mut Options, policies: &Policies) {
+    options.on_refused = some(policies.refused);
+    options.on_empty = some(policies.empty);
+    options.on_long_prompt = some(policies.long_prompt);
+    options.on_long_response = some(policies.long_response);
+    options.on_identical = some(policies.identical);
+    options.on_duplicate = some(policies.duplicate);
+    options.on_contradiction = some(policies.contradiction);
+    options.on_boundary = some(policies.boundary);
+    options.on_lost_text = some(policies.lost_text);
+    options.on_no_end = some(policies.no_end);
+    options.on_after_end = some(policies.after_end);
+    options.on_suspicious = some(policies.suspicious);
 }
 
 /// The options that make `objective`, but for its name.

@@ -6,13 +6,13 @@ use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_na
 use super::recipe::{self, RESOLVED_FILE};
 use super::value::{EntropyWeight, Source};
 use super::{
-    AskedLengths, BatchConfig, EvaluationConfig, LengthLimits, ObjectiveKind, PAIRS_PER_STEP, RunConfig,
-    ScheduleConfig, Warmup,
+    AskedLengths, BatchConfig, EvaluationConfig, GradientConfig, LengthLimits, MemoryConfig, ObjectiveKind,
+    PAIRS_PER_STEP, PairData, RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
 use crate::model::{HeadOptions, LoraSettings};
 use crate::objective::{Objective, Settings};
-use crate::optimizer::AdamWSettings;
+use crate::optimizer::{AdamWSettings, StateOptions};
 
 /// Defaults that depend on other options, so that the table can only describe them.
 const WARMUP_RATIO: f64 = 0.1;
@@ -22,8 +22,9 @@ const MAX_PROMPT_LENGTH: usize = 1800;
 /// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
 const MAX_LENGTH: usize = 2312;
 
-/// Pairs of options of which a run may have only one.
-const RIVALS: [(&str, &str); 2] = [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps")];
+/// Pairs of options of which a run has one.
+const RIVALS: [(&str, &str); 3] =
+    [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps"), ("eval_data", "eval_split")];
 
 /// The configuration of a run. A flag is taken before the recipe file, and that before a default.
 ///
@@ -176,7 +177,7 @@ fn refuse_idle(options: &Options) -> Result<()> {
             "leave one of the two out",
         ));
     }
-    if let (Some(steps), None) = (&options.eval_steps, &options.eval_data) {
+    if let (Some(steps), None, None) = (&options.eval_steps, &options.eval_data, &options.eval_split) {
         return Err(Error::config(
             format!("{} has no effect without `eval_data`", steps.origin.name("eval_steps")),
             "name the pairs to evaluate on with --eval-data",
@@ -210,7 +211,7 @@ fn refuse_idle_lora(options: &Options) -> Result<()> {
 
 struct Files {
     model: Source,
-    data: Source,
+    data: PairData,
     output: PathBuf,
 }
 
@@ -238,13 +239,17 @@ fn require_files(options: &Options) -> Result<Files> {
 fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     let asked_lengths = asked_lengths(&settled)?;
     let objective = objective(&settled)?;
+    refuse_clipping_by_layer(&settled)?;
     let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
         (Some(steps), _) => Warmup::Steps(steps),
         (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
     };
+    let policies = settled.policies();
     Ok(RunConfig {
+        policies,
         model: files.model.into_path(),
-        data: files.data.into_path(),
+        data: files.data.into_files(),
+        columns: settled.columns.unwrap_or_default(),
         output: files.output,
         reference: settled.reference,
         chat_template: settled.chat_template,
@@ -256,6 +261,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
             rslora: settled.lora_rslora,
         }),
         adapter: settled.adapter,
+        template_date: settled.template_date,
         objective,
         optimizer: AdamWSettings {
             learning_rate: settled.learning_rate,
@@ -277,11 +283,20 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         limits: asked_lengths.limits(None)?,
         asked_lengths,
-        evaluation: EvaluationConfig { data: settled.eval_data, steps: settled.eval_steps },
+        evaluation: EvaluationConfig {
+            data: settled.eval_data,
+            split: settled.eval_split,
+            steps: settled.eval_steps,
+        },
         save_steps: settled.save_steps,
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
+        memory: MemoryConfig {
+            states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
+            recompute: settled.recompute,
+            gradients: settled.gradients,
+        },
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),
@@ -289,6 +304,22 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         threads: settled.threads,
         resume,
     })
+}
+
+/// A layer that is updated inside the backward cannot be clipped by the norm of gradients that are still to come. A first backward for
+/// the norm alone would make a step half as long again; nobody is given that unasked.
+fn refuse_clipping_by_layer(settled: &Settled) -> Result<()> {
+    if settled.gradients == GradientConfig::F32 || settled.max_grad_norm == 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(
+        format!(
+            "`gradients` = layer updates a layer before the gradients of the layers below it are there: `max_grad_norm` = {} \
+             would clip by a norm that is not known yet",
+            settled.max_grad_norm
+        ),
+        "give --max-grad-norm 0, which turns clipping off, or --gradients f32",
+    ))
 }
 
 /// The lengths given to `train` or `score`, checked as far as they can be without the model.

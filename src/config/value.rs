@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{ObjectiveKind, suggest};
+use super::{GradientConfig, ObjectiveKind, Policy, suggest};
 use crate::device::DeviceChoice;
-use crate::model::{AdaptedModule, AdaptedModules, HeadChoice};
+use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
-use crate::optimizer::Schedule;
+use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
 
 /// A type of value that a flag and a recipe key can hold.
 ///
@@ -33,8 +33,8 @@ pub trait OptionValue: Clone {
     fn to_toml(&self) -> String;
 }
 
-/// A TOML value, described for people.
-fn toml_kind(value: &DeValue<'_>) -> String {
+/// `DeValue` for people.
+pub(super) fn toml_kind(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string \"{text}\""),
         DeValue::Integer(number) => number.to_string(),
@@ -178,6 +178,36 @@ impl Word for HeadChoice {
     }
 }
 
+impl Word for MomentFormat {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("f32", MomentFormat::F32), ("bf16", MomentFormat::Bf16), ("8bit", MomentFormat::EightBit)]
+    }
+}
+
+impl Word for MasterWeights {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("f32", MasterWeights::F32), ("none", MasterWeights::None)]
+    }
+}
+
+impl Word for Recompute {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("none", Recompute::None), ("selective", Recompute::Selective), ("layer", Recompute::Layer)]
+    }
+}
+
+impl Word for GradientConfig {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("f32", GradientConfig::F32), ("layer", GradientConfig::Layer)]
+    }
+}
+
+impl Word for Policy {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("keep", Policy::Keep), ("cut", Policy::Cut), ("drop", Policy::Drop), ("error", Policy::Error)]
+    }
+}
+
 macro_rules! word_option {
     ($type:ty, $placeholder:literal) => {
         impl OptionValue for $type {
@@ -212,6 +242,11 @@ macro_rules! word_option {
 word_option!(ObjectiveKind, "NAME");
 word_option!(Schedule, "cosine|linear|constant");
 word_option!(HeadChoice, "auto|main|recompute");
+word_option!(MomentFormat, "f32|bf16|8bit");
+word_option!(MasterWeights, "f32|none");
+word_option!(Recompute, "none|selective|layer");
+word_option!(GradientConfig, "f32|layer");
+word_option!(Policy, "keep|cut|drop|error");
 
 impl OptionValue for DeviceChoice {
     const PLACEHOLDER: &'static str = "auto|cpu|cuda|cuda:N|emulated";

@@ -1,13 +1,16 @@
-//! A pairs file as tokenised pairs: read in chunks, each chunk parsed, rendered and tokenised on all cores.
+//! Pairs files as tokenised pairs: read in chunks, each chunk parsed, rendered and tokenised on all cores.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 
 use rayon::prelude::*;
 
-use super::records::{Digests, OneKind, RawRecord, Read, for_each_chunk, no_record};
+use super::encode::Cutting;
+use super::pair_source::{PairSource, Part, SourceFile};
+use super::records::{Digests, OneKind, RawRecord, Read, Renamed, for_each_chunk, no_record};
 use super::{Cause, EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
-use crate::config::LengthLimits;
+use crate::config::options::flag_name;
+use crate::config::{ColumnNames, LengthLimits, Policies, Policy};
 use crate::{Error, Result};
 
 /// The pairs of a file, in file order, cut to the limits.
@@ -17,11 +20,31 @@ pub struct PairDataset {
     pub pairs: Vec<TokenizedPair>,
     /// What became of every record.
     pub report: EncodingReport,
+    /// The same for each file.
+    pub files: Vec<FileReport>,
+    /// The first errors of records, where reading went on after them.
+    pub refusals: Vec<Refusal>,
     /// Hash of all token ids and of where they are cut into prompts and responses.
     pub fingerprint: [u8; 32],
 }
 
+/// An error of a record after which reading went on.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Refusal {
+    /// What is wrong, and where.
+    pub message: String,
+    /// What to do about it.
+    pub help: String,
+}
+
 impl PairDataset {
+    /// Tells the user what became of the records: an account for each file, and each of its warnings once.
+    pub fn log(&self) {
+        for file in &self.files {
+            file.report.log(&file.path.display().to_string());
+        }
+    }
+
     /// Refuses pairs with a token that a model of `vocabulary` tokens (folder `model`, for the message) does not have.
     ///
     /// # Errors
@@ -41,64 +64,313 @@ impl PairDataset {
     }
 }
 
-/// Reads `path` and tokenises its pairs. The result does not depend on the number of threads, and the error of the
-/// first bad record in file order is the one reported.
+/// How records become pairs.
+#[derive(Clone, Copy, Debug)]
+pub struct Treatment {
+    /// Lengths that pairs are cut to.
+    pub limits: LengthLimits,
+    /// What is done with pairs that have a problem.
+    pub policies: Policies,
+    /// Whether reading goes on after what would be an error of a record: it is counted, and its message is kept. No
+    /// pairs at all are no error then.
+    pub tolerant: bool,
+}
+
+impl Treatment {
+    /// The default policies, with these limits.
+    pub fn new(limits: LengthLimits) -> Self {
+        Treatment { limits, policies: Policies::default(), tolerant: false }
+    }
+}
+
+/// The account of one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileReport {
+    /// The file.
+    pub path: PathBuf,
+    /// What became of its records.
+    pub report: EncodingReport,
+}
+
+/// Reads all records of the file `path` and tokenises their pairs; see [`load`].
 ///
 /// # Errors
-/// [`Error::Io`] where the file cannot be read; [`Error::Data`] where it is empty, holds a broken or ill-typed record
-/// or one that the chat template refuses, or where not one pair of it can be used.
+/// Those of [`load`].
 pub fn load_pairs(path: &Path, encoder: &TextEncoder, limits: LengthLimits) -> Result<PairDataset> {
-    let mut dataset =
-        PairDataset { pairs: Vec::new(), report: EncodingReport::new(limits), fingerprint: [0; 32] };
-    let mut hasher = blake3::Hasher::new();
-    let (mut one_kind, mut digests) = (OneKind::default(), Digests::default());
-    read_ahead(path, &mut |chunk| {
-        let read = |raw: RawRecord| -> Result<(Read, EncodedRecord)> {
-            let record = raw.read(path)?;
-            // Drop the raw text before the tokens are made.
-            drop(raw);
-            Ok((Read::of(&record), encoder.encode(path, &record, limits)?))
+    load(&PairSource::file(path), encoder, Treatment::new(limits), &mut |_| {})
+}
+
+/// Reads the files of `source` and tokenises their pairs; `observe` sees what became of each record, in order. The
+/// result does not depend on the number of threads, and the error of the first bad record in file order is the one
+/// reported.
+///
+/// # Errors
+/// [`Error::Io`] where a file cannot be read; [`Error::Data`] where one is empty, holds a broken or ill-typed record or
+/// one that the chat template refuses or that `treatment` does not allow, or where not one pair can be used.
+pub fn load(
+    source: &PairSource,
+    encoder: &TextEncoder,
+    treatment: Treatment,
+    observe: &mut dyn FnMut(&EncodedRecord),
+) -> Result<PairDataset> {
+    let mut intake = Intake::new(source, encoder, treatment)?;
+    for file in &source.files {
+        intake.read(file, observe)?;
+    }
+    intake.finish()
+}
+
+/// Records on their way into a data set.
+struct Intake<'a> {
+    source: &'a PairSource,
+    encoder: &'a TextEncoder,
+    cutting: Cutting,
+    treatment: Treatment,
+    dataset: PairDataset,
+    hasher: blake3::Hasher,
+    one_kind: OneKind,
+    digests: Digests,
+    /// Which of the columns with other names were seen.
+    renamed: Renamed<'a>,
+    /// Records of the files before this one.
+    before: usize,
+}
+
+/// What a record became on some thread: its account and its tokens, unless it is in another part.
+type Outcome = Result<Option<(Read, EncodedRecord)>>;
+
+impl<'a> Intake<'a> {
+    fn new(source: &'a PairSource, encoder: &'a TextEncoder, treatment: Treatment) -> Result<Self> {
+        let after_end = treatment.policies.after_end;
+        let ends = if after_end == Policy::Keep { Vec::new() } else { encoder.end_tokens()? };
+        let report = EncodingReport::new(treatment.limits, treatment.policies);
+        let dataset = PairDataset {
+            pairs: Vec::new(),
+            report,
+            files: Vec::new(),
+            refusals: Vec::new(),
+            fingerprint: [0; 32],
         };
-        let records: Vec<Result<(Read, EncodedRecord)>> = chunk.into_par_iter().map(read).collect();
-        for record in records {
-            let (read, encoded) = record?;
-            one_kind.check(path, encoded.place, read.is_text)?;
-            for note in &read.notes {
-                dataset.report.add_note(note, encoded.place);
+        Ok(Intake {
+            source,
+            encoder,
+            cutting: Cutting { limits: treatment.limits, after_end, ends },
+            treatment,
+            dataset,
+            hasher: blake3::Hasher::new(),
+            one_kind: OneKind::default(),
+            digests: Digests::default(),
+            renamed: Renamed::new(&source.columns),
+            before: 0,
+        })
+    }
+
+    fn read(&mut self, file: &SourceFile, observe: &mut dyn FnMut(&EncodedRecord)) -> Result<()> {
+        let path = file.path.as_path();
+        let mut report = EncodingReport::new(self.treatment.limits, self.treatment.policies);
+        let mut records = 0;
+        let read = read_ahead(path, &self.source.columns, &mut |chunk| {
+            records += chunk.len();
+            let outcomes: Vec<(usize, Outcome)> =
+                chunk.into_par_iter().map(|raw| (raw.place, self.encode(path, raw))).collect();
+            for (place, outcome) in outcomes {
+                self.take(file, place, outcome, &mut report, observe)?;
             }
-            if let Some(same) = read.same.filter(|_| encoded.causes.contains(&Cause::Identical)) {
-                dataset.report.illustrate(Cause::Identical, &same);
+            Ok(())
+        });
+        match read {
+            Ok(()) if records == 0 => self.tolerate(no_record(path), &mut report)?,
+            Ok(()) => {}
+            Err(error @ Error::Data { .. }) if self.treatment.tolerant => {
+                self.tolerate(error, &mut report)?
             }
-            if let Some(cause) = digests.add(read.digests) {
-                dataset.report.add(cause, encoded.place);
-            }
-            dataset.push(encoded, &mut hasher);
+            Err(error) => return Err(error),
+        }
+        self.before += records;
+        self.dataset.report.merge(&report);
+        self.dataset.files.push(FileReport { path: file.path.clone(), report });
+        Ok(())
+    }
+
+    /// Reads and tokenises one record, on any thread.
+    fn encode(&self, path: &Path, raw: RawRecord) -> Outcome {
+        let mut record = raw.read(path, &self.renamed)?;
+        // The raw text goes before the tokens come.
+        drop(raw);
+        let read = Read::of(&record);
+        if !self.source.part.holds(&read.digests) {
+            return Ok(None);
+        }
+        record.index += self.before;
+        Ok(Some((read, self.encoder.encode(path, &record, &self.cutting)?)))
+    }
+
+    /// Enters the next record in file order.
+    fn take(
+        &mut self,
+        file: &SourceFile,
+        place: usize,
+        outcome: Outcome,
+        report: &mut EncodingReport,
+        observe: &mut dyn FnMut(&EncodedRecord),
+    ) -> Result<()> {
+        let (read, mut encoded) = match outcome {
+            Ok(None) => return Ok(()),
+            Ok(Some(record)) => record,
+            Err(error @ Error::Data { .. }) => return self.refuse(error, place, report),
+            Err(error) => return Err(error),
+        };
+        report.records += 1;
+        if let Err(error) = self.one_kind.check(&file.path, place, read.is_text) {
+            return self.tolerate(error, report);
+        }
+        for note in &read.notes {
+            report.add_note(note, place);
+        }
+        if let Some(same) = read.same.as_ref().filter(|_| encoded.causes.contains(&Cause::Identical)) {
+            report.illustrate(Cause::Identical, same);
+        }
+        let repeated = self.digests.add(read.digests);
+        let known = encoded.causes.iter().copied();
+        let causes: Vec<Cause> =
+            known.chain(repeated).chain(read.notes.iter().map(|note| note.cause)).collect();
+        for &cause in encoded.causes.iter().chain(&repeated) {
+            report.add(cause, place);
+        }
+        for (cause, example) in &encoded.examples {
+            report.illustrate(*cause, example);
+        }
+        self.judge(&file.path, &causes, &mut encoded, report)?;
+        observe(&encoded);
+        if let Some(pair) = encoded.pair {
+            self.push(pair, file.copies(&read.digests), report);
         }
         Ok(())
-    })?;
-    if dataset.report.records == 0 {
-        return Err(no_record(path));
     }
-    if dataset.pairs.is_empty() {
-        return Err(Error::data(
-            path,
-            None,
-            format!("no usable pair: {}", dataset.report),
-            "raise max_length or lower max_prompt_length, or mend the records named",
-        ));
+
+    /// Does what the policies of `causes` say: an error, or leaving the pair out.
+    fn judge(
+        &mut self,
+        path: &Path,
+        causes: &[Cause],
+        encoded: &mut EncodedRecord,
+        report: &mut EncodingReport,
+    ) -> Result<()> {
+        let policies = self.treatment.policies;
+        let first_with = |policy| {
+            let with = causes.iter().copied().filter(|cause| cause.policy(&policies) == policy);
+            with.min()
+        };
+        if let Some(cause) = first_with(Policy::Error) {
+            let flag = cause.option().map(flag_name).unwrap_or_default();
+            let example = encoded.examples.iter().find(|(other, _)| *other == cause);
+            let example = example.map_or_else(String::new, |(_, example)| format!(" ({example})"));
+            let message = format!("{}{example}, which {flag} does not allow", report.problem(cause));
+            let help =
+                format!("mend the record or leave it out; `{flag} drop` leaves out all that are like it");
+            encoded.pair = None;
+            report.stop_at(cause);
+            return self.note_refusal(Error::data(path, Some(encoded.place), message, help));
+        }
+        if let Some(cause) = first_with(Policy::Drop) {
+            encoded.pair = None;
+            report.drop_for(cause);
+        }
+        Ok(())
     }
-    dataset.fingerprint = *hasher.finalize().as_bytes();
-    Ok(dataset)
+
+    /// A record from which no pair can be read.
+    fn refuse(&mut self, error: Error, place: usize, report: &mut EncodingReport) -> Result<()> {
+        report.records += 1;
+        report.add(Cause::Refused, place);
+        if let Error::Data { message, .. } = &error {
+            report.illustrate(Cause::Refused, message);
+        }
+        if self.treatment.policies.refused == Policy::Drop {
+            report.drop_for(Cause::Refused);
+            return Ok(());
+        }
+        self.tolerate(error, report)
+    }
+
+    /// Counts an error that no policy excuses.
+    fn tolerate(&mut self, error: Error, report: &mut EncodingReport) -> Result<()> {
+        report.stop_at(Cause::Refused);
+        self.note_refusal(error)
+    }
+
+    /// Ends with the error, unless reading goes on after errors.
+    fn note_refusal(&mut self, error: Error) -> Result<()> {
+        if !self.treatment.tolerant {
+            return Err(error);
+        }
+        if self.dataset.refusals.len() < REFUSALS_KEPT
+            && let Error::Data { help, .. } = &error
+        {
+            self.dataset.refusals.push(Refusal { message: error.to_string(), help: help.clone() });
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, pair: TokenizedPair, copies: usize, report: &mut EncodingReport) {
+        if copies == 0 {
+            report.left_out_by_weight += 1;
+            return;
+        }
+        report.pairs += 1;
+        report.copies += copies - 1;
+        report.tokens += pair.tokens() * copies;
+        report.largest_pair = report.largest_pair.max(pair.tokens());
+        for _ in 0..copies {
+            for part in [&pair.prompt, &pair.chosen, &pair.rejected] {
+                self.hasher.update(&(part.len() as u64).to_le_bytes());
+                hash_ids(part, &mut self.hasher);
+            }
+        }
+        for _ in 1..copies {
+            self.dataset.pairs.push(pair.clone());
+        }
+        // Copied on one thread: what the tokenising threads leave between their short-lived texts would keep those
+        // pages in use for the whole run. A large pair has pages of its own.
+        self.dataset.pairs.push(if pair.tokens() > LARGE_PAIR { pair } else { pair.clone() });
+    }
+
+    fn finish(mut self) -> Result<PairDataset> {
+        let first = self.source.files.first().map_or(Path::new(""), |file| &file.path);
+        if !self.treatment.tolerant || self.dataset.report.pairs > 0 {
+            self.renamed.check_seen(first)?;
+        }
+        if self.dataset.pairs.is_empty() && !self.treatment.tolerant {
+            let (message, help) = match self.source.part {
+                Part::All => (
+                    "no usable pair",
+                    "raise max_length or lower max_prompt_length, or mend the records named",
+                ),
+                Part::Training(_) => ("no usable pair is left to train on", "lower --eval-split"),
+                Part::Evaluation(_) => ("no usable pair is held out for evaluation", "raise --eval-split"),
+            };
+            return Err(Error::data(first, None, format!("{message}: {}", self.dataset.report), help));
+        }
+        self.dataset.fingerprint = *self.hasher.finalize().as_bytes();
+        Ok(self.dataset)
+    }
 }
+
+/// Errors whose messages are kept where reading goes on after them.
+const REFUSALS_KEPT: usize = 20;
 
 /// Hands the chunks of `path` to `sink` in file order, on this thread, while another thread reads the next ones: the
 /// cores that tokenise do not wait for the file.
-fn read_ahead(path: &Path, sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>) -> Result<()> {
+fn read_ahead(
+    path: &Path,
+    columns: &ColumnNames,
+    sink: &mut dyn FnMut(Vec<RawRecord>) -> Result<()>,
+) -> Result<()> {
     std::thread::scope(|scope| {
         let (send, receive) = sync_channel(CHUNKS_AHEAD);
         let reader = scope.spawn(move || {
             let mut stopped = false;
-            let read = for_each_chunk(path, &mut |chunk| {
+            let read = for_each_chunk(path, columns, &mut |chunk| {
                 send.send(chunk).map_err(|_| {
                     stopped = true;
                     no_record(path)
@@ -119,29 +391,6 @@ const LARGE_PAIR: usize = 1 << 20;
 
 /// Chunks that are read before they are needed.
 const CHUNKS_AHEAD: usize = 2;
-
-impl PairDataset {
-    fn push(&mut self, record: EncodedRecord, hasher: &mut blake3::Hasher) {
-        self.report.records += 1;
-        for cause in record.causes {
-            self.report.add(cause, record.place);
-        }
-        for (cause, example) in &record.examples {
-            self.report.illustrate(*cause, example);
-        }
-        let Some(pair) = record.pair else { return };
-        self.report.pairs += 1;
-        self.report.tokens += pair.tokens();
-        self.report.largest_pair = self.report.largest_pair.max(pair.tokens());
-        for part in [&pair.prompt, &pair.chosen, &pair.rejected] {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            hash_ids(part, hasher);
-        }
-        // Copied on one thread: what the tokenising threads leave between their short-lived texts would keep those
-        // pages in use for the whole run. A large pair has pages of its own.
-        self.pairs.push(if pair.tokens() > LARGE_PAIR { pair } else { pair.clone() });
-    }
-}
 
 /// Hashes ids as little-endian bytes, in pieces that are worth a call.
 fn hash_ids(ids: &[u32], hasher: &mut blake3::Hasher) {

@@ -17,7 +17,7 @@ use super::lost_text::{lost_text, quoted_start};
 use super::records::Record;
 use super::tokenizer::SegmentCache;
 use super::{Body, Cause, ChatTemplate, Message, TokenizedPair, Tokenizer};
-use crate::config::LengthLimits;
+use crate::config::{LengthLimits, Policy, TemplateDate};
 use crate::{Error, Result};
 
 /// A model's tokenizer and chat template: all that text needs to become token ids.
@@ -40,6 +40,20 @@ pub struct EncodedRecord {
     pub causes: Vec<Cause>,
     /// What happened, in words, for those of `causes` that need them.
     pub examples: Vec<(Cause, String)>,
+    /// Tokens of prompt, chosen and rejected response before anything was cut; `None` where nothing was tokenised.
+    pub uncut: Option<[usize; 3]>,
+}
+
+/// What tokenising is to do beyond turning text into ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cutting {
+    /// Lengths that pairs are cut to.
+    pub limits: LengthLimits,
+    /// What is done with tokens after the last end token of a response.
+    pub after_end: Policy,
+    /// The tokens that end a response, as [`TextEncoder::end_tokens`] has them. Needed only where `after_end` is not
+    /// [`Policy::Keep`].
+    pub ends: Vec<u32>,
 }
 
 /// A record's texts: the prompt alone, and followed by each response.
@@ -82,6 +96,20 @@ impl TextEncoder {
         Ok(TextEncoder { tokenizer, template })
     }
 
+    /// Fixes the date that the chat template's functions give, where one is given.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a date that cannot be counted.
+    pub fn at(self, date: Option<TemplateDate>) -> Result<Self> {
+        if let (Some(date), Some(template)) = (date, &self.template) {
+            let seconds = date.unix_seconds().map_err(|error| {
+                Error::config(format!("`--template-date`: {error}"), "give a date such as 2024-07-26")
+            })?;
+            template.fix_time(seconds)?;
+        }
+        Ok(self)
+    }
+
     /// Token ids of a prompt that a model is to answer: the conversation with the assistant's turn opened. The same ids
     /// stand before a response in training, but for an end that belongs to the response there.
     ///
@@ -108,13 +136,29 @@ impl TextEncoder {
         Ok(ids)
     }
 
+    /// The tokens that end a response: the tokenizer's `eos_token`, and what the chat template writes after the
+    /// assistant's turn.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn end_tokens(&self) -> Result<Vec<u32>> {
+        let mut ends: Vec<u32> = self.tokenizer.eos().into_iter().collect();
+        if let Some(template) = &self.template {
+            ends.extend(template.end_of_turn(&self.tokenizer)?);
+        }
+        ends.sort_unstable();
+        ends.dedup();
+        Ok(ends)
+    }
+
     /// Token ids of one record of `path`, which errors name.
     ///
     /// # Errors
     /// [`Error::Data`] for a record that the chat template refuses or that is too long to be tokenised;
     /// [`Error::Model`] where tokenizer or template cannot be used.
-    pub fn encode(&self, path: &Path, record: &Record, limits: LengthLimits) -> Result<EncodedRecord> {
+    pub fn encode(&self, path: &Path, record: &Record, cutting: &Cutting) -> Result<EncodedRecord> {
         let mut events = Events::default();
+        let mut uncut = None;
         let pair = match has_blank_response(&record.body) {
             true => {
                 events.add(Cause::BlankResponse);
@@ -127,10 +171,12 @@ impl TextEncoder {
                     Error::Data { message, help, .. } => Error::data(path, Some(record.place), message, help),
                     error => error,
                 })?;
-                self.fit(pair, limits, &mut events)
+                uncut = Some([&pair.prompt, &pair.chosen, &pair.rejected].map(Vec::len));
+                self.fit(look_after_ends(pair, cutting, &mut events), cutting.limits, &mut events)
             }
         };
-        Ok(EncodedRecord { pair, place: record.place, causes: events.causes, examples: events.examples })
+        let Events { causes, examples } = events;
+        Ok(EncodedRecord { pair, place: record.place, causes, examples, uncut })
     }
 
     fn template(&self) -> Result<&ChatTemplate> {
@@ -331,6 +377,31 @@ impl TextEncoder {
             plain: false,
         })
     }
+}
+
+/// Counts tokens after the last end token of each response, and cuts them off where that is asked for.
+fn look_after_ends(mut pair: TokenizedPair, cutting: &Cutting, events: &mut Events) -> TokenizedPair {
+    if cutting.after_end == Policy::Keep {
+        return pair;
+    }
+    let mut found = false;
+    for response in [&mut pair.chosen, &mut pair.rejected] {
+        let after = tokens_after_end(response, &cutting.ends);
+        found |= after > 0;
+        if cutting.after_end == Policy::Cut {
+            response.truncate(response.len() - after);
+        }
+    }
+    if found {
+        events.add(Cause::AfterEnd);
+    }
+    pair
+}
+
+/// How many tokens follow the last of `ends` in a response; 0 where it has none.
+pub(crate) fn tokens_after_end(response: &[u32], ends: &[u32]) -> usize {
+    let last = response.iter().rposition(|id| ends.contains(id));
+    last.map_or(0, |last| response.len() - last - 1)
 }
 
 /// Counts what the template leaves out of the messages.

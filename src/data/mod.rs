@@ -1,6 +1,6 @@
 //! From a file of preference pairs to packed batches of token ids.
 //!
-//! [`load_pairs`] reads records ([`Record`]), renders them through the chat template ([`ChatTemplate`]), tokenises
+//! [`load`] reads the records ([`Record`]) of files ([`PairSource`]), renders them through the chat template ([`ChatTemplate`]), tokenises
 //! and cuts them ([`TextEncoder`]). [`BatchOrder`] says which pairs make up which optimiser step, [`PairBatch`]
 //! packs them, and [`ReferenceCache`] keeps the reference model's log-probs of them between runs.
 
@@ -9,6 +9,8 @@ mod dataset;
 mod encode;
 mod lost_text;
 mod order;
+mod pair_folder;
+mod pair_source;
 mod panics;
 mod python;
 mod records;
@@ -18,11 +20,13 @@ mod template;
 mod tokenizer;
 
 pub use batch::{PairBatch, PairSpan, ScoredPair, Sides, TokenizedPair, micro_batches};
-pub use dataset::{PairDataset, load_pairs};
-pub use encode::{EncodedRecord, TextEncoder};
+pub use dataset::{FileReport, PairDataset, Refusal, Treatment, load, load_pairs};
+pub(crate) use encode::tokens_after_end;
+pub use encode::{Cutting, EncodedRecord, TextEncoder};
 pub use order::{BatchOrder, StepBatch, Steps, permutation};
-pub(crate) use records::common_prefix;
-pub use records::{Body, Message, Note, Record, read_chosen_records, read_records};
+pub use pair_source::{PairSource, Part, SourceFile};
+pub use records::{Body, Message, Note, Record, read_chosen_records, read_records, read_records_as};
+pub(crate) use records::{common_prefix, unknown_column};
 pub use reference_cache::{CacheKey, ReferenceCache};
 pub use report::{Cause, EncodingReport, Tally};
 pub use template::{ChatTemplate, TemplateRefusal, Watch};

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::records::Note;
-use crate::config::LengthLimits;
+use crate::config::options::flag_name;
+use crate::config::{LengthLimits, Policies, Policy};
 
 /// Places listed for each cause.
 const PLACES_SHOWN: usize = 5;
@@ -11,6 +12,8 @@ const PLACES_SHOWN: usize = 5;
 /// Something that happened to a record on its way to a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
+    /// The record cannot be read as a pair, or the chat template refuses it.
+    Refused,
     /// Dropped: a response without any text.
     BlankResponse,
     /// Dropped: the prompt leaves no room for a response within `max_length`.
@@ -38,6 +41,8 @@ pub enum Cause {
     ResponseTextLost,
     /// The template writes no end token after a response.
     NoEndToken,
+    /// Tokens follow the last end token of a response. Looked for only where `on_after_end` asks for it.
+    AfterEnd,
     /// Dropped: the template writes nothing for a response.
     ResponseNotWritten,
     /// Plain text begins with the BOS that the tokenizer puts in front as well.
@@ -66,7 +71,8 @@ pub enum Cause {
 
 impl Cause {
     /// All causes, in the order of the report.
-    pub const ALL: [Cause; 25] = [
+    pub const ALL: [Cause; 27] = [
+        Cause::Refused,
         Cause::BlankResponse,
         Cause::NoRoom,
         Cause::NothingToScore,
@@ -80,6 +86,7 @@ impl Cause {
         Cause::PromptTextLost,
         Cause::ResponseTextLost,
         Cause::NoEndToken,
+        Cause::AfterEnd,
         Cause::ResponseNotWritten,
         Cause::BosTwice,
         Cause::ImplicitPrompt,
@@ -94,19 +101,100 @@ impl Cause {
         Cause::RepeatedKey,
     ];
 
-    /// Whether the record is lost by it.
-    pub fn drops(self) -> bool {
-        matches!(
-            self,
-            Cause::BlankResponse | Cause::NoRoom | Cause::NothingToScore | Cause::ResponseNotWritten
-        )
+    /// What `policies` say of it. A prompt that leaves no room cannot be cut; what only tells how a record was read is
+    /// kept.
+    pub fn policy(self, policies: &Policies) -> Policy {
+        match self {
+            Cause::Refused => policies.refused,
+            Cause::BlankResponse | Cause::NothingToScore | Cause::ResponseNotWritten => policies.empty,
+            Cause::NoRoom if policies.long_prompt == Policy::Cut => Policy::Drop,
+            Cause::NoRoom | Cause::PromptCut => policies.long_prompt,
+            Cause::ChosenCut | Cause::RejectedCut => policies.long_response,
+            Cause::Identical => policies.identical,
+            Cause::Repeated => policies.duplicate,
+            Cause::Opposite => policies.contradiction,
+            Cause::PromptShortened | Cause::BoundaryToken => policies.boundary,
+            Cause::PromptTextLost | Cause::ResponseTextLost => policies.lost_text,
+            Cause::NoEndToken => policies.no_end,
+            Cause::AfterEnd => policies.after_end,
+            Cause::BosTwice
+            | Cause::PromptColumnDiffers
+            | Cause::ImplicitPromptBesideText
+            | Cause::PromptRepeated
+            | Cause::ListAsText
+            | Cause::UserTurnInResponse
+            | Cause::PromptEndsWithAssistant => policies.suspicious,
+            Cause::ImplicitPrompt | Cause::PromptTakenOff | Cause::RepeatedKey => Policy::Keep,
+        }
+    }
+
+    /// The option that says what is done with it; `None` where there is no choice.
+    pub fn option(self) -> Option<&'static str> {
+        Some(match self {
+            Cause::Refused => "on_refused",
+            Cause::BlankResponse | Cause::NothingToScore | Cause::ResponseNotWritten => "on_empty",
+            Cause::NoRoom | Cause::PromptCut => "on_long_prompt",
+            Cause::ChosenCut | Cause::RejectedCut => "on_long_response",
+            Cause::Identical => "on_identical",
+            Cause::Repeated => "on_duplicate",
+            Cause::Opposite => "on_contradiction",
+            Cause::PromptShortened | Cause::BoundaryToken => "on_boundary",
+            Cause::PromptTextLost | Cause::ResponseTextLost => "on_lost_text",
+            Cause::NoEndToken => "on_no_end",
+            Cause::AfterEnd => "on_after_end",
+            Cause::BosTwice
+            | Cause::PromptColumnDiffers
+            | Cause::ImplicitPromptBesideText
+            | Cause::PromptRepeated
+            | Cause::ListAsText
+            | Cause::UserTurnInResponse
+            | Cause::PromptEndsWithAssistant => "on_suspicious",
+            Cause::ImplicitPrompt | Cause::PromptTakenOff | Cause::RepeatedKey => return None,
+        })
+    }
+
+    /// A word that names it for machines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Refused => "refused",
+            Cause::BlankResponse => "blank_response",
+            Cause::NoRoom => "no_room",
+            Cause::NothingToScore => "nothing_to_score",
+            Cause::PromptCut => "prompt_cut",
+            Cause::ChosenCut => "chosen_cut",
+            Cause::RejectedCut => "rejected_cut",
+            Cause::Identical => "identical",
+            Cause::PromptShortened => "prompt_shortened",
+            Cause::PromptColumnDiffers => "prompt_column_differs",
+            Cause::BoundaryToken => "boundary_token",
+            Cause::PromptTextLost => "prompt_text_lost",
+            Cause::ResponseTextLost => "response_text_lost",
+            Cause::NoEndToken => "no_end_token",
+            Cause::AfterEnd => "after_end",
+            Cause::ResponseNotWritten => "response_not_written",
+            Cause::BosTwice => "bos_twice",
+            Cause::ImplicitPrompt => "implicit_prompt",
+            Cause::ImplicitPromptBesideText => "implicit_prompt_beside_text",
+            Cause::PromptTakenOff => "prompt_taken_off",
+            Cause::PromptRepeated => "prompt_repeated",
+            Cause::ListAsText => "list_as_text",
+            Cause::UserTurnInResponse => "user_turn_in_response",
+            Cause::PromptEndsWithAssistant => "prompt_ends_with_assistant",
+            Cause::Repeated => "repeated",
+            Cause::Opposite => "opposite",
+            Cause::RepeatedKey => "repeated_key",
+        }
     }
 
     /// Whether its example says what happened, rather than being an excerpt of the record.
     fn is_told(self) -> bool {
         matches!(
             self,
-            Cause::PromptShortened | Cause::BoundaryToken | Cause::PromptTextLost | Cause::ResponseTextLost
+            Cause::Refused
+                | Cause::PromptShortened
+                | Cause::BoundaryToken
+                | Cause::PromptTextLost
+                | Cause::ResponseTextLost
         )
     }
 
@@ -143,6 +231,10 @@ impl Cause {
 pub struct Tally {
     /// Records in which it was met.
     pub count: usize,
+    /// Records that were left out for it; of several causes, the first in the order of [`Cause::ALL`] counts.
+    pub dropped: usize,
+    /// Records at which a command that trains would end, because the policy is an error.
+    pub stops: usize,
     /// 1-based lines (JSON Lines) or record numbers of the first few.
     pub first: Vec<usize>,
     /// An excerpt of the first one, where there is something to show.
@@ -155,25 +247,34 @@ pub struct Tally {
 pub struct EncodingReport {
     /// Records read.
     pub records: usize,
-    /// Pairs kept.
+    /// Records whose pair was kept.
     pub pairs: usize,
-    /// Tokens of the pairs kept, each prompt counted once.
+    /// Pairs that are there again, because their file has a weight above 1.
+    pub copies: usize,
+    /// Records that are not taken, because their file has a weight below 1.
+    pub left_out_by_weight: usize,
+    /// Tokens of the pairs kept and of their copies, each prompt counted once.
     pub tokens: usize,
     /// Tokens of the largest pair kept: a micro-batch cannot be smaller.
     pub largest_pair: usize,
     /// Lengths to which pairs were cut.
     pub limits: LengthLimits,
+    /// What was done with pairs that have a problem.
+    pub policies: Policies,
     tallies: [Tally; Cause::ALL.len()],
 }
 
 impl EncodingReport {
-    pub(super) fn new(limits: LengthLimits) -> Self {
+    pub(super) fn new(limits: LengthLimits, policies: Policies) -> Self {
         EncodingReport {
             records: 0,
             pairs: 0,
+            copies: 0,
+            left_out_by_weight: 0,
             tokens: 0,
             largest_pair: 0,
             limits,
+            policies,
             tallies: std::array::from_fn(|_| Tally::default()),
         }
     }
@@ -183,9 +284,9 @@ impl EncodingReport {
         &self.tallies[cause as usize]
     }
 
-    /// Records that gave no pair.
+    /// Records that are left out, by a policy or by the weight of their file.
     pub fn dropped(&self) -> usize {
-        self.records - self.pairs
+        self.tallies.iter().map(|tally| tally.dropped).sum::<usize>() + self.left_out_by_weight
     }
 
     pub(super) fn add(&mut self, cause: Cause, place: usize) {
@@ -199,6 +300,45 @@ impl EncodingReport {
     pub(super) fn add_note(&mut self, note: &Note, place: usize) {
         self.add(note.cause, place);
         self.illustrate(note.cause, &note.example);
+    }
+
+    /// Adds the account of a further file. Places of its records are not taken over: they would not say in which file.
+    pub(super) fn merge(&mut self, other: &EncodingReport) {
+        let is_first = self.records == 0 && self.tallies.iter().all(|tally| tally.stops == 0);
+        if is_first {
+            *self = other.clone();
+            return;
+        }
+        self.records += other.records;
+        self.pairs += other.pairs;
+        self.copies += other.copies;
+        self.left_out_by_weight += other.left_out_by_weight;
+        self.tokens += other.tokens;
+        self.largest_pair = self.largest_pair.max(other.largest_pair);
+        for (tally, other) in self.tallies.iter_mut().zip(&other.tallies) {
+            tally.count += other.count;
+            tally.dropped += other.dropped;
+            tally.stops += other.stops;
+            tally.first.clear();
+            if tally.example.is_none() {
+                tally.example.clone_from(&other.example);
+            }
+        }
+    }
+
+    /// Counts a record that is left out for `cause`.
+    pub(super) fn drop_for(&mut self, cause: Cause) {
+        self.tallies[cause as usize].dropped += 1;
+    }
+
+    /// Counts a record that is no pair because the policy of `cause` is an error.
+    pub(super) fn stop_at(&mut self, cause: Cause) {
+        self.tallies[cause as usize].stops += 1;
+    }
+
+    /// Records at which a command that trains would end.
+    pub fn stops(&self) -> usize {
+        self.tallies.iter().map(|tally| tally.stops).sum()
     }
 
     /// Keeps `example` for `cause` if it has none.
@@ -226,8 +366,8 @@ impl EncodingReport {
     }
 
     /// A cause with its count, its first places and its example.
-    fn counted(&self, cause: Cause) -> String {
-        let Tally { count, first, example } = self.tally(cause);
+    pub fn counted(&self, cause: Cause) -> String {
+        let Tally { count, first, example, .. } = self.tally(cause);
         let places: Vec<String> = first.iter().map(usize::to_string).collect();
         let more = if *count > first.len() { ", ..." } else { "" };
         let example = match example {
@@ -237,22 +377,55 @@ impl EncodingReport {
             Some(example) if !example.is_empty() => format!(", such as `{example}`"),
             _ => String::new(),
         };
-        format!("{count} {} (at {}{more}){example}", self.describe(cause), places.join(", "))
+        let places = match places.is_empty() {
+            true => String::new(),
+            false => format!(" (at {}{more})", places.join(", ")),
+        };
+        format!("{count} {}{places}{example}", self.describe(cause))
     }
 
-    /// The cause in words, with the limit that it met.
+    /// The cause in words, with the limit that it met and what was done.
     pub fn describe(&self, cause: Cause) -> String {
+        match cause.policy(&self.policies) {
+            Policy::Drop => format!("dropped: {}", self.problem(cause)),
+            Policy::Error => {
+                let flag = cause.option().map(flag_name).unwrap_or_default();
+                format!("not allowed by {flag}: {}", self.problem(cause))
+            }
+            Policy::Keep | Policy::Cut => self.left_as_is(cause),
+        }
+    }
+
+    /// The words of a cause whose records are kept, perhaps cut.
+    fn left_as_is(&self, cause: Cause) -> String {
         let LengthLimits { max_length, max_prompt_length } = self.limits;
         match cause {
-            Cause::BlankResponse => "dropped: a response is empty".to_string(),
-            Cause::NoRoom => {
-                format!("dropped: no room for a response after the prompt within max_length {max_length}")
-            }
-            Cause::NothingToScore => "dropped: an empty prompt and a response of one token".to_string(),
             Cause::PromptCut => format!("prompts cut on the left to max_prompt_length {max_prompt_length}"),
             Cause::ChosenCut => format!("chosen responses cut on the right to max_length {max_length}"),
             Cause::RejectedCut => format!("rejected responses cut on the right to max_length {max_length}"),
+            Cause::AfterEnd => "responses cut after their last end token".to_string(),
             Cause::Identical => "kept with identical chosen and rejected responses".to_string(),
+            _ => self.problem(cause),
+        }
+    }
+
+    /// What is the matter, without what was done about it.
+    pub fn problem(&self, cause: Cause) -> String {
+        let LengthLimits { max_length, max_prompt_length } = self.limits;
+        match cause {
+            Cause::Refused => "no pair can be read from the record".to_string(),
+            Cause::BlankResponse => "a response is empty".to_string(),
+            Cause::NoRoom => {
+                format!("no room for a response after the prompt within max_length {max_length}")
+            }
+            Cause::NothingToScore => "an empty prompt and a response of one token".to_string(),
+            Cause::PromptCut => {
+                format!("the prompt has more tokens than max_prompt_length {max_prompt_length}")
+            }
+            Cause::ChosenCut => format!("the chosen response ends beyond max_length {max_length}"),
+            Cause::RejectedCut => format!("the rejected response ends beyond max_length {max_length}"),
+            Cause::AfterEnd => "tokens follow the last end token of a response".to_string(),
+            Cause::Identical => "identical chosen and rejected responses".to_string(),
             Cause::PromptShortened => {
                 "prompts end early: the template writes their end otherwise once a response follows, and the prompt \
                  ends where the two part"
@@ -273,7 +446,7 @@ impl EncodingReport {
                 "have a response without an end token, since the template writes none: nothing teaches the model to stop"
                     .to_string()
             }
-            Cause::ResponseNotWritten => "dropped: the template writes nothing for a response".to_string(),
+            Cause::ResponseNotWritten => "the template writes nothing for a response".to_string(),
             Cause::BosTwice => {
                 "prompts begin with two BOS tokens: one in the text, one that the tokenizer puts in front".to_string()
             }
@@ -304,6 +477,12 @@ impl fmt::Display for EncodingReport {
         write!(formatter, "{} records, {} pairs, {} tokens", self.records, self.pairs, self.tokens)?;
         if self.pairs > 0 {
             write!(formatter, " (largest pair {})", self.largest_pair)?;
+        }
+        if self.copies > 0 {
+            write!(formatter, "\n  {} more copies of pairs, for the file's weight", self.copies)?;
+        }
+        if self.left_out_by_weight > 0 {
+            write!(formatter, "\n  {} pairs not taken, for the file's weight", self.left_out_by_weight)?;
         }
         for cause in Cause::ALL {
             let said = formatter.alternate() && cause.advice().is_some();

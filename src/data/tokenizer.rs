@@ -210,7 +210,7 @@ impl Tokenizer {
     }
 
     /// The text of `ids` from token `start` on, with the spaces that it has in the text as a whole.
-    pub(super) fn tail_text(&self, ids: &[u32], start: usize) -> Result<String> {
+    pub(crate) fn tail_text(&self, ids: &[u32], start: usize) -> Result<String> {
         let context = start.saturating_sub(4);
         let before = self.decode(&ids[context..start], false)?;
         let all = self.decode(&ids[context..], false)?;

@@ -3,7 +3,7 @@
 /// While a [`LargeBlocks`] lives, a block of this many bytes or more has pages of its own.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const OWN_PAGES: libc::c_int = 4 << 20;
-/// The same at other times: the most that glibc takes.
+/// The threshold at other times: the most that glibc takes.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const USUAL: libc::c_int = 32 << 20;
 

@@ -3,19 +3,20 @@
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::Result;
-use crate::optimizer::{AdamWFactors, AdamWStep};
+use crate::optimizer::{AdamWFactors, AdamWStep, BLOCK, Moments, StochasticRounding};
 
 /// One of the tensors that a call of [`Optimizer::adamw`] updates.
 #[derive(Debug)]
 pub struct AdamWUpdate<'a, D: Memory> {
     /// Updated.
     pub weight: &'a mut ComputeBuffer<D>,
-    /// Updated: the weights in f32, for a device that [needs](Optimizer::needs_master) them.
+    /// Updated: the weights in f32, beside weights of a narrower type. Without it such a weight is its own master copy and is
+    /// rounded stochastically.
     pub master: Option<&'a mut Floats<D>>,
-    /// Updated: running mean of the gradient.
-    pub first_moment: &'a mut Floats<D>,
-    /// Updated: running mean of the squared gradient.
-    pub second_moment: &'a mut Floats<D>,
+    /// Updated: running means of the gradient and of its square.
+    pub moments: &'a mut Moments<D>,
+    /// How a weight without a master copy is rounded.
+    pub rounding: StochasticRounding,
     /// Gradient of the loss, before clipping.
     pub gradient: &'a Floats<D>,
 }
@@ -26,7 +27,7 @@ pub struct AdamWUpdate<'a, D: Memory> {
 /// All methods return [`crate::Error::Bug`] for buffers that are too small and for a step numbered 0, and
 /// [`crate::Error::Device`] where the device fails.
 pub trait Optimizer: Memory {
-    /// Whether AdamW keeps an f32 master copy beside the weights.
+    /// Whether weights are narrower than f32, so that AdamW may keep an f32 master copy beside them.
     fn needs_master(&self) -> bool;
 
     /// Assigns `out[0]`, the l2 norm over all `gradients`, and `out[1]`, the factor that clips it to `max_norm`, which
@@ -42,7 +43,7 @@ pub trait Optimizer: Memory {
     }
 
     /// Updates each tensor's `weight`, `master` and moments from `gradient * norm[1]`, in a few launches however many
-    /// tensors there are.
+    /// tensors there are. The moments of this update move the weight as they are, before they are rounded to their format.
     fn adamw(
         &self,
         updates: &mut [AdamWUpdate<'_, Self>],
@@ -52,21 +53,34 @@ pub trait Optimizer: Memory {
         let sizes = [("norm", self.len(norm), 2), ("step number", step.step as usize, 1)];
         let checked = check_sizes("adamw", &step, &sizes)?;
         for update in updates.iter() {
-            let len = self.len(update.weight);
-            let master = match &update.master {
-                Some(master) => self.len(master),
-                None if self.needs_master() => 0,
-                None => len,
-            };
-            let sizes = [
-                ("master", master, len),
-                ("first_moment", self.len(update.first_moment), len),
-                ("second_moment", self.len(update.second_moment), len),
-                ("gradient", self.len(update.gradient), len),
-            ];
-            check_sizes("adamw", &len, &sizes)?;
+            self.check_update(update)?;
         }
         self.run_adamw(updates, norm, AdamWFactors::new(step), checked)
+    }
+
+    /// The size check of one tensor of [`Optimizer::adamw`].
+    fn check_update(&self, update: &AdamWUpdate<'_, Self>) -> Result<()> {
+        let len = self.len(update.weight);
+        let master = update.master.as_ref().map_or(len, |master| self.len(master));
+        let (moments, scales) = match &*update.moments {
+            Moments::F32(pair) => ([self.len(&pair.first), self.len(&pair.second)], None),
+            Moments::Bf16(pair) => ([self.len(&pair.first), self.len(&pair.second)], None),
+            Moments::EightBit { codes, scales } => (
+                [self.len(&codes.first), self.len(&codes.second)],
+                Some([self.len(&scales.first), self.len(&scales.second)]),
+            ),
+        };
+        let blocks = len.div_ceil(BLOCK);
+        let scales = scales.unwrap_or([blocks; 2]);
+        let sizes = [
+            ("master", master, len),
+            ("first_moment", moments[0], len),
+            ("second_moment", moments[1], len),
+            ("first_scales", scales[0], blocks),
+            ("second_scales", scales[1], blocks),
+            ("gradient", self.len(update.gradient), len),
+        ];
+        check_sizes("adamw", &len, &sizes).map(|_| ())
     }
 
     /// Sets the scratch memory aside that [`Optimizer::gradient_norm`] takes for these gradients, so that no step

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Foreign, recognise_file};
+use super::{Foreign, hub, recognise_file};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -376,33 +376,23 @@ impl Listing {
     }
 }
 
-/// Nothing is there: perhaps the name of a model on the Hub.
+/// Nothing is there: perhaps the name of a model on the Hub that is not in its cache.
 fn absent(path: &Path, error: std::io::Error) -> Error {
-    let text = path.to_string_lossy();
-    let id = ["https://huggingface.co/", "http://huggingface.co/", "https://hf.co/", "hf://"]
-        .into_iter()
-        .find_map(|site| text.strip_prefix(site));
-    let is_word = |part: &str| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        part.chars().all(plain) && part.starts_with(|c: char| c.is_ascii_alphanumeric())
-    };
-    let id = id.unwrap_or(&text).trim_end_matches('/');
-    match id.split('/').collect::<Vec<_>>()[..] {
-        [owner, name] if is_word(owner) && is_word(name) && !Path::new(owner).exists() => Error::model(
-            path,
-            "no such folder; it looks like the name of a model on the Hugging Face Hub, and nothing is downloaded here",
-            format!("fetch it with `hf download {owner}/{name} --local-dir {name}` and give --model {name}"),
-        ),
+    let name = path.to_string_lossy();
+    let is_word = name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    match hub::absent_model(path) {
+        Some((message, help)) => Error::model(path, message, help),
         // A word alone may be a path that is wrong, or the name of one of the Hub's old models.
-        [name] if is_word(name) => Error::Io {
+        None if is_word => Error::Io {
             path: path.to_path_buf(),
             action: "read",
             cause: error,
             help: format!(
-                "check the path; a model of that name on the Hugging Face Hub must be fetched first: `hf download {name} --local-dir {name}`"
+                "check the path; a model of that name on the Hugging Face Hub must be fetched first: `hf download {name}`"
             ),
         },
-        _ => Error::io(path, "read", error),
+        None => Error::io(path, "read", error),
     }
 }
 

@@ -2,6 +2,7 @@
 //! the program reads weights, a tokenizer, a config or pairs, and the error of a parser would not tell them so.
 
 pub mod folder;
+pub mod hub;
 pub mod json;
 
 use std::fs::File;

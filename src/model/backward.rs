@@ -61,12 +61,16 @@ impl<D: Device> Llama<D> {
         sink: &mut impl GradientSink<D>,
     ) -> Result<()> {
         for layer in (self.lowest_trained_layer()..self.config.layers).rev() {
-            let gradients = &mut gradients.layers[layer];
+            self.complete_activations(layer, activations, batch, tokens)?;
+            // All layers share the gradients of one where a sink applies them.
+            let gradient_slot = layer % gradients.layers.len();
+            let gradients = &mut gradients.layers[gradient_slot];
             LayerBackward {
                 model: self,
                 weights: &self.weights.layers[layer],
                 layer,
                 slot: activations.slot(layer),
+                gate_up_slot: activations.gate_up_slot(layer),
                 residual_slot: activations.residual_slot(layer),
                 gradients: &mut *gradients,
                 scratch: &mut *scratch,
@@ -103,6 +107,7 @@ struct LayerBackward<'a, D: Device> {
     weights: &'a LayerTensors<ComputeBuffer<D>>,
     layer: usize,
     slot: usize,
+    gate_up_slot: usize,
     residual_slot: usize,
     gradients: &'a mut LayerGradients<D>,
     scratch: &'a mut BackwardScratch<D>,
@@ -126,9 +131,10 @@ impl<D: Device> LayerBackward<'_, D> {
     /// `delta = down(activated)`: from the residual stream's gradient to that of `activated`.
     fn down(&mut self) -> Result<()> {
         let place = self.place(Site::Down);
-        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        let LayerBackward { model, weights, gate_up_slot, gradients, scratch, activations, tokens, .. } =
+            self;
         let width = model.config.intermediate_size;
-        let gate_up = &activations.gate_up[*slot];
+        let gate_up = &activations.gate_up[*gate_up_slot];
         model.device.swiglu_forward(&mut activations.activated, gate_up, *tokens, width)?;
         model.project_backward(ProjectionBackward {
             dx: &mut scratch.activated,
@@ -152,12 +158,14 @@ impl<D: Device> LayerBackward<'_, D> {
     /// residual stream between attention and MLP.
     fn gate_up(&mut self) -> Result<()> {
         let place = self.place(Site::GateUp);
-        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        let LayerBackward {
+            model, weights, slot, gate_up_slot, gradients, scratch, activations, tokens, ..
+        } = self;
         let (slot, tokens, norm_shape) = (*slot, *tokens, model.config.norm_shape(*tokens));
         model.device.swiglu_backward(
             &mut scratch.gate_up,
             &scratch.activated,
-            &activations.gate_up[slot],
+            &activations.gate_up[*gate_up_slot],
             tokens,
             model.config.intermediate_size,
         )?;

@@ -1,7 +1,7 @@
 //! Activations of the largest micro-batch, allocated once.
 //!
 //! Kept for the backward: the residual stream at both norms of a layer, `qkv` after RoPE, the attention's output and
-//! lse, and `gate_up`. Normed inputs and SwiGLU outputs are cheap and are computed again.
+//! lse, and `gate_up`; or less of it, see [`Recompute`]. Normed inputs and SwiGLU outputs are cheap and are computed again.
 
 use super::Llama;
 use super::adapter::AdapterActivations;
@@ -45,19 +45,40 @@ impl Capacity {
     }
 }
 
+/// What of a layer's forward is computed again in its backward, to the same bits, so that all layers share the buffers of it.
+/// The residual stream that enters each layer is kept in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing but normed inputs and SwiGLU outputs, which are cheap.
+    #[default]
+    None,
+    /// Gate and up, the largest activations: one gemm is run twice. What attention computes, which is dear, is kept.
+    Selective,
+    /// Everything between two residual streams: the whole layer but its last gemm is run twice.
+    Layer,
+}
+
 /// Whether the backward follows: without it, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Forward and backward.
-    Training(HeadOptions),
+    Training {
+        /// How the head uses memory.
+        head: HeadOptions,
+        /// What is not kept.
+        recompute: Recompute,
+    },
     /// Forward alone.
     Inference,
 }
 
-/// Results of the forward. A field that is a `Vec` has one buffer a layer in training and one in all for inference;
-/// [`Activations::slot`] maps a layer to its buffer.
+/// Results of the forward. A field that is a `Vec` has one buffer a layer, or one in all for what no backward reads or what
+/// it computes again;
+/// [`Activations::slot`] and its kin map a layer to its buffer.
 #[derive(Debug)]
 pub struct Activations<D: Device> {
+    /// What the backward must compute again.
+    pub recompute: Recompute,
     slots: usize,
     /// `[T, D]` the residual stream entering each layer, and after the last.
     pub residual: Vec<ComputeBuffer<D>>,
@@ -134,7 +155,8 @@ impl<D: Device> Activations<D> {
     /// As [`Activations::new`].
     pub fn of(model: &Llama<D>, capacity: Capacity, purpose: Purpose) -> Result<Self> {
         let (slots, training) = match purpose {
-            Purpose::Training(_) => (model.config.layers, true),
+            Purpose::Training { recompute: Recompute::Layer, .. } => (1, true),
+            Purpose::Training { .. } => (model.config.layers, true),
             Purpose::Inference => (1, false),
         };
         // Before the others: the head is planned with the memory that all else leaves.
@@ -155,12 +177,18 @@ impl<D: Device> Activations<D> {
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
+        let recompute = match purpose {
+            Purpose::Training { recompute, .. } => recompute,
+            Purpose::Inference => Recompute::None,
+        };
         let slots = match purpose {
-            Purpose::Training(_) => config.layers,
+            Purpose::Training { recompute: Recompute::None | Recompute::Selective, .. } => config.layers,
+            Purpose::Training { recompute: Recompute::Layer, .. } => 1,
             Purpose::Inference => 1,
         };
+        let gate_up_slots = if recompute == Recompute::None { slots } else { 1 };
         let residuals = match purpose {
-            Purpose::Training(_) => config.layers + 1,
+            Purpose::Training { .. } => config.layers + 1,
             Purpose::Inference => 1,
         };
         let compute = |count: usize, width: usize| -> Result<Vec<ComputeBuffer<D>>> {
@@ -170,6 +198,7 @@ impl<D: Device> Activations<D> {
             (0..slots).map(|_| device.alloc(tokens * width)).collect()
         };
         Ok(Activations {
+            recompute,
             slots,
             residual: compute(residuals, config.hidden_size)?,
             input_rstd: floats(1)?,
@@ -178,7 +207,7 @@ impl<D: Device> Activations<D> {
             attention_lse: floats(shape.heads)?,
             middle: compute(slots, config.hidden_size)?,
             post_rstd: floats(1)?,
-            gate_up: compute(slots, 2 * config.intermediate_size)?,
+            gate_up: compute(gate_up_slots, 2 * config.intermediate_size)?,
             normed: device.alloc(tokens * config.hidden_size)?,
             delta: device.alloc(tokens * config.hidden_size)?,
             activated: device.alloc(tokens * config.intermediate_size)?,
@@ -187,9 +216,14 @@ impl<D: Device> Activations<D> {
         })
     }
 
-    /// Index of a layer's buffers.
+    /// Index of a layer's buffers, but for `residual` and `gate_up`.
     pub fn slot(&self, layer: usize) -> usize {
         layer % self.slots
+    }
+
+    /// Index of a layer's `gate_up`.
+    pub fn gate_up_slot(&self, layer: usize) -> usize {
+        layer % self.gate_up.len()
     }
 
     /// Index of the residual stream entering `layer` (of the model's output for `layer == L`).
@@ -209,14 +243,14 @@ impl<D: Device> HeadBuffers<D> {
         let outcomes = device.alloc(capacity.pairs * PairOutcome::WIDTH)?;
         let (width, vocab) = (config.hidden_size, config.vocab_size);
         let plan = match purpose {
-            Purpose::Training(options) => {
+            Purpose::Training { head: options, .. } => {
                 reserve_layers(device, config, capacity)?;
                 HeadPlan::training(device, (width, vocab), capacity.scored, capacity.longest, options)?
             }
             Purpose::Inference => HeadPlan::inference(device, (width, vocab), capacity.scored)?,
         };
         let workspace = device.alloc(plan.values)?;
-        if let Purpose::Training(_) = purpose {
+        if let Purpose::Training { .. } = purpose {
             let sizes = HeadSizes { width, vocab, workspace: plan.values };
             for (mode, rows) in plan.calls(capacity.scored) {
                 device.reserve_logp_head(mode, rows, sizes)?;

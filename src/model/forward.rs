@@ -6,7 +6,7 @@
 
 use super::Llama;
 use super::adapter::{Place, Site};
-use super::buffers::Activations;
+use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
 use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
 use crate::error::Result;
@@ -96,6 +96,38 @@ impl<D: Device> Llama<D> {
         self.adapter_inner(activations.adapter.as_mut(), &activations.activated, place)
     }
 
+    /// As [`Llama::recompute_layer`], where what is missing is `gate_up` alone: from `middle`.
+    fn recompute_gate_up(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let slot = activations.slot(layer);
+        self.device.rms_norm_forward(
+            &mut activations.normed,
+            &mut activations.post_rstd[slot],
+            &activations.middle[slot],
+            &self.weights.layers[layer].post_norm,
+            self.config.norm_shape(tokens),
+        )?;
+        self.gate_up_block(layer, activations, tokens)
+    }
+
+    /// Computes again what the forward has not kept for the backward of a layer. Call it for the layers from the last down: the
+    /// last one's activations are still in the buffers that all layers share.
+    pub(super) fn complete_activations(
+        &self,
+        layer: usize,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()> {
+        if layer + 1 == self.config.layers {
+            return Ok(());
+        }
+        match activations.recompute {
+            Recompute::None => Ok(()),
+            Recompute::Selective => self.recompute_gate_up(layer, activations, tokens),
+            Recompute::Layer => self.recompute_layer(layer, activations, batch, tokens),
+        }
+    }
+
     /// The input norm of a layer over its residual stream: to `normed`.
     fn input_norm(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
@@ -182,11 +214,11 @@ impl<D: Device> Llama<D> {
     /// The MLP up to its last gemm: reads `normed`, assigns `gate_up` and `activated`.
     fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer].gate_up;
-        let slot = activations.slot(layer);
+        let slot = activations.gate_up_slot(layer);
         if weights.adapter.is_some() {
             // SwiGLU needs the whole of gate and up, so it cannot be the end of the frozen weights' gemm.
-            let (gate_up, place) =
-                (&mut activations.gate_up[slot], Place { layer, site: Site::GateUp, slot, tokens });
+            let place = Place { layer, site: Site::GateUp, slot: activations.slot(layer), tokens };
+            let gate_up = &mut activations.gate_up[slot];
             self.project(gate_up, &activations.normed, weights, self.config.gate_up_shape(tokens))?;
             self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
             self.adapter_output(gate_up, activations.adapter.as_ref(), place)?;

@@ -81,4 +81,29 @@ impl<D: Device> Llama<D> {
             false => Ok(None),
         })
     }
+
+    /// As [`Llama::zero_gradients`], with one layer that all layers share: for a backward whose sink applies the gradients of
+    /// each layer and sets them to zero.
+    ///
+    /// # Errors
+    /// As [`Llama::zero_gradients`].
+    pub fn zero_gradients_of_one_layer(&self) -> Result<Gradients<D>> {
+        let mut layout = self.layout.clone();
+        let mut layers = layout.layers.drain(..);
+        let shared = layers.next().map(|mut shared| {
+            // Room for whatever is trained in any layer.
+            for layer in layers {
+                shared
+                    .iter_mut()
+                    .zip(layer.iter())
+                    .for_each(|(tensor, other)| tensor.trained |= other.trained);
+            }
+            shared
+        });
+        layout.layers = shared.into_iter().collect();
+        layout.try_map(|tensor| match tensor.trained {
+            true => Ok(Some(self.device.alloc(tensor.values())?)),
+            false => Ok(None),
+        })
+    }
 }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 pub use adapter::{AdaptedModule, AdaptedModules, Adapters, LoraSettings, PEFT_PREFIX, initial_values};
 pub use backward::{CompleteLayer, GradientSink, KeepGradients};
-pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose};
+pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, Recompute};
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use family::Family;

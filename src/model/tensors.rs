@@ -130,6 +130,16 @@ impl<T> LlamaTensors<T> {
         self.lm_head.as_mut().unwrap_or(&mut self.embedding)
     }
 
+    /// The values of tensors that belong to no layer, in the order of [`LlamaTensors::iter`].
+    pub fn outside_layers(&self) -> impl Iterator<Item = &T> {
+        [&self.embedding, &self.final_norm].into_iter().chain(&self.lm_head)
+    }
+
+    /// As [`LlamaTensors::outside_layers`].
+    pub fn outside_layers_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        [&mut self.embedding, &mut self.final_norm].into_iter().chain(&mut self.lm_head)
+    }
+
     /// A tree of the same shape, made value by value in a fixed order.
     ///
     /// # Errors

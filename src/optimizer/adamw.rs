@@ -62,6 +62,8 @@ pub struct AdamWFactors {
     pub root_correction: f32,
     /// Added to the corrected root of the second moment.
     pub epsilon: f32,
+    /// 1-based number of the update, for the random bits of stochastic rounding.
+    pub step: u32,
 }
 
 impl AdamWFactors {
@@ -82,6 +84,7 @@ impl AdamWFactors {
             step_size: (learning_rate / (1.0 - beta1.powi(power))) as f32,
             root_correction: (1.0 / (1.0 - beta2.powi(power)).sqrt()) as f32,
             epsilon: step.epsilon as f32,
+            step: step.step,
         }
     }
 }
@@ -109,6 +112,7 @@ mod tests {
             step_size: (learning_rate / (1.0 - power(beta1, step.step))) as f32,
             root_correction: (1.0 / (1.0 - power(beta2, step.step)).sqrt()) as f32,
             epsilon: step.epsilon as f32,
+            step: step.step,
         }
     }
 

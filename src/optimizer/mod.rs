@@ -2,12 +2,18 @@
 //! learning rate.
 //!
 //! Settings stay f64 from the recipe to [`AdamWFactors`], whose f32 values a device's kernel takes. The update itself is
-//! an operation of the device, [`crate::device::Optimizer::adamw`].
+//! an operation of the device, [`crate::device::Optimizer::adamw`]. docs/memory.md compares the formats of a state.
 
 mod adamw;
+mod dynamic_map;
+mod moments;
+mod rounding;
 mod schedule;
 mod state;
 
 pub use adamw::{AdamWFactors, AdamWSettings, AdamWStep};
+pub use dynamic_map::{BLOCK, DynamicMap, LEAST_VALUES, block_scale, inverse_scale, quantize_block};
+pub use moments::{MasterWeights, MomentFormat, MomentPair, Moments, StateOptions};
+pub use rounding::StochasticRounding;
 pub use schedule::Schedule;
-pub use state::{OptimizerState, StateBuffer};
+pub use state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType, StateValues};

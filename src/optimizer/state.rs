@@ -1,23 +1,48 @@
 //! What AdamW keeps of a trained tensor between updates, each buffer under the name that checkpoints give it.
 
+use half::bf16;
+
+use super::dynamic_map::BLOCK;
+use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
+use super::rounding::StochasticRounding;
 use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, Optimizer};
 use crate::error::Result;
 
-/// A buffer of an optimiser's state. A checkpoint stores each of them as f32, whatever the device.
+/// A buffer of an optimiser's state, as checkpoints know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateBuffer {
-    /// The weight in f32: the master copy, or the weight itself where the device keeps no copy.
+    /// The weight in f32: the master copy, or the weight itself where there is no copy.
     Weight,
     /// Running mean of the gradient.
     FirstMoment,
     /// Running mean of the squared gradient.
     SecondMoment,
+    /// The scales of an 8-bit first moment.
+    FirstScales,
+    /// The scales of an 8-bit second moment.
+    SecondScales,
+}
+
+/// The type in which a checkpoint stores a buffer, to the bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateType {
+    /// Weights, f32 moments and scales.
+    F32,
+    /// bf16 moments.
+    Bf16,
+    /// Codes of 8-bit moments.
+    U8,
 }
 
 impl StateBuffer {
-    /// All buffers of a trained tensor.
-    pub const ALL: [StateBuffer; 3] =
-        [StateBuffer::Weight, StateBuffer::FirstMoment, StateBuffer::SecondMoment];
+    /// All buffers that a trained tensor may have.
+    pub const ALL: [StateBuffer; 5] = [
+        StateBuffer::Weight,
+        StateBuffer::FirstMoment,
+        StateBuffer::SecondMoment,
+        StateBuffer::FirstScales,
+        StateBuffer::SecondScales,
+    ];
 
     /// The name in a checkpoint: the file holds a tensor `NAME/TENSOR` for each buffer.
     pub fn name(self) -> &'static str {
@@ -25,41 +50,104 @@ impl StateBuffer {
             StateBuffer::Weight => "weight",
             StateBuffer::FirstMoment => "first_moment",
             StateBuffer::SecondMoment => "second_moment",
+            StateBuffer::FirstScales => "first_scales",
+            StateBuffer::SecondScales => "second_scales",
+        }
+    }
+
+    /// Type and length of the buffer of a tensor of `len` values; `None` where moments of this format have none.
+    pub fn stored(self, len: usize, moments: MomentFormat) -> Option<(StateType, usize)> {
+        match (self, moments.of_tensor(len)) {
+            (StateBuffer::Weight, _) => Some((StateType::F32, len)),
+            (StateBuffer::FirstMoment | StateBuffer::SecondMoment, format) => Some(match format {
+                MomentFormat::F32 => (StateType::F32, len),
+                MomentFormat::Bf16 => (StateType::Bf16, len),
+                MomentFormat::EightBit => (StateType::U8, len),
+            }),
+            (StateBuffer::FirstScales | StateBuffer::SecondScales, MomentFormat::EightBit) => {
+                Some((StateType::F32, len.div_ceil(BLOCK)))
+            }
+            (StateBuffer::FirstScales | StateBuffer::SecondScales, _) => None,
         }
     }
 }
 
+/// A buffer on the device, by the type of its values.
+#[derive(Debug)]
+pub enum StateValues<F, B, C> {
+    /// f32.
+    F32(F),
+    /// bf16.
+    Bf16(B),
+    /// Codes.
+    U8(C),
+}
+
+/// A buffer that is read.
+pub type StateRef<'a, D> =
+    StateValues<&'a Floats<D>, &'a <D as Memory>::Buffer<bf16>, &'a <D as Memory>::Buffer<u8>>;
+/// A buffer that is written.
+pub type StateMut<'a, D> =
+    StateValues<&'a mut Floats<D>, &'a mut <D as Memory>::Buffer<bf16>, &'a mut <D as Memory>::Buffer<u8>>;
+
 /// AdamW's state of one trained tensor.
 #[derive(Debug)]
 pub struct OptimizerState<D: Memory> {
-    /// The weights in f32, where [`Memory::Compute`] is narrower.
+    /// The weights in f32, where [`Memory::Compute`] is narrower and they are asked for.
     pub master: Option<Floats<D>>,
-    /// Running mean of the gradient.
-    pub first_moment: Floats<D>,
-    /// Running mean of the squared gradient.
-    pub second_moment: Floats<D>,
+    /// Both moments.
+    pub moments: Moments<D>,
+    /// How a weight without a master copy is rounded.
+    pub rounding: StochasticRounding,
 }
 
 impl<D: Optimizer> OptimizerState<D> {
-    /// Zero moments for `len` weights. The f32 master copy, where the device keeps one, starts as zero too: upload the
-    /// weights to it before the first update.
+    /// As [`OptimizerState::with_options`], with f32 moments and master copy.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, len: usize) -> Result<Self> {
+        Self::with_options(device, len, StateOptions::default(), StochasticRounding::default())
+    }
+
+    /// Zero moments for `len` weights. The f32 master copy, where there is one, starts as zero too: upload the weights to it
+    /// before the first update.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device has no memory for them.
+    pub fn with_options(
+        device: &D,
+        len: usize,
+        options: StateOptions,
+        rounding: StochasticRounding,
+    ) -> Result<Self> {
+        let has_master = device.needs_master() && options.master == MasterWeights::F32;
         Ok(OptimizerState {
-            master: if device.needs_master() { Some(device.alloc(len)?) } else { None },
-            first_moment: device.alloc(len)?,
-            second_moment: device.alloc(len)?,
+            master: if has_master { Some(device.alloc(len)?) } else { None },
+            moments: Moments::new(device, len, options.moments)?,
+            rounding,
         })
     }
 
-    /// The state before the first update of `weight`: zero moments, and a master copy with the weight's values.
+    /// The state before the first update of `weight`: f32 moments of 0, and a master copy with the weight's values.
     ///
     /// # Errors
     /// As [`OptimizerState::new`].
     pub fn of(device: &D, weight: &ComputeBuffer<D>) -> Result<Self> {
-        let mut state = OptimizerState::new(device, device.len(weight))?;
+        Self::before_first(device, weight, StateOptions::default(), StochasticRounding::default())
+    }
+
+    /// As [`OptimizerState::of`], with these options.
+    ///
+    /// # Errors
+    /// As [`OptimizerState::new`].
+    pub fn before_first(
+        device: &D,
+        weight: &ComputeBuffer<D>,
+        options: StateOptions,
+        rounding: StochasticRounding,
+    ) -> Result<Self> {
+        let mut state = OptimizerState::with_options(device, device.len(weight), options, rounding)?;
         if let Some(master) = &mut state.master {
             let mut values = vec![0.0; device.len(weight)];
             device.download_compute(&mut values, weight, 0)?;
@@ -70,21 +158,38 @@ impl<D: Optimizer> OptimizerState<D> {
 }
 
 impl<D: Memory> OptimizerState<D> {
-    /// The buffer of this kind; `None` for [`StateBuffer::Weight`] where the weight is its own master copy.
-    pub fn get(&self, buffer: StateBuffer) -> Option<&Floats<D>> {
-        match buffer {
-            StateBuffer::Weight => self.master.as_ref(),
-            StateBuffer::FirstMoment => Some(&self.first_moment),
-            StateBuffer::SecondMoment => Some(&self.second_moment),
+    /// The buffer of this kind; `None` for one that the state does not have, such as [`StateBuffer::Weight`] where the weight
+    /// is its own master copy.
+    pub fn get(&self, buffer: StateBuffer) -> Option<StateRef<'_, D>> {
+        use StateBuffer::{FirstMoment, FirstScales, SecondMoment, SecondScales, Weight};
+        match (buffer, &self.moments) {
+            (Weight, _) => self.master.as_ref().map(StateValues::F32),
+            (FirstMoment, Moments::F32(moments)) => Some(StateValues::F32(&moments.first)),
+            (SecondMoment, Moments::F32(moments)) => Some(StateValues::F32(&moments.second)),
+            (FirstMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&moments.first)),
+            (SecondMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&moments.second)),
+            (FirstMoment, Moments::EightBit { codes, .. }) => Some(StateValues::U8(&codes.first)),
+            (SecondMoment, Moments::EightBit { codes, .. }) => Some(StateValues::U8(&codes.second)),
+            (FirstScales, Moments::EightBit { scales, .. }) => Some(StateValues::F32(&scales.first)),
+            (SecondScales, Moments::EightBit { scales, .. }) => Some(StateValues::F32(&scales.second)),
+            (FirstScales | SecondScales, _) => None,
         }
     }
 
     /// As [`OptimizerState::get`].
-    pub fn get_mut(&mut self, buffer: StateBuffer) -> Option<&mut Floats<D>> {
-        match buffer {
-            StateBuffer::Weight => self.master.as_mut(),
-            StateBuffer::FirstMoment => Some(&mut self.first_moment),
-            StateBuffer::SecondMoment => Some(&mut self.second_moment),
+    pub fn get_mut(&mut self, buffer: StateBuffer) -> Option<StateMut<'_, D>> {
+        use StateBuffer::{FirstMoment, FirstScales, SecondMoment, SecondScales, Weight};
+        match (buffer, &mut self.moments) {
+            (Weight, _) => self.master.as_mut().map(StateValues::F32),
+            (FirstMoment, Moments::F32(moments)) => Some(StateValues::F32(&mut moments.first)),
+            (SecondMoment, Moments::F32(moments)) => Some(StateValues::F32(&mut moments.second)),
+            (FirstMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&mut moments.first)),
+            (SecondMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&mut moments.second)),
+            (FirstMoment, Moments::EightBit { codes, .. }) => Some(StateValues::U8(&mut codes.first)),
+            (SecondMoment, Moments::EightBit { codes, .. }) => Some(StateValues::U8(&mut codes.second)),
+            (FirstScales, Moments::EightBit { scales, .. }) => Some(StateValues::F32(&mut scales.first)),
+            (SecondScales, Moments::EightBit { scales, .. }) => Some(StateValues::F32(&mut scales.second)),
+            (FirstScales | SecondScales, _) => None,
         }
     }
 
@@ -94,7 +199,7 @@ impl<D: Memory> OptimizerState<D> {
         weight: &'a mut ComputeBuffer<D>,
         gradient: &'a Floats<D>,
     ) -> AdamWUpdate<'a, D> {
-        let OptimizerState { master, first_moment, second_moment } = self;
-        AdamWUpdate { weight, master: master.as_mut(), first_moment, second_moment, gradient }
+        let OptimizerState { master, moments, rounding } = self;
+        AdamWUpdate { weight, master: master.as_mut(), moments, rounding: *rounding, gradient }
     }
 }

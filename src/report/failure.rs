@@ -15,7 +15,12 @@ static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 /// Colours only for people, and only where NO_COLOR does not forbid them.
 pub fn wants_color() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    wants_color_on(&std::io::stderr())
+}
+
+/// As [`wants_color`], of another place than standard error.
+pub fn wants_color_on(place: &impl IsTerminal) -> bool {
+    place.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Prints what went wrong and how to mend it to standard error.

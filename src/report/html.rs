@@ -12,7 +12,8 @@ use crate::objective::ObjectiveKind;
 /// Name of the file in a run's output folder.
 pub const REPORT_FILE: &str = "report.html";
 
-const STYLE: &str = include_str!("style.css");
+/// The style of every page.
+pub(crate) const STYLE: &str = include_str!("style.css");
 
 /// Steps in the table of numbers.
 const TABLE_STEPS: usize = 24;

@@ -14,10 +14,11 @@ mod tensorboard;
 
 pub use advice::advice;
 pub use escape::escaped;
-pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color};
+pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color, wants_color_on};
 pub use history::{History, METRICS_FILE, MetricsWriter};
+pub(crate) use html::STYLE;
 pub use html::{DataSummary, REPORT_FILE, RunReport};
 pub use metrics::{EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
-pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result};
+pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result, print_styled};
 pub use summary::{ComparisonRow, Sample, compare, summary};
 pub use tensorboard::{EVENTS_FOLDER, EventWriter};

@@ -53,7 +53,16 @@ pub fn print_result(text: &str) -> Result<Reader> {
         true => escaped(text),
         false => Cow::Borrowed(text),
     };
-    match out.write_all(shown.as_bytes()).and_then(|()| out.flush()) {
+    write_out(&mut out, &shown)
+}
+
+/// As [`print_result`], of text with colours whose other parts were escaped already.
+pub fn print_styled(text: &str) -> Result<Reader> {
+    write_out(&mut std::io::stdout(), text)
+}
+
+fn write_out(out: &mut std::io::Stdout, text: &str) -> Result<Reader> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(Reader::Listening),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
         Err(error) => Err(Error::io(Path::new("standard output"), "write to", error)),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::atomic::{self, kind_of};
 use crate::config::ScoreConfig;
+use crate::data::{PairSource, Part};
 use crate::error::{Error, Result};
 use crate::report::print_result;
 
@@ -97,8 +98,9 @@ fn read_files(config: &ScoreConfig) -> Vec<PathBuf> {
     let folders = [Some(&config.model), config.adapter.as_ref(), config.reference.as_ref()];
     let entries = folders.into_iter().flatten().filter_map(|folder| std::fs::read_dir(folder).ok());
     let in_folders = entries.flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    let single = [Some(&config.data), config.chat_template.as_ref()];
-    single.into_iter().flatten().cloned().chain(in_folders).collect()
+    let source = PairSource::open(&config.data, &config.columns, Part::All);
+    let pairs = source.map(|source| source.files).unwrap_or_default().into_iter().map(|file| file.path);
+    config.chat_template.iter().cloned().chain(pairs).chain(in_folders).collect()
 }
 
 #[cfg(unix)]

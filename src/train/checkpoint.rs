@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use half::bf16;
 use safetensors::tensor::Dtype;
 
 use super::guard;
@@ -13,7 +14,7 @@ use crate::checkpoint::{
 use crate::device::{Device, RawValues};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
-use crate::optimizer::StateBuffer;
+use crate::optimizer::{StateBuffer, StateOptions, StateType, StateValues};
 
 /// Options that may differ between the parts of a run: they say where things are and when, not what is computed. Model,
 /// reference and pairs are compared by what they hold, so that another spelling of a path is no other run.
@@ -23,6 +24,22 @@ pub const FREE_OPTIONS: &[&str] = &[
     "reference",
     "chat_template",
     "adapter",
+    // What the next ones do to the pairs is in the hash of these.
+    "columns",
+    "template_date",
+    "eval_split",
+    "on_refused",
+    "on_empty",
+    "on_long_prompt",
+    "on_long_response",
+    "on_identical",
+    "on_duplicate",
+    "on_contradiction",
+    "on_boundary",
+    "on_lost_text",
+    "on_no_end",
+    "on_after_end",
+    "on_suspicious",
     "output",
     "save_steps",
     "keep_checkpoints",
@@ -30,6 +47,8 @@ pub const FREE_OPTIONS: &[&str] = &[
     "eval_steps",
     "threads",
     "device",
+    // The same bits, from more or less memory.
+    "recompute",
 ];
 
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.
@@ -37,29 +56,39 @@ pub const FREE_OPTIONS: &[&str] = &[
 /// # Errors
 /// [`Error::Numerics`] where a weight or a moment is not finite; nothing is written then.
 pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep: usize) -> Result<()> {
-    let layout = stored_tensors(&trainer.model.layout);
+    let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
     save_checkpoint(run, state, &layout, |tensor, offset, bytes| {
-        let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-        download(trainer, &tensor.name, offset, values)?;
-        guard::check_saved(&tensor.name, offset, values)
+        download(trainer, &tensor.name, offset, bytes)
     })?;
     run_state::prune(run, keep)
 }
 
 /// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
 pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
+    let options = trainer.state_options();
     let Trainer { model, states, .. } = trainer;
     let device = model.device.as_ref();
     for ((tensor, weight), state) in model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut())
     {
         let Some(state) = state else { continue };
         for buffer in StateBuffer::ALL {
-            let values = checkpoint.values::<f32>(&stored_name(tensor, buffer), &[tensor.values()])?;
+            let Some((_, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
+            let (name, shape) = (stored_name(tensor, buffer), [len]);
             if buffer == StateBuffer::Weight {
+                let values = checkpoint.values::<f32>(&name, &shape)?;
                 device.upload_values(weight, 0, RawValues::from_f32(values))?;
             }
-            if let Some(kept) = state.get_mut(buffer) {
-                device.upload(kept, 0, values)?;
+            match state.get_mut(buffer) {
+                Some(StateValues::F32(kept)) => {
+                    device.upload(kept, 0, checkpoint.values::<f32>(&name, &shape)?)?
+                }
+                Some(StateValues::Bf16(kept)) => {
+                    device.upload(kept, 0, checkpoint.values::<bf16>(&name, &shape)?)?;
+                }
+                Some(StateValues::U8(kept)) => {
+                    device.upload(kept, 0, checkpoint.values::<u8>(&name, &shape)?)?
+                }
+                None => {}
             }
         }
     }
@@ -86,20 +115,26 @@ pub fn save_weights<D: Device>(
         staging.resize(values.len(), 0.0);
         model.device.download_compute(&mut staging, weight, start + offset)?;
         for (value, &weight) in values.iter_mut().zip(&staging) {
-            *value = half::bf16::from_f32(weight);
+            *value = bf16::from_f32(weight);
         }
         guard::check_saved(&tensor.name, offset, &staging)
     })
 }
 
-/// What a checkpoint of a model of this layout holds: every buffer of each trained tensor's state.
-pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>) -> Vec<StoredTensor> {
+/// What a checkpoint of a model of this layout holds: every buffer of each trained tensor's state, in the type that keeps its
+/// bits.
+pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>, options: StateOptions) -> Vec<StoredTensor> {
     let mut stored = Vec::new();
     for tensor in layout.iter().filter(|tensor| tensor.trained) {
-        let shape = [tensor.values()];
-        stored.extend(
-            StateBuffer::ALL.map(|buffer| StoredTensor::new(stored_name(tensor, buffer), Dtype::F32, &shape)),
-        );
+        for buffer in StateBuffer::ALL {
+            let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
+            let dtype = match kind {
+                StateType::F32 => Dtype::F32,
+                StateType::Bf16 => Dtype::BF16,
+                StateType::U8 => Dtype::U8,
+            };
+            stored.push(StoredTensor::new(stored_name(tensor, buffer), dtype, &[len]));
+        }
     }
     stored
 }
@@ -108,24 +143,44 @@ fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
     format!("{}/{}", buffer.name(), tensor.name())
 }
 
-/// Assigns `values` of the stored tensor `name` from index `offset` on.
+/// Assigns the values of the stored tensor `name` from index `offset` on, as bytes.
+///
+/// # Errors
+/// [`Error::Numerics`] where one is not finite.
 pub(super) fn download<D: Device>(
     trainer: &Trainer<D>,
     name: &str,
     offset: usize,
-    values: &mut [f32],
+    bytes: &mut [u8],
 ) -> Result<()> {
     let (model, device) = (&trainer.model, trainer.device());
     let weights = model.layout.iter().zip(model.weights.iter());
     for ((tensor, weight), state) in weights.zip(trainer.states.iter()) {
         let Some(state) = state else { continue };
-        if let Some(buffer) = StateBuffer::ALL.into_iter().find(|&buffer| stored_name(tensor, buffer) == name)
-        {
-            return match state.get(buffer) {
-                Some(kept) => device.download(values, kept, offset),
-                None => device.download_compute(values, weight, offset),
-            };
-        }
+        let Some(buffer) = StateBuffer::ALL.into_iter().find(|&buffer| stored_name(tensor, buffer) == name)
+        else {
+            continue;
+        };
+        return match state.get(buffer) {
+            Some(StateValues::F32(kept)) => {
+                let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                device.download(values, kept, offset)?;
+                guard::check_saved(name, offset, values)
+            }
+            Some(StateValues::Bf16(kept)) => {
+                let values: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
+                device.download(values, kept, offset)?;
+                let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+                guard::check_saved(name, offset, &wide)
+            }
+            // Every code is a number; what is not finite shows in a scale.
+            Some(StateValues::U8(kept)) => device.download(bytes, kept, offset),
+            None => {
+                let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                device.download_compute(values, weight, offset)?;
+                guard::check_saved(name, offset, values)
+            }
+        };
     }
     Err(unknown(name))
 }
@@ -135,11 +190,15 @@ fn unknown(name: &str) -> Error {
 }
 
 #[cfg(test)]
+mod state_tests;
+
+#[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
     use super::*;
     use crate::checkpoint::run_state::{self, RngPosition, RunIdentity};
+    use crate::config::MemoryConfig;
     use crate::device::cpu::CpuDevice;
     use crate::device::prelude::*;
     use crate::model::{Capacity, HeadOptions, Llama, LlamaConfig, TensorSpec};
@@ -158,7 +217,9 @@ mod tests {
         model.freeze(is_frozen);
         let micro_batch = Capacity { tokens: 16, pairs: 1, longest_part: 8, scored: 8, longest: 8 };
         let head = HeadOptions::default();
-        let workload = Workload { micro_batch, pairs_per_step: 1, token_budget: 16, head };
+        let memory = MemoryConfig::default();
+        let workload =
+            Workload { micro_batch, pairs_per_step: 1, token_budget: 16, head, memory, rounding_seed: 0 };
         Trainer::new(model, Objective::Sft, workload).unwrap()
     }
 
@@ -235,7 +296,7 @@ mod tests {
         write_old(&old, &TENSORS);
         let mut trainer = trainer(|_| false);
         let (old, checkpoint) = open(&old);
-        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout)).unwrap();
+        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout, trainer.state_options())).unwrap();
         restore(&checkpoint, &mut trainer).unwrap();
         let layer = &trainer.model.weights.layers[1].down.weight;
         let wanted = |kind: &str| -> Vec<f32> {
@@ -244,8 +305,12 @@ mod tests {
         };
         assert_eq!(values(&trainer, layer), wanted("weight"));
         let moments = trainer.states.layers[1].down.weight.as_ref().unwrap();
-        assert_eq!(values(&trainer, &moments.first_moment), wanted("first_moment"));
-        assert_eq!(values(&trainer, &moments.second_moment), wanted("second_moment"));
+        let moment = |buffer| match moments.get(buffer) {
+            Some(StateValues::F32(moment)) => values(&trainer, moment),
+            other => panic!("{buffer:?} is {other:?}"),
+        };
+        assert_eq!(moment(StateBuffer::FirstMoment), wanted("first_moment"));
+        assert_eq!(moment(StateBuffer::SecondMoment), wanted("second_moment"));
 
         save(&new, &trainer, &state(), 1).unwrap();
         for file in ["state.safetensors", "state.json", "B3SUMS"] {
@@ -262,12 +327,13 @@ mod tests {
         let trainer = trainer(is_frozen);
         save(folder.path(), &trainer, &state(), 1).unwrap();
         let (_, checkpoint) = open(folder.path());
-        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout)).unwrap();
+        checkpoint.check_tensors(&stored_tensors(&trainer.model.layout, trainer.state_options())).unwrap();
         let name = "weight/model.layers.1.mlp.down_proj.weight";
         assert_eq!(checkpoint.values::<f32>(name, &[64]).unwrap(), [0.5; 64]);
         assert!(checkpoint.values::<f32>("weight/model.norm.weight", &[8]).is_err());
         let all = self::trainer(|_| false);
-        let error = checkpoint.check_tensors(&stored_tensors(&all.model.layout)).unwrap_err();
+        let error =
+            checkpoint.check_tensors(&stored_tensors(&all.model.layout, all.state_options())).unwrap_err();
         assert_eq!(error.exit_code(), 4, "{error}");
     }
 }

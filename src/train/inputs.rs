@@ -1,12 +1,14 @@
 //! What a run reads before it computes anything: model folder, tokenizer and pairs, all checked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::adapter::StartingAdapter;
 use crate::checkpoint::{CompanionFiles, ModelFolder};
-use crate::config::{LengthLimits, RunConfig};
+use crate::config::{LengthLimits, PairFiles, Policy, RunConfig};
 use crate::context;
-use crate::data::{Cause, PairDataset, TextEncoder, TokenizedPair, load_pairs};
+use crate::data::{
+    Cause, FileReport, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load,
+};
 use crate::demo::Demo;
 use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
@@ -31,12 +33,12 @@ pub struct Inputs {
     pub training: PairDataset,
     /// Pairs to evaluate on.
     pub evaluation: Option<PairDataset>,
-    /// The file of the training pairs.
-    pub training_path: PathBuf,
-    /// The file of the evaluation pairs.
-    pub evaluation_path: Option<PathBuf>,
+    /// The files of the former.
+    pub training_source: PairSource,
+    /// The files of the latter.
+    pub evaluation_source: Option<PairSource>,
     /// Keeps the demo's files alive.
-    _demo: Option<Demo>,
+    demo: Option<Demo>,
 }
 
 impl Inputs {
@@ -49,14 +51,12 @@ impl Inputs {
             true => Some(Demo::unpack()?),
             false => None,
         };
-        let built_in = |path: fn(&Demo) -> PathBuf| demo.as_ref().map(path).unwrap_or_default();
-        let model = config.model.clone().unwrap_or_else(|| built_in(Demo::model));
-        let training_path = config.data.clone().unwrap_or_else(|| built_in(Demo::pairs));
-        let evaluation_path = match (&config.evaluation.data, &config.data) {
-            (Some(path), _) => Some(path.clone()),
-            (None, None) => Some(built_in(Demo::evaluation_pairs)),
-            (None, Some(_)) => None,
+        let model = match (&config.model, &demo) {
+            (Some(model), _) => model.clone(),
+            (None, Some(demo)) => demo.model(),
+            (None, None) => return Err(Error::bug("the demo is not unpacked")),
         };
+        let (training_source, evaluation_source) = sources(config, demo.as_ref())?;
 
         let folder = ModelFolder::open(&model)?;
         folder.check_finite()?;
@@ -66,18 +66,21 @@ impl Inputs {
         let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
         let limits = context::limits(config.asked_lengths, &models)?;
         let text_folder = context::text_folder(&model, config.adapter.as_deref());
-        let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?;
+        let encoder =
+            TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
         let companions = companions(text_folder, &folder, &encoder)?;
-        let load = |path: &Path, given: &Option<PathBuf>| -> Result<PairDataset> {
+        let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+        let load = |source: &PairSource| -> Result<PairDataset> {
             let _memory = LargeBlocks::give_back();
-            let dataset = load_pairs(path, &encoder, limits)?;
-            dataset.report.log(&name(given));
+            let dataset = load(source, &encoder, treatment, &mut |_| {})?;
+            for file in &dataset.files {
+                file.report.log(&name(file, source.part, demo.as_ref()));
+            }
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
             Ok(dataset)
         };
-        let training = load(&training_path, &config.data)?;
-        let evaluation =
-            evaluation_path.as_deref().map(|path| load(path, &config.evaluation.data)).transpose()?;
+        let training = load(&training_source)?;
+        let evaluation = evaluation_source.as_ref().map(load).transpose()?;
         let inputs = Inputs {
             folder,
             adapter,
@@ -87,9 +90,9 @@ impl Inputs {
             limits,
             training,
             evaluation,
-            training_path,
-            evaluation_path,
-            _demo: demo,
+            training_source,
+            evaluation_source,
+            demo,
         };
         let longest = inputs.positions();
         std::iter::once(&inputs.folder)
@@ -106,9 +109,11 @@ impl Inputs {
     }
 
     /// What became of the records of each file, for the report.
-    pub fn data_summaries(&self, config: &RunConfig) -> Vec<DataSummary> {
-        let evaluation = self.evaluation.as_ref().map(|data| summarize(name(&config.evaluation.data), data));
-        std::iter::once(summarize(name(&config.data), &self.training)).chain(evaluation).collect()
+    pub fn data_summaries(&self) -> Vec<DataSummary> {
+        let training = std::iter::once((&self.training_source, &self.training));
+        let both = training.chain(self.evaluation_source.iter().zip(&self.evaluation));
+        let files = both.flat_map(|(source, data)| data.files.iter().map(|file| (source.part, file)));
+        files.map(|(part, file)| summarize(name(file, part, self.demo.as_ref()), file)).collect()
     }
 }
 
@@ -139,30 +144,55 @@ fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
     Ok(reference)
 }
 
-/// The name of a data file, for people.
-fn name(given: &Option<PathBuf>) -> String {
-    match given {
-        Some(path) => path.display().to_string(),
-        None => "the built-in demo".to_string(),
+/// Where the pairs to train on come from, and those to evaluate on.
+fn sources(config: &RunConfig, demo: Option<&Demo>) -> Result<(PairSource, Option<PairSource>)> {
+    let built_in = |path: fn(&Demo) -> std::path::PathBuf| demo.map(|demo| PairFiles::from(path(demo)));
+    let training = config.data.clone().or_else(|| built_in(Demo::pairs));
+    let training = training.ok_or_else(|| Error::bug("the demo is not unpacked"))?;
+    let open = |files: &PairFiles, part| PairSource::open(files, &config.columns, part);
+    if let Some(share) = config.evaluation.split {
+        let held_out = open(&training, Part::Evaluation(share))?;
+        return Ok((open(&training, Part::Training(share))?, Some(held_out)));
+    }
+    let evaluation = match (&config.evaluation.data, &config.data) {
+        (Some(files), _) => Some(files.clone()),
+        (None, None) => built_in(Demo::evaluation_pairs),
+        (None, Some(_)) => None,
+    };
+    let evaluation = evaluation.map(|files| open(&files, Part::All)).transpose()?;
+    Ok((open(&training, Part::All)?, evaluation))
+}
+
+/// A data file for people.
+fn name(file: &FileReport, part: Part, demo: Option<&Demo>) -> String {
+    let built_in = demo.is_some_and(|demo| file.path.starts_with(demo.folder()));
+    let file = match built_in {
+        true => "the built-in demo".to_string(),
+        false => file.path.display().to_string(),
+    };
+    match part {
+        Part::All => file,
+        Part::Training(share) => format!("{file} without the {share} held out"),
+        Part::Evaluation(share) => format!("{file}, the {share} held out"),
     }
 }
 
-fn summarize(name: String, dataset: &PairDataset) -> DataSummary {
-    let report = &dataset.report;
-    let counted = |drops: bool| {
-        Cause::ALL
-            .into_iter()
-            .filter(|cause| cause.drops() == drops)
-            .map(|cause| (report.describe(cause), report.tally(cause).count))
-            .filter(|(_, count)| *count > 0)
-            .collect()
-    };
+fn summarize(name: String, file: &FileReport) -> DataSummary {
+    let report = &file.report;
+    let struck = || Cause::ALL.into_iter().filter(|cause| report.tally(*cause).count > 0);
+    let is_drop = |cause: &Cause| cause.policy(&report.policies) == Policy::Drop;
+    let by_weight = ("not taken, for the file's weight".to_string(), report.left_out_by_weight);
+    let copies = ("more copies of pairs, for the file's weight".to_string(), report.copies);
+    let dropped = struck().filter(is_drop).map(|cause| (report.problem(cause), report.tally(cause).dropped));
+    let cut = struck().filter(|cause| !is_drop(cause));
+    let cut = cut.map(|cause| (report.describe(cause), report.tally(cause).count));
+    let some = |(_, count): &(String, usize)| *count > 0;
     DataSummary {
         name,
         read: report.records,
-        used: report.pairs,
-        dropped: counted(true),
-        cut: counted(false),
+        used: report.pairs + report.copies,
+        dropped: dropped.chain([by_weight]).filter(some).collect(),
+        cut: cut.chain([copies]).filter(some).collect(),
     }
 }
 

@@ -115,7 +115,7 @@ impl Output {
             recipe: config.to_toml(),
             warnings,
             history,
-            data: inputs.data_summaries(config),
+            data: inputs.data_summaries(),
             comparison,
             samples,
             seconds,
@@ -156,15 +156,18 @@ fn refuse_inputs(config: &RunConfig) -> Result<()> {
         RESOLVED_FILE,
         REPORT_FILE,
     ];
-    let inputs = [
+    let one = [
         ("--model", config.model.as_ref()),
         ("--adapter", config.adapter.as_ref()),
         ("--reference", config.reference.as_ref()),
-        ("--data", config.data.as_ref()),
-        ("--eval-data", config.evaluation.data.as_ref()),
         ("--chat-template", config.chat_template.as_ref()),
     ];
-    for (flag, path) in inputs {
+    let pairs = [("--data", &config.data), ("--eval-data", &config.evaluation.data)];
+    let pairs = pairs.into_iter().flat_map(|(flag, files)| {
+        let files = files.iter().flat_map(|files| &files.0);
+        files.map(move |file| (flag, Some(&file.path)))
+    });
+    for (flag, path) in one.into_iter().chain(pairs) {
         let Some(path) = path else { continue };
         let Ok(real) = std::fs::canonicalize(path) else { continue };
         if real == output || written.iter().any(|name| real.starts_with(output.join(name))) {

@@ -1,9 +1,10 @@
 //! Which steps a run consists of, and what is known of them before the first: learning rates, batches, and what a
 //! checkpoint of each step must say.
 
+use super::layer_updates;
 use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
-use crate::config::{RunConfig, Warmup};
-use crate::data::BatchOrder;
+use crate::config::{GradientConfig, RunConfig, Warmup};
+use crate::data::{BatchOrder, TokenizedPair, micro_batches};
 use crate::error::{Error, Result};
 use crate::optimizer::{AdamWSettings, AdamWStep, Schedule};
 
@@ -130,6 +131,29 @@ impl Plan {
             }
         }
         self.check_largest_update(rate)
+    }
+
+    /// Refuses a run whose gradients are applied layer by layer where a step takes several micro-batches.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first such step.
+    pub fn check_micro_batches(&self, config: &RunConfig, pairs: &[TokenizedPair]) -> Result<()> {
+        if config.memory.gradients == GradientConfig::F32 {
+            return Ok(());
+        }
+        let (budget, sides) = (config.batch.tokens_per_micro_batch, config.objective.sides());
+        for batch in self.order.from_step(0).take_while(|batch| batch.step < self.total_steps) {
+            let sizes: Vec<usize> = batch.pairs.iter().map(|&pair| pairs[pair].tokens_of(sides)).collect();
+            let count = micro_batches(&sizes, budget).len();
+            if count > 1 {
+                let tokens: usize = sizes.iter().sum();
+                return Err(layer_updates::several_micro_batches(format!(
+                    "step {} has {tokens} tokens, which make {count} micro-batches of up to {budget}",
+                    batch.step + 1
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_largest_update(&self, rate: f64) -> Result<()> {

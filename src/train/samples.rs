@@ -21,14 +21,16 @@ pub struct Samples {
 
 impl Samples {
     pub fn choose(inputs: &Inputs) -> Result<Self> {
-        let (path, pairs) = match (&inputs.evaluation_path, &inputs.evaluation) {
-            (Some(path), Some(dataset)) => (path, &dataset.pairs),
-            _ => (&inputs.training_path, &inputs.training.pairs),
+        let (source, pairs) = match (&inputs.evaluation_source, &inputs.evaluation) {
+            (Some(source), Some(dataset)) => (source, &dataset.pairs),
+            _ => (&inputs.training_source, &inputs.training.pairs),
         };
-        let chosen: Vec<&TokenizedPair> =
-            pairs.iter().filter(|pair| !pair.prompt.is_empty()).take(COUNT).collect();
+        let mut chosen: Vec<&TokenizedPair> = pairs.iter().filter(|pair| !pair.prompt.is_empty()).collect();
+        // A file with a weight above 1 has each pair several times.
+        chosen.dedup_by_key(|pair| pair.record);
+        chosen.truncate(COUNT);
         let places: Vec<usize> = chosen.iter().map(|pair| pair.record).collect();
-        let records = read_chosen_records(path, &places)?;
+        let records = read_chosen_records(source, &places)?;
         Ok(Samples {
             prompts: (0..chosen.len()).map(|place| prompt_text(records.get(place))).collect(),
             tokens: chosen.iter().map(|pair| pair.prompt.clone()).collect(),

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use super::layer_updates::{self, LayerNorms, UpdateLayers};
+use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, Floats, hash};
 use crate::error::{Error, Result};
@@ -11,7 +13,7 @@ use crate::model::{
     LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::optimizer::{AdamWStep, OptimizerState};
+use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -50,11 +52,14 @@ pub struct Trainer<D: Device> {
     dropout_key: u64,
     objective: Objective,
     token_budget: usize,
+    state_options: StateOptions,
     activations: Activations<D>,
     scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
     /// `[pairs of a step, PairOutcome::WIDTH]`
     outcomes: Floats<D>,
+    /// Where gradients are applied layer by layer.
+    layer_norms: Option<LayerNorms<D>>,
     /// `[2]`: norm, clip factor.
     norm: Floats<D>,
 }
@@ -70,9 +75,17 @@ pub struct Workload {
     pub token_budget: usize,
     /// How the head uses memory.
     pub head: HeadOptions,
+    /// What is kept on the device, and in which format.
+    pub memory: MemoryConfig,
+    /// Seed of the stochastic rounding of weights without a master copy.
+    pub rounding_seed: u64,
 }
 
 impl Workload {
+    fn purpose(&self) -> Purpose {
+        Purpose::Training { head: self.head, recompute: self.memory.recompute }
+    }
+
     /// Covers every way of cutting `pairs` into micro-batches of at most `token_budget` tokens (a longer pair gets
     /// one of its own).
     pub fn plan<'a>(
@@ -103,6 +116,8 @@ impl Workload {
             pairs_per_step,
             token_budget,
             head: HeadOptions::default(),
+            memory: MemoryConfig::default(),
+            rounding_seed: 0,
         }
     }
 }
@@ -122,9 +137,19 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
-        let states = new_states(&model)?;
-        let gradients = model.zero_gradients()?;
-        device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
+        let states = new_states(&model, workload)?;
+        let (gradients, layer_norms) = match workload.memory.gradients {
+            GradientConfig::F32 => {
+                let gradients = model.zero_gradients()?;
+                device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
+                (gradients, None)
+            }
+            GradientConfig::Layer => {
+                let gradients = model.zero_gradients_of_one_layer()?;
+                let norms = LayerNorms::new(&model, &gradients)?;
+                (gradients, Some(norms))
+            }
+        };
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
@@ -134,12 +159,14 @@ impl<D: Device> Trainer<D> {
             dropout_key: 0,
             objective,
             token_budget: workload.token_budget,
+            state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
             outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
             norm: device.alloc(2)?,
+            layer_norms,
             // Last: the head is planned with the memory that all else leaves.
-            activations: Activations::of(&model, capacity, Purpose::Training(workload.head))?,
+            activations: Activations::of(&model, capacity, workload.purpose())?,
             model,
         })
     }
@@ -155,17 +182,24 @@ impl<D: Device> Trainer<D> {
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
         self.dropout_key = hash(self.dropout_seed, adamw.step.into());
+        if self.layer_norms.is_some() {
+            return self.step_by_layers(pairs, Some(adamw), max_grad_norm);
+        }
         let result = self.accumulate_gradients(pairs, max_grad_norm)?;
         self.update(adamw)?;
         Ok(result)
     }
 
-    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are.
+    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are. Where gradients are
+    /// applied layer by layer, none are left.
     pub fn accumulate_gradients(
         &mut self,
         pairs: &[TrainingPair<'_>],
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
+        if self.layer_norms.is_some() {
+            return self.step_by_layers(pairs, None, max_grad_norm);
+        }
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
         let dropout = Some(self.dropout_key);
@@ -197,11 +231,63 @@ impl<D: Device> Trainer<D> {
         Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
     }
 
+    /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
+    fn step_by_layers(
+        &mut self,
+        pairs: &[TrainingPair<'_>],
+        adamw: Option<AdamWStep>,
+        max_grad_norm: Option<f64>,
+    ) -> Result<StepResult> {
+        let sizes = self.pair_sizes(pairs);
+        layer_updates::check(micro_batches(&sizes, self.token_budget).len(), max_grad_norm)?;
+        let device = Arc::clone(&self.model.device);
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        let dropout = Some(self.dropout_key);
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
+            trainer.model.head_forward_backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                &batch.scored,
+                &trainer.objective,
+            )?;
+            let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
+            let mut sink =
+                UpdateLayers { device: &*device, states: &mut trainer.states.layers, norms, step: adamw };
+            trainer.model.backward(
+                &mut trainer.gradients,
+                &mut trainer.scratch,
+                &mut trainer.activations,
+                &trainer.batch,
+                tokens,
+                &mut sink,
+            )
+        })?;
+        let mut gradient_norm = 0.0;
+        if let Some(norms) = &mut self.layer_norms {
+            norms.finish(&mut self.model, &mut self.states, &self.gradients, adamw)?;
+            gradient_norm = norms.total(&*device)?;
+        }
+        let outcomes = self.download_outcomes(pairs.len())?;
+        let loss = self.mean_loss(pairs, &outcomes);
+        super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
+        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+    }
+
+    /// Tokens of each pair.
+    fn pair_sizes(&self, pairs: &[TrainingPair<'_>]) -> Vec<usize> {
+        pairs.iter().map(|pair| pair.pair.tokens_of(self.objective.sides())).collect()
+    }
+
     /// AdamW over all trained weights, from the gradients of [`Trainer::accumulate_gradients`].
     ///
     /// # Errors
     /// Those of the device.
     pub fn update(&mut self, adamw: AdamWStep) -> Result<()> {
+        if self.layer_norms.is_some() {
+            return Err(Error::bug("gradients are applied layer by layer: none are left for an update"));
+        }
         let device = &self.model.device;
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
@@ -242,6 +328,11 @@ impl<D: Device> Trainer<D> {
         self.activations.head.plan
     }
 
+    /// What is kept of each trained tensor.
+    pub fn state_options(&self) -> StateOptions {
+        self.state_options
+    }
+
     /// Where the model computes.
     pub fn device(&self) -> &D {
         &self.model.device
@@ -259,7 +350,7 @@ impl<D: Device> Trainer<D> {
         let sides = self.objective.sides();
         let references: Vec<ReferencePair> = pairs.iter().map(|pair| pair.reference).collect();
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
-        let sizes: Vec<usize> = pairs.iter().map(|pair| pair.pair.tokens_of(sides)).collect();
+        let sizes = self.pair_sizes(pairs);
         let mut tokens = 0;
         for (number, run) in micro_batches(&sizes, self.token_budget).into_iter().enumerate() {
             self.model.set_dropout_key(dropout.map(|key| hash(key, number as u64)));
@@ -298,11 +389,19 @@ fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
 }
 
-/// The states of the trained tensors before the first update.
-fn new_states<D: Device>(model: &Llama<D>) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
-    let mut weights = model.weights.iter();
+/// The states of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
+/// the random bits of a tensor do not depend on which others are trained.
+fn new_states<D: Device>(
+    model: &Llama<D>,
+    workload: Workload,
+) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
+    let (device, options) = (&*model.device, workload.memory.states);
+    let mut weights = model.weights.iter().zip(0..);
     model.layout.try_map(|tensor| match (weights.next(), tensor.trained) {
-        (Some(weight), true) => OptimizerState::of(&*model.device, weight).map(Some),
+        (Some((weight, number)), true) => {
+            let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
+            OptimizerState::before_first(device, weight, options, rounding).map(Some)
+        }
         _ => Ok(None),
     })
 }

@@ -21,7 +21,7 @@ use mmpo_fast::device::cuda::{
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{LinearShape, RawValues};
 use mmpo_fast::error::Result;
-use mmpo_fast::optimizer::OptimizerState;
+use mmpo_fast::optimizer::{MasterWeights, MomentFormat, OptimizerState, StateOptions, StochasticRounding};
 
 use crate::emulator_alone;
 use crate::table::Table;
@@ -167,6 +167,53 @@ fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
         tensors.map(|((weight, state), gradient)| state.update(weight, gradient)).collect();
     let step = shapes::settings().unwrap().adamw(1);
     assert_eq!(launches(&mut || device.adamw(&mut updates, &norm, step)), 3);
+}
+
+/// Every format of moments, with and without a master copy, on tensors that fill whole warps: every byte of gradient, moments,
+/// scales, master copy and weight is read once where it is needed and written once where it changes. Beside them each thread reads
+/// the clipping factor, 4 bytes that its warp shares.
+#[test]
+fn the_optimiser_moves_every_byte_once() {
+    const VALUES: usize = 9 * 2048;
+    let _alone = emulator_alone();
+    let variant = EmulatorVariant::Checked;
+    let device = CudaDevice::emulated(variant);
+    for (moments, moment_bytes, thread_values) in [
+        (MomentFormat::F32, 8 * VALUES, 4),
+        (MomentFormat::Bf16, 4 * VALUES, 4),
+        (MomentFormat::EightBit, 2 * VALUES + 2 * F32 * VALUES / 256, 8),
+    ] {
+        for master in [MasterWeights::F32, MasterWeights::None] {
+            let options = StateOptions { moments, master };
+            let mut weight = device.alloc(VALUES).unwrap();
+            let mut state =
+                OptimizerState::before_first(&device, &weight, options, StochasticRounding::default())
+                    .unwrap();
+            let (gradient, norm) = (device.alloc(VALUES).unwrap(), device.alloc(2).unwrap());
+            let step = shapes::settings().unwrap().adamw(1);
+            variant.reset_counters();
+            device.adamw(&mut [state.update(&mut weight, &gradient)], &norm, step).unwrap();
+            let counters = variant.counters();
+            // What the new weight comes from: the master copy, or the weight.
+            let (read, written) = match master {
+                MasterWeights::F32 => (F32 * VALUES, (F32 + BF16) * VALUES),
+                MasterWeights::None => (BF16 * VALUES, BF16 * VALUES),
+            };
+            let factors = VALUES / thread_values * F32;
+            let what = format!("{options:?}");
+            assert_eq!(counters.launches, 1, "{what}");
+            assert_eq!(
+                counters.global_load_bytes as usize,
+                F32 * VALUES + moment_bytes + read + factors,
+                "{what}: read"
+            );
+            assert_eq!(counters.global_store_bytes as usize, moment_bytes + written, "{what}: written");
+            assert_eq!(
+                counters.shared_wavefronts, counters.shared_wavefronts_ideal,
+                "{what}: bank conflicts"
+            );
+        }
+    }
 }
 
 /// The counted columns, then what the operation needs at least; a minimum is the whole operation's, and stands in its row,

@@ -49,7 +49,7 @@ fn broken_json_names_its_line() {
     assert_fault("p.json", format!("[{GOOD}] trailing"), Some(1), &["broken JSON", "trailing"]);
     assert_fault("p.json", format!("[{GOOD},"), Some(1), &["broken JSON", "EOF"]);
     assert_fault("p.json", "{\n\"chosen\": \"a\",\n\"rejected\" 3}", Some(3), &["broken JSON"]);
-    assert_fault("p.jsonl", "prompt,chosen,rejected\n", Some(1), &["neither `{` nor `[`"]);
+    assert_fault("p.jsonl", "prompt,chosen,rejected\n", None, &["the file holds no record"]);
     assert_fault("p.jsonl", "prompt: a\n", Some(1), &["neither `{` nor `[`", "`prompt: a`"]);
     assert_fault("p.jsonl", [GOOD.as_bytes(), b"\n{\"prompt\": \"\xff\"}"].concat(), Some(2), &["UTF-8"]);
 }

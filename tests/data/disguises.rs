@@ -79,8 +79,8 @@ fn gzip_may_have_members_and_padding_and_must_be_whole() {
     assert_read([one.clone(), vec![0; 512], one.clone(), vec![0; 3]].concat(), &[1, 2]);
     assert_named(&one[..one.len() - 9], None, &["gzip", "cut short"], "gzip -t");
     assert_named([one.as_slice(), b"text"].concat(), None, &["gzip", "neither gzip nor zeros"], "gzip -t");
-    assert_named(gzip("prompt,chosen,rejected\na,b,c\n"), Some(1), &["a CSV table"], "read_csv");
-    assert_named(gzip("PAR1xxxx"), None, &["under gzip, this is a Parquet table"], "load_dataset");
+    assert_read(gzip("prompt,chosen,rejected\na, b, c\n"), &[2]);
+    assert_named(gzip("PAR1xxxx"), None, &["under gzip, this is a Parquet table"], "gunzip");
 }
 
 #[test]
@@ -97,8 +97,7 @@ fn files_of_other_kinds_are_named_with_what_to_do() {
         (b"BZh91AY", "bzip2", "bunzip2"),
         (b"\xfd7zXZ\x00\x00", "xz file", "unxz"),
         (b"PK\x03\x04\x14", "ZIP archive", "unzip"),
-        (b"PAR1\x15\x04", "Parquet", "to_json"),
-        (b"ARROW1\x00\x00", "Arrow", "to_json"),
+        (b"ARROW1\x00\x00", "Arrow", "to_parquet"),
         (b"<!DOCTYPE html><html>", "web page", "download"),
         (b"\xff\xfe{\x00\"\x00", "UTF-16", "iconv -f UTF-16"),
         (&utf16(PAIR), "UTF-16", "iconv -f UTF-16"),
@@ -106,10 +105,27 @@ fn files_of_other_kinds_are_named_with_what_to_do() {
     ] {
         assert_named(bytes, None, &[words, "not JSON"], advice);
     }
-    assert_named("prompt\tchosen\trejected\na\tb\tc\n", Some(1), &["tabs", "TSV"], "sep=");
-    assert_named("id,\"Prompt\",chosen\n1,a,b\n", Some(1), &["a CSV table"], "read_csv");
+    assert_named(b"PAR1\x15\x04", None, &["the Parquet table cannot be read"], "again");
+    assert_named("id,\"Prompt\",chosen\n1,a,b\n", Some(2), &["no column `rejected`"], "chosen");
+    assert_named(
+        "some words\nand more\n",
+        Some(1),
+        &["nor the names of columns", "some words"],
+        "prompt,chosen",
+    );
     assert_named("\n// pairs\n{}", Some(2), &["comment"], "comments");
     assert_named(b"\x01\x02\x00\x03", Some(1), &["binary data"], "chosen");
+}
+
+#[test]
+fn tables_are_told_by_the_names_in_their_first_line() {
+    for separator in [",", "\t", ";"] {
+        let table = "id,prompt,chosen,rejected\n1,a, b, c\n\n2,a, b, c".replace(',', separator);
+        assert_read(&table, &[2, 4]);
+        assert_read(format!("\u{feff}{}", table.replace('\n', "\r\n")), &[2, 4]);
+        assert_read(table.replace("prompt", "\"prompt\"").replace("2", "\"2\""), &[2, 4]);
+    }
+    assert_read("prompt,chosen,rejected,note\na, b, c,\"two\nlines\"\na, b, c,\"a \"\"word\"\"\"\n", &[2, 4]);
 }
 
 #[test]

@@ -23,6 +23,20 @@ impl Workplace {
         let lines: Vec<&str> = sound.iter().copied().cycle().take(count).collect();
         self.write(name, lines.join("\n"));
     }
+
+    /// Copies a run's folder as a process leaves it that is killed after step 2.
+    fn cut_after_step_2(&self, whole: &str, cut: &str) {
+        let root = self.path(whole);
+        for (path, bytes) in self.contents(whole) {
+            let inner = path.strip_prefix(&root).unwrap();
+            let later = ["model", "report.html", "checkpoints/step-000004", "checkpoints/step-000006"];
+            if !later.iter().any(|name| inner.starts_with(name)) {
+                let copy = self.path(cut).join(inner);
+                std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+                std::fs::write(copy, bytes).unwrap();
+            }
+        }
+    }
 }
 
 #[test]
@@ -77,17 +91,7 @@ fn every_objective_learns_and_resumes() {
         let losses = work.series("whole", "eval_loss");
         let (before, after) = (losses[0], losses[losses.len() - 1]);
         assert!(after < before - 0.01 * before.abs(), "{name}: {losses:?}");
-        // As a process leaves its folder that is killed after step 2.
-        let whole = work.path("whole");
-        for (path, bytes) in work.contents("whole") {
-            let inner = path.strip_prefix(&whole).unwrap();
-            let later = ["model", "report.html", "checkpoints/step-000004", "checkpoints/step-000006"];
-            if !later.iter().any(|name| inner.starts_with(name)) {
-                let copy = work.path("cut").join(inner);
-                std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
-                std::fs::write(copy, bytes).unwrap();
-            }
-        }
+        work.cut_after_step_2("whole", "cut");
         let finished = work.succeed(&format!("{run} --output cut --resume"));
         assert!(finished.stderr.contains("resuming after step 2"), "{name}: {}", finished.stderr);
         work.assert_same_bits("whole", "cut", 6);
@@ -194,4 +198,50 @@ fn a_run_that_diverges_keeps_only_what_is_sound() {
     let earlier = work.contents("sound/checkpoints");
     let names: Vec<PathBuf> = earlier.keys().cloned().collect();
     assert!(names.iter().any(|name| name.ends_with("step-000003/state.safetensors")), "{names:?}");
+}
+
+/// Every choice of what is kept learns; a run that is cut goes on with the same bits, and only with the choice it began with
+/// where that changes a number.
+#[test]
+fn every_choice_of_memory_learns_and_resumes() {
+    for flags in [
+        "--optimizer-states bf16",
+        "--optimizer-states 8bit --master-weights none",
+        "--recompute layer",
+        "--recompute selective",
+        "--gradients layer --max-grad-norm 0",
+    ] {
+        let work = Workplace::new();
+        let run = format!(
+            "{TRAIN} --max-steps 4 --warmup-steps 0 --save-steps 2 --keep-checkpoints 9 --eval-data pairs.jsonl \
+             --eval-steps 4 {flags}"
+        );
+        work.succeed(&format!("{run} --output whole"));
+        let losses = work.series("whole", "eval_loss");
+        assert!(losses[losses.len() - 1] < losses[0], "{flags}: {losses:?}");
+        work.cut_after_step_2("whole", "cut");
+        let finished = work.succeed(&format!("{run} --output cut --resume"));
+        assert!(finished.stderr.contains("resuming after step 2"), "{flags}: {}", finished.stderr);
+        work.assert_same_bits("whole", "cut", 4);
+        if flags.contains("8bit") {
+            work.cut_after_step_2("whole", "other");
+            let other = run.replace("8bit", "bf16");
+            let parts = [
+                "`optimizer_states` was \"8bit\" and is \"bf16\"",
+                "resume with the settings the run began with",
+            ];
+            work.refuse(&format!("{other} --output other --resume"), CONFIG, &parts);
+        }
+    }
+}
+
+#[test]
+fn gradients_by_layer_say_what_they_need() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --gradients layer --output new --max-steps 2");
+    let parts = ["`gradients` = layer updates a layer before", "`max_grad_norm` = 1", "--max-grad-norm 0"];
+    work.refuse(&run, CONFIG, &parts);
+    let parts = ["needs every step in one micro-batch", "step 1 has", "--tokens-per-micro-batch"];
+    work.refuse(&format!("{run} --max-grad-norm 0 --tokens-per-micro-batch 40"), CONFIG, &parts);
+    assert!(!work.path("new").exists(), "found only after work");
 }

@@ -3,9 +3,11 @@
 mod adapters;
 mod bad_input;
 mod bench;
+mod check;
 mod checkpoints;
 mod cli;
 mod context;
+mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
 mod device_choice;

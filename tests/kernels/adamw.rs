@@ -1,12 +1,50 @@
+use half::bf16;
 use mmpo_fast::device::{ComputeBuffer, Device, Floats};
 use mmpo_fast::error::Result;
-use mmpo_fast::optimizer::{AdamWStep, OptimizerState};
+use mmpo_fast::optimizer::{
+    AdamWStep, BLOCK, DynamicMap, MasterWeights, MomentFormat, OptimizerState, StateBuffer, StateOptions,
+    StateValues, StochasticRounding, quantize_block,
+};
 
 use crate::harness::*;
 use crate::naive::Precision;
 
 const STEP: AdamWStep =
     AdamWStep { learning_rate: 5e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
+
+/// Every kind of state that a tensor may have.
+fn all_options() -> Vec<StateOptions> {
+    let moments = [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit];
+    let masters = [MasterWeights::F32, MasterWeights::None];
+    moments.into_iter().flat_map(|moments| masters.map(|master| StateOptions { moments, master })).collect()
+}
+
+const ROUNDING: StochasticRounding = StochasticRounding { seed: 0x1234_5678_9abc_def0, tensor: 3 };
+
+/// A state that begins with the weight's values.
+fn state_of<D: Device>(device: &D, weight: &ComputeBuffer<D>, options: StateOptions) -> OptimizerState<D> {
+    OptimizerState::before_first(device, weight, options, ROUNDING).unwrap()
+}
+
+/// A buffer of a state as f32: codes as numbers. Empty where there is none.
+fn read_state<D: Device>(device: &D, state: &OptimizerState<D>, buffer: StateBuffer) -> Vec<f32> {
+    match state.get(buffer) {
+        Some(StateValues::F32(values)) => read(device, values),
+        Some(StateValues::Bf16(values)) => {
+            let mut found = vec![bf16::ZERO; device.len(values)];
+            device.download(&mut found, values, 0).unwrap();
+            found.into_iter().map(bf16::to_f32).collect()
+        }
+        Some(StateValues::U8(codes)) => read_codes(device, codes).into_iter().map(f32::from).collect(),
+        None => Vec::new(),
+    }
+}
+
+fn read_codes<D: Device>(device: &D, codes: &D::Buffer<u8>) -> Vec<u8> {
+    let mut found = vec![0; device.len(codes)];
+    device.download(&mut found, codes, 0).unwrap();
+    found
+}
 
 /// An update of one tensor.
 fn update<D: Device>(
@@ -22,15 +60,13 @@ fn update<D: Device>(
 
 /// Weights, states and gradients of these lengths, after two updates: of all tensors in one call, or of one in each. What
 /// comes out, as bits.
-fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<u32> {
+fn two_updates<D: Device>(device: &D, lengths: &[usize], options: StateOptions, together: bool) -> Vec<u32> {
     let mut weights: Vec<ComputeBuffer<D>> =
         lengths.iter().zip(1..).map(|(&len, seed)| random_compute(device, seed, len, 1.0).0).collect();
     let mut states: Vec<OptimizerState<D>> =
-        lengths.iter().map(|&len| OptimizerState::new(device, len).unwrap()).collect();
-    for (state, weight) in states.iter_mut().zip(&weights) {
-        if let Some(master) = &mut state.master {
-            device.upload(master, 0, &read_compute(device, weight)).unwrap();
-        }
+        weights.iter().map(|weight| state_of(device, weight, options)).collect();
+    for (state, tensor) in states.iter_mut().zip(0..) {
+        state.rounding.tensor = tensor;
     }
     let norm = floats(device, &[8.0, 0.125]);
     for number in 1..=2 {
@@ -52,10 +88,83 @@ fn two_updates<D: Device>(device: &D, lengths: &[usize], together: bool) -> Vec<
         }
     }
     let weights = weights.iter().flat_map(|weight| read_compute(device, weight));
-    let states = states.iter().flat_map(|OptimizerState { master, first_moment, second_moment }| {
-        [Some(first_moment), Some(second_moment), master.as_ref()].into_iter().flatten().collect::<Vec<_>>()
-    });
-    weights.chain(states.flat_map(|buffer| read(device, buffer))).map(f32::to_bits).collect()
+    let states = states
+        .iter()
+        .flat_map(|state| StateBuffer::ALL.into_iter().flat_map(|buffer| read_state(device, state, buffer)));
+    weights.chain(states).map(f32::to_bits).collect()
+}
+
+/// What a moment of this format keeps of exact values, a tensor at a time.
+fn kept(values: &[f64], format: MomentFormat, map: DynamicMap) -> Vec<f64> {
+    match format {
+        MomentFormat::F32 => values.to_vec(),
+        MomentFormat::Bf16 => values.iter().map(|&value| bf16::from_f32(value as f32).to_f64()).collect(),
+        MomentFormat::EightBit => {
+            let narrow: Vec<f32> = values.iter().map(|&value| value as f32).collect();
+            let mut kept = Vec::new();
+            for block in narrow.chunks(BLOCK) {
+                let mut codes = vec![0; block.len()];
+                let scale = quantize_block(&mut codes, block, map);
+                kept.extend(codes.iter().map(|&code| f64::from(map.decode(code)) * f64::from(scale)));
+            }
+            kept
+        }
+    }
+}
+
+/// Three updates in f64, whose moments are rounded to their format after each: weights, then both moments.
+fn three_updates_in_f64(weights: &[f64], gradients: &[Vec<f32>; 3], format: MomentFormat) -> [Vec<f64>; 3] {
+    let mut now: Vec<(f64, f64, f64)> = weights.iter().map(|&weight| (weight, 0.0, 0.0)).collect();
+    for (gradient, number) in gradients.iter().zip(1..) {
+        let step = AdamWStep { step: number, ..STEP };
+        for (values, &gradient) in now.iter_mut().zip(gradient) {
+            *values = Precision::Exact.adamw(*values, 0.125 * f64::from(gradient), step, (0.9, 0.999));
+        }
+        let column = |pick: fn(&(f64, f64, f64)) -> f64| now.iter().map(pick).collect::<Vec<f64>>();
+        let firsts = kept(&column(|v| v.1), format, DynamicMap::Signed);
+        let seconds = kept(&column(|v| v.2), format, DynamicMap::Unsigned);
+        for (values, (first, second)) in now.iter_mut().zip(firsts.into_iter().zip(seconds)) {
+            (values.1, values.2) = (first, second);
+        }
+    }
+    [0, 1, 2].map(|column| now.iter().map(|values| [values.0, values.1, values.2][column]).collect())
+}
+
+/// Moments as numbers.
+fn moments<D: Device>(device: &D, state: &OptimizerState<D>) -> [Vec<f32>; 2] {
+    let read = |buffer| read_state(device, state, buffer);
+    let of_codes = |codes: Vec<f32>, scales: Vec<f32>, map: DynamicMap| -> Vec<f32> {
+        let codes = codes.chunks(BLOCK).zip(scales);
+        codes
+            .flat_map(|(codes, scale)| codes.iter().map(move |&code| map.decode(code as u8) * scale))
+            .collect()
+    };
+    match state.moments.format() {
+        MomentFormat::EightBit => [
+            of_codes(read(StateBuffer::FirstMoment), read(StateBuffer::FirstScales), DynamicMap::Signed),
+            of_codes(read(StateBuffer::SecondMoment), read(StateBuffer::SecondScales), DynamicMap::Unsigned),
+        ],
+        _ => [read(StateBuffer::FirstMoment), read(StateBuffer::SecondMoment)],
+    }
+}
+
+/// Asserts that all values but one in 500 are within `bounds` of what is wanted. A moment that lies on the boundary between two numbers
+/// of its format may go either way, and the updates after it differ.
+#[track_caller]
+fn assert_mostly_close(what: &str, got: &[f32], wanted: &[f64], bounds: Tolerance) {
+    assert_eq!(got.len(), wanted.len(), "{what}: lengths");
+    let mean_square = wanted.iter().map(|value| value * value).sum::<f64>() / wanted.len() as f64;
+    let allowed = |wanted: f64| bounds.relative * wanted.abs() + bounds.absolute * mean_square.sqrt();
+    let is_close = |(got, wanted): (&f32, &f64)| (f64::from(*got) - wanted).abs() <= allowed(*wanted);
+    let wrong = got.len() - got.iter().zip(wanted).filter(|&pair| is_close(pair)).count();
+    let first = got.iter().zip(wanted).position(|pair| !is_close(pair)).unwrap_or(0);
+    assert!(
+        wrong * 500 <= got.len(),
+        "{what}: {wrong} of {} values are wrong; first [{first}] = {:e}, wanted {:e}",
+        got.len(),
+        got[first],
+        wanted[first]
+    );
 }
 
 device_tests! {
@@ -63,11 +172,96 @@ device_tests! {
     fn together_as_one_by_one(device, bounds) {
         let mut lengths = vec![0, 5, 1024, 1025, 0, 3, 4099, 8];
         lengths.extend((0..200).map(|tensor| tensor % 7));
-        lengths.extend([2048, 0, 1, 0]);
-        let together = two_updates(device, &lengths, true);
-        assert_eq!(together.len() % lengths.iter().sum::<usize>(), 0);
-        assert!(together == two_updates(device, &lengths, false));
-        assert!(two_updates(device, &[0, 0], true).is_empty());
+        lengths.extend([2048, 0, 1, 0, 4096, 6000]);
+        for options in all_options() {
+            trying("options", options);
+            let together = two_updates(device, &lengths, options, true);
+            assert!(together.len() > 2 * lengths.iter().sum::<usize>());
+            assert!(together == two_updates(device, &lengths, options, false));
+        }
+        assert!(two_updates(device, &[0, 0], StateOptions::default(), true).is_empty());
+    }
+
+    /// Moments of every format, with a master copy: three updates against f64 ones whose moments are rounded in the same way.
+    fn moments_of_every_format(device, bounds) {
+        for moments_format in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
+            for len in [1, 100, 4096, 4613, 9000] {
+                trying("format and values", (moments_format, len));
+                let (mut weight, weight64) = random_compute(device, 1, len, 1.0);
+                let options = StateOptions { moments: moments_format, master: MasterWeights::F32 };
+                let mut state = state_of(device, &weight, options);
+                let gradients = [11, 12, 13].map(|seed| random(seed, len, 3.0));
+                let norm = floats(device, &[8.0, 0.125]);
+                for (gradient, number) in gradients.iter().zip(1..) {
+                    let step = AdamWStep { step: number, ..STEP };
+                    update(device, &mut weight, &mut state, &floats(device, gradient), &norm, step).unwrap();
+                }
+                let format = moments_format.of_tensor(len);
+                assert_eq!(state.moments.format(), format);
+                let [weights, firsts, seconds] = three_updates_in_f64(&weight64, &gradients, format);
+                let [first, second] = moments(device, &state);
+                assert_mostly_close("first moment", &first, &firsts, Tolerance::F32);
+                assert_mostly_close("second moment", &second, &seconds, Tolerance::F32);
+                assert_mostly_close("weight", &read_compute(device, &weight), &weights, bounds);
+                if let Some(master) = &state.master {
+                    assert_mostly_close("master", &read(device, master), &weights, Tolerance::F32);
+                }
+            }
+        }
+    }
+
+    /// Without a master copy the weight is what a master copy with its values would become, rounded by the known random bits;
+    /// an f32 weight is not rounded at all.
+    fn no_master_copy(device, bounds) {
+        for format in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
+            for len in [3, 4096, 5001] {
+                trying("format and values", (format, len));
+                let (mut weight, values) = random_compute(device, 1, len, 1.0);
+                let (mut twin, _) = compute(device, &values.iter().map(|&value| value as f32).collect::<Vec<_>>());
+                let options = |master| StateOptions { moments: format, master };
+                let mut state = state_of(device, &weight, options(MasterWeights::None));
+                let mut twins = state_of(device, &twin, options(MasterWeights::F32));
+                assert!(state.master.is_none());
+                let (gradient, norm) = (floats(device, &random(2, len, 3.0)), floats(device, &[8.0, 0.125]));
+                let step = AdamWStep { step: 7, ..STEP };
+                update(device, &mut weight, &mut state, &gradient, &norm, step).unwrap();
+                update(device, &mut twin, &mut twins, &gradient, &norm, step).unwrap();
+                let wanted: Vec<f32> = match &twins.master {
+                    Some(master) => {
+                        let values = read(device, master).into_iter().zip(0..);
+                        values.map(|(value, element)| ROUNDING.round(value, 7, element).to_f32()).collect()
+                    }
+                    None => read_compute(device, &twin),
+                };
+                assert_same_bits("weight", &read_compute(device, &weight), &wanted);
+                for buffer in [StateBuffer::FirstMoment, StateBuffer::SecondMoment, StateBuffer::SecondScales] {
+                    let wanted = read_state(device, &twins, buffer);
+                    assert_same_bits(buffer.name(), &read_state(device, &state, buffer), &wanted);
+                }
+            }
+        }
+    }
+
+    /// Updates too small for bf16: twenty of them move the mean of the weights as far as they should, where each alone
+    /// rounded to nearest would move nothing.
+    fn small_updates_add_up_without_a_master_copy(device, bounds) {
+        const LEN: usize = 4096;
+        const UPDATES: u32 = 20;
+        let (mut weight, _) = compute(device, &[1.0; LEN]);
+        let options = StateOptions { moments: MomentFormat::F32, master: MasterWeights::None };
+        let mut state = state_of(device, &weight, options);
+        let (gradient, norm) = (floats(device, &[1.0; LEN]), floats(device, &[0.0, 1.0]));
+        for number in 1..=UPDATES {
+            let step = AdamWStep { learning_rate: 1e-4, weight_decay: 0.0, step: number, ..STEP };
+            update(device, &mut weight, &mut state, &gradient, &norm, step).unwrap();
+        }
+        let weights = read_compute(device, &weight);
+        let mean = weights.iter().map(|&weight| f64::from(weight)).sum::<f64>() / LEN as f64;
+        // A constant gradient moves a weight by the learning rate in every update. Below 1 bf16 has steps of 2^-8: the variance
+        // of a rounding is at most a quarter of a step squared; five standard deviations of the mean are allowed.
+        let wanted = 1.0 - 1e-4 * f64::from(UPDATES);
+        let deviation = f64::from(UPDATES).sqrt() / 512.0 / (LEN as f64).sqrt();
+        assert!((mean - wanted).abs() <= 5.0 * deviation + 1e-6, "mean {mean}, wanted {wanted}");
     }
 
     /// No tensors: nothing to do.
@@ -100,8 +294,8 @@ device_tests! {
                 }
             }
             let column = |pick: fn(&(f64, f64, f64)) -> f64| wanted.iter().map(pick).collect::<Vec<f64>>();
-            assert_close("first moment", &read(device, &state.first_moment), &column(|v| v.1), Tolerance::F32);
-            assert_close("second moment", &read(device, &state.second_moment), &column(|v| v.2), Tolerance::F32);
+            assert_close("first moment", &read_state(device, &state, StateBuffer::FirstMoment), &column(|v| v.1), Tolerance::F32);
+            assert_close("second moment", &read_state(device, &state, StateBuffer::SecondMoment), &column(|v| v.2), Tolerance::F32);
             let weight = read_compute(device, &weight);
             assert_close("weight", &weight, &column(|v| v.0), bounds);
             let eager: Vec<f64> = eager.iter().map(|values| values.0).collect();

@@ -1,7 +1,8 @@
 //! The kernels' PTX, executed: this program's own tests for a GPU, in processes of their own whose GPU is the PTX machine of
 //! `tests/ptx_machine`. Every entry of the fat binary is launched by one of them.
 //!
-//! `MMPO_FAST_PTX_LONG=1` runs them under more timings and schedules, and with the rounding of tensor cores.
+//! Matrix instructions compute in f32 there; the tests of gemms run with the rounding of tensor cores too. `MMPO_FAST_PTX_LONG=1` runs
+//! all tests with that rounding, and under more timings and schedules.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -126,7 +127,8 @@ fn all_tests_for_devices_pass_on_the_ptx_and_launch_every_entry() {
 }
 
 /// The files of the emulated device's own cases that GPUs run too, planted faults in their right form among them.
-const CASES: [&str; 10] = [
+const CASES: [&str; 11] = [
+    "gemm",
     "layouts",
     "tensors",
     "collectives",
@@ -151,8 +153,8 @@ fn the_emulated_devices_cases_pass_on_the_ptx() {
     let Some(cases) = ptx_machine::cases::Cases::build(&CASES) else { return };
     let mut names: Vec<String> = CASES.iter().flat_map(|file| ptx_machine::cases::names(file)).collect();
     names.retain(|name| name != NOT_HERE);
-    assert!(names.len() > 90, "{} cases", names.len());
-    for words in ["late", "early", "random seed=7"] {
+    assert!(names.len() > 120, "{} cases", names.len());
+    for words in ["late", "early", "random seed=7", "late measured"] {
         let (mode, _) = ptx_machine::Mode::from_words(words);
         let outcomes = cases.run(mode, &names);
         let passed: Vec<&String> = outcomes.iter().map(|(name, _)| name).collect();

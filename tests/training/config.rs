@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use mmpo_fast::config::options::{Options, Origin, flag_name, rows};
 use mmpo_fast::config::recipe::{self, RESOLVED_FILE};
-use mmpo_fast::config::{LengthLimits, RunConfig, Warmup, resolve};
-use mmpo_fast::model::{HeadChoice, HeadOptions};
+use mmpo_fast::config::{
+    ColumnNames, GradientConfig, LengthLimits, MemoryConfig, PairFiles, Policy, RunConfig, Warmup, resolve,
+};
+use mmpo_fast::model::{HeadChoice, HeadOptions, Recompute};
 use mmpo_fast::objective::{DESCRIPTORS, Dpo, Mmpo, Objective, Simpo};
-use mmpo_fast::optimizer::Schedule;
+use mmpo_fast::optimizer::{MasterWeights, MomentFormat, Schedule, StateOptions};
 use mmpo_fast::{Error, Result};
 use proptest::prelude::*;
 
@@ -149,15 +151,16 @@ fn what_is_recorded_can_be_read_from_any_folder() {
     let config = run("eval_data = './e/../e.jsonl'", &[("model", "./m/"), ("reference", "r")]).unwrap();
     let recorded = config.recorded(120).unwrap();
     let here = std::env::current_dir().unwrap();
+    let file = |files: &Option<PairFiles>| files.as_ref().map(|files| files.0[0].path.clone());
     for (path, name) in [
         (recorded.model.as_ref(), "m"),
-        (recorded.data.as_ref(), "d.jsonl"),
+        (file(&recorded.data).as_ref(), "d.jsonl"),
         (recorded.reference.as_ref(), "r"),
         (Some(&recorded.output), "o"),
     ] {
         assert_eq!(path.unwrap(), &here.join(name));
     }
-    assert!(recorded.evaluation.data.as_ref().unwrap().is_absolute());
+    assert!(file(&recorded.evaluation.data).unwrap().is_absolute());
     assert_eq!(recorded.batch.pairs_per_step, Some(4));
     assert_eq!(recorded.recorded(120).unwrap(), recorded);
     let demo = resolve(Options::default(), None, false).unwrap().recorded(640).unwrap();
@@ -179,6 +182,61 @@ fn the_head_may_be_told_its_mode_and_workspace() {
     let message = refusal(run("head_mode = \"recomputed\"", &[]));
     assert!(message.contains("run.toml:4: ") && message.contains("did you mean `recompute`?"), "{message}");
     assert!(refusal(run("head_workspace = 0", &[])).contains("at least 1"));
+}
+
+#[test]
+fn what_is_kept_on_the_device_is_told_in_words() {
+    assert_eq!(run("", &[]).unwrap().memory, MemoryConfig::default());
+    let text = "optimizer_states = \"bf16\"\nmaster_weights = \"none\"\nrecompute = \"selective\"";
+    let config = run(text, &[("optimizer_states", "8bit")]).unwrap();
+    let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
+    let gradients = GradientConfig::F32;
+    assert_eq!(config.memory, MemoryConfig { states, recompute: Recompute::Selective, gradients });
+    assert_round_trip(&config);
+    let message = refusal(run("optimizer_states = \"8bits\"", &[]));
+    assert!(message.contains("run.toml:4: ") && message.contains("did you mean `8bit`?"), "{message}");
+    // Clipping needs all gradients at once.
+    let message = refusal(run("gradients = \"layer\"", &[]));
+    assert!(message.contains("`gradients` = layer") && message.contains("`max_grad_norm` = 1"), "{message}");
+    let config = run("gradients = \"layer\"\nmax_grad_norm = 0", &[]).unwrap();
+    assert_eq!(config.memory.gradients, GradientConfig::Layer);
+    assert_round_trip(&config);
+}
+
+#[test]
+fn pairs_may_come_from_several_places_with_weights_and_other_columns() {
+    let sources = |config: &RunConfig| -> Vec<(String, f64)> {
+        let files = &config.data.as_ref().unwrap().0;
+        files.iter().map(|file| (file.path.display().to_string(), file.weight)).collect()
+    };
+    let flags =
+        [("data", "a.jsonl,b=0.5,org/pairs:train_prefs=2"), ("columns", "prompt=question,chosen=good one")];
+    let config = run("", &flags).unwrap();
+    let expected = [("a.jsonl".into(), 1.0), ("b".into(), 0.5), ("org/pairs:train_prefs".into(), 2.0)];
+    assert_eq!(sources(&config), expected);
+    let columns =
+        [("prompt", "question"), ("chosen", "good one")].map(|(a, b)| (a.to_string(), b.to_string()));
+    assert_eq!(config.columns, ColumnNames(columns.to_vec()));
+    assert_round_trip(&config);
+
+    let text = "columns = { prompt = 'a=b', rejected = 'c,d' }\ntemplate_date = 2024-07-26\neval_split = 0.25\n\
+                eval_steps = 3\non_identical = \"drop\"\non_after_end = \"cut\"";
+    let config = run(text, &[]).unwrap();
+    assert_eq!(config.columns.read_as("c,d"), Some("rejected"));
+    assert_eq!(config.columns.read_as("prompt"), None, "another column is the prompt");
+    assert_eq!((config.evaluation.split, config.policies.after_end), (Some(0.25), Policy::Cut));
+    assert!(config.to_toml().contains("template_date = \"2024-07-26T12:00:00\""), "{}", config.to_toml());
+    assert_round_trip(&config);
+    let message = refusal(run("eval_data = 'e'\neval_split = 0.5", &[]));
+    assert!(message.contains("`eval_split` cannot be given together with `eval_data`"), "{message}");
+
+    // A path with the separators in it is one path where it exists, and always in a list.
+    let folder = tempfile::tempdir().unwrap();
+    let odd = folder.path().join("a,b=0.5");
+    std::fs::write(&odd, "").unwrap();
+    let config = run("", &[("data", odd.to_str().unwrap())]).unwrap();
+    assert_eq!(sources(&config), [(odd.display().to_string(), 1.0)]);
+    assert_round_trip(&config);
 }
 
 #[test]
@@ -268,7 +326,21 @@ fn values_out_of_range_or_of_the_wrong_kind_are_refused() {
         ("keep_checkpoints = 0", "at least 1"),
         ("threads = 0", "at least 1"),
         ("chat_template = \"\"", "must name a file"),
-        ("eval_data = [\"a\", \"b\"]", "not an array"),
+        ("eval_data = [1, 2]", "must be a path in quotes, or a list of paths"),
+        ("eval_data = []", "is an empty list"),
+        ("eval_data = \"a=0\"", "weight 0 for a, which must be greater than 0"),
+        ("eval_data = \"a=much\"", "`much` is no number"),
+        ("eval_data = [{ path = \"a\", share = 1 }]", "a source has `path` and `weight`"),
+        ("columns = \"prompt\"", "must be NAME=COLUMN"),
+        ("columns = { promt = \"q\" }", "did you mean `prompt`?"),
+        ("columns = { prompt = \"q\", question = \"q\" }", "reads `q` as two columns"),
+        ("columns = { prompt = 1 }", "must name a column in quotes for `prompt`, not 1"),
+        ("eval_split = 1.0", "greater than 0 and less than 1"),
+        ("template_date = \"yesterday\"", "must be a date such as"),
+        ("on_empty = \"keep\"", "must be drop or error"),
+        ("on_long_prompt = \"keep\"", "must be cut, drop or error"),
+        ("on_identical = \"cut\"", "there is nothing to cut"),
+        ("on_identical = \"dropp\"", "did you mean `drop`?"),
     ] {
         let message = refusal(run(text, &[]));
         assert!(message.contains(rule), "{text}: {message}");

@@ -88,6 +88,17 @@ impl Golden {
         head: HeadOptions,
         body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
     ) {
+        self.with_trainer_of(device, objective, |workload| Workload { head, ..workload }, body);
+    }
+
+    /// As [`Golden::with_trainer`], of the usual workload as `adjust` changes it.
+    pub fn with_trainer_of<D: Device>(
+        &self,
+        device: &Arc<D>,
+        objective: Objective,
+        adjust: impl FnOnce(Workload) -> Workload,
+        body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
+    ) {
         let model = self.load(device);
         let references = score(&model, &self.pairs);
         let pairs: Vec<TrainingPair> = self
@@ -96,7 +107,7 @@ impl Golden {
             .zip(references)
             .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
             .collect();
-        let workload = Workload { head, ..Workload::plan(&self.pairs, &objective, pairs.len(), 700) };
+        let workload = adjust(Workload::plan(&self.pairs, &objective, pairs.len(), 700));
         let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
         body(&mut trainer, &pairs);
     }

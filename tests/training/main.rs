@@ -10,6 +10,8 @@ mod layers;
 mod memory_table;
 mod objective;
 mod published_configs;
+mod python_options;
 mod report;
+mod states;
 #[path = "../support/mod.rs"]
 mod support;

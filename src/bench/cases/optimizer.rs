@@ -5,13 +5,22 @@ use crate::bench::inputs::{compute, filled, floats, normal};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{Device, Floats};
 use crate::error::Result;
-use crate::optimizer::OptimizerState;
+use crate::optimizer::{MasterWeights, MomentFormat, OptimizerState, StateOptions, StochasticRounding};
 
 /// Gate, up and down: these operations take many tensors at once.
 const TENSORS: usize = 3;
 
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
-    vec![zero_all, gradient_norm, adamw]
+    vec![
+        zero_all,
+        gradient_norm,
+        adamw_f32,
+        adamw_bf16,
+        adamw_8bit,
+        adamw_no_master,
+        adamw_bf16_no_master,
+        adamw_8bit_no_master,
+    ]
 }
 
 /// Values of one tensor.
@@ -44,9 +53,12 @@ fn gradient_norm<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     Ok(case.bytes(WORD * TENSORS * values(shape)))
 }
 
-fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+/// The update of AdamW with what a state may be made of.
+fn adamw<D: Device>(device: &D, shape: &Shape, part: &'static str, options: StateOptions) -> Result<Case<D>> {
     let values = values(shape);
-    let mut states = tensors(|_| OptimizerState::new(device, values))?;
+    let rounding = |tensor| StochasticRounding { seed: 1, tensor: tensor as u32 };
+    let mut states =
+        tensors(|tensor| OptimizerState::with_options(device, values, options, rounding(tensor)))?;
     for (tensor, state) in states.iter_mut().enumerate() {
         if let Some(master) = &mut state.master {
             device.upload(master, 0, &normal(tensor as u64, values, 0.02))?;
@@ -54,7 +66,9 @@ fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     }
     let (gradients, norm) = (gradients(device, shape)?, filled(device, &[1.0f32, 1.0])?);
     let settings = shapes::settings()?;
-    let masters = if device.needs_master() { 2 * WORD } else { compute_size::<D>() };
+    // What the weight comes from is read: a master copy, which is written too, or the weight itself.
+    let has_master = states.iter().any(|state| state.master.is_some());
+    let masters = if has_master { 2 * WORD } else { compute_size::<D>() };
     let weights = tensors(|tensor| compute(device, tensor as u64, values, 0.02))?;
     let out = Outputs { compute: weights, floats: Vec::new() };
     let case = Case::new("adamw", out, move |device: &D, out| {
@@ -67,7 +81,38 @@ fn adamw<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
             .collect();
         device.adamw(&mut updates, &norm, settings.adamw(1))
     });
-    // Both moments are read and written, the gradient read, the weight written and what it comes from read.
-    let bytes = 5 * WORD + compute_size::<D>() + masters;
-    Ok(case.updates().bytes(bytes * TENSORS * values))
+    // Both moments are read and written, the gradient read, the weight written.
+    let bytes = 2 * options.moments.bytes(values) + (WORD + compute_size::<D>() + masters) * values;
+    // A weight that is its own master copy is another case where there could be one alone.
+    let redundant = options.master == MasterWeights::None && !device.needs_master();
+    Ok(case.updates().part(part).redundant(redundant).bytes(bytes * TENSORS))
+}
+
+fn adamw_f32<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    adamw(device, shape, "", StateOptions::default())
+}
+
+fn adamw_bf16<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::F32 };
+    adamw(device, shape, "bf16 moments", options)
+}
+
+fn adamw_8bit<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::F32 };
+    adamw(device, shape, "8-bit moments", options)
+}
+
+fn adamw_no_master<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::F32, master: MasterWeights::None };
+    adamw(device, shape, "no master", options)
+}
+
+fn adamw_bf16_no_master<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::None };
+    adamw(device, shape, "bf16 moments, no master", options)
+}
+
+fn adamw_8bit_no_master<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
+    adamw(device, shape, "8-bit moments, no master", options)
 }

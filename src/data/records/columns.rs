@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::FORMATS_HELP;
 use super::message::{Message, take_turns};
 use super::plausible::Note;
+use super::renamed::Renamed;
 use super::scan::{Kind, Scanner, Span, excerpt};
 use super::source::{Start, broken};
 use crate::data::Cause;
@@ -48,7 +49,18 @@ const MEDIA_COLUMNS: [&str; 7] = ["images", "image", "videos", "video", "audios"
 /// Columns of one record; no table has as many.
 const MAX_COLUMNS: usize = 10_000;
 
-/// What is wrong with a value, when its place in the file is not yet known.
+/// What to say of a name that no column with a meaning has.
+pub(crate) fn unknown_column(name: &str) -> Option<String> {
+    if is_known(name) {
+        return None;
+    }
+    let known = prompt_columns().chain(RESPONSE_COLUMNS.into_iter().flatten());
+    let known = known.chain(["tools", "chat_template_kwargs"]);
+    let nearest = nearest(name, known).unwrap_or("chosen");
+    Some(format!("names `{name}`, which is no column with a meaning here; did you mean `{nearest}`?"))
+}
+
+/// What is wrong with a value, before it is known where the value stands.
 #[derive(Debug)]
 pub(super) struct Fault {
     pub message: String,
@@ -67,6 +79,7 @@ pub(super) type Parsed<T> = std::result::Result<T, Fault>;
 #[derive(Debug)]
 pub(crate) struct Columns<'a> {
     path: &'a Path,
+    renamed: &'a Renamed<'a>,
     pub(super) index: usize,
     pub(super) place: usize,
     start: Start,
@@ -100,9 +113,24 @@ pub(super) fn is_known(name: &str) -> bool {
 
 impl<'a> Columns<'a> {
     /// Reads the record's text, which is UTF-8. Columns without a meaning are passed over.
-    pub fn parse(path: &'a Path, index: usize, place: usize, text: &[u8], start: Start) -> Result<Self> {
-        let mut columns =
-            Columns { path, index, place, start, members: Map::new(), unread: Vec::new(), notes: Vec::new() };
+    pub fn parse(
+        path: &'a Path,
+        renamed: &'a Renamed<'a>,
+        index: usize,
+        place: usize,
+        text: &[u8],
+        start: Start,
+    ) -> Result<Self> {
+        let mut columns = Columns {
+            path,
+            renamed,
+            index,
+            place,
+            start,
+            members: Map::new(),
+            unread: Vec::new(),
+            notes: Vec::new(),
+        };
         let mut known: Vec<(String, Span)> = Vec::new();
         let mut scanner = Scanner::new(text, 0);
         if !matches!(scanner.peek(), Some(b'{')) {
@@ -113,6 +141,8 @@ impl<'a> Columns<'a> {
         }
         let (unread, notes) = (&mut columns.unread, &mut columns.notes);
         let read = scanner.members(|name, span| {
+            let Some(ours) = renamed.read_as(&name) else { return Ok(()) };
+            let name = ours.to_string();
             if !is_known(&name) {
                 if unread.len() <= MAX_COLUMNS {
                     unread.push((name, span.kind));
@@ -178,6 +208,8 @@ impl<'a> Columns<'a> {
     pub fn error(&self, fault: Fault) -> Error {
         let place = if self.start.is_line {
             String::new()
+        } else if self.start.line == 0 {
+            format!(" (row {})", self.place)
         } else {
             format!(" (record {}, which begins in line {})", self.place, self.start.line)
         };
@@ -214,6 +246,12 @@ impl<'a> Columns<'a> {
     }
 
     pub fn missing(&self, name: &str) -> Fault {
+        if let Some(theirs) = self.renamed.of(name) {
+            return Fault::new(
+                format!("no column `{theirs}`, which `--columns` reads as `{name}`"),
+                FORMATS_HELP,
+            );
+        }
         if self.unread.iter().any(|(other, kind)| other == name && *kind == Kind::Null) {
             return Fault::new(format!("column `{name}` is null"), FORMATS_HELP);
         }

@@ -51,6 +51,13 @@ const TURN_KEYS: [[&str; 2]; 8] = [
     ["question", "answer"],
 ];
 
+/// Whether a value of a table's cell is a message, rather than text that happens to be JSON: it has a role, and a content
+/// or calls of tools.
+pub(super) fn is_message_like(value: &Value) -> bool {
+    let has = |keys: &[&str]| keys.iter().any(|key| value.get(*key).is_some_and(|member| !member.is_null()));
+    has(&ROLE_KEYS) && (has(&CONTENT_KEYS) || has(&["tool_calls"]))
+}
+
 /// A message as a chat template sees it. Other members (`name`, `tool_calls`, `reasoning_content`, ...) are kept,
 /// since templates may read them; those that are null are left out at every depth, since Arrow writes a null for
 /// every member that another message has.

@@ -1,18 +1,21 @@
 //! Records: what a pairs file says, before any tokenizer has seen it.
 //!
-//! A file is JSON Lines, a JSON array, or one JSON object, plain or gzip ([`source`]). Each record is read by its own
+//! A file is JSON Lines, a JSON array, one JSON object or a CSV table, plain or gzip, or a Parquet table ([`source`]). Each record is read by its own
 //! columns ([`format`]): every column that may hold a prompt or a part of one is read, or the record is refused by
 //! that column's name. `docs/data.md` lists the formats.
 
 mod columns;
+mod delimited;
 mod format;
 mod gzip;
 mod implicit;
 mod lines;
 mod list;
 mod message;
+mod parquet;
 mod plausible;
 mod prompt;
+mod renamed;
 mod scan;
 mod source;
 mod table;
@@ -21,12 +24,16 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::pair_source::PairSource;
+use crate::config::ColumnNames;
 use crate::{Error, Result};
 
+pub(crate) use columns::unknown_column;
 pub(crate) use implicit::common_prefix;
 pub use message::Message;
 pub use plausible::Note;
 pub(crate) use plausible::{Digests, PairDigests};
+pub(crate) use renamed::Renamed;
 pub(crate) use source::{RawRecord, for_each_chunk};
 
 /// One preference pair in the words of its file.
@@ -72,8 +79,8 @@ impl RawRecord {
     ///
     /// # Errors
     /// [`Error::Data`] with its place: it is broken, lacks a column, or holds something that would be lost.
-    pub(crate) fn read(&self, path: &Path) -> Result<Record> {
-        format::read(self.parse(path)?)
+    pub(crate) fn read(&self, path: &Path, renamed: &Renamed) -> Result<Record> {
+        format::read(self.parse(path, renamed)?)
     }
 }
 
@@ -105,16 +112,25 @@ impl Read {
     }
 }
 
-/// Reads a whole pairs file. Training goes through [`crate::data::load_pairs`], which holds a chunk at a time.
+/// Reads a whole pairs file. Training goes through [`crate::data::load`], which holds a chunk at a time.
 ///
 /// # Errors
 /// [`Error::Io`] where it cannot be read, [`Error::Data`] naming its first bad record.
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
+    read_records_as(path, &ColumnNames::default())
+}
+
+/// As [`read_records`], of a file whose columns have other names.
+///
+/// # Errors
+/// Those of [`read_records`], and [`Error::Data`] for a name that no record has.
+pub fn read_records_as(path: &Path, columns: &ColumnNames) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     let mut one_kind = OneKind::default();
-    for_each_chunk(path, &mut |chunk| {
+    let renamed = Renamed::new(columns);
+    for_each_chunk(path, columns, &mut |chunk| {
         for raw in chunk {
-            let record = raw.read(path)?;
+            let record = raw.read(path, &renamed)?;
             one_kind.check(path, record.place, record.is_text())?;
             records.push(record);
         }
@@ -123,29 +139,43 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     if records.is_empty() {
         return Err(no_record(path));
     }
+    renamed.check_seen(path)?;
     Ok(records)
 }
 
-/// The records of a pairs file at `places`, 0-based and rising. Nothing after the last of them is read but the rest of
-/// its chunk. A file that has become shorter gives fewer.
+/// The records of `source` at `places`, 0-based over all its files and rising. Nothing after the last of them is read
+/// but the rest of its chunk. Files that have become shorter give fewer.
 ///
 /// # Errors
 /// Those of [`read_records`], for what is read.
-pub fn read_chosen_records(path: &Path, places: &[usize]) -> Result<Vec<Record>> {
+pub fn read_chosen_records(source: &PairSource, places: &[usize]) -> Result<Vec<Record>> {
+    let renamed = Renamed::new(&source.columns);
     let mut records = Vec::with_capacity(places.len());
-    let mut done = places.is_empty();
-    if done {
-        return Ok(records);
-    }
-    let read = for_each_chunk(path, &mut |chunk| {
-        for raw in chunk.into_iter().filter(|raw| places.contains(&raw.index)) {
-            done |= places.last() == Some(&raw.index);
-            records.push(raw.read(path)?);
+    let mut before = 0;
+    for path in source.files.iter().map(|file| file.path.as_path()) {
+        let mut count = 0;
+        let mut done = places.last().is_none_or(|last| *last < before);
+        if done {
+            break;
         }
-        // An error is what stops the reader.
-        if done { Err(no_record(path)) } else { Ok(()) }
-    });
-    if done && records.len() == places.len() { Ok(records) } else { read.map(|()| records) }
+        let read = for_each_chunk(path, &source.columns, &mut |chunk| {
+            for raw in chunk {
+                count = raw.index + 1;
+                let index = before + raw.index;
+                if places.contains(&index) {
+                    done |= places.last() == Some(&index);
+                    records.push(Record { index, ..raw.read(path, &renamed)? });
+                }
+            }
+            // An error is what stops the reader.
+            if done { Err(no_record(path)) } else { Ok(()) }
+        });
+        if !(done && records.len() == places.len()) {
+            read?;
+        }
+        before += count;
+    }
+    Ok(records)
 }
 
 /// Refuses a file in which some records are plain text and some are conversations. Each would be read the same
@@ -203,7 +233,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         let prompts = |places: &[usize]| -> Result<Vec<String>> {
-            let records = read_chosen_records(file.path(), places)?;
+            let records = read_chosen_records(&PairSource::file(file.path()), places)?;
             let prompt = |record: &Record| match &record.body {
                 Body::Text { prompt, .. } => prompt.clone(),
                 _ => unreachable!("plain text"),

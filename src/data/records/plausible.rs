@@ -138,8 +138,10 @@ fn is_list_as_text(text: &str) -> bool {
 /// Hashes of a pair and of the same pair with its sides exchanged.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PairDigests {
-    pair: u64,
-    exchanged: u64,
+    pub pair: u64,
+    pub exchanged: u64,
+    /// Of the prompt alone; of the pair where the prompt is empty.
+    pub prompt: u64,
 }
 
 /// Hashes a pair's content.
@@ -168,16 +170,22 @@ pub(super) fn digests(body: &Body) -> PairDigests {
             [prompt.finalize(), hash(chosen).finalize(), hash(rejected).finalize()]
         }
     };
-    let combined = |order: [usize; 3]| {
+    let combined = |order: &[usize]| {
         let mut hasher = blake3::Hasher::new();
-        for part in order {
+        for &part in order {
             hasher.update(parts[part].as_bytes());
         }
         let mut first = [0; 8];
         first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
         u64::from_le_bytes(first)
     };
-    PairDigests { pair: combined([0, 1, 2]), exchanged: combined([0, 2, 1]) }
+    let without_prompt = match body {
+        Body::Text { prompt, .. } => prompt.is_empty(),
+        Body::Conversation { prompt, .. } => prompt.is_empty(),
+    };
+    let pair = combined(&[0, 1, 2]);
+    let prompt = if without_prompt { pair } else { combined(&[0]) };
+    PairDigests { pair, exchanged: combined(&[0, 2, 1]), prompt }
 }
 
 /// The pairs of a file so far, with which repeated ones are found. Costs about 16 bytes per pair.

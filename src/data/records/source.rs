@@ -1,7 +1,7 @@
 //! From a file to the texts of its records, a chunk at a time, each with its place.
 //!
-//! What a file is follows from its bytes and not from its name: gzip by its magic number, a JSON array by `[`. A `{`
-//! begins JSON Lines where the first line is a whole object and more lines follow; otherwise one object over the
+//! What a file is follows from its bytes and not from its name: gzip and Parquet by their magic numbers, a JSON array by
+//! `[`, a CSV table by the names in its first line. A `{` begins JSON Lines where the first line is a whole object and more lines follow; otherwise one object over the
 //! whole file ([`super::table`]), or objects that each take several lines. Whatever else it is, is named.
 
 use std::fs::File;
@@ -11,8 +11,10 @@ use std::path::Path;
 use super::columns::Columns;
 use super::gzip::Gzip;
 use super::lines::{Line, Lines};
+use super::renamed::Renamed;
 use super::scan::{Broken, Scanner, excerpt};
-use super::{FORMATS_HELP, list, table};
+use super::{FORMATS_HELP, delimited, list, parquet, table};
+use crate::config::ColumnNames;
 use crate::foreign::{self, Foreign};
 use crate::{Error, Result};
 
@@ -49,11 +51,11 @@ pub(super) struct Start {
 
 impl RawRecord {
     /// The record's columns.
-    pub(super) fn parse<'a>(&self, path: &'a Path) -> Result<Columns<'a>> {
+    pub(super) fn parse<'a>(&self, path: &'a Path, renamed: &'a Renamed) -> Result<Columns<'a>> {
         if let Err(error) = std::str::from_utf8(&self.text) {
             return Err(not_utf8(path, self.start, &self.text, error.valid_up_to()));
         }
-        Columns::parse(path, self.index, self.place, &self.text, self.start)
+        Columns::parse(path, renamed, self.index, self.place, &self.text, self.start)
     }
 }
 
@@ -61,20 +63,34 @@ impl RawRecord {
 pub(super) type Sink<'a> = dyn FnMut(Vec<RawRecord>) -> Result<()> + 'a;
 
 /// Hands the records of `path` to `sink` in file order, in chunks. An empty file is an error; a file of no record
-/// hands over none.
-pub(crate) fn for_each_chunk(path: &Path, sink: &mut Sink) -> Result<()> {
-    let mut reader = open(path)?;
-    let (first, before) = skip_blank(&mut *reader).map_err(|error| read_error(path, error))?;
+/// hands over none. `columns` tells a table whose columns have names of their own.
+pub(crate) fn for_each_chunk(path: &Path, columns: &ColumnNames, sink: &mut Sink) -> Result<()> {
     let mut chunks = Chunks { path, sink, chunk: Vec::new(), bytes: 0, index: 0 };
-    let read = match first {
-        None => return Err(Error::data(path, None, "the file is empty", FORMATS_HELP)),
-        Some(b'[') => list::read(path, reader, before, &mut chunks),
-        Some(b'{') => read_lines_or_object(path, Lines::new(reader, before), &mut chunks),
-        Some(_) => return Err(no_json(path, &mut *reader, before.line)),
+    let read = match foreign::recognise_file(path) {
+        Some(Foreign::Parquet) => parquet::read(path, columns, &mut chunks),
+        _ => read_text(path, columns, &mut chunks),
     };
     // A record before the fault may hold one of its own, which comes first.
     chunks.flush()?;
     read
+}
+
+fn read_text(path: &Path, columns: &ColumnNames, chunks: &mut Chunks) -> Result<()> {
+    let mut reader = open(path)?;
+    let (first, before) = skip_blank(&mut *reader).map_err(|error| read_error(path, error))?;
+    match first {
+        None => Err(Error::data(path, None, "the file is empty", FORMATS_HELP)),
+        Some(b'[') => list::read(path, reader, before, chunks),
+        Some(b'{') => read_lines_or_object(path, Lines::new(reader, before), chunks),
+        Some(_) => {
+            let head = reader.fill_buf().map_err(|error| read_error(path, error))?;
+            let line = head.split(|&byte| byte == b'\n' || byte == b'\r').next().unwrap_or_default();
+            match delimited::separator(line, path, columns) {
+                Some(separator) => delimited::read(path, reader, before, separator, columns, chunks),
+                None => Err(no_pairs(path, &mut *reader, before.line)),
+            }
+        }
+    }
 }
 
 /// Gathers records into chunks for the sink.
@@ -137,13 +153,9 @@ fn refuse_foreign(path: &Path, head: &[u8], under: &str) -> Result<()> {
     let Some(kind) = foreign::recognise(&head[..head.len().min(foreign::START)]) else { return Ok(()) };
     let help = match kind {
         Foreign::Empty => return Ok(()),
-        Foreign::Parquet => {
-            "write it as JSON Lines first: `datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_json(...)`"
-        }
-        Foreign::Arrow => "write it as JSON Lines first: `datasets.Dataset.from_file(FILE).to_json(...)`",
-        Foreign::Zip => {
-            "unpack it (`unzip`; a spreadsheet: save it as CSV and convert that) and give the file of pairs in it"
-        }
+        Foreign::Parquet => "unpack it with `gunzip`: Parquet has compression of its own",
+        Foreign::Arrow => "write it as Parquet: `datasets.Dataset.from_file(FILE).to_parquet(...)`",
+        Foreign::Zip => "unpack it (`unzip`; a spreadsheet: save it as CSV) and give the file of pairs in it",
         Foreign::Gguf | Foreign::Safetensors | Foreign::Pickle | Foreign::Hdf5 | Foreign::Numpy => {
             "give the pairs file with --data and the model's folder with --model"
         }
@@ -247,46 +259,26 @@ pub(super) fn line_ends(text: &[u8]) -> usize {
     text.iter().filter(|&&byte| byte == b'\n' || byte == b'\r').count() - pairs
 }
 
-/// The error of a file that begins with neither `{` nor `[`.
-fn no_json(path: &Path, reader: &mut dyn BufRead, line: usize) -> Error {
+/// The error of a file that begins with neither `{` nor `[` and is no table.
+fn no_pairs(path: &Path, reader: &mut dyn BufRead, line: usize) -> Error {
     let head = reader.fill_buf().unwrap_or_default();
     let head = &head[..head.len().min(4096)];
     let first_line = head.split(|&byte| byte == b'\n' || byte == b'\r').next().unwrap_or_default();
     let words = String::from_utf8_lossy(first_line);
-    let has_column = |separator: char| {
-        words.split(separator).count() > 1
-            && words.split(separator).any(|name| {
-                let name = name.trim().trim_matches('"').to_lowercase();
-                ["chosen", "rejected", "prompt", "question", "instruction"].contains(&name.as_str())
-            })
-    };
-    let table_help = |separator: &str| {
-        format!(
-            "write it as JSON Lines first: `pandas.read_csv(FILE{separator}).to_json(\"pairs.jsonl\", orient=\"records\", lines=True)`"
-        )
-    };
+    let is_binary = |&byte: &u8| byte == 0 || (byte < 0x20 && !byte.is_ascii_whitespace() && byte != 0x1b);
     let (what, help) = match () {
-        () if head
-            .iter()
-            .any(|&byte| byte == 0 || (byte < 0x20 && !byte.is_ascii_whitespace() && byte != 0x1b)) =>
-        {
-            ("binary data, not JSON".to_string(), FORMATS_HELP.to_string())
-        }
+        () if head.iter().any(is_binary) => ("binary data, not JSON".to_string(), FORMATS_HELP),
         () if [&b"//"[..], b"/*", b"#"].iter().any(|mark| head.starts_with(mark)) => (
             format!("broken JSON: a comment begins here; JSON has none: `{}`", excerpt(&words)),
-            "remove the comments".to_string(),
+            "remove the comments",
         ),
-        () if has_column('\t') => (
-            "a table with tabs between its columns (TSV), not JSON: neither `{` nor `[` begins the file"
-                .to_string(),
-            table_help(", sep=\"\\t\""),
-        ),
-        () if has_column(',') || has_column(';') => {
-            ("a CSV table, not JSON: neither `{` nor `[` begins the file".to_string(), table_help(""))
-        }
         () => (
-            format!("broken JSON: neither `{{` nor `[` begins the file, but `{}`", excerpt(&words)),
-            "pairs are read from JSON Lines, JSON, and either of them under gzip".to_string(),
+            format!(
+                "neither `{{` nor `[` begins the file, nor the names of columns, but `{}`",
+                excerpt(&words)
+            ),
+            "pairs are read from JSON Lines, JSON and CSV, any of them under gzip, and from Parquet; the first line of a \
+             CSV table names its columns (`prompt,chosen,rejected`, or others with --columns)",
         ),
     };
     Error::data(path, Some(line), what, help)
@@ -318,7 +310,7 @@ pub(super) fn too_long(path: &Path, place: usize, start: Start) -> Error {
 }
 
 /// The error of bytes that are not UTF-8, with a guess at what they are.
-fn not_utf8(path: &Path, start: Start, text: &[u8], at: usize) -> Error {
+pub(super) fn not_utf8(path: &Path, start: Start, text: &[u8], at: usize) -> Error {
     let start = start.moved(text, at);
     let place = start.byte.map_or_else(String::new, |byte| format!(" at byte {byte} of the file"));
     let guess = if looks_like_pairs_of_bytes(text) { "GBK" } else { "LATIN1" };
@@ -327,7 +319,7 @@ fn not_utf8(path: &Path, start: Start, text: &[u8], at: usize) -> Error {
         Some(start.line),
         format!("not UTF-8 text: 0x{:02x}{place}", text[at]),
         format!(
-            "JSON is UTF-8; find out the file's encoding (it may be {guess}) and convert it, for example with \
+            "text is UTF-8; find out the file's encoding (it may be {guess}) and convert it, for example with \
              `iconv -f {guess} -t UTF-8 FILE > NEW`"
         ),
     )

@@ -1,12 +1,10 @@
-//! The norm over all gradients with the factor that clips it, and AdamW.
-//!
-//! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
-//! the corrected square root.
+//! The norm over all gradients with the factor that clips it, and the call of AdamW, which stands in `adamw.rs`.
 
 use rayon::prelude::*;
 
+use super::adamw::{self, Numbers};
 use super::shared_rows::SharedRows;
-use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice};
+use super::{CpuBuffer, CpuDevice};
 use crate::device::{AdamWUpdate, Checked, Optimizer};
 use crate::error::Result;
 use crate::optimizer::AdamWFactors;
@@ -71,14 +69,9 @@ impl Optimizer for CpuDevice {
         _: Checked,
     ) -> Result<()> {
         self.traced("adamw", || {
-            let clip = norm[1];
+            let numbers = Numbers { factors, clip: norm[1] };
             self.parallel(|| {
-                updates.par_iter_mut().flat_map(blocks).for_each(|((weight, (first, second)), gradient)| {
-                    self.vectorized(
-                        #[inline(always)]
-                        || update_block(weight, first, second, gradient, (factors, clip)),
-                    )
-                });
+                updates.par_iter_mut().for_each(|update| adamw::update(self, update, numbers));
             });
             Ok(())
         })
@@ -88,37 +81,6 @@ impl Optimizer for CpuDevice {
 /// Number of partial sums of the norm over these gradients.
 fn chunks(gradients: &[&CpuBuffer<f32>]) -> usize {
     gradients.iter().map(|gradient| gradient.len().div_ceil(CHUNK)).sum()
-}
-
-type Block<'a> = ((&'a mut [f32], (&'a mut [f32], &'a mut [f32])), &'a [f32]);
-
-/// Weights, both moments and gradient of a tensor, a block at a time.
-fn blocks<'a>(
-    update: &'a mut AdamWUpdate<'_, CpuDevice>,
-) -> impl ParallelIterator<Item = Block<'a>> + use<'a> {
-    let AdamWUpdate { weight, first_moment, second_moment, gradient, .. } = update;
-    let moments =
-        first_moment.par_chunks_mut(BLOCK_ELEMENTS).zip(second_moment.par_chunks_mut(BLOCK_ELEMENTS));
-    let weights = weight.par_chunks_mut(BLOCK_ELEMENTS);
-    weights.zip(moments).zip(gradient.par_chunks(BLOCK_ELEMENTS))
-}
-
-#[inline(always)]
-fn update_block(
-    weight: &mut [f32],
-    first: &mut [f32],
-    second: &mut [f32],
-    gradient: &[f32],
-    (factors, clip): (AdamWFactors, f32),
-) {
-    let values = weight.iter_mut().zip(first).zip(second).zip(gradient);
-    for (((weight, first), second), gradient) in values {
-        let gradient = gradient * clip;
-        *first = factors.beta1.mul_add(*first, factors.rest1 * gradient);
-        *second = factors.beta2.mul_add(*second, factors.rest2 * gradient * gradient);
-        let denominator = second.sqrt().mul_add(factors.root_correction, factors.epsilon);
-        *weight = weight.mul_add(factors.decay, -factors.step_size * *first / denominator);
-    }
 }
 
 #[inline(always)]

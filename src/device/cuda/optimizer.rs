@@ -1,10 +1,14 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
-use super::bindings::{mmpo_adamw_step, mmpo_adamw_tensor};
+use std::ptr;
+
+use super::bindings::{
+    MMPO_MOMENTS_8BIT, MMPO_MOMENTS_BF16, MMPO_MOMENTS_F32, mmpo_adamw_step, mmpo_adamw_tensor, mmpo_moments,
+};
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{AdamWUpdate, Checked, Optimizer};
-use crate::error::{Error, Result};
-use crate::optimizer::AdamWFactors;
+use crate::error::Result;
+use crate::optimizer::{AdamWFactors, MomentFormat, Moments};
 
 impl Optimizer for CudaDevice {
     fn needs_master(&self) -> bool {
@@ -54,6 +58,7 @@ impl Optimizer for CudaDevice {
         })
     }
 
+    /// One call of the launcher for each format of moments, with and without master copies: a run has one or two of them.
     fn run_adamw(
         &self,
         updates: &mut [AdamWUpdate<'_, Self>],
@@ -61,36 +66,86 @@ impl Optimizer for CudaDevice {
         factors: AdamWFactors,
         _: Checked,
     ) -> Result<()> {
-        let tensors = updates.iter_mut().map(tensor).collect::<Result<Vec<_>>>()?;
-        let [count] = launch_sizes("adamw", [tensors.len()])?;
-        let parameters = parameters(factors);
-        // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are written.
-        self.launch("adamw", &count, |kernels, stream| unsafe {
-            (kernels.adamw)(tensors.as_ptr(), count, norm.start(), parameters, stream)
-        })
+        for format in [MMPO_MOMENTS_F32, MMPO_MOMENTS_BF16, MMPO_MOMENTS_8BIT] {
+            for has_master in [true, false] {
+                let of_kind = updates.iter_mut().filter(|update| {
+                    moments_format(update) == format && update.master.is_some() == has_master
+                });
+                let mut seed = 0;
+                let tensors: Vec<_> = of_kind
+                    .map(|update| {
+                        seed = update.rounding.seed;
+                        tensor(update)
+                    })
+                    .collect();
+                if tensors.is_empty() {
+                    continue;
+                }
+                let [count] = launch_sizes("adamw", [tensors.len()])?;
+                let step = parameters(factors, seed);
+                // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are
+                // written.
+                self.launch("adamw", &count, |kernels, stream| unsafe {
+                    (kernels.adamw)(tensors.as_ptr(), count, norm.start(), step, format as i32, stream)
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The format of a tensor's moments, as the launcher numbers them.
+fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
+    match update.moments.format() {
+        MomentFormat::F32 => MMPO_MOMENTS_F32,
+        MomentFormat::Bf16 => MMPO_MOMENTS_BF16,
+        MomentFormat::EightBit => MMPO_MOMENTS_8BIT,
     }
 }
 
 /// A tensor as the launcher takes it.
-fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> Result<mmpo_adamw_tensor> {
-    let AdamWUpdate { weight, master, first_moment, second_moment, gradient } = update;
-    let len = weight.len();
-    let Some(master) = master else {
-        let message = "adamw: bf16 weights are updated through an f32 master copy, and this state has none";
-        return Err(Error::bug(message));
-    };
-    Ok(mmpo_adamw_tensor {
+fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo_adamw_tensor {
+    let AdamWUpdate { weight, master, moments, rounding, gradient } = update;
+    let length = weight.len() as i64;
+    let mut tensor = mmpo_adamw_tensor {
         weight: weight.start_mut(),
-        master: master.start_mut(),
-        first_moment: first_moment.start_mut(),
-        second_moment: second_moment.start_mut(),
+        master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
+        first_moment: ptr::null_mut(),
+        second_moment: ptr::null_mut(),
+        first_scales: ptr::null_mut(),
+        second_scales: ptr::null_mut(),
         gradient: gradient.start(),
-        length: len as i64,
-    })
+        length,
+        tensor: rounding.tensor,
+    };
+    (tensor.first_moment, tensor.second_moment) = match moments {
+        Moments::F32(pair) => (pair.first.start_mut().cast(), pair.second.start_mut().cast()),
+        Moments::Bf16(pair) => (pair.first.start_mut().cast(), pair.second.start_mut().cast()),
+        Moments::EightBit { codes, scales } => {
+            (tensor.first_scales, tensor.second_scales) =
+                (scales.first.start_mut(), scales.second.start_mut());
+            (codes.first.start_mut().cast(), codes.second.start_mut().cast())
+        }
+    };
+    tensor
 }
 
 /// The factors as the launcher takes them.
-fn parameters(factors: AdamWFactors) -> mmpo_adamw_step {
-    let AdamWFactors { beta1, beta2, rest1, rest2, decay, step_size, root_correction, epsilon } = factors;
-    mmpo_adamw_step { beta1, beta2, rest1, rest2, decay, step_size, root_correction, epsilon }
+fn parameters(factors: AdamWFactors, seed: u64) -> mmpo_adamw_step {
+    let AdamWFactors { beta1, beta2, rest1, rest2, decay, step_size, root_correction, epsilon, step } =
+        factors;
+    let (seed_low, seed_high) = (seed as u32, (seed >> 32) as u32);
+    mmpo_adamw_step {
+        beta1,
+        beta2,
+        rest1,
+        rest2,
+        decay,
+        step_size,
+        root_correction,
+        epsilon,
+        step,
+        seed_low,
+        seed_high,
+    }
 }

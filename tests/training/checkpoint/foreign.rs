@@ -155,7 +155,7 @@ fn files_and_names_of_the_hub_are_no_folders() {
     named(&lone.path().join("b.bin"), "this is a ZIP archive", "give the folder");
     std::fs::write(lone.path().join("b.bin"), b"GGUF\x03\x00\x00\x00").unwrap();
     named(&lone.path().join("b.bin"), "this is a GGUF file", "gguf_file='b.bin'");
-    let hub = "fetch it with `hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M`";
+    let hub = "a model on the Hub is fetched into the cache with `hf download HuggingFaceTB/SmolLM2-135M`";
     for name in [
         "HuggingFaceTB/SmolLM2-135M",
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",

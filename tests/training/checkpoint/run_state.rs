@@ -168,6 +168,15 @@ fn a_changed_run_is_refused_with_what_changed() {
     let error =
         checkpoint.check_identity(&RunIdentity { reference: "".into(), ..now.clone() }, &[]).unwrap_err();
     expect_message(&error, checkpoint.path(), "the reference model's weights are not the same");
+    let with = |states: &str, masters: &str| RunIdentity {
+        config: format!("optimizer_states = \"{states}\"\nmaster_weights = \"{masters}\"\n{CONFIG}"),
+        ..now.clone()
+    };
+    checkpoint.check_identity(&with("f32", "f32"), &[]).expect("what runs did before there was a choice");
+    let error = checkpoint.check_identity(&with("8bit", "f32"), &[]).unwrap_err();
+    expect_message(&error, checkpoint.path(), "`optimizer_states` was \"f32\" and is \"8bit\"");
+    let error = checkpoint.check_identity(&with("f32", "none"), &[]).unwrap_err();
+    expect_message(&error, checkpoint.path(), "`master_weights` was \"f32\" and is \"none\"");
     let error = checkpoint.check_identity(&RunIdentity { model: "aa".into(), ..now }, &[]).unwrap_err();
     expect_message(&error, checkpoint.path(), "the starting model's weights are not the same");
 }

@@ -517,6 +517,7 @@ kernels {
         count: i32,
         norm: *const f32,
         step: mmpo_adamw_step,
+        moments: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
 }

@@ -113,6 +113,10 @@ const _: () = {
         "Offset of field: mmpo_objective::gamma_beta_ratio",
     ][::core::mem::offset_of!(mmpo_objective, gamma_beta_ratio) - 24usize];
 };
+pub const MMPO_MOMENTS_F32: mmpo_moments = 0;
+pub const MMPO_MOMENTS_BF16: mmpo_moments = 1;
+pub const MMPO_MOMENTS_8BIT: mmpo_moments = 2;
+pub type mmpo_moments = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct mmpo_adamw_step {
@@ -124,10 +128,13 @@ pub struct mmpo_adamw_step {
     pub step_size: f32,
     pub root_correction: f32,
     pub epsilon: f32,
+    pub step: u32,
+    pub seed_low: u32,
+    pub seed_high: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_adamw_step"][::core::mem::size_of::<mmpo_adamw_step>() - 32usize];
+    ["Size of mmpo_adamw_step"][::core::mem::size_of::<mmpo_adamw_step>() - 44usize];
     [
         "Alignment of mmpo_adamw_step",
     ][::core::mem::align_of::<mmpo_adamw_step>() - 4usize];
@@ -155,20 +162,32 @@ const _: () = {
     [
         "Offset of field: mmpo_adamw_step::epsilon",
     ][::core::mem::offset_of!(mmpo_adamw_step, epsilon) - 28usize];
+    [
+        "Offset of field: mmpo_adamw_step::step",
+    ][::core::mem::offset_of!(mmpo_adamw_step, step) - 32usize];
+    [
+        "Offset of field: mmpo_adamw_step::seed_low",
+    ][::core::mem::offset_of!(mmpo_adamw_step, seed_low) - 36usize];
+    [
+        "Offset of field: mmpo_adamw_step::seed_high",
+    ][::core::mem::offset_of!(mmpo_adamw_step, seed_high) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct mmpo_adamw_tensor {
     pub weight: *mut mmpo_bf16,
     pub master: *mut f32,
-    pub first_moment: *mut f32,
-    pub second_moment: *mut f32,
+    pub first_moment: *mut ::core::ffi::c_void,
+    pub second_moment: *mut ::core::ffi::c_void,
+    pub first_scales: *mut f32,
+    pub second_scales: *mut f32,
     pub gradient: *const f32,
     pub length: i64,
+    pub tensor: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_adamw_tensor"][::core::mem::size_of::<mmpo_adamw_tensor>() - 48usize];
+    ["Size of mmpo_adamw_tensor"][::core::mem::size_of::<mmpo_adamw_tensor>() - 72usize];
     [
         "Alignment of mmpo_adamw_tensor",
     ][::core::mem::align_of::<mmpo_adamw_tensor>() - 8usize];
@@ -185,11 +204,20 @@ const _: () = {
         "Offset of field: mmpo_adamw_tensor::second_moment",
     ][::core::mem::offset_of!(mmpo_adamw_tensor, second_moment) - 24usize];
     [
+        "Offset of field: mmpo_adamw_tensor::first_scales",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_scales) - 32usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::second_scales",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_scales) - 40usize];
+    [
         "Offset of field: mmpo_adamw_tensor::gradient",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, gradient) - 32usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, gradient) - 48usize];
     [
         "Offset of field: mmpo_adamw_tensor::length",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, length) - 40usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, length) - 56usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::tensor",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, tensor) - 64usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;

@@ -1,0 +1,165 @@
+//! Parquet: a row becomes the JSON text of a record, nested lists and structs included.
+//!
+//! The crate's reader of rows is used, without Arrow: it is small, and a pair is text. Columns that could not matter to
+//! a pair (numbers, embeddings) are not read at all.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use parquet::basic::Type as PhysicalType;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use parquet::schema::types::Type;
+use serde_json::Value;
+
+use super::columns::is_known;
+use super::source::{Chunks, Start};
+use crate::config::ColumnNames;
+use crate::data::panics::catch;
+use crate::{Error, Result};
+
+const HELP: &str = "fetch or write the file again; `python -c \"import pyarrow.parquet as p; p.read_table('FILE')\"` \
+                    checks it";
+
+/// Reads the rows of a Parquet file.
+pub(super) fn read(path: &Path, columns: &ColumnNames, chunks: &mut Chunks) -> Result<()> {
+    let file = File::open(path).map_err(|error| Error::io(path, "read", error))?;
+    // A damaged file may run into an assertion of the crate.
+    let reader = caught(path, None, || SerializedFileReader::new(file))?;
+    let schema = reader.metadata().file_metadata().schema();
+    let wanted: Vec<Arc<Type>> =
+        schema.get_fields().iter().filter(|field| matters(field, columns)).cloned().collect();
+    let projection = Type::group_type_builder(schema.name()).with_fields(wanted).build();
+    let projection = projection.map_err(|error| broken(path, None, &error))?;
+    let mut rows = caught(path, None, || reader.get_row_iter(Some(projection)))?;
+    let mut place = 0;
+    loop {
+        place += 1;
+        let row = caught(path, Some(place), || rows.next().transpose())?;
+        let Some(row) = row else { return Ok(()) };
+        let mut text = Vec::new();
+        write_row(&row, &mut text);
+        chunks.push(Start { line: 0, byte: None, is_line: false }, text)?;
+    }
+}
+
+/// Runs a step of the crate, whose panics are faults of the file.
+fn caught<T>(
+    path: &Path,
+    row: Option<usize>,
+    step: impl FnOnce() -> std::result::Result<T, ParquetError>,
+) -> Result<T> {
+    match catch(step) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(broken(path, row, &error)),
+        Err(panic) => Err(broken(path, row, &panic)),
+    }
+}
+
+fn broken(path: &Path, row: Option<usize>, error: &dyn std::fmt::Display) -> Error {
+    let text = error.to_string();
+    let codec = text.contains("Disabled feature") || text.contains("not supported");
+    let help = match codec {
+        true => {
+            "write it with another compression: `datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_parquet(...)`"
+        }
+        false => HELP,
+    };
+    Error::data(path, row, format!("the Parquet table cannot be read: {text}"), help)
+}
+
+/// Whether a column may matter to a pair: it has a meaning, or there is text in it, which may be a prompt under another
+/// name.
+fn matters(field: &Type, columns: &ColumnNames) -> bool {
+    columns.read_as(field.name()).is_some_and(is_known) || holds_text(field)
+}
+
+fn holds_text(field: &Type) -> bool {
+    match field {
+        Type::PrimitiveType { physical_type, .. } => *physical_type == PhysicalType::BYTE_ARRAY,
+        Type::GroupType { fields, .. } => fields.iter().any(|field| holds_text(field)),
+    }
+}
+
+fn write_row(row: &Row, text: &mut Vec<u8>) {
+    text.push(b'{');
+    for (place, (name, field)) in row.get_column_iter().enumerate() {
+        if place > 0 {
+            text.push(b',');
+        }
+        write_text(name, text);
+        text.push(b':');
+        write_field(field, text);
+    }
+    text.push(b'}');
+}
+
+fn write_field(field: &Field, text: &mut Vec<u8>) {
+    match field {
+        Field::Null => text.extend_from_slice(b"null"),
+        Field::Str(value) => write_text(value, text),
+        // Some programs write text without saying that it is text.
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(value) => write_text(value, text),
+            Err(_) => write_text(&format!("({} bytes that are no text)", bytes.len()), text),
+        },
+        Field::Group(row) => write_row(row, text),
+        Field::ListInternal(list) => {
+            text.push(b'[');
+            for (place, element) in list.elements().iter().enumerate() {
+                if place > 0 {
+                    text.push(b',');
+                }
+                write_field(element, text);
+            }
+            text.push(b']');
+        }
+        Field::MapInternal(map) => write_map(map, text),
+        Field::Float16(value) => write_number(f64::from(*value), text),
+        Field::Float(value) => write_number(f64::from(*value), text),
+        Field::Double(value) => write_number(*value, text),
+        Field::Bool(_)
+        | Field::Byte(_)
+        | Field::Short(_)
+        | Field::Int(_)
+        | Field::Long(_)
+        | Field::UByte(_)
+        | Field::UShort(_)
+        | Field::UInt(_)
+        | Field::ULong(_) => text.extend_from_slice(field.to_string().as_bytes()),
+        other => write_text(&other.to_string(), text),
+    }
+}
+
+fn write_map(map: &parquet::record::Map, text: &mut Vec<u8>) {
+    text.push(b'{');
+    for (place, (key, value)) in map.entries().iter().enumerate() {
+        if place > 0 {
+            text.push(b',');
+        }
+        match key {
+            Field::Str(key) => write_text(key, text),
+            key => write_text(&key.to_string(), text),
+        }
+        text.push(b':');
+        write_field(value, text);
+    }
+    text.push(b'}');
+}
+
+fn write_number(number: f64, text: &mut Vec<u8>) {
+    // Python's words for what JSON lacks, as in the JSON that it writes.
+    let written = match number {
+        number if number.is_nan() => "NaN".to_string(),
+        f64::INFINITY => "Infinity".to_string(),
+        f64::NEG_INFINITY => "-Infinity".to_string(),
+        number => number.to_string(),
+    };
+    text.extend_from_slice(written.as_bytes());
+}
+
+fn write_text(value: &str, text: &mut Vec<u8>) {
+    text.extend_from_slice(Value::from(value).to_string().as_bytes());
+}

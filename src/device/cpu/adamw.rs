@@ -1,0 +1,119 @@
+//! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
+//! the corrected square root. Moments are f32, bf16, or 8-bit by blocks.
+//!
+//! Weights are f32 and their own master copy, so nothing is ever rounded stochastically here.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{BLOCK_ELEMENTS, CpuDevice};
+use crate::device::AdamWUpdate;
+use crate::optimizer::{AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, quantize_block};
+
+/// Blocks of quantised values in a block of parallel work.
+const SCALES: usize = BLOCK_ELEMENTS / BLOCK;
+const _: () = assert!(BLOCK_ELEMENTS % BLOCK == 0, "parallel work is cut between blocks");
+
+/// The numbers of an update, and the factor that clips gradients.
+#[derive(Clone, Copy)]
+pub(super) struct Numbers {
+    pub factors: AdamWFactors,
+    pub clip: f32,
+}
+
+/// Updates one tensor, a block at a time. Call it on the device's pool.
+pub(super) fn update(device: &CpuDevice, update: &mut AdamWUpdate<'_, CpuDevice>, numbers: Numbers) {
+    let weights = update.weight.par_chunks_mut(BLOCK_ELEMENTS);
+    let gradients = update.gradient.par_chunks(BLOCK_ELEMENTS);
+    let values = weights.zip(gradients);
+    match &mut *update.moments {
+        Moments::F32(MomentPair { first, second }) => {
+            let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
+            values.zip(moments).for_each(|((weight, gradient), (first, second))| {
+                device.vectorized(
+                    #[inline(always)]
+                    || update_f32(weight, gradient, first, second, numbers),
+                );
+            });
+        }
+        Moments::Bf16(MomentPair { first, second }) => {
+            let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
+            values.zip(moments).for_each(|((weight, gradient), (first, second))| {
+                device.vectorized(
+                    #[inline(always)]
+                    || update_bf16(weight, gradient, first, second, numbers),
+                );
+            });
+        }
+        Moments::EightBit { codes, scales } => {
+            let codes =
+                codes.first.par_chunks_mut(BLOCK_ELEMENTS).zip(codes.second.par_chunks_mut(BLOCK_ELEMENTS));
+            let scales = scales.first.par_chunks_mut(SCALES).zip(scales.second.par_chunks_mut(SCALES));
+            values.zip(codes).zip(scales).for_each(|((values, codes), scales)| {
+                device.vectorized(
+                    #[inline(always)]
+                    || update_8bit(values, codes, scales, numbers),
+                );
+            });
+        }
+    }
+}
+
+#[inline(always)]
+fn update_f32(weight: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], numbers: Numbers) {
+    for (((weight, first), second), gradient) in weight.iter_mut().zip(first).zip(second).zip(gradient) {
+        update_value(weight, first, second, *gradient, numbers);
+    }
+}
+
+#[inline(always)]
+fn update_bf16(
+    weight: &mut [f32],
+    gradient: &[f32],
+    first: &mut [bf16],
+    second: &mut [bf16],
+    numbers: Numbers,
+) {
+    for (((weight, first), second), gradient) in weight.iter_mut().zip(first).zip(second).zip(gradient) {
+        let (mut wide_first, mut wide_second) = (first.to_f32(), second.to_f32());
+        update_value(weight, &mut wide_first, &mut wide_second, *gradient, numbers);
+        (*first, *second) = (bf16::from_f32(wide_first), bf16::from_f32(wide_second));
+    }
+}
+
+/// `scales` has a value for each [`BLOCK`] of the others.
+#[inline(always)]
+fn update_8bit(
+    (weight, gradient): (&mut [f32], &[f32]),
+    (first, second): (&mut [u8], &mut [u8]),
+    (first_scales, second_scales): (&mut [f32], &mut [f32]),
+    numbers: Numbers,
+) {
+    let values = weight.chunks_mut(BLOCK).zip(gradient.chunks(BLOCK));
+    let codes = first.chunks_mut(BLOCK).zip(second.chunks_mut(BLOCK));
+    let scales = first_scales.iter_mut().zip(second_scales);
+    for (((weight, gradient), (first, second)), (first_scale, second_scale)) in values.zip(codes).zip(scales)
+    {
+        let (mut firsts, mut seconds) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for (value, code) in firsts.iter_mut().zip(&*first) {
+            *value = DynamicMap::Signed.decode(*code) * *first_scale;
+        }
+        for (value, code) in seconds.iter_mut().zip(&*second) {
+            *value = DynamicMap::Unsigned.decode(*code) * *second_scale;
+        }
+        let len = weight.len();
+        update_f32(weight, gradient, &mut firsts[..len], &mut seconds[..len], numbers);
+        *first_scale = quantize_block(first, &firsts[..len], DynamicMap::Signed);
+        *second_scale = quantize_block(second, &seconds[..len], DynamicMap::Unsigned);
+    }
+}
+
+#[inline(always)]
+fn update_value(weight: &mut f32, first: &mut f32, second: &mut f32, gradient: f32, numbers: Numbers) {
+    let Numbers { factors, clip } = numbers;
+    let gradient = gradient * clip;
+    *first = factors.beta1.mul_add(*first, factors.rest1 * gradient);
+    *second = factors.beta2.mul_add(*second, factors.rest2 * gradient * gradient);
+    let denominator = second.sqrt().mul_add(factors.root_correction, factors.epsilon);
+    *weight = weight.mul_add(factors.decay, -factors.step_size * *first / denominator);
+}

@@ -1,0 +1,116 @@
+//! AdamW's two moments of a tensor, in one of three formats.
+
+use half::bf16;
+
+use super::dynamic_map::{BLOCK, LEAST_VALUES};
+use crate::device::{Floats, Memory};
+use crate::error::Result;
+
+/// How moments are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MomentFormat {
+    /// 8 bytes a parameter.
+    #[default]
+    F32,
+    /// 4 bytes a parameter, each moment rounded to the nearest bf16.
+    Bf16,
+    /// 2 bytes a parameter and 8 for each block of 256: [`super::DynamicMap`].
+    EightBit,
+}
+
+impl MomentFormat {
+    /// The format of a tensor of `len` values: small ones stay f32 where the others are 8-bit.
+    pub fn of_tensor(self, len: usize) -> Self {
+        match self {
+            MomentFormat::EightBit if len < LEAST_VALUES => MomentFormat::F32,
+            format => format,
+        }
+    }
+
+    /// Bytes of both moments of a tensor of `len` values.
+    pub fn bytes(self, len: usize) -> usize {
+        match self.of_tensor(len) {
+            MomentFormat::F32 => 8 * len,
+            MomentFormat::Bf16 => 4 * len,
+            MomentFormat::EightBit => 2 * len + 8 * len.div_ceil(BLOCK),
+        }
+    }
+}
+
+/// Whether an f32 copy of the weights is kept beside bf16 ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MasterWeights {
+    /// 4 bytes a parameter: the weight is the copy's value, rounded to the nearest bf16.
+    #[default]
+    F32,
+    /// None: the weight is its own master copy and is rounded stochastically. Where weights are f32, as on the CPU, nothing is
+    /// rounded.
+    None,
+}
+
+/// What AdamW keeps of a trained tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateOptions {
+    /// The moments.
+    pub moments: MomentFormat,
+    /// The master copy.
+    pub master: MasterWeights,
+}
+
+/// Both moments of a tensor.
+#[derive(Debug)]
+pub enum Moments<D: Memory> {
+    /// A number each.
+    F32(MomentPair<Floats<D>>),
+    /// A number each.
+    Bf16(MomentPair<D::Buffer<bf16>>),
+    /// A code each, and a scale for every [`BLOCK`] of them.
+    EightBit {
+        /// Codes of [`super::DynamicMap::Signed`] and [`super::DynamicMap::Unsigned`].
+        codes: MomentPair<D::Buffer<u8>>,
+        /// `[ceil(len / BLOCK)]`
+        scales: MomentPair<Floats<D>>,
+    },
+}
+
+/// One value of type `T` for each moment.
+#[derive(Clone, Copy, Debug)]
+pub struct MomentPair<T> {
+    /// Of the running mean of the gradient.
+    pub first: T,
+    /// Of the running mean of the squared gradient.
+    pub second: T,
+}
+
+impl<T> MomentPair<T> {
+    fn try_new(mut make: impl FnMut() -> Result<T>) -> Result<Self> {
+        Ok(MomentPair { first: make()?, second: make()? })
+    }
+}
+
+impl<D: Memory> Moments<D> {
+    /// Moments of 0 for a tensor of `len` values.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device has no memory for them.
+    pub fn new(device: &D, len: usize, format: MomentFormat) -> Result<Self> {
+        Ok(match format.of_tensor(len) {
+            MomentFormat::F32 => Moments::F32(MomentPair::try_new(|| device.alloc(len))?),
+            MomentFormat::Bf16 => Moments::Bf16(MomentPair::try_new(|| device.alloc(len))?),
+            // A scale of 0 makes every code a 0.
+            MomentFormat::EightBit => Moments::EightBit {
+                codes: MomentPair::try_new(|| device.alloc(len))?,
+                scales: MomentPair::try_new(|| device.alloc(len.div_ceil(BLOCK)))?,
+            },
+        })
+    }
+
+    /// The format that they have.
+    pub fn format(&self) -> MomentFormat {
+        match self {
+            Moments::F32(_) => MomentFormat::F32,
+            Moments::Bf16(_) => MomentFormat::Bf16,
+            Moments::EightBit { .. } => MomentFormat::EightBit,
+        }
+    }
+}

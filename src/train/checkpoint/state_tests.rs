@@ -1,0 +1,120 @@
+//! A run that is saved and restored goes on with the bits of one in one piece, whatever its states are made of.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{restore, save, stored_tensors};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::run_state::{self, RngPosition, RunIdentity, RunState};
+use crate::config::MemoryConfig;
+use crate::data::TokenizedPair;
+use crate::device::cpu::CpuDevice;
+use crate::device::prelude::*;
+use crate::model::{Llama, LlamaConfig, TensorSpec};
+use crate::objective::{Objective, ReferencePair};
+use crate::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
+use crate::train::{Trainer, TrainingPair, Workload};
+
+/// Heads that the kernels know, and a gate and up of 8192 values, which 8-bit moments have.
+const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": true}"#;
+
+fn pairs() -> Vec<TokenizedPair> {
+    let pair = |record, first: u32| TokenizedPair {
+        record,
+        prompt: vec![first, 2, 3],
+        chosen: vec![first + 1, 5, 6],
+        rejected: vec![7, first],
+    };
+    vec![pair(0, 1), pair(1, 4)]
+}
+
+fn trainer<D: Device>(device: &Arc<D>, states: StateOptions) -> Trainer<D> {
+    let config = LlamaConfig::parse(Path::new("config.json"), CONFIG).unwrap();
+    let values = |tensor: &TensorSpec| -> Vec<f32> {
+        let salt = tensor.name.len() as f32;
+        (0..tensor.values()).map(|index| 0.1 * (salt + 0.37 * index as f32).sin()).collect()
+    };
+    let model = Llama::from_values(Arc::clone(device), config, 16, values).unwrap();
+    let workload = Workload {
+        memory: MemoryConfig { states, ..MemoryConfig::default() },
+        rounding_seed: 9,
+        ..Workload::plan(&pairs(), &Objective::Sft, 2, 64)
+    };
+    Trainer::new(model, Objective::Sft, workload).unwrap()
+}
+
+fn train<D: Device>(trainer: &mut Trainer<D>, steps: std::ops::RangeInclusive<u32>) {
+    let pairs = pairs();
+    let pairs: Vec<TrainingPair<'_>> =
+        pairs.iter().map(|pair| TrainingPair { pair, reference: ReferencePair::default() }).collect();
+    for step in steps {
+        let adamw = AdamWStep {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            step,
+        };
+        trainer.step(&pairs, adamw, Some(1.0)).unwrap();
+    }
+}
+
+/// Saves `trainer` into a folder of its own; the checkpoint, and the bytes of its tensors.
+fn saved<D: Device>(trainer: &Trainer<D>) -> (tempfile::TempDir, Checkpoint, Vec<u8>) {
+    let run = tempfile::tempdir().unwrap();
+    let rng = RngPosition::default();
+    let state = RunState { step: 2, epoch: 0, pairs_seen: 2, rng, identity: RunIdentity::default() };
+    save(run.path(), trainer, &state, 1).unwrap();
+    let path = run_state::latest(run.path()).unwrap().unwrap();
+    let bytes = std::fs::read(path.join("state.safetensors")).unwrap();
+    (run, Checkpoint::open(&path).unwrap(), bytes)
+}
+
+fn all_options() -> Vec<StateOptions> {
+    let moments = [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit];
+    let masters = [MasterWeights::F32, MasterWeights::None];
+    moments.into_iter().flat_map(|moments| masters.map(|master| StateOptions { moments, master })).collect()
+}
+
+fn every_state_is_restored_to_the_bit<D: Device>(device: &Arc<D>) {
+    let mut sizes = Vec::new();
+    for options in all_options() {
+        let mut whole = trainer(device, options);
+        train(&mut whole, 1..=2);
+        let (_run, checkpoint, bytes) = saved(&whole);
+        sizes.push(bytes.len());
+        train(&mut whole, 3..=4);
+
+        let mut cut = trainer(device, options);
+        checkpoint.check_tensors(&stored_tensors(&cut.model.layout, options)).unwrap();
+        restore(&checkpoint, &mut cut).unwrap();
+        assert!(saved(&cut).2 == bytes, "{options:?}: what was restored");
+        train(&mut cut, 3..=4);
+        assert!(saved(&cut).2 == saved(&whole).2, "{options:?}: after two more steps");
+
+        // A checkpoint of another format is no part of this run.
+        let others = all_options().into_iter().filter(|other| other.moments != options.moments);
+        for other in others {
+            let error = checkpoint.check_tensors(&stored_tensors(&cut.model.layout, other)).unwrap_err();
+            assert_eq!(error.exit_code(), 4, "{options:?} as {other:?}: {error}");
+        }
+    }
+    // Smaller states make smaller files.
+    assert!(sizes[0] > sizes[2] && sizes[2] > sizes[4], "{sizes:?}");
+}
+
+#[test]
+fn every_state_is_restored_to_the_bit_on_the_cpu() {
+    every_state_is_restored_to_the_bit(&Arc::new(CpuDevice::new(Some(2)).unwrap()));
+}
+
+#[cfg(mmpo_emulated)]
+#[test]
+fn every_state_is_restored_to_the_bit_on_the_emulated_gpu() {
+    use crate::device::cuda::{CudaDevice, EmulatorVariant};
+    every_state_is_restored_to_the_bit(&Arc::new(CudaDevice::emulated(EmulatorVariant::Plain)));
+}

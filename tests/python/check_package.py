@@ -1,0 +1,81 @@
+"""The Python package, as it was installed: trains the demo with a callback, scores, answers, and fails as it should.
+
+Usage: python check_package.py ROOT, in an empty folder, with the wheel installed. ROOT is the repository.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import mmpo_fast
+
+root = Path(sys.argv[1])
+model, pairs = root / "tests/goldens/base/model", root / "tests/goldens/pairs.jsonl"
+
+# The command itself is on the environment's path.
+program = Path(mmpo_fast.find_program())
+assert program.parent == Path(sys.executable).parent, program
+assert subprocess.run([program, "--version"], capture_output=True, text=True).stdout.startswith("mmpo-fast ")
+
+# The demo: each line of metrics once, in order, while the run goes on.
+seen = []
+run = mmpo_fast.train(on_step=seen.append, show_log=False)
+assert run.output == Path("mmpo-fast-demo") and run.report.is_file() and (run.model / "config.json").is_file()
+assert seen == run.metrics == [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+assert "chosen gained more" in run.summary and "before" in run.summary, run.summary
+assert "<iframe" in run._repr_html_()
+
+# Again over itself: nothing of the run before is reported.
+again = []
+mmpo_fast.train(on_step=again.append, show_log=False)
+assert [line["step"] for line in again] == [line["step"] for line in seen]
+
+# Options of every kind, and a run that goes on.
+options = dict(model=model, data=pairs, output="run", max_length=160, max_prompt_length=64, pairs_per_step=4, device="cpu",
+               threads=1, length_normalize=True, reward_normalize=False, reference=None)
+steps = []
+mmpo_fast.train(max_steps=3, on_step=steps.append, show_log=False, **options)
+assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3], steps
+
+# A callback that fails stops the run, which saves.
+class Enough(Exception):
+    pass
+
+
+def enough(line):
+    if line.get("step", 0) >= 2:
+        raise Enough
+
+
+try:
+    mmpo_fast.train(max_steps=100_000, on_step=enough, show_log=False, **{**options, "output": "cut"})
+    raise SystemExit("the exception of the callback is lost")
+except Enough:
+    pass
+assert list(Path("cut/checkpoints").glob("step-*")), "the run was not saved"
+
+# Scores and answers.
+rows = mmpo_fast.score(model=model, data=pairs, max_length=160, max_prompt_length=64, device="cpu")
+assert len(rows) == 11 and rows[0]["record"] == 1 and rows[0]["logp_chosen"] < 0, rows[:1]
+kept = mmpo_fast.score(model=model, data=pairs, output="s.jsonl", max_length=160, max_prompt_length=64, device="cpu")
+assert kept == rows and len(Path("s.jsonl").read_text().splitlines()) == 11
+assert mmpo_fast.generate(model=model, prompt="Name three colours.", max_new_tokens=4, device="cpu")
+
+# What is refused says why.
+for call, exit_code, part in [
+    (lambda: mmpo_fast.train(beta=-1), 2, "`--beta` = -1.0 must be finite and greater than 0"),
+    (lambda: mmpo_fast.train(leraning_rate=1), 2, "did you mean `--learning-rate`?"),
+    (lambda: mmpo_fast.score(model="absent", data=pairs), 5, "absent"),
+]:
+    try:
+        call()
+        raise SystemExit(f"no exception: {part}")
+    except mmpo_fast.MmpoFastError as error:
+        assert error.exit_code == exit_code, (error.exit_code, str(error), error.log)
+        assert part in str(error), str(error)
+        assert "help: " in str(error), str(error)
+
+assert threading.active_count() == 1
+print(f"the wheel: demo of {len(seen)} lines of metrics, scores, answers and errors are as they should be")
