@@ -211,6 +211,38 @@ int64_t MMPO_EXPORT(linear_bias_backward_workspace)(int32_t rows, int32_t output
 mmpo_status MMPO_EXPORT(linear_bias_backward)(float* dbias, void* workspace, const mmpo_bf16* dout, int32_t rows,
                                               int32_t outputs, mmpo_stream stream);
 
+/* ---- low_rank.cu: what a low-rank adapter (LoRA) adds to a linear layer, on mma.sync
+ *
+ * `out` and `dout` have rows of out_width values and `inner` and `dinner` rows of inner_width, of which the module's
+ * `outputs` or `rank` values begin at the address that is given. b is [outputs, rank]. */
+
+/* Accumulates out += scale * inner * b^T, rounded to bf16 after the sum. */
+mmpo_status MMPO_EXPORT(low_rank_forward)(mmpo_bf16* out, const mmpo_bf16* inner, const mmpo_bf16* b, int32_t rows,
+                                          int32_t rank, int32_t outputs, int32_t out_width, int32_t inner_width,
+                                          float scale, mmpo_stream stream);
+
+/* Assigns dinner = scale * dout * b. */
+mmpo_status MMPO_EXPORT(low_rank_backward_input)(mmpo_bf16* dinner, const mmpo_bf16* dout, const mmpo_bf16* b,
+                                                 int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
+                                                 int32_t inner_width, float scale, mmpo_stream stream);
+
+/* Accumulates db[outputs, rank] (f32) += scale * dout^T * inner. */
+mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* dout, const mmpo_bf16* inner,
+                                                  int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
+                                                  int32_t inner_width, float scale, mmpo_stream stream);
+
+/* Accumulates dx[rows, inputs] += dropout(dout[rows, outputs] * weight[outputs, inputs]), rounded to bf16 after the
+ * sum. For `threshold` and `keep_scale` see `dropout`; a threshold of 0 drops nothing. */
+mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                   int32_t rows, int32_t inputs, int32_t outputs, uint64_t key,
+                                                   uint32_t threshold, float keep_scale, mmpo_stream stream);
+
+/* Assigns out[length]: 0 where 32 bits of the hash of `key` and the value's index lie below `threshold`, and
+ * x * keep_scale elsewhere. The hash is SplitMix64 at position index / 2; an even index has its low half, an odd one
+ * its high half. */
+mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
+                                 float keep_scale, mmpo_stream stream);
+
 /* ---- attention_forward.cu, attention_backward.cu, attention_decode.cu
  *
  * A row of qkv[T, (H + 2K) * E] is H query heads, K key heads, K value heads; query head h reads key/value head

@@ -1,5 +1,7 @@
 //! How long sequences may be under a model: the lengths asked for, and the context that its config names.
 
+use std::path::Path;
+
 use crate::checkpoint::ModelFolder;
 use crate::config::{AskedLengths, LengthLimits};
 use crate::error::{Error, Result};
@@ -32,6 +34,11 @@ pub fn limits(asked: AskedLengths, models: &[&ModelFolder]) -> Result<LengthLimi
         }
     }
     Ok(limits)
+}
+
+/// The folder whose tokenizer and chat template hold: the adapter's where it has some, as it was trained with them.
+pub fn text_folder<'a>(model: &'a Path, adapter: Option<&'a Path>) -> &'a Path {
+    adapter.filter(|adapter| adapter.join("tokenizer.json").is_file()).unwrap_or(model)
 }
 
 /// Refuses sequences of `longest` positions where the rope of a model holds for fewer.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::checkpoint::ModelFolder;
+use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::GenerateConfig;
 use crate::context;
 use crate::data::{Message, TextEncoder};
@@ -30,7 +30,10 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
     let model = hub::model(&config.model)?;
     let folder = ModelFolder::open(&model)?;
     folder.check_finite()?;
-    let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?.at(config.template_date)?;
+    let adapter =
+        config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
+    let text_folder = context::text_folder(&model, config.adapter.as_deref());
+    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let prompt = match config.raw {
         true => encoder.encode_text_prompt(&config.prompt)?,
         false => {
@@ -48,7 +51,7 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
         Some(template) if !config.raw => template.end_of_turn(&encoder.tokenizer)?,
         _ => None,
     };
-    let task = Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn };
+    let task = Generating { config, folder, adapter, encoder, prompt, max_new_tokens, end_of_turn };
     run_on(config.device, config.threads, task)
 }
 
@@ -93,6 +96,7 @@ fn check_context(folder: &ModelFolder, prompt: usize, max_new_tokens: usize) -> 
 struct Generating<'a> {
     config: &'a GenerateConfig,
     folder: ModelFolder,
+    adapter: Option<AdapterFolder>,
     encoder: TextEncoder,
     prompt: Vec<u32>,
     max_new_tokens: usize,
@@ -104,8 +108,11 @@ impl DeviceTask for Generating<'_> {
     type Output = ();
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
-        let Generating { config, folder, encoder, prompt, max_new_tokens, end_of_turn } = self;
+        let Generating { config, folder, adapter, encoder, prompt, max_new_tokens, end_of_turn } = self;
         let mut model = Llama::load(device, &folder, prompt.len() + max_new_tokens)?;
+        if let Some(adapter) = &adapter {
+            model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
+        }
         model.config.stop_token_ids.extend(end_of_turn);
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };
         let mut text = encoder.tokenizer.stream(true);

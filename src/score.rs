@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub use scorer::{PairScore, Scorer};
 use serde::Serialize;
 
-use crate::checkpoint::ModelFolder;
+use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::ScoreConfig;
 use crate::context;
 use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
@@ -63,11 +63,13 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let output = ScoreOutput::check(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;
+    let adapter =
+        config.adapter.as_deref().map(|path| AdapterFolder::open(path, folder.config())).transpose()?;
     let reference = config.reference.as_deref().map(ModelFolder::open).transpose()?;
     let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
     let limits = context::limits(config.asked_lengths, &models)?;
-    let encoder =
-        TextEncoder::load(&config.model, config.chat_template.as_deref())?.at(config.template_date)?;
+    let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
+    let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let source = PairSource::open(&config.data, &config.columns, Part::All)?;
     let treatment = Treatment { limits, policies: config.policies, tolerant: false };
     let memory = LargeBlocks::give_back();
@@ -83,8 +85,8 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     models.iter().try_for_each(|model| context::check_pairs(model, longest))?;
     output.check_writable()?;
     interrupt::check()?;
-    let lines =
-        run_on(config.device, config.threads, Scoring { config, folder, reference, dataset: &dataset })?;
+    let scoring = Scoring { config, folder, adapter, reference, dataset: &dataset };
+    let lines = run_on(config.device, config.threads, scoring)?;
 
     let mut text = String::new();
     for line in &lines {
@@ -117,6 +119,7 @@ fn located(config: &ScoreConfig) -> Result<ScoreConfig> {
 struct Scoring<'a> {
     config: &'a ScoreConfig,
     folder: ModelFolder,
+    adapter: Option<AdapterFolder>,
     reference: Option<ModelFolder>,
     dataset: &'a PairDataset,
 }
@@ -125,9 +128,9 @@ impl DeviceTask for Scoring<'_> {
     type Output = Vec<ScoreLine>;
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<Vec<ScoreLine>> {
-        let policy = self.scores(&device, &self.folder, "scoring", true)?;
+        let policy = self.scores(&device, (&self.folder, self.adapter.as_ref()), "scoring", true)?;
         let reference = match &self.reference {
-            Some(folder) => Some(self.scores(&device, folder, "scoring the reference", false)?),
+            Some(folder) => Some(self.scores(&device, (folder, None), "scoring the reference", false)?),
             None => None,
         };
         let pairs = self.dataset.pairs.iter().zip(&policy).enumerate();
@@ -145,13 +148,16 @@ impl Scoring<'_> {
     fn scores<D: Device>(
         &self,
         device: &Arc<D>,
-        folder: &ModelFolder,
+        (folder, adapter): (&ModelFolder, Option<&AdapterFolder>),
         label: &str,
         entropy: bool,
     ) -> Result<Vec<PairScore>> {
         let pairs = &self.dataset.pairs;
         let longest = pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
-        let model = Llama::load(Arc::clone(device), folder, longest)?;
+        let mut model = Llama::load(Arc::clone(device), folder, longest)?;
+        if let Some(adapter) = adapter {
+            model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
+        }
         let mut progress = Progress::start(label, "pairs", pairs.len(), 0);
         let mut scorer = Scorer::new(&model, pairs, self.config.tokens_per_micro_batch)?;
         scorer.run(entropy, |done| progress.advance(done, String::new))

@@ -5,6 +5,7 @@
 //! evaluation, the model folder and the report. A run that is cut in two by `--resume` gives the same bits as one in one
 //! piece.
 
+mod adapter;
 mod checkpoint;
 mod guard;
 mod inputs;
@@ -32,7 +33,7 @@ use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
 use crate::foreign::hub;
 use crate::interrupt;
-use crate::model::{Llama, LlamaTensors};
+use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
@@ -60,8 +61,7 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let output = output.claim(config)?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
     let identity = identity(&recorded, &inputs);
-    let tensors =
-        checkpoint::stored_tensors(&LlamaTensors::layout(inputs.folder.config()), config.memory.states);
+    let tensors = checkpoint::stored_tensors(&adapter::layout(&inputs), config.memory.states);
     let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
     if matches!(start, Start::Finished) {
         return say_finished(&output, &plan);
@@ -89,20 +89,23 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
 fn identity(recorded: &RunConfig, inputs: &Inputs) -> RunIdentity {
     RunIdentity {
         config: recorded.to_toml(),
-        model: hex(&inputs.folder.fingerprint()),
+        model: match &inputs.adapter {
+            None => hex(&inputs.folder.fingerprint()),
+            Some(adapter) => format!("{}{}", hex(&inputs.folder.fingerprint()), adapter.identity()),
+        },
         data: hex(&inputs.training.fingerprint),
         reference: inputs.reference.as_ref().map_or_else(String::new, |folder| hex(&folder.fingerprint())),
     }
 }
 
 fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
-    let (run, model) = (output.path().display(), output.model());
+    let run = output.path().display();
     tracing::info!(
         "the run in {run} is finished, all {} steps of it: nothing is left to do",
         plan.total_steps
     );
     let report = output.path().join(REPORT_FILE);
-    print_result(&format!("\nmodel   {}\nreport  {}\n", model.display(), report.display()))?;
+    print_result(&format!("\n{}\nreport  {}\n", output.model_line(), report.display()))?;
     Ok(())
 }
 
@@ -123,9 +126,13 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
-        let model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
+        // Before the adapters are there: the reference is the model without them.
         let references = References::compute(config, &inputs, &model)?;
+        if let Some(adapter) = &inputs.adapter {
+            adapter.attach(&mut model)?;
+        }
         let samples = Samples::choose(&inputs)?;
         let answers_before = samples.answers(&model, &inputs)?;
 
@@ -144,11 +151,14 @@ impl DeviceTask for Training<'_> {
             .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
 
         recorder.check_place()?;
-        guard::check_trained(output.path(), &run.trainer, &inputs.folder)?;
-        checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions)
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+        guard::check_trained(output.path(), &run.trainer, &inputs)?;
+        match &inputs.adapter {
+            None => checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions),
+            Some(adapter) => adapter.save(&output.model(), &run.trainer, &inputs),
+        }
+        .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         let saved =
-            format!("the trained model is in {}; only the report is missing", output.model().display());
+            format!("what was trained is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
@@ -193,7 +203,11 @@ impl<'a, D: Device> Run<'a, D> {
         );
         let workload =
             Workload { head: config.head, memory: config.memory, rounding_seed: config.seed, ..workload };
-        let trainer = Trainer::new(model, config.objective, workload)?;
+        let mut trainer = Trainer::new(model, config.objective, workload)?;
+        trainer.dropout_seed = config.seed;
+        if let Some(adapter) = &inputs.adapter {
+            adapter.set_masters(&mut trainer)?;
+        }
         tracing::info!("log-prob head: {}", trainer.head_plan());
         Ok(Run { config, inputs, references, plan, identity, trainer })
     }

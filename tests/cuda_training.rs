@@ -13,7 +13,9 @@ use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{self, CudaDevice, GemmChoice, KernelPath};
-use mmpo_fast::model::{HeadChoice, HeadOptions, Llama};
+use mmpo_fast::model::{
+    AdaptedModule, AdaptedModules, HeadChoice, HeadOptions, Llama, LoraSettings, TensorSpec, initial_values,
+};
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::Scorer;
@@ -90,10 +92,18 @@ fn run<D: Device>(device: D, model: &str) -> Run {
 }
 
 fn run_with<D: Device>(device: D, model: &str, head: HeadOptions) -> Run {
+    run_adapted(device, model, head, None)
+}
+
+/// With `lora`, low-rank adapters are trained, whose matrices are both not zero.
+fn run_adapted<D: Device>(device: D, model: &str, head: HeadOptions, lora: Option<LoraSettings>) -> Run {
     let pairs = golden_pairs(model);
     let folder = goldens().join(model).join("model");
     let folder = ModelFolder::open(&folder).expect("model folder");
-    let llama = Llama::load(Arc::new(device), &folder, 2048).expect("weights");
+    let mut llama = Llama::load(Arc::new(device), &folder, 2048).expect("weights");
+    if let Some(lora) = lora {
+        llama.adapt(lora, |tensor| Ok(adapter_values(tensor))).expect("adapters");
+    }
     let before = score(&llama, &pairs);
     let training: Vec<TrainingPair<'_>> = pairs
         .iter()
@@ -110,7 +120,8 @@ fn run_with<D: Device>(device: D, model: &str, head: HeadOptions) -> Run {
         losses.push(result.loss);
         gradient_norms.push(result.gradient_norm);
         if step == 1 {
-            for (gradient, tensor) in trainer.gradients.iter().flatten().zip(trainer.model.layout.iter()) {
+            let trained = trainer.model.layout.iter().filter(|tensor| tensor.trained);
+            for (gradient, tensor) in trainer.gradients.iter().flatten().zip(trained) {
                 let mut values = vec![0.0; tensor.values()];
                 trainer.device().download(&mut values, gradient, 0).expect("download");
                 gradients.push(values);
@@ -122,6 +133,17 @@ fn run_with<D: Device>(device: D, model: &str, head: HeadOptions) -> Run {
     }
     let after = score(&trainer.model, &pairs);
     Run { scores: [numbers(&before), numbers(&after)], losses, gradient_norms, gradients }
+}
+
+fn adapter_values(tensor: &TensorSpec) -> Vec<f32> {
+    let spec = TensorSpec::new(tensor.name.replace("lora_B", "lora_b"), &tensor.shape);
+    initial_values(3, &spec).into_iter().map(|value| 0.5 * value).collect()
+}
+
+/// Adapters of all modules, of a rank whose rows are aligned to 16 bytes and of one whose rows are not.
+fn lora(rank: usize, dropout: f64) -> LoraSettings {
+    let modules = AdaptedModules::of(AdaptedModule::ALL);
+    LoraSettings { modules, rank, alpha: 2.0 * rank as f64, dropout, rslora: false }
 }
 
 fn adamw(step: u32) -> AdamWStep {
@@ -216,6 +238,23 @@ fn the_optimiser_launches_once_for_all_tensors() {
     }
 }
 
+/// The same masks on both devices, on both sets of kernels.
+#[cfg(mmpo_emulated)]
+#[test]
+fn the_emulated_gpu_trains_adapters_as_the_cpu_does() {
+    let head = HeadOptions::default();
+    for (model, path, lora) in [
+        ("tied", KernelPath::Portable, lora(8, 0.1)),
+        ("bias", KernelPath::Hopper, lora(16, 0.0)),
+        ("rope_linear", KernelPath::Portable, lora(3, 0.1)),
+    ] {
+        let cpu = run_adapted(cpu(), model, head, Some(lora));
+        let first = run_adapted(emulated().with_path(path), model, head, Some(lora));
+        compare(model, &first, &cpu);
+        assert_same_bits(&first, &run_adapted(emulated().with_path(path), model, head, Some(lora)));
+    }
+}
+
 /// The head keeps no probabilities, and Hopper's kernels run.
 #[cfg(mmpo_emulated)]
 #[test]
@@ -267,6 +306,8 @@ fn a_real_gpu_trains_as_the_cpu_does() {
         compare(model, &first, &run(cpu(), model));
         assert_same_bits(&first, &run(open(), model));
     }
+    let first = run_adapted(open(), "bias", HeadOptions::default(), Some(lora(16, 0.1)));
+    compare("bias", &first, &run_adapted(cpu(), "bias", HeadOptions::default(), Some(lora(16, 0.1))));
     // Where the device would take the vendor's products: both sets of our own kernels, and the head that keeps nothing.
     let head = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
     let reference = run(cpu(), MODELS[0]);

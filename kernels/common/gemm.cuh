@@ -54,9 +54,13 @@ struct Slice {
         return base + uint32_t(line * kChunks + (chunk ^ (line & 7))) * 16;
     }
 
+    // The length of a line of an operand of these sizes.
+    static DEVICE int line_length(int outer_size, int depth_size) { return kDepthLines ? depth_size : outer_size; }
+
     // Copies the slice that begins at `outer`, `depth` of the operand, with zeros for what lies outside the operand.
+    // `stride` values lie between the starts of two lines.
     template <bool kAligned, int THREADS>
-    DEVICE void load(const bf16* operand, int outer, int depth, int outer_size, int depth_size) const {
+    DEVICE void load(const bf16* operand, int outer, int depth, int outer_size, int depth_size, int stride) const {
         const int first_line = kDepthLines ? outer : depth, lines = kDepthLines ? outer_size : depth_size;
         const int first_column = kDepthLines ? depth : outer, columns = kDepthLines ? depth_size : outer_size;
         static_assert(kLines * kChunks % THREADS == 0, "every thread copies as many chunks");
@@ -66,7 +70,7 @@ struct Slice {
             const int line = index / kChunks, chunk = index % kChunks;
             const int column = first_column + chunk * kChunk;
             const bool valid = first_line + line < lines && column < columns;
-            const bf16* source = valid ? operand + int64_t(first_line + line) * columns + column : operand;
+            const bf16* source = valid ? operand + int64_t(first_line + line) * stride + column : operand;
             if constexpr (kAligned) {
                 cp_async_16(address(line, chunk), source, valid);
             } else {
@@ -111,6 +115,7 @@ private:
 template <class TileShape, class Lines>
 struct Config {
     using Tile = TileShape;
+    using Operands = typename Lines::Operands;
     using Left = Slice<Tile::BLOCK_M, Lines::kLeft>;
     using Right = Slice<Tile::BLOCK_N, Lines::kRight>;
     static constexpr int kThreads = Tile::kWarpsM * Tile::kWarpsN * kWarp;
@@ -180,7 +185,7 @@ DEVICE void multiply_slices(Accumulators<C>& accumulators, typename C::Left left
 
 // The main loop: kStages - 1 slices are under way while one is multiplied.
 template <class C, bool kAligned>
-DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const GemmOperands& operands,
+DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const typename C::Operands& operands,
                           TileOrigin origin) {
     const WarpPart part = warp_part<C>();
     const int slices = (operands.shape_k + BLOCK_K - 1) / BLOCK_K;
@@ -190,10 +195,12 @@ DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const 
         if (slice < slices) {
             const typename C::Left left{stage};
             const typename C::Right right{stage + C::Left::kBytes};
+            const int left_line = C::Left::line_length(operands.shape_m, operands.shape_k);
+            const int right_line = C::Right::line_length(operands.shape_n, operands.shape_k);
             left.template load<kAligned, C::kThreads>(operands.left, origin.m, depth, operands.shape_m,
-                                                      operands.shape_k);
+                                                      operands.shape_k, left_stride(operands, left_line));
             right.template load<kAligned, C::kThreads>(operands.right, origin.n, depth, operands.shape_n,
-                                                       operands.shape_k);
+                                                       operands.shape_k, right_stride(operands, right_line));
         }
         // Commit empty groups as well, so that the number of groups left says which slice has arrived.
         cp_async_commit();
@@ -253,7 +260,7 @@ DEVICE void store_four_bf16(bf16* out, int columns, int row, int column, const f
 }
 
 template <class C, bool kAligned, class Epilogue>
-__global__ void __launch_bounds__(C::kThreads) gemm_kernel(GemmOperands operands, Epilogue epilogue) {
+__global__ void __launch_bounds__(C::kThreads) gemm_kernel(typename C::Operands operands, Epilogue epilogue) {
     DYNAMIC_SHARED(raw);
     const TileOrigin origin = tile_origin<typename C::Tile>(operands.shape_m, operands.shape_n);
     Accumulators<C> accumulators = {};
@@ -276,7 +283,7 @@ int64_t tile_count(const GemmOperands& operands) {
 
 // kAligned: the operands satisfy lines_aligned.
 template <class Tile, class Lines, bool kAligned, class Epilogue>
-mmpo_status launch_tiles(const GemmOperands& operands, const Epilogue& epilogue, mmpo_stream stream) {
+mmpo_status launch_tiles(const typename Lines::Operands& operands, const Epilogue& epilogue, mmpo_stream stream) {
     using C = Config<Tile, Lines>;
     const int64_t tiles = tile_count<Tile>(operands);
     if (tiles > INT32_MAX) return kInvalidValue;

@@ -64,6 +64,7 @@ struct Paired : Tile {
 // the same columns of the up part, so that the epilogue has both of each value at hand. In general a tile's columns
 // come from kRightParts equal parts of the right operand's columns, the same columns of each, side by side.
 struct GatedForwardLines {
+    using Operands = GemmOperands;
     static constexpr Line kLeft = Line::depth, kRight = Line::depth;
     static constexpr int kRightParts = 2;
 };

@@ -1,6 +1,7 @@
 //! One case for each operation of the `Device` trait: its operands, the floating-point operations it must do, and the
 //! fewest bytes it can move (each input read once, each output written once, what is updated both).
 
+mod adapter;
 mod head;
 mod layer;
 mod optimizer;
@@ -213,9 +214,9 @@ fn ends(len: usize, most: usize) -> Vec<std::ops::Range<usize>> {
 /// Makes a case just before it is measured, so that only one case's operands exist at a time.
 pub type Maker<D> = fn(&D, &Shape) -> Result<Case<D>>;
 
-/// Every operation of a training step and of generation.
+/// Every operation of a training step, with and without adapters, and of generation.
 pub fn all<D: Device>() -> Vec<Maker<D>> {
-    [layer::makers(), head::makers(), optimizer::makers()].concat()
+    [layer::makers(), adapter::makers(), head::makers(), optimizer::makers()].concat()
 }
 
 /// Bytes of a weight or activation.

@@ -1,6 +1,8 @@
 //! Files of weights and training state: Hugging Face folders read through memory maps, and written so that what was
 //! there before stays intact until the new is complete.
 
+mod adapter_config;
+pub mod adapter_folder;
 pub mod atomic;
 pub mod checksums;
 pub mod model_folder;
@@ -10,6 +12,7 @@ pub mod tensor_file;
 mod tensor_names;
 pub mod tensor_writer;
 
+pub use adapter_folder::{AdapterFolder, save_adapter};
 pub use model_folder::ModelFolder;
 pub use run_state::{Checkpoint, RunState};
 pub use save::{CompanionFiles, SHARD_BYTES, save_model};

@@ -17,7 +17,7 @@ use crate::model::{LlamaConfig, TensorSpec};
 /// Largest shard unless a single tensor is larger: 5 GB, the limit below which every host of models takes a file.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The files that are copied from the source unchanged, where they are there: what transformers reads beside the
@@ -58,6 +58,15 @@ impl CompanionFiles {
     pub fn read(source: &Path, config: &LlamaConfig) -> Result<Self> {
         let mut companions = CompanionFiles::default();
         companions.set(CONFIG, config.to_saved_json());
+        for (name, content) in CompanionFiles::read_named(source)? {
+            companions.set(&name, content);
+        }
+        Ok(companions)
+    }
+
+    /// The files of `source` that stand beside weights, where they are there.
+    fn read_named(source: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut found = Vec::new();
         let mut names: Vec<String> = COMPANIONS.iter().map(|name| name.to_string()).collect();
         for path in list(&source.join(TEMPLATE_FOLDER))? {
             let name =
@@ -69,12 +78,32 @@ impl CompanionFiles {
         for name in names {
             let path = source.join(&name);
             match std::fs::read(&path) {
-                Ok(content) => companions.set(&name, content),
+                Ok(content) => found.push((name, content)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::io(&path, "read", error)),
             }
         }
-        Ok(companions)
+        Ok(found)
+    }
+
+    /// Puts the companions that `folder` has in the place of these: those of an adapter, which was trained with its own
+    /// tokenizer files. The config stays.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where one cannot be read.
+    pub fn overlay(&mut self, folder: &Path) -> Result<()> {
+        let theirs = CompanionFiles::read_named(folder)?;
+        // A template that the adapter does not have was replaced by another one when it was trained.
+        if theirs.iter().any(|(name, _)| *name == *TOKENIZER_CONFIG) {
+            let is_template = |name: &str| {
+                name == TEMPLATE_FILE
+                    || name == LEGACY_TEMPLATE
+                    || name.starts_with(&format!("{TEMPLATE_FOLDER}/"))
+            };
+            self.files.retain(|(name, _)| !is_template(name));
+        }
+        theirs.into_iter().for_each(|(name, content)| self.set(&name, content));
+        Ok(())
     }
 
     /// Puts `templates`, of which one is called `default`, in the place of the source's, as transformers writes them:
@@ -253,7 +282,7 @@ fn bf16_bytes(tensor: &TensorSpec) -> u64 {
 }
 
 /// Whether a file of this name may be lost when a model folder is replaced by a newer model.
-fn belongs_to_a_model(name: &str) -> bool {
+pub(super) fn belongs_to_a_model(name: &str) -> bool {
     name == CONFIG
         || name == INDEX
         || COMPANIONS.contains(&name)

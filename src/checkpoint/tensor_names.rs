@@ -125,7 +125,7 @@ fn describe_strange(strange: &[&str]) -> Option<(String, String)> {
     if !adapter.is_empty() {
         return Some((
             listed_as("unexpected ", &adapter),
-            "this looks like an adapter: merge it into its base model first, with merge_and_unload() of PEFT"
+            "this looks like an adapter: give its base model with --model, and the adapter's own folder with --adapter"
                 .into(),
         ));
     }

@@ -21,6 +21,7 @@ pub fn command() -> Command {
         .after_help("Example:\n  mmpo-fast generate --model run/model --prompt \"Name three colours.\"")
         .long_about("Answer a prompt. The answer goes to standard output, everything else to standard error.")
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
+        .arg(own("adapter", "DIR", "Folder of an adapter of that model, as PEFT has it"))
         .arg(own("prompt", "TEXT", "What the user says").required(true).allow_hyphen_values(true))
         .arg(own("system", "TEXT", "What the system message says").allow_hyphen_values(true).conflicts_with("raw"))
         .arg(
@@ -64,6 +65,7 @@ pub fn config(matches: &ArgMatches) -> Result<GenerateConfig> {
     let model = value(matches, "model", config::is_path, "must name a folder")?;
     Ok(GenerateConfig {
         model: model.ok_or_else(|| missing("model"))?,
+        adapter: value(matches, "adapter", config::is_path, "must name a folder")?,
         prompt: arguments::text(matches, "prompt").ok_or_else(|| missing("prompt"))?,
         system: arguments::text(matches, "system"),
         raw: matches.get_flag("raw"),

@@ -1,10 +1,11 @@
 //! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
-//! `score`, `generate` and `bench`.
+//! `score`, `generate`, `merge` and `bench`.
 
 mod arguments;
 mod bench;
 mod check;
 mod generate;
+mod merge;
 mod score;
 mod shell;
 mod train;
@@ -16,7 +17,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
 
 /// How much a command line asks the program to say.
@@ -41,6 +42,7 @@ enum Parsed {
     Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
+    Merge(MergeConfig),
     Bench(BenchConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
@@ -74,13 +76,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
+        Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate or bench",
+                "a command is missing: train, check, score, generate, merge or bench",
             )));
         }
     };
@@ -99,6 +102,7 @@ impl Invocation {
             Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
+            Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
@@ -134,6 +138,7 @@ pub fn command() -> Command {
         .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())
+        .subcommand(merge::command())
         .subcommand(bench::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())

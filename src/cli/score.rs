@@ -35,6 +35,11 @@ pub fn command() -> Command {
              mmpo-fast score --model run/model --reference M --data held-out.jsonl --output - | head -n 3",
         )
         .arg(own("model", "DIR", "Hugging Face folder of the model").required(true))
+        .arg(own(
+            "adapter",
+            "DIR",
+            "Folder of an adapter of that model, as PEFT has it: the adapted model is scored",
+        ))
         .arg(own("data", PairFiles::PLACEHOLDER, "Preference pairs, named as with `train`").required(true))
         .arg(
             own(
@@ -71,6 +76,7 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
     let positive = |beta: &f64| beta.is_finite() && *beta > 0.0;
     Ok(ScoreConfig {
         model: required("model")?,
+        adapter: path("adapter")?,
         data: value(matches, "data", |_: &PairFiles| true, "")?.ok_or_else(|| missing("data"))?,
         columns: settled.columns.clone().unwrap_or_default(),
         template_date: settled.template_date,

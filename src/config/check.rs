@@ -79,6 +79,13 @@ pub fn at_least_two(value: &usize) -> Result<(), &'static str> {
     count(value)
 }
 
+/// More than the width of any model.
+const LARGEST_RANK: usize = 1 << 16;
+
+pub fn rank(value: &usize) -> Result<(), &'static str> {
+    rule((1..=LARGEST_RANK).contains(value), "must be at least 1 and at most 65536")
+}
+
 pub fn mebibytes(value: &usize) -> Result<(), &'static str> {
     rule((1..=LARGEST_MEBIBYTES).contains(value), "must be at least 1 and at most 1073741824")
 }

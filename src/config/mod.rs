@@ -22,7 +22,7 @@ pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{HeadOptions, Recompute};
+use crate::model::{HeadOptions, LoraSettings, Recompute};
 use crate::objective::Objective;
 pub use crate::objective::ObjectiveKind;
 use crate::optimizer::{AdamWSettings, Schedule, StateOptions};
@@ -42,6 +42,10 @@ pub struct RunConfig {
     pub reference: Option<PathBuf>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
+    /// New adapters to train in place of the weights.
+    pub lora: Option<LoraSettings>,
+    /// Folder of adapters to go on training in place of the weights.
+    pub adapter: Option<PathBuf>,
     /// What the chat template's functions call now; `None` is the time of the run.
     pub template_date: Option<TemplateDate>,
     /// The objective, with its numbers.
@@ -105,7 +109,12 @@ impl RunConfig {
         let mut recorded = self.clone();
         recorded.batch.pairs_per_step = Some(self.pairs_per_step(pairs));
         recorded.output = absolute(&self.output)?;
-        let optional = [&mut recorded.model, &mut recorded.reference, &mut recorded.chat_template];
+        let optional = [
+            &mut recorded.model,
+            &mut recorded.reference,
+            &mut recorded.chat_template,
+            &mut recorded.adapter,
+        ];
         let files = [&mut recorded.data, &mut recorded.evaluation.data];
         let files = files.into_iter().flatten().flat_map(|files| &mut files.0);
         for path in optional.into_iter().flatten().chain(files.map(|file| &mut file.path)) {
@@ -202,6 +211,8 @@ pub struct EvaluationConfig {
 pub struct ScoreConfig {
     /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: Option<PathBuf>,
     /// Files of pairs.
     pub data: PairFiles,
     /// Columns that have other names in these files.
@@ -226,6 +237,17 @@ pub struct ScoreConfig {
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+}
+
+/// Everything `merge` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MergeConfig {
+    /// Hugging Face model folder.
+    pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: PathBuf,
+    /// Folder that receives the merged model.
+    pub output: PathBuf,
 }
 
 /// Everything `check` needs to know.
@@ -264,6 +286,8 @@ pub struct CheckConfig {
 pub struct GenerateConfig {
     /// Hugging Face model folder.
     pub model: PathBuf,
+    /// Folder of an adapter of that model.
+    pub adapter: Option<PathBuf>,
     /// The user's message, or the whole text with `raw`.
     pub prompt: String,
     /// A system message before it.

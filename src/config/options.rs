@@ -11,7 +11,7 @@ use super::{
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{HeadChoice, HeadOptions, Recompute};
+use crate::model::{AdaptedModules, HeadChoice, HeadOptions, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
 
@@ -299,6 +299,21 @@ options! {
         /// Probability that a label is the wrong way round (conservative DPO).
         label_smoothing: f64, Always<f64> = Always(0.0), OWN, check::below_half;
     }
+    "LoRA" {
+        /// Train low-rank adapters of these modules in place of the weights, which are frozen: all, or some of q, k, v, o,
+        /// gate, up and down, such as q,v. The result is an adapter folder as PEFT has it.
+        lora: AdaptedModules, Absent = Absent("the weights themselves are trained"), ALL, check::anything;
+        /// Rank of the adapters.
+        lora_rank: usize, Always<usize> = Always(64), ALL, check::rank;
+        /// Scale of the adapters, times their rank.
+        lora_alpha: f64, Absent = Absent("the rank, for a scale of 1"), ALL, check::positive;
+        /// Probability that an input of an adapter is dropped in training.
+        lora_dropout: f64, Always<f64> = Always(0.0), ALL, check::below_one;
+        /// Divide --lora-alpha by the root of the rank in place of the rank (rsLoRA).
+        lora_rslora: bool, Always<bool> = Always(false), ALL, check::anything;
+        /// Folder of an adapter, as PEFT has it, to go on training; it says what --lora and its options say.
+        adapter: PathBuf, Absent = Absent("new adapters"), ALL, check::path;
+    }
     "Optimiser and schedule" {
         /// Peak learning rate of AdamW. The defaults of mmpo, dpo and simpo are the smallest that MMPO's paper uses for each;
         /// its full training of small models takes 5e-4 for mmpo, see recipes/.
@@ -332,7 +347,7 @@ options! {
         /// Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair
         /// larger than that is a micro-batch of its own.
         tokens_per_micro_batch: usize, Always<usize> = Always(4096), ALL, check::at_least_one;
-        /// Seed of the order of the pairs.
+        /// Seed of the order of the pairs, and of the first values and the dropout of adapters.
         seed: u64, Always<u64> = Always(42), ALL, check::fits_toml;
     }
     "Evaluation and checkpoints" {

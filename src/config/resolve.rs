@@ -10,7 +10,7 @@ use super::{
     PAIRS_PER_STEP, PairData, RunConfig, ScheduleConfig, Warmup,
 };
 use crate::error::{Error, Result};
-use crate::model::HeadOptions;
+use crate::model::{HeadOptions, LoraSettings};
 use crate::objective::{Objective, Settings};
 use crate::optimizer::{AdamWSettings, StateOptions};
 
@@ -183,6 +183,29 @@ fn refuse_idle(options: &Options) -> Result<()> {
             "name the pairs to evaluate on with --eval-data",
         ));
     }
+    refuse_idle_lora(options)
+}
+
+/// Options of adapters where there are none, or where a folder says them already.
+fn refuse_idle_lora(options: &Options) -> Result<()> {
+    let rows = rows();
+    let given = |name: &str| rows.iter().find(|row| row.name == name).and_then(|row| (row.origin)(options));
+    for name in ["lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_rslora"] {
+        let Some(origin) = given(name) else { continue };
+        if options.adapter.is_some() {
+            return Err(Error::config(
+                format!("{} cannot be given together with `adapter`", origin.name(name)),
+                "an adapter that is trained further keeps its modules, rank, scale and dropout, which are in its \
+                 adapter_config.json: leave one of the two out",
+            ));
+        }
+        if options.lora.is_none() {
+            return Err(Error::config(
+                format!("{} has no effect without `lora`", origin.name(name)),
+                "say which modules get adapters, for example with --lora all",
+            ));
+        }
+    }
     Ok(())
 }
 
@@ -230,6 +253,14 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         output: files.output,
         reference: settled.reference,
         chat_template: settled.chat_template,
+        lora: settled.lora.map(|modules| LoraSettings {
+            modules,
+            rank: settled.lora_rank,
+            alpha: settled.lora_alpha.unwrap_or(settled.lora_rank as f64),
+            dropout: settled.lora_dropout,
+            rslora: settled.lora_rslora,
+        }),
+        adapter: settled.adapter,
         template_date: settled.template_date,
         objective,
         optimizer: AdamWSettings {

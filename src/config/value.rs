@@ -6,7 +6,7 @@ use toml::de::DeValue;
 
 use super::{GradientConfig, ObjectiveKind, Policy, suggest};
 use crate::device::DeviceChoice;
-use crate::model::{HeadChoice, Recompute};
+use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
 
@@ -258,6 +258,45 @@ impl OptionValue for DeviceChoice {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text =
             value.as_str().ok_or_else(|| format!("must be a device in quotes, not {}", toml_kind(value)))?;
+        Self::from_text(text)
+    }
+
+    fn to_toml(&self) -> String {
+        format!("\"{self}\"")
+    }
+}
+
+impl std::fmt::Display for AdaptedModules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.iter().map(AdaptedModule::name).collect::<Vec<_>>().join(","))
+    }
+}
+
+impl OptionValue for AdaptedModules {
+    const PLACEHOLDER: &'static str = "all|q,k,v,o,gate,up,down";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(AdaptedModules::of(AdaptedModule::ALL));
+        }
+        let mut modules = Vec::new();
+        for word in text.split(',').map(str::trim) {
+            let named = |module: &AdaptedModule| [module.name(), module.peft_name()].contains(&word);
+            let module = AdaptedModule::ALL.into_iter().find(named).ok_or_else(|| {
+                format!("must be all, or some of q, k, v, o, gate, up and down parted by commas; `{word}` is none of them")
+            })?;
+            if modules.contains(&module) {
+                return Err(format!("names `{word}` twice"));
+            }
+            modules.push(module);
+        }
+        Ok(AdaptedModules::of(modules))
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| {
+            format!("must be names of modules in quotes, such as \"q,v\", not {}", toml_kind(value))
+        })?;
         Self::from_text(text)
     }
 

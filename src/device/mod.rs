@@ -22,6 +22,7 @@ mod hardware;
 mod head;
 mod host_memory;
 mod linear;
+mod low_rank;
 mod mapped_file;
 mod memory;
 mod mlp;
@@ -43,6 +44,7 @@ pub use head::{
 };
 pub use host_memory::LargeBlocks;
 pub use linear::{Linear, LinearShape};
+pub use low_rank::{Dropout, LowRank, LowRankShape, RowPart, hash};
 pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
@@ -60,6 +62,7 @@ pub trait Device:
     Embedding
     + Norm
     + Linear
+    + LowRank
     + RotaryPositions
     + Attention
     + AttentionBackward
@@ -74,6 +77,7 @@ impl<D> Device for D where
     D: Embedding
         + Norm
         + Linear
+        + LowRank
         + RotaryPositions
         + Attention
         + AttentionBackward
@@ -87,7 +91,7 @@ impl<D> Device for D where
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, Memory, Mlp, Norm,
+        Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, LowRank, Memory, Mlp, Norm,
         Optimizer, PairObjective, RotaryPositions,
     };
 }

@@ -157,10 +157,10 @@ impl Listing {
         };
         let kind = config["peft_type"].as_str().unwrap_or("PEFT").to_string();
         Some((
-            format!("this is an adapter ({kind}){base}, not a whole model; adapters are not yet supported"),
+            format!("this is an adapter ({kind}){base}, not a whole model"),
             format!(
-                "merge it into its base model: `python -c \"from peft import AutoPeftModelForCausalLM as M; \
-                 M.from_pretrained('{}').merge_and_unload().save_pretrained('NEW')\"`, and copy the tokenizer's files into NEW",
+                "give the folder of its base model with --model, and --adapter {}; `mmpo-fast merge` with the same flags \
+                 writes both as one model",
                 self.shown()
             ),
         ))
@@ -254,8 +254,15 @@ impl Listing {
             false => "this is a checkpoint of a run, which only --resume reads",
         };
         let model = run.join("model");
+        let adapter = run.join("adapter");
         let help = match model.join(CONFIG).is_file() {
             true => format!("give the model that the run wrote: {}", model.display()),
+            false if adapter.join(ADAPTER).is_file() => {
+                format!(
+                    "the run trained an adapter: give its base model with --model, and --adapter {}",
+                    adapter.display()
+                )
+            }
             false => format!(
                 "the run has not written its model yet; `mmpo-fast train --resume --output {}` finishes it",
                 run.display()

@@ -4,6 +4,7 @@
 //! Weight gradients accumulate over micro-batches, in f32. A frozen tensor has none, and the gemm that would form it is
 //! not run.
 
+use super::adapter::{AdapterBackward, Place, Site};
 use super::buffers::{Activations, BackwardScratch};
 use super::projection::ProjectionBackward;
 use super::tensors::LayerTensors;
@@ -67,6 +68,7 @@ impl<D: Device> Llama<D> {
             LayerBackward {
                 model: self,
                 weights: &self.weights.layers[layer],
+                layer,
                 slot: activations.slot(layer),
                 gate_up_slot: activations.gate_up_slot(layer),
                 residual_slot: activations.residual_slot(layer),
@@ -103,6 +105,7 @@ impl<D: Device> Llama<D> {
 struct LayerBackward<'a, D: Device> {
     model: &'a Llama<D>,
     weights: &'a LayerTensors<ComputeBuffer<D>>,
+    layer: usize,
     slot: usize,
     gate_up_slot: usize,
     residual_slot: usize,
@@ -121,8 +124,13 @@ impl<D: Device> LayerBackward<'_, D> {
         self.qkv()
     }
 
+    fn place(&self, site: Site) -> Place {
+        Place { layer: self.layer, site, slot: self.slot, tokens: self.tokens }
+    }
+
     /// `delta = down(activated)`: from the residual stream's gradient to that of `activated`.
     fn down(&mut self) -> Result<()> {
+        let place = self.place(Site::Down);
         let LayerBackward { model, weights, gate_up_slot, gradients, scratch, activations, tokens, .. } =
             self;
         let width = model.config.intermediate_size;
@@ -135,12 +143,21 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.activated,
             weights: &weights.down,
             shape: model.config.down_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.activated,
+            dadapter: gradients.down.adapter.as_mut(),
+            dout: &scratch.residual,
+            x: &activations.activated,
+            activations: activations.adapter.as_mut(),
+            place,
         })
     }
 
     /// `activated = silu(gate) * up`, `gate_up = linear(normed)`, `normed = rms_norm(middle)`: to the gradient of the
     /// residual stream between attention and MLP.
     fn gate_up(&mut self) -> Result<()> {
+        let place = self.place(Site::GateUp);
         let LayerBackward {
             model, weights, slot, gate_up_slot, gradients, scratch, activations, tokens, ..
         } = self;
@@ -167,6 +184,14 @@ impl<D: Device> LayerBackward<'_, D> {
             weights: &weights.gate_up,
             shape: model.config.gate_up_shape(tokens),
         })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.normed,
+            dadapter: gradients.gate_up.adapter.as_mut(),
+            dout: &scratch.gate_up,
+            x: &activations.normed,
+            activations: activations.adapter.as_mut(),
+            place,
+        })?;
         model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,
             dweight: gradients.post_norm.as_mut(),
@@ -180,6 +205,7 @@ impl<D: Device> LayerBackward<'_, D> {
 
     /// `delta = attention_out(attention)`: to the gradient of the attention's output.
     fn attention_out(&mut self) -> Result<()> {
+        let place = self.place(Site::AttentionOut);
         let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
         model.project_backward(ProjectionBackward {
             dx: &mut scratch.attention,
@@ -188,6 +214,14 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.attention[*slot],
             weights: &weights.attention_out,
             shape: model.config.attention_out_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.attention,
+            dadapter: gradients.attention_out.adapter.as_mut(),
+            dout: &scratch.residual,
+            x: &activations.attention[*slot],
+            activations: activations.adapter.as_mut(),
+            place,
         })
     }
 
@@ -210,6 +244,7 @@ impl<D: Device> LayerBackward<'_, D> {
 
     /// `qkv = linear(normed)`, `normed = rms_norm(residual)`: to the gradient of the residual stream entering the layer.
     fn qkv(&mut self) -> Result<()> {
+        let place = self.place(Site::Qkv);
         let LayerBackward {
             model,
             weights,
@@ -236,6 +271,14 @@ impl<D: Device> LayerBackward<'_, D> {
             x: &activations.normed,
             weights: &weights.qkv,
             shape: model.config.qkv_shape(*tokens),
+        })?;
+        model.adapter_backward(AdapterBackward {
+            dx: &mut scratch.normed,
+            dadapter: gradients.qkv.adapter.as_mut(),
+            dout: &scratch.qkv,
+            x: &activations.normed,
+            activations: activations.adapter.as_mut(),
+            place,
         })?;
         model.device.rms_norm_backward(RmsNormBackward {
             dx: &mut scratch.residual,

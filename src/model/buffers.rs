@@ -3,6 +3,8 @@
 //! Kept for the backward: the residual stream at both norms of a layer, `qkv` after RoPE, the attention's output and
 //! lse, and `gate_up`; or less of it, see [`Recompute`]. Normed inputs and SwiGLU outputs are cheap and are computed again.
 
+use super::Llama;
+use super::adapter::AdapterActivations;
 use super::config::LlamaConfig;
 use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
@@ -100,6 +102,8 @@ pub struct Activations<D: Device> {
     pub delta: ComputeBuffer<D>,
     /// `[T, F]` scratch: SwiGLU's output.
     pub activated: ComputeBuffer<D>,
+    /// Buffers of low-rank adapters, where the model has some.
+    pub(super) adapter: Option<AdapterActivations<D>>,
     /// Buffers of the log-prob head.
     pub head: HeadBuffers<D>,
 }
@@ -145,7 +149,28 @@ pub struct BackwardScratch<D: Device> {
 }
 
 impl<D: Device> Activations<D> {
-    /// Buffers for batches of up to `capacity`.
+    /// Buffers for batches of up to `capacity` through `model`, its adapters included.
+    ///
+    /// # Errors
+    /// As [`Activations::new`].
+    pub fn of(model: &Llama<D>, capacity: Capacity, purpose: Purpose) -> Result<Self> {
+        let (slots, training) = match purpose {
+            Purpose::Training { recompute: Recompute::Layer, .. } => (1, true),
+            Purpose::Training { .. } => (model.config.layers, true),
+            Purpose::Inference => (1, false),
+        };
+        // Before the others: the head is planned with the memory that all else leaves.
+        let adapter = AdapterActivations::new(model, capacity, slots, training)?;
+        if training {
+            AdapterActivations::reserve(model, capacity)?;
+        }
+        Ok(Activations {
+            adapter,
+            ..Activations::new(model.device.as_ref(), &model.config, capacity, purpose)?
+        })
+    }
+
+    /// Buffers for batches of up to `capacity` through a model without adapters.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
@@ -186,6 +211,7 @@ impl<D: Device> Activations<D> {
             normed: device.alloc(tokens * config.hidden_size)?,
             delta: device.alloc(tokens * config.hidden_size)?,
             activated: device.alloc(tokens * config.intermediate_size)?,
+            adapter: None,
             head: HeadBuffers::new(device, config, capacity, purpose)?,
         })
     }

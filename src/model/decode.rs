@@ -99,7 +99,7 @@ impl<'a, D: Device> Generation<'a, D> {
         let device = model.device.as_ref();
         let mut generation = Generation {
             model,
-            activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
+            activations: Activations::of(model, capacity, Purpose::Inference)?,
             batch: BatchBuffers::new(device, prompt.len(), 1, 1)?,
             cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens.min(FIRST_TOKENS))?,
             length: 0,

@@ -5,6 +5,7 @@
 //! norm is fused with it.
 
 use super::Llama;
+use super::adapter::{Place, Site};
 use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
 use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
@@ -66,13 +67,16 @@ impl<D: Device> Llama<D> {
         }
         self.attention_block(layer, activations, batch, tokens, context)?;
         self.gate_up_block(layer, activations, tokens)?;
+        let place = Place { layer, site: Site::Down, slot: activations.slot(layer), tokens };
         let (x, weights) = (&activations.activated, &self.weights.layers[layer].down);
-        self.project(&mut activations.delta, x, weights, self.config.down_shape(tokens))
+        self.project(&mut activations.delta, x, weights, self.config.down_shape(tokens))?;
+        self.adapter_inner(activations.adapter.as_mut(), x, place)?;
+        self.adapter_output(&mut activations.delta, activations.adapter.as_ref(), place)
     }
 
     /// Computes the activations of a layer that its backward reads once more, to the same bits, from the residual stream
-    /// that enters the layer: `qkv`, `attention` and its lse, `middle`, `gate_up`, and the `rstd` of both norms. The layer's
-    /// output is not formed: the backward does not read it.
+    /// that enters the layer: `qkv`, `attention` and its lse, `middle`, `gate_up`, the `rstd` of both norms, and the input of
+    /// each adapter's second matrix. The layer's output is not formed: the backward does not read it.
     ///
     /// `activations.residual` of the layer and `batch` must be those of a forward with [`Context::Packed`].
     ///
@@ -87,7 +91,9 @@ impl<D: Device> Llama<D> {
     ) -> Result<()> {
         self.input_norm(layer, activations, tokens)?;
         self.attention_block(layer, activations, batch, tokens, &mut Context::Packed)?;
-        self.gate_up_block(layer, activations, tokens)
+        self.gate_up_block(layer, activations, tokens)?;
+        let place = Place { layer, site: Site::Down, slot: activations.slot(layer), tokens };
+        self.adapter_inner(activations.adapter.as_mut(), &activations.activated, place)
     }
 
     /// Computes `gate_up` again from `middle`, where nothing else is missing; see [`Llama::recompute_layer`].
@@ -168,7 +174,10 @@ impl<D: Device> Llama<D> {
         let attention = &mut activations.attention[slot];
         let lse = &mut activations.attention_lse[slot];
 
+        let place = Place { layer, site: Site::Qkv, slot, tokens };
         self.project(qkv, &activations.normed, &weights.qkv, self.config.qkv_shape(tokens))?;
+        self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
+        self.adapter_output(qkv, activations.adapter.as_ref(), place)?;
         self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
         match context {
             Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
@@ -188,6 +197,9 @@ impl<D: Device> Llama<D> {
             &weights.attention_out,
             self.config.attention_out_shape(tokens),
         )?;
+        let place = Place { site: Site::AttentionOut, ..place };
+        self.adapter_inner(activations.adapter.as_mut(), attention, place)?;
+        self.adapter_output(&mut activations.delta, activations.adapter.as_ref(), place)?;
         self.device.add_rms_norm_forward(AddRmsNorm {
             sum: &mut activations.middle[slot],
             out: &mut activations.normed,
@@ -203,6 +215,16 @@ impl<D: Device> Llama<D> {
     fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer].gate_up;
         let slot = activations.gate_up_slot(layer);
+        if weights.adapter.is_some() {
+            // SwiGLU needs the whole of gate and up, so it cannot be the end of the frozen weights' gemm.
+            let place = Place { layer, site: Site::GateUp, slot: activations.slot(layer), tokens };
+            let gate_up = &mut activations.gate_up[slot];
+            self.project(gate_up, &activations.normed, weights, self.config.gate_up_shape(tokens))?;
+            self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
+            self.adapter_output(gate_up, activations.adapter.as_ref(), place)?;
+            let width = self.config.intermediate_size;
+            return self.device.swiglu_forward(&mut activations.activated, gate_up, tokens, width);
+        }
         self.device.linear_swiglu_forward(LinearSwiglu {
             out: &mut activations.activated,
             gate_up: &mut activations.gate_up[slot],

@@ -54,7 +54,7 @@ impl<D: Device> Llama<D> {
         let table = config.rope_table(positions);
         let mut rope_table = device.alloc(table.len())?;
         device.upload(&mut rope_table, 0, &table)?;
-        Ok(Llama { device: Arc::clone(device), config, layout, weights, rope_table })
+        Ok(Llama { device: Arc::clone(device), config, layout, weights, adapters: None, rope_table })
     }
 
     /// Values of all tensors, frozen ones included.

@@ -1,5 +1,6 @@
 //! The Llama runtime, written once over [`Device`]; [`Family`] has the models that it computes.
 
+mod adapter;
 mod backward;
 mod buffers;
 mod config;
@@ -19,6 +20,7 @@ mod tensors;
 
 use std::sync::Arc;
 
+pub use adapter::{AdaptedModule, AdaptedModules, Adapters, LoraSettings, PEFT_PREFIX, initial_values};
 pub use backward::{CompleteLayer, GradientSink, KeepGradients};
 pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, Recompute};
 pub use config::{LlamaConfig, TensorSpec};
@@ -26,7 +28,7 @@ pub use decode::{Generation, KvCache};
 pub use family::Family;
 pub use forward::Context;
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
-pub use projection::Projection;
+pub use projection::{Adapter, Projection};
 pub use rope::{Rope, RopeScaling};
 pub use tensors::{FusedTensor, LayerTensors, LlamaTensors};
 
@@ -48,6 +50,8 @@ pub struct Llama<D: Device> {
     pub layout: LlamaTensors<FusedTensor>,
     /// The tensors themselves.
     pub weights: LlamaTensors<ComputeBuffer<D>>,
+    /// What the adapters in `weights` are, where there are some.
+    adapters: Option<Adapters>,
     /// `[positions, E]`: cosines, then sines.
     rope_table: Floats<D>,
 }

@@ -11,6 +11,27 @@ pub struct Projection<T> {
     pub weight: T,
     /// `[outputs]`
     pub bias: Option<T>,
+    /// The low-rank adapters of its modules.
+    pub adapter: Option<Adapter<T>>,
+}
+
+/// One value of type `T` for each of the two tensors of a projection's low-rank adapters, which hold the matrices of its
+/// adapted modules one after the other.
+#[derive(Clone, Debug)]
+pub struct Adapter<T> {
+    /// `[modules * r, inputs]`
+    pub a: T,
+    /// `[outputs of the adapted modules, r]`
+    pub b: T,
+}
+
+impl<T> Adapter<T> {
+    pub(super) fn try_map<U, E>(
+        &self,
+        make: &mut impl FnMut(&T) -> std::result::Result<U, E>,
+    ) -> std::result::Result<Adapter<U>, E> {
+        Ok(Adapter { a: make(&self.a)?, b: make(&self.b)? })
+    }
 }
 
 impl<T> Projection<T> {
@@ -19,17 +40,23 @@ impl<T> Projection<T> {
         &self,
         make: &mut impl FnMut(&T) -> std::result::Result<U, E>,
     ) -> std::result::Result<Projection<U>, E> {
-        Ok(Projection { weight: make(&self.weight)?, bias: self.bias.as_ref().map(make).transpose()? })
+        Ok(Projection {
+            weight: make(&self.weight)?,
+            bias: self.bias.as_ref().map(&mut *make).transpose()?,
+            adapter: self.adapter.as_ref().map(|adapter| adapter.try_map(make)).transpose()?,
+        })
     }
 
-    /// The weight, then the bias if there is one.
+    /// The weight, then the bias and the adapter's `a` and `b` if there are some.
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        std::iter::once(&self.weight).chain(&self.bias)
+        let adapter = self.adapter.iter().flat_map(|adapter| [&adapter.a, &adapter.b]);
+        std::iter::once(&self.weight).chain(&self.bias).chain(adapter)
     }
 
     /// As [`Projection::iter`].
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        std::iter::once(&mut self.weight).chain(&mut self.bias)
+        let adapter = self.adapter.iter_mut().flat_map(|adapter| [&mut adapter.a, &mut adapter.b]);
+        std::iter::once(&mut self.weight).chain(&mut self.bias).chain(adapter)
     }
 }
 

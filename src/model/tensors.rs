@@ -98,6 +98,7 @@ fn layer_layout(config: &LlamaConfig, layer: usize) -> LayerTensors<FusedTensor>
         Projection {
             weight: of("weight", &|outputs| vec![outputs, inputs]),
             bias: bias.then(|| of("bias", &|outputs| vec![outputs])),
+            adapter: None,
         }
     };
     LayerTensors {

@@ -95,7 +95,7 @@ fn refused(path: &Path, why: &str) -> Error {
 
 /// The data, the chat template, and all files of the model folders.
 fn read_files(config: &ScoreConfig) -> Vec<PathBuf> {
-    let folders = [Some(&config.model), config.reference.as_ref()];
+    let folders = [Some(&config.model), config.adapter.as_ref(), config.reference.as_ref()];
     let entries = folders.into_iter().flatten().filter_map(|folder| std::fs::read_dir(folder).ok());
     let in_folders = entries.flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let source = PairSource::open(&config.data, &config.columns, Part::All);

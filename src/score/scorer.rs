@@ -84,7 +84,7 @@ impl<'a, D: Device> Scorer<'a, D> {
         }
         Ok(Scorer {
             model,
-            activations: Activations::new(device, &model.config, capacity, Purpose::Inference)?,
+            activations: Activations::of(model, capacity, Purpose::Inference)?,
             batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
             runs,
             pairs,

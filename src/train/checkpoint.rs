@@ -23,6 +23,7 @@ pub const FREE_OPTIONS: &[&str] = &[
     "data",
     "reference",
     "chat_template",
+    "adapter",
     // What the next ones do to the pairs is in the hash of these.
     "columns",
     "template_date",
@@ -146,7 +147,12 @@ fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
 ///
 /// # Errors
 /// [`Error::Numerics`] where one is not finite.
-fn download<D: Device>(trainer: &Trainer<D>, name: &str, offset: usize, bytes: &mut [u8]) -> Result<()> {
+pub(super) fn download<D: Device>(
+    trainer: &Trainer<D>,
+    name: &str,
+    offset: usize,
+    bytes: &mut [u8],
+) -> Result<()> {
     let (model, device) = (&trainer.model, trainer.device());
     let weights = model.layout.iter().zip(model.weights.iter());
     for ((tensor, weight), state) in weights.zip(trainer.states.iter()) {

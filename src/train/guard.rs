@@ -4,8 +4,9 @@ use std::path::Path;
 
 use half::bf16;
 
+use super::inputs::Inputs;
 use super::trainer::{Trainer, TrainingPair};
-use crate::checkpoint::{ModelFolder, run_state};
+use crate::checkpoint::run_state;
 use crate::device::{Device, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::objective::PairOutcome;
@@ -64,9 +65,9 @@ pub fn with_last_checkpoint(error: Error, run: &Path) -> Error {
     Error::Numerics { message, help: format!("{help}; {kept}") }
 }
 
-/// Fails where the run in folder `run` trained nothing: every gradient was zero, or no weight differs from `start`, the
-/// model it began with, once both are rounded to the bf16 of a saved model.
-pub fn check_trained<D: Device>(run: &Path, trainer: &Trainer<D>, start: &ModelFolder) -> Result<()> {
+/// Fails where the run in folder `run` trained nothing: every gradient was zero, or no trained weight differs from what it
+/// was in `start`, with which the run began, once both are rounded to the bf16 of a saved model.
+pub fn check_trained<D: Device>(run: &Path, trainer: &Trainer<D>, start: &Inputs) -> Result<()> {
     let history = History::read(run)?;
     let largest = |name: &str| history.series(name).into_iter().map(|(_, value)| value).fold(0.0, f64::max);
     let steps = history.last_step();
@@ -91,12 +92,16 @@ pub fn check_trained<D: Device>(run: &Path, trainer: &Trainer<D>, start: &ModelF
     ))
 }
 
-fn any_weight_changed<D: Device>(trainer: &Trainer<D>, start: &ModelFolder) -> Result<bool> {
+fn any_weight_changed<D: Device>(trainer: &Trainer<D>, start: &Inputs) -> Result<bool> {
     let model = &trainer.model;
     let mut now = Vec::new();
-    for (fused, weight) in model.layout.iter().zip(model.weights.iter()) {
+    for (fused, weight) in model.layout.iter().zip(model.weights.iter()).filter(|(fused, _)| fused.trained) {
         for (at, part) in fused.offsets() {
-            let before = start.tensor(&part.name, &part.shape)?;
+            let adapter = start.adapter.as_ref().map(|adapter| adapter.values(part)).transpose()?;
+            let before = match &adapter {
+                Some(values) => RawValues::from_f32(values),
+                None => start.folder.tensor(&part.name, &part.shape)?,
+            };
             for first in (0..part.values()).step_by(PIECE) {
                 now.resize(PIECE.min(part.values() - first), 0.0);
                 model.device.download_compute(&mut now, weight, at + first)?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::adapter::StartingAdapter;
 use crate::checkpoint::{CompanionFiles, ModelFolder};
 use crate::config::{LengthLimits, PairFiles, Policy, RunConfig};
 use crate::context;
@@ -18,6 +19,8 @@ use crate::report::DataSummary;
 pub struct Inputs {
     /// The model that training starts from.
     pub folder: ModelFolder,
+    /// The adapters that are trained in place of the weights, where they are.
+    pub adapter: Option<StartingAdapter>,
     /// The frozen reference, where it is another model than `folder`.
     pub reference: Option<ModelFolder>,
     /// The files that are saved beside the trained weights.
@@ -59,10 +62,13 @@ impl Inputs {
         folder.check_finite()?;
         let reference = config.reference.as_deref().map(|path| open_reference(path, &folder)).transpose()?;
         check_dropout(&folder)?;
+        let adapter = StartingAdapter::of(config, &folder)?;
         let models: Vec<&ModelFolder> = std::iter::once(&folder).chain(&reference).collect();
         let limits = context::limits(config.asked_lengths, &models)?;
-        let encoder = TextEncoder::load(&model, config.chat_template.as_deref())?.at(config.template_date)?;
-        let companions = companions(&model, &folder, &encoder)?;
+        let text_folder = context::text_folder(&model, config.adapter.as_deref());
+        let encoder =
+            TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
+        let companions = companions(text_folder, &folder, &encoder)?;
         let treatment = Treatment { limits, policies: config.policies, tolerant: false };
         let load = |source: &PairSource| -> Result<PairDataset> {
             let _memory = LargeBlocks::give_back();
@@ -77,6 +83,7 @@ impl Inputs {
         let evaluation = evaluation_source.as_ref().map(load).transpose()?;
         let inputs = Inputs {
             folder,
+            adapter,
             reference,
             companions,
             encoder,

@@ -15,10 +15,13 @@ use crate::report::{
 };
 
 const MODEL_FOLDER: &str = "model";
+const ADAPTER_FOLDER: &str = "adapter";
 
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
+    /// What the run writes at its end: a model, or an adapter.
+    result: &'static str,
     /// Held while this process writes there.
     _lock: Option<RunLock>,
 }
@@ -54,7 +57,11 @@ impl Output {
         refuse_inputs(config)?;
         RunLock::check(&path)?;
         refuse_taken(config)?;
-        Ok(Output { path, _lock: None })
+        let result = match config.lora.is_some() || config.adapter.is_some() {
+            true => ADAPTER_FOLDER,
+            false => MODEL_FOLDER,
+        };
+        Ok(Output { path, result, _lock: None })
     }
 
     /// Makes the folder and locks it, after the inputs were found good and before anything is computed.
@@ -65,7 +72,7 @@ impl Output {
         atomic::check_writable(&self.path)?;
         let lock = RunLock::take(&self.path)?;
         refuse_taken(config)?;
-        Ok(Output { path: self.path, _lock: Some(lock) })
+        Ok(Output { _lock: Some(lock), ..self })
     }
 
     /// Writes the resolved configuration.
@@ -77,8 +84,14 @@ impl Output {
         &self.path
     }
 
+    /// The folder of the trained model or adapter.
     pub fn model(&self) -> PathBuf {
-        self.path.join(MODEL_FOLDER)
+        self.path.join(self.result)
+    }
+
+    /// A line that says where that is.
+    pub fn model_line(&self) -> String {
+        format!("{:<8}{}", self.result, self.model().display())
     }
 
     /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
@@ -109,7 +122,7 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("{text}\nmodel   {}\nreport  {}\n", self.model().display(), page.display()))?;
+        print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
         Ok(())
     }
 }
@@ -117,7 +130,7 @@ impl Output {
 /// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
-    let is_taken = [METRICS_FILE, MODEL_FOLDER, run_state::FOLDER, REPORT_FILE]
+    let is_taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE]
         .iter()
         .any(|name| path.join(name).exists());
     if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
@@ -134,9 +147,18 @@ fn refuse_taken(config: &RunConfig) -> Result<()> {
 fn refuse_inputs(config: &RunConfig) -> Result<()> {
     // Where the folder is new, no input is in it.
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
-    let written = [MODEL_FOLDER, run_state::FOLDER, EVENTS_FOLDER, METRICS_FILE, RESOLVED_FILE, REPORT_FILE];
+    let written = [
+        MODEL_FOLDER,
+        ADAPTER_FOLDER,
+        run_state::FOLDER,
+        EVENTS_FOLDER,
+        METRICS_FILE,
+        RESOLVED_FILE,
+        REPORT_FILE,
+    ];
     let one = [
         ("--model", config.model.as_ref()),
+        ("--adapter", config.adapter.as_ref()),
         ("--reference", config.reference.as_ref()),
         ("--chat-template", config.chat_template.as_ref()),
     ];

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats};
+use crate::device::{BatchBuffers, Device, Floats, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -46,6 +46,10 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
+    /// Of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
+    pub dropout_seed: u64,
+    /// Of the step under way.
+    dropout_key: u64,
     objective: Objective,
     token_budget: usize,
     state_options: StateOptions,
@@ -151,6 +155,8 @@ impl<D: Device> Trainer<D> {
         Ok(Trainer {
             states,
             gradients,
+            dropout_seed: 0,
+            dropout_key: 0,
             objective,
             token_budget: workload.token_budget,
             state_options: workload.memory.states,
@@ -160,7 +166,7 @@ impl<D: Device> Trainer<D> {
             norm: device.alloc(2)?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
-            activations: Activations::new(device, &model.config, capacity, workload.purpose())?,
+            activations: Activations::of(&model, capacity, workload.purpose())?,
             model,
         })
     }
@@ -175,6 +181,7 @@ impl<D: Device> Trainer<D> {
         adamw: AdamWStep,
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
+        self.dropout_key = hash(self.dropout_seed, adamw.step.into());
         if self.layer_norms.is_some() {
             return self.step_by_layers(pairs, Some(adamw), max_grad_norm);
         }
@@ -198,7 +205,8 @@ impl<D: Device> Trainer<D> {
         }
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
-        let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
+        let dropout = Some(self.dropout_key);
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -237,7 +245,8 @@ impl<D: Device> Trainer<D> {
         layer_updates::check(micro_batches(&sizes, self.token_budget).len(), max_grad_norm)?;
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
-        let tokens = self.each_micro_batch(pairs, |trainer, batch, tokens| {
+        let dropout = Some(self.dropout_key);
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -301,7 +310,7 @@ impl<D: Device> Trainer<D> {
         let mut outcomes = Vec::with_capacity(pairs.len());
         let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;
         for chunk in pairs.chunks(batch.max(1)) {
-            self.each_micro_batch(chunk, |trainer, batch, _| {
+            self.each_micro_batch(chunk, None, |trainer, batch, _| {
                 trainer.model.head_forward(
                     &mut trainer.activations,
                     &trainer.batch,
@@ -332,10 +341,12 @@ impl<D: Device> Trainer<D> {
         &self.model.device
     }
 
-    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through.
+    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through. `dropout`
+    /// names the masks of adapters' dropout; `None` drops nothing.
     fn each_micro_batch(
         &mut self,
         pairs: &[TrainingPair<'_>],
+        dropout: Option<u64>,
         mut head: impl FnMut(&mut Self, &PairBatch, usize) -> Result<()>,
     ) -> Result<usize> {
         let device = Arc::clone(&self.model.device);
@@ -344,7 +355,8 @@ impl<D: Device> Trainer<D> {
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
         let sizes = self.pair_sizes(pairs);
         let mut tokens = 0;
-        for run in micro_batches(&sizes, self.token_budget) {
+        for (number, run) in micro_batches(&sizes, self.token_budget).into_iter().enumerate() {
+            self.model.set_dropout_key(dropout.map(|key| hash(key, number as u64)));
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
             interrupt::check()?;
             let batch = PairBatch::pack(pairs[run.clone()].iter().map(|pair| pair.pair), sides);
@@ -360,6 +372,7 @@ impl<D: Device> Trainer<D> {
             )?;
             tokens += batch.tokens();
         }
+        self.model.set_dropout_key(None);
         Ok(tokens)
     }
 

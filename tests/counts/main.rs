@@ -3,6 +3,7 @@
 
 #![cfg(mmpo_emulated)]
 
+mod adapters;
 mod attention_backward;
 mod attention_forward;
 mod head;

@@ -1,5 +1,6 @@
 //! The program as a user runs it, from the command line to the files it leaves.
 
+mod adapters;
 mod bad_input;
 mod bench;
 mod check;

@@ -17,6 +17,7 @@ mod embedding;
 mod grad_norm;
 mod linear;
 mod logp_head;
+mod low_rank;
 mod memory;
 mod pair_objective;
 #[cfg(mmpo_gpu_kernels)]

@@ -50,5 +50,8 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 # Log-probs with Llama 2's tokenizer, against transformers'.
 .venv/bin/python -W ignore tests/reference/check_scores.py "$program/mmpo-fast"
 
+# Adapters, against PEFT: log-probs, a training step and merged weights, both ways.
+.venv/bin/python -W ignore tests/reference/check_adapters.py "$program/mmpo-fast"
+
 # The losses and derivatives that the objectives are tested with, against TRL's own loss functions.
 .venv/bin/python -W ignore tests/reference/check_trl_losses.py

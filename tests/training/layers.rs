@@ -11,8 +11,9 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{BatchBuffers, ComputeBuffer, Floats};
 use mmpo_fast::model::{
-    Activations, BackwardScratch, Capacity, CompleteLayer, Context, FusedTensor, GradientSink, Gradients,
-    HeadOptions, KeepGradients, Llama, LlamaTensors, Purpose, Recompute,
+    Activations, AdaptedModule, AdaptedModules, BackwardScratch, Capacity, CompleteLayer, Context,
+    FusedTensor, GradientSink, Gradients, HeadOptions, KeepGradients, Llama, LlamaTensors, LoraSettings,
+    Purpose, Recompute, TensorSpec, initial_values,
 };
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, OptimizerState, StateBuffer, StateValues};
@@ -197,6 +198,11 @@ impl<D: Device> Run<D> {
     /// Forward of the golden's pairs, so that a backward can follow.
     fn new(golden: &Golden, device: &Arc<D>) -> Self {
         let (model, scores) = load(golden, device, |_| false);
+        Self::of(golden, device, model, &scores)
+    }
+
+    /// As [`Run::new`], of a model that may have adapters.
+    fn of(golden: &Golden, device: &Arc<D>, model: Llama<D>, scores: &[PairScore]) -> Self {
         let packed = PairBatch::pack(&golden.pairs, OBJECTIVE.sides());
         let capacity = Capacity::default().cover(&packed);
         let mut batch =
@@ -208,7 +214,7 @@ impl<D: Device> Run<D> {
         batch.load(&**device, &packed, &constants).expect("load");
         let purpose = Purpose::Training { head: HeadOptions::default(), recompute: Recompute::None };
         let mut run = Run {
-            activations: Activations::new(&**device, &model.config, capacity, purpose).expect("activations"),
+            activations: Activations::of(&model, capacity, purpose).expect("activations"),
             scratch: BackwardScratch::new(&**device, &model.config, capacity).expect("scratch"),
             gradients: model.zero_gradients().expect("gradients"),
             packed,
@@ -298,6 +304,49 @@ fn a_layer_is_computed_again_to_the_same_bits_on_the_emulated_gpu() {
         let device = CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
         recomputed_activations_have_the_same_bits(&golden("bias"), &Arc::new(device));
     }
+}
+
+/// Adapters with dropout: their part of a layer's activations is computed again too, under the same mask.
+#[test]
+fn gradients_of_adapters_have_the_same_bits_after_a_layer_is_computed_again() {
+    let (golden, device) = (golden("bias"), cpu());
+    let scores = golden::score(&golden.load(&device), &golden.pairs);
+    let modules = AdaptedModules::of(AdaptedModule::ALL);
+    let settings = LoraSettings { modules, rank: 4, alpha: 8.0, dropout: 0.2, rslora: false };
+    let gradients = |again: bool| -> Vec<Vec<u32>> {
+        let mut model = golden.load(&device);
+        let values = |tensor: &TensorSpec| {
+            let spec = TensorSpec::new(tensor.name.replace("lora_B", "lora_b"), &tensor.shape);
+            Ok(initial_values(3, &spec))
+        };
+        model.adapt(settings, values).expect("adapters");
+        model.set_dropout_key(Some(9));
+        let mut run = Run::of(&golden, &device, model, &scores);
+        if again {
+            let kept = |buffer: &ComputeBuffer<CpuDevice>| {
+                let mut kept = device.alloc(device.len(buffer)).expect("buffer");
+                device.copy(&mut kept, 0, buffer, 0, device.len(buffer)).expect("copy");
+                kept
+            };
+            let residual: Vec<_> = run.activations.residual.iter().map(kept).collect();
+            // Without dropout all activations are others, those of the adapters included.
+            run.model.set_dropout_key(None);
+            let tokens = run.packed.tokens();
+            run.model.forward(&mut run.activations, &run.batch, tokens, Context::Packed).expect("forward");
+            run.activations.residual = residual;
+            run.model.set_dropout_key(Some(9));
+            for layer in 0..run.model.config.layers {
+                run.model
+                    .recompute_layer(layer, &mut run.activations, &run.batch, tokens)
+                    .expect("recompute");
+            }
+        }
+        run.backward(&mut KeepGradients).expect("backward");
+        run.gradients.iter().flatten().map(|gradient| bits(&*device, gradient)).collect()
+    };
+    let wanted = gradients(false);
+    assert!(wanted.iter().flatten().any(|&bits| bits != 0));
+    assert!(gradients(true) == wanted);
 }
 
 /// Notes which layers it hears of, and the bits of their gradients at that time.

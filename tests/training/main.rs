@@ -1,6 +1,7 @@
 //! The library under `train`, a part at a time: options, objectives, the Llama and its optimiser against numbers that
 //! transformers and PyTorch made, what is saved, and the report.
 
+mod adapters;
 mod checkpoint;
 mod config;
 mod golden;

@@ -18,7 +18,7 @@ const RUN: usize = 64;
 const TRANSPOSE_ROWS: usize = 32;
 /// Columns (weight gradient: rows) of one task of a product. Serial products of blocks that stay in the second-level cache
 /// beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96 divides the usual widths evenly.
-const OUTPUT_BLOCK: usize = 96;
+pub(super) const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
 #[derive(Clone, Copy)]
@@ -62,9 +62,22 @@ pub(super) fn multiply(
     out: &mut [f32],
     out_stride: usize,
     accumulate: bool,
+    sizes: (usize, usize, usize),
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+) {
+    multiply_scaled(out, out_stride, accumulate, sizes, lhs, rhs, 1.0);
+}
+
+/// As [`multiply`], with the product times `scale`.
+pub(super) fn multiply_scaled(
+    out: &mut [f32],
+    out_stride: usize,
+    accumulate: bool,
     (m, k, n): (usize, usize, usize),
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
+    scale: f32,
 ) {
     assert!(
         Matrix::rows(out, out_stride).holds(m, n) && n <= out_stride,
@@ -72,7 +85,7 @@ pub(super) fn multiply(
         out.len()
     );
     // SAFETY: the assertion keeps the product inside `out`, a unique borrow, and its rows apart.
-    unsafe { multiply_into(out.as_mut_ptr(), out_stride, accumulate, (m, k, n), lhs, rhs) }
+    unsafe { multiply_into(out.as_mut_ptr(), out_stride, accumulate, (m, k, n), lhs, rhs, scale) }
 }
 
 impl SharedRows<'_> {
@@ -84,14 +97,31 @@ impl SharedRows<'_> {
         &self,
         first_column: usize,
         accumulate: bool,
+        sizes: (usize, usize, usize),
+        lhs: Matrix<'_>,
+        rhs: Matrix<'_>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.multiply_scaled(first_column, accumulate, sizes, lhs, rhs, 1.0) };
+    }
+
+    /// As [`multiply_scaled`], into the columns from `first_column` on.
+    ///
+    /// # Safety
+    /// No other live slice or running product may touch these columns.
+    pub(super) unsafe fn multiply_scaled(
+        &self,
+        first_column: usize,
+        accumulate: bool,
         (m, k, n): (usize, usize, usize),
         lhs: Matrix<'_>,
         rhs: Matrix<'_>,
+        scale: f32,
     ) {
         let out = self.columns(m, first_column..first_column + n);
         // SAFETY: `columns` checked the range; unaliased by the caller's promise.
         unsafe {
-            multiply_into(out, self.width(), accumulate, (m, k, n), lhs, rhs);
+            multiply_into(out, self.width(), accumulate, (m, k, n), lhs, rhs, scale);
         }
     }
 }
@@ -105,6 +135,7 @@ unsafe fn multiply_into(
     (m, k, n): (usize, usize, usize),
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
+    scale: f32,
 ) {
     assert!(
         lhs.holds(m, k) && rhs.holds(k, n),
@@ -129,7 +160,7 @@ unsafe fn multiply_into(
             rhs.column_stride as isize,
             rhs.row_stride as isize,
             1.0,
-            1.0,
+            scale,
             false,
             false,
             false,
@@ -259,7 +290,7 @@ impl Linear for CpuDevice {
 }
 
 /// The first columns of the blocks that a gemm with `columns` columns is cut into, a task each.
-fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize> {
+pub(super) fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize> {
     (0..columns.div_ceil(OUTPUT_BLOCK)).into_par_iter().map(|block| block * OUTPUT_BLOCK)
 }
 

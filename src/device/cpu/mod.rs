@@ -14,6 +14,7 @@ mod attention_tile;
 mod embedding;
 mod linear;
 mod logp_head;
+mod low_rank;
 mod memory;
 mod optimizer;
 mod pair_objective;

@@ -22,6 +22,7 @@ mod head_chunks;
 mod kernel_path;
 mod linear;
 mod logp_head;
+mod low_rank;
 mod memory;
 mod optimizer;
 mod pair_objective;

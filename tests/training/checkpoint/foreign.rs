@@ -37,8 +37,8 @@ fn folders_of_other_kinds_are_named() {
         (&["notes.txt"], "not a Hugging Face model folder", "give the folder that holds"),
         (
             &["adapter_config.json", "adapter_model.safetensors"],
-            "adapters are not yet supported",
-            "merge_and_unload",
+            "this is an adapter (PEFT), not a whole model",
+            "--adapter",
         ),
         (
             &["smollm2.Q4_1.gguf"],
@@ -86,7 +86,7 @@ fn folders_with_a_config_and_other_weights_are_named() {
         (&[], "neither model.safetensors nor model.safetensors.index.json", "download the model's weights"),
         (&["pytorch_model.bin"], "the weights are in pytorch_model.bin", "save_pretrained('NEW')"),
         (&["pytorch_model-00001-of-00002.bin"], "pytorch_model-00001-of-00002.bin", "save_pretrained('NEW')"),
-        (&["adapter_config.json"], "adapters are not yet supported", "merge_and_unload"),
+        (&["adapter_config.json"], "this is an adapter (PEFT), not a whole model", "--adapter"),
         (&["model.gguf"], "GGUF file", "gguf_file='model.gguf'"),
         (&["model.onnx"], "ONNX format (model.onnx)", "original model"),
         (&["model-00001-of-00002.safetensors"], "no model.safetensors.index.json", "index of the shards"),
@@ -106,7 +106,7 @@ fn a_whole_model_beside_an_adapter_is_read() {
     folder.write("adapter_config.json", r#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#);
     folder.open().unwrap();
     std::fs::remove_file(folder.file("model.safetensors")).unwrap();
-    named(folder.path(), "an adapter (LORA) of the model \"org/base\"", "merge_and_unload");
+    named(folder.path(), "an adapter (LORA) of the model \"org/base\"", "--adapter");
 }
 
 #[test]

@@ -226,6 +226,63 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn low_rank_forward(
+        out: *mut mmpo_bf16,
+        inner: *const mmpo_bf16,
+        b: *const mmpo_bf16,
+        rows: i32,
+        rank: i32,
+        outputs: i32,
+        out_width: i32,
+        inner_width: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn low_rank_backward_input(
+        dinner: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        b: *const mmpo_bf16,
+        rows: i32,
+        rank: i32,
+        outputs: i32,
+        out_width: i32,
+        inner_width: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn low_rank_backward_weight(
+        db: *mut f32,
+        dout: *const mmpo_bf16,
+        inner: *const mmpo_bf16,
+        rows: i32,
+        rank: i32,
+        outputs: i32,
+        out_width: i32,
+        inner_width: i32,
+        scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn linear_backward_input_add(
+        dx: *mut mmpo_bf16,
+        dout: *const mmpo_bf16,
+        weight: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        outputs: i32,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn dropout(
+        out: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        length: i64,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
     fn attention_forward(
         out: *mut mmpo_bf16,
         lse: *mut f32,

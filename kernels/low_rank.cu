@@ -1,0 +1,212 @@
+// What a low-rank adapter (LoRA, Hu et al. 2021) adds to a linear layer, on mma.sync (common/gemm.cuh):
+//
+//   gemm                       left                          right                   out
+//   forward                    inner[T, r]                   b[O, r], transposed     out[T, O], bf16 accumulated
+//   backward_input             dout[T, O]                    b[O, r]                 dinner[T, r], bf16 assigned
+//   backward_weight            dout[T, O], transposed        inner[T, r]             db[O, r], f32 accumulated
+//   linear_backward_input_add  dinner[T, r]                  a[r, I]                 dx[T, I], bf16 accumulated
+//
+// inner = dropout(x) * a^T and the gradient of a are ordinary linear layers. The first three work on columns of wider
+// matrices: query, key and value, and gate and up, stand side by side in one output, each with an adapter of its own.
+
+#include "common/dropout.cuh"
+#include "common/gemm.cuh"
+#include "common/vector.cuh"
+
+namespace {
+
+// Stores the accumulators as they are; four columns at a time where kAligned.
+struct PlainEpilogue {
+    static constexpr bool kStores = true;
+
+    template <class C>
+    DEVICE void transform(gemm::Accumulators<C>&, gemm::TileOrigin, unsigned char*) const {}
+};
+
+// Where a gemm's result stands: `columns` values of rows that lie `stride` values apart.
+template <class T>
+struct Target {
+    T* values;
+    int columns, stride;
+
+    DEVICE T* at(int row, int column) const { return values + int64_t(row) * stride + column; }
+};
+
+DEVICE void unpack4(float (&values)[4], uint2 packed) {
+    values[0] = low_bf16(packed.x);
+    values[1] = high_bf16(packed.x);
+    values[2] = low_bf16(packed.y);
+    values[3] = high_bf16(packed.y);
+}
+
+// Assigns four columns rounded to bf16.
+template <bool kAligned>
+DEVICE void assign_four(bf16* target, int count, const float (&values)[4]) {
+    if constexpr (kAligned) {
+        *reinterpret_cast<uint2*>(target) =
+            make_uint2(pack_bf16x2(values[0], values[1]), pack_bf16x2(values[2], values[3]));
+    } else {
+        for (int i = 0; i < count; ++i) target[i] = to_bf16(values[i]);
+    }
+}
+
+// Adds four columns to what is there, and rounds the sum to bf16.
+template <bool kAligned>
+DEVICE void add_four(bf16* target, int count, float (&values)[4]) {
+    float before[4] = {};
+    if constexpr (kAligned) {
+        unpack4(before, *reinterpret_cast<const uint2*>(target));
+    } else {
+        for (int i = 0; i < count; ++i) before[i] = to_float(target[i]);
+    }
+    for (int i = 0; i < 4; ++i) values[i] += before[i];
+    assign_four<kAligned>(target, count, values);
+}
+
+template <bool kAligned>
+struct AssignScaled : PlainEpilogue {
+    Target<bf16> target;
+    float scale;
+
+    AssignScaled(Target<bf16> target, float scale) : target(target), scale(scale) {}
+
+    DEVICE void store(int row, int column, float4 value) const {
+        const float values[4] = {value.x * scale, value.y * scale, value.z * scale, value.w * scale};
+        assign_four<kAligned>(target.at(row, column), min(4, target.columns - column), values);
+    }
+};
+
+template <bool kAligned>
+struct AddScaled : PlainEpilogue {
+    Target<bf16> target;
+    float scale;
+
+    AddScaled(Target<bf16> target, float scale) : target(target), scale(scale) {}
+
+    DEVICE void store(int row, int column, float4 value) const {
+        float values[4] = {value.x * scale, value.y * scale, value.z * scale, value.w * scale};
+        add_four<kAligned>(target.at(row, column), min(4, target.columns - column), values);
+    }
+};
+
+template <bool kAligned>
+struct AddScaledF32 : PlainEpilogue {
+    Target<float> target;
+    float scale;
+
+    AddScaledF32(Target<float> target, float scale) : target(target), scale(scale) {}
+
+    DEVICE void store(int row, int column, float4 value) const {
+        float* const out = target.at(row, column);
+        if constexpr (kAligned) {
+            const float4 old = *reinterpret_cast<const float4*>(out);
+            *reinterpret_cast<float4*>(out) = make_float4(old.x + value.x * scale, old.y + value.y * scale,
+                                                          old.z + value.z * scale, old.w + value.w * scale);
+        } else {
+            const float values[4] = {value.x, value.y, value.z, value.w};
+            const int count = min(4, target.columns - column);
+            for (int i = 0; i < count; ++i) out[i] += values[i] * scale;
+        }
+    }
+};
+
+// Drops values of the gemm before they are added. The target's rows must lie back to back: a value's index in it is its
+// place in the mask.
+template <bool kAligned>
+struct AddKept : PlainEpilogue {
+    Target<bf16> target;
+    Dropout dropout;
+
+    AddKept(Target<bf16> target, Dropout dropout) : target(target), dropout(dropout) {}
+
+    DEVICE void store(int row, int column, float4 value) const {
+        float values[4] = {value.x, value.y, value.z, value.w};
+        if (dropout.threshold != 0) {
+            const int64_t index = int64_t(row) * target.columns + column;
+            for (int i = 0; i < 4; ++i) values[i] = dropout(values[i], index + i);
+        }
+        add_four<kAligned>(target.at(row, column), min(4, target.columns - column), values);
+    }
+};
+
+// As linear.cu's launch_gemm: large tiles read each operand half as often, small ones fill the GPU where there are few.
+template <class Lines, class MakeEpilogue>
+mmpo_status launch_gemm(const typename Lines::Operands& operands, const void* out, int out_stride,
+                        MakeEpilogue epilogue, mmpo_stream stream) {
+    using gemm::LargeTile;
+    using gemm::SmallTile;
+    if (operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0) return kSuccess;
+    const bool stores = vector_rows(operands.shape_n) && vector_rows(out_stride) && vector_aligned(out);
+    if (!lines_aligned<Lines>(operands) || !stores) {
+        return gemm::launch_tiles<SmallTile, Lines, false>(operands, epilogue(std::false_type()), stream);
+    }
+    const auto aligned = epilogue(std::true_type());
+    const bool fits_small = operands.shape_m <= SmallTile::BLOCK_M || operands.shape_n <= SmallTile::BLOCK_N;
+    return fits_small || gemm::tile_count<LargeTile>(operands) < multiprocessors()
+               ? gemm::launch_tiles<SmallTile, Lines, true>(operands, aligned, stream)
+               : gemm::launch_tiles<LargeTile, Lines, true>(operands, aligned, stream);
+}
+
+template <bool kVectorized>
+__global__ void __launch_bounds__(kBlock)
+    dropout_kernel(bf16* __restrict__ out, const bf16* __restrict__ x, int64_t length, Dropout dropout) {
+    const int64_t first = flat_index();
+    if (first >= length) return;
+    // Columns of a row of at most one vector, so that they fit an int.
+    const int count = int(length - first < kVector ? length - first : kVector);
+    float values[kVector];
+    unpack8(values, load8<kVectorized>(x + first, 0, count));
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = dropout(values[i], first + i);
+    store8<kVectorized>(out + first, 0, count, pack8(values));
+}
+
+}  // namespace
+
+mmpo_status MMPO_EXPORT(low_rank_forward)(mmpo_bf16* out, const mmpo_bf16* inner, const mmpo_bf16* b, int32_t rows,
+                                          int32_t rank, int32_t outputs, int32_t out_width, int32_t inner_width,
+                                          float scale, mmpo_stream stream) {
+    const StridedOperands operands({inner, b, rows, outputs, rank}, inner_width, rank);
+    const auto epilogue = [&](auto aligned) {
+        return AddScaled<decltype(aligned)::value>({out, outputs, out_width}, scale);
+    };
+    return launch_gemm<Strided<ForwardLines>>(operands, out, out_width, epilogue, stream);
+}
+
+mmpo_status MMPO_EXPORT(low_rank_backward_input)(mmpo_bf16* dinner, const mmpo_bf16* dout, const mmpo_bf16* b,
+                                                 int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
+                                                 int32_t inner_width, float scale, mmpo_stream stream) {
+    const StridedOperands operands({dout, b, rows, rank, outputs}, out_width, rank);
+    const auto epilogue = [&](auto aligned) {
+        return AssignScaled<decltype(aligned)::value>({dinner, rank, inner_width}, scale);
+    };
+    return launch_gemm<Strided<BackwardInputLines>>(operands, dinner, inner_width, epilogue, stream);
+}
+
+mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* dout, const mmpo_bf16* inner,
+                                                  int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
+                                                  int32_t inner_width, float scale, mmpo_stream stream) {
+    const StridedOperands operands({dout, inner, outputs, rank, rows}, out_width, inner_width);
+    const auto epilogue = [&](auto aligned) { return AddScaledF32<decltype(aligned)::value>({db, rank, rank}, scale); };
+    return launch_gemm<Strided<BackwardWeightLines>>(operands, db, rank, epilogue, stream);
+}
+
+mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                   int32_t rows, int32_t inputs, int32_t outputs, uint64_t key,
+                                                   uint32_t threshold, float keep_scale, mmpo_stream stream) {
+    const auto epilogue = [&](auto aligned) {
+        return AddKept<decltype(aligned)::value>({dx, inputs, inputs}, {key, threshold, keep_scale});
+    };
+    return launch_gemm<BackwardInputLines>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue, stream);
+}
+
+mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
+                                 float keep_scale, mmpo_stream stream) {
+    if (length == 0) return kSuccess;
+    const Dropout dropout{key, threshold, keep_scale};
+    const bool vectorized = length % kVector == 0 && vector_aligned(out, x);
+    return vectorized ? LAUNCH(dropout_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
+                               length, dropout)
+                      : LAUNCH(dropout_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
+                               length, dropout);
+}

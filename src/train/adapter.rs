@@ -1,0 +1,126 @@
+//! The adapters of a run: where their first values come from, and how they are saved.
+
+use std::path::Path;
+
+use super::checkpoint::download;
+use super::inputs::Inputs;
+use super::trainer::Trainer;
+use crate::checkpoint::{AdapterFolder, ModelFolder, save_adapter};
+use crate::config::RunConfig;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::{FusedTensor, Llama, LlamaTensors, LoraSettings, TensorSpec, initial_values};
+use crate::optimizer::StateBuffer;
+
+/// The adapters that a run begins with.
+#[derive(Debug)]
+pub enum StartingAdapter {
+    /// PEFT's first values, chosen by a seed.
+    New {
+        /// Their form.
+        settings: LoraSettings,
+        /// The run's seed.
+        seed: u64,
+    },
+    /// Those of a folder.
+    Continued(AdapterFolder),
+}
+
+impl StartingAdapter {
+    /// What `config` asks for; `None` where the weights themselves are trained.
+    ///
+    /// # Errors
+    /// Those of the adapter's folder.
+    pub fn of(config: &RunConfig, folder: &ModelFolder) -> Result<Option<Self>> {
+        if let Some(path) = &config.adapter {
+            return AdapterFolder::open(path, folder.config()).map(StartingAdapter::Continued).map(Some);
+        }
+        Ok(config.lora.map(|settings| StartingAdapter::New { settings, seed: config.seed }))
+    }
+
+    /// Their form.
+    pub fn settings(&self) -> LoraSettings {
+        match self {
+            StartingAdapter::New { settings, .. } => *settings,
+            StartingAdapter::Continued(folder) => folder.settings(),
+        }
+    }
+
+    /// The first values of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Bug`] for a tensor that they do not have.
+    pub fn values(&self, tensor: &TensorSpec) -> Result<Vec<f32>> {
+        match self {
+            StartingAdapter::New { seed, .. } => Ok(initial_values(*seed, tensor)),
+            StartingAdapter::Continued(folder) => folder.values(tensor),
+        }
+    }
+
+    /// What a resumed run must begin with too, beside its configuration; empty for new adapters, which that determines.
+    pub fn identity(&self) -> String {
+        match self {
+            StartingAdapter::New { .. } => String::new(),
+            StartingAdapter::Continued(folder) => format!(" adapter {}", super::hex(&folder.fingerprint())),
+        }
+    }
+
+    /// Adds the adapters to `model`, whose weights are frozen from then on.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn attach<D: Device>(&self, model: &mut Llama<D>) -> Result<()> {
+        model.adapt(self.settings(), |tensor| self.values(tensor))
+    }
+
+    /// Puts the first values into the f32 masters, where the device keeps some: its weights are rounded.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn set_masters<D: Device>(&self, trainer: &mut Trainer<D>) -> Result<()> {
+        let Trainer { model, states, .. } = trainer;
+        for (fused, state) in model.layout.iter().zip(states.iter_mut()) {
+            let Some(master) = state.as_mut().and_then(|state| state.master.as_mut()) else { continue };
+            for (offset, tensor) in fused.offsets() {
+                model.device.upload(master, offset, &self.values(tensor)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the trained adapters as a folder of PEFT's, in f32.
+    ///
+    /// # Errors
+    /// [`Error::Numerics`] where a value is not finite; `target` stays as it was then.
+    pub fn save<D: Device>(&self, target: &Path, trainer: &Trainer<D>, inputs: &Inputs) -> Result<()> {
+        let layout = &trainer.model.layout;
+        let tensors: Vec<TensorSpec> = layout.adapter_tensors().cloned().collect();
+        let base = std::path::absolute(inputs.folder.path())
+            .map_err(|error| Error::io(inputs.folder.path(), "find the absolute path of", error))?;
+        let (settings, base) = (self.settings(), base.display().to_string());
+        save_adapter(target, &inputs.companions, (&settings, &base), &tensors, |name, offset, values| {
+            let (fused, start) = place(layout, name)?;
+            let stored = format!("{}/{}", StateBuffer::Weight.name(), fused.name());
+            download(trainer, &stored, start + offset, bytemuck::cast_slice_mut(values))
+        })
+    }
+}
+
+/// The fused tensor that a tensor lies in, and where.
+fn place<'a>(layout: &'a LlamaTensors<FusedTensor>, name: &str) -> Result<(&'a FusedTensor, usize)> {
+    let found = layout.iter().find_map(|fused| {
+        let (start, _) = fused.offsets().find(|(_, part)| part.name == name)?;
+        Some((fused, start))
+    });
+    found.ok_or_else(|| Error::bug(format!("no tensor `{name}` in this model")))
+}
+
+/// The tensors of the run's model, adapters included.
+pub fn layout(inputs: &Inputs) -> LlamaTensors<FusedTensor> {
+    let config = inputs.folder.config();
+    let layout = LlamaTensors::layout(config);
+    match &inputs.adapter {
+        Some(adapter) => layout.with_adapters(config, &adapter.settings()),
+        None => layout,
+    }
+}

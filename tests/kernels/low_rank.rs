@@ -1,0 +1,144 @@
+use mmpo_fast::device::{Dropout, LinearShape, LowRankShape, RowPart};
+
+use crate::harness::*;
+use crate::naive;
+
+/// Rows, rank, outputs, first output and width of the output, first column and width of `inner`, first row of `b`: a module
+/// alone; one between others whose rows are aligned; one whose rows are not; tails in every direction; more tiles than one.
+const SHAPES: &[[usize; 8]] = &[
+    [1, 8, 16, 0, 16, 0, 8, 0],
+    [37, 8, 48, 32, 96, 8, 24, 16],
+    [9, 3, 17, 5, 29, 4, 11, 2],
+    [130, 16, 136, 8, 152, 16, 48, 8],
+    [70, 64, 200, 64, 328, 64, 192, 64],
+];
+
+fn shape(
+    [rows, rank, outputs, first, width, first_inner, inner_width, first_row]: [usize; 8],
+) -> LowRankShape {
+    LowRankShape {
+        rows,
+        rank,
+        outputs,
+        out: RowPart { first, width },
+        inner: RowPart { first: first_inner, width: inner_width },
+        first_row,
+        scale: 0.75,
+    }
+}
+
+/// The module's columns of a matrix.
+fn columns(values: &[f64], part: RowPart, count: usize) -> Vec<f64> {
+    values.chunks_exact(part.width).flat_map(|row| row[part.first..][..count].to_vec()).collect()
+}
+
+/// Puts `values` into the module's columns of a matrix.
+fn put(matrix: &mut [f64], part: RowPart, count: usize, values: &[f64]) {
+    for (row, values) in matrix.chunks_exact_mut(part.width).zip(values.chunks_exact(count)) {
+        row[part.first..][..count].copy_from_slice(values);
+    }
+}
+
+fn scaled(values: &[f64], scale: f32) -> Vec<f64> {
+    values.iter().map(|value| value * f64::from(scale)).collect()
+}
+
+device_tests! {
+    /// `out` accumulates in the module's columns, and the others keep their values.
+    fn forward(device, bounds) {
+        for &sizes in SHAPES {
+            trying("shape", sizes);
+            let shape = shape(sizes);
+            let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
+            let (b, b64) = random_compute(device, 2, (shape.first_row + shape.outputs) * shape.rank, 1.0);
+            let (mut out, mut wanted) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
+            device.low_rank_forward(&mut out, &inner, &b, shape).unwrap();
+            let inner64 = columns(&inner64, shape.inner, shape.rank);
+            let b64 = &b64[shape.first_row * shape.rank..];
+            let product = naive::linear(&inner64, b64, &vec![0.0; shape.outputs], shape.rank);
+            let before = columns(&wanted, shape.out, shape.outputs);
+            let sum: Vec<f64> =
+                before.iter().zip(scaled(&product, shape.scale)).map(|(before, product)| before + product).collect();
+            put(&mut wanted, shape.out, shape.outputs, &sum);
+            assert_close("out", &read_compute(device, &out), &wanted, bounds);
+        }
+    }
+
+    /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
+    fn backward(device, bounds) {
+        for &sizes in SHAPES {
+            trying("shape", sizes);
+            let shape = shape(sizes);
+            let rows_of_b = (shape.first_row + shape.outputs) * shape.rank;
+            let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
+            let (b, b64) = random_compute(device, 2, rows_of_b, 1.0);
+            let (dout, dout64) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
+            let (mut dinner, mut wanted) = random_compute(device, 4, shape.rows * shape.inner.width, 1.0);
+            let before = random(5, rows_of_b, 1.0);
+            let mut db = floats(device, &before);
+            device.low_rank_backward_input(&mut dinner, &dout, &b, shape).unwrap();
+            device.low_rank_backward_weight(&mut db, &dout, &inner, shape).unwrap();
+
+            let dout64 = scaled(&columns(&dout64, shape.out, shape.outputs), shape.scale);
+            let exact = naive::Precision::Exact;
+            let b64 = &b64[shape.first_row * shape.rank..];
+            put(&mut wanted, shape.inner, shape.rank, &exact.linear_backward_input(&dout64, b64, shape.rank));
+            assert_close("dinner", &read_compute(device, &dinner), &wanted, bounds);
+
+            let inner64 = columns(&inner64, shape.inner, shape.rank);
+            let mut wanted = wide(&before);
+            let gradient = exact.linear_backward_weight(&dout64, &inner64, shape.rank);
+            let own = &mut wanted[shape.first_row * shape.rank..];
+            own.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
+            assert_close("db", &read(device, &db), &wanted, Tolerance::F32);
+        }
+    }
+
+    /// The gradient of the input is added to what is there, without the values that the forward's mask dropped.
+    fn input_add(device, bounds) {
+        for (rows, inputs, outputs) in [(1, 16, 8), (5, 17, 3), (70, 72, 16), (130, 200, 64)] {
+            for dropout in [None, Some(Dropout::new(11, 0.3))] {
+                trying("(rows, inputs, outputs), dropout", ((rows, inputs, outputs), dropout));
+                let (dout, dout64) = random_compute(device, 1, rows * outputs, 1.0);
+                let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
+                let (mut dx, before) = random_compute(device, 3, rows * inputs, 1.0);
+                let shape = LinearShape { rows, inputs, outputs };
+                device.linear_backward_input_add(&mut dx, &dout, &weight, shape, dropout).unwrap();
+                let product = naive::Precision::Exact.linear_backward_input(&dout64, &weight64, inputs);
+                let factor = |index| dropout.map_or(1.0, |dropout| f64::from(dropout.factor(index)));
+                let wanted: Vec<f64> = (0..rows * inputs)
+                    .map(|index| before[index] + product[index] * factor(index))
+                    .collect();
+                assert_close("dx", &read_compute(device, &dx), &wanted, bounds);
+            }
+        }
+    }
+
+    /// A value is dropped or scaled by its place alone; nothing after the matrix is written.
+    fn dropout(device, bounds) {
+        for (rows, width) in [(1, 1), (1, 7), (3, 8), (37, 31), (130, 64)] {
+            trying("(rows, width)", (rows, width));
+            let (x, x64) = random_compute(device, 1, rows * width, 1.0);
+            let mut out = unset_compute(device, rows * width + 3);
+            let dropout = Dropout::new(0x1234_5678_9ABC_DEF0, 0.25);
+            device.dropout(&mut out, &x, [rows, width], dropout).unwrap();
+            let wanted: Vec<f64> =
+                x64.iter().enumerate().map(|(index, x)| x * f64::from(dropout.factor(index))).collect();
+            let out = read_compute(device, &out);
+            assert_close("out", &out[..rows * width], &wanted, bounds);
+            let dropped = |index: &usize| dropout.factor(*index) == 0.0;
+            assert!((0..rows * width).filter(dropped).all(|index| out[index] == 0.0), "a dropped value is 0");
+            assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote past the matrix");
+        }
+    }
+
+    /// Columns that do not fit into a row are an error that names the operation.
+    fn too_small(device, bounds) {
+        let (inner, _) = random_compute(device, 1, 8, 1.0);
+        let (b, _) = random_compute(device, 2, 64, 1.0);
+        let mut out = unset_compute(device, 16);
+        let shape = shape([1, 8, 8, 12, 16, 0, 8, 0]);
+        let error = device.low_rank_forward(&mut out, &inner, &b, shape).unwrap_err().to_string();
+        assert!(error.contains("low_rank_forward") && error.contains("`a row of out`"), "{error}");
+    }
+}
