@@ -43,7 +43,7 @@ pub fn run(config: &MergeConfig) -> Result<()> {
     Ok(())
 }
 
-/// The matrices of an adapted module; of a tensor without an adapter, no rows.
+/// The matrices of an adapted module; for a tensor without an adapter they have no rows.
 struct Product {
     /// The tensor that it is added to.
     name: String,
@@ -139,7 +139,7 @@ fn check_finite(values: &[bf16], tensor: &TensorSpec, offset: usize) -> Result<(
     }
 }
 
-/// The merged model must not take the place of what it is made from.
+/// Refuses an output that would take the place of what the merged model is made from.
 fn refuse_inputs(config: &MergeConfig) -> Result<()> {
     let Ok(output) = std::fs::canonicalize(&config.output) else { return Ok(()) };
     let is_output = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == output);

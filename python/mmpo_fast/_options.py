@@ -78,6 +78,18 @@ class TrainOptions(TypedDict, total=False):
     """Target margin of SimPO in units of beta. [only simpo] [default: 0.5]"""
     label_smoothing: float
     """Probability that a label is the wrong way round (conservative DPO). [only dpo] [default: 0.0]"""
+    lora: str
+    """Train low-rank adapters of these modules in place of the weights, which are frozen: all, or some of q, k, v, o, gate, up and down, such as q,v. The result is an adapter folder as PEFT has it. [default: the weights themselves are trained]"""
+    lora_rank: int
+    """Rank of the adapters. [default: 64]"""
+    lora_alpha: float
+    """Scale of the adapters, times their rank. [default: the rank, for a scale of 1]"""
+    lora_dropout: float
+    """Probability that an input of an adapter is dropped in training. [default: 0.0]"""
+    lora_rslora: bool
+    """Divide --lora-alpha by the root of the rank in place of the rank (rsLoRA). [default: false]"""
+    adapter: PathLike
+    """Folder of an adapter, as PEFT has it, to go on training; it says what --lora and its options say. [default: new adapters]"""
     learning_rate: float
     """Peak learning rate of AdamW. The defaults of mmpo, dpo and simpo are the smallest that MMPO's paper uses for each; its full training of small models takes 5e-4 for mmpo, see recipes/. [default: mmpo 0.0001, dpo 0.00001, simpo 0.0001, sft 0.00002, ipo 0.00001, orpo 0.00001, hinge 0.00001]"""
     adam_beta1: float
@@ -105,7 +117,7 @@ class TrainOptions(TypedDict, total=False):
     tokens_per_micro_batch: int
     """Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair larger than that is a micro-batch of its own. [default: 4096]"""
     seed: int
-    """Seed of the order of the pairs. [default: 42]"""
+    """Seed of the order of the pairs, and of the first values and the dropout of adapters. [default: 42]"""
     eval_data: PathLike
     """Pairs to evaluate on, named as with --data. [default: no evaluation]"""
     eval_split: float
@@ -119,9 +131,9 @@ class TrainOptions(TypedDict, total=False):
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
     optimizer_states: str
-    """Format of AdamW's moments: f32 takes 8 bytes a parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
+    """Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
     master_weights: str
-    """Copy of the weights that updates are added to: f32 takes 4 bytes a parameter beside bf16 weights; none rounds the updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy. [default: f32]"""
+    """Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy. [default: f32]"""
     recompute: str
     """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
     gradients: str
@@ -138,7 +150,9 @@ class ScoreOptions(TypedDict, total=False):
     """Options of `score`."""
 
     model: PathLike
-    """Hugging Face folder of the Llama model"""
+    """Hugging Face folder of the model"""
+    adapter: PathLike
+    """Folder of an adapter of that model, as PEFT has it: the adapted model is scored"""
     data: PathLike
     """Preference pairs, named as with `train`"""
     output: PathLike
@@ -194,6 +208,8 @@ class GenerateOptions(TypedDict, total=False):
 
     model: PathLike
     """Hugging Face folder of the model"""
+    adapter: PathLike
+    """Folder of an adapter of that model, as PEFT has it"""
     prompt: str
     """What the user says"""
     system: str

@@ -19,7 +19,7 @@ pub fn command() -> Command {
         .arg(own("output", "DIR", "Folder that receives the merged model, in bf16").required(true))
 }
 
-/// What the flags ask for.
+/// The configuration that the flags ask for.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.

@@ -53,7 +53,7 @@ impl LowRankShape {
 /// values on every device, at any number of threads, and after a resume.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// Names the mask.
+    /// Key of the mask.
     pub key: u64,
     /// A value is dropped where 32 bits of its hash lie below this.
     pub threshold: u32,
@@ -166,7 +166,7 @@ pub trait LowRank: Linear {
         self.run_linear_backward_input_add(dx, dout, weight, shape, dropout, checked)
     }
 
-    /// Sets the scratch memory aside that [`LowRank::linear_backward_input_add`] takes with a dropout, so that no step
+    /// Sets aside the scratch memory that [`LowRank::linear_backward_input_add`] takes with a dropout, so that no step
     /// allocates it.
     fn reserve_low_rank(&self, shape: LinearShape) -> Result<()>;
 
@@ -235,7 +235,7 @@ mod tests {
         );
     }
 
-    /// So many values are dropped as the probability says, in either half of a hash; what is kept keeps the mean.
+    /// As many values are dropped as the probability says, in either half of a hash; those that are kept keep the mean.
     #[test]
     fn dropout_keeps_the_mean() {
         for probability in [0.0, 0.01, 0.1, 0.5, 0.9] {

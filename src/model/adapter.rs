@@ -222,9 +222,9 @@ impl SiteAdapters {
 pub struct Adapters {
     /// Form and training.
     pub settings: LoraSettings,
-    /// Names the masks of the forward and backward that come next; `None` drops nothing, as everywhere but in training.
+    /// Key of the dropout masks of the next forward and backward; `None` drops nothing, as everywhere but in training.
     dropout_key: Option<u64>,
-    /// In the order of [`Site::ALL`].
+    /// The adapters of each projection, in the order of [`Site::ALL`].
     sites: [SiteAdapters; 4],
 }
 
@@ -351,7 +351,7 @@ impl<D: Device> Llama<D> {
         self.adapters.as_ref().map(|adapters| &adapters.settings)
     }
 
-    /// Names the dropout masks of what runs from now on; `None` drops nothing.
+    /// Sets the key of the dropout masks of what runs from now on; `None` drops nothing.
     pub fn set_dropout_key(&mut self, key: Option<u64>) {
         if let Some(adapters) = &mut self.adapters {
             adapters.dropout_key = key;
@@ -362,7 +362,7 @@ impl<D: Device> Llama<D> {
 /// What adapters keep of a forward, and their scratch memory, for the largest micro-batch.
 #[derive(Debug)]
 pub(super) struct AdapterActivations<D: Device> {
-    /// Of each slot and site: `[T, inner_width]`, the input of `B`.
+    /// `[T, inner_width]` for each slot and site: the input of `B`.
     inner: Vec<[Option<ComputeBuffer<D>>; 4]>,
     /// `[T, widest input]` scratch: an input after dropout.
     dropped: Option<ComputeBuffer<D>>,
@@ -401,7 +401,7 @@ impl<D: Device> AdapterActivations<D> {
         }))
     }
 
-    /// Bytes and scratch memory aside, so that no step takes any.
+    /// Sets aside the scratch memory that the adapters' operations take, so that no step allocates it.
     pub(super) fn reserve(model: &Llama<D>, capacity: Capacity) -> Result<()> {
         let Some(adapters) = &model.adapters else { return Ok(()) };
         for site in Site::ALL {
@@ -424,7 +424,7 @@ impl<D: Device> AdapterActivations<D> {
 pub(super) struct Place {
     pub layer: usize,
     pub site: Site,
-    /// Of the layer's activations.
+    /// Index of the layer's activations.
     pub slot: usize,
     pub tokens: usize,
 }

@@ -22,7 +22,7 @@ pub enum StartingAdapter {
         /// The run's seed.
         seed: u64,
     },
-    /// Those of a folder.
+    /// The adapters of a folder.
     Continued(AdapterFolder),
 }
 

@@ -46,9 +46,9 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
-    /// Of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
+    /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
     pub dropout_seed: u64,
-    /// Of the step under way.
+    /// Key of the step under way, from which its dropout masks follow.
     dropout_key: u64,
     objective: Objective,
     token_budget: usize,

@@ -152,7 +152,7 @@ fn assert_gradients_are_differences(name: &str, settings: LoraSettings) {
     });
 }
 
-/// Half of the signs turned.
+/// The signs of the values, with every third one negated.
 fn along_signs(values: &[f32]) -> Vec<f32> {
     values
         .iter()

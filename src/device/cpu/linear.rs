@@ -16,8 +16,9 @@ const RUN: usize = 64;
 
 /// From this many rows on, the forward gemm transposes the weights first.
 const TRANSPOSE_ROWS: usize = 32;
-/// Columns (weight gradient: rows) of one task of a product. Serial products of blocks that stay in the second-level cache
-/// beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96 divides the usual widths evenly.
+/// Columns of the result that one task computes (rows, for the weight's gradient). Serial gemms over blocks that stay
+/// in the second-level cache beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96
+/// divides the usual widths evenly.
 pub(super) const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
@@ -289,7 +290,7 @@ impl Linear for CpuDevice {
     }
 }
 
-/// The first columns of the blocks that a gemm with `columns` columns is cut into, a task each.
+/// The first columns of the blocks into which a gemm of `columns` columns is cut; each block is one task.
 pub(super) fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize> {
     (0..columns.div_ceil(OUTPUT_BLOCK)).into_par_iter().map(|block| block * OUTPUT_BLOCK)
 }
