@@ -65,7 +65,8 @@ mmpo_status MMPO_EXPORT(zero_all)(const mmpo_floats* tensors, int32_t count, mmp
 /* The types of numbers in a checkpoint. */
 enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF16 = 2 };
 
-/* Assigns out[length] = source[length], rounded to nearest even. `source` is aligned to its numbers. */
+/* Assigns out[length] = source[length], f32 or f16, rounded to nearest even; bf16 is copied, not cast. `source` is
+ * aligned to its numbers. */
 mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16* out, const void* source, int32_t storage, int64_t length,
                                       mmpo_stream stream);
 
@@ -92,7 +93,7 @@ mmpo_status MMPO_EXPORT(add_rms_norm_forward)(mmpo_bf16* sum, mmpo_bf16* out, fl
                                               const mmpo_bf16* delta, const mmpo_bf16* weight, int32_t rows,
                                               int32_t width, float epsilon, mmpo_stream stream);
 
-/* Assigns sum[length] = x + delta. */
+/* Assigns sum[length] = x + delta. All three start on 16-byte boundaries. */
 mmpo_status MMPO_EXPORT(add)(mmpo_bf16* sum, const mmpo_bf16* x, const mmpo_bf16* delta, int64_t length,
                              mmpo_stream stream);
 
@@ -432,9 +433,9 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master copy.
- * Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute value,
- * for every 256 of them; both scales are NULL for the other formats. */
+/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
+ * copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute
+ * value, for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
@@ -451,10 +452,10 @@ typedef struct mmpo_adamw_tensor {
  *   first  = beta1 * first + rest1 * g
  *   second = beta2 * second + rest2 * g^2
  *   w      = decay * w - step_size * first / (sqrt(second) * root_correction + epsilon)
- * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new weight
- * is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the key `seed`.
- * Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`, and either all
- * or none have a master copy. `tensors` is in host memory and is read during the call only. */
+ * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new
+ * weight is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the
+ * key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`,
+ * and either all or none have a master copy. `tensors` is in host memory and is read during the call only. */
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                                int32_t moments, mmpo_stream stream);
 

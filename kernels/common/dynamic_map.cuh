@@ -1,5 +1,5 @@
-// The 8-bit numbers of block-wise quantised moments: bitsandbytes' dynamic map (Dettmers et al. 2022). The same operations
-// as in src/optimizer/dynamic_map.rs, which explains them: both give the same codes and the same values.
+// The 8-bit numbers of block-wise quantised moments: bitsandbytes' dynamic map (Dettmers et al. 2022). The same
+// operations as in src/optimizer/dynamic_map.rs, which explains them: both give the same codes and the same values.
 #pragma once
 
 #include "launch.cuh"
@@ -7,18 +7,14 @@
 namespace mmpo {
 inline namespace MMPO_VARIANT {
 
-// Values that share a scale: a warp quantises a block, eight values a lane.
+// Values that share a scale: a warp quantises a block, eight values per lane.
 constexpr int kQuantizedBlock = 256;
 
 // 0, the upper ends of the decades from 1e-6 to 1, and a place for the entry 1, which stands alone above them.
 constexpr int kDecades = 9;
 
 DEVICE float decade_scale(int decade) {
-    const float lower = decade == 0   ? 0.0f
-                        : decade == 1 ? 1e-6f
-                        : decade == 2 ? 1e-5f
-                        : decade == 3 ? 1e-4f
-                                      : 1e-3f;
+    const float lower = decade == 0 ? 0.0f : decade == 1 ? 1e-6f : decade == 2 ? 1e-5f : decade == 3 ? 1e-4f : 1e-3f;
     const float upper = decade == 5 ? 1e-2f : decade == 6 ? 1e-1f : decade == 7 ? 1.0f : 10.0f;
     return decade < 5 ? lower : upper;
 }
@@ -46,8 +42,9 @@ DEVICE DecadeTable fill_decades(float* shared) {
     return DecadeTable{shared, shared + kDecades};
 }
 
-// Where entries of one decade give way to those of the next: to the first decade from 0, from decade to decade, and to the
-// entry 1. Each lies halfway between the two entries beside it, but that a second moment above 0 never becomes 0.
+// Where entries of one decade give way to those of the next: to the first decade from 0, from decade to decade, and to
+// the entry 1. Each lies halfway between the two entries beside it, except that a second moment above 0 never becomes
+// 0.
 constexpr float decade_threshold(bool is_signed, int decade) {
     double power = 1e-6, entries = is_signed ? 1.0 : 2.0;
     if (decade == 0) return is_signed ? float(1e-6 * (0.05 + 0.225)) : 1.17549435e-38f;

@@ -1,5 +1,5 @@
-// Stochastic rounding to bf16 by random bits that are a function of where and when they are used: src/optimizer/rounding.rs
-// explains it, and draws the same.
+// Stochastic rounding to bf16 by random bits that are a function of where and when they are used:
+// src/optimizer/rounding.rs explains it, and draws the same.
 #pragma once
 
 #include "launch.cuh"

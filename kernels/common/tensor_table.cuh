@@ -40,9 +40,9 @@ struct TensorTable {
     }
 };
 
-// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, each of `block_values` values. The table has a
-// `Row` for each, made from the tensor: a launcher leaves out what its kernel does not read, so that a table holds more. Tensors
-// without values are skipped.
+// Calls `launch(table, blocks)` until all of `tensors` have had their blocks, each of `block_values` values. The table
+// has a `Row` for each, made from the tensor: a launcher leaves out what its kernel does not read, so that a table
+// holds more. Tensors without values are skipped.
 template <class Row, class Tensor, class Launch>
 mmpo_status launch_tables_of(const Tensor* tensors, int count, int64_t block_values, Launch launch) {
     using Table = TensorTable<Row>;

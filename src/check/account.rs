@@ -263,23 +263,30 @@ fn problems(file: &FileReport, many: bool) -> Vec<Problem> {
     found.map(problem).collect()
 }
 
+/// The length of one part, of the lengths of prompt, chosen and rejected response.
+type LengthOf = fn(&[usize; 3]) -> usize;
+
+/// What `max_length` bounds.
+fn sequence([prompt, chosen, rejected]: &[usize; 3]) -> usize {
+    prompt + chosen.max(rejected)
+}
+
 impl Lengths {
     fn new(uncut: &[[usize; 3]], limits: LengthLimits, context: usize) -> Self {
-        let sequence = |[prompt, chosen, rejected]: &[usize; 3]| prompt + chosen.max(rejected);
-        let parts: [(&'static str, Box<dyn Fn(&[usize; 3]) -> usize>); 5] = [
-            ("prompt", Box::new(|lengths| lengths[0])),
-            ("chosen", Box::new(|lengths| lengths[1])),
-            ("rejected", Box::new(|lengths| lengths[2])),
-            ("prompt + longer response", Box::new(move |lengths| sequence(lengths))),
-            ("whole pair", Box::new(|lengths| lengths.iter().sum())),
+        let parts: [(&'static str, LengthOf); 5] = [
+            ("prompt", |lengths| lengths[0]),
+            ("chosen", |lengths| lengths[1]),
+            ("rejected", |lengths| lengths[2]),
+            ("prompt + longer response", sequence),
+            ("whole pair", |lengths| lengths.iter().sum()),
         ];
-        let sorted = |part: &dyn Fn(&[usize; 3]) -> usize| {
+        let sorted = |part: LengthOf| {
             let mut lengths: Vec<usize> = uncut.iter().map(part).collect();
             lengths.sort_unstable();
             lengths
         };
-        let rows = parts.iter().filter_map(|(part, length)| LengthRow::new(part, &sorted(length))).collect();
-        let sequences = sorted(&sequence);
+        let rows = parts.iter().filter_map(|(part, length)| LengthRow::new(part, &sorted(*length))).collect();
+        let sequences = sorted(sequence);
         let mut candidates: Vec<usize> =
             (7..=17).map(|power| 1 << power).filter(|&length| length <= context).collect();
         candidates.push(limits.max_length);

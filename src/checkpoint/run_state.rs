@@ -23,11 +23,12 @@ const TENSORS: &str = "state.safetensors";
 /// that are never 0.
 const FORMAT: u32 = 2;
 
-/// Options that came later than format 2, and what runs did before: a checkpoint without them goes on with these.
+/// Options that are newer than format 2, with the values that say what runs did before: a checkpoint without them goes
+/// on with these.
 const ADDED_OPTIONS: [(&str, &str); 3] =
     [("optimizer_states", "\"f32\""), ("master_weights", "\"f32\""), ("gradients", "\"f32\"")];
 
-/// Where a run stands. Integers and text alone: each comes back exactly.
+/// Where a run stands, in integers and text alone, because each of these comes back exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {

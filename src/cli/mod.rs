@@ -1,4 +1,4 @@
-//! The command line: one file a command. Parsing only; the commands themselves are `train`, `check`,
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
 //! `score`, `generate`, `merge` and `bench`.
 
 mod arguments;

@@ -149,7 +149,7 @@ pub enum Warmup {
 /// Which gradients exist at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GradientConfig {
-    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes a parameter.
+    /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes per parameter.
     #[default]
     F32,
     /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
@@ -162,7 +162,7 @@ pub enum GradientConfig {
 pub struct MemoryConfig {
     /// What AdamW keeps of each trained tensor.
     pub states: StateOptions,
-    /// What of the forward is computed again in the backward.
+    /// The part of the forward that is computed again in the backward.
     pub recompute: Recompute,
     /// Which gradients exist at a time.
     pub gradients: GradientConfig,
@@ -202,7 +202,7 @@ pub struct EvaluationConfig {
     pub data: Option<PairFiles>,
     /// Share of the training data that is held out and evaluated on.
     pub split: Option<f64>,
-    /// Optimiser steps between evaluations; `None`: once an epoch.
+    /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
 }
 
@@ -217,7 +217,7 @@ pub struct ScoreConfig {
     pub data: PairFiles,
     /// Columns that have other names in these files.
     pub columns: ColumnNames,
-    /// The JSON Lines file that is written, a line a pair.
+    /// The JSON Lines file that is written, one line per pair.
     pub output: PathBuf,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,

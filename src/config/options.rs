@@ -366,10 +366,10 @@ options! {
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
-        /// Format of AdamW's moments: f32 takes 8 bytes a parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
+        /// Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
         /// tensors of fewer than 4096 values stay f32 with 8bit.
         optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
-        /// Copy of the weights that updates are added to: f32 takes 4 bytes a parameter beside bf16 weights; none rounds the
+        /// Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the
         /// updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy.
         master_weights: MasterWeights, Always<MasterWeights> = Always(MasterWeights::F32), ALL, check::anything;
         /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the

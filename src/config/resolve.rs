@@ -22,7 +22,7 @@ const MAX_PROMPT_LENGTH: usize = 1800;
 /// The `max_length` that [`MAX_PROMPT_LENGTH`] goes with.
 const MAX_LENGTH: usize = 2312;
 
-/// Pairs of options of which a run has one.
+/// Pairs of options of which a run may have only one.
 const RIVALS: [(&str, &str); 3] =
     [("warmup_ratio", "warmup_steps"), ("epochs", "max_steps"), ("eval_data", "eval_split")];
 
@@ -306,8 +306,9 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     })
 }
 
-/// A layer that is updated inside the backward cannot be clipped by the norm of gradients that are still to come. A first backward for
-/// the norm alone would make a step half as long again; nobody is given that unasked.
+/// Refuses clipping where layers are updated inside the backward: a layer cannot be clipped by the norm of gradients
+/// that are still to come. A first backward for the norm alone would make a step half as long again, so it is not done
+/// unasked.
 fn refuse_clipping_by_layer(settled: &Settled) -> Result<()> {
     if settled.gradients == GradientConfig::F32 || settled.max_grad_norm == 0.0 {
         return Ok(());

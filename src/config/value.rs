@@ -33,7 +33,7 @@ pub trait OptionValue: Clone {
     fn to_toml(&self) -> String;
 }
 
-/// `DeValue` for people.
+/// A TOML value, described for people.
 pub(super) fn toml_kind(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string \"{text}\""),

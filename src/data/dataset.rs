@@ -20,7 +20,7 @@ pub struct PairDataset {
     pub pairs: Vec<TokenizedPair>,
     /// What became of every record.
     pub report: EncodingReport,
-    /// The same for each file.
+    /// What became of the records of each file.
     pub files: Vec<FileReport>,
     /// The first errors of records, where reading went on after them.
     pub refusals: Vec<Refusal>,
@@ -38,7 +38,7 @@ pub struct Refusal {
 }
 
 impl PairDataset {
-    /// Tells the user what became of the records: an account for each file, and each of its warnings once.
+    /// Logs what became of the records: a report for each file, and each of its warnings once.
     pub fn log(&self) {
         for file in &self.files {
             file.report.log(&file.path.display().to_string());
@@ -83,7 +83,7 @@ impl Treatment {
     }
 }
 
-/// The account of one file.
+/// The report on one file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileReport {
     /// The file.
@@ -136,7 +136,7 @@ struct Intake<'a> {
     before: usize,
 }
 
-/// What a record became on some thread: its account and its tokens, unless it is in another part.
+/// What a thread made of a record: the entry for its report and its tokens, unless it is in another part.
 type Outcome = Result<Option<(Read, EncodedRecord)>>;
 
 impl<'a> Intake<'a> {

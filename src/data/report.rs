@@ -302,7 +302,7 @@ impl EncodingReport {
         self.illustrate(note.cause, &note.example);
     }
 
-    /// Adds the account of a further file. Places of its records are not taken over: they would not say in which file.
+    /// Adds the report on a further file. Places of its records are not taken over: they would not say in which file.
     pub(super) fn merge(&mut self, other: &EncodingReport) {
         let is_first = self.records == 0 && self.tallies.iter().all(|tally| tally.stops == 0);
         if is_first {

@@ -83,7 +83,7 @@ pub trait Optimizer: Memory {
         check_sizes("adamw", &len, &sizes).map(|_| ())
     }
 
-    /// Sets the scratch memory aside that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
+    /// Sets aside the scratch memory that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
     /// allocates it.
     fn reserve_gradient_norm(&self, gradients: &[&Floats<Self>]) -> Result<()>;
 

@@ -90,7 +90,7 @@ fn cache_of(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
 }
 
 /// The folder of a model: `path` itself if it is there, else the snapshot of the cache that it names. A path that is
-/// neither is given back, for whoever opens it to name.
+/// neither is returned as it is, and the code that opens it will report it.
 ///
 /// # Errors
 /// [`Error::Model`] where the cache has the model and not the revision.

@@ -45,20 +45,21 @@ impl Capacity {
     }
 }
 
-/// What of a layer's forward is computed again in its backward, to the same bits, so that all layers share the buffers of it.
+/// The part of a layer's forward that is computed again in its backward, to the same bits, so that all layers share its
+/// buffers.
 /// The residual stream that enters each layer is kept in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Recompute {
     /// Nothing but normed inputs and SwiGLU outputs, which are cheap.
     #[default]
     None,
-    /// Gate and up, the largest activations: one gemm is run twice. What attention computes, which is dear, is kept.
+    /// Gate and up, the largest activations: one gemm is run twice. What attention computes is expensive, and is kept.
     Selective,
     /// Everything between two residual streams: the whole layer but its last gemm is run twice.
     Layer,
 }
 
-/// Whether the backward follows: without it, all layers share one set of buffers.
+/// Whether a backward follows. Without one, all layers share one set of buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Forward and backward.
@@ -72,9 +73,8 @@ pub enum Purpose {
     Inference,
 }
 
-/// Results of the forward. A field that is a `Vec` has one buffer a layer, or one in all for what no backward reads or what
-/// it computes again;
-/// [`Activations::slot`] and its kin map a layer to its buffer.
+/// Results of the forward. A field that is a `Vec` has one buffer per layer, or a single one for what no backward reads
+/// or what it computes again; [`Activations::slot`] and the methods like it map a layer to its buffer.
 #[derive(Debug)]
 pub struct Activations<D: Device> {
     /// What the backward must compute again.

@@ -96,7 +96,7 @@ impl<D: Device> Llama<D> {
         self.adapter_inner(activations.adapter.as_mut(), &activations.activated, place)
     }
 
-    /// As [`Llama::recompute_layer`], where what is missing is `gate_up` alone: from `middle`.
+    /// Computes `gate_up` again from `middle`, where nothing else is missing; see [`Llama::recompute_layer`].
     fn recompute_gate_up(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let slot = activations.slot(layer);
         self.device.rms_norm_forward(
@@ -128,7 +128,7 @@ impl<D: Device> Llama<D> {
         }
     }
 
-    /// The input norm of a layer over its residual stream: to `normed`.
+    /// Computes the input norm of a layer over its residual stream, into `normed`.
     fn input_norm(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
         self.device.rms_norm_forward(

@@ -12,7 +12,7 @@
 /// Values that share a scale.
 pub const BLOCK: usize = 256;
 
-/// Tensors of fewer values keep f32 moments: they are norms and biases, whose memory is nothing and whose updates are the
+/// Tensors of fewer values keep f32 moments: they are norms and biases, whose memory does not matter and whose updates are the
 /// most sensitive. The number is bitsandbytes' default.
 pub const LEAST_VALUES: usize = 4096;
 

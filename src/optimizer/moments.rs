@@ -9,12 +9,12 @@ use crate::error::Result;
 /// How moments are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MomentFormat {
-    /// 8 bytes a parameter.
+    /// 8 bytes per parameter.
     #[default]
     F32,
-    /// 4 bytes a parameter, each moment rounded to the nearest bf16.
+    /// 4 bytes per parameter, each moment rounded to the nearest bf16.
     Bf16,
-    /// 2 bytes a parameter and 8 for each block of 256: [`super::DynamicMap`].
+    /// 2 bytes per parameter, and 8 for each block of 256: [`super::DynamicMap`].
     EightBit,
 }
 
@@ -40,10 +40,10 @@ impl MomentFormat {
 /// Whether an f32 copy of the weights is kept beside bf16 ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MasterWeights {
-    /// 4 bytes a parameter: the weight is the copy's value, rounded to the nearest bf16.
+    /// 4 bytes per parameter: the weight is the copy's value, rounded to the nearest bf16.
     #[default]
     F32,
-    /// None: the weight is its own master copy and is rounded stochastically. Where weights are f32, as on the CPU, nothing is
+    /// No copy: the weight is its own master copy and is rounded stochastically. Where weights are f32, as on the CPU, nothing is
     /// rounded.
     None,
 }
@@ -60,11 +60,11 @@ pub struct StateOptions {
 /// Both moments of a tensor.
 #[derive(Debug)]
 pub enum Moments<D: Memory> {
-    /// A number each.
+    /// One number per value.
     F32(MomentPair<Floats<D>>),
-    /// A number each.
+    /// One number per value.
     Bf16(MomentPair<D::Buffer<bf16>>),
-    /// A code each, and a scale for every [`BLOCK`] of them.
+    /// One code per value, and a scale for every [`BLOCK`] of them.
     EightBit {
         /// Codes of [`super::DynamicMap::Signed`] and [`super::DynamicMap::Unsigned`].
         codes: MomentPair<D::Buffer<u8>>,
@@ -76,9 +76,9 @@ pub enum Moments<D: Memory> {
 /// One value of type `T` for each moment.
 #[derive(Clone, Copy, Debug)]
 pub struct MomentPair<T> {
-    /// Of the running mean of the gradient.
+    /// For the running mean of the gradient.
     pub first: T,
-    /// Of the running mean of the squared gradient.
+    /// For the running mean of the squared gradient.
     pub second: T,
 }
 
@@ -105,7 +105,7 @@ impl<D: Memory> Moments<D> {
         })
     }
 
-    /// The format that they have.
+    /// The format of these moments.
     pub fn format(&self) -> MomentFormat {
         match self {
             Moments::F32(_) => MomentFormat::F32,

@@ -74,13 +74,13 @@ impl<D: Device> LayerNorms<D> {
 /// Takes the norm of each layer's gradients, updates the layer where `step` asks for it, and sets the gradients to zero for the
 /// next layer.
 pub struct UpdateLayers<'a, D: Device> {
-    /// Where to compute.
+    /// The device that computes.
     pub device: &'a D,
     /// The layers' states.
     pub states: &'a mut [LayerTensors<Option<OptimizerState<D>>>],
     /// Assigned.
     pub norms: &'a mut LayerNorms<D>,
-    /// The update; none for the norm alone.
+    /// The update; `None` computes the norm alone.
     pub step: Option<AdamWStep>,
 }
 

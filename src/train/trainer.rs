@@ -190,8 +190,11 @@ impl<D: Device> Trainer<D> {
         Ok(result)
     }
 
-    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are. Where gradients are
-    /// applied layer by layer, none are left.
+    /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are. Where
+    /// gradients are applied layer by layer, none are left.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`].
     pub fn accumulate_gradients(
         &mut self,
         pairs: &[TrainingPair<'_>],
@@ -333,7 +336,7 @@ impl<D: Device> Trainer<D> {
         self.state_options
     }
 
-    /// Where the model computes.
+    /// The device that the model is on.
     pub fn device(&self) -> &D {
         &self.model.device
     }

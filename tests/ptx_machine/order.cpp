@@ -1,4 +1,4 @@
-// Happens-before between warps, kept as one clock a warp; see order.h.
+// Happens-before between warps, kept as one clock per warp; see order.h.
 #include "order.h"
 
 #include <algorithm>

@@ -237,14 +237,14 @@ fn assert_near(what: &str, losses: &[f64], wanted: &[f64], bound: f64) {
     assert!(worst <= bound, "{what}: step {step} is off by {worst:.3} of the gain, {bound} allowed");
 }
 
-/// 200 steps of a small model: the losses with bf16 and with 8-bit moments stay near those with f32 ones. The bounds are three
-/// times what was measured; a moment that is off by its rounding in every step moves the loss no further.
+/// 200 steps of a small model: the losses with bf16 and with 8-bit moments stay near those with f32 ones. The bounds are ten
+/// times what was measured, 4.4e-5 and 2.5e-4 of what the run gains.
 #[test]
 fn bf16_and_8_bit_moments_learn_as_f32_ones_do() {
     let golden = Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/base"));
     let device = cpu();
     let run = |moments| losses(&golden, &device, StateOptions { moments, master: MasterWeights::F32 }, 200);
     let wanted = run(MomentFormat::F32);
-    assert_near("bf16", &run(MomentFormat::Bf16), &wanted, 0.03);
-    assert_near("8-bit", &run(MomentFormat::EightBit), &wanted, 0.06);
+    assert_near("bf16", &run(MomentFormat::Bf16), &wanted, 5e-4);
+    assert_near("8-bit", &run(MomentFormat::EightBit), &wanted, 2.5e-3);
 }

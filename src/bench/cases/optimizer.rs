@@ -81,7 +81,7 @@ fn adamw<D: Device>(device: &D, shape: &Shape, part: &'static str, options: Stat
             .collect();
         device.adamw(&mut updates, &norm, settings.adamw(1))
     });
-    // Both moments are read and written, the gradient read, the weight written.
+    // Both moments are read and written, the gradient is read, the weight is written.
     let bytes = 2 * options.moments.bytes(values) + (WORD + compute_size::<D>() + masters) * values;
     // A weight that is its own master copy is another case where there could be one alone.
     let redundant = options.master == MasterWeights::None && !device.needs_master();

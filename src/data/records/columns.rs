@@ -60,7 +60,7 @@ pub(crate) fn unknown_column(name: &str) -> Option<String> {
     Some(format!("names `{name}`, which is no column with a meaning here; did you mean `{nearest}`?"))
 }
 
-/// What is wrong with a value, before it is known where the value stands.
+/// What is wrong with a value, when its place in the file is not yet known.
 #[derive(Debug)]
 pub(super) struct Fault {
     pub message: String,

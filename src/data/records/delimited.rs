@@ -94,7 +94,9 @@ pub(super) fn read(
 fn line_of(row: &csv::ByteRecord, after: &csv::Position, reader: &Bounded) -> usize {
     let inside = row.as_slice().iter().filter(|&&byte| byte == b'\n').count();
     let end = usize::from(reader.byte_before(after.byte()) == Some(b'\n'));
-    (after.line() as usize).saturating_sub(inside + end).max(1)
+    let looked_from = row.position().map_or(1, csv::Position::line) as usize;
+    // A quoted text that nothing closes takes the last line end of the file too, which is then counted twice here.
+    (after.line() as usize).saturating_sub(inside + end).max(looked_from)
 }
 
 /// A column.
