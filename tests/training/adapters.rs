@@ -9,7 +9,7 @@ use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
 use mmpo_fast::model::{
     AdaptedModule, AdaptedModules, FusedTensor, Llama, LlamaConfig, LlamaTensors, LoraSettings, PEFT_PREFIX,
-    TensorSpec, initial_values,
+    Recompute, TensorSpec, initial_values,
 };
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::AdamWStep;
@@ -70,12 +70,22 @@ fn with_trainer(
     settings: LoraSettings,
     body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
 ) {
+    with_recomputing_trainer(golden, settings, Recompute::None, body);
+}
+
+fn with_recomputing_trainer(
+    golden: &Golden,
+    settings: LoraSettings,
+    recompute: Recompute,
+    body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
+) {
     let device = cpu();
     let references = golden::score(&golden.load(&device), &golden.pairs);
     let pairs = golden.pairs.iter().zip(&references);
     let pairs: Vec<TrainingPair> =
         pairs.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect();
-    let workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
+    let mut workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
+    workload.memory.recompute = recompute;
     let model = adapted(golden, &device, settings);
     body(&mut Trainer::new(model, OBJECTIVE, workload).expect("trainer"), &pairs);
 }
@@ -284,6 +294,26 @@ fn a_step_trains_the_adapters_alone() {
                 }
             },
         );
+    }
+}
+
+/// What is computed again in the backward has the same bits with adapters too, under the same masks.
+#[test]
+fn recomputation_gives_the_same_gradients() {
+    let lora = LoraSettings { dropout: 0.1, ..settings(&AdaptedModule::ALL) };
+    let of = |recompute| {
+        let mut found = Vec::new();
+        with_recomputing_trainer(&golden("bias"), lora, recompute, |trainer, pairs| {
+            let memory = trainer.device().memory();
+            trainer.accumulate_gradients(pairs, None).expect("gradients");
+            assert_eq!(trainer.device().memory(), memory, "{recompute:?} takes no memory in a step");
+            found = gradients(trainer);
+        });
+        found
+    };
+    let wanted = of(Recompute::None);
+    for recompute in [Recompute::Selective, Recompute::Layer] {
+        assert!(of(recompute) == wanted, "{recompute:?}");
     }
 }
 
