@@ -12,7 +12,7 @@ use crate::optimizer::{AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, qua
 
 /// Blocks of quantised values in a block of parallel work.
 const SCALES: usize = BLOCK_ELEMENTS / BLOCK;
-const _: () = assert!(BLOCK_ELEMENTS % BLOCK == 0, "parallel work is cut between blocks");
+const _: () = assert!(BLOCK_ELEMENTS.is_multiple_of(BLOCK), "parallel work is cut between blocks");
 
 /// The numbers of an update, and the factor that clips gradients.
 #[derive(Clone, Copy)]
