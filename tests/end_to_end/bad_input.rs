@@ -145,9 +145,9 @@ fn weights_that_overflow() {
 fn a_config_of_another_model() {
     let work = Workplace::new();
     let config = String::from_utf8(work.read("base/config.json")).unwrap();
-    let other = config.replace("\"llama\"", "\"mistral\"");
+    let other = config.replace("\"llama\"", "\"gemma\"");
     work.write("base/config.json", other);
-    let parts = ["base/config.json", "unknown architecture", "mistral"];
+    let parts = ["base/config.json", "unknown architecture", "gemma"];
     work.refused("base", "pairs.jsonl", MODEL, &parts);
     let asks = config.replace("\"default\"", "\"yarn\"");
     work.write("base/config.json", asks);

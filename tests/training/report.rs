@@ -122,7 +122,7 @@ fn the_page_shows_the_run() {
     ] {
         assert!(html.contains(shown), "`{shown}` is not on the page");
     }
-    assert_eq!(html.matches("<figure>").count(), 9);
+    assert_eq!(html.matches("<figure>").count(), 12);
     assert!(!html.contains("NaN") && !html.contains('\u{1b}'));
 }
 
