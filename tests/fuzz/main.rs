@@ -37,6 +37,9 @@ const WAIT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 1 << 30;
 /// Inputs per format where no number is given.
 const FEW: u64 = 200;
+/// Inputs that a worker tries before another takes its place. Templates leave memory behind, about 30 KiB each, which a program
+/// that reads one template does not notice and [`MEMORY`] does.
+const PER_WORKER: u64 = 5000;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
 /// Says to a process of this program that it is a worker, and in which folder.
@@ -136,9 +139,13 @@ fn fuzz(options: &Options) -> Outcome {
     let (mut accepted, mut slowest) = (0, Duration::ZERO);
     let started = Instant::now();
     while next < end && faults.len() < MOST_FAULTS {
-        let mut worker = Worker::start(options, folder.path(), next);
+        let inputs = PER_WORKER.min(end - next);
+        let mut worker = Worker::start(options, folder.path(), next, inputs);
         let last = worker.follow(&mut accepted, &mut slowest, &mut faults);
-        let Some((index, fault)) = last else { break };
+        let Some((index, fault)) = last else {
+            next += inputs;
+            continue;
+        };
         let path = options.keep.clone();
         if let Some(path) = path {
             std::fs::write(path, make_input(&place, options, index)).unwrap();
@@ -172,9 +179,9 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(options: &Options, folder: &Path, first: u64) -> Self {
-        let inputs = (options.first + options.inputs - first).to_string();
-        let (first, seed) = (first.to_string(), options.seed.to_string());
+    /// A worker for `inputs` inputs from `first` on.
+    fn start(options: &Options, folder: &Path, first: u64, inputs: u64) -> Self {
+        let (first, inputs, seed) = (first.to_string(), inputs.to_string(), options.seed.to_string());
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["--format", &options.formats[0], "--seed", &seed, "--first", &first, "--inputs", &inputs])
             .env(WORKER, folder)
