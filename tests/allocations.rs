@@ -26,8 +26,9 @@ use mmpo_fast::objective::{Dpo, Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use mmpo_fast::train::Workload;
 
-/// Bytes from which on an allocation counts. The smallest scratch memory of an operation here has 16 KiB.
-const LARGE: usize = 4096;
+/// Bytes from which on an allocation counts: between the list of tokens of the largest batch here, which grows to 6.5 KiB where
+/// all pairs are one micro-batch, and the smallest scratch memory of an operation, 16 KiB.
+const LARGE: usize = 8192;
 /// Boundary of what the `gemm` crate allocates.
 const CACHE_LINE: usize = 64;
 
