@@ -129,7 +129,11 @@ impl RunReport {
                     percent(after.accuracy),
                     "of the pairs, over the reference".into(),
                 ));
-                tiles.push(("By", format!("{} nats", number(after.margin)), was(number(before.margin))));
+                tiles.push((
+                    "Gain over rejected",
+                    format!("{} nats", number(after.margin)),
+                    was(number(before.margin)),
+                ));
             }
             if let (Some(before), Some(after)) = (before.pairs.preference, after.pairs.preference) {
                 tiles.push(("Chosen is likelier", percent(after.likelier), was(percent(before.likelier))));
