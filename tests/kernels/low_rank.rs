@@ -1,4 +1,4 @@
-use mmpo_fast::device::{Dropout, LinearShape, LowRankShape, RowPart};
+use mmpo_fast::device::{Device, Dropout, LinearShape, LowRankShape, RowPart};
 
 use crate::harness::*;
 use crate::naive;
@@ -43,75 +43,94 @@ fn scaled(values: &[f64], scale: f32) -> Vec<f64> {
     values.iter().map(|value| value * f64::from(scale)).collect()
 }
 
+/// `out` accumulates in the module's columns, and the others keep their values.
+fn check_forward<D: Device>(device: &D, sizes: [usize; 8], bounds: Tolerance) {
+    trying("shape", sizes);
+    let shape = shape(sizes);
+    let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
+    let (b, b64) = random_compute(device, 2, (shape.first_row + shape.outputs) * shape.rank, 1.0);
+    let (mut out, mut wanted) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
+    device.low_rank_forward(&mut out, &inner, &b, shape).unwrap();
+    let inner64 = columns(&inner64, shape.inner, shape.rank);
+    let b64 = &b64[shape.first_row * shape.rank..];
+    let product = naive::linear(&inner64, b64, &vec![0.0; shape.outputs], shape.rank);
+    let before = columns(&wanted, shape.out, shape.outputs);
+    let sum: Vec<f64> =
+        before.iter().zip(scaled(&product, shape.scale)).map(|(before, product)| before + product).collect();
+    put(&mut wanted, shape.out, shape.outputs, &sum);
+    assert_close("out", &read_compute(device, &out), &wanted, bounds);
+}
+
+/// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
+fn check_backward<D: Device>(device: &D, sizes: [usize; 8], bounds: Tolerance) {
+    trying("shape", sizes);
+    let shape = shape(sizes);
+    let rows_of_b = (shape.first_row + shape.outputs) * shape.rank;
+    let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
+    let (b, b64) = random_compute(device, 2, rows_of_b, 1.0);
+    let (dout, dout64) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
+    let (mut dinner, mut wanted) = random_compute(device, 4, shape.rows * shape.inner.width, 1.0);
+    let before = random(5, rows_of_b, 1.0);
+    let mut db = floats(device, &before);
+    device.low_rank_backward_input(&mut dinner, &dout, &b, shape).unwrap();
+    device.low_rank_backward_weight(&mut db, &dout, &inner, shape).unwrap();
+
+    let dout64 = scaled(&columns(&dout64, shape.out, shape.outputs), shape.scale);
+    let exact = naive::Precision::Exact;
+    let b64 = &b64[shape.first_row * shape.rank..];
+    put(&mut wanted, shape.inner, shape.rank, &exact.linear_backward_input(&dout64, b64, shape.rank));
+    assert_close("dinner", &read_compute(device, &dinner), &wanted, bounds);
+
+    let inner64 = columns(&inner64, shape.inner, shape.rank);
+    let mut wanted = wide(&before);
+    let gradient = exact.linear_backward_weight(&dout64, &inner64, shape.rank);
+    let own = &mut wanted[shape.first_row * shape.rank..];
+    own.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
+    assert_close("db", &read(device, &db), &wanted, Tolerance::F32);
+}
+
+/// The gradient of the input is added to what is there, without the values that the forward's mask dropped.
+fn check_input_add<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize, usize), bounds: Tolerance) {
+    for dropout in [None, Some(Dropout::new(11, 0.3))] {
+        trying("(rows, inputs, outputs), dropout", ((rows, inputs, outputs), dropout));
+        let (dout, dout64) = random_compute(device, 1, rows * outputs, 1.0);
+        let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
+        let (mut dx, before) = random_compute(device, 3, rows * inputs, 1.0);
+        let shape = LinearShape { rows, inputs, outputs };
+        device.linear_backward_input_add(&mut dx, &dout, &weight, shape, dropout).unwrap();
+        let product = naive::Precision::Exact.linear_backward_input(&dout64, &weight64, inputs);
+        let factor = |index| dropout.map_or(1.0, |dropout| f64::from(dropout.factor(index)));
+        let wanted: Vec<f64> =
+            (0..rows * inputs).map(|index| before[index] + product[index] * factor(index)).collect();
+        assert_close("dx", &read_compute(device, &dx), &wanted, bounds);
+    }
+}
+
 device_tests! {
     /// `out` accumulates in the module's columns, and the others keep their values.
     fn forward(device, bounds) {
-        for &sizes in SHAPES {
-            trying("shape", sizes);
-            let shape = shape(sizes);
-            let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
-            let (b, b64) = random_compute(device, 2, (shape.first_row + shape.outputs) * shape.rank, 1.0);
-            let (mut out, mut wanted) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
-            device.low_rank_forward(&mut out, &inner, &b, shape).unwrap();
-            let inner64 = columns(&inner64, shape.inner, shape.rank);
-            let b64 = &b64[shape.first_row * shape.rank..];
-            let product = naive::linear(&inner64, b64, &vec![0.0; shape.outputs], shape.rank);
-            let before = columns(&wanted, shape.out, shape.outputs);
-            let sum: Vec<f64> =
-                before.iter().zip(scaled(&product, shape.scale)).map(|(before, product)| before + product).collect();
-            put(&mut wanted, shape.out, shape.outputs, &sum);
-            assert_close("out", &read_compute(device, &out), &wanted, bounds);
-        }
+        SHAPES.iter().for_each(|&sizes| check_forward(device, sizes, bounds));
     }
 
     /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
     fn backward(device, bounds) {
-        for &sizes in SHAPES {
-            trying("shape", sizes);
-            let shape = shape(sizes);
-            let rows_of_b = (shape.first_row + shape.outputs) * shape.rank;
-            let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
-            let (b, b64) = random_compute(device, 2, rows_of_b, 1.0);
-            let (dout, dout64) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
-            let (mut dinner, mut wanted) = random_compute(device, 4, shape.rows * shape.inner.width, 1.0);
-            let before = random(5, rows_of_b, 1.0);
-            let mut db = floats(device, &before);
-            device.low_rank_backward_input(&mut dinner, &dout, &b, shape).unwrap();
-            device.low_rank_backward_weight(&mut db, &dout, &inner, shape).unwrap();
-
-            let dout64 = scaled(&columns(&dout64, shape.out, shape.outputs), shape.scale);
-            let exact = naive::Precision::Exact;
-            let b64 = &b64[shape.first_row * shape.rank..];
-            put(&mut wanted, shape.inner, shape.rank, &exact.linear_backward_input(&dout64, b64, shape.rank));
-            assert_close("dinner", &read_compute(device, &dinner), &wanted, bounds);
-
-            let inner64 = columns(&inner64, shape.inner, shape.rank);
-            let mut wanted = wide(&before);
-            let gradient = exact.linear_backward_weight(&dout64, &inner64, shape.rank);
-            let own = &mut wanted[shape.first_row * shape.rank..];
-            own.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
-            assert_close("db", &read(device, &db), &wanted, Tolerance::F32);
-        }
+        SHAPES.iter().for_each(|&sizes| check_backward(device, sizes, bounds));
     }
 
     /// The gradient of the input is added to what is there, without the values that the forward's mask dropped.
     fn input_add(device, bounds) {
-        for (rows, inputs, outputs) in [(1, 16, 8), (5, 17, 3), (70, 72, 16), (130, 200, 64)] {
-            for dropout in [None, Some(Dropout::new(11, 0.3))] {
-                trying("(rows, inputs, outputs), dropout", ((rows, inputs, outputs), dropout));
-                let (dout, dout64) = random_compute(device, 1, rows * outputs, 1.0);
-                let (weight, weight64) = random_compute(device, 2, outputs * inputs, 1.0);
-                let (mut dx, before) = random_compute(device, 3, rows * inputs, 1.0);
-                let shape = LinearShape { rows, inputs, outputs };
-                device.linear_backward_input_add(&mut dx, &dout, &weight, shape, dropout).unwrap();
-                let product = naive::Precision::Exact.linear_backward_input(&dout64, &weight64, inputs);
-                let factor = |index| dropout.map_or(1.0, |dropout| f64::from(dropout.factor(index)));
-                let wanted: Vec<f64> = (0..rows * inputs)
-                    .map(|index| before[index] + product[index] * factor(index))
-                    .collect();
-                assert_close("dx", &read_compute(device, &dx), &wanted, bounds);
-            }
+        for sizes in [(1, 16, 8), (5, 17, 3), (70, 72, 16), (130, 200, 64)] {
+            check_input_add(device, sizes, bounds);
         }
+    }
+
+    /// So many rows and columns that a GPU of 132 multiprocessors takes the large tiles of each gemm.
+    fn large_tiles(device, bounds) {
+        check_forward(device, [1410, 8, 1544, 0, 1544, 0, 8, 0], bounds);
+        // The gradients of `inner` and of B, whose tiles are large only above a rank of 64.
+        check_backward(device, [16_900, 72, 8, 0, 8, 0, 72, 0], bounds);
+        check_backward(device, [8, 72, 16_904, 0, 16_904, 0, 72, 0], bounds);
+        check_input_add(device, (1410, 1544, 8), bounds);
     }
 
     /// A value is dropped or scaled by its place alone; nothing after the matrix is written.
