@@ -61,29 +61,36 @@ fn check_forward<D: Device>(device: &D, sizes: [usize; 8], bounds: Tolerance) {
     assert_close("out", &read_compute(device, &out), &wanted, bounds);
 }
 
-/// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
-fn check_backward<D: Device>(device: &D, sizes: [usize; 8], bounds: Tolerance) {
+/// `dinner` is assigned in the module's columns alone.
+fn check_backward_input<D: Device>(device: &D, sizes: [usize; 8], bounds: Tolerance) {
     trying("shape", sizes);
     let shape = shape(sizes);
-    let rows_of_b = (shape.first_row + shape.outputs) * shape.rank;
-    let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
-    let (b, b64) = random_compute(device, 2, rows_of_b, 1.0);
+    let (b, b64) = random_compute(device, 2, (shape.first_row + shape.outputs) * shape.rank, 1.0);
     let (dout, dout64) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
     let (mut dinner, mut wanted) = random_compute(device, 4, shape.rows * shape.inner.width, 1.0);
-    let before = random(5, rows_of_b, 1.0);
-    let mut db = floats(device, &before);
     device.low_rank_backward_input(&mut dinner, &dout, &b, shape).unwrap();
-    device.low_rank_backward_weight(&mut db, &dout, &inner, shape).unwrap();
 
     let dout64 = scaled(&columns(&dout64, shape.out, shape.outputs), shape.scale);
-    let exact = naive::Precision::Exact;
     let b64 = &b64[shape.first_row * shape.rank..];
-    put(&mut wanted, shape.inner, shape.rank, &exact.linear_backward_input(&dout64, b64, shape.rank));
+    let product = naive::Precision::Exact.linear_backward_input(&dout64, b64, shape.rank);
+    put(&mut wanted, shape.inner, shape.rank, &product);
     assert_close("dinner", &read_compute(device, &dinner), &wanted, bounds);
+}
+
+/// `db` accumulates in the module's rows alone.
+fn check_backward_weight<D: Device>(device: &D, sizes: [usize; 8]) {
+    trying("shape", sizes);
+    let shape = shape(sizes);
+    let (inner, inner64) = random_compute(device, 1, shape.rows * shape.inner.width, 1.0);
+    let (dout, dout64) = random_compute(device, 3, shape.rows * shape.out.width, 1.0);
+    let before = random(5, (shape.first_row + shape.outputs) * shape.rank, 1.0);
+    let mut db = floats(device, &before);
+    device.low_rank_backward_weight(&mut db, &dout, &inner, shape).unwrap();
 
     let inner64 = columns(&inner64, shape.inner, shape.rank);
+    let dout64 = scaled(&columns(&dout64, shape.out, shape.outputs), shape.scale);
     let mut wanted = wide(&before);
-    let gradient = exact.linear_backward_weight(&dout64, &inner64, shape.rank);
+    let gradient = naive::Precision::Exact.linear_backward_weight(&dout64, &inner64, shape.rank);
     let own = &mut wanted[shape.first_row * shape.rank..];
     own.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
     assert_close("db", &read(device, &db), &wanted, Tolerance::F32);
@@ -114,7 +121,10 @@ device_tests! {
 
     /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
     fn backward(device, bounds) {
-        SHAPES.iter().for_each(|&sizes| check_backward(device, sizes, bounds));
+        for &sizes in SHAPES {
+            check_backward_input(device, sizes, bounds);
+            check_backward_weight(device, sizes);
+        }
     }
 
     /// The gradient of the input is added to what is there, without the values that the forward's mask dropped.
@@ -128,8 +138,8 @@ device_tests! {
     fn large_tiles(device, bounds) {
         check_forward(device, [1410, 8, 1544, 0, 1544, 0, 8, 0], bounds);
         // The gradients of `inner` and of B, whose tiles are large only above a rank of 64.
-        check_backward(device, [16_900, 72, 8, 0, 8, 0, 72, 0], bounds);
-        check_backward(device, [8, 72, 16_904, 0, 16_904, 0, 72, 0], bounds);
+        check_backward_input(device, [16_900, 72, 8, 0, 8, 0, 72, 0], bounds);
+        check_backward_weight(device, [8, 72, 16_904, 0, 16_904, 0, 72, 0]);
         check_input_add(device, (1410, 1544, 8), bounds);
     }
 
