@@ -240,11 +240,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
     let asked_lengths = asked_lengths(&settled)?;
     let objective = objective(&settled)?;
     refuse_clipping_by_layer(&settled)?;
-    let warmup = match (settled.warmup_steps, settled.warmup_ratio) {
-        (Some(steps), _) => Warmup::Steps(steps),
-        (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
-    };
     let policies = settled.policies();
+    let (optimizer, schedule, memory) = (optimizer(&settled), schedule(&settled), memory(&settled));
     Ok(RunConfig {
         policies,
         model: files.model.into_path(),
@@ -263,20 +260,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         adapter: settled.adapter,
         template_date: settled.template_date,
         objective,
-        optimizer: AdamWSettings {
-            learning_rate: settled.learning_rate,
-            beta1: settled.adam_beta1,
-            beta2: settled.adam_beta2,
-            epsilon: settled.adam_epsilon,
-            weight_decay: settled.weight_decay,
-            max_grad_norm: Some(settled.max_grad_norm).filter(|&norm| norm > 0.0),
-        },
-        schedule: ScheduleConfig {
-            kind: settled.schedule,
-            warmup,
-            epochs: settled.epochs.unwrap_or(EPOCHS),
-            max_steps: settled.max_steps,
-        },
+        optimizer,
+        schedule,
         batch: BatchConfig {
             pairs_per_step: settled.pairs_per_step,
             tokens_per_micro_batch: settled.tokens_per_micro_batch,
@@ -292,11 +277,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
-        memory: MemoryConfig {
-            states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
-            recompute: settled.recompute,
-            gradients: settled.gradients,
-        },
+        memory,
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),
@@ -304,6 +285,37 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         threads: settled.threads,
         resume,
     })
+}
+
+fn optimizer(settled: &Settled) -> AdamWSettings {
+    AdamWSettings {
+        learning_rate: settled.learning_rate,
+        beta1: settled.adam_beta1,
+        beta2: settled.adam_beta2,
+        epsilon: settled.adam_epsilon,
+        weight_decay: settled.weight_decay,
+        max_grad_norm: Some(settled.max_grad_norm).filter(|&norm| norm > 0.0),
+    }
+}
+
+fn schedule(settled: &Settled) -> ScheduleConfig {
+    ScheduleConfig {
+        kind: settled.schedule,
+        warmup: match (settled.warmup_steps, settled.warmup_ratio) {
+            (Some(steps), _) => Warmup::Steps(steps),
+            (None, ratio) => Warmup::Ratio(ratio.unwrap_or(WARMUP_RATIO)),
+        },
+        epochs: settled.epochs.unwrap_or(EPOCHS),
+        max_steps: settled.max_steps,
+    }
+}
+
+fn memory(settled: &Settled) -> MemoryConfig {
+    MemoryConfig {
+        states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
+        recompute: settled.recompute,
+        gradients: settled.gradients,
+    }
 }
 
 /// Refuses clipping where layers are updated inside the backward: a layer cannot be clipped by the norm of gradients

@@ -269,7 +269,7 @@ fn begin_table(out: &mut String, columns: &[&str]) {
 
 /// The charts for which a run's metrics have lines.
 fn charts(history: &History) -> Vec<Chart> {
-    let charts = [preference_charts(history), training_charts(history)];
+    let charts = [preference_charts(history), reward_charts(history), training_charts(history)];
     charts.into_iter().flatten().flatten().collect()
 }
 
@@ -316,6 +316,14 @@ fn preference_charts(history: &History) -> Vec<Option<Chart>> {
             true,
             vec![line("training", "logps/accuracies", 0), dots("evaluation", "eval_logps/accuracies", 1)],
         ),
+    ]
+}
+
+/// What the objective computes on the way: rewards, log-probs and weights.
+fn reward_charts(history: &History) -> Vec<Option<Chart>> {
+    let line = |name, series, color| line(history, name, series, color);
+    let dots = |name, series, color| dots(history, name, series, color);
+    vec![
         Chart::of(
             "Reward accuracy",
             "Share of pairs whose chosen response has the higher reward. MMPO's rewards hold a part of the label, so theirs is \
