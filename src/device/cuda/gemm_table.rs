@@ -24,8 +24,8 @@ pub(super) struct Measured {
 pub(super) const MEASURED: &[Measured] = &[];
 
 /// The tile with which our kernel is the faster one by `table` (the inner `None` is the planned one); `None` if the
-/// library is faster, or if no layer with these inputs and outputs was measured. Of the measured numbers of rows, the
-/// one nearest by ratio decides; on a tie, the lesser one.
+/// library is faster, or if no layer with these inputs and outputs was measured. The measured number of rows that is
+/// nearest by ratio decides; on a tie, the lesser one.
 pub(super) fn faster_tile(table: &[Measured], kind: GemmKind, shape: LinearShape) -> Option<Option<u8>> {
     let distance = |rows: usize| {
         let (more, less) = (rows.max(shape.rows), rows.min(shape.rows));
