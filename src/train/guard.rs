@@ -126,3 +126,18 @@ fn rounded(values: RawValues<'_>, index: usize) -> bf16 {
         StorageType::Bf16 => bf16::from_bits(two()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_not_finite_is_not_saved() {
+        assert!(check_saved("w", 0, &[]).is_ok() && check_saved("w", 0, &[0.0, -1e38]).is_ok());
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = check_saved("w", 100, &[0.0, broken, 1.0, broken]).unwrap_err();
+            assert!(matches!(error, Error::Numerics { .. }), "{error:?}");
+            assert!(error.to_string().contains("`w` is not finite from index 101"), "{error}");
+        }
+    }
+}
