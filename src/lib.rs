@@ -4,7 +4,7 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`]. Below them, in the order of a
+//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`verify::run`], [`bench::run`]. Below them, in the order of a
 //! training step:
 //!
 //! | module | holds |
@@ -74,5 +74,6 @@ pub mod optimizer;
 pub mod report;
 pub mod score;
 pub mod train;
+pub mod verify;
 
 pub use error::{Error, Result};

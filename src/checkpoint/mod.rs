@@ -12,6 +12,7 @@ pub mod tensor_file;
 mod tensor_names;
 pub mod tensor_writer;
 
+pub use adapter_config::ADAPTER_CONFIG;
 pub use adapter_folder::{AdapterFolder, save_adapter};
 pub use model_folder::ModelFolder;
 pub use run_state::{Checkpoint, RunState};

@@ -17,8 +17,10 @@ use crate::error::{Error, Result};
 
 /// The folder of a run that holds its checkpoints.
 pub const FOLDER: &str = "checkpoints";
-const STATE: &str = "state.json";
-const TENSORS: &str = "state.safetensors";
+/// The file of a checkpoint that says where the run stands.
+pub const STATE: &str = "state.json";
+/// The file of a checkpoint that holds weights and optimiser states.
+pub const TENSORS: &str = "state.safetensors";
 /// Raised when the meaning of a file here changes, or what a step computes. Format 2 has checksums, and learning rates
 /// that are never 0.
 const FORMAT: u32 = 2;
@@ -286,7 +288,7 @@ fn all(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// The step of a checkpoint's folder name.
-fn step_of(name: &str) -> Option<u64> {
+pub fn step_of(name: &str) -> Option<u64> {
     name.strip_prefix("step-")?.parse().ok()
 }
 

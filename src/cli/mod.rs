@@ -1,5 +1,5 @@
 //! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
-//! `score`, `generate`, `merge` and `bench`.
+//! `score`, `generate`, `merge`, `verify` and `bench`.
 
 mod arguments;
 mod bench;
@@ -9,6 +9,7 @@ mod merge;
 mod score;
 mod shell;
 mod train;
+mod verify;
 mod version;
 
 use std::ffi::OsString;
@@ -19,6 +20,7 @@ use clap::{Arg, ArgAction, Command};
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
+use crate::verify::VerifyConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +45,7 @@ enum Parsed {
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Merge(MergeConfig),
+    Verify(VerifyConfig),
     Bench(BenchConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
@@ -77,13 +80,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
+        Some(("verify", matches)) => Parsed::Verify(verify::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge, verify or bench",
             )));
         }
     };
@@ -103,6 +107,7 @@ impl Invocation {
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
+            Parsed::Verify(config) => crate::verify::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
@@ -139,6 +144,7 @@ pub fn command() -> Command {
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(merge::command())
+        .subcommand(verify::command())
         .subcommand(bench::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())

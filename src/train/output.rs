@@ -1,10 +1,12 @@
-//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.html`.
+//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.html`,
+//! and `B3SUMS`, the checksums of what is not in a checkpoint.
 
 use std::path::{Path, PathBuf};
 
 use super::inputs::Inputs;
 use super::lock::RunLock;
 use crate::checkpoint::atomic::{self, kind_of};
+use crate::checkpoint::checksums::{self, CHECKSUMS_FILE};
 use crate::checkpoint::run_state;
 use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
@@ -75,8 +77,16 @@ impl Output {
         Ok(Output { _lock: Some(lock), ..self })
     }
 
-    /// Writes the resolved configuration.
+    /// Writes the resolved configuration. The checksums that an earlier part of the run left are removed: their files are
+    /// about to change.
     pub fn begin(&self, config: &RunConfig) -> Result<()> {
+        let sums = self.path.join(CHECKSUMS_FILE);
+        match std::fs::remove_file(&sums) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(&sums, "remove", error));
+            }
+            _ => {}
+        }
         atomic::write_file(&self.path.join(RESOLVED_FILE), config.to_toml().as_bytes())
     }
 
@@ -94,10 +104,28 @@ impl Output {
         format!("{:<8}{}", self.result, self.model().display())
     }
 
+    /// Writes the checksums of the trained model or adapter and of the run's records, for `verify`. They stand outside the
+    /// model's folder, which is meant to be published as it is. The report is not among them: it can be made again.
+    fn record_checksums(&self) -> Result<()> {
+        let model = self.model();
+        let mut files = vec![METRICS_FILE.to_string(), RESOLVED_FILE.to_string()];
+        for entry in atomic::list(&model)? {
+            let inner = if entry.is_dir() { atomic::list(&entry)? } else { vec![entry] };
+            let within = inner.iter().filter_map(|path| path.strip_prefix(&self.path).ok()?.to_str());
+            files.extend(within.map(str::to_string));
+        }
+        let hash = |name: &String| Ok((name.clone(), checksums::hash_file(&self.path.join(name))?));
+        let sums: Vec<(String, blake3::Hash)> = files.iter().map(hash).collect::<Result<_>>()?;
+        let sums: Vec<(&str, blake3::Hash)> =
+            sums.iter().map(|(name, hash)| (name.as_str(), *hash)).collect();
+        atomic::write_file(&self.path.join(CHECKSUMS_FILE), checksums::text(&sums).as_bytes())
+    }
+
     /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
     /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, inputs, device, comparison, samples, seconds } = finished;
+        self.record_checksums()?;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
@@ -130,9 +158,8 @@ impl Output {
 /// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
-    let is_taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE]
-        .iter()
-        .any(|name| path.join(name).exists());
+    let taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE, CHECKSUMS_FILE];
+    let is_taken = taken.iter().any(|name| path.join(name).exists());
     if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
         return Err(Error::config(
             format!("{} holds a run already", path.display()),
@@ -155,6 +182,7 @@ fn refuse_inputs(config: &RunConfig) -> Result<()> {
         METRICS_FILE,
         RESOLVED_FILE,
         REPORT_FILE,
+        CHECKSUMS_FILE,
     ];
     let one = [
         ("--model", config.model.as_ref()),

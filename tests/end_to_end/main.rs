@@ -26,3 +26,4 @@ mod score;
 mod support;
 mod templates;
 mod train;
+mod verify;
