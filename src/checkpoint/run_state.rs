@@ -102,7 +102,7 @@ pub fn save_checkpoint(
 ) -> Result<PathBuf> {
     let checkpoints = run.join(FOLDER);
     remove_leftovers(&checkpoints)?;
-    let target = checkpoints.join(format!("step-{:06}", state.step));
+    let target = folder_of(run, state.step as usize);
     let folder = AtomicFolder::create(&target, |name| [STATE, TENSORS, CHECKSUMS_FILE].contains(&name))?;
     let tensors_hash = write_tensors(folder.file(TENSORS)?, tensors, &[], fill)?;
     let text = encode(&target, state)?;
@@ -111,6 +111,11 @@ pub fn save_checkpoint(
     folder.write_file(CHECKSUMS_FILE, sums.as_bytes())?;
     folder.commit()?;
     Ok(target)
+}
+
+/// The folder of the checkpoint after `step` steps, whether it is there or not.
+pub fn folder_of(run: &Path, step: usize) -> PathBuf {
+    run.join(FOLDER).join(format!("step-{step:06}"))
 }
 
 /// The newest complete checkpoint of a run, if there is one.
@@ -143,14 +148,14 @@ pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// Removes all checkpoints but the `keep` newest; the newest one stays in any case.
+/// Removes all checkpoints but the `keep` newest and that of step `best`; the newest one stays in any case.
 ///
 /// # Errors
 /// [`Error::Io`] if one cannot be removed.
-pub fn prune(run: &Path, keep: usize) -> Result<()> {
+pub fn prune(run: &Path, keep: usize, best: Option<usize>) -> Result<()> {
     let mut checkpoints = all(&run.join(FOLDER))?;
     checkpoints.truncate(checkpoints.len().saturating_sub(keep.max(1)));
-    for (_, path) in checkpoints {
+    for (_, path) in checkpoints.into_iter().filter(|(step, _)| best != Some(*step as usize)) {
         atomic::remove_folder(&path)?;
     }
     Ok(())

@@ -20,7 +20,29 @@ use clap::{Arg, ArgAction, Command};
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
+use crate::report::LogFormat;
 use crate::verify::VerifyConfig;
+
+/// The flag that says how standard error is written.
+const LOG_FORMAT: &str = "log-format";
+
+/// What a command line asks of standard error. It is told before the command line is parsed, for what is wrong with that is
+/// said there too.
+pub fn log_format(arguments: &[OsString]) -> LogFormat {
+    let mut arguments = arguments.iter().map(|argument| argument.to_string_lossy());
+    let flag = format!("--{LOG_FORMAT}");
+    while let Some(argument) = arguments.next() {
+        let value = match argument.strip_prefix(&flag) {
+            Some("") => arguments.next().map(|value| value.to_string()),
+            Some(rest) => rest.strip_prefix('=').map(str::to_string),
+            None => continue,
+        };
+        if value.as_deref() == Some("json") {
+            return LogFormat::Json;
+        }
+    }
+    LogFormat::Text
+}
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,6 +161,14 @@ pub fn command() -> Command {
                 .conflicts_with("verbose"),
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
+        .arg(
+            Arg::new(LOG_FORMAT)
+                .long(LOG_FORMAT)
+                .value_name("text|json")
+                .value_parser(["text", "json"])
+                .global(true)
+                .help("With json, each line on standard error is a JSON object: log, progress, errors; results stay as they are"),
+        )
         .subcommand(train::command())
         .subcommand(check::command())
         .subcommand(score::command())

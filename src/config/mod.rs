@@ -4,6 +4,7 @@
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
 
 mod check;
+mod metric;
 pub mod options;
 mod policy;
 pub mod recipe;
@@ -15,9 +16,10 @@ pub mod value;
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use metric::EvalMetric;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{asked_lengths, resolve};
+pub use resolve::{asked_lengths, resolve, resolve_replay};
 pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
@@ -80,6 +82,10 @@ pub struct RunConfig {
     pub threads: Option<usize>,
     /// Whether a run in `output` is continued.
     pub resume: bool,
+    /// Whether a step with a number that is not finite leaves a copy of its weights and states.
+    pub capsule_weights: bool,
+    /// A capsule that is repeated, in place of a run.
+    pub replay: Option<PathBuf>,
 }
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
@@ -204,6 +210,14 @@ pub struct EvaluationConfig {
     pub split: Option<f64>,
     /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
+    /// Whether the model is evaluated before the first step.
+    pub on_start: bool,
+    /// The metric whose best checkpoint is kept.
+    pub keep_best: Option<EvalMetric>,
+    /// Evaluations in a row without a better metric after which the run ends; `None`: it never does for that.
+    pub patience: Option<usize>,
+    /// A metric counts as better for `patience` where it is better by more than this.
+    pub delta: f64,
 }
 
 /// Everything `score` needs to know.

@@ -7,7 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check,
+    ColumnNames, EvalMetric, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy,
+    TemplateDate, check,
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -362,6 +363,20 @@ options! {
         save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
         /// How many checkpoints are kept, the newest ones.
         keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
+        /// Evaluate before the first step too; false saves that time, and the report cannot compare before and after.
+        eval_on_start: bool, Always<bool> = Always(true), ALL, check::anything;
+        /// Keep the checkpoint with the best value of this metric beside the newest ones, and write its model to `best`: loss,
+        /// implicit/accuracies, implicit/margins, rewards/accuracies, rewards/margins, rewards/chosen, logps/accuracies,
+        /// logps/margins or logps/chosen of the evaluation. The loss is best where it is lowest, all others where they are highest.
+        keep_best: EvalMetric, Absent = Absent("only the newest checkpoints are kept"), ALL, check::anything;
+        /// End the run after this many evaluations in a row in which the metric of --keep-best (the loss, where none is named) did
+        /// not become better; 0 never does.
+        early_stopping: usize, Always<usize> = Always(0), ALL, check::count;
+        /// With --early-stopping, a metric became better only where it did by more than this.
+        early_stopping_delta: f64, Always<f64> = Always(0.0), ALL, check::not_negative;
+        /// Copy the weights and optimiser states into the capsule that a step with a number that is not finite leaves. Without
+        /// that, `train --replay` takes the steps since the last checkpoint again.
+        capsule_weights: bool, Always<bool> = Always(false), ALL, check::anything;
     }
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.

@@ -18,7 +18,7 @@ pub const DEMO_PATH: &str = "recipes/demo.toml";
 const DEMO: &str = include_str!("../../recipes/demo.toml");
 
 /// Options that only a command line can have.
-const FLAGS_ONLY: [&str; 2] = ["recipe", "resume"];
+const FLAGS_ONLY: [&str; 3] = ["recipe", "resume", "replay"];
 
 /// Reads a recipe file.
 ///
@@ -144,6 +144,12 @@ fn given(config: &RunConfig) -> Options {
         eval_steps: config.evaluation.steps.and_then(some),
         save_steps: config.save_steps.and_then(some),
         keep_checkpoints: some(config.keep_checkpoints),
+        // A default is left out where it would be refused as idle when it is read back.
+        eval_on_start: some(config.evaluation.on_start).filter(|given| !given.value),
+        keep_best: config.evaluation.keep_best.and_then(some),
+        early_stopping: config.evaluation.patience.and_then(some),
+        early_stopping_delta: some(config.evaluation.delta).filter(|given| given.value > 0.0),
+        capsule_weights: some(config.capsule_weights).filter(|given| given.value),
         device: some(config.device),
         optimizer_states: some(config.memory.states.moments),
         master_weights: some(config.memory.states.master),

@@ -7,6 +7,7 @@ mod escape;
 mod failure;
 mod history;
 mod html;
+mod log;
 mod metrics;
 mod progress;
 mod summary;
@@ -14,10 +15,13 @@ mod tensorboard;
 
 pub use advice::advice;
 pub use escape::escaped;
-pub use failure::{bug_message, note_panics, print_bug, print_error, wants_color, wants_color_on};
+pub use failure::{
+    bug_message, note_panics, print_bug, print_error, print_usage, wants_color, wants_color_on,
+};
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub(crate) use html::STYLE;
 pub use html::{DataSummary, REPORT_FILE, RunReport};
+pub use log::{LogFormat, set_log_format};
 pub use metrics::{EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
 pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result, print_styled};
 pub use summary::{ComparisonRow, Sample, compare, summary};

@@ -45,22 +45,33 @@ pub const FREE_OPTIONS: &[&str] = &[
     "keep_checkpoints",
     "eval_data",
     "eval_steps",
+    // These say which checkpoints are kept, and when the run ends.
+    "eval_on_start",
+    "keep_best",
+    "early_stopping",
+    "early_stopping_delta",
+    "capsule_weights",
     "threads",
     "device",
     // The same bits, from more or less memory.
     "recompute",
 ];
 
-/// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.
+/// Writes `run/checkpoints/step-N` and removes all but the `keep` newest and that of step `best`.
 ///
 /// # Errors
 /// [`Error::Numerics`] where a weight or a moment is not finite; nothing is written then.
-pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep: usize) -> Result<()> {
+pub fn save<D: Device>(
+    run: &Path,
+    trainer: &Trainer<D>,
+    state: &RunState,
+    (keep, best): (usize, Option<usize>),
+) -> Result<()> {
     let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
     save_checkpoint(run, state, &layout, |tensor, offset, bytes| {
         download(trainer, &tensor.name, offset, bytes)
     })?;
-    run_state::prune(run, keep)
+    run_state::prune(run, keep, best)
 }
 
 /// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
@@ -312,7 +323,7 @@ mod tests {
         assert_eq!(moment(StateBuffer::FirstMoment), wanted("first_moment"));
         assert_eq!(moment(StateBuffer::SecondMoment), wanted("second_moment"));
 
-        save(&new, &trainer, &state(), 1).unwrap();
+        save(&new, &trainer, &state(), (1, None)).unwrap();
         for file in ["state.safetensors", "state.json", "B3SUMS"] {
             let bytes = |run: &Path| std::fs::read(run.join(file)).unwrap();
             assert!(bytes(&old) == bytes(&open(&new).0), "{file}");
@@ -325,7 +336,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let is_frozen = |tensor: &FusedTensor| !tensor.name().starts_with("model.layers.1.");
         let trainer = trainer(is_frozen);
-        save(folder.path(), &trainer, &state(), 1).unwrap();
+        save(folder.path(), &trainer, &state(), (1, None)).unwrap();
         let (_, checkpoint) = open(folder.path());
         checkpoint.check_tensors(&stored_tensors(&trainer.model.layout, trainer.state_options())).unwrap();
         let name = "weight/model.layers.1.mlp.down_proj.weight";

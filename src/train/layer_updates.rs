@@ -45,6 +45,23 @@ impl<D: Device> LayerNorms<D> {
         Ok(squares.sqrt() as f32)
     }
 
+    /// The first layer, in the order of the backward, whose norm was not finite: `None` outside is that of the tensors outside
+    /// the layers, which come last.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn first_broken(&self, device: &D) -> Result<Option<Option<usize>>> {
+        let numbers = (0..self.layers.len()).rev().map(Some);
+        for (number, norm) in numbers.zip(self.layers.iter().rev()).chain([(None, &self.outside)]) {
+            let mut found = [0.0; 2];
+            device.download(&mut found, norm, 0)?;
+            if !found[0].is_finite() {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
+    }
+
     /// The norm of the gradients outside the layers, and the update of those tensors where `step` asks for one. Call it at the end
     /// of the backward.
     ///

@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::capsule;
 use super::inputs::Inputs;
 use super::lock::RunLock;
+use super::record::RECORD_FILE;
 use crate::checkpoint::atomic::{self, kind_of};
 use crate::checkpoint::checksums::{self, CHECKSUMS_FILE};
 use crate::checkpoint::run_state;
@@ -18,6 +20,8 @@ use crate::report::{
 
 const MODEL_FOLDER: &str = "model";
 const ADAPTER_FOLDER: &str = "adapter";
+/// The model or adapter of the best checkpoint, where that is not the last one.
+const BEST_FOLDER: &str = "best";
 
 #[derive(Debug)]
 pub struct Output {
@@ -36,6 +40,8 @@ pub struct Finished<'a> {
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
     pub samples: Vec<Sample>,
     pub seconds: f64,
+    /// Sentences about the best checkpoint and about how the run ended.
+    pub notes: Vec<String>,
 }
 
 impl Output {
@@ -99,6 +105,11 @@ impl Output {
         self.path.join(self.result)
     }
 
+    /// The folder of the best checkpoint's model or adapter.
+    pub fn best(&self) -> PathBuf {
+        self.path.join(BEST_FOLDER)
+    }
+
     /// A line that says where that is.
     pub fn model_line(&self) -> String {
         format!("{:<8}{}", self.result, self.model().display())
@@ -107,9 +118,9 @@ impl Output {
     /// Writes the checksums of the trained model or adapter and of the run's records, for `verify`. They stand outside the
     /// model's folder, which is meant to be published as it is. The report is not among them: it can be made again.
     fn record_checksums(&self) -> Result<()> {
-        let model = self.model();
-        let mut files = vec![METRICS_FILE.to_string(), RESOLVED_FILE.to_string()];
-        for entry in atomic::list(&model)? {
+        let mut files = [METRICS_FILE, RESOLVED_FILE, RECORD_FILE].map(str::to_string).to_vec();
+        let entries = atomic::list(&self.model())?.into_iter().chain(atomic::list(&self.best())?);
+        for entry in entries {
             let inner = if entry.is_dir() { atomic::list(&entry)? } else { vec![entry] };
             let within = inner.iter().filter_map(|path| path.strip_prefix(&self.path).ok()?.to_str());
             files.extend(within.map(str::to_string));
@@ -124,18 +135,20 @@ impl Output {
     /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
     /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
-        let Finished { config, inputs, device, comparison, samples, seconds } = finished;
+        let Finished { config, inputs, device, comparison, samples, seconds, notes } = finished;
         self.record_checksums()?;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
         };
         let history = History::read(&self.path)?;
-        let warnings = advice(&history, config.optimizer.learning_rate);
+        let mut warnings = advice(&history, config.optimizer.learning_rate);
         // The demo's page has them too, but its terminal shows what a newcomer came for.
         if config.model.is_some() {
             warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
+        let said: String = notes.iter().map(|note| format!("{note}\n")).collect();
+        warnings.splice(0..0, notes);
         let report = RunReport {
             model: name(config),
             objective: config.objective.name().to_string(),
@@ -150,7 +163,12 @@ impl Output {
         };
         let page = self.path.join(REPORT_FILE);
         atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
+        let best = match self.best().exists() {
+            true => format!("{:<8}{}\n", BEST_FOLDER, self.best().display()),
+            false => String::new(),
+        };
+        let model = self.model_line();
+        print_result(&format!("{text}\n{said}{model}\n{best}report  {}\n", page.display()))?;
         Ok(())
     }
 }
@@ -158,7 +176,16 @@ impl Output {
 /// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
-    let taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE, CHECKSUMS_FILE];
+    let taken = [
+        METRICS_FILE,
+        MODEL_FOLDER,
+        ADAPTER_FOLDER,
+        BEST_FOLDER,
+        run_state::FOLDER,
+        REPORT_FILE,
+        RECORD_FILE,
+        CHECKSUMS_FILE,
+    ];
     let is_taken = taken.iter().any(|name| path.join(name).exists());
     if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
         return Err(Error::config(
@@ -182,6 +209,9 @@ fn refuse_inputs(config: &RunConfig) -> Result<()> {
         METRICS_FILE,
         RESOLVED_FILE,
         REPORT_FILE,
+        BEST_FOLDER,
+        capsule::FOLDER,
+        RECORD_FILE,
         CHECKSUMS_FILE,
     ];
     let one = [

@@ -1,6 +1,10 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
+mod trace;
+
 use std::sync::Arc;
+
+pub use trace::Trace;
 
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use crate::config::{GradientConfig, MemoryConfig};
@@ -255,6 +259,7 @@ impl<D: Device> Trainer<D> {
                 &batch.scored,
                 &trainer.objective,
             )?;
+            trainer.check_before_updates(pairs, adamw)?;
             let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
             let mut sink =
                 UpdateLayers { device: &*device, states: &mut trainer.states.layers, norms, step: adamw };
@@ -276,6 +281,20 @@ impl<D: Device> Trainer<D> {
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
         Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+    }
+
+    /// Fails where a loss is not finite, before the first layer is updated inside the backward. The gradients of all layers are
+    /// known only after that: where one of them is not finite the run ends too, with nothing saved.
+    fn check_before_updates(&mut self, pairs: &[TrainingPair<'_>], adamw: Option<AdamWStep>) -> Result<()> {
+        if adamw.is_none() {
+            return Ok(());
+        }
+        let device = Arc::clone(&self.model.device);
+        let values = pairs.len() * PairOutcome::WIDTH;
+        // The step is one micro-batch, so that these are all its pairs.
+        device.copy(&mut self.outcomes, 0, &self.activations.head.outcomes, 0, values)?;
+        let outcomes = self.download_outcomes(pairs.len())?;
+        super::guard::check_finite(self.mean_loss(pairs, &outcomes), None, pairs, &outcomes)
     }
 
     /// Tokens of each pair.
@@ -376,7 +395,11 @@ impl<D: Device> Trainer<D> {
         Ok(tokens)
     }
 
-    fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
+    /// The outcomes of the last `pairs` pairs that went through the head; [`Trainer::step`] leaves those of a step that failed.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(super) fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
         let mut outcomes = vec![PairOutcome::default(); pairs];
         self.device().download::<f32>(bytemuck::cast_slice_mut(&mut outcomes), &self.outcomes, 0)?;
         Ok(outcomes)

@@ -68,7 +68,7 @@ fn saved<D: Device>(trainer: &Trainer<D>) -> (tempfile::TempDir, Checkpoint, Vec
     let run = tempfile::tempdir().unwrap();
     let rng = RngPosition::default();
     let state = RunState { step: 2, epoch: 0, pairs_seen: 2, rng, identity: RunIdentity::default() };
-    save(run.path(), trainer, &state, 1).unwrap();
+    save(run.path(), trainer, &state, (1, None)).unwrap();
     let path = run_state::latest(run.path()).unwrap().unwrap();
     let bytes = std::fs::read(path.join("state.safetensors")).unwrap();
     (run, Checkpoint::open(&path).unwrap(), bytes)
