@@ -262,9 +262,13 @@ impl<'a, D: Device> Run<'a, D> {
         self.write_record(output)
     }
 
+    /// Writes what was decided so far. A checkpoint is named once it is on the disk.
     fn write_record(&mut self, output: &Path) -> Result<()> {
         let metric = self.chooser.metric();
-        self.record.best = self.chooser.best().map(|(step, value)| BestRecord { metric, step, value });
+        let is_saved = |(step, _): &(usize, f64)| run_state::folder_of(output, *step).is_dir();
+        if let Some((step, value)) = self.chooser.best().filter(is_saved) {
+            self.record.best = Some(BestRecord { metric, step, value });
+        }
         self.record.write(output)
     }
 

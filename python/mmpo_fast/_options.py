@@ -16,6 +16,8 @@ class TrainOptions(TypedDict, total=False):
     """Read options from a recipe; flags go before it"""
     resume: bool
     """Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too"""
+    replay: str
+    """Repeat the step that left this capsule (a folder capsules/step-N of a run) and show where the first number appears that is not finite; only --device and --threads may be given with it"""
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
@@ -128,6 +130,16 @@ class TrainOptions(TypedDict, total=False):
     """Optimiser steps between checkpoints. [default: only at the end and on Ctrl-C]"""
     keep_checkpoints: int
     """How many checkpoints are kept, the newest ones. [default: 2]"""
+    eval_on_start: bool
+    """Evaluate before the first step too; false saves that time, and the report cannot compare before and after. [default: true]"""
+    keep_best: str
+    """Keep the checkpoint with the best value of this metric beside the newest ones, and write its model to `best`: loss, implicit/accuracies, implicit/margins, rewards/accuracies, rewards/margins, rewards/chosen, logps/accuracies, logps/margins or logps/chosen of the evaluation. The loss is best where it is lowest, all others where they are highest. [default: only the newest checkpoints are kept]"""
+    early_stopping: int
+    """End the run after this many evaluations in a row in which the metric of --keep-best (the loss, where none is named) did not become better; 0 never does. [default: 0]"""
+    early_stopping_delta: float
+    """With --early-stopping, a metric became better only where it did by more than this. [default: 0.0]"""
+    capsule_weights: bool
+    """Copy the weights and optimiser states into the capsule that a step with a number that is not finite leaves. Without that, `train --replay` takes the steps since the last checkpoint again. [default: false]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
     optimizer_states: str

@@ -10,6 +10,12 @@ fn diverging() -> String {
     format!("{} --warmup-steps 0 --max-steps 5", TRAIN.replace("1e-3", "1e8"))
 }
 
+/// Where a replay found the first number that is not finite.
+#[track_caller]
+fn first(text: &str) -> &str {
+    text.lines().find(|line| line.starts_with("first ")).unwrap_or_else(|| panic!("{text}"))
+}
+
 #[test]
 fn a_step_that_fails_is_repeated_from_its_capsule() {
     let work = Workplace::new();
@@ -26,9 +32,16 @@ fn a_step_that_fails_is_repeated_from_its_capsule() {
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
-    let first = text.lines().find(|line| line.starts_with("first ")).unwrap_or_else(|| panic!("{text}"));
-    assert!(first.contains("layer ") && first.contains(" is "), "{first}");
+    // The last layer's gradients are the first ones of the backward.
+    assert!(first(&text).contains("the gradient of `model.layers.2."), "{text}");
     assert!(work.contents("run") == before, "the replay changed the run");
+    // Weights so large that attention has no finite scores.
+    let run = diverging().replace("1e8", "1e13");
+    work.refuse(&format!("{run} --output larger"), NUMERICS, &["loss NaN", "--replay"]);
+    let larger = work.succeed("train --replay larger/capsules/step-000002").stdout;
+    for part in ["the residual stream after the attention of layer 0", "is NaN, in record 1 of the data"] {
+        assert!(first(&larger).contains(part), "no {part:?} in {larger}");
+    }
     // Where the run is elsewhere now, its capsules are with it.
     std::fs::rename(work.path("run"), work.path("moved")).unwrap();
     work.succeed("train --replay moved/capsules/step-000002");

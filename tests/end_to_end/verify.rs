@@ -42,6 +42,7 @@ impl Workplace {
     }
 }
 
+#[expect(clippy::ptr_arg, reason = "of the same type as damage that changes the length")]
 fn flip(bytes: &mut Vec<u8>) {
     let at = bytes.len() - 2;
     bytes[at] ^= 1;

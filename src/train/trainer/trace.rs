@@ -175,10 +175,10 @@ impl<D: Device> Trainer<D> {
             }));
         }
         let named = self.model.layout.iter().zip(self.gradients.iter());
-        let mut gradients: Vec<_> =
+        let gradients: Vec<_> =
             named.filter_map(|(tensor, gradient)| Some((tensor.name(), gradient.as_ref()?))).collect();
-        gradients.sort_by_key(|(name, _)| place_in_backward(name));
-        for (name, gradient) in gradients {
+        // The backward goes through the tensors from the last to the first.
+        for (name, gradient) in gradients.into_iter().rev() {
             if let Some((index, value)) = self.first_in_floats(gradient, self.device().len(gradient))? {
                 let place = format!("the gradient of `{name}`, at index {index}");
                 return Ok(Some(Broken { place, value, pair: None }));
@@ -216,36 +216,9 @@ fn first_broken(
     Ok(None)
 }
 
-/// Where the backward comes to a tensor: what follows the layers first, the layers from the last to the first, the embedding.
-fn place_in_backward(name: &str) -> (u8, std::cmp::Reverse<usize>) {
-    let layer = name.split_once("layers.").and_then(|(_, rest)| rest.split('.').next()?.parse().ok());
-    match layer {
-        Some(layer) => (1, std::cmp::Reverse(layer)),
-        None if name.contains("embed_tokens") => (2, std::cmp::Reverse(0)),
-        None => (0, std::cmp::Reverse(0)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_backward_goes_from_the_head_to_the_embedding() {
-        let mut names = [
-            "model.embed_tokens.weight",
-            "model.layers.2.mlp.down_proj.weight",
-            "base_model.model.model.layers.10.mlp.down_proj.lora_A.weight",
-            "model.norm.weight",
-        ];
-        names.sort_by_key(|name| place_in_backward(name));
-        let order = names.map(|name| place_in_backward(name).0);
-        assert_eq!(
-            (names[0], names[3], order),
-            ("model.norm.weight", "model.embed_tokens.weight", [0, 1, 1, 2])
-        );
-        assert!(names[1].contains("layers.10."), "{names:?}");
-    }
 
     #[test]
     fn the_first_broken_value_is_found_beyond_a_piece() {
