@@ -4,6 +4,7 @@
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
 mod merge;
 mod score;
@@ -18,6 +19,7 @@ use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
 
 /// How much a command line asks the program to say.
@@ -44,6 +46,7 @@ enum Parsed {
     Generate(GenerateConfig),
     Merge(MergeConfig),
     Bench(BenchConfig),
+    Doctor(DoctorConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -78,6 +81,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
@@ -104,6 +108,7 @@ impl Invocation {
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -125,7 +130,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -140,6 +149,7 @@ pub fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(merge::command())
         .subcommand(bench::command())
+        .subcommand(doctor::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }
