@@ -22,9 +22,11 @@ FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 COPY --from=build /source/target/release/mmpo-fast /usr/local/bin/mmpo-fast
 COPY --from=build /source/man1 /usr/local/share/man/man1
 COPY --from=build /source/LICENSE /usr/local/share/doc/mmpo-fast/LICENSE
-# A number above those of people on the host, so that files written by mistake are nobody's.
+# A number above those of people on the host, so that files written by mistake are nobody's. Whoever is named with --user may keep
+# reference log-probs too: the program believes only files of its own user.
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin mmpo \
-    && install --directory --owner=mmpo --group=mmpo /cache /cache/huggingface /cache/mmpo-fast /work
+    && install --directory --owner=mmpo --group=mmpo /cache /cache/huggingface /work \
+    && install --directory --mode=1777 /cache/mmpo-fast
 # Models and data sets of the Hugging Face Hub, and reference log-probs.
 ENV HF_HOME=/cache/huggingface MMPO_FAST_CACHE=/cache/mmpo-fast
 VOLUME ["/cache"]
