@@ -5,6 +5,7 @@ mod arguments;
 mod bench;
 mod check;
 mod generate;
+mod import;
 mod merge;
 mod score;
 mod shell;
@@ -19,6 +20,7 @@ use clap::{Arg, ArgAction, Command};
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +46,7 @@ enum Parsed {
     Generate(GenerateConfig),
     Merge(MergeConfig),
     Bench(BenchConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -78,12 +81,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge, bench or import",
             )));
         }
     };
@@ -104,6 +108,7 @@ impl Invocation {
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -140,6 +145,7 @@ pub fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(merge::command())
         .subcommand(bench::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }
