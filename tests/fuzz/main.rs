@@ -39,9 +39,8 @@ const WAIT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 1 << 30;
 /// Inputs per format where no number is given.
 const FEW: u64 = 200;
-/// Inputs that a worker tries before another takes its place. Templates leave memory behind, about 30 KiB each, which a program
-/// that reads one template does not notice and [`MEMORY`] does.
-const PER_WORKER: u64 = 5000;
+/// Inputs that a worker tries before another takes its place.
+const PER_WORKER: u64 = 100_000;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
 /// Says to a process of this program that it is a worker, and in which folder.
@@ -116,7 +115,7 @@ fn main() -> ExitCode {
 fn prepare(folder: &Path) {
     let place = folder.join("place");
     std::fs::create_dir_all(&place).unwrap();
-    let place = Place::prepare(&place, Path::new(env!("CARGO_BIN_EXE_mmpo-fast")));
+    let place = Place::prepare(&place, Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &formats::ALL);
     for format in formats::ALL {
         let corpus = folder.join("corpus").join(format);
         std::fs::create_dir_all(&corpus).unwrap();
@@ -155,7 +154,7 @@ struct Outcome {
 fn fuzz(options: &Options) -> Outcome {
     let format = &options.formats[0];
     let folder = tempfile::tempdir().unwrap();
-    let place = Place::prepare(folder.path(), Path::new(env!("CARGO_BIN_EXE_mmpo-fast")));
+    let place = Place::prepare(folder.path(), Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &[format]);
     let end = options.first + options.inputs;
     let (mut next, mut faults) = (options.first, Vec::new());
     let (mut accepted, mut slowest) = (0, Duration::ZERO);

@@ -29,7 +29,9 @@ use crate::{Error, Result};
 const MAGIC: [u8; 16] = *b"mmpo-fast pairs\n";
 const HASH_BYTES: usize = blake3::OUT_LEN;
 const FOOTER_BYTES: usize = 3 * 8 + HASH_BYTES;
-/// Bytes that are gathered before they are written, and read at a time.
+/// Bytes that are gathered before they are written.
+const WRITTEN: usize = 256 << 10;
+/// Bytes that are read at a time.
 const BLOCK: usize = 4 << 20;
 /// More bytes than the reports on any number of files take.
 const MOST_SUMMARY_BYTES: u64 = 256 << 20;
@@ -88,7 +90,7 @@ pub(in crate::data) struct PairWriter {
 
 impl PairWriter {
     pub(super) fn new(file: NamedTempFile) -> Result<Self> {
-        let mut block = Vec::with_capacity(BLOCK);
+        let mut block = Vec::with_capacity(WRITTEN);
         block.extend_from_slice(&MAGIC);
         let hasher = blake3::Hasher::new();
         Ok(PairWriter { file, hasher, block, entries: Vec::new(), tokens: 0, failed: false })
@@ -133,7 +135,7 @@ impl PairWriter {
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.block.extend_from_slice(bytes);
-        if self.block.len() >= BLOCK { self.flush() } else { Ok(()) }
+        if self.block.len() >= WRITTEN { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> Result<()> {
