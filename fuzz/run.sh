@@ -2,19 +2,18 @@
 # Coverage-guided fuzzing of one format or of all: `fuzz/run.sh FOLDER [FORMAT ...]`. What it takes from the environment:
 # RUNS, executions of each format (10000); LOG, the folder of the logs (FOLDER/logs).
 #
-# The flags are those of `cargo fuzz run --sanitizer none`: they need no nightly compiler, since the sanitizers that do are
-# left out (the program's own code has no unsafe blocks outside src/device).
+# The flags, in instrument.sh, are those of `cargo fuzz run --sanitizer none`: they need no nightly compiler, since the
+# sanitizers that do are left out (the program's own code has no unsafe blocks outside src/device).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "$1")
 shift
 export MMPO_FAST_CUDA=off MMPO_FAST_EMULATED=off
-target=$(rustc -vV | sed -n 's/^host: //p')
-flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
-flags="$flags -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table"
-flags="$flags -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=4"
-RUSTFLAGS="$flags" cargo build --release --manifest-path fuzz/Cargo.toml --target "$target"
-program=$(realpath "fuzz/target/$target/release/format")
+export RUSTC_WRAPPER=$PWD/fuzz/instrument.sh
+cargo build --manifest-path fuzz/Cargo.toml
+target=${CARGO_TARGET_DIR:-fuzz/target}
+program=$(realpath "$target/debug/format")
+unset RUSTC_WRAPPER
 if [ ! -d "$folder/place" ]; then
   cargo test --test fuzz -- --prepare "$folder"
 fi

@@ -138,7 +138,8 @@ pub fn load_cached(
     mut observe: Option<&mut dyn FnMut(&EncodedRecord)>,
 ) -> Result<PairDataset> {
     let mut seen = 0;
-    if let Some((cache, key)) = cache.zip(Key::of(source, encoder, &treatment)) {
+    let keyed = |cache| Some((cache, Key::of(source, encoder, &treatment)?));
+    if let Some((cache, key)) = cache.and_then(keyed) {
         if let Some(stored) = cache.open(&key) {
             tracing::info!("tokenised pairs are read from {}", cache.path(&key).display());
             return stored_dataset(source, treatment, &stored, observe);

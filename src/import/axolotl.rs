@@ -336,9 +336,7 @@ fn schedule(draft: &mut Draft, devices: usize) {
     training::warmup(draft, kind == Some("constant"), Some(WARMUP));
     training::length(draft, "num_epochs", Some(1.0));
     training::batch(draft, ["micro_batch_size", "gradient_accumulation_steps"], 1, devices);
-    if let Some(node) = draft.take("output_dir") {
-        training::output(draft, "output_dir", &node);
-    }
+    training::output(draft, "./model-out");
     training::saving(draft);
     training::recomputation(draft, "gradient_checkpointing");
     training::precision(draft);
@@ -361,7 +359,7 @@ fn refused(draft: &mut Draft) {
         ("lr_groups", &[], "all tensors have one learning rate here"),
         ("embedding_lr", &[], "all tensors have one learning rate here"),
         ("cosine_min_lr_ratio", &["0"], "a cosine ends at 0 here"),
-        ("lr_scheduler_kwargs", &["{}"], "schedules have no such numbers here"),
+        ("lr_scheduler_kwargs", &[], "schedules have no such numbers here"),
         ("noisy_embedding_alpha", &["0"], "no noise is added to embeddings here"),
         ("neftune_noise_alpha", &["0"], "no noise is added to embeddings here"),
         ("relora_steps", &["0"], "adapters are not merged while they are trained"),
@@ -373,9 +371,9 @@ fn refused(draft: &mut Draft) {
         ("early_stopping_patience", &["0"], "a run is not ended early by this key"),
         ("curriculum_sampling", &["false"], "pairs are in random order here"),
         ("group_by_length", &["false"], "pairs are in random order here"),
-        ("overrides_of_model_config", &["{}"], "models are read as their config.json says"),
-        ("tokens", &["[]"], "the vocabulary stays as it is here"),
-        ("added_tokens_overrides", &["{}"], "the vocabulary stays as it is here"),
+        ("overrides_of_model_config", &[], "models are read as their config.json says"),
+        ("tokens", &[], "the vocabulary stays as it is here"),
+        ("added_tokens_overrides", &[], "the vocabulary stays as it is here"),
         ("sequence_parallel_degree", &["1"], "a sequence lies on one device here"),
     ]);
 }

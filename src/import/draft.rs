@@ -74,7 +74,7 @@ impl Draft {
     pub fn take(&mut self, key: &str) -> Option<Node> {
         let at = self.members.iter().position(|(name, _)| name == key)?;
         let (_, node) = self.members.remove(at);
-        if node.is_null() {
+        if node.says_nothing() {
             self.no_effect(key, &node, "it says nothing");
             return None;
         }
@@ -200,7 +200,7 @@ impl Draft {
                 Ok(number) => node.number() == Some(number),
                 Err(_) if *value == "false" => node.truth() == Some(false),
                 Err(_) if *value == "true" => node.truth() == Some(true),
-                Err(_) => node.text() == Some(value),
+                Err(_) => node.text() == Some(*value),
             };
             match idle.iter().any(matches) {
                 true => self.no_effect(key, &node, "the same as here"),

@@ -1,5 +1,7 @@
 //! The keys of transformers' `TrainingArguments`, which TRL, the alignment handbook and LLaMA-Factory share.
 
+use std::path::PathBuf;
+
 use super::draft::Draft;
 use super::yaml::Node;
 use crate::model::AdaptedModules;
@@ -31,9 +33,7 @@ pub(super) fn read(draft: &mut Draft, defaults: &Defaults, devices: usize) {
         defaults.per_device_batch,
         devices,
     );
-    if let Some(node) = draft.take("output_dir") {
-        output(draft, "output_dir", &node);
-    }
+    output(draft, "trainer_output");
     saving(draft);
     recomputation(draft, "gradient_checkpointing");
     precision(draft);
@@ -57,9 +57,9 @@ pub(super) fn read(draft: &mut Draft, defaults: &Defaults, devices: usize) {
         ),
         ("load_best_model_at_end", &["false"], "it chooses another model at the end than the last one"),
         ("data_seed", &["42"], "there is one seed here, for the order of pairs and all else"),
-        ("lr_scheduler_kwargs", &["{}"], "schedules have no such numbers here"),
-        ("optim_args", &[""], "AdamW has no such options here"),
-        ("torchdistx_path", &[""], "AdamW has no such options here"),
+        ("lr_scheduler_kwargs", &[], "schedules have no such numbers here"),
+        ("optim_args", &[], "AdamW has no such options here"),
+        ("torchdistx_path", &[], "AdamW has no such options here"),
     ]);
 }
 
@@ -134,7 +134,7 @@ pub(super) fn read_idle(draft: &mut Draft) {
     const WHY: &str = "it concerns logs, files, speed or machines";
     draft.idle(&IDLE, WHY);
     for (key, node) in draft.take_rest() {
-        match (node.is_null(), PREFIXES.iter().any(|prefix| key.starts_with(prefix))) {
+        match (node.says_nothing(), PREFIXES.iter().any(|prefix| key.starts_with(prefix))) {
             (true, _) => draft.no_effect(&key, &node, "it says nothing"),
             (false, true) => draft.no_effect(&key, &node, WHY),
             (false, false) => {
@@ -290,11 +290,15 @@ pub(super) fn batch(
     }
 }
 
-/// The folder of the run.
-pub(super) fn output(draft: &mut Draft, key: &str, node: &Node) {
-    match node.text() {
-        Some(text) => draft.keep(key, node, "output", &std::path::PathBuf::from(text)),
-        None => draft.refuse(key, node, "it is no folder"),
+/// The folder of the run; `default` is where the other program writes without one.
+pub(super) fn output(draft: &mut Draft, default: &str) {
+    const KEY: &str = "output_dir";
+    match draft.take(KEY) {
+        None => draft.default(KEY, "output", &PathBuf::from(default)),
+        Some(node) => match node.text() {
+            Some(text) => draft.keep(KEY, &node, "output", &PathBuf::from(text)),
+            None => draft.refuse(KEY, &node, "it is no folder"),
+        },
     }
 }
 

@@ -47,7 +47,7 @@ fn model(draft: &mut Draft) {
         ),
         ("chat_template", &[], "write the template to a file and give it as --chat-template"),
         ("chat_template_path", &[], "give the template's file as --chat-template"),
-        ("model_init_kwargs", &["{}"], "models are read as their config.json says"),
+        ("model_init_kwargs", &[], "models are read as their config.json says"),
         ("load_in_8bit", &["false"], "no quantised weights are trained here"),
         ("load_in_4bit", &["false"], "no quantised weights are trained here"),
         ("router_aux_loss_coef", &["0"], "mixtures of experts are not trained here"),
@@ -81,7 +81,9 @@ fn data(draft: &mut Draft, evaluates: bool) -> bool {
         return test_split(draft, evaluates);
     }
     let Some(node) = draft.take("dataset_name") else {
-        draft.lack("dataset_name", "no pairs are named; `--data FILE` of this command names them");
+        if !draft.lines.iter().any(|(name, _)| *name == "data") {
+            draft.lack("dataset_name", "no pairs are named; `--data FILE` of this command names them");
+        }
         return false;
     };
     if let Some(config) = draft.take("dataset_config") {

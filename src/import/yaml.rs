@@ -44,6 +44,15 @@ impl Node {
         matches!(&self.value, Value::Scalar { text, quoted: false } if words.contains(&text.as_str()))
     }
 
+    /// Whether it is null or an empty list or mapping.
+    pub fn says_nothing(&self) -> bool {
+        match &self.value {
+            Value::Scalar { .. } => self.is_null(),
+            Value::List(nodes) => nodes.is_empty(),
+            Value::Mapping(members) => members.is_empty(),
+        }
+    }
+
     /// The text of a scalar that is not null.
     pub fn text(&self) -> Option<&str> {
         match &self.value {

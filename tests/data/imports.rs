@@ -268,6 +268,7 @@ fn files_of_axolotl_are_mapped_field_by_field() {
         &imported,
         &[
             "data = \"pairs.jsonl\"",
+            "output = \"./model-out\"",
             "objective = \"simpo\"",
             "gamma_beta_ratio = 0.5",
             "schedule = \"cosine\"",
@@ -327,6 +328,11 @@ fn what_cannot_be_told_or_run_is_an_error() {
     let idle = ImportConfig { without: vec!["beta".to_string()], ..asked("c.yaml") };
     let message = convert(LEAST, &idle).expect_err("an error").to_string();
     assert!(message.contains("--without beta: no such key is refused"), "{message}");
+    let bare = "model_name_or_path: m\noutput_dir: o\nloss_type: sigmoid\n";
+    assert_eq!(refused(&inline(bare).expect("an account")), ["dataset_name"]);
+    let data = Some(PairData::from_text("mine.jsonl").expect("a name"));
+    let imported = convert(bare, &ImportConfig { data, ..asked("c.yaml") }).expect("a recipe");
+    assert_lines(&imported, &["data = \"mine.jsonl\""]);
     let forced = ImportConfig { from: Some(Dialect::Axolotl), ..asked("c.yaml") };
     let imported = convert("rl: dpo\n", &forced).expect("an account");
     assert!(refused(&imported).contains(&"base_model"), "{:?}", refused(&imported));
