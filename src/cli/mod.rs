@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod doctor;
 mod generate;
+mod import;
 mod merge;
 mod score;
 mod shell;
@@ -21,6 +22,7 @@ use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +49,7 @@ enum Parsed {
     Merge(MergeConfig),
     Bench(BenchConfig),
     Doctor(DoctorConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -82,12 +85,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge, bench or import",
             )));
         }
     };
@@ -109,6 +113,7 @@ impl Invocation {
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
             Parsed::Doctor(config) => crate::doctor::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -150,6 +155,7 @@ pub fn command() -> Command {
         .subcommand(merge::command())
         .subcommand(bench::command())
         .subcommand(doctor::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

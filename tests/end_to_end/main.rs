@@ -7,6 +7,7 @@ mod check;
 mod checkpoints;
 mod cli;
 mod context;
+mod data_cache;
 mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
