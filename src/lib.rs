@@ -72,6 +72,7 @@ pub mod model;
 pub mod objective;
 pub mod optimizer;
 pub mod report;
+pub mod runs;
 pub mod score;
 pub mod train;
 
