@@ -51,8 +51,8 @@ fn read(folder: &Path) -> Result<RunReport> {
     let mut report = RunReport::read(folder)?;
     // While a run is written somebody has its lock.
     if report.facts.state == RunState::Running && RunLock::check(folder).is_ok() {
-        let why = "its process ended without a word: it was killed, or the machine went down. `--resume` goes on after the \
-                   newest checkpoint";
+        let why = "its process ended before it wrote a report: it was killed, or failed at its end. `--resume` goes on after \
+                   the newest checkpoint";
         report.facts.state = RunState::Stopped(why.to_string());
     }
     Ok(report)
@@ -62,7 +62,8 @@ fn read(folder: &Path) -> Result<RunReport> {
 fn named(folders: &[PathBuf]) -> Result<Vec<NamedRun>> {
     let name = |folder: &PathBuf| {
         let real = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.clone());
-        real.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
+        real.file_name()
+            .map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
     };
     let names: Vec<String> = folders.iter().map(name).collect();
     let run = |(folder, name): (&PathBuf, &String)| {

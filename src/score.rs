@@ -91,7 +91,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let Scored { lines, tokens } = run_on(config.device, config.threads, scoring)?;
     write_lines(&output, &lines)?;
     match &config.explain {
-        Some(how) => explain::show(&explain(&encoder, &dataset.pairs, &tokens)?, how),
+        Some(how) => explain::show(&explain(&encoder, &dataset.pairs, &tokens)?, how, &output),
         None => Ok(()),
     }
 }
@@ -100,8 +100,8 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
 fn write_lines(output: &ScoreOutput, lines: &[ScoreLine]) -> Result<()> {
     let mut text = String::new();
     for line in lines {
-        let json =
-            serde_json::to_string(line).map_err(|error| Error::bug(format!("a score is no JSON: {error}")))?;
+        let json = serde_json::to_string(line)
+            .map_err(|error| Error::bug(format!("a score is no JSON: {error}")))?;
         text.push_str(&json);
         text.push('\n');
     }
@@ -152,7 +152,8 @@ impl DeviceTask for Scoring<'_> {
             self.scores(&device, (&self.folder, self.adapter.as_ref()), "scoring", true)?;
         let (reference, reference_tokens) = match (&self.reference, &self.config.explain) {
             (Some(folder), _) => {
-                let (scores, tokens) = self.scores(&device, (folder, None), "scoring the reference", false)?;
+                let (scores, tokens) =
+                    self.scores(&device, (folder, None), "scoring the reference", false)?;
                 (Some(scores), tokens)
             }
             // The model without its adapter is the reference.

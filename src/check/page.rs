@@ -19,6 +19,10 @@ struct View<'a> {
 /// The page.
 pub(super) fn write(account: &Account) -> Result<String> {
     let counts = || account.lengths.histogram.iter().map(|bin| bin.count);
-    let view = View { account, highest: counts().max().unwrap_or(1).max(1), tokenised: counts().sum::<usize>().max(1) };
+    let view = View {
+        account,
+        highest: counts().max().unwrap_or(1).max(1),
+        tokenised: counts().sum::<usize>().max(1),
+    };
     page::render("check.html", include_str!("check.html"), &view)
 }

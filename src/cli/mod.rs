@@ -18,7 +18,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{
+    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
+};
 use crate::error::{Error, Result};
 
 /// How much a command line asks the program to say.

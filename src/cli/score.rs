@@ -77,9 +77,11 @@ pub fn command() -> Command {
 
 fn explain_flags() -> [Arg; 4] {
     let page = own("html", "FILE", "Write the explained pairs as one page, which fetches nothing");
-    let count = own("show", "COUNT", format!("Pairs that are explained, the first of the data [default: {SHOWN}]"));
-    let color = own("color", "WHEN", "Colours: auto (on a terminal, unless NO_COLOR is set), always or never")
-        .value_parser(PossibleValuesParser::new(["auto", "always", "never"]));
+    let count =
+        own("show", "COUNT", format!("Pairs that are explained, the first of the data [default: {SHOWN}]"));
+    let color =
+        own("color", "WHEN", "Colours: auto (on a terminal, unless NO_COLOR is set), always or never")
+            .value_parser(PossibleValuesParser::new(["auto", "always", "never"]));
     let explain = Arg::new("explain").long("explain").action(ArgAction::SetTrue).help(
         "Show how much likelier than under the reference each token of the responses is; the reference is --reference, or \
          the model without its --adapter",

@@ -194,7 +194,8 @@ fn draw(drawing: &mut Drawing, line: &Line, scale: &Scale) {
     let is_dotted = line.kind == LineKind::Dots || points.len() == 1;
     let is_smoothed = !is_dotted && line.kind == LineKind::Noisy && points.len() > SMOOTH_FROM;
     let path = |points: &[(f64, f64)], is_raw| {
-        let points = points.iter().map(|point| format!("{},{}", place(scale.x(point.0)), place(scale.y(point.1))));
+        let points =
+            points.iter().map(|point| format!("{},{}", place(scale.x(point.0)), place(scale.y(point.1))));
         Path { style: line.style, is_raw, points: points.collect::<Vec<_>>().join(" ") }
     };
     drawing.paths.push(path(&points, is_dotted || is_smoothed));
@@ -202,8 +203,11 @@ fn draw(drawing: &mut Drawing, line: &Line, scale: &Scale) {
         drawing.paths.push(path(&smooth(&points), false));
     }
     if is_dotted {
-        let dot =
-            |point: &(f64, f64)| Dot { style: line.style, x: place(scale.x(point.0)), y: place(scale.y(point.1)) };
+        let dot = |point: &(f64, f64)| Dot {
+            style: line.style,
+            x: place(scale.x(point.0)),
+            y: place(scale.y(point.1)),
+        };
         drawing.dots.extend(points.iter().map(dot));
     }
 }
@@ -404,7 +408,8 @@ mod tests {
     /// A tooltip must not pass an evaluation of another step, or a shorter run's last value, for the value at its step.
     #[test]
     fn a_tooltip_says_the_step_of_a_value_that_is_not_of_its_own() {
-        let line = |name: &'static str, points| Line { name: name.into(), points, style: 0, kind: LineKind::Exact };
+        let line =
+            |name: &'static str, points| Line { name: name.into(), points, style: 0, kind: LineKind::Exact };
         let steps = (1..=8).map(|step| (step as f64, step as f64 / 2.0)).collect();
         let lines = vec![line("training", steps), line("evaluation", vec![(4.0, 9.0)])];
         let drawing = Chart::of("Loss", "", false, lines).unwrap().drawing();

@@ -128,6 +128,11 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
             true,
             vec![line("mfu", "mfu", 0)],
         ),
-        Chart::of("Peak memory", "The most that the device's buffers held so far, in GiB.", false, vec![memory]),
+        Chart::of(
+            "Peak memory",
+            "The most that the device's buffers held so far, in GiB.",
+            false,
+            vec![memory],
+        ),
     ]
 }

@@ -67,7 +67,8 @@ pub fn comparison_page(runs: &[NamedRun]) -> Result<String> {
     let differing = differing_options(runs);
     let differs = |is_of: &dyn Fn(&str) -> bool| differing.iter().any(|(name, _)| is_of(name));
     let (of_objective, of_problems) = (options_under(OBJECTIVE_HEADING), options_under(PROBLEMS_HEADING));
-    let same_pairs = !differs(&|name| EVALUATED.contains(&name) || of_problems.contains(&name)) && !splits_other_data(runs, &differing);
+    let same_pairs = !differs(&|name| EVALUATED.contains(&name) || of_problems.contains(&name))
+        && !splits_other_data(runs, &differing);
     let same_objective = !differs(&|name| of_objective.contains(&name));
     let mut notes = Vec::new();
     if !same_pairs {
@@ -152,7 +153,8 @@ fn splits_other_data(runs: &[NamedRun], differing: &[(String, Vec<Option<String>
 fn options_table(runs: &[NamedRun], differing: Vec<(String, Vec<Option<String>>)>) -> Option<Table> {
     let mut table = Table::new(columns("option", runs));
     for (name, values) in differing {
-        let cell = |value: Option<String>| Cell { text: value.unwrap_or_else(|| "not given".into()), class: "text" };
+        let cell =
+            |value: Option<String>| Cell { text: value.unwrap_or_else(|| "not given".into()), class: "text" };
         table.rows.push(TableRow { label: name, cells: values.into_iter().map(cell).collect() });
     }
     (!table.rows.is_empty()).then_some(table)
@@ -168,11 +170,15 @@ fn metrics_table(runs: &[NamedRun], same_pairs: bool, same_objective: bool) -> T
         let comparable = (same_pairs || !metric.evaluated) && (same_objective || !metric.of_objective);
         let best = best(&values, metric.better).filter(|_| comparable);
         let cell = |value: &Option<f64>| match value {
-            Some(value) if Some(*value) == best => Cell { text: format!("{} best", (metric.text)(*value)), class: "good" },
+            Some(value) if Some(*value) == best => {
+                Cell { text: format!("{} best", (metric.text)(*value)), class: "good" }
+            }
             Some(value) => Cell { text: (metric.text)(*value), class: "" },
             None => Cell::default(),
         };
-        table.rows.push(TableRow { label: metric.label.to_string(), cells: values.iter().map(cell).collect() });
+        table
+            .rows
+            .push(TableRow { label: metric.label.to_string(), cells: values.iter().map(cell).collect() });
     }
     table
 }
@@ -221,9 +227,24 @@ const fn of_steps(
 
 /// First what training can change, then what the objective computes, then what the run cost.
 const METRICS: [Metric; 11] = [
-    evaluated("chosen gained more", |run| last(&run.history, "eval_implicit/accuracies"), percent, Better::More),
-    evaluated("gain of chosen over rejected", |run| last(&run.history, "eval_implicit/margins"), number, Better::More),
-    evaluated("chosen is the likelier", |run| last(&run.history, "eval_logps/accuracies"), percent, Better::More),
+    evaluated(
+        "chosen gained more",
+        |run| last(&run.history, "eval_implicit/accuracies"),
+        percent,
+        Better::More,
+    ),
+    evaluated(
+        "gain of chosen over rejected",
+        |run| last(&run.history, "eval_implicit/margins"),
+        number,
+        Better::More,
+    ),
+    evaluated(
+        "chosen is the likelier",
+        |run| last(&run.history, "eval_logps/accuracies"),
+        percent,
+        Better::More,
+    ),
     evaluated("log-prob margin", |run| last(&run.history, "eval_logps/margins"), number, Better::More),
     Metric {
         of_objective: true,
@@ -239,10 +260,20 @@ const METRICS: [Metric; 11] = [
         percent,
         Better::More,
     ),
-    of_steps("tokens per second, median", |run| run.history.median("tokens_per_second"), number, Better::More),
+    of_steps(
+        "tokens per second, median",
+        |run| run.history.median("tokens_per_second"),
+        number,
+        Better::More,
+    ),
     of_steps("model FLOPs used, median", |run| run.history.median("mfu"), percent, Better::More),
     of_steps("peak memory in GiB", |run| run.history.largest("memory/peak_gib"), number, Better::Less),
-    of_steps("time in s", |run| Some(run.facts.seconds).filter(|seconds| *seconds > 0.0), number, Better::Less),
+    of_steps(
+        "time in s",
+        |run| Some(run.facts.seconds).filter(|seconds| *seconds > 0.0),
+        number,
+        Better::Less,
+    ),
 ];
 
 /// A line for each run in every chart.
@@ -291,13 +322,31 @@ const CHARTS: [(&str, &str, &str, LineKind, bool); 13] = [
         LineKind::Noisy,
         true,
     ),
-    ("Log-prob of chosen", "Mean log-prob of a whole response, in nats.", "logps/chosen", LineKind::Noisy, false),
-    ("Log-prob of rejected", "Mean log-prob of a whole response, in nats.", "logps/rejected", LineKind::Noisy, false),
+    (
+        "Log-prob of chosen",
+        "Mean log-prob of a whole response, in nats.",
+        "logps/chosen",
+        LineKind::Noisy,
+        false,
+    ),
+    (
+        "Log-prob of rejected",
+        "Mean log-prob of a whole response, in nats.",
+        "logps/rejected",
+        LineKind::Noisy,
+        false,
+    ),
     ("Gradient norm", "Global l2 norm before clipping.", "grad_norm", LineKind::Noisy, false),
     ("Learning rate", "After warm-up and schedule.", "learning_rate", LineKind::Exact, false),
     ("Speed", "Tokens per second, prompts counted once.", "tokens_per_second", LineKind::Noisy, false),
     ("Model FLOPs used", "Share of the device's peak (MFU).", "mfu", LineKind::Noisy, true),
-    ("Peak memory", "The most that the device's buffers held so far, in GiB.", "memory/peak_gib", LineKind::Exact, false),
+    (
+        "Peak memory",
+        "The most that the device's buffers held so far, in GiB.",
+        "memory/peak_gib",
+        LineKind::Exact,
+        false,
+    ),
 ];
 
 #[cfg(test)]
@@ -315,7 +364,11 @@ mod tests {
     }
 
     fn cells(table: &Table, label: &str) -> Vec<String> {
-        let row = table.rows.iter().find(|row| row.label == label).unwrap_or_else(|| panic!("no {label}: {table:?}"));
+        let row = table
+            .rows
+            .iter()
+            .find(|row| row.label == label)
+            .unwrap_or_else(|| panic!("no {label}: {table:?}"));
         row.cells.iter().map(|cell| cell.text.clone()).collect()
     }
 
@@ -339,7 +392,10 @@ mod tests {
         assert_eq!(cells(&metrics, "training loss, last tenth"), ["0.7", "0.6 best"]);
         assert_eq!(cells(&metrics, "tokens per second, median"), ["100", "200 best"]);
         let page = comparison_page(&runs).unwrap();
-        assert!(page.contains("2 runs beside each other") && page.contains("class=\"line-1 dots\">b<"), "{page}");
+        assert!(
+            page.contains("2 runs beside each other") && page.contains("class=\"line-1 dots\">b<"),
+            "{page}"
+        );
     }
 
     /// Losses of two objectives, and metrics of other pairs, are on the page and no better or worse.

@@ -79,7 +79,8 @@ impl RunFacts {
             Err(error) => return Err(Error::io(&path, "read", error)),
         };
         let damaged = |error: serde_json::Error| {
-            let help = "was the file edited? Without it, the report shows what metrics.jsonl and resolved.toml say";
+            let help =
+                "was the file edited? Without it, the report shows what metrics.jsonl and resolved.toml say";
             Error::data(&path, Some(error.line()), format!("not the facts of a run: {error}"), help)
         };
         serde_json::from_str(&text).map(Some).map_err(damaged)
@@ -99,7 +100,8 @@ impl RunFacts {
     /// [`Error::Io`] if it cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(FACTS_FILE);
-        let text = serde_json::to_string_pretty(self).map_err(|error| Error::io(&path, "write", error.into()))?;
+        let text =
+            serde_json::to_string_pretty(self).map_err(|error| Error::io(&path, "write", error.into()))?;
         atomic::write_file(&path, text.as_bytes())
     }
 }
@@ -117,13 +119,20 @@ mod tests {
             total_steps: 7,
             state: RunState::Stopped("Ctrl-C".into()),
             samples: vec![Sample { prompt: "p".into(), before: "b\"".into(), after: "a\n".into() }],
-            data: vec![DataSummary { name: "d".into(), dropped: vec![("empty".into(), 2)], ..Default::default() }],
+            data: vec![DataSummary {
+                name: "d".into(),
+                dropped: vec![("empty".into(), 2)],
+                ..Default::default()
+            }],
             ..RunFacts::default()
         };
         facts.write(folder.path()).unwrap();
         assert_eq!(RunFacts::read(folder.path()).unwrap(), Some(facts));
         std::fs::write(folder.path().join(FACTS_FILE), "{\n\"model\": 3}").unwrap();
         let error = RunFacts::read(folder.path()).unwrap_err();
-        assert!(matches!(error, Error::Data { .. }) && error.to_string().contains("report.json:2"), "{error}");
+        assert!(
+            matches!(error, Error::Data { .. }) && error.to_string().contains("report.json:2"),
+            "{error}"
+        );
     }
 }

@@ -184,8 +184,9 @@ fn evaluation(row: &Map<String, Value>) -> Option<EvalMetrics> {
             likelier: value("logps/accuracies")?,
         })
     };
-    let implicit =
-        || Some(ImplicitMetrics { accuracy: value("implicit/accuracies")?, margin: value("implicit/margins")? });
+    let implicit = || {
+        Some(ImplicitMetrics { accuracy: value("implicit/accuracies")?, margin: value("implicit/margins")? })
+    };
     let weights =
         || Some(WeightMetrics { chosen: value("weights/chosen")?, saturated: value("weights/saturated")? });
     let pairs = PairMetrics {
@@ -286,7 +287,8 @@ mod tests {
     #[test]
     fn the_line_that_a_killed_process_cut_short_is_left_out() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}\n{\"step\":2,\"lo").unwrap();
+        std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}\n{\"step\":2,\"lo")
+            .unwrap();
         assert_eq!(History::read(folder.path()).unwrap().series("loss"), [(1.0, 2.0)]);
     }
 

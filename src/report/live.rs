@@ -76,7 +76,8 @@ mod tests {
         assert!(page().contains("after step 3 of 9"), "{}", page());
         assert!(page().contains("<meta http-equiv=\"refresh\" content=\"5\">"));
 
-        std::fs::write(folder.path().join(METRICS_FILE), [line, "{\"step\":4,\"loss\":1.0}\n"].concat()).unwrap();
+        std::fs::write(folder.path().join(METRICS_FILE), [line, "{\"step\":4,\"loss\":1.0}\n"].concat())
+            .unwrap();
         live.tick();
         assert!(page().contains("after step 3 of 9"), "written again within the interval");
         live.due = Instant::now();

@@ -1,7 +1,9 @@
 //! Pages from templates: each is one file, with no script and nothing fetched from anywhere.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, Error as TemplateError, ErrorKind, Output, State, UndefinedBehavior, Value};
+use minijinja::{
+    AutoEscape, Environment, Error as TemplateError, ErrorKind, Output, State, UndefinedBehavior, Value,
+};
 use serde::Serialize;
 
 use super::escape::escaped;
@@ -36,11 +38,18 @@ pub(crate) fn render(name: &'static str, source: &'static str, view: &impl Seria
     environment.add_template(PARTS.0, PARTS.1).map_err(failed)?;
     environment.add_template(name, source).map_err(failed)?;
     let page = Value::from(minijinja::value::Serde(view));
-    environment.get_template(name).and_then(|template| template.render(minijinja::context! { page })).map_err(failed)
+    environment
+        .get_template(name)
+        .and_then(|template| template.render(minijinja::context! { page }))
+        .map_err(failed)
 }
 
 /// Writes a value of `{{ }}`: everything is escaped but what a macro has made.
-fn write_value(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) -> std::result::Result<(), TemplateError> {
+fn write_value(
+    out: &mut Output<'_>,
+    _: &mut State<'_, '_>,
+    value: &Value,
+) -> std::result::Result<(), TemplateError> {
     if value.is_undefined() || value.is_none() {
         return Err(TemplateError::new(ErrorKind::UndefinedError, "a value that is not there"));
     }

@@ -181,8 +181,10 @@ impl RunReport {
             (RunState::Running, Some(_)) => {
                 format!("The run goes on: this page is of {now}, {done}, and loads itself again.")
             }
-            (RunState::Running, None) => format!("The run was going on when this page was written, {now}, {done}."),
-            (RunState::Stopped(why), _) => format!("The run stopped {done}: {why}"),
+            (RunState::Running, None) => {
+                format!("The run was going on when this page was written, {now}, {done}.")
+            }
+            (RunState::Stopped(why), _) => format!("The run ended {done}: {why}"),
             (RunState::Finished | RunState::Unknown, _) => String::new(),
         }
     }
@@ -194,7 +196,11 @@ impl RunReport {
         if let Some((before, after)) = self.history.before_and_after() {
             let percent = |share: f64| format!("{:.1} %", 100.0 * share);
             if let (Some(before), Some(after)) = (before.pairs.implicit, after.pairs.implicit) {
-                tile("Chosen gained more", percent(after.accuracy), "of the pairs, over the reference".into());
+                tile(
+                    "Chosen gained more",
+                    percent(after.accuracy),
+                    "of the pairs, over the reference".into(),
+                );
                 let before = format!("before {}", number(before.margin));
                 tile("Gain over rejected", format!("{} nats", number(after.margin)), before);
             }
@@ -211,7 +217,11 @@ impl RunReport {
             tile("Speed", format!("{median:.0} tok/s"), "median of the steps".into());
         }
         if let Some(median) = self.history.median("mfu") {
-            tile("Model FLOPs used", format!("{:.1} %", 100.0 * median), "of the peak, median of the steps".into());
+            tile(
+                "Model FLOPs used",
+                format!("{:.1} %", 100.0 * median),
+                "of the peak, median of the steps".into(),
+            );
         }
         if let Some(peak) = self.history.largest("memory/peak_gib") {
             tile("Peak memory", format!("{peak:.2} GiB"), "highest of all steps".into());
@@ -269,8 +279,11 @@ impl RunReport {
             .collect();
         let mut table = Table::new(std::iter::once("step").chain(present.iter().map(|(name, _)| *name)));
         for step in spread(&self.history.series("loss"), TABLE_STEPS) {
-            let at_step = |points: &[(f64, f64)]| points.iter().find(|point| point.0 == step).map(|point| number(point.1));
-            table.row(step.to_string(), present.iter().map(|(_, points)| at_step(points).unwrap_or_default()));
+            let at_step = |points: &[(f64, f64)]| {
+                points.iter().find(|point| point.0 == step).map(|point| number(point.1))
+            };
+            table
+                .row(step.to_string(), present.iter().map(|(_, points)| at_step(points).unwrap_or_default()));
         }
         table
     }
@@ -279,7 +292,9 @@ impl RunReport {
         let mut table = Table::new(["file", "pairs"]);
         for data in &self.facts.data {
             table.row(format!("{}: read", data.name), [data.read.to_string()]);
-            let counted = |(what, count): &(String, usize), done: &str| (format!("{done}: {what}"), [count.to_string()]);
+            let counted = |(what, count): &(String, usize), done: &str| {
+                (format!("{done}: {what}"), [count.to_string()])
+            };
             let dropped = data.dropped.iter().map(|entry| counted(entry, "dropped"));
             let cut = data.cut.iter().map(|entry| counted(entry, "cut"));
             dropped.chain(cut).for_each(|(label, count)| table.row(label, count));
@@ -291,7 +306,8 @@ impl RunReport {
 
 /// What the options alone say of a run.
 fn facts_of_options(options: &Options) -> RunFacts {
-    let value = |name: &str| options.iter().find(|(key, _)| key == name).map(|(_, value)| value.trim_matches('"'));
+    let value =
+        |name: &str| options.iter().find(|(key, _)| key == name).map(|(_, value)| value.trim_matches('"'));
     let model = match value("model") {
         None => "an unknown model",
         Some(Source::BUILTIN) => "the built-in demo",

@@ -7,12 +7,13 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::output::ScoreOutput;
 use super::scorer::TokenLogps;
 use crate::checkpoint::atomic;
 use crate::config::ExplainConfig;
 use crate::data::{TextEncoder, TokenizedPair};
 use crate::error::Result;
-use crate::report::{escaped, page, print_result, print_styled, wants_color_on};
+use crate::report::{escaped, page, print_notice, print_result, print_styled, wants_color_on};
 
 /// Tokens before a response that its text is decoded with: decoders treat the first token of a text specially.
 const CONTEXT: usize = 4;
@@ -71,7 +72,8 @@ pub fn explain(
 ) -> Result<Vec<ExplainedPair>> {
     let explained = |(pair, [policy, reference]): (&TokenizedPair, &[TokenLogps; 2])| {
         let chosen = response(encoder, &pair.prompt, &pair.chosen, [&policy.chosen, &reference.chosen])?;
-        let rejected = response(encoder, &pair.prompt, &pair.rejected, [&policy.rejected, &reference.rejected])?;
+        let rejected =
+            response(encoder, &pair.prompt, &pair.rejected, [&policy.rejected, &reference.rejected])?;
         Ok(ExplainedPair {
             record: pair.record + 1,
             prompt: encoder.tokenizer.decode(&pair.prompt, false)?,
@@ -121,11 +123,15 @@ impl ExplainedToken {
 }
 
 /// Writes the page where one is asked for, else prints the pairs.
-pub(super) fn show(pairs: &[ExplainedPair], how: &ExplainConfig) -> Result<()> {
+pub(super) fn show(pairs: &[ExplainedPair], how: &ExplainConfig, scores: &ScoreOutput) -> Result<()> {
     match &how.html {
         Some(path) => {
             atomic::write_file(path, to_html(pairs)?.as_bytes())?;
-            print_result(&format!("page    {}\n", path.display()))?;
+            let said = format!("page    {}", path.display());
+            match scores {
+                ScoreOutput::StandardOutput => print_notice(&said),
+                _ => _ = print_result(&(said + "\n"))?,
+            }
         }
         None => {
             print_styled(&to_text(pairs, how.color.unwrap_or_else(|| wants_color_on(&std::io::stdout()))))?;
@@ -152,15 +158,25 @@ fn to_text(pairs: &[ExplainedPair], color: bool) -> String {
             let marks = |sign: i32| (1..=3).map(move |level| (sign * level, FACTORS[level as usize - 1]));
             let legend = |(level, factor): (i32, f64)| painted(&format!(" {factor} "), level);
             let join = |sign| marks(sign).map(legend).collect::<Vec<_>>().join("");
-            let _ = writeln!(out, "likelier by a factor of more than {}, less likely by {}", join(1), join(-1));
+            let _ =
+                writeln!(out, "likelier by a factor of more than {}, less likely by {}", join(1), join(-1));
         }
         false => {
             let least = FACTORS[0];
-            let _ = writeln!(out, "[+1.2] after one that is likelier by a factor of e^1.2; changes below {least} are not shown");
+            let _ = writeln!(
+                out,
+                "[+1.2] after one that is likelier by a factor of e^1.2; changes below {least} are not shown"
+            );
         }
     }
     for pair in pairs {
-        let _ = writeln!(out, "\nrecord {}: margin {:+.3} nats\nprompt  {}", pair.record, pair.margin, prompt(pair));
+        let _ = writeln!(
+            out,
+            "\nrecord {}: margin {:+.3} nats\nprompt  {}",
+            pair.record,
+            pair.margin,
+            prompt(pair)
+        );
         for (name, response) in [("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
             let _ = writeln!(out, "{name}, {:+.3} nats", response.gain);
             response.tokens.iter().for_each(|token| write_token(&mut out, token, color));
@@ -204,7 +220,8 @@ fn painted(text: &str, level: i32) -> String {
         -2 => "38;5;16;48;5;215",
         _ => "38;5;231;48;5;166",
     };
-    let paint = |line: &str| if line.is_empty() { String::new() } else { format!("\u{1b}[{code}m{line}\u{1b}[0m") };
+    let paint =
+        |line: &str| if line.is_empty() { String::new() } else { format!("\u{1b}[{code}m{line}\u{1b}[0m") };
     // A token that is nothing but line ends would show no mark.
     let lines: Vec<String> = text.split('\n').map(paint).collect();
     match text.trim_matches('\n').is_empty() {
@@ -233,14 +250,19 @@ mod tests {
 
     #[test]
     fn levels_follow_the_factors_both_ways() {
-        for (factor, level) in [(1.0, 0), (1.09, 0), (1.2, 1), (2.5, 2), (11.0, 3), (1.0 / 1.2, -1), (0.3, -2), (0.01, -3)] {
+        for (factor, level) in
+            [(1.0, 0), (1.09, 0), (1.2, 1), (2.5, 2), (11.0, 3), (1.0 / 1.2, -1), (0.3, -2), (0.01, -3)]
+        {
             assert_eq!(token("a", f64::ln(factor)).level, level, "{factor}");
         }
     }
 
     #[test]
     fn text_without_colours_has_numbers_and_no_codes() {
-        let text = to_text(&[pair(vec![token("good", 0.75), token(" day", 0.01)], vec![token("bad\u{7}", -3.0)])], false);
+        let text = to_text(
+            &[pair(vec![token("good", 0.75), token(" day", 0.01)], vec![token("bad\u{7}", -3.0)])],
+            false,
+        );
         assert!(text.contains("record 3: margin +3.760 nats"), "{text}");
         assert!(text.contains("chosen, +0.760 nats\ngood[+0.75] day\n"), "{text}");
         assert!(text.contains("bad\\u{7}[-3.00]"), "{text}");
@@ -251,7 +273,10 @@ mod tests {
     fn text_with_colours_has_a_legend_and_closes_each_colour() {
         let tokens = vec![token("good\n\nday", 0.75), token("\n", -5.0), token(" \u{1b}[31mevil", 0.2)];
         let text = to_text(&[pair(tokens, vec![token("bad", -3.0)])], true);
-        assert!(text.contains("\u{1b}[38;5;16;48;5;110mgood\u{1b}[0m\n\n\u{1b}[38;5;16;48;5;110mday\u{1b}[0m"), "{text:?}");
+        assert!(
+            text.contains("\u{1b}[38;5;16;48;5;110mgood\u{1b}[0m\n\n\u{1b}[38;5;16;48;5;110mday\u{1b}[0m"),
+            "{text:?}"
+        );
         assert!(text.contains("\u{1b}[38;5;231;48;5;166m\\n\u{1b}[0m\n"), "{text:?}");
         assert!(text.contains(" \\u{1b}[31mevil"), "a token's own codes are shown, not obeyed: {text:?}");
         assert_eq!(text.matches("\u{1b}[0m").count(), text.matches("\u{1b}[38").count(), "{text:?}");

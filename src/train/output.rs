@@ -12,8 +12,8 @@ use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EVENTS_FOLDER, EvalMetrics, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunReport, RunState, Sample, advice,
-    print_result, summary,
+    EVENTS_FOLDER, EvalMetrics, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunReport, RunState, Sample,
+    advice, print_result, summary,
 };
 
 const MODEL_FOLDER: &str = "model";
@@ -158,8 +158,9 @@ impl Output {
         }
         let seconds = facts.seconds + elapsed.as_secs_f64();
         report.facts = RunFacts { state: RunState::Finished, samples, warnings, seconds, ..facts };
-        report.facts.write(&self.path)?;
+        // In this order: facts of a finished run say that its page is there.
         report.write(&self.path)?;
+        report.facts.write(&self.path)?;
         let page = self.path.join(REPORT_FILE);
         print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
         Ok(())

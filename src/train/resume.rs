@@ -11,15 +11,8 @@ use crate::error::{Error, Result};
 use crate::report::{EVENTS_FOLDER, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunState};
 
 /// What a run without a checkpoint may have left. Such a run can begin again and loses nothing.
-const LEFT_BY_A_START: [&str; 7] = [
-    RESOLVED_FILE,
-    METRICS_FILE,
-    EVENTS_FOLDER,
-    run_state::FOLDER,
-    "reference-cache",
-    FACTS_FILE,
-    REPORT_FILE,
-];
+const LEFT_BY_A_START: [&str; 6] =
+    [RESOLVED_FILE, METRICS_FILE, EVENTS_FOLDER, run_state::FOLDER, "reference-cache", FACTS_FILE];
 
 /// The beginning of a run.
 #[derive(Debug)]
@@ -137,8 +130,11 @@ fn fresh(run: &Path) -> Result<Start> {
             entries.push(name);
         }
     }
+    // The page of a run that stopped stands beside its facts; a page alone is somebody's.
+    let has_facts = entries.iter().any(|name| name == FACTS_FILE);
     let is_left = |name: &String| {
         LEFT_BY_A_START.contains(&name.as_str())
+            || (has_facts && name == REPORT_FILE)
             || name.split_once(".partial-").is_some_and(|(stem, _)| LEFT_BY_A_START.contains(&stem))
     };
     if let Some(other) = entries.iter().find(|name| !is_left(name)) {

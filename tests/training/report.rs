@@ -166,12 +166,17 @@ fn a_run_that_is_not_at_its_end_says_so() {
     run.facts.state = RunState::Stopped("Ctrl-C <now>".into());
     run.facts.total_steps = 20;
     let stopped = run.to_html().unwrap();
-    assert!(stopped.contains("The run stopped after step 8 of 20: Ctrl-C &lt;now&gt;"), "{stopped}");
-    assert!(!stopped.contains("http-equiv=\"refresh\"") && stopped.contains("<h2>Before and after step 8</h2>"));
+    assert!(stopped.contains("The run ended after step 8 of 20: Ctrl-C &lt;now&gt;"), "{stopped}");
+    assert!(
+        !stopped.contains("http-equiv=\"refresh\"") && stopped.contains("<h2>Before and after step 8</h2>")
+    );
     run.facts.state = RunState::Running;
     run.refresh = Some(5);
     let live = run.to_html().unwrap();
-    assert!(live.contains("http-equiv=\"refresh\" content=\"5\"") && live.contains("The run goes on"), "{live}");
+    assert!(
+        live.contains("http-equiv=\"refresh\" content=\"5\"") && live.contains("The run goes on"),
+        "{live}"
+    );
 }
 
 /// A run by a version without `report.json` has a page of its metrics and options.
