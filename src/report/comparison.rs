@@ -8,7 +8,7 @@ use super::history::History;
 use super::page;
 use super::progress::duration;
 use super::run_page::RunReport;
-use super::table::{Cell, Table, TableRow};
+use super::table::{Cell, Table};
 use crate::config::options::{OBJECTIVE_HEADING, PROBLEMS_HEADING, rows};
 use crate::error::Result;
 
@@ -41,6 +41,9 @@ struct View {
     charts: Vec<Drawing>,
 }
 
+/// An option in which the runs differ, and each run's value.
+type Differing = (String, Vec<Option<String>>);
+
 /// A metric in the table of last values.
 struct Metric {
     label: &'static str,
@@ -65,11 +68,7 @@ enum Better {
 /// A bug of this program.
 pub fn comparison_page(runs: &[NamedRun]) -> Result<String> {
     let differing = differing_options(runs);
-    let differs = |is_of: &dyn Fn(&str) -> bool| differing.iter().any(|(name, _)| is_of(name));
-    let (of_objective, of_problems) = (options_under(OBJECTIVE_HEADING), options_under(PROBLEMS_HEADING));
-    let same_pairs = !differs(&|name| EVALUATED.contains(&name) || of_problems.contains(&name))
-        && !splits_other_data(runs, &differing);
-    let same_objective = !differs(&|name| of_objective.contains(&name));
+    let (same_pairs, same_objective) = (is_same_evaluation(runs, &differing), is_same_objective(&differing));
     let mut notes = Vec::new();
     if !same_pairs {
         notes.push("The runs are evaluated on different pairs: no evaluation metric is marked as the best.");
@@ -113,14 +112,14 @@ fn runs_table(runs: &[NamedRun]) -> Table {
             cell(time, ""),
             cell(state.to_string(), "text"),
         ];
-        table.rows.push(TableRow { label: name.clone(), cells });
+        table.push(name, cells);
     }
     table
 }
 
 /// Options that the runs do not agree in, and each run's value: in the order of `--help`, then those that only other
 /// versions know.
-fn differing_options(runs: &[NamedRun]) -> Vec<(String, Vec<Option<String>>)> {
+fn differing_options(runs: &[NamedRun]) -> Vec<Differing> {
     let known: Vec<&str> = rows().iter().map(|row| row.name).collect();
     let mut names: Vec<&str> = known.clone();
     for (name, _) in runs.iter().flat_map(|run| &run.report.options) {
@@ -144,18 +143,32 @@ fn options_under(heading: &str) -> Vec<&'static str> {
     rows().iter().filter(|row| row.heading == heading).map(|row| row.name).collect()
 }
 
-/// Whether the runs hold out a part of their training data for evaluation and have other training data.
-fn splits_other_data(runs: &[NamedRun], differing: &[(String, Vec<Option<String>>)]) -> bool {
-    let splits = runs.iter().any(|run| run.report.options.iter().any(|(name, _)| name == "eval_split"));
-    splits && differing.iter().any(|(name, _)| name == "data")
+fn is_same_objective(differing: &[Differing]) -> bool {
+    let numbers = options_under(OBJECTIVE_HEADING);
+    !differing.iter().any(|(name, _)| numbers.contains(&name.as_str()))
 }
 
-fn options_table(runs: &[NamedRun], differing: Vec<(String, Vec<Option<String>>)>) -> Option<Table> {
+/// Whether the runs are evaluated on the same pairs. An option that decides it and that a run lacks has its default, but for
+/// what is done with pairs that have a problem: earlier versions had no such options and did the same.
+fn is_same_evaluation(runs: &[NamedRun], differing: &[Differing]) -> bool {
+    let of_problems = options_under(PROBLEMS_HEADING);
+    let splits = runs.iter().any(|run| run.report.options.iter().any(|(name, _)| name == "eval_split"));
+    !differing.iter().any(|(name, values)| {
+        let name = name.as_str();
+        let mut given = values.iter().flatten();
+        let given_differ = given.next().is_some_and(|first| given.any(|other| other != first));
+        EVALUATED.contains(&name)
+            || (of_problems.contains(&name) && given_differ)
+            || (name == "data" && splits)
+    })
+}
+
+fn options_table(runs: &[NamedRun], differing: Vec<Differing>) -> Option<Table> {
     let mut table = Table::new(columns("option", runs));
     for (name, values) in differing {
         let cell =
             |value: Option<String>| Cell { text: value.unwrap_or_else(|| "not given".into()), class: "text" };
-        table.rows.push(TableRow { label: name, cells: values.into_iter().map(cell).collect() });
+        table.push(name, values.into_iter().map(cell).collect());
     }
     (!table.rows.is_empty()).then_some(table)
 }
@@ -176,9 +189,7 @@ fn metrics_table(runs: &[NamedRun], same_pairs: bool, same_objective: bool) -> T
             Some(value) => Cell { text: (metric.text)(*value), class: "" },
             None => Cell::default(),
         };
-        table
-            .rows
-            .push(TableRow { label: metric.label.to_string(), cells: values.iter().map(cell).collect() });
+        table.push(metric.label, values.iter().map(cell).collect());
     }
     table
 }
@@ -412,6 +423,9 @@ mod tests {
         assert!(comparison_page(&pairs).unwrap().contains("different pairs"));
         let metrics = metrics_table(&pairs, false, true);
         assert_eq!(cells(&metrics, "chosen gained more"), ["90.0 %", "60.0 %"]);
+        // A version without the option did what is now its default.
+        let old = [run("a", &[("on_empty", "\"drop\"")], GOOD), run("b", &[], POOR)];
+        assert!(!comparison_page(&old).unwrap().contains("different pairs"));
         let split = |data| run(data, &[("data", data), ("eval_split", "0.1")], GOOD);
         assert!(comparison_page(&[split("c"), split("d")]).unwrap().contains("different pairs"));
     }

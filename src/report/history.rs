@@ -121,7 +121,7 @@ impl History {
         let path = folder.join(METRICS_FILE);
         let text = std::fs::read_to_string(&path).map_err(|source| Error::io(&path, "read", source))?;
         // A process that was killed while it wrote leaves a line without its end.
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let whole = whole_lines(&text);
         if whole < text.len() {
             tracing::warn!("{}: the last line was cut short, and is left out", path.display());
         }
@@ -169,6 +169,15 @@ impl History {
     /// Number of the last step.
     pub fn last_step(&self) -> usize {
         self.series("loss").last().map_or(0, |(step, _)| *step as usize)
+    }
+}
+
+/// Bytes of the text without a last line that has neither an end nor a meaning.
+fn whole_lines(text: &str) -> usize {
+    let begin = text.rfind('\n').map_or(0, |end| end + 1);
+    match serde_json::from_str::<Map<String, Value>>(&text[begin..]) {
+        Ok(_) => text.len(),
+        Err(_) => begin,
     }
 }
 
@@ -290,6 +299,12 @@ mod tests {
         std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}\n{\"step\":2,\"lo")
             .unwrap();
         assert_eq!(History::read(folder.path()).unwrap().series("loss"), [(1.0, 2.0)]);
+        std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}").unwrap();
+        assert_eq!(
+            History::read(folder.path()).unwrap().last_step(),
+            1,
+            "a line that lacks its end alone is kept"
+        );
     }
 
     #[test]

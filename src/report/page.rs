@@ -12,8 +12,9 @@ use crate::error::{Error, Result};
 /// The style of every page.
 const STYLE: &str = include_str!("style.css");
 
-/// What several pages have in common: the beginning of a page, tables, charts.
-const PARTS: (&str, &str) = ("parts.html", include_str!("parts.html"));
+/// What several pages have in common, as macros: the beginning of a page, tables, charts. It stands in front of each
+/// template.
+const PARTS: &str = include_str!("parts.html");
 
 /// Makes a page from the template `source`, to which `page` is what `view` says. `name` is for messages.
 ///
@@ -21,6 +22,7 @@ const PARTS: (&str, &str) = ("parts.html", include_str!("parts.html"));
 /// A bug of this program: the template does not fit the view.
 pub(crate) fn render(name: &'static str, source: &'static str, view: &impl Serialize) -> Result<String> {
     let failed = |error: TemplateError| Error::bug(format!("the page {name} cannot be written: {error:#}"));
+    let source = [PARTS, source].concat();
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -35,12 +37,12 @@ pub(crate) fn render(name: &'static str, source: &'static str, view: &impl Seria
     environment.add_filter("nats", |number: f64| format!("{number:+.3} nats"));
     environment.add_global("style", STYLE);
     environment.add_global("version", env!("CARGO_PKG_VERSION"));
-    environment.add_template(PARTS.0, PARTS.1).map_err(failed)?;
-    environment.add_template(name, source).map_err(failed)?;
+    environment.add_template(name, &source).map_err(failed)?;
     let page = Value::from(minijinja::value::Serde(view));
     environment
         .get_template(name)
         .and_then(|template| template.render(minijinja::context! { page }))
+        .map(|page| page.trim_start().to_string())
         .map_err(failed)
 }
 

@@ -11,7 +11,7 @@ use super::history::History;
 use super::page;
 use super::progress::duration;
 use super::summary::{Sample, compare};
-use super::table::{Cell, Table, TableRow};
+use super::table::{Cell, Table};
 use crate::checkpoint::atomic;
 use crate::config::RESOLVED_FILE;
 use crate::config::value::Source;
@@ -249,7 +249,7 @@ impl RunReport {
             };
             let plain = |text| Cell { text, class: "" };
             let cells = vec![plain(row.before), plain(row.after), Cell { text: row.change, class }];
-            table.rows.push(TableRow { label: row.label.to_string(), cells });
+            table.push(row.label, cells);
         }
         Some(table)
     }

@@ -144,10 +144,14 @@ pub(super) fn show(pairs: &[ExplainedPair], how: &ExplainConfig, scores: &ScoreO
 fn to_html(pairs: &[ExplainedPair]) -> Result<String> {
     #[derive(Serialize)]
     struct View<'a> {
-        factors: [f64; 3],
+        factors: [String; 3],
         pairs: &'a [ExplainedPair],
     }
-    page::render("explain.html", include_str!("explain.html"), &View { factors: FACTORS, pairs })
+    page::render(
+        "explain.html",
+        include_str!("explain.html"),
+        &View { factors: FACTORS.map(|factor| factor.to_string()), pairs },
+    )
 }
 
 /// The pairs for a terminal. Without colours a marked token has its change in brackets after it.
@@ -162,10 +166,11 @@ fn to_text(pairs: &[ExplainedPair], color: bool) -> String {
                 writeln!(out, "likelier by a factor of more than {}, less likely by {}", join(1), join(-1));
         }
         false => {
-            let least = FACTORS[0];
             let _ = writeln!(
                 out,
-                "[+1.2] after one that is likelier by a factor of e^1.2; changes below {least} are not shown"
+                "[+1.2] stands after one whose log-prob is 1.2 nats higher, [-1.2] after one whose is lower; factors of less \
+                 than {} are not marked",
+                FACTORS[0]
             );
         }
     }
@@ -297,5 +302,6 @@ mod tests {
             assert!(html.contains(part), "no {part} in {html}");
         }
         assert!(!html.contains('\u{1b}') && !html.contains('\u{0}') && !html.contains("<script"));
+        assert!(!html.contains("https:") && !html.contains("http:") && !html.contains("src="));
     }
 }

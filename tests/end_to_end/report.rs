@@ -73,8 +73,7 @@ fn runs_are_compared_on_one_page() {
     }
     assert!(!page.contains("<th scope=\"row\">output</th>") && !page.contains("<th scope=\"row\">seed</th>"));
     // Another objective: its loss is not compared.
-    let beta = CommandLine::new(&dpo).set("--beta", "0.5");
-    work.succeed(&format!("{beta} --output runs/beta"));
+    work.succeed(&format!("{dpo} --beta 0.5 --output runs/beta"));
     work.succeed("report runs/slow runs/beta --output pages.html");
     assert!(work.page("pages.html").contains("different objectives or objective options"));
 }
