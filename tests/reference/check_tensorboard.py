@@ -7,6 +7,7 @@ twice must be there once: TensorBoard forgets what a resumed run says anew.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,10 @@ TRAIN = [
 
 
 def train(program: str, output: Path, *more: str) -> None:
-    subprocess.run([program, "--quiet", "train", *TRAIN, "--output", output, *more], check=True, stdout=subprocess.DEVNULL)
+    command = [program, "--quiet", "train", *TRAIN, "--output", output, *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:
@@ -71,7 +75,7 @@ def main() -> None:
         checkpoints = sorted((resumed / "checkpoints").iterdir())
         assert len(checkpoints) > 1, checkpoints
         for path in checkpoints[1:]:
-            subprocess.run(["rm", "-r", path], check=True)
+            shutil.rmtree(path)
         train(program, resumed, "--resume")
         files = list((resumed / "tensorboard").iterdir())
         assert len(files) == 2, files
