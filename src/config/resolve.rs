@@ -286,6 +286,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         threads: settled.threads,
         resume,
+        live: false,
     })
 }
 

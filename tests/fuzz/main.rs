@@ -188,7 +188,8 @@ fn make_input(place: &Place, options: &Options, index: u64) -> Vec<u8> {
     let format = &options.formats[0];
     // A worker has changed the files that seeds come from: those of a new folder are valid again.
     let fresh = tempfile::tempdir().unwrap();
-    let seeds = Place::prepare(fresh.path()).seeds(format);
+    let program = Path::new(env!("CARGO_BIN_EXE_mmpo-fast"));
+    let seeds = Place::prepare(fresh.path(), program, &[format]).seeds(format);
     place.mend(format, index, mutate::input(format, &seeds, options.seed, index))
 }
 
