@@ -24,6 +24,8 @@ mod samples;
 mod self_test;
 mod trainer;
 
+pub(crate) use lock::RunLock;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,7 +44,7 @@ use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
-use crate::report::{EvalMetrics, History, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use crate::report::{EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use chooser::Chooser;
 use output::Output;
 use plan::Plan;
@@ -165,8 +167,11 @@ impl DeviceTask for Training<'_> {
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
         output.begin(&recorded)?;
+        let device = run.trainer.device().describe();
+        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
         run.recall(output.path(), resumed)?;
+        recorder.live = config.live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
             run.chooser.record(before)?;
@@ -174,7 +179,8 @@ impl DeviceTask for Training<'_> {
 
         let (last, after) = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))
+            .inspect_err(|error| output.stopped(&facts, started.elapsed(), error))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
@@ -185,15 +191,13 @@ impl DeviceTask for Training<'_> {
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
-        let device = run.trainer.device().describe();
         let notes = run.finish(&output, last)?;
         output.report(output::Finished {
             config,
-            inputs: &inputs,
-            device,
+            facts,
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
-            seconds: started.elapsed().as_secs_f64(),
+            elapsed: started.elapsed(),
             notes,
         })?;
         drop(keeper);

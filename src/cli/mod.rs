@@ -1,11 +1,14 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
-//! `score`, `generate`, `merge`, `verify` and `bench`.
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`, `score`,
+//! `generate`, `merge`, `verify`, `runs` (for `report`) and `bench`.
 
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
+mod import;
 mod merge;
+mod report;
 mod score;
 mod shell;
 mod train;
@@ -18,8 +21,12 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{
+    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
+};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 use crate::report::LogFormat;
 use crate::verify::VerifyConfig;
 
@@ -68,7 +75,10 @@ enum Parsed {
     Generate(GenerateConfig),
     Merge(MergeConfig),
     Verify(VerifyConfig),
+    Report(ReportConfig),
     Bench(BenchConfig),
+    Doctor(DoctorConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -103,13 +113,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("verify", matches)) => Parsed::Verify(verify::config(matches)?),
+        Some(("report", matches)) => Parsed::Report(report::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge, verify or bench",
+                "a command is missing: train, check, score, generate, merge, verify, report, bench, doctor or import",
             )));
         }
     };
@@ -130,7 +143,10 @@ impl Invocation {
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Verify(config) => crate::verify::run(&config),
+            Parsed::Report(config) => crate::runs::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -152,7 +168,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -175,7 +195,10 @@ pub fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(merge::command())
         .subcommand(verify::command())
+        .subcommand(report::command())
         .subcommand(bench::command())
+        .subcommand(doctor::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

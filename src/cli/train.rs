@@ -27,7 +27,9 @@ const EXAMPLES: &str = "Examples:
   mmpo-fast train --model M --data pairs.jsonl --eval-split 0.05 --output run --eval-steps 50 --keep-best loss --early-stopping 5
       end when the held-out loss stays where it is, and keep the best checkpoint
   mmpo-fast train --replay run/capsules/step-000123
-      look at a step whose loss or gradient was not finite";
+      look at a step whose loss or gradient was not finite
+  mmpo-fast train --model M --data pairs.jsonl --output run --live
+      watch run/report.html in a browser while it trains";
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
@@ -48,6 +50,9 @@ pub fn command() -> Command {
             )
             .conflicts_with_all(["recipe", "resume"]),
         )
+        .arg(Arg::new("live").long("live").action(ArgAction::SetTrue).help(
+            "Write report.html again every few seconds while the run goes on; an open page loads itself again",
+        ))
         .args(arguments::flags(|_| true))
 }
 
@@ -61,5 +66,6 @@ pub fn config(matches: &ArgMatches) -> Result<RunConfig> {
         return config::resolve_replay(flags, capsule);
     }
     let recipe = arguments::text(matches, "recipe").map(PathBuf::from);
-    config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))
+    let config = config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))?;
+    Ok(RunConfig { live: matches.get_flag("live"), ..config })
 }

@@ -111,7 +111,7 @@ fn pair<D: Device>(run: &Run<'_, D>, index: usize, outcome: &PairOutcome) -> Cap
     CapsulePair {
         index,
         record: pair.record + 1,
-        tokens: [pair.prompt.clone(), pair.chosen.clone(), pair.rejected.clone()],
+        tokens: [&pair.prompt, &pair.chosen, &pair.rejected].map(|ids| ids.to_vec()),
         reference: run.references.training[index],
         logps: [outcome.logp_chosen, outcome.logp_rejected].map(|logp| logp.to_string()),
         loss: outcome.loss.to_string(),

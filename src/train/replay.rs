@@ -97,7 +97,8 @@ fn check_same(path: &Path, capsule: &Capsule, now: &RunIdentity, inputs: &Inputs
     let holds = capsule.pairs.iter().all(|pair| {
         let found = inputs.training.pairs.get(pair.index);
         found.is_some_and(|found| {
-            pair.tokens == [found.prompt.clone(), found.chosen.clone(), found.rejected.clone()]
+            let now = [&found.prompt, &found.chosen, &found.rejected];
+            pair.tokens.iter().zip(now).all(|(then, now)| **then == **now)
         })
     });
     if differing.is_empty() && !holds {
@@ -168,7 +169,7 @@ fn describe(
         "loss"
     ));
     for (pair, outcome) in pairs.iter().zip(&trace.outcomes) {
-        let tokens = [&pair.pair.prompt, &pair.pair.chosen, &pair.pair.rejected].map(Vec::len);
+        let tokens = [&pair.pair.prompt, &pair.pair.chosen, &pair.pair.rejected].map(|ids| ids.len());
         text.push_str(&format!(
             "{:>8} {:>7} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>14}\n",
             pair.pair.record + 1,

@@ -10,16 +10,17 @@ use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{Checkpoint, StoredTensor, atomic};
 use crate::config::{RESOLVED_FILE, RunConfig};
 use crate::error::{Error, Result};
-use crate::report::{EVENTS_FOLDER, History, METRICS_FILE, REPORT_FILE};
+use crate::report::{EVENTS_FOLDER, FACTS_FILE, History, METRICS_FILE, REPORT_FILE, RunFacts, RunState};
 
 /// What a run without a checkpoint may have left. Such a run can begin again and loses nothing.
-const LEFT_BY_A_START: [&str; 7] = [
+const LEFT_BY_A_START: [&str; 8] = [
     RESOLVED_FILE,
     METRICS_FILE,
     EVENTS_FOLDER,
     run_state::FOLDER,
     "reference-cache",
     RECORD_FILE,
+    FACTS_FILE,
     capsule::FOLDER,
 ];
 
@@ -61,7 +62,7 @@ pub fn find(
                 let step = checkpoint.state().step as usize;
                 set_aside(damaged, step)?;
                 let is_over = step == plan.total_steps || is_stopped_early(config, step);
-                if is_over && model.exists() && run.join(REPORT_FILE).exists() {
+                if is_over && model.exists() && has_its_report(run) {
                     return Ok(Start::Finished(step));
                 }
                 tracing::info!("resuming after step {step} of {}", plan.total_steps);
@@ -122,6 +123,12 @@ fn longer(checkpoint: &Checkpoint, config: &RunConfig, plan: &Plan) -> Option<Le
     let before = Plan::of_length(config, plan.pairs(), epochs, max_steps);
     let step = checkpoint.state().step as usize;
     (before.total_steps < plan.total_steps).then(|| lengthened(step, &before, plan))
+}
+
+/// Whether the report of the run's end is written. A run without facts, by an earlier version, has no other report.
+fn has_its_report(run: &Path) -> bool {
+    let is_of_the_end = RunFacts::read_or_warn(run).is_none_or(|facts| facts.state == RunState::Finished);
+    is_of_the_end && run.join(REPORT_FILE).exists()
 }
 
 /// Opens a checkpoint and makes sure that it is one of this run.
@@ -192,8 +199,11 @@ fn fresh(run: &Path) -> Result<Start> {
             entries.push(name);
         }
     }
+    // The page of a run that stopped stands beside its facts; a page alone is somebody's.
+    let has_facts = entries.iter().any(|name| name == FACTS_FILE);
     let is_left = |name: &String| {
         LEFT_BY_A_START.contains(&name.as_str())
+            || (has_facts && name == REPORT_FILE)
             || name.split_once(".partial-").is_some_and(|(stem, _)| LEFT_BY_A_START.contains(&stem))
     };
     if let Some(other) = entries.iter().find(|name| !is_left(name)) {

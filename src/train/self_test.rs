@@ -193,7 +193,12 @@ mod tests {
     use crate::device::cpu::CpuDevice;
 
     fn pair() -> TokenizedPair {
-        TokenizedPair { record: 4, prompt: vec![1], chosen: vec![2, 3, 4], rejected: vec![5, 6] }
+        TokenizedPair {
+            record: 4,
+            prompt: vec![1].into(),
+            chosen: vec![2, 3, 4].into(),
+            rejected: vec![5, 6].into(),
+        }
     }
 
     #[test]

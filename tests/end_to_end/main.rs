@@ -10,10 +10,13 @@ mod checkpoints;
 mod choice;
 mod cli;
 mod context;
+mod data_cache;
 mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
 mod device_choice;
+#[cfg(target_os = "linux")]
+mod doctor;
 #[cfg(mmpo_emulated)]
 mod emulated;
 mod generate;
@@ -25,6 +28,7 @@ mod learning;
 mod log_format;
 mod own_data;
 mod reliability;
+mod report;
 mod resume;
 mod score;
 mod self_test;
