@@ -433,7 +433,7 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
+/* A tensor to update, or a part of one: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
  * copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute
  * value, for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
@@ -446,6 +446,7 @@ typedef struct mmpo_adamw_tensor {
     const float* gradient;
     int64_t length;
     uint32_t tensor; /* its number in the model, on which the random bits of stochastic rounding depend */
+    uint32_t first_block; /* blocks of 256 values of the tensor that lie before this part of it: they count as elements */
 } mmpo_adamw_tensor;
 
 /* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w = master, or weight where there is none:

@@ -11,6 +11,7 @@ mod guard;
 mod inputs;
 mod layer_updates;
 mod lock;
+mod offload;
 mod output;
 mod plan;
 mod recorder;
@@ -27,7 +28,7 @@ pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;
-use crate::config::RunConfig;
+use crate::config::{OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
@@ -126,6 +127,9 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        if config.memory.offload == OffloadConfig::States {
+            device.check_offload()?;
+        }
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.

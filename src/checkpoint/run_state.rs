@@ -255,6 +255,14 @@ impl Checkpoint {
             .map_err(|error| self.mismatch(format!("tensor `{name}` is not aligned ({error})")))
     }
 
+    /// The bytes of a tensor, in place.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::values`].
+    pub fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        self.entry(name, dtype, shape)
+    }
+
     fn entry(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         match self.tensors.get(name) {
             None => Err(self.mismatch(format!("tensor `{name}` is missing"))),

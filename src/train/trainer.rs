@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
-use crate::config::{GradientConfig, MemoryConfig};
+use super::offload::{self, Offloaded};
+use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, Floats, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
-    Activations, BackwardScratch, Capacity, Context, Gradients, HeadOptions, HeadPlan, KeepGradients, Llama,
+    Activations, BackwardScratch, Capacity, Context, FusedTensor, Gradients, HeadOptions, HeadPlan, KeepGradients, Llama,
     LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding};
+use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +43,10 @@ pub struct StepResult {
 pub struct Trainer<D: Device> {
     /// The model in training.
     pub model: Llama<D>,
-    /// Optimiser states of the trained tensors; `None` for a frozen one.
+    /// Optimiser states of the trained tensors; `None` for a frozen one, and for one whose state is in host memory.
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
+    /// States in host memory, where some are.
+    pub offloaded: Option<Offloaded<D>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
@@ -137,6 +140,7 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
+        let offloaded = Offloaded::new(&model, &workload.memory, workload.rounding_seed)?;
         let states = new_states(&model, workload)?;
         let (gradients, layer_norms) = match workload.memory.gradients {
             GradientConfig::F32 => {
@@ -154,6 +158,7 @@ impl<D: Device> Trainer<D> {
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
             states,
+            offloaded,
             gradients,
             dropout_seed: 0,
             dropout_key: 0,
@@ -256,8 +261,14 @@ impl<D: Device> Trainer<D> {
                 &trainer.objective,
             )?;
             let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
-            let mut sink =
-                UpdateLayers { device: &*device, states: &mut trainer.states.layers, norms, step: adamw };
+            let mut sink = UpdateLayers {
+                device: &*device,
+                numbers: offload::layer_numbers(&trainer.states),
+                states: &mut trainer.states.layers,
+                offloaded: trainer.offloaded.as_mut(),
+                norms,
+                step: adamw,
+            };
             trainer.model.backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -269,7 +280,8 @@ impl<D: Device> Trainer<D> {
         })?;
         let mut gradient_norm = 0.0;
         if let Some(norms) = &mut self.layer_norms {
-            norms.finish(&mut self.model, &mut self.states, &self.gradients, adamw)?;
+            let states = (&mut self.states, self.offloaded.as_mut());
+            norms.finish(&mut self.model, states, &self.gradients, adamw)?;
             gradient_norm = norms.total(&*device)?;
         }
         let outcomes = self.download_outcomes(pairs.len())?;
@@ -299,7 +311,14 @@ impl<D: Device> Trainer<D> {
                 Some(state.as_mut()?.update(weight, gradient.as_ref()?))
             })
             .collect();
-        device.adamw(&mut updates, &self.norm, adamw)
+        device.adamw(&mut updates, &self.norm, adamw)?;
+        let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
+        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        for (number, (weight, gradient)) in tensors {
+            let Some(gradient) = gradient else { continue };
+            offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
+        }
+        Ok(())
     }
 
     /// Outcomes of `pairs` under the current weights, and their mean loss.
@@ -392,15 +411,17 @@ fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
 }
 
-/// The states of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
+/// The states on the device of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
 /// the random bits of a tensor do not depend on which others are trained.
 fn new_states<D: Device>(
     model: &Llama<D>,
     workload: Workload,
 ) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
     let (device, options) = (&*model.device, workload.memory.states);
+    let offloads = workload.memory.offload == OffloadConfig::States;
     let mut weights = model.weights.iter().zip(0..);
-    model.layout.try_map(|tensor| match (weights.next(), tensor.trained) {
+    let stays = |tensor: &FusedTensor| tensor.trained && !(offloads && is_offloaded(tensor.values()));
+    model.layout.try_map(|tensor| match (weights.next(), stays(tensor)) {
         (Some((weight, number)), true) => {
             let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
             OptimizerState::before_first(device, weight, options, rounding).map(Some)

@@ -21,16 +21,28 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
+    device: ByteCounter,
+    /// Of pinned host memory.
+    pub(super) host: ByteCounter,
+}
+
+/// Bytes held now and at most, and how often some were taken.
+#[derive(Debug, Default)]
+pub(super) struct ByteCounter {
     now: AtomicUsize,
     peak: AtomicUsize,
     allocations: AtomicUsize,
 }
 
-impl DeviceMemory {
-    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
-    pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        let (now, peak, allocations) = Default::default();
-        Arc::new(DeviceMemory { backend, now, peak, allocations })
+impl ByteCounter {
+    pub(super) fn add(&self, bytes: usize) {
+        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.peak.fetch_max(now, Ordering::Relaxed);
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn remove(&self, bytes: usize) {
+        self.now.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self) -> MemoryUse {
@@ -39,6 +51,17 @@ impl DeviceMemory {
             peak: self.peak.load(Ordering::Relaxed),
             allocations: self.allocations.load(Ordering::Relaxed),
         }
+    }
+}
+
+impl DeviceMemory {
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
+    pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
+        Arc::new(DeviceMemory { backend, device: ByteCounter::default(), host: ByteCounter::default() })
+    }
+
+    pub(super) fn read(&self) -> MemoryUse {
+        self.device.read()
     }
 }
 
@@ -53,16 +76,14 @@ impl Allocation {
     fn new(memory: &Arc<DeviceMemory>, bytes: usize) -> Result<Self> {
         // At least one byte, so that an empty buffer has an address too.
         let address = memory.backend.allocate(bytes.max(1))?;
-        let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        memory.peak.fetch_max(now, Ordering::Relaxed);
-        memory.allocations.fetch_add(1, Ordering::Relaxed);
+        memory.device.add(bytes);
         Ok(Allocation { memory: Arc::clone(memory), address, bytes })
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        self.memory.now.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.memory.device.remove(self.bytes);
         // SAFETY: the address is this allocation's own, and no one can name it any more.
         unsafe { self.memory.backend.free(self.address) };
     }

@@ -2,7 +2,7 @@
 //!
 //! Each file here launches the kernels of one family of operations. `backend.rs` declares what they need of a device;
 //! `backend_gpu.rs` and `backend_emulated.rs` implement that for the two there are. All work of a device is queued on
-//! one stream; only downloads wait.
+//! one stream, but for copies of pinned host memory, which have two of their own; only downloads wait.
 
 #[cfg(any(mmpo_gpu_kernels, test))]
 mod arena;
@@ -16,6 +16,8 @@ mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
+#[cfg(mmpo_emulated)]
+mod emulated_queues;
 mod gemm;
 mod gemm_table;
 mod head_chunks;
@@ -24,6 +26,7 @@ mod linear;
 mod logp_head;
 mod low_rank;
 mod memory;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod probe;
@@ -48,6 +51,7 @@ pub use self::gemm::{GemmChoice, GemmTile};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
+pub use self::offload::{CudaHostBuffer, CudaQueueEvent};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{Gpu, build_info, emulated_info, gpus};
