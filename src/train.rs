@@ -24,9 +24,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub use offload::plan as offload_plan;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
+use crate::checkpoint::BackgroundSaves;
 use crate::checkpoint::run_state::RunIdentity;
 use crate::config::{OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
@@ -232,8 +234,10 @@ impl<'a, D: Device> Run<'a, D> {
     ) -> Result<Option<EvalMetrics>> {
         let total = self.plan.total_steps;
         let mut last_evaluation = None;
+        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             let metrics = self.step(&batch)?;
+            saves.check()?;
             recorder.step(&metrics)?;
             let done = metrics.step;
             if self.is_evaluation_due(done) {
@@ -247,7 +251,11 @@ impl<'a, D: Device> Run<'a, D> {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
-                checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+                let keep = self.config.keep_checkpoints;
+                checkpoint::save_beside(&mut saves, output.path(), &self.trainer, &state, keep)?;
+                if asked || interrupted.is_some() {
+                    saves.wait()?;
+                }
                 if asked {
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
@@ -258,10 +266,12 @@ impl<'a, D: Device> Run<'a, D> {
                 return Err(interrupt::stopped(signal, kept));
             }
         }
-        match last_evaluation {
-            None => self.evaluate(total),
-            last => Ok(last),
-        }
+        let last = match last_evaluation {
+            None => self.evaluate(total)?,
+            last => last,
+        };
+        saves.wait()?;
+        Ok(last)
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {

@@ -7,7 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, GradientConfig, OffloadConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy, TemplateDate, check,
+    ColumnNames, GradientConfig, ObjectiveKind, OffloadConfig, PairData, PairFiles, Policies, Policy,
+    TemplateDate, check,
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};

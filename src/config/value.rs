@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{GradientConfig, OffloadConfig, ObjectiveKind, Policy, suggest};
+use super::{GradientConfig, ObjectiveKind, OffloadConfig, Policy, suggest};
 use crate::device::DeviceChoice;
 use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};

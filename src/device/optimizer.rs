@@ -75,7 +75,9 @@ pub trait Optimizer: Memory {
         let part = update.range(self);
         let len = part.len();
         if !part.start.is_multiple_of(BLOCK) {
-            return Err(Error::bug(format!("adamw: the part {part:?} does not begin at a block of {BLOCK} values")));
+            return Err(Error::bug(format!(
+                "adamw: the part {part:?} does not begin at a block of {BLOCK} values"
+            )));
         }
         let master = update.master.as_ref().map_or(len, |master| self.len(master));
         let (moments, scales) = match &*update.moments {

@@ -10,11 +10,11 @@
 
 use half::bf16;
 
+use super::AdamWStep;
 use super::dynamic_map::{BLOCK, LEAST_VALUES};
 use super::moments::{MasterWeights, StateOptions};
 use super::rounding::StochasticRounding;
-use super::state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType, StateValues};
-use super::AdamWStep;
+use super::state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType};
 use crate::device::{ComputeBuffer, Floats, Offload, Optimizer, Queue};
 use crate::error::{Error, Result};
 
@@ -181,7 +181,14 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
             (0..len).step_by(step).map(move |first| Piece { tensor, first, len: step.min(len - first) })
         });
         let pieces = pieces.collect();
-        Ok(OffloadedStates { tensors, pieces, slots, position: 0, is_primed: false, free: device.new_event()? })
+        Ok(OffloadedStates {
+            tensors,
+            pieces,
+            slots,
+            position: 0,
+            is_primed: false,
+            free: device.new_event()?,
+        })
     }
 
     fn find(&self, number: usize) -> Option<usize> {

@@ -7,6 +7,7 @@ use safetensors::tensor::Dtype;
 
 use super::guard;
 use super::trainer::Trainer;
+use crate::checkpoint::background::{self, BackgroundSaves, Snapshot};
 use crate::checkpoint::run_state::save_checkpoint;
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
@@ -62,6 +63,36 @@ pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep:
         download(trainer, &tensor.name, offset, bytes)
     })?;
     run_state::prune(run, keep)
+}
+
+/// As [`save`], beside what comes after: what is saved is copied to the host's memory first, while the caller waits. Where that
+/// is too small for a copy, the caller waits for all of it, and is told so.
+///
+/// # Errors
+/// As [`save`], and those of the save before, for which it waits. Errors of this save come from `saves` later.
+pub fn save_beside<D: Device>(
+    saves: &mut BackgroundSaves,
+    run: &Path,
+    trainer: &Trainer<D>,
+    state: &RunState,
+    keep: usize,
+) -> Result<()> {
+    // One copy at a time.
+    saves.wait()?;
+    let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
+    if !background::fits_in_memory(&layout) {
+        tracing::info!(
+            "training waits for this checkpoint: a copy of it would take more than half of the free memory"
+        );
+        return save(run, trainer, state, keep);
+    }
+    let snapshot =
+        Snapshot::take(&layout, |tensor, offset, bytes| download(trainer, &tensor.name, offset, bytes))?;
+    let (run, state) = (run.to_path_buf(), state.clone());
+    saves.start(move || {
+        save_checkpoint(&run, &state, &layout, |tensor, offset, bytes| snapshot.fill(tensor, offset, bytes))?;
+        run_state::prune(&run, keep)
+    })
 }
 
 /// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
@@ -209,6 +240,10 @@ fn unknown(name: &str) -> Error {
     Error::bug(format!("no tensor `{name}` in this model"))
 }
 
+#[cfg(test)]
+mod background_tests;
+#[cfg(all(test, mmpo_emulated))]
+mod offload_tests;
 #[cfg(test)]
 mod state_tests;
 

@@ -32,18 +32,18 @@ impl<D: Device> LayerNorms<D> {
         Ok(LayerNorms { layers, outside: device.alloc(2)? })
     }
 
-    /// The norm over all gradients of the last backward.
+    /// How many norms there are.
+    pub fn count(&self) -> usize {
+        self.layers.len() + 1
+    }
+
+    /// Copies all of them to the beginning of `out`, two values each.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn total(&self, device: &D) -> Result<f32> {
-        let mut squares = 0.0;
-        for norm in self.layers.iter().chain([&self.outside]) {
-            let mut found = [0.0; 2];
-            device.download(&mut found, norm, 0)?;
-            squares += f64::from(found[0]).powi(2);
-        }
-        Ok(squares.sqrt() as f32)
+    pub fn copy_to(&self, device: &D, out: &mut Floats<D>) -> Result<()> {
+        let all = self.layers.iter().chain([&self.outside]);
+        all.enumerate().try_for_each(|(index, norm)| device.copy(out, 2 * index, norm, 0, 2))
     }
 
     /// The norm of the gradients outside the layers, and the update of those tensors where `step` asks for one. Call it at the end
@@ -129,6 +129,11 @@ impl<D: Device> GradientSink<D> for UpdateLayers<'_, D> {
         }
         self.device.zero_all(&mut gradients.iter_mut().flatten().collect::<Vec<_>>())
     }
+}
+
+/// The norm over all gradients, from those that [`LayerNorms::copy_to`] copied.
+pub fn total(norms: &[f32]) -> f32 {
+    norms.iter().step_by(2).map(|&norm| f64::from(norm).powi(2)).sum::<f64>().sqrt() as f32
 }
 
 /// Refuses what cannot be done layer by layer.

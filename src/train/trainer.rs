@@ -10,8 +10,8 @@ use crate::device::{BatchBuffers, Device, Floats, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
-    Activations, BackwardScratch, Capacity, Context, FusedTensor, Gradients, HeadOptions, HeadPlan, KeepGradients, Llama,
-    LlamaTensors, Purpose,
+    Activations, BackwardScratch, Capacity, Context, FusedTensor, Gradients, HeadOptions, HeadPlan,
+    KeepGradients, Llama, LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
 use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
@@ -59,8 +59,11 @@ pub struct Trainer<D: Device> {
     activations: Activations<D>,
     scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
-    /// `[pairs of a step, PairOutcome::WIDTH]`
-    outcomes: Floats<D>,
+    /// Everything that the host reads of a step, so that it waits once: the norms, two values each, then
+    /// `[pairs of a step, PairOutcome::WIDTH]`.
+    metrics: Floats<D>,
+    /// Where the outcomes begin in `metrics`.
+    first_outcome: usize,
     /// Where gradients are applied layer by layer.
     layer_norms: Option<LayerNorms<D>>,
     /// `[2]`: norm, clip factor.
@@ -154,6 +157,7 @@ impl<D: Device> Trainer<D> {
                 (gradients, Some(norms))
             }
         };
+        let first_outcome = 2 * layer_norms.as_ref().map_or(1, LayerNorms::count);
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
@@ -167,7 +171,8 @@ impl<D: Device> Trainer<D> {
             state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
-            outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
+            metrics: device.alloc(first_outcome + workload.pairs_per_step * PairOutcome::WIDTH)?,
+            first_outcome,
             norm: device.alloc(2)?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
@@ -231,12 +236,11 @@ impl<D: Device> Trainer<D> {
         })?;
         let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
         device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
-        let mut norm = [0.0; 2];
-        device.download(&mut norm, &self.norm, 0)?;
-        let outcomes = self.download_outcomes(pairs.len())?;
-        let loss = self.mean_loss(pairs, &outcomes);
-        super::guard::check_finite(loss, Some(norm[0]), pairs, &outcomes)?;
-        Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
+        device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
+        let (norms, outcomes) = self.download_metrics(pairs.len())?;
+        let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
+        super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
+        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -278,13 +282,13 @@ impl<D: Device> Trainer<D> {
                 &mut sink,
             )
         })?;
-        let mut gradient_norm = 0.0;
         if let Some(norms) = &mut self.layer_norms {
             let states = (&mut self.states, self.offloaded.as_mut());
             norms.finish(&mut self.model, states, &self.gradients, adamw)?;
-            gradient_norm = norms.total(&*device)?;
+            norms.copy_to(&*device, &mut self.metrics)?;
         }
-        let outcomes = self.download_outcomes(pairs.len())?;
+        let (norms, outcomes) = self.download_metrics(pairs.len())?;
+        let gradient_norm = layer_updates::total(&norms);
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
         Ok(StepResult { loss, outcomes, gradient_norm, tokens })
@@ -327,7 +331,7 @@ impl<D: Device> Trainer<D> {
     /// Those of the device; [`Error::Interrupted`] where a signal ends the evaluation.
     pub fn evaluate(&mut self, pairs: &[TrainingPair<'_>]) -> Result<(Vec<PairOutcome>, f64)> {
         let mut outcomes = Vec::with_capacity(pairs.len());
-        let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;
+        let batch = (self.device().len(&self.metrics) - self.first_outcome) / PairOutcome::WIDTH;
         for chunk in pairs.chunks(batch.max(1)) {
             self.each_micro_batch(chunk, None, |trainer, batch, _| {
                 trainer.model.head_forward(
@@ -338,7 +342,7 @@ impl<D: Device> Trainer<D> {
                     Some(&trainer.objective),
                 )
             })?;
-            outcomes.extend(self.download_outcomes(chunk.len())?);
+            outcomes.extend(self.download_metrics(chunk.len())?.1);
         }
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, None, pairs, &outcomes)?;
@@ -383,8 +387,8 @@ impl<D: Device> Trainer<D> {
             self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
             head(self, &batch, batch.tokens())?;
             device.copy(
-                &mut self.outcomes,
-                run.start * PairOutcome::WIDTH,
+                &mut self.metrics,
+                self.first_outcome + run.start * PairOutcome::WIDTH,
                 &self.activations.head.outcomes,
                 0,
                 run.len() * PairOutcome::WIDTH,
@@ -395,10 +399,13 @@ impl<D: Device> Trainer<D> {
         Ok(tokens)
     }
 
-    fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
-        let mut outcomes = vec![PairOutcome::default(); pairs];
-        self.device().download::<f32>(bytemuck::cast_slice_mut(&mut outcomes), &self.outcomes, 0)?;
-        Ok(outcomes)
+    /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs: the one wait of a step.
+    fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
+        let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
+        self.device().download(&mut values, &self.metrics, 0)?;
+        let outcomes = bytemuck::cast_slice(&values[self.first_outcome..]).to_vec();
+        values.truncate(self.first_outcome);
+        Ok((values, outcomes))
     }
 
     fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {

@@ -24,6 +24,8 @@ pub(super) struct DeviceMemory {
     device: ByteCounter,
     /// Of pinned host memory.
     pub(super) host: ByteCounter,
+    /// How often the host waited for the device.
+    pub(super) waits: AtomicUsize,
 }
 
 /// Bytes held now and at most, and how often some were taken.
@@ -57,7 +59,8 @@ impl ByteCounter {
 impl DeviceMemory {
     #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(DeviceMemory { backend, device: ByteCounter::default(), host: ByteCounter::default() })
+        let (device, host) = (ByteCounter::default(), ByteCounter::default());
+        Arc::new(DeviceMemory { backend, device, host, waits: AtomicUsize::new(0) })
     }
 
     pub(super) fn read(&self) -> MemoryUse {
@@ -225,6 +228,7 @@ impl Memory for CudaDevice {
         offset: usize,
         _: Checked,
     ) -> Result<()> {
+        self.memory.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the range was checked to lie inside the buffer.
         unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
     }

@@ -37,6 +37,7 @@ mod swiglu;
 use std::ffi::c_void;
 use std::fmt::{self, Debug};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub use self::attention::AttentionOrder;
 use self::backend::{Backend, Moment};
@@ -170,6 +171,12 @@ impl CudaDevice {
             attention_order,
             trace: Trace::default(),
         }
+    }
+
+    /// How often the host waited for the device since it was opened: for downloads, and for copies of pinned memory. Uploads go
+    /// through staging memory and wait only where all of it is still on its way; that is not counted.
+    pub fn host_waits(&self) -> usize {
+        self.memory.waits.load(Ordering::Relaxed)
     }
 
     fn backend(&self) -> &dyn Backend {
