@@ -245,3 +245,10 @@ fn gradients_by_layer_say_what_they_need() {
     work.refuse(&format!("{run} --max-grad-norm 0 --tokens-per-micro-batch 40"), CONFIG, &parts);
     assert!(!work.path("new").exists(), "found only after work");
 }
+
+#[test]
+fn the_cpu_has_no_memory_to_offload_from() {
+    let work = Workplace::new();
+    let parts = ["`offload` = states", "on the CPU they are there already", "leave --offload out"];
+    work.refuse(&format!("{TRAIN} --offload states --output new --max-steps 2"), CONFIG, &parts);
+}
