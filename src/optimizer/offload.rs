@@ -44,7 +44,7 @@ pub struct OffloadPlan {
     pub options: StateOptions,
     /// Whether the device keeps f32 master copies where `options` asks for them.
     pub needs_master: bool,
-    /// Values of a piece, a multiple of [`BLOCK`].
+    /// Values of a piece, a multiple of [`BLOCK`] and not fewer than the states of a piece need to have the format of the whole.
     pub piece_values: usize,
 }
 
@@ -160,6 +160,12 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
     /// nothing.
     pub fn new(device: &D, plan: &OffloadPlan) -> Result<Self> {
         device.check_offload()?;
+        if plan.piece_values < LEAST_VALUES || !plan.piece_values.is_multiple_of(BLOCK) {
+            return Err(Error::bug(format!(
+                "offloaded states cannot be cut into pieces of {}",
+                plan.piece_values
+            )));
+        }
         let tensors = plan.tensors.iter().map(|&(number, len)| {
             let layout = HostLayout::new(plan, len);
             Ok(HostState { number, len, memory: device.alloc_host(layout.bytes)?, layout })

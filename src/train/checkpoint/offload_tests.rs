@@ -13,8 +13,8 @@ use crate::optimizer::{MomentFormat, StateOptions};
 use crate::train::Trainer;
 use crate::train::offload::{self, Offloaded};
 
-/// Values of a piece: a gate and up of 8192 makes five full pieces and a smaller one, and no tensor is a multiple of it.
-const PIECE: usize = 1536;
+/// Values of a piece: queries, keys and values of 12288 make two full pieces and a smaller one, and no tensor is a multiple of it.
+const PIECE: usize = 4352;
 
 fn device() -> Arc<CudaDevice> {
     Arc::new(CudaDevice::emulated(EmulatorVariant::Plain))
