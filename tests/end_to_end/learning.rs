@@ -25,7 +25,7 @@ impl Workplace {
     }
 
     /// Copies a run's folder as a process leaves it that is killed after step 2.
-    fn cut_after_step_2(&self, whole: &str, cut: &str) {
+    pub fn cut_after_step_2(&self, whole: &str, cut: &str) {
         let root = self.path(whole);
         for (path, bytes) in self.contents(whole) {
             let inner = path.strip_prefix(&root).unwrap();
