@@ -257,8 +257,7 @@ struct StochasticWeights {
     template <bool kVectorized>
     DEVICE void store(const float (&values)[kVectorF32], int64_t at, int count, const mmpo_adamw_step& step) const {
         const uint64_t group = uint64_t(first_block) * (kBlockOfPart / kVectorF32) + uint64_t(at) / kVectorF32;
-        const uint2 random =
-            rounding_bits(group, tensor, step.step, make_uint2(step.seed_low, step.seed_high));
+        const uint2 random = rounding_bits(group, tensor, step.step, make_uint2(step.seed_low, step.seed_high));
         float rounded[kVectorF32];
         rounded[0] = to_float(round_stochastically(values[0], random.x));
         rounded[1] = to_float(round_stochastically(values[1], random.x >> 16));

@@ -213,7 +213,10 @@ impl ModelFolder {
         };
         let values = (self.shards[*head_shard].values(head), self.shards[*shard].values(embedding));
         let same_values = || matches!(values, (Some(head), Some(embedding)) if equal_values(head, embedding));
-        !(head.shape == embedding.shape && same_values())
+        let is_same = head.shape == embedding.shape && same_values();
+        self.shards[*head_shard].release_all(head);
+        self.shards[*shard].release_all(embedding);
+        !is_same
     }
 }
 

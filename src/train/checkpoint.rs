@@ -130,6 +130,7 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
                 }
                 None => {}
             }
+            checkpoint.release(&name);
         }
     }
     Ok(())
