@@ -193,9 +193,9 @@ impl Backend for EmulatedBackend {
     fn allocate(&self, bytes: usize) -> Result<Address> {
         let _one_at_a_time = self.variant.lock();
         let mut address: *mut c_void = std::ptr::null_mut();
+        let malloc = self.variant.emulator.malloc;
         // SAFETY: the call writes the address.
-        self.variant
-            .check("malloc", unsafe { (self.variant.emulator.malloc)(&mut address, bytes as u64) })?;
+        self.variant.check("malloc", unsafe { malloc(&mut address, bytes as u64) })?;
         NonNull::new(address).map(Address).ok_or_else(|| {
             Error::device(format!("no memory for {bytes} bytes"), "use a smaller model or token budget")
         })
