@@ -25,6 +25,13 @@ struct Dropout {
         const uint32_t half = uint32_t(hash(uint64_t(index) / 2) >> 32 * (index % 2));
         return half < threshold ? 0.0f : value * keep_scale;
     }
+
+    // Two neighbours of which the first has this even index: they share one hash.
+    DEVICE void pair(float& low, float& high, int64_t index) const {
+        const uint64_t bits = hash(uint64_t(index) / 2);
+        low = uint32_t(bits) < threshold ? 0.0f : low * keep_scale;
+        high = uint32_t(bits >> 32) < threshold ? 0.0f : high * keep_scale;
+    }
 };
 
 }  // namespace MMPO_VARIANT
