@@ -14,7 +14,8 @@ namespace {
 
 template <class Lines>
 mmpo_status launch(bf16* out, const bf16* bias, const typename Lines::Operands& operands, mmpo_stream stream) {
-    const bool aligned = parts_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
+    const bool aligned =
+        parts_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
     const auto epilogue = [&](auto aligned) {
         return gemm::StoreBf16<decltype(aligned)::value>(out, bias, operands.shape_n);
     };

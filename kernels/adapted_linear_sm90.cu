@@ -34,8 +34,8 @@ mmpo_status MMPO_EXPORT(adapted_linear_forward_sm90)(mmpo_bf16* out, const mmpo_
                                                      int32_t count, int32_t rows, int32_t inputs, int32_t outputs,
                                                      int32_t tile, mmpo_stream stream) {
     if (count < 0 || count > kMostParts) return kInvalidValue;
-    return launch<AdaptedForwardLines>(out, bias, forward_operands(x, weight, parts, count, rows, inputs, outputs), tile,
-                                       stream);
+    return launch<AdaptedForwardLines>(out, bias, forward_operands(x, weight, parts, count, rows, inputs, outputs),
+                                       tile, stream);
 }
 
 mmpo_status MMPO_EXPORT(adapted_linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
@@ -62,6 +62,6 @@ mmpo_status MMPO_EXPORT(adapted_linear_backward_input_sm90)(mmpo_bf16* dx, const
                                                             mmpo_stream stream) {
     const Dropout dropout{key, threshold, keep_scale};
     const GemmOperands frozen{dout, weight, rows, inputs, outputs};
-    return launch<AdaptedBackwardInputLines>(dx, nullptr, backward_input_operands(frozen, dinner, a, inner_width, dropout),
-                                             tile, stream);
+    return launch<AdaptedBackwardInputLines>(
+        dx, nullptr, backward_input_operands(frozen, dinner, a, inner_width, dropout), tile, stream);
 }

@@ -267,8 +267,8 @@ mmpo_status MMPO_EXPORT(low_rank_backward_weight_sm90)(float* db, void* workspac
 
 /* ---- adapted_linear.cu, adapted_linear_sm90.cu: frozen linear layers whose gemms go on to low-rank adapters
  *
- * `tile` of the functions for Hopper: as for linear_sm90.cu, where the shape has 128 rows and 128 or 256 columns; others
- * leave the choice to the plan. There ranks are multiples of 8 and arrays begin on 16 bytes. */
+ * `tile` of the functions for Hopper: as for linear_sm90.cu, where the shape has 128 rows and 128 or 256 columns;
+ * others leave the choice to the plan. There ranks are multiples of 8 and arrays begin on 16 bytes. */
 
 /* A module's adapter: it adds scale * inner[rows, rank] * b[outputs, rank]^T to columns first .. first + outputs of the
  * layer's output. Rows of inner lie inner_width values apart. */

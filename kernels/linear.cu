@@ -37,7 +37,8 @@ struct AddF32 : gemm::PlainEpilogue {
 
 template <class Lines, Narrow kNarrow = Narrow::no>
 mmpo_status launch_bf16(bf16* out, const bf16* bias, const GemmOperands& operands, mmpo_stream stream) {
-    const bool aligned = lines_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
+    const bool aligned =
+        lines_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
     const auto epilogue = [&](auto aligned) {
         return gemm::StoreBf16<decltype(aligned)::value>(out, bias, operands.shape_n);
     };
@@ -46,7 +47,8 @@ mmpo_status launch_bf16(bf16* out, const bf16* bias, const GemmOperands& operand
 
 template <class Lines, Narrow kNarrow = Narrow::no>
 mmpo_status launch_add_f32(float* out, const GemmOperands& operands, mmpo_stream stream) {
-    const bool aligned = lines_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
+    const bool aligned =
+        lines_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, operands.shape_n);
     const auto epilogue = [&](auto aligned) { return AddF32<decltype(aligned)::value>(out, operands.shape_n); };
     return gemm::launch_gemm<Lines, kNarrow>(operands, aligned, epilogue, stream);
 }

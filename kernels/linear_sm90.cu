@@ -47,9 +47,7 @@ mmpo_status launch_add_f32(float* out, void* workspace, const GemmOperands& oper
     if (empty(operands)) return kSuccess;
     if (!is_supported<Lines>(operands, out, tile)) return kInvalidValue;
     const GemmPlan plan = plan_gemm(operands.shape_m, operands.shape_n, operands.shape_k, true, tile);
-    const auto launch = [&](const StoreF32& epilogue) {
-        return launch_gemm<Lines>(operands, plan, epilogue, stream);
-    };
+    const auto launch = [&](const StoreF32& epilogue) { return launch_gemm<Lines>(operands, plan, epilogue, stream); };
     return launch_sum(out, static_cast<float*>(workspace), operands.shape_m, operands.shape_n, plan, launch, stream);
 }
 

@@ -7,8 +7,9 @@
 //   linear_backward_input_add  dinner[T, r]                  a[r, I]                 dx[T, I], bf16 accumulated
 //
 // inner = dropout(x) * a^T and the gradient of a are ordinary linear layers. adapted_linear.cu has the frozen gemm with
-// the first and the last of these in its own accumulators; here they stand alone, for a frozen gemm by cuBLASLt. The first three work on columns of wider
-// matrices: query, key and value, and gate and up, stand side by side in one output, each with an adapter of its own.
+// the first and the last of these in its own accumulators; here they stand alone, for a frozen gemm by cuBLASLt. The
+// first three work on columns of wider matrices: query, key and value, and gate and up, stand side by side in one
+// output, each with an adapter of its own.
 
 #include "common/gemm_launch.cuh"
 #include "common/vector.cuh"
@@ -181,7 +182,8 @@ mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf1
     const auto epilogue = [&](auto aligned) {
         return AddKept<decltype(aligned)::value>({dx, inputs, inputs}, {key, threshold, keep_scale});
     };
-    return launch_gemm<BackwardInputLines, Narrow::no>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue, stream);
+    return launch_gemm<BackwardInputLines, Narrow::no>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue,
+                                                       stream);
 }
 
 mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,

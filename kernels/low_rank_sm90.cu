@@ -1,13 +1,14 @@
-// The products of low-rank adapters that stand alone (low_rank.cu), on Hopper: common/gemm_sm90.cuh with tiles as wide as
-// the adapters' ranks, in clusters of four blocks, so that the wide operand is read once, and the narrow one once for 512
-// rows of the wide one.
+// The products of low-rank adapters that stand alone (low_rank.cu), on Hopper: common/gemm_sm90.cuh with tiles as wide
+// as the adapters' ranks, in clusters of four blocks, so that the wide operand is read once, and the narrow one once
+// for 512 rows of the wide one.
 //
 //   gemm             left                     right                      out
 //   inner            x[T, I]                  a[r, I], transposed        inner[T, r], bf16 assigned
 //   backward_input   dout[T, O]               b[O, r]                    dinner[T, r], bf16 assigned
 //   backward_weight  dout[T, O], transposed   inner[T, r]                db[O, r], f32 accumulated
 //
-// The last two work on columns of wider matrices. All sizes but T must be multiples of 8, and all addresses of 16 bytes.
+// The last two work on columns of wider matrices. All sizes but T must be multiples of 8, and all addresses of 16
+// bytes.
 
 #include "common/gemm_parts_sm90.cuh"
 

@@ -12,8 +12,7 @@ inline ScaledOperands forward_operands(const bf16* x, const bf16* weight, const 
     operands.count = count;
     for (int i = 0; i < count; ++i) {
         const mmpo_low_rank_part& part = parts[i];
-        operands.parts[i] = {part.inner, part.b,       part.inner_width, part.rank,
-                             part.first, part.outputs, part.scale};
+        operands.parts[i] = {part.inner, part.b, part.inner_width, part.rank, part.first, part.outputs, part.scale};
     }
     return operands;
 }

@@ -26,11 +26,10 @@ struct Dropout {
         return half < threshold ? 0.0f : value * keep_scale;
     }
 
-    // Two neighbours of which the first has this even index: they share one hash.
-    DEVICE void pair(float& low, float& high, int64_t index) const {
+    // Whether two neighbours are kept, of which the first has this even index: bits 0 and 1. They share one hash.
+    DEVICE uint32_t kept_pair(int64_t index) const {
         const uint64_t bits = hash(uint64_t(index) / 2);
-        low = uint32_t(bits) < threshold ? 0.0f : low * keep_scale;
-        high = uint32_t(bits >> 32) < threshold ? 0.0f : high * keep_scale;
+        return (uint32_t(bits) < threshold ? 0u : 1u) | (uint32_t(bits >> 32) < threshold ? 0u : 2u);
     }
 };
 

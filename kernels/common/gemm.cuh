@@ -194,18 +194,19 @@ DEVICE void multiply_slices(Accumulators<C>& accumulators, typename C::Left left
 // Applies the operands' `finish` to the accumulators.
 template <class C, bool kAligned>
 DEVICE void finish_parts(Accumulators<C>& accumulators, const typename C::Operands& operands, TileOrigin origin) {
-    if (!operands.finishes()) return;
     const WarpPart part = warp_part<C>();
-    const int row = origin.m + part.m + int(lane_id()) / 4, column = origin.n + part.n + int(lane_id()) % 4 * 2;
+    const int row = origin.m + part.m + int(lane_id()) / 4, column = int(lane_id()) % 4 * 2;
+    operands.template finish<kAligned>([&](const auto& visit) {
 #pragma unroll
-    for (int i = 0; i < C::kMmaM; ++i)
+        for (int i = 0; i < C::kMmaM; ++i)
 #pragma unroll
-        for (int j = 0; j < C::kMmaN; ++j)
+            for (int j = 0; j < C::kMmaN; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float* const pair = accumulators[i] + 4 * j + 2 * half;
-                operands.template finish<kAligned>(pair[0], pair[1], row + 16 * i + 8 * half, column + 8 * j);
-            }
+                for (int half = 0; half < 2; ++half) {
+                    float* const pair = accumulators[i] + 4 * j + 2 * half;
+                    visit(pair[0], pair[1], row + 16 * i + 8 * half, origin.n + part.n + 8 * j, column);
+                }
+    });
 }
 
 // The main loop: kStages - 1 slices are under way while one is multiplied. The slices of low-rank parts come first.
@@ -227,8 +228,7 @@ DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const 
                 left.template load<kAligned, C::kThreads>(part.left, origin.m, depth, operands.shape_m, part.depth,
                                                           part.left_stride);
                 right.template load<kAligned, C::kThreads>(part.right, origin.n - part.first, depth, part.columns,
-                                                           part.depth,
-                                                           C::Right::line_length(part.columns, part.depth));
+                                                           part.depth, C::Right::line_length(part.columns, part.depth));
             });
         }
         if (slice >= part_slices && slice < slices) {

@@ -45,8 +45,8 @@ enum class Narrow { no, columns, rows };
 
 // Large tiles read each operand half as often as small ones. Small tiles are for shapes with which large ones would
 // leave multiprocessors, or most of a tile, idle. `kNarrow` adds tiles for an `out` that is narrow and long; they are
-// taken where they occupy half of the multiprocessors. `aligned`: whether operands and `out` allow 16-byte accesses. `epilogue` makes an epilogue for an `out` that does
-// (true_type) or does not (false_type).
+// taken where they occupy half of the multiprocessors. `aligned`: whether operands and `out` allow 16-byte accesses.
+// `epilogue` makes an epilogue for an `out` that does (true_type) or does not (false_type).
 template <class Lines, Narrow kNarrow, class MakeEpilogue>
 mmpo_status launch_gemm(const typename Lines::Operands& operands, bool aligned, MakeEpilogue epilogue,
                         mmpo_stream stream) {

@@ -11,9 +11,9 @@
 // The producer runs ahead into the next tile while consumers are in the epilogue. The epilogue's stores are TMA's as
 // well, so the tensor cores wait only while accumulators are converted and written to panels of shared memory.
 //
-// Two blocks (or four) may form a cluster, with one tile below the other. Both need the same slices of the right operand, so each
-// loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes per
-// cycle. The price is that a stage is free only when the consumers of both blocks have left it.
+// Two blocks (or four) may form a cluster, with one tile below the other. Both need the same slices of the right
+// operand, so each loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of
+// 48 bytes per cycle. The price is that a stage is free only when the consumers of both blocks have left it.
 #pragma once
 
 #include "gemm_plan_sm90.cuh"
@@ -390,23 +390,50 @@ struct Consumer {
     }
 };
 
+// Drops values of a consumer's accumulators. What is kept is found in loops that are not unrolled, 32 values at a time:
+// the hashes of a whole tile in flight would take more registers than there are beside the accumulators.
+template <class C>
+DEVICE void drop_parts(typename C::Accumulators& d, const DroppedOperands& operands, int row, int column) {
+    if (operands.dropout.threshold == 0) return;
+    constexpr int kWord = 32;
+#pragma unroll
+    for (int first = 0; first < C::CONSUMER_N / 2; first += kWord) {
+        uint32_t kept = 0;
+#pragma unroll 1
+        for (int pair = 0; pair < kWord / 2; ++pair) {
+            const int64_t index = int64_t(row + pair % 2 * 8) * operands.shape_n + column + 2 * first + pair / 2 * 8;
+            kept |= operands.dropout.kept_pair(index) << 2 * pair;
+        }
+#pragma unroll
+        for (int i = 0; i < kWord; ++i) {
+            float& value = d[first + i];
+            value = kept >> i & 1 ? value * operands.dropout.keep_scale : 0.0f;
+        }
+    }
+}
+
 // Applies the operands' `finish` to a consumer's accumulators.
 template <class C, class Problem>
 DEVICE void finish_parts(typename C::Accumulators& d, const Problem& problem, const TileWork& work,
                          const Consumer<C>& consumer) {
     constexpr int kRuns = C::Lines::kRightParts;
     static_assert(kRuns == 1 || C::Tile::kConsumersN == 1, "a consumer's columns begin with the tile's");
-    if (!problem.operands.finishes()) return;
+    constexpr int kRunColumns = C::CONSUMER_N / kRuns;
     const int lane = int(lane_id()), warp = int(threadIdx.x) / kWarp % 4;
     const int row = work.m + consumer.outer_m() + warp * 16 + lane / 4;
-    const int column = work.n / kRuns + consumer.outer_n() + lane % 4 * 2;
+    const int column = work.n / kRuns + consumer.outer_n();
+    if constexpr (std::is_same<typename C::Lines::Operands, DroppedOperands>::value) {
+        drop_parts<C>(d, problem.operands, row, column + lane % 4 * 2);
+    } else {
+        problem.operands.template finish<true>([&](const auto& visit) {
 #pragma unroll
-    for (int j = 0; j < C::CONSUMER_N / 8; ++j) {
-        constexpr int kRunColumns = C::CONSUMER_N / kRuns;
-        const int x = column + 8 * j % kRunColumns + 8 * j / kRunColumns * problem.right_part;
+            for (int j = 0; j < C::CONSUMER_N / 8; ++j) {
+                const int group = column + 8 * j % kRunColumns + 8 * j / kRunColumns * problem.right_part;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            problem.operands.template finish<true>(d[4 * j + 2 * half], d[4 * j + 2 * half + 1], row + 8 * half, x);
+                for (int half = 0; half < 2; ++half)
+                    visit(d[4 * j + 2 * half], d[4 * j + 2 * half + 1], row + 8 * half, group, lane % 4 * 2);
+            }
+        });
     }
 }
 
@@ -485,8 +512,8 @@ mmpo_status encode_parts(Problem& problem, const typename C::Lines::Operands& op
     problem.operands = operands;
     for (int i = 0; i < operands.count; ++i) {
         const LowRankPart& part = operands.parts[i];
-        if (const mmpo_status error = C::Left::encode(&problem.left_parts[i], part.left, operands.shape_m, part.depth,
-                                                      part.left_stride))
+        if (const mmpo_status error =
+                C::Left::encode(&problem.left_parts[i], part.left, operands.shape_m, part.depth, part.left_stride))
             return error;
         if (const mmpo_status error =
                 C::RightPart::encode(&problem.right_parts[i], part.right, part.columns, part.depth,
@@ -522,8 +549,8 @@ mmpo_status launch_tiles(const typename Lines::Operands& operands, const GemmPla
     problem.right_part = operands.shape_n / Lines::kRightParts;
     problem.epilogue = epilogue;
     const int m = operands.shape_m, n = operands.shape_n, k = operands.shape_k;
-    if (const mmpo_status error = C::Left::encode(&problem.left, operands.left, m, k,
-                                                  left_stride(operands, C::Left::line_length(m, k))))
+    if (const mmpo_status error =
+            C::Left::encode(&problem.left, operands.left, m, k, left_stride(operands, C::Left::line_length(m, k))))
         return error;
     if (const mmpo_status error = C::RightPart::encode(&problem.right, operands.right, n, k,
                                                        right_stride(operands, C::RightPart::line_length(n, k))))
@@ -544,8 +571,8 @@ mmpo_status launch_tiles(const typename Lines::Operands& operands, const GemmPla
 
 // Runs the tile in clusters of one block or two, as the plan says.
 template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_single_or_paired(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
-                                    mmpo_stream stream) {
+mmpo_status launch_single_or_paired(const typename Lines::Operands& operands, const GemmPlan& plan,
+                                    const Epilogue& epilogue, mmpo_stream stream) {
     return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
                              : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
 }

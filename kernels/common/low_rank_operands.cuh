@@ -80,30 +80,26 @@ struct LowRankOperands : GemmOperands {
     }
 };
 
-// Finishes the sum of the parts by the factor of each part's columns.
+// Finishes the sum of the parts by the factor of each part's columns. `each` calls its argument with all pairs of
+// neighbouring values that a thread holds: (low, high, row, group, column), in columns `group` + `column` and the one
+// after it; `group` is a multiple of 8 and the same in all lanes. kAligned: parts begin and end on multiples of 8, and
+// rows of `out` have a multiple of 8 values.
 struct ScaledOperands : LowRankOperands {
     using LowRankOperands::LowRankOperands;
 
-    HOST_DEVICE bool finishes() const {
-        bool scaled = false;
-#pragma unroll
-        for (int i = 0; i < kMostParts; ++i) scaled |= i < count && parts[i].scale != 1.0f;
-        return scaled;
-    }
-    // Two neighbouring columns of a row. A column outside all parts holds 0.
-    template <bool kAligned>
-    DEVICE void finish(float& low, float& high, int, int column) const {
-        low *= scale_of(column);
-        high *= scale_of(column + 1);
-    }
-    DEVICE float scale_of(int column) const {
-        float scale = 1.0f;
+    template <bool kAligned, class Each>
+    DEVICE void finish(const Each& each) const {
 #pragma unroll
         for (int i = 0; i < kMostParts; ++i) {
-            const bool inside = i < count && column >= parts[i].first && column < parts[i].first + parts[i].columns;
-            if (inside) scale = parts[i].scale;
+            if (i >= count || parts[i].scale == 1.0f) continue;
+            const auto inside = [&](int column) {
+                return uint32_t(column - parts[i].first) < uint32_t(parts[i].columns);
+            };
+            each([&](float& low, float& high, int, int group, int column) {
+                if (inside(kAligned ? group : group + column)) low *= parts[i].scale;
+                if (inside(kAligned ? group : group + column + 1)) high *= parts[i].scale;
+            });
         }
-        return scale;
     }
 };
 
@@ -113,17 +109,14 @@ struct DroppedOperands : LowRankOperands {
 
     DroppedOperands(GemmOperands operands, Dropout dropout = {}) : LowRankOperands(operands), dropout(dropout) {}
 
-    HOST_DEVICE bool finishes() const { return dropout.threshold != 0; }
-    // kAligned: the rows of `out` have an even number of values, so that the two share a hash.
-    template <bool kAligned>
-    DEVICE void finish(float& low, float& high, int row, int column) const {
-        const int64_t index = int64_t(row) * shape_n + column;
-        if constexpr (kAligned) {
-            dropout.pair(low, high, index);
-        } else {
+    template <bool kAligned, class Each>
+    DEVICE void finish(const Each& each) const {
+        if (dropout.threshold == 0) return;
+        each([&](float& low, float& high, int row, int group, int column) {
+            const int64_t index = int64_t(row) * shape_n + group + column;
             low = dropout(low, index);
             high = dropout(high, index + 1);
-        }
+        });
     }
 };
 
@@ -144,8 +137,8 @@ bool parts_aligned(const typename Lines::Operands& operands) {
     bool aligned = lines_aligned<Lines>(operands);
     for (int i = 0; i < operands.count; ++i) {
         const LowRankPart& part = operands.parts[i];
-        aligned = aligned && vector_rows(part.depth) && vector_rows(part.left_stride) &&
-                  vector_aligned(part.left, part.right);
+        aligned = aligned && vector_rows(part.depth) && vector_rows(part.left_stride) && vector_rows(part.first) &&
+                  vector_rows(part.columns) && vector_aligned(part.left, part.right);
     }
     return aligned;
 }

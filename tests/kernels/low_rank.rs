@@ -113,10 +113,21 @@ fn check_input_add<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize
     }
 }
 
-device_tests! {
-    /// `out` accumulates in the module's columns, and the others keep their values.
-    fn forward(device, bounds) {
-        SHAPES.iter().for_each(|&sizes| check_forward(device, sizes, bounds));
+path_tests! {
+    /// `inner` is assigned in full, for as many columns as one to three modules have, and more.
+    fn inner(device, bounds) {
+        for (rows, inputs, outputs) in [(1, 16, 8), (9, 17, 3), (70, 72, 64), (530, 200, 128), (40, 136, 192), (37, 64, 216)] {
+            trying("(rows, inputs, outputs)", (rows, inputs, outputs));
+            let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+            let (a, a64) = random_compute(device, 2, outputs * inputs, 1.0);
+            let mut inner = unset_compute(device, rows * outputs + 5);
+            let shape = LinearShape { rows, inputs, outputs };
+            device.low_rank_inner(&mut inner, &x, &a, shape).unwrap();
+            let wanted = naive::linear(&x64, &a64, &vec![0.0; outputs], inputs);
+            let inner = read_compute(device, &inner);
+            assert_close("inner", &inner[..rows * outputs], &wanted, bounds);
+            assert!(inner[rows * outputs..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
+        }
     }
 
     /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
@@ -125,6 +136,15 @@ device_tests! {
             check_backward_input(device, sizes, bounds);
             check_backward_weight(device, sizes);
         }
+        // Rows that Hopper's kernels sum in parts.
+        check_backward_weight(device, [1100, 16, 24, 8, 40, 8, 32, 16]);
+    }
+}
+
+device_tests! {
+    /// `out` accumulates in the module's columns, and the others keep their values.
+    fn forward(device, bounds) {
+        SHAPES.iter().for_each(|&sizes| check_forward(device, sizes, bounds));
     }
 
     /// The gradient of the input is added to what is there, without the values that the forward's mask dropped.

@@ -17,10 +17,12 @@ impl AdapterTerms<'_, CudaDevice> {
         self.parts.iter().map(|shape| part(operation, self.inner, self.b, shape)).collect()
     }
 
-    /// Whether Hopper's tensor maps of `inner` and `b` exist; the addresses follow from the ranks.
+    /// Whether Hopper's kernels take the parts: tensor maps of `inner` and `b` exist, whose addresses follow from the ranks, and
+    /// parts begin and end on multiples of 8.
     fn mappable(&self) -> bool {
         let aligned = |shape: &LowRankShape| {
-            [shape.rank, shape.inner.first, shape.inner.width].iter().all(|size| size.is_multiple_of(8))
+            let sizes = [shape.rank, shape.inner.first, shape.inner.width, shape.out.first, shape.outputs];
+            sizes.iter().all(|size| size.is_multiple_of(8))
         };
         self.parts.iter().all(aligned)
     }
