@@ -1,5 +1,6 @@
 //! What low-rank adapters of rank 64 add to a step over frozen weights, in operations and in bytes that kernels move between
-//! memory and multiprocessors, for Llama-3.2-1B with an adapter on every module.
+//! memory and multiprocessors, for Llama-3.2-1B with an adapter on every module. Loads of operands count as often as tiles make
+//! them, wherever a cache holds them. Left out are the partial sums of gradients with few tiles.
 //!
 //! Whole gemms of a layer of width 2048 over thousands of tokens take the emulated device minutes. But what a gemm of whole
 //! tiles does is linear in each of its sizes: so small ones are counted, in the tiles that large ones take, and continued to
@@ -14,7 +15,6 @@ use mmpo_fast::device::{
     LinearSwiglu, LowRankShape, NormShape, RmsNormBackward, RopeDirection, RowPart,
 };
 
-use crate::head;
 use crate::table::Table;
 use crate::{ORDINARY, emulator_alone};
 
@@ -22,9 +22,7 @@ use crate::{ORDINARY, emulator_alone};
 const VARIANT: EmulatorVariant = EmulatorVariant::Checked;
 /// The paper's rank.
 const RANK: usize = 64;
-/// Tokens of the step in the table.
-const ROWS: usize = 512;
-/// Tokens of the micro-batch whose tiles are meant.
+/// Tokens of the step, which is one micro-batch.
 const TOKENS: usize = 8192;
 /// Layers of the model.
 const LAYERS: i64 = 16;
@@ -65,24 +63,28 @@ impl Work {
     }
 }
 
-/// Counts at two values of each of two sizes, continued to `wanted`: sizes are multiples of `least`.
-fn continued(least: [usize; 2], wanted: [usize; 2], count: impl Fn([usize; 2]) -> Work) -> Work {
-    let [far, further] = [0, 1].map(|size| (wanted[size] / least[size]) as i64 - 1);
-    assert!((0..2).all(|size| wanted[size].is_multiple_of(least[size])));
-    // A plane through the values at once and at twice the least size.
-    let at = |first: usize, second: usize| count([first * least[0], second * least[1]]);
-    let corners = [(1, 1, (1 - far) * (1 - further)), (2, 1, far * (1 - further))];
-    let more = [(1, 2, (1 - far) * further), (2, 2, far * further)];
-    corners
-        .into_iter()
-        .chain(more)
-        .map(|(first, second, weight)| at(first, second).times(weight))
-        .fold(Work::default(), Work::plus)
+/// Counts at the least value of each size and at twice that, continued to `wanted`.
+fn continued<const SIZES: usize>(
+    least: [usize; SIZES],
+    wanted: [usize; SIZES],
+    count: impl Fn([usize; SIZES]) -> Work,
+) -> Work {
+    let corner = |corner: usize| {
+        let twice = |size: usize| corner >> size & 1 == 1;
+        let weights = (0..SIZES).map(|size| {
+            assert!(wanted[size].is_multiple_of(least[size]), "{wanted:?} in steps of {least:?}");
+            let steps = (wanted[size] / least[size]) as i64 - 1;
+            if twice(size) { steps } else { 1 - steps }
+        });
+        let weight = weights.product();
+        count(std::array::from_fn(|size| least[size] << usize::from(twice(size)))).times(weight)
+    };
+    (0..1 << SIZES).map(corner).fold(Work::default(), Work::plus)
 }
 
 /// Tokens that are counted: whole tiles of everything; on Hopper, of clusters of four blocks.
 fn rows(path: KernelPath) -> usize {
-    if path == KernelPath::Hopper { ROWS } else { ROWS / 4 }
+    if path == KernelPath::Hopper { 512 } else { 128 }
 }
 
 /// A device whose frozen gemms take the tiles of large ones.
@@ -107,14 +109,16 @@ struct Projection {
     /// Each module's share of the outputs, of `shares` in all.
     modules: &'static [usize],
     swiglu: bool,
+    /// The tile, and cluster, that Hopper's plan has for the gradient of the adapters' `A` over `TOKENS` tokens.
+    gradient_of_a: [i32; 3],
 }
 
 /// Query, key and value; output; gate and up; down.
 const PROJECTIONS: [Projection; 4] = [
-    Projection { inputs: WIDTH, outputs: 3072, modules: &[4, 1, 1], swiglu: false },
-    Projection { inputs: WIDTH, outputs: WIDTH, modules: &[1], swiglu: false },
-    Projection { inputs: WIDTH, outputs: 2 * MLP_WIDTH, modules: &[1, 1], swiglu: true },
-    Projection { inputs: MLP_WIDTH, outputs: WIDTH, modules: &[1], swiglu: false },
+    Projection { inputs: WIDTH, outputs: 3072, modules: &[4, 1, 1], swiglu: false, gradient_of_a: [128, 128, 2] },
+    Projection { inputs: WIDTH, outputs: WIDTH, modules: &[1], swiglu: false, gradient_of_a: [64, 128, 1] },
+    Projection { inputs: WIDTH, outputs: 2 * MLP_WIDTH, modules: &[1, 1], swiglu: true, gradient_of_a: [128, 128, 1] },
+    Projection { inputs: MLP_WIDTH, outputs: WIDTH, modules: &[1], swiglu: false, gradient_of_a: [64, 128, 1] },
 ];
 
 impl Projection {
@@ -157,7 +161,9 @@ impl Projection {
             if self.swiglu {
                 let operands =
                     LinearSwiglu { out: &mut activated, gate_up, x: &x, weight, bias: None, shape };
-                device.linear_swiglu_forward(operands).unwrap();
+                // Without parts this is the frozen gemm, in a tile that can be chosen.
+                let terms = AdapterTerms { inner: &x, b: weight, parts: &[] };
+                device.adapted_linear_swiglu_forward(operands, terms).unwrap();
             } else {
                 device.linear_forward(gate_up, &x, weight, None, shape).unwrap();
             }
@@ -165,10 +171,10 @@ impl Projection {
         })
     }
 
-    /// The same with the adapters of all modules, and the adapters' gradients.
+    /// The same with the adapters of all modules, without the adapters' gradients.
     fn adapted(&self, path: KernelPath, [inputs, outputs]: [usize; 2], dropout: Option<Dropout>) -> Work {
         let large = &device(path, (path == KernelPath::Hopper).then_some(LARGE));
-        let (rows, planned) = (rows(path), &device(path, None));
+        let rows = rows(path);
         let inner_width = self.inner_width();
         let shape = LinearShape { rows, inputs, outputs };
         let down = LinearShape { outputs: inner_width, ..shape };
@@ -178,15 +184,12 @@ impl Projection {
         let [mut inner, mut dinner] = buffers(large, [rows * inner_width, rows * inner_width]);
         let [mut out, mut dx, mut activated] =
             buffers(large, [rows * outputs, rows * inputs, rows * outputs / 2]);
-        let mut da = large.alloc(inner_width * inputs).unwrap();
-        let mut db = large.alloc(outputs * RANK).unwrap();
         Work::count(|| {
-            let mut drop = || {
-                if let Some(dropout) = dropout {
-                    large.dropout(&mut dropped, &x, [rows, inputs], dropout).unwrap();
-                }
-            };
-            drop();
+            if let Some(dropout) = dropout {
+                // In the forward, and again for the gradient of `A`.
+                large.dropout(&mut dropped, &x, [rows, inputs], dropout).unwrap();
+                large.dropout(&mut dropped, &x, [rows, inputs], dropout).unwrap();
+            }
             occupied(TOKENS / 128 * inner_width.div_ceil(128) * 2 >= MULTIPROCESSORS);
             large.low_rank_inner(&mut inner, &x, &a, down).unwrap();
             occupied(true);
@@ -200,23 +203,42 @@ impl Projection {
                     AdaptedLinear { out: &mut out, x: &x, weight: &weight, bias: None, shape, terms };
                 large.adapted_linear_forward(operands).unwrap();
             }
-            for (part, share) in parts.iter().zip(self.modules) {
-                let module = self.outputs / self.shares() * share;
-                occupied(2 * (module / 128) >= MULTIPROCESSORS);
-                large.low_rank_backward_weight(&mut db, &out, &inner, *part).unwrap();
-                occupied(true);
+            for part in &parts {
                 large.low_rank_backward_input(&mut dinner, &out, &b, *part).unwrap();
             }
-            // Few tiles, so small ones on the portable path; Hopper's plan has the smallest anyway for so few rows.
-            occupied(false);
-            drop();
-            planned.linear_backward_weight(Some(&mut da), None, &dinner, &x, down).unwrap();
-            occupied(true);
             let (dx, dout, weight, dinner, a) = (&mut dx, &out, &weight, &dinner, &a);
             let operands =
                 AdaptedBackwardInput { dx, dout, weight, dinner, a, shape, inner_width, dropout };
             large.adapted_linear_backward_input(operands).unwrap();
         })
+    }
+
+    /// The gradients of the adapters' `A` and `B`: sums over all tokens, which are added to once.
+    fn gradients(&self, path: KernelPath, [rows, inputs, outputs]: [usize; 3]) -> Work {
+        let [block_m, block_n, cluster] = self.gradient_of_a;
+        let tile = GemmTile { block_m, block_n, cluster };
+        let device = &device(path, (path == KernelPath::Hopper).then_some(tile));
+        let inner_width = self.inner_width();
+        let [x, inner, dout] = buffers(device, [rows * inputs, rows * inner_width, rows * outputs]);
+        let mut da = device.alloc(inner_width * inputs).unwrap();
+        let mut db = device.alloc(outputs * RANK).unwrap();
+        Work::count(|| {
+            for (part, share) in self.parts(rows, outputs).iter().zip(self.modules) {
+                let module = self.outputs / self.shares() * share;
+                occupied(2 * (module / 128) >= MULTIPROCESSORS);
+                device.low_rank_backward_weight(&mut db, &dout, &inner, *part).unwrap();
+            }
+            // Few tiles, so small ones on the portable path.
+            occupied(false);
+            let down = LinearShape { rows, inputs, outputs: inner_width };
+            device.linear_backward_weight(Some(&mut da), None, &inner, &x, down).unwrap();
+        })
+    }
+
+    /// Of all tokens at the projection's own sizes.
+    fn continued_gradients(&self, path: KernelPath) -> Work {
+        let wanted = [TOKENS, self.inputs, self.outputs];
+        continued([256, 256, 256 * self.shares()], wanted, |sizes| self.gradients(path, sizes))
     }
 
     /// Of `rows` tokens at the projection's own sizes.
@@ -277,22 +299,21 @@ fn between_gemms(path: KernelPath) -> Work {
     })
 }
 
-/// The head over `rows` scored tokens with a frozen vocabulary matrix.
-fn head(path: KernelPath) -> Work {
-    let (rows, device) = (rows(path), &device(path, None));
-    occupied(true);
-    continued([256, 256], [WIDTH, VOCAB], |[width, vocab]| {
-        let [forward, backward] = head::frozen_counters(device, rows, width, vocab);
-        Work::of(&forward).plus(Work::of(&backward))
-    })
-}
+/// The head with a frozen vocabulary matrix, as far as its two gemms go; what else it does is left out.
+const HEAD: Projection = Projection {
+    inputs: WIDTH,
+    outputs: VOCAB,
+    modules: &[1],
+    swiglu: false,
+    gradient_of_a: [0; 3],
+};
 
-/// A step of `ROWS` tokens, half of them scored; attention, which adapters leave as it is, is not counted.
+/// A step without the adapters' gradients, half of them scored; attention, which adapters leave as it is, is not counted.
 fn step(path: KernelPath, projection: impl Fn(&Projection) -> Work) -> Work {
     let layer = PROJECTIONS.iter().map(projection).fold(between_gemms(path), Work::plus);
-    let Work { flops, bytes } = head(path);
+    let Work { flops, bytes } = HEAD.continued(|sizes| HEAD.frozen(path, sizes));
     let step = layer.times(LAYERS).plus(Work { flops: flops / 2, bytes: bytes / 2 });
-    step.times((ROWS / rows(path)) as i64)
+    step.times((TOKENS / rows(path)) as i64)
 }
 
 /// Adapters of all modules at rank 64 add at most a tenth to the operations and to the bytes of a step over frozen weights;
@@ -317,8 +338,13 @@ fn adapters_of_llama_3_2_1b_add_at_most_a_tenth_to_a_frozen_step() {
             more
         };
         row("frozen", frozen);
+        let gradients = PROJECTIONS.iter().map(|projection| projection.continued_gradients(path));
+        let gradients = gradients.fold(Work::default(), Work::plus).times(LAYERS);
         let adapted = |dropout: Option<Dropout>| {
-            step(path, |projection| projection.continued(|sizes| projection.adapted(path, sizes, dropout)))
+            let sizes = |projection: &Projection| {
+                projection.continued(|sizes| projection.adapted(path, sizes, dropout))
+            };
+            step(path, sizes).plus(gradients)
         };
         let [operations, bytes] = row("adapted", adapted(None));
         row("adapted with dropout", adapted(Some(Dropout::new(1, 0.01))));
@@ -328,6 +354,8 @@ fn adapters_of_llama_3_2_1b_add_at_most_a_tenth_to_a_frozen_step() {
         let projection = &PROJECTIONS[1];
         let count = |sizes| projection.adapted(path, sizes, None);
         assert_eq!(continued([256, 256], [768, 768], count), count([768, 768]), "{name}");
+        let count = |sizes| projection.gradients(path, sizes);
+        assert_eq!(continued([128; 3], [384; 3], count), count([384; 3]), "{name}: gradients");
     }
     table.hold_against_the_committed_one();
 }

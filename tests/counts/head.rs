@@ -23,22 +23,6 @@ const STATISTICS: usize = 128;
 
 /// Counts of a forward and of its backward.
 fn count(device: &CudaDevice, mode: HeadMode, entropy: bool) -> [EmulatorCounters; 2] {
-    count_sizes(device, mode, entropy, [ROWS, WIDTH, VOCAB], true)
-}
-
-/// Counts of a forward and a backward through a frozen vocabulary matrix.
-pub fn frozen_counters(device: &CudaDevice, rows: usize, width: usize, vocab: usize) -> [EmulatorCounters; 2] {
-    count_sizes(device, HeadMode::Main, false, [rows, width, vocab], false)
-}
-
-/// As [`count`]; sizes are `N`, `D` and `V`, and `trained` says whether the vocabulary matrix has a gradient.
-fn count_sizes(
-    device: &CudaDevice,
-    mode: HeadMode,
-    entropy: bool,
-    [rows, width, vocab]: [usize; 3],
-    trained: bool,
-) -> [EmulatorCounters; 2] {
     let values = |count: usize, scale: f32| {
         let values: Vec<f32> =
             (0..count).map(|i| ((i * 7919 % 401) as f32 - 200.0) / 200.0 * scale).collect();
@@ -46,17 +30,17 @@ fn count_sizes(
         device.upload_values(&mut buffer, 0, RawValues::from_f32(&values)).unwrap();
         buffer
     };
-    let (mut hidden, weight) = (values(rows * width, 0.1), values(vocab * width, 1.0));
-    let mut workspace = device.alloc(device.logp_head_workspace(mode, rows, width, vocab).unwrap()).unwrap();
-    let mut targets = device.alloc(rows).unwrap();
-    let target_ids: Vec<u32> = (0..rows).map(|row| (row * 31 % vocab) as u32).collect();
+    let (mut hidden, weight) = (values(ROWS * WIDTH, 0.1), values(VOCAB * WIDTH, 1.0));
+    let mut workspace = device.alloc(device.logp_head_workspace(mode, ROWS, WIDTH, VOCAB).unwrap()).unwrap();
+    let mut targets = device.alloc(ROWS).unwrap();
+    let target_ids: Vec<u32> = (0..ROWS).map(|row| (row * 31 % VOCAB) as u32).collect();
     device.upload(&mut targets, 0, &target_ids).unwrap();
-    let mut scores = TokenScores::new(device, rows).unwrap();
-    let mut coefficients = TokenCoefficients::new(device, rows).unwrap();
-    device.upload(&mut coefficients.logp, 0, &vec![0.5; rows]).unwrap();
-    device.upload(&mut coefficients.entropy, 0, &vec![0.1; rows]).unwrap();
-    let mut dweight = device.alloc(vocab * width).unwrap();
-    let shape = HeadShape { rows: 0..rows, width, vocab, entropy, mode };
+    let mut scores = TokenScores::new(device, ROWS).unwrap();
+    let mut coefficients = TokenCoefficients::new(device, ROWS).unwrap();
+    device.upload(&mut coefficients.logp, 0, &[0.5; ROWS]).unwrap();
+    device.upload(&mut coefficients.entropy, 0, &[0.1; ROWS]).unwrap();
+    let mut dweight = device.alloc(VOCAB * WIDTH).unwrap();
+    let shape = HeadShape { rows: 0..ROWS, width: WIDTH, vocab: VOCAB, entropy, mode };
 
     VARIANT.reset_counters();
     device
@@ -74,7 +58,7 @@ fn count_sizes(
     device
         .logp_head_backward(HeadBackward {
             hidden: &mut hidden,
-            dweight: trained.then_some(&mut dweight),
+            dweight: Some(&mut dweight),
             workspace: &mut workspace,
             weight: &weight,
             targets: &targets,
