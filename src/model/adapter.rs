@@ -11,7 +11,8 @@ use super::projection::Adapter;
 use super::tensors::{FusedTensor, LayerTensors, LlamaTensors};
 use super::{Llama, Projection};
 use crate::device::{
-    AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, RawValues, RowPart, hash,
+    AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, RawValues,
+    RowPart, hash,
 };
 use crate::error::{Error, Result};
 

@@ -115,10 +115,28 @@ struct Projection {
 
 /// Query, key and value; output; gate and up; down.
 const PROJECTIONS: [Projection; 4] = [
-    Projection { inputs: WIDTH, outputs: 3072, modules: &[4, 1, 1], swiglu: false, gradient_of_a: [128, 128, 2] },
+    Projection {
+        inputs: WIDTH,
+        outputs: 3072,
+        modules: &[4, 1, 1],
+        swiglu: false,
+        gradient_of_a: [128, 128, 2],
+    },
     Projection { inputs: WIDTH, outputs: WIDTH, modules: &[1], swiglu: false, gradient_of_a: [64, 128, 1] },
-    Projection { inputs: WIDTH, outputs: 2 * MLP_WIDTH, modules: &[1, 1], swiglu: true, gradient_of_a: [128, 128, 1] },
-    Projection { inputs: MLP_WIDTH, outputs: WIDTH, modules: &[1], swiglu: false, gradient_of_a: [64, 128, 1] },
+    Projection {
+        inputs: WIDTH,
+        outputs: 2 * MLP_WIDTH,
+        modules: &[1, 1],
+        swiglu: true,
+        gradient_of_a: [128, 128, 1],
+    },
+    Projection {
+        inputs: MLP_WIDTH,
+        outputs: WIDTH,
+        modules: &[1],
+        swiglu: false,
+        gradient_of_a: [64, 128, 1],
+    },
 ];
 
 impl Projection {
@@ -207,8 +225,7 @@ impl Projection {
                 large.low_rank_backward_input(&mut dinner, &out, &b, *part).unwrap();
             }
             let (dx, dout, weight, dinner, a) = (&mut dx, &out, &weight, &dinner, &a);
-            let operands =
-                AdaptedBackwardInput { dx, dout, weight, dinner, a, shape, inner_width, dropout };
+            let operands = AdaptedBackwardInput { dx, dout, weight, dinner, a, shape, inner_width, dropout };
             large.adapted_linear_backward_input(operands).unwrap();
         })
     }
@@ -300,13 +317,8 @@ fn between_gemms(path: KernelPath) -> Work {
 }
 
 /// The head with a frozen vocabulary matrix, as far as its two gemms go; what else it does is left out.
-const HEAD: Projection = Projection {
-    inputs: WIDTH,
-    outputs: VOCAB,
-    modules: &[1],
-    swiglu: false,
-    gradient_of_a: [0; 3],
-};
+const HEAD: Projection =
+    Projection { inputs: WIDTH, outputs: VOCAB, modules: &[1], swiglu: false, gradient_of_a: [0; 3] };
 
 /// A step without the adapters' gradients, half of them scored; attention, which adapters leave as it is, is not counted.
 fn step(path: KernelPath, projection: impl Fn(&Projection) -> Work) -> Work {

@@ -4,8 +4,8 @@ use super::{Case, Maker, WORD, compute_size, outputs};
 use crate::bench::inputs::compute;
 use crate::bench::shapes::Shape;
 use crate::device::{
-    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, Device, Dropout, LinearShape, LinearSwiglu, LowRankShape,
-    RowPart,
+    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, Device, Dropout, LinearShape, LinearSwiglu,
+    LowRankShape, RowPart,
 };
 use crate::error::Result;
 
@@ -163,10 +163,7 @@ fn adapted_linear_backward_input<D: Device>(
         device.adapted_linear_backward_input(operands)
     });
     let values = rows * (inputs + columns + inner_width) + (columns + inner_width) * inputs;
-    Ok(case
-        .part(part)
-        .flops(2 * rows * inputs * (columns + inner_width))
-        .bytes(compute_size::<D>() * values))
+    Ok(case.part(part).flops(2 * rows * inputs * (columns + inner_width)).bytes(compute_size::<D>() * values))
 }
 
 fn low_rank_forward<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

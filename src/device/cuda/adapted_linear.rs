@@ -59,7 +59,8 @@ pub(super) fn forward<'a>(
 ) -> Result<Option<AdaptedLinear<'a, CudaDevice>>> {
     let AdaptedLinear { ref out, x, weight, bias, shape, ref terms } = operands;
     let addresses = [out.start().addr(), x.start().addr(), weight.start().addr()];
-    let Some((path, tile)) = own_kernel(device, GemmKind::Forward, &addresses, shape, terms.mappable()) else {
+    let Some((path, tile)) = own_kernel(device, GemmKind::Forward, &addresses, shape, terms.mappable())
+    else {
         return Ok(Some(operands));
     };
     let name = "adapted_linear_forward";
@@ -126,15 +127,44 @@ pub(super) fn backward_input<'a>(
     let dx = operands.dx.start_mut();
     let [dout, weight, dinner, a] = [dout, weight, dinner, a].map(CudaBuffer::start);
     // SAFETY: the buffers cover the sizes.
-    device.launch(path.either(name, "adapted_linear_backward_input_sm90"), &shape, |kernels, stream| unsafe {
-        match path {
-            KernelPath::Portable => (kernels.adapted_linear_backward_input)(
-                dx, dout, weight, dinner, a, rows, inputs, outputs, inner_width, key, threshold, scale, stream,
-            ),
-            KernelPath::Hopper => (kernels.adapted_linear_backward_input_sm90)(
-                dx, dout, weight, dinner, a, rows, inputs, outputs, inner_width, key, threshold, scale, tile, stream,
-            ),
-        }
-    })?;
+    device.launch(
+        path.either(name, "adapted_linear_backward_input_sm90"),
+        &shape,
+        |kernels, stream| unsafe {
+            match path {
+                KernelPath::Portable => (kernels.adapted_linear_backward_input)(
+                    dx,
+                    dout,
+                    weight,
+                    dinner,
+                    a,
+                    rows,
+                    inputs,
+                    outputs,
+                    inner_width,
+                    key,
+                    threshold,
+                    scale,
+                    stream,
+                ),
+                KernelPath::Hopper => (kernels.adapted_linear_backward_input_sm90)(
+                    dx,
+                    dout,
+                    weight,
+                    dinner,
+                    a,
+                    rows,
+                    inputs,
+                    outputs,
+                    inner_width,
+                    key,
+                    threshold,
+                    scale,
+                    tile,
+                    stream,
+                ),
+            }
+        },
+    )?;
     Ok(None)
 }

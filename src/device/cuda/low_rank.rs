@@ -134,8 +134,7 @@ impl LowRank for CudaDevice {
         let launcher = path.either(name, "low_rank_backward_input_sm90");
         // SAFETY: as in the forward.
         self.launch(launcher, &shape, |kernels, stream| unsafe {
-            let launch =
-                path.either(kernels.low_rank_backward_input, kernels.low_rank_backward_input_sm90);
+            let launch = path.either(kernels.low_rank_backward_input, kernels.low_rank_backward_input_sm90);
             launch(dinner, dout, b, rows, rank, outputs, out_width, inner_width, shape.scale, stream)
         })
     }
@@ -168,10 +167,29 @@ impl LowRank for CudaDevice {
                 let scale = shape.scale;
                 match path {
                     KernelPath::Portable => (kernels.low_rank_backward_weight)(
-                        db, dout, inner, rows, rank, outputs, out_width, inner_width, scale, stream,
+                        db,
+                        dout,
+                        inner,
+                        rows,
+                        rank,
+                        outputs,
+                        out_width,
+                        inner_width,
+                        scale,
+                        stream,
                     ),
                     KernelPath::Hopper => (kernels.low_rank_backward_weight_sm90)(
-                        db, workspace, dout, inner, rows, rank, outputs, out_width, inner_width, scale, stream,
+                        db,
+                        workspace,
+                        dout,
+                        inner,
+                        rows,
+                        rank,
+                        outputs,
+                        out_width,
+                        inner_width,
+                        scale,
+                        stream,
                     ),
                 }
             },
