@@ -11,7 +11,9 @@ use serde::Serialize;
 use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::ScoreConfig;
 use crate::context;
-use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
+use crate::data::{
+    PairCache, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load_cached,
+};
 use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
@@ -71,9 +73,11 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
     let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let source = PairSource::open(&config.data, &config.columns, Part::All)?;
-    let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+    let treatment =
+        Treatment { limits, policies: config.policies, min_score_gap: config.min_score_gap, tolerant: false };
+    let cache = PairCache::of(config.data_cache.as_ref());
     let memory = LargeBlocks::give_back();
-    let dataset = load(&source, &encoder, treatment, &mut |_| {})?;
+    let dataset = load_cached(&source, &encoder, treatment, cache.as_ref(), None)?;
     drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
     dataset.log();

@@ -26,6 +26,10 @@ class TrainOptions(TypedDict, total=False):
     """Folder that receives the model, metrics, report and checkpoints. [default: required; the demo's is mmpo-fast-demo]"""
     reference: PathLike
     """Hugging Face folder of the frozen reference model. [only mmpo, dpo, ipo, hinge] [default: the starting model]"""
+    data_cache: PathLike
+    """Folder in which tokenised pairs are kept between runs, or off: then they are held in memory and not kept. [default: pairs in MMPO_FAST_CACHE or in mmpo-fast in the user's cache folder]"""
+    min_score_gap: float
+    """Leave out pairs whose scores in the file (score_chosen and score_rejected, chosen_rating and rejected_rating and the like) are less far apart than this; a record without scores is refused. [default: scores are not looked at]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
     template_date: str
@@ -163,6 +167,10 @@ class ScoreOptions(TypedDict, total=False):
     """Factor of the rewards, beta * (logp - reference logp) [default: 0.1]"""
     columns: str
     """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
+    data_cache: PathLike
+    """Folder in which tokenised pairs are kept between runs, or off: then they are held in memory and not kept. [default: pairs in MMPO_FAST_CACHE or in mmpo-fast in the user's cache folder]"""
+    min_score_gap: float
+    """Leave out pairs whose scores in the file (score_chosen and score_rejected, chosen_rating and rejected_rating and the like) are less far apart than this; a record without scores is refused. [default: scores are not looked at]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
     template_date: str

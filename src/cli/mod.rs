@@ -4,7 +4,9 @@
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
+mod import;
 mod merge;
 mod score;
 mod shell;
@@ -18,7 +20,9 @@ use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +48,8 @@ enum Parsed {
     Generate(GenerateConfig),
     Merge(MergeConfig),
     Bench(BenchConfig),
+    Doctor(DoctorConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -78,12 +84,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge, bench or import",
             )));
         }
     };
@@ -104,6 +112,8 @@ impl Invocation {
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -125,7 +135,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -140,6 +154,8 @@ pub fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(merge::command())
         .subcommand(bench::command())
+        .subcommand(doctor::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

@@ -18,7 +18,7 @@ pub use check::is_path;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve};
-pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
+pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -62,6 +62,10 @@ pub struct RunConfig {
     pub asked_lengths: AskedLengths,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
@@ -119,6 +123,9 @@ impl RunConfig {
         let files = files.into_iter().flatten().flat_map(|files| &mut files.0);
         for path in optional.into_iter().flatten().chain(files.map(|file| &mut file.path)) {
             *path = absolute(path)?;
+        }
+        if let Some(DataCache::Folder(folder)) = &mut recorded.data_cache {
+            *folder = absolute(folder)?;
         }
         Ok(recorded)
     }
@@ -225,6 +232,10 @@ pub struct ScoreConfig {
     pub beta: f64,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
     /// What the chat template's functions call now; `None` is the time of the command.
@@ -267,6 +278,10 @@ pub struct CheckConfig {
     pub asked_lengths: AskedLengths,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// Tokens of one micro-batch.
     pub tokens_per_micro_batch: usize,
     /// Pairs that are shown whole.

@@ -116,6 +116,8 @@ fn given(config: &RunConfig) -> Options {
         output: some(config.output.clone()),
         reference: config.reference.clone().and_then(some),
         chat_template: config.chat_template.clone().and_then(some),
+        min_score_gap: config.min_score_gap.and_then(some),
+        data_cache: config.data_cache.clone().and_then(some),
         lora: config.lora.and_then(|lora| some(lora.modules)),
         lora_rank: config.lora.and_then(|lora| some(lora.rank)),
         lora_alpha: config.lora.and_then(|lora| some(lora.alpha)),

@@ -7,10 +7,13 @@ mod check;
 mod checkpoints;
 mod cli;
 mod context;
+mod data_cache;
 mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
 mod device_choice;
+#[cfg(target_os = "linux")]
+mod doctor;
 #[cfg(mmpo_emulated)]
 mod emulated;
 mod generate;
