@@ -45,7 +45,9 @@ pub use head::{
 };
 pub use host_memory::LargeBlocks;
 pub use linear::{Linear, LinearShape};
-pub use low_rank::{Dropout, LowRank, LowRankShape, RowPart, hash};
+pub use low_rank::{
+    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, Dropout, LowRank, LowRankShape, RowPart, hash,
+};
 pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
