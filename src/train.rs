@@ -19,11 +19,13 @@ mod resume;
 mod samples;
 mod trainer;
 
+pub(crate) use lock::RunLock;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
-pub use reference::{References, user_cache};
+pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;
@@ -35,7 +37,7 @@ use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
-use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use crate::report::{EvalMetrics, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
 use plan::Plan;
 use recorder::Recorder;
@@ -141,14 +143,18 @@ impl DeviceTask for Training<'_> {
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
         output.begin(&recorded)?;
+        let device = run.trainer.device().describe();
+        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
+        recorder.live = config.live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
         }
 
         let after = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))
+            .inspect_err(|error| output.stopped(&facts, started.elapsed(), error))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
@@ -164,11 +170,10 @@ impl DeviceTask for Training<'_> {
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
-            inputs: &inputs,
-            device: run.trainer.device().describe(),
+            facts,
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
-            seconds: started.elapsed().as_secs_f64(),
+            elapsed: started.elapsed(),
         })?;
         drop(keeper);
         Ok(())

@@ -69,9 +69,9 @@ fn golden_pairs(model: &str) -> Vec<TokenizedPair> {
     pairs
         .map(|(record, pair)| TokenizedPair {
             record,
-            prompt: ids(&pair["prompt_ids"]),
-            chosen: ids(&pair["chosen_ids"]),
-            rejected: ids(&pair["rejected_ids"]),
+            prompt: ids(&pair["prompt_ids"]).into(),
+            chosen: ids(&pair["chosen_ids"]).into(),
+            rejected: ids(&pair["rejected_ids"]).into(),
         })
         .collect()
 }

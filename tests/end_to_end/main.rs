@@ -7,6 +7,7 @@ mod check;
 mod checkpoints;
 mod cli;
 mod context;
+mod data_cache;
 mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
@@ -22,6 +23,7 @@ mod hostile_templates_list;
 mod learning;
 mod own_data;
 mod reliability;
+mod report;
 mod resume;
 mod score;
 #[path = "../support/mod.rs"]

@@ -24,9 +24,9 @@ const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "l
 fn pairs() -> Vec<TokenizedPair> {
     let pair = |record, first: u32| TokenizedPair {
         record,
-        prompt: vec![first, 2, 3],
-        chosen: vec![first + 1, 5, 6],
-        rejected: vec![7, first],
+        prompt: vec![first, 2, 3].into(),
+        chosen: vec![first + 1, 5, 6].into(),
+        rejected: vec![7, first].into(),
     };
     vec![pair(0, 1), pair(1, 4)]
 }
