@@ -4,7 +4,8 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`], [`import::run`]. Below them, in the order of a
+//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`],
+//! [`doctor::run`], [`import::run`]. Below them, in the order of a
 //! training step:
 //!
 //! | module | holds |
@@ -63,6 +64,7 @@ pub mod context;
 pub mod data;
 pub mod demo;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod foreign;
 pub mod generate;

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
-pub use reference::References;
+pub use reference::{References, user_cache};
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;

@@ -4,6 +4,7 @@
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
 mod import;
 mod merge;
@@ -19,6 +20,7 @@ use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
 use crate::import::ImportConfig;
 
@@ -47,6 +49,7 @@ enum Parsed {
     Merge(MergeConfig),
     Bench(BenchConfig),
     Import(ImportConfig),
+    Doctor(DoctorConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -82,6 +85,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         Some(("import", matches)) => Parsed::Import(import::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
@@ -109,6 +113,7 @@ impl Invocation {
             Parsed::Merge(config) => crate::merge::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
             Parsed::Import(config) => crate::import::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -130,7 +135,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -146,6 +155,7 @@ pub fn command() -> Command {
         .subcommand(merge::command())
         .subcommand(bench::command())
         .subcommand(import::command())
+        .subcommand(doctor::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

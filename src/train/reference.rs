@@ -16,6 +16,9 @@ use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
 
+/// The folder of reference log-probs that all runs of a user share.
+pub use crate::data::cache_folder as user_cache;
+
 /// Time between two writes of the scores so far: a process that is killed loses no more than that.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -161,8 +164,7 @@ fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pai
     })
 }
 
-/// One folder for all runs, so that a sweep scores its reference once: `MMPO_FAST_CACHE`, else the user's cache folder,
-/// else the run's own.
+/// One folder for all runs, so that a sweep scores its reference once: the user's, else the run's own.
 fn cache_folder(config: &RunConfig) -> PathBuf {
-    crate::data::cache_folder().unwrap_or_else(|| config.output.join("reference-cache"))
+    user_cache().unwrap_or_else(|| config.output.join("reference-cache"))
 }

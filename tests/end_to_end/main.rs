@@ -12,6 +12,8 @@ mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
 mod device_choice;
+#[cfg(target_os = "linux")]
+mod doctor;
 #[cfg(mmpo_emulated)]
 mod emulated;
 mod generate;

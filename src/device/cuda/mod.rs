@@ -20,6 +20,7 @@ mod gemm;
 mod gemm_table;
 mod head_chunks;
 mod kernel_path;
+pub mod libraries;
 mod linear;
 mod logp_head;
 mod low_rank;
@@ -50,7 +51,9 @@ pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
-pub use self::probe::{Gpu, build_info, emulated_info, gpus};
+pub use self::probe::{
+    Gpu, build_info, check_driver_version, check_kernels, emulated_info, gpus, listed_gpus, start_driver,
+};
 use super::Hardware;
 use super::trace::{OperationTime, Trace};
 use crate::error::{Error, Result};
