@@ -13,6 +13,7 @@ mod guard;
 mod inputs;
 mod layer_updates;
 mod lock;
+mod offload;
 mod output;
 mod plan;
 mod record;
@@ -31,12 +32,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub use offload::plan as offload_plan;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::{self, RunIdentity};
-use crate::checkpoint::{Checkpoint, atomic};
-use crate::config::RunConfig;
+use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
+use crate::config::{OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
@@ -148,6 +150,9 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        if config.memory.offload == OffloadConfig::States {
+            device.check_offload()?;
+        }
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
@@ -286,11 +291,13 @@ impl<'a, D: Device> Run<'a, D> {
         let total = self.plan.total_steps;
         let mut last = first;
         let mut last_evaluation = None;
+        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             if self.chooser.is_over() {
                 break;
             }
             let metrics = self.step(&batch).map_err(|error| self.leave_capsule(output, &batch, error))?;
+            saves.check()?;
             recorder.step(&metrics)?;
             let done = metrics.step;
             last = done;
@@ -308,7 +315,10 @@ impl<'a, D: Device> Run<'a, D> {
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || is_last;
             let asked = interrupt::take_save_request();
             if due || asked || is_best || interrupted.is_some() {
-                self.save(output, recorder, &batch, done)?;
+                self.save(output, (&mut *recorder, &mut saves), &batch, done)?;
+                if asked || interrupted.is_some() {
+                    saves.wait()?;
+                }
                 if asked {
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
@@ -319,30 +329,32 @@ impl<'a, D: Device> Run<'a, D> {
                 return Err(interrupt::stopped(signal, kept));
             }
         }
-        match last_evaluation {
-            None => Ok((last, self.evaluate(last)?)),
-            evaluation => Ok((last, evaluation)),
-        }
+        let evaluation = match last_evaluation {
+            None => self.evaluate(last)?,
+            evaluation => evaluation,
+        };
+        saves.wait()?;
+        Ok((last, evaluation))
     }
 
     /// Saves the checkpoint after `done` steps, the last of which had `batch`, and says which one is the best.
     fn save(
         &mut self,
         output: &Output,
-        recorder: &mut Recorder,
+        (recorder, saves): (&mut Recorder, &mut BackgroundSaves),
         batch: &StepBatch,
         done: usize,
     ) -> Result<()> {
         self.probe(output, batch)?;
         recorder.sync()?;
         let state = self.plan.state(done, &self.identity);
-        let best = self.chooser.best().map(|(step, _)| step);
-        let kept = (self.config.keep_checkpoints, best);
-        checkpoint::save(output.path(), &self.trainer, &state, kept)?;
-        match best == Some(done) {
-            true => self.write_record(output.path()),
-            false => Ok(()),
-        }
+        // The one that `run.json` names stays until another one is named.
+        let named = self.record.best.as_ref().map(|best| best.step);
+        let best: Vec<usize> = self.chooser.best().map(|(step, _)| step).into_iter().chain(named).collect();
+        let kept = (self.config.keep_checkpoints, best.as_slice());
+        checkpoint::save_beside(saves, output.path(), &self.trainer, &state, kept)?;
+        // The save before this one is done, so that its checkpoint can be named.
+        self.write_record(output.path())
     }
 
     /// Leaves a capsule of the step of `batch`, which failed with `error`; returns the error with where it is.
@@ -366,6 +378,7 @@ impl<'a, D: Device> Run<'a, D> {
         self.record.ended = Some(EndRecord { step: last, reason });
         self.write_record(output.path())?;
         if let Some((step, _)) = self.chooser.best() {
+            run_state::prune(output.path(), self.config.keep_checkpoints, &[step])?;
             notes.extend(self.save_best(output, step, last)?);
         }
         Ok(notes)

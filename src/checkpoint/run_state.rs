@@ -148,14 +148,14 @@ pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// Removes all checkpoints but the `keep` newest and that of step `best`; the newest one stays in any case.
+/// Removes all checkpoints but the `keep` newest and those of the steps `best`; the newest one stays in any case.
 ///
 /// # Errors
 /// [`Error::Io`] if one cannot be removed.
-pub fn prune(run: &Path, keep: usize, best: Option<usize>) -> Result<()> {
+pub fn prune(run: &Path, keep: usize, best: &[usize]) -> Result<()> {
     let mut checkpoints = all(&run.join(FOLDER))?;
     checkpoints.truncate(checkpoints.len().saturating_sub(keep.max(1)));
-    for (_, path) in checkpoints.into_iter().filter(|(step, _)| best != Some(*step as usize)) {
+    for (_, path) in checkpoints.into_iter().filter(|(step, _)| !best.contains(&(*step as usize))) {
         atomic::remove_folder(&path)?;
     }
     Ok(())
@@ -260,6 +260,21 @@ impl Checkpoint {
         let bytes = self.entry(name, T::DTYPE, shape)?;
         bytemuck::try_cast_slice(bytes)
             .map_err(|error| self.mismatch(format!("tensor `{name}` is not aligned ({error})")))
+    }
+
+    /// The bytes of a tensor, in place.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::values`].
+    pub fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        self.entry(name, dtype, shape)
+    }
+
+    /// Gives the memory of a tensor's bytes back to the system until they are used again.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.tensors.release_all(entry);
+        }
     }
 
     fn entry(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {

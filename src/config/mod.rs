@@ -172,6 +172,16 @@ pub enum GradientConfig {
     Layer,
 }
 
+/// What lives in the host's memory and visits the device when it is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OffloadConfig {
+    /// Nothing.
+    #[default]
+    None,
+    /// Optimiser states and f32 master copies of all but the smallest tensors.
+    States,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -181,6 +191,8 @@ pub struct MemoryConfig {
     pub recompute: Recompute,
     /// Which gradients exist at a time.
     pub gradients: GradientConfig,
+    /// What lives in the host's memory.
+    pub offload: OffloadConfig,
 }
 
 /// Sizes of batches.

@@ -157,6 +157,7 @@ fn given(config: &RunConfig) -> Options {
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),
         gradients: some(config.memory.gradients),
+        offload: some(config.memory.offload),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),

@@ -379,6 +379,7 @@ fn memory(settled: &Settled) -> MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,
         gradients: settled.gradients,
+        offload: settled.offload,
     }
 }
 

@@ -127,7 +127,7 @@ fn copy_weights<D: Device>(folder: &Path, run: &Run<'_, D>, done: usize) -> bool
         return false;
     }
     let state = run.plan.state(done, &run.identity);
-    match checkpoint::save(folder, &run.trainer, &state, (1, None)) {
+    match checkpoint::save(folder, &run.trainer, &state, (1, &[])) {
         Ok(()) => true,
         Err(error) => {
             tracing::warn!("the capsule has no copy of the weights: {error}");

@@ -8,7 +8,8 @@ use crate::device::{ComputeBuffer, Device, Floats, hash};
 use crate::error::Result;
 use crate::model::KeepGradients;
 use crate::objective::PairOutcome;
-use crate::train::layer_updates::UpdateLayers;
+use crate::train::layer_updates::{self, UpdateLayers};
+use crate::train::offload;
 
 /// Values downloaded at a time.
 const PIECE: usize = 1 << 20;
@@ -81,8 +82,11 @@ impl<D: Device> Trainer<D> {
         match &mut self.layer_norms {
             None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
             Some(norms) => {
+                let numbers = offload::layer_numbers(&self.states);
                 let states = &mut self.states.layers;
-                let mut sink = UpdateLayers { device: &*device, states, norms, step: None };
+                let offloaded = self.offloaded.as_mut();
+                let mut sink =
+                    UpdateLayers { device: &*device, numbers, states, offloaded, norms, step: None };
                 self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
             }
         }
@@ -91,8 +95,10 @@ impl<D: Device> Trainer<D> {
     fn norm_of_gradients(&mut self) -> Result<f32> {
         let device = Arc::clone(&self.model.device);
         if let Some(norms) = &mut self.layer_norms {
-            norms.finish(&mut self.model, &mut self.states, &self.gradients, None)?;
-            return norms.total(&*device);
+            let states = (&mut self.states, self.offloaded.as_mut());
+            norms.finish(&mut self.model, states, &self.gradients, None)?;
+            norms.copy_to(&*device, &mut self.metrics)?;
+            return Ok(layer_updates::total(&self.download_metrics(0)?.0));
         }
         let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
         device.gradient_norm(&mut self.norm, &gradients, None)?;
