@@ -126,10 +126,11 @@ pub(super) fn backward_input<'a>(
     let Dropout { key, threshold, scale } = dropout.unwrap_or(Dropout { key: 0, threshold: 0, scale: 1.0 });
     let dx = operands.dx.start_mut();
     let [dout, weight, dinner, a] = [dout, weight, dinner, a].map(CudaBuffer::start);
-    // SAFETY: the buffers cover the sizes.
+    let launcher = path.either(name, "adapted_linear_backward_input_sm90");
     device.launch(
-        path.either(name, "adapted_linear_backward_input_sm90"),
+        launcher,
         &shape,
+        // SAFETY: the buffers cover the sizes.
         |kernels, stream| unsafe {
             match path {
                 KernelPath::Portable => (kernels.adapted_linear_backward_input)(

@@ -159,6 +159,7 @@ impl LowRank for CudaDevice {
             &shape,
             |kernels| match path {
                 KernelPath::Portable => 0,
+                // SAFETY: a pure function of numbers.
                 KernelPath::Hopper => unsafe {
                     (kernels.low_rank_backward_weight_sm90_workspace)(rows, rank, outputs)
                 },
