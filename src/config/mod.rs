@@ -84,6 +84,8 @@ pub struct RunConfig {
     pub threads: Option<usize>,
     /// Whether a run in `output` is continued.
     pub resume: bool,
+    /// Whether the report is written again and again while the run goes on.
+    pub live: bool,
 }
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
@@ -164,6 +166,16 @@ pub enum GradientConfig {
     Layer,
 }
 
+/// What lives in the host's memory and visits the device when it is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OffloadConfig {
+    /// Nothing.
+    #[default]
+    None,
+    /// Optimiser states and f32 master copies of all but the smallest tensors.
+    States,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -173,6 +185,8 @@ pub struct MemoryConfig {
     pub recompute: Recompute,
     /// Which gradients exist at a time.
     pub gradients: GradientConfig,
+    /// What lives in the host's memory.
+    pub offload: OffloadConfig,
 }
 
 /// Sizes of batches.
@@ -224,8 +238,10 @@ pub struct ScoreConfig {
     pub data: PairFiles,
     /// Columns that have other names in these files.
     pub columns: ColumnNames,
-    /// The JSON Lines file that is written, one line per pair.
-    pub output: PathBuf,
+    /// The JSON Lines file that is written, one line per pair; `None` only where pairs are explained.
+    pub output: Option<PathBuf>,
+    /// The pairs that are explained token by token.
+    pub explain: Option<ExplainConfig>,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; ignored without a reference.
@@ -248,6 +264,26 @@ pub struct ScoreConfig {
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+}
+
+/// How pairs are explained by `score --explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExplainConfig {
+    /// So many pairs, the first of the data.
+    pub pairs: usize,
+    /// The page that is written.
+    pub html: Option<PathBuf>,
+    /// Whether the text on standard output has colours; `None`: where that is a terminal.
+    pub color: Option<bool>,
+}
+
+/// Everything `report` needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportConfig {
+    /// Output folders of runs, at least one.
+    pub folders: Vec<PathBuf>,
+    /// The page that is written; `None`: `report.html` in the folder of a single run, `comparison.html` in the current folder.
+    pub output: Option<PathBuf>,
 }
 
 /// Everything `merge` needs to know.

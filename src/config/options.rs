@@ -7,8 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, DataCache, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy,
-    TemplateDate, check,
+    ColumnNames, DataCache, GradientConfig, ObjectiveKind, OffloadConfig, PairData, PairFiles, Policies,
+    Policy, TemplateDate, check,
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -385,6 +385,9 @@ options! {
         /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
         /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
         gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
+        /// What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the
+        /// GPU piece by piece while it computes. The results have the same bits.
+        offload: OffloadConfig, Always<OffloadConfig> = Always(OffloadConfig::None), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

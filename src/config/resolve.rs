@@ -286,6 +286,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         threads: settled.threads,
         resume,
+        live: false,
     })
 }
 
@@ -317,6 +318,7 @@ fn memory(settled: &Settled) -> MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,
         gradients: settled.gradients,
+        offload: settled.offload,
     }
 }
 

@@ -10,9 +10,9 @@ use rand_chacha::ChaCha8Rng;
 use rustix::fs::{Advice, fadvise, statvfs};
 
 use super::{Finding, bytes};
+use crate::data::cache_folder;
 use crate::error::{Error, Result};
 use crate::foreign::hub;
-use crate::train::user_cache;
 
 /// Bytes that are written and read: enough for a second of a slow network disk, and a blink of a fast one.
 const TRIAL_BYTES: usize = 64 << 20;
@@ -27,7 +27,7 @@ const CHECKPOINT_BYTES: f64 = 12.0;
 
 /// The cache of reference log-probs, or the folder that was asked for, with its disk's speed; and the Hugging Face cache.
 pub(super) fn findings(folder: Option<&Path>) -> Vec<Finding> {
-    let disk = match (folder.map(Path::to_path_buf), user_cache()) {
+    let disk = match (folder.map(Path::to_path_buf), cache_folder()) {
         (Some(folder), _) => disk("disk", &folder),
         (None, Some(cache)) => disk("cache", &cache),
         (None, None) => Finding::lack(

@@ -16,9 +16,6 @@ use crate::objective::ReferencePair;
 use crate::report::Progress;
 use crate::score::Scorer;
 
-/// The folder of reference log-probs that all runs of a user share.
-pub use crate::data::cache_folder as user_cache;
-
 /// Time between two writes of the scores so far: a process that is killed loses no more than that.
 const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -166,5 +163,5 @@ fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pai
 
 /// One folder for all runs, so that a sweep scores its reference once: the user's, else the run's own.
 fn cache_folder(config: &RunConfig) -> PathBuf {
-    user_cache().unwrap_or_else(|| config.output.join("reference-cache"))
+    crate::data::cache_folder().unwrap_or_else(|| config.output.join("reference-cache"))
 }

@@ -27,7 +27,7 @@ fn doctor(arguments: &[&str], libraries: &[&Path], pretended: &Pretended) -> Fin
 }
 
 /// The findings of `doctor --json` by name.
-fn findings(libraries: &[&Path], pretended: &Pretended) -> impl Fn(&str) -> Value {
+fn findings(libraries: &[&Path], pretended: &Pretended) -> impl Fn(&str) -> Value + use<> {
     let finished = doctor(&["doctor", "--json"], libraries, pretended);
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     let object: Value = serde_json::from_str(&finished.stdout).unwrap();

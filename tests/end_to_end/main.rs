@@ -23,6 +23,7 @@ mod hostile_templates_list;
 mod learning;
 mod own_data;
 mod reliability;
+mod report;
 mod resume;
 mod score;
 #[path = "../support/mod.rs"]
