@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::storage::{Storage, widen};
 use super::{BLOCK_ELEMENTS, CpuDevice};
 use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
 use crate::error::{Error, Result};
@@ -41,6 +42,13 @@ impl MemoryCounter {
 pub struct CpuBuffer<T> {
     values: Vec<T>,
     memory: Arc<MemoryCounter>,
+}
+
+impl<T> CpuBuffer<T> {
+    /// The values in the pieces in which they lie, in order.
+    pub(super) fn parts(&self) -> impl ExactSizeIterator<Item = &[T]> {
+        std::iter::once(&self.values[..])
+    }
 }
 
 impl<T: Element> CpuBuffer<T> {
@@ -81,8 +89,8 @@ impl<T> DerefMut for CpuBuffer<T> {
     }
 }
 
-impl Memory for CpuDevice {
-    type Compute = f32;
+impl<C: Storage> Memory for CpuDevice<C> {
+    type Compute = C;
     type Buffer<T: Element> = CpuBuffer<T>;
 
     fn memory(&self) -> MemoryUse {
@@ -138,7 +146,7 @@ impl Memory for CpuDevice {
 
     fn run_upload_values(
         &self,
-        out: &mut CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
         offset: usize,
         source: RawValues<'_>,
         _: Checked,
@@ -151,7 +159,7 @@ impl Memory for CpuDevice {
                 blocks.for_each(|(out, bytes)| {
                     self.vectorized(
                         #[inline(always)]
-                        || widen(out, bytes, source.storage),
+                        || convert(out, bytes, source.storage),
                     )
                 });
             });
@@ -162,11 +170,12 @@ impl Memory for CpuDevice {
     fn run_download_compute(
         &self,
         out: &mut [f32],
-        source: &CpuBuffer<f32>,
+        source: &CpuBuffer<C>,
         offset: usize,
-        checked: Checked,
+        _: Checked,
     ) -> Result<()> {
-        self.run_download(out, source, offset, checked)
+        widen(out, &source[offset..][..out.len()]);
+        Ok(())
     }
 
     fn run_zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>, _: Checked) -> Result<()> {
@@ -192,23 +201,23 @@ impl Memory for CpuDevice {
     }
 }
 
-/// `out = bytes`, little-endian values of any alignment, as f32.
+/// `out = bytes`, little-endian values of any alignment, rounded where `C` is narrower.
 #[inline(always)]
-fn widen(out: &mut [f32], bytes: &[u8], storage: StorageType) {
+fn convert<C: Storage>(out: &mut [C], bytes: &[u8], storage: StorageType) {
     match storage {
         StorageType::F32 => {
             for (out, &value) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *out = f32::from_le_bytes(value);
+                *out = C::round(f32::from_le_bytes(value));
             }
         }
         StorageType::Bf16 => {
             for (out, &value) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = bf16::from_le_bytes(value).to_f32();
+                *out = C::round(bf16::from_le_bytes(value).widen());
             }
         }
         StorageType::F16 => {
             for (out, &value) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = f16::from_le_bytes(value).to_f32();
+                *out = C::round(f16::from_le_bytes(value).to_f32());
             }
         }
     }
