@@ -86,7 +86,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     output.check_writable()?;
     interrupt::check()?;
     let scoring = Scoring { config, folder, adapter, reference, dataset: &dataset };
-    let lines = run_on(config.device, config.threads, scoring)?;
+    let lines = run_on(config.device, config.precision, config.threads, scoring)?;
 
     let mut text = String::new();
     for line in &lines {
@@ -154,7 +154,7 @@ impl Scoring<'_> {
     ) -> Result<Vec<PairScore>> {
         let pairs = &self.dataset.pairs;
         let longest = pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
-        let mut model = Llama::load(Arc::clone(device), folder, longest)?;
+        let mut model = Llama::load_frozen(Arc::clone(device), folder, longest)?;
         if let Some(adapter) = adapter {
             model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
         }

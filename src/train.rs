@@ -67,9 +67,9 @@ pub fn run(config: &RunConfig) -> Result<()> {
         return say_finished(&output, &plan);
     }
     plan.log(config.batch.pairs_per_step.is_some());
-    let (device, threads) = (config.device, config.threads);
+    let (device, precision, threads) = (config.device, config.precision, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
-    run_on(device, threads, training)
+    run_on(device, precision, threads, training)
 }
 
 /// The configuration with names of the Hub replaced by folders of its cache, so that the run's record says which
@@ -126,7 +126,11 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
-        let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
+        let mut model = match inputs.adapter {
+            None => Llama::load(device, &inputs.folder, positions)?,
+            Some(_) => Llama::load_frozen(device, &inputs.folder, positions)?,
+        };
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
         let references = References::compute(config, &inputs, &model)?;

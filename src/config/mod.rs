@@ -20,7 +20,7 @@ pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve};
 pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
 
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::model::{HeadOptions, LoraSettings, Recompute};
 use crate::objective::Objective;
@@ -72,6 +72,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// What is kept on the device, and in which format.
     pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
@@ -235,6 +237,8 @@ pub struct ScoreConfig {
     pub tokens_per_micro_batch: usize,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
 }
@@ -308,6 +312,8 @@ pub struct GenerateConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
 }

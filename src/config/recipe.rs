@@ -145,6 +145,7 @@ fn given(config: &RunConfig) -> Options {
         save_steps: config.save_steps.and_then(some),
         keep_checkpoints: some(config.keep_checkpoints),
         device: some(config.device),
+        precision: config.precision.and_then(some),
         optimizer_states: some(config.memory.states.moments),
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),

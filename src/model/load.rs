@@ -4,35 +4,54 @@ use std::sync::Arc;
 
 use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{ComputeBuffer, Device, RawValues};
-use crate::error::{Error, Result};
+use crate::device::{ComputeBuffer, Device, MappedValues, RawValues};
+use crate::error::Result;
 
 impl<D: Device> Llama<D> {
     /// Uploads a checkpoint's weights straight from its memory map. `positions` is the length of the longest sequence
     /// that will be run.
     ///
     /// # Errors
-    /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
+    /// [`Error::Model`](crate::Error::Model) for a tensor of another shape; [`Error::Device`](crate::Error::Device) where the device has no
     /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
-        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
-            device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
+        let copy = |fused: &FusedTensor| copied(&*device, folder, fused);
+        Self::assemble(&device, folder.config().clone(), positions, copy)
+    }
+
+    /// As [`Llama::load`], for a model whose weights are only read: where the device can, they are used where they lie in
+    /// the mapped files, and take no memory but the system's page cache. A weight that is written to after all becomes a copy.
+    ///
+    /// # Errors
+    /// As [`Llama::load`].
+    pub fn load_frozen(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
+        let borrow = |fused: &FusedTensor| {
+            let parts: Vec<MappedValues> = fused
+                .parts
+                .iter()
+                .map(|tensor| folder.mapped(&tensor.name, &tensor.shape))
+                .collect::<Result<_>>()?;
+            device.borrow_mapped(&parts).map_or_else(|| copied(&*device, folder, fused), Ok)
         };
-        Self::assemble(&device, folder.config().clone(), positions, upload)
+        Self::assemble(&device, folder.config().clone(), positions, borrow)
     }
 
     /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
     ///
     /// # Errors
-    /// Those of `values`, and [`Error::Device`] where the device has no memory for them.
+    /// Those of `values`, and [`Error::Device`](crate::Error::Device) where the device has no memory for them.
     pub fn from_values(
         device: Arc<D>,
         config: LlamaConfig,
         positions: usize,
         mut values: impl FnMut(&TensorSpec) -> Vec<f32>,
     ) -> Result<Self> {
-        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
-            device.upload_values(weight, offset, RawValues::from_f32(&values(tensor)))
+        let upload = |fused: &FusedTensor| {
+            let mut weight = device.alloc(fused.values())?;
+            for (offset, tensor) in fused.offsets() {
+                device.upload_values(&mut weight, offset, RawValues::from_f32(&values(tensor)))?;
+            }
+            Ok(weight)
         };
         Self::assemble(&device, config, positions, upload)
     }
@@ -41,16 +60,10 @@ impl<D: Device> Llama<D> {
         device: &Arc<D>,
         config: LlamaConfig,
         positions: usize,
-        mut upload: impl FnMut(&mut ComputeBuffer<D>, usize, &TensorSpec) -> Result<()>,
+        make: impl FnMut(&FusedTensor) -> Result<ComputeBuffer<D>>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
-        let weights = layout.try_map(|fused| {
-            let mut weight = device.alloc(fused.values())?;
-            for (offset, tensor) in fused.offsets() {
-                upload(&mut weight, offset, tensor)?;
-            }
-            Ok::<_, Error>(weight)
-        })?;
+        let weights = layout.try_map(make)?;
         let table = config.rope_table(positions);
         let mut rope_table = device.alloc(table.len())?;
         device.upload(&mut rope_table, 0, &table)?;
@@ -74,7 +87,7 @@ impl<D: Device> Llama<D> {
     /// Zeroed f32 gradients of the trained tensors.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device has no memory for them.
+    /// [`Error::Device`](crate::Error::Device) where the device has no memory for them.
     pub fn zero_gradients(&self) -> Result<Gradients<D>> {
         self.layout.try_map(|tensor| match tensor.trained {
             true => Ok(Some(self.device.alloc(tensor.values())?)),
@@ -106,4 +119,13 @@ impl<D: Device> Llama<D> {
             false => Ok(None),
         })
     }
+}
+
+/// A buffer with a copy of a fused tensor's values.
+fn copied<D: Device>(device: &D, folder: &ModelFolder, fused: &FusedTensor) -> Result<ComputeBuffer<D>> {
+    let mut weight = device.alloc(fused.values())?;
+    for (offset, tensor) in fused.offsets() {
+        device.upload_values(&mut weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)?;
+    }
+    Ok(weight)
 }

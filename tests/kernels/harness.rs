@@ -1,6 +1,5 @@
 //! What the kernel tests share: devices to run on, values, comparison, central differences.
 
-use std::any::TypeId;
 use std::cell::RefCell;
 use std::sync::Once;
 
@@ -216,8 +215,7 @@ pub fn cpu_bf16(threads: usize) -> CpuDevice<bf16> {
 /// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
 /// without waiting for the batch.
 pub fn is_cpu<D: Device>() -> bool {
-    let device = TypeId::of::<D>();
-    device == TypeId::of::<CpuDevice>() || device == TypeId::of::<CpuDevice<bf16>>()
+    D::IS_CPU
 }
 
 /// Whether weights and activations are stored in f32.

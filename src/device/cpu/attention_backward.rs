@@ -288,9 +288,10 @@ impl<'a, C: Storage> Unit<'a, C> {
                 )
             },
         );
-        for (out, lhs, rhs) in
-            [(&mut *self.probabilities, &*self.queries, key_rows), (&mut *self.dscores, &*self.dout, value_rows)]
-        {
+        for (out, lhs, rhs) in [
+            (&mut *self.probabilities, &*self.queries, key_rows),
+            (&mut *self.dscores, &*self.dout, value_rows),
+        ] {
             // Transposed here, because `gemm` would transpose it value by value.
             transpose(self.turned, TILE_N, rhs, stride, size);
             let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(self.turned, TILE_N));

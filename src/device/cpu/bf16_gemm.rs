@@ -1,25 +1,28 @@
 //! Products of bf16 matrices with f32 sums, cut into blocks for the caches and into tasks for the threads.
 //!
-//! A task computes [`BLOCK_COLUMNS`] columns of up to [`BLOCK_ROWS`] rows. For each [`BLOCK_K`] values of the summed index it
-//! packs the right operand's block, which stays in the second-level cache, and goes down the rows in panels, each packed
-//! into the first-level cache. Each sum is formed in one fixed order, in `k`, however the work is cut.
+//! A task computes a block of the result ([`BLOCKS`]). For each [`BLOCK_K`] values of the summed index it packs the right
+//! operand's block, which stays in the second-level cache, and goes down the rows in panels, each packed into the first-level
+//! cache. Each sum is formed in one fixed order, in `k`, however the work is cut: so the cut may depend on the number of
+//! threads, and the bits do not.
 
 use half::bf16;
 use rayon::prelude::*;
 
+use super::CpuDevice;
 #[cfg(target_arch = "x86_64")]
 use super::bf16_kernel as kernel;
-use super::CpuDevice;
 use super::bf16_widened as widened;
 use super::products::Operand;
 use super::scratch::split;
 
-/// Columns of a task. Packing a panel of rows costs 28 stores for `14 x BLOCK_COLUMNS` instructions of the product.
-const BLOCK_COLUMNS: usize = 256;
-/// Values of the summed index that are packed at once: `256 x 1024` of them take 512 KiB, half of the second-level cache.
+/// Rows and columns of a task, at most. The first that gives every thread [`TASKS`] tasks is taken. Packing a row of a panel
+/// costs two cycles for every `columns` of the product, packing a column of the right operand six for every `rows`, so large
+/// blocks are faster as long as no thread waits for another.
+const BLOCKS: [(usize, usize); 6] = [(1008, 512), (504, 512), (504, 256), (252, 256), (252, 128), (126, 128)];
+/// Tasks of a thread, at least.
+const TASKS: usize = 3;
+/// Values of the summed index that are packed at once: `512 x 1024` of them take 1 MiB.
 const BLOCK_K: usize = 1024;
-/// Rows of a task. Packing a block of the right operand costs 100 cycles for `16 x BLOCK_ROWS` of the product.
-const BLOCK_ROWS: usize = 504;
 /// Rows of a task of the widened product, both of whose operands are widened as a whole.
 const WIDENED_ROWS: usize = 126;
 /// Rows of a panel.
@@ -56,13 +59,18 @@ struct Cut {
 }
 
 impl Cut {
-    fn new((m, n): (usize, usize), terms: &[Term<'_>], has_instructions: bool) -> Self {
+    /// `threads` share the work.
+    fn new((m, n): (usize, usize), terms: &[Term<'_>], has_instructions: bool, threads: usize) -> Self {
         let longest = terms.iter().map(|term| term.k).max().unwrap_or(0);
-        let most_rows = if has_instructions { BLOCK_ROWS } else { WIDENED_ROWS };
+        let tasks = |(rows, columns): (usize, usize)| m.div_ceil(rows) * n.div_ceil(columns);
+        let wanted = if threads > 1 { TASKS * threads } else { 1 };
+        let fine_enough = BLOCKS.into_iter().find(|&block| tasks(block) >= wanted);
+        let (rows, columns) = fine_enough.unwrap_or(BLOCKS[BLOCKS.len() - 1]);
+        let most_rows = if has_instructions { rows } else { WIDENED_ROWS };
         let k = even_part(longest, BLOCK_K, PANEL_COLUMNS);
         Cut {
             rows: even_part(m, most_rows, PANEL_ROWS),
-            columns: even_part(n, BLOCK_COLUMNS, PANEL_COLUMNS),
+            columns: even_part(n, columns, PANEL_COLUMNS),
             k,
             single: terms.len() == 1 && k >= longest && has_instructions,
         }
@@ -79,17 +87,19 @@ impl Cut {
     }
 }
 
-/// `total` cut into as few parts of at most `most` as it takes, all but the last of the same size, a multiple of `multiple`.
+/// The size of the parts into which `total` is cut: as few of at most `most` as it takes, all but the last equal, a multiple of
+/// `multiple` and never 0.
 fn even_part(total: usize, most: usize, multiple: usize) -> usize {
-    let parts = total.div_ceil(most).max(1);
-    total.div_ceil(parts).next_multiple_of(multiple)
+    let total = total.max(1);
+    total.div_ceil(total.div_ceil(most)).next_multiple_of(multiple)
 }
 
 /// Sets aside a task's memory for each of the device's threads.
 pub(super) fn reserve(device: &CpuDevice<bf16>) {
     let has_instructions = device.has_bf16;
-    let rows = if has_instructions { BLOCK_ROWS } else { WIDENED_ROWS };
-    let largest = Cut { rows, columns: BLOCK_COLUMNS, k: BLOCK_K, single: false };
+    let (rows, columns) = BLOCKS[0];
+    let rows = if has_instructions { rows } else { WIDENED_ROWS };
+    let largest = Cut { rows, columns, k: BLOCK_K, single: false };
     device.scratch.reserve::<f32>(device.threads, memory(largest, has_instructions));
 }
 
@@ -105,13 +115,19 @@ pub(super) fn product(
     terms: &[Term<'_>],
     finish: &(impl Fn(usize, usize, &[f32]) + Sync),
 ) {
-    let cut = Cut::new((m, n), terms, device.has_bf16);
+    let cut = Cut::new((m, n), terms, device.has_bf16, device.threads);
     let (row_blocks, column_blocks) = (m.div_ceil(cut.rows), n.div_ceil(cut.columns));
     device.parallel(|| {
         // Tasks of the same columns follow each other.
         (0..row_blocks * column_blocks).into_par_iter().with_max_len(1).for_each(|task| {
             let (column, row) = (task / row_blocks * cut.columns, task % row_blocks * cut.rows);
-            let block = Block { device, cut, terms, rows: (row, cut.rows.min(m - row)), columns: (column, cut.columns.min(n - column)) };
+            let block = Block {
+                device,
+                cut,
+                terms,
+                rows: (row, cut.rows.min(m - row)),
+                columns: (column, cut.columns.min(n - column)),
+            };
             block.compute(finish);
         });
     });
@@ -124,10 +140,16 @@ pub(super) fn serial_product(
     terms: &[Term<'_>],
     mut finish: impl FnMut(usize, usize, &[f32]),
 ) {
-    let cut = Cut::new((m, n), terms, device.has_bf16);
+    let cut = Cut::new((m, n), terms, device.has_bf16, 1);
     for column in (0..n).step_by(cut.columns) {
         for row in (0..m).step_by(cut.rows) {
-            let block = Block { device, cut, terms, rows: (row, cut.rows.min(m - row)), columns: (column, cut.columns.min(n - column)) };
+            let block = Block {
+                device,
+                cut,
+                terms,
+                rows: (row, cut.rows.min(m - row)),
+                columns: (column, cut.columns.min(n - column)),
+            };
             block.compute(&mut finish);
         }
     }
@@ -239,6 +261,91 @@ impl Block<'_> {
                 self.finish(sums, (row, rows), *finish);
             }
             row += rows;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small integers, whose sums of products are exact in f32 in any order.
+    fn integers(count: usize, step: usize) -> Vec<bf16> {
+        (0..count).map(|i| bf16::from_f32(((i * step + i / 7) % 3) as f32 - 1.0)).collect()
+    }
+
+    /// The element of an operand, by its definition.
+    fn element(operand: &Operand<'_, bf16>, i: usize, k: usize) -> f32 {
+        let index = if operand.along_rows { i * operand.stride + k } else { k * operand.stride + i };
+        operand.values[index].to_f32()
+    }
+
+    fn operand(values: &[bf16], along_rows: bool, stride: usize) -> Operand<'_, bf16> {
+        Operand { values, stride, along_rows }
+    }
+
+    /// Runs a product of one term for each of `depths`, and compares all of its sums with a naive one's.
+    fn check(device: &CpuDevice<bf16>, (m, n): (usize, usize), depths: &[usize], layout: (bool, bool)) {
+        let pad = 3;
+        let memory: Vec<_> = depths
+            .iter()
+            .map(|&k| {
+                let most =
+                    |count: usize, along: bool| if along { (count, k + pad) } else { (k, count + pad) };
+                let (lhs, rhs) = (most(m, layout.0), most(n, layout.1));
+                (integers(lhs.0 * lhs.1, 5), lhs.1, integers(rhs.0 * rhs.1, 7), rhs.1, k)
+            })
+            .collect();
+        let terms: Vec<Term<'_>> = memory
+            .iter()
+            .map(|(lhs, lhs_stride, rhs, rhs_stride, k)| Term {
+                lhs: operand(lhs, layout.0, *lhs_stride),
+                rhs: operand(rhs, layout.1, *rhs_stride),
+                k: *k,
+            })
+            .collect();
+        let mut wanted = vec![0.0_f32; m * n];
+        for term in &terms {
+            for row in 0..m {
+                for k in 0..term.k {
+                    let left = element(&term.lhs, row, k);
+                    for column in 0..n {
+                        wanted[row * n + column] += left * element(&term.rhs, column, k);
+                    }
+                }
+            }
+        }
+        let mut serial = vec![f32::NAN; m * n];
+        serial_product(device, (m, n), &terms, |row, column, sums| {
+            serial[row * n + column..][..sums.len()].copy_from_slice(sums);
+        });
+        let parallel = std::sync::Mutex::new(vec![f32::NAN; m * n]);
+        product(device, (m, n), &terms, &|row, column, sums: &[f32]| {
+            let mut parallel = parallel.lock().unwrap();
+            assert!(parallel[row * n + column].is_nan(), "row {row}, column {column} twice");
+            parallel[row * n + column..][..sums.len()].copy_from_slice(sums);
+        });
+        let what = format!("{m} x {n} over {depths:?}, {layout:?}, {device:?}");
+        assert!(serial == wanted, "serial {what}");
+        assert!(*parallel.lock().unwrap() == wanted, "parallel {what}");
+    }
+
+    /// Every order of the operands, ragged in every size, across blocks in every direction, in one term and in several.
+    #[test]
+    fn products_of_integers_are_exact() {
+        let with = CpuDevice::<bf16>::open(Some(3)).unwrap();
+        let without = CpuDevice::<bf16>::open(Some(2)).unwrap().without_bf16_instructions();
+        for device in [&with, &without] {
+            for layout in [(true, true), (true, false), (false, true), (false, false)] {
+                check(device, (1, 1), &[1], layout);
+                check(device, (5, 33), &[31], layout);
+                check(device, (15, 70), &[2, 65], layout);
+                check(device, (29, 530), &[1050], layout);
+                check(device, (1030, 17), &[34], layout);
+                check(device, (131, 40), &[1100, 33, 1], layout);
+                check(device, (3, 4), &[0], layout);
+                check(device, (3, 4), &[], layout);
+            }
         }
     }
 }

@@ -102,7 +102,9 @@ impl Tile<'_> {
                 if r < rows {
                     for v in 0..VECTORS {
                         // SAFETY: the row lies inside; the mask keeps to its columns.
-                        acc[v] = unsafe { _mm512_maskz_loadu_ps(masks[v], sums.wrapping_add(r * stride + v * 16)) };
+                        acc[v] = unsafe {
+                            _mm512_maskz_loadu_ps(masks[v], sums.wrapping_add(r * stride + v * 16))
+                        };
                     }
                 }
             }
@@ -121,7 +123,9 @@ impl Tile<'_> {
                     let two = unsafe { _mm512_set1_epi32(lhs.add(at).cast::<i32>().read_unaligned()) };
                     for v in 0..VECTORS {
                         // SAFETY: both types are 512 bits, and any bits are a value of either.
-                        let (two, values) = unsafe { (transmute::<__m512i, __m512bh>(two), transmute::<__m512i, __m512bh>(values[v])) };
+                        let (two, values) = unsafe {
+                            (transmute::<__m512i, __m512bh>(two), transmute::<__m512i, __m512bh>(values[v]))
+                        };
                         acc[v] = _mm512_dpbf16_ps(acc[v], two, values);
                     }
                 }
@@ -133,7 +137,9 @@ impl Tile<'_> {
             if r < rows {
                 for v in 0..VECTORS {
                     // SAFETY: as for the loads.
-                    unsafe { _mm512_mask_storeu_ps(sums.wrapping_add(r * stride + v * 16), masks[v], acc[v]) };
+                    unsafe {
+                        _mm512_mask_storeu_ps(sums.wrapping_add(r * stride + v * 16), masks[v], acc[v])
+                    };
                 }
             }
         }
@@ -166,12 +172,19 @@ pub(super) unsafe fn pack_columns(
                     if column < count {
                         let at = (first + column) * operand.stride + first_k + line * LINE;
                         // SAFETY: the operand holds this row; the mask keeps to `k`.
-                        *row = unsafe { _mm512_maskz_loadu_epi16(mask, operand.values.as_ptr().wrapping_add(at).cast()) };
+                        *row = unsafe {
+                            _mm512_maskz_loadu_epi16(mask, operand.values.as_ptr().wrapping_add(at).cast())
+                        };
                     }
                 }
                 for (pair, row) in transpose(rows).into_iter().enumerate() {
                     // SAFETY: `out` holds `PAIRS x VECTORS` registers for each line.
-                    unsafe { _mm512_storeu_si512(out.add(((line * PAIRS + pair) * VECTORS + half) * LINE).cast(), row) };
+                    unsafe {
+                        _mm512_storeu_si512(
+                            out.add(((line * PAIRS + pair) * VECTORS + half) * LINE).cast(),
+                            row,
+                        )
+                    };
                 }
             }
         }
@@ -293,12 +306,7 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
 ///
 /// # Safety
 /// The processor must have what [`is_supported`] asks for.
-pub(super) unsafe fn dots(
-    out: &mut [[f32; DOT_ROWS]; DOT_OUTPUTS],
-    weight: &[bf16],
-    x: &[bf16],
-    k: usize,
-) {
+pub(super) unsafe fn dots(out: &mut [[f32; DOT_ROWS]; DOT_OUTPUTS], weight: &[bf16], x: &[bf16], k: usize) {
     macro_rules! pick {
         ($($outputs:literal $rows:literal)*) => {
             match (weight.len() / k, x.len() / k) {

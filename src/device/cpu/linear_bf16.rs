@@ -42,7 +42,8 @@ impl Products for bf16 {
         let mut first = 0;
         for part in weight.parts() {
             let part = &part[..part.len().min((outputs - first) * inputs)];
-            let count = part.len() / inputs;
+            // Without inputs every output is its bias.
+            let count = part.len().checked_div(inputs).unwrap_or(outputs);
             let bias = bias.map(|bias| &bias[first..first + count]);
             let finish = |row: usize, column: usize, sums: &[f32]| {
                 // SAFETY: each sum is handed over once.
@@ -270,24 +271,27 @@ fn few_rows(
         return (0..rows).for_each(|row| finish(row, 0, &zeros));
     }
     device.parallel(|| {
-        weight[..outputs * inputs].par_chunks(FEW_ROWS_OUTPUTS * inputs).enumerate().for_each(|(task, weight)| {
-            let mut sums = [[0.0; FEW_ROWS_OUTPUTS]; FEW_ROWS];
-            for (group, weight) in weight.chunks(kernel::DOT_OUTPUTS * inputs).enumerate() {
-                for (block, x) in x[..rows * inputs].chunks(kernel::DOT_ROWS * inputs).enumerate() {
-                    let mut dots = [[0.0; kernel::DOT_ROWS]; kernel::DOT_OUTPUTS];
-                    // SAFETY: the device's `has_bf16` says that the processor has the instructions.
-                    unsafe { kernel::dots(&mut dots, weight, x, inputs) };
-                    for (output, dots) in dots.iter().enumerate() {
-                        for (row, dot) in dots.iter().enumerate() {
-                            sums[block * kernel::DOT_ROWS + row][group * kernel::DOT_OUTPUTS + output] = *dot;
+        weight[..outputs * inputs].par_chunks(FEW_ROWS_OUTPUTS * inputs).enumerate().for_each(
+            |(task, weight)| {
+                let mut sums = [[0.0; FEW_ROWS_OUTPUTS]; FEW_ROWS];
+                for (group, weight) in weight.chunks(kernel::DOT_OUTPUTS * inputs).enumerate() {
+                    for (block, x) in x[..rows * inputs].chunks(kernel::DOT_ROWS * inputs).enumerate() {
+                        let mut dots = [[0.0; kernel::DOT_ROWS]; kernel::DOT_OUTPUTS];
+                        // SAFETY: the device's `has_bf16` says that the processor has the instructions.
+                        unsafe { kernel::dots(&mut dots, weight, x, inputs) };
+                        for (output, dots) in dots.iter().enumerate() {
+                            for (row, dot) in dots.iter().enumerate() {
+                                sums[block * kernel::DOT_ROWS + row][group * kernel::DOT_OUTPUTS + output] =
+                                    *dot;
+                            }
                         }
                     }
                 }
-            }
-            for (row, sums) in sums.iter().take(rows).enumerate() {
-                finish(row, task * FEW_ROWS_OUTPUTS, &sums[..weight.len() / inputs]);
-            }
-        });
+                for (row, sums) in sums.iter().take(rows).enumerate() {
+                    finish(row, task * FEW_ROWS_OUTPUTS, &sums[..weight.len() / inputs]);
+                }
+            },
+        );
     });
 }
 

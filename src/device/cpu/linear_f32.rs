@@ -58,7 +58,9 @@ impl Products for f32 {
                 let x = Matrix::rows(x, inputs);
                 if rows < TRANSPOSE_ROWS {
                     // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
-                    unsafe { out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs)) };
+                    unsafe {
+                        out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs))
+                    };
                 } else {
                     let mut turned = device.scratch.take::<f32>(inputs * count);
                     transpose(&mut turned, count, weight, inputs, (count, inputs));
@@ -89,13 +91,7 @@ impl Products for f32 {
         });
     }
 
-    fn backward_weight(
-        device: &CpuDevice,
-        dweight: &mut [f32],
-        dout: &[f32],
-        x: &[f32],
-        shape: LinearShape,
-    ) {
+    fn backward_weight(device: &CpuDevice, dweight: &mut [f32], dout: &[f32], x: &[f32], shape: LinearShape) {
         let LinearShape { rows, inputs, outputs } = shape;
         device.parallel(|| {
             dweight.par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(|(block, dweight)| {
@@ -138,13 +134,7 @@ impl Products for f32 {
         });
     }
 
-    fn low_rank_forward(
-        device: &CpuDevice,
-        out: &mut [f32],
-        inner: &[f32],
-        b: &[f32],
-        shape: LowRankShape,
-    ) {
+    fn low_rank_forward(device: &CpuDevice, out: &mut [f32], inner: &[f32], b: &[f32], shape: LowRankShape) {
         let LowRankShape { rows, rank, outputs, .. } = shape;
         let out = SharedRows::new(out, shape.out.width);
         let blocks = block_starts(outputs);

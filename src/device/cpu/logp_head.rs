@@ -19,8 +19,8 @@ use super::scratch::Scratch;
 use super::storage::{Storage, round};
 use super::{CpuDevice, check_indices, simd};
 use crate::device::{
-    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape, RECOMPUTE_WORKSPACE,
-    StorageType,
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape,
+    RECOMPUTE_WORKSPACE, StorageType,
 };
 use crate::error::Result;
 
@@ -69,7 +69,8 @@ impl<C: Storage> Head for CpuDevice<C> {
         let terms = self.scratch.take::<RowTerms>(at_once);
         let block = at_once.min(BACKWARD_ROWS);
         let partial = self.scratch.take::<f32>(strips * block * width);
-        let held: Vec<_> = (0..self.threads).map(|_| self.scratch.take::<C>(narrow_values::<C>(block))).collect();
+        let held: Vec<_> =
+            (0..self.threads).map(|_| self.scratch.take::<C>(narrow_values::<C>(block))).collect();
         C::reserve(self, LinearShape { rows: 0, inputs: width, outputs: vocab });
         drop((turned, summaries, terms, partial, held));
         Ok(())

@@ -45,8 +45,8 @@ use memory::MemoryCounter;
 use scratch::ScratchPool;
 pub use storage::Storage;
 
-use super::Hardware;
 use super::trace::{OperationTime, Trace};
+use super::{Hardware, StorageType};
 use crate::error::{Error, Result};
 
 /// Elements below which a block is not worth handing to another thread (64 KiB of f32: a few microseconds of work).
@@ -182,10 +182,16 @@ fn processor_name() -> Option<String> {
 }
 
 impl<C: Storage> Hardware for CpuDevice<C> {
+    const IS_CPU: bool = true;
+
     fn describe(&self) -> String {
         let name = processor_name().unwrap_or_else(|| std::env::consts::ARCH.to_string());
         let plural = if self.threads == 1 { "" } else { "s" };
-        format!("cpu ({name}, {} thread{plural}, {})", self.threads, simd::name(self.arch))
+        let vectors = match C::TYPE == StorageType::Bf16 && self.has_bf16 {
+            true => "AVX-512 BF16",
+            false => simd::name(self.arch),
+        };
+        format!("cpu ({name}, {} thread{plural}, {vectors}, {})", self.threads, C::NAME)
     }
 
     fn arithmetic(&self) -> String {
