@@ -11,6 +11,7 @@ mod guard;
 mod inputs;
 mod layer_updates;
 mod lock;
+mod offload;
 mod output;
 mod plan;
 mod recorder;
@@ -19,15 +20,19 @@ mod resume;
 mod samples;
 mod trainer;
 
+pub(crate) use lock::RunLock;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub use offload::plan as offload_plan;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
+use crate::checkpoint::BackgroundSaves;
 use crate::checkpoint::run_state::RunIdentity;
-use crate::config::RunConfig;
+use crate::config::{OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::Result;
@@ -35,7 +40,7 @@ use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
-use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use crate::report::{EvalMetrics, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
 use plan::Plan;
 use recorder::Recorder;
@@ -126,6 +131,9 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        if config.memory.offload == OffloadConfig::States {
+            device.check_offload()?;
+        }
         let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
         let mut model = match inputs.adapter {
             None => Llama::load(device, &inputs.folder, positions)?,
@@ -145,14 +153,18 @@ impl DeviceTask for Training<'_> {
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
         output.begin(&recorded)?;
+        let device = run.trainer.device().describe();
+        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
+        recorder.live = config.live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
         }
 
         let after = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))
+            .inspect_err(|error| output.stopped(&facts, started.elapsed(), error))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
@@ -168,11 +180,10 @@ impl DeviceTask for Training<'_> {
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         output.report(output::Finished {
             config,
-            inputs: &inputs,
-            device: run.trainer.device().describe(),
+            facts,
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
-            seconds: started.elapsed().as_secs_f64(),
+            elapsed: started.elapsed(),
         })?;
         drop(keeper);
         Ok(())
@@ -232,8 +243,10 @@ impl<'a, D: Device> Run<'a, D> {
     ) -> Result<Option<EvalMetrics>> {
         let total = self.plan.total_steps;
         let mut last_evaluation = None;
+        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             let metrics = self.step(&batch)?;
+            saves.check()?;
             recorder.step(&metrics)?;
             let done = metrics.step;
             if self.is_evaluation_due(done) {
@@ -247,7 +260,11 @@ impl<'a, D: Device> Run<'a, D> {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
-                checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+                let keep = self.config.keep_checkpoints;
+                checkpoint::save_beside(&mut saves, output.path(), &self.trainer, &state, keep)?;
+                if asked || interrupted.is_some() {
+                    saves.wait()?;
+                }
                 if asked {
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
@@ -258,10 +275,12 @@ impl<'a, D: Device> Run<'a, D> {
                 return Err(interrupt::stopped(signal, kept));
             }
         }
-        match last_evaluation {
-            None => self.evaluate(total),
-            last => Ok(last),
-        }
+        let last = match last_evaluation {
+            None => self.evaluate(total)?,
+            last => last,
+        };
+        saves.wait()?;
+        Ok(last)
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {

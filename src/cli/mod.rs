@@ -1,11 +1,14 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
-//! `score`, `generate`, `merge` and `bench`.
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`, `score`,
+//! `generate`, `merge`, `runs` (for `report`) and `bench`.
 
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
+mod import;
 mod merge;
+mod report;
 mod score;
 mod shell;
 mod train;
@@ -17,8 +20,12 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{
+    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
+};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,7 +50,10 @@ enum Parsed {
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Merge(MergeConfig),
+    Report(ReportConfig),
     Bench(BenchConfig),
+    Doctor(DoctorConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -77,13 +87,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
+        Some(("report", matches)) => Parsed::Report(report::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, check, score, generate, merge, report, bench, doctor or import",
             )));
         }
     };
@@ -103,7 +116,10 @@ impl Invocation {
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
+            Parsed::Report(config) => crate::runs::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -125,7 +141,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -139,7 +159,10 @@ pub fn command() -> Command {
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(merge::command())
+        .subcommand(report::command())
         .subcommand(bench::command())
+        .subcommand(doctor::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

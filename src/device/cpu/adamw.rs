@@ -31,12 +31,15 @@ pub(super) fn update<C: Storage>(
     update: &mut AdamWUpdate<'_, CpuDevice<C>>,
     numbers: Numbers,
 ) {
-    let weights = update.weight.par_chunks_mut(BLOCK_ELEMENTS);
+    let part = update.range(device);
+    let start = part.start;
+    let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
+    let weights = update.weight[part.clone()].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
         Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
         None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),
     };
-    let gradients = update.gradient.par_chunks(BLOCK_ELEMENTS);
+    let gradients = update.gradient[part].par_chunks(BLOCK_ELEMENTS);
     let (rounding, step) = (update.rounding, numbers.factors.step);
     let values = weights.zip(masters).zip(gradients).enumerate();
     match &mut *update.moments {
@@ -46,7 +49,7 @@ pub(super) fn update<C: Storage>(
                 device.vectorized(
                     #[inline(always)]
                     || {
-                        Weights { block, rounding, step }.update(
+                        Weights { first: first_of(block), rounding, step }.update(
                             weights,
                             #[inline(always)]
                             |weight| update_f32(weight, gradient, first, second, numbers),
@@ -61,7 +64,7 @@ pub(super) fn update<C: Storage>(
                 device.vectorized(
                     #[inline(always)]
                     || {
-                        Weights { block, rounding, step }.update(
+                        Weights { first: first_of(block), rounding, step }.update(
                             weights,
                             #[inline(always)]
                             |weight| update_bf16(weight, gradient, first, second, numbers),
@@ -78,7 +81,7 @@ pub(super) fn update<C: Storage>(
                 device.vectorized(
                     #[inline(always)]
                     || {
-                        Weights { block, rounding, step }.update(
+                        Weights { first: first_of(block), rounding, step }.update(
                             weights,
                             #[inline(always)]
                             |weight| update_8bit((weight, gradient), codes, scales, numbers),
@@ -92,8 +95,8 @@ pub(super) fn update<C: Storage>(
 
 /// What the rounding of a block of weights depends on, where there is no master copy.
 struct Weights {
-    /// Number of the block in its tensor.
-    block: usize,
+    /// Place of the block's first value in its tensor.
+    first: usize,
     rounding: StochasticRounding,
     step: u32,
 }
@@ -106,13 +109,12 @@ impl Weights {
         (weight, master): (&mut [C], Option<&mut [f32]>),
         change: impl FnOnce(&mut [f32]),
     ) {
-        let first = self.block * BLOCK_ELEMENTS;
         C::update(
             weight,
             master,
             change,
             #[inline(always)]
-            |value, index| self.rounding.round(value, self.step, (first + index) as u64),
+            |value, index| self.rounding.round(value, self.step, (self.first + index) as u64),
         );
     }
 }

@@ -8,8 +8,10 @@ use crate::device::{Checked, Dropout, LinearShape, LowRank, LowRankShape};
 use crate::error::Result;
 
 impl<C: Storage> LowRank for CpuDevice<C> {
-    fn reserve_low_rank(&self, shape: LinearShape) -> Result<()> {
-        C::reserve_low_rank(self, shape);
+    fn reserve_low_rank(&self, shape: LinearShape, _: &[LowRankShape], dropout: bool) -> Result<()> {
+        if dropout {
+            C::reserve_low_rank(self, shape);
+        }
         Ok(())
     }
 

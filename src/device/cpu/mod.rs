@@ -23,6 +23,7 @@ mod linear_f32;
 mod logp_head;
 mod low_rank;
 mod memory;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod products;
