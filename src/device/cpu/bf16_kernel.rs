@@ -113,9 +113,9 @@ impl Tile<'_> {
         for _ in 0..self.lines {
             for pair in 0..PAIRS {
                 let mut values = [_mm512_setzero_si512(); VECTORS];
-                for v in 0..VECTORS {
+                for (v, values) in values.iter_mut().enumerate() {
                     // SAFETY: a line of the right operand holds `PAIRS x VECTORS` registers.
-                    values[v] = unsafe { _mm512_loadu_si512(rhs.add((pair * VECTORS + v) * LINE).cast()) };
+                    *values = unsafe { _mm512_loadu_si512(rhs.add((pair * VECTORS + v) * LINE).cast()) };
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let at = if ALONG { r * LINE + pair * 2 } else { (pair * ROWS + r) * 2 };
