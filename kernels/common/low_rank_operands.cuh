@@ -26,7 +26,7 @@ template <int kRuns>
 struct TileColumns {
     int first, width, distance;
 
-    HOST_DEVICE bool meets(int begin, int end) const {
+    DEVICE bool meets(int begin, int end) const {
         bool meets = false;
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {
@@ -45,7 +45,7 @@ struct LowRankPart {
 
     // Slices of this part in a tile.
     template <int kRuns>
-    HOST_DEVICE int slices(const TileColumns<kRuns>& tile) const {
+    DEVICE int slices(const TileColumns<kRuns>& tile) const {
         return tile.meets(first, first + columns) ? (depth + kPartSliceDepth - 1) / kPartSliceDepth : 0;
     }
 };
@@ -58,7 +58,7 @@ struct LowRankOperands : GemmOperands {
 
     // Slices of all parts in a tile.
     template <int kRuns>
-    HOST_DEVICE int part_slices(const TileColumns<kRuns>& tile) const {
+    DEVICE int part_slices(const TileColumns<kRuns>& tile) const {
         int slices = 0;
 #pragma unroll
         for (int i = 0; i < kMostParts; ++i)

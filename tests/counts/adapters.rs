@@ -6,13 +6,15 @@
 //! tiles does is linear in each of its sizes: so small ones are counted, in the tiles that large ones take, and continued to
 //! the layer's sizes, which is exact.
 
+use mmpo_fast::data::{PairBatch, Sides, TokenizedPair};
 use mmpo_fast::device::cuda::{
     CudaDevice, EmulatorCounters, EmulatorOptions, EmulatorVariant, GemmChoice, GemmTile, KernelPath,
 };
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
-    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, AddRmsNorm, AttentionShape, Dropout, LinearShape,
-    LinearSwiglu, LowRankShape, NormShape, RmsNormBackward, RopeDirection, RowPart,
+    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, AddRmsNorm, AttentionGradient, AttentionShape,
+    BatchBuffers, Dropout, LinearShape, LinearSwiglu, LowRankShape, NormShape, RmsNormBackward,
+    RopeDirection, RowPart,
 };
 
 use crate::table::Table;
@@ -255,7 +257,7 @@ impl Projection {
     /// Of all tokens at the projection's own sizes.
     fn continued_gradients(&self, path: KernelPath) -> Work {
         let wanted = [TOKENS, self.inputs, self.outputs];
-        continued([256, 256, 256 * self.shares()], wanted, |sizes| self.gradients(path, sizes))
+        continued([256, 256, 512 * self.shares()], wanted, |sizes| self.gradients(path, sizes))
     }
 
     /// Of `rows` tokens at the projection's own sizes.
@@ -274,7 +276,7 @@ fn buffers<const COUNT: usize>(
     values.map(|values| device.alloc(values).unwrap())
 }
 
-/// What a layer does beside its projections and attention, of `rows` tokens: norms, residual sums, rotary positions, and SwiGLU
+/// What a layer does beside its projections and attention, for `rows` tokens: norms, residual sums, rotary positions, and SwiGLU
 /// where no gemm has it.
 fn between_gemms(path: KernelPath) -> Work {
     let (rows, device) = (rows(path), &device(path, None));
@@ -316,16 +318,40 @@ fn between_gemms(path: KernelPath) -> Work {
     })
 }
 
+/// Attention of a layer, forward and backward, over pairs of 1024 tokens.
+fn attention(path: KernelPath) -> Work {
+    const PAIR: [usize; 3] = [512, 256, 256];
+    // A key/value head with its query heads, of the layer's eight.
+    let shape = AttentionShape { heads: 4, kv_heads: 1, head_size: 64 };
+    let device = &device(path, None);
+    let [prompt, chosen, rejected] = PAIR.map(|tokens| vec![0; tokens].into());
+    let batch = PairBatch::pack(&[TokenizedPair { record: 0, prompt, chosen, rejected }], Sides::Both);
+    let rows = batch.tokens();
+    let mut pair = BatchBuffers::new(device, rows, 1, batch.scored_tokens()).unwrap();
+    pair.load(device, &batch, &[]).unwrap();
+    let [qkv, mut dqkv] = buffers(device, [rows * shape.qkv_width(); 2]);
+    let [mut out, dout] = buffers(device, [rows * shape.out_width(); 2]);
+    let mut lse = device.alloc(rows * shape.heads).unwrap();
+    occupied(true);
+    let work = Work::count(|| {
+        device.attention_forward(&mut out, &mut lse, &qkv, &pair, shape).unwrap();
+        let (dqkv, out, lse, qkv, batch) = (&mut dqkv, &out, &lse, &qkv, &pair);
+        let operands = AttentionGradient { dqkv, dout: &dout, out, lse, qkv, batch, shape };
+        device.attention_backward(operands).unwrap();
+    });
+    work.times((8 * TOKENS / rows) as i64)
+}
+
 /// The head with a frozen vocabulary matrix, as far as its two gemms go; what else it does is left out.
 const HEAD: Projection =
     Projection { inputs: WIDTH, outputs: VOCAB, modules: &[1], swiglu: false, gradient_of_a: [0; 3] };
 
-/// A step without the adapters' gradients, half of them scored; attention, which adapters leave as it is, is not counted.
+/// A step without the adapters' gradients, half of its tokens scored.
 fn step(path: KernelPath, projection: impl Fn(&Projection) -> Work) -> Work {
     let layer = PROJECTIONS.iter().map(projection).fold(between_gemms(path), Work::plus);
     let Work { flops, bytes } = HEAD.continued(|sizes| HEAD.frozen(path, sizes));
     let step = layer.times(LAYERS).plus(Work { flops: flops / 2, bytes: bytes / 2 });
-    step.times((TOKENS / rows(path)) as i64)
+    step.times((TOKENS / rows(path)) as i64).plus(attention(path).times(LAYERS))
 }
 
 /// Adapters of all modules at rank 64 add at most a tenth to the operations and to the bytes of a step over frozen weights;
@@ -367,7 +393,11 @@ fn adapters_of_llama_3_2_1b_add_at_most_a_tenth_to_a_frozen_step() {
         let count = |sizes| projection.adapted(path, sizes, None);
         assert_eq!(continued([256, 256], [768, 768], count), count([768, 768]), "{name}");
         let count = |sizes| projection.gradients(path, sizes);
-        assert_eq!(continued([128; 3], [384; 3], count), count([384; 3]), "{name}: gradients");
+        assert_eq!(
+            continued([128, 256, 512], [384, 768, 1536], count),
+            count([384, 768, 1536]),
+            "{name}: gradients"
+        );
     }
     table.hold_against_the_committed_one();
 }
