@@ -40,7 +40,7 @@ fn run() -> Result<Value> {
     };
     let folder = ModelFolder::open(model)?;
     let dataset = load_pairs(data, &TextEncoder::load(model, None)?, LIMITS)?;
-    run_on(DeviceChoice::Cpu, None, TokenScores { folder, dataset })
+    run_on(DeviceChoice::Cpu, None, None, TokenScores { folder, dataset })
 }
 
 struct TokenScores {

@@ -52,7 +52,7 @@ pub fn run(config: &GenerateConfig) -> Result<()> {
         _ => None,
     };
     let task = Generating { config, folder, adapter, encoder, prompt, max_new_tokens, end_of_turn };
-    run_on(config.device, config.threads, task)
+    run_on(config.device, config.precision, config.threads, task)
 }
 
 /// Refuses a tokenizer that is not the model's: it gives tokens for which the model has no embedding.
@@ -109,7 +109,7 @@ impl DeviceTask for Generating<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Generating { config, folder, adapter, encoder, prompt, max_new_tokens, end_of_turn } = self;
-        let mut model = Llama::load(device, &folder, prompt.len() + max_new_tokens)?;
+        let mut model = Llama::load_frozen(device, &folder, prompt.len() + max_new_tokens)?;
         if let Some(adapter) = &adapter {
             model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
         }

@@ -92,7 +92,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     output.check_writable()?;
     interrupt::check()?;
     let scoring = Scoring { config, folder, adapter, reference, dataset: &dataset };
-    let Scored { lines, tokens } = run_on(config.device, config.threads, scoring)?;
+    let Scored { lines, tokens } = run_on(config.device, config.precision, config.threads, scoring)?;
     write_lines(&output, &lines)?;
     match &config.explain {
         Some(how) => explain::show(&explain(&encoder, &dataset.pairs, &tokens)?, how, &output),
@@ -202,7 +202,7 @@ impl Scoring<'_> {
         (folder, adapter): (&ModelFolder, Option<&AdapterFolder>),
     ) -> Result<Llama<D>> {
         let longest = self.dataset.pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
-        let mut model = Llama::load(Arc::clone(device), folder, longest)?;
+        let mut model = Llama::load_frozen(Arc::clone(device), folder, longest)?;
         if let Some(adapter) = adapter {
             model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
         }

@@ -84,9 +84,9 @@ pub fn run(config: &RunConfig) -> Result<()> {
     }
     plan.log(config.batch.pairs_per_step.is_some());
     guard::warn_of_numbers(config, &plan);
-    let (device, threads) = (config.device, config.threads);
+    let (device, precision, threads) = (config.device, config.precision, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
-    run_on(device, threads, training)
+    run_on(device, precision, threads, training)
 }
 
 /// The configuration with names of the Hub replaced by folders of its cache, so that the run's record says which
@@ -153,7 +153,11 @@ impl DeviceTask for Training<'_> {
         if config.memory.offload == OffloadConfig::States {
             device.check_offload()?;
         }
-        let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
+        let mut model = match inputs.adapter {
+            None => Llama::load(device, &inputs.folder, positions)?,
+            Some(_) => Llama::load_frozen(device, &inputs.folder, positions)?,
+        };
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
         let references = References::compute(config, &inputs, &model)?;

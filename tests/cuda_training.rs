@@ -1,6 +1,6 @@
 //! The CUDA device under the whole model: scoring, gradients and three training steps agree with the CPU device within
 //! what bf16 weights and activations allow, and two runs give the same bits. On the emulated GPU, and on a real one
-//! where there is one.
+//! where there is one. So does the CPU device that stores bf16.
 
 #[cfg(mmpo_gpu_kernels)]
 mod ptx_machine;
@@ -8,6 +8,7 @@ mod ptx_machine;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::bf16;
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::config::{MemoryConfig, OffloadConfig};
 use mmpo_fast::data::TokenizedPair;
@@ -215,6 +216,37 @@ fn assert_same_bits(first: &Run, second: &Run) {
 
 fn cpu() -> CpuDevice {
     CpuDevice::new(Some(2)).expect("the CPU device starts")
+}
+
+fn cpu_bf16(threads: usize) -> CpuDevice<bf16> {
+    CpuDevice::open(Some(threads)).expect("the CPU device starts")
+}
+
+/// With the processor's instructions for bf16, where it has them, and without; the same bits at any number of threads.
+#[test]
+fn the_cpu_in_bf16_trains_as_in_f32() {
+    for model in MODELS {
+        let reference = run(cpu(), model);
+        let first = run(cpu_bf16(2), model);
+        compare(model, &first, &reference);
+        compare(model, &run(cpu_bf16(2).without_bf16_instructions(), model), &reference);
+        assert_same_bits(&first, &run(cpu_bf16(3), model));
+    }
+    let recompute = HeadOptions { mode: HeadChoice::Recompute, ..HeadOptions::default() };
+    compare(MODELS[0], &run_with(cpu_bf16(1), MODELS[0], recompute), &run(cpu(), MODELS[0]));
+}
+
+#[test]
+fn the_cpu_in_bf16_trains_adapters_as_in_f32() {
+    let head = HeadOptions::default();
+    for (model, lora) in [("tied", lora(8, 0.1)), ("bias", lora(16, 0.0)), ("rope_linear", lora(3, 0.1))] {
+        let reference = run_adapted(cpu(), model, head, Some(lora));
+        let first = run_adapted(cpu_bf16(2), model, head, Some(lora));
+        compare(model, &first, &reference);
+        let without = cpu_bf16(2).without_bf16_instructions();
+        compare(model, &run_adapted(without, model, head, Some(lora)), &reference);
+        assert_same_bits(&first, &run_adapted(cpu_bf16(1), model, head, Some(lora)));
+    }
 }
 
 #[cfg(mmpo_emulated)]

@@ -4,6 +4,11 @@
     python3 benches/peers/run_cpu.py                    all engines and shapes, into benches/results/<date>-<machine>/
     python3 benches/peers/run_cpu.py --engine candle    some engines alone (may be repeated)
 
+The table of README, one pair of UltraFeedback's lengths, in less than 12 minutes on two cores:
+
+    python3 benches/peers/run_cpu.py --shape smollm2-135m --profile ultrafeedback --pairs 1 \
+        --rounds 2 --warmups 1 --steps 2 --minutes 11
+
 Needs .venv (tests/reference/setup.sh) for PyTorch; builds the two Rust engines itself. Keep the machine idle.
 Every run is a process of its own, so peak memory is that engine's alone. Engines alternate (A B C A B C), so that a
 machine that slows down slows them all. README.md beside this file says what a step is.
@@ -19,13 +24,20 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = Path("benches/peers")
 PYTHON = Path(".venv/bin/python")
-ENGINES = ("mmpo-fast", "pytorch-padded", "pytorch-sliced", "pytorch-compile", "pytorch-packed", "candle")
-OURS, BASELINE = ENGINES[0], ENGINES[1]
+VARIANTS = ("padded", "sliced", "compile", "packed")
+PRECISIONS = ("f32", "bf16")
+OURS, BASELINE = "mmpo-fast-f32", "pytorch-padded-f32"
+ENGINES = (
+    *(f"mmpo-fast-{precision}" for precision in PRECISIONS),
+    *(f"pytorch-{variant}-{precision}" for precision in PRECISIONS for variant in VARIANTS),
+    "candle",
+)
 # Warm-up and timed steps of one process.
 STEPS = {"smollm2-135m": (2, 5), "tiny-5m": (5, 20)}
 MIB = 1 << 20
@@ -46,28 +58,31 @@ def build(*cargo):
     return os.path.relpath(paths[-1], ROOT)
 
 
-def commands(engines):
+def commands(engines, arguments):
     """Engine -> the command that runs it, without the arguments common to all."""
     found = {}
     for engine in engines:
-        if engine == OURS:
-            found[engine] = [build("build", "--release", "--bin", "mmpo-fast"), "--quiet", "bench", "step", "--device", "cpu"]
+        *_, variant, precision = ("", "", *engine.split("-"))
+        if engine.startswith("mmpo-fast"):
+            program = arguments.program or build("build", "--release", "--bin", "mmpo-fast")
+            found[engine] = [program, "--quiet", "bench", "step", "--device", "cpu", "--precision", precision]
         elif engine == "candle":
             found[engine] = [build("build", "--release", "--package", "candle-peer"), "step", "--device", "cpu"]
         else:
             if not (ROOT / PYTHON).exists():
                 sys.exit("run_cpu.py: there is no .venv: run tests/reference/setup.sh, or choose engines with --engine")
-            variant = engine.removeprefix("pytorch-")
-            found[engine] = [str(PYTHON), str(PEERS / "step.py"), "--device", "cpu", "--variant", variant]
+            script = [str(PYTHON), str(PEERS / "step.py"), "--device", "cpu"]
+            found[engine] = [*script, "--variant", variant, "--precision", precision]
     return found
 
 
 def measure(command, shape, arguments):
     warmup, steps = STEPS[shape]
+    warmup = warmup if arguments.warmups is None else arguments.warmups
     options = {
         "shape": shape,
         "pairs": arguments.pairs,
-        "profile": f"{arguments.prompt}/{arguments.response}/{arguments.response}",
+        "profile": arguments.profile or f"{arguments.prompt}/{arguments.response}/{arguments.response}",
         "threads": arguments.threads,
         "warmups": warmup,
         "calls": arguments.steps or steps,
@@ -109,6 +124,22 @@ def summary(shape, runs):
     return lines
 
 
+def fastest_peer(runs):
+    """Sentences that set the fastest run of ours beside the fastest variant of each peer."""
+    medians = {engine: statistics.median(s for report in reports for s in report["seconds"]) for engine, reports in runs.items()}
+    peak = {engine: max(report["peak_rss_bytes"] for report in reports) for engine, reports in runs.items()}
+    ours = min((engine for engine in medians if engine.startswith("mmpo-fast")), key=medians.get, default=None)
+    lines = [""]
+    for family in ("pytorch", "candle"):
+        theirs = min((engine for engine in medians if engine.startswith(family)), key=medians.get, default=None)
+        if ours and theirs:
+            lines.append(
+                f"{ours} takes {medians[ours] / medians[theirs]:.2f} of the time of {theirs}, the fastest of its family, "
+                f"and {peak[ours] / peak[theirs]:.2f} of its peak memory."
+            )
+    return lines
+
+
 def processor():
     try:
         return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()).group(1)
@@ -145,12 +176,12 @@ def write_results(folder, runs, arguments, load):
         *(f"- {engine}: {version}" for engine, version in versions(runs).items()),
         f"- {arguments.rounds} rounds, engines in turn, each run a process of its own; raw.csv has every timed step",
         "",
-        "A step is forward, MMPO loss, backward and AdamW in f32; the same weights and pairs everywhere, which the column of",
-        "losses shows: the largest relative difference from PyTorch's over all steps. Pair tokens count each prompt once,",
+        "A step is forward, MMPO loss, backward and AdamW; the same weights and pairs everywhere, in f32, or with bf16 products",
+        "(PyTorch: bf16 autocast; mmpo-fast: bf16 storage with f32 master weights). The column of losses shows that they do the same: the largest relative difference from PyTorch's over all steps. Pair tokens count each prompt once,",
         "also where an engine computes it twice. `benches/peers/README.md` says more.",
     ]
     for shape, by_engine in runs.items():
-        lines += ["", *summary(shape, by_engine)]
+        lines += ["", *summary(shape, by_engine), *fastest_peer(by_engine)]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -163,23 +194,32 @@ def main():
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--profile", help="lengths by a name in shapes.json, instead of --prompt and --response")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warmups", type=int, help="steps before the timed ones; default: 2, tiny-5m 5")
+    parser.add_argument("--program", help="the mmpo-fast to measure, instead of building one")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run when these are over")
     parser.add_argument("--steps", type=int, help="timed steps of a process; default: 5, tiny-5m 20")
     parser.add_argument("--machine", help="name for the results folder; default: from the processor's")
     parser.add_argument("--output", type=Path, default=ROOT / "benches" / "results")
     arguments = parser.parse_args()
 
-    found = commands(arguments.engine or ENGINES)
+    found = commands(arguments.engine or ENGINES, arguments)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"run_cpu.py: load average is {load:.2f}: something else runs here, figures will be off", file=sys.stderr)
+    end = time.monotonic() + 60 * arguments.minutes
     runs = {shape: {engine: [] for engine in found} for shape in arguments.shape or STEPS}
     for number in range(arguments.rounds):
         for shape, by_engine in runs.items():
             for engine, reports in by_engine.items():
+                if time.monotonic() > end:
+                    print(f"round {number}, {shape}, {engine}: left out, the time of --minutes is over", file=sys.stderr)
+                    continue
                 report = measure(found[engine], shape, arguments) | {"name": engine}
                 reports.append(report)
                 print(f"round {number}, {shape}, {engine}: {report['seconds_median']:.4f} s", file=sys.stderr)
+    runs = {shape: {engine: reports for engine, reports in by_engine.items() if reports} for shape, by_engine in runs.items()}
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|CPU|@.*", " ", processor()).lower()).strip("-")
     machine = arguments.machine or f"{slug}-{arguments.threads}-threads"
     write_results(arguments.output / f"{datetime.date.today()}-{machine}", runs, arguments, load)

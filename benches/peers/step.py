@@ -8,9 +8,11 @@ Variants:
     packed      nothing padded and each prompt once, under the shared-prefix mask (FlexAttention on a GPU, a dense mask on a CPU);
                 the logits of the scored rows only
 Attention of the others is sdpa. AdamW is PyTorch's fused one: on bf16 weights on a GPU (their fastest; mmpo-fast keeps f32 masters), on
-f32 weights on a CPU. Reference log-probs are computed before the clock starts.
+f32 weights on a CPU. There `--precision bf16` runs the forward under bf16 autocast, as TRL's `bf16=True` does: weights, gradients and
+AdamW stay f32. Reference log-probs are computed before the clock starts.
 """
 
+import contextlib
 import json
 import statistics
 import time
@@ -149,6 +151,13 @@ def memory(field):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
+def autocast(arguments):
+    """Around whatever computes log-probs."""
+    if arguments.device == "cpu" and arguments.precision == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
 def make_step(variant, shape, arguments):
     """A function that trains one step and returns its loss, and what it trains."""
     on_gpu = arguments.device == "cuda"
@@ -156,7 +165,7 @@ def make_step(variant, shape, arguments):
     model = make_model(shape, arguments, attention)
     batch = PackedPairs(shape, arguments) if variant == "packed" else PaddedRows(shape, arguments, variant != "padded")
     forward = torch.compile(model) if variant == "compile" and not arguments.tiny else model
-    with torch.no_grad():
+    with torch.no_grad(), autocast(arguments):
         rewards = make_rewards(batch.mean_logps(model))
     settings = {"lr": STEP["learning_rate"], "betas": (STEP["beta1"], STEP["beta2"])}
     settings |= {"eps": STEP["adam_epsilon"], "weight_decay": STEP["weight_decay"]}
@@ -164,7 +173,8 @@ def make_step(variant, shape, arguments):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        scores = batch.mean_logps(forward) + rewards
+        with autocast(arguments):
+            scores = batch.mean_logps(forward) + rewards
         loss = -scores.view(2, -1).logsumexp(dim=0).mean()
         loss.backward()
         optimizer.step()
@@ -197,6 +207,7 @@ def measure(variant, shape, arguments):
         "engine": "pytorch",
         "version": f"{torch.__version__}, transformers {transformers.__version__}",
         "variant": variant,
+        "precision": arguments.precision,
         "shape": shape.model,
         "profile": shape.profile,
         "pairs": shape.pairs,
@@ -230,6 +241,7 @@ def flops_of(shape):
 def main(argv=None):
     def extra(parser):
         parser.add_argument("--variant", choices=VARIANTS, action="append", help="may be repeated [default: padded]")
+        parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="of a CPU's products")
         parser.add_argument("--json", action="store_true")
 
     arguments = common.arguments_of(__doc__, argv, extra)

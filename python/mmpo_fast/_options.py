@@ -148,10 +148,12 @@ class TrainOptions(TypedDict, total=False):
     """Copy the weights and optimiser states into the capsule that a step with a number that is not finite leaves. Without that, `train --replay` takes the steps since the last checkpoint again. [default: false]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
+    precision: str
+    """Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with AVX-512 BF16 the time of gemms. A GPU has bf16 alone. [default: f32 on the CPU, bf16 on a GPU]"""
     optimizer_states: str
     """Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
     master_weights: str
-    """Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy. [default: f32]"""
+    """Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the updated bf16 weight up or down at random, with the seed. f32 weights need no copy. [default: f32]"""
     recompute: str
     """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
     gradients: str
@@ -231,6 +233,8 @@ class ScoreOptions(TypedDict, total=False):
     """Tokens of one micro-batch: more is faster and takes more memory, and the result stays the same. A pair larger than that is a micro-batch of its own. [default: 4096]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
+    precision: str
+    """Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with AVX-512 BF16 the time of gemms. A GPU has bf16 alone. [default: f32 on the CPU, bf16 on a GPU]"""
     threads: int
     """CPU threads. [default: all cores]"""
 
@@ -262,5 +266,7 @@ class GenerateOptions(TypedDict, total=False):
     """The date that `strftime_now` of a chat template gives. [default: the time of the run]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
+    precision: str
+    """Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with AVX-512 BF16 the time of gemms. A GPU has bf16 alone. [default: f32 on the CPU, bf16 on a GPU]"""
     threads: int
     """CPU threads. [default: all cores]"""

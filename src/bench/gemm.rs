@@ -403,6 +403,7 @@ mod tests {
             json: true,
             csv: Some(csv.clone()),
             device: DeviceChoice::Emulated,
+            precision: None,
             threads: None,
         };
         let sweeps = || {

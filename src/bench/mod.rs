@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use self::measure::Method;
 use self::shapes::{Lengths, Shape};
-use crate::device::{Device, DeviceChoice, DeviceTask, run_on};
+use crate::device::{Device, DeviceChoice, DeviceTask, Precision, run_on};
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 
@@ -100,6 +100,8 @@ pub struct BenchConfig {
     pub csv: Option<PathBuf>,
     /// The device to measure.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; the device's own where absent.
+    pub precision: Option<Precision>,
     /// CPU threads; all cores where absent.
     pub threads: Option<usize>,
 }
@@ -119,7 +121,7 @@ pub fn run(config: &BenchConfig) -> Result<()> {
     match config.parts[..] {
         [Part::Gemm] => gemm::run(config),
         [Part::Counts] => counts(config),
-        _ => run_on(config.device, config.threads, Task(config)),
+        _ => run_on(config.device, config.precision, config.threads, Task(config)),
     }
 }
 
@@ -145,8 +147,7 @@ impl Place {
     fn of<D: Device>(choice: DeviceChoice) -> Self {
         match choice {
             DeviceChoice::Emulated => Place::Emulated,
-            // The CPU device computes in f32, GPUs in bf16.
-            _ if size_of::<D::Compute>() == size_of::<f32>() => Place::Cpu,
+            _ if D::IS_CPU => Place::Cpu,
             _ => Place::Gpu,
         }
     }

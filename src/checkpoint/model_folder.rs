@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::checkpoint::tensor_file::{TensorEntry, TensorFile};
 use crate::checkpoint::tensor_names::{self, EMBEDDING, HEAD};
-use crate::device::{RawValues, StorageType};
+use crate::device::{MappedValues, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::foreign;
 use crate::model::LlamaConfig;
@@ -76,12 +76,27 @@ impl ModelFolder {
     /// [`Error::Bug`] where there is none of that name: the names were compared when the folder was opened; [`Error::Model`]
     /// where its shape is not `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawValues<'_>> {
+        let (file, entry) = self.entry(name, shape)?;
+        file.values(entry).ok_or_else(|| wrong_dtype(file.path(), name, entry))
+    }
+
+    /// As [`ModelFolder::tensor`], with the file that has to stay mapped as long as the values are used.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::tensor`].
+    pub fn mapped(&self, name: &str, shape: &[usize]) -> Result<MappedValues> {
+        let (file, entry) = self.entry(name, shape)?;
+        file.mapped(entry).ok_or_else(|| wrong_dtype(file.path(), name, entry))
+    }
+
+    /// The file of tensor `name`, and its entry there.
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<(&TensorFile, &TensorEntry)> {
         let Some((shard, entry)) = self.tensors.get(name) else {
             return Err(Error::bug(format!("{}: there is no tensor `{name}`", self.path.display())));
         };
         let file = &self.shards[*shard];
         check_shape(file.path(), name, entry, shape)?;
-        file.values(entry).ok_or_else(|| wrong_dtype(file.path(), name, entry))
+        Ok((file, entry))
     }
 
     /// Gives the memory of some of a tensor's bytes back to the system until they are used again. All of a model's weights would

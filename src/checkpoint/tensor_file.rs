@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, SafeTensorError};
 
-use crate::device::{MappedFile, RawValues, StorageType};
+use crate::device::{MappedFile, MappedValues, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 
@@ -25,7 +26,7 @@ pub struct TensorEntry {
 /// A safetensors file, mapped into memory.
 #[derive(Debug)]
 pub struct TensorFile {
-    map: MappedFile,
+    map: Arc<MappedFile>,
     tensors: HashMap<String, TensorEntry>,
 }
 
@@ -35,7 +36,7 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Model`] where the file is truncated or its header damaged; [`Error::Io`] where it cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = MappedFile::open(path)?;
+        let map = Arc::new(MappedFile::open(path)?);
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| describe(path, &map, error))?;
         // The data follow the header's length (8 bytes) and the header.
@@ -69,6 +70,12 @@ impl TensorFile {
     /// The tensor's bytes, of whatever dtype.
     pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
         &self.map[entry.bytes.clone()]
+    }
+
+    /// The tensor's values with their file, to be used in place for longer than this borrow.
+    pub fn mapped(&self, entry: &TensorEntry) -> Option<MappedValues> {
+        let storage = self.values(entry)?.storage;
+        Some(MappedValues { file: Arc::clone(&self.map), bytes: entry.bytes.clone(), storage })
     }
 
     /// Gives the memory of some of the tensor's bytes back to the system until they are used again.

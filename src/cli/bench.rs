@@ -23,7 +23,7 @@ const MOST: usize = 1 << 24;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    ["device", "threads"].contains(&row.name)
+    ["device", "precision", "threads"].contains(&row.name)
 }
 
 /// The subcommand and its flags.
@@ -108,6 +108,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         json: matches.get_flag("json"),
         csv: path("csv")?,
         device: settled.device,
+        precision: settled.precision,
         threads: settled.threads,
     })
 }
@@ -137,7 +138,7 @@ fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
         [Part::Step] => ("step", &["only"], "it chooses kernels, and a step has none to choose"),
         [Part::Gemm] => (
             "products",
-            &["shape", "model", "layers", "profile", "pairs", "tokens", "threads"],
+            &["shape", "model", "layers", "profile", "pairs", "tokens", "precision", "threads"],
             "the layers and batches that it times are fixed",
         ),
         [Part::Load] => (
@@ -147,7 +148,7 @@ fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
         ),
         [Part::Counts] => (
             "counts",
-            &["device", "threads", "warmups", "calls", "seconds", "csv"],
+            &["device", "precision", "threads", "warmups", "calls", "seconds", "csv"],
             "it counts on the emulated device, and times nothing",
         ),
         _ => return Ok(()),

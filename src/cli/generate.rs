@@ -11,7 +11,7 @@ const MAX_NEW_TOKENS: usize = 256;
 
 /// The options of `train` that mean the same here.
 fn shared(row: &Row) -> bool {
-    ["chat_template", "template_date", "device", "threads"].contains(&row.name)
+    ["chat_template", "template_date", "device", "precision", "threads"].contains(&row.name)
 }
 
 /// The subcommand and its flags.
@@ -77,6 +77,7 @@ pub fn config(matches: &ArgMatches) -> Result<GenerateConfig> {
         top_p: top_p.unwrap_or(1.0),
         seed: seed.unwrap_or(settled.seed),
         device: settled.device,
+        precision: settled.precision,
         threads: settled.threads,
     })
 }

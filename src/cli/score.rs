@@ -31,6 +31,7 @@ fn shared(row: &Row) -> bool {
         "max_length",
         "tokens_per_micro_batch",
         "device",
+        "precision",
         "threads",
     ];
     names.contains(&row.name) || row.heading == PROBLEMS_HEADING
@@ -149,6 +150,7 @@ pub fn config(matches: &ArgMatches) -> Result<ScoreConfig> {
         chat_template: settled.chat_template,
         tokens_per_micro_batch: settled.tokens_per_micro_batch,
         device: settled.device,
+        precision: settled.precision,
         threads: settled.threads,
     })
 }

@@ -22,7 +22,7 @@ pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, resolve, resolve_replay};
 pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::model::{HeadOptions, LoraSettings, Recompute};
 use crate::objective::Objective;
@@ -78,6 +78,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// What is kept on the device, and in which format.
     pub memory: MemoryConfig,
     /// How the log-prob head uses memory.
@@ -276,6 +278,8 @@ pub struct ScoreConfig {
     pub tokens_per_micro_batch: usize,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
 }
@@ -373,6 +377,8 @@ pub struct GenerateConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Storage of weights and activations; `None` is the device's own.
+    pub precision: Option<Precision>,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
 }

@@ -10,7 +10,7 @@ use super::{
     ColumnNames, DataCache, EvalMetric, GradientConfig, ObjectiveKind, OffloadConfig, PairData, PairFiles,
     Policies, Policy, TemplateDate, check,
 };
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::model::{AdaptedModules, HeadChoice, HeadOptions, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -387,11 +387,14 @@ options! {
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
         device: DeviceChoice, Always<DeviceChoice> = Always(DeviceChoice::Auto), ALL, check::anything;
+        /// Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with
+        /// AVX-512 BF16 the time of gemms. A GPU has bf16 alone.
+        precision: Precision, Absent = Absent("f32 on the CPU, bf16 on a GPU"), ALL, check::anything;
         /// Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
         /// tensors of fewer than 4096 values stay f32 with 8bit.
         optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
         /// Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the
-        /// updated bf16 weight up or down at random, with the seed. CPU weights are f32 and need no copy.
+        /// updated bf16 weight up or down at random, with the seed. f32 weights need no copy.
         master_weights: MasterWeights, Always<MasterWeights> = Always(MasterWeights::F32), ALL, check::anything;
         /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
         /// largest activations), or layer (all between the residual streams of two layers).

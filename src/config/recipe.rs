@@ -153,6 +153,7 @@ fn given(config: &RunConfig) -> Options {
         early_stopping_delta: some(config.evaluation.delta).filter(|given| given.value > 0.0),
         capsule_weights: some(config.capsule_weights).filter(|given| given.value),
         device: some(config.device),
+        precision: config.precision.and_then(some),
         optimizer_states: some(config.memory.states.moments),
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),

@@ -340,6 +340,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
         device: settled.device,
+        precision: settled.precision,
         memory,
         head: HeadOptions {
             mode: settled.head_mode,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 
 use super::{GradientConfig, ObjectiveKind, OffloadConfig, Policy, suggest};
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, Precision};
 use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
 use crate::optimizer::{MasterWeights, MomentFormat, Schedule};
@@ -265,6 +265,25 @@ impl OptionValue for DeviceChoice {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text =
             value.as_str().ok_or_else(|| format!("must be a device in quotes, not {}", toml_kind(value)))?;
+        Self::from_text(text)
+    }
+
+    fn to_toml(&self) -> String {
+        format!("\"{self}\"")
+    }
+}
+
+impl OptionValue for Precision {
+    const PLACEHOLDER: &'static str = "f32|bf16";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse()
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value
+            .as_str()
+            .ok_or_else(|| format!("must be f32 or bf16 in quotes, not {}", toml_kind(value)))?;
         Self::from_text(text)
     }
 

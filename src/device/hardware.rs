@@ -5,7 +5,10 @@ use crate::error::Result;
 
 /// A processor that computes: the CPU, a CUDA GPU, or the emulated one.
 pub trait Hardware: Sized + Send + Sync + 'static {
-    /// One line for people: `cpu (AMD EPYC, 2 threads, AVX-512)`.
+    /// Whether this is the CPU, which takes any head size and keeps buffers in main memory.
+    const IS_CPU: bool;
+
+    /// One line for people: `cpu (AMD EPYC, 2 threads, AVX-512, f32)`.
     fn describe(&self) -> String;
 
     /// Kind of device and number format, `cpu f32`: results of different arithmetic differ in their last bits.

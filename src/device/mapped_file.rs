@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::StorageType;
 use crate::error::{Error, Result};
 
 /// The bytes of a whole file.
@@ -60,6 +62,17 @@ impl MappedFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Little-endian numbers that lie in a mapped file, and keep it mapped.
+#[derive(Clone, Debug)]
+pub struct MappedValues {
+    /// The file.
+    pub file: Arc<MappedFile>,
+    /// Where their bytes lie in it.
+    pub bytes: Range<usize>,
+    /// Type of each value.
+    pub storage: StorageType,
 }
 
 impl Deref for MappedFile {

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::check::check_sizes;
-use super::{Checked, Hardware};
+use super::{Checked, Hardware, MappedValues};
 use crate::error::Result;
 
 /// A number that a buffer may hold.
@@ -85,7 +85,7 @@ pub struct MemoryUse {
 /// All methods return [`crate::Error::Bug`] for a range outside its buffer, and
 /// [`crate::Error::Device`] where the device fails.
 pub trait Memory: Hardware {
-    /// Storage of weights and activations: f32 on the CPU, bf16 on CUDA.
+    /// Storage of weights and activations: f32 or bf16 on the CPU, bf16 on CUDA.
     type Compute: Element;
     /// `len` values in the device's memory.
     type Buffer<T: Element>: Send + Sync + Debug;
@@ -99,6 +99,13 @@ pub trait Memory: Hardware {
 
     /// A buffer of `len` zeros.
     fn alloc<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
+
+    /// A buffer that reads these values, one part after the other, where they lie in mapped files: nothing is copied until
+    /// something writes to it. `None` where the device cannot: the values are of another type than [`Memory::Compute`],
+    /// begin between two of its addresses, or would have to go to a memory of the device's own.
+    fn borrow_mapped(&self, _: &[MappedValues]) -> Option<ComputeBuffer<Self>> {
+        None
+    }
 
     /// Values that `buffer` holds.
     fn len<T: Element>(&self, buffer: &Self::Buffer<T>) -> usize;

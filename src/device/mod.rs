@@ -2,8 +2,8 @@
 //!
 //! The Llama forward and backward in `model/` are written once over [`Device`], the sum of a trait for each family of
 //! operations. A trait's file holds the family's shapes, documentation and size checks; `cpu/` and `cuda/` implement it in
-//! the file of the operation. A device has one storage type for weights and activations ([`Memory::Compute`]: f32 on the
-//! CPU, bf16 on CUDA); statistics, log-probs, gradients of weights and optimiser states are f32 everywhere. Every
+//! the file of the operation. A device has one storage type for weights and activations ([`Memory::Compute`]: f32 or
+//! bf16 on the CPU, bf16 on CUDA); statistics, log-probs, gradients of weights and optimiser states are f32 everywhere. Every
 //! operation takes its sizes explicitly, because buffers are allocated once for the largest micro-batch and reused.
 //!
 //! Legend of shapes: `T` tokens of a packed batch, `N` scored tokens, `D` hidden width, `F` MLP width, `V` vocabulary,
@@ -48,7 +48,7 @@ pub use linear::{Linear, LinearShape};
 pub use low_rank::{
     AdaptedBackwardInput, AdaptedLinear, AdapterTerms, Dropout, LowRank, LowRankShape, RowPart, hash,
 };
-pub use mapped_file::MappedFile;
+pub use mapped_file::{MappedFile, MappedValues};
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
@@ -56,7 +56,7 @@ pub use offload::{Offload, Queue};
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
-pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, Precision, run_on};
 pub use trace::OperationTime;
 
 /// A device that computes: the CPU, a CUDA GPU, or the emulated one.

@@ -3,10 +3,12 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
+use half::bf16;
+
 use super::cpu::CpuDevice;
 use super::cuda::{self, CudaDevice};
 use super::{Device, Hardware};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +22,16 @@ pub enum DeviceChoice {
     Cuda(usize),
     /// The CUDA kernels on the emulated device: for tests, not for speed.
     Emulated,
+}
+
+/// What `--precision` asks for: the numbers that weights and activations are stored in. Sums, softmax, log-probs, losses and
+/// gradients of weights are f32 with either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// IEEE single precision; the CPU alone has it, and takes it unless told otherwise.
+    F32,
+    /// The upper half of an f32; the only storage of CUDA devices.
+    Bf16,
 }
 
 /// Which device was taken and why, for people: `cpu (..): no CUDA driver: libcuda.so.1 was not found`.
@@ -50,31 +62,62 @@ pub trait DeviceTask {
     fn run<D: Device>(self, device: Arc<D>) -> Result<Self::Output>;
 }
 
-/// Opens the chosen device (`threads`: CPU threads, `None` is all cores), says which and why, and runs `task` on it.
+/// Opens the chosen device (`precision`: `None` is the device's own; `threads`: CPU threads, `None` is all cores), says which
+/// and why, and runs `task` on it.
 ///
 /// # Errors
-/// [`Error::Device`](crate::Error::Device) if a GPU, or the emulated one, was asked for and cannot be used; [`DeviceChoice::Auto`] takes the
-/// CPU instead. Otherwise as the task.
-pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
-    let (device, report) = open(choice, threads)?;
+/// [`Error::Device`] if a GPU, or the emulated one, was asked for and cannot be used; [`DeviceChoice::Auto`] takes the CPU
+/// instead. [`Error::Config`] if f32 was asked of a CUDA device. Otherwise as the task.
+pub fn run_on<T: DeviceTask>(
+    choice: DeviceChoice,
+    precision: Option<Precision>,
+    threads: Option<usize>,
+    task: T,
+) -> Result<T::Output> {
+    let (device, report) = open(choice, precision, threads)?;
     tracing::info!("device: {report}");
     match device {
         Opened::Cpu(device) => task.run(Arc::new(device)),
+        Opened::CpuBf16(device) => task.run(Arc::new(device)),
         Opened::Cuda(device) => task.run(Arc::new(device)),
     }
 }
 
 enum Opened {
     Cpu(CpuDevice),
+    CpuBf16(CpuDevice<bf16>),
     Cuda(CudaDevice),
 }
 
-fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceReport)> {
+fn open_cpu(precision: Option<Precision>, threads: Option<usize>) -> Result<Opened> {
+    match precision.unwrap_or(Precision::F32) {
+        Precision::F32 => Ok(Opened::Cpu(CpuDevice::new(threads)?)),
+        Precision::Bf16 => Ok(Opened::CpuBf16(CpuDevice::open(threads)?)),
+    }
+}
+
+fn open(
+    choice: DeviceChoice,
+    precision: Option<Precision>,
+    threads: Option<usize>,
+) -> Result<(Opened, DeviceReport)> {
+    let has_f32 = matches!(choice, DeviceChoice::Auto | DeviceChoice::Cpu);
+    if precision == Some(Precision::F32) && !has_f32 {
+        return Err(Error::config(
+            format!("`--precision` = f32: the kernels of `--device {choice}` store bf16 alone"),
+            "leave --precision out, or compute with --device cpu",
+        ));
+    }
     let asked = "asked for".to_owned();
     let (device, chosen, reason) = match choice {
-        DeviceChoice::Cpu => (Opened::Cpu(CpuDevice::new(threads)?), choice, asked),
+        DeviceChoice::Cpu => (open_cpu(precision, threads)?, choice, asked),
         DeviceChoice::Cuda(ordinal) => (Opened::Cuda(CudaDevice::open(ordinal)?), choice, asked),
         DeviceChoice::Emulated => (Opened::Cuda(emulated()?), choice, asked),
+        DeviceChoice::Auto if precision == Some(Precision::F32) => {
+            let reason =
+                "no GPU is used, because `--precision f32` was asked for, and GPUs store bf16".to_owned();
+            (open_cpu(precision, threads)?, DeviceChoice::Cpu, reason)
+        }
         DeviceChoice::Auto => match first_gpu() {
             Ok((device, ordinal)) => {
                 let reason = "the first GPU of compute capability 8.0 or later".to_owned();
@@ -82,12 +125,13 @@ fn open(choice: DeviceChoice, threads: Option<usize>) -> Result<(Opened, DeviceR
             }
             Err(why) => {
                 let reason = format!("no GPU is used, because {why}");
-                (Opened::Cpu(CpuDevice::new(threads)?), DeviceChoice::Cpu, reason)
+                (open_cpu(precision, threads)?, DeviceChoice::Cpu, reason)
             }
         },
     };
     let device_line = match &device {
         Opened::Cpu(device) => device.describe(),
+        Opened::CpuBf16(device) => device.describe(),
         Opened::Cuda(device) => device.describe(),
     };
     Ok((device, DeviceReport { chosen, device: device_line, reason }))
@@ -137,6 +181,27 @@ impl FromStr for DeviceChoice {
     }
 }
 
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err(format!("must be f32 or bf16, not `{text}`")),
+        }
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        })
+    }
+}
+
 impl std::fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -163,8 +228,9 @@ mod tests {
 
     #[test]
     fn auto_says_what_it_took_and_why() {
-        let (device, report) = open(DeviceChoice::Auto, Some(1)).unwrap();
+        let (device, report) = open(DeviceChoice::Auto, None, Some(1)).unwrap();
         match device {
+            Opened::CpuBf16(_) => panic!("bf16 is not the CPU's default"),
             Opened::Cpu(_) => {
                 assert_eq!(report.chosen, DeviceChoice::Cpu);
                 assert!(report.to_string().contains("no GPU is used, because"), "{report}");
@@ -173,6 +239,31 @@ mod tests {
                 assert!(matches!(report.chosen, DeviceChoice::Cuda(_)), "{report}");
                 assert!(report.to_string().contains("compute capability"), "{report}");
             }
+        }
+    }
+
+    /// f32 is the CPU's default, bf16 is what was asked for, and a device that has no f32 refuses it.
+    #[test]
+    fn the_precision_is_the_one_asked_for() {
+        for (precision, wanted) in
+            [(None, "cpu f32"), (Some(Precision::F32), "cpu f32"), (Some(Precision::Bf16), "cpu bf16")]
+        {
+            let (device, report) = open(DeviceChoice::Cpu, precision, Some(1)).unwrap();
+            let arithmetic = match device {
+                Opened::Cpu(device) => device.arithmetic(),
+                Opened::CpuBf16(device) => device.arithmetic(),
+                Opened::Cuda(device) => device.arithmetic(),
+            };
+            assert_eq!(arithmetic, wanted);
+            assert!(report.device.contains(arithmetic.trim_start_matches("cpu ")), "{report}");
+        }
+        let (_, report) = open(DeviceChoice::Auto, Some(Precision::F32), Some(1)).unwrap();
+        assert_eq!(report.chosen, DeviceChoice::Cpu);
+        assert!(report.reason.contains("--precision f32"), "{report}");
+        for choice in [DeviceChoice::Cuda(0), DeviceChoice::Emulated] {
+            let error = open(choice, Some(Precision::F32), None).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains("store bf16 alone"), "{error}");
         }
     }
 

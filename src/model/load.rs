@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{ComputeBuffer, Device, RawValues};
-use crate::error::{Error, Result};
+use crate::device::{ComputeBuffer, Device, MappedValues, RawValues};
+use crate::error::Result;
 
 /// Bytes of weights that are read from the map before their pages are given back: few enough that a model of any size takes
 /// little of the host's memory, many enough that the pages are read ahead.
@@ -17,39 +17,50 @@ impl<D: Device> Llama<D> {
     /// that will be run.
     ///
     /// # Errors
-    /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
+    /// [`Error::Model`](crate::Error::Model) for a tensor of another shape; [`Error::Device`](crate::Error::Device) where the device has no
     /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
-        let (started, mut bytes) = (Instant::now(), 0);
-        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
-            let RawValues { storage, bytes: all } = folder.tensor(&tensor.name, &tensor.shape)?;
-            bytes += all.len();
-            for (piece, bytes) in all.chunks(PIECE_BYTES).enumerate() {
-                let start = piece * PIECE_BYTES;
-                let values = RawValues { storage, bytes };
-                device.upload_values(weight, offset + start / storage.size(), values)?;
-                folder.release(&tensor.name, start..start + bytes.len());
-            }
-            Ok(())
-        };
-        let model = Self::assemble(&device, folder.config().clone(), positions, upload)?;
-        let (seconds, gigabytes) = (started.elapsed().as_secs_f64(), bytes as f64 * 1e-9);
+        let started = Instant::now();
+        let copy = |fused: &FusedTensor| copied(&*device, folder, fused);
+        let model = Self::assemble(&device, folder.config().clone(), positions, copy)?;
+        let (seconds, gigabytes) = (started.elapsed().as_secs_f64(), folder.total_bytes() as f64 * 1e-9);
         tracing::debug!("weights: {gigabytes:.2} GB in {seconds:.2} s, {:.2} GB/s", gigabytes / seconds);
         Ok(model)
+    }
+
+    /// As [`Llama::load`], for a model whose weights are only read: where the device can, they are used where they lie in
+    /// the mapped files, and take no memory but the system's page cache. A weight that is written to after all becomes a copy.
+    ///
+    /// # Errors
+    /// As [`Llama::load`].
+    pub fn load_frozen(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
+        let borrow = |fused: &FusedTensor| {
+            let parts: Vec<MappedValues> = fused
+                .parts
+                .iter()
+                .map(|tensor| folder.mapped(&tensor.name, &tensor.shape))
+                .collect::<Result<_>>()?;
+            device.borrow_mapped(&parts).map_or_else(|| copied(&*device, folder, fused), Ok)
+        };
+        Self::assemble(&device, folder.config().clone(), positions, borrow)
     }
 
     /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
     ///
     /// # Errors
-    /// Those of `values`, and [`Error::Device`] where the device has no memory for them.
+    /// Those of `values`, and [`Error::Device`](crate::Error::Device) where the device has no memory for them.
     pub fn from_values(
         device: Arc<D>,
         config: LlamaConfig,
         positions: usize,
         mut values: impl FnMut(&TensorSpec) -> Vec<f32>,
     ) -> Result<Self> {
-        let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
-            device.upload_values(weight, offset, RawValues::from_f32(&values(tensor)))
+        let upload = |fused: &FusedTensor| {
+            let mut weight = device.alloc(fused.values())?;
+            for (offset, tensor) in fused.offsets() {
+                device.upload_values(&mut weight, offset, RawValues::from_f32(&values(tensor)))?;
+            }
+            Ok(weight)
         };
         Self::assemble(&device, config, positions, upload)
     }
@@ -58,16 +69,10 @@ impl<D: Device> Llama<D> {
         device: &Arc<D>,
         config: LlamaConfig,
         positions: usize,
-        mut upload: impl FnMut(&mut ComputeBuffer<D>, usize, &TensorSpec) -> Result<()>,
+        make: impl FnMut(&FusedTensor) -> Result<ComputeBuffer<D>>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
-        let weights = layout.try_map(|fused| {
-            let mut weight = device.alloc(fused.values())?;
-            for (offset, tensor) in fused.offsets() {
-                upload(&mut weight, offset, tensor)?;
-            }
-            Ok::<_, Error>(weight)
-        })?;
+        let weights = layout.try_map(make)?;
         let table = config.rope_table(positions);
         let mut rope_table = device.alloc(table.len())?;
         device.upload(&mut rope_table, 0, &table)?;
@@ -91,7 +96,7 @@ impl<D: Device> Llama<D> {
     /// Zeroed f32 gradients of the trained tensors.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device has no memory for them.
+    /// [`Error::Device`](crate::Error::Device) where the device has no memory for them.
     pub fn zero_gradients(&self) -> Result<Gradients<D>> {
         self.layout.try_map(|tensor| match tensor.trained {
             true => Ok(Some(self.device.alloc(tensor.values())?)),
@@ -123,6 +128,21 @@ impl<D: Device> Llama<D> {
             false => Ok(None),
         })
     }
+}
+
+/// A buffer with a copy of a fused tensor's values, whose pages are given back to the system.
+fn copied<D: Device>(device: &D, folder: &ModelFolder, fused: &FusedTensor) -> Result<ComputeBuffer<D>> {
+    let mut weight = device.alloc(fused.values())?;
+    for (offset, tensor) in fused.offsets() {
+        let RawValues { storage, bytes: all } = folder.tensor(&tensor.name, &tensor.shape)?;
+        for (piece, bytes) in all.chunks(PIECE_BYTES).enumerate() {
+            let start = piece * PIECE_BYTES;
+            let values = RawValues { storage, bytes };
+            device.upload_values(&mut weight, offset + start / storage.size(), values)?;
+            folder.release(&tensor.name, start..start + bytes.len());
+        }
+    }
+    Ok(weight)
 }
 
 #[cfg(all(test, target_os = "linux"))]

@@ -44,7 +44,7 @@ impl References {
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
             Some(folder) => {
-                let reference = Llama::load(model.device.clone(), folder, inputs.positions())?;
+                let reference = Llama::load_frozen(model.device.clone(), folder, inputs.positions())?;
                 Self::of(config, inputs, folder, &reference)
             }
         }

@@ -32,9 +32,14 @@ pub fn run(config: &RunConfig, path: &Path) -> Result<()> {
     check_same(path, &capsule, &identity, &inputs)?;
     let tensors = checkpoint::stored_tensors(&adapter::layout(&inputs), config.memory.states);
     let start = find_start(path, &capsule, &tensors)?;
-    let (device, threads) = (config.device, config.threads);
+    let (device, precision, threads) = (config.device, config.precision, config.threads);
     let capsule_path = path.to_path_buf();
-    run_on(device, threads, Replay { config, inputs, plan, identity, capsule, capsule_path, start })
+    run_on(
+        device,
+        precision,
+        threads,
+        Replay { config, inputs, plan, identity, capsule, capsule_path, start },
+    )
 }
 
 struct Replay<'a> {

@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::sync::Once;
 
+use half::bf16;
 use mmpo_fast::data::{PairBatch, PairSpan, Sides, TokenizedPair};
+use mmpo_fast::device::cpu::CpuDevice;
 pub use mmpo_fast::device::cuda::AttentionOrder;
 use mmpo_fast::device::cuda::{self, CudaDevice};
 pub use mmpo_fast::device::cuda::{GemmChoice, KernelPath};
@@ -147,6 +149,19 @@ macro_rules! define_tests {
                 body(&$crate::harness::cpu(3), $crate::harness::Tolerance::F32);
             }
 
+            /// bf16 in the processor's own instructions, where it has them.
+            #[test]
+            fn cpu_bf16() {
+                body(&$crate::harness::cpu_bf16(2), $crate::harness::Tolerance::BF16);
+            }
+
+            /// bf16 as on a processor without such instructions.
+            #[test]
+            fn cpu_bf16_widened() {
+                let device = $crate::harness::cpu_bf16(2).without_bf16_instructions();
+                body(&device, $crate::harness::Tolerance::BF16);
+            }
+
             #[cfg(mmpo_emulated)]
             #[test]
             fn emulated() {
@@ -188,13 +203,23 @@ macro_rules! cpu_tests {
 }
 pub(crate) use cpu_tests;
 
-pub fn cpu(threads: usize) -> mmpo_fast::device::cpu::CpuDevice {
-    mmpo_fast::device::cpu::CpuDevice::new(Some(threads)).expect("the CPU device starts")
+pub fn cpu(threads: usize) -> CpuDevice {
+    CpuDevice::new(Some(threads)).expect("the CPU device starts")
+}
+
+/// The CPU with bf16 storage.
+pub fn cpu_bf16(threads: usize) -> CpuDevice<bf16> {
+    CpuDevice::open(Some(threads)).expect("the CPU device starts")
 }
 
 /// Whether this is the CPU device: it takes any head size, and looks at indices before it uses them, which a GPU cannot
 /// without waiting for the batch.
 pub fn is_cpu<D: Device>() -> bool {
+    D::IS_CPU
+}
+
+/// Whether weights and activations are stored in f32.
+pub fn is_f32<D: Device>() -> bool {
     size_of::<D::Compute>() == size_of::<f32>()
 }
 

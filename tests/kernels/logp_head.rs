@@ -367,7 +367,8 @@ path_tests! {
         let sizes = (270, 128, 530);
         let (rows, width, vocab) = sizes;
         // Two runs of rows times three of columns on a GPU, many runs of rows on the CPU.
-        let small = if is_cpu::<D>() { 7 * vocab } else { 132_000 };
+        let of_rows = |rows| device.logp_head_workspace(HeadMode::Main, rows, width, vocab).unwrap();
+        let small = if is_cpu::<D>() { of_rows(7) } else { 132_000 };
         assert!(small < device.logp_head_workspace(HeadMode::Recompute, rows, width, vocab).unwrap());
         for entropy in [true, false] {
             let main = outputs(device, HeadMode::Main, sizes, entropy, None);
@@ -411,7 +412,8 @@ path_tests! {
         let mut case = Case::new(device, HeadMode::Score, (rows, width, vocab), 2.0);
         case.forward(device);
         let mut small = Case::new(device, HeadMode::Score, (rows, width, vocab), 2.0);
-        let values = if is_cpu::<D>() { 100 * vocab } else { 7_300 };
+        let of_rows = |rows| device.logp_head_workspace(HeadMode::Main, rows, width, vocab).unwrap();
+        let values = if is_cpu::<D>() { of_rows(100) } else { 7_300 };
         assert!(values < device.logp_head_workspace(HeadMode::Score, rows, width, vocab).unwrap());
         small.workspace = unset_compute(device, values);
         small.forward(device);

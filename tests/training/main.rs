@@ -7,6 +7,7 @@ mod config;
 mod golden;
 mod goldens;
 mod layers;
+mod mapped;
 mod memory_table;
 mod objective;
 mod published_configs;

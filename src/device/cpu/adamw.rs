@@ -1,14 +1,18 @@
 //! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
 //! the corrected square root. Moments are f32, bf16, or 8-bit by blocks.
 //!
-//! Weights are f32 and their own master copy, so nothing is ever rounded stochastically here.
+//! An f32 weight is its own master copy. A bf16 weight has one beside it, or is rounded stochastically.
 
 use half::bf16;
+use rayon::iter::Either;
 use rayon::prelude::*;
 
+use super::storage::Storage;
 use super::{BLOCK_ELEMENTS, CpuDevice};
 use crate::device::AdamWUpdate;
-use crate::optimizer::{AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, quantize_block};
+use crate::optimizer::{
+    AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, StochasticRounding, quantize_block,
+};
 
 /// Blocks of quantised values in a block of parallel work.
 const SCALES: usize = BLOCK_ELEMENTS / BLOCK;
@@ -22,27 +26,50 @@ pub(super) struct Numbers {
 }
 
 /// Updates one tensor, a block at a time. Call it on the device's pool.
-pub(super) fn update(device: &CpuDevice, update: &mut AdamWUpdate<'_, CpuDevice>, numbers: Numbers) {
+pub(super) fn update<C: Storage>(
+    device: &CpuDevice<C>,
+    update: &mut AdamWUpdate<'_, CpuDevice<C>>,
+    numbers: Numbers,
+) {
     let part = update.range(device);
+    let start = part.start;
+    let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
     let weights = update.weight[part.clone()].par_chunks_mut(BLOCK_ELEMENTS);
+    let masters = match &mut update.master {
+        Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
+        None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),
+    };
     let gradients = update.gradient[part].par_chunks(BLOCK_ELEMENTS);
-    let values = weights.zip(gradients);
+    let (rounding, step) = (update.rounding, numbers.factors.step);
+    let values = weights.zip(masters).zip(gradients).enumerate();
     match &mut *update.moments {
         Moments::F32(MomentPair { first, second }) => {
             let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
-            values.zip(moments).for_each(|((weight, gradient), (first, second))| {
+            values.zip(moments).for_each(|((block, (weights, gradient)), (first, second))| {
                 device.vectorized(
                     #[inline(always)]
-                    || update_f32(weight, gradient, first, second, numbers),
+                    || {
+                        Weights { first: first_of(block), rounding, step }.update(
+                            weights,
+                            #[inline(always)]
+                            |weight| update_f32(weight, gradient, first, second, numbers),
+                        )
+                    },
                 );
             });
         }
         Moments::Bf16(MomentPair { first, second }) => {
             let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
-            values.zip(moments).for_each(|((weight, gradient), (first, second))| {
+            values.zip(moments).for_each(|((block, (weights, gradient)), (first, second))| {
                 device.vectorized(
                     #[inline(always)]
-                    || update_bf16(weight, gradient, first, second, numbers),
+                    || {
+                        Weights { first: first_of(block), rounding, step }.update(
+                            weights,
+                            #[inline(always)]
+                            |weight| update_bf16(weight, gradient, first, second, numbers),
+                        )
+                    },
                 );
             });
         }
@@ -50,13 +77,45 @@ pub(super) fn update(device: &CpuDevice, update: &mut AdamWUpdate<'_, CpuDevice>
             let codes =
                 codes.first.par_chunks_mut(BLOCK_ELEMENTS).zip(codes.second.par_chunks_mut(BLOCK_ELEMENTS));
             let scales = scales.first.par_chunks_mut(SCALES).zip(scales.second.par_chunks_mut(SCALES));
-            values.zip(codes).zip(scales).for_each(|((values, codes), scales)| {
+            values.zip(codes).zip(scales).for_each(|(((block, (weights, gradient)), codes), scales)| {
                 device.vectorized(
                     #[inline(always)]
-                    || update_8bit(values, codes, scales, numbers),
+                    || {
+                        Weights { first: first_of(block), rounding, step }.update(
+                            weights,
+                            #[inline(always)]
+                            |weight| update_8bit((weight, gradient), codes, scales, numbers),
+                        )
+                    },
                 );
             });
         }
+    }
+}
+
+/// What the rounding of a block of weights depends on, where there is no master copy.
+struct Weights {
+    /// Place of the block's first value in its tensor.
+    first: usize,
+    rounding: StochasticRounding,
+    step: u32,
+}
+
+impl Weights {
+    /// Lets `change` update the f32 values of a block, and stores them.
+    #[inline(always)]
+    fn update<C: Storage>(
+        &self,
+        (weight, master): (&mut [C], Option<&mut [f32]>),
+        change: impl FnOnce(&mut [f32]),
+    ) {
+        C::update(
+            weight,
+            master,
+            change,
+            #[inline(always)]
+            |value, index| self.rounding.round(value, self.step, (self.first + index) as u64),
+        );
     }
 }
 

@@ -17,6 +17,7 @@ use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::scratch::split;
 use super::shared_rows::SharedRows;
+use super::storage::{Storage, round};
 use super::transpose::transpose;
 use super::{CpuDevice, simd};
 use crate::data::PairSpan;
@@ -25,19 +26,19 @@ use crate::error::Result;
 
 /// What a unit reads.
 #[derive(Clone, Copy)]
-struct Inputs<'a> {
-    dout: &'a [f32],
-    out: &'a [f32],
+struct Inputs<'a, C> {
+    dout: &'a [C],
+    out: &'a [C],
     lse: &'a [f32],
-    qkv: &'a [f32],
+    qkv: &'a [C],
     shape: AttentionShape,
 }
 
-impl AttentionBackward for CpuDevice {
+impl<C: Storage> AttentionBackward for CpuDevice<C> {
     fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()> {
         self.reserve_attention_forward(shape);
         let prefixes = self.scratch.take::<f32>(prefix_rows_of(capacity.rows, shape) * shape.head_size);
-        self.scratch.reserve::<f32>(self.threads, Unit::len(shape, capacity.longest_part));
+        self.scratch.reserve::<f32>(self.threads, Unit::<C>::len(shape, capacity.longest_part));
         drop(prefixes);
         Ok(())
     }
@@ -57,19 +58,21 @@ impl AttentionBackward for CpuDevice {
                     // SAFETY: each unit has prefix rows of its own.
                     let prefix = unsafe { prefixes.rows_mut(prefix_rows(&spans[pair], part, head, shape)) };
                     let part = &Part::of(&spans[pair])[part];
-                    let mut memory = self.scratch.take::<f32>(Unit::len(shape, part.rows.len()));
+                    let mut memory = self.scratch.take::<f32>(Unit::<C>::len(shape, part.rows.len()));
                     Unit::new(inputs, part, head, prefix, &mut memory).run(self, &dqkv);
                 });
                 (0..spans.len() * kv_heads).into_par_iter().for_each(|index| {
                     let (span, head) = (&spans[index / kv_heads], index % kv_heads);
                     let parts = Part::of(span);
-                    let responses = (1..3).filter(|&part| !parts[part].rows.is_empty());
-                    for part in responses {
+                    let responses = [1, 2].map(|part| {
+                        if parts[part].rows.is_empty() {
+                            return None;
+                        }
                         // SAFETY: all units have ended, and each (pair, kv head) is one work item.
                         let prefix = unsafe { prefixes.rows_mut(prefix_rows(span, part, head, shape)) };
-                        let gradients = KeyValueGradients::new(prefix);
-                        add_to_prompt(&dqkv, &parts[0], HeadColumns::new(shape, head), &gradients);
-                    }
+                        Some(KeyValueGradients::new(prefix))
+                    });
+                    add_to_prompt(&dqkv, &parts[0], HeadColumns::new(shape, head), &responses);
                 });
             });
             Ok(())
@@ -106,29 +109,33 @@ impl<'a> KeyValueGradients<'a> {
     }
 }
 
-/// Adds a response's gradients of the prompt's keys and values to what the prompt's own queries left in `dqkv`.
-fn add_to_prompt(
-    dqkv: &SharedRows<'_>,
+/// Adds the responses' gradients of the prompt's keys and values to what the prompt's own queries left in `dqkv`. The sum
+/// is rounded once.
+fn add_to_prompt<C: Storage>(
+    dqkv: &SharedRows<'_, C>,
     prompt: &Part,
     columns: HeadColumns,
-    gradients: &KeyValueGradients<'_>,
+    responses: &[Option<KeyValueGradients<'_>>; 2],
 ) {
     let head_size = columns.head_size;
-    for (values, range) in
-        [(&gradients.keys, columns.key_columns()), (&gradients.values, columns.value_columns())]
-    {
-        for (row, values) in prompt.rows.clone().zip(values.chunks_exact(head_size)) {
+    let keys = responses.each_ref().map(|part| part.as_ref().map(|part| &*part.keys));
+    let values = responses.each_ref().map(|part| part.as_ref().map(|part| &*part.values));
+    for (parts, range) in [(keys, columns.key_columns()), (values, columns.value_columns())] {
+        for (index, row) in prompt.rows.clone().enumerate() {
             // SAFETY: each (pair, kv head) is one work item, all units have ended, and keys and values are distinct
             // columns.
-            let sum = unsafe { dqkv.row_mut(row, range.clone()) };
-            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            let out = unsafe { dqkv.row_mut(row, range.clone()) };
+            for (column, out) in out.iter_mut().enumerate() {
+                let parts = parts.iter().flatten().map(|part| part[index * head_size + column]);
+                *out = C::round(parts.fold(out.widen(), |sum, value| sum + value));
+            }
         }
     }
 }
 
 /// One part of a pair for one key/value head, with the tiles it works on.
-struct Unit<'a> {
-    inputs: Inputs<'a>,
+struct Unit<'a, C> {
+    inputs: Inputs<'a, C>,
     part: &'a Part,
     columns: HeadColumns,
     kv_head: usize,
@@ -146,19 +153,23 @@ struct Unit<'a> {
     turned: &'a mut [f32],
     lse: &'a mut [f32],
     delta: &'a mut [f32],
+    /// `[TILE_N, E]` each: keys and values of a tile, where they are not stored in f32.
+    wide_keys: &'a mut [f32],
+    wide_values: &'a mut [f32],
     /// Gradients of the prefix's keys and values, and of the part's own.
     prefix: KeyValueGradients<'a>,
     own: KeyValueGradients<'a>,
 }
 
-impl<'a> Unit<'a> {
+impl<'a, C: Storage> Unit<'a, C> {
     /// Length of each buffer for a part of `part_rows` rows, in the order of the fields. `prefix` is not among them:
     /// its memory is separate.
-    fn sizes(shape: AttentionShape, part_rows: usize) -> [usize; 9] {
+    fn sizes(shape: AttentionShape, part_rows: usize) -> [usize; 11] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
         let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
         let (turned, own) = (shape.head_size * TILE_N, 2 * part_rows * shape.head_size);
-        [by_head, by_head, by_head, by_key, by_key, turned, rows, rows, own]
+        let widened = tile::widened_values::<C>(shape.head_size);
+        [by_head, by_head, by_head, by_key, by_key, turned, rows, rows, widened, widened, own]
     }
 
     /// Length of all buffers together.
@@ -168,14 +179,26 @@ impl<'a> Unit<'a> {
 
     /// `memory` holds [`Unit::len`] values.
     fn new(
-        inputs: Inputs<'a>,
+        inputs: Inputs<'a, C>,
         part: &'a Part,
         kv_head: usize,
         prefix: &'a mut [f32],
         memory: &'a mut [f32],
     ) -> Self {
         let sizes = Self::sizes(inputs.shape, part.rows.len());
-        let [queries, dout, dqueries, probabilities, dscores, turned, lse, delta, own] = split(memory, sizes);
+        let [
+            queries,
+            dout,
+            dqueries,
+            probabilities,
+            dscores,
+            turned,
+            lse,
+            delta,
+            wide_keys,
+            wide_values,
+            own,
+        ] = split(memory, sizes);
         prefix.fill(0.0);
         own.fill(0.0);
         let columns = HeadColumns::new(inputs.shape, kv_head);
@@ -193,13 +216,15 @@ impl<'a> Unit<'a> {
             turned,
             lse,
             delta,
+            wide_keys,
+            wide_values,
             prefix,
             own,
         }
     }
 
     /// Assigns the part's rows of `dqkv`, and leaves the gradients of the prefix in `prefix`.
-    fn run(mut self, device: &CpuDevice, dqkv: &SharedRows<'_>) {
+    fn run(mut self, device: &CpuDevice<C>, dqkv: &SharedRows<'_, C>) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         for queries in self.part.query_blocks(columns.group) {
             device.vectorized(
@@ -214,7 +239,7 @@ impl<'a> Unit<'a> {
             for (row, values) in queries.zip(self.dqueries.chunks_exact(width)) {
                 // SAFETY: each (row, kv head) belongs to one unit; the columns of queries, keys and values are distinct.
                 let out = unsafe { dqkv.row_mut(row, columns.query_columns()) };
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = value * scale);
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = C::round(value * scale));
             }
         }
         for (values, range) in
@@ -222,7 +247,7 @@ impl<'a> Unit<'a> {
         {
             for (row, values) in self.part.rows.clone().zip(values.chunks_exact(head_size)) {
                 // SAFETY: as above.
-                unsafe { dqkv.row_mut(row, range.clone()) }.copy_from_slice(values);
+                round(unsafe { dqkv.row_mut(row, range.clone()) }, values);
             }
         }
     }
@@ -245,17 +270,30 @@ impl<'a> Unit<'a> {
     }
 
     /// The five gemms of one tile.
-    fn tile(&mut self, device: &CpuDevice, queries: &Range<usize>, keys: &KeyTile, accumulate: bool) {
+    fn tile(&mut self, device: &CpuDevice<C>, queries: &Range<usize>, keys: &KeyTile, accumulate: bool) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         let (rows, count) = (queries.len() * columns.group, keys.keys.len());
         let first = keys.keys.start * columns.row;
-        let key_rows = &self.inputs.qkv[first + columns.key..];
-        let value_rows = &self.inputs.qkv[first + columns.value..];
-        for (out, lhs, rhs) in
-            [(&mut self.probabilities, &self.queries, key_rows), (&mut self.dscores, &self.dout, value_rows)]
-        {
+        let size = (count, head_size);
+        let qkv = self.inputs.qkv;
+        // Taken out of `self`, whose other buffers are written while these are read.
+        let (wide_keys, wide_values) =
+            (std::mem::take(&mut self.wide_keys), std::mem::take(&mut self.wide_values));
+        let ((key_rows, stride), (value_rows, _)) = device.vectorized(
+            #[inline(always)]
+            || {
+                (
+                    C::wide_rows(&qkv[first + columns.key..], columns.row, size, wide_keys),
+                    C::wide_rows(&qkv[first + columns.value..], columns.row, size, wide_values),
+                )
+            },
+        );
+        for (out, lhs, rhs) in [
+            (&mut *self.probabilities, &*self.queries, key_rows),
+            (&mut *self.dscores, &*self.dout, value_rows),
+        ] {
             // Transposed here, because `gemm` would transpose it value by value.
-            transpose(self.turned, TILE_N, rhs, columns.row, (count, head_size));
+            transpose(self.turned, TILE_N, rhs, stride, size);
             let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(self.turned, TILE_N));
             multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs);
         }
@@ -273,8 +311,9 @@ impl<'a> Unit<'a> {
             let (lhs, rhs) = (Matrix::transposed(lhs, TILE_N), Matrix::rows(rhs, head_size));
             multiply(&mut out[range.clone()], head_size, true, (count, rows, head_size), lhs, rhs);
         }
-        let (lhs, rhs) = (Matrix::rows(self.dscores, TILE_N), Matrix::rows(key_rows, columns.row));
+        let (lhs, rhs) = (Matrix::rows(self.dscores, TILE_N), Matrix::rows(key_rows, stride));
         multiply(self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs);
+        (self.wide_keys, self.wide_values) = (wide_keys, wide_values);
     }
 
     /// Scores become probabilities, `dP` becomes `dS`; both are zero where a query does not see a key.

@@ -9,18 +9,19 @@ use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
 use super::linear::{Matrix, multiply};
 use super::scratch::split;
 use super::shared_rows::SharedRows;
+use super::storage::Storage;
 use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, simd};
 use crate::device::{Attention, AttentionShape, BatchBuffers, Checked};
 use crate::error::Result;
 
-impl Attention for CpuDevice {
+impl<C: Storage> Attention for CpuDevice<C> {
     fn run_attention_forward(
         &self,
-        out: &mut CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
         lse: &mut CpuBuffer<f32>,
-        qkv: &CpuBuffer<f32>,
-        batch: &BatchBuffers<CpuDevice>,
+        qkv: &CpuBuffer<C>,
+        batch: &BatchBuffers<CpuDevice<C>>,
         shape: AttentionShape,
         _: Checked,
     ) -> Result<()> {
@@ -35,8 +36,8 @@ impl Attention for CpuDevice {
                     let (block, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
                     let Some((part, queries)) = tile::find_block(parts(), group, block) else { return };
                     let columns = HeadColumns::new(shape, kv_head);
-                    let mut memory = self.scratch.take::<f32>(Tiles::len(shape));
-                    let mut tiles = Tiles::new(shape, &mut memory);
+                    let mut memory = self.scratch.take::<f32>(Tiles::len::<C>(shape));
+                    let mut tiles = Tiles::new::<C>(shape, &mut memory);
                     tiles.attend(self, qkv, &part, &queries, columns, shape.scale());
                     let heads = kv_head * group..(kv_head + 1) * group;
                     for (i, row) in queries.enumerate() {
@@ -54,8 +55,8 @@ impl Attention for CpuDevice {
 
     fn run_attention_decode(
         &self,
-        out: &mut CpuBuffer<f32>,
-        cache: &CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
+        cache: &CpuBuffer<C>,
         length: usize,
         shape: AttentionShape,
         _: Checked,
@@ -67,8 +68,8 @@ impl Attention for CpuDevice {
                 out[..shape.out_width()].par_chunks_exact_mut(group_width).enumerate().for_each(
                     |(kv_head, out)| {
                         let columns = HeadColumns::new(shape, kv_head);
-                        let mut memory = self.scratch.take::<f32>(Tiles::len(shape));
-                        let mut tiles = Tiles::new(shape, &mut memory);
+                        let mut memory = self.scratch.take::<f32>(Tiles::len::<C>(shape));
+                        let mut tiles = Tiles::new::<C>(shape, &mut memory);
                         tiles.attend(self, cache, &part, &part.rows, columns, shape.scale());
                         tiles.write(0, out, &mut vec![0.0; columns.group]);
                     },
@@ -92,32 +93,35 @@ struct Tiles<'a> {
     values: &'a mut [f32],
     maxima: &'a mut [f32],
     sums: &'a mut [f32],
+    /// `[TILE_N, E]`: keys, then values of a tile, where they are not stored in f32.
+    widened: &'a mut [f32],
 }
 
 impl<'a> Tiles<'a> {
     /// Length of each buffer, in the order of the fields.
-    fn sizes(shape: AttentionShape) -> [usize; 6] {
+    fn sizes<C: Storage>(shape: AttentionShape) -> [usize; 7] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
         let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
-        [by_head, shape.head_size * TILE_N, by_key, by_head, rows, rows]
+        let widened = tile::widened_values::<C>(shape.head_size);
+        [by_head, shape.head_size * TILE_N, by_key, by_head, rows, rows, widened]
     }
 
     /// Length of all buffers together.
-    fn len(shape: AttentionShape) -> usize {
-        Self::sizes(shape).iter().sum()
+    fn len<C: Storage>(shape: AttentionShape) -> usize {
+        Self::sizes::<C>(shape).iter().sum()
     }
 
-    fn new(shape: AttentionShape, memory: &'a mut [f32]) -> Self {
-        let [queries, keys, scores, values, maxima, sums] = split(memory, Self::sizes(shape));
-        Tiles { head_size: shape.head_size, queries, keys, scores, values, maxima, sums }
+    fn new<C: Storage>(shape: AttentionShape, memory: &'a mut [f32]) -> Self {
+        let [queries, keys, scores, values, maxima, sums, widened] = split(memory, Self::sizes::<C>(shape));
+        Tiles { head_size: shape.head_size, queries, keys, scores, values, maxima, sums, widened }
     }
 
     /// Computes the attention of `queries` for the group of one key/value head; leaves the result in `values`, `maxima`
     /// and `sums`.
-    fn attend(
+    fn attend<C: Storage>(
         &mut self,
-        device: &CpuDevice,
-        qkv: &[f32],
+        device: &CpuDevice<C>,
+        qkv: &[C],
         part: &Part,
         queries: &Range<usize>,
         columns: HeadColumns,
@@ -133,8 +137,13 @@ impl<'a> Tiles<'a> {
         self.sums[..rows].fill(0.0);
         for (index, keys) in part.key_tiles(queries).enumerate() {
             let (first, count) = (keys.keys.start * row, keys.keys.len());
+            let size = (count, head_size);
+            let (wide, stride) = device.vectorized(
+                #[inline(always)]
+                || C::wide_rows(&qkv[first + columns.key..], row, size, self.widened),
+            );
             // Transposed here, because `gemm` would transpose it value by value.
-            transpose(self.keys, TILE_N, &qkv[first + columns.key..], row, (count, head_size));
+            transpose(self.keys, TILE_N, wide, stride, size);
             multiply(
                 self.scores,
                 TILE_N,
@@ -147,13 +156,17 @@ impl<'a> Tiles<'a> {
                 #[inline(always)]
                 || self.softmax_tile(&keys, queries.start, columns.group, rows),
             );
+            let (wide, stride) = device.vectorized(
+                #[inline(always)]
+                || C::wide_rows(&qkv[first + columns.value..], row, size, self.widened),
+            );
             multiply(
                 self.values,
                 head_size,
                 index > 0,
                 (rows, count, head_size),
                 Matrix::rows(self.scores, TILE_N),
-                Matrix::rows(&qkv[first + columns.value..], row),
+                Matrix::rows(wide, stride),
             );
         }
     }
@@ -182,23 +195,23 @@ impl<'a> Tiles<'a> {
     }
 
     /// Writes one query row: `out` of `G * E` values from tile row `m` on, and `lse` of `G`.
-    fn write(&self, m: usize, out: &mut [f32], lse: &mut [f32]) {
+    fn write<C: Storage>(&self, m: usize, out: &mut [C], lse: &mut [f32]) {
         let values = &self.values[m * self.head_size..];
         for (h, (out, values)) in
             out.chunks_exact_mut(self.head_size).zip(values.chunks_exact(self.head_size)).enumerate()
         {
             let inverse = 1.0 / self.sums[m + h];
             for (out, value) in out.iter_mut().zip(values) {
-                *out = value * inverse;
+                *out = C::round(value * inverse);
             }
             lse[h] = self.maxima[m + h] + self.sums[m + h].ln();
         }
     }
 }
 
-impl CpuDevice {
+impl<C: Storage> CpuDevice<C> {
     /// Sets aside the forward's scratch memory: the tiles of one block for each thread.
     pub(super) fn reserve_attention_forward(&self, shape: AttentionShape) {
-        self.scratch.reserve::<f32>(self.threads, Tiles::len(shape));
+        self.scratch.reserve::<f32>(self.threads, Tiles::len::<C>(shape));
     }
 }

@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
+use super::storage::Storage;
 use crate::data::PairSpan;
-use crate::device::AttentionShape;
+use crate::device::{AttentionShape, StorageType};
 
 /// Rows of a tile of queries, heads included: a multiple of the gemm's register block, small enough that scores
 /// `[TILE_M, TILE_N]` stay in the first-level cache beside the operands.
@@ -148,9 +149,9 @@ impl HeadColumns {
 
 /// Copies `rows` of `values[.., width]`, columns `columns`, times `scale`, to the front of `out`.
 #[inline(always)]
-pub(super) fn pack(
+pub(super) fn pack<C: Storage>(
     out: &mut [f32],
-    values: &[f32],
+    values: &[C],
     width: usize,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -159,9 +160,14 @@ pub(super) fn pack(
     for (out, row) in out.chunks_exact_mut(columns.len()).zip(rows) {
         let source = &values[row * width..][..width][columns.clone()];
         for (out, value) in out.iter_mut().zip(source) {
-            *out = value * scale;
+            *out = value.widen() * scale;
         }
     }
+}
+
+/// Values of a tile of keys or values that is widened to f32; none where they are f32 already.
+pub(super) fn widened_values<C: Storage>(head_size: usize) -> usize {
+    if C::TYPE == StorageType::F32 { 0 } else { TILE_N * head_size }
 }
 
 /// Rows of a tile of queries, heads included.

@@ -3,15 +3,16 @@
 use rayon::prelude::*;
 
 use super::shared_rows::SharedRows;
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice, check_indices};
 use crate::device::{BatchBuffers, Checked, Embedding};
 use crate::error::Result;
 
-impl Embedding for CpuDevice {
+impl<C: Storage> Embedding for CpuDevice<C> {
     fn run_embedding_forward(
         &self,
-        out: &mut CpuBuffer<f32>,
-        table: &CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
+        table: &CpuBuffer<C>,
         token_ids: &CpuBuffer<u32>,
         [rows, width]: [usize; 2],
         _: Checked,
@@ -27,8 +28,8 @@ impl Embedding for CpuDevice {
     fn run_embedding_backward(
         &self,
         dtable: &mut CpuBuffer<f32>,
-        dout: &CpuBuffer<f32>,
-        batch: &BatchBuffers<CpuDevice>,
+        dout: &CpuBuffer<C>,
+        batch: &BatchBuffers<CpuDevice<C>>,
         [rows, width]: [usize; 2],
         _: Checked,
     ) -> Result<()> {
@@ -69,9 +70,9 @@ impl Embedding for CpuDevice {
 
     fn run_gather_rows(
         &self,
-        out: &mut CpuBuffer<f32>,
-        hidden: &CpuBuffer<f32>,
-        batch: &BatchBuffers<CpuDevice>,
+        out: &mut CpuBuffer<C>,
+        hidden: &CpuBuffer<C>,
+        batch: &BatchBuffers<CpuDevice<C>>,
         [scored, width]: [usize; 2],
         _: Checked,
     ) -> Result<()> {
@@ -86,9 +87,9 @@ impl Embedding for CpuDevice {
 
     fn run_gather_rows_backward(
         &self,
-        dhidden: &mut CpuBuffer<f32>,
-        dout: &CpuBuffer<f32>,
-        batch: &BatchBuffers<CpuDevice>,
+        dhidden: &mut CpuBuffer<C>,
+        dout: &CpuBuffer<C>,
+        batch: &BatchBuffers<CpuDevice<C>>,
         [rows, width]: [usize; 2],
         _: Checked,
     ) -> Result<()> {
@@ -113,7 +114,7 @@ impl Embedding for CpuDevice {
                             #[inline(always)]
                             || {
                                 for (sum, scores) in dhidden.chunks_exact_mut(width).zip(row_scores) {
-                                    sum.fill(0.0);
+                                    sum.fill(C::default());
                                     for &score in scores.iter().filter(|&&score| score != u32::MAX) {
                                         accumulate(sum, &dout[score as usize * width..][..width]);
                                     }
@@ -128,7 +129,7 @@ impl Embedding for CpuDevice {
 }
 
 /// `out[i] = table[indices[i]]`; indices and sizes were checked.
-fn gather(device: &CpuDevice, out: &mut [f32], table: &[f32], indices: &[u32], width: usize) {
+fn gather<C: Storage>(device: &CpuDevice<C>, out: &mut [C], table: &[C], indices: &[u32], width: usize) {
     if width == 0 {
         return;
     }
@@ -145,8 +146,8 @@ fn gather(device: &CpuDevice, out: &mut [f32], table: &[f32], indices: &[u32], w
 }
 
 #[inline(always)]
-fn accumulate(sum: &mut [f32], values: &[f32]) {
+fn accumulate<S: Storage, C: Storage>(sum: &mut [S], values: &[C]) {
     for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
+        *sum = S::round(sum.widen() + value.widen());
     }
 }

@@ -1,10 +1,10 @@
-//! Matrix products, all through the `gemm` crate, which packs the operands, blocks them for the registers, and uses
-//! AVX-512 where the machine has it. Each task runs one serial gemm, over one block of the result.
+//! Linear layers, and matrix products in f32: views of matrices, and calls of the `gemm` crate, which packs the operands,
+//! blocks them for the registers, and uses AVX-512 where the machine has it.
 
 use rayon::prelude::*;
 
 use super::shared_rows::SharedRows;
-use super::transpose::transpose;
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
 use crate::device::{Checked, Linear, LinearShape};
 use crate::error::Result;
@@ -13,13 +13,6 @@ use crate::error::Result;
 const COLUMNS: usize = 64;
 /// Rows summed in one f32 run before they are added to the gradient.
 const RUN: usize = 64;
-
-/// From this many rows on, the forward gemm transposes the weights first.
-const TRANSPOSE_ROWS: usize = 32;
-/// Columns of the result that one task computes (rows, for the weight's gradient). Serial gemms over blocks that stay
-/// in the second-level cache beat `gemm`'s own split over threads by up to 20 % when the weights come from memory; 96
-/// divides the usual widths evenly.
-pub(super) const OUTPUT_BLOCK: usize = 96;
 
 /// A strided view of a matrix: element `(r, c)` is `values[r * row_stride + c * column_stride]`.
 #[derive(Clone, Copy)]
@@ -170,88 +163,41 @@ unsafe fn multiply_into(
     }
 }
 
-impl Linear for CpuDevice {
+impl<C: Storage> Linear for CpuDevice<C> {
     fn reserve_linear(&self, shape: LinearShape, _: bool) -> Result<()> {
-        if shape.rows >= TRANSPOSE_ROWS {
-            self.scratch.reserve::<f32>(self.threads, shape.inputs * OUTPUT_BLOCK.min(shape.outputs));
-        }
+        C::reserve(self, shape);
         Ok(())
     }
 
-    /// Each task computes one block of outputs. From `TRANSPOSE_ROWS` rows on it transposes the block's weights first:
-    /// `gemm` packs a matrix of the other storage order value by value, striding through the cache (with 1536 inputs
-    /// every row starts in one of two cache sets), which costs up to 30 % of the gemm's time. The transpose here runs
-    /// in registers, and its result stays in the second-level cache. With fewer rows the weights are used once, and
-    /// reading them is the limit.
     fn run_linear_forward(
         &self,
-        out: &mut CpuBuffer<f32>,
-        x: &CpuBuffer<f32>,
-        weight: &CpuBuffer<f32>,
-        bias: Option<&CpuBuffer<f32>>,
+        out: &mut CpuBuffer<C>,
+        x: &CpuBuffer<C>,
+        weight: &CpuBuffer<C>,
+        bias: Option<&CpuBuffer<C>>,
         shape: LinearShape,
         _: Checked,
     ) -> Result<()> {
         self.traced("linear_forward", || {
-            let LinearShape { rows, inputs, outputs } = shape;
-            if rows * outputs == 0 {
-                return Ok(());
+            if shape.rows * shape.outputs > 0 {
+                C::forward(self, out, x, weight, bias.map(|bias| &bias[..shape.outputs]), shape);
             }
-            let out = &mut out[..rows * outputs];
-            self.parallel(|| {
-                if let Some(bias) = bias {
-                    out.par_chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(&bias[..outputs]));
-                }
-                let out = SharedRows::new(out, outputs);
-                let blocks = block_starts(outputs);
-                blocks.for_each(|first| {
-                    let count = OUTPUT_BLOCK.min(outputs - first);
-                    let weight = &weight[first * inputs..(first + count) * inputs];
-                    let sizes = (rows, inputs, count);
-                    let x = Matrix::rows(x, inputs);
-                    if rows < TRANSPOSE_ROWS {
-                        // SAFETY: blocks are disjoint columns, and `out` is this operation's alone.
-                        unsafe {
-                            out.multiply(first, bias.is_some(), sizes, x, Matrix::transposed(weight, inputs))
-                        };
-                    } else {
-                        let mut turned = self.scratch.take::<f32>(inputs * count);
-                        transpose(&mut turned, count, weight, inputs, (count, inputs));
-                        // SAFETY: as above.
-                        unsafe {
-                            out.multiply(first, bias.is_some(), sizes, x, Matrix::rows(&turned, count))
-                        };
-                    }
-                });
-            });
             Ok(())
         })
     }
 
     fn run_linear_backward_input(
         &self,
-        dx: &mut CpuBuffer<f32>,
-        dout: &CpuBuffer<f32>,
-        weight: &CpuBuffer<f32>,
+        dx: &mut CpuBuffer<C>,
+        dout: &CpuBuffer<C>,
+        weight: &CpuBuffer<C>,
         shape: LinearShape,
         _: Checked,
     ) -> Result<()> {
         self.traced("linear_backward_input", || {
-            let LinearShape { rows, inputs, outputs } = shape;
-            if rows * inputs == 0 {
-                return Ok(());
+            if shape.rows * shape.inputs > 0 {
+                C::backward_input(self, &mut dx[..shape.rows * shape.inputs], dout, weight, shape);
             }
-            let dx = SharedRows::new(&mut dx[..rows * inputs], inputs);
-            let blocks = block_starts(inputs);
-            self.parallel(|| {
-                blocks.for_each(|first| {
-                    let count = OUTPUT_BLOCK.min(inputs - first);
-                    let (dout, weight) =
-                        (Matrix::rows(dout, outputs), Matrix::rows(&weight[first..], inputs));
-                    // SAFETY: blocks are disjoint columns, and `dx` is this operation's alone.
-                    unsafe { dx.multiply(first, false, (rows, outputs, count), dout, weight) };
-                });
-            });
             Ok(())
         })
     }
@@ -260,50 +206,42 @@ impl Linear for CpuDevice {
         &self,
         dweight: Option<&mut CpuBuffer<f32>>,
         dbias: Option<&mut CpuBuffer<f32>>,
-        dout: &CpuBuffer<f32>,
-        x: &CpuBuffer<f32>,
+        dout: &CpuBuffer<C>,
+        x: &CpuBuffer<C>,
         shape: LinearShape,
         _: Checked,
     ) -> Result<()> {
         self.traced("linear_backward_weight", || {
             let LinearShape { rows, inputs, outputs } = shape;
-            self.parallel(|| {
-                if let Some(dweight) = dweight {
-                    let dweight = &mut dweight[..outputs * inputs];
-                    dweight.par_chunks_mut(OUTPUT_BLOCK * inputs).enumerate().for_each(|(block, dweight)| {
-                        let sizes = (dweight.len() / inputs, rows, inputs);
-                        let dout = Matrix::transposed(&dout[block * OUTPUT_BLOCK..], outputs);
-                        multiply(dweight, inputs, true, sizes, dout, Matrix::rows(x, inputs));
-                    });
-                }
-                if let Some(dbias) = dbias {
+            if let Some(dweight) = dweight
+                && outputs * inputs > 0
+            {
+                C::backward_weight(self, &mut dweight[..outputs * inputs], dout, x, shape);
+            }
+            if let Some(dbias) = dbias {
+                self.parallel(|| {
                     dbias[..outputs].par_chunks_mut(COLUMNS).enumerate().for_each(|(block, dbias)| {
                         self.vectorized(
                             #[inline(always)]
                             || column_sums(dbias, &dout[..rows * outputs], block * COLUMNS, outputs),
                         )
                     });
-                }
-            });
+                });
+            }
             Ok(())
         })
     }
 }
 
-/// The first columns of the blocks into which a gemm of `columns` columns is cut; each block is one task.
-pub(super) fn block_starts(columns: usize) -> impl ParallelIterator<Item = usize> {
-    (0..columns.div_ceil(OUTPUT_BLOCK)).into_par_iter().map(|block| block * OUTPUT_BLOCK)
-}
-
 /// Adds columns `first..first + sums.len()` of `values[.., width]` to `sums`, row after row.
 #[inline(always)]
-fn column_sums(sums: &mut [f32], values: &[f32], first: usize, width: usize) {
+fn column_sums<C: Storage>(sums: &mut [f32], values: &[C], first: usize, width: usize) {
     let columns = sums.len();
     for run in values.chunks(RUN * width) {
         let mut partial = [0.0_f32; COLUMNS];
         for row in run.chunks_exact(width) {
             for (partial, value) in partial.iter_mut().zip(&row[first..][..columns]) {
-                *partial += value;
+                *partial += value.widen();
             }
         }
         for (sum, partial) in sums.iter_mut().zip(partial) {

@@ -2,7 +2,8 @@
 //!
 //! The vocabulary is cut into [`STRIPS`] strips, which threads take, and a strip into tiles of [`TILE`] tokens, whose
 //! logits stay in the second-level cache between the gemm and the softmax. Logits are kept transposed, `[V, N]`: then
-//! neither gemm has to transpose the weight, and the softmax runs down the vocabulary with a lane for each row.
+//! neither gemm has to transpose the weight, and the softmax runs down the vocabulary with a lane for each row. They are f32
+//! whatever the storage, in the memory of the workspace; their gradient is rounded to the storage for the gemms.
 //!
 //! Sums of exponentials run in f32 over a tile and in f64 above it, so that their error does not grow with the
 //! vocabulary; strips are joined in order, so that the bits do not depend on the threads.
@@ -13,12 +14,13 @@ use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use super::super::check::check_sizes;
-use super::linear::{Matrix, multiply};
+use super::products::Operand;
 use super::scratch::Scratch;
-use super::transpose::transpose;
+use super::storage::{Storage, round};
 use super::{CpuDevice, check_indices, simd};
 use crate::device::{
-    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, RECOMPUTE_WORKSPACE,
+    Checked, Head, HeadBackward, HeadForward, HeadMode, HeadShape, HeadSizes, LinearShape,
+    RECOMPUTE_WORKSPACE, StorageType,
 };
 use crate::error::Result;
 
@@ -29,6 +31,8 @@ const STRIPS: usize = 16;
 const TILE: usize = 384;
 /// Scored tokens of one pass of the backward. Fewer of them make the strips' sums of `dhidden` smaller.
 const BACKWARD_ROWS: usize = 256;
+/// Values of the gradient of `hidden` that are summed over the strips at once.
+const SUM_COLUMNS: usize = 1024;
 /// Scored tokens that are summed side by side: one AVX-512 register.
 const LANES: usize = 16;
 
@@ -47,30 +51,35 @@ fn runs(rows: &Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize
     rows.clone().step_by(at_once.max(1)).map(move |first| first..end.min(first + at_once))
 }
 
-impl Head for CpuDevice {
+impl<C: Storage> Head for CpuDevice<C> {
     /// Larger chunks gain nothing: their logits leave the caches between the passes over them.
     const HEAD_CHUNK_BYTES: usize = 64 << 20;
 
     fn logp_head_workspace(&self, mode: HeadMode, rows: usize, _: usize, vocab: usize) -> Result<usize> {
-        Ok(rows_at_once(mode, rows, vocab, usize::MAX) * vocab)
+        Ok(C::float_values(rows_at_once(mode, rows, vocab, usize::MAX) * vocab))
     }
 
     fn reserve_logp_head(&self, mode: HeadMode, rows: usize, sizes: HeadSizes) -> Result<()> {
         let HeadSizes { width, vocab, workspace } = sizes;
-        let at_once = rows_at_once(mode, rows, vocab, workspace);
+        let at_once = rows_at_once(mode, rows, vocab, workspace * size_of::<C>() / size_of::<f32>());
         let strips = strip_count(vocab);
         // The most that is held at the same time.
-        let turned = self.scratch.take::<f32>(at_once * width);
+        let turned = self.scratch.take::<C>(C::head_operand_values(at_once, width));
         let summaries = self.scratch.take::<RowSummary>(strips * at_once);
         let terms = self.scratch.take::<RowTerms>(at_once);
-        self.scratch.reserve::<f32>(1, strips * at_once.min(BACKWARD_ROWS) * width);
-        drop((turned, summaries, terms));
+        let block = at_once.min(BACKWARD_ROWS);
+        let partial = self.scratch.take::<f32>(strips * block * width);
+        let held: Vec<_> =
+            (0..self.threads).map(|_| self.scratch.take::<C>(narrow_values::<C>(block))).collect();
+        C::reserve(self, LinearShape { rows: 0, inputs: width, outputs: vocab });
+        drop((turned, summaries, terms, partial, held));
         Ok(())
     }
 
     fn run_logp_head_forward(&self, operands: HeadForward<'_, Self>, _: Checked) -> Result<()> {
         self.traced("logp_head_forward", || {
             let HeadForward { scores, workspace, hidden, weight, targets, shape } = operands;
+            let workspace = C::as_floats(workspace);
             let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
             let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
             check_sizes("logp_head_forward", shape, &[("workspace", workspace.len(), at_once * vocab)])?;
@@ -100,6 +109,7 @@ impl Head for CpuDevice {
         self.traced("logp_head_backward", || {
             let HeadBackward { hidden, dweight, workspace, weight, targets, scores, coefficients, shape } =
                 operands;
+            let workspace = C::as_floats(workspace);
             let HeadShape { ref rows, width, vocab, entropy, mode } = *shape;
             let at_once = rows_at_once(mode, rows.len(), vocab, workspace.len());
             check_sizes("logp_head_backward", shape, &[("workspace", workspace.len(), at_once * vocab)])?;
@@ -139,39 +149,29 @@ impl Head for CpuDevice {
 }
 
 /// Assigns `logits[V, rows]`; gives each strip's summaries of the rows, `[strips, rows]`.
-fn form_logits<'a>(
-    device: &'a CpuDevice,
+fn form_logits<'a, C: Storage>(
+    device: &'a CpuDevice<C>,
     logits: &mut [f32],
-    hidden: &[f32],
-    weight: &[f32],
+    hidden: &[C],
+    weight: &[C],
     rows: usize,
     entropy: bool,
 ) -> Scratch<'a, RowSummary> {
     let (width, vocab) = (hidden.len() / rows, logits.len() / rows);
     let strip = strip_tokens(vocab);
-    // Transposed once here, and not again by every tile's gemm.
-    let mut turned = device.scratch.take::<f32>(rows * width);
+    let mut turned = device.scratch.take::<C>(C::head_operand_values(rows, width));
     let mut summaries = device.scratch.take::<RowSummary>(strip_count(vocab) * rows);
     device.parallel(|| {
-        turn_hidden(&mut turned, hidden, rows, width);
+        let hidden = C::head_operand(hidden, (rows, width), &mut turned);
         logits
             .par_chunks_mut(strip * rows)
             .zip(weight.par_chunks(strip * width))
             .zip(summaries.par_chunks_mut(rows))
             .for_each(|((logits, weight), summaries)| {
-                summarize_strip(device, summaries, logits, &turned, weight, width, entropy);
+                summarize_strip(device, summaries, logits, hidden, weight, width, entropy);
             });
     });
     summaries
-}
-
-/// `out[D, rows] = hidden[rows, D]^T`, on all threads.
-fn turn_hidden(out: &mut [f32], hidden: &[f32], rows: usize, width: usize) {
-    const COLUMNS: usize = 64;
-    out.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(block, out)| {
-        let columns = out.len() / rows;
-        transpose(out, rows, &hidden[block * COLUMNS..], width, (rows, columns));
-    });
 }
 
 /// Tokens of the vocabulary in one strip, a whole number of tiles.
@@ -235,12 +235,12 @@ impl RowSummary {
 }
 
 /// Assigns the logits of one strip and the summaries of its rows.
-fn summarize_strip(
-    device: &CpuDevice,
+fn summarize_strip<C: Storage>(
+    device: &CpuDevice<C>,
     summaries: &mut [RowSummary],
     logits: &mut [f32],
-    hidden: &[f32],
-    weight: &[f32],
+    hidden: Operand<'_, C>,
+    weight: &[C],
     width: usize,
     entropy: bool,
 ) {
@@ -249,8 +249,7 @@ fn summarize_strip(
     for (logits, weight) in logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)) {
         let tokens = weight.len() / width;
         // logits[tokens, rows] = weight[tokens, D] * hidden[D, rows]
-        let (lhs, rhs) = (Matrix::rows(weight, width), Matrix::rows(hidden, rows));
-        multiply(logits, rows, false, (tokens, width, rows), lhs, rhs);
+        C::multiply(device, logits, false, (tokens, width, rows), Operand::along(weight, width), hidden);
         device.vectorized(
             #[inline(always)]
             || {
@@ -308,6 +307,11 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
     }
 }
 
+/// Values of the gradient of a tile's logits that are rounded for the gemms; none where they are stored in f32.
+fn narrow_values<C: Storage>(rows: usize) -> usize {
+    if C::TYPE == StorageType::F32 { 0 } else { TILE * rows }
+}
+
 /// The numbers of one scored row from which the gradient of its logits is computed.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -320,8 +324,8 @@ struct RowTerms {
 }
 
 /// The backward of up to [`BACKWARD_ROWS`] scored tokens.
-struct Pass<'a> {
-    device: &'a CpuDevice,
+struct Pass<'a, C> {
+    device: &'a CpuDevice<C>,
     terms: &'a [RowTerms],
     /// The first of these rows in `logits[V, rows]`.
     first: usize,
@@ -329,13 +333,13 @@ struct Pass<'a> {
     width: usize,
 }
 
-impl Pass<'_> {
+impl<C: Storage> Pass<'_, C> {
     /// Replaces `hidden` by its gradient and accumulates the weight's.
-    fn run(&self, hidden: &mut [f32], dweight: Option<&mut [f32]>, logits: &mut [f32], weight: &[f32]) {
+    fn run(&self, hidden: &mut [C], dweight: Option<&mut [f32]>, logits: &mut [f32], weight: &[C]) {
         let (width, vocab) = (self.width, weight.len() / self.width);
         let (strip, values) = (strip_tokens(vocab), self.terms.len() * width);
         let mut partial = self.device.scratch.take::<f32>(strip_count(vocab) * values);
-        let input: &[f32] = hidden;
+        let input: &[C] = hidden;
         self.device.parallel(|| {
             let strips = partial
                 .par_chunks_mut(values)
@@ -353,13 +357,14 @@ impl Pass<'_> {
                 ),
             }
         });
-        hidden.fill(0.0);
         self.device.parallel(|| {
-            hidden.par_chunks_mut(width).enumerate().for_each(|(row, sum)| {
+            hidden.par_chunks_mut(SUM_COLUMNS).enumerate().for_each(|(block, out)| {
+                let mut sums = [0.0; SUM_COLUMNS];
                 for partial in partial.chunks_exact(values) {
-                    let values = &partial[row * width..][..width];
-                    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                    let values = &partial[block * SUM_COLUMNS..][..out.len()];
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
                 }
+                round(out, &sums);
             });
         });
     }
@@ -370,22 +375,27 @@ impl Pass<'_> {
         dhidden: &mut [f32],
         mut dweight: Option<&mut [f32]>,
         logits: &mut [f32],
-        (hidden, weight): (&[f32], &[f32]),
+        (hidden, weight): (&[C], &[C]),
         first_token: usize,
     ) {
         let (rows, count, width) = (self.rows, self.terms.len(), self.width);
+        let mut memory = self.device.scratch.take::<C>(narrow_values::<C>(count));
         for (tile, (logits, weight)) in
             logits.chunks_mut(TILE * rows).zip(weight.chunks(TILE * width)).enumerate()
         {
             let tokens = weight.len() / width;
             self.logit_gradients(logits, first_token + tile * TILE);
-            let dlogits = Matrix::rows(&logits[self.first..], rows);
+            let (dlogits, stride) = self.device.vectorized(
+                #[inline(always)]
+                || C::narrow_rows(&logits[self.first..], rows, (tokens, count), &mut memory),
+            );
             if let Some(dweight) = &mut dweight {
                 let out = &mut dweight[tile * TILE * width..];
-                multiply(out, width, true, (tokens, count, width), dlogits, Matrix::rows(hidden, width));
+                let (lhs, rhs) = (Operand::along(dlogits, stride), Operand::down(hidden, width));
+                C::multiply(self.device, out, true, (tokens, count, width), lhs, rhs);
             }
-            let (lhs, rhs) = (dlogits.transpose(), Matrix::rows(weight, width));
-            multiply(dhidden, width, tile > 0, (count, tokens, width), lhs, rhs);
+            let (lhs, rhs) = (Operand::down(dlogits, stride), Operand::down(weight, width));
+            C::multiply(self.device, dhidden, tile > 0, (count, tokens, width), lhs, rhs);
         }
     }
 

@@ -1,6 +1,7 @@
-//! The reference device: f32 on all cores. Every kernel is tested against it, and it runs where there is no GPU.
+//! The reference device: all cores of the CPU. Every kernel is tested against it in f32, and it runs where there is no GPU.
 //!
-//! Matrix products go through the `gemm` crate; everything else is plain loops that `CpuDevice::vectorized` compiles
+//! Weights and activations are stored in f32 or in bf16 ([`Storage`]); everything is computed in f32 from either. Matrix
+//! products in f32 go through the `gemm` crate, those in bf16 through `bf16_gemm.rs`; everything else is plain loops that `CpuDevice::vectorized` compiles
 //! for AVX-512, AVX2 and the baseline, and picks from at run time. Work is cut by fixed rules that never ask which
 //! thread is free, and every reduction has a fixed order, so that the same inputs give the same bits at any number of
 //! threads.
@@ -11,59 +12,83 @@ mod adamw;
 mod attention_backward;
 mod attention_forward;
 mod attention_tile;
+mod bf16_gemm;
+#[cfg(target_arch = "x86_64")]
+mod bf16_kernel;
+mod bf16_widened;
 mod embedding;
 mod linear;
+mod linear_bf16;
+mod linear_f32;
 mod logp_head;
 mod low_rank;
 mod memory;
 mod offload;
 mod optimizer;
 mod pair_objective;
+mod products;
 mod rms_norm;
 mod rope;
 mod scratch;
 mod shared_rows;
 mod simd;
+mod storage;
 mod swiglu;
 mod transpose;
 
 use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use memory::CpuBuffer;
 use memory::MemoryCounter;
 use scratch::ScratchPool;
+pub use storage::Storage;
 
-use super::Hardware;
 use super::trace::{OperationTime, Trace};
+use super::{Hardware, StorageType};
 use crate::error::{Error, Result};
 
 /// Elements below which a block is not worth handing to another thread (64 KiB of f32: a few microseconds of work).
 const BLOCK_ELEMENTS: usize = 16 * 1024;
 
-/// The CPU as a [`Device`](super::Device): its own thread pool, f32 buffers, and a count of their bytes.
-pub struct CpuDevice {
+/// The CPU as a [`Device`](super::Device) that stores weights and activations as `C`: its own thread pool, buffers, and a
+/// count of their bytes.
+pub struct CpuDevice<C = f32> {
     pool: rayon::ThreadPool,
     threads: usize,
     arch: pulp::Arch,
     memory: Arc<MemoryCounter>,
     scratch: ScratchPool,
     trace: Trace<Instant>,
+    /// Whether bf16 products use the processor's instructions for them.
+    has_bf16: bool,
+    storage: PhantomData<C>,
 }
 
-impl Debug for CpuDevice {
+impl<C: Storage> Debug for CpuDevice<C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "CpuDevice({})", self.describe())
     }
 }
 
 impl CpuDevice {
+    /// The device with f32 storage. `threads` of `None` takes all cores the process may use.
+    ///
+    /// # Errors
+    /// As [`CpuDevice::open`].
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::open(threads)
+    }
+}
+
+impl<C: Storage> CpuDevice<C> {
     /// `threads` of `None` takes all cores the process may use.
     ///
     /// # Errors
     /// [`Error::Config`] for zero threads, [`Error::Device`] where the system refuses to start them.
-    pub fn new(threads: Option<usize>) -> Result<Self> {
+    pub fn open(threads: Option<usize>) -> Result<Self> {
         let threads = match threads {
             Some(0) => {
                 return Err(Error::config(
@@ -86,7 +111,23 @@ impl CpuDevice {
             })?;
         let memory = Arc::default();
         let scratch = ScratchPool::new(&memory);
-        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory, scratch, trace: Trace::default() })
+        Ok(CpuDevice {
+            pool,
+            threads,
+            arch: pulp::Arch::new(),
+            memory,
+            scratch,
+            trace: Trace::default(),
+            has_bf16: bf16_gemm::has_instructions(),
+            storage: PhantomData,
+        })
+    }
+
+    /// The device as it is on a processor without instructions for bf16 products: values are widened, and the products are
+    /// those of f32.
+    pub fn without_bf16_instructions(mut self) -> Self {
+        self.has_bf16 = false;
+        self
     }
 
     /// Number of threads of the device's pool.
@@ -141,15 +182,21 @@ fn processor_name() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_string())
 }
 
-impl Hardware for CpuDevice {
+impl<C: Storage> Hardware for CpuDevice<C> {
+    const IS_CPU: bool = true;
+
     fn describe(&self) -> String {
         let name = processor_name().unwrap_or_else(|| std::env::consts::ARCH.to_string());
         let plural = if self.threads == 1 { "" } else { "s" };
-        format!("cpu ({name}, {} thread{plural}, {})", self.threads, simd::name(self.arch))
+        let vectors = match C::TYPE == StorageType::Bf16 && self.has_bf16 {
+            true => "AVX-512 BF16",
+            false => simd::name(self.arch),
+        };
+        format!("cpu ({name}, {} thread{plural}, {vectors}, {})", self.threads, C::NAME)
     }
 
     fn arithmetic(&self) -> String {
-        "cpu f32".to_string()
+        format!("cpu {}", C::NAME)
     }
 
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {

@@ -1,5 +1,6 @@
 //! The CPU computes in the host's memory: there is nothing to offload, and no buffer of this kind is ever made.
 
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
 use crate::device::{Checked, Element, MemoryUse, Offload, Queue};
 use crate::error::{Error, Result};
@@ -8,7 +9,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug)]
 pub enum Never {}
 
-impl CpuDevice {
+impl<C: Storage> CpuDevice<C> {
     fn no_offload() -> Error {
         Error::config(
             "`offload` = states moves optimiser states from a GPU's memory into the host's, and on the CPU they are there \
@@ -18,7 +19,7 @@ impl CpuDevice {
     }
 }
 
-impl Offload for CpuDevice {
+impl<C: Storage> Offload for CpuDevice<C> {
     type HostBuffer = Never;
     type Event = Never;
 

@@ -4,8 +4,9 @@ use rayon::prelude::*;
 
 use super::adamw::{self, Numbers};
 use super::shared_rows::SharedRows;
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{AdamWUpdate, Checked, Optimizer};
+use crate::device::{AdamWUpdate, Checked, Optimizer, StorageType};
 use crate::error::Result;
 use crate::optimizer::AdamWFactors;
 
@@ -14,9 +15,9 @@ const CHUNK: usize = 64 * 1024;
 /// f64 partial sums inside a chunk: two AVX-512 registers; LLVM keeps longer arrays on the stack.
 const LANES: usize = 16;
 
-impl Optimizer for CpuDevice {
+impl<C: Storage> Optimizer for CpuDevice<C> {
     fn needs_master(&self) -> bool {
-        false
+        C::TYPE != StorageType::F32
     }
 
     fn reserve_gradient_norm(&self, gradients: &[&CpuBuffer<f32>]) -> Result<()> {

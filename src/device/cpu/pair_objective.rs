@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use super::super::check::check_sizes;
 use super::CpuDevice;
+use super::storage::Storage;
 use crate::device::{Checked, ObjectiveOperands, PairObjective};
 use crate::error::{Error, Result};
 use crate::objective::{PairCoefficients, PairConstants, PairOutcome, PairScores};
 
 const OPERATION: &str = "pair_objective";
 
-impl PairObjective for CpuDevice {
+impl<C: Storage> PairObjective for CpuDevice<C> {
     /// Runs on one thread: a pair takes only a few thousand additions.
     fn run_pair_objective(&self, operands: ObjectiveOperands<'_, Self>, _: Checked) -> Result<()> {
         self.traced("pair_objective", || {

@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::storage::Storage;
 use super::{BLOCK_ELEMENTS, CpuBuffer, CpuDevice, simd};
 use crate::device::{AddRmsNorm, Checked, Norm, NormShape, RmsNormBackward};
 use crate::error::Result;
@@ -15,7 +16,7 @@ const COLUMNS: usize = 64;
 /// however large `T` is.
 const RUN: usize = 64;
 
-impl Norm for CpuDevice {
+impl<C: Storage> Norm for CpuDevice<C> {
     /// Nothing to do: the norms take no scratch memory.
     fn reserve_rms_norm(&self, _: NormShape) -> Result<()> {
         Ok(())
@@ -23,10 +24,10 @@ impl Norm for CpuDevice {
 
     fn run_rms_norm_forward(
         &self,
-        out: &mut CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
         rstd: &mut CpuBuffer<f32>,
-        x: &CpuBuffer<f32>,
-        weight: &CpuBuffer<f32>,
+        x: &CpuBuffer<C>,
+        weight: &CpuBuffer<C>,
         shape: NormShape,
         _: Checked,
     ) -> Result<()> {
@@ -86,9 +87,9 @@ impl Norm for CpuDevice {
 
     fn run_add(
         &self,
-        sum: &mut CpuBuffer<f32>,
-        x: &CpuBuffer<f32>,
-        delta: &CpuBuffer<f32>,
+        sum: &mut CpuBuffer<C>,
+        x: &CpuBuffer<C>,
+        delta: &CpuBuffer<C>,
         len: usize,
         _: Checked,
     ) -> Result<()> {
@@ -144,26 +145,26 @@ impl Norm for CpuDevice {
 }
 
 #[inline(always)]
-fn add_values(sum: &mut [f32], x: &[f32], delta: &[f32]) {
+fn add_values<C: Storage>(sum: &mut [C], x: &[C], delta: &[C]) {
     for ((sum, x), delta) in sum.iter_mut().zip(x).zip(delta) {
-        *sum = x + delta;
+        *sum = C::round(x.widen() + delta.widen());
     }
 }
 
 #[inline(always)]
-fn normalize(out: &mut [f32], rstd: &mut [f32], x: &[f32], weight: &[f32], shape: NormShape) {
+fn normalize<C: Storage>(out: &mut [C], rstd: &mut [f32], x: &[C], weight: &[C], shape: NormShape) {
     let width = shape.width;
     for ((out, rstd), x) in out.chunks_exact_mut(width).zip(rstd.iter_mut()).zip(x.chunks_exact(width)) {
         let scale = 1.0 / (simd::dot(x, x) / width as f32 + shape.epsilon).sqrt();
         *rstd = scale;
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
+            *out = C::round(x.widen() * scale * weight.widen());
         }
     }
 }
 
 #[inline(always)]
-fn input_gradient(dx: &mut [f32], dout: &[f32], x: &[f32], weight: &[f32], rstd: &[f32]) {
+fn input_gradient<C: Storage>(dx: &mut [C], dout: &[C], x: &[C], weight: &[C], rstd: &[f32]) {
     let width = weight.len();
     for (((dx, dout), x), &rstd) in
         dx.chunks_exact_mut(width).zip(dout.chunks_exact(width)).zip(x.chunks_exact(width)).zip(rstd)
@@ -171,18 +172,26 @@ fn input_gradient(dx: &mut [f32], dout: &[f32], x: &[f32], weight: &[f32], rstd:
         let mean = simd::sum_terms(
             width,
             #[inline(always)]
-            |i| dout[i] * weight[i] * x[i],
+            |i| dout[i].widen() * weight[i].widen() * x[i].widen(),
         ) / width as f32;
         let along_x = -mean * rstd * rstd * rstd;
         for (((dx, dout), x), weight) in dx.iter_mut().zip(dout).zip(x).zip(weight) {
-            *dx += x.mul_add(along_x, dout * weight * rstd);
+            let change = x.widen().mul_add(along_x, dout.widen() * weight.widen() * rstd);
+            *dx = C::round(dx.widen() + change);
         }
     }
 }
 
 /// Columns `first..first + dweight.len()` of the weight's gradient, rows in order.
 #[inline(always)]
-fn weight_gradient(dweight: &mut [f32], dout: &[f32], x: &[f32], rstd: &[f32], first: usize, width: usize) {
+fn weight_gradient<C: Storage>(
+    dweight: &mut [f32],
+    dout: &[C],
+    x: &[C],
+    rstd: &[f32],
+    first: usize,
+    width: usize,
+) {
     let columns = dweight.len();
     for (run, rstd) in rstd.chunks(RUN).enumerate() {
         let mut sums = [0.0_f32; COLUMNS];
@@ -190,7 +199,7 @@ fn weight_gradient(dweight: &mut [f32], dout: &[f32], x: &[f32], rstd: &[f32], f
             let start = (run * RUN + i) * width + first;
             let (dout, x) = (&dout[start..][..columns], &x[start..][..columns]);
             for ((sum, dout), x) in sums.iter_mut().zip(dout).zip(x) {
-                *sum = (dout * rstd).mul_add(*x, *sum);
+                *sum = (dout.widen() * rstd).mul_add(x.widen(), *sum);
             }
         }
         for (dweight, sum) in dweight.iter_mut().zip(sums) {

@@ -3,14 +3,15 @@
 
 use rayon::prelude::*;
 
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice, check_indices};
 use crate::device::{AttentionShape, Checked, RopeDirection, RotaryPositions};
 use crate::error::Result;
 
-impl RotaryPositions for CpuDevice {
+impl<C: Storage> RotaryPositions for CpuDevice<C> {
     fn run_rope(
         &self,
-        qkv: &mut CpuBuffer<f32>,
+        qkv: &mut CpuBuffer<C>,
         table: &CpuBuffer<f32>,
         positions: &CpuBuffer<u32>,
         (rows, shape): (usize, AttentionShape),
@@ -54,15 +55,15 @@ impl RotaryPositions for CpuDevice {
 
 /// Rotates every head of `row`; `angles` holds `E/2` cosines, then `E/2` sines.
 #[inline(always)]
-fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
+fn rotate_row<C: Storage>(row: &mut [C], angles: &[f32], sign: f32) {
     let half = angles.len() / 2;
     let (cosines, sines) = angles.split_at(half);
     for head in row.chunks_exact_mut(angles.len()) {
         let (first, second) = head.split_at_mut(half);
         for (((a, b), cosine), sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
-            let (x, y, sine) = (*a, *b, sign * sine);
-            *a = x * cosine - y * sine;
-            *b = y * cosine + x * sine;
+            let (x, y, sine) = (a.widen(), b.widen(), sign * sine);
+            *a = C::round(x * cosine - y * sine);
+            *b = C::round(y * cosine + x * sine);
         }
     }
 }

@@ -4,6 +4,8 @@
 //! Reductions use [`LANES`] fixed partial sums whatever the width of the machine's vectors: AVX2 and AVX-512 add in
 //! the same order.
 
+use super::storage::Storage;
+
 /// Partial results of a reduction: two AVX-512 registers; LLVM keeps longer arrays on the stack.
 pub(super) const LANES: usize = 32;
 
@@ -101,7 +103,7 @@ pub(super) fn sum(lanes: &[f32; LANES]) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<A: Storage, B: Storage>(a: &[A], b: &[B]) -> f32 {
     let len = a.len().min(b.len());
     let (a, b) = (&a[..len], &b[..len]);
     let mut lanes = [0.0_f32; LANES];
@@ -109,11 +111,11 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let (b_blocks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_blocks.iter().zip(b_blocks) {
         for i in 0..LANES {
-            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+            lanes[i] = a[i].widen().mul_add(b[i].widen(), lanes[i]);
         }
     }
     for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[i] = a.mul_add(*b, lanes[i]);
+        lanes[i] = a.widen().mul_add(b.widen(), lanes[i]);
     }
     fold(lanes, |a, b| a + b)
 }

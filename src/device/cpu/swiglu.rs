@@ -4,15 +4,16 @@
 
 use rayon::prelude::*;
 
+use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice, simd};
 use crate::device::{Checked, Mlp};
 use crate::error::Result;
 
-impl Mlp for CpuDevice {
+impl<C: Storage> Mlp for CpuDevice<C> {
     fn run_swiglu_forward(
         &self,
-        out: &mut CpuBuffer<f32>,
-        gate_up: &CpuBuffer<f32>,
+        out: &mut CpuBuffer<C>,
+        gate_up: &CpuBuffer<C>,
         [rows, width]: [usize; 2],
         _: Checked,
     ) -> Result<()> {
@@ -33,7 +34,8 @@ impl Mlp for CpuDevice {
                                 {
                                     let (gate, up) = row.split_at(width);
                                     for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                                        *out = gate * simd::sigmoid(gate) * up;
+                                        let gate = gate.widen();
+                                        *out = C::round(gate * simd::sigmoid(gate) * up.widen());
                                     }
                                 }
                             },
@@ -47,9 +49,9 @@ impl Mlp for CpuDevice {
 
     fn run_swiglu_backward(
         &self,
-        dgate_up: &mut CpuBuffer<f32>,
-        dout: &CpuBuffer<f32>,
-        gate_up: &CpuBuffer<f32>,
+        dgate_up: &mut CpuBuffer<C>,
+        dout: &CpuBuffer<C>,
+        gate_up: &CpuBuffer<C>,
         [rows, width]: [usize; 2],
         _: Checked,
     ) -> Result<()> {
@@ -81,14 +83,15 @@ impl Mlp for CpuDevice {
 }
 
 #[inline(always)]
-fn backward_row(dgate_up: &mut [f32], dout: &[f32], gate_up: &[f32]) {
+fn backward_row<C: Storage>(dgate_up: &mut [C], dout: &[C], gate_up: &[C]) {
     let width = dout.len();
     let (dgate, dup) = dgate_up.split_at_mut(width);
     let (gate, up) = gate_up.split_at(width);
     let (dup, gate, up) = (&mut dup[..width], &gate[..width], &up[..width]);
     for i in 0..width {
-        let sigmoid = simd::sigmoid(gate[i]);
-        dup[i] = dout[i] * gate[i] * sigmoid;
-        dgate[i] = dout[i] * up[i] * sigmoid * gate[i].mul_add(1.0 - sigmoid, 1.0);
+        let (dout, gate, up) = (dout[i].widen(), gate[i].widen(), up[i].widen());
+        let sigmoid = simd::sigmoid(gate);
+        dup[i] = C::round(dout * gate * sigmoid);
+        dgate[i] = C::round(dout * up * sigmoid * gate.mul_add(1.0 - sigmoid, 1.0));
     }
 }

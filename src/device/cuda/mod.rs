@@ -258,6 +258,8 @@ fn launch_sizes<const COUNT: usize>(operation: &str, sizes: [usize; COUNT]) -> R
 }
 
 impl Hardware for CudaDevice {
+    const IS_CPU: bool = false;
+
     fn describe(&self) -> String {
         self.backend().describe()
     }
