@@ -26,7 +26,11 @@ fn folder(golden: &Golden) -> ModelFolder {
     ModelFolder::open(&golden.folder.join("model")).expect("model folder")
 }
 
-fn models<C: Storage>(golden: &Golden) -> [(Arc<CpuDevice<C>>, Llama<CpuDevice<C>>); 2] {
+/// A model with the device that holds it.
+type OnDevice<C> = (Arc<CpuDevice<C>>, Llama<CpuDevice<C>>);
+
+/// The golden's model twice: its weights copied, and where they lie.
+fn models<C: Storage>(golden: &Golden) -> [OnDevice<C>; 2] {
     let (copied, mapped) = (open(), open());
     let folder = folder(golden);
     let models = [
