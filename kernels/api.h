@@ -503,9 +503,9 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
- * copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute
- * value, for every 256 of them; both scales are NULL for the other formats. */
+/* A tensor to update, or a part of one: arrays of `length` values in device memory. `master` is NULL if the weight is
+ * its own master copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the
+ * largest absolute value, for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
@@ -515,7 +515,8 @@ typedef struct mmpo_adamw_tensor {
     float* second_scales;
     const float* gradient;
     int64_t length;
-    uint32_t tensor; /* its number in the model, on which the random bits of stochastic rounding depend */
+    uint32_t tensor;      /* its number in the model, on which the random bits of stochastic rounding depend */
+    uint32_t first_block; /* blocks of 256 values that the tensor has before this part, which those bits count */
 } mmpo_adamw_tensor;
 
 /* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w = master, or weight where there is none:

@@ -94,6 +94,19 @@ pub enum Error {
         help: String,
     },
 
+    /// Files that are not what was written, found by `verify` (exit code 8).
+    #[error("{}: {message}", path.display())]
+    #[diagnostic(code(damaged))]
+    Damaged {
+        /// The folder.
+        path: PathBuf,
+        /// How many files are damaged, and the first of them.
+        message: String,
+        /// What to do about it.
+        #[help]
+        help: String,
+    },
+
     /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
     #[error("{message}")]
     #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
@@ -123,6 +136,7 @@ impl Error {
             Error::Io { .. } => 5,
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
+            Error::Damaged { .. } => 8,
             Error::Bug { .. } => BUG_EXIT_CODE,
             Error::Interrupted { signal, .. } => signal.exit_code(),
         }
@@ -166,6 +180,11 @@ impl Error {
     /// An [`Error::Device`]: a device that cannot be used.
     pub fn device(message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Device { message: message.into(), help: help.into() }
+    }
+
+    /// An [`Error::Damaged`]: files of a folder that are not what was written.
+    pub fn damaged(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Damaged { path: path.to_path_buf(), message: message.into(), help: help.into() }
     }
 
     /// An [`Error::Bug`]: a mistake in this program.

@@ -4,8 +4,8 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`], [`import::run`],
-//! [`doctor::run`]. Below them, in the order of a training step:
+//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`verify::run`], [`bench::run`],
+//! [`import::run`], [`doctor::run`]. Below them, in the order of a training step:
 //!
 //! | module | holds |
 //! |---|---|
@@ -74,7 +74,9 @@ pub mod model;
 pub mod objective;
 pub mod optimizer;
 pub mod report;
+pub mod runs;
 pub mod score;
 pub mod train;
+pub mod verify;
 
 pub use error::{Error, Result};

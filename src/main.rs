@@ -1,7 +1,8 @@
 //! The program: parses the command line, sets up the log, runs the command, and turns an error into a report and an
 //! exit code.
 
-use std::io::{ErrorKind, Write};
+use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -11,7 +12,7 @@ use std::time::Duration;
 use mmpo_fast::cli::{self, Invocation, Stop, Verbosity};
 use mmpo_fast::data::Watch;
 use mmpo_fast::error::BUG_EXIT_CODE;
-use mmpo_fast::report::{self, LogWriter};
+use mmpo_fast::report::{self, LogFormat, LogWriter};
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::debug_fn;
@@ -34,12 +35,15 @@ fn guarded(command: impl FnOnce() -> ExitCode) -> ExitCode {
 }
 
 fn command() -> ExitCode {
-    let invocation = match cli::parse(std::env::args_os()) {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let format = cli::log_format(&arguments);
+    report::set_log_format(format);
+    let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(Stop::Clap(error)) => return usage(&error),
         Err(Stop::Error(error)) => return fail(&error),
     };
-    match start_log(invocation.verbosity).and_then(|()| run_watched(invocation)) {
+    match start_log(invocation.verbosity, format).and_then(|()| run_watched(invocation)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
@@ -98,19 +102,19 @@ fn fail(error: &Error) -> ExitCode {
 /// Prints help or a usage error. Help that was asked for goes to standard output as clap prints it. A usage error shows
 /// what the user typed, which may come from a file name, so it goes through the same escaping as all other errors.
 fn usage(error: &clap::Error) -> ExitCode {
+    let exit_code = u8::try_from(error.exit_code()).unwrap_or(2);
     if error.use_stderr() {
-        let text = error.render().to_string();
-        let _ = std::io::stderr().write_all(report::escaped(&text).as_bytes());
+        report::print_usage(&error.render().to_string(), exit_code);
     } else if let Err(cause) = error.print()
         && cause.kind() != ErrorKind::BrokenPipe
     {
         return fail(&Error::io("standard output".as_ref(), "write to", cause));
     }
-    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+    ExitCode::from(exit_code)
 }
 
 /// The log goes to standard error. A flag goes before RUST_LOG, RUST_LOG before the default, `info`.
-fn start_log(verbosity: Verbosity) -> Result<()> {
+fn start_log(verbosity: Verbosity, format: LogFormat) -> Result<()> {
     let directives = match verbosity {
         Verbosity { quiet: true, .. } => "warn".to_string(),
         Verbosity { verbose: true, .. } => "info,mmpo_fast=debug".to_string(),
@@ -122,6 +126,18 @@ fn start_log(verbosity: Verbosity) -> Result<()> {
             "for example RUST_LOG=debug",
         )
     })?;
+    if format == LogFormat::Json {
+        tracing_subscriber::fmt()
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_env_filter(filter)
+            .with_writer(|| LogWriter)
+            .log_internal_errors(false)
+            .with_target(false)
+            .init();
+        return Ok(());
+    }
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| LogWriter)

@@ -6,38 +6,51 @@
 //! piece.
 
 mod adapter;
+mod capsule;
 mod checkpoint;
+mod chooser;
 mod guard;
 mod inputs;
 mod layer_updates;
 mod lock;
+mod offload;
 mod output;
 mod plan;
+mod record;
 mod recorder;
 mod reference;
+mod replay;
 mod resume;
 mod samples;
+mod self_test;
 mod trainer;
 
+pub(crate) use lock::RunLock;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub use offload::plan as offload_plan;
 pub use reference::References;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
-use crate::checkpoint::run_state::RunIdentity;
-use crate::config::RunConfig;
+use crate::checkpoint::run_state::{self, RunIdentity};
+use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
+use crate::config::{OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, run_on};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
-use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use crate::report::{EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use chooser::Chooser;
 use output::Output;
 use plan::Plan;
+use record::{BestRecord, EndRecord, Lengthened, RunRecord};
 use recorder::Recorder;
 use resume::Start;
 use samples::Samples;
@@ -48,6 +61,9 @@ use samples::Samples;
 /// Those of its stages; see [`crate::Error`] for the classes.
 pub fn run(config: &RunConfig) -> Result<()> {
     interrupt::install()?;
+    if let Some(path) = &config.replay {
+        return replay::run(config, path);
+    }
     let started = Instant::now();
     let config = &located(config)?;
     let output = Output::check(config)?;
@@ -63,10 +79,11 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let identity = identity(&recorded, &inputs);
     let tensors = checkpoint::stored_tensors(&adapter::layout(&inputs), config.memory.states);
     let start = resume::find(config, &output.model(), &plan, &identity, &tensors)?;
-    if matches!(start, Start::Finished) {
-        return say_finished(&output, &plan);
+    if let Start::Finished(step) = start {
+        return say_finished(&output, &plan, step);
     }
     plan.log(config.batch.pairs_per_step.is_some());
+    guard::warn_of_numbers(config, &plan);
     let (device, threads) = (config.device, config.threads);
     let training = Training { config, recorded, inputs, output, plan, identity, start, started };
     run_on(device, threads, training)
@@ -98,12 +115,19 @@ fn identity(recorded: &RunConfig, inputs: &Inputs) -> RunIdentity {
     }
 }
 
-fn say_finished(output: &Output, plan: &Plan) -> Result<()> {
+fn say_finished(output: &Output, plan: &Plan, step: usize) -> Result<()> {
     let run = output.path().display();
-    tracing::info!(
-        "the run in {run} is finished, all {} steps of it: nothing is left to do",
-        plan.total_steps
-    );
+    match step == plan.total_steps {
+        true => tracing::info!(
+            "the run in {run} is finished, all {step} steps of it: nothing is left to do (--epochs or --max-steps makes it \
+             longer)"
+        ),
+        false => tracing::info!(
+            "the run in {run} is finished: early stopping ended it after step {step} of {}. A larger --early-stopping, or 0, \
+             lets it go on",
+            plan.total_steps
+        ),
+    }
     let report = output.path().join(REPORT_FILE);
     print_result(&format!("\n{}\nreport  {}\n", output.model_line(), report.display()))?;
     Ok(())
@@ -126,6 +150,9 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        if config.memory.offload == OffloadConfig::States {
+            device.check_offload()?;
+        }
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
@@ -137,38 +164,46 @@ impl DeviceTask for Training<'_> {
         let answers_before = samples.answers(&model, &inputs)?;
 
         let mut run = Run::new(config, &inputs, &references, plan, identity, model)?;
-        let before = run.evaluate(0)?;
+        self_test::check_policy(&mut run.trainer, config, &inputs, &references)?;
+        let before = match config.evaluation.on_start {
+            true => run.evaluate(0)?,
+            false => None,
+        };
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
         output.begin(&recorded)?;
+        let device = run.trainer.device().describe();
+        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
+        run.recall(output.path(), resumed)?;
+        recorder.live = config.live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
+            run.chooser.record(before)?;
         }
 
-        let after = run
+        let (last, after) = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))
+            .inspect_err(|error| output.stopped(&facts, started.elapsed(), error))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
-        match &inputs.adapter {
-            None => checkpoint::save_weights(&output.model(), &run.trainer, &inputs.companions),
-            Some(adapter) => adapter.save(&output.model(), &run.trainer, &inputs),
-        }
-        .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+        save_result(&output.model(), &run.trainer, &inputs)
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         let saved =
             format!("what was trained is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
+        let notes = run.finish(&output, last)?;
         output.report(output::Finished {
             config,
-            inputs: &inputs,
-            device: run.trainer.device().describe(),
+            facts,
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
-            seconds: started.elapsed().as_secs_f64(),
+            elapsed: started.elapsed(),
+            notes,
         })?;
         drop(keeper);
         Ok(())
@@ -183,6 +218,10 @@ struct Run<'a, D: Device> {
     plan: Plan,
     identity: RunIdentity,
     trainer: Trainer<D>,
+    chooser: Chooser,
+    record: RunRecord,
+    /// How the run was made longer, where this part of it does that.
+    lengthened: Option<Lengthened>,
 }
 
 impl<'a, D: Device> Run<'a, D> {
@@ -209,41 +248,77 @@ impl<'a, D: Device> Run<'a, D> {
             adapter.set_masters(&mut trainer)?;
         }
         tracing::info!("log-prob head: {}", trainer.head_plan());
-        Ok(Run { config, inputs, references, plan, identity, trainer })
+        let (chooser, record) = (Chooser::new(&config.evaluation), RunRecord::default());
+        Ok(Run { config, inputs, references, plan, identity, trainer, chooser, record, lengthened: None })
     }
 
     /// Puts the checkpoint that the run starts from into the trainer; returns the steps already done.
     fn restore(&mut self, start: Start) -> Result<Option<usize>> {
-        let Start::After(checkpoint) = start else { return Ok(None) };
+        let Start::After(checkpoint, lengthened) = start else { return Ok(None) };
         checkpoint::restore(&checkpoint, &mut self.trainer)?;
+        self.lengthened = lengthened;
         Ok(Some(checkpoint.state().step as usize))
     }
 
-    /// Takes the steps from `first` on; returns the last evaluation.
+    /// Takes up what the run decided before the `resumed` step, from its metrics and its record.
+    fn recall(&mut self, output: &Path, resumed: Option<usize>) -> Result<()> {
+        self.record.planned_steps = self.plan.total_steps;
+        let Some(step) = resumed else { return self.record.write(output) };
+        let is_kept = |step| run_state::folder_of(output, step).is_dir();
+        self.chooser = Chooser::after(&self.config.evaluation, &History::read(output)?, step, is_kept);
+        self.record.lengthened = RunRecord::read(output).lengthened;
+        self.lengthened.take().into_iter().for_each(|lengthened| self.record.add(lengthened));
+        self.write_record(output)
+    }
+
+    /// Writes what was decided so far. A checkpoint is named once it is on the disk.
+    fn write_record(&mut self, output: &Path) -> Result<()> {
+        let metric = self.chooser.metric();
+        let is_saved = |(step, _): &(usize, f64)| run_state::folder_of(output, *step).is_dir();
+        if let Some((step, value)) = self.chooser.best().filter(is_saved) {
+            self.record.best = Some(BestRecord { metric, step, value });
+        }
+        self.record.write(output)
+    }
+
+    /// Takes the steps from `first` on; returns the number of the last one, and the evaluation after it.
     fn train(
         &mut self,
         output: &Output,
         recorder: &mut Recorder,
         first: usize,
-    ) -> Result<Option<EvalMetrics>> {
+    ) -> Result<(usize, Option<EvalMetrics>)> {
         let total = self.plan.total_steps;
+        let mut last = first;
         let mut last_evaluation = None;
+        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
-            let metrics = self.step(&batch)?;
+            if self.chooser.is_over() {
+                break;
+            }
+            let metrics = self.step(&batch).map_err(|error| self.leave_capsule(output, &batch, error))?;
+            saves.check()?;
             recorder.step(&metrics)?;
             let done = metrics.step;
+            last = done;
+            let mut is_best = false;
+            last_evaluation = None;
             if self.is_evaluation_due(done) {
                 last_evaluation = self.evaluate(done)?;
-                last_evaluation.iter().try_for_each(|metrics| recorder.evaluation(metrics))?;
+                if let Some(metrics) = &last_evaluation {
+                    recorder.evaluation(metrics)?;
+                    is_best = self.chooser.record(metrics)?;
+                }
             }
-            let interrupted = interrupt::requested().filter(|_| done < total);
-            let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || done == total;
+            let is_last = done == total || self.chooser.is_over();
+            let interrupted = interrupt::requested().filter(|_| !is_last);
+            let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || is_last;
             let asked = interrupt::take_save_request();
-            if due || asked || interrupted.is_some() {
-                self.probe(&batch)?;
-                recorder.sync()?;
-                let state = self.plan.state(done, &self.identity);
-                checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+            if due || asked || is_best || interrupted.is_some() {
+                self.save(output, (&mut *recorder, &mut saves), &batch, done)?;
+                if asked || interrupted.is_some() {
+                    saves.wait()?;
+                }
                 if asked {
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
@@ -254,10 +329,77 @@ impl<'a, D: Device> Run<'a, D> {
                 return Err(interrupt::stopped(signal, kept));
             }
         }
-        match last_evaluation {
-            None => self.evaluate(total),
-            last => Ok(last),
+        let evaluation = match last_evaluation {
+            None => self.evaluate(last)?,
+            evaluation => evaluation,
+        };
+        saves.wait()?;
+        Ok((last, evaluation))
+    }
+
+    /// Saves the checkpoint after `done` steps, the last of which had `batch`, and says which one is the best.
+    fn save(
+        &mut self,
+        output: &Output,
+        (recorder, saves): (&mut Recorder, &mut BackgroundSaves),
+        batch: &StepBatch,
+        done: usize,
+    ) -> Result<()> {
+        self.probe(output, batch)?;
+        recorder.sync()?;
+        let state = self.plan.state(done, &self.identity);
+        // The one that `run.json` names stays until another one is named.
+        let named = self.record.best.as_ref().map(|best| best.step);
+        let best: Vec<usize> = self.chooser.best().map(|(step, _)| step).into_iter().chain(named).collect();
+        let kept = (self.config.keep_checkpoints, best.as_slice());
+        checkpoint::save_beside(saves, output.path(), &self.trainer, &state, kept)?;
+        // The save before this one is done, so that its checkpoint can be named.
+        self.write_record(output.path())
+    }
+
+    /// Leaves a capsule of the step of `batch`, which failed with `error`; returns the error with where it is.
+    fn leave_capsule(&self, output: &Output, batch: &StepBatch, error: Error) -> Error {
+        capsule::leave(output.path(), self, batch, error)
+    }
+
+    /// Writes the best model where it is not the last one, and the record of the run, which ended after `last` steps. Returns
+    /// sentences for the report. The trainer may hold another step's weights after that.
+    fn finish(&mut self, output: &Output, last: usize) -> Result<Vec<String>> {
+        let total = self.plan.total_steps;
+        let mut notes: Vec<String> = self.chooser.describe(last).into_iter().collect();
+        let reason = match last == total {
+            true => format!("all {total} steps are done"),
+            false => format!("early stopping: {}", self.chooser.why_over()),
+        };
+        if last != total {
+            let why = self.chooser.why_over();
+            notes.push(format!("Early stopping ended the run after step {last} of {total}: {why}."));
         }
+        self.record.ended = Some(EndRecord { step: last, reason });
+        self.write_record(output.path())?;
+        if let Some((step, _)) = self.chooser.best() {
+            run_state::prune(output.path(), self.config.keep_checkpoints, &[step])?;
+            notes.extend(self.save_best(output, step, last)?);
+        }
+        Ok(notes)
+    }
+
+    /// Writes the model of the best step, if that is not the last one; a sentence where it cannot be.
+    fn save_best(&mut self, output: &Output, step: usize, last: usize) -> Result<Option<String>> {
+        let target = output.best();
+        if step == last {
+            if target.exists() {
+                atomic::remove_folder(&target)?;
+            }
+            return Ok(None);
+        }
+        let checkpoint = match Checkpoint::open(&run_state::folder_of(output.path(), step)) {
+            Ok(checkpoint) => checkpoint,
+            Err(error) => return Ok(Some(format!("Its model cannot be written: {error}"))),
+        };
+        checkpoint::restore(&checkpoint, &mut self.trainer)?;
+        save_result(&target, &self.trainer, self.inputs)?;
+        Ok(None)
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {
@@ -286,11 +428,15 @@ impl<'a, D: Device> Run<'a, D> {
 
     /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just
     /// trained on: an update may be finite and break the model all the same.
-    fn probe(&mut self, batch: &StepBatch) -> Result<()> {
+    fn probe(&mut self, output: &Output, batch: &StepBatch) -> Result<()> {
         let tokens = |&index: &usize| self.inputs.training.pairs[index].tokens();
-        let shortest = batch.pairs.iter().copied().min_by_key(tokens);
-        let pairs = training_pairs(&self.inputs.training, &self.references.training, shortest.into_iter());
-        self.trainer.accumulate_gradients(&pairs, None).map(|_| ())
+        let shortest: Vec<usize> = batch.pairs.iter().copied().min_by_key(tokens).into_iter().collect();
+        let pairs =
+            training_pairs(&self.inputs.training, &self.references.training, shortest.iter().copied());
+        self.trainer.accumulate_gradients(&pairs, None).map(|_| ()).map_err(|error| {
+            // The capsule is that of the next step, with this pair alone.
+            self.leave_capsule(output, &StepBatch { step: batch.step + 1, pairs: shortest, ..*batch }, error)
+        })
     }
 
     /// Whether an evaluation follows: once per epoch unless the configuration says how often, and after the last step.
@@ -314,6 +460,14 @@ impl<'a, D: Device> Run<'a, D> {
                 pairs.iter().map(|pair| pair.reference),
             ),
         }))
+    }
+}
+
+/// Writes the trained model, or the trained adapter.
+fn save_result<D: Device>(target: &Path, trainer: &Trainer<D>, inputs: &Inputs) -> Result<()> {
+    match &inputs.adapter {
+        None => checkpoint::save_weights(target, trainer, &inputs.companions),
+        Some(adapter) => adapter.save(target, trainer, inputs),
     }
 }
 

@@ -125,7 +125,8 @@ fn a_step_allocates_nothing_large() {
     let dpo = Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 });
     let plain = MemoryConfig::default();
     let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
-    let by_layer = MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states };
+    let by_layer =
+        MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states, ..plain };
     let small = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::F32 };
     let selective = MemoryConfig { recompute: Recompute::Selective, states: small, ..plain };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");

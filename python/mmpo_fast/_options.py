@@ -16,6 +16,10 @@ class TrainOptions(TypedDict, total=False):
     """Read options from a recipe; flags go before it"""
     resume: bool
     """Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too"""
+    replay: str
+    """Repeat the step that left this capsule (a folder capsules/step-N of a run) and show where the first number appears that is not finite; only --device and --threads may be given with it"""
+    live: bool
+    """Write report.html again every few seconds while the run goes on; an open page loads itself again"""
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
@@ -132,6 +136,16 @@ class TrainOptions(TypedDict, total=False):
     """Optimiser steps between checkpoints. [default: only at the end and on Ctrl-C]"""
     keep_checkpoints: int
     """How many checkpoints are kept, the newest ones. [default: 2]"""
+    eval_on_start: bool
+    """Evaluate before the first step too; false saves that time, and the report cannot compare before and after. [default: true]"""
+    keep_best: str
+    """Keep the checkpoint with the best value of this metric beside the newest ones, and write its model to `best`: loss, implicit/accuracies, implicit/margins, rewards/accuracies, rewards/margins, rewards/chosen, logps/accuracies, logps/margins or logps/chosen of the evaluation. The loss is best where it is lowest, all others where they are highest. [default: only the newest checkpoints are kept]"""
+    early_stopping: int
+    """End the run after this many evaluations in a row in which the metric of --keep-best (the loss, where none is named) did not become better; 0 never does. [default: 0]"""
+    early_stopping_delta: float
+    """With --early-stopping, a metric became better only where it did by more than this. [default: 0.0]"""
+    capsule_weights: bool
+    """Copy the weights and optimiser states into the capsule that a step with a number that is not finite leaves. Without that, `train --replay` takes the steps since the last checkpoint again. [default: false]"""
     device: str
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
     optimizer_states: str
@@ -142,6 +156,8 @@ class TrainOptions(TypedDict, total=False):
     """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
     gradients: str
     """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
+    offload: str
+    """What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the GPU piece by piece while it computes. The results have the same bits. [default: none]"""
     head_mode: str
     """How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding. [default: auto]"""
     head_workspace: int
@@ -165,6 +181,14 @@ class ScoreOptions(TypedDict, total=False):
     """Hugging Face folder of a reference model: writes rewards and margins too"""
     beta: float
     """Factor of the rewards, beta * (logp - reference logp) [default: 0.1]"""
+    explain: bool
+    """Show how much likelier than under the reference each token of the responses is; the reference is --reference, or the model without its --adapter"""
+    show: int
+    """Pairs that are explained, the first of the data [default: 3]"""
+    html: PathLike
+    """Write the explained pairs as one page, which fetches nothing"""
+    color: str
+    """Colours: auto (on a terminal, unless NO_COLOR is set), always or never"""
     columns: str
     """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
     data_cache: PathLike

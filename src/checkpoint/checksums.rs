@@ -1,6 +1,7 @@
 //! The checksums of a folder's files, in the form that `b3sum --check` reads: a line `<BLAKE3>  <name>` for each file.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
 
 use blake3::Hash;
 
@@ -44,7 +45,33 @@ pub fn verify(folder: &Path, names: &[&str]) -> Result<()> {
     Err(Error::model(&damaged, reason, "use another checkpoint, or a copy of this one"))
 }
 
-fn hash_file(path: &Path) -> Result<Hash> {
+/// Reads what [`text`] writes, and what `b3sum` writes for names without a backslash or a line break: names, each with
+/// its checksum. A name is a path within the folder.
+///
+/// # Errors
+/// A sentence that says which line is no checksum, or names a file outside the folder.
+pub fn parse(text: &str) -> std::result::Result<BTreeMap<String, Hash>, String> {
+    let mut sums = BTreeMap::new();
+    for (index, line) in text.lines().enumerate() {
+        let wrong = |what: &str| format!("line {} of {CHECKSUMS_FILE} {what}", index + 1);
+        let (hash, name) = line.split_once("  ").ok_or_else(|| wrong("is no checksum and name"))?;
+        let hash = Hash::from_hex(hash).map_err(|_| wrong("does not begin with a BLAKE3 checksum"))?;
+        let is_within = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+        if name.is_empty() || !is_within {
+            return Err(wrong("names no file of its folder"));
+        }
+        if sums.insert(name.to_string(), hash).is_some() {
+            return Err(wrong("names a file for the second time"));
+        }
+    }
+    Ok(sums)
+}
+
+/// The BLAKE3 of a file's bytes, computed on all threads.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read.
+pub fn hash_file(path: &Path) -> Result<Hash> {
     let map = MappedFile::open(path)?;
     Ok(blake3::Hasher::new().update_rayon(&map).finalize())
 }
@@ -76,6 +103,26 @@ mod tests {
             write(name, &bytes[..bytes.len() - 1]);
             assert!(verify(folder.path(), &["one", "two"]).is_err(), "{name} cut short");
             write(name, bytes);
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_nothing_outside_the_folder_is_named() {
+        let hash = blake3::hash(b"weights");
+        let sums = parse(&text(&[("model/a b.safetensors", hash), ("state.json", hash)])).unwrap();
+        assert_eq!(sums.keys().collect::<Vec<_>>(), ["model/a b.safetensors", "state.json"]);
+        assert_eq!(sums["state.json"], hash);
+        let line = |name: &str| format!("{}  {name}\n", hash.to_hex());
+        for (broken, part) in [
+            (line("../elsewhere"), "line 1 of B3SUMS names no file of its folder"),
+            (line("/etc/passwd"), "names no file of its folder"),
+            (line(""), "names no file of its folder"),
+            (line("a") + &line("a"), "line 2 of B3SUMS names a file for the second time"),
+            ("state.json\n".to_string(), "is no checksum and name"),
+            ("abc  state.json\n".to_string(), "does not begin with a BLAKE3 checksum"),
+        ] {
+            let problem = parse(&broken).unwrap_err();
+            assert!(problem.contains(part), "{broken:?}: {problem}");
         }
     }
 

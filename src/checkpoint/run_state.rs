@@ -17,8 +17,10 @@ use crate::error::{Error, Result};
 
 /// The folder of a run that holds its checkpoints.
 pub const FOLDER: &str = "checkpoints";
-const STATE: &str = "state.json";
-const TENSORS: &str = "state.safetensors";
+/// The file of a checkpoint that says where the run stands.
+pub const STATE: &str = "state.json";
+/// The file of a checkpoint that holds weights and optimiser states.
+pub const TENSORS: &str = "state.safetensors";
 /// Raised when the meaning of a file here changes, or what a step computes. Format 2 has checksums, and learning rates
 /// that are never 0.
 const FORMAT: u32 = 2;
@@ -100,7 +102,7 @@ pub fn save_checkpoint(
 ) -> Result<PathBuf> {
     let checkpoints = run.join(FOLDER);
     remove_leftovers(&checkpoints)?;
-    let target = checkpoints.join(format!("step-{:06}", state.step));
+    let target = folder_of(run, state.step as usize);
     let folder = AtomicFolder::create(&target, |name| [STATE, TENSORS, CHECKSUMS_FILE].contains(&name))?;
     let tensors_hash = write_tensors(folder.file(TENSORS)?, tensors, &[], fill)?;
     let text = encode(&target, state)?;
@@ -109,6 +111,11 @@ pub fn save_checkpoint(
     folder.write_file(CHECKSUMS_FILE, sums.as_bytes())?;
     folder.commit()?;
     Ok(target)
+}
+
+/// The folder of the checkpoint after `step` steps, whether it is there or not.
+pub fn folder_of(run: &Path, step: usize) -> PathBuf {
+    run.join(FOLDER).join(format!("step-{step:06}"))
 }
 
 /// The newest complete checkpoint of a run, if there is one.
@@ -141,14 +148,14 @@ pub fn set_aside(checkpoint: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// Removes all checkpoints but the `keep` newest; the newest one stays in any case.
+/// Removes all checkpoints but the `keep` newest and those of the steps `best`; the newest one stays in any case.
 ///
 /// # Errors
 /// [`Error::Io`] if one cannot be removed.
-pub fn prune(run: &Path, keep: usize) -> Result<()> {
+pub fn prune(run: &Path, keep: usize, best: &[usize]) -> Result<()> {
     let mut checkpoints = all(&run.join(FOLDER))?;
     checkpoints.truncate(checkpoints.len().saturating_sub(keep.max(1)));
-    for (_, path) in checkpoints {
+    for (_, path) in checkpoints.into_iter().filter(|(step, _)| !best.contains(&(*step as usize))) {
         atomic::remove_folder(&path)?;
     }
     Ok(())
@@ -255,6 +262,21 @@ impl Checkpoint {
             .map_err(|error| self.mismatch(format!("tensor `{name}` is not aligned ({error})")))
     }
 
+    /// The bytes of a tensor, in place.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::values`].
+    pub fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        self.entry(name, dtype, shape)
+    }
+
+    /// Gives the memory of a tensor's bytes back to the system until they are used again.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.tensors.release_all(entry);
+        }
+    }
+
     fn entry(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         match self.tensors.get(name) {
             None => Err(self.mismatch(format!("tensor `{name}` is missing"))),
@@ -286,7 +308,7 @@ fn all(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// The step of a checkpoint's folder name.
-fn step_of(name: &str) -> Option<u64> {
+pub fn step_of(name: &str) -> Option<u64> {
     name.strip_prefix("step-")?.parse().ok()
 }
 

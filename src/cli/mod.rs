@@ -1,5 +1,5 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
-//! `score`, `generate`, `merge` and `bench`.
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`, `score`,
+//! `generate`, `merge`, `verify`, `runs` (for `report`) and `bench`.
 
 mod arguments;
 mod bench;
@@ -8,9 +8,11 @@ mod doctor;
 mod generate;
 mod import;
 mod merge;
+mod report;
 mod score;
 mod shell;
 mod train;
+mod verify;
 mod version;
 
 use std::ffi::OsString;
@@ -19,10 +21,35 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{
+    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
+};
 use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
 use crate::import::ImportConfig;
+use crate::report::LogFormat;
+use crate::verify::VerifyConfig;
+
+/// The flag that says how standard error is written.
+const LOG_FORMAT: &str = "log-format";
+
+/// What a command line asks of standard error. It is told before the command line is parsed, for what is wrong with that is
+/// said there too.
+pub fn log_format(arguments: &[OsString]) -> LogFormat {
+    let mut arguments = arguments.iter().map(|argument| argument.to_string_lossy());
+    let flag = format!("--{LOG_FORMAT}");
+    while let Some(argument) = arguments.next() {
+        let value = match argument.strip_prefix(&flag) {
+            Some("") => arguments.next().map(|value| value.to_string()),
+            Some(rest) => rest.strip_prefix('=').map(str::to_string),
+            None => continue,
+        };
+        if value.as_deref() == Some("json") {
+            return LogFormat::Json;
+        }
+    }
+    LogFormat::Text
+}
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +74,8 @@ enum Parsed {
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Merge(MergeConfig),
+    Verify(VerifyConfig),
+    Report(ReportConfig),
     Bench(BenchConfig),
     Doctor(DoctorConfig),
     Import(ImportConfig),
@@ -83,6 +112,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
+        Some(("verify", matches)) => Parsed::Verify(verify::config(matches)?),
+        Some(("report", matches)) => Parsed::Report(report::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
         Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
         Some(("import", matches)) => Parsed::Import(import::config(matches)?),
@@ -91,7 +122,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge, bench or import",
+                "a command is missing: train, check, score, generate, merge, verify, report, bench, doctor or import",
             )));
         }
     };
@@ -111,6 +142,8 @@ impl Invocation {
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
+            Parsed::Verify(config) => crate::verify::run(&config),
+            Parsed::Report(config) => crate::runs::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
             Parsed::Doctor(config) => crate::doctor::run(&config),
             Parsed::Import(config) => crate::import::run(&config),
@@ -148,11 +181,21 @@ pub fn command() -> Command {
                 .conflicts_with("verbose"),
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
+        .arg(
+            Arg::new(LOG_FORMAT)
+                .long(LOG_FORMAT)
+                .value_name("text|json")
+                .value_parser(["text", "json"])
+                .global(true)
+                .help("With json, each line on standard error is a JSON object: log, progress, errors; results stay as they are"),
+        )
         .subcommand(train::command())
         .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(merge::command())
+        .subcommand(verify::command())
+        .subcommand(report::command())
         .subcommand(bench::command())
         .subcommand(doctor::command())
         .subcommand(import::command())

@@ -21,7 +21,15 @@ const EXAMPLES: &str = "Examples:
   mmpo-fast train --model M --data pairs.jsonl --eval-data held-out.jsonl --output run --objective dpo --beta 0.1
       DPO, evaluated before, once per epoch and after
   mmpo-fast train --resume --output run
-      go on where a run was stopped";
+      go on where a run was stopped
+  mmpo-fast train --resume --output run --epochs 5
+      make a run longer
+  mmpo-fast train --model M --data pairs.jsonl --eval-split 0.05 --output run --eval-steps 50 --keep-best loss --early-stopping 5
+      end when the held-out loss stays where it is, and keep the best checkpoint
+  mmpo-fast train --replay run/capsules/step-000123
+      look at a step whose loss or gradient was not finite
+  mmpo-fast train --model M --data pairs.jsonl --output run --live
+      watch run/report.html in a browser while it trains";
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
@@ -33,6 +41,18 @@ pub fn command() -> Command {
         .arg(Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too",
         ))
+        .arg(
+            arguments::own(
+                "replay",
+                "CAPSULE",
+                "Repeat the step that left this capsule (a folder capsules/step-N of a run) and show where the first number \
+                 appears that is not finite; only --device and --threads may be given with it",
+            )
+            .conflicts_with_all(["recipe", "resume"]),
+        )
+        .arg(Arg::new("live").long("live").action(ArgAction::SetTrue).help(
+            "Write report.html again every few seconds while the run goes on; an open page loads itself again",
+        ))
         .args(arguments::flags(|_| true))
 }
 
@@ -42,6 +62,10 @@ pub fn command() -> Command {
 /// [`Error::Config`](crate::Error::Config) naming the flag that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<RunConfig> {
     let flags = arguments::options(matches, |_| true)?;
+    if let Some(capsule) = arguments::value(matches, "replay", config::is_path, "must name a folder")? {
+        return config::resolve_replay(flags, capsule);
+    }
     let recipe = arguments::text(matches, "recipe").map(PathBuf::from);
-    config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))
+    let config = config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))?;
+    Ok(RunConfig { live: matches.get_flag("live"), ..config })
 }

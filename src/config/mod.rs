@@ -4,6 +4,7 @@
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
 
 mod check;
+mod metric;
 pub mod options;
 mod policy;
 pub mod recipe;
@@ -15,9 +16,10 @@ pub mod value;
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use metric::EvalMetric;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{asked_lengths, resolve};
+pub use resolve::{asked_lengths, resolve, resolve_replay};
 pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
@@ -84,6 +86,12 @@ pub struct RunConfig {
     pub threads: Option<usize>,
     /// Whether a run in `output` is continued.
     pub resume: bool,
+    /// Whether a step with a number that is not finite leaves a copy of its weights and states.
+    pub capsule_weights: bool,
+    /// A capsule that is repeated, in place of a run.
+    pub replay: Option<PathBuf>,
+    /// Whether the report is written again and again while the run goes on.
+    pub live: bool,
 }
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
@@ -164,6 +172,16 @@ pub enum GradientConfig {
     Layer,
 }
 
+/// What lives in the host's memory and visits the device when it is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OffloadConfig {
+    /// Nothing.
+    #[default]
+    None,
+    /// Optimiser states and f32 master copies of all but the smallest tensors.
+    States,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -173,6 +191,8 @@ pub struct MemoryConfig {
     pub recompute: Recompute,
     /// Which gradients exist at a time.
     pub gradients: GradientConfig,
+    /// What lives in the host's memory.
+    pub offload: OffloadConfig,
 }
 
 /// Sizes of batches.
@@ -211,6 +231,14 @@ pub struct EvaluationConfig {
     pub split: Option<f64>,
     /// Optimiser steps between evaluations; `None`: once per epoch.
     pub steps: Option<usize>,
+    /// Whether the model is evaluated before the first step.
+    pub on_start: bool,
+    /// The metric whose best checkpoint is kept.
+    pub keep_best: Option<EvalMetric>,
+    /// Evaluations in a row without a better metric after which the run ends; `None`: it never does for that.
+    pub patience: Option<usize>,
+    /// A metric counts as better for `patience` where it is better by more than this.
+    pub delta: f64,
 }
 
 /// Everything `score` needs to know.
@@ -224,8 +252,10 @@ pub struct ScoreConfig {
     pub data: PairFiles,
     /// Columns that have other names in these files.
     pub columns: ColumnNames,
-    /// The JSON Lines file that is written, one line per pair.
-    pub output: PathBuf,
+    /// The JSON Lines file that is written, one line per pair; `None` only where pairs are explained.
+    pub output: Option<PathBuf>,
+    /// The pairs that are explained token by token.
+    pub explain: Option<ExplainConfig>,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; ignored without a reference.
@@ -248,6 +278,26 @@ pub struct ScoreConfig {
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+}
+
+/// How pairs are explained by `score --explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExplainConfig {
+    /// So many pairs, the first of the data.
+    pub pairs: usize,
+    /// The page that is written.
+    pub html: Option<PathBuf>,
+    /// Whether the text on standard output has colours; `None`: where that is a terminal.
+    pub color: Option<bool>,
+}
+
+/// Everything `report` needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportConfig {
+    /// Output folders of runs, at least one.
+    pub folders: Vec<PathBuf>,
+    /// The page that is written; `None`: `report.html` in the folder of a single run, `comparison.html` in the current folder.
+    pub output: Option<PathBuf>,
 }
 
 /// Everything `merge` needs to know.

@@ -7,8 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, DataCache, GradientConfig, ObjectiveKind, PairData, PairFiles, Policies, Policy,
-    TemplateDate, check,
+    ColumnNames, DataCache, EvalMetric, GradientConfig, ObjectiveKind, OffloadConfig, PairData, PairFiles,
+    Policies, Policy, TemplateDate, check,
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -369,6 +369,20 @@ options! {
         save_steps: usize, Absent = Absent("only at the end and on Ctrl-C"), ALL, check::at_least_one;
         /// How many checkpoints are kept, the newest ones.
         keep_checkpoints: usize, Always<usize> = Always(2), ALL, check::at_least_one;
+        /// Evaluate before the first step too; false saves that time, and the report cannot compare before and after.
+        eval_on_start: bool, Always<bool> = Always(true), ALL, check::anything;
+        /// Keep the checkpoint with the best value of this metric beside the newest ones, and write its model to `best`: loss,
+        /// implicit/accuracies, implicit/margins, rewards/accuracies, rewards/margins, rewards/chosen, logps/accuracies,
+        /// logps/margins or logps/chosen of the evaluation. The loss is best where it is lowest, all others where they are highest.
+        keep_best: EvalMetric, Absent = Absent("only the newest checkpoints are kept"), ALL, check::anything;
+        /// End the run after this many evaluations in a row in which the metric of --keep-best (the loss, where none is named) did
+        /// not become better; 0 never does.
+        early_stopping: usize, Always<usize> = Always(0), ALL, check::count;
+        /// With --early-stopping, a metric became better only where it did by more than this.
+        early_stopping_delta: f64, Always<f64> = Always(0.0), ALL, check::not_negative;
+        /// Copy the weights and optimiser states into the capsule that a step with a number that is not finite leaves. Without
+        /// that, `train --replay` takes the steps since the last checkpoint again.
+        capsule_weights: bool, Always<bool> = Always(false), ALL, check::anything;
     }
     "Machine" {
         /// Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU.
@@ -385,6 +399,9 @@ options! {
         /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
         /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
         gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
+        /// What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the
+        /// GPU piece by piece while it computes. The results have the same bits.
+        offload: OffloadConfig, Always<OffloadConfig> = Always(OffloadConfig::None), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

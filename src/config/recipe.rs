@@ -18,7 +18,7 @@ pub const DEMO_PATH: &str = "recipes/demo.toml";
 const DEMO: &str = include_str!("../../recipes/demo.toml");
 
 /// Options that only a command line can have.
-const FLAGS_ONLY: [&str; 2] = ["recipe", "resume"];
+const FLAGS_ONLY: [&str; 4] = ["recipe", "resume", "live", "replay"];
 
 /// Reads a recipe file.
 ///
@@ -83,8 +83,8 @@ fn unknown_key(key: &str, value: &DeValue<'_>, place: &str, rows: &[Row]) -> Err
 }
 
 impl RunConfig {
-    /// The whole configuration as a recipe; reading that back gives an equal configuration (but for `resume`, which
-    /// is a matter of one command line).
+    /// The whole configuration as a recipe; reading that back gives an equal configuration (but for `resume` and
+    /// `live`, which are a matter of one command line).
     pub fn to_toml(&self) -> String {
         let options = given(self);
         let mut text = String::from("# The resolved configuration of this run, defaults included.\n");
@@ -146,11 +146,18 @@ fn given(config: &RunConfig) -> Options {
         eval_steps: config.evaluation.steps.and_then(some),
         save_steps: config.save_steps.and_then(some),
         keep_checkpoints: some(config.keep_checkpoints),
+        // A default is left out where it would be refused as idle when it is read back.
+        eval_on_start: some(config.evaluation.on_start).filter(|given| !given.value),
+        keep_best: config.evaluation.keep_best.and_then(some),
+        early_stopping: config.evaluation.patience.and_then(some),
+        early_stopping_delta: some(config.evaluation.delta).filter(|given| given.value > 0.0),
+        capsule_weights: some(config.capsule_weights).filter(|given| given.value),
         device: some(config.device),
         optimizer_states: some(config.memory.states.moments),
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),
         gradients: some(config.memory.gradients),
+        offload: some(config.memory.offload),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use super::options::{Given, OBJECTIVE_HEADING, Options, Origin, Settled, flag_name, join, rows};
 use super::recipe::{self, RESOLVED_FILE};
-use super::value::{EntropyWeight, Source};
+use super::value::{EntropyWeight, OptionValue, Source};
 use super::{
     AskedLengths, BatchConfig, EvaluationConfig, GradientConfig, LengthLimits, MemoryConfig, ObjectiveKind,
     PAIRS_PER_STEP, PairData, RunConfig, ScheduleConfig, Warmup,
 };
+use crate::data::Sides;
 use crate::error::{Error, Result};
 use crate::model::{HeadOptions, LoraSettings};
 use crate::objective::{Objective, Settings};
@@ -52,6 +53,22 @@ pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Resu
     refuse_idle(&options)?;
     let files = require_files(&options)?;
     build(options.settle(kind), files, resume)
+}
+
+/// The configuration in which the step of `capsule` is repeated: that of its run, on the device that the flags name.
+///
+/// # Errors
+/// [`Error::Config`] for a flag that would make it another step; those of the capsule's recipe.
+pub fn resolve_replay(flags: Options, capsule: PathBuf) -> Result<RunConfig> {
+    let is_free = |name: &str| ["device", "threads"].contains(&name);
+    if let Some(row) = rows().iter().find(|row| (row.origin)(&flags).is_some() && !is_free(row.name)) {
+        return Err(Error::config(
+            format!("{} cannot be given together with `--replay`", flag_name(row.name)),
+            "a capsule is repeated with the options of its run; only --device and --threads may differ",
+        ));
+    }
+    let config = resolve(flags, Some(&capsule.join(RESOLVED_FILE)), false)?;
+    Ok(RunConfig { replay: Some(capsule), ..config })
 }
 
 /// The demo's recipe. Its numbers belong to its objective: where the flags ask for another objective, that one's
@@ -183,7 +200,45 @@ fn refuse_idle(options: &Options) -> Result<()> {
             "name the pairs to evaluate on with --eval-data",
         ));
     }
+    refuse_idle_choice(options)?;
     refuse_idle_lora(options)
+}
+
+/// Options that choose among evaluations where there are none, or where the objective has not got the metric.
+fn refuse_idle_choice(options: &Options) -> Result<()> {
+    let is_demo = options.data.as_ref().is_some_and(|given| given.value == PairData::from_files(None));
+    let is_evaluated = options.eval_data.is_some() || options.eval_split.is_some() || is_demo;
+    let rows = rows();
+    let given = |name: &str| rows.iter().find(|row| row.name == name).and_then(|row| (row.origin)(options));
+    for name in ["keep_best", "early_stopping", "early_stopping_delta", "eval_on_start"] {
+        if let (Some(origin), false) = (given(name), is_evaluated) {
+            return Err(Error::config(
+                format!("{} has no effect without `eval_data` or `eval_split`", origin.name(name)),
+                "name the pairs to evaluate on with --eval-data, or hold out a share of --data with --eval-split",
+            ));
+        }
+    }
+    let has_patience = options.early_stopping.as_ref().is_some_and(|given| given.value > 0);
+    if let (Some(delta), false) = (&options.early_stopping_delta, has_patience) {
+        return Err(Error::config(
+            format!("{} has no effect without `early_stopping`", delta.origin.name("early_stopping_delta")),
+            "say after how many evaluations the run may end, for example with --early-stopping 3",
+        ));
+    }
+    let kind = options.objective.as_ref().map_or(ObjectiveKind::Mmpo, |given| given.value);
+    match &options.keep_best {
+        Some(metric) if metric.value.needs_both() && kind.descriptor().sides != Sides::Both => {
+            Err(Error::config(
+                format!(
+                    "{} = {} needs rejected responses, which {kind} does not look at",
+                    metric.origin.name("keep_best"),
+                    metric.value.to_toml()
+                ),
+                "choose loss or logps/chosen",
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Options of adapters where there are none, or where a folder says them already.
@@ -274,7 +329,13 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
             data: settled.eval_data,
             split: settled.eval_split,
             steps: settled.eval_steps,
+            on_start: settled.eval_on_start,
+            keep_best: settled.keep_best,
+            patience: Some(settled.early_stopping).filter(|&evaluations| evaluations > 0),
+            delta: settled.early_stopping_delta,
         },
+        capsule_weights: settled.capsule_weights,
+        replay: None,
         save_steps: settled.save_steps,
         keep_checkpoints: settled.keep_checkpoints,
         seed: settled.seed,
@@ -286,6 +347,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         threads: settled.threads,
         resume,
+        live: false,
     })
 }
 
@@ -317,6 +379,7 @@ fn memory(settled: &Settled) -> MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,
         gradients: settled.gradients,
+        offload: settled.offload,
     }
 }
 

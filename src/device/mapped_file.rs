@@ -1,7 +1,7 @@
 //! A file mapped into memory, read-only: weights are read from the page cache, never copied.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -38,6 +38,22 @@ impl MappedFile {
         // numbers but not break a type's validity; shortening it is excluded by the contract above.
         let map = unsafe { Mmap::map(file) }.map_err(|error| Error::io(path, "map", error))?;
         Ok(MappedFile { path: path.to_path_buf(), map })
+    }
+
+    /// Gives the pages of these bytes back to the system, which reads them again when they are used again: what was copied to a
+    /// device need not stay in this process's memory.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is read-only and backed by its file, so that dropped pages come back with the same bytes.
+            let released = unsafe { self.map.unchecked_advise_range(advice, range.start, range.len()) };
+            if let Err(error) = released {
+                tracing::debug!("{}: {error}", self.path.display());
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 
     /// Where the file was when it was opened.

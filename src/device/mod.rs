@@ -27,6 +27,7 @@ mod mapped_file;
 mod memory;
 mod mlp;
 mod norm;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod rope;
@@ -51,6 +52,7 @@ pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
+pub use offload::{Offload, Queue};
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
@@ -72,6 +74,7 @@ pub trait Device:
     + Head
     + PairObjective
     + Optimizer
+    + Offload
 {
 }
 
@@ -87,6 +90,7 @@ impl<D> Device for D where
         + Head
         + PairObjective
         + Optimizer
+        + Offload
 {
 }
 
@@ -94,6 +98,6 @@ impl<D> Device for D where
 pub mod prelude {
     pub use super::{
         Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, LowRank, Memory, Mlp, Norm,
-        Optimizer, PairObjective, RotaryPositions,
+        Offload, Optimizer, PairObjective, RotaryPositions,
     };
 }

@@ -2,6 +2,8 @@
 
 use super::history::History;
 
+/// A margin over the reference of fewer nats than this is as good as none.
+const MOVED: f64 = 0.01;
 /// Evaluations in a row that make a trend.
 const TREND: usize = 3;
 /// A loss is lower than another where it is lower by this share of it.
@@ -15,6 +17,7 @@ pub fn advice(history: &History, learning_rate: f64) -> Vec<String> {
         best_was_earlier(history),
         chosen_falls(history),
         saturated(history),
+        barely_moved(history, learning_rate),
     ];
     all.into_iter().flatten().collect()
 }
@@ -83,6 +86,19 @@ fn saturated(history: &History) -> Option<String> {
     })
 }
 
+/// The policy is the reference still, or nearly so.
+fn barely_moved(history: &History, learning_rate: f64) -> Option<String> {
+    let margins = history.series("eval_implicit/margins");
+    let (step, margin) = *margins.last().filter(|(step, _)| *step > 0.0)?;
+    (margin.abs() < MOVED).then(|| {
+        format!(
+            "The policy hardly differs from the reference after step {step}: the chosen responses gained {margin:+.4} nats on the \
+             rejected ones. The learning rate, {learning_rate:.1e} at most, is too small for so few steps. Try ten times as \
+             much, or more `epochs`."
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,6 +124,8 @@ mod tests {
         assert_eq!(said("eval_logps/chosen", &[-100.0, -110.0, -120.0]), "", "too few for a trend");
         assert_eq!(said("eval_logps/chosen", &[-100.0, -103.0, -102.0, -104.0]), "");
         assert_eq!(said("eval_weights/saturated", &[0.9, 0.1]), "");
+        assert_eq!(said("eval_implicit/margins", &[0.0]), "", "before the first step");
+        assert_eq!(said("eval_implicit/margins", &[0.0, 0.4]), "");
     }
 
     #[test]
@@ -122,6 +140,8 @@ mod tests {
         assert!(turned.contains("only 20 %") && turned.contains("changed places"), "{turned}");
         let falls = said("eval_logps/chosen", &[-90.0, -100.0, -101.0, -105.5]);
         assert!(falls.contains("each of the last 3 evaluations, by 15.5 nats"), "{falls}");
+        let same = said("eval_implicit/margins", &[0.0, 0.002]);
+        assert!(same.contains("gained +0.0020 nats") && same.contains("ten times"), "{same}");
         assert!(said("eval_weights/saturated", &[0.1, 0.9]).starts_with("90 % of the pairs"));
     }
 }

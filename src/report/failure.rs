@@ -8,7 +8,8 @@ use std::sync::Mutex;
 use miette::{Diagnostic, MietteDiagnostic, MietteHandlerOpts};
 
 use super::escape::escaped;
-use crate::error::Error;
+use super::log;
+use crate::error::{BUG_EXIT_CODE, Error};
 
 /// The latest panic: what it said and where.
 static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
@@ -26,14 +27,24 @@ pub fn wants_color_on(place: &impl IsTerminal) -> bool {
 /// Prints what went wrong and how to mend it to standard error.
 pub fn print_error(error: &Error) {
     let text = |part: Option<Box<dyn std::fmt::Display + '_>>| part.map(|part| part.to_string());
-    print_diagnostic(&error.to_string(), text(error.code()), text(error.help()));
+    print_diagnostic(&error.to_string(), text(error.code()), text(error.help()), error.exit_code());
+}
+
+/// Prints a usage error in clap's words, of which any may come from a file name.
+pub fn print_usage(text: &str, exit_code: u8) {
+    if log::is_json() {
+        let fields =
+            [("code", "usage".into()), ("message", text.trim().into()), ("exit_code", exit_code.into())];
+        return log::write_json("ERROR", &fields);
+    }
+    let _ = std::io::stderr().write_all(escaped(text).as_bytes());
 }
 
 /// Prints the latest panic as a fault of the program; to be called where a panic has ended the command.
 pub fn print_bug() {
     let help = "please report it with this message, the command line and, if you can, the input; RUST_BACKTRACE=1 \
                 adds where it happened. Finished checkpoints and models are as they were";
-    print_diagnostic(&bug_message(), Some("bug".into()), Some(help.into()));
+    print_diagnostic(&bug_message(), Some("bug".into()), Some(help.into()), BUG_EXIT_CODE);
 }
 
 /// The latest panic in words.
@@ -68,7 +79,16 @@ fn describe(panic: &PanicHookInfo<'_>) -> String {
 
 /// Prints a message with its code and advice. Lines are wrapped only for a terminal, so that a script can search them.
 /// A standard error that cannot be written changes nothing: the exit code says what happened.
-fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>) {
+fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>, exit_code: u8) {
+    if log::is_json() {
+        let fields = [
+            ("code", code.into()),
+            ("message", message.into()),
+            ("help", help.into()),
+            ("exit_code", exit_code.into()),
+        ];
+        return log::write_json("ERROR", &fields);
+    }
     let mut diagnostic = MietteDiagnostic::new(escaped(message));
     if let Some(code) = code {
         diagnostic = diagnostic.with_code(code);

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::escape::escaped;
+use super::log;
 use crate::error::{Error, Result};
 
 /// Seconds between plain lines, so that a log file is not flooded.
@@ -71,6 +72,9 @@ fn write_out(out: &mut std::io::Stdout, text: &str) -> Result<Reader> {
 
 /// Writes a line for a person to standard error, above the bars.
 pub fn print_notice(line: &str) {
+    if log::is_json() {
+        return log::write_json("INFO", &[("message", line.trim().into())]);
+    }
     let _ = BARS.suspend(|| writeln!(std::io::stderr(), "{}", escaped(line)));
 }
 
@@ -90,7 +94,13 @@ pub struct Progress {
 #[derive(Debug)]
 enum View {
     Bar(ProgressBar),
-    Lines { last: Option<Instant> },
+    Lines {
+        last: Option<Instant>,
+    },
+    /// As `Lines`, as events of the log, which has a format for machines.
+    Events {
+        last: Option<Instant>,
+    },
     Silent,
 }
 
@@ -100,6 +110,8 @@ impl Progress {
         let label = label.into();
         let view = if !tracing::enabled!(tracing::Level::INFO) {
             View::Silent
+        } else if log::is_json() {
+            View::Events { last: None }
         } else if std::io::stderr().is_terminal() {
             View::Bar(bar(&label, unit, total as u64, done as u64))
         } else {
@@ -119,20 +131,42 @@ impl Progress {
                 bar.set_position(self.done);
             }
             View::Lines { last } => {
-                let due = last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
-                if due || self.done >= self.total {
-                    *last = Some(Instant::now());
+                if is_due(last, self.done >= self.total) {
                     print(&self.line(&message()));
+                }
+            }
+            View::Events { last } => {
+                if is_due(last, self.done >= self.total) {
+                    self.log(&message());
                 }
             }
         }
     }
 
+    /// The same as an event of the log, with a field for each number.
+    fn log(&self, message: &str) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        tracing::info!(
+            task = self.label.as_str(),
+            unit = self.unit,
+            done = self.done,
+            total = self.total,
+            seconds,
+            seconds_left = self.seconds_left(seconds),
+            "{message}"
+        );
+    }
+
+    /// Seconds that the rest takes at the speed of this process.
+    fn seconds_left(&self, elapsed: f64) -> f64 {
+        let fresh = self.done.saturating_sub(self.already_done).max(1);
+        elapsed * self.total.saturating_sub(self.done) as f64 / fresh as f64
+    }
+
     /// The plain line: `train 30/120 steps (25 %), 12 s, 36 s left: loss 1.2`.
     fn line(&self, message: &str) -> String {
-        let elapsed = self.started.elapsed();
-        let fresh = self.done.saturating_sub(self.already_done).max(1);
-        let left = elapsed.as_secs_f64() * self.total.saturating_sub(self.done) as f64 / fresh as f64;
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let left = self.seconds_left(elapsed);
         let percent = 100 * self.done / self.total.max(1);
         format!(
             "{} {}/{} {} ({percent} %), {}, {} left: {message}",
@@ -140,10 +174,19 @@ impl Progress {
             self.done,
             self.total,
             self.unit,
-            duration(elapsed.as_secs_f64()),
+            duration(elapsed),
             duration(left),
         )
     }
+}
+
+/// Whether a line is due, after which the next one waits.
+fn is_due(last: &mut Option<Instant>, is_end: bool) -> bool {
+    let due = is_end || last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
+    if due {
+        *last = Some(Instant::now());
+    }
+    due
 }
 
 impl Drop for Progress {

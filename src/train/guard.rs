@@ -5,8 +5,10 @@ use std::path::Path;
 use half::bf16;
 
 use super::inputs::Inputs;
+use super::plan::Plan;
 use super::trainer::{Trainer, TrainingPair};
 use crate::checkpoint::run_state;
+use crate::config::RunConfig;
 use crate::device::{Device, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::objective::PairOutcome;
@@ -52,6 +54,40 @@ pub fn check_saved(name: &str, offset: usize, values: &[f32]) -> Result<()> {
         format!("tensor `{name}` is not finite from index {index} on after the last update: it is not saved"),
         "lower --learning-rate, --weight-decay or --max-grad-norm",
     ))
+}
+
+/// A learning rate is far from the recipe's where it is less than this share of it.
+const FAR_BELOW: f64 = 1.0 / 20.0;
+/// And where it is more than this many times as large: full training of small models takes some 50 times as much as the defaults.
+const FAR_ABOVE: f64 = 100.0;
+
+/// Warns of numbers that can be meant and rarely are, with what to try.
+pub fn warn_of_numbers(config: &RunConfig, plan: &Plan) {
+    let objective = config.objective.descriptor();
+    let (rate, usual) = (config.optimizer.learning_rate, objective.learning_rate);
+    let name = objective.name;
+    if rate > FAR_ABOVE * usual {
+        tracing::warn!(
+            "the learning rate {rate:.1e} is far above the {usual:.1e} that is usual for {name}. AdamW moves each weight by about \
+             that much in a step; where the loss jumps or the answers fall apart, try --learning-rate {:.0e}",
+            10.0 * usual
+        );
+    }
+    if rate < FAR_BELOW * usual {
+        tracing::warn!(
+            "the learning rate {rate:.1e} is far below the {usual:.1e} that is usual for {name}: {} steps may train next to \
+             nothing. Try --learning-rate {usual:.0e}",
+            plan.total_steps
+        );
+    }
+    let (warmup, total) = (plan.warmup_steps, plan.total_steps);
+    if warmup < total && 2 * warmup > total {
+        tracing::warn!(
+            "{warmup} of the {total} steps are warm-up, and train with a part of the learning rate only. Try --warmup-steps {}, \
+             more --epochs, or a smaller --pairs-per-step",
+            total / 10
+        );
+    }
 }
 
 /// Adds the newest checkpoint of `run` to the advice of a numerical error: a checkpoint is only written if its weights

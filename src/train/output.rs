@@ -1,21 +1,28 @@
-//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.html`.
+//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.json`,
+//! `report.html`, and `B3SUMS`, the checksums of what is not in a checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use super::capsule;
 use super::inputs::Inputs;
 use super::lock::RunLock;
+use super::record::RECORD_FILE;
 use crate::checkpoint::atomic::{self, kind_of};
+use crate::checkpoint::checksums::{self, CHECKSUMS_FILE};
 use crate::checkpoint::run_state;
 use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, advice, print_result,
-    summary,
+    EVENTS_FOLDER, EvalMetrics, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunReport, RunState, Sample,
+    advice, print_result, summary,
 };
 
 const MODEL_FOLDER: &str = "model";
 const ADAPTER_FOLDER: &str = "adapter";
+/// The model or adapter of the best checkpoint, where that is not the last one.
+const BEST_FOLDER: &str = "best";
 
 #[derive(Debug)]
 pub struct Output {
@@ -29,11 +36,13 @@ pub struct Output {
 /// What the report is made from.
 pub struct Finished<'a> {
     pub config: &'a RunConfig,
-    pub inputs: &'a Inputs,
-    pub device: String,
+    pub facts: RunFacts,
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
     pub samples: Vec<Sample>,
-    pub seconds: f64,
+    /// Time that this process took.
+    pub elapsed: Duration,
+    /// Sentences about the best checkpoint and about how the run ended.
+    pub notes: Vec<String>,
 }
 
 impl Output {
@@ -75,9 +84,63 @@ impl Output {
         Ok(Output { _lock: Some(lock), ..self })
     }
 
-    /// Writes the resolved configuration.
+    /// Writes the resolved configuration. The checksums that an earlier part of the run left are removed: their files are
+    /// about to change.
     pub fn begin(&self, config: &RunConfig) -> Result<()> {
+        let sums = self.path.join(CHECKSUMS_FILE);
+        match std::fs::remove_file(&sums) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(&sums, "remove", error));
+            }
+            _ => {}
+        }
         atomic::write_file(&self.path.join(RESOLVED_FILE), config.to_toml().as_bytes())
+    }
+
+    /// Writes what the run says of itself, but for its metrics and options; `resumed` is the number of steps done by an
+    /// earlier part of it.
+    pub fn facts(
+        &self,
+        config: &RunConfig,
+        inputs: &Inputs,
+        device: String,
+        total_steps: usize,
+        resumed: Option<usize>,
+    ) -> Result<RunFacts> {
+        let earlier = match resumed {
+            Some(_) => RunFacts::read_or_warn(&self.path).unwrap_or_default(),
+            None => RunFacts::default(),
+        };
+        let facts = RunFacts {
+            model: name(config),
+            objective: config.objective.name().to_string(),
+            device,
+            total_steps,
+            state: RunState::Running,
+            seconds: earlier.seconds,
+            data: inputs.data_summaries(),
+            ..RunFacts::default()
+        };
+        facts.write(&self.path)?;
+        Ok(facts)
+    }
+
+    /// Writes the report of a run that ends before its last step because of `why`. Where that fails there is a warning:
+    /// `why` is what counts.
+    pub fn stopped(&self, facts: &RunFacts, elapsed: Duration, why: &Error) {
+        // The folder is another run's, or gone.
+        if matches!(why, Error::Io { .. }) {
+            return;
+        }
+        let facts = RunFacts {
+            state: RunState::Stopped(why.to_string()),
+            seconds: facts.seconds + elapsed.as_secs_f64(),
+            ..facts.clone()
+        };
+        let written = facts.write(&self.path).and_then(|()| RunReport::read(&self.path)?.write(&self.path));
+        if let Err(error) = written {
+            tracing::warn!("the report of the steps so far is not written: {error}");
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -89,40 +152,62 @@ impl Output {
         self.path.join(self.result)
     }
 
+    /// The folder of the best checkpoint's model or adapter.
+    pub fn best(&self) -> PathBuf {
+        self.path.join(BEST_FOLDER)
+    }
+
     /// A line that says where that is.
     pub fn model_line(&self) -> String {
         format!("{:<8}{}", self.result, self.model().display())
     }
 
+    /// Writes the checksums of the trained model or adapter and of the run's records, for `verify`. They stand outside the
+    /// model's folder, which is meant to be published as it is. The report is not among them: it can be made again.
+    fn record_checksums(&self) -> Result<()> {
+        let mut files = [METRICS_FILE, RESOLVED_FILE, RECORD_FILE].map(str::to_string).to_vec();
+        let entries = atomic::list(&self.model())?.into_iter().chain(atomic::list(&self.best())?);
+        for entry in entries {
+            let inner = if entry.is_dir() { atomic::list(&entry)? } else { vec![entry] };
+            let within = inner.iter().filter_map(|path| path.strip_prefix(&self.path).ok()?.to_str());
+            files.extend(within.map(str::to_string));
+        }
+        let hash = |name: &String| Ok((name.clone(), checksums::hash_file(&self.path.join(name))?));
+        let sums: Vec<(String, blake3::Hash)> = files.iter().map(hash).collect::<Result<_>>()?;
+        let sums: Vec<(&str, blake3::Hash)> =
+            sums.iter().map(|(name, hash)| (name.as_str(), *hash)).collect();
+        atomic::write_file(&self.path.join(CHECKSUMS_FILE), checksums::text(&sums).as_bytes())
+    }
+
     /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
     /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
-        let Finished { config, inputs, device, comparison, samples, seconds } = finished;
+        let Finished { config, facts, comparison, samples, elapsed, notes } = finished;
+        self.record_checksums()?;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
         };
-        let history = History::read(&self.path)?;
-        let warnings = advice(&history, config.optimizer.learning_rate);
+        let mut report = RunReport::read(&self.path)?;
+        let mut warnings = advice(&report.history, config.optimizer.learning_rate);
         // The demo's page has them too, but its terminal shows what a newcomer came for.
         if config.model.is_some() {
             warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
-        let report = RunReport {
-            model: name(config),
-            objective: config.objective.name().to_string(),
-            device,
-            recipe: config.to_toml(),
-            warnings,
-            history,
-            data: inputs.data_summaries(),
-            comparison,
-            samples,
-            seconds,
-        };
+        let said: String = notes.iter().map(|note| format!("{note}\n")).collect();
+        warnings.splice(0..0, notes);
+        let seconds = facts.seconds + elapsed.as_secs_f64();
+        report.facts = RunFacts { state: RunState::Finished, samples, warnings, seconds, ..facts };
+        // In this order: facts of a finished run say that its page is there.
+        report.write(&self.path)?;
+        report.facts.write(&self.path)?;
         let page = self.path.join(REPORT_FILE);
-        atomic::write_file(&page, report.to_html().as_bytes())?;
-        print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
+        let best = match self.best().exists() {
+            true => format!("{:<8}{}\n", BEST_FOLDER, self.best().display()),
+            false => String::new(),
+        };
+        let model = self.model_line();
+        print_result(&format!("{text}\n{said}{model}\n{best}report  {}\n", page.display()))?;
         Ok(())
     }
 }
@@ -130,9 +215,17 @@ impl Output {
 /// Refuses a folder that holds a run. The demo may be run again over itself.
 fn refuse_taken(config: &RunConfig) -> Result<()> {
     let path = &config.output;
-    let is_taken = [METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER, run_state::FOLDER, REPORT_FILE]
-        .iter()
-        .any(|name| path.join(name).exists());
+    let taken = [
+        METRICS_FILE,
+        MODEL_FOLDER,
+        ADAPTER_FOLDER,
+        BEST_FOLDER,
+        run_state::FOLDER,
+        REPORT_FILE,
+        RECORD_FILE,
+        CHECKSUMS_FILE,
+    ];
+    let is_taken = taken.iter().any(|name| path.join(name).exists());
     if is_taken && !config.resume && !(config.model.is_none() && holds_demo(path)) {
         return Err(Error::config(
             format!("{} holds a run already", path.display()),
@@ -154,7 +247,12 @@ fn refuse_inputs(config: &RunConfig) -> Result<()> {
         EVENTS_FOLDER,
         METRICS_FILE,
         RESOLVED_FILE,
+        FACTS_FILE,
         REPORT_FILE,
+        BEST_FOLDER,
+        capsule::FOLDER,
+        RECORD_FILE,
+        CHECKSUMS_FILE,
     ];
     let one = [
         ("--model", config.model.as_ref()),

@@ -3,7 +3,7 @@
 
 use super::layer_updates;
 use crate::checkpoint::run_state::{RngPosition, RunIdentity, RunState};
-use crate::config::{GradientConfig, RunConfig, Warmup};
+use crate::config::{GradientConfig, RunConfig, ScheduleConfig, Warmup};
 use crate::data::{BatchOrder, TokenizedPair, micro_batches};
 use crate::error::{Error, Result};
 use crate::optimizer::{AdamWSettings, AdamWStep, Schedule};
@@ -53,6 +53,17 @@ impl Plan {
             seed: config.seed,
             is_given: schedule.max_steps.is_some(),
         }
+    }
+
+    /// The run of this configuration with another length.
+    pub fn of_length(config: &RunConfig, pairs: usize, epochs: f64, max_steps: Option<usize>) -> Self {
+        let schedule = ScheduleConfig { epochs, max_steps, ..config.schedule };
+        Plan::new(&RunConfig { schedule, ..config.clone() }, pairs)
+    }
+
+    /// Pairs that the run trains on.
+    pub fn pairs(&self) -> usize {
+        self.pairs
     }
 
     /// The update with 0-based number `step`.

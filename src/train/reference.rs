@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::inputs::Inputs;
+use super::self_test;
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
@@ -27,6 +28,10 @@ pub struct References {
     /// References of the evaluation pairs, in their order; not known where the objective looks only at the chosen
     /// responses. All other objectives have them, whatever they train on, to show what training changes.
     pub evaluation: Vec<ReferencePair>,
+    /// The cache file that the former come from, where they were not computed by this run.
+    pub training_cache: Option<PathBuf>,
+    /// As `training_cache`, of the evaluation pairs.
+    pub evaluation_cache: Option<PathBuf>,
 }
 
 impl References {
@@ -55,19 +60,19 @@ impl References {
         let score = |dataset: &PairDataset, label: &str| {
             score_cached(config, inputs, weights, reference, dataset, label)
         };
-        let unknown = |dataset: &PairDataset| vec![ReferencePair::default(); dataset.pairs.len()];
-        let training = match config.objective.needs_reference() {
+        let unknown = |dataset: &PairDataset| (vec![ReferencePair::default(); dataset.pairs.len()], None);
+        let (training, training_cache) = match config.objective.needs_reference() {
             true => score(&inputs.training, "reference log-probs")?,
             false => unknown(&inputs.training),
         };
-        let evaluation = match &inputs.evaluation {
+        let (evaluation, evaluation_cache) = match &inputs.evaluation {
             Some(dataset) if config.objective.sides() == Sides::Both => {
                 score(dataset, "reference log-probs, evaluation")?
             }
             Some(dataset) => unknown(dataset),
-            None => Vec::new(),
+            None => (Vec::new(), None),
         };
-        Ok(References { training, evaluation })
+        Ok(References { training, evaluation, training_cache, evaluation_cache })
     }
 }
 
@@ -78,7 +83,7 @@ fn score_cached<D: Device>(
     reference: &Llama<D>,
     dataset: &PairDataset,
     label: &str,
-) -> Result<Vec<ReferencePair>> {
+) -> Result<(Vec<ReferencePair>, Option<PathBuf>)> {
     let compute = reference.device.arithmetic();
     let key = CacheKey {
         weights,
@@ -92,13 +97,18 @@ fn score_cached<D: Device>(
     let pairs = dataset.pairs.len();
     if let Some(references) = cache.load(pairs) {
         tracing::info!("{label}: {pairs} pairs from {}", cache.path().display());
-        return Ok(references);
+        // Where the policy begins as the reference, the self-test of the policy compares the same.
+        if self_test::is_another_model(inputs) {
+            let source = (cache.path(), config.batch.tokens_per_micro_batch);
+            self_test::check_cache(reference, dataset, &references, source)?;
+        }
+        return Ok((references, Some(cache.path().to_path_buf())));
     }
     let references = score_rest(config, reference, dataset, label, &cache)?;
     if let Err(error) = cache.store(&references) {
         tracing::warn!("the reference log-probs are not kept for the next run: {error}");
     }
-    Ok(references)
+    Ok((references, None))
 }
 
 /// Scores the pairs that an earlier run, which was stopped, did not; a signal keeps those that are done by then.

@@ -71,7 +71,12 @@ fn write_argument(text: &mut String, argument: &Arg) {
         (Some(name), false) => name.to_string(),
         _ => String::new(),
     };
-    let name = argument.get_long().map(|long| format!("--{long}")).unwrap_or_default();
+    // What has no flag is named by its value, or by what the program calls it.
+    let name = match (argument.get_long(), placeholder) {
+        (Some(long), _) => format!("--{long}"),
+        (None, Some(_)) => String::new(),
+        (None, None) => argument.get_id().to_string(),
+    };
     let term = [name, value].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
     write!(text, "\n- `{term}`").unwrap();
     let help = argument.get_help().map(ToString::to_string).unwrap_or_default();

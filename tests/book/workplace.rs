@@ -8,6 +8,8 @@ use crate::pages::repository;
 
 /// Models that pages name; all of them are the demo's here.
 const MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B-Instruct"];
+/// Files of other trainers.
+const IMPORTS: [&str; 2] = ["trl_dpo.yaml", "handbook_full.yaml"];
 const DATA_SET: &str = "HuggingFaceH4/ultrafeedback_binarized";
 
 pub struct Workplace {
@@ -37,6 +39,9 @@ impl Workplace {
             };
             std::fs::write(folder.join(name("pairs.jsonl", "train_prefs")), &train).unwrap();
             std::fs::write(folder.join(name("held-out.jsonl", "test_prefs")), &held_out).unwrap();
+        }
+        for name in IMPORTS {
+            std::fs::copy(repository().join("tests/data/imports").join(name), workplace.path(name)).unwrap();
         }
         workplace
     }

@@ -1,10 +1,13 @@
 //! The program as a user runs it, from the command line to the files it leaves.
 
 mod adapters;
+mod advice;
 mod bad_input;
 mod bench;
+mod capsules;
 mod check;
 mod checkpoints;
+mod choice;
 mod cli;
 mod context;
 mod data_cache;
@@ -20,12 +23,17 @@ mod generate;
 mod harness;
 mod hostile_templates;
 mod hostile_templates_list;
+mod kills;
 mod learning;
+mod log_format;
 mod own_data;
 mod reliability;
+mod report;
 mod resume;
 mod score;
+mod self_test;
 #[path = "../support/mod.rs"]
 mod support;
 mod templates;
 mod train;
+mod verify;

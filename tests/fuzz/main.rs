@@ -111,11 +111,16 @@ fn main() -> ExitCode {
     report(&options, results.into_inner().unwrap(), started)
 }
 
+/// The program that this test is built with.
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_mmpo-fast"))
+}
+
 /// A folder for `fuzz/`: a place for each format, and its valid inputs.
 fn prepare(folder: &Path) {
     let place = folder.join("place");
     std::fs::create_dir_all(&place).unwrap();
-    let place = Place::prepare(&place, Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &formats::ALL);
+    let place = Place::prepare(&place, program(), &formats::ALL);
     for format in formats::ALL {
         let corpus = folder.join("corpus").join(format);
         std::fs::create_dir_all(&corpus).unwrap();
@@ -154,7 +159,7 @@ struct Outcome {
 fn fuzz(options: &Options) -> Outcome {
     let format = &options.formats[0];
     let folder = tempfile::tempdir().unwrap();
-    let place = Place::prepare(folder.path(), Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &[format]);
+    let place = Place::prepare(folder.path(), program(), &[format]);
     let end = options.first + options.inputs;
     let (mut next, mut faults) = (options.first, Vec::new());
     let (mut accepted, mut slowest) = (0, Duration::ZERO);
@@ -188,7 +193,7 @@ fn make_input(place: &Place, options: &Options, index: u64) -> Vec<u8> {
     let format = &options.formats[0];
     // A worker has changed the files that seeds come from: those of a new folder are valid again.
     let fresh = tempfile::tempdir().unwrap();
-    let seeds = Place::prepare(fresh.path()).seeds(format);
+    let seeds = Place::prepare(fresh.path(), program(), &[format]).seeds(format);
     place.mend(format, index, mutate::input(format, &seeds, options.seed, index))
 }
 

@@ -21,16 +21,30 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
+    device: ByteCounter,
+    /// Of pinned host memory.
+    pub(super) host: ByteCounter,
+    /// How often the host waited for the device.
+    pub(super) waits: AtomicUsize,
+}
+
+/// Bytes held now and at most, and how often some were taken.
+#[derive(Debug, Default)]
+pub(super) struct ByteCounter {
     now: AtomicUsize,
     peak: AtomicUsize,
     allocations: AtomicUsize,
 }
 
-impl DeviceMemory {
-    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
-    pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        let (now, peak, allocations) = Default::default();
-        Arc::new(DeviceMemory { backend, now, peak, allocations })
+impl ByteCounter {
+    pub(super) fn add(&self, bytes: usize) {
+        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.peak.fetch_max(now, Ordering::Relaxed);
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn remove(&self, bytes: usize) {
+        self.now.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self) -> MemoryUse {
@@ -39,6 +53,18 @@ impl DeviceMemory {
             peak: self.peak.load(Ordering::Relaxed),
             allocations: self.allocations.load(Ordering::Relaxed),
         }
+    }
+}
+
+impl DeviceMemory {
+    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
+    pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
+        let (device, host) = (ByteCounter::default(), ByteCounter::default());
+        Arc::new(DeviceMemory { backend, device, host, waits: AtomicUsize::new(0) })
+    }
+
+    pub(super) fn read(&self) -> MemoryUse {
+        self.device.read()
     }
 }
 
@@ -53,16 +79,14 @@ impl Allocation {
     fn new(memory: &Arc<DeviceMemory>, bytes: usize) -> Result<Self> {
         // At least one byte, so that an empty buffer has an address too.
         let address = memory.backend.allocate(bytes.max(1))?;
-        let now = memory.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        memory.peak.fetch_max(now, Ordering::Relaxed);
-        memory.allocations.fetch_add(1, Ordering::Relaxed);
+        memory.device.add(bytes);
         Ok(Allocation { memory: Arc::clone(memory), address, bytes })
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        self.memory.now.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.memory.device.remove(self.bytes);
         // SAFETY: the address is this allocation's own, and no one can name it any more.
         unsafe { self.memory.backend.free(self.address) };
     }
@@ -204,6 +228,7 @@ impl Memory for CudaDevice {
         offset: usize,
         _: Checked,
     ) -> Result<()> {
+        self.memory.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the range was checked to lie inside the buffer.
         unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
     }

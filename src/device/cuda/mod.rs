@@ -2,7 +2,7 @@
 //!
 //! Each file here launches the kernels of one family of operations. `backend.rs` declares what they need of a device;
 //! `backend_gpu.rs` and `backend_emulated.rs` implement that for the two there are. All work of a device is queued on
-//! one stream; only downloads wait.
+//! one stream, but for copies of pinned host memory, which have two of their own; only downloads wait.
 
 mod adapted_linear;
 #[cfg(any(mmpo_gpu_kernels, test))]
@@ -17,6 +17,8 @@ mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
+#[cfg(mmpo_emulated)]
+mod emulated_queues;
 mod gemm;
 mod gemm_table;
 mod head_chunks;
@@ -26,6 +28,7 @@ mod linear;
 mod logp_head;
 mod low_rank;
 mod memory;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod probe;
@@ -36,6 +39,7 @@ mod swiglu;
 use std::ffi::c_void;
 use std::fmt::{self, Debug};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub use self::attention::AttentionOrder;
 use self::backend::{Backend, Moment};
@@ -50,6 +54,7 @@ pub use self::gemm::{GemmChoice, GemmTile};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
+pub use self::offload::{CudaHostBuffer, CudaQueueEvent};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{
@@ -170,6 +175,12 @@ impl CudaDevice {
             attention_order,
             trace: Trace::default(),
         }
+    }
+
+    /// How often the host waited for the device since it was opened: for downloads, and for copies of pinned memory. Uploads go
+    /// through staging memory and wait only where all of it is still on its way; that is not counted.
+    pub fn host_waits(&self) -> usize {
+        self.memory.waits.load(Ordering::Relaxed)
     }
 
     fn backend(&self) -> &dyn Backend {

@@ -177,11 +177,15 @@ fn check_versions(driver: i32, runtime: &str) -> Result<()> {
     if driver >= OLDEST_DRIVER.max(1000 * needed) {
         return Ok(());
     }
-    Err(Error::device(
-        format!("the NVIDIA driver is too old: it knows CUDA {}.{}", driver / 1000, driver % 1000 / 10),
-        format!(
+    let help = match needed {
+        0 => "update the driver: CUDA 12.8 is the least".to_string(),
+        _ => format!(
             "the kernels were built with CUDA {runtime}: update the driver, or build with an older nvcc; 12.8 is the least"
         ),
+    };
+    Err(Error::device(
+        format!("the NVIDIA driver is too old: it knows CUDA {}.{}", driver / 1000, driver % 1000 / 10),
+        help,
     ))
 }
 

@@ -120,9 +120,9 @@ fn the_newest_is_found_and_old_ones_are_pruned() {
     assert_eq!(latest(run.path()).unwrap(), Some(folder.join("step-1000000")));
     save(run.path(), 200);
     assert_eq!(steps(run.path()), ["notes.txt", "step-000090", "step-000200", "step-1000000", "step-999999"]);
-    prune(run.path(), 2).unwrap();
+    prune(run.path(), 2, &[]).unwrap();
     assert_eq!(steps(run.path()), ["notes.txt", "step-1000000", "step-999999"]);
-    prune(run.path(), 0).unwrap();
+    prune(run.path(), 0, &[]).unwrap();
     assert_eq!(steps(run.path()), ["notes.txt", "step-1000000"]);
 }
 
@@ -272,7 +272,7 @@ fn a_checkpoint_set_aside_is_none_and_stands_in_nobodys_way() {
         assert_eq!(set_aside(&second).unwrap(), run.path().join("checkpoints/step-000009.damaged"));
         assert_eq!(newest_first(run.path()).unwrap(), std::slice::from_ref(&first));
     }
-    prune(run.path(), 1).unwrap();
+    prune(run.path(), 1, &[]).unwrap();
     assert_eq!(steps(run.path()), ["step-000005", "step-000009.damaged"]);
 }
 

@@ -225,6 +225,7 @@ pub struct mmpo_adamw_tensor {
     pub gradient: *const f32,
     pub length: i64,
     pub tensor: u32,
+    pub first_block: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -259,6 +260,9 @@ const _: () = {
     [
         "Offset of field: mmpo_adamw_tensor::tensor",
     ][::core::mem::offset_of!(mmpo_adamw_tensor, tensor) - 64usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::first_block",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_block) - 68usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;

@@ -1,0 +1,117 @@
+//! A step with a number that is not finite leaves a capsule, and the capsule shows where the number comes from.
+
+use crate::harness::{TRAIN, Workplace};
+
+const CONFIG: i32 = 2;
+const NUMERICS: i32 = 7;
+
+/// A run whose first update leaves weights that are finite, and a model that is broken.
+fn diverging() -> String {
+    format!("{} --warmup-steps 0 --max-steps 5", TRAIN.replace("1e-3", "1e8"))
+}
+
+/// Where a replay found the first number that is not finite.
+#[track_caller]
+fn first(text: &str) -> &str {
+    text.lines().find(|line| line.starts_with("first ")).unwrap_or_else(|| panic!("{text}"))
+}
+
+#[test]
+fn a_step_that_fails_is_repeated_from_its_capsule() {
+    let work = Workplace::new();
+    let parts = ["not a number to train on", "mmpo-fast train --replay run/capsules/step-000002"];
+    work.refuse(&format!("{} --output run", diverging()), NUMERICS, &parts);
+    assert!(!work.path("run/model").exists() && !work.path("run/checkpoints").exists());
+    let before = work.contents("run");
+    let text = work.succeed("train --replay run/capsules/step-000002").stdout;
+    for part in [
+        "step 2 of 5",
+        "from     the starting model, 1 steps taken again",
+        "NaN",
+        "repeated the step failed again, with the same log-probs and losses",
+    ] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    // The last layer's gradients are the first ones of the backward.
+    assert!(first(&text).contains("the gradient of `model.layers.2."), "{text}");
+    assert!(work.contents("run") == before, "the replay changed the run");
+    // Weights so large that attention has no finite scores.
+    let run = diverging().replace("1e8", "1e13");
+    work.refuse(&format!("{run} --output larger"), NUMERICS, &["loss NaN", "--replay"]);
+    let larger = work.succeed("train --replay larger/capsules/step-000002").stdout;
+    for part in ["the residual stream after the attention of layer 0", "is NaN, in record 1 of the data"] {
+        assert!(first(&larger).contains(part), "no {part:?} in {larger}");
+    }
+    // Where the run is elsewhere now, its capsules are with it.
+    std::fs::rename(work.path("run"), work.path("moved")).unwrap();
+    work.succeed("train --replay moved/capsules/step-000002");
+    // The same command fails in the same way, and leaves its capsule anew.
+    work.refuse(&format!("{} --output moved --resume", diverging()), NUMERICS, &["--replay moved/capsules"]);
+    // Other pairs would make it another step.
+    let pairs = String::from_utf8(work.read("pairs.jsonl")).unwrap();
+    work.write("pairs.jsonl", pairs.replace("Paris", "Rome"));
+    work.refuse(
+        "train --replay moved/capsules/step-000002",
+        CONFIG,
+        &["cannot be repeated: the pairs changed since"],
+    );
+}
+
+#[test]
+fn a_capsule_takes_its_weights_along_where_it_is_asked_to() {
+    let work = Workplace::new();
+    let run = format!("{} --capsule-weights --output run", diverging());
+    work.refuse(&run, NUMERICS, &["--replay run/capsules/step-000002"]);
+    let copy = "run/capsules/step-000002/checkpoints/step-000001";
+    assert!(work.path(&format!("{copy}/state.safetensors")).is_file());
+    let text = work.succeed("train --replay run/capsules/step-000002").stdout;
+    assert!(text.contains("step-000001, 0 steps taken again"), "{text}");
+    assert!(text.contains("with the same log-probs and losses"), "{text}");
+    // Without it the step before is taken again, to the same bits.
+    std::fs::remove_dir_all(work.path("run/capsules/step-000002/checkpoints")).unwrap();
+    let again = work.succeed("train --replay run/capsules/step-000002").stdout;
+    let table = |text: &str| text.split_once("\n\n").unwrap().1.to_string();
+    assert_eq!(table(&text), table(&again));
+}
+
+#[test]
+fn adapters_and_gradients_by_layer_leave_capsules_too() {
+    let work = Workplace::new();
+    for (name, flags) in
+        [("lora", "--lora all --lora-rank 4"), ("layer", "--gradients layer --max-grad-norm 0")]
+    {
+        work.refuse(&format!("{} {flags} --output {name}", diverging()), NUMERICS, &["--replay"]);
+        let capsules: Vec<_> = std::fs::read_dir(work.path(&format!("{name}/capsules"))).unwrap().collect();
+        assert_eq!(capsules.len(), 1, "{name}");
+        let path = capsules[0].as_ref().unwrap().file_name().into_string().unwrap();
+        let text = work.succeed(&format!("train --replay {name}/capsules/{path}")).stdout;
+        assert!(text.contains("the step failed again, with the same"), "{name}: {text}");
+    }
+}
+
+#[test]
+fn weights_that_a_checkpoint_would_not_take_leave_a_capsule() {
+    let work = Workplace::new();
+    let run = format!("{} --save-steps 1 --output run", diverging());
+    work.refuse(&run, NUMERICS, &["not a number to train on", "--replay run/capsules/step-000002"]);
+    let text = work.succeed("train --replay run/capsules/step-000002").stdout;
+    assert!(text.contains("repeated the step failed again"), "{text}");
+}
+
+#[test]
+fn what_is_no_capsule_is_refused() {
+    let work = Workplace::new();
+    work.refuse("train --replay base", 5, &["resolved.toml"]);
+    work.refuse(&format!("{} --output run", diverging()), NUMERICS, &["--replay"]);
+    let replay = "train --replay run/capsules/step-000002";
+    work.refuse(
+        &format!("{replay} --learning-rate 1e-5"),
+        CONFIG,
+        &["cannot be given together with `--replay`"],
+    );
+    let capsule = String::from_utf8(work.read("run/capsules/step-000002/capsule.json")).unwrap();
+    work.write("run/capsules/step-000002/capsule.json", &capsule[..capsule.len() / 2]);
+    work.refuse(replay, CONFIG, &["not a capsule"]);
+    work.write("run/capsules/step-000002/capsule.json", capsule.replace("\"format\": 1", "\"format\": 9"));
+    work.refuse(replay, CONFIG, &["has format 9"]);
+}
