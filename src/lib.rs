@@ -71,6 +71,7 @@ pub mod merge;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+pub mod plan;
 pub mod report;
 pub mod score;
 pub mod train;

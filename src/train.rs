@@ -24,6 +24,7 @@ use std::time::Instant;
 
 pub use inputs::Inputs;
 pub use reference::References;
+pub use samples::MAX_NEW_TOKENS;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;

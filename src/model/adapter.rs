@@ -11,7 +11,7 @@ use super::projection::Adapter;
 use super::tensors::{FusedTensor, LayerTensors, LlamaTensors};
 use super::{Llama, Projection};
 use crate::device::{
-    ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, RawValues, RowPart, hash,
+    ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, MemoryPart, RawValues, RowPart, hash,
 };
 use crate::error::{Error, Result};
 
@@ -332,7 +332,8 @@ impl<D: Device> Llama<D> {
             for site in Site::ALL {
                 let Some(adapter) = &site.of(tensors).adapter else { continue };
                 let adapter = adapter.try_map(&mut |fused: &FusedTensor| {
-                    let mut weight = self.device.alloc(fused.values())?;
+                    let alloc = || self.device.alloc(fused.values());
+                    let mut weight = self.device.as_part(MemoryPart::Adapters, alloc)?;
                     for (offset, tensor) in fused.offsets() {
                         let values = values(tensor)?;
                         self.device.upload_values(&mut weight, offset, RawValues::from_f32(&values))?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{ComputeBuffer, Device, RawValues};
+use crate::device::{ComputeBuffer, Device, MemoryPart, RawValues, StorageType};
 use crate::error::{Error, Result};
 
 impl<D: Device> Llama<D> {
@@ -37,6 +37,25 @@ impl<D: Device> Llama<D> {
         Self::assemble(&device, config, positions, upload)
     }
 
+    /// A model on a device that is planned for ([`Memory::planned`](crate::device::Memory::planned)): it takes the memory of one that
+    /// is loaded from a checkpoint of this storage type.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn planned(
+        device: &Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        storage: StorageType,
+    ) -> Result<Self> {
+        // One value says as much as all of them: the device sets aside what a conversion takes.
+        let value = [0; 4];
+        let one = RawValues { storage, bytes: &value[..storage.size()] };
+        Self::assemble(device, config, positions, |weight, offset, _| {
+            device.upload_values(weight, offset, one)
+        })
+    }
+
     fn assemble(
         device: &Arc<D>,
         config: LlamaConfig,
@@ -44,15 +63,16 @@ impl<D: Device> Llama<D> {
         mut upload: impl FnMut(&mut ComputeBuffer<D>, usize, &TensorSpec) -> Result<()>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
+        let alloc = |len| device.as_part(MemoryPart::Weights, || device.alloc(len));
         let weights = layout.try_map(|fused| {
-            let mut weight = device.alloc(fused.values())?;
+            let mut weight = alloc(fused.values())?;
             for (offset, tensor) in fused.offsets() {
                 upload(&mut weight, offset, tensor)?;
             }
             Ok::<_, Error>(weight)
         })?;
         let table = config.rope_table(positions);
-        let mut rope_table = device.alloc(table.len())?;
+        let mut rope_table = device.as_part(MemoryPart::Weights, || device.alloc(table.len()))?;
         device.upload(&mut rope_table, 0, &table)?;
         Ok(Llama { device: Arc::clone(device), config, layout, weights, adapters: None, rope_table })
     }
@@ -76,9 +96,15 @@ impl<D: Device> Llama<D> {
     /// # Errors
     /// [`Error::Device`] where the device has no memory for them.
     pub fn zero_gradients(&self) -> Result<Gradients<D>> {
-        self.layout.try_map(|tensor| match tensor.trained {
-            true => Ok(Some(self.device.alloc(tensor.values())?)),
-            false => Ok(None),
+        self.gradients_of(&self.layout)
+    }
+
+    fn gradients_of(&self, layout: &LlamaTensors<FusedTensor>) -> Result<Gradients<D>> {
+        self.device.as_part(MemoryPart::Gradients, || {
+            layout.try_map(|tensor| match tensor.trained {
+                true => Ok(Some(self.device.alloc(tensor.values())?)),
+                false => Ok(None),
+            })
         })
     }
 
@@ -101,9 +127,6 @@ impl<D: Device> Llama<D> {
             shared
         });
         layout.layers = shared.into_iter().collect();
-        layout.try_map(|tensor| match tensor.trained {
-            true => Ok(Some(self.device.alloc(tensor.values())?)),
-            false => Ok(None),
-        })
+        self.gradients_of(&layout)
     }
 }

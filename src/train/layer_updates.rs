@@ -3,7 +3,7 @@
 //! A step is one micro-batch then, because the gradients of a second one would have nothing to be added to, and nothing is
 //! clipped, because the norm over all gradients is known only at the end.
 
-use crate::device::{Device, Floats};
+use crate::device::{Device, Floats, MemoryPart};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink, Gradients, LayerTensors, Llama, LlamaTensors};
 use crate::optimizer::{AdamWStep, OptimizerState};
@@ -27,8 +27,10 @@ impl<D: Device> LayerNorms<D> {
             gradients.layers.iter().flat_map(|layer| layer.iter().flatten()).collect();
         device.reserve_gradient_norm(&shared)?;
         device.reserve_gradient_norm(&gradients.outside_layers().flatten().collect::<Vec<_>>())?;
-        let layers = (0..model.config.layers).map(|_| device.alloc(2)).collect::<Result<_>>()?;
-        Ok(LayerNorms { layers, outside: device.alloc(2)? })
+        device.as_part(MemoryPart::Gradients, || {
+            let layers = (0..model.config.layers).map(|_| device.alloc(2)).collect::<Result<_>>()?;
+            Ok(LayerNorms { layers, outside: device.alloc(2)? })
+        })
     }
 
     /// The norm over all gradients of the last backward.

@@ -8,7 +8,7 @@ use super::inputs::Inputs;
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
-use crate::device::Device;
+use crate::device::{Device, MemoryPart};
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
@@ -39,7 +39,10 @@ impl References {
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
             Some(folder) => {
-                let reference = Llama::load(model.device.clone(), folder, inputs.positions())?;
+                let device = &model.device;
+                let reference = device.as_part(MemoryPart::Reference, || {
+                    Llama::load(Arc::clone(device), folder, inputs.positions())
+                })?;
                 Self::of(config, inputs, folder, &reference)
             }
         }

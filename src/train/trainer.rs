@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, hash};
+use crate::device::{BatchBuffers, Device, Floats, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -162,8 +162,9 @@ impl<D: Device> Trainer<D> {
             state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
-            outcomes: device.alloc(workload.pairs_per_step * PairOutcome::WIDTH)?,
-            norm: device.alloc(2)?,
+            outcomes: device
+                .as_part(MemoryPart::Batch, || device.alloc(workload.pairs_per_step * PairOutcome::WIDTH))?,
+            norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
             activations: Activations::of(&model, capacity, workload.purpose())?,

@@ -9,6 +9,7 @@ mod goldens;
 mod layers;
 mod memory_table;
 mod objective;
+mod plan;
 mod published_configs;
 mod python_options;
 mod report;

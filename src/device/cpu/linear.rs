@@ -178,6 +178,10 @@ impl Linear for CpuDevice {
         Ok(())
     }
 
+    fn reserve_linear_forward(&self, shape: LinearShape) -> Result<()> {
+        self.reserve_linear(shape, false)
+    }
+
     /// Each task computes one block of outputs. From `TRANSPOSE_ROWS` rows on it transposes the block's weights first:
     /// `gemm` packs a matrix of the other storage order value by value, striding through the cache (with 1536 inputs
     /// every row starts in one of two cache sets), which costs up to 30 % of the gemm's time. The transpose here runs

@@ -63,7 +63,9 @@ impl Head for CpuDevice {
         let turned = self.scratch.take::<f32>(at_once * width);
         let summaries = self.scratch.take::<RowSummary>(strips * at_once);
         let terms = self.scratch.take::<RowTerms>(at_once);
-        self.scratch.reserve::<f32>(1, strips * at_once.min(BACKWARD_ROWS) * width);
+        if mode != HeadMode::Score {
+            self.scratch.reserve::<f32>(1, strips * at_once.min(BACKWARD_ROWS) * width);
+        }
         drop((turned, summaries, terms));
         Ok(())
     }

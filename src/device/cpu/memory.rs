@@ -2,49 +2,26 @@
 
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{BLOCK_ELEMENTS, CpuDevice};
-use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
+use crate::device::{Checked, Element, Memory, MemoryCounter, MemoryPart, RawValues, StorageType};
 use crate::error::{Error, Result};
 
-/// Bytes held by all buffers of a device.
-#[derive(Debug, Default)]
-pub(super) struct MemoryCounter {
-    now: AtomicUsize,
-    peak: AtomicUsize,
-    allocations: AtomicUsize,
-}
-
-impl MemoryCounter {
-    pub(super) fn read(&self) -> MemoryUse {
-        MemoryUse {
-            now: self.now.load(Ordering::Relaxed),
-            peak: self.peak.load(Ordering::Relaxed),
-            allocations: self.allocations.load(Ordering::Relaxed),
-        }
-    }
-
-    /// Notes that `bytes` bytes were taken at once.
-    pub(super) fn add(&self, bytes: usize) {
-        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.peak.fetch_max(now, Ordering::Relaxed);
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// A buffer of the CPU device; it reads as a slice.
+/// A buffer of the CPU device; it reads as a slice, which is empty on a device that is only planned for.
 #[derive(Debug)]
 pub struct CpuBuffer<T> {
     values: Vec<T>,
+    len: usize,
+    part: MemoryPart,
     memory: Arc<MemoryCounter>,
 }
 
 impl<T: Element> CpuBuffer<T> {
-    pub(super) fn new(len: usize, memory: &Arc<MemoryCounter>) -> Result<Self> {
+    /// `len` zeros; with `only_counted` none of them exists.
+    pub(super) fn new(len: usize, memory: &Arc<MemoryCounter>, only_counted: bool) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
         let out_of_memory = || {
             Error::device(
@@ -54,16 +31,21 @@ impl<T: Element> CpuBuffer<T> {
         };
         // `try_reserve` first, so that an impossible size is an error and not an abort; `vec![0; len]` then asks the
         // system for pages that are already zero, which is much faster than writing zeros.
-        Vec::<T>::new().try_reserve_exact(len).map_err(|_| out_of_memory())?;
-        let values = vec![T::default(); len];
-        memory.add(bytes);
-        Ok(CpuBuffer { values, memory: Arc::clone(memory) })
+        let values = match only_counted {
+            true => Vec::new(),
+            false => {
+                Vec::<T>::new().try_reserve_exact(len).map_err(|_| out_of_memory())?;
+                vec![T::default(); len]
+            }
+        };
+        let part = memory.add(bytes, None);
+        Ok(CpuBuffer { values, len, part, memory: Arc::clone(memory) })
     }
 }
 
 impl<T> Drop for CpuBuffer<T> {
     fn drop(&mut self) {
-        self.memory.now.fetch_sub(self.values.len() * size_of::<T>(), Ordering::Relaxed);
+        self.memory.subtract(self.len.saturating_mul(size_of::<T>()), self.part);
     }
 }
 
@@ -85,20 +67,24 @@ impl Memory for CpuDevice {
     type Compute = f32;
     type Buffer<T: Element> = CpuBuffer<T>;
 
-    fn memory(&self) -> MemoryUse {
-        self.memory.read()
+    fn memory_counter(&self) -> &MemoryCounter {
+        &self.memory
+    }
+
+    fn planned(&self) -> Result<Self> {
+        CpuDevice::planned_for(Some(self.threads))
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(None)
+        Ok(self.memory.left())
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
-        CpuBuffer::new(len, &self.memory)
+        CpuBuffer::new(len, &self.memory, self.only_counts)
     }
 
     fn len<T: Element>(&self, buffer: &CpuBuffer<T>) -> usize {
-        buffer.values.len()
+        buffer.len
     }
 
     fn zero_all(&self, outs: &mut [&mut CpuBuffer<f32>]) -> Result<()> {
@@ -119,6 +105,9 @@ impl Memory for CpuDevice {
         source: &[T],
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("upload", || {
             out[offset..][..source.len()].copy_from_slice(source);
             Ok(())
@@ -132,7 +121,9 @@ impl Memory for CpuDevice {
         offset: usize,
         _: Checked,
     ) -> Result<()> {
-        out.copy_from_slice(&source[offset..][..out.len()]);
+        if !self.only_counts {
+            out.copy_from_slice(&source[offset..][..out.len()]);
+        }
         Ok(())
     }
 
@@ -143,6 +134,9 @@ impl Memory for CpuDevice {
         source: RawValues<'_>,
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("upload_values", || {
             let size = source.storage.size();
             let blocks = out[offset..][..source.len()].par_chunks_mut(BLOCK_ELEMENTS);
@@ -170,6 +164,9 @@ impl Memory for CpuDevice {
     }
 
     fn run_zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>, _: Checked) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("zero", || {
             let out = &mut out[range];
             self.parallel(|| out.par_chunks_mut(BLOCK_ELEMENTS).for_each(|block| block.fill(T::default())));
@@ -185,6 +182,9 @@ impl Memory for CpuDevice {
         range: Range<usize>,
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("copy", || {
             out[out_offset..][..range.len()].copy_from_slice(&source[range]);
             Ok(())

@@ -31,11 +31,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use memory::CpuBuffer;
-use memory::MemoryCounter;
 use scratch::ScratchPool;
 
-use super::Hardware;
 use super::trace::{OperationTime, Trace};
+use super::{Hardware, MemoryCounter};
 use crate::error::{Error, Result};
 
 /// Elements below which a block is not worth handing to another thread (64 KiB of f32: a few microseconds of work).
@@ -48,6 +47,8 @@ pub struct CpuDevice {
     arch: pulp::Arch,
     memory: Arc<MemoryCounter>,
     scratch: ScratchPool,
+    /// Whether buffers hold nothing: the device is planned for, and computes nothing.
+    only_counts: bool,
     trace: Trace<Instant>,
 }
 
@@ -63,6 +64,18 @@ impl CpuDevice {
     /// # Errors
     /// [`Error::Config`] for zero threads, [`Error::Device`] where the system refuses to start them.
     pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::open(threads, false)
+    }
+
+    /// As [`CpuDevice::new`], for [`Memory::planned`](super::Memory::planned).
+    ///
+    /// # Errors
+    /// As [`CpuDevice::new`].
+    pub fn planned_for(threads: Option<usize>) -> Result<Self> {
+        Self::open(threads, true)
+    }
+
+    fn open(threads: Option<usize>, only_counts: bool) -> Result<Self> {
         let threads = match threads {
             Some(0) => {
                 return Err(Error::config(
@@ -74,7 +87,7 @@ impl CpuDevice {
             None => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
         };
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
+            .num_threads(if only_counts { 1 } else { threads })
             .thread_name(|index| format!("cpu-device-{index}"))
             .build()
             .map_err(|error| {
@@ -84,8 +97,9 @@ impl CpuDevice {
                 )
             })?;
         let memory = Arc::default();
-        let scratch = ScratchPool::new(&memory);
-        Ok(CpuDevice { pool, threads, arch: pulp::Arch::new(), memory, scratch, trace: Trace::default() })
+        let scratch = ScratchPool::new(&memory, only_counts);
+        let (arch, trace) = (pulp::Arch::new(), Trace::default());
+        Ok(CpuDevice { pool, threads, arch, memory, scratch, only_counts, trace })
     }
 
     /// Number of threads of the device's pool.

@@ -192,6 +192,10 @@ impl Backend for GpuBackend {
             .map_err(|error| driver_error("waiting for the GPU's work between two events", error))
     }
 
+    fn takes_pieces(&self) -> bool {
+        STAND_IN.get().is_none()
+    }
+
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         self.gemm_library.as_ref().map(|library| library as &dyn GemmLibrary)
     }

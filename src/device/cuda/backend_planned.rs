@@ -1,0 +1,123 @@
+//! A GPU that is only planned for: memory is counted, pieces of the driver's included, and nothing is copied or computed.
+
+use std::ffi::c_void;
+use std::fmt::Debug;
+use std::ptr::NonNull;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+use super::arena::{Arena, PieceSource};
+use super::backend::{Address, Backend, LaunchCall, Moment};
+use super::bindings::KernelTable;
+use super::workspace_rules;
+use crate::error::{Error, Result};
+
+static RULES: LazyLock<KernelTable> = LazyLock::new(workspace_rules::table);
+
+/// Addresses that no one dereferences begin here.
+const FIRST_ADDRESS: u64 = 1 << 40;
+
+#[derive(Debug)]
+pub(super) struct PlannedBackend {
+    memory: Mutex<(Arena, Pieces)>,
+    has_gemm_library: bool,
+}
+
+impl PlannedBackend {
+    /// `in_pieces`: whether the device takes its memory in pieces, as a GPU does; `has_gemm_library`: whether it has the vendor's.
+    pub(super) fn new(in_pieces: bool, has_gemm_library: bool) -> Self {
+        let arena = if in_pieces { Arena::default() } else { Arena::exact() };
+        let pieces = Pieces { next: FIRST_ADDRESS, sizes: Vec::new(), now: 0, peak: 0 };
+        PlannedBackend { memory: Mutex::new((arena, pieces)), has_gemm_library }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Arena, Pieces)> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stands in for the driver.
+#[derive(Debug)]
+struct Pieces {
+    next: u64,
+    sizes: Vec<(u64, usize)>,
+    now: usize,
+    peak: usize,
+}
+
+impl PieceSource for Pieces {
+    type Error = Error;
+
+    fn take(&mut self, bytes: usize) -> Result<u64> {
+        let address = self.next;
+        let end = address.checked_add(bytes.next_multiple_of(256) as u64);
+        self.next =
+            end.ok_or_else(|| Error::device("more memory than there are addresses", "use a smaller model"))?;
+        self.sizes.push((address, bytes));
+        self.now += bytes;
+        self.peak = self.peak.max(self.now);
+        Ok(address)
+    }
+
+    fn give_back(&mut self, address: u64) -> Result<()> {
+        if let Some(index) = self.sizes.iter().rposition(|&(start, _)| start == address) {
+            self.now -= self.sizes.swap_remove(index).1;
+        }
+        Ok(())
+    }
+}
+
+impl Backend for PlannedBackend {
+    fn describe(&self) -> String {
+        "cuda (planned)".to_owned()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        let (arena, pieces) = &mut *self.lock();
+        let address = arena.allocate(bytes, pieces)?;
+        NonNull::new(address as *mut c_void).map(Address).ok_or_else(|| Error::bug("an address of 0"))
+    }
+
+    unsafe fn free(&self, address: Address) {
+        let (arena, pieces) = &mut *self.lock();
+        if let Err(error) = arena.free(address.pointer() as u64, pieces) {
+            tracing::debug!("{error}");
+        }
+    }
+
+    unsafe fn copy_in(&self, _: *mut c_void, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn copy_out(&self, _: &mut [u8], _: *const c_void) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn copy(&self, _: *mut c_void, _: *const c_void, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn launch(&self, _: &str, _: &dyn Debug, _: LaunchCall<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn ask(&self, _: &str, _: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
+        call(&RULES, std::ptr::null_mut());
+        Ok(())
+    }
+
+    fn seconds_between(&self, _: &Moment, _: &Moment) -> Result<f64> {
+        Ok(0.0)
+    }
+
+    fn has_gemm_library(&self) -> bool {
+        self.has_gemm_library
+    }
+
+    fn only_counts(&self) -> bool {
+        true
+    }
+
+    fn taken_at_peak(&self) -> Option<usize> {
+        Some(self.lock().1.peak)
+    }
+}

@@ -1,0 +1,224 @@
+//! The memory that a plan states, against what a run's buffers take: on the CPU device and on the emulated GPU.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
+use mmpo_fast::device::cpu::CpuDevice;
+use mmpo_fast::device::prelude::*;
+use mmpo_fast::model::{
+    AdaptedModule, AdaptedModules, Generation, HeadChoice, HeadOptions, Llama, LoraSettings, Recompute,
+};
+use mmpo_fast::objective::{Dpo, Mmpo, Objective, ObjectiveKind};
+use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
+use mmpo_fast::plan::{Choice, Footprint, Job, Sizes};
+use mmpo_fast::score::Scorer;
+use mmpo_fast::train::{MAX_NEW_TOKENS, Trainer, TrainingPair, Workload};
+
+use crate::golden::Golden;
+
+const STEP: AdamWStep =
+    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, step: 1 };
+
+/// Pairs of the data, of which the last two are evaluated.
+const PAIRS: usize = 6;
+/// Pairs of a step.
+const STEP_PAIRS: usize = 4;
+
+fn golden(name: &str) -> Golden {
+    let mut golden = Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name));
+    golden.pairs.truncate(PAIRS);
+    assert!(golden.pairs.len() > STEP_PAIRS, "{} pairs", golden.pairs.len());
+    golden
+}
+
+fn objectives() -> Vec<Objective> {
+    let mmpo = Mmpo {
+        beta: 0.05,
+        epsilon: 0.9,
+        reward_group: 2,
+        reward_normalize: true,
+        length_normalize: false,
+        preference_weight: 0.0,
+        entropy_weight: 0.05,
+    };
+    let dpo = Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 });
+    let sft = (ObjectiveKind::from_name("sft").unwrap().descriptor().build)(&dpo.settings());
+    vec![Objective::Mmpo(mmpo), dpo, sft]
+}
+
+fn loras() -> [Option<LoraSettings>; 3] {
+    let lora = |modules: &[AdaptedModule], dropout| LoraSettings {
+        modules: AdaptedModules::of(modules.iter().copied()),
+        rank: 4,
+        alpha: 4.0,
+        dropout,
+        rslora: false,
+    };
+    [
+        None,
+        Some(lora(&[AdaptedModule::Query, AdaptedModule::Value], 0.0)),
+        Some(lora(&AdaptedModule::ALL, 0.01)),
+    ]
+}
+
+/// Every combination of states, master copy, recomputation and gradients.
+fn memories() -> Vec<MemoryConfig> {
+    let mut all = Vec::new();
+    for moments in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
+        for master in [MasterWeights::F32, MasterWeights::None] {
+            for recompute in [Recompute::None, Recompute::Selective, Recompute::Layer] {
+                for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+                    let states = StateOptions { moments, master };
+                    all.push(MemoryConfig { states, recompute, gradients });
+                }
+            }
+        }
+    }
+    all
+}
+
+fn job(golden: &Golden, model: &Llama<impl Device>, lora: Option<LoraSettings>, objective: Objective) -> Job {
+    Job {
+        model: model.config.clone(),
+        reference: None,
+        lora,
+        objective,
+        pairs_per_step: STEP_PAIRS,
+        positions: golden.pairs.iter().map(|pair| pair.positions()).max().unwrap(),
+        prompts: vec![golden.pairs[0].prompt.len()],
+    }
+}
+
+fn answer<D: Device>(model: &Llama<D>, golden: &Golden) {
+    let mut generation = Generation::start(model, &golden.pairs[0].prompt, MAX_NEW_TOKENS).expect("prompt");
+    generation.push(1).expect("token");
+}
+
+/// Does on `device` what a run does, a step included where one is wanted, and compares.
+fn compare<D: Device>(
+    device: D,
+    golden: &Golden,
+    (objective, lora, choice): (Objective, Option<LoraSettings>, Choice),
+    computes: bool,
+) {
+    let what =
+        format!("{} {:?} {:?} {choice:?}", golden.name(), objective.kind(), lora.map(|lora| lora.modules));
+    let planned = Arc::new(device.planned().expect("planned"));
+    let device = Arc::new(device);
+    let folder = mmpo_fast::checkpoint::ModelFolder::open(&golden.folder.join("model")).expect("model");
+    let (training, evaluation) = golden.pairs.split_at(STEP_PAIRS);
+    let positions = golden.pairs.iter().map(|pair| pair.positions()).max().unwrap();
+    let mut model = Llama::load(Arc::clone(&device), &folder, positions + MAX_NEW_TOKENS).expect("weights");
+    let job = job(golden, &model, lora, objective);
+    let sizes = Sizes::of(training, evaluation, &objective, (STEP_PAIRS, choice.token_budget));
+    let footprint = Footprint::on(&planned, &job, &choice, &sizes).expect("footprint");
+
+    for (scores, pairs) in [
+        (objective.needs_reference(), training),
+        (objective.sides() == mmpo_fast::data::Sides::Both, evaluation),
+    ] {
+        if scores {
+            let mut scorer = Scorer::new(&model, pairs, choice.token_budget).expect("scorer");
+            if computes {
+                scorer.run(false, |_| ()).expect("scores");
+            }
+        }
+    }
+    if let Some(settings) = lora {
+        model.adapt(settings, |tensor| Ok(mmpo_fast::model::initial_values(1, tensor))).expect("adapters");
+    }
+    match computes {
+        true => answer(&model, golden),
+        false => drop(Generation::buffers(&model, job.prompts[0], MAX_NEW_TOKENS).expect("buffers")),
+    }
+    let workload = Workload::plan(&golden.pairs, &objective, STEP_PAIRS, choice.token_budget);
+    let workload = Workload { head: choice.head, memory: choice.memory, ..workload };
+    let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
+    if computes {
+        let training: Vec<_> = training
+            .iter()
+            .map(|pair| TrainingPair { pair, reference: mmpo_fast::objective::ReferencePair::default() })
+            .collect();
+        trainer.evaluate(&training).expect("evaluation");
+        trainer.step(&training, STEP, None).expect("step");
+        answer(&trainer.model, golden);
+    }
+    let measured = device.memory().peak;
+    if !computes {
+        Generation::buffers(&trainer.model, job.prompts[0], MAX_NEW_TOKENS).expect("buffers");
+    }
+    let measured = measured.max(device.memory().peak);
+    assert_eq!(footprint.peak, measured, "{what}: planned and measured");
+    assert_eq!(footprint.parts, device.memory_counter().parts_at_peak(), "{what}: parts");
+    let sum: usize = footprint.parts.iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(sum, footprint.peak, "{what}: the parts are the whole");
+    assert_eq!(footprint.head, trainer.head_plan(), "{what}: head");
+    assert!(footprint.taken >= footprint.peak, "{what}: {footprint:?}");
+}
+
+fn choice(memory: MemoryConfig, token_budget: usize) -> Choice {
+    Choice { memory, token_budget, head: HeadOptions::default() }
+}
+
+/// The budget that takes a step in one micro-batch, and one that takes a pair at a time.
+const BUDGETS: [usize; 2] = [1 << 20, 1];
+
+fn fits(memory: MemoryConfig, budget: usize) -> bool {
+    memory.gradients == GradientConfig::F32 || budget > 1
+}
+
+#[test]
+fn a_plan_states_the_memory_of_a_run_on_the_cpu() {
+    let golden = golden("bias");
+    for objective in objectives() {
+        for lora in loras() {
+            for memory in memories() {
+                for budget in BUDGETS.into_iter().filter(|&budget| fits(memory, budget)) {
+                    let cpu = CpuDevice::new(Some(2)).expect("the CPU device starts");
+                    compare(cpu, &golden, (objective, lora, choice(memory, budget)), true);
+                }
+            }
+        }
+    }
+}
+
+/// The head's modes, a limit of memory that it must keep to, other numbers of threads, and a head that is tied.
+#[test]
+fn a_plan_follows_the_head_the_threads_and_the_limit() {
+    for name in ["tied", "base"] {
+        let golden = golden(name);
+        for mode in [HeadChoice::Auto, HeadChoice::Main, HeadChoice::Recompute] {
+            for threads in [1, 3] {
+                let head = HeadOptions { mode, workspace: 1 << 16 };
+                let choice = Choice { head, ..choice(MemoryConfig::default(), 150) };
+                let cpu = CpuDevice::new(Some(threads)).expect("the CPU device starts");
+                compare(cpu, &golden, (objectives()[0], None, choice), true);
+            }
+        }
+    }
+}
+
+#[cfg(mmpo_emulated)]
+#[test]
+fn a_plan_states_the_memory_of_a_run_on_the_emulated_gpu() {
+    use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant, KernelPath};
+    let golden = golden("bias");
+    for path in [KernelPath::Portable, KernelPath::Hopper] {
+        let device = || CudaDevice::emulated(EmulatorVariant::Plain).with_path(path);
+        for objective in objectives() {
+            for lora in loras() {
+                for memory in memories() {
+                    for budget in BUDGETS.into_iter().filter(|&budget| fits(memory, budget)) {
+                        compare(device(), &golden, (objective, lora, choice(memory, budget)), false);
+                    }
+                }
+            }
+        }
+        // What the buffers are for must also be all that a step takes.
+        for (objective, lora) in objectives().into_iter().zip(loras()) {
+            let memory = memories()[objective.needs_reference() as usize * 7];
+            compare(device(), &golden, (objective, lora, choice(memory, 1 << 20)), true);
+        }
+    }
+}
