@@ -23,22 +23,25 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub(crate) use inputs::pair_sources;
+pub(crate) use plan::Plan;
 pub use reference::References;
 pub use samples::MAX_NEW_TOKENS;
+pub(crate) use samples::sample_prompts;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;
-use crate::config::RunConfig;
+use crate::config::{MemoryLimit, RunConfig};
 use crate::data::{PairDataset, StepBatch};
-use crate::device::{Device, DeviceTask, run_on};
+use crate::device::{Device, DeviceTask, ask_on, run_on};
 use crate::error::Result;
 use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
+use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
-use plan::Plan;
 use recorder::Recorder;
 use resume::Start;
 use samples::Samples;
@@ -57,6 +60,7 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
+    let config = &with_chosen_memory(config, &inputs, &plan)?;
     plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let output = output.claim(config)?;
@@ -84,6 +88,40 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
         *files = hub::pairs(files)?;
     }
     Ok(located)
+}
+
+/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run.
+fn with_chosen_memory(config: &RunConfig, inputs: &Inputs, plan: &Plan) -> Result<RunConfig> {
+    if config.memory_limit != Some(MemoryLimit::Auto) {
+        return Ok(config.clone());
+    }
+    let account = account(config, inputs, plan);
+    let choice = match crate::plan::chosen_before(config)? {
+        Some(choice) => choice,
+        None => ask_on(config.device, config.threads, ChooseMemory(&account))?,
+    };
+    Ok(RunConfig { memory_limit: None, ..account.with(&choice) })
+}
+
+struct ChooseMemory<'a>(&'a Account<'a>);
+
+impl DeviceTask for ChooseMemory<'_> {
+    type Output = Choice;
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Choice> {
+        crate::plan::choose(device.as_ref(), self.0)
+    }
+}
+
+/// What the run will take.
+fn account<'a>(config: &'a RunConfig, inputs: &'a Inputs, plan: &'a Plan) -> Account<'a> {
+    let models = Models {
+        model: inputs.folder.config().clone(),
+        reference: inputs.reference.as_ref().map(|folder| folder.config().clone()),
+        lora: inputs.adapter.as_ref().map(|adapter| adapter.settings()),
+    };
+    let evaluation = inputs.evaluation.as_ref().map_or(&[][..], |dataset| &dataset.pairs);
+    Account::new(config, plan, models, &inputs.training.pairs, evaluation)
 }
 
 /// What must not change between the parts of a run.
@@ -127,6 +165,7 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        let planned = crate::plan::check(device.as_ref(), &account(config, &inputs, &plan))?;
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
@@ -163,6 +202,8 @@ impl DeviceTask for Training<'_> {
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
+        let peak = run.trainer.device().memory().peak;
+        tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
         output.report(output::Finished {
             config,
             inputs: &inputs,
@@ -184,6 +225,8 @@ struct Run<'a, D: Device> {
     plan: Plan,
     identity: RunIdentity,
     trainer: Trainer<D>,
+    /// What a step's operations follow from, and the device's peak rate in 10^12 per second, where that is known.
+    peak: Option<(Trained, f64)>,
 }
 
 impl<'a, D: Device> Run<'a, D> {
@@ -210,7 +253,11 @@ impl<'a, D: Device> Run<'a, D> {
             adapter.set_masters(&mut trainer)?;
         }
         tracing::info!("log-prob head: {}", trainer.head_plan());
-        Ok(Run { config, inputs, references, plan, identity, trainer })
+        let known = || crate::plan::find(&trainer.device().describe()).map(|kind| kind.rates.tflops);
+        let lora = inputs.adapter.as_ref().map(|adapter| adapter.settings());
+        let trained = |tflops| (Trained::new(inputs.folder.config(), lora.as_ref()), tflops);
+        let peak = config.tflops.or_else(known).map(trained);
+        Ok(Run { config, inputs, references, plan, identity, trainer, peak })
     }
 
     /// Puts the checkpoint that the run starts from into the trainer; returns the steps already done.
@@ -281,6 +328,11 @@ impl<'a, D: Device> Run<'a, D> {
             learning_rate: adamw.learning_rate,
             tokens_per_second: result.tokens as f64 / seconds,
             pairs_per_second: pairs.len() as f64 / seconds,
+            mfu: self.peak.as_ref().map(|(trained, tflops)| {
+                let sides = self.config.objective.sides();
+                let volume = Volume::of(pairs.iter().map(|pair| pair.pair), sides);
+                trained.model_flops(&volume) / (seconds * tflops * 1e12)
+            }),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
     }

@@ -1,4 +1,4 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`,
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `plan`, `check`,
 //! `score`, `generate`, `merge` and `bench`.
 
 mod arguments;
@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod generate;
 mod merge;
+mod plan;
 mod score;
 mod shell;
 mod train;
@@ -19,6 +20,7 @@ use clap::{Arg, ArgAction, Command};
 use crate::bench::BenchConfig;
 use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
 use crate::error::{Error, Result};
+use crate::plan::PlanConfig;
 
 /// How much a command line asks the program to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +41,7 @@ pub struct Invocation {
 enum Parsed {
     Version,
     Train(Box<RunConfig>),
+    Plan(Box<PlanConfig>),
     Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
@@ -73,6 +76,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("plan", matches)) => Parsed::Plan(Box::new(plan::config(matches)?)),
         Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
@@ -83,7 +87,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge or bench",
+                "a command is missing: train, plan, check, score, generate, merge or bench",
             )));
         }
     };
@@ -99,6 +103,7 @@ impl Invocation {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
             Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Plan(config) => crate::plan::run(&config),
             Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
@@ -135,6 +140,7 @@ pub fn command() -> Command {
         )
         .arg(switch("verbose").short('v').global(true).help("Print debug messages too"))
         .subcommand(train::command())
+        .subcommand(plan::command())
         .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())

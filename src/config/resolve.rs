@@ -278,6 +278,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         seed: settled.seed,
         device: settled.device,
         memory,
+        memory_limit: settled.memory,
+        tflops: settled.tflops,
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),
@@ -310,7 +312,8 @@ fn schedule(settled: &Settled) -> ScheduleConfig {
     }
 }
 
-fn memory(settled: &Settled) -> MemoryConfig {
+/// What is kept on the device.
+pub fn memory(settled: &Settled) -> MemoryConfig {
     MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,

@@ -108,11 +108,12 @@ pub trait Memory: Hardware {
 
     /// A device that is planned for: like this one, but that its buffers hold nothing and are only counted, that transfers do
     /// nothing, and that nothing may be computed on it. The same calls that make a run's buffers on this device, made there, say how
-    /// much memory the run takes.
+    /// much memory the run takes. `limit` is the memory that it is planned with, as [`MemoryCounter::set_limit`] has it; more may be
+    /// taken, and is counted.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the system refuses what even that takes.
-    fn planned(&self) -> Result<Self>;
+    fn planned(&self, limit: Option<usize>) -> Result<Self>;
 
     /// The most bytes that were taken from the machine at once: [`MemoryUse::peak`], and what lies idle between buffers.
     fn taken_at_peak(&self) -> usize {

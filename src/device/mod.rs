@@ -54,7 +54,7 @@ pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
-pub use select::{DeviceChoice, DeviceReport, DeviceTask, run_on};
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, ask_on, run_on};
 pub use trace::OperationTime;
 
 /// A device that computes: the CPU, a CUDA GPU, or the emulated one.

@@ -64,6 +64,17 @@ pub fn run_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task:
     }
 }
 
+/// As [`run_on`], for work that comes before the run's own: the device is not announced.
+///
+/// # Errors
+/// As [`run_on`].
+pub fn ask_on<T: DeviceTask>(choice: DeviceChoice, threads: Option<usize>, task: T) -> Result<T::Output> {
+    match open(choice, threads)?.0 {
+        Opened::Cpu(device) => task.run(Arc::new(device)),
+        Opened::Cuda(device) => task.run(Arc::new(device)),
+    }
+}
+
 enum Opened {
     Cpu(CpuDevice),
     Cuda(CudaDevice),

@@ -385,6 +385,12 @@ fn training_charts(history: &History) -> Vec<Option<Chart>> {
             false,
             vec![line("tokens per second", "tokens_per_second", 0)],
         ),
+        Chart::of(
+            "Utilisation",
+            "MFU: the model's own operations, as a share of the device's peak rate.",
+            false,
+            vec![line("MFU", "mfu", 0)],
+        ),
     ]
 }
 

@@ -49,6 +49,9 @@ pub const FREE_OPTIONS: &[&str] = &[
     "device",
     // The same bits, from more or less memory.
     "recompute",
+    // A limit, not what is computed below it.
+    "memory",
+    "tflops",
 ];
 
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.

@@ -55,6 +55,11 @@ impl Plan {
         }
     }
 
+    /// Pairs of the data.
+    pub fn pairs(&self) -> usize {
+        self.pairs
+    }
+
     /// The update with 0-based number `step`.
     pub fn adamw(&self, step: usize) -> AdamWStep {
         self.optimizer.step(self.schedule.factor(step, self.warmup_steps, self.total_steps), step as u32 + 1)

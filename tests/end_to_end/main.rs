@@ -19,6 +19,7 @@ mod hostile_templates;
 mod hostile_templates_list;
 mod learning;
 mod own_data;
+mod plan;
 mod reliability;
 mod resume;
 mod score;

@@ -104,7 +104,7 @@ fn compare<D: Device>(
 ) {
     let what =
         format!("{} {:?} {:?} {choice:?}", golden.name(), objective.kind(), lora.map(|lora| lora.modules));
-    let planned = Arc::new(device.planned().expect("planned"));
+    let planned = Arc::new(device.planned(None).expect("planned"));
     let device = Arc::new(device);
     let folder = mmpo_fast::checkpoint::ModelFolder::open(&golden.folder.join("model")).expect("model");
     let (training, evaluation) = golden.pairs.split_at(STEP_PAIRS);
@@ -221,4 +221,72 @@ fn a_plan_states_the_memory_of_a_run_on_the_emulated_gpu() {
             compare(device(), &golden, (objective, lora, choice(memory, 1 << 20)), true);
         }
     }
+}
+
+/// The sizes of the paper's four models, as their published `config.json` have them.
+fn paper_model(recipe: &str) -> mmpo_fast::model::LlamaConfig {
+    let name =
+        ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"].into_iter().find(|name| recipe.starts_with(name));
+    match name {
+        Some(name) => mmpo_fast::bench::shapes::model(name, None).unwrap(),
+        None => {
+            assert!(recipe.starts_with("smollm2-360m"), "{recipe}");
+            let config = r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+                "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+                "num_key_value_heads": 5, "vocab_size": 49152, "tie_word_embeddings": true, "rope_theta": 100000,
+                "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}"#;
+            mmpo_fast::model::LlamaConfig::parse(Path::new("config.json"), config).unwrap()
+        }
+    }
+}
+
+/// The most memory that a recipe's run takes on a GPU, whatever the pairs within its lengths.
+fn recipe_memory(path: &Path) -> usize {
+    use mmpo_fast::bench::shapes::Lengths;
+    use mmpo_fast::config;
+    use mmpo_fast::device::cuda::{CudaDevice, KernelPath};
+
+    let placed = "model = \"m\"\ndata = \"d.jsonl\"\noutput = \"o\"\n";
+    let text = std::fs::read_to_string(path).unwrap() + placed;
+    let run = config::resolve(config::recipe::parse(&text, path).unwrap(), None, false).unwrap();
+    let (prompt, response) =
+        (run.limits.max_prompt_length, run.limits.max_length - run.limits.max_prompt_length);
+    let lengths = Lengths { prompt, chosen: response, rejected: response };
+    let pairs_per_step = run.pairs_per_step(usize::MAX);
+    let pairs = mmpo_fast::plan::largest_pairs(pairs_per_step, lengths);
+    let job = Job {
+        model: paper_model(&path.file_name().unwrap().to_string_lossy()),
+        reference: None,
+        lora: run.lora,
+        objective: run.objective,
+        pairs_per_step,
+        positions: run.limits.max_length,
+        prompts: vec![prompt],
+    };
+    let budget = run.batch.tokens_per_micro_batch;
+    let sizes = Sizes::of(&pairs, &[], &run.objective, (pairs_per_step, budget));
+    assert_eq!(sizes.training.tokens, budget, "a micro-batch is full: {sizes:?}");
+    let choice = Choice { memory: run.memory, token_budget: budget, head: run.head };
+    let taken = [KernelPath::Portable, KernelPath::Hopper].map(|path| {
+        let device = Arc::new(CudaDevice::planned_gpu(path, true));
+        Footprint::on(&device, &job, &choice, &sizes).unwrap().taken
+    });
+    taken.into_iter().max().unwrap()
+}
+
+#[test]
+fn recipes_state_the_memory_that_a_plan_states() {
+    let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut wrong = Vec::new();
+    for model in ["smollm2-135m", "smollm2-360m", "llama-3.2-1b", "llama-3-8b"] {
+        for objective in ["mmpo", "dpo", "simpo"] {
+            let path = recipes.join(format!("{model}-{objective}.toml"));
+            let stated =
+                format!("# Memory: at most {} on a GPU", mmpo_fast::plan::size(recipe_memory(&path)));
+            if !std::fs::read_to_string(&path).unwrap().contains(&stated) {
+                wrong.push(format!("{model}-{objective}: {stated}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }

@@ -71,8 +71,10 @@ impl Memory for CpuDevice {
         &self.memory
     }
 
-    fn planned(&self) -> Result<Self> {
-        CpuDevice::planned_for(Some(self.threads))
+    fn planned(&self, limit: Option<usize>) -> Result<Self> {
+        let planned = CpuDevice::planned_for(Some(self.threads))?;
+        planned.memory.set_limit(limit);
+        Ok(planned)
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {

@@ -19,15 +19,23 @@ const FIRST_ADDRESS: u64 = 1 << 40;
 #[derive(Debug)]
 pub(super) struct PlannedBackend {
     memory: Mutex<(Arena, Pieces)>,
+    takes_pieces: bool,
     has_gemm_library: bool,
 }
 
 impl PlannedBackend {
-    /// `in_pieces`: whether the device takes its memory in pieces, as a GPU does; `has_gemm_library`: whether it has the vendor's.
-    pub(super) fn new(in_pieces: bool, has_gemm_library: bool) -> Self {
-        let arena = if in_pieces { Arena::default() } else { Arena::exact() };
-        let pieces = Pieces { next: FIRST_ADDRESS, sizes: Vec::new(), now: 0, peak: 0 };
-        PlannedBackend { memory: Mutex::new((arena, pieces)), has_gemm_library }
+    /// `takes_pieces`: whether the device takes its memory in pieces, as a GPU does; `has_gemm_library`: whether it has the
+    /// vendor's; `limit`: bytes that it has.
+    pub(super) fn new(takes_pieces: bool, has_gemm_library: bool, limit: Option<usize>) -> Self {
+        let arena = if takes_pieces { Arena::default() } else { Arena::exact() };
+        let pieces = Pieces {
+            next: FIRST_ADDRESS,
+            sizes: Vec::new(),
+            now: 0,
+            peak: 0,
+            limit: limit.unwrap_or(usize::MAX),
+        };
+        PlannedBackend { memory: Mutex::new((arena, pieces)), takes_pieces, has_gemm_library }
     }
 
     fn lock(&self) -> MutexGuard<'_, (Arena, Pieces)> {
@@ -42,12 +50,17 @@ struct Pieces {
     sizes: Vec<(u64, usize)>,
     now: usize,
     peak: usize,
+    /// Beyond it no piece is given, as at the end of a GPU's memory.
+    limit: usize,
 }
 
 impl PieceSource for Pieces {
     type Error = Error;
 
     fn take(&mut self, bytes: usize) -> Result<u64> {
+        if self.now.saturating_add(bytes) > self.limit {
+            return Err(Error::device("the planned memory is full", "take less"));
+        }
         let address = self.next;
         let end = address.checked_add(bytes.next_multiple_of(256) as u64);
         self.next =
@@ -73,7 +86,14 @@ impl Backend for PlannedBackend {
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
         let (arena, pieces) = &mut *self.lock();
-        let address = arena.allocate(bytes, pieces)?;
+        let address = match arena.allocate(bytes, pieces) {
+            Ok(address) => address,
+            // What is too much is counted too: it says by how much.
+            Err(_) => {
+                pieces.limit = usize::MAX;
+                arena.allocate(bytes, pieces)?
+            }
+        };
         NonNull::new(address as *mut c_void).map(Address).ok_or_else(|| Error::bug("an address of 0"))
     }
 
@@ -107,6 +127,10 @@ impl Backend for PlannedBackend {
 
     fn seconds_between(&self, _: &Moment, _: &Moment) -> Result<f64> {
         Ok(0.0)
+    }
+
+    fn takes_pieces(&self) -> bool {
+        self.takes_pieces
     }
 
     fn has_gemm_library(&self) -> bool {

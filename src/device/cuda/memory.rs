@@ -142,9 +142,11 @@ impl Memory for CudaDevice {
         &self.memory.counter
     }
 
-    fn planned(&self) -> Result<Self> {
-        let backend = PlannedBackend::new(self.backend().takes_pieces(), self.backend().has_gemm_library());
+    fn planned(&self, limit: Option<usize>) -> Result<Self> {
+        let backend =
+            PlannedBackend::new(self.backend().takes_pieces(), self.backend().has_gemm_library(), limit);
         let planned = Self::new(Box::new(backend), self.path);
+        planned.memory.counter.set_limit(limit);
         Ok(CudaDevice { gemm_choice: self.gemm_choice, attention_order: self.attention_order, ..planned })
     }
 

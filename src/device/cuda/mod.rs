@@ -119,7 +119,12 @@ impl CudaDevice {
     /// A GPU that is only planned for, see [`Memory::planned`](super::Memory::planned): on the kernels of `path`, with or
     /// without the vendor's library of gemms. It needs neither a GPU nor kernels.
     pub fn planned_gpu(path: KernelPath, has_gemm_library: bool) -> Self {
-        Self::new(Box::new(backend_planned::PlannedBackend::new(true, has_gemm_library)), path)
+        Self::new(Box::new(backend_planned::PlannedBackend::new(true, has_gemm_library, None)), path)
+    }
+
+    /// As [`CudaDevice::planned_gpu`], of the emulated device.
+    pub fn planned_emulated() -> Self {
+        Self::new(Box::new(backend_planned::PlannedBackend::new(false, false, None)), KernelPath::Portable)
     }
 
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
