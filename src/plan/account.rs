@@ -1,6 +1,6 @@
 //! The account of one run: its memory, work and time under its own options and under others.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -42,8 +42,8 @@ pub struct Account<'a> {
     training: &'a [TokenizedPair],
     evaluation: &'a [TokenizedPair],
     trained: Trained,
-    /// All training pairs together.
-    volume: Volume,
+    /// All training pairs together, once they are asked for.
+    volume: OnceCell<Volume>,
     sizes: RefCell<HashMap<usize, Sizes>>,
 }
 
@@ -69,8 +69,8 @@ impl<'a> Account<'a> {
             positions,
             prompts: sample_prompts(answered).iter().map(|pair| pair.prompt.len()).collect(),
         };
-        let volume = Volume::of(training, config.objective.sides());
-        Account { config, plan, job, training, evaluation, trained, volume, sizes: RefCell::default() }
+        let (volume, sizes) = Default::default();
+        Account { config, plan, job, training, evaluation, trained, volume, sizes }
     }
 
     /// The run as it is asked for.
@@ -136,7 +136,8 @@ impl<'a> Account<'a> {
             })
             .collect();
         let mean = counts.iter().sum::<usize>() as f64 / counts.len().max(1) as f64;
-        self.volume.share(full as f64 / self.volume.pairs.max(1.0), mean.max(1.0))
+        let volume = self.volume.get_or_init(|| Volume::of(self.training, sides));
+        volume.share(full as f64 / volume.pairs.max(1.0), mean.max(1.0))
     }
 
     /// The work of a mean step; `size` is the bytes of a weight.
@@ -150,10 +151,12 @@ impl<'a> Account<'a> {
         let size = size_of::<D::Compute>();
         let rates = rates.unwrap_or(NOMINAL);
         let (asked, largest_pair) = (self.asked(), self.largest_pair());
-        let budgets = search::budgets(Room { asked, largest_pair, layer_budgets: &[] });
+        let largest_batch = self.sizes(asked.token_budget).training.tokens;
+        let room = Room { asked, largest_pair, largest_batch, layer_budgets: &[] };
+        let budgets = search::budgets(room);
         let layer_budgets: Vec<usize> =
             budgets.into_iter().filter(|&budget| self.can_apply_by_layer(budget)).collect();
-        let room = Room { asked, largest_pair, layer_budgets: &layer_budgets };
+        let room = Room { layer_budgets: &layer_budgets, ..room };
         search::candidates(room, |choice| self.work(choice, false, size).seconds(&rates))
     }
 

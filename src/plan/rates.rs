@@ -27,7 +27,7 @@ pub struct GpuKind {
     pub name: &'static str,
     /// Its peak rates.
     pub rates: Rates,
-    /// 10^9 bytes of memory.
+    /// The memory as it is sold, taken as 10^9 bytes: a driver has a little more to give.
     pub memory: f64,
     /// Whether it runs Hopper's kernels: compute capability 9.0.
     pub is_hopper: bool,

@@ -31,6 +31,8 @@ pub struct Room<'a> {
     pub asked: Choice,
     /// Tokens of the largest pair: a smaller micro-batch saves nothing.
     pub largest_pair: usize,
+    /// Tokens of the largest micro-batch that the run makes room for: a budget that is not below them saves nothing.
+    pub largest_batch: usize,
     /// Budgets with which gradients may be applied layer by layer.
     pub layer_budgets: &'a [usize],
 }
@@ -64,11 +66,11 @@ pub fn candidates(room: Room<'_>, seconds: impl Fn(&Choice) -> f64) -> Vec<Candi
 /// Token budgets from the one asked for down to that of a single pair, each half of the one before.
 pub fn budgets(room: Room<'_>) -> Vec<usize> {
     let asked = room.asked.token_budget;
-    let halves = std::iter::successors(Some(asked), |budget| Some(budget / 2));
-    let mut budgets: Vec<usize> = halves.take_while(|&budget| budget > room.largest_pair).collect();
-    if budgets.is_empty() {
-        budgets.push(asked);
-    } else if budgets.last() != Some(&room.largest_pair) && room.largest_pair > 0 {
+    let halves = std::iter::successors(Some(asked / 2), |budget| Some(budget / 2));
+    let smaller = halves.take_while(|&budget| budget > room.largest_pair);
+    let smaller = smaller.filter(|&budget| budget < room.largest_batch);
+    let mut budgets: Vec<usize> = std::iter::once(asked).chain(smaller).collect();
+    if (1..room.largest_batch.min(asked)).contains(&room.largest_pair) {
         budgets.push(room.largest_pair);
     }
     budgets
@@ -139,8 +141,8 @@ pub fn flags(asked: &Choice, choice: &Choice) -> Vec<String> {
     .collect()
 }
 
-/// Tries candidates in their order until `wanted` of them fit into `limit` bytes; returns all that were tried. Where the
-/// combination that keeps least does not fit, none does, and it alone is returned.
+/// Tries candidates in their order until `wanted` of them fit into `limit` bytes; returns all that were tried. Where those that
+/// keep least do not fit, none does, and the smallest alone is returned.
 ///
 /// # Errors
 /// Those of `footprint`.
@@ -150,11 +152,16 @@ pub fn try_in_order(
     wanted: usize,
     mut footprint: impl FnMut(&Choice) -> Result<Footprint>,
 ) -> Result<Vec<Tried>> {
-    if let Some(least) = least(candidates) {
-        let smallest = Tried { candidate: least, footprint: footprint(&least.choice)? };
-        if smallest.footprint.taken > limit {
-            return Ok(vec![smallest]);
+    let mut smallest: Option<Tried> = None;
+    for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+        let Some(candidate) = least(candidates, gradients) else { continue };
+        let tried = Tried { candidate, footprint: footprint(&candidate.choice)? };
+        if smallest.is_none_or(|smallest| tried.footprint.taken < smallest.footprint.taken) {
+            smallest = Some(tried);
         }
+    }
+    if let Some(smallest) = smallest.filter(|smallest| smallest.footprint.taken > limit) {
+        return Ok(vec![smallest]);
     }
     let mut tried = Vec::new();
     let mut fitting = 0;
@@ -169,8 +176,8 @@ pub fn try_in_order(
     Ok(tried)
 }
 
-/// The candidate that keeps least.
-fn least(candidates: &[Candidate]) -> Option<Candidate> {
+/// The candidate that keeps least of those with these gradients: with others, micro-batches of other sizes are possible.
+fn least(candidates: &[Candidate], gradients: GradientConfig) -> Option<Candidate> {
     let kept = |candidate: &&Candidate| {
         let Choice { memory, token_budget, .. } = candidate.choice;
         let moments = memory.states.moments.bytes(1 << 20);
@@ -180,9 +187,9 @@ fn least(candidates: &[Candidate]) -> Option<Candidate> {
             Recompute::Layer => 0,
         };
         let master = memory.states.master == MasterWeights::F32;
-        (memory.gradients == GradientConfig::F32, master, moments, recompute, token_budget)
+        (master, moments, recompute, token_budget)
     };
-    candidates.iter().min_by_key(kept).copied()
+    candidates.iter().filter(|one| one.choice.memory.gradients == gradients).min_by_key(kept).copied()
 }
 
 #[cfg(test)]
@@ -206,7 +213,7 @@ mod tests {
 
     #[test]
     fn the_first_candidates_are_the_run_as_asked_and_what_costs_no_time() {
-        let room = Room { asked: asked(), largest_pair: 1500, layer_budgets: &[4096] };
+        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[4096] };
         let all = candidates(room, seconds);
         assert_eq!(all[0].choice, asked());
         let names: Vec<String> =
@@ -223,6 +230,8 @@ mod tests {
         );
         assert!(all.windows(2).all(|two| two[0].time <= two[1].time + 0.01), "{all:?}");
         assert_eq!(budgets(room), [4096, 2048, 1500]);
+        assert_eq!(budgets(Room { largest_batch: 2048, ..room }), [4096, 1500]);
+        assert_eq!(budgets(Room { largest_pair: 5000, largest_batch: 5000, ..room }), [4096]);
         // With several micro-batches in a step, gradients are not applied layer by layer.
         let layered = all.iter().filter(|one| one.choice.memory.gradients == GradientConfig::Layer);
         assert!(layered.into_iter().all(|one| one.choice.token_budget == 4096));
@@ -232,7 +241,8 @@ mod tests {
     fn nothing_keeps_more_than_was_asked_for() {
         let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
         let memory = MemoryConfig { states, recompute: Recompute::Layer, gradients: GradientConfig::F32 };
-        let room = Room { asked: Choice { memory, ..asked() }, largest_pair: 9000, layer_budgets: &[] };
+        let asked = Choice { memory, ..asked() };
+        let room = Room { asked, largest_pair: 9000, largest_batch: 9000, layer_budgets: &[] };
         let all = candidates(room, seconds);
         assert_eq!(all.len(), 1, "{all:?}");
         assert_eq!(all[0].choice, room.asked);
@@ -245,7 +255,7 @@ mod tests {
 
     #[test]
     fn trying_ends_with_what_fits_or_with_the_least_there_is() {
-        let room = Room { asked: asked(), largest_pair: 1500, layer_budgets: &[] };
+        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[] };
         let all = candidates(room, seconds);
         let bytes = |choice: &Choice| {
             let saved = flags(&asked(), choice).len();

@@ -135,8 +135,11 @@ fn options(planned: &Planned, tried: &Tried) -> String {
 /// The account for programs. Bytes are bytes, operations are operations, seconds are seconds.
 pub(super) fn json(planned: &Planned) -> Value {
     let Planned { footprint, capacity, target, .. } = planned;
-    let parts: serde_json::Map<String, Value> =
-        footprint.parts.iter().map(|(part, bytes)| (part.name().replace(' ', "_"), json!(bytes))).collect();
+    let parts: serde_json::Map<String, Value> = footprint
+        .parts
+        .iter()
+        .map(|(part, bytes)| (part.name().replace([' ', '-'], "_"), json!(bytes)))
+        .collect();
     let step = planned.step.as_ref().map(|(volume, work)| {
         let seconds = target.rates.as_ref().map(|rates| work.seconds(rates));
         let mfu = target.rates.as_ref().zip(seconds).map(|(rates, seconds)| mfu(planned, seconds, rates));
