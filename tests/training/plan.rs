@@ -294,3 +294,45 @@ fn recipes_state_the_memory_that_a_plan_states() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+/// The values of the authors' runs: docs of the paper name learning rates for each model and objective, and adapters.
+#[test]
+fn recipes_have_the_values_of_the_paper() {
+    use mmpo_fast::config;
+    let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let attention = [AdaptedModule::Query, AdaptedModule::Key, AdaptedModule::Value, AdaptedModule::Output];
+    for (model, rates, adapted) in [
+        ("smollm2-135m", [5e-4, 5e-4, 1e-4], &[][..]),
+        ("smollm2-360m", [5e-4, 5e-5, 1e-4], &[]),
+        ("llama-3.2-1b", [5e-4, 5e-4, 5e-4], &AdaptedModule::ALL),
+        ("llama-3-8b", [1e-4, 1e-5, 1e-4], &attention),
+    ] {
+        for (objective, rate) in ["mmpo", "dpo", "simpo"].into_iter().zip(rates) {
+            let name = format!("{model}-{objective}.toml");
+            let path = recipes.join(&name);
+            let placed = "model = \"m\"\ndata = \"d.jsonl\"\noutput = \"o\"\n";
+            let text = std::fs::read_to_string(&path).unwrap() + placed;
+            let run = config::resolve(config::recipe::parse(&text, &path).unwrap(), None, false).unwrap();
+            assert_eq!(run.objective.name(), objective, "{name}");
+            assert_eq!(run.optimizer.learning_rate, rate, "{name}");
+            assert_eq!(run.batch.pairs_per_step, Some(128), "{name}");
+            assert_eq!((run.limits.max_length, run.limits.max_prompt_length), (2312, 1800), "{name}");
+            assert_eq!((run.seed, run.schedule.warmup), (42, config::Warmup::Ratio(0.1)), "{name}");
+            let is_lora = !adapted.is_empty();
+            assert_eq!(run.schedule.epochs, if model == "llama-3-8b" { 2.0 } else { 5.0 }, "{name}");
+            let states = if is_lora { MomentFormat::EightBit } else { MomentFormat::F32 };
+            assert_eq!(run.memory.states.moments, states, "{name}");
+            let lora = is_lora.then(|| LoraSettings {
+                modules: AdaptedModules::of(adapted.iter().copied()),
+                rank: 64,
+                alpha: 64.0,
+                dropout: 0.01,
+                rslora: false,
+            });
+            assert_eq!(run.lora, lora, "{name}");
+            if let Some(ratio) = text.lines().find_map(|line| line.strip_prefix("gamma_beta_ratio = ")) {
+                assert_eq!(ratio, if is_lora { "1.0" } else { "1.6" }, "{name}");
+            }
+        }
+    }
+}
