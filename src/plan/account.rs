@@ -42,6 +42,8 @@ pub struct Account<'a> {
     training: &'a [TokenizedPair],
     evaluation: &'a [TokenizedPair],
     trained: Trained,
+    /// A step, where it does not follow from the pairs.
+    assumed_step: Option<Volume>,
     /// All training pairs together, once they are asked for.
     volume: OnceCell<Volume>,
     sizes: RefCell<HashMap<usize, Sizes>>,
@@ -69,8 +71,14 @@ impl<'a> Account<'a> {
             positions,
             prompts: sample_prompts(answered).iter().map(|pair| pair.prompt.len()).collect(),
         };
-        let (volume, sizes) = Default::default();
-        Account { config, plan, job, training, evaluation, trained, volume, sizes }
+        let (assumed_step, volume, sizes) = Default::default();
+        Account { config, plan, job, training, evaluation, trained, assumed_step, volume, sizes }
+    }
+
+    /// The same account with steps of this volume, where the pairs only stand for the largest that there can be.
+    #[must_use]
+    pub fn with_step(self, step: Volume) -> Self {
+        Account { assumed_step: Some(step), ..self }
     }
 
     /// The run as it is asked for.
@@ -124,6 +132,10 @@ impl<'a> Account<'a> {
 
     /// A mean step at a token budget.
     pub fn step_volume(&self, token_budget: usize) -> Volume {
+        if let Some(step) = self.assumed_step {
+            let micro_batches = (step.tokens / token_budget.max(self.largest_pair()) as f64).ceil();
+            return Volume { micro_batches, ..step };
+        }
         let sides = self.job.objective.sides();
         let full = self.job.pairs_per_step;
         let steps = self.plan.order.from_step(0).take(COUNTED_STEPS.min(self.plan.total_steps));

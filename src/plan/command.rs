@@ -51,10 +51,22 @@ pub fn run(config: &PlanConfig) -> Result<()> {
     interrupt::install()?;
     let material = Material::read(config)?;
     let target = Target::of(config)?;
-    let run = &RunConfig { limits: material.limits, ..config.run.clone() };
+    let mut run = RunConfig { limits: material.limits, ..config.run.clone() };
+    if config.largest_pair.is_some() {
+        run.batch.pairs_per_step = Some(material.training.len());
+    }
+    let run = &run;
     let plan = Plan::new(run, material.training.len());
     plan.check_micro_batches(run, &material.training)?;
     let account = Account::new(run, &plan, material.models.clone(), &material.training, &material.evaluation);
+    let account = match config.largest_pair {
+        None => account,
+        // Work is compared as if every pair were the largest.
+        Some(_) => {
+            let largest = Volume::of(material.training.first(), run.objective.sides());
+            account.with_step(largest.share(plan.pairs_per_step as f64, 1.0))
+        }
+    };
     let task = Planning { account: &account, config, target: &target };
     let found = match target.kind {
         TargetKind::Cpu => task.run(Arc::new(CpuDevice::planned_for(run.threads)?)),

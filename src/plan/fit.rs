@@ -175,6 +175,7 @@ pub fn chosen_before(config: &RunConfig) -> Result<Option<Choice>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Memory;
     use crate::device::cpu::CpuDevice;
 
     #[test]

@@ -27,10 +27,15 @@ fn heading(planned: &Planned) -> String {
         false => format!("all {:.1} M parameters", all / 1e6),
     };
     format!(
-        "{} trains {what} on {}: {} steps of {} pairs, micro-batches of up to {} tokens\n",
+        "{} trains {what} on {}: {} of {} pairs, micro-batches of up to {} tokens\n",
         planned.run.objective.kind(),
         planned.target.name,
-        planned.total_steps,
+        match (&planned.step, planned.total_steps) {
+            // Without pairs, the number of steps is not known.
+            (None, _) => "steps".to_owned(),
+            (Some(_), 1) => "1 step".to_owned(),
+            (Some(_), steps) => format!("{steps} steps"),
+        },
         planned.pairs_per_step,
         planned.asked.token_budget,
     )
@@ -107,14 +112,21 @@ fn mfu(planned: &Planned, seconds: f64, rates: &Rates) -> f64 {
 fn alternatives(planned: &Planned) -> String {
     let Some(limit) = planned.limit else { return String::new() };
     let mut text = format!("\nwithin {}, in the order of the time that a step takes\n", size(limit));
+    let mut least = usize::MAX;
     for tried in &planned.tried {
+        // What takes no less than something that is faster only matters where it fits.
+        let taken = tried.footprint.taken;
+        if taken >= least && taken > limit {
+            continue;
+        }
+        least = least.min(taken);
         let verdict = match tried.footprint.taken.checked_sub(limit) {
             None | Some(0) => "fits".to_owned(),
             Some(over) => format!("{} too much", size(over)),
         };
         let _ = writeln!(
             text,
-            "  {:>10}  {:>6.2} x  {:<16}{}",
+            "  {:>10}  {:>6.2} x  {:<20}{}",
             size(tried.footprint.taken),
             tried.candidate.time,
             verdict,

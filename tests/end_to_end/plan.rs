@@ -132,7 +132,7 @@ fn auto_writes_down_what_it_chose() {
         assert!(resolved.contains(line), "no {line} in {resolved}");
     }
     std::fs::remove_file(workplace.path("run/report.html")).unwrap();
-    std::fs::remove_dir_all(workplace.path("run/checkpoints/step-2")).unwrap();
+    std::fs::remove_dir_all(workplace.path("run/checkpoints/step-000002")).unwrap();
     let resumed = workplace.succeed(&format!("{train} --resume"));
     assert!(resumed.stderr.contains("resuming after step 1"), "{}", resumed.stderr);
 }
