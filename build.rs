@@ -57,16 +57,27 @@ fn run() -> Result<()> {
     }
     let sources = Sources::find()?;
     let out = PathBuf::from(environment("OUT_DIR")?);
-    build_emulated(&sources, &out)?;
-    build_for_gpus(&sources, &out)
+    let objects = objects_folder(&out);
+    // Tests take the PTX out of the objects.
+    println!("cargo:rustc-env=MMPO_FAST_KERNEL_OBJECTS={}", objects.display());
+    build_emulated(&sources, &objects)?;
+    build_for_gpus(&sources, &out, &objects)
 }
 
-fn build_emulated(sources: &Sources, out: &Path) -> Result<()> {
+/// The folder of objects that belongs to `out`, the build script's own folder. `cargo build` and `cargo clippy` give the script
+/// a folder each and take turns in the profile's folder, so the objects lie there and are compiled once for both.
+fn objects_folder(out: &Path) -> PathBuf {
+    // target/PROFILE/build/PACKAGE-HASH/out
+    let scripts = out.ancestors().nth(2).filter(|folder| folder.ends_with("build"));
+    scripts.and_then(Path::parent).unwrap_or(out).join("kernel-objects")
+}
+
+fn build_emulated(sources: &Sources, objects: &Path) -> Result<()> {
     let setting = setting("MMPO_FAST_EMULATED");
     let (arch, os) = (environment("CARGO_CFG_TARGET_ARCH")?, environment("CARGO_CFG_TARGET_OS")?);
     let without = choices::without_emulated(setting.as_deref(), &arch, &os)?;
     if without.is_none() {
-        emulated::build(sources, &objects::Cache::new(out, &sources.emulated_headers)?)?;
+        emulated::build(sources, &objects::Cache::new(objects, &sources.emulated_headers)?)?;
         println!("cargo:rustc-cfg=mmpo_emulated");
     }
     let described = without.map_or("built in".to_owned(), |why| format!("none ({why})"));
@@ -74,7 +85,7 @@ fn build_emulated(sources: &Sources, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
+fn build_for_gpus(sources: &Sources, out: &Path, objects: &Path) -> Result<()> {
     let asked = GpuKernels::of(setting("MMPO_FAST_CUDA").as_deref())?;
     if asked == GpuKernels::Off {
         describe("none (built with MMPO_FAST_CUDA=off)", "0");
@@ -95,7 +106,7 @@ fn build_for_gpus(sources: &Sources, out: &Path) -> Result<()> {
             return Ok(());
         }
     };
-    let cache = objects::Cache::new(out, &sources.headers)?;
+    let cache = objects::Cache::new(objects, &sources.headers)?;
     let compiled = toolkit.compile(sources, &cache)?;
     let findings = ptxas::review(&compiled, &out.join("ptxas"))?;
     ptxas::write_resources(&compiled, &toolkit.build, &out.join("ptxas"))?;

@@ -35,13 +35,14 @@ pub struct Cache {
 }
 
 impl Cache {
-    pub fn new(out: &Path, headers: &[PathBuf]) -> Result<Self> {
+    /// Keeps objects below `folder`; a change of any of `headers` makes all of them stale.
+    pub fn new(folder: &Path, headers: &[PathBuf]) -> Result<Self> {
         let mut hasher = DefaultHasher::new();
         for header in headers {
             header.hash(&mut hasher);
             read(header)?.hash(&mut hasher);
         }
-        Ok(Cache { folder: out.join("objects"), headers: hasher.finish() })
+        Ok(Cache { folder: folder.to_owned(), headers: hasher.finish() })
     }
 
     /// Compiles `jobs` into objects of `build` (`gpu`, `plain`, ..), as many at once as cargo allows.

@@ -234,12 +234,17 @@ struct MasterWeights {
     }
 };
 
+// Values of the blocks that mmpo_adamw_tensor::first_block counts.
+constexpr int kBlockOfPart = 256;
+
 struct StochasticWeights {
     bf16* weight;
-    // The tensor's number, on which its random bits depend.
-    uint64_t tensor;
+    // The tensor's number and the part's place in it, on which the random bits depend.
+    uint32_t tensor;
+    uint32_t first_block;
 
-    explicit StochasticWeights(const mmpo_adamw_tensor& tensor) : weight(tensor.weight), tensor(tensor.tensor) {}
+    explicit StochasticWeights(const mmpo_adamw_tensor& tensor)
+        : weight(tensor.weight), tensor(tensor.tensor), first_block(tensor.first_block) {}
     StochasticWeights() = default;
 
     DEVICE bool aligned() const { return vector_aligned(weight); }
@@ -251,8 +256,8 @@ struct StochasticWeights {
 
     template <bool kVectorized>
     DEVICE void store(const float (&values)[kVectorF32], int64_t at, int count, const mmpo_adamw_step& step) const {
-        const uint2 random = rounding_bits(uint64_t(at) / kVectorF32, uint32_t(tensor), step.step,
-                                           make_uint2(step.seed_low, step.seed_high));
+        const uint64_t group = uint64_t(first_block) * (kBlockOfPart / kVectorF32) + uint64_t(at) / kVectorF32;
+        const uint2 random = rounding_bits(group, tensor, step.step, make_uint2(step.seed_low, step.seed_high));
         float rounded[kVectorF32];
         rounded[0] = to_float(round_stochastically(values[0], random.x));
         rounded[1] = to_float(round_stochastically(values[1], random.x >> 16));

@@ -243,6 +243,76 @@ mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf1
 mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
                                  float keep_scale, mmpo_stream stream);
 
+/* ---- low_rank_sm90.cu: the same products on Hopper
+ *
+ * All sizes but `rows` are multiples of 8, and addresses of 16 bytes. */
+
+/* Assigns inner[rows, inner_width] = x[rows, inputs] * a[inner_width, inputs]^T. */
+mmpo_status MMPO_EXPORT(low_rank_inner_sm90)(mmpo_bf16* inner, const mmpo_bf16* x, const mmpo_bf16* a, int32_t rows,
+                                             int32_t inputs, int32_t inner_width, mmpo_stream stream);
+
+/* As low_rank_backward_input. */
+mmpo_status MMPO_EXPORT(low_rank_backward_input_sm90)(mmpo_bf16* dinner, const mmpo_bf16* dout, const mmpo_bf16* b,
+                                                      int32_t rows, int32_t rank, int32_t outputs, int32_t out_width,
+                                                      int32_t inner_width, float scale, mmpo_stream stream);
+
+/* The bytes of `workspace` that low_rank_backward_weight_sm90 needs. A pure function on the host. */
+int64_t MMPO_EXPORT(low_rank_backward_weight_sm90_workspace)(int32_t rows, int32_t rank, int32_t outputs);
+
+/* As low_rank_backward_weight. With few outputs the rows are summed in parts, which a second kernel adds in order. */
+mmpo_status MMPO_EXPORT(low_rank_backward_weight_sm90)(float* db, void* workspace, const mmpo_bf16* dout,
+                                                       const mmpo_bf16* inner, int32_t rows, int32_t rank,
+                                                       int32_t outputs, int32_t out_width, int32_t inner_width,
+                                                       float scale, mmpo_stream stream);
+
+/* ---- adapted_linear.cu, adapted_linear_sm90.cu: frozen linear layers whose gemms go on to low-rank adapters
+ *
+ * `tile` of the functions for Hopper: as for linear_sm90.cu, where the shape has 128 rows and 128 or 256 columns;
+ * others leave the choice to the plan. There ranks are multiples of 8 and arrays begin on 16 bytes. */
+
+/* A module's adapter: it adds scale * inner[rows, rank] * b[outputs, rank]^T to columns first .. first + outputs of the
+ * layer's output. Rows of inner lie inner_width values apart. */
+typedef struct mmpo_low_rank_part {
+    const mmpo_bf16* inner;
+    const mmpo_bf16* b;
+    int32_t inner_width;
+    int32_t rank;
+    int32_t first;
+    int32_t outputs;
+    float scale;
+} mmpo_low_rank_part;
+
+/* Assigns out[rows, outputs] = x[rows, inputs] * weight[outputs, inputs]^T + bias[outputs] + what `count` adapters add,
+ * at most 3; bias may be NULL. `parts` is in host memory and is read during the call only. */
+mmpo_status MMPO_EXPORT(adapted_linear_forward)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
+                                                const mmpo_bf16* bias, const mmpo_low_rank_part* parts, int32_t count,
+                                                int32_t rows, int32_t inputs, int32_t outputs, mmpo_stream stream);
+mmpo_status MMPO_EXPORT(adapted_linear_forward_sm90)(mmpo_bf16* out, const mmpo_bf16* x, const mmpo_bf16* weight,
+                                                     const mmpo_bf16* bias, const mmpo_low_rank_part* parts,
+                                                     int32_t count, int32_t rows, int32_t inputs, int32_t outputs,
+                                                     int32_t tile, mmpo_stream stream);
+
+/* The same for gate_up[rows, 2 * width], and assigns out[rows, width] = silu(gate) * up. */
+mmpo_status MMPO_EXPORT(adapted_linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* gate_up, const mmpo_bf16* x,
+                                                            const mmpo_bf16* weight, const mmpo_bf16* bias,
+                                                            const mmpo_low_rank_part* parts, int32_t count,
+                                                            int32_t rows, int32_t inputs, int32_t width, int32_t tile,
+                                                            mmpo_stream stream);
+
+/* Assigns dx[rows, inputs] = dout[rows, outputs] * weight[outputs, inputs] + dropout(dinner[rows, inner_width] *
+ * a[inner_width, inputs]). For `key`, `threshold` and `keep_scale` see `dropout`; a threshold of 0 drops nothing. */
+mmpo_status MMPO_EXPORT(adapted_linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
+                                                       const mmpo_bf16* dinner, const mmpo_bf16* a, int32_t rows,
+                                                       int32_t inputs, int32_t outputs, int32_t inner_width,
+                                                       uint64_t key, uint32_t threshold, float keep_scale,
+                                                       mmpo_stream stream);
+mmpo_status MMPO_EXPORT(adapted_linear_backward_input_sm90)(mmpo_bf16* dx, const mmpo_bf16* dout,
+                                                            const mmpo_bf16* weight, const mmpo_bf16* dinner,
+                                                            const mmpo_bf16* a, int32_t rows, int32_t inputs,
+                                                            int32_t outputs, int32_t inner_width, uint64_t key,
+                                                            uint32_t threshold, float keep_scale, int32_t tile,
+                                                            mmpo_stream stream);
+
 /* ---- attention_forward.cu, attention_backward.cu, attention_decode.cu
  *
  * A row of qkv[T, (H + 2K) * E] is H query heads, K key heads, K value heads; query head h reads key/value head
@@ -433,9 +503,9 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update: arrays of `length` values in device memory. `master` is NULL if the weight is its own master
- * copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute
- * value, for every 256 of them; both scales are NULL for the other formats. */
+/* A tensor to update, or a part of one: arrays of `length` values in device memory. `master` is NULL if the weight is
+ * its own master copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the
+ * largest absolute value, for every 256 of them; both scales are NULL for the other formats. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
@@ -445,7 +515,8 @@ typedef struct mmpo_adamw_tensor {
     float* second_scales;
     const float* gradient;
     int64_t length;
-    uint32_t tensor; /* its number in the model, on which the random bits of stochastic rounding depend */
+    uint32_t tensor;      /* its number in the model, on which the random bits of stochastic rounding depend */
+    uint32_t first_block; /* blocks of 256 values that the tensor has before this part, which those bits count */
 } mmpo_adamw_tensor;
 
 /* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w = master, or weight where there is none:

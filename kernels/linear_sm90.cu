@@ -9,32 +9,11 @@
 // T may be anything; I and O must be multiples of 8, and arrays must start on 16 bytes, which tensor maps ask for.
 // `tile` is the number of a tile shape in common/gemm_plan_sm90.cuh, or MMPO_PLANNED_TILE.
 
-#include "common/gemm_epilogues_sm90.cuh"
-#include "common/vector.cuh"
+#include "common/gemm_parts_sm90.cuh"
 
 namespace {
 
 using namespace gemm_sm90;
-
-// Accumulates out[M, N] += the partial sums of a split gemm, in their order. `part` is the distance between two of
-// them.
-__global__ void __launch_bounds__(kBlock)
-    add_parts_kernel(float* out, const float* __restrict__ parts, int64_t length, int64_t part, int count) {
-    const int64_t index = flat_index<kVectorF32>();
-    if (index >= length) return;
-    float sum[kVectorF32], term[kVectorF32];
-    load4<true>(sum, parts + index, 0, kVectorF32);
-#pragma unroll 4
-    for (int i = 1; i < count; ++i) {
-        load4<true>(term, parts + i * part + index, 0, kVectorF32);
-#pragma unroll
-        for (int j = 0; j < kVectorF32; ++j) sum[j] += term[j];
-    }
-    load4<true>(term, out + index, 0, kVectorF32);
-#pragma unroll
-    for (int j = 0; j < kVectorF32; ++j) term[j] += sum[j];
-    store4<true>(out + index, 0, kVectorF32, term);
-}
 
 template <class Lines>
 bool is_supported(const GemmOperands& operands, const void* out, int tile) {
@@ -57,23 +36,10 @@ mmpo_status launch_bf16(bf16* out, const bf16* bias, const GemmOperands& operand
     return launch_gemm<Lines>(operands, plan, epilogue, stream);
 }
 
-template <class Lines>
-mmpo_status launch_parts(float* out, float* parts, const GemmOperands& operands, const GemmPlan& plan,
-                         mmpo_stream stream) {
-    const int64_t rows = split_rows(plan, operands.shape_m), width = operands.shape_n;
-    StoreF32 epilogue{{}, int(rows * plan.splits), operands.shape_n, false};
-    if (const mmpo_status error = encode_panel_map(&epilogue.out, parts, rows * plan.splits, width)) return error;
-    if (const mmpo_status error = launch_gemm<Lines>(operands, plan, epilogue, stream)) return error;
-    const int64_t length = operands.shape_m * width;
-    return LAUNCH(add_parts_kernel, flat_blocks<kVectorF32>(length), kBlock, 0, cuda_stream(stream), out, parts, length,
-                  rows * width, plan.splits);
-}
-
 // Bytes of the partial sums of out[M, N] with depth K; 0 where the depth is not split.
 int64_t parts_bytes(int shape_m, int shape_n, int shape_k, int tile) {
     if (tile >= kTileShapeCount) return 0;
-    const GemmPlan plan = plan_gemm(shape_m, shape_n, shape_k, true, tile);
-    return plan.splits == 1 ? 0 : plan.splits * split_rows(plan, shape_m) * shape_n * int64_t(sizeof(float));
+    return gemm_sm90::parts_bytes(plan_gemm(shape_m, shape_n, shape_k, true, tile), shape_m, shape_n);
 }
 
 template <class Lines>
@@ -81,11 +47,8 @@ mmpo_status launch_add_f32(float* out, void* workspace, const GemmOperands& oper
     if (empty(operands)) return kSuccess;
     if (!is_supported<Lines>(operands, out, tile)) return kInvalidValue;
     const GemmPlan plan = plan_gemm(operands.shape_m, operands.shape_n, operands.shape_k, true, tile);
-    if (plan.splits > 1) return launch_parts<Lines>(out, static_cast<float*>(workspace), operands, plan, stream);
-    StoreF32 epilogue{{}, operands.shape_m, operands.shape_n, true};
-    if (const mmpo_status error = encode_panel_map(&epilogue.out, out, operands.shape_m, operands.shape_n))
-        return error;
-    return launch_gemm<Lines>(operands, plan, epilogue, stream);
+    const auto launch = [&](const StoreF32& epilogue) { return launch_gemm<Lines>(operands, plan, epilogue, stream); };
+    return launch_sum(out, static_cast<float*>(workspace), operands.shape_m, operands.shape_n, plan, launch, stream);
 }
 
 }  // namespace
@@ -104,9 +67,7 @@ mmpo_status MMPO_EXPORT(linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo_bf16* g
     const bool mappable = lines_aligned<GatedForwardLines>(operands) && vector_rows(width);
     if (!mappable || !vector_aligned(out, gate_up)) return kInvalidValue;
     StoreSwiGlu epilogue{{}, {}, {}, bias, rows, width};
-    if (const mmpo_status error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
-    if (const mmpo_status error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
-    if (const mmpo_status error = encode_panel_map(&epilogue.out, out, rows, width)) return error;
+    if (const mmpo_status error = encode_swiglu_maps(epilogue, out, gate_up)) return error;
     const GemmPlan plan = plan_panel_tiles(rows, 2 * width, inputs);
     return launch_panel_tiles<GatedForwardLines>(operands, plan, epilogue, stream);
 }

@@ -6,22 +6,18 @@
 //   backward_weight            dout[T, O], transposed        inner[T, r]             db[O, r], f32 accumulated
 //   linear_backward_input_add  dinner[T, r]                  a[r, I]                 dx[T, I], bf16 accumulated
 //
-// inner = dropout(x) * a^T and the gradient of a are ordinary linear layers. The first three work on columns of wider
-// matrices: query, key and value, and gate and up, stand side by side in one output, each with an adapter of its own.
+// inner = dropout(x) * a^T and the gradient of a are ordinary linear layers. adapted_linear.cu has the frozen gemm with
+// the first and the last of these in its own accumulators; here they stand alone, for a frozen gemm by cuBLASLt. The
+// first three work on columns of wider matrices: query, key and value, and gate and up, stand side by side in one
+// output, each with an adapter of its own.
 
-#include "common/dropout.cuh"
-#include "common/gemm.cuh"
+#include "common/gemm_launch.cuh"
 #include "common/vector.cuh"
 
 namespace {
 
-// Stores the accumulators as they are; four columns at a time where kAligned.
-struct PlainEpilogue {
-    static constexpr bool kStores = true;
-
-    template <class C>
-    DEVICE void transform(gemm::Accumulators<C>&, gemm::TileOrigin, unsigned char*) const {}
-};
+using gemm::Narrow;
+using gemm::PlainEpilogue;
 
 // Where a gemm's result stands: `columns` values of rows that lie `stride` values apart.
 template <class T>
@@ -129,22 +125,11 @@ struct AddKept : PlainEpilogue {
     }
 };
 
-// As linear.cu's launch_gemm: large tiles read each operand half as often, small ones fill the GPU where there are few.
-template <class Lines, class MakeEpilogue>
+template <class Lines, Narrow kNarrow, class MakeEpilogue>
 mmpo_status launch_gemm(const typename Lines::Operands& operands, const void* out, int out_stride,
                         MakeEpilogue epilogue, mmpo_stream stream) {
-    using gemm::LargeTile;
-    using gemm::SmallTile;
-    if (operands.shape_m == 0 || operands.shape_n == 0 || operands.shape_k == 0) return kSuccess;
-    const bool stores = vector_rows(operands.shape_n) && vector_rows(out_stride) && vector_aligned(out);
-    if (!lines_aligned<Lines>(operands) || !stores) {
-        return gemm::launch_tiles<SmallTile, Lines, false>(operands, epilogue(std::false_type()), stream);
-    }
-    const auto aligned = epilogue(std::true_type());
-    const bool fits_small = operands.shape_m <= SmallTile::BLOCK_M || operands.shape_n <= SmallTile::BLOCK_N;
-    return fits_small || gemm::tile_count<LargeTile>(operands) < multiprocessors()
-               ? gemm::launch_tiles<SmallTile, Lines, true>(operands, aligned, stream)
-               : gemm::launch_tiles<LargeTile, Lines, true>(operands, aligned, stream);
+    const bool aligned = lines_aligned<Lines>(operands) && gemm::stores_aligned(out, operands.shape_n, out_stride);
+    return gemm::launch_gemm<Lines, kNarrow>(operands, aligned, epilogue, stream);
 }
 
 template <bool kVectorized>
@@ -170,7 +155,7 @@ mmpo_status MMPO_EXPORT(low_rank_forward)(mmpo_bf16* out, const mmpo_bf16* inner
     const auto epilogue = [&](auto aligned) {
         return AddScaled<decltype(aligned)::value>({out, outputs, out_width}, scale);
     };
-    return launch_gemm<Strided<ForwardLines>>(operands, out, out_width, epilogue, stream);
+    return launch_gemm<Strided<ForwardLines>, Narrow::no>(operands, out, out_width, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(low_rank_backward_input)(mmpo_bf16* dinner, const mmpo_bf16* dout, const mmpo_bf16* b,
@@ -180,7 +165,7 @@ mmpo_status MMPO_EXPORT(low_rank_backward_input)(mmpo_bf16* dinner, const mmpo_b
     const auto epilogue = [&](auto aligned) {
         return AssignScaled<decltype(aligned)::value>({dinner, rank, inner_width}, scale);
     };
-    return launch_gemm<Strided<BackwardInputLines>>(operands, dinner, inner_width, epilogue, stream);
+    return launch_gemm<Strided<BackwardInputLines>, Narrow::columns>(operands, dinner, inner_width, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* dout, const mmpo_bf16* inner,
@@ -188,7 +173,7 @@ mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* do
                                                   int32_t inner_width, float scale, mmpo_stream stream) {
     const StridedOperands operands({dout, inner, outputs, rank, rows}, out_width, inner_width);
     const auto epilogue = [&](auto aligned) { return AddScaledF32<decltype(aligned)::value>({db, rank, rank}, scale); };
-    return launch_gemm<Strided<BackwardWeightLines>>(operands, db, rank, epilogue, stream);
+    return launch_gemm<Strided<BackwardWeightLines>, Narrow::columns>(operands, db, rank, epilogue, stream);
 }
 
 mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
@@ -197,7 +182,8 @@ mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf1
     const auto epilogue = [&](auto aligned) {
         return AddKept<decltype(aligned)::value>({dx, inputs, inputs}, {key, threshold, keep_scale});
     };
-    return launch_gemm<BackwardInputLines>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue, stream);
+    return launch_gemm<BackwardInputLines, Narrow::no>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue,
+                                                       stream);
 }
 
 mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,

@@ -13,7 +13,9 @@ pub use account::Account;
 
 use crate::checkpoint::atomic;
 use crate::config::{AskedLengths, CheckConfig, LengthLimits};
-use crate::data::{PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
+use crate::data::{
+    EncodedRecord, PairCache, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load_cached,
+};
 use crate::device::LargeBlocks;
 use crate::error::{Error, Result};
 use crate::foreign::hub;
@@ -62,10 +64,13 @@ fn survey(config: &CheckConfig) -> Result<Account> {
     let limits = limits(config.asked_lengths, &model, &folder)?;
     let encoder = TextEncoder::load(&folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let source = PairSource::open(&files, &config.columns, Part::All)?;
-    let treatment = Treatment { limits, policies: config.policies, tolerant: true };
+    let treatment =
+        Treatment { limits, policies: config.policies, min_score_gap: config.min_score_gap, tolerant: true };
+    let cache = PairCache::of(config.data_cache.as_ref());
     let mut survey = Survey::new(&encoder, config.shown)?;
     let memory = LargeBlocks::give_back();
-    let dataset = load(&source, &encoder, treatment, &mut |record| survey.add(record))?;
+    let mut observe = |record: &EncodedRecord| survey.add(record);
+    let dataset = load_cached(&source, &encoder, treatment, cache.as_ref(), Some(&mut observe))?;
     drop(memory);
     interrupt::check()?;
     dataset.check_vocabulary(model.vocab_size, &folder)?;

@@ -4,8 +4,8 @@
 //! coefficients, and the same path is walked back up to weight gradients; everything else feeds or records that.
 //!
 //! The program is the crate's main user, and [`cli`] its entry. Each command is one function: [`train::run`],
-//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`]. Below them, in the order of a
-//! training step:
+//! [`check::run`], [`score::run`], [`generate::run`], [`merge::run`], [`bench::run`], [`import::run`],
+//! [`doctor::run`]. Below them, in the order of a training step:
 //!
 //! | module | holds |
 //! |---|---|
@@ -63,9 +63,11 @@ pub mod context;
 pub mod data;
 pub mod demo;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod foreign;
 pub mod generate;
+pub mod import;
 pub mod interrupt;
 pub mod merge;
 pub mod model;
@@ -73,6 +75,7 @@ pub mod objective;
 pub mod optimizer;
 pub mod plan;
 pub mod report;
+pub mod runs;
 pub mod score;
 pub mod train;
 

@@ -9,6 +9,7 @@ use crate::checkpoint::{AdapterFolder, CompanionFiles, ModelFolder, SHARD_BYTES,
 use crate::config::MergeConfig;
 use crate::device::{RawValues, StorageType};
 use crate::error::{Error, Result};
+use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::{LoraSettings, PEFT_PREFIX, TensorSpec};
 use crate::report::print_result;
@@ -17,6 +18,7 @@ use crate::report::print_result;
 /// rounded to bf16 once, and every other tensor as it was, in bf16.
 pub fn run(config: &MergeConfig) -> Result<()> {
     interrupt::install()?;
+    let config = &MergeConfig { model: hub::model(&config.model)?, ..config.clone() };
     refuse_inputs(config)?;
     let folder = ModelFolder::open(&config.model)?;
     folder.check_finite()?;

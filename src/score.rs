@@ -1,17 +1,21 @@
 //! `mmpo-fast score`: log-probs of pairs under a model, one line per pair.
 
+mod explain;
 mod output;
 mod scorer;
 
 use std::sync::Arc;
 
-pub use scorer::{PairScore, Scorer};
+pub use explain::{ExplainedPair, ExplainedResponse, ExplainedToken, explain};
+pub use scorer::{PairScore, Scorer, TokenLogps};
 use serde::Serialize;
 
 use crate::checkpoint::{AdapterFolder, ModelFolder};
 use crate::config::ScoreConfig;
 use crate::context;
-use crate::data::{PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load};
+use crate::data::{
+    PairCache, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load_cached,
+};
 use crate::device::{Device, DeviceTask, LargeBlocks, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
@@ -71,9 +75,11 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let text_folder = context::text_folder(&config.model, config.adapter.as_deref());
     let encoder = TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
     let source = PairSource::open(&config.data, &config.columns, Part::All)?;
-    let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+    let treatment =
+        Treatment { limits, policies: config.policies, min_score_gap: config.min_score_gap, tolerant: false };
+    let cache = PairCache::of(config.data_cache.as_ref());
     let memory = LargeBlocks::give_back();
-    let dataset = load(&source, &encoder, treatment, &mut |_| {})?;
+    let dataset = load_cached(&source, &encoder, treatment, cache.as_ref(), None)?;
     drop(memory);
     dataset.check_vocabulary(folder.config().vocab_size, &config.model)?;
     dataset.log();
@@ -86,22 +92,30 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     output.check_writable()?;
     interrupt::check()?;
     let scoring = Scoring { config, folder, adapter, reference, dataset: &dataset };
-    let lines = run_on(config.device, config.threads, scoring)?;
+    let Scored { lines, tokens } = run_on(config.device, config.threads, scoring)?;
+    write_lines(&output, &lines)?;
+    match &config.explain {
+        Some(how) => explain::show(&explain(&encoder, &dataset.pairs, &tokens)?, how, &output),
+        None => Ok(()),
+    }
+}
 
+/// Writes the scores, and their means for a person.
+fn write_lines(output: &ScoreOutput, lines: &[ScoreLine]) -> Result<()> {
     let mut text = String::new();
-    for line in &lines {
-        let json =
-            serde_json::to_string(line).map_err(|error| Error::io(&config.output, "write", error.into()))?;
+    for line in lines {
+        let json = serde_json::to_string(line)
+            .map_err(|error| Error::bug(format!("a score is no JSON: {error}")))?;
         text.push_str(&json);
         text.push('\n');
     }
     output.write(&text)?;
-    let summary = summary(&lines);
     match output {
-        ScoreOutput::StandardOutput => print_notice(summary.trim_end()),
-        ScoreOutput::File(_) => {
-            print_result(&format!("{summary}scores  {}\n", config.output.display()))?;
+        ScoreOutput::StandardOutput => print_notice(summary(lines).trim_end()),
+        ScoreOutput::File(path) => {
+            print_result(&format!("{}scores  {}\n", summary(lines), path.display()))?;
         }
+        ScoreOutput::Nowhere => {}
     }
     Ok(())
 }
@@ -124,23 +138,41 @@ struct Scoring<'a> {
     dataset: &'a PairDataset,
 }
 
-impl DeviceTask for Scoring<'_> {
-    type Output = Vec<ScoreLine>;
+/// What the device is asked for.
+struct Scored {
+    lines: Vec<ScoreLine>,
+    /// The tokens of the explained pairs, under the policy and under the reference.
+    tokens: Vec<[TokenLogps; 2]>,
+}
 
-    fn run<D: Device>(self, device: Arc<D>) -> Result<Vec<ScoreLine>> {
-        let policy = self.scores(&device, (&self.folder, self.adapter.as_ref()), "scoring", true)?;
-        let reference = match &self.reference {
-            Some(folder) => Some(self.scores(&device, (folder, None), "scoring the reference", false)?),
-            None => None,
+/// What one model says: of all pairs where scores are asked for, and of the tokens of the explained pairs.
+type Said = (Vec<PairScore>, Vec<TokenLogps>);
+
+impl DeviceTask for Scoring<'_> {
+    type Output = Scored;
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Scored> {
+        let (policy, tokens) =
+            self.scores(&device, (&self.folder, self.adapter.as_ref()), "scoring", true)?;
+        let (reference, reference_tokens) = match (&self.reference, &self.config.explain) {
+            (Some(folder), _) => {
+                let (scores, tokens) =
+                    self.scores(&device, (folder, None), "scoring the reference", false)?;
+                (Some(scores), tokens)
+            }
+            // The model without its adapter is the reference.
+            (None, Some(_)) => (None, self.tokens(&self.load(&device, (&self.folder, None))?)?),
+            (None, None) => (None, Vec::new()),
         };
         let pairs = self.dataset.pairs.iter().zip(&policy).enumerate();
-        pairs
+        let lines = pairs
             .map(|(index, (pair, score))| {
                 let reference = reference.as_ref().map(|scores| &scores[index]);
                 let line = score_line(pair, score, reference, self.config.beta);
                 line.check_finite(self.config.beta).map(|()| line)
             })
-            .collect()
+            .collect::<Result<_>>()?;
+        Ok(Scored { lines, tokens: tokens.into_iter().zip(reference_tokens).map(<[_; 2]>::from).collect() })
     }
 }
 
@@ -151,16 +183,37 @@ impl Scoring<'_> {
         (folder, adapter): (&ModelFolder, Option<&AdapterFolder>),
         label: &str,
         entropy: bool,
-    ) -> Result<Vec<PairScore>> {
+    ) -> Result<Said> {
         let pairs = &self.dataset.pairs;
-        let longest = pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
+        let model = self.load(device, (folder, adapter))?;
+        let tokens = self.tokens(&model)?;
+        if self.config.output.is_none() {
+            return Ok((Vec::new(), tokens));
+        }
+        let mut progress = Progress::start(label, "pairs", pairs.len(), 0);
+        let mut scorer = Scorer::new(&model, pairs, self.config.tokens_per_micro_batch)?;
+        let scores = scorer.run(entropy, |done| progress.advance(done, String::new))?;
+        Ok((scores, tokens))
+    }
+
+    fn load<D: Device>(
+        &self,
+        device: &Arc<D>,
+        (folder, adapter): (&ModelFolder, Option<&AdapterFolder>),
+    ) -> Result<Llama<D>> {
+        let longest = self.dataset.pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
         let mut model = Llama::load(Arc::clone(device), folder, longest)?;
         if let Some(adapter) = adapter {
             model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
         }
-        let mut progress = Progress::start(label, "pairs", pairs.len(), 0);
-        let mut scorer = Scorer::new(&model, pairs, self.config.tokens_per_micro_batch)?;
-        scorer.run(entropy, |done| progress.advance(done, String::new))
+        Ok(model)
+    }
+
+    /// Log-probs of the tokens of the explained pairs.
+    fn tokens<D: Device>(&self, model: &Llama<D>) -> Result<Vec<TokenLogps>> {
+        let Some(explain) = &self.config.explain else { return Ok(Vec::new()) };
+        let pairs = &self.dataset.pairs[..explain.pairs.min(self.dataset.pairs.len())];
+        Scorer::new(model, pairs, self.config.tokens_per_micro_batch)?.token_logps()
     }
 }
 

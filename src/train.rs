@@ -11,6 +11,7 @@ mod guard;
 mod inputs;
 mod layer_updates;
 mod lock;
+mod offload;
 mod output;
 mod plan;
 mod recorder;
@@ -19,19 +20,23 @@ mod resume;
 mod samples;
 mod trainer;
 
+pub(crate) use lock::RunLock;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
 pub(crate) use inputs::pair_sources;
+pub use offload::plan as offload_plan;
 pub(crate) use plan::Plan;
 pub use reference::References;
 pub use samples::MAX_NEW_TOKENS;
 pub(crate) use samples::sample_prompts;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
+use crate::checkpoint::BackgroundSaves;
 use crate::checkpoint::run_state::RunIdentity;
-use crate::config::{MemoryLimit, RunConfig};
+use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
 use crate::device::{Device, DeviceTask, ask_on, run_on};
 use crate::error::Result;
@@ -40,7 +45,7 @@ use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::plan::{Account, Choice, Models, Trained, Volume};
-use crate::report::{EvalMetrics, PairMetrics, REPORT_FILE, StepMetrics, print_result};
+use crate::report::{EvalMetrics, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use output::Output;
 use recorder::Recorder;
 use resume::Start;
@@ -165,6 +170,9 @@ impl DeviceTask for Training<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Training { config, recorded, inputs, output, plan, identity, start, started } = self;
+        if config.memory.offload == OffloadConfig::States {
+            device.check_offload()?;
+        }
         let planned = crate::plan::check(device.as_ref(), &account(config, &inputs, &plan))?;
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
         interrupt::check()?;
@@ -181,14 +189,18 @@ impl DeviceTask for Training<'_> {
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
         output.begin(&recorded)?;
+        let device = run.trainer.device().describe();
+        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
         let mut recorder = Recorder::start(output.path(), run.plan.total_steps, resumed)?;
+        recorder.live = config.live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
         if let (None, Some(before)) = (resumed, &before) {
             recorder.evaluation(before)?;
         }
 
         let after = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))
+            .inspect_err(|error| output.stopped(&facts, started.elapsed(), error))?;
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
@@ -206,11 +218,10 @@ impl DeviceTask for Training<'_> {
         tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
         output.report(output::Finished {
             config,
-            inputs: &inputs,
-            device: run.trainer.device().describe(),
+            facts,
             comparison: before.zip(after),
             samples: samples.compared(answers_before, answers_after),
-            seconds: started.elapsed().as_secs_f64(),
+            elapsed: started.elapsed(),
         })?;
         drop(keeper);
         Ok(())
@@ -276,8 +287,10 @@ impl<'a, D: Device> Run<'a, D> {
     ) -> Result<Option<EvalMetrics>> {
         let total = self.plan.total_steps;
         let mut last_evaluation = None;
+        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             let metrics = self.step(&batch)?;
+            saves.check()?;
             recorder.step(&metrics)?;
             let done = metrics.step;
             if self.is_evaluation_due(done) {
@@ -291,7 +304,11 @@ impl<'a, D: Device> Run<'a, D> {
                 self.probe(&batch)?;
                 recorder.sync()?;
                 let state = self.plan.state(done, &self.identity);
-                checkpoint::save(output.path(), &self.trainer, &state, self.config.keep_checkpoints)?;
+                let keep = self.config.keep_checkpoints;
+                checkpoint::save_beside(&mut saves, output.path(), &self.trainer, &state, keep)?;
+                if asked || interrupted.is_some() {
+                    saves.wait()?;
+                }
                 if asked {
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
@@ -302,10 +319,12 @@ impl<'a, D: Device> Run<'a, D> {
                 return Err(interrupt::stopped(signal, kept));
             }
         }
-        match last_evaluation {
-            None => self.evaluate(total),
-            last => Ok(last),
-        }
+        let last = match last_evaluation {
+            None => self.evaluate(total)?,
+            last => last,
+        };
+        saves.wait()?;
+        Ok(last)
     }
 
     fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {

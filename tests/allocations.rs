@@ -1,4 +1,5 @@
-//! Nothing is allocated inside a training step: a binary of its own, because its allocator counts for the whole process.
+//! Nothing is allocated inside a training step, and a tokenizer leaves nothing behind: a binary of its own, because its
+//! allocator counts for the whole process.
 //!
 //! What is counted: every allocation of [`LARGE`] bytes or more, on any thread, from the first step on, with two
 //! exceptions. First, memory on a cache line's boundary: only the `gemm` crate asks for that, to pack the operands of a
@@ -13,11 +14,12 @@ mod golden;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use golden::Golden;
 use mmpo_fast::config::{GradientConfig, MemoryConfig};
+use mmpo_fast::data::{Message, TextEncoder};
 use mmpo_fast::device::Hardware;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
@@ -35,10 +37,15 @@ static COUNTING: AtomicBool = AtomicBool::new(false);
 static LARGE_ONES: AtomicUsize = AtomicUsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 static SMALL_ONES: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that are allocated and not yet freed.
+static LIVE: AtomicIsize = AtomicIsize::new(0);
+/// Held by the test that runs, so that no other one allocates at the same time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 struct Counting;
 
 fn note(bytes: usize, boundary: usize) {
+    LIVE.fetch_add(bytes as isize, Ordering::Relaxed);
     if !COUNTING.load(Ordering::Relaxed) || boundary >= CACHE_LINE {
         return;
     }
@@ -67,11 +74,13 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         note(size, layout.align());
+        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
         // SAFETY: the caller's promise.
         unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
         // SAFETY: the caller's promise.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -106,10 +115,9 @@ fn adamw(step: u32) -> AdamWStep {
 }
 
 /// Steps and an evaluation of a model, with and without biases, tied embeddings, entropies and kept probabilities.
-///
-/// One test in this program, so that no other one allocates at the same time.
 #[test]
 fn a_step_allocates_nothing_large() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (large, largest) = large_allocations(|| drop(std::hint::black_box(vec![1u8; 1 << 20])));
     assert_eq!((large, largest), (1, 1 << 20), "the allocator counts");
 
@@ -117,7 +125,8 @@ fn a_step_allocates_nothing_large() {
     let dpo = Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 });
     let plain = MemoryConfig::default();
     let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
-    let by_layer = MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states };
+    let by_layer =
+        MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states, ..plain };
     let small = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::F32 };
     let selective = MemoryConfig { recompute: Recompute::Selective, states: small, ..plain };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
@@ -157,4 +166,31 @@ fn a_step_allocates_nothing_large() {
             }
         });
     }
+}
+
+/// Tokenizers and chat templates that are loaded, used and dropped, of which one kind is cut into words and one is not.
+#[test]
+fn a_tokenizer_leaves_nothing_behind() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut kinds = Vec::new();
+    for folder in ["goldens/base/model", "data/chatml"] {
+        let use_one = || {
+            let encoder = TextEncoder::load(&tests.join(folder), None).expect("a committed tokenizer");
+            let words: String = (0..400).map(|number| format!("word{number} caf\u{e9} ")).collect();
+            let messages = [Message::new("user", words)];
+            assert!(encoder.encode_chat_prompt(&messages).expect("ids").len() > 400);
+            encoder.tokenizer.is_cut_into_words()
+        };
+        for _ in 0..3 {
+            use_one();
+        }
+        let before = LIVE.load(Ordering::Relaxed);
+        for _ in 0..20 {
+            kinds.push(use_one());
+        }
+        let left = (LIVE.load(Ordering::Relaxed) - before) / 20;
+        assert!(left <= 1024, "{folder}: {left} bytes stay for each");
+    }
+    assert!(kinds.contains(&true) && kinds.contains(&false), "both kinds");
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mmpo_fast::checkpoint::ModelFolder;
+use mmpo_fast::config::{MemoryConfig, OffloadConfig};
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
 use mmpo_fast::device::cpu::CpuDevice;
@@ -69,9 +70,9 @@ fn golden_pairs(model: &str) -> Vec<TokenizedPair> {
     pairs
         .map(|(record, pair)| TokenizedPair {
             record,
-            prompt: ids(&pair["prompt_ids"]),
-            chosen: ids(&pair["chosen_ids"]),
-            rejected: ids(&pair["rejected_ids"]),
+            prompt: ids(&pair["prompt_ids"]).into(),
+            chosen: ids(&pair["chosen_ids"]).into(),
+            rejected: ids(&pair["rejected_ids"]).into(),
         })
         .collect()
 }
@@ -97,6 +98,21 @@ fn run_with<D: Device>(device: D, model: &str, head: HeadOptions) -> Run {
 
 /// With `lora`, low-rank adapters are trained, whose matrices are both not zero.
 fn run_adapted<D: Device>(device: D, model: &str, head: HeadOptions, lora: Option<LoraSettings>) -> Run {
+    run_keeping(device, model, (head, lora), MemoryConfig::default())
+}
+
+/// With optimiser states in the host's memory.
+fn run_offloaded<D: Device>(device: D, model: &str) -> Run {
+    let memory = MemoryConfig { offload: OffloadConfig::States, ..MemoryConfig::default() };
+    run_keeping(device, model, (HeadOptions::default(), None), memory)
+}
+
+fn run_keeping<D: Device>(
+    device: D,
+    model: &str,
+    (head, lora): (HeadOptions, Option<LoraSettings>),
+    memory: MemoryConfig,
+) -> Run {
     let pairs = golden_pairs(model);
     let folder = goldens().join(model).join("model");
     let folder = ModelFolder::open(&folder).expect("model folder");
@@ -111,7 +127,7 @@ fn run_adapted<D: Device>(device: D, model: &str, head: HeadOptions, lora: Optio
         .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
         .collect();
     let workload = Workload::plan(&pairs, &OBJECTIVE, pairs.len(), TOKEN_BUDGET);
-    let workload = Workload { head, ..workload };
+    let workload = Workload { head, memory, ..workload };
     let mut trainer = Trainer::new(llama, OBJECTIVE, workload).expect("trainer");
     let (mut losses, mut gradient_norms, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
     let memory = trainer.device().memory();
@@ -216,6 +232,12 @@ fn the_emulated_gpu_trains_as_the_cpu_does() {
     assert_same_bits(&run(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
 }
 
+#[cfg(mmpo_emulated)]
+#[test]
+fn the_emulated_gpu_trains_the_same_bits_with_offloaded_states() {
+    assert_same_bits(&run_offloaded(emulated(), MODELS[0]), &run(emulated(), MODELS[0]));
+}
+
 /// No other test of this program runs the checked variant, so all of its launches are this one's.
 #[cfg(mmpo_emulated)]
 #[test]
@@ -306,6 +328,7 @@ fn a_real_gpu_trains_as_the_cpu_does() {
         compare(model, &first, &run(cpu(), model));
         assert_same_bits(&first, &run(open(), model));
     }
+    assert_same_bits(&run_offloaded(open(), MODELS[0]), &run(open(), MODELS[0]));
     let first = run_adapted(open(), "bias", HeadOptions::default(), Some(lora(16, 0.1)));
     compare("bias", &first, &run_adapted(cpu(), "bias", HeadOptions::default(), Some(lora(16, 0.1))));
     // Where the device would take the vendor's products: both sets of our own kernels, and the head that keeps nothing.

@@ -293,7 +293,12 @@ fn norm(device: &CudaDevice, rows: usize, width: usize) -> Result<Vec<f32>> {
 
 fn attention(device: &CudaDevice, gradient: bool) -> Result<Vec<f32>> {
     let shape = AttentionShape { heads: 2, kv_heads: 1, head_size: 64 };
-    let pair = TokenizedPair { record: 0, prompt: vec![1; 150], chosen: vec![1; 70], rejected: vec![1; 90] };
+    let pair = TokenizedPair {
+        record: 0,
+        prompt: vec![1; 150].into(),
+        chosen: vec![1; 70].into(),
+        rejected: vec![1; 90].into(),
+    };
     let batch = PairBatch::pack(&[pair], Sides::Both);
     let tokens = batch.tokens();
     let mut buffers = BatchBuffers::new(device, tokens, 1, batch.scored_tokens())?;

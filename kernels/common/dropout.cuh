@@ -25,6 +25,12 @@ struct Dropout {
         const uint32_t half = uint32_t(hash(uint64_t(index) / 2) >> 32 * (index % 2));
         return half < threshold ? 0.0f : value * keep_scale;
     }
+
+    // Whether two neighbours are kept, of which the first has this even index: bits 0 and 1. They share one hash.
+    DEVICE uint32_t kept_pair(int64_t index) const {
+        const uint64_t bits = hash(uint64_t(index) / 2);
+        return (uint32_t(bits) < threshold ? 0u : 1u) | (uint32_t(bits >> 32) < threshold ? 0u : 2u);
+    }
 };
 
 }  // namespace MMPO_VARIANT

@@ -14,8 +14,8 @@
 
 #include <type_traits>
 
-#include "gemm_operands.cuh"
 #include "limits.cuh"
+#include "low_rank_operands.cuh"
 
 namespace mmpo {
 inline namespace MMPO_VARIANT {
@@ -36,6 +36,13 @@ struct LargeTile {
 // For a gemm that has too few large tiles to occupy the GPU.
 struct SmallTile {
     static constexpr int BLOCK_M = 64, BLOCK_N = 64, kWarpsM = 2, kWarpsN = 2;
+};
+// For an `out` of up to 64 columns, or rows: the narrow operand is read half as often as by small tiles.
+struct TallTile {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 64, kWarpsM = 2, kWarpsN = 2;
+};
+struct WideTile {
+    static constexpr int BLOCK_M = 64, BLOCK_N = 128, kWarpsM = 2, kWarpsN = 2;
 };
 
 // A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K, stored line by line. The
@@ -58,7 +65,7 @@ struct Slice {
     static DEVICE int line_length(int outer_size, int depth_size) { return kDepthLines ? depth_size : outer_size; }
 
     // Copies the slice that begins at `outer`, `depth` of the operand, with zeros for what lies outside the operand.
-    // `stride` values lie between the starts of two lines.
+    // `stride` values lie between the starts of two lines. `outer` may be negative where it counts lines.
     template <bool kAligned, int THREADS>
     DEVICE void load(const bf16* operand, int outer, int depth, int outer_size, int depth_size, int stride) const {
         const int first_line = kDepthLines ? outer : depth, lines = kDepthLines ? outer_size : depth_size;
@@ -69,7 +76,8 @@ struct Slice {
             const int index = i * THREADS + int(threadIdx.x);
             const int line = index / kChunks, chunk = index % kChunks;
             const int column = first_column + chunk * kChunk;
-            const bool valid = first_line + line < lines && column < columns;
+            // Unsigned, so that lines before the first one are outside as well.
+            const bool valid = uint32_t(first_line + line) < uint32_t(lines) && column < columns;
             const bf16* source = valid ? operand + int64_t(first_line + line) * stride + column : operand;
             if constexpr (kAligned) {
                 cp_async_16(address(line, chunk), source, valid);
@@ -183,18 +191,48 @@ DEVICE void multiply_slices(Accumulators<C>& accumulators, typename C::Left left
     }
 }
 
-// The main loop: kStages - 1 slices are under way while one is multiplied.
+// Applies the operands' `finish` to the accumulators.
+template <class C, bool kAligned>
+DEVICE void finish_parts(Accumulators<C>& accumulators, const typename C::Operands& operands, TileOrigin origin) {
+    const WarpPart part = warp_part<C>();
+    const int row = origin.m + part.m + int(lane_id()) / 4, column = int(lane_id()) % 4 * 2;
+    operands.template finish<kAligned>([&](const auto& visit) {
+#pragma unroll
+        for (int i = 0; i < C::kMmaM; ++i)
+#pragma unroll
+            for (int j = 0; j < C::kMmaN; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float* const pair = accumulators[i] + 4 * j + 2 * half;
+                    visit(pair[0], pair[1], row + 16 * i + 8 * half, origin.n + part.n + 8 * j, column);
+                }
+    });
+}
+
+// The main loop: kStages - 1 slices are under way while one is multiplied. The slices of low-rank parts come first.
 template <class C, bool kAligned>
 DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const typename C::Operands& operands,
                           TileOrigin origin) {
+    using Operands = typename C::Operands;
     const WarpPart part = warp_part<C>();
-    const int slices = (operands.shape_k + BLOCK_K - 1) / BLOCK_K;
+    const TileColumns<1> columns{origin.n, C::Tile::BLOCK_N, 0};
+    int part_slices = 0;
+    if constexpr (kHasParts<Operands>) part_slices = operands.part_slices(columns);
+    const int slices = part_slices + (operands.shape_k + BLOCK_K - 1) / BLOCK_K;
     const auto load = [&](int slice) {
         const uint32_t stage = shared + uint32_t(slice % kStages * C::kStageBytes);
-        const int depth = slice * BLOCK_K;
-        if (slice < slices) {
-            const typename C::Left left{stage};
-            const typename C::Right right{stage + C::Left::kBytes};
+        const typename C::Left left{stage};
+        const typename C::Right right{stage + C::Left::kBytes};
+        if constexpr (kHasParts<Operands>) {
+            operands.visit_slice(slice, columns, [&](const LowRankPart& part, int depth) {
+                left.template load<kAligned, C::kThreads>(part.left, origin.m, depth, operands.shape_m, part.depth,
+                                                          part.left_stride);
+                right.template load<kAligned, C::kThreads>(part.right, origin.n - part.first, depth, part.columns,
+                                                           part.depth, C::Right::line_length(part.columns, part.depth));
+            });
+        }
+        if (slice >= part_slices && slice < slices) {
+            const int depth = (slice - part_slices) * BLOCK_K;
             const int left_line = C::Left::line_length(operands.shape_m, operands.shape_k);
             const int right_line = C::Right::line_length(operands.shape_n, operands.shape_k);
             left.template load<kAligned, C::kThreads>(operands.left, origin.m, depth, operands.shape_m,
@@ -214,6 +252,9 @@ DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const 
         load(slice + kStages - 1);
         const uint32_t stage = shared + uint32_t(slice % kStages * C::kStageBytes);
         multiply_slices<C>(accumulators, {stage}, {stage + C::Left::kBytes}, part);
+        if constexpr (kHasParts<Operands>) {
+            if (slice + 1 == part_slices) finish_parts<C, kAligned>(accumulators, operands, origin);
+        }
     }
     cp_async_wait<0>();
 }

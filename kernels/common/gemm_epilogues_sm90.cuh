@@ -122,6 +122,14 @@ struct StoreSwiGlu {
     }
 };
 
+// Encodes the maps of an epilogue that knows its sizes.
+inline mmpo_status encode_swiglu_maps(StoreSwiGlu& epilogue, bf16* out, bf16* gate_up) {
+    const int rows = epilogue.shape_m, width = epilogue.width;
+    if (const mmpo_status error = encode_panel_map(&epilogue.gate, gate_up, rows, width, 2 * width)) return error;
+    if (const mmpo_status error = encode_panel_map(&epilogue.up, gate_up + width, rows, width, 2 * width)) return error;
+    return encode_panel_map(&epilogue.out, out, rows, width);
+}
+
 }  // namespace gemm_sm90
 }  // namespace MMPO_VARIANT
 }  // namespace mmpo

@@ -125,8 +125,14 @@ inline GemmPlan plan_among(const TileShape* shapes, int count, int64_t shape_m, 
 }
 
 // Considers only tiles whose columns per consumer are a multiple of 128, so that each half is a whole number of panels.
-inline GemmPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k) {
+// Uses the tile shape number `tile` where it is one of these.
+inline GemmPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k, int tile = -1) {
     constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
+    for (const TileShape& shape : kShapes) {
+        const bool wanted = tile >= 0 && tile < kTileShapeCount && shape.block_m == kTileShapes[tile].block_m &&
+                            shape.block_n == kTileShapes[tile].block_n && shape.cluster == kTileShapes[tile].cluster;
+        if (wanted) return plan_among(&shape, 1, shape_m, shape_n, shape_k, false);
+    }
     return plan_among(kShapes, 4, shape_m, shape_n, shape_k, false);
 }
 

@@ -11,13 +11,13 @@
 // The producer runs ahead into the next tile while consumers are in the epilogue. The epilogue's stores are TMA's as
 // well, so the tensor cores wait only while accumulators are converted and written to panels of shared memory.
 //
-// Two blocks may form a cluster, with one tile below the other. Both need the same slices of the right operand, so each
-// loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of 48 bytes per
-// cycle. The price is that a stage is free only when the consumers of both blocks have left it.
+// Two blocks (or four) may form a cluster, with one tile below the other. Both need the same slices of the right
+// operand, so each loads half of every slice and multicasts it to both. 128 x 256 tiles then ask L2 for 32 instead of
+// 48 bytes per cycle. The price is that a stage is free only when the consumers of both blocks have left it.
 #pragma once
 
-#include "gemm_operands.cuh"
 #include "gemm_plan_sm90.cuh"
+#include "low_rank_operands.cuh"
 #include "warp_panels.cuh"
 
 namespace mmpo {
@@ -50,6 +50,10 @@ struct Tile128x192 : TwoConsumers {
 struct Tile128x128 : TwoConsumers {
     static constexpr int BLOCK_M = 128, BLOCK_N = 128, kConsumersM = 2, kConsumersN = 1, kStages = 5, kPanels = 4;
 };
+// For an `out` of up to 64 columns: the products of low-rank adapters.
+struct Tile128x64 : TwoConsumers {
+    static constexpr int BLOCK_M = 128, BLOCK_N = 64, kConsumersM = 2, kConsumersN = 1, kStages = 6, kPanels = 4;
+};
 struct Tile64x128 : TwoConsumers {
     static constexpr int BLOCK_M = 64, BLOCK_N = 128, kConsumersM = 1, kConsumersN = 2, kStages = 6, kPanels = 4;
 };
@@ -60,6 +64,12 @@ struct Paired : Tile {
     static constexpr int kCluster = 2;
 };
 
+// By clusters of four: for a right operand that is narrow, and so read anew by every tile.
+template <class Tile>
+struct Quad : Tile {
+    static constexpr int kCluster = 4;
+};
+
 // The weight is gate rows followed by as many up rows. Half of a tile's columns come from the gate part and half from
 // the same columns of the up part, so that the epilogue has both of each value at hand. In general a tile's columns
 // come from kRightParts equal parts of the right operand's columns, the same columns of each, side by side.
@@ -67,6 +77,11 @@ struct GatedForwardLines {
     using Operands = GemmOperands;
     static constexpr Line kLeft = Line::depth, kRight = Line::depth;
     static constexpr int kRightParts = 2;
+};
+
+// The same order of operands with low-rank parts, whose right operands reach gate or up.
+struct AdaptedGatedForwardLines : GatedForwardLines {
+    using Operands = ScaledOperands;
 };
 
 // A slice of one operand in shared memory: OUTER rows (or columns) of `out` times BLOCK_K. The kShares blocks of a
@@ -82,12 +97,14 @@ struct Slice {
 
     Panels tile;
 
-    // A tensor map of the operand, whose lines lie back to back.
-    static mmpo_status encode(CUtensorMap* map, const bf16* operand, int outer_size, int depth_size) {
+    // The length of a line of an operand of these sizes.
+    static int line_length(int outer_size, int depth_size) { return kTransposed ? outer_size : depth_size; }
+
+    // A tensor map of the operand, whose lines begin `stride` values apart.
+    static mmpo_status encode(CUtensorMap* map, const bf16* operand, int outer_size, int depth_size, int stride) {
         const uint64_t rows = uint64_t(kTransposed ? depth_size : outer_size);
-        const uint64_t columns = uint64_t(kTransposed ? outer_size : depth_size);
-        return encode_tensor_map_2d(map, operand, rows, columns, columns, kShareRows, kPanelColumns,
-                                    Swizzle::bytes_128);
+        return encode_tensor_map_2d(map, operand, rows, uint64_t(line_length(outer_size, depth_size)), uint64_t(stride),
+                                    kShareRows, kPanelColumns, Swizzle::bytes_128);
     }
     // Starts the copy of the slice at `outer`, `depth`, or of this block's share of it. `rank`: of the block in its
     // cluster.
@@ -167,6 +184,18 @@ struct Divisor {
     DEVICE int quotient(int number) const { return int(uint64_t(uint32_t(number)) * multiplier >> 31 >> shift); }
 };
 
+// What a problem knows of low-rank parts, which most have not.
+struct NoParts {};
+template <class Operands>
+struct Parts {
+    CUtensorMap left_parts[kMostParts], right_parts[kMostParts];
+    Operands operands;
+
+    Parts() : left_parts{}, right_parts{}, operands(GemmOperands{}) {}
+};
+template <class Lines>
+using PartsOf = std::conditional_t<kHasParts<typename Lines::Operands>, Parts<typename Lines::Operands>, NoParts>;
+
 // The kernel's parameters. An epilogue is a struct with
 //
 //   template <int kCount, class Panels>
@@ -176,8 +205,8 @@ struct Divisor {
 // from `row` and `column` on, in wgmma's layout (ptx_wgmma.cuh); some or all of them may lie outside `out`. `panels` is
 // the warp's own way to global memory (warp_panels.cuh). Where the depth is split, the epilogue sees part s of the sums
 // at rows that are s * split_rows further on.
-template <class Epilogue>
-struct Problem {
+template <class Epilogue, class Parts = NoParts>
+struct Problem : Parts {
     CUtensorMap left, right;
     int tiles_m, tiles_n;    // tiles_m counts whole clusters
     int splits, tile_group;  // tile_group: rows of tiles that are walked together, in whole clusters
@@ -196,8 +225,8 @@ struct TileWork {
 };
 
 // The work number `index` of all; the tiles of a cluster, one below the other, share a number.
-template <class Tile, class Epilogue>
-DEVICE TileWork tile_work(const Problem<Epilogue>& problem, int index, int rank) {
+template <class Tile, class Problem>
+DEVICE TileWork tile_work(const Problem& problem, int index, int rank) {
     const int split = problem.by_tiles.quotient(index), tile = index - split * problem.tiles_m * problem.tiles_n;
     const int group = problem.by_group_tiles.quotient(tile), first_row = group * problem.tile_group;
     const int within = tile - first_row * problem.tiles_n;
@@ -216,13 +245,20 @@ DEVICE int rank_in_cluster() {
 }
 
 // Calls `visit` with each of the block's tiles. Producer and consumers walk the same ones.
-template <class Tile, class Epilogue, class Visit>
-DEVICE void each_tile(const Problem<Epilogue>& problem, const Visit& visit) {
+template <class Tile, class Problem, class Visit>
+DEVICE void each_tile(const Problem& problem, const Visit& visit) {
     const int count = problem.tiles_m * problem.tiles_n * problem.splits, rank = rank_in_cluster<Tile>();
     const int step = int(gridDim.x) / Tile::kCluster;
     for (int index = int(blockIdx.x) / Tile::kCluster; index < count; index += step) {
         visit(tile_work<Tile>(problem, index, rank));
     }
+}
+
+// The columns of `out` that a tile has.
+template <class C>
+DEVICE TileColumns<C::Lines::kRightParts> tile_columns(const TileWork& work, int right_part) {
+    constexpr int kRuns = C::Lines::kRightParts;
+    return {work.n / kRuns, C::Tile::BLOCK_N / kRuns, right_part};
 }
 
 #if MMPO_SM90
@@ -235,9 +271,9 @@ DEVICE void sync_cluster() {
         cluster_sync();
 }
 
-// The producer, one thread: loads slices as stages become free.
-template <class C, class Epilogue>
-DEVICE void produce(const Problem<Epilogue>& problem, const Shared<C>& shared) {
+// The producer, one thread: loads slices as stages become free, those of low-rank parts first.
+template <class C, class Problem>
+DEVICE void produce(const Problem& problem, const Shared<C>& shared) {
     using Tile = typename C::Tile;
     using Lines = typename C::Lines;
     const typename C::Ring ring = shared.ring();
@@ -245,21 +281,36 @@ DEVICE void produce(const Problem<Epilogue>& problem, const Shared<C>& shared) {
     const int rank = rank_in_cluster<Tile>();
     prefetch_tensor_map(&problem.left);
     prefetch_tensor_map(&problem.right);
-    each_tile<Tile>(problem, [&](const TileWork& work) {
-        for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
-            const uint32_t stage = shared.stage(cursor.stage), full = ring.full(cursor.stage);
-            // Wait until the stage is free in all blocks of the cluster, since this block may multicast to all of them.
-            mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
-            mbarrier_arrive_expect_tx(full, C::kStageBytes);
-            typename C::Left{stage}.load(&problem.left, work.m, slice * BLOCK_K, full, rank);
+    // Loads one stage: rows `m` of the left matrix, and columns `n` and as many of each further part of the right one.
+    const auto load = [&](const CUtensorMap* left_map, const CUtensorMap* right_map, int m, int n, int depth) {
+        const uint32_t stage = shared.stage(cursor.stage), full = ring.full(cursor.stage);
+        // Wait until the stage is free in all blocks of the cluster, since this block may multicast to all of them.
+        mbarrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+        mbarrier_arrive_expect_tx(full, C::kStageBytes);
+        typename C::Left{stage}.load(left_map, m, depth, full, rank);
 #pragma unroll
-            for (int part = 0; part < Lines::kRightParts; ++part) {
-                const typename C::RightPart right{stage + C::Left::kBytes + part * C::RightPart::kBytes};
-                right.load(&problem.right, work.n / Lines::kRightParts + part * problem.right_part, slice * BLOCK_K,
-                           full, rank);
-            }
-            cursor.advance();
+        for (int part = 0; part < Lines::kRightParts; ++part) {
+            const typename C::RightPart right{stage + C::Left::kBytes + part * C::RightPart::kBytes};
+            right.load(right_map, n + part * problem.right_part, depth, full, rank);
         }
+        cursor.advance();
+    };
+    each_tile<Tile>(problem, [&](const TileWork& work) {
+        const int n = work.n / Lines::kRightParts;
+        if constexpr (kHasParts<typename Lines::Operands>) {
+            const auto columns = tile_columns<C>(work, problem.right_part);
+#pragma unroll
+            for (int i = 0; i < kMostParts; ++i) {
+                const LowRankPart& part = problem.operands.parts[i];
+                const int slices = i < problem.operands.count ? part.slices(columns) : 0;
+                // Columns outside the part lie outside its map, which gives zeros.
+                for (int slice = 0; slice < slices; ++slice) {
+                    load(&problem.left_parts[i], &problem.right_parts[i], work.m, n - part.first, slice * BLOCK_K);
+                }
+            }
+        }
+        for (int slice = work.first_slice; slice < work.end_slice; ++slice)
+            load(&problem.left, &problem.right, work.m, n, slice * BLOCK_K);
     });
 }
 
@@ -273,66 +324,140 @@ struct Lead {
     static constexpr int kLead = Tile::kConsumersM * Tile::kConsumersN == 2 ? Tile::kStages / 2 : 0;
     static constexpr uint32_t kBarrier = 1, kThreads = 2 * kWarpgroupThreads;
 
-    // Whether the tile is deep enough for a lead. The first consumer is at most a ring ahead, so in a deeper tile it
-    // cannot arrive for the next tile before the second has started this one.
-    static DEVICE bool wanted(const TileWork& work) {
-        return kLead > 0 && work.end_slice - work.first_slice > Tile::kStages;
+    // Whether a tile of so many slices is deep enough for a lead. The first consumer is at most a ring ahead, so in a
+    // deeper tile it cannot arrive for the next tile before the second has started this one.
+    static DEVICE bool wanted(int slices) { return kLead > 0 && slices > Tile::kStages; }
+    static DEVICE void wait(int slices, int consumer) {
+        if (consumer == 1 && wanted(slices)) bar_sync(kBarrier, kThreads);
     }
-    static DEVICE void wait(const TileWork& work, int consumer) {
-        if (consumer == 1 && wanted(work)) bar_sync(kBarrier, kThreads);
-    }
-    // Call after queueing the wgmmas of `slice`.
-    static DEVICE void give(const TileWork& work, int consumer, int slice) {
-        if (consumer == 0 && slice + 1 - work.first_slice == kLead && wanted(work)) bar_arrive(kBarrier, kThreads);
+    // Call after queueing the wgmmas of `slice`, counted from the tile's first.
+    static DEVICE void give(int slices, int consumer, int slice) {
+        if (consumer == 0 && slice + 1 == kLead && wanted(slices)) bar_arrive(kBarrier, kThreads);
     }
 };
 
-// d = the consumer's part of one tile. While the wgmmas of one slice run, the consumer waits for the next slice; it
-// gives a stage back once the wgmmas of the next slice are queued.
+// A consumer's part of a tile: its slices from `slice` on, of `slices` in all.
 template <class C>
-DEVICE void multiply_tile(typename C::Accumulators& d, typename C::Cursor& cursor, const Shared<C>& shared,
-                          const TileWork& work, int consumer) {
+struct Consumer {
     using Tile = typename C::Tile;
-    const typename C::Ring ring = shared.ring();
-    const int outer_m = consumer % Tile::kConsumersM * kWgmmaRows;
-    const int outer_n = consumer / Tile::kConsumersM * C::CONSUMER_N;
+
+    Shared<C> shared;
+    int consumer;
+    int slices = 0, slice = 0;
+
+    DEVICE int outer_m() const { return consumer % Tile::kConsumersM * kWgmmaRows; }
+    DEVICE int outer_n() const { return consumer / Tile::kConsumersM * C::CONSUMER_N; }
+
     // Each warp arrives for itself, because it may be one slice later than the other warps of its warpgroup.
-    const auto release = [&](int stage) {
+    DEVICE void release(int stage) const {
+        const typename C::Ring ring = shared.ring();
         if constexpr (Tile::kCluster == 1) {
             if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
         } else if (lane_id() < Tile::kCluster) {
             mbarrier_arrive_at(ring.empty(stage), lane_id());
         }
-    };
-    int previous = 0;
-    Lead<Tile>::wait(work, consumer);
-    for (int slice = work.first_slice; slice < work.end_slice; ++slice) {
-        // The shuffle tells the compiler that the address is uniform, so that descriptors stay in uniform registers.
-        const uint32_t stage = __shfl_sync(0xffffffffu, shared.stage(cursor.stage), 0);
-        const typename C::Left left{stage};
-        const typename C::Right right{stage + C::Left::kBytes};
-        mbarrier_wait(ring.full(cursor.stage), cursor.parity);
-        pin_registers(d);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < BLOCK_K / kWgmmaDepth; ++step) {
-            wgmma_ss<C::CONSUMER_N, C::Left::kTransposed, C::Right::kTransposed>(
-                d, left.operand(outer_m, step), right.operand(outer_n, step), slice != work.first_slice || step != 0);
-        }
-        wgmma_commit();
-        Lead<Tile>::give(work, consumer, slice);
-        wgmma_wait<1>();
-        if (slice != work.first_slice) release(previous);
-        previous = cursor.stage;
-        cursor.advance();
     }
-    wgmma_wait<0>();
-    pin_registers(d);
-    release(previous);
+
+    // d (+)= the next `count` slices, at least one. While the wgmmas of one slice run, the consumer waits for the next
+    // slice; it gives a stage back once the wgmmas of the next slice are queued.
+    DEVICE void multiply(typename C::Accumulators& d, typename C::Cursor& cursor, int count) {
+        const typename C::Ring ring = shared.ring();
+        int previous = 0;
+        for (int i = 0; i < count; ++i, ++slice) {
+            // The shuffle tells the compiler that the address is uniform, so that descriptors stay in uniform
+            // registers.
+            const uint32_t stage = __shfl_sync(0xffffffffu, shared.stage(cursor.stage), 0);
+            const typename C::Left left{stage};
+            const typename C::Right right{stage + C::Left::kBytes};
+            mbarrier_wait(ring.full(cursor.stage), cursor.parity);
+            pin_registers(d);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < BLOCK_K / kWgmmaDepth; ++step) {
+                wgmma_ss<C::CONSUMER_N, C::Left::kTransposed, C::Right::kTransposed>(
+                    d, left.operand(outer_m(), step), right.operand(outer_n(), step), slice != 0 || step != 0);
+            }
+            wgmma_commit();
+            Lead<Tile>::give(slices, consumer, slice);
+            wgmma_wait<1>();
+            if (i != 0) release(previous);
+            previous = cursor.stage;
+            cursor.advance();
+        }
+        wgmma_wait<0>();
+        pin_registers(d);
+        release(previous);
+    }
+};
+
+// Drops values of a consumer's accumulators. What is kept is found in loops that are not unrolled, 32 values at a time:
+// the hashes of a whole tile in flight would take more registers than there are beside the accumulators.
+template <class C>
+DEVICE void drop_parts(typename C::Accumulators& d, const DroppedOperands& operands, int row, int column) {
+    if (operands.dropout.threshold == 0) return;
+    constexpr int kWord = 32;
+#pragma unroll
+    for (int first = 0; first < C::CONSUMER_N / 2; first += kWord) {
+        uint32_t kept = 0;
+#pragma unroll 1
+        for (int pair = 0; pair < kWord / 2; ++pair) {
+            const int64_t index = int64_t(row + pair % 2 * 8) * operands.shape_n + column + 2 * first + pair / 2 * 8;
+            kept |= operands.dropout.kept_pair(index) << 2 * pair;
+        }
+#pragma unroll
+        for (int i = 0; i < kWord; ++i) {
+            float& value = d[first + i];
+            value = kept >> i & 1 ? value * operands.dropout.keep_scale : 0.0f;
+        }
+    }
 }
 
-template <class C, class Epilogue>
-DEVICE void consume(const Problem<Epilogue>& problem, const Shared<C>& shared, int consumer) {
+// Applies the operands' `finish` to a consumer's accumulators.
+template <class C, class Problem>
+DEVICE void finish_parts(typename C::Accumulators& d, const Problem& problem, const TileWork& work,
+                         const Consumer<C>& consumer) {
+    constexpr int kRuns = C::Lines::kRightParts;
+    static_assert(kRuns == 1 || C::Tile::kConsumersN == 1, "a consumer's columns begin with the tile's");
+    constexpr int kRunColumns = C::CONSUMER_N / kRuns;
+    const int lane = int(lane_id()), warp = int(threadIdx.x) / kWarp % 4;
+    const int row = work.m + consumer.outer_m() + warp * 16 + lane / 4;
+    const int column = work.n / kRuns + consumer.outer_n();
+    if constexpr (std::is_same<typename C::Lines::Operands, DroppedOperands>::value) {
+        drop_parts<C>(d, problem.operands, row, column + lane % 4 * 2);
+    } else {
+        problem.operands.template finish<true>([&](const auto& visit) {
+#pragma unroll
+            for (int j = 0; j < C::CONSUMER_N / 8; ++j) {
+                const int group = column + 8 * j % kRunColumns + 8 * j / kRunColumns * problem.right_part;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    visit(d[4 * j + 2 * half], d[4 * j + 2 * half + 1], row + 8 * half, group, lane % 4 * 2);
+            }
+        });
+    }
+}
+
+// d = the consumer's part of one tile.
+template <class C, class Problem>
+DEVICE void multiply_tile(typename C::Accumulators& d, typename C::Cursor& cursor, const Shared<C>& shared,
+                          const Problem& problem, const TileWork& work, int index) {
+    const int frozen = work.end_slice - work.first_slice;
+    int parts = 0;
+    if constexpr (kHasParts<typename C::Lines::Operands>)
+        parts = problem.operands.part_slices(tile_columns<C>(work, problem.right_part));
+    Consumer<C> consumer{shared, index, parts + frozen};
+    Lead<typename C::Tile>::wait(consumer.slices, index);
+    if constexpr (kHasParts<typename C::Lines::Operands>) {
+        if (parts > 0) {
+            consumer.multiply(d, cursor, parts);
+            finish_parts<C>(d, problem, work, consumer);
+        }
+    }
+    consumer.multiply(d, cursor, frozen);
+}
+
+template <class C, class Problem>
+DEVICE void consume(const Problem& problem, const Shared<C>& shared, int consumer) {
     using Tile = typename C::Tile;
     const int warp = int(threadIdx.x) / kWarp % 4;
     const int row = consumer % Tile::kConsumersM * kWgmmaRows + warp * 16,
@@ -341,7 +466,7 @@ DEVICE void consume(const Problem<Epilogue>& problem, const Shared<C>& shared, i
     typename C::Cursor cursor;
     each_tile<Tile>(problem, [&](const TileWork& work) {
         typename C::Accumulators d;
-        multiply_tile<C>(d, cursor, shared, work, consumer);
+        multiply_tile<C>(d, cursor, shared, problem, work, consumer);
         problem.epilogue(d, work.out_row + row, work.n + column, panels);
     });
     panels.drain();
@@ -351,7 +476,7 @@ DEVICE void consume(const Problem<Epilogue>& problem, const Shared<C>& shared, i
 
 template <class Tile, class Lines, class Epilogue>
 static __global__ void __launch_bounds__(Config<Tile, Lines>::kThreads, 1)
-    gemm_sm90_kernel(const __grid_constant__ Problem<Epilogue> problem) {
+    gemm_sm90_kernel(const __grid_constant__ Problem<Epilogue, PartsOf<Lines>> problem) {
 #if MMPO_SM90
     using C = Config<Tile, Lines>;
     DYNAMIC_SHARED(raw);
@@ -365,10 +490,10 @@ static __global__ void __launch_bounds__(Config<Tile, Lines>::kThreads, 1)
     const int role = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroupThreads, 0);
     if (role == C::kConsumers) {
         setmaxnreg_decrease<Tile::kProducerRegisters>();
-        if (threadIdx.x == C::kConsumers * kWarpgroupThreads) produce(problem, shared);
+        if (threadIdx.x == C::kConsumers * kWarpgroupThreads) produce<C>(problem, shared);
     } else {
         setmaxnreg_increase<Tile::kConsumerRegisters>();
-        consume(problem, shared, role);
+        consume<C>(problem, shared, role);
     }
     // The other block may still multicast into this block's shared memory, and arrive at its mbarriers.
     if constexpr (Tile::kCluster > 1) sync_cluster<Tile>();
@@ -381,8 +506,25 @@ inline int64_t split_rows(const GemmPlan& plan, int shape_m) {
     return ceil_div(shape_m, rows) * rows;
 }
 
+// Fills in the tensor maps of the low-rank parts.
+template <class C, class Problem>
+mmpo_status encode_parts(Problem& problem, const typename C::Lines::Operands& operands) {
+    problem.operands = operands;
+    for (int i = 0; i < operands.count; ++i) {
+        const LowRankPart& part = operands.parts[i];
+        if (const mmpo_status error =
+                C::Left::encode(&problem.left_parts[i], part.left, operands.shape_m, part.depth, part.left_stride))
+            return error;
+        if (const mmpo_status error =
+                C::RightPart::encode(&problem.right_parts[i], part.right, part.columns, part.depth,
+                                     C::RightPart::line_length(part.columns, part.depth)))
+            return error;
+    }
+    return kSuccess;
+}
+
 template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_tiles(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+mmpo_status launch_tiles(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
                          mmpo_stream stream) {
     using C = Config<Tile, Lines>;
     const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M * Tile::kCluster);
@@ -392,7 +534,7 @@ mmpo_status launch_tiles(const GemmOperands& operands, const GemmPlan& plan, con
     if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
     const int64_t slices = ceil_div(operands.shape_k, BLOCK_K);
     const int group = plan.tile_group / Tile::kCluster, last_rows = int(tiles_m % group);
-    Problem<Epilogue> problem{};
+    Problem<Epilogue, PartsOf<Lines>> problem{};
     problem.tiles_m = int(tiles_m);
     problem.tiles_n = int(tiles_n);
     problem.splits = plan.splits;
@@ -406,11 +548,16 @@ mmpo_status launch_tiles(const GemmOperands& operands, const GemmPlan& plan, con
     problem.split_rows = int(rows);
     problem.right_part = operands.shape_n / Lines::kRightParts;
     problem.epilogue = epilogue;
-    if (const mmpo_status error = C::Left::encode(&problem.left, operands.left, operands.shape_m, operands.shape_k))
-        return error;
+    const int m = operands.shape_m, n = operands.shape_n, k = operands.shape_k;
     if (const mmpo_status error =
-            C::RightPart::encode(&problem.right, operands.right, operands.shape_n, operands.shape_k))
+            C::Left::encode(&problem.left, operands.left, m, k, left_stride(operands, C::Left::line_length(m, k))))
         return error;
+    if (const mmpo_status error = C::RightPart::encode(&problem.right, operands.right, n, k,
+                                                       right_stride(operands, C::RightPart::line_length(n, k))))
+        return error;
+    if constexpr (kHasParts<typename Lines::Operands>) {
+        if (const mmpo_status error = encode_parts<C>(problem, operands)) return error;
+    }
     const int64_t resident = multiprocessors() / Tile::kCluster > 0 ? multiprocessors() / Tile::kCluster : 1;
     const unsigned blocks = unsigned(count < resident ? count : resident) * Tile::kCluster;
     if constexpr (Tile::kCluster == 1) {
@@ -424,8 +571,8 @@ mmpo_status launch_tiles(const GemmOperands& operands, const GemmPlan& plan, con
 
 // Runs the tile in clusters of one block or two, as the plan says.
 template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_single_or_paired(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
-                                    mmpo_stream stream) {
+mmpo_status launch_single_or_paired(const typename Lines::Operands& operands, const GemmPlan& plan,
+                                    const Epilogue& epilogue, mmpo_stream stream) {
     return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
                              : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
 }
@@ -433,7 +580,7 @@ mmpo_status launch_single_or_paired(const GemmOperands& operands, const GemmPlan
 // Queues one gemm in the tile shape that `plan` names. If the plan splits the depth, `out` has splits * split_rows
 // rows.
 template <class Lines, class Epilogue>
-mmpo_status launch_gemm(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+mmpo_status launch_gemm(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
                         mmpo_stream stream) {
     if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
     if (plan.block_n == 128) return launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream);
@@ -444,7 +591,7 @@ mmpo_status launch_gemm(const GemmOperands& operands, const GemmPlan& plan, cons
 
 // As launch_gemm, for a plan of plan_panel_tiles.
 template <class Lines, class Epilogue>
-mmpo_status launch_panel_tiles(const GemmOperands& operands, const GemmPlan& plan, const Epilogue& epilogue,
+mmpo_status launch_panel_tiles(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
                                mmpo_stream stream) {
     return plan.block_n == 128 ? launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream)
                                : launch_single_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);

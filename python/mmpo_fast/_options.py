@@ -16,6 +16,8 @@ class TrainOptions(TypedDict, total=False):
     """Read options from a recipe; flags go before it"""
     resume: bool
     """Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too"""
+    live: bool
+    """Write report.html again every few seconds while the run goes on; an open page loads itself again"""
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
@@ -26,6 +28,10 @@ class TrainOptions(TypedDict, total=False):
     """Folder that receives the model, metrics, report and checkpoints. [default: required; the demo's is mmpo-fast-demo]"""
     reference: PathLike
     """Hugging Face folder of the frozen reference model. [only mmpo, dpo, ipo, hinge] [default: the starting model]"""
+    data_cache: PathLike
+    """Folder in which tokenised pairs are kept between runs, or off: then they are held in memory and not kept. [default: pairs in MMPO_FAST_CACHE or in mmpo-fast in the user's cache folder]"""
+    min_score_gap: float
+    """Leave out pairs whose scores in the file (score_chosen and score_rejected, chosen_rating and rejected_rating and the like) are less far apart than this; a record without scores is refused. [default: scores are not looked at]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
     template_date: str
@@ -140,6 +146,8 @@ class TrainOptions(TypedDict, total=False):
     """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
     gradients: str
     """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
+    offload: str
+    """What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the GPU piece by piece while it computes. The results have the same bits. [default: none]"""
     head_mode: str
     """How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding. [default: auto]"""
     head_workspace: int
@@ -165,8 +173,20 @@ class ScoreOptions(TypedDict, total=False):
     """Hugging Face folder of a reference model: writes rewards and margins too"""
     beta: float
     """Factor of the rewards, beta * (logp - reference logp) [default: 0.1]"""
+    explain: bool
+    """Show how much likelier than under the reference each token of the responses is; the reference is --reference, or the model without its --adapter"""
+    show: int
+    """Pairs that are explained, the first of the data [default: 3]"""
+    html: PathLike
+    """Write the explained pairs as one page, which fetches nothing"""
+    color: str
+    """Colours: auto (on a terminal, unless NO_COLOR is set), always or never"""
     columns: str
     """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
+    data_cache: PathLike
+    """Folder in which tokenised pairs are kept between runs, or off: then they are held in memory and not kept. [default: pairs in MMPO_FAST_CACHE or in mmpo-fast in the user's cache folder]"""
+    min_score_gap: float
+    """Leave out pairs whose scores in the file (score_chosen and score_rejected, chosen_rating and rejected_rating and the like) are less far apart than this; a record without scores is refused. [default: scores are not looked at]"""
     chat_template: PathLike
     """Chat template instead of the model's default: the name of another one of the model's, or a Jinja file. [default: the model's]"""
     template_date: str

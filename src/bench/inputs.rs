@@ -62,9 +62,9 @@ pub fn pairs(lengths: Lengths, pairs: usize, vocabulary: usize) -> Vec<Tokenized
             let tokens: Vec<u32> = (0..length).map(token).collect();
             TokenizedPair {
                 record,
-                prompt: tokens[..prompt].to_vec(),
-                chosen: tokens[prompt..prompt + chosen].to_vec(),
-                rejected: tokens[prompt + chosen..].to_vec(),
+                prompt: tokens[..prompt].to_vec().into(),
+                chosen: tokens[prompt..prompt + chosen].to_vec().into(),
+                rejected: tokens[prompt + chosen..].to_vec().into(),
             }
         })
         .collect()

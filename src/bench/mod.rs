@@ -6,6 +6,7 @@ pub mod counts;
 mod gemm;
 pub mod inputs;
 mod kernels;
+mod load;
 mod measure;
 mod report;
 pub mod shapes;
@@ -29,6 +30,8 @@ pub enum Part {
     Step,
     /// Linear layers by our kernels and by the vendor's.
     Gemm,
+    /// How fast weights come from the disk onto the device.
+    Load,
     /// What the kernels do, counted on the emulated device, instead of how long they take.
     Counts,
 }
@@ -174,6 +177,9 @@ impl DeviceTask for Task<'_> {
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let config = self.0;
         let place = Place::of::<D>(config.device);
+        if config.parts == [Part::Load] {
+            return load::run(&device, config);
+        }
         let shapes = shapes(config, place)?;
         if place == Place::Emulated {
             tracing::warn!("the emulated device runs kernels on the CPU: its times say nothing about a GPU");

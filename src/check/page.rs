@@ -1,34 +1,28 @@
-//! The account as one HTML page, with no script and nothing fetched from anywhere.
+//! The account as one HTML page.
 
-use minijinja::{AutoEscape, Environment, context};
+use serde::Serialize;
 
 use super::account::Account;
-use crate::error::{Error, Result};
-use crate::report::escaped;
+use crate::error::Result;
+use crate::report::page;
 
-const NAME: &str = "check.html";
-const TEMPLATE: &str = include_str!("check.html");
+/// What the template is given.
+#[derive(Serialize)]
+struct View<'a> {
+    account: &'a Account,
+    /// Records of the highest bar of the histogram; at least 1.
+    highest: usize,
+    /// Records that have lengths; at least 1.
+    tokenised: usize,
+}
 
 /// The page.
 pub(super) fn write(account: &Account) -> Result<String> {
-    let failed =
-        |error: minijinja::Error| Error::bug(format!("the page of `check` cannot be written: {error:#}"));
-    let mut environment = Environment::new();
-    environment.set_auto_escape_callback(|_| AutoEscape::Html);
-    // Characters that HTML forbids or that command a terminal are shown, as they are on a terminal.
-    environment.add_filter("shown", |text: &str| escaped(text).into_owned());
-    environment.add_filter("percent", |share: f64| format!("{:.1} %", 100.0 * share));
-    environment.add_filter("tenth", |number: f64| format!("{number:.1}"));
-    environment.add_template(NAME, TEMPLATE).map_err(failed)?;
-    let highest = account.lengths.histogram.iter().map(|bin| bin.count).max().unwrap_or(1).max(1);
-    let tokenised: usize = account.lengths.histogram.iter().map(|bin| bin.count).sum();
-    let page = environment.get_template(NAME).map_err(failed)?;
-    page.render(context! {
-        account => minijinja::value::Value::from(minijinja::value::Serde(account)),
-        highest,
-        tokenised => tokenised.max(1),
-        style => crate::report::STYLE,
-        version => env!("CARGO_PKG_VERSION"),
-    })
-    .map_err(failed)
+    let counts = || account.lengths.histogram.iter().map(|bin| bin.count);
+    let view = View {
+        account,
+        highest: counts().max().unwrap_or(1).max(1),
+        tokenised: counts().sum::<usize>().max(1),
+    };
+    page::render("check.html", include_str!("check.html"), &view)
 }

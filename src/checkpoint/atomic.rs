@@ -3,6 +3,10 @@
 //! Everything is written under `<name>.partial-<process id>` beside its target, synced to the disk, and renamed; then
 //! the folder that holds it is synced. Whatever fails on the way, the target is what it was before. A partial left by
 //! a killed process is removed when the same target is written next.
+//!
+//! No crate does this for folders, which are what a checkpoint and a model are. For single files, `tempfile` renames
+//! without a sync and leaves files of random names when a process is killed; `atomic-write-file` syncs, but the partial and its
+//! removal would stay for the folders.
 
 use std::ffi::OsStr;
 use std::fs::File;

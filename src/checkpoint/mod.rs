@@ -4,6 +4,7 @@
 mod adapter_config;
 pub mod adapter_folder;
 pub mod atomic;
+pub mod background;
 pub mod checksums;
 pub mod model_folder;
 pub mod run_state;
@@ -13,6 +14,7 @@ mod tensor_names;
 pub mod tensor_writer;
 
 pub use adapter_folder::{AdapterFolder, save_adapter};
+pub use background::BackgroundSaves;
 pub use model_folder::ModelFolder;
 pub use run_state::{Checkpoint, RunState};
 pub use save::{CompanionFiles, SHARD_BYTES, save_model};

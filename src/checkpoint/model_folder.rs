@@ -1,6 +1,7 @@
 //! A Hugging Face Llama folder, opened for reading: every tensor is found and checked before the first is used.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use rayon::prelude::*;
@@ -83,6 +84,14 @@ impl ModelFolder {
         file.values(entry).ok_or_else(|| wrong_dtype(file.path(), name, entry))
     }
 
+    /// Gives the memory of some of a tensor's bytes back to the system until they are used again. All of a model's weights would
+    /// otherwise count as this process's memory once they were read.
+    pub fn release(&self, name: &str, bytes: Range<usize>) {
+        if let Some((shard, entry)) = self.tensors.get(name) {
+            self.shards[*shard].release(entry, bytes);
+        }
+    }
+
     /// BLAKE3 over names, shapes, dtypes and bytes of all weights, and over what the config makes of them; the same
     /// whatever the shards.
     pub fn fingerprint(&self) -> [u8; 32] {
@@ -95,6 +104,7 @@ impl ModelFolder {
             for piece in pieces {
                 whole.update(piece.as_bytes());
             }
+            self.shards[*shard].release_all(entry);
         }
         *whole.finalize().as_bytes()
     }
@@ -117,6 +127,7 @@ impl ModelFolder {
                     "the checkpoint is damaged, or its training diverged: use an earlier one",
                 ));
             }
+            file.release_all(entry);
         }
         Ok(())
     }
@@ -202,7 +213,10 @@ impl ModelFolder {
         };
         let values = (self.shards[*head_shard].values(head), self.shards[*shard].values(embedding));
         let same_values = || matches!(values, (Some(head), Some(embedding)) if equal_values(head, embedding));
-        !(head.shape == embedding.shape && same_values())
+        let is_same = head.shape == embedding.shape && same_values();
+        self.shards[*head_shard].release_all(head);
+        self.shards[*shard].release_all(embedding);
+        !is_same
     }
 }
 

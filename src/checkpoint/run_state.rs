@@ -255,6 +255,21 @@ impl Checkpoint {
             .map_err(|error| self.mismatch(format!("tensor `{name}` is not aligned ({error})")))
     }
 
+    /// The bytes of a tensor, in place.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::values`].
+    pub fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        self.entry(name, dtype, shape)
+    }
+
+    /// Gives the memory of a tensor's bytes back to the system until they are used again.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.tensors.release_all(entry);
+        }
+    }
+
     fn entry(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         match self.tensors.get(name) {
             None => Err(self.mismatch(format!("tensor `{name}` is missing"))),

@@ -71,6 +71,16 @@ impl TensorFile {
         &self.map[entry.bytes.clone()]
     }
 
+    /// Gives the memory of some of the tensor's bytes back to the system until they are used again.
+    pub fn release(&self, entry: &TensorEntry, bytes: Range<usize>) {
+        self.map.release(entry.bytes.start + bytes.start..entry.bytes.start + bytes.end);
+    }
+
+    /// As [`TensorFile::release`], of the whole tensor.
+    pub fn release_all(&self, entry: &TensorEntry) {
+        self.map.release(entry.bytes.clone());
+    }
+
     /// The tensor's values in place; `None` where they are of a dtype other than f32, f16 and bf16.
     pub fn values(&self, entry: &TensorEntry) -> Option<RawValues<'_>> {
         let storage = match entry.dtype {

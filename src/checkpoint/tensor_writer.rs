@@ -9,7 +9,7 @@ use crate::checkpoint::atomic::SyncedFile;
 use crate::error::{Error, Result};
 
 /// Values handed to `fill` at a time.
-const PIECE_VALUES: usize = 4 << 20;
+pub(super) const PIECE_VALUES: usize = 4 << 20;
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]

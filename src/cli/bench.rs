@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 
 const ABOUT: &str = "Measure this machine: `kernels` times every kernel beside the machine's own ceilings (a large copy, a large \
 gemm), `step` a whole training step and its parts. `products` times the linear layers by this program and by \
-cuBLASLt, one call after the other. `counts` needs no GPU: it counts on the emulated device what each kernel computes and moves, beside the least \
+cuBLASLt, one call after the other. `load` times how the weights of a model folder come onto the device, beside what \
+disk and bus give. `counts` needs no GPU: it counts on the emulated device what each kernel computes and moves, beside the least \
 that its operation needs.
 
 Kernels are checked before they are timed. Weights and pairs are made up; shapes have names (benches/shapes.json) or come from \
@@ -32,7 +33,7 @@ pub fn command() -> Command {
         .long_about(ABOUT)
         .arg(
             Arg::new("part")
-                .value_parser(PossibleValuesParser::new(["kernels", "step", "products", "counts"]))
+                .value_parser(PossibleValuesParser::new(["kernels", "step", "products", "load", "counts"]))
                 .help("What to measure [default: kernels and step]"),
         )
         .arg(own(
@@ -76,6 +77,7 @@ pub fn config(matches: &ArgMatches) -> Result<BenchConfig> {
         Some("kernels") => vec![Part::Kernels],
         Some("step") => vec![Part::Step],
         Some("products") => vec![Part::Gemm],
+        Some("load") => vec![Part::Load],
         Some("counts") => vec![Part::Counts],
         _ => vec![Part::Kernels, Part::Step],
     };
@@ -137,6 +139,11 @@ fn refuse_unused(matches: &ArgMatches, parts: &[Part]) -> Result<()> {
             "products",
             &["shape", "model", "layers", "profile", "pairs", "tokens", "threads"],
             "the layers and batches that it times are fixed",
+        ),
+        [Part::Load] => (
+            "load",
+            &["shape", "layers", "profile", "pairs", "tokens", "only", "warmups", "calls", "seconds", "csv"],
+            "it reads the weights of `--model` from the disk, once cold and once warm",
         ),
         [Part::Counts] => (
             "counts",

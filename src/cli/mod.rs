@@ -1,12 +1,15 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `plan`, `check`,
-//! `score`, `generate`, `merge` and `bench`.
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `plan`, `check`, `score`,
+//! `generate`, `merge`, `runs` (for `report`) and `bench`.
 
 mod arguments;
 mod bench;
 mod check;
+mod doctor;
 mod generate;
+mod import;
 mod merge;
 mod plan;
+mod report;
 mod score;
 mod shell;
 mod train;
@@ -18,8 +21,12 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{CheckConfig, GenerateConfig, MergeConfig, RunConfig, ScoreConfig, suggest};
+use crate::config::{
+    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
+};
+use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
+use crate::import::ImportConfig;
 use crate::plan::PlanConfig;
 
 /// How much a command line asks the program to say.
@@ -46,7 +53,10 @@ enum Parsed {
     Score(ScoreConfig),
     Generate(GenerateConfig),
     Merge(MergeConfig),
+    Report(ReportConfig),
     Bench(BenchConfig),
+    Doctor(DoctorConfig),
+    Import(ImportConfig),
     Completions(clap_complete::Shell),
     Man(shell::ManConfig),
 }
@@ -81,13 +91,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
         Some(("merge", matches)) => Parsed::Merge(merge::config(matches)?),
+        Some(("report", matches)) => Parsed::Report(report::config(matches)?),
         Some(("bench", matches)) => Parsed::Bench(bench::config(matches)?),
+        Some(("doctor", matches)) => Parsed::Doctor(doctor::config(matches)?),
+        Some(("import", matches)) => Parsed::Import(import::config(matches)?),
         Some(("completions", matches)) => Parsed::Completions(shell::shell(matches)),
         Some(("man", matches)) => Parsed::Man(shell::man(matches)),
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, plan, check, score, generate, merge or bench",
+                "a command is missing: train, plan, check, score, generate, merge, report, bench, doctor or import",
             )));
         }
     };
@@ -108,7 +121,10 @@ impl Invocation {
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
             Parsed::Merge(config) => crate::merge::run(&config),
+            Parsed::Report(config) => crate::runs::run(&config),
             Parsed::Bench(config) => crate::bench::run(&config),
+            Parsed::Doctor(config) => crate::doctor::run(&config),
+            Parsed::Import(config) => crate::import::run(&config),
             Parsed::Completions(shell) => shell::print_completions(shell, command()),
             Parsed::Man(config) => shell::write_man(&config, command()),
         }
@@ -130,7 +146,11 @@ pub fn command() -> Command {
         .args_conflicts_with_subcommands(false)
         .disable_version_flag(true)
         .disable_help_subcommand(true)
-        .arg(switch("version").short('V').help("Print the version; with --verbose, what is built in"))
+        .arg(
+            switch("version")
+                .short('V')
+                .help("Print the version; with --verbose, what is built in and found"),
+        )
         .arg(
             switch("quiet")
                 .short('q')
@@ -145,7 +165,10 @@ pub fn command() -> Command {
         .subcommand(score::command())
         .subcommand(generate::command())
         .subcommand(merge::command())
+        .subcommand(report::command())
         .subcommand(bench::command())
+        .subcommand(doctor::command())
+        .subcommand(import::command())
         .subcommand(shell::completions_command())
         .subcommand(shell::man_command())
 }

@@ -21,7 +21,9 @@ const EXAMPLES: &str = "Examples:
   mmpo-fast train --model M --data pairs.jsonl --eval-data held-out.jsonl --output run --objective dpo --beta 0.1
       DPO, evaluated before, once per epoch and after
   mmpo-fast train --resume --output run
-      go on where a run was stopped";
+      go on where a run was stopped
+  mmpo-fast train --model M --data pairs.jsonl --output run --live
+      watch run/report.html in a browser while it trains";
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
@@ -33,6 +35,9 @@ pub fn command() -> Command {
         .arg(Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Go on from the newest checkpoint in the output folder; with --output alone, that run's options hold too",
         ))
+        .arg(Arg::new("live").long("live").action(ArgAction::SetTrue).help(
+            "Write report.html again every few seconds while the run goes on; an open page loads itself again",
+        ))
         .args(arguments::flags(|_| true))
 }
 
@@ -43,5 +48,6 @@ pub fn command() -> Command {
 pub fn config(matches: &ArgMatches) -> Result<RunConfig> {
     let flags = arguments::options(matches, |_| true)?;
     let recipe = arguments::text(matches, "recipe").map(PathBuf::from);
-    config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))
+    let config = config::resolve(flags, recipe.as_deref(), matches.get_flag("resume"))?;
+    Ok(RunConfig { live: matches.get_flag("live"), ..config })
 }

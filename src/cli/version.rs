@@ -1,6 +1,7 @@
-//! `mmpo-fast --version`, and with `--verbose` what this build can do.
+//! `mmpo-fast --version`, and with `--verbose` what this build can do and what it finds on this machine.
 
 use crate::device::cuda;
+use crate::doctor;
 use crate::error::Result;
 use crate::report::print_result;
 
@@ -19,16 +20,17 @@ fn features() -> Vec<Feature> {
     ]
 }
 
-/// Prints the version on one line, then one line per feature if `verbose`.
+/// Prints the version on one line; if `verbose`, then one line per feature and per finding of `doctor`.
 ///
 /// # Errors
 /// [`crate::Error::Io`] if standard output cannot be written.
 pub fn print(verbose: bool) -> Result<()> {
     let mut text = format!("mmpo-fast {}\n", env!("CARGO_PKG_VERSION"));
     if verbose {
-        for (name, value) in features() {
+        for (name, value) in features().into_iter().chain(doctor::lines()) {
             text.push_str(&format!("{name:<10}{value}\n"));
         }
+        text.push_str("`mmpo-fast doctor` says what to do about what is not found\n");
     }
     print_result(&text).map(|_| ())
 }

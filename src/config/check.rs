@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::Policy;
 use super::value::{EntropyWeight, Source};
+use super::{DataCache, Policy};
 
 pub type Check<T> = fn(&T) -> Result<(), &'static str>;
 
@@ -120,6 +120,13 @@ pub fn source(value: &Source) -> Result<(), &'static str> {
     match value {
         Source::Builtin => Ok(()),
         Source::Path(value) => path(value),
+    }
+}
+
+pub fn data_cache(value: &DataCache) -> Result<(), &'static str> {
+    match value {
+        DataCache::Off => Ok(()),
+        DataCache::Folder(folder) => path(folder),
     }
 }
 

@@ -20,7 +20,7 @@ pub use memory_limit::MemoryLimit;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
 pub use resolve::{asked_lengths, memory, resolve};
-pub use sources::{ColumnNames, PairData, PairFile, PairFiles, TemplateDate};
+pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -64,6 +64,10 @@ pub struct RunConfig {
     pub asked_lengths: AskedLengths,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// When and on what the run is evaluated.
     pub evaluation: EvaluationConfig,
     /// Optimiser steps between checkpoints; `None`: only at the end and on Ctrl-C.
@@ -86,6 +90,8 @@ pub struct RunConfig {
     pub threads: Option<usize>,
     /// Whether a run in `output` is continued.
     pub resume: bool,
+    /// Whether the report is written again and again while the run goes on.
+    pub live: bool,
 }
 
 /// Pairs of one optimiser step where none are given and the file is large enough.
@@ -128,6 +134,9 @@ impl RunConfig {
         for path in optional.into_iter().flatten().chain(files.map(|file| &mut file.path)) {
             *path = absolute(path)?;
         }
+        if let Some(DataCache::Folder(folder)) = &mut recorded.data_cache {
+            *folder = absolute(folder)?;
+        }
         Ok(recorded)
     }
 }
@@ -165,6 +174,16 @@ pub enum GradientConfig {
     Layer,
 }
 
+/// What lives in the host's memory and visits the device when it is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OffloadConfig {
+    /// Nothing.
+    #[default]
+    None,
+    /// Optimiser states and f32 master copies of all but the smallest tensors.
+    States,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -174,6 +193,8 @@ pub struct MemoryConfig {
     pub recompute: Recompute,
     /// Which gradients exist at a time.
     pub gradients: GradientConfig,
+    /// What lives in the host's memory.
+    pub offload: OffloadConfig,
 }
 
 /// Sizes of batches.
@@ -225,14 +246,20 @@ pub struct ScoreConfig {
     pub data: PairFiles,
     /// Columns that have other names in these files.
     pub columns: ColumnNames,
-    /// The JSON Lines file that is written, one line per pair.
-    pub output: PathBuf,
+    /// The JSON Lines file that is written, one line per pair; `None` only where pairs are explained.
+    pub output: Option<PathBuf>,
+    /// The pairs that are explained token by token.
+    pub explain: Option<ExplainConfig>,
     /// Reference model. With it, rewards `beta * (lp - lp_ref)` and margins are written too.
     pub reference: Option<PathBuf>,
     /// Factor of the rewards; ignored without a reference.
     pub beta: f64,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// Jinja file in place of the model's own chat template.
     pub chat_template: Option<PathBuf>,
     /// What the chat template's functions call now; `None` is the time of the command.
@@ -245,6 +272,26 @@ pub struct ScoreConfig {
     pub device: DeviceChoice,
     /// CPU threads; `None` is all cores.
     pub threads: Option<usize>,
+}
+
+/// How pairs are explained by `score --explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExplainConfig {
+    /// So many pairs, the first of the data.
+    pub pairs: usize,
+    /// The page that is written.
+    pub html: Option<PathBuf>,
+    /// Whether the text on standard output has colours; `None`: where that is a terminal.
+    pub color: Option<bool>,
+}
+
+/// Everything `report` needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportConfig {
+    /// Output folders of runs, at least one.
+    pub folders: Vec<PathBuf>,
+    /// The page that is written; `None`: `report.html` in the folder of a single run, `comparison.html` in the current folder.
+    pub output: Option<PathBuf>,
 }
 
 /// Everything `merge` needs to know.
@@ -275,6 +322,10 @@ pub struct CheckConfig {
     pub asked_lengths: AskedLengths,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
+    /// Where tokenised pairs are kept; `None` is the user's cache folder.
+    pub data_cache: Option<DataCache>,
     /// Tokens of one micro-batch.
     pub tokens_per_micro_batch: usize,
     /// Pairs that are shown whole.

@@ -7,8 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, GradientConfig, MemoryLimit, ObjectiveKind, PairData, PairFiles, Policies, Policy,
-    TemplateDate, check,
+    ColumnNames, DataCache, GradientConfig, MemoryLimit, ObjectiveKind, OffloadConfig, PairData, PairFiles,
+    Policies, Policy, TemplateDate, check,
 };
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -240,6 +240,12 @@ options! {
         output: PathBuf, Absent = Absent("required; the demo's is mmpo-fast-demo"), ALL, check::path;
         /// Hugging Face folder of the frozen reference model.
         reference: PathBuf, Absent = Absent("the starting model"), REFERENCE, check::path;
+        /// Folder in which tokenised pairs are kept between runs, or off: then they are held in memory and not kept.
+        data_cache: DataCache, Absent = Absent("pairs in MMPO_FAST_CACHE or in mmpo-fast in the user's cache folder"),
+            ALL, check::data_cache;
+        /// Leave out pairs whose scores in the file (score_chosen and score_rejected, chosen_rating and rejected_rating and
+        /// the like) are less far apart than this; a record without scores is refused.
+        min_score_gap: f64, Absent = Absent("scores are not looked at"), ALL, check::not_negative;
         /// Chat template instead of the model's default: the name of another one of the model's, or a Jinja file.
         chat_template: PathBuf, Absent = Absent("the model's"), ALL, check::path;
         /// The date that `strftime_now` of a chat template gives.
@@ -383,6 +389,9 @@ options! {
         /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
         /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
         gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
+        /// What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the
+        /// GPU piece by piece while it computes. The results have the same bits.
+        offload: OffloadConfig, Always<OffloadConfig> = Always(OffloadConfig::None), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

@@ -1,7 +1,7 @@
 //! What is done with pairs that have a problem: one choice for each kind of problem.
 
 /// What is done with a pair that has a certain problem.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Policy {
     /// It is trained on as it is, and counted.
@@ -15,7 +15,7 @@ pub enum Policy {
 }
 
 /// The policy of each kind of problem. `docs/data.md` has a table of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Policies {
     /// A record that cannot be read as a pair, or that the chat template refuses.
     pub refused: Policy,

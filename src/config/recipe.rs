@@ -18,7 +18,7 @@ pub const DEMO_PATH: &str = "recipes/demo.toml";
 const DEMO: &str = include_str!("../../recipes/demo.toml");
 
 /// Options that only a command line can have.
-const FLAGS_ONLY: [&str; 2] = ["recipe", "resume"];
+const FLAGS_ONLY: [&str; 3] = ["recipe", "resume", "live"];
 
 /// Reads a recipe file.
 ///
@@ -83,8 +83,8 @@ fn unknown_key(key: &str, value: &DeValue<'_>, place: &str, rows: &[Row]) -> Err
 }
 
 impl RunConfig {
-    /// The whole configuration as a recipe; reading that back gives an equal configuration (but for `resume`, which
-    /// is a matter of one command line).
+    /// The whole configuration as a recipe; reading that back gives an equal configuration (but for `resume` and
+    /// `live`, which are a matter of one command line).
     pub fn to_toml(&self) -> String {
         let options = given(self);
         let mut text = String::from("# The resolved configuration of this run, defaults included.\n");
@@ -116,6 +116,8 @@ fn given(config: &RunConfig) -> Options {
         output: some(config.output.clone()),
         reference: config.reference.clone().and_then(some),
         chat_template: config.chat_template.clone().and_then(some),
+        min_score_gap: config.min_score_gap.and_then(some),
+        data_cache: config.data_cache.clone().and_then(some),
         lora: config.lora.and_then(|lora| some(lora.modules)),
         lora_rank: config.lora.and_then(|lora| some(lora.rank)),
         lora_alpha: config.lora.and_then(|lora| some(lora.alpha)),
@@ -151,6 +153,7 @@ fn given(config: &RunConfig) -> Options {
         gradients: some(config.memory.gradients),
         memory: config.memory_limit.and_then(some),
         tflops: config.tflops.and_then(some),
+        offload: some(config.memory.offload),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),

@@ -250,6 +250,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         output: files.output,
         reference: settled.reference,
         chat_template: settled.chat_template,
+        min_score_gap: settled.min_score_gap,
+        data_cache: settled.data_cache,
         lora: settled.lora.map(|modules| LoraSettings {
             modules,
             rank: settled.lora_rank,
@@ -286,6 +288,7 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         },
         threads: settled.threads,
         resume,
+        live: false,
     })
 }
 
@@ -318,6 +321,7 @@ pub fn memory(settled: &Settled) -> MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,
         gradients: settled.gradients,
+        offload: settled.offload,
     }
 }
 

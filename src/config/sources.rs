@@ -11,6 +11,40 @@ use super::value::{OptionValue, Source, toml_kind};
 /// The most times that a pair may be taken in an epoch.
 const LARGEST_WEIGHT: f64 = 1000.0;
 
+/// Where tokenised pairs are kept between runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataCache {
+    /// Nowhere: they are held in memory.
+    Off,
+    /// In this folder.
+    Folder(PathBuf),
+}
+
+impl OptionValue for DataCache {
+    const PLACEHOLDER: &'static str = "DIR|off";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "off" => DataCache::Off,
+            folder => DataCache::Folder(PathBuf::from(folder)),
+        })
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value {
+            DeValue::String(text) => Self::from_text(text),
+            other => Err(format!("must be a folder in quotes, or \"off\", not {}", toml_kind(other))),
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        match self {
+            DataCache::Off => "\"off\"".to_string(),
+            DataCache::Folder(folder) => folder.to_toml(),
+        }
+    }
+}
+
 /// Files of pairs, folders of them, and names of data sets on the Hugging Face Hub that are in its cache on this disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PairFiles(pub Vec<PairFile>);

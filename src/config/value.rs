@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{GradientConfig, ObjectiveKind, Policy, suggest};
+use super::{GradientConfig, ObjectiveKind, OffloadConfig, Policy, suggest};
 use crate::device::DeviceChoice;
 use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -202,6 +202,12 @@ impl Word for GradientConfig {
     }
 }
 
+impl Word for OffloadConfig {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![("none", OffloadConfig::None), ("states", OffloadConfig::States)]
+    }
+}
+
 impl Word for Policy {
     fn words() -> Vec<(&'static str, Self)> {
         vec![("keep", Policy::Keep), ("cut", Policy::Cut), ("drop", Policy::Drop), ("error", Policy::Error)]
@@ -246,6 +252,7 @@ word_option!(MomentFormat, "f32|bf16|8bit");
 word_option!(MasterWeights, "f32|none");
 word_option!(Recompute, "none|selective|layer");
 word_option!(GradientConfig, "f32|layer");
+word_option!(OffloadConfig, "none|states");
 word_option!(Policy, "keep|cut|drop|error");
 
 impl OptionValue for DeviceChoice {

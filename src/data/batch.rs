@@ -5,17 +5,19 @@
 
 use std::ops::Range;
 
+use super::TokenIds;
+
 /// A pair as token ids; the prompt is stored once for both responses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenizedPair {
     /// 0-based position of the record in its file, counting dropped ones.
     pub record: usize,
     /// Token ids of the prompt.
-    pub prompt: Vec<u32>,
+    pub prompt: TokenIds,
     /// Token ids of the chosen response, without the prompt.
-    pub chosen: Vec<u32>,
+    pub chosen: TokenIds,
     /// Token ids of the rejected response, without the prompt.
-    pub rejected: Vec<u32>,
+    pub rejected: TokenIds,
 }
 
 impl TokenizedPair {
@@ -217,9 +219,9 @@ mod tests {
     fn pair(prompt: &[u32], chosen: &[u32], rejected: &[u32]) -> TokenizedPair {
         TokenizedPair {
             record: 0,
-            prompt: prompt.to_vec(),
-            chosen: chosen.to_vec(),
-            rejected: rejected.to_vec(),
+            prompt: prompt.to_vec().into(),
+            chosen: chosen.to_vec().into(),
+            rejected: rejected.to_vec().into(),
         }
     }
 

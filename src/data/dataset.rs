@@ -6,9 +6,12 @@ use std::sync::mpsc::sync_channel;
 use rayon::prelude::*;
 
 use super::encode::Cutting;
+use super::pair_cache::{Key, PairCache, PairWriter, StoredPairs, Summary};
 use super::pair_source::{PairSource, Part, SourceFile};
-use super::records::{Digests, OneKind, RawRecord, Read, Renamed, for_each_chunk, no_record};
-use super::{Cause, EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
+use super::records::{
+    Digests, OneKind, RATINGS, RawRecord, Read, Record, Renamed, SCORE_COLUMNS, for_each_chunk, no_record,
+};
+use super::{Cause, ChatTemplate, EncodedRecord, EncodingReport, TextEncoder, TokenizedPair};
 use crate::config::options::flag_name;
 use crate::config::{ColumnNames, LengthLimits, Policies, Policy};
 use crate::{Error, Result};
@@ -26,6 +29,8 @@ pub struct PairDataset {
     pub refusals: Vec<Refusal>,
     /// Hash of all token ids and of where they are cut into prompts and responses.
     pub fingerprint: [u8; 32],
+    /// The largest token id.
+    pub largest_token: u32,
 }
 
 /// An error of a record after which reading went on.
@@ -50,9 +55,7 @@ impl PairDataset {
     /// # Errors
     /// [`Error::Model`] with the largest such token.
     pub fn check_vocabulary(&self, vocabulary: usize, model: &Path) -> Result<()> {
-        let tokens =
-            self.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]).flatten();
-        let largest = tokens.copied().max().unwrap_or(0);
+        let largest = self.largest_token;
         if (largest as usize) < vocabulary {
             return Ok(());
         }
@@ -71,6 +74,8 @@ pub struct Treatment {
     pub limits: LengthLimits,
     /// What is done with pairs that have a problem.
     pub policies: Policies,
+    /// Pairs whose scores in the file are less far apart than this are left out.
+    pub min_score_gap: Option<f64>,
     /// Whether reading goes on after what would be an error of a record: it is counted, and its message is kept. No
     /// pairs at all are no error then.
     pub tolerant: bool,
@@ -79,7 +84,7 @@ pub struct Treatment {
 impl Treatment {
     /// The default policies, with these limits.
     pub fn new(limits: LengthLimits) -> Self {
-        Treatment { limits, policies: Policies::default(), tolerant: false }
+        Treatment { limits, policies: Policies::default(), min_score_gap: None, tolerant: false }
     }
 }
 
@@ -113,11 +118,88 @@ pub fn load(
     treatment: Treatment,
     observe: &mut dyn FnMut(&EncodedRecord),
 ) -> Result<PairDataset> {
-    let mut intake = Intake::new(source, encoder, treatment)?;
-    for file in &source.files {
-        intake.read(file, observe)?;
-    }
+    let mut intake = Intake::new(source, encoder, treatment, None)?;
+    intake.read_all(observe)?;
     intake.finish()
+}
+
+/// As [`load`], with the pairs in a file of `cache`: those that an earlier call left there, else they are tokenised and
+/// written to it as they come. Pairs and reports are the same either way; records that `observe` sees have no words of
+/// examples where they come from the cache. Where the cache cannot be used, a warning says so and the pairs are held in
+/// memory.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_cached(
+    source: &PairSource,
+    encoder: &TextEncoder,
+    treatment: Treatment,
+    cache: Option<&PairCache>,
+    mut observe: Option<&mut dyn FnMut(&EncodedRecord)>,
+) -> Result<PairDataset> {
+    let mut seen = 0;
+    let keyed = |cache| Some((cache, Key::of(source, encoder, &treatment)?));
+    if let Some((cache, key)) = cache.and_then(keyed) {
+        if let Some(stored) = cache.open(&key) {
+            tracing::info!("tokenised pairs are read from {}", cache.path(&key).display());
+            return stored_dataset(source, treatment, &stored, observe);
+        }
+        let mut see = |record: &EncodedRecord| {
+            seen += 1;
+            if let Some(observe) = &mut observe {
+                observe(record);
+            }
+        };
+        let not_written = match cache.create() {
+            Err(error) => error,
+            Ok(writer) => {
+                let mut intake = Intake::new(source, encoder, treatment, Some(writer))?;
+                let read = intake.read_all(&mut see);
+                let failed = |intake: &Intake| intake.writer.as_ref().is_some_and(PairWriter::failed);
+                match read {
+                    Ok(()) => match intake.finish_into(cache, &key)? {
+                        Ok(dataset) => return Ok(dataset),
+                        Err(error) => error,
+                    },
+                    Err(error) if failed(&intake) => error,
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        tracing::warn!("{not_written}; the tokenised pairs are held in memory instead, and not kept");
+    }
+    let mut to_skip = seen;
+    load(source, encoder, treatment, &mut |record| match (to_skip, &mut observe) {
+        (0, Some(observe)) => observe(record),
+        (0, None) => {}
+        _ => to_skip -= 1,
+    })
+}
+
+/// The data set of pairs that a cache has.
+fn stored_dataset(
+    source: &PairSource,
+    treatment: Treatment,
+    stored: &StoredPairs,
+    observe: Option<&mut dyn FnMut(&EncodedRecord)>,
+) -> Result<PairDataset> {
+    let Summary { fingerprint, largest_token, reports } = &stored.summary;
+    let mut report = EncodingReport::new(treatment.limits, treatment.policies);
+    reports.iter().for_each(|file| report.merge(file));
+    let paths = source.files.iter().map(|file| file.path.clone());
+    let files = paths.zip(reports.iter().cloned()).map(|(path, report)| FileReport { path, report });
+    let files = files.collect();
+    if let Some(observe) = observe {
+        stored.replay(observe)?;
+    }
+    Ok(PairDataset {
+        pairs: stored.pairs()?,
+        report,
+        files,
+        refusals: Vec::new(),
+        fingerprint: *fingerprint,
+        largest_token: *largest_token,
+    })
 }
 
 /// Records on their way into a data set.
@@ -134,13 +216,20 @@ struct Intake<'a> {
     renamed: Renamed<'a>,
     /// Records of the files before this one.
     before: usize,
+    /// Where pairs are written, instead of being held in memory.
+    writer: Option<PairWriter>,
 }
 
 /// What a thread made of a record: the entry for its report and its tokens, unless it is in another part.
 type Outcome = Result<Option<(Read, EncodedRecord)>>;
 
 impl<'a> Intake<'a> {
-    fn new(source: &'a PairSource, encoder: &'a TextEncoder, treatment: Treatment) -> Result<Self> {
+    fn new(
+        source: &'a PairSource,
+        encoder: &'a TextEncoder,
+        treatment: Treatment,
+        writer: Option<PairWriter>,
+    ) -> Result<Self> {
         let after_end = treatment.policies.after_end;
         let ends = if after_end == Policy::Keep { Vec::new() } else { encoder.end_tokens()? };
         let report = EncodingReport::new(treatment.limits, treatment.policies);
@@ -150,6 +239,7 @@ impl<'a> Intake<'a> {
             files: Vec::new(),
             refusals: Vec::new(),
             fingerprint: [0; 32],
+            largest_token: 0,
         };
         Ok(Intake {
             source,
@@ -162,7 +252,12 @@ impl<'a> Intake<'a> {
             digests: Digests::default(),
             renamed: Renamed::new(&source.columns),
             before: 0,
+            writer,
         })
+    }
+
+    fn read_all(&mut self, observe: &mut dyn FnMut(&EncodedRecord)) -> Result<()> {
+        self.source.files.iter().try_for_each(|file| self.read(file, observe))
     }
 
     fn read(&mut self, file: &SourceFile, observe: &mut dyn FnMut(&EncodedRecord)) -> Result<()> {
@@ -202,6 +297,12 @@ impl<'a> Intake<'a> {
             return Ok(None);
         }
         record.index += self.before;
+        if let Some(least) = self.treatment.min_score_gap {
+            let gap = record.score_gap.ok_or_else(|| no_scores(path, &record))?;
+            if gap < least {
+                return Ok(Some((read, EncodedRecord::without_pair(record.place, Cause::ScoresTooClose))));
+            }
+        }
         Ok(Some((read, self.encoder.encode(path, &record, &self.cutting)?)))
     }
 
@@ -241,9 +342,13 @@ impl<'a> Intake<'a> {
             report.illustrate(*cause, example);
         }
         self.judge(&file.path, &causes, &mut encoded, report)?;
+        let copies = if encoded.pair.is_some() { file.copies(&read.digests) } else { 0 };
+        if let Some(writer) = &mut self.writer {
+            writer.add(&encoded, copies)?;
+        }
         observe(&encoded);
         if let Some(pair) = encoded.pair {
-            self.push(pair, file.copies(&read.digests), report);
+            self.push(pair, copies, report);
         }
         Ok(())
     }
@@ -321,11 +426,16 @@ impl<'a> Intake<'a> {
         report.copies += copies - 1;
         report.tokens += pair.tokens() * copies;
         report.largest_pair = report.largest_pair.max(pair.tokens());
+        let parts = [&pair.prompt, &pair.chosen, &pair.rejected].into_iter().flatten();
+        self.dataset.largest_token = parts.copied().fold(self.dataset.largest_token, u32::max);
         for _ in 0..copies {
             for part in [&pair.prompt, &pair.chosen, &pair.rejected] {
                 self.hasher.update(&(part.len() as u64).to_le_bytes());
                 hash_ids(part, &mut self.hasher);
             }
+        }
+        if self.writer.is_some() {
+            return;
         }
         for _ in 1..copies {
             self.dataset.pairs.push(pair.clone());
@@ -335,12 +445,30 @@ impl<'a> Intake<'a> {
         self.dataset.pairs.push(if pair.tokens() > LARGE_PAIR { pair } else { pair.clone() });
     }
 
+    /// The data set, with its pairs in a file of `cache` where a later run would find the same; the inner error is one of
+    /// writing.
+    fn finish_into(mut self, cache: &PairCache, key: &Key) -> Result<Result<PairDataset>> {
+        let writer = self.writer.take().ok_or_else(|| Error::bug("no pairs were written"))?;
+        let path = self.is_lasting().then(|| cache.path(key));
+        let mut dataset = self.finish()?;
+        let summary = Summary {
+            fingerprint: dataset.fingerprint,
+            largest_token: dataset.largest_token,
+            reports: dataset.files.iter().map(|file| file.report.clone()).collect(),
+        };
+        let pairs = writer.finish(key, summary, path.as_deref()).and_then(|stored| stored.pairs());
+        Ok(pairs.map(|pairs| {
+            dataset.pairs = pairs;
+            dataset
+        }))
+    }
+
     fn finish(mut self) -> Result<PairDataset> {
         let first = self.source.files.first().map_or(Path::new(""), |file| &file.path);
         if !self.treatment.tolerant || self.dataset.report.pairs > 0 {
             self.renamed.check_seen(first)?;
         }
-        if self.dataset.pairs.is_empty() && !self.treatment.tolerant {
+        if self.dataset.report.pairs == 0 && !self.treatment.tolerant {
             let (message, help) = match self.source.part {
                 Part::All => (
                     "no usable pair",
@@ -354,6 +482,33 @@ impl<'a> Intake<'a> {
         self.dataset.fingerprint = *self.hasher.finalize().as_bytes();
         Ok(self.dataset)
     }
+
+    /// Whether a later run would find the same: nothing was an error, and no text has the time of this run in it.
+    fn is_lasting(&self) -> bool {
+        let template = self.encoder.template.as_ref();
+        if template.is_some_and(ChatTemplate::depends_on_now) {
+            tracing::info!(
+                "the tokenised pairs are not kept: the chat template writes the time; with --template-date they are"
+            );
+            return false;
+        }
+        self.dataset.report.stops() == 0 && self.dataset.report.pairs > 0
+    }
+}
+
+/// The error of a record without scores, where they are to be looked at.
+fn no_scores(path: &Path, record: &Record) -> Error {
+    let names = SCORE_COLUMNS.map(|[chosen, rejected]| format!("`{chosen}` and `{rejected}`"));
+    Error::data(
+        path,
+        Some(record.place),
+        "no scores of the two responses, which --min-score-gap looks at",
+        format!(
+            "they are numbers in {}, or two numbers in `{RATINGS}`; --columns score_chosen=NAME,score_rejected=NAME reads \
+             others, and --on-refused drop leaves out records without",
+            names.join(", or ")
+        ),
+    )
 }
 
 /// Errors whose messages are kept where reading goes on after them.

@@ -44,6 +44,13 @@ pub struct EncodedRecord {
     pub uncut: Option<[usize; 3]>,
 }
 
+impl EncodedRecord {
+    /// A record that is left out for `cause` before it is tokenised.
+    pub(super) fn without_pair(place: usize, cause: Cause) -> Self {
+        EncodedRecord { pair: None, place, causes: vec![cause], examples: Vec::new(), uncut: None }
+    }
+}
+
 /// What tokenising is to do beyond turning text into ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cutting {
@@ -63,6 +70,14 @@ struct Texts {
     with_rejected: String,
     /// Whether these are plain texts rather than a template's.
     plain: bool,
+}
+
+/// A pair whose ids may still be cut.
+struct Draft {
+    record: usize,
+    prompt: Vec<u32>,
+    chosen: Vec<u32>,
+    rejected: Vec<u32>,
 }
 
 /// What happened to a record so far.
@@ -230,7 +245,7 @@ impl TextEncoder {
     }
 
     /// The three texts as ids, cut where both wholes differ from the prompt alone.
-    fn tokenise(&self, record: usize, texts: &Texts, events: &mut Events) -> Result<TokenizedPair> {
+    fn tokenise(&self, record: usize, texts: &Texts, events: &mut Events) -> Result<Draft> {
         let mut cache = SegmentCache::default();
         let mut encode = |text: &str| match texts.plain {
             true => self.tokenizer.encode_plain(text, &mut cache),
@@ -251,7 +266,7 @@ impl TextEncoder {
         } else if !(self.is_closed(&chosen[shared..])? && self.is_closed(&rejected[shared..])?) {
             events.add(Cause::NoEndToken);
         }
-        let mut pair = TokenizedPair { record, prompt, chosen, rejected };
+        let mut pair = Draft { record, prompt, chosen, rejected };
         pair.prompt.truncate(shared);
         for response in [&mut pair.chosen, &mut pair.rejected] {
             response.drain(..shared);
@@ -304,12 +319,7 @@ impl TextEncoder {
     }
 
     /// Cuts a pair to the limits; `None` if nothing is left to score on a side.
-    fn fit(
-        &self,
-        mut pair: TokenizedPair,
-        limits: LengthLimits,
-        events: &mut Events,
-    ) -> Option<TokenizedPair> {
+    fn fit(&self, mut pair: Draft, limits: LengthLimits, events: &mut Events) -> Option<TokenizedPair> {
         if pair.prompt.len() > limits.max_prompt_length {
             events.add(Cause::PromptCut);
             self.cut_prompt(&mut pair.prompt, limits.max_prompt_length);
@@ -340,7 +350,13 @@ impl TextEncoder {
         if pair.chosen == pair.rejected {
             events.add(Cause::Identical);
         }
-        Some(pair)
+        let Draft { record, prompt, chosen, rejected } = pair;
+        Some(TokenizedPair {
+            record,
+            prompt: prompt.into(),
+            chosen: chosen.into(),
+            rejected: rejected.into(),
+        })
     }
 
     /// Keeps the last `length` tokens, and in their first place the BOS that the tokenizer puts in front, if it is
@@ -380,7 +396,7 @@ impl TextEncoder {
 }
 
 /// Counts tokens after the last end token of each response, and cuts them off where that is asked for.
-fn look_after_ends(mut pair: TokenizedPair, cutting: &Cutting, events: &mut Events) -> TokenizedPair {
+fn look_after_ends(mut pair: Draft, cutting: &Cutting, events: &mut Events) -> Draft {
     if cutting.after_end == Policy::Keep {
         return pair;
     }

@@ -213,6 +213,19 @@ impl ReferenceCache {
 /// before anything is read that could block or never end.
 fn read_own_file(path: &Path, most: usize) -> std::result::Result<Option<Vec<u8>>, String> {
     let failed = |error: std::io::Error| format!("the file cannot be read ({error})");
+    let Some(file) = open_own_file(path)? else { return Ok(None) };
+    let metadata = file.metadata().map_err(failed)?;
+    if metadata.len() > most as u64 {
+        return Err(format!("the file has {} bytes, and no more than {most} are expected", metadata.len()));
+    }
+    let mut bytes = Vec::new();
+    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(Some(bytes))
+}
+
+/// Opens a regular file of this user's own; `None` where there is no file. The error says what is wrong with it.
+pub(super) fn open_own_file(path: &Path) -> std::result::Result<Option<File>, String> {
+    let failed = |error: std::io::Error| format!("the file cannot be read ({error})");
     let file = match open_without_waiting(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -220,15 +233,10 @@ fn read_own_file(path: &Path, most: usize) -> std::result::Result<Option<Vec<u8>
     };
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
-        return Err(format!("it is {}, not a file of log-probs", kind_of(&metadata)));
+        return Err(format!("it is {}, not a file of this cache", kind_of(&metadata)));
     }
     check_owner(&metadata)?;
-    if metadata.len() > most as u64 {
-        return Err(format!("the file has {} bytes, and no more than {most} are expected", metadata.len()));
-    }
-    let mut bytes = Vec::new();
-    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-    Ok(Some(bytes))
+    Ok(Some(file))
 }
 
 /// Opens a file for reading; a FIFO without a writer does not hold the program up.
@@ -275,7 +283,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes a folder and its parents for this user alone; one that exists keeps its mode.
-fn create_private_folder(folder: &Path) -> std::io::Result<()> {
+pub(super) fn create_private_folder(folder: &Path) -> std::io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

@@ -67,11 +67,13 @@ pub enum Cause {
     Opposite,
     /// A column stands twice in one record; the last one counts.
     RepeatedKey,
+    /// Dropped: the scores of the two responses are less far apart than was asked for.
+    ScoresTooClose,
 }
 
 impl Cause {
     /// All causes, in the order of the report.
-    pub const ALL: [Cause; 27] = [
+    pub const ALL: [Cause; 28] = [
         Cause::Refused,
         Cause::BlankResponse,
         Cause::NoRoom,
@@ -99,6 +101,7 @@ impl Cause {
         Cause::Repeated,
         Cause::Opposite,
         Cause::RepeatedKey,
+        Cause::ScoresTooClose,
     ];
 
     /// What `policies` say of it. A prompt that leaves no room cannot be cut; what only tells how a record was read is
@@ -107,6 +110,7 @@ impl Cause {
         match self {
             Cause::Refused => policies.refused,
             Cause::BlankResponse | Cause::NothingToScore | Cause::ResponseNotWritten => policies.empty,
+            Cause::ScoresTooClose => Policy::Drop,
             Cause::NoRoom if policies.long_prompt == Policy::Cut => Policy::Drop,
             Cause::NoRoom | Cause::PromptCut => policies.long_prompt,
             Cause::ChosenCut | Cause::RejectedCut => policies.long_response,
@@ -142,6 +146,7 @@ impl Cause {
             Cause::PromptTextLost | Cause::ResponseTextLost => "on_lost_text",
             Cause::NoEndToken => "on_no_end",
             Cause::AfterEnd => "on_after_end",
+            Cause::ScoresTooClose => "min_score_gap",
             Cause::BosTwice
             | Cause::PromptColumnDiffers
             | Cause::ImplicitPromptBesideText
@@ -183,6 +188,7 @@ impl Cause {
             Cause::Repeated => "repeated",
             Cause::Opposite => "opposite",
             Cause::RepeatedKey => "repeated_key",
+            Cause::ScoresTooClose => "scores_too_close",
         }
     }
 
@@ -227,7 +233,7 @@ impl Cause {
 }
 
 /// How often a cause was met, and where first.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Tally {
     /// Records in which it was met.
     pub count: usize,
@@ -243,7 +249,7 @@ pub struct Tally {
 
 /// The report on a file's records. `Display` shows it to people, and its alternate form leaves out what
 /// [`EncodingReport::warnings`] says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct EncodingReport {
     /// Records read.
     pub records: usize,
@@ -468,6 +474,7 @@ impl EncodingReport {
             Cause::Repeated => "repeated: the same as an earlier record".to_string(),
             Cause::Opposite => "contradicted: an earlier record has the same responses exchanged".to_string(),
             Cause::RepeatedKey => "with a column that stands twice".to_string(),
+            Cause::ScoresTooClose => "scores that are less far apart than --min-score-gap".to_string(),
         }
     }
 }

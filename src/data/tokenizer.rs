@@ -95,10 +95,13 @@ impl Tokenizer {
         let tokens = SpecialTokens::read(folder, &config, &json, class)?;
         class.rebuild(&mut json, &config);
         let understood = Understood::read(&json);
-        let (inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
+        let (mut inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
             .unwrap_or_else(|panic| Err(not_a_tokenizer(&path, panic)))?;
         // What panics or fails here does so again for a text, where it is an error that names the text.
         let words = understood.and_then(|parts| catch(|| Words::new(parts, &inner)).ok().flatten());
+        if words.is_none() {
+            inner = without_lasting_cache(inner);
+        }
 
         let special_tokens = tokens.named();
         let special_ids = inner
@@ -375,6 +378,17 @@ fn build(
         inner.with_post_processor(Some(processor));
     }
     Ok((inner, bos, eos))
+}
+
+/// The tokenizer without the library's cache of words: each thread keeps it for as long as it lives, also when the
+/// tokenizer is gone. What a record repeats is kept by [`SegmentCache`], as long as that lives.
+fn without_lasting_cache(mut inner: tokenizers::Tokenizer) -> tokenizers::Tokenizer {
+    if let ModelWrapper::BPE(model) = inner.get_model() {
+        let mut model = model.clone();
+        model.resize_cache(0);
+        inner.with_model(model);
+    }
+    inner
 }
 
 /// The class that the configs name for this tokenizer.

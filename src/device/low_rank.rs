@@ -2,7 +2,8 @@
 //!
 //! An adapter adds `scale * inner * b^T` to some columns of a layer's output, with `inner = dropout(x) * a^T`. The products
 //! with `a` are those of an ordinary linear layer ([`Linear`]); here are those with `b`, which read and write columns of
-//! wider matrices because query, key and value (and gate and up) share one output.
+//! wider matrices because query, key and value (and gate and up) share one output; and the frozen gemms that an adapter
+//! adds to, as one operation each.
 
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Linear, LinearShape};
@@ -49,6 +50,88 @@ impl LowRankShape {
     }
 }
 
+/// What the adapters of a layer's modules add to its output.
+#[derive(Debug)]
+pub struct AdapterTerms<'a, D: LowRank> {
+    /// `[T, inner width]`: the input of each `b`.
+    pub inner: &'a ComputeBuffer<D>,
+    /// `[outputs of the adapted modules, r]`
+    pub b: &'a ComputeBuffer<D>,
+    /// The product of each module, at most three, with columns of their own.
+    pub parts: &'a [LowRankShape],
+}
+
+/// Operands of [`LowRank::adapted_linear_forward`].
+#[derive(Debug)]
+pub struct AdaptedLinear<'a, D: LowRank> {
+    /// Assigned, `[T, outputs]`.
+    pub out: &'a mut ComputeBuffer<D>,
+    /// `[T, inputs]`
+    pub x: &'a ComputeBuffer<D>,
+    /// `[outputs, inputs]`
+    pub weight: &'a ComputeBuffer<D>,
+    /// `[outputs]`
+    pub bias: Option<&'a ComputeBuffer<D>>,
+    /// Sizes of the frozen gemm.
+    pub shape: LinearShape,
+    /// What is added to it.
+    pub terms: AdapterTerms<'a, D>,
+}
+
+/// Operands of [`LowRank::adapted_linear_backward_input`].
+#[derive(Debug)]
+pub struct AdaptedBackwardInput<'a, D: LowRank> {
+    /// Assigned, `[T, inputs]`.
+    pub dx: &'a mut ComputeBuffer<D>,
+    /// `[T, outputs]`
+    pub dout: &'a ComputeBuffer<D>,
+    /// `[outputs, inputs]`
+    pub weight: &'a ComputeBuffer<D>,
+    /// `[T, inner_width]`
+    pub dinner: &'a ComputeBuffer<D>,
+    /// `[inner_width, inputs]`
+    pub a: &'a ComputeBuffer<D>,
+    /// Sizes of the frozen gemm.
+    pub shape: LinearShape,
+    /// Rows of `a`, of all modules.
+    pub inner_width: usize,
+    /// What the forward dropped of the adapters' input.
+    pub dropout: Option<Dropout>,
+}
+
+impl<D: LowRank> AdapterTerms<'_, D> {
+    /// Checks the operands of a layer's output `[rows, width]`.
+    pub(super) fn check(&self, device: &D, operation: &str, out: usize) -> Result<()> {
+        for shape in self.parts {
+            check_sizes(operation, shape, &shape.sizes(out, device.len(self.inner), device.len(self.b)))?;
+        }
+        let count = [("adapters of a layer, at most", MOST_ADAPTERS, self.parts.len())];
+        check_sizes(operation, &self.parts.len(), &count).map(drop)
+    }
+}
+
+impl<D: LowRank> AdaptedLinear<'_, D> {
+    /// One product after the other.
+    pub(super) fn separately(self, device: &D) -> Result<()> {
+        let AdaptedLinear { out, x, weight, bias, shape, terms } = self;
+        device.linear_forward(out, x, weight, bias, shape)?;
+        terms.parts.iter().try_for_each(|&shape| device.low_rank_forward(out, terms.inner, terms.b, shape))
+    }
+}
+
+impl<D: LowRank> AdaptedBackwardInput<'_, D> {
+    /// One product after the other.
+    pub(super) fn separately(self, device: &D) -> Result<()> {
+        let AdaptedBackwardInput { dx, dout, weight, dinner, a, shape, inner_width, dropout } = self;
+        device.linear_backward_input(dx, dout, weight, shape)?;
+        let inner = LinearShape { outputs: inner_width, ..shape };
+        device.linear_backward_input_add(dx, dinner, a, inner, dropout)
+    }
+}
+
+/// Modules that share an output: query, key and value.
+const MOST_ADAPTERS: usize = 3;
+
 /// Which values of a matrix are dropped, as a function of a key and of a value's place alone: the same key gives the same
 /// values on every device, at any number of threads, and after a resume.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -87,7 +170,7 @@ pub fn hash(key: u64, counter: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// Products with the `b` of an adapter, and what its dropout needs; sums are f32.
+/// Products with the `b` of an adapter, frozen gemms together with them, and what dropout needs; sums are f32.
 ///
 /// # Errors
 /// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
@@ -105,6 +188,25 @@ pub trait LowRank: Linear {
         let sizes = [("out", self.len(out), values), ("x", self.len(x), values)];
         let checked = check_sizes("dropout", &[rows, width], &sizes)?;
         self.run_dropout(out, x, values, dropout, checked)
+    }
+
+    /// Assigns `inner[rows, outputs] = x * a^T`: [`Linear::linear_forward`] with as few outputs as adapters have, for which
+    /// a device may have kernels of its own.
+    fn low_rank_inner(
+        &self,
+        inner: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        a: &ComputeBuffer<Self>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let sizes = [
+            ("inner", self.len(inner), rows * outputs),
+            ("x", self.len(x), rows * inputs),
+            ("a", self.len(a), outputs * inputs),
+        ];
+        let checked = check_sizes("low_rank_inner", &shape, &sizes)?;
+        self.run_low_rank_inner(inner, x, a, shape, checked)
     }
 
     /// Accumulates `out += scale * inner * b^T`, in the module's columns.
@@ -166,9 +268,42 @@ pub trait LowRank: Linear {
         self.run_linear_backward_input_add(dx, dout, weight, shape, dropout, checked)
     }
 
-    /// Sets aside the scratch memory that [`LowRank::linear_backward_input_add`] takes with a dropout, so that no step
-    /// allocates it.
-    fn reserve_low_rank(&self, shape: LinearShape) -> Result<()>;
+    /// Assigns `out[rows, outputs] = x * weight^T (+ bias)` and what the adapters add in their modules' columns, as
+    /// [`Linear::linear_forward`] and then [`LowRank::low_rank_forward`] of each would. A device that has one kernel for all
+    /// saves their passes over `out` and rounds once.
+    fn adapted_linear_forward(&self, operands: AdaptedLinear<'_, Self>) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = operands.shape;
+        let sizes = [
+            ("out", self.len(operands.out), rows * outputs),
+            ("x", self.len(operands.x), rows * inputs),
+            ("weight", self.len(operands.weight), outputs * inputs),
+            ("bias", operands.bias.map_or(outputs, |bias| self.len(bias)), outputs),
+        ];
+        let name = "adapted_linear_forward";
+        let checked = check_sizes(name, &operands.shape, &sizes)?;
+        operands.terms.check(self, name, self.len(operands.out))?;
+        self.run_adapted_linear_forward(operands, checked)
+    }
+
+    /// Assigns `dx[rows, inputs] = dout * weight + dropout(dinner * a)`, as [`Linear::linear_backward_input`] and then
+    /// [`LowRank::linear_backward_input_add`] would.
+    fn adapted_linear_backward_input(&self, operands: AdaptedBackwardInput<'_, Self>) -> Result<()> {
+        let AdaptedBackwardInput { shape: LinearShape { rows, inputs, outputs }, inner_width, .. } = operands;
+        let sizes = [
+            ("dx", self.len(operands.dx), rows * inputs),
+            ("dout", self.len(operands.dout), rows * outputs),
+            ("weight", self.len(operands.weight), outputs * inputs),
+            ("dinner", self.len(operands.dinner), rows * inner_width),
+            ("a", self.len(operands.a), inner_width * inputs),
+        ];
+        let checked = check_sizes("adapted_linear_backward_input", &operands.shape, &sizes)?;
+        self.run_adapted_linear_backward_input(operands, checked)
+    }
+
+    /// Sets aside the scratch memory that the operations of a layer's adapters take for up to `shape.rows` rows, so that no
+    /// step allocates it. `shape` is that of the gemm with `a`; `parts` are the products with `b`, and `dropout` says whether
+    /// there is one.
+    fn reserve_low_rank(&self, shape: LinearShape, parts: &[LowRankShape], dropout: bool) -> Result<()>;
 
     /// The device's part of [`LowRank::dropout`].
     fn run_dropout(
@@ -179,6 +314,18 @@ pub trait LowRank: Linear {
         dropout: Dropout,
         checked: Checked,
     ) -> Result<()>;
+
+    /// The device's part of [`LowRank::low_rank_inner`].
+    fn run_low_rank_inner(
+        &self,
+        inner: &mut ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        a: &ComputeBuffer<Self>,
+        shape: LinearShape,
+        _: Checked,
+    ) -> Result<()> {
+        self.linear_forward(inner, x, a, None, shape)
+    }
 
     /// The device's part of [`LowRank::low_rank_forward`].
     fn run_low_rank_forward(
@@ -220,6 +367,20 @@ pub trait LowRank: Linear {
         dropout: Option<Dropout>,
         checked: Checked,
     ) -> Result<()>;
+
+    /// The device's part of [`LowRank::adapted_linear_forward`]; one product after the other unless the device fuses them.
+    fn run_adapted_linear_forward(&self, operands: AdaptedLinear<'_, Self>, _: Checked) -> Result<()> {
+        operands.separately(self)
+    }
+
+    /// The device's part of [`LowRank::adapted_linear_backward_input`]; as above.
+    fn run_adapted_linear_backward_input(
+        &self,
+        operands: AdaptedBackwardInput<'_, Self>,
+        _: Checked,
+    ) -> Result<()> {
+        operands.separately(self)
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! SwiGLU (Shazeer 2020): a row of `gate_up` is `F` gate values, then `F` up values.
 
 use super::check::check_sizes;
-use super::{Checked, ComputeBuffer, Linear, LinearShape};
+use super::{AdaptedLinear, AdapterTerms, Checked, ComputeBuffer, Linear, LinearShape, LowRank};
 use crate::error::Result;
 
 /// Operands of [`Mlp::linear_swiglu_forward`].
@@ -26,7 +26,7 @@ pub struct LinearSwiglu<'a, D: Linear> {
 /// # Errors
 /// All methods return [`crate::Error::Bug`] for buffers that are smaller than the sizes, and
 /// [`crate::Error::Device`] where the device fails.
-pub trait Mlp: Linear {
+pub trait Mlp: LowRank {
     /// Assigns `out[T, F] = silu(gate) * up`.
     fn swiglu_forward(
         &self,
@@ -45,16 +45,20 @@ pub trait Mlp: Linear {
     /// saves one pass over `gate_up`; the results are the same.
     fn linear_swiglu_forward(&self, operands: LinearSwiglu<'_, Self>) -> Result<()> {
         let shape = operands.shape;
-        let width = shape.outputs / 2;
-        let sizes = [
-            ("out", self.len(operands.out), shape.rows * width),
-            ("gate_up", self.len(operands.gate_up), shape.rows * 2 * width),
-            ("x", self.len(operands.x), shape.rows * shape.inputs),
-            ("weight", self.len(operands.weight), 2 * width * shape.inputs),
-            ("bias", operands.bias.map_or(2 * width, |bias| self.len(bias)), 2 * width),
-        ];
-        let checked = check_sizes("linear_swiglu_forward", &shape, &sizes)?;
+        let checked = check_sizes("linear_swiglu_forward", &shape, &swiglu_sizes(self, &operands))?;
         self.run_linear_swiglu_forward(operands, checked)
+    }
+
+    /// As [`Mlp::linear_swiglu_forward`] of a layer to whose `gate_up` adapters add.
+    fn adapted_linear_swiglu_forward(
+        &self,
+        operands: LinearSwiglu<'_, Self>,
+        terms: AdapterTerms<'_, Self>,
+    ) -> Result<()> {
+        let name = "adapted_linear_swiglu_forward";
+        let checked = check_sizes(name, &operands.shape, &swiglu_sizes(self, &operands))?;
+        terms.check(self, name, self.len(operands.gate_up))?;
+        self.run_adapted_linear_swiglu_forward(operands, terms, checked)
     }
 
     /// Assigns `dgate_up[T, 2F]`.
@@ -92,6 +96,16 @@ pub trait Mlp: Linear {
         self.swiglu_forward(out, gate_up, shape.rows, shape.outputs / 2)
     }
 
+    /// The device's part of [`Mlp::adapted_linear_swiglu_forward`]; as above.
+    fn run_adapted_linear_swiglu_forward(
+        &self,
+        operands: LinearSwiglu<'_, Self>,
+        terms: AdapterTerms<'_, Self>,
+        _: Checked,
+    ) -> Result<()> {
+        operands.separately(terms, self)
+    }
+
     /// The device's part of [`Mlp::swiglu_backward`]; sizes are `[T, F]`.
     fn run_swiglu_backward(
         &self,
@@ -101,4 +115,26 @@ pub trait Mlp: Linear {
         sizes: [usize; 2],
         checked: Checked,
     ) -> Result<()>;
+}
+
+/// What the buffers of a gemm with SwiGLU must hold.
+fn swiglu_sizes<D: Linear>(device: &D, operands: &LinearSwiglu<'_, D>) -> [(&'static str, usize, usize); 5] {
+    let LinearShape { rows, inputs, outputs } = operands.shape;
+    let width = outputs / 2;
+    [
+        ("out", device.len(operands.out), rows * width),
+        ("gate_up", device.len(operands.gate_up), rows * 2 * width),
+        ("x", device.len(operands.x), rows * inputs),
+        ("weight", device.len(operands.weight), 2 * width * inputs),
+        ("bias", operands.bias.map_or(2 * width, |bias| device.len(bias)), 2 * width),
+    ]
+}
+
+impl<D: Mlp> LinearSwiglu<'_, D> {
+    /// The gemm with its adapters, then SwiGLU.
+    pub(super) fn separately(self, terms: AdapterTerms<'_, D>, device: &D) -> Result<()> {
+        let LinearSwiglu { out, gate_up, x, weight, bias, shape } = self;
+        device.adapted_linear_forward(AdaptedLinear { out: &mut *gate_up, x, weight, bias, shape, terms })?;
+        device.swiglu_forward(out, gate_up, shape.rows, shape.outputs / 2)
+    }
 }

@@ -28,6 +28,7 @@ mod memory;
 mod memory_counter;
 mod mlp;
 mod norm;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod rope;
@@ -45,12 +46,15 @@ pub use head::{
 };
 pub use host_memory::LargeBlocks;
 pub use linear::{Linear, LinearShape};
-pub use low_rank::{Dropout, LowRank, LowRankShape, RowPart, hash};
+pub use low_rank::{
+    AdaptedBackwardInput, AdaptedLinear, AdapterTerms, Dropout, LowRank, LowRankShape, RowPart, hash,
+};
 pub use mapped_file::MappedFile;
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
 pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
+pub use offload::{Offload, Queue};
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
@@ -72,6 +76,7 @@ pub trait Device:
     + Head
     + PairObjective
     + Optimizer
+    + Offload
 {
 }
 
@@ -87,6 +92,7 @@ impl<D> Device for D where
         + Head
         + PairObjective
         + Optimizer
+        + Offload
 {
 }
 
@@ -94,6 +100,6 @@ impl<D> Device for D where
 pub mod prelude {
     pub use super::{
         Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, LowRank, Memory, Mlp, Norm,
-        Optimizer, PairObjective, RotaryPositions,
+        Offload, Optimizer, PairObjective, RotaryPositions,
     };
 }

@@ -1,11 +1,13 @@
 //! The end of an optimiser step: the norm of all gradients, and AdamW.
 
+use std::ops::Range;
+
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Memory};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optimizer::{AdamWFactors, AdamWStep, BLOCK, Moments, StochasticRounding};
 
-/// One of the tensors that a call of [`Optimizer::adamw`] updates.
+/// One of the tensors that a call of [`Optimizer::adamw`] updates, or a part of one.
 #[derive(Debug)]
 pub struct AdamWUpdate<'a, D: Memory> {
     /// Updated.
@@ -19,6 +21,16 @@ pub struct AdamWUpdate<'a, D: Memory> {
     pub rounding: StochasticRounding,
     /// Gradient of the loss, before clipping.
     pub gradient: &'a Floats<D>,
+    /// The values of weight and gradient that are updated, from a multiple of [`BLOCK`] on; `None` is all of them. Master copy
+    /// and moments begin with the part's first value.
+    pub part: Option<Range<usize>>,
+}
+
+impl<D: Memory> AdamWUpdate<'_, D> {
+    /// The values that are updated.
+    pub fn range(&self, device: &D) -> Range<usize> {
+        self.part.clone().unwrap_or_else(|| 0..device.len(self.weight))
+    }
 }
 
 /// Gradient norm and AdamW, over all tensors at once.
@@ -60,7 +72,13 @@ pub trait Optimizer: Memory {
 
     /// The size check of one tensor of [`Optimizer::adamw`].
     fn check_update(&self, update: &AdamWUpdate<'_, Self>) -> Result<()> {
-        let len = self.len(update.weight);
+        let part = update.range(self);
+        let len = part.len();
+        if !part.start.is_multiple_of(BLOCK) {
+            return Err(Error::bug(format!(
+                "adamw: the part {part:?} does not begin at a block of {BLOCK} values"
+            )));
+        }
         let master = update.master.as_ref().map_or(len, |master| self.len(master));
         let (moments, scales) = match &*update.moments {
             Moments::F32(pair) => ([self.len(&pair.first), self.len(&pair.second)], None),
@@ -73,12 +91,14 @@ pub trait Optimizer: Memory {
         let blocks = len.div_ceil(BLOCK);
         let scales = scales.unwrap_or([blocks; 2]);
         let sizes = [
+            ("weight", self.len(update.weight), part.end),
+            ("part", part.end, part.start),
             ("master", master, len),
             ("first_moment", moments[0], len),
             ("second_moment", moments[1], len),
             ("first_scales", scales[0], blocks),
             ("second_scales", scales[1], blocks),
-            ("gradient", self.len(update.gradient), len),
+            ("gradient", self.len(update.gradient), part.end),
         ];
         check_sizes("adamw", &len, &sizes).map(|_| ())
     }

@@ -11,7 +11,8 @@ use super::projection::Adapter;
 use super::tensors::{FusedTensor, LayerTensors, LlamaTensors};
 use super::{Llama, Projection};
 use crate::device::{
-    ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, MemoryPart, RawValues, RowPart, hash,
+    AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, MemoryPart,
+    RawValues, RowPart, hash,
 };
 use crate::error::{Error, Result};
 
@@ -150,7 +151,7 @@ pub(super) enum Site {
 impl Site {
     pub(super) const ALL: [Site; 4] = [Site::Qkv, Site::AttentionOut, Site::GateUp, Site::Down];
 
-    fn of<T>(self, layer: &LayerTensors<T>) -> &Projection<T> {
+    pub(super) fn of<T>(self, layer: &LayerTensors<T>) -> &Projection<T> {
         match self {
             Site::Qkv => &layer.qkv,
             Site::AttentionOut => &layer.attention_out,
@@ -169,7 +170,7 @@ impl Site {
     }
 
     /// Sizes of the projection's gemm.
-    fn shape(self, config: &LlamaConfig, rows: usize) -> LinearShape {
+    pub(super) fn shape(self, config: &LlamaConfig, rows: usize) -> LinearShape {
         match self {
             Site::Qkv => config.qkv_shape(rows),
             Site::AttentionOut => config.attention_out_shape(rows),
@@ -412,9 +413,9 @@ impl<D: Device> AdapterActivations<D> {
             }
             let shape = LinearShape { outputs: inner_width, ..site.shape(&model.config, capacity.tokens) };
             model.device.reserve_linear(shape, false)?;
-            if adapters.settings.dropout > 0.0 {
-                model.device.reserve_low_rank(shape)?;
-            }
+            let place = Place { layer: 0, site, slot: 0, tokens: capacity.tokens };
+            let parts = model.adapter_parts(adapters, place);
+            model.device.reserve_low_rank(shape, &parts, adapters.settings.dropout > 0.0)?;
         }
         Ok(())
     }
@@ -430,9 +431,12 @@ pub(super) struct Place {
     pub tokens: usize,
 }
 
+/// `inner`, `b` and the product of each module of a projection.
+type Terms<'a, D> = (&'a ComputeBuffer<D>, &'a ComputeBuffer<D>, Vec<LowRankShape>);
+
 /// Operands of [`Llama::adapter_backward`].
 pub(super) struct AdapterBackward<'a, D: Device> {
-    /// Accumulated, `[T, inputs]`: the gradient of `x`.
+    /// Assigned, `[T, inputs]`: the gradient of `x`.
     pub dx: &'a mut ComputeBuffer<D>,
     /// Accumulated: the gradients of the adapter's matrices.
     pub dadapter: Option<&'a mut Adapter<Option<Floats<D>>>>,
@@ -440,7 +444,8 @@ pub(super) struct AdapterBackward<'a, D: Device> {
     pub dout: &'a ComputeBuffer<D>,
     /// `[T, inputs]`, the input of the forward.
     pub x: &'a ComputeBuffer<D>,
-    pub activations: Option<&'a mut AdapterActivations<D>>,
+    /// What the forward kept.
+    pub adapter: Option<&'a mut AdapterActivations<D>>,
     pub place: Place,
 }
 
@@ -465,38 +470,36 @@ impl<D: Device> Llama<D> {
                 &*dropped
             }
         };
-        self.device.linear_forward(inner, x, &weights.a, None, shape)
+        self.device.low_rank_inner(inner, x, &weights.a, shape)
     }
 
-    /// Adds what the adapters of a projection give to its output, from [`Llama::adapter_inner`].
-    pub(super) fn adapter_output(
-        &self,
-        out: &mut ComputeBuffer<D>,
-        activations: Option<&AdapterActivations<D>>,
+    /// What the adapters of a projection add to its output, from [`Llama::adapter_inner`]: `inner`, `b` and the product of each
+    /// module. `None` where the projection has no adapter.
+    pub(super) fn adapter_terms<'a>(
+        &'a self,
+        activations: Option<&'a AdapterActivations<D>>,
         place: Place,
-    ) -> Result<()> {
-        let Some((adapters, weights)) = self.adapter_at(place) else { return Ok(()) };
+    ) -> Result<Option<Terms<'a, D>>> {
+        let Some((adapters, weights)) = self.adapter_at(place) else { return Ok(None) };
         let inner = &activations.ok_or_else(no_buffers)?.inner[place.slot][place.site as usize];
         let inner = inner.as_ref().ok_or_else(no_buffers)?;
-        let (site, shape) = (adapters.site(place.site), place.site.shape(&self.config, place.tokens));
-        for part in &site.parts {
-            let shape = adapters.low_rank_shape(part, shape, site.inner_width);
-            self.device.low_rank_forward(out, inner, &weights.b, shape)?;
-        }
-        Ok(())
+        Ok(Some((inner, &weights.b, self.adapter_parts(adapters, place))))
     }
 
-    /// The backward of [`Llama::adapter_inner`] and [`Llama::adapter_output`]: gradients of `A` and `B`, and what the
-    /// adapters add to the gradient of the projection's input.
+    /// Sizes of the products with each module's `B`.
+    fn adapter_parts(&self, adapters: &Adapters, place: Place) -> Vec<LowRankShape> {
+        let (site, shape) = (adapters.site(place.site), place.site.shape(&self.config, place.tokens));
+        site.parts.iter().map(|part| adapters.low_rank_shape(part, shape, site.inner_width)).collect()
+    }
+
+    /// The backward of an adapted projection with a frozen weight: gradients of `A` and `B`, and that of its input.
     pub(super) fn adapter_backward(&self, operands: AdapterBackward<'_, D>) -> Result<()> {
-        let AdapterBackward { dx, mut dadapter, dout, x, activations, place } = operands;
+        let AdapterBackward { dx, mut dadapter, dout, x, adapter, place } = operands;
         let Some((adapters, weights)) = self.adapter_at(place) else { return Ok(()) };
-        let AdapterActivations { inner, dropped, dinner } = activations.ok_or_else(no_buffers)?;
+        let AdapterActivations { inner, dropped, dinner } = adapter.ok_or_else(no_buffers)?;
         let inner = inner[place.slot][place.site as usize].as_ref().ok_or_else(no_buffers)?;
         let dinner = dinner.as_mut().ok_or_else(no_buffers)?;
-        let (site, shape) = (adapters.site(place.site), place.site.shape(&self.config, place.tokens));
-        for part in &site.parts {
-            let shape = adapters.low_rank_shape(part, shape, site.inner_width);
+        for shape in self.adapter_parts(adapters, place) {
             if let Some(db) = dadapter.as_mut().and_then(|dadapter| dadapter.b.as_mut()) {
                 self.device.low_rank_backward_weight(db, dout, inner, shape)?;
             }
@@ -515,11 +518,20 @@ impl<D: Device> Llama<D> {
             };
             self.device.linear_backward_weight(Some(da), None, dinner, x, shape)?;
         }
-        self.device.linear_backward_input_add(dx, dinner, &weights.a, shape, dropout)
+        self.device.adapted_linear_backward_input(AdaptedBackwardInput {
+            dx,
+            dout,
+            weight: &self.projection(place).weight,
+            dinner,
+            a: &weights.a,
+            shape: place.site.shape(&self.config, place.tokens),
+            inner_width: shape.outputs,
+            dropout,
+        })
     }
 
     fn adapter_at(&self, place: Place) -> Option<(&Adapters, &Adapter<ComputeBuffer<D>>)> {
-        let weights = place.site.of(&self.weights.layers[place.layer]).adapter.as_ref()?;
+        let weights = self.projection(place).adapter.as_ref()?;
         Some((self.adapters.as_ref()?, weights))
     }
 

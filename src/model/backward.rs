@@ -4,7 +4,7 @@
 //! Weight gradients accumulate over micro-batches, in f32. A frozen tensor has none, and the gemm that would form it is
 //! not run.
 
-use super::adapter::{AdapterBackward, Place, Site};
+use super::adapter::{Place, Site};
 use super::buffers::{Activations, BackwardScratch};
 use super::projection::ProjectionBackward;
 use super::tensors::LayerTensors;
@@ -131,8 +131,7 @@ impl<D: Device> LayerBackward<'_, D> {
     /// `delta = down(activated)`: from the residual stream's gradient to that of `activated`.
     fn down(&mut self) -> Result<()> {
         let place = self.place(Site::Down);
-        let LayerBackward { model, weights, gate_up_slot, gradients, scratch, activations, tokens, .. } =
-            self;
+        let LayerBackward { model, gate_up_slot, gradients, scratch, activations, tokens, .. } = self;
         let width = model.config.intermediate_size;
         let gate_up = &activations.gate_up[*gate_up_slot];
         model.device.swiglu_forward(&mut activations.activated, gate_up, *tokens, width)?;
@@ -141,15 +140,7 @@ impl<D: Device> LayerBackward<'_, D> {
             dweights: &mut gradients.down,
             dout: &scratch.residual,
             x: &activations.activated,
-            weights: &weights.down,
-            shape: model.config.down_shape(*tokens),
-        })?;
-        model.adapter_backward(AdapterBackward {
-            dx: &mut scratch.activated,
-            dadapter: gradients.down.adapter.as_mut(),
-            dout: &scratch.residual,
-            x: &activations.activated,
-            activations: activations.adapter.as_mut(),
+            adapter: activations.adapter.as_mut(),
             place,
         })
     }
@@ -181,15 +172,7 @@ impl<D: Device> LayerBackward<'_, D> {
             dweights: &mut gradients.gate_up,
             dout: &scratch.gate_up,
             x: &activations.normed,
-            weights: &weights.gate_up,
-            shape: model.config.gate_up_shape(tokens),
-        })?;
-        model.adapter_backward(AdapterBackward {
-            dx: &mut scratch.normed,
-            dadapter: gradients.gate_up.adapter.as_mut(),
-            dout: &scratch.gate_up,
-            x: &activations.normed,
-            activations: activations.adapter.as_mut(),
+            adapter: activations.adapter.as_mut(),
             place,
         })?;
         model.device.rms_norm_backward(RmsNormBackward {
@@ -206,21 +189,13 @@ impl<D: Device> LayerBackward<'_, D> {
     /// `delta = attention_out(attention)`: to the gradient of the attention's output.
     fn attention_out(&mut self) -> Result<()> {
         let place = self.place(Site::AttentionOut);
-        let LayerBackward { model, weights, slot, gradients, scratch, activations, tokens, .. } = self;
+        let LayerBackward { model, slot, gradients, scratch, activations, .. } = self;
         model.project_backward(ProjectionBackward {
             dx: &mut scratch.attention,
             dweights: &mut gradients.attention_out,
             dout: &scratch.residual,
             x: &activations.attention[*slot],
-            weights: &weights.attention_out,
-            shape: model.config.attention_out_shape(*tokens),
-        })?;
-        model.adapter_backward(AdapterBackward {
-            dx: &mut scratch.attention,
-            dadapter: gradients.attention_out.adapter.as_mut(),
-            dout: &scratch.residual,
-            x: &activations.attention[*slot],
-            activations: activations.adapter.as_mut(),
+            adapter: activations.adapter.as_mut(),
             place,
         })
     }
@@ -269,15 +244,7 @@ impl<D: Device> LayerBackward<'_, D> {
             dweights: &mut gradients.qkv,
             dout: &scratch.qkv,
             x: &activations.normed,
-            weights: &weights.qkv,
-            shape: model.config.qkv_shape(*tokens),
-        })?;
-        model.adapter_backward(AdapterBackward {
-            dx: &mut scratch.normed,
-            dadapter: gradients.qkv.adapter.as_mut(),
-            dout: &scratch.qkv,
-            x: &activations.normed,
-            activations: activations.adapter.as_mut(),
+            adapter: activations.adapter.as_mut(),
             place,
         })?;
         model.device.rms_norm_backward(RmsNormBackward {

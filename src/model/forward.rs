@@ -8,7 +8,7 @@ use super::Llama;
 use super::adapter::{Place, Site};
 use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
-use crate::device::{AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
+use crate::device::{AdapterTerms, AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
 use crate::error::Result;
 
 /// What the queries of a forward see.
@@ -68,10 +68,8 @@ impl<D: Device> Llama<D> {
         self.attention_block(layer, activations, batch, tokens, context)?;
         self.gate_up_block(layer, activations, tokens)?;
         let place = Place { layer, site: Site::Down, slot: activations.slot(layer), tokens };
-        let (x, weights) = (&activations.activated, &self.weights.layers[layer].down);
-        self.project(&mut activations.delta, x, weights, self.config.down_shape(tokens))?;
-        self.adapter_inner(activations.adapter.as_mut(), x, place)?;
-        self.adapter_output(&mut activations.delta, activations.adapter.as_ref(), place)
+        let adapter = activations.adapter.as_mut();
+        self.project(&mut activations.delta, &activations.activated, adapter, place)
     }
 
     /// Computes the activations of a layer that its backward reads once more, to the same bits, from the residual stream
@@ -175,9 +173,7 @@ impl<D: Device> Llama<D> {
         let lse = &mut activations.attention_lse[slot];
 
         let place = Place { layer, site: Site::Qkv, slot, tokens };
-        self.project(qkv, &activations.normed, &weights.qkv, self.config.qkv_shape(tokens))?;
-        self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
-        self.adapter_output(qkv, activations.adapter.as_ref(), place)?;
+        self.project(qkv, &activations.normed, activations.adapter.as_mut(), place)?;
         self.device.rope(qkv, &self.rope_table, &batch.positions, tokens, shape, RopeDirection::Forward)?;
         match context {
             Context::Packed => self.device.attention_forward(attention, lse, qkv, batch, shape)?,
@@ -191,15 +187,8 @@ impl<D: Device> Llama<D> {
                 self.device.attention_decode(attention, &cache.layers[layer], rows, shape)?;
             }
         }
-        self.project(
-            &mut activations.delta,
-            attention,
-            &weights.attention_out,
-            self.config.attention_out_shape(tokens),
-        )?;
         let place = Place { site: Site::AttentionOut, ..place };
-        self.adapter_inner(activations.adapter.as_mut(), attention, place)?;
-        self.adapter_output(&mut activations.delta, activations.adapter.as_ref(), place)?;
+        self.project(&mut activations.delta, attention, activations.adapter.as_mut(), place)?;
         self.device.add_rms_norm_forward(AddRmsNorm {
             sum: &mut activations.middle[slot],
             out: &mut activations.normed,
@@ -214,25 +203,23 @@ impl<D: Device> Llama<D> {
     /// The MLP up to its last gemm: reads `normed`, assigns `gate_up` and `activated`.
     fn gate_up_block(&self, layer: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let weights = &self.weights.layers[layer].gate_up;
+        let place = Place { layer, site: Site::GateUp, slot: activations.slot(layer), tokens };
         let slot = activations.gate_up_slot(layer);
-        if weights.adapter.is_some() {
-            // SwiGLU needs the whole of gate and up, so it cannot be the end of the frozen weights' gemm.
-            let place = Place { layer, site: Site::GateUp, slot: activations.slot(layer), tokens };
-            let gate_up = &mut activations.gate_up[slot];
-            self.project(gate_up, &activations.normed, weights, self.config.gate_up_shape(tokens))?;
-            self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
-            self.adapter_output(gate_up, activations.adapter.as_ref(), place)?;
-            let width = self.config.intermediate_size;
-            return self.device.swiglu_forward(&mut activations.activated, gate_up, tokens, width);
-        }
-        self.device.linear_swiglu_forward(LinearSwiglu {
+        self.adapter_inner(activations.adapter.as_mut(), &activations.normed, place)?;
+        let operands = LinearSwiglu {
             out: &mut activations.activated,
             gate_up: &mut activations.gate_up[slot],
             x: &activations.normed,
             weight: &weights.weight,
             bias: weights.bias.as_ref(),
             shape: self.config.gate_up_shape(tokens),
-        })
+        };
+        match self.adapter_terms(activations.adapter.as_ref(), place)? {
+            None => self.device.linear_swiglu_forward(operands),
+            Some((inner, b, parts)) => {
+                self.device.adapted_linear_swiglu_forward(operands, AdapterTerms { inner, b, parts: &parts })
+            }
+        }
     }
 
     /// Assigns the scored rows, and what the final norm makes of them: `head.gathered` and `head.normed`, `[N, D]`.

@@ -8,7 +8,7 @@ impl LlamaConfig {
         NormShape { rows, width: self.hidden_size, epsilon: self.rms_norm_eps }
     }
 
-    pub(super) fn qkv_shape(&self, rows: usize) -> LinearShape {
+    pub(crate) fn qkv_shape(&self, rows: usize) -> LinearShape {
         LinearShape { rows, inputs: self.hidden_size, outputs: self.attention_shape().qkv_width() }
     }
 
@@ -16,7 +16,7 @@ impl LlamaConfig {
         LinearShape { rows, inputs: self.attention_shape().out_width(), outputs: self.hidden_size }
     }
 
-    pub(super) fn gate_up_shape(&self, rows: usize) -> LinearShape {
+    pub(crate) fn gate_up_shape(&self, rows: usize) -> LinearShape {
         LinearShape { rows, inputs: self.hidden_size, outputs: 2 * self.intermediate_size }
     }
 

@@ -1,24 +1,41 @@
 //! Weights from a checkpoint onto a device, and back.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
 use crate::device::{ComputeBuffer, Device, MemoryPart, RawValues, StorageType};
 use crate::error::{Error, Result};
 
+/// Bytes of weights that are read from the map before their pages are given back: few enough that a model of any size takes
+/// little of the host's memory, many enough that the pages are read ahead.
+const PIECE_BYTES: usize = 64 << 20;
+
 impl<D: Device> Llama<D> {
-    /// Uploads a checkpoint's weights straight from its memory map. `positions` is the length of the longest sequence
+    /// Uploads a checkpoint's weights straight from its memory map, and gives each piece's pages back to the system. `positions` is the length of the longest sequence
     /// that will be run.
     ///
     /// # Errors
     /// [`Error::Model`] for a tensor of another shape; [`Error::Device`] where the device has no
     /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
+        let (started, mut bytes) = (Instant::now(), 0);
         let upload = |weight: &mut ComputeBuffer<D>, offset: usize, tensor: &TensorSpec| {
-            device.upload_values(weight, offset, folder.tensor(&tensor.name, &tensor.shape)?)
+            let RawValues { storage, bytes: all } = folder.tensor(&tensor.name, &tensor.shape)?;
+            bytes += all.len();
+            for (piece, bytes) in all.chunks(PIECE_BYTES).enumerate() {
+                let start = piece * PIECE_BYTES;
+                let values = RawValues { storage, bytes };
+                device.upload_values(weight, offset + start / storage.size(), values)?;
+                folder.release(&tensor.name, start..start + bytes.len());
+            }
+            Ok(())
         };
-        Self::assemble(&device, folder.config().clone(), positions, upload)
+        let model = Self::assemble(&device, folder.config().clone(), positions, upload)?;
+        let (seconds, gigabytes) = (started.elapsed().as_secs_f64(), bytes as f64 * 1e-9);
+        tracing::debug!("weights: {gigabytes:.2} GB in {seconds:.2} s, {:.2} GB/s", gigabytes / seconds);
+        Ok(model)
     }
 
     /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
@@ -128,5 +145,77 @@ impl<D: Device> Llama<D> {
         });
         layout.layers = shared.into_iter().collect();
         self.gradients_of(&layout)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::path::Path;
+
+    use half::bf16;
+
+    use super::*;
+    use crate::checkpoint::{CompanionFiles, save_model};
+    use crate::device::cpu::CpuDevice;
+
+    const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40000,
+        "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false}"#;
+
+    /// KiB of a mapped file that are in this process's memory.
+    fn resident(path: &Path) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut is_of_file = false;
+        let mut total = 0;
+        for line in maps.lines() {
+            match line.strip_prefix("Rss:") {
+                Some(rss) if is_of_file => {
+                    total += rss.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap();
+                }
+                Some(_) => {}
+                None if line.contains('-') && line.split(' ').count() > 4 => {
+                    is_of_file = line.ends_with(path.to_str().unwrap());
+                }
+                None => {}
+            }
+        }
+        total
+    }
+
+    /// Two matrices of 40 MB: after each of the passes over a model's weights its file takes no memory.
+    #[test]
+    fn weights_that_were_read_are_given_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let config = LlamaConfig::parse(Path::new("config.json"), CONFIG).unwrap();
+        let mut companions = CompanionFiles::default();
+        companions.set("config.json", CONFIG);
+        save_model(&target, &companions, &config.tensors(), u64::MAX, |_, offset, values| {
+            values.iter_mut().zip(offset..).for_each(|(value, index)| *value = bf16::from_f32(index as f32));
+            Ok(())
+        })
+        .unwrap();
+        let model = ModelFolder::open(&target).unwrap();
+        let file = std::fs::canonicalize(target.join("model.safetensors")).unwrap();
+        let limit = 8 << 10;
+        model.fingerprint();
+        assert!(resident(&file) <= limit, "{} KiB after the fingerprint", resident(&file));
+        model.check_finite().unwrap();
+        assert!(resident(&file) <= limit, "{} KiB after the check", resident(&file));
+        let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
+        let llama = Llama::load(device, &model, 8).unwrap();
+        assert!(resident(&file) <= limit, "{} KiB after the upload", resident(&file));
+        let last = llama.weights.lm_head.as_ref().map(|head| head[40_000 * 512 - 1]);
+        assert_eq!(last, Some(bf16::from_f32((40_000 * 512 - 1) as f32).to_f32()));
+        // The test can see what is there.
+        assert!(model.tensor("lm_head.weight", &[40_000, 512]).unwrap().bytes.iter().any(|&byte| byte == 1));
+        let sum: u64 = model
+            .tensor("lm_head.weight", &[40_000, 512])
+            .unwrap()
+            .bytes
+            .iter()
+            .map(|&byte| u64::from(byte))
+            .sum();
+        assert!(sum > 0 && resident(&file) > 30 << 10, "{} KiB", resident(&file));
     }
 }

@@ -1,7 +1,8 @@
 //! A linear layer of the model: its tensors, its gemm forward, and its two gemms backward.
 
 use super::Llama;
-use crate::device::{ComputeBuffer, Device, Floats, LinearShape};
+use super::adapter::{AdapterActivations, AdapterBackward, Place};
+use crate::device::{AdaptedLinear, AdapterTerms, ComputeBuffer, Device, Floats};
 use crate::error::Result;
 
 /// One value of type `T` for each tensor of a linear layer: a weight, a gradient, an optimiser state or a name.
@@ -70,32 +71,52 @@ pub(super) struct ProjectionBackward<'a, D: Device> {
     pub dout: &'a ComputeBuffer<D>,
     /// `[rows, inputs]`, the input of the forward.
     pub x: &'a ComputeBuffer<D>,
-    /// The layer's tensors.
-    pub weights: &'a Projection<ComputeBuffer<D>>,
-    /// Sizes.
-    pub shape: LinearShape,
+    /// What its adapters keep of the forward.
+    pub adapter: Option<&'a mut AdapterActivations<D>>,
+    /// Which projection.
+    pub place: Place,
 }
 
 impl<D: Device> Llama<D> {
-    /// Assigns `out[rows, outputs] = x[rows, inputs] * weight^T + bias`.
+    /// Assigns `out[rows, outputs] = x[rows, inputs] * weight^T + bias`, and what adapters add.
     pub(super) fn project(
         &self,
         out: &mut ComputeBuffer<D>,
         x: &ComputeBuffer<D>,
-        weights: &Projection<ComputeBuffer<D>>,
-        shape: LinearShape,
+        mut adapter: Option<&mut AdapterActivations<D>>,
+        place: Place,
     ) -> Result<()> {
-        self.device.linear_forward(out, x, &weights.weight, weights.bias.as_ref(), shape)
+        let (weights, shape) = (self.projection(place), place.site.shape(&self.config, place.tokens));
+        let (weight, bias) = (&weights.weight, weights.bias.as_ref());
+        self.adapter_inner(adapter.as_deref_mut(), x, place)?;
+        match self.adapter_terms(adapter.as_deref(), place)? {
+            None => self.device.linear_forward(out, x, weight, bias, shape),
+            Some((inner, b, parts)) => {
+                let terms = AdapterTerms { inner, b, parts: &parts };
+                self.device.adapted_linear_forward(AdaptedLinear { out, x, weight, bias, shape, terms })
+            }
+        }
     }
 
-    /// Accumulates the gradients of weight and bias, unless both are frozen, then assigns the gradient of the input.
+    /// Accumulates the gradients of weight and bias, unless both are frozen, and of the adapters, then assigns the gradient of
+    /// the input.
     pub(super) fn project_backward(&self, operands: ProjectionBackward<'_, D>) -> Result<()> {
-        let ProjectionBackward { dx, dweights, dout, x, weights, shape } = operands;
+        let ProjectionBackward { dx, dweights, dout, x, adapter, place } = operands;
+        let (weights, shape) = (self.projection(place), place.site.shape(&self.config, place.tokens));
         let dweight = dweights.weight.as_mut();
         let dbias = dweights.bias.as_mut().and_then(Option::as_mut);
         if dweight.is_some() || dbias.is_some() {
             self.device.linear_backward_weight(dweight, dbias, dout, x, shape)?;
         }
+        if weights.adapter.is_some() {
+            let dadapter = dweights.adapter.as_mut();
+            return self.adapter_backward(AdapterBackward { dx, dadapter, dout, x, adapter, place });
+        }
         self.device.linear_backward_input(dx, dout, &weights.weight, shape)
+    }
+
+    /// The tensors of a projection.
+    pub(super) fn projection(&self, place: Place) -> &Projection<ComputeBuffer<D>> {
+        place.site.of(&self.weights.layers[place.layer])
     }
 }

@@ -7,6 +7,7 @@
 mod adamw;
 mod dynamic_map;
 mod moments;
+mod offload;
 mod rounding;
 mod schedule;
 mod state;
@@ -14,6 +15,7 @@ mod state;
 pub use adamw::{AdamWFactors, AdamWSettings, AdamWStep};
 pub use dynamic_map::{BLOCK, DynamicMap, LEAST_VALUES, block_scale, inverse_scale, quantize_block};
 pub use moments::{MasterWeights, MomentFormat, MomentPair, Moments, StateOptions};
+pub use offload::{OffloadPlan, OffloadedStates, PIECE_VALUES, is_offloaded};
 pub use rounding::StochasticRounding;
 pub use schedule::Schedule;
 pub use state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType, StateValues};

@@ -34,6 +34,17 @@ pub enum StateType {
     U8,
 }
 
+impl StateType {
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            StateType::F32 => 4,
+            StateType::Bf16 => 2,
+            StateType::U8 => 1,
+        }
+    }
+}
+
 impl StateBuffer {
     /// All buffers that a trained tensor may have.
     pub const ALL: [StateBuffer; 5] = [
@@ -204,6 +215,6 @@ impl<D: Memory> OptimizerState<D> {
         gradient: &'a Floats<D>,
     ) -> AdamWUpdate<'a, D> {
         let OptimizerState { master, moments, rounding } = self;
-        AdamWUpdate { weight, master: master.as_mut(), moments, rounding: *rounding, gradient }
+        AdamWUpdate { weight, master: master.as_mut(), moments, rounding: *rounding, gradient, part: None }
     }
 }

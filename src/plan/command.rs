@@ -13,7 +13,7 @@ use crate::bench::shapes::Lengths;
 use crate::checkpoint::AdapterFolder;
 use crate::config::{MemoryLimit, RunConfig};
 use crate::context;
-use crate::data::{PairSource, TextEncoder, TokenizedPair, Treatment, load};
+use crate::data::{PairCache, PairSource, TextEncoder, TokenizedPair, Treatment, load_cached};
 use crate::demo::Demo;
 use crate::device::cpu::CpuDevice;
 use crate::device::cuda::{self, CudaDevice, KernelPath};
@@ -129,11 +129,13 @@ impl Material {
         }
         let text_folder = context::text_folder(folder, run.adapter.as_deref());
         let encoder = TextEncoder::load(text_folder, run.chat_template.as_deref())?.at(run.template_date)?;
-        let treatment = Treatment { limits, policies: run.policies, tolerant: false };
+        let treatment =
+            Treatment { limits, policies: run.policies, min_score_gap: run.min_score_gap, tolerant: false };
+        let cache = PairCache::of(run.data_cache.as_ref());
         let (training, evaluation) = pair_sources(&run, demo)?;
         let read = |source: &PairSource| -> Result<Vec<TokenizedPair>> {
             let _memory = LargeBlocks::give_back();
-            let dataset = load(source, &encoder, treatment, &mut |_| {})?;
+            let dataset = load_cached(source, &encoder, treatment, cache.as_ref(), None)?;
             dataset.check_vocabulary(vocabulary, folder)?;
             interrupt::check()?;
             Ok(dataset.pairs)
@@ -148,9 +150,9 @@ impl Material {
 pub fn largest_pairs(pairs: usize, lengths: Lengths) -> Vec<TokenizedPair> {
     let pair = |record, [prompt, chosen, rejected]: [usize; 3]| TokenizedPair {
         record,
-        prompt: vec![0; prompt],
-        chosen: vec![0; chosen],
-        rejected: vec![0; rejected],
+        prompt: vec![0; prompt].into(),
+        chosen: vec![0; chosen].into(),
+        rejected: vec![0; rejected].into(),
     };
     let largest = [lengths.prompt, lengths.chosen, lengths.rejected];
     let shortest = largest.map(|length| length.min(1));

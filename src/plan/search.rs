@@ -91,7 +91,8 @@ fn memories(asked: MemoryConfig) -> Vec<MemoryConfig> {
         for &gradients in &gradients {
             for &master in &masters {
                 for &moments in &moments {
-                    all.push(MemoryConfig { states: StateOptions { moments, master }, recompute, gradients });
+                    let states = StateOptions { moments, master };
+                    all.push(MemoryConfig { states, recompute, gradients, ..asked });
                 }
             }
         }
@@ -240,7 +241,7 @@ mod tests {
     #[test]
     fn nothing_keeps_more_than_was_asked_for() {
         let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
-        let memory = MemoryConfig { states, recompute: Recompute::Layer, gradients: GradientConfig::F32 };
+        let memory = MemoryConfig { states, recompute: Recompute::Layer, ..MemoryConfig::default() };
         let asked = Choice { memory, ..asked() };
         let room = Room { asked, largest_pair: 9000, largest_batch: 9000, layer_budgets: &[] };
         let all = candidates(room, seconds);

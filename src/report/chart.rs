@@ -1,11 +1,11 @@
-//! Line charts as SVG text: axes with round numbers, one or more lines, a caption for those who cannot see them. The
-//! page defines the colours: a line of colour 0 has the class `line-0`, and so on.
+//! Line charts: where each line, dot, tick and tooltip of a drawing lies. `parts.html` writes them as SVG; the page
+//! defines the colours: a line of style 0 has the class `line-0`, and so on.
 
-use std::fmt::Write;
+use std::borrow::Cow;
 
-use super::html::escape;
+use serde::Serialize;
 
-/// Size of the drawing in its own units; the page scales it.
+/// Size of the drawing in its own units, as in `parts.html`; the page scales it.
 const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 58.0;
@@ -24,11 +24,11 @@ const SMOOTH_FROM: usize = 30;
 #[derive(Clone, Debug)]
 pub struct Line {
     /// The name in the legend.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Values by step, in order of the steps.
     pub points: Vec<(f64, f64)>,
-    /// Number of its colour on the page.
-    pub color: usize,
+    /// Number of its colour and dashes on the page.
+    pub style: usize,
     /// How the points are drawn.
     pub kind: LineKind,
 }
@@ -57,6 +57,59 @@ pub struct Chart {
     pub share: bool,
 }
 
+/// A chart as the template writes it: places in the drawing's units, as text.
+#[derive(Clone, Debug, Serialize)]
+pub struct Drawing {
+    title: &'static str,
+    about: &'static str,
+    /// The chart in words, for those who cannot see it.
+    spoken: String,
+    legend: Vec<LegendEntry>,
+    value_ticks: Vec<Tick>,
+    step_ticks: Vec<Tick>,
+    paths: Vec<Path>,
+    dots: Vec<Dot>,
+    strips: Vec<Strip>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct LegendEntry {
+    name: String,
+    style: usize,
+    /// `dots` or `stroke`.
+    shape: &'static str,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Tick {
+    at: String,
+    label: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Path {
+    style: usize,
+    /// Drawn faint, under what matters more.
+    is_raw: bool,
+    /// `x,y x,y ...`
+    points: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Dot {
+    style: usize,
+    x: String,
+    y: String,
+}
+
+/// An invisible strip whose tooltip says the values at a step.
+#[derive(Clone, Debug, Serialize)]
+struct Strip {
+    x: String,
+    width: String,
+    text: String,
+}
+
 impl Chart {
     /// A chart of the lines that have something to show; `None` where none has.
     pub fn of(title: &'static str, about: &'static str, share: bool, lines: Vec<Line>) -> Option<Chart> {
@@ -64,35 +117,27 @@ impl Chart {
         if lines.is_empty() { None } else { Some(Chart { title, about, lines, share }) }
     }
 
-    /// The chart as a `<figure>` with legend.
-    pub fn figure(&self) -> String {
-        let mut out = String::from("<figure>\n<figcaption>");
-        let _ = write!(out, "<h3>{}</h3><p>{}</p>", escape(self.title), escape(self.about));
-        if self.lines.len() > 1 {
-            out.push_str("<ul class=\"legend\">");
-            for line in &self.lines {
-                let shape = if line.kind == LineKind::Dots { "dots" } else { "stroke" };
-                let _ = write!(out, "<li class=\"line-{} {shape}\">{}</li>", line.color, escape(line.name));
-            }
-            out.push_str("</ul>");
-        }
-        out.push_str("</figcaption>\n");
-        out.push_str(&self.svg());
-        out.push_str("</figure>\n");
-        out
-    }
-
-    fn svg(&self) -> String {
+    /// The chart, laid out.
+    pub fn drawing(&self) -> Drawing {
         let scale = Scale::of(self);
-        let mut out = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n",
-            escape(&self.spoken())
-        );
-        scale.axes(&mut out);
-        self.lines.iter().for_each(|line| draw(&mut out, line, &scale));
-        self.strips(&mut out, &scale);
-        out.push_str("</svg>\n");
-        out
+        let entry = |line: &Line| LegendEntry {
+            name: line.name.to_string(),
+            style: line.style,
+            shape: if line.kind == LineKind::Dots { "dots" } else { "stroke" },
+        };
+        let mut drawing = Drawing {
+            title: self.title,
+            about: self.about,
+            spoken: self.spoken(),
+            legend: self.lines.iter().map(entry).collect(),
+            value_ticks: scale.value_ticks(),
+            step_ticks: scale.step_ticks(),
+            paths: Vec::new(),
+            dots: Vec::new(),
+            strips: self.strips(&scale),
+        };
+        self.lines.iter().for_each(|line| draw(&mut drawing, line, &scale));
+        drawing
     }
 
     /// The chart in words.
@@ -112,62 +157,64 @@ impl Chart {
         format!("{}: {}.", self.title, lines.join("; "))
     }
 
-    /// Invisible strips whose tooltips say the values at a step.
-    fn strips(&self, out: &mut String, scale: &Scale) {
+    /// Strips over the whole width, each with the values of all lines at or near its step.
+    fn strips(&self, scale: &Scale) -> Vec<Strip> {
         let longest = self.lines.iter().map(|line| line.points.as_slice()).max_by_key(|points| points.len());
         let steps: Vec<f64> =
             average(longest.unwrap_or_default(), MAX_STRIPS).iter().map(|point| point.0).collect();
-        let (first, last) = (LEFT, WIDTH - RIGHT);
-        for (index, &step) in steps.iter().enumerate() {
-            let middle = |a: f64, b: f64| 0.5 * (scale.x(a) + scale.x(b));
-            let from = if index == 0 { first } else { middle(steps[index - 1], step) };
-            let to = steps.get(index + 1).map_or(last, |&next| middle(step, next));
-            let nearest = |line: &Line| {
-                let near = |point: &&(f64, f64)| (point.0 - step).abs();
-                let point = line.points.iter().min_by(|a, b| near(a).total_cmp(&near(b)));
-                point.map_or_else(String::new, |point| format!("\n{} {}", line.name, number(point.1)))
-            };
-            let values: String = self.lines.iter().map(nearest).collect();
-            let _ = writeln!(
-                out,
-                "<rect class=\"strip\" x=\"{from:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{:.1}\">\
-                 <title>step {}{}</title></rect>",
-                (to - from).max(0.0),
-                HEIGHT - TOP - BOTTOM,
-                step.round(),
-                escape(&values),
-            );
-        }
+        let middle = |a: f64, b: f64| 0.5 * (scale.x(a) + scale.x(b));
+        let strip = |(index, &step): (usize, &f64)| {
+            let from = if index == 0 { LEFT } else { middle(steps[index - 1], step) };
+            let to = steps.get(index + 1).map_or(WIDTH - RIGHT, |&next| middle(step, next));
+            let values: String = self.lines.iter().map(|line| line.value_near(step)).collect();
+            Strip {
+                x: place(from),
+                width: place((to - from).max(0.0)),
+                text: format!("step {}{values}", step.round()),
+            }
+        };
+        steps.iter().enumerate().map(strip).collect()
     }
 }
 
-fn draw(out: &mut String, line: &Line, scale: &Scale) {
-    let color = line.color;
+impl Line {
+    /// A line of a tooltip: the value at `step`, or the nearest one with the step that it belongs to.
+    fn value_near(&self, step: f64) -> String {
+        let near = |point: &&(f64, f64)| (point.0 - step).abs();
+        let Some(point) = self.points.iter().min_by(|a, b| near(a).total_cmp(&near(b))) else {
+            return String::new();
+        };
+        let of_step = if near(&point) < 1.0 { String::new() } else { format!(" (step {})", point.0) };
+        format!("\n{} {}{of_step}", self.name, number(point.1))
+    }
+}
+
+fn draw(drawing: &mut Drawing, line: &Line, scale: &Scale) {
     let points = average(&line.points, MAX_POINTS);
-    if line.kind == LineKind::Dots || points.len() == 1 {
-        path(out, &format!("line-{color} raw"), &points, scale);
-        for point in &points {
-            let _ = writeln!(
-                out,
-                "<circle class=\"line-{color}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\"/>",
-                scale.x(point.0),
-                scale.y(point.1)
-            );
-        }
-    } else if line.kind == LineKind::Noisy && points.len() > SMOOTH_FROM {
-        path(out, &format!("line-{color} raw"), &points, scale);
-        path(out, &format!("line-{color}"), &smooth(&points), scale);
-    } else {
-        path(out, &format!("line-{color}"), &points, scale);
+    let is_dotted = line.kind == LineKind::Dots || points.len() == 1;
+    let is_smoothed = !is_dotted && line.kind == LineKind::Noisy && points.len() > SMOOTH_FROM;
+    let path = |points: &[(f64, f64)], is_raw| {
+        let points =
+            points.iter().map(|point| format!("{},{}", place(scale.x(point.0)), place(scale.y(point.1))));
+        Path { style: line.style, is_raw, points: points.collect::<Vec<_>>().join(" ") }
+    };
+    drawing.paths.push(path(&points, is_dotted || is_smoothed));
+    if is_smoothed {
+        drawing.paths.push(path(&smooth(&points), false));
+    }
+    if is_dotted {
+        let dot = |point: &(f64, f64)| Dot {
+            style: line.style,
+            x: place(scale.x(point.0)),
+            y: place(scale.y(point.1)),
+        };
+        drawing.dots.extend(points.iter().map(dot));
     }
 }
 
-fn path(out: &mut String, class: &str, points: &[(f64, f64)], scale: &Scale) {
-    let _ = write!(out, "<polyline class=\"{class}\" points=\"");
-    for point in points {
-        let _ = write!(out, "{:.1},{:.1} ", scale.x(point.0), scale.y(point.1));
-    }
-    out.push_str("\"/>\n");
+/// A place on the drawing, to a tenth of a unit.
+fn place(at: f64) -> String {
+    format!("{at:.1}")
 }
 
 /// Means of runs of neighbours, at most `most` of them.
@@ -241,33 +288,14 @@ impl Scale {
         TOP + height * (self.high - value) / (self.high - self.low)
     }
 
-    fn axes(&self, out: &mut String) {
-        let right = WIDTH - RIGHT;
-        let bottom = HEIGHT - BOTTOM;
-        for &tick in &self.ticks {
-            let y = self.y(tick);
-            let _ = writeln!(
-                out,
-                "<line class=\"grid\" x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>"
-            );
-            let _ = writeln!(
-                out,
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-                LEFT - 8.0,
-                y + 4.0,
-                number(tick)
-            );
-        }
-        for &tick in &self.step_ticks {
-            let _ = writeln!(
-                out,
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{tick}</text>",
-                self.x(tick),
-                bottom + 18.0
-            );
-        }
-        let _ =
-            writeln!(out, "<text x=\"{right}\" y=\"{:.1}\" text-anchor=\"end\">step</text>", HEIGHT - 4.0);
+    fn value_ticks(&self) -> Vec<Tick> {
+        let tick = |&value: &f64| Tick { at: place(self.y(value)), label: number(value) };
+        self.ticks.iter().map(tick).collect()
+    }
+
+    fn step_ticks(&self) -> Vec<Tick> {
+        let tick = |&step: &f64| Tick { at: place(self.x(step)), label: step.to_string() };
+        self.step_ticks.iter().map(tick).collect()
     }
 }
 
@@ -321,7 +349,7 @@ mod tests {
             "Loss",
             "The loss.",
             false,
-            vec![Line { name: "train", points, color: 0, kind: LineKind::Noisy }],
+            vec![Line { name: "train".into(), points, style: 0, kind: LineKind::Noisy }],
         )
         .unwrap()
     }
@@ -360,20 +388,33 @@ mod tests {
             vec![(1.0, 0.0), (2.0, 0.0)],
             (1..5000).map(|step| (step as f64, (step as f64).sin() * 1e9)).collect(),
         ] {
-            let svg = chart(points).figure();
-            assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-            for list in svg.split("points=\"").skip(1).filter_map(|rest| rest.split('"').next()) {
-                for point in list.split_whitespace() {
-                    let (x, y) = point.split_once(',').unwrap();
-                    let (x, y): (f64, f64) = (x.parse().unwrap(), y.parse().unwrap());
-                    assert!(
-                        (LEFT..=WIDTH - RIGHT).contains(&x) && (TOP..=HEIGHT - BOTTOM).contains(&y),
-                        "{point}"
-                    );
-                }
+            let drawing = chart(points).drawing();
+            let text = serde_json::to_string(&drawing).unwrap();
+            assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+            let in_paths = drawing.paths.iter().flat_map(|path| path.points.split_whitespace());
+            let on_paths = in_paths.map(|point| point.split_once(',').unwrap());
+            let on_dots = drawing.dots.iter().map(|dot| (dot.x.as_str(), dot.y.as_str()));
+            let mut count = 0;
+            for (x, y) in on_paths.chain(on_dots) {
+                let (x, y): (f64, f64) = (x.parse().unwrap(), y.parse().unwrap());
+                let holds = (LEFT..=WIDTH - RIGHT).contains(&x) && (TOP..=HEIGHT - BOTTOM).contains(&y);
+                assert!(holds, "{x},{y}");
+                count += 1;
             }
-            assert!(svg.len() < 60_000, "{} bytes", svg.len());
+            assert!(count > 0 && text.len() < 60_000, "{count} places in {} bytes", text.len());
         }
+    }
+
+    /// A tooltip must not pass an evaluation of another step, or a shorter run's last value, for the value at its step.
+    #[test]
+    fn a_tooltip_says_the_step_of_a_value_that_is_not_of_its_own() {
+        let line =
+            |name: &'static str, points| Line { name: name.into(), points, style: 0, kind: LineKind::Exact };
+        let steps = (1..=8).map(|step| (step as f64, step as f64 / 2.0)).collect();
+        let lines = vec![line("training", steps), line("evaluation", vec![(4.0, 9.0)])];
+        let drawing = Chart::of("Loss", "", false, lines).unwrap().drawing();
+        assert_eq!(drawing.strips[3].text, "step 4\ntraining 2\nevaluation 9");
+        assert_eq!(drawing.strips[5].text, "step 6\ntraining 3\nevaluation 9 (step 4)");
     }
 
     #[test]
@@ -383,7 +424,7 @@ mod tests {
                 "Loss",
                 "",
                 false,
-                vec![Line { name: "train", points: vec![], color: 0, kind: LineKind::Noisy }]
+                vec![Line { name: "train".into(), points: vec![], style: 0, kind: LineKind::Noisy }]
             )
             .is_none()
         );

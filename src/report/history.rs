@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::metrics::{EvalMetrics, StepMetrics};
+use super::metrics::{
+    EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics,
+};
 use crate::error::{Error, Result};
 
 /// Name of the file in a run's output folder.
@@ -118,6 +120,11 @@ impl History {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(METRICS_FILE);
         let text = std::fs::read_to_string(&path).map_err(|source| Error::io(&path, "read", source))?;
+        // A process that was killed while it wrote leaves a line without its end.
+        let whole = whole_lines(&text);
+        if whole < text.len() {
+            tracing::warn!("{}: the last line was cut short, and is left out", path.display());
+        }
         let row = |(index, line): (usize, &str)| {
             serde_json::from_str(line).map_err(|error| {
                 Error::data(
@@ -128,7 +135,7 @@ impl History {
                 )
             })
         };
-        let rows = text.lines().enumerate().map(row).collect::<Result<_>>()?;
+        let rows = text[..whole].lines().enumerate().map(row).collect::<Result<_>>()?;
         Ok(History { rows })
     }
 
@@ -140,16 +147,71 @@ impl History {
             .collect()
     }
 
+    /// The median of a metric; `None` where no line has it.
+    pub fn median(&self, name: &str) -> Option<f64> {
+        let mut values: Vec<f64> = self.series(name).iter().map(|point| point.1).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
+    }
+
+    /// The largest value of a metric; `None` where no line has it.
+    pub fn largest(&self, name: &str) -> Option<f64> {
+        self.series(name).iter().map(|point| point.1).reduce(f64::max)
+    }
+
+    /// The evaluation before the first step and the last one after it; `None` where one is lacking.
+    pub fn before_and_after(&self) -> Option<(EvalMetrics, EvalMetrics)> {
+        let mut evaluations = self.rows.iter().filter_map(evaluation);
+        let before = evaluations.next().filter(|first| first.step == 0)?;
+        Some((before, evaluations.next_back()?))
+    }
+
     /// Number of the last step.
     pub fn last_step(&self) -> usize {
         self.series("loss").last().map_or(0, |(step, _)| *step as usize)
     }
 }
 
+/// Bytes of the text without a last line that has neither an end nor a meaning.
+fn whole_lines(text: &str) -> usize {
+    let begin = text.rfind('\n').map_or(0, |end| end + 1);
+    match serde_json::from_str::<Map<String, Value>>(&text[begin..]) {
+        Ok(_) => text.len(),
+        Err(_) => begin,
+    }
+}
+
+/// The evaluation of a line; `None` for the line of a step.
+fn evaluation(row: &Map<String, Value>) -> Option<EvalMetrics> {
+    let value = |name: &str| row.get(&format!("eval_{name}")).and_then(Value::as_f64);
+    let preference = || {
+        Some(PreferenceMetrics {
+            rewards_chosen: value("rewards/chosen")?,
+            rewards_rejected: value("rewards/rejected")?,
+            accuracy: value("rewards/accuracies")?,
+            logps_rejected: value("logps/rejected")?,
+            likelier: value("logps/accuracies")?,
+        })
+    };
+    let implicit = || {
+        Some(ImplicitMetrics { accuracy: value("implicit/accuracies")?, margin: value("implicit/margins")? })
+    };
+    let weights =
+        || Some(WeightMetrics { chosen: value("weights/chosen")?, saturated: value("weights/saturated")? });
+    let pairs = PairMetrics {
+        loss: value("loss")?,
+        logps_chosen: value("logps/chosen")?,
+        preference: preference(),
+        implicit: implicit(),
+        weights: weights(),
+    };
+    let epoch = row.get("epoch").and_then(Value::as_f64).unwrap_or_default();
+    Some(EvalMetrics { step: row.get("step")?.as_u64()? as usize, epoch, pairs })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::metrics::PairMetrics;
 
     fn step(step: usize, loss: f64) -> StepMetrics {
         StepMetrics { step, pairs: PairMetrics { loss, ..PairMetrics::default() }, ..StepMetrics::default() }
@@ -204,6 +266,45 @@ mod tests {
         assert_eq!(History::read(folder.path()).unwrap().last_step(), 4);
         MetricsWriter::create(folder.path()).unwrap();
         assert_eq!(History::read(folder.path()).unwrap(), History::default());
+    }
+
+    #[test]
+    fn evaluations_come_back_as_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = MetricsWriter::create(folder.path()).unwrap();
+        let preference = PreferenceMetrics { accuracy: 0.25, logps_rejected: -3.0, ..Default::default() };
+        let all = PairMetrics {
+            loss: 0.5,
+            logps_chosen: -7.5,
+            preference: Some(preference),
+            implicit: Some(ImplicitMetrics { accuracy: 0.75, margin: -1.0 }),
+            weights: Some(WeightMetrics { chosen: 0.125, saturated: 1.0 }),
+        };
+        let before = EvalMetrics { step: 0, epoch: 0.0, pairs: all };
+        writer.evaluation(&before).unwrap();
+        assert_eq!(History::read(folder.path()).unwrap().before_and_after(), None, "there is no after yet");
+        writer.step(&step(1, 0.5)).unwrap();
+        let after = EvalMetrics {
+            step: 1,
+            epoch: 0.5,
+            pairs: PairMetrics { preference: None, implicit: None, weights: None, ..all },
+        };
+        writer.evaluation(&after).unwrap();
+        assert_eq!(History::read(folder.path()).unwrap().before_and_after(), Some((before, after)));
+    }
+
+    #[test]
+    fn the_line_that_a_killed_process_cut_short_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}\n{\"step\":2,\"lo")
+            .unwrap();
+        assert_eq!(History::read(folder.path()).unwrap().series("loss"), [(1.0, 2.0)]);
+        std::fs::write(folder.path().join(METRICS_FILE), "{\"step\":1,\"loss\":2.0}").unwrap();
+        assert_eq!(
+            History::read(folder.path()).unwrap().last_step(),
+            1,
+            "a line that lacks its end alone is kept"
+        );
     }
 
     #[test]

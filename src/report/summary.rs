@@ -1,9 +1,11 @@
 //! Before and after: what a run did to the preferences, for the terminal and the report.
 
+use serde::{Deserialize, Serialize};
+
 use super::metrics::{EvalMetrics, ImplicitMetrics, PreferenceMetrics, WeightMetrics};
 
 /// What the model answers before and after training.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
     /// The prompt.
     pub prompt: String,

@@ -16,6 +16,8 @@ const STANDARD_OUTPUT: &str = "-";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ScoreOutput {
     StandardOutput,
+    /// No scores are asked for, only explanations.
+    Nowhere,
     /// A file; where a symbolic link was given, the file that it leads to.
     File(PathBuf),
 }
@@ -27,7 +29,7 @@ impl ScoreOutput {
     /// [`Error::Config`] for a folder, a device, a FIFO or a socket, a symbolic link that leads nowhere, and for a
     /// file that the command reads.
     pub fn check(config: &ScoreConfig) -> Result<Self> {
-        let path = &config.output;
+        let Some(path) = &config.output else { return Ok(ScoreOutput::Nowhere) };
         if path.as_os_str() == STANDARD_OUTPUT {
             return Ok(ScoreOutput::StandardOutput);
         }
@@ -69,7 +71,7 @@ impl ScoreOutput {
     /// [`Error::Io`] naming the folder.
     pub fn check_writable(&self) -> Result<()> {
         match self {
-            ScoreOutput::StandardOutput => Ok(()),
+            ScoreOutput::StandardOutput | ScoreOutput::Nowhere => Ok(()),
             ScoreOutput::File(path) => atomic::check_writable(atomic::parent(path)),
         }
     }
@@ -81,6 +83,7 @@ impl ScoreOutput {
     pub fn write(&self, text: &str) -> Result<()> {
         match self {
             ScoreOutput::StandardOutput => print_result(text).map(|_| ()),
+            ScoreOutput::Nowhere => Ok(()),
             ScoreOutput::File(path) => atomic::write_file(path, text.as_bytes()),
         }
     }

@@ -57,6 +57,15 @@ impl PairScore {
     }
 }
 
+/// Log-probs of the scored tokens of a pair, in nats.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogps {
+    /// Those of the chosen response's tokens, in their order.
+    pub chosen: Vec<f32>,
+    /// Those of the rejected response's tokens.
+    pub rejected: Vec<f32>,
+}
+
 /// A model with the buffers to score micro-batches of up to `token_budget` tokens.
 #[derive(Debug)]
 pub struct Scorer<'a, D: Device> {
@@ -151,6 +160,25 @@ impl<'a, D: Device> Scorer<'a, D> {
             progress(scores.len());
             interrupt::check()
         })
+    }
+
+    /// The log-prob of every scored token of all pairs, in order. Their sums are those of [`Scorer::run`].
+    ///
+    /// # Errors
+    /// As [`Scorer::run`].
+    pub fn token_logps(&mut self) -> Result<Vec<TokenLogps>> {
+        let mut logps = Vec::with_capacity(self.pairs.len());
+        for run in self.runs.clone() {
+            interrupt::check()?;
+            let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
+            self.score_batch(&batch, false)?;
+            for (pair, scored) in self.pairs[run].iter().zip(&batch.scored) {
+                self.pair_score(scored).check_finite(pair)?;
+                let of = |range: &Range<usize>| self.logp[range.clone()].to_vec();
+                logps.push(TokenLogps { chosen: of(&scored.chosen), rejected: of(&scored.rejected) });
+            }
+        }
+        Ok(logps)
     }
 
     fn score_batch(&mut self, batch: &PairBatch, entropy: bool) -> Result<()> {

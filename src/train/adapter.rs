@@ -78,8 +78,17 @@ impl StartingAdapter {
     /// # Errors
     /// Those of the device.
     pub fn set_masters<D: Device>(&self, trainer: &mut Trainer<D>) -> Result<()> {
-        let Trainer { model, states, .. } = trainer;
-        for (fused, state) in model.layout.iter().zip(states.iter_mut()) {
+        let Trainer { model, states, offloaded, .. } = trainer;
+        for (number, (fused, state)) in model.layout.iter().zip(states.iter_mut()).enumerate() {
+            if let Some(offloaded) = offloaded
+                && offloaded.states.has(number, StateBuffer::Weight)
+            {
+                for (offset, tensor) in fused.offsets() {
+                    let values = self.values(tensor)?;
+                    let place = (StateBuffer::Weight, offset);
+                    offloaded.states.write(&model.device, number, place, bytemuck::cast_slice(&values))?;
+                }
+            }
             let Some(master) = state.as_mut().and_then(|state| state.master.as_mut()) else { continue };
             for (offset, tensor) in fused.offsets() {
                 model.device.upload(master, offset, &self.values(tensor)?)?;

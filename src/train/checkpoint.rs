@@ -7,6 +7,7 @@ use safetensors::tensor::Dtype;
 
 use super::guard;
 use super::trainer::Trainer;
+use crate::checkpoint::background::{self, BackgroundSaves, Snapshot};
 use crate::checkpoint::run_state::save_checkpoint;
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
@@ -52,6 +53,7 @@ pub const FREE_OPTIONS: &[&str] = &[
     // A limit, not what is computed below it.
     "memory",
     "tflops",
+    "offload",
 ];
 
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest.
@@ -66,22 +68,60 @@ pub fn save<D: Device>(run: &Path, trainer: &Trainer<D>, state: &RunState, keep:
     run_state::prune(run, keep)
 }
 
+/// As [`save`], beside what comes after: what is saved is copied to the host's memory first, while the caller waits. Where that
+/// is too small for a copy, the caller waits for all of it, and is told so.
+///
+/// # Errors
+/// As [`save`], and those of the save before, for which it waits. Errors of this save come from `saves` later.
+pub fn save_beside<D: Device>(
+    saves: &mut BackgroundSaves,
+    run: &Path,
+    trainer: &Trainer<D>,
+    state: &RunState,
+    keep: usize,
+) -> Result<()> {
+    // One copy at a time.
+    saves.wait()?;
+    let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
+    if !background::fits_in_memory(&layout) {
+        tracing::info!(
+            "training waits for this checkpoint: a copy of it would take more than half of the free memory"
+        );
+        return save(run, trainer, state, keep);
+    }
+    let snapshot =
+        Snapshot::take(&layout, |tensor, offset, bytes| download(trainer, &tensor.name, offset, bytes))?;
+    let (run, state) = (run.to_path_buf(), state.clone());
+    saves.start(move || {
+        save_checkpoint(&run, &state, &layout, |tensor, offset, bytes| snapshot.fill(tensor, offset, bytes))?;
+        run_state::prune(&run, keep)
+    })
+}
+
 /// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
 pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
     let options = trainer.state_options();
-    let Trainer { model, states, .. } = trainer;
+    let Trainer { model, states, offloaded, .. } = trainer;
     let device = model.device.as_ref();
-    for ((tensor, weight), state) in model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut())
-    {
-        let Some(state) = state else { continue };
+    let tensors = model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut());
+    for (number, ((tensor, weight), state)) in tensors.enumerate() {
+        if !tensor.trained {
+            continue;
+        }
         for buffer in StateBuffer::ALL {
-            let Some((_, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
+            let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
             let (name, shape) = (stored_name(tensor, buffer), [len]);
             if buffer == StateBuffer::Weight {
                 let values = checkpoint.values::<f32>(&name, &shape)?;
                 device.upload_values(weight, 0, RawValues::from_f32(values))?;
             }
-            match state.get_mut(buffer) {
+            if let Some(offloaded) = offloaded
+                && offloaded.states.has(number, buffer)
+            {
+                let bytes = checkpoint.bytes(&name, dtype(kind), &shape)?;
+                offloaded.states.write(device, number, (buffer, 0), bytes)?;
+            }
+            match state.as_mut().and_then(|state| state.get_mut(buffer)) {
                 Some(StateValues::F32(kept)) => {
                     device.upload(kept, 0, checkpoint.values::<f32>(&name, &shape)?)?
                 }
@@ -93,6 +133,7 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
                 }
                 None => {}
             }
+            checkpoint.release(&name);
         }
     }
     Ok(())
@@ -131,15 +172,18 @@ pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>, options: StateOptions)
     for tensor in layout.iter().filter(|tensor| tensor.trained) {
         for buffer in StateBuffer::ALL {
             let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
-            let dtype = match kind {
-                StateType::F32 => Dtype::F32,
-                StateType::Bf16 => Dtype::BF16,
-                StateType::U8 => Dtype::U8,
-            };
-            stored.push(StoredTensor::new(stored_name(tensor, buffer), dtype, &[len]));
+            stored.push(StoredTensor::new(stored_name(tensor, buffer), dtype(kind), &[len]));
         }
     }
     stored
+}
+
+fn dtype(kind: StateType) -> Dtype {
+    match kind {
+        StateType::F32 => Dtype::F32,
+        StateType::Bf16 => Dtype::BF16,
+        StateType::U8 => Dtype::U8,
+    }
 }
 
 fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
@@ -158,40 +202,52 @@ pub(super) fn download<D: Device>(
 ) -> Result<()> {
     let (model, device) = (&trainer.model, trainer.device());
     let weights = model.layout.iter().zip(model.weights.iter());
-    for ((tensor, weight), state) in weights.zip(trainer.states.iter()) {
-        let Some(state) = state else { continue };
-        let Some(buffer) = StateBuffer::ALL.into_iter().find(|&buffer| stored_name(tensor, buffer) == name)
-        else {
+    for (number, ((tensor, weight), state)) in weights.zip(trainer.states.iter()).enumerate() {
+        let stored_here = |buffer: &StateBuffer| stored_name(tensor, *buffer) == name;
+        let Some(buffer) = StateBuffer::ALL.into_iter().find(stored_here).filter(|_| tensor.trained) else {
             continue;
         };
-        return match state.get(buffer) {
-            Some(StateValues::F32(kept)) => {
-                let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-                device.download(values, kept, offset)?;
-                guard::check_saved(name, offset, values)
+        let kind = buffer.stored(tensor.values(), trainer.state_options().moments).map(|(kind, _)| kind);
+        match (state.as_ref().and_then(|state| state.get(buffer)), &trainer.offloaded) {
+            (Some(StateValues::F32(kept)), _) => {
+                device.download::<f32>(bytemuck::cast_slice_mut(bytes), kept, offset)?;
             }
-            Some(StateValues::Bf16(kept)) => {
-                let values: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
-                device.download(values, kept, offset)?;
-                let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
-                guard::check_saved(name, offset, &wide)
+            (Some(StateValues::Bf16(kept)), _) => {
+                device.download::<bf16>(bytemuck::cast_slice_mut(bytes), kept, offset)?;
             }
-            // Every code is a number; what is not finite shows in a scale.
-            Some(StateValues::U8(kept)) => device.download(bytes, kept, offset),
-            None => {
-                let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-                device.download_compute(values, weight, offset)?;
-                guard::check_saved(name, offset, values)
+            (Some(StateValues::U8(kept)), _) => device.download(bytes, kept, offset)?,
+            (None, Some(offloaded)) if offloaded.states.has(number, buffer) => {
+                offloaded.states.read(device, number, (buffer, offset), bytes)?;
             }
-        };
+            (None, _) => device.download_compute(bytemuck::cast_slice_mut(bytes), weight, offset)?,
+        }
+        return check_finite(name, offset, kind, bytes);
     }
     Err(unknown(name))
+}
+
+/// Fails where `bytes`, values of this type from index `offset` of `name` on, are not all finite.
+fn check_finite(name: &str, offset: usize, kind: Option<StateType>, bytes: &[u8]) -> Result<()> {
+    match kind {
+        Some(StateType::F32) => guard::check_saved(name, offset, bytemuck::cast_slice(bytes)),
+        Some(StateType::Bf16) => {
+            let values: &[bf16] = bytemuck::cast_slice(bytes);
+            let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+            guard::check_saved(name, offset, &wide)
+        }
+        // Every code is a number; what is not finite shows in a scale.
+        Some(StateType::U8) | None => Ok(()),
+    }
 }
 
 fn unknown(name: &str) -> Error {
     Error::bug(format!("no tensor `{name}` in this model"))
 }
 
+#[cfg(test)]
+mod background_tests;
+#[cfg(all(test, mmpo_emulated))]
+mod offload_tests;
 #[cfg(test)]
 mod state_tests;
 

@@ -7,7 +7,8 @@ use crate::checkpoint::{CompanionFiles, ModelFolder};
 use crate::config::{LengthLimits, PairFiles, Policy, RunConfig};
 use crate::context;
 use crate::data::{
-    Cause, FileReport, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment, load,
+    Cause, FileReport, PairCache, PairDataset, PairSource, Part, TextEncoder, TokenizedPair, Treatment,
+    load_cached,
 };
 use crate::demo::Demo;
 use crate::device::LargeBlocks;
@@ -69,10 +70,16 @@ impl Inputs {
         let encoder =
             TextEncoder::load(text_folder, config.chat_template.as_deref())?.at(config.template_date)?;
         let companions = companions(text_folder, &folder, &encoder)?;
-        let treatment = Treatment { limits, policies: config.policies, tolerant: false };
+        let treatment = Treatment {
+            limits,
+            policies: config.policies,
+            min_score_gap: config.min_score_gap,
+            tolerant: false,
+        };
+        let cache = PairCache::of(config.data_cache.as_ref());
         let load = |source: &PairSource| -> Result<PairDataset> {
             let _memory = LargeBlocks::give_back();
-            let dataset = load(source, &encoder, treatment, &mut |_| {})?;
+            let dataset = load_cached(source, &encoder, treatment, cache.as_ref(), None)?;
             for file in &dataset.files {
                 file.report.log(&name(file, source.part, demo.as_ref()));
             }

@@ -3,6 +3,7 @@
 //! A step is one micro-batch then, because the gradients of a second one would have nothing to be added to, and nothing is
 //! clipped, because the norm over all gradients is known only at the end.
 
+use super::offload::{self, Offloaded};
 use crate::device::{Device, Floats, MemoryPart};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink, Gradients, LayerTensors, Llama, LlamaTensors};
@@ -33,29 +34,29 @@ impl<D: Device> LayerNorms<D> {
         })
     }
 
-    /// The norm over all gradients of the last backward.
+    /// How many norms there are.
+    pub fn count(&self) -> usize {
+        self.layers.len() + 1
+    }
+
+    /// Copies all of them to the beginning of `out`, two values each.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn total(&self, device: &D) -> Result<f32> {
-        let mut squares = 0.0;
-        for norm in self.layers.iter().chain([&self.outside]) {
-            let mut found = [0.0; 2];
-            device.download(&mut found, norm, 0)?;
-            squares += f64::from(found[0]).powi(2);
-        }
-        Ok(squares.sqrt() as f32)
+    pub fn copy_to(&self, device: &D, out: &mut Floats<D>) -> Result<()> {
+        let all = self.layers.iter().chain([&self.outside]);
+        all.enumerate().try_for_each(|(index, norm)| device.copy(out, 2 * index, norm, 0, 2))
     }
 
     /// The norm of the gradients outside the layers, and the update of those tensors where `step` asks for one. Call it at the end
-    /// of the backward.
+    /// of the backward. `states` are those on the device and those in host memory.
     ///
     /// # Errors
     /// Those of the device.
     pub fn finish(
         &mut self,
         model: &mut Llama<D>,
-        states: &mut LlamaTensors<Option<OptimizerState<D>>>,
+        (states, offloaded): (&mut LlamaTensors<Option<OptimizerState<D>>>, Option<&mut Offloaded<D>>),
         gradients: &Gradients<D>,
         step: Option<AdamWStep>,
     ) -> Result<()> {
@@ -69,7 +70,15 @@ impl<D: Device> LayerNorms<D> {
                 Some(state.as_mut()?.update(weight, gradient.as_ref()?))
             })
             .collect();
-        model.device.adamw(&mut updates, &self.outside, step)
+        model.device.adamw(&mut updates, &self.outside, step)?;
+        let Some(offloaded) = offloaded else { return Ok(()) };
+        let numbers = offload::outside_numbers(states);
+        let tensors = model.weights.outside_layers_mut().zip(gradients.outside_layers());
+        for (number, (weight, gradient)) in numbers.zip(tensors) {
+            let Some(gradient) = gradient else { continue };
+            offloaded.update(&model.device, number, weight, gradient, &self.outside, step)?;
+        }
+        Ok(())
     }
 }
 
@@ -78,8 +87,12 @@ impl<D: Device> LayerNorms<D> {
 pub struct UpdateLayers<'a, D: Device> {
     /// The device that computes.
     pub device: &'a D,
-    /// The layers' states.
+    /// The number of each layer's first tensor.
+    pub numbers: Vec<usize>,
+    /// The layers' states on the device.
     pub states: &'a mut [LayerTensors<Option<OptimizerState<D>>>],
+    /// States in host memory.
+    pub offloaded: Option<&'a mut Offloaded<D>>,
     /// Assigned.
     pub norms: &'a mut LayerNorms<D>,
     /// The update; `None` computes the norm alone.
@@ -90,10 +103,16 @@ impl<D: Device> GradientSink<D> for UpdateLayers<'_, D> {
     fn layer_complete(&mut self, layer: CompleteLayer<'_, D>) -> Result<()> {
         let CompleteLayer { layer, weights, gradients } = layer;
         let (states, norm) = (&mut self.states[layer], &mut self.norms.layers[layer]);
+        let first = self.numbers[layer];
+        let offloaded = self.offloaded.as_deref();
+        let is_trained = |(number, state): (usize, &Option<OptimizerState<D>>)| {
+            state.is_some() || offloaded.is_some_and(|offloaded| offloaded.states.contains(number))
+        };
         // A tensor that is frozen in this layer has gradients of its own only where other layers train it.
-        let of_trained = |(state, gradient): (&Option<OptimizerState<D>>, _)| state.as_ref().and(gradient);
+        let of_trained = |(state, gradient)| if is_trained(state) { gradient } else { None };
+        let numbered = (first..).zip(states.iter());
         let trained: Vec<&Floats<D>> =
-            states.iter().zip(gradients.iter().map(Option::as_ref)).filter_map(of_trained).collect();
+            numbered.zip(gradients.iter().map(Option::as_ref)).filter_map(of_trained).collect();
         self.device.gradient_norm(norm, &trained, None)?;
         if let Some(step) = self.step {
             let tensors = weights.iter_mut().zip(states.iter_mut()).zip(gradients.iter());
@@ -103,9 +122,20 @@ impl<D: Device> GradientSink<D> for UpdateLayers<'_, D> {
                 })
                 .collect();
             self.device.adamw(&mut updates, norm, step)?;
+            if let Some(offloaded) = &mut self.offloaded {
+                for (number, (weight, gradient)) in (first..).zip(weights.iter_mut().zip(gradients.iter())) {
+                    let Some(gradient) = gradient else { continue };
+                    offloaded.update(self.device, number, weight, gradient, norm, step)?;
+                }
+            }
         }
         self.device.zero_all(&mut gradients.iter_mut().flatten().collect::<Vec<_>>())
     }
+}
+
+/// The norm over all gradients, from those that [`LayerNorms::copy_to`] copied.
+pub fn total(norms: &[f32]) -> f32 {
+    norms.iter().step_by(2).map(|&norm| f64::from(norm).powi(2)).sum::<f64>().sqrt() as f32
 }
 
 /// Refuses what cannot be done layer by layer.

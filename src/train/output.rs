@@ -1,6 +1,8 @@
-//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.html`.
+//! The output folder of a run: `model/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `resolved.toml`, `report.json`,
+//! `report.html`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::inputs::Inputs;
 use super::lock::RunLock;
@@ -10,8 +12,8 @@ use crate::config::value::Source;
 use crate::config::{RESOLVED_FILE, RunConfig, recipe};
 use crate::error::{Error, Result};
 use crate::report::{
-    EVENTS_FOLDER, EvalMetrics, History, METRICS_FILE, REPORT_FILE, RunReport, Sample, advice, print_result,
-    summary,
+    EVENTS_FOLDER, EvalMetrics, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunReport, RunState, Sample,
+    advice, print_result, summary,
 };
 
 const MODEL_FOLDER: &str = "model";
@@ -29,11 +31,11 @@ pub struct Output {
 /// What the report is made from.
 pub struct Finished<'a> {
     pub config: &'a RunConfig,
-    pub inputs: &'a Inputs,
-    pub device: String,
+    pub facts: RunFacts,
     pub comparison: Option<(EvalMetrics, EvalMetrics)>,
     pub samples: Vec<Sample>,
-    pub seconds: f64,
+    /// Time that this process took.
+    pub elapsed: Duration,
 }
 
 impl Output {
@@ -80,6 +82,52 @@ impl Output {
         atomic::write_file(&self.path.join(RESOLVED_FILE), config.to_toml().as_bytes())
     }
 
+    /// Writes what the run says of itself, but for its metrics and options; `resumed` is the number of steps done by an
+    /// earlier part of it.
+    pub fn facts(
+        &self,
+        config: &RunConfig,
+        inputs: &Inputs,
+        device: String,
+        total_steps: usize,
+        resumed: Option<usize>,
+    ) -> Result<RunFacts> {
+        let earlier = match resumed {
+            Some(_) => RunFacts::read_or_warn(&self.path).unwrap_or_default(),
+            None => RunFacts::default(),
+        };
+        let facts = RunFacts {
+            model: name(config),
+            objective: config.objective.name().to_string(),
+            device,
+            total_steps,
+            state: RunState::Running,
+            seconds: earlier.seconds,
+            data: inputs.data_summaries(),
+            ..RunFacts::default()
+        };
+        facts.write(&self.path)?;
+        Ok(facts)
+    }
+
+    /// Writes the report of a run that ends before its last step because of `why`. Where that fails there is a warning:
+    /// `why` is what counts.
+    pub fn stopped(&self, facts: &RunFacts, elapsed: Duration, why: &Error) {
+        // The folder is another run's, or gone.
+        if matches!(why, Error::Io { .. }) {
+            return;
+        }
+        let facts = RunFacts {
+            state: RunState::Stopped(why.to_string()),
+            seconds: facts.seconds + elapsed.as_secs_f64(),
+            ..facts.clone()
+        };
+        let written = facts.write(&self.path).and_then(|()| RunReport::read(&self.path)?.write(&self.path));
+        if let Err(error) = written {
+            tracing::warn!("the report of the steps so far is not written: {error}");
+        }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -97,31 +145,23 @@ impl Output {
     /// Writes `report.html`, then tells the terminal how the run ended: in this order, so that a standard output that
     /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
-        let Finished { config, inputs, device, comparison, samples, seconds } = finished;
+        let Finished { config, facts, comparison, samples, elapsed } = finished;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),
             None => String::new(),
         };
-        let history = History::read(&self.path)?;
-        let warnings = advice(&history, config.optimizer.learning_rate);
+        let mut report = RunReport::read(&self.path)?;
+        let warnings = advice(&report.history, config.optimizer.learning_rate);
         // The demo's page has them too, but its terminal shows what a newcomer came for.
         if config.model.is_some() {
             warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
-        let report = RunReport {
-            model: name(config),
-            objective: config.objective.name().to_string(),
-            device,
-            recipe: config.to_toml(),
-            warnings,
-            history,
-            data: inputs.data_summaries(),
-            comparison,
-            samples,
-            seconds,
-        };
+        let seconds = facts.seconds + elapsed.as_secs_f64();
+        report.facts = RunFacts { state: RunState::Finished, samples, warnings, seconds, ..facts };
+        // In this order: facts of a finished run say that its page is there.
+        report.write(&self.path)?;
+        report.facts.write(&self.path)?;
         let page = self.path.join(REPORT_FILE);
-        atomic::write_file(&page, report.to_html().as_bytes())?;
         print_result(&format!("{text}\n{}\nreport  {}\n", self.model_line(), page.display()))?;
         Ok(())
     }
@@ -154,6 +194,7 @@ fn refuse_inputs(config: &RunConfig) -> Result<()> {
         EVENTS_FOLDER,
         METRICS_FILE,
         RESOLVED_FILE,
+        FACTS_FILE,
         REPORT_FILE,
     ];
     let one = [

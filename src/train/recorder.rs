@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::report::{EvalMetrics, EventWriter, History, METRICS_FILE, MetricsWriter, Progress, StepMetrics};
+use crate::report::{
+    EvalMetrics, EventWriter, History, LivePage, METRICS_FILE, MetricsWriter, Progress, StepMetrics,
+};
 
 #[derive(Debug)]
 pub struct Recorder {
@@ -13,6 +15,8 @@ pub struct Recorder {
     metrics: MetricsWriter,
     events: EventWriter,
     progress: Progress,
+    /// With `--live`, the page that is written as the steps are done.
+    pub live: Option<LivePage>,
 }
 
 impl Recorder {
@@ -32,6 +36,7 @@ impl Recorder {
             metrics,
             events: EventWriter::create(output, resumed)?,
             progress: Progress::start("training", "steps", total_steps, resumed.unwrap_or(0)),
+            live: None,
         })
     }
 
@@ -40,6 +45,7 @@ impl Recorder {
         self.metrics.step(metrics)?;
         self.events.step(metrics)?;
         self.progress.advance(1, || metrics.brief());
+        self.live.iter_mut().for_each(LivePage::tick);
         Ok(())
     }
 

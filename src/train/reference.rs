@@ -164,13 +164,7 @@ fn keep_partial(cache: ReferenceCache, done: Arc<Mutex<Vec<ReferencePair>>>, pai
     })
 }
 
-/// One folder for all runs, so that a sweep scores its reference once: `MMPO_FAST_CACHE`, else the user's cache folder,
-/// else the run's own.
+/// One folder for all runs, so that a sweep scores its reference once: the user's, else the run's own.
 fn cache_folder(config: &RunConfig) -> PathBuf {
-    let folder =
-        |variable: &str| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
-    folder("MMPO_FAST_CACHE")
-        .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("mmpo-fast")))
-        .or_else(|| folder("HOME").map(|home| home.join(".cache/mmpo-fast")))
-        .unwrap_or_else(|| config.output.join("reference-cache"))
+    crate::data::cache_folder().unwrap_or_else(|| config.output.join("reference-cache"))
 }

@@ -8,11 +8,11 @@ use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{Checkpoint, StoredTensor, atomic};
 use crate::config::{RESOLVED_FILE, RunConfig};
 use crate::error::{Error, Result};
-use crate::report::{EVENTS_FOLDER, METRICS_FILE, REPORT_FILE};
+use crate::report::{EVENTS_FOLDER, FACTS_FILE, METRICS_FILE, REPORT_FILE, RunFacts, RunState};
 
 /// What a run without a checkpoint may have left. Such a run can begin again and loses nothing.
-const LEFT_BY_A_START: [&str; 5] =
-    [RESOLVED_FILE, METRICS_FILE, EVENTS_FOLDER, run_state::FOLDER, "reference-cache"];
+const LEFT_BY_A_START: [&str; 6] =
+    [RESOLVED_FILE, METRICS_FILE, EVENTS_FOLDER, run_state::FOLDER, "reference-cache", FACTS_FILE];
 
 /// The beginning of a run.
 #[derive(Debug)]
@@ -47,8 +47,7 @@ pub fn find(
             Ok(checkpoint) => {
                 let step = checkpoint.state().step as usize;
                 set_aside(damaged, step)?;
-                let is_finished =
-                    step == plan.total_steps && model.exists() && run.join(REPORT_FILE).exists();
+                let is_finished = step == plan.total_steps && model.exists() && has_its_report(run);
                 if is_finished {
                     return Ok(Start::Finished);
                 }
@@ -64,6 +63,12 @@ pub fn find(
         1 => Err(damaged.remove(0).1),
         _ => Err(none_is_sound(run, &damaged)),
     }
+}
+
+/// Whether the report of the run's end is written. A run without facts, by an earlier version, has no other report.
+fn has_its_report(run: &Path) -> bool {
+    let is_of_the_end = RunFacts::read_or_warn(run).is_none_or(|facts| facts.state == RunState::Finished);
+    is_of_the_end && run.join(REPORT_FILE).exists()
 }
 
 /// Opens a checkpoint and makes sure that it is one of this run.
@@ -125,8 +130,11 @@ fn fresh(run: &Path) -> Result<Start> {
             entries.push(name);
         }
     }
+    // The page of a run that stopped stands beside its facts; a page alone is somebody's.
+    let has_facts = entries.iter().any(|name| name == FACTS_FILE);
     let is_left = |name: &String| {
         LEFT_BY_A_START.contains(&name.as_str())
+            || (has_facts && name == REPORT_FILE)
             || name.split_once(".partial-").is_some_and(|(stem, _)| LEFT_BY_A_START.contains(&stem))
     };
     if let Some(other) = entries.iter().find(|name| !is_left(name)) {

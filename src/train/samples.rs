@@ -30,7 +30,7 @@ impl Samples {
         let records = read_chosen_records(source, &places)?;
         Ok(Samples {
             prompts: (0..chosen.len()).map(|place| prompt_text(records.get(place))).collect(),
-            tokens: chosen.iter().map(|pair| pair.prompt.clone()).collect(),
+            tokens: chosen.iter().map(|pair| pair.prompt.to_vec()).collect(),
         })
     }
 

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
-use crate::config::{GradientConfig, MemoryConfig};
+use super::offload::{self, Offloaded};
+use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, Floats, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
-    Activations, BackwardScratch, Capacity, Context, Gradients, HeadOptions, HeadPlan, KeepGradients, Llama,
-    LlamaTensors, Purpose,
+    Activations, BackwardScratch, Capacity, Context, FusedTensor, Gradients, HeadOptions, HeadPlan,
+    KeepGradients, Llama, LlamaTensors, Purpose,
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding};
+use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +43,10 @@ pub struct StepResult {
 pub struct Trainer<D: Device> {
     /// The model in training.
     pub model: Llama<D>,
-    /// Optimiser states of the trained tensors; `None` for a frozen one.
+    /// Optimiser states of the trained tensors; `None` for a frozen one, and for one whose state is in host memory.
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
+    /// States in host memory, where some are.
+    pub offloaded: Option<Offloaded<D>>,
     /// Gradients of the step, summed over its micro-batches.
     pub gradients: Gradients<D>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
@@ -56,8 +59,11 @@ pub struct Trainer<D: Device> {
     activations: Activations<D>,
     scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
-    /// `[pairs of a step, PairOutcome::WIDTH]`
-    outcomes: Floats<D>,
+    /// Everything that the host reads of a step, so that it waits once: the norms, two values each, then
+    /// `[pairs of a step, PairOutcome::WIDTH]`.
+    metrics: Floats<D>,
+    /// Where the outcomes begin in `metrics`.
+    first_outcome: usize,
     /// Where gradients are applied layer by layer.
     layer_norms: Option<LayerNorms<D>>,
     /// `[2]`: norm, clip factor.
@@ -137,6 +143,9 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
+        let offloaded = device.as_part(MemoryPart::OptimizerStates, || {
+            Offloaded::new(&model, &workload.memory, workload.rounding_seed)
+        })?;
         let states = new_states(&model, workload)?;
         let (gradients, layer_norms) = match workload.memory.gradients {
             GradientConfig::F32 => {
@@ -150,10 +159,12 @@ impl<D: Device> Trainer<D> {
                 (gradients, Some(norms))
             }
         };
+        let first_outcome = 2 * layer_norms.as_ref().map_or(1, LayerNorms::count);
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
             states,
+            offloaded,
             gradients,
             dropout_seed: 0,
             dropout_key: 0,
@@ -162,8 +173,10 @@ impl<D: Device> Trainer<D> {
             state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
-            outcomes: device
-                .as_part(MemoryPart::Batch, || device.alloc(workload.pairs_per_step * PairOutcome::WIDTH))?,
+            metrics: device.as_part(MemoryPart::Batch, || {
+                device.alloc(first_outcome + workload.pairs_per_step * PairOutcome::WIDTH)
+            })?,
+            first_outcome,
             norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
@@ -227,12 +240,11 @@ impl<D: Device> Trainer<D> {
         })?;
         let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
         device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
-        let mut norm = [0.0; 2];
-        device.download(&mut norm, &self.norm, 0)?;
-        let outcomes = self.download_outcomes(pairs.len())?;
-        let loss = self.mean_loss(pairs, &outcomes);
-        super::guard::check_finite(loss, Some(norm[0]), pairs, &outcomes)?;
-        Ok(StepResult { loss, outcomes, gradient_norm: norm[0], tokens })
+        device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
+        let (norms, outcomes) = self.download_metrics(pairs.len())?;
+        let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
+        super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
+        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -257,8 +269,14 @@ impl<D: Device> Trainer<D> {
                 &trainer.objective,
             )?;
             let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
-            let mut sink =
-                UpdateLayers { device: &*device, states: &mut trainer.states.layers, norms, step: adamw };
+            let mut sink = UpdateLayers {
+                device: &*device,
+                numbers: offload::layer_numbers(&trainer.states),
+                states: &mut trainer.states.layers,
+                offloaded: trainer.offloaded.as_mut(),
+                norms,
+                step: adamw,
+            };
             trainer.model.backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -268,12 +286,13 @@ impl<D: Device> Trainer<D> {
                 &mut sink,
             )
         })?;
-        let mut gradient_norm = 0.0;
         if let Some(norms) = &mut self.layer_norms {
-            norms.finish(&mut self.model, &mut self.states, &self.gradients, adamw)?;
-            gradient_norm = norms.total(&*device)?;
+            let states = (&mut self.states, self.offloaded.as_mut());
+            norms.finish(&mut self.model, states, &self.gradients, adamw)?;
+            norms.copy_to(&*device, &mut self.metrics)?;
         }
-        let outcomes = self.download_outcomes(pairs.len())?;
+        let (norms, outcomes) = self.download_metrics(pairs.len())?;
+        let gradient_norm = layer_updates::total(&norms);
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
         Ok(StepResult { loss, outcomes, gradient_norm, tokens })
@@ -300,7 +319,14 @@ impl<D: Device> Trainer<D> {
                 Some(state.as_mut()?.update(weight, gradient.as_ref()?))
             })
             .collect();
-        device.adamw(&mut updates, &self.norm, adamw)
+        device.adamw(&mut updates, &self.norm, adamw)?;
+        let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
+        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        for (number, (weight, gradient)) in tensors {
+            let Some(gradient) = gradient else { continue };
+            offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
+        }
+        Ok(())
     }
 
     /// Outcomes of `pairs` under the current weights, and their mean loss.
@@ -309,7 +335,7 @@ impl<D: Device> Trainer<D> {
     /// Those of the device; [`Error::Interrupted`] where a signal ends the evaluation.
     pub fn evaluate(&mut self, pairs: &[TrainingPair<'_>]) -> Result<(Vec<PairOutcome>, f64)> {
         let mut outcomes = Vec::with_capacity(pairs.len());
-        let batch = self.device().len(&self.outcomes) / PairOutcome::WIDTH;
+        let batch = (self.device().len(&self.metrics) - self.first_outcome) / PairOutcome::WIDTH;
         for chunk in pairs.chunks(batch.max(1)) {
             self.each_micro_batch(chunk, None, |trainer, batch, _| {
                 trainer.model.head_forward(
@@ -320,7 +346,7 @@ impl<D: Device> Trainer<D> {
                     Some(&trainer.objective),
                 )
             })?;
-            outcomes.extend(self.download_outcomes(chunk.len())?);
+            outcomes.extend(self.download_metrics(chunk.len())?.1);
         }
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, None, pairs, &outcomes)?;
@@ -365,8 +391,8 @@ impl<D: Device> Trainer<D> {
             self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
             head(self, &batch, batch.tokens())?;
             device.copy(
-                &mut self.outcomes,
-                run.start * PairOutcome::WIDTH,
+                &mut self.metrics,
+                self.first_outcome + run.start * PairOutcome::WIDTH,
                 &self.activations.head.outcomes,
                 0,
                 run.len() * PairOutcome::WIDTH,
@@ -377,10 +403,13 @@ impl<D: Device> Trainer<D> {
         Ok(tokens)
     }
 
-    fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
-        let mut outcomes = vec![PairOutcome::default(); pairs];
-        self.device().download::<f32>(bytemuck::cast_slice_mut(&mut outcomes), &self.outcomes, 0)?;
-        Ok(outcomes)
+    /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs: the one wait of a step.
+    fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
+        let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
+        self.device().download(&mut values, &self.metrics, 0)?;
+        let outcomes = bytemuck::cast_slice(&values[self.first_outcome..]).to_vec();
+        values.truncate(self.first_outcome);
+        Ok((values, outcomes))
     }
 
     fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {
@@ -393,15 +422,17 @@ fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
 }
 
-/// The states of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
+/// The states on the device of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
 /// the random bits of a tensor do not depend on which others are trained.
 fn new_states<D: Device>(
     model: &Llama<D>,
     workload: Workload,
 ) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
     let (device, options) = (&*model.device, workload.memory.states);
+    let offloads = workload.memory.offload == OffloadConfig::States;
     let mut weights = model.weights.iter().zip(0..);
-    model.layout.try_map(|tensor| match (weights.next(), tensor.trained) {
+    let stays = |tensor: &FusedTensor| tensor.trained && !(offloads && is_offloaded(tensor.values()));
+    model.layout.try_map(|tensor| match (weights.next(), stays(tensor)) {
         (Some((weight, number)), true) => {
             let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
             OptimizerState::before_first(device, weight, options, rounding).map(Some)

@@ -64,9 +64,9 @@ fn backward_does_little_more_than_what_is_visible() {
         let tokens = |count| vec![0; count];
         let pair = TokenizedPair {
             record: 0,
-            prompt: tokens(prompt),
-            chosen: tokens(chosen),
-            rejected: tokens(rejected),
+            prompt: tokens(prompt).into(),
+            chosen: tokens(chosen).into(),
+            rejected: tokens(rejected).into(),
         };
         let batch = PairBatch::pack(&[pair], Sides::Both);
         for (shape, least) in SHAPES.into_iter().zip(least) {

@@ -47,9 +47,9 @@ fn batch_of(&(_, prompt, chosen, rejected): &Profile) -> PairBatch {
     let tokens = |count| vec![0; count];
     let pair = TokenizedPair {
         record: 0,
-        prompt: tokens(prompt),
-        chosen: tokens(chosen),
-        rejected: tokens(rejected),
+        prompt: tokens(prompt).into(),
+        chosen: tokens(chosen).into(),
+        rejected: tokens(rejected).into(),
     };
     PairBatch::pack(&[pair], Sides::Both)
 }

@@ -4,10 +4,12 @@
 mod bad_input;
 mod disguises;
 mod formats;
+mod imports;
 mod layouts;
 mod limits;
 mod messages;
 mod packing;
+mod pair_cache;
 mod plausible;
 mod policies;
 mod record_properties;
@@ -55,7 +57,7 @@ fn golden_limits() -> LengthLimits {
 }
 
 fn parts(pair: &TokenizedPair) -> [Vec<u32>; 3] {
-    [pair.prompt.clone(), pair.chosen.clone(), pair.rejected.clone()]
+    [&pair.prompt, &pair.chosen, &pair.rejected].map(|ids| ids.to_vec())
 }
 
 fn all_parts(dataset: &PairDataset) -> Vec<[Vec<u32>; 3]> {

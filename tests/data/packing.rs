@@ -9,7 +9,12 @@ fn pairs() -> impl Strategy<Value = Vec<TokenizedPair>> {
     vec(pair, 0..8).prop_map(|pairs| {
         let with_records = pairs.into_iter().enumerate();
         with_records
-            .map(|(record, (prompt, chosen, rejected))| TokenizedPair { record, prompt, chosen, rejected })
+            .map(|(record, (prompt, chosen, rejected))| TokenizedPair {
+                record,
+                prompt: prompt.into(),
+                chosen: chosen.into(),
+                rejected: rejected.into(),
+            })
             .collect()
     })
 }
@@ -77,7 +82,7 @@ proptest! {
     fn chosen_only_is_both_without_the_rejected_side(pairs in pairs()) {
         let chosen_only = PairBatch::pack(&pairs, Sides::ChosenOnly);
         let without: Vec<TokenizedPair> =
-            pairs.iter().map(|pair| TokenizedPair { rejected: Vec::new(), ..pair.clone() }).collect();
+            pairs.iter().map(|pair| TokenizedPair { rejected: Vec::new().into(), ..pair.clone() }).collect();
         prop_assert_eq!(chosen_only, PairBatch::pack(&without, Sides::Both));
     }
 

@@ -22,7 +22,7 @@ fn pair(prompt: &str, chosen: &str, rejected: &str) -> String {
 
 fn read(text: &str, policies: Policies, tolerant: bool) -> Result<PairDataset> {
     let (_folder, path) = temporary("pairs.jsonl", text);
-    let treatment = Treatment { limits: LIMITS, policies, tolerant };
+    let treatment = Treatment { policies, tolerant, ..Treatment::new(LIMITS) };
     load(&PairSource::file(&path), &encoder("chatml"), treatment, &mut |_| {})
 }
 
@@ -197,7 +197,7 @@ fn a_share_is_held_out_by_what_the_prompts_say() {
     let reversed = read_part(&PairFiles::from(path), Part::Evaluation(0.1));
     let prompts = |dataset: &PairDataset, most: usize| {
         let mut prompts: Vec<Vec<u32>> =
-            dataset.pairs.iter().filter(|pair| pair.record < most).map(|pair| pair.prompt.clone()).collect();
+            dataset.pairs.iter().filter(|pair| pair.record < most).map(|pair| pair.prompt.to_vec()).collect();
         prompts.sort();
         prompts
     };
@@ -216,4 +216,52 @@ fn a_share_is_held_out_by_what_the_prompts_say() {
         load(&source, &encoder("chatml"), treatment, &mut |_| {}).unwrap().pairs.len()
     });
     assert!(sizes == [50, 0] || sizes == [0, 50], "{sizes:?}");
+}
+
+#[test]
+fn pairs_with_scores_close_together_are_left_out_where_it_is_asked_for() {
+    let scored = |number: usize, names: [&str; 2], scores: [f64; 2]| {
+        json!({"prompt": turn("user", &number.to_string()), "chosen": turn("assistant", "yes"),
+               "rejected": turn("assistant", "no"), names[0]: scores[0], names[1]: scores[1]})
+        .to_string()
+    };
+    let lines = [
+        scored(1, ["score_chosen", "score_rejected"], [8.5, 6.0]),
+        scored(2, ["score_chosen", "score_rejected"], [8.0, 7.5]),
+        scored(3, ["chosen-rating", "rejected-rating"], [5.0, 5.0]),
+        scored(4, ["chosen_rating", "rejected_rating"], [2.0, 3.0]),
+        scored(5, ["rating_chosen", "rating_rejected"], [3.0, 2.0]),
+        pair("six", "yes", "no"),
+    ];
+    let (_folder, path) = temporary("pairs.jsonl", lines.join("\n"));
+    let read = |gap: Option<f64>, refused: Policy| {
+        let mut treatment = Treatment { min_score_gap: gap, ..Treatment::new(LIMITS) };
+        treatment.policies.refused = refused;
+        load(&PairSource::file(&path), &encoder("chatml"), treatment, &mut |_| {})
+    };
+    assert_eq!(read(None, Policy::Error).expect("pairs").pairs.len(), 6, "scores are not looked at");
+    let message = read(Some(0.0), Policy::Error).expect_err("the last has none").to_string();
+    assert!(message.contains("pairs.jsonl:6: no scores"), "{message}");
+    for (gap, kept) in [(0.0, vec![0, 1, 2, 4]), (0.6, vec![0, 4]), (2.5, vec![0])] {
+        let dataset = read(Some(gap), Policy::Drop).expect("pairs");
+        assert_eq!(dataset.pairs.iter().map(|pair| pair.record).collect::<Vec<_>>(), kept, "{gap}");
+        let tally = dataset.report.tally(Cause::ScoresTooClose);
+        assert_eq!((tally.count, tally.dropped), (5 - kept.len(), 5 - kept.len()), "{gap}");
+        assert_eq!(dataset.report.dropped(), 6 - kept.len());
+        assert!(dataset.report.to_string().contains("--min-score-gap"), "{}", dataset.report);
+    }
+}
+
+#[test]
+fn scores_under_other_names_are_read_by_the_names_of_columns() {
+    let line = json!({"prompt": "p", "chosen": "yes", "rejected": "no", "good": 3, "bad": 1}).to_string();
+    let (_folder, path) = temporary("pairs.jsonl", line);
+    let columns = mmpo_fast::config::value::OptionValue::from_text("score_chosen=good,score_rejected=bad");
+    let source = PairSource { columns: columns.expect("columns"), ..PairSource::file(&path) };
+    let treatment = Treatment { min_score_gap: Some(2.5), ..Treatment::new(LIMITS) };
+    let message =
+        load(&source, &encoder("chatml"), treatment, &mut |_| {}).expect_err("none left").to_string();
+    assert!(message.contains("no usable pair"), "{message}");
+    let treatment = Treatment { min_score_gap: Some(2.0), ..treatment };
+    assert_eq!(load(&source, &encoder("chatml"), treatment, &mut |_| {}).expect("pairs").pairs.len(), 1);
 }

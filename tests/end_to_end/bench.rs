@@ -185,6 +185,8 @@ fn mistakes_are_named() {
         (&["kernles"], 2, "kernels, step, products"),
         (&["products", "--device", "emulated"], 2, "no cuBLASLt to compare with"),
         (&["products", "--tokens", "600"], 2, "`--tokens` does nothing in `bench products`"),
+        (&["load"], 2, "give one with --model DIR"),
+        (&["load", "--calls", "3"], 2, "`--calls` does nothing in `bench load`"),
         (&["counts", "--device", "cpu"], 2, "`--device` does nothing in `bench counts`"),
         #[cfg(mmpo_emulated)]
         (&["counts", "--only", "nothing"], 2, "part of no kernel's name"),
@@ -196,6 +198,25 @@ fn mistakes_are_named() {
         assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
         assert!(stdout.is_empty() && !stderr.contains("panicked"), "{stderr}");
     }
+}
+
+/// Rates of the disk, of the bus where there is one, and of loading, each with its share of the slower source.
+#[test]
+fn loading_is_timed_beside_disk_and_bus() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/base/model");
+    for &device in DEVICES {
+        let report = json(&["load", "--json", "--model", model, "--device", device]);
+        for name in ["bytes", "disk", "cache", "cold", "warm", "cold_share", "warm_share"] {
+            assert!(report[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {report}");
+        }
+        assert_eq!(report["bus"].is_null(), device == "cpu", "{report}");
+    }
+    let (code, stdout, stderr) = bench(&["load", "--model", model, "--device", "cpu"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(
+        stdout.contains("weights from the disk") && stdout.contains("most of the host's memory"),
+        "{stdout}"
+    );
 }
 
 /// Both sets of kernels, with the least beside what they do.

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 const DEVICE_ERROR: i32 = 6;
 
 /// The folder of the pretended driver.
-fn fake_driver() -> &'static Path {
+pub fn fake_driver() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("fake_driver");

@@ -25,7 +25,7 @@ impl Workplace {
     }
 
     /// Copies a run's folder as a process leaves it that is killed after step 2.
-    fn cut_after_step_2(&self, whole: &str, cut: &str) {
+    pub fn cut_after_step_2(&self, whole: &str, cut: &str) {
         let root = self.path(whole);
         for (path, bytes) in self.contents(whole) {
             let inner = path.strip_prefix(&root).unwrap();
@@ -244,4 +244,11 @@ fn gradients_by_layer_say_what_they_need() {
     let parts = ["needs every step in one micro-batch", "step 1 has", "--tokens-per-micro-batch"];
     work.refuse(&format!("{run} --max-grad-norm 0 --tokens-per-micro-batch 40"), CONFIG, &parts);
     assert!(!work.path("new").exists(), "found only after work");
+}
+
+#[test]
+fn the_cpu_has_no_memory_to_offload_from() {
+    let work = Workplace::new();
+    let parts = ["`offload` = states", "on the CPU they are there already", "leave --offload out"];
+    work.refuse(&format!("{TRAIN} --offload states --output new --max-steps 2"), CONFIG, &parts);
 }

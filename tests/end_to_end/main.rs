@@ -7,10 +7,13 @@ mod check;
 mod checkpoints;
 mod cli;
 mod context;
+mod data_cache;
 mod data_sources;
 mod demo;
 #[cfg(target_os = "linux")]
 mod device_choice;
+#[cfg(target_os = "linux")]
+mod doctor;
 #[cfg(mmpo_emulated)]
 mod emulated;
 mod generate;
@@ -21,6 +24,7 @@ mod learning;
 mod own_data;
 mod plan;
 mod reliability;
+mod report;
 mod resume;
 mod score;
 #[path = "../support/mod.rs"]

@@ -130,6 +130,54 @@ fn two_runs_do_not_share_an_output_folder() {
     assert!(!work.path("run/.run.lock").exists());
 }
 
+/// A disk that takes no more is an error of the run, although checkpoints are written beside its steps; the checkpoint before stays
+/// whole, and the run goes on from it when there is room again.
+#[test]
+fn a_checkpoint_that_cannot_be_written_ends_the_run() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --max-steps 6 --save-steps 2 --keep-checkpoints 9");
+    work.succeed(&format!("{run} --output whole"));
+    work.cut_after_step_2("whole", "cut");
+    let before = work.contents("cut/checkpoints");
+    // No file may be larger than half a MiB, and a checkpoint has two: its write fails as on a full disk.
+    let program = env!("CARGO_BIN_EXE_mmpo-fast");
+    let output = Command::new("sh")
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f 1024; exec {program} {run} --output cut --resume")])
+        .current_dir(work.path(""))
+        .env("NO_COLOR", "1")
+        .env("MMPO_FAST_CACHE", work.path("cache"))
+        .output()
+        .unwrap();
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{message}");
+    assert!(message.contains("state.safetensors") && !message.contains("panicked"), "{message}");
+    assert!(work.contents("cut/checkpoints") == before, "the checkpoint before, and nothing else");
+    work.succeed(&format!("{run} --output cut --resume"));
+    work.assert_same_bits("whole", "cut", 6);
+}
+
+/// Killed in the middle of whatever it does, a run that saves after every step has a whole checkpoint, from which it goes on to
+/// the same bits.
+#[test]
+fn a_run_killed_at_any_moment_of_its_saves_goes_on() {
+    let work = Workplace::new();
+    let steps = 60;
+    let run = format!("{TRAIN} --max-steps {steps} --save-steps 1");
+    work.succeed(&format!("{run} --output whole"));
+    for kill in 1..=6 {
+        let mut child = work.command(&format!("{run} --output cut --resume")).spawn().unwrap();
+        wait_for_lines(&work.path("cut/metrics.jsonl"), 6 * kill, &mut child);
+        // At another moment of the save each time.
+        std::thread::sleep(Duration::from_millis(3 * kill as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    work.succeed(&format!("{run} --output cut --resume"));
+    work.assert_same_bits("whole", "cut", steps);
+    let damaged = work.contents("cut").into_keys().find(|path| path.to_string_lossy().contains(".damaged"));
+    assert_eq!(damaged, None, "every checkpoint was whole");
+}
+
 /// Whether this process, and so the ones that it starts, ignores SIGHUP.
 fn ignores_hangup() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -104,3 +104,73 @@ fn the_micro_batches_do_not_change_a_score() {
         }
     }
 }
+
+/// The margin and the token changes of each pair on a page of `score --explain`: `[chosen, rejected]` sums.
+fn explained(page: &str) -> Vec<(u64, f64, [f64; 2])> {
+    let nats = |text: &str| text.split(" nats").next().unwrap().parse::<f64>().unwrap();
+    let sum = |text: &str| text.split("title=\"").skip(1).map(nats).sum::<f64>();
+    let pair = |text: &str| {
+        let (record, rest) = text.split_once(": margin ").unwrap();
+        let (chosen, rejected) = rest.split_once("<h4>rejected: ").unwrap();
+        (record.parse().unwrap(), nats(rest), [sum(chosen), sum(rejected)])
+    };
+    page.split("<h3>record ").skip(1).map(pair).collect()
+}
+
+#[test]
+fn the_changes_of_tokens_add_up_to_the_margin_of_their_pair() {
+    let work = Workplace::new();
+    work.bring("tied");
+    let models = "--model base --reference tied";
+    let finished = work.succeed(&format!(
+        "{SCORE} {models} --beta 1 --output s.jsonl --explain --show 4 --html tokens.html"
+    ));
+    assert!(finished.stdout.contains("scores  s.jsonl\npage    tokens.html\n"), "{}", finished.stdout);
+    let page = String::from_utf8(work.read("tokens.html")).unwrap();
+    let pairs = explained(&page);
+    assert_eq!(pairs.len(), 4);
+    for ((record, margin, [chosen, rejected]), line) in pairs.iter().zip(work.lines("s.jsonl")) {
+        assert_eq!(Some(*record), line["record"].as_u64());
+        // A thousandth of a nat is what the page shows, of up to a hundred tokens.
+        assert_close(*margin, number(&line["margin"]), 1e-3, "margin");
+        assert_close(chosen - rejected, *margin, 0.06, "sum of the tokens");
+        assert!(chosen.abs() > 0.5 || rejected.abs() > 0.5, "the models differ: {chosen} {rejected}");
+    }
+
+    // On the terminal, of the first three pairs, and with no file of scores.
+    let plain = work.succeed(&format!("{SCORE} {models} --explain")).stdout;
+    assert_eq!(plain.matches("\nrecord ").count(), 3);
+    assert!(!plain.contains('\u{1b}') && plain.contains("["), "{plain}");
+    let margin = format!("record {}: margin {:+.3} nats", pairs[0].0, pairs[0].1);
+    assert!(plain.contains(&margin), "no {margin} in {plain}");
+    let colored = work.succeed(&format!("{SCORE} {models} --explain --show 1 --color always")).stdout;
+    assert!(colored.contains("\u{1b}[38;5;") && colored.matches("\nrecord ").count() == 1, "{colored}");
+}
+
+#[test]
+fn the_reference_of_an_adapter_is_its_model() {
+    let work = Workplace::new();
+    let train = crate::harness::TRAIN;
+    work.succeed(&format!("{train} --lora all --lora-rank 4 --max-steps 2 --output run"));
+    let adapted = format!("{SCORE} --model base --adapter run/adapter --explain --show 2");
+    work.succeed(&format!("{adapted} --html off.html"));
+    work.succeed(&format!("{adapted} --reference base --html base.html --output s.jsonl --beta 1"));
+    assert_eq!(work.read("off.html"), work.read("base.html"));
+    let pairs = explained(&String::from_utf8(work.read("off.html")).unwrap());
+    for ((_, margin, _), line) in pairs.iter().zip(work.lines("s.jsonl")) {
+        assert!(*margin != 0.0, "the adapter changes nothing");
+        assert_close(*margin, number(&line["margin"]), 1e-3, "margin");
+    }
+}
+
+#[test]
+fn explaining_needs_a_reference_and_a_place() {
+    let work = Workplace::new();
+    let score = format!("{SCORE} --model base");
+    work.refuse(&format!("{score} --explain"), 2, &["`--explain` needs a reference", "--adapter DIR"]);
+    let both = format!("{score} --reference base --explain --output -");
+    work.refuse(&both, 2, &["would both write to standard output", "--html FILE"]);
+    work.refuse(&format!("{score} --reference base --explain --show 0"), 2, &["must be from 1 to 1000"]);
+    let finished = work.run(&format!("{score} --output s.jsonl --html page.html"));
+    assert!(finished.code == Some(2) && finished.stderr.contains("--explain"), "{}", finished.stderr);
+}

@@ -50,6 +50,7 @@ fn a_run_leaves_model_metrics_report_and_checkpoints() {
             "model/tokenizer.json",
             "model/tokenizer_config.json",
             "report.html",
+            "report.json",
             "resolved.toml",
         ]
     );

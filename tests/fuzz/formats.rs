@@ -6,12 +6,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mmpo_fast::checkpoint::{Checkpoint, ModelFolder, run_state};
+use mmpo_fast::checkpoint::{AdapterFolder, Checkpoint, ModelFolder, run_state};
 use mmpo_fast::config::options::Options;
-use mmpo_fast::config::{LengthLimits, recipe};
-use mmpo_fast::data::{CacheKey, Message, ReferenceCache, TextEncoder, load_pairs};
+use mmpo_fast::config::value::OptionValue;
+use mmpo_fast::config::{LengthLimits, PairData, PairFiles, recipe};
+use mmpo_fast::data::{
+    CacheKey, Message, PairCache, PairSource, ReferenceCache, TextEncoder, Treatment, load_cached, load_pairs,
+};
 use mmpo_fast::device::cpu::CpuDevice;
-use mmpo_fast::model::Llama;
+use mmpo_fast::foreign::hub;
+use mmpo_fast::import::{self, ImportConfig};
+use mmpo_fast::model::{Llama, LlamaConfig};
 use mmpo_fast::objective::ReferencePair;
 use mmpo_fast::report::{History, MetricsWriter};
 
@@ -20,7 +25,7 @@ type Result = mmpo_fast::Result<()>;
 const LIMITS: LengthLimits = LengthLimits { max_length: 160, max_prompt_length: 64 };
 
 /// All formats by name.
-pub const ALL: [&str; 14] = [
+pub const ALL: [&str; 21] = [
     "config",
     "generation_config",
     "tokenizer",
@@ -35,6 +40,13 @@ pub const ALL: [&str; 14] = [
     "state",
     "cache",
     "metrics",
+    "parquet",
+    "csv",
+    "adapter_config",
+    "adapter",
+    "hub",
+    "import",
+    "pair_cache",
 ];
 
 /// A folder in which inputs are tried: the golden model, its pairs, and what a short run of the program leaves.
@@ -53,8 +65,8 @@ fn read(path: impl AsRef<Path>) -> Vec<u8> {
 }
 
 impl Place {
-    /// Fills an empty folder.
-    pub fn prepare(folder: &Path) -> Self {
+    /// Fills an empty folder for inputs of `formats`; what a run leaves behind is made by `program`, where one needs it.
+    pub fn prepare(folder: &Path, program: &Path, formats: &[&str]) -> Self {
         let place = Place { folder: folder.to_path_buf(), encoder: OnceCell::new() };
         for model in ["model", "sharded"] {
             std::fs::create_dir(place.path(model)).unwrap();
@@ -66,19 +78,31 @@ impl Place {
         let shard = place.path("sharded/model-00001-of-00001.safetensors");
         std::fs::rename(place.path("sharded/model.safetensors"), shard).unwrap();
         std::fs::write(place.path("sharded/model.safetensors.index.json"), place.index()).unwrap();
+        std::fs::copy(tests().join("goldens/pairs.jsonl"), place.path("valid.jsonl")).unwrap();
+        let wants = |names: &[&str]| names.iter().any(|name| formats.contains(name));
+        if wants(&["recipe", "state", "metrics"]) {
+            place.train(program, "run", &[]);
+        }
+        if wants(&["adapter_config", "adapter"]) {
+            place.train(program, "adapted", &["--lora", "q,v", "--lora-rank", "2"]);
+        }
+        place
+    }
+
+    /// A short run of the program.
+    fn train(&self, program: &Path, output: &str, more: &[&str]) {
         let run = "train --max-steps 2 --save-steps 1 --pairs-per-step 4 --max-length 160 --max-prompt-length 64 \
-                   --device cpu --threads 1 --quiet";
-        let status = Command::new(env!("CARGO_BIN_EXE_mmpo-fast"))
+                   --device cpu --threads 1 --quiet --model model --data valid.jsonl --output";
+        let status = Command::new(program)
             .args(run.split_whitespace())
-            .args(["--model", "model", "--output", "run", "--data"])
-            .arg(tests().join("goldens/pairs.jsonl"))
-            .current_dir(folder)
-            .env("MMPO_FAST_CACHE", place.path("unused"))
+            .arg(output)
+            .args(more)
+            .current_dir(&self.folder)
+            .env("MMPO_FAST_CACHE", self.path("unused"))
             .stdout(std::process::Stdio::null())
             .status()
             .unwrap();
         assert!(status.success(), "{status}");
-        place
     }
 
     pub fn open(folder: &Path) -> Self {
@@ -114,21 +138,37 @@ impl Place {
             "recipe" => "recipe.toml",
             "state" => "run/checkpoints/step-000002/state.json",
             "metrics" => "run/metrics.jsonl",
+            "parquet" => "pairs.parquet",
+            "csv" => "pairs.csv",
+            "adapter_config" => "adapted/adapter/adapter_config.json",
+            "adapter" => "adapted/adapter/adapter_model.safetensors",
+            "import" => "import.yaml",
             other => panic!("no format `{other}`"),
         })
     }
 
     /// Valid inputs of a format.
     pub fn seeds(&self, format: &str) -> Vec<Vec<u8>> {
-        let data = |end: &str| {
-            let entries =
-                std::fs::read_dir(tests().join("data/pairs")).unwrap().map(|entry| entry.unwrap().path());
+        let found = |folder: &str, end: &str| {
+            let entries = std::fs::read_dir(tests().join(folder)).unwrap().map(|entry| entry.unwrap().path());
             let mut paths: Vec<PathBuf> =
                 entries.filter(|path| path.to_string_lossy().ends_with(end)).collect();
             paths.sort();
             paths.iter().map(read).collect::<Vec<_>>()
         };
+        let data = |end: &str| found("data/pairs", end);
         match format {
+            "parquet" => found("data/tables", ".parquet"),
+            "csv" => [found("data/tables", ".csv"), found("data/tables", ".tsv")].concat(),
+            "import" => [found("data/imports", ".yaml"), found("data/imports", ".yml")].concat(),
+            "hub" => vec![
+                b"abc123\nabc123 train-00000-of-00001.parquet\nabc123 data/test.jsonl".to_vec(),
+                b"main\nmain a.json\nother b.csv.gz\nother default/train/0000.parquet".to_vec(),
+            ],
+            "pair_cache" => {
+                self.load_through_cache().unwrap();
+                vec![read(self.cached_pairs())]
+            }
             "jsonl" => data(".jsonl"),
             "json" => data(".json"),
             "gzip" => data(".gz"),
@@ -178,7 +218,7 @@ impl Place {
             return bytes;
         }
         match format {
-            "cache" if bytes.len() >= 32 => {
+            "cache" | "pair_cache" if bytes.len() >= 32 => {
                 let content = bytes.len() - 32;
                 let hash = *blake3::hash(&bytes[..content]).as_bytes();
                 bytes[content..].copy_from_slice(&hash);
@@ -204,15 +244,27 @@ impl Place {
             self.cache().load(7);
             return Ok(());
         }
+        match format {
+            "hub" => return self.look_in_hub(bytes),
+            "pair_cache" => {
+                std::fs::write(self.cached_pairs(), bytes).unwrap();
+                return self.load_through_cache();
+            }
+            _ => {}
+        }
         std::fs::write(self.file(format), bytes).unwrap();
         match format {
             "config" | "generation_config" | "safetensors" => load_model(&self.path("model")),
             "index" => load_model(&self.path("sharded")),
             "tokenizer" | "tokenizer_config" | "template" => use_text(&self.path("model")),
-            "jsonl" | "json" | "gzip" => {
-                let load = || TextEncoder::load(&self.path("model"), None).unwrap();
-                load_pairs(&self.file(format), self.encoder.get_or_init(load), LIMITS).map(|_| ())
+            "jsonl" | "json" | "gzip" | "parquet" | "csv" => {
+                load_pairs(&self.file(format), self.valid_encoder(), LIMITS).map(|_| ())
             }
+            "adapter_config" | "adapter" => {
+                let model = LlamaConfig::from_folder(&self.path("model"))?;
+                AdapterFolder::open(&self.path("adapted/adapter"), &model).map(|_| ())
+            }
+            "import" => import_file(&self.file(format)),
             "recipe" => read_recipe(&self.file(format)),
             "state" => {
                 let Some(newest) = run_state::latest(&self.path("run"))? else { return Ok(()) };
@@ -227,6 +279,76 @@ impl Place {
             other => panic!("no format `{other}`"),
         }
     }
+}
+
+impl Place {
+    fn valid_encoder(&self) -> &TextEncoder {
+        self.encoder.get_or_init(|| TextEncoder::load(&self.path("model"), None).unwrap())
+    }
+
+    /// Loads pairs with a cache, which holds one file.
+    fn load_through_cache(&self) -> Result {
+        let cache = PairCache::new(&self.path("cached"));
+        let source = PairSource::file(&self.path("valid.jsonl"));
+        let mut seen = 0;
+        let mut observe = |_: &_| seen += 1;
+        let treatment = Treatment::new(LIMITS);
+        let dataset =
+            load_cached(&source, self.valid_encoder(), treatment, Some(&cache), Some(&mut observe))?;
+        assert_eq!(seen, dataset.report.records);
+        Ok(())
+    }
+
+    fn cached_pairs(&self) -> PathBuf {
+        let files = std::fs::read_dir(self.path("cached")).unwrap().map(|entry| entry.unwrap().path());
+        files.into_iter().find(|path| path.extension().is_some_and(|end| end == "pairs")).unwrap()
+    }
+
+    /// Lays out a cache of the Hugging Face Hub, `HF_HUB_CACHE`, as the input says, and looks for a model and pairs in
+    /// it: the first line is what `refs/main` holds, each other one a revision and a file in it.
+    fn look_in_hub(&self, bytes: &[u8]) -> Result {
+        let hub = self.path("hub");
+        let _ = std::fs::remove_dir_all(&hub);
+        let text = String::from_utf8_lossy(bytes);
+        let mut lines = text.lines();
+        let main = lines.next().unwrap_or_default();
+        let files: Vec<(&str, &str)> = lines.filter_map(|line| line.split_once(' ')).take(8).collect();
+        for kind in ["models--org--name", "datasets--org--name"] {
+            let folder = hub.join(kind);
+            std::fs::create_dir_all(folder.join("refs")).unwrap();
+            std::fs::write(folder.join("refs/main"), main).unwrap();
+            for (revision, file) in &files {
+                let path =
+                    folder.join("snapshots").join(revision.trim_matches('/')).join(file.trim_matches('/'));
+                let is_inside = !path.components().any(|part| part.as_os_str() == "..");
+                if is_inside && std::fs::create_dir_all(path.parent().unwrap()).is_ok() {
+                    let _ = std::fs::copy(self.path("valid.jsonl"), path);
+                }
+            }
+        }
+        let model = hub::model(Path::new("org/name"));
+        let files = hub::pairs(&PairFiles::from(PathBuf::from("org/name")))?;
+        PairSource::open(&files, &Default::default(), mmpo_fast::data::Part::All)?;
+        model.map(|_| ())
+    }
+}
+
+/// Reads a configuration of another program; the recipe that it becomes must load.
+fn import_file(path: &Path) -> Result {
+    let text = String::from_utf8_lossy(&read(path)).into_owned();
+    let config = ImportConfig {
+        file: path.to_path_buf(),
+        from: None,
+        output: None,
+        data: PairData::from_text("pairs.jsonl").ok(),
+        devices: 1,
+        without: Vec::new(),
+    };
+    let imported = import::convert(&text, &config)?;
+    if let Some(text) = imported.recipe {
+        recipe::parse(&text, path)?;
+    }
+    Ok(())
 }
 
 fn load_model(folder: &Path) -> Result {

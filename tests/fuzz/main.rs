@@ -11,6 +11,8 @@
 //! cargo test --release --test fuzz -- --format template --first 5123 --inputs 1 --keep FILE
 //! ```
 //!
+//! `--prepare FOLDER` fills an empty folder with what coverage-guided fuzzing (`fuzz/`) begins with.
+//!
 //! Inputs run in worker processes of this same program, many one after the other; when one dies or hangs, the fault is
 //! noted with its index and a new worker goes on with the next. `--keep` writes the input of a fault to a file.
 
@@ -37,9 +39,8 @@ const WAIT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 1 << 30;
 /// Inputs per format where no number is given.
 const FEW: u64 = 200;
-/// Inputs that a worker tries before another takes its place. Templates leave memory behind, about 30 KiB each, which a program
-/// that reads one template does not notice and [`MEMORY`] does.
-const PER_WORKER: u64 = 5000;
+/// Inputs that a worker tries before another takes its place.
+const PER_WORKER: u64 = 100_000;
 /// A format with more faults than this is not tried further.
 const MOST_FAULTS: usize = 50;
 /// Says to a process of this program that it is a worker, and in which folder.
@@ -53,6 +54,7 @@ struct Options {
     seed: u64,
     log: Option<PathBuf>,
     keep: Option<PathBuf>,
+    prepare: Option<PathBuf>,
 }
 
 /// Flags that are meant for Rust's own test harness, which this program replaces, are ignored.
@@ -76,6 +78,7 @@ fn options() -> Options {
         seed: number("--seed", 1),
         log: value("--log").map(PathBuf::from),
         keep: value("--keep").map(PathBuf::from),
+        prepare: value("--prepare").map(PathBuf::from),
     }
 }
 
@@ -83,6 +86,10 @@ fn main() -> ExitCode {
     let options = options();
     if let Some(folder) = std::env::var_os(WORKER) {
         work(&options, Path::new(&folder));
+        return ExitCode::SUCCESS;
+    }
+    if let Some(folder) = &options.prepare {
+        prepare(folder);
         return ExitCode::SUCCESS;
     }
     let started = Instant::now();
@@ -102,6 +109,20 @@ fn main() -> ExitCode {
         }
     });
     report(&options, results.into_inner().unwrap(), started)
+}
+
+/// A folder for `fuzz/`: a place for each format, and its valid inputs.
+fn prepare(folder: &Path) {
+    let place = folder.join("place");
+    std::fs::create_dir_all(&place).unwrap();
+    let place = Place::prepare(&place, Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &formats::ALL);
+    for format in formats::ALL {
+        let corpus = folder.join("corpus").join(format);
+        std::fs::create_dir_all(&corpus).unwrap();
+        for (number, seed) in place.seeds(format).iter().enumerate() {
+            std::fs::write(corpus.join(format!("{number:03}")), seed).unwrap();
+        }
+    }
 }
 
 fn report(options: &Options, mut results: Vec<Outcome>, started: Instant) -> ExitCode {
@@ -133,7 +154,7 @@ struct Outcome {
 fn fuzz(options: &Options) -> Outcome {
     let format = &options.formats[0];
     let folder = tempfile::tempdir().unwrap();
-    let place = Place::prepare(folder.path());
+    let place = Place::prepare(folder.path(), Path::new(env!("CARGO_BIN_EXE_mmpo-fast")), &[format]);
     let end = options.first + options.inputs;
     let (mut next, mut faults) = (options.first, Vec::new());
     let (mut accepted, mut slowest) = (0, Duration::ZERO);
@@ -167,7 +188,8 @@ fn make_input(place: &Place, options: &Options, index: u64) -> Vec<u8> {
     let format = &options.formats[0];
     // A worker has changed the files that seeds come from: those of a new folder are valid again.
     let fresh = tempfile::tempdir().unwrap();
-    let seeds = Place::prepare(fresh.path()).seeds(format);
+    let program = Path::new(env!("CARGO_BIN_EXE_mmpo-fast"));
+    let seeds = Place::prepare(fresh.path(), program, &[format]).seeds(format);
     place.mend(format, index, mutate::input(format, &seeds, options.seed, index))
 }
 
@@ -186,6 +208,7 @@ impl Worker {
             .args(["--format", &options.formats[0], "--seed", &seed, "--first", &first, "--inputs", &inputs])
             .env(WORKER, folder)
             .env("RAYON_NUM_THREADS", "2")
+            .env("HF_HUB_CACHE", folder.join("hub"))
             .env("RUST_BACKTRACE", "0")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -508,9 +508,9 @@ pub fn pair_batch(sizes: &[(usize, usize, usize)], vocab: u32) -> PairBatch {
         .enumerate()
         .map(|(record, &(prompt, chosen, rejected))| TokenizedPair {
             record,
-            prompt: tokens(prompt),
-            chosen: tokens(chosen),
-            rejected: tokens(rejected),
+            prompt: tokens(prompt).into(),
+            chosen: tokens(chosen).into(),
+            rejected: tokens(rejected).into(),
         })
         .collect();
     PairBatch::pack(&pairs, Sides::Both)

@@ -113,10 +113,54 @@ fn check_input_add<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize
     }
 }
 
-device_tests! {
-    /// `out` accumulates in the module's columns, and the others keep their values.
-    fn forward(device, bounds) {
-        SHAPES.iter().for_each(|&sizes| check_forward(device, sizes, bounds));
+/// `inner` is assigned in full.
+fn check_inner<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize, usize), bounds: Tolerance) {
+    trying("(rows, inputs, outputs)", (rows, inputs, outputs));
+    let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+    let (a, a64) = random_compute(device, 2, outputs * inputs, 1.0);
+    let mut inner = unset_compute(device, rows * outputs + 5);
+    let shape = LinearShape { rows, inputs, outputs };
+    device.low_rank_inner(&mut inner, &x, &a, shape).unwrap();
+    let wanted = naive::linear(&x64, &a64, &vec![0.0; outputs], inputs);
+    let inner = read_compute(device, &inner);
+    assert_close("inner", &inner[..rows * outputs], &wanted, bounds);
+    assert!(inner[rows * outputs..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
+}
+
+/// The gradient of `a`, which accumulates, is that of a linear layer with few outputs.
+fn check_gradient_of_a<D: Device>(device: &D, shape: LinearShape) {
+    trying("shape", shape);
+    let (x, x64) = random_compute(device, 1, shape.rows * shape.inputs, 1.0);
+    let (dinner, dinner64) = random_compute(device, 2, shape.rows * shape.outputs, 1.0);
+    let before = random(3, shape.outputs * shape.inputs, 1.0);
+    let mut da = floats(device, &before);
+    device.linear_backward_weight(Some(&mut da), None, &dinner, &x, shape).unwrap();
+    let mut wanted = wide(&before);
+    let gradient = naive::Precision::Exact.linear_backward_weight(&dinner64, &x64, shape.inputs);
+    wanted.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
+    assert_close("da", &read(device, &da), &wanted, Tolerance::F32);
+}
+
+path_tests! {
+    /// `inner` is assigned in full, for as many columns as one to three modules have, and more.
+    fn inner(device, bounds) {
+        let shapes = [(1, 16, 8), (9, 17, 3), (70, 72, 64), (530, 200, 128), (40, 136, 192), (37, 64, 216)];
+        for (rows, inputs, outputs) in shapes {
+            check_inner(device, (rows, inputs, outputs), bounds);
+        }
+    }
+
+    /// So many rows and columns that a GPU of 132 multiprocessors takes the large, tall and wide tiles of each gemm.
+    fn large_tiles(device, bounds) {
+        check_forward(device, [1410, 8, 1544, 0, 1544, 0, 8, 0], bounds);
+        // The gradients of `inner` and of B, whose tiles are large only above a rank of 64, and else tall.
+        check_backward_input(device, [16_900, 72, 8, 0, 8, 0, 72, 0], bounds);
+        check_backward_weight(device, [8, 72, 16_904, 0, 16_904, 0, 72, 0]);
+        check_backward_input(device, [8450, 16, 8, 0, 8, 0, 16, 0], bounds);
+        check_backward_weight(device, [8, 16, 8456, 0, 8456, 0, 16, 0]);
+        check_input_add(device, (1410, 1544, 8), bounds);
+        check_inner(device, (8450, 8, 16), bounds);
+        check_gradient_of_a(device, LinearShape { rows: 8, inputs: 8456, outputs: 16 });
     }
 
     /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
@@ -125,6 +169,15 @@ device_tests! {
             check_backward_input(device, sizes, bounds);
             check_backward_weight(device, sizes);
         }
+        // Rows that Hopper's kernels sum in parts.
+        check_backward_weight(device, [1100, 16, 24, 8, 40, 8, 32, 16]);
+    }
+}
+
+device_tests! {
+    /// `out` accumulates in the module's columns, and the others keep their values.
+    fn forward(device, bounds) {
+        SHAPES.iter().for_each(|&sizes| check_forward(device, sizes, bounds));
     }
 
     /// The gradient of the input is added to what is there, without the values that the forward's mask dropped.
@@ -132,15 +185,6 @@ device_tests! {
         for sizes in [(1, 16, 8), (5, 17, 3), (70, 72, 16), (130, 200, 64)] {
             check_input_add(device, sizes, bounds);
         }
-    }
-
-    /// So many rows and columns that a GPU of 132 multiprocessors takes the large tiles of each gemm.
-    fn large_tiles(device, bounds) {
-        check_forward(device, [1410, 8, 1544, 0, 1544, 0, 8, 0], bounds);
-        // The gradients of `inner` and of B, whose tiles are large only above a rank of 64.
-        check_backward_input(device, [16_900, 72, 8, 0, 8, 0, 72, 0], bounds);
-        check_backward_weight(device, [8, 72, 16_904, 0, 16_904, 0, 72, 0]);
-        check_input_add(device, (1410, 1544, 8), bounds);
     }
 
     /// A value is dropped or scaled by its place alone; nothing after the matrix is written.

@@ -8,6 +8,7 @@ mod naive;
 mod ptx_machine;
 
 mod adamw;
+mod adapted_linear;
 mod attention;
 mod attention_backward;
 mod attention_forward;

@@ -378,8 +378,15 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// In eight partial sums, which processors add at the same time: most of the tests' time would go by otherwise.
 fn inner(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    let (a_parts, a_rest) = a.as_chunks::<8>();
+    let (b_parts, b_rest) = b.as_chunks::<8>();
+    let mut sums = [0.0; 8];
+    for (a, b) in a_parts.iter().zip(b_parts) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a * b);
+    }
+    a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>() + sums.iter().sum::<f64>()
 }
 
 /// `sums += factor * values`.

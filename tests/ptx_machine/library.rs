@@ -10,14 +10,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The toolkit that the kernels were compiled with.
 pub const TOOLKIT: &str = env!("MMPO_FAST_TOOLKIT");
-/// Where the build left the kernels' objects and their archive.
+/// Where the build left the archive of the kernels' objects.
 const BUILD: &str = env!("OUT_DIR");
+/// Where it keeps the objects.
+const OBJECTS: &str = env!("MMPO_FAST_KERNEL_OBJECTS");
 
 /// Sums keep their order and no product is fused unless PTX says so: contraction is off. An AVX2 processor does eight lanes at
-/// a time; others run the same code more slowly.
+/// a time, in loops that the compiler makes vectors of from `-O3` on; others run the same code more slowly.
 const FLAGS: [&str; 9] = [
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-g1",
     "-fPIC",
     "-Wall",
@@ -162,7 +164,7 @@ fn cuobjdump() -> Option<PathBuf> {
 
 /// A folder with the PTX of every kernel file, as `NAME.sm_80.ptx` and `NAME.sm_90a.ptx`.
 pub fn extract_ptx() -> Option<PathBuf> {
-    let objects = Path::new(BUILD).join("objects/gpu");
+    let objects = Path::new(OBJECTS).join("gpu");
     let key = hash_of(&files(&objects, &["key"]), &[]);
     extract_ptx_of(&files(&objects, &["o"]), &key)
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a few steps on two golden models, scores the folders that came out, and lets transformers load them: it must
-# find every tensor and come to the log-probs and logits that we came to. Then token ids and losses beside TRL's. Needs .venv
+# find every tensor and come to the log-probs and logits that we came to. Then token ids and losses beside TRL's, and the
+# event files beside TensorBoard. Needs .venv
 # (setup.sh).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -49,6 +50,9 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 .venv/bin/python -W ignore tests/reference/check_tokens.py "$program/examples/token_ids"
 # Log-probs with Llama 2's tokenizer, against transformers'.
 .venv/bin/python -W ignore tests/reference/check_scores.py "$program/mmpo-fast"
+
+# Event files, read by TensorBoard.
+.venv/bin/python -W ignore tests/reference/check_tensorboard.py "$program/mmpo-fast"
 
 # Adapters, against PEFT: log-probs, a training step and merged weights, both ways.
 .venv/bin/python -W ignore tests/reference/check_adapters.py "$program/mmpo-fast"

@@ -28,9 +28,9 @@ impl Golden {
             .enumerate()
             .map(|(record, pair)| TokenizedPair {
                 record,
-                prompt: ids(&pair["prompt_ids"]),
-                chosen: ids(&pair["chosen_ids"]),
-                rejected: ids(&pair["rejected_ids"]),
+                prompt: ids(&pair["prompt_ids"]).into(),
+                chosen: ids(&pair["chosen_ids"]).into(),
+                rejected: ids(&pair["rejected_ids"]).into(),
             })
             .collect();
         Golden { folder: folder.to_path_buf(), json, pairs }

@@ -70,7 +70,7 @@ fn memories() -> Vec<MemoryConfig> {
             for recompute in [Recompute::None, Recompute::Selective, Recompute::Layer] {
                 for gradients in [GradientConfig::F32, GradientConfig::Layer] {
                     let states = StateOptions { moments, master };
-                    all.push(MemoryConfig { states, recompute, gradients });
+                    all.push(MemoryConfig { states, recompute, gradients, ..MemoryConfig::default() });
                 }
             }
         }

@@ -26,9 +26,9 @@ fn log_probs_are_those_of_transformers() {
     let ids_of = |name: &str| ids(&goldens["ids"][name]);
     let pairs = [TokenizedPair {
         record: 0,
-        prompt: ids_of("prompt_ids"),
-        chosen: ids_of("chosen_ids"),
-        rejected: ids_of("rejected_ids"),
+        prompt: ids_of("prompt_ids").into(),
+        chosen: ids_of("chosen_ids").into(),
+        rejected: ids_of("rejected_ids").into(),
     }];
     let device = Arc::new(CpuDevice::new(Some(1)).expect("cpu"));
     let models = array(&goldens["models"]);

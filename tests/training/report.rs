@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use mmpo_fast::config::options::Options;
-use mmpo_fast::config::resolve;
+use mmpo_fast::config::{RESOLVED_FILE, resolve};
 use mmpo_fast::report::{
-    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, History, ImplicitMetrics, METRICS_FILE,
-    MetricsWriter, PairMetrics, PreferenceMetrics, RunReport, Sample, StepMetrics, WeightMetrics,
+    DataSummary, EVENTS_FOLDER, EvalMetrics, EventWriter, FACTS_FILE, History, ImplicitMetrics, METRICS_FILE,
+    MetricsWriter, PairMetrics, PreferenceMetrics, RunFacts, RunReport, RunState, Sample, StepMetrics,
+    WeightMetrics,
 };
 
 /// Metrics like those of a run that learns: no randomness, some wobble.
@@ -51,18 +52,19 @@ fn evaluation(step: usize, steps: usize) -> EvalMetrics {
 /// Writes the metrics of a run to `folder` and makes its report.
 fn report(folder: &Path, steps: usize) -> RunReport {
     let mut metrics = MetricsWriter::create(folder).unwrap();
+    metrics.evaluation(&evaluation(0, steps)).unwrap();
     for number in 1..=steps {
         metrics.step(&step(number, steps)).unwrap();
         if number % (steps / 4).max(1) == 0 {
             metrics.evaluation(&evaluation(number, steps)).unwrap();
         }
     }
-    RunReport {
+    let facts = RunFacts {
         model: "the built-in demo".into(),
         objective: "mmpo".into(),
         device: "cpu: no CUDA driver was found; 2 threads".into(),
-        recipe: resolve(Options::default(), None, false).unwrap().to_toml(),
-        history: History::read(folder).unwrap(),
+        total_steps: steps,
+        state: RunState::Finished,
         data: vec![DataSummary {
             name: "pairs.jsonl".into(),
             read: 640,
@@ -70,7 +72,6 @@ fn report(folder: &Path, steps: usize) -> RunReport {
             dropped: vec![("empty response".into(), 9)],
             cut: vec![("prompts, from the left, to 48 tokens".into(), 17)],
         }],
-        comparison: Some((evaluation(0, steps), evaluation(steps, steps))),
         samples: vec![
             Sample {
                 prompt: "What is the capital of France?".into(),
@@ -82,18 +83,23 @@ fn report(folder: &Path, steps: usize) -> RunReport {
                 before: "first line\nsecond line".into(),
                 after: "a much longer answer ".repeat(12),
             },
+            Sample { prompt: "Sum this up: ".repeat(40), before: "no".into(), after: "yes".into() },
         ],
         warnings: vec![
             "78 % of the pairs had a saturated weight in the last epoch: try length_normalize.".into(),
         ],
         seconds: 41.7,
-    }
+    };
+    facts.write(folder).unwrap();
+    let recipe = resolve(Options::default(), None, false).unwrap().to_toml();
+    std::fs::write(folder.join(RESOLVED_FILE), recipe).unwrap();
+    RunReport::read(folder).unwrap()
 }
 
 #[test]
 fn the_page_fetches_nothing_and_runs_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let html = report(folder.path(), 120).to_html();
+    let html = report(folder.path(), 120).to_html().unwrap();
     for outside in [
         "http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "<iframe", "onload",
         "onclick",
@@ -108,7 +114,7 @@ fn the_page_fetches_nothing_and_runs_nothing() {
 #[test]
 fn the_page_shows_the_run() {
     let folder = tempfile::tempdir().unwrap();
-    let html = report(folder.path(), 120).to_html();
+    let html = report(folder.path(), 120).to_html().unwrap();
     for shown in [
         "<html lang=\"en\">",
         "MMPO on the built-in demo",
@@ -120,20 +126,23 @@ fn the_page_shows_the_run() {
         "saturated weight in the last epoch",
         "aria-label=\"Loss: training from ",
         "prefers-color-scheme: dark",
+        // The long prompt is folded.
+        "<summary class=\"prompt\">Sum this up: ",
+        "<small>519 characters</small>",
     ] {
         assert!(html.contains(shown), "`{shown}` is not on the page");
     }
-    assert_eq!(html.matches("<figure>").count(), 12);
+    assert_eq!(html.matches("<figure>").count(), 13);
     assert!(!html.contains("NaN") && !html.contains('\u{1b}'));
 }
 
 #[test]
 fn every_tag_that_opens_closes() {
     let folder = tempfile::tempdir().unwrap();
-    let html = report(folder.path(), 7).to_html();
+    let html = report(folder.path(), 7).to_html().unwrap();
     for tag in [
         "html", "head", "body", "main", "header", "dl", "div", "table", "tr", "figure", "svg", "p", "ul",
-        "article",
+        "article", "details", "summary",
     ] {
         let opened = html.matches(&format!("<{tag}>")).count() + html.matches(&format!("<{tag} ")).count();
         assert_eq!(opened, html.matches(&format!("</{tag}>")).count(), "<{tag}>");
@@ -142,11 +151,47 @@ fn every_tag_that_opens_closes() {
 
 #[test]
 fn a_run_with_nothing_to_show_still_has_a_page() {
-    let html = RunReport::default().to_html();
+    let html = RunReport::default().to_html().unwrap();
     assert!(
         html.contains("</html>") && !html.contains("<figure>") && !html.contains("<h2>Data</h2>"),
         "{html}"
     );
+}
+
+/// Only the page of a run that goes on loads itself again, and it alone is of a moment.
+#[test]
+fn a_run_that_is_not_at_its_end_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = report(folder.path(), 8);
+    assert!(!run.to_html().unwrap().contains("http-equiv=\"refresh\""));
+    run.facts.state = RunState::Stopped("Ctrl-C <now>".into());
+    run.facts.total_steps = 20;
+    let stopped = run.to_html().unwrap();
+    assert!(stopped.contains("The run ended after step 8 of 20: Ctrl-C &lt;now&gt;"), "{stopped}");
+    assert!(
+        !stopped.contains("http-equiv=\"refresh\"") && stopped.contains("<h2>Before and after step 8</h2>")
+    );
+    run.facts.state = RunState::Running;
+    run.refresh = Some(5);
+    let live = run.to_html().unwrap();
+    assert!(
+        live.contains("http-equiv=\"refresh\" content=\"5\"") && live.contains("The run goes on"),
+        "{live}"
+    );
+}
+
+/// A run by a version without `report.json` has a page of its metrics and options.
+#[test]
+fn a_run_without_facts_has_its_charts() {
+    let folder = tempfile::tempdir().unwrap();
+    report(folder.path(), 8);
+    std::fs::remove_file(folder.path().join(FACTS_FILE)).unwrap();
+    let html = RunReport::read(folder.path()).unwrap().to_html().unwrap();
+    assert!(html.contains("<h1>MMPO on the built-in demo</h1>") && html.contains("8 steps"), "{html}");
+    assert_eq!(html.matches("<figure>").count(), 13);
+    std::fs::write(folder.path().join(RESOLVED_FILE), "seed = 1\nbeta = \n").unwrap();
+    let error = RunReport::read(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("resolved.toml:2"), "{error}");
 }
 
 /// A resumed run's event files, in a form that `tests/reference/tfevents.py read` checks with TensorBoard's own reader.

@@ -22,7 +22,7 @@ BUNDLE = Path(__file__).resolve().parent
 CALLS = {
     "first": (200, {"machine": 4, "layouts": 22, "kernels": 90, "goldens": 24, "train": 48}),
     "second": (200, {"attention": 70, "head": 45, "products": 35, "step": 45}),
-    "third": (150, {"sanitize": 40, "profile": 22, "memory": 20, "shapes": 34, "steps": 28}),
+    "third": (150, {"sanitize": 40, "profile": 22, "memory": 20, "shapes": 34, "steps": 28, "load": 8}),
 }
 # What is kept for unpacking, the last summary and packing.
 RESERVE = 5
@@ -235,10 +235,14 @@ def make_model(run):
         run.model = processes.start([run.bin / "random_model", folder], subprocess.DEVNULL)
 
 
-def train(run, clock, log):
-    """Ordinary training, twice side by side, so that blocks of the two get into each other's way: the same bits."""
+def finish_model(run, clock):
     make_model(run)
     must((wrong := processes.finish(run.model, clock.left() / 2)) and f"FAILED random_model: {wrong}")
+
+
+def train(run, clock, log):
+    """Ordinary training, twice side by side, so that blocks of the two get into each other's way: the same bits."""
+    finish_model(run, clock)
     steps = ["--max-steps", "3", "--pairs-per-step", "2"] if TINY else ["--max-steps", "20", "--pairs-per-step", "128"]
     running, outputs = [], [run.scratch / "once", run.scratch / "again"]
     for output in outputs:
@@ -374,7 +378,14 @@ def steps(run, clock, log):
     must(*wrong)
 
 
-ALL = (machine, layouts, kernels, goldens, train, attention, head, products, step, sanitize, profile, memory, shapes, steps)
+def load(run, clock, log):
+    """The random model's weights from the disk and from the system's cache onto the GPU, beside what disk and bus give."""
+    finish_model(run, clock)
+    command = [run.bin / "mmpo-fast", "bench", "load", "--model", run.scratch / "model", "--device", "cuda"]
+    must(run.program("bench load", command, log, clock.left()))
+
+
+ALL = (machine, layouts, kernels, goldens, train, attention, head, products, step, sanitize, profile, memory, shapes, steps, load)
 PARTS = {part.__name__: part for part in ALL}
 
 

@@ -9,6 +9,7 @@ use super::message::{Message, take_turns};
 use super::plausible::Note;
 use super::renamed::Renamed;
 use super::scan::{Kind, Scanner, Span, excerpt};
+use super::scores::{RATINGS, SCORE_COLUMNS, Scores};
 use super::source::{Start, broken};
 use crate::data::Cause;
 use crate::{Error, Result};
@@ -51,7 +52,7 @@ const MAX_COLUMNS: usize = 10_000;
 
 /// What to say of a name that no column with a meaning has.
 pub(crate) fn unknown_column(name: &str) -> Option<String> {
-    if is_known(name) {
+    if is_known(name) || name == RATINGS || SCORE_COLUMNS.iter().flatten().any(|known| *known == name) {
         return None;
     }
     let known = prompt_columns().chain(RESPONSE_COLUMNS.into_iter().flatten());
@@ -88,6 +89,7 @@ pub(crate) struct Columns<'a> {
     /// All other columns.
     unread: Vec<(String, Kind)>,
     pub(super) notes: Vec<Note>,
+    pub(super) scores: Scores,
 }
 
 /// Whether a column may hold a prompt or a part of one.
@@ -130,6 +132,7 @@ impl<'a> Columns<'a> {
             members: Map::new(),
             unread: Vec::new(),
             notes: Vec::new(),
+            scores: Scores::default(),
         };
         let mut known: Vec<(String, Span)> = Vec::new();
         let mut scanner = Scanner::new(text, 0);
@@ -139,11 +142,12 @@ impl<'a> Columns<'a> {
             let message = format!("the record is {}, not an object", type_name(value.kind));
             return Err(columns.error(Fault::new(message, FORMATS_HELP)));
         }
-        let (unread, notes) = (&mut columns.unread, &mut columns.notes);
+        let (unread, notes, scores) = (&mut columns.unread, &mut columns.notes, &mut columns.scores);
         let read = scanner.members(|name, span| {
             let Some(ours) = renamed.read_as(&name) else { return Ok(()) };
             let name = ours.to_string();
             if !is_known(&name) {
+                scores.take(&name, &text[span.range.clone()]);
                 if unread.len() <= MAX_COLUMNS {
                     unread.push((name, span.kind));
                 }

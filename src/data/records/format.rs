@@ -29,7 +29,8 @@ pub(super) fn read(mut columns: Columns) -> Result<Record> {
                     true
                 }
             });
-            Ok(Record { index: columns.index, place: columns.place, body, notes })
+            let (index, place, score_gap) = (columns.index, columns.place, columns.scores.gap());
+            Ok(Record { index, place, body, notes, score_gap })
         }
         Err(fault) => Err(columns.error(fault)),
     }

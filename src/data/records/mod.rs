@@ -17,6 +17,7 @@ mod plausible;
 mod prompt;
 mod renamed;
 mod scan;
+mod scores;
 mod source;
 mod table;
 
@@ -34,6 +35,7 @@ pub use message::Message;
 pub use plausible::Note;
 pub(crate) use plausible::{Digests, PairDigests};
 pub(crate) use renamed::Renamed;
+pub(in crate::data) use scores::{RATINGS, SCORE_COLUMNS};
 pub(crate) use source::{RawRecord, for_each_chunk};
 
 /// One preference pair in the words of its file.
@@ -47,6 +49,8 @@ pub struct Record {
     pub body: Body,
     /// What looks wrong in the record, or was mended in it.
     pub notes: Vec<Note>,
+    /// The better response's score less the worse one's, where the file has both.
+    pub score_gap: Option<f64>,
 }
 
 /// A pair as plain text, or as a conversation that a chat template turns into text.

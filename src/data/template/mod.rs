@@ -16,9 +16,11 @@ mod sources;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use minijinja::Environment;
 use minijinja::value::{Serde, Value};
 use serde_json::{Map, Value as Json};
@@ -44,6 +46,8 @@ pub struct ChatTemplate {
     stack: usize,
     fingerprint: [u8; 32],
     time: Arc<OnceLock<Timestamp>>,
+    /// Whether the time was given, and is not that of the first use.
+    time_is_fixed: AtomicBool,
 }
 
 impl ChatTemplate {
@@ -117,6 +121,7 @@ impl ChatTemplate {
             stack,
             fingerprint,
             time,
+            time_is_fixed: AtomicBool::new(false),
         })
     }
 
@@ -129,12 +134,24 @@ impl ChatTemplate {
         let time = Timestamp::from_second(unix_seconds)
             .map_err(|error| Error::config(format!("no such time: {error}"), "give seconds since 1970"))?;
         self.time.get_or_init(|| time);
+        self.time_is_fixed.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// The time `strftime_now` was asked for, if a template asked: what [`Self::fix_time`] takes on resuming.
     pub fn time_used(&self) -> Option<i64> {
         self.time.get().map(|time| time.as_second())
+    }
+
+    /// The given time as `strftime_now` sees it, with its time zone; `None` where no time was given.
+    pub(super) fn fixed_moment(&self) -> Option<String> {
+        let time = self.time.get().filter(|_| self.time_is_fixed.load(Ordering::Relaxed))?;
+        Some(time.to_zoned(TimeZone::system()).to_string())
+    }
+
+    /// Whether texts depend on the moment at which the program runs: the template asked for a time that nobody gave.
+    pub(super) fn depends_on_now(&self) -> bool {
+        self.time.get().is_some() && !self.time_is_fixed.load(Ordering::Relaxed)
     }
 
     /// Where the template was read from.

@@ -23,8 +23,9 @@ pub(super) struct Numbers {
 
 /// Updates one tensor, a block at a time. Call it on the device's pool.
 pub(super) fn update(device: &CpuDevice, update: &mut AdamWUpdate<'_, CpuDevice>, numbers: Numbers) {
-    let weights = update.weight.par_chunks_mut(BLOCK_ELEMENTS);
-    let gradients = update.gradient.par_chunks(BLOCK_ELEMENTS);
+    let part = update.range(device);
+    let weights = update.weight[part.clone()].par_chunks_mut(BLOCK_ELEMENTS);
+    let gradients = update.gradient[part].par_chunks(BLOCK_ELEMENTS);
     let values = weights.zip(gradients);
     match &mut *update.moments {
         Moments::F32(MomentPair { first, second }) => {

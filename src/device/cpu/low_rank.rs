@@ -12,8 +12,10 @@ use crate::error::Result;
 const ROW_BLOCK: usize = 64;
 
 impl LowRank for CpuDevice {
-    fn reserve_low_rank(&self, shape: LinearShape) -> Result<()> {
-        self.scratch.reserve::<f32>(self.threads, ROW_BLOCK * shape.inputs);
+    fn reserve_low_rank(&self, shape: LinearShape, _: &[LowRankShape], dropout: bool) -> Result<()> {
+        if dropout {
+            self.scratch.reserve::<f32>(self.threads, ROW_BLOCK * shape.inputs);
+        }
         Ok(())
     }
 

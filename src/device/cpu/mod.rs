@@ -16,6 +16,7 @@ mod linear;
 mod logp_head;
 mod low_rank;
 mod memory;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod rms_norm;

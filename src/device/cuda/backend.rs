@@ -8,6 +8,7 @@ use std::time::Instant;
 use half::bf16;
 
 use super::bindings::{KernelTable, mmpo_status, mmpo_stream};
+use crate::device::Queue;
 use crate::error::Result;
 
 /// A point in a device's work: the moment at which everything queued before it was done.
@@ -40,10 +41,22 @@ unsafe impl Send for Address {}
 // SAFETY: as above; sharing the number shares no access.
 unsafe impl Sync for Address {}
 
+/// A queue of copies beside the computation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    ToDevice,
+    ToHost,
+}
+
+/// An event of a backend: a number that only the backend understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EventHandle(pub usize);
+
 /// One launch, as [`Backend::launch`] runs it: it calls one launcher of the table on the stream.
 pub(super) type LaunchCall<'a> = &'a mut dyn FnMut(&KernelTable, mmpo_stream) -> mmpo_status;
 
-/// Memory, copies and launches of one device; a single stream keeps all of them in the order they were asked for.
+/// Memory, copies and launches of one device. A single stream keeps all of them in the order they were asked for, but for the
+/// copies of [`Backend::copy_beside`], which events order.
 pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// One line for people.
     fn describe(&self) -> String;
@@ -110,6 +123,52 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
 
     /// Seconds from one moment of this backend to a later one, which is waited for.
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64>;
+
+    /// At least `bytes` zeros of the host's memory, pinned so that copies run beside the computation.
+    fn allocate_host(&self, bytes: usize) -> Result<Address>;
+
+    /// Gives pinned memory back, after waiting for the copies.
+    ///
+    /// # Safety
+    /// `address` comes from [`Backend::allocate_host`] of this backend for `bytes` bytes, and is not used again.
+    unsafe fn free_host(&self, address: Address, bytes: usize);
+
+    /// Waits for all copies of the two queues beside the computation.
+    fn finish_copies(&self) -> Result<()>;
+
+    /// Queues a copy between pinned memory and the device on a queue of its own.
+    ///
+    /// # Safety
+    /// Both begin `bytes` bytes inside live allocations, one pinned and one on the device as `lane` says, and the host
+    /// touches the pinned ones only after [`Backend::finish_copies`].
+    unsafe fn copy_beside(
+        &self,
+        lane: Lane,
+        out: *mut c_void,
+        source: *const c_void,
+        bytes: usize,
+    ) -> Result<()>;
+
+    /// A new event, not recorded yet: a wait for it is over at once.
+    fn new_event(&self) -> Result<EventHandle>;
+
+    /// Gives an event back.
+    ///
+    /// # Safety
+    /// `event` comes from [`Backend::new_event`] of this backend, and is not used again.
+    unsafe fn free_event(&self, event: EventHandle);
+
+    /// Makes `event` the moment at which what `queue` holds now is done.
+    ///
+    /// # Safety
+    /// `event` comes from [`Backend::new_event`] of this backend.
+    unsafe fn record(&self, event: EventHandle, queue: Queue) -> Result<()>;
+
+    /// Makes what is queued on `queue` from now on wait for `event` as it was recorded last.
+    ///
+    /// # Safety
+    /// As [`Backend::record`].
+    unsafe fn wait(&self, queue: Queue, event: EventHandle) -> Result<()>;
 
     /// The vendor's gemm library, where there is one; `gemm.rs` says which kernel runs otherwise.
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {

@@ -5,10 +5,12 @@ use std::fmt::{self, Debug};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::backend::{Address, Backend, LaunchCall, Moment};
+use super::backend::{Address, Backend, EventHandle, Lane, LaunchCall, Moment};
 use super::bindings::{
     EmulatorTable, KernelTable, checked, emulated, mmpo_emulator_counters, mmpo_emulator_options,
 };
+use super::emulated_queues::{PendingCopy, Queues};
+use crate::device::Queue;
 use crate::error::{Error, Result};
 
 pub use super::bindings::{
@@ -136,39 +138,76 @@ impl Variant {
 }
 
 /// The emulated device as a backend.
-pub(super) struct EmulatedBackend(&'static Variant);
+pub(super) struct EmulatedBackend {
+    variant: &'static Variant,
+    queues: Mutex<Queues>,
+}
 
 impl EmulatedBackend {
     pub(super) fn new(variant: EmulatorVariant) -> Self {
-        EmulatedBackend(variant.get())
+        EmulatedBackend { variant: variant.get(), queues: Mutex::default() }
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does the copies whose time has come.
+    fn land(&self, copies: Vec<PendingCopy>) -> Result<()> {
+        let _one_at_a_time = self.variant.lock();
+        let emulator = self.variant.emulator;
+        for copy in copies {
+            let PendingCopy { lane, out, source, bytes, .. } = copy;
+            let (raced, len) = (copy.raced_bytes(), bytes as u64);
+            match lane {
+                Lane::ToDevice => {
+                    let source = raced.as_ref().map_or(source, |raced| raced.as_ptr().cast());
+                    // SAFETY: the promise of `copy_beside`; allocations wait for the copies before they are freed.
+                    self.variant.check("fetch", unsafe { (emulator.upload)(out, source, len) })?;
+                }
+                Lane::ToHost => {
+                    // SAFETY: as above.
+                    self.variant.check("store", unsafe { (emulator.download)(out, source, len) })?;
+                    if let Some(raced) = raced {
+                        // SAFETY: `out` was just written, `bytes` of them.
+                        unsafe { std::ptr::copy_nonoverlapping(raced.as_ptr(), out.cast(), bytes) };
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }
 
 impl Debug for EmulatedBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "EmulatedBackend({})", self.0.name)
+        write!(f, "EmulatedBackend({})", self.variant.name)
     }
 }
 
 impl Backend for EmulatedBackend {
     fn describe(&self) -> String {
-        format!("cuda ({}: the GPU's kernels on the CPU, for tests and not for speed)", self.0.name)
+        format!("cuda ({}: the GPU's kernels on the CPU, for tests and not for speed)", self.variant.name)
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
-        let _one_at_a_time = self.0.lock();
+        let _one_at_a_time = self.variant.lock();
         let mut address: *mut c_void = std::ptr::null_mut();
+        let malloc = self.variant.emulator.malloc;
         // SAFETY: the call writes the address.
-        self.0.check("malloc", unsafe { (self.0.emulator.malloc)(&mut address, bytes as u64) })?;
+        self.variant.check("malloc", unsafe { malloc(&mut address, bytes as u64) })?;
         NonNull::new(address).map(Address).ok_or_else(|| {
             Error::device(format!("no memory for {bytes} bytes"), "use a smaller model or token budget")
         })
     }
 
     unsafe fn free(&self, address: Address) {
-        let _one_at_a_time = self.0.lock();
+        if let Err(error) = self.finish_copies() {
+            tracing::error!("{error}");
+        }
+        let _one_at_a_time = self.variant.lock();
         // SAFETY: the caller's promise; launches are over when they return, so none uses it.
-        let freed = self.0.check("free", unsafe { (self.0.emulator.free)(address.pointer()) });
+        let freed = self.variant.check("free", unsafe { (self.variant.emulator.free)(address.pointer()) });
         if let Err(error) = freed {
             // A destructor cannot return it, and a corrupted guard must not pass unseen.
             tracing::error!("{error}");
@@ -176,42 +215,45 @@ impl Backend for EmulatedBackend {
     }
 
     unsafe fn copy_in(&self, out: *mut c_void, source: &[u8]) -> Result<()> {
-        let _one_at_a_time = self.0.lock();
+        self.queues().launched();
+        let _one_at_a_time = self.variant.lock();
         let (bytes, source) = (source.len() as u64, source.as_ptr().cast());
         // SAFETY: the caller's promise.
-        self.0.check("upload", unsafe { (self.0.emulator.upload)(out, source, bytes) })
+        self.variant.check("upload", unsafe { (self.variant.emulator.upload)(out, source, bytes) })
     }
 
     unsafe fn copy_out(&self, out: &mut [u8], source: *const c_void) -> Result<()> {
-        let _one_at_a_time = self.0.lock();
+        let _one_at_a_time = self.variant.lock();
         let (bytes, out) = (out.len() as u64, out.as_mut_ptr().cast());
         // SAFETY: the call only reads the guard bytes around every allocation; it fails if a kernel overwrote any.
-        self.0.check("synchronize", unsafe { (self.0.emulator.synchronize)() })?;
+        self.variant.check("synchronize", unsafe { (self.variant.emulator.synchronize)() })?;
         // SAFETY: the caller's promise.
-        self.0.check("download", unsafe { (self.0.emulator.download)(out, source, bytes) })
+        self.variant.check("download", unsafe { (self.variant.emulator.download)(out, source, bytes) })
     }
 
     unsafe fn copy(&self, out: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
-        let _one_at_a_time = self.0.lock();
+        self.queues().launched();
+        let _one_at_a_time = self.variant.lock();
         // SAFETY: the caller's promise.
-        self.0.check("copy", unsafe { (self.0.emulator.copy)(out, source, bytes as u64) })
+        self.variant.check("copy", unsafe { (self.variant.emulator.copy)(out, source, bytes as u64) })
     }
 
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
-        let _one_at_a_time = self.0.lock();
-        let mut launches = self.0.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        self.queues().launched();
+        let _one_at_a_time = self.variant.lock();
+        let mut launches = self.variant.launches.lock().unwrap_or_else(PoisonError::into_inner);
         if launches.is_some() {
-            self.0.reset_counters();
+            self.variant.reset_counters();
         }
-        let status = call(self.0.kernels, std::ptr::null_mut());
+        let status = call(self.variant.kernels, std::ptr::null_mut());
         if let Some(launches) = &mut *launches {
-            let launch = EmulatedLaunch { launcher: operation.to_owned(), counters: self.0.counters() };
+            let launch = EmulatedLaunch { launcher: operation.to_owned(), counters: self.variant.counters() };
             // A launcher that only answers a question, or only sets memory, runs no kernel.
             if launch.counters.launches > 0 {
                 launches.push(launch);
             }
         }
-        self.0.check(&format!("{operation} of {shape:?}"), status)
+        self.variant.check(&format!("{operation} of {shape:?}"), status)
     }
 
     fn seconds_between(&self, start: &Moment, end: &Moment) -> Result<f64> {
@@ -220,5 +262,54 @@ impl Backend for EmulatedBackend {
             #[cfg(mmpo_gpu_kernels)]
             _ => Err(Error::bug("a moment of another device")),
         }
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Address> {
+        let memory = vec![0_u8; bytes].into_boxed_slice();
+        // SAFETY: a box is never null.
+        Ok(Address(unsafe { NonNull::new_unchecked(Box::into_raw(memory).cast()) }))
+    }
+
+    unsafe fn free_host(&self, address: Address, bytes: usize) {
+        if let Err(error) = self.finish_copies() {
+            tracing::error!("{error}");
+        }
+        let memory = std::ptr::slice_from_raw_parts_mut(address.pointer().cast::<u8>(), bytes.max(1));
+        // SAFETY: the caller's promise: the box of `allocate_host`, which no copy uses any more.
+        drop(unsafe { Box::from_raw(memory) });
+    }
+
+    fn finish_copies(&self) -> Result<()> {
+        let copies = self.queues().finish();
+        self.land(copies)
+    }
+
+    unsafe fn copy_beside(
+        &self,
+        lane: Lane,
+        out: *mut c_void,
+        source: *const c_void,
+        bytes: usize,
+    ) -> Result<()> {
+        self.queues().copy(lane, out, source, bytes);
+        Ok(())
+    }
+
+    fn new_event(&self) -> Result<EventHandle> {
+        Ok(self.queues().new_event())
+    }
+
+    unsafe fn free_event(&self, event: EventHandle) {
+        self.queues().free_event(event);
+    }
+
+    unsafe fn record(&self, event: EventHandle, queue: Queue) -> Result<()> {
+        self.queues().record(event, queue);
+        Ok(())
+    }
+
+    unsafe fn wait(&self, queue: Queue, event: EventHandle) -> Result<()> {
+        let copies = self.queues().wait(queue, event);
+        self.land(copies)
     }
 }

@@ -1,4 +1,5 @@
-//! A real GPU: the driver's primary context, one stream, and pinned staging memory for uploads.
+//! A real GPU: the driver's primary context, one stream for all work, two for copies beside it, and pinned staging memory
+//! for uploads.
 
 use std::ffi::{CStr, c_void};
 use std::fmt::{self, Debug};
@@ -10,16 +11,21 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use miette::Diagnostic as _;
 
 use super::arena::{Arena, PieceSource};
-use super::backend::{Address, Backend, GemmLibrary, LaunchCall, Moment};
+use super::backend::{Address, Backend, EventHandle, GemmLibrary, Lane, LaunchCall, Moment};
 use super::bindings::KernelTable;
 use super::bindings::gpu::KERNELS;
 use super::cublaslt::CublasLt;
 use super::probe::{Gpu, advice, driver_error};
+use crate::device::Queue;
 use crate::error::{Error, Result};
 
 /// Number of pinned slots, enough that the uploads of two micro-batches never wait for each other.
 const SLOTS: usize = 32;
-const SLOT_BYTES: usize = 512 << 10;
+/// Large enough that a copy is as fast as the bus.
+const SLOT_BYTES: usize = 4 << 20;
+/// Slots that are filled at once, each by a thread: one thread reads a file's map at a fraction of what the bus takes. While
+/// they are filled, those of the groups before are on their way.
+const GROUP: usize = 8;
 
 /// Launchers in place of those that are linked into the program; see [`super::launch_through`].
 static STAND_IN: OnceLock<KernelTable> = OnceLock::new();
@@ -40,6 +46,7 @@ pub(super) struct GpuBackend {
     gemm_library: Option<CublasLt>,
     staging: Mutex<Staging>,
     arena: Mutex<Arena>,
+    lanes: Mutex<Option<Lanes>>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     description: String,
@@ -66,7 +73,26 @@ impl GpuBackend {
         // A stand-in checks accesses by allocation, so each buffer is an allocation of its own.
         let arena = if STAND_IN.get().is_some() { Arena::exact() } else { Arena::default() };
         let (staging, arena) = (Mutex::new(staging), Mutex::new(arena));
-        Ok(GpuBackend { gemm_library, staging, arena, stream, context, description })
+        let lanes = Mutex::default();
+        Ok(GpuBackend { gemm_library, staging, arena, lanes, stream, context, description })
+    }
+
+    /// Runs `work` with the two streams of copies, which exist from the first call on.
+    fn with_lanes<R>(
+        &self,
+        operation: &str,
+        work: impl FnOnce(&mut Lanes) -> std::result::Result<R, DriverError>,
+    ) -> Result<R> {
+        self.bind()?;
+        let mut held = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let run = |held: &mut Option<Lanes>| {
+            let lanes = match held {
+                Some(lanes) => lanes,
+                None => held.insert(Lanes::new()?),
+            };
+            work(lanes)
+        };
+        run(&mut held).map_err(|error| driver_error(operation, error))
     }
 
     /// Makes the context current on this thread: the runtime inside the kernels' library and the driver's calls use it.
@@ -123,7 +149,7 @@ impl Backend for GpuBackend {
     }
 
     unsafe fn free(&self, address: Address) {
-        let freed = self.bind().and_then(|stream| {
+        let freed = self.finish_copies().and_then(|()| self.bind()).and_then(|stream| {
             let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
             arena
                 .free(address.pointer() as u64, &mut Driver { stream })
@@ -196,6 +222,104 @@ impl Backend for GpuBackend {
         STAND_IN.get().is_none()
     }
 
+    fn allocate_host(&self, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        // SAFETY: the context is current; the caller owns the memory from here on.
+        let memory = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
+        let memory = memory.map_err(|_| {
+            Error::device(
+                format!("no pinned host memory for {:.2} GiB more", bytes as f64 / f64::from(1 << 30)),
+                "use a machine with more memory, make the states smaller (--optimizer-states 8bit), or leave --offload out",
+            )
+        })?;
+        // SAFETY: the driver allocated `bytes` bytes.
+        unsafe { std::ptr::write_bytes(memory.cast::<u8>(), 0, bytes) };
+        NonNull::new(memory)
+            .map(Address)
+            .ok_or_else(|| Error::device("the driver allocated no pinned memory", "look at `free -h`"))
+    }
+
+    unsafe fn free_host(&self, address: Address, _: usize) {
+        let freed = self.finish_copies().and_then(|()| {
+            // SAFETY: the caller's promise, and no copy uses it any more.
+            unsafe { result::free_host(address.pointer()) }
+                .map_err(|error| driver_error("freeing pinned memory", error))
+        });
+        if let Err(error) = freed {
+            tracing::debug!("{error}");
+        }
+    }
+
+    fn finish_copies(&self) -> Result<()> {
+        if self.lanes.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            return Ok(());
+        }
+        self.with_lanes("waiting for copies beside the computation", |lanes| lanes.finish())
+    }
+
+    unsafe fn copy_beside(
+        &self,
+        lane: Lane,
+        out: *mut c_void,
+        source: *const c_void,
+        bytes: usize,
+    ) -> Result<()> {
+        self.with_lanes(&format!("copying {bytes} bytes beside the computation"), |lanes| {
+            lanes.busy = true;
+            let stream = lanes.streams[lane as usize];
+            // SAFETY: the caller's promise. The driver reads and writes the pinned bytes, of which no reference is left
+            // when the copy runs.
+            unsafe {
+                match lane {
+                    Lane::ToDevice => {
+                        let source = std::slice::from_raw_parts(source.cast::<u8>(), bytes);
+                        result::memcpy_htod_async(out as u64, source, stream)
+                    }
+                    Lane::ToHost => {
+                        let out = std::slice::from_raw_parts_mut(out.cast::<u8>(), bytes);
+                        result::memcpy_dtoh_async(out, source as u64, stream)
+                    }
+                }
+            }
+        })
+    }
+
+    fn new_event(&self) -> Result<EventHandle> {
+        self.bind()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        event.map(|event| EventHandle(event as usize)).map_err(|error| driver_error("making an event", error))
+    }
+
+    unsafe fn free_event(&self, event: EventHandle) {
+        let freed = self.bind().and_then(|_| {
+            // SAFETY: the caller's promise.
+            unsafe { result::event::destroy(event.0 as sys::CUevent) }
+                .map_err(|error| driver_error("freeing an event", error))
+        });
+        if let Err(error) = freed {
+            tracing::debug!("{error}");
+        }
+    }
+
+    unsafe fn record(&self, event: EventHandle, queue: Queue) -> Result<()> {
+        let compute = self.bind()?;
+        self.with_lanes("recording an event", |lanes| {
+            // SAFETY: the caller's promise; the streams live as long as the backend.
+            unsafe { result::event::record(event.0 as sys::CUevent, lanes.stream(queue, compute)) }
+        })
+    }
+
+    unsafe fn wait(&self, queue: Queue, event: EventHandle) -> Result<()> {
+        let compute = self.bind()?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        self.with_lanes("waiting for an event", |lanes| {
+            // SAFETY: as above.
+            unsafe {
+                result::stream::wait_event(lanes.stream(queue, compute), event.0 as sys::CUevent, flags)
+            }
+        })
+    }
+
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         self.gemm_library.as_ref().map(|library| library as &dyn GemmLibrary)
     }
@@ -220,6 +344,53 @@ impl GpuBackend {
             ),
             "lower the token budget of a micro-batch, use a smaller model, or end other programs on this GPU",
         )
+    }
+}
+
+/// The two streams of copies beside the computation, in the order of [`Lane`].
+struct Lanes {
+    streams: [sys::CUstream; 2],
+    /// Whether a copy was queued since the last wait for all of them.
+    busy: bool,
+}
+
+// SAFETY: streams may be used from any thread; the lock of `GpuBackend::lanes` guards the rest.
+unsafe impl Send for Lanes {}
+
+impl Lanes {
+    /// The context must be current.
+    fn new() -> std::result::Result<Self, DriverError> {
+        let new = || result::stream::create(result::stream::StreamKind::NonBlocking);
+        Ok(Lanes { streams: [new()?, new()?], busy: false })
+    }
+
+    fn stream(&self, queue: Queue, compute: sys::CUstream) -> sys::CUstream {
+        match queue {
+            Queue::Compute => compute,
+            Queue::ToDevice => self.streams[Lane::ToDevice as usize],
+            Queue::ToHost => self.streams[Lane::ToHost as usize],
+        }
+    }
+
+    fn finish(&mut self) -> std::result::Result<(), DriverError> {
+        if std::mem::take(&mut self.busy) {
+            for stream in self.streams {
+                // SAFETY: the streams live as long as this does.
+                unsafe { result::stream::synchronize(stream)? };
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        for stream in self.streams {
+            // SAFETY: nothing is queued on it any more: buffers waited for their copies.
+            if let Err(error) = unsafe { result::stream::destroy(stream) } {
+                tracing::debug!("freeing a stream: {error:?}");
+            }
+        }
     }
 }
 
@@ -279,17 +450,49 @@ impl Staging {
         source: &[u8],
         stream: sys::CUstream,
     ) -> std::result::Result<(), DriverError> {
-        for (chunk, bytes) in source.chunks(SLOT_BYTES).enumerate() {
+        for (group, bytes) in source.chunks(GROUP * SLOT_BYTES).enumerate() {
+            let out = out + (group * GROUP * SLOT_BYTES) as u64;
+            // SAFETY: the caller's promise.
+            unsafe { self.copy_group(out, bytes, stream)? };
+        }
+        Ok(())
+    }
+
+    /// As [`Staging::copy_in`], of at most [`GROUP`] slots.
+    ///
+    /// # Safety
+    /// As [`Staging::copy_in`].
+    unsafe fn copy_group(
+        &mut self,
+        out: sys::CUdeviceptr,
+        source: &[u8],
+        stream: sys::CUstream,
+    ) -> std::result::Result<(), DriverError> {
+        let mut staged = Vec::with_capacity(GROUP);
+        for bytes in source.chunks(SLOT_BYTES) {
             let slot = &self.slots[self.next];
             self.next = (self.next + 1) % SLOTS;
-            // SAFETY: the wait ends the slot's last copy, so the slot is free; a chunk fits into it; the range of `out`
-            // is the caller's promise.
-            unsafe {
+            // SAFETY: the wait ends the slot's last copy, so the slot is free; a chunk fits into it; a group has fewer chunks
+            // than there are slots, so no slot is named twice.
+            let memory = unsafe {
                 result::event::synchronize(slot.copied)?;
-                let staged = std::slice::from_raw_parts_mut(slot.memory, bytes.len());
-                staged.copy_from_slice(bytes);
-                result::memcpy_htod_async(out + (chunk * SLOT_BYTES) as u64, staged, stream)?;
-                result::event::record(slot.copied, stream)?;
+                std::slice::from_raw_parts_mut(slot.memory, bytes.len())
+            };
+            staged.push((memory, bytes, slot.copied));
+        }
+        match &mut staged[..] {
+            [(memory, bytes, _)] => memory.copy_from_slice(bytes),
+            several => std::thread::scope(|threads| {
+                for (memory, bytes, _) in several {
+                    threads.spawn(|| memory.copy_from_slice(bytes));
+                }
+            }),
+        }
+        for (chunk, (memory, _, copied)) in staged.into_iter().enumerate() {
+            // SAFETY: the range of `out` is the caller's promise; the slot is written again only after the event.
+            unsafe {
+                result::memcpy_htod_async(out + (chunk * SLOT_BYTES) as u64, memory, stream)?;
+                result::event::record(copied, stream)?;
             }
         }
         Ok(())

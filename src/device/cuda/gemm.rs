@@ -153,6 +153,22 @@ pub(super) fn fuses_swiglu(device: &CudaDevice, addresses: [usize; 4], shape: Li
     matches!(choose(device, GemmKind::ForwardSwiGlu, shape, hopper), Implementation::Hopper(_))
 }
 
+/// Which kernel of this program computes a gemm with further operands, and in which tile, if one does; `hopper` says whether
+/// Hopper's can take those operands.
+pub(super) fn own_kernel(
+    device: &CudaDevice,
+    kind: GemmKind,
+    addresses: &[usize],
+    shape: LinearShape,
+    hopper: bool,
+) -> Option<(KernelPath, i32)> {
+    match choose(device, kind, shape, hopper && mappable(addresses, shape)) {
+        Implementation::Vendor => None,
+        Implementation::Portable => Some((KernelPath::Portable, MMPO_PLANNED_TILE)),
+        Implementation::Hopper(tile) => Some((KernelPath::Hopper, tile_number(tile))),
+    }
+}
+
 /// Whether tensor maps of a gemm's matrices exist: they need 16-byte strides and addresses.
 fn mappable(addresses: &[usize], shape: LinearShape) -> bool {
     let aligned = addresses.iter().all(|address| address.is_multiple_of(16));

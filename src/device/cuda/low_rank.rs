@@ -2,8 +2,11 @@
 
 use half::bf16;
 
-use super::{CudaBuffer, CudaDevice, launch_sizes};
-use crate::device::{Checked, Dropout, LinearShape, LowRank, LowRankShape};
+use super::gemm::{GemmKind, own_kernel};
+use super::{CudaBuffer, CudaDevice, KernelPath, adapted_linear, launch_sizes};
+use crate::device::{
+    AdaptedBackwardInput, AdaptedLinear, Checked, Dropout, Linear, LinearShape, LowRank, LowRankShape,
+};
 use crate::error::Result;
 
 /// The sizes of a product as its launcher takes them: rows, rank, outputs and both widths.
@@ -12,9 +15,61 @@ fn sizes_of(operation: &str, shape: LowRankShape) -> Result<[i32; 5]> {
     launch_sizes(operation, [rows, rank, outputs, out.width, inner.width])
 }
 
+/// Sizes that Hopper's tensor maps need in multiples of 8: a product's columns in all of its matrices.
+fn widths(shape: LowRankShape) -> [usize; 5] {
+    [shape.rank, shape.outputs, shape.out.width, shape.inner.width, shape.inner.first]
+}
+
+impl CudaDevice {
+    /// Which kernels take a product with these addresses and sizes.
+    fn low_rank_path(&self, addresses: &[usize], widths: [usize; 5]) -> KernelPath {
+        let mappable = addresses.iter().all(|address| address.is_multiple_of(16))
+            && widths.iter().all(|width| width.is_multiple_of(8));
+        if mappable { self.path() } else { KernelPath::Portable }
+    }
+}
+
 impl LowRank for CudaDevice {
-    fn reserve_low_rank(&self, _: LinearShape) -> Result<()> {
+    fn reserve_low_rank(&self, _: LinearShape, parts: &[LowRankShape], _: bool) -> Result<()> {
+        if self.path() == KernelPath::Portable {
+            return Ok(());
+        }
+        let name = "low_rank_backward_weight";
+        for shape in parts {
+            let [rows, rank, outputs, ..] = sizes_of(name, *shape)?;
+            // With more rows a gemm may be split into fewer parts.
+            let bytes = self.workspace_bytes(name, shape, |kernels| {
+                // SAFETY: a pure function of numbers.
+                let taken = (1..=rows).map(|rows| unsafe {
+                    (kernels.low_rank_backward_weight_sm90_workspace)(rows, rank, outputs)
+                });
+                taken.max().unwrap_or(0)
+            })?;
+            self.workspace.reserve(&self.memory, bytes)?;
+        }
         Ok(())
+    }
+
+    fn run_low_rank_inner(
+        &self,
+        inner: &mut CudaBuffer<bf16>,
+        x: &CudaBuffer<bf16>,
+        a: &CudaBuffer<bf16>,
+        shape: LinearShape,
+        _: Checked,
+    ) -> Result<()> {
+        let addresses = [inner.start().addr(), x.start().addr(), a.start().addr()];
+        let kernel = own_kernel(self, GemmKind::Forward, &addresses, shape, true);
+        if !matches!(kernel, Some((KernelPath::Hopper, _))) {
+            return self.linear_forward(inner, x, a, None, shape);
+        }
+        let name = "low_rank_inner_sm90";
+        let [rows, inputs, inner_width] = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
+        // SAFETY: the buffers cover the sizes.
+        self.launch(name, &shape, |kernels, stream| unsafe {
+            let inner = inner.start_mut();
+            (kernels.low_rank_inner_sm90)(inner, x.start(), a.start(), rows, inputs, inner_width, stream)
+        })
     }
 
     fn run_dropout(
@@ -75,20 +130,12 @@ impl LowRank for CudaDevice {
         let dinner = dinner.start_mut().wrapping_add(shape.inner.first);
         let dout = dout.start().wrapping_add(shape.out.first);
         let b = b.start().wrapping_add(shape.first_row * shape.rank);
+        let path = self.low_rank_path(&[dinner.addr(), dout.addr(), b.addr()], widths(shape));
+        let launcher = path.either(name, "low_rank_backward_input_sm90");
         // SAFETY: as in the forward.
-        self.launch(name, &shape, |kernels, stream| unsafe {
-            (kernels.low_rank_backward_input)(
-                dinner,
-                dout,
-                b,
-                rows,
-                rank,
-                outputs,
-                out_width,
-                inner_width,
-                shape.scale,
-                stream,
-            )
+        self.launch(launcher, &shape, |kernels, stream| unsafe {
+            let launch = path.either(kernels.low_rank_backward_input, kernels.low_rank_backward_input_sm90);
+            launch(dinner, dout, b, rows, rank, outputs, out_width, inner_width, shape.scale, stream)
         })
     }
 
@@ -105,21 +152,48 @@ impl LowRank for CudaDevice {
         let db = db.start_mut().wrapping_add(shape.first_row * shape.rank);
         let dout = dout.start().wrapping_add(shape.out.first);
         let inner = inner.start().wrapping_add(shape.inner.first);
-        // SAFETY: as in the forward.
-        self.launch(name, &shape, |kernels, stream| unsafe {
-            (kernels.low_rank_backward_weight)(
-                db,
-                dout,
-                inner,
-                rows,
-                rank,
-                outputs,
-                out_width,
-                inner_width,
-                shape.scale,
-                stream,
-            )
-        })
+        let path = self.low_rank_path(&[db.addr(), dout.addr(), inner.addr()], widths(shape));
+        // SAFETY: as in the forward, and the workspace is as large as the launcher's own rule says.
+        self.launch_with_workspace(
+            path.either(name, "low_rank_backward_weight_sm90"),
+            &shape,
+            |kernels| match path {
+                KernelPath::Portable => 0,
+                KernelPath::Hopper => unsafe {
+                    (kernels.low_rank_backward_weight_sm90_workspace)(rows, rank, outputs)
+                },
+            },
+            |kernels, workspace, stream| unsafe {
+                let scale = shape.scale;
+                match path {
+                    KernelPath::Portable => (kernels.low_rank_backward_weight)(
+                        db,
+                        dout,
+                        inner,
+                        rows,
+                        rank,
+                        outputs,
+                        out_width,
+                        inner_width,
+                        scale,
+                        stream,
+                    ),
+                    KernelPath::Hopper => (kernels.low_rank_backward_weight_sm90)(
+                        db,
+                        workspace,
+                        dout,
+                        inner,
+                        rows,
+                        rank,
+                        outputs,
+                        out_width,
+                        inner_width,
+                        scale,
+                        stream,
+                    ),
+                }
+            },
+        )
     }
 
     fn run_linear_backward_input_add(
@@ -150,5 +224,19 @@ impl LowRank for CudaDevice {
                 stream,
             )
         })
+    }
+
+    fn run_adapted_linear_forward(&self, operands: AdaptedLinear<'_, Self>, _: Checked) -> Result<()> {
+        let separate = adapted_linear::forward(self, operands)?;
+        separate.map_or(Ok(()), |operands| operands.separately(self))
+    }
+
+    fn run_adapted_linear_backward_input(
+        &self,
+        operands: AdaptedBackwardInput<'_, Self>,
+        _: Checked,
+    ) -> Result<()> {
+        let separate = adapted_linear::backward_input(self, operands)?;
+        separate.map_or(Ok(()), |operands| operands.separately(self))
     }
 }

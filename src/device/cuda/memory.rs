@@ -3,6 +3,7 @@
 use std::fmt::{self, Debug};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
@@ -22,11 +23,16 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
     pub(super) counter: MemoryCounter,
+    /// Of pinned host memory.
+    pub(super) host: MemoryCounter,
+    /// How often the host waited for the device.
+    pub(super) waits: AtomicUsize,
 }
 
 impl DeviceMemory {
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(DeviceMemory { backend, counter: MemoryCounter::default() })
+        let (counter, host) = (MemoryCounter::default(), MemoryCounter::default());
+        Arc::new(DeviceMemory { backend, counter, host, waits: AtomicUsize::new(0) })
     }
 }
 
@@ -205,6 +211,7 @@ impl Memory for CudaDevice {
         offset: usize,
         _: Checked,
     ) -> Result<()> {
+        self.memory.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the range was checked to lie inside the buffer.
         unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
     }

@@ -2,8 +2,9 @@
 //!
 //! Each file here launches the kernels of one family of operations. `backend.rs` declares what they need of a device;
 //! `backend_gpu.rs` and `backend_emulated.rs` implement that for the two there are. All work of a device is queued on
-//! one stream; only downloads wait.
+//! one stream, but for copies of pinned host memory, which have two of their own; only downloads wait.
 
+mod adapted_linear;
 mod arena;
 mod attention;
 mod backend;
@@ -16,14 +17,18 @@ mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
+#[cfg(mmpo_emulated)]
+mod emulated_queues;
 mod gemm;
 mod gemm_table;
 mod head_chunks;
 mod kernel_path;
+pub mod libraries;
 mod linear;
 mod logp_head;
 mod low_rank;
 mod memory;
+mod offload;
 mod optimizer;
 mod pair_objective;
 mod probe;
@@ -35,6 +40,7 @@ mod workspace_rules;
 use std::ffi::c_void;
 use std::fmt::{self, Debug};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub use self::attention::AttentionOrder;
 use self::backend::{Backend, Moment};
@@ -49,9 +55,12 @@ pub use self::gemm::{GemmChoice, GemmTile};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
+pub use self::offload::{CudaHostBuffer, CudaQueueEvent};
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
-pub use self::probe::{Gpu, build_info, emulated_info, gpus};
+pub use self::probe::{
+    Gpu, build_info, check_driver_version, check_kernels, emulated_info, gpus, listed_gpus, start_driver,
+};
 use super::Hardware;
 use super::trace::{OperationTime, Trace};
 use crate::error::{Error, Result};
@@ -177,6 +186,12 @@ impl CudaDevice {
             attention_order,
             trace: Trace::default(),
         }
+    }
+
+    /// How often the host waited for the device since it was opened: for downloads, and for copies of pinned memory. Uploads go
+    /// through staging memory and wait only where all of it is still on its way; that is not counted.
+    pub fn host_waits(&self) -> usize {
+        self.memory.waits.load(Ordering::Relaxed)
     }
 
     fn backend(&self) -> &dyn Backend {

@@ -1,5 +1,6 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
+use std::ops::Range;
 use std::ptr;
 
 use super::bindings::{
@@ -8,7 +9,7 @@ use super::bindings::{
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{AdamWUpdate, Checked, Optimizer};
 use crate::error::Result;
-use crate::optimizer::{AdamWFactors, MomentFormat, Moments};
+use crate::optimizer::{AdamWFactors, BLOCK, MomentFormat, Moments};
 
 impl Optimizer for CudaDevice {
     fn needs_master(&self) -> bool {
@@ -75,7 +76,7 @@ impl Optimizer for CudaDevice {
                 let tensors: Vec<_> = of_kind
                     .map(|update| {
                         seed = update.rounding.seed;
-                        tensor(update)
+                        tensor(update, update.range(self))
                     })
                     .collect();
                 if tensors.is_empty() {
@@ -104,19 +105,19 @@ fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
 }
 
 /// A tensor as the launcher takes it.
-fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo_adamw_tensor {
-    let AdamWUpdate { weight, master, moments, rounding, gradient } = update;
-    let length = weight.len() as i64;
+fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>, part: Range<usize>) -> mmpo_adamw_tensor {
+    let AdamWUpdate { weight, master, moments, rounding, gradient, .. } = update;
     let mut tensor = mmpo_adamw_tensor {
-        weight: weight.start_mut(),
+        weight: weight.at_mut(part.start),
         master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
         first_moment: ptr::null_mut(),
         second_moment: ptr::null_mut(),
         first_scales: ptr::null_mut(),
         second_scales: ptr::null_mut(),
-        gradient: gradient.start(),
-        length,
+        gradient: gradient.at(part.start),
+        length: part.len() as i64,
         tensor: rounding.tensor,
+        first_block: (part.start / BLOCK) as u32,
     };
     (tensor.first_moment, tensor.second_moment) = match moments {
         Moments::F32(pair) => (pair.first.start_mut().cast(), pair.second.start_mut().cast()),

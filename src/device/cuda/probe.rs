@@ -68,7 +68,16 @@ impl std::fmt::Display for Gpu {
 /// # Errors
 /// [`Error::Device`] if the program has no GPU kernels, or the driver is absent, too old or refuses.
 pub fn gpus() -> Result<Vec<Gpu>> {
-    check_build_and_driver()?;
+    check_kernels()?;
+    check_driver_version(start_driver()?)?;
+    listed_gpus()
+}
+
+/// All GPUs that the driver lists, whether or not this build has kernels for them. [`start_driver`] must have succeeded.
+///
+/// # Errors
+/// [`Error::Device`] if the driver refuses.
+pub fn listed_gpus() -> Result<Vec<Gpu>> {
     let count = result::device::get_count().map_err(|error| driver_error("counting the GPUs", error))?;
     (0..count).map(|ordinal| gpu(ordinal).map_err(|error| driver_error("asking a GPU", error))).collect()
 }
@@ -125,10 +134,19 @@ pub fn no_emulated_device() -> Error {
     )
 }
 
-fn check_build_and_driver() -> Result<()> {
-    if !cfg!(mmpo_gpu_kernels) {
-        return Err(no_kernels());
-    }
+/// Checks that this build has GPU kernels.
+///
+/// # Errors
+/// [`Error::Device`] with why it has none.
+pub fn check_kernels() -> Result<()> {
+    if cfg!(mmpo_gpu_kernels) { Ok(()) } else { Err(no_kernels()) }
+}
+
+/// Loads and starts NVIDIA's driver; its answer is the version of CUDA that it knows: 13020 is 13.2.
+///
+/// # Errors
+/// [`Error::Device`] if the driver is absent or refuses.
+pub fn start_driver() -> Result<i32> {
     // SAFETY: asking loads the library and runs its initialisers, nothing else.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::device(
@@ -142,11 +160,19 @@ fn check_build_and_driver() -> Result<()> {
     unsafe { sys::cuDriverGetVersion(&mut version) }
         .result()
         .map_err(|error| driver_error("asking the driver's version", error))?;
-    check_driver_version(version, RUNTIME_VERSION)
+    Ok(version)
+}
+
+/// Checks that a driver of this version runs the kernels of this build.
+///
+/// # Errors
+/// [`Error::Device`] if it is too old.
+pub fn check_driver_version(driver: i32) -> Result<()> {
+    check_versions(driver, RUNTIME_VERSION)
 }
 
 /// Within a major version of CUDA, older drivers run newer runtimes.
-fn check_driver_version(driver: i32, runtime: &str) -> Result<()> {
+fn check_versions(driver: i32, runtime: &str) -> Result<()> {
     let needed: i32 = runtime.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
     if driver >= OLDEST_DRIVER.max(1000 * needed) {
         return Ok(());
@@ -182,12 +208,12 @@ mod tests {
 
     #[test]
     fn an_old_driver_is_told_apart() {
-        assert!(check_driver_version(13000, "13.0").is_ok());
-        assert!(check_driver_version(13020, "13.0").is_ok());
-        assert!(check_driver_version(13000, "13.2").is_ok());
-        assert!(check_driver_version(12080, "12.6").is_ok());
-        assert!(check_driver_version(12060, "12.6").is_err());
-        let error = check_driver_version(12080, "13.0").unwrap_err().to_string();
+        assert!(check_versions(13000, "13.0").is_ok());
+        assert!(check_versions(13020, "13.0").is_ok());
+        assert!(check_versions(13000, "13.2").is_ok());
+        assert!(check_versions(12080, "12.6").is_ok());
+        assert!(check_versions(12060, "12.6").is_err());
+        let error = check_versions(12080, "13.0").unwrap_err().to_string();
         assert!(error.contains("CUDA 12.8"), "{error}");
     }
 

@@ -3,8 +3,8 @@
 use half::bf16;
 
 use super::gemm::fuses_swiglu;
-use super::{CudaBuffer, CudaDevice, launch_sizes};
-use crate::device::{Checked, Linear, LinearSwiglu, Mlp};
+use super::{CudaBuffer, CudaDevice, adapted_linear, launch_sizes};
+use crate::device::{AdapterTerms, Checked, Linear, LinearSwiglu, Mlp};
 use crate::error::Result;
 
 impl Mlp for CudaDevice {
@@ -51,6 +51,16 @@ impl Mlp for CudaDevice {
                 stream,
             )
         })
+    }
+
+    fn run_adapted_linear_swiglu_forward(
+        &self,
+        operands: LinearSwiglu<'_, Self>,
+        terms: AdapterTerms<'_, Self>,
+        _: Checked,
+    ) -> Result<()> {
+        let separate = adapted_linear::swiglu_forward(self, operands, terms)?;
+        separate.map_or(Ok(()), |(operands, terms)| operands.separately(terms, self))
     }
 
     fn run_swiglu_backward(

@@ -24,6 +24,9 @@ pub(super) fn table() -> KernelTable {
                 linear_backward_input_f32_sm90_workspace as *mut c_void
             }
             "linear_backward_weight_sm90_workspace" => linear_backward_weight_sm90_workspace as *mut c_void,
+            "low_rank_backward_weight_sm90_workspace" => {
+                low_rank_backward_weight_sm90_workspace as *mut c_void
+            }
             _ => never_called as *mut c_void,
         };
         NonNull::new(rule)
@@ -142,13 +145,24 @@ const TILE_SHAPES: [(i64, i64, i64); 9] = [
     (64, 128, 1),
 ];
 
+/// `kernels/low_rank_sm90.cu`, whose gemms have tiles of their own.
+extern "C" fn low_rank_backward_weight_sm90_workspace(rows: i32, rank: i32, outputs: i32) -> i64 {
+    split_bytes_of([outputs, rank, rows], &[(128, 64, 4)])
+}
+
 /// Bytes of the partial sums of a Hopper gemm `out[M, N]` of depth K whose depth is split.
 fn split_bytes(sizes: [i32; 3], tile: i32) -> i64 {
+    split_bytes_of(
+        sizes,
+        match usize::try_from(tile) {
+            Err(_) => &TILE_SHAPES[..],
+            Ok(tile) => TILE_SHAPES.get(tile..=tile).unwrap_or(&[]),
+        },
+    )
+}
+
+fn split_bytes_of(sizes: [i32; 3], shapes: &[(i64, i64, i64)]) -> i64 {
     let sizes = sizes.map(i64::from);
-    let shapes = match usize::try_from(tile) {
-        Err(_) => &TILE_SHAPES[..],
-        Ok(tile) => TILE_SHAPES.get(tile..=tile).unwrap_or(&[]),
-    };
     let (mut best, mut least) = (None, f64::INFINITY);
     for &shape in shapes {
         let few = 2 * tiles_of(shape, sizes) <= MULTIPROCESSORS;
@@ -225,6 +239,13 @@ mod tests {
                         assert_eq!(ours(one, other), theirs(one, other), "{name}({one}, {other})");
                     }
                     for depth in SIZES {
+                        if one.min(other).min(depth) > 0 {
+                            assert_eq!(
+                                low_rank_backward_weight_sm90_workspace(one, other, depth),
+                                (KERNELS.low_rank_backward_weight_sm90_workspace)(one, other, depth),
+                                "low rank {one} {other} {depth}"
+                            );
+                        }
                         for tile in -1..9 {
                             for (ours, theirs) in [
                                 (

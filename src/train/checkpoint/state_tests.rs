@@ -10,43 +10,52 @@ use crate::config::MemoryConfig;
 use crate::data::TokenizedPair;
 use crate::device::cpu::CpuDevice;
 use crate::device::prelude::*;
+use crate::error::Result;
 use crate::model::{Llama, LlamaConfig, TensorSpec};
 use crate::objective::{Objective, ReferencePair};
 use crate::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use crate::train::{Trainer, TrainingPair, Workload};
 
-/// Heads that the kernels know, and a gate and up of 8192 values, which 8-bit moments have.
-const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12,
+/// Heads that the kernels know, and matrices of 4096 values and more, which 8-bit moments have.
+const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 80,
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
     "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "tie_word_embeddings": true}"#;
 
-fn pairs() -> Vec<TokenizedPair> {
+pub(super) fn pairs() -> Vec<TokenizedPair> {
     let pair = |record, first: u32| TokenizedPair {
         record,
-        prompt: vec![first, 2, 3],
-        chosen: vec![first + 1, 5, 6],
-        rejected: vec![7, first],
+        prompt: vec![first, 2, 3].into(),
+        chosen: vec![first + 1, 5, 6].into(),
+        rejected: vec![7, first].into(),
     };
     vec![pair(0, 1), pair(1, 4)]
 }
 
 fn trainer<D: Device>(device: &Arc<D>, states: StateOptions) -> Trainer<D> {
+    trainer_with(device, MemoryConfig { states, ..MemoryConfig::default() }).unwrap()
+}
+
+pub(super) fn trainer_with<D: Device>(device: &Arc<D>, memory: MemoryConfig) -> Result<Trainer<D>> {
     let config = LlamaConfig::parse(Path::new("config.json"), CONFIG).unwrap();
     let values = |tensor: &TensorSpec| -> Vec<f32> {
         let salt = tensor.name.len() as f32;
         (0..tensor.values()).map(|index| 0.1 * (salt + 0.37 * index as f32).sin()).collect()
     };
     let model = Llama::from_values(Arc::clone(device), config, 16, values).unwrap();
-    let workload = Workload {
-        memory: MemoryConfig { states, ..MemoryConfig::default() },
-        rounding_seed: 9,
-        ..Workload::plan(&pairs(), &Objective::Sft, 2, 64)
-    };
-    Trainer::new(model, Objective::Sft, workload).unwrap()
+    let workload = Workload { memory, rounding_seed: 9, ..Workload::plan(&pairs(), &Objective::Sft, 2, 64) };
+    Trainer::new(model, Objective::Sft, workload)
 }
 
 fn train<D: Device>(trainer: &mut Trainer<D>, steps: std::ops::RangeInclusive<u32>) {
+    train_clipped(trainer, steps, Some(1.0));
+}
+
+pub(super) fn train_clipped<D: Device>(
+    trainer: &mut Trainer<D>,
+    steps: std::ops::RangeInclusive<u32>,
+    max_grad_norm: Option<f64>,
+) {
     let pairs = pairs();
     let pairs: Vec<TrainingPair<'_>> =
         pairs.iter().map(|pair| TrainingPair { pair, reference: ReferencePair::default() }).collect();
@@ -59,22 +68,25 @@ fn train<D: Device>(trainer: &mut Trainer<D>, steps: std::ops::RangeInclusive<u3
             weight_decay: 0.01,
             step,
         };
-        trainer.step(&pairs, adamw, Some(1.0)).unwrap();
+        trainer.step(&pairs, adamw, max_grad_norm).unwrap();
     }
 }
 
-/// Saves `trainer` into a folder of its own; the checkpoint, and the bytes of its tensors.
-fn saved<D: Device>(trainer: &Trainer<D>) -> (tempfile::TempDir, Checkpoint, Vec<u8>) {
-    let run = tempfile::tempdir().unwrap();
+pub(super) fn run_state() -> RunState {
     let rng = RngPosition::default();
-    let state = RunState { step: 2, epoch: 0, pairs_seen: 2, rng, identity: RunIdentity::default() };
-    save(run.path(), trainer, &state, 1).unwrap();
+    RunState { step: 2, epoch: 0, pairs_seen: 2, rng, identity: RunIdentity::default() }
+}
+
+/// Saves `trainer` into a folder of its own; the checkpoint, and the bytes of its tensors.
+pub(super) fn saved<D: Device>(trainer: &Trainer<D>) -> (tempfile::TempDir, Checkpoint, Vec<u8>) {
+    let run = tempfile::tempdir().unwrap();
+    save(run.path(), trainer, &run_state(), 1).unwrap();
     let path = run_state::latest(run.path()).unwrap().unwrap();
     let bytes = std::fs::read(path.join("state.safetensors")).unwrap();
     (run, Checkpoint::open(&path).unwrap(), bytes)
 }
 
-fn all_options() -> Vec<StateOptions> {
+pub(super) fn all_options() -> Vec<StateOptions> {
     let moments = [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit];
     let masters = [MasterWeights::F32, MasterWeights::None];
     moments.into_iter().flat_map(|moments| masters.map(|master| StateOptions { moments, master })).collect()

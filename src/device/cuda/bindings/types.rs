@@ -67,6 +67,47 @@ const _: () = {
         "Offset of field: mmpo_gemm_plan::efficiency",
     ][::core::mem::offset_of!(mmpo_gemm_plan, efficiency) - 24usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_low_rank_part {
+    pub inner: *const mmpo_bf16,
+    pub b: *const mmpo_bf16,
+    pub inner_width: i32,
+    pub rank: i32,
+    pub first: i32,
+    pub outputs: i32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of mmpo_low_rank_part",
+    ][::core::mem::size_of::<mmpo_low_rank_part>() - 40usize];
+    [
+        "Alignment of mmpo_low_rank_part",
+    ][::core::mem::align_of::<mmpo_low_rank_part>() - 8usize];
+    [
+        "Offset of field: mmpo_low_rank_part::inner",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, inner) - 0usize];
+    [
+        "Offset of field: mmpo_low_rank_part::b",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, b) - 8usize];
+    [
+        "Offset of field: mmpo_low_rank_part::inner_width",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, inner_width) - 16usize];
+    [
+        "Offset of field: mmpo_low_rank_part::rank",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, rank) - 20usize];
+    [
+        "Offset of field: mmpo_low_rank_part::first",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, first) - 24usize];
+    [
+        "Offset of field: mmpo_low_rank_part::outputs",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, outputs) - 28usize];
+    [
+        "Offset of field: mmpo_low_rank_part::scale",
+    ][::core::mem::offset_of!(mmpo_low_rank_part, scale) - 32usize];
+};
 pub const MMPO_OBJECTIVE_MMPO: mmpo_objective_kind = 0;
 pub const MMPO_OBJECTIVE_DPO: mmpo_objective_kind = 1;
 pub const MMPO_OBJECTIVE_SIMPO: mmpo_objective_kind = 2;
@@ -184,6 +225,7 @@ pub struct mmpo_adamw_tensor {
     pub gradient: *const f32,
     pub length: i64,
     pub tensor: u32,
+    pub first_block: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -218,6 +260,9 @@ const _: () = {
     [
         "Offset of field: mmpo_adamw_tensor::tensor",
     ][::core::mem::offset_of!(mmpo_adamw_tensor, tensor) - 64usize];
+    [
+        "Offset of field: mmpo_adamw_tensor::first_block",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_block) - 68usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;

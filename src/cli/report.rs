@@ -1,0 +1,55 @@
+//! `mmpo-fast report`.
+
+use clap::builder::ValueParser;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::arguments::{own, value};
+use crate::config::{self, ReportConfig};
+use crate::error::{Error, Result};
+
+const ABOUT: &str = "Write the report of a run again, or compare several.
+
+Of one run, the report is made from what its folder holds: metrics.jsonl, resolved.toml and report.json. This works while a \
+run goes on too, and after it was killed. Of several runs, one page has their last metrics side by side with the best marked, \
+the options in which they differ, and their charts laid over each other.";
+
+/// The subcommand and its flags.
+pub fn command() -> Command {
+    Command::new("report")
+        .about("Write the report of a run again, or compare several")
+        .long_about(ABOUT)
+        .after_help(
+            "Examples:\n  mmpo-fast report run\n      writes run/report.html\n  \
+             mmpo-fast report dpo mmpo simpo --output objectives.html\n      compares three runs",
+        )
+        .arg(
+            Arg::new("folders")
+                .value_name("DIR")
+                .help("Output folders of `mmpo-fast train`")
+                .required(true)
+                .num_args(1..)
+                .value_parser(ValueParser::path_buf())
+                .action(ArgAction::Append),
+        )
+        .arg(own(
+            "output",
+            "FILE.html",
+            "The page [default: report.html in the folder of one run, comparison.html here for several]",
+        ))
+}
+
+/// What the arguments ask for.
+///
+/// # Errors
+/// [`Error::Config`] naming the argument that is wrong.
+pub fn config(matches: &ArgMatches) -> Result<ReportConfig> {
+    let folders = matches.get_many("folders").map(|folders| folders.cloned().collect()).unwrap_or_default();
+    let output: Option<std::path::PathBuf> = value(matches, "output", config::is_path, "must name a file")?;
+    if let Some(path) = output.as_ref().filter(|path| path.extension().is_none_or(|end| end != "html")) {
+        return Err(Error::config(
+            format!("`--output` = {} does not end in .html", path.display()),
+            "name the page FILE.html; so nothing but a page is ever replaced",
+        ));
+    }
+    Ok(ReportConfig { folders, output })
+}

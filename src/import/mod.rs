@@ -1,0 +1,206 @@
+//! `mmpo-fast import`: the configuration file of another trainer as a recipe of this one, with an account of each key.
+//!
+//! Every key is kept, becomes something else, is known to have no effect on what is trained, or is refused with a reason;
+//! and the defaults of the other program that differ are written out. Where a key is refused there is no recipe, unless the
+//! user leaves the key out by its name. The recipe is read back before it is handed over.
+
+mod axolotl;
+mod draft;
+mod llama_factory;
+mod pairs;
+mod table;
+mod training;
+mod trl;
+mod yaml;
+
+use std::path::{Path, PathBuf};
+
+pub use draft::{Fate, Row};
+
+use crate::checkpoint::atomic;
+use crate::config::value::OptionValue;
+use crate::config::{PairData, options, recipe};
+use crate::error::{Error, Result};
+use crate::report::{print_notice, print_result};
+use draft::Draft;
+
+/// A program whose configuration files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// TRL's `trl dpo --config`.
+    Trl,
+    /// A recipe of the alignment handbook, which are TRL's with mixtures of data sets.
+    AlignmentHandbook,
+    /// LLaMA-Factory.
+    LlamaFactory,
+    /// Axolotl.
+    Axolotl,
+}
+
+impl Dialect {
+    /// All of them.
+    pub const ALL: [Dialect; 4] =
+        [Dialect::Trl, Dialect::AlignmentHandbook, Dialect::LlamaFactory, Dialect::Axolotl];
+
+    /// The word of `--from`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Dialect::Trl => "trl",
+            Dialect::AlignmentHandbook => "alignment-handbook",
+            Dialect::LlamaFactory => "llama-factory",
+            Dialect::Axolotl => "axolotl",
+        }
+    }
+
+    /// The program whose file this is, by keys that only its files have.
+    fn detect(draft: &Draft) -> Option<Self> {
+        const MARKS: [(Dialect, &[&str]); 4] = [
+            (Dialect::Axolotl, &["base_model", "micro_batch_size", "sequence_len", "num_epochs"]),
+            (Dialect::LlamaFactory, &["stage", "finetuning_type", "cutoff_len", "pref_loss", "pref_beta"]),
+            (Dialect::AlignmentHandbook, &["dataset_mixture", "dataset_mixer"]),
+            (
+                Dialect::Trl,
+                &["model_name_or_path", "dataset_name", "per_device_train_batch_size", "loss_type"],
+            ),
+        ];
+        let has = |keys: &[&str]| keys.iter().any(|key| draft.has(key));
+        MARKS.iter().find(|(_, keys)| has(keys)).map(|(dialect, _)| *dialect)
+    }
+}
+
+/// Everything `import` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImportConfig {
+    /// The file of the other program.
+    pub file: PathBuf,
+    /// Whose file it is; `None` is told by its keys.
+    pub from: Option<Dialect>,
+    /// Where the recipe goes; `None` is standard output.
+    pub output: Option<PathBuf>,
+    /// Pairs in place of those that the file names.
+    pub data: Option<PairData>,
+    /// How many devices the other program trained on, each with its own batch.
+    pub devices: usize,
+    /// Keys that are left out where they would be refused.
+    pub without: Vec<String>,
+}
+
+/// A recipe made of another program's file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Imported {
+    /// Whose file it is.
+    pub dialect: Dialect,
+    /// What became of each key.
+    pub rows: Vec<Row>,
+    /// The recipe, unless a key was refused.
+    pub recipe: Option<String>,
+}
+
+/// Prints the recipe of `config.file`, or writes it, and the account of its keys to standard error.
+///
+/// # Errors
+/// [`Error::Io`] where the file cannot be read or the recipe written; [`Error::Config`] for what is no YAML, for a file of
+/// an unknown program, and where a key is refused.
+pub fn run(config: &ImportConfig) -> Result<()> {
+    let text = read(&config.file)?;
+    let imported = convert(&text, config)?;
+    print_notice(table::write(&imported, &config.file).trim_end());
+    let refused: Vec<&str> =
+        imported.rows.iter().filter(|row| row.fate == Fate::Refused).map(|row| row.key.as_str()).collect();
+    let Some(recipe) = &imported.recipe else {
+        return Err(Error::config(
+            format!(
+                "{}: no recipe, because {} refused: {}",
+                config.file.display(),
+                if refused.len() == 1 {
+                    "a key is".to_string()
+                } else {
+                    format!("{} keys are", refused.len())
+                },
+                refused.join(", ")
+            ),
+            "the table says why; mend the file, or leave keys out that may go, such as --without KEY,KEY",
+        ));
+    };
+    match &config.output {
+        None => print_result(recipe).map(drop),
+        Some(path) => {
+            atomic::write_file(path, recipe.as_bytes())?;
+            print_result(&format!("recipe  {}\n", path.display())).map(drop)
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    let length = path.metadata().map_err(|error| Error::io(path, "read", error))?.len();
+    if length > yaml::MOST_BYTES as u64 {
+        return Err(Error::config(
+            format!("{}: {length} bytes are too many for a configuration", path.display()),
+            "name the YAML file that the other program was started with",
+        ));
+    }
+    std::fs::read_to_string(path).map_err(|error| Error::io(path, "read", error))
+}
+
+/// The recipe that `text` becomes, without reading or writing anything but LLaMA-Factory's list of data sets.
+///
+/// # Errors
+/// [`Error::Config`] for what is no YAML, for a file of an unknown program, for a `without` that is not refused, and for
+/// values that no recipe may have.
+pub fn convert(text: &str, config: &ImportConfig) -> Result<Imported> {
+    let members = yaml::parse(text, &config.file)?;
+    let mut draft = Draft::new(members, &config.without);
+    let dialect = config.from.or_else(|| Dialect::detect(&draft)).ok_or_else(|| {
+        let known = Dialect::ALL.map(Dialect::word).join(", ");
+        Error::config(
+            format!("{}: no key tells which program the file is for", config.file.display()),
+            format!("say it with --from, one of {known}"),
+        )
+    })?;
+    if let Some(data) = &config.data {
+        draft.lines.push(("data", data.to_toml()));
+    }
+    match dialect {
+        Dialect::Trl | Dialect::AlignmentHandbook => trl::read(&mut draft, config.devices),
+        Dialect::LlamaFactory => llama_factory::read(&mut draft, config.devices),
+        Dialect::Axolotl => axolotl::read(&mut draft, config.devices),
+    }
+    if let Some(idle) = config
+        .without
+        .iter()
+        .find(|name| !draft.rows.iter().any(|row| row.fate == Fate::LeftOut && row.key == **name))
+    {
+        return Err(Error::config(
+            format!("--without {idle}: no such key is refused"),
+            "it takes the names in the table's first column whose outcome is `refused`",
+        ));
+    }
+    let is_refused = draft.rows.iter().any(|row| row.fate == Fate::Refused);
+    let recipe = if is_refused { None } else { Some(written(&draft, dialect, config)?) };
+    Ok(Imported { dialect, rows: draft.rows, recipe })
+}
+
+/// The recipe's text, in the order of the options, which is read back.
+fn written(draft: &Draft, dialect: Dialect, config: &ImportConfig) -> Result<String> {
+    let mut text = format!(
+        "# Made by `mmpo-fast import` from a configuration of {}. `mmpo-fast train --recipe FILE` runs it.\n",
+        dialect.word()
+    );
+    let mut heading = "";
+    for row in options::rows() {
+        let Some((name, toml)) = draft.lines.iter().find(|(name, _)| *name == row.name) else { continue };
+        if row.heading != heading {
+            heading = row.heading;
+            text.push_str(&format!("\n# {heading}\n"));
+        }
+        text.push_str(&format!("{name} = {toml}\n"));
+    }
+    recipe::parse(&text, &config.file).map_err(|error| match error {
+        Error::Config { message, .. } => Error::config(
+            format!("{}: its values make no recipe: {message}", config.file.display()),
+            "mend the value in the file; the line is one of the recipe's",
+        ),
+        error => error,
+    })?;
+    Ok(text)
+}

@@ -1,0 +1,339 @@
+//! Configuration files of other trainers as recipes: the shapes of their published examples, and what each key becomes.
+
+use std::path::PathBuf;
+
+use mmpo_fast::config::options::Options;
+use mmpo_fast::config::value::OptionValue;
+use mmpo_fast::config::{self, PairData, RunConfig};
+use mmpo_fast::import::{Dialect, Fate, ImportConfig, Imported, convert};
+
+use crate::file;
+
+fn asked(name: &str) -> ImportConfig {
+    ImportConfig {
+        file: file("imports").join(name),
+        from: None,
+        output: None,
+        data: None,
+        devices: 1,
+        without: Vec::new(),
+    }
+}
+
+#[track_caller]
+fn import(config: &ImportConfig) -> Imported {
+    let text = std::fs::read_to_string(&config.file).expect("a committed file");
+    convert(&text, config).unwrap_or_else(|error| panic!("{}: {error}", config.file.display()))
+}
+
+fn refused(imported: &Imported) -> Vec<&str> {
+    let rows = imported.rows.iter().filter(|row| row.fate == Fate::Refused);
+    rows.map(|row| row.key.as_str()).collect()
+}
+
+/// The run that `train --recipe` makes of the recipe.
+#[track_caller]
+fn loaded(imported: &Imported) -> RunConfig {
+    let recipe = imported.recipe.as_ref().unwrap_or_else(|| panic!("refused: {:?}", refused(imported)));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("recipe.toml");
+    std::fs::write(&path, recipe).expect("a recipe");
+    config::resolve(Options::default(), Some(&path), false)
+        .unwrap_or_else(|error| panic!("{error}\n{recipe}"))
+}
+
+/// The recipe's lines but for comments.
+fn lines(imported: &Imported) -> Vec<&str> {
+    let recipe = imported.recipe.as_deref().unwrap_or_default();
+    recipe.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
+}
+
+#[track_caller]
+fn assert_lines(imported: &Imported, expected: &[&str]) {
+    let found = lines(imported);
+    for line in expected {
+        assert!(found.contains(line), "no `{line}` in {found:#?}");
+    }
+}
+
+#[test]
+fn a_file_of_trl_becomes_its_run_with_the_defaults_of_trl() {
+    let imported = import(&asked("trl_dpo.yaml"));
+    assert_eq!(imported.dialect, Dialect::Trl);
+    assert_lines(
+        &imported,
+        &[
+            "model = \"example/chat-0.5b\"",
+            "data = \"example/preference-pairs:train\"",
+            "eval_data = \"example/preference-pairs:test\"",
+            "output = \"chat-0.5b-dpo\"",
+            "objective = \"dpo\"",
+            "beta = 0.1",
+            "learning_rate = 0.0000005",
+            "schedule = \"linear\"",
+            "warmup_steps = 0",
+            "max_steps = 1000",
+            "pairs_per_step = 16",
+            "max_length = 1024",
+            "max_prompt_length = 1023",
+            "eval_steps = 50",
+            "recompute = \"layer\"",
+            "seed = 42",
+        ],
+    );
+    let run = loaded(&imported);
+    assert_eq!((run.schedule.max_steps, run.batch.pairs_per_step), (Some(1000), Some(16)));
+    let eight = import(&ImportConfig { devices: 8, ..asked("trl_dpo.yaml") });
+    assert_lines(&eight, &["pairs_per_step = 128"]);
+    let fate = |key: &str| imported.rows.iter().find(|row| row.key == key).map(|row| (row.fate, row.line));
+    assert_eq!(fate("learning_rate"), Some((Fate::Kept, Some(7))));
+    assert_eq!(fate("num_train_epochs"), Some((Fate::NoEffect, Some(8))), "max_steps goes before it");
+    assert_eq!(fate("logging_steps"), Some((Fate::NoEffect, Some(16))));
+    assert_eq!(fate("beta"), Some((Fate::Default, None)));
+}
+
+#[test]
+fn adapters_and_losses_of_trl_are_mapped() {
+    let imported = import(&asked("trl_lora.yaml"));
+    assert_lines(
+        &imported,
+        &[
+            "objective = \"ipo\"",
+            "beta = 0.05",
+            "lora = \"q,v\"",
+            "lora_rank = 32",
+            "lora_alpha = 16.0",
+            "lora_dropout = 0.05",
+            "optimizer_states = \"8bit\"",
+            "warmup_ratio = 0.1",
+            "epochs = 3.0",
+            "pairs_per_step = 8",
+        ],
+    );
+    let run = loaded(&imported);
+    assert_eq!(run.lora.map(|lora| lora.rank), Some(32));
+}
+
+#[test]
+fn recipes_of_the_alignment_handbook_name_what_cannot_be_done() {
+    let full = asked("handbook_full.yaml");
+    let imported = import(&full);
+    assert_eq!(imported.dialect, Dialect::AlignmentHandbook);
+    assert_eq!(refused(&imported), ["dataset_mixture.test_split_size"]);
+    assert_eq!(imported.recipe, None);
+    let without = vec!["dataset_mixture.test_split_size".to_string()];
+    let imported = import(&ImportConfig { without, devices: 8, ..full });
+    assert_lines(
+        &imported,
+        &[
+            "data = [\"example/feedback-binarized:train_prefs\", { path = \"example/more-pairs:train\", weight = 0.25 }]",
+            "pairs_per_step = 128",
+            "max_prompt_length = 512",
+            "keep_checkpoints = 1",
+            "save_steps = 100",
+            "warmup_ratio = 0.1",
+        ],
+    );
+    let run = loaded(&imported);
+    assert_eq!(run.data.map(|data| data.0.len()), Some(2));
+    let left_out = imported.rows.iter().filter(|row| row.fate == Fate::LeftOut).count();
+    assert_eq!(left_out, 1);
+
+    let mixer = asked("handbook_mixer.yaml");
+    assert_eq!(refused(&import(&mixer)), ["load_in_4bit"]);
+    let imported = import(&ImportConfig { without: vec!["load_in_4bit".to_string()], ..mixer });
+    assert_lines(
+        &imported,
+        &[
+            "data = [{ path = \"example/feedback-binarized:train_prefs\", weight = 0.5 }]",
+            "eval_data = \"example/feedback-binarized:test_prefs\"",
+            "eval_steps = 100",
+            "lora = \"q,k,v,o,gate,up,down\"",
+        ],
+    );
+    loaded(&imported);
+
+    let mut found = import(&asked("handbook_apo.yaml"));
+    found.rows.sort_by(|one, other| one.key.cmp(&other.key));
+    assert_eq!(
+        refused(&found),
+        [
+            "dataset_mixture.datasets.config",
+            "loss_type",
+            "lr_scheduler_kwargs",
+            "lr_scheduler_type",
+            "model_revision",
+        ]
+    );
+}
+
+#[test]
+fn files_of_llama_factory_need_their_pairs_named() {
+    let lora = asked("llama_factory_lora.yaml");
+    let imported = import(&lora);
+    assert_eq!(imported.dialect, Dialect::LlamaFactory);
+    assert_eq!(refused(&imported), ["dataset", "max_samples"]);
+    let why = imported
+        .rows
+        .iter()
+        .find(|row| row.key == "dataset")
+        .map(|row| row.outcome.clone())
+        .unwrap_or_default();
+    assert!(why.contains("dataset_info.json") && why.contains("--data"), "{why}");
+    let data = Some(PairData::from_text("pairs.jsonl").expect("a name"));
+    let imported =
+        import(&ImportConfig { data: data.clone(), without: vec!["max_samples".to_string()], ..lora });
+    assert_lines(
+        &imported,
+        &[
+            "data = \"pairs.jsonl\"",
+            "max_length = 2048",
+            "lora = \"q,k,v,o,gate,up,down\"",
+            "lora_rank = 8",
+            "lora_alpha = 16.0",
+            "lora_dropout = 0.0",
+            "pairs_per_step = 8",
+            "eval_split = 0.1",
+            "eval_steps = 500",
+            "epochs = 3.0",
+        ],
+    );
+    loaded(&imported);
+
+    let imported = import(&ImportConfig { data, ..asked("llama_factory_simpo.yaml") });
+    assert_lines(
+        &imported,
+        &[
+            "objective = \"simpo\"",
+            "beta = 2.0",
+            "gamma_beta_ratio = 0.8",
+            "learning_rate = 0.00005",
+            "max_length = 2048",
+            "pairs_per_step = 8",
+        ],
+    );
+    assert_eq!(loaded(&imported).lora, None);
+}
+
+#[test]
+fn llama_factorys_list_of_data_sets_is_read_where_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let info = r#"{"mine": {"file_name": "mine.json", "ranking": true, "columns": {"prompt": "ask", "chosen": "good", "rejected": "bad"}},
+                   "hub": {"hf_hub_url": "example/pairs", "ranking": true}}"#;
+    std::fs::write(folder.path().join("dataset_info.json"), info).expect("written");
+    let text = format!(
+        "model_name_or_path: m\nstage: dpo\nfinetuning_type: full\ndataset: mine, hub\ndataset_dir: {}\noutput_dir: o\n",
+        folder.path().display()
+    );
+    let imported = convert(&text, &asked("inline.yaml")).expect("a recipe");
+    let mine = folder.path().join("mine.json").display().to_string();
+    assert_lines(
+        &imported,
+        &[
+            &format!("data = [\"{mine}\", \"example/pairs\"]"),
+            "columns = { instruction = \"ask\", chosen = \"good\", rejected = \"bad\" }",
+        ],
+    );
+    loaded(&imported);
+}
+
+#[test]
+fn files_of_axolotl_are_mapped_field_by_field() {
+    let lora = asked("axolotl_lora.yml");
+    let imported = import(&lora);
+    assert_eq!(imported.dialect, Dialect::Axolotl);
+    assert_eq!(refused(&imported), ["special_tokens.eos_token", "load_in_8bit"]);
+    let without = ["special_tokens.eos_token", "load_in_8bit"].map(str::to_string).to_vec();
+    let imported = import(&ImportConfig { without, ..lora });
+    assert_lines(
+        &imported,
+        &[
+            "model = \"example/Meta-8B-Instruct\"",
+            "data = \"example/alpaca_messages_2k\"",
+            "columns = { chosen = \"better\" }",
+            "eval_split = 0.05",
+            "max_length = 4096",
+            "lora = \"q,k,v,o,gate,up,down\"",
+            "lora_rank = 32",
+            "pairs_per_step = 8",
+            "epochs = 4.0",
+            "optimizer_states = \"8bit\"",
+            "learning_rate = 0.0002",
+            "warmup_steps = 10",
+        ],
+    );
+    loaded(&imported);
+    let imported = import(&asked("axolotl_simpo.yml"));
+    assert_lines(
+        &imported,
+        &[
+            "data = \"pairs.jsonl\"",
+            "output = \"./model-out\"",
+            "objective = \"simpo\"",
+            "gamma_beta_ratio = 0.5",
+            "schedule = \"cosine\"",
+            "warmup_ratio = 0.03",
+            "pairs_per_step = 4",
+        ],
+    );
+    loaded(&imported);
+}
+
+const LEAST: &str = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\n";
+
+fn inline(text: &str) -> mmpo_fast::Result<Imported> {
+    convert(text, &ImportConfig { file: PathBuf::from("c.yaml"), ..asked("c.yaml") })
+}
+
+#[test]
+fn no_key_is_passed_over_in_silence() {
+    let account = |more: &str| inline(&format!("{LEAST}{more}")).expect("an account");
+    for (more, key) in [
+        ("loss_typ: ipo\n", "loss_typ"),
+        ("rpo_alpha: 0.5\n", "rpo_alpha"),
+        ("f_divergence_type: js_divergence\n", "f_divergence_type"),
+        ("truncation_mode: keep_end\n", "truncation_mode"),
+        ("learning_rate: fast\n", "learning_rate"),
+        ("per_device_train_batch_size: 1.5\n", "per_device_train_batch_size"),
+        ("optim: rmsprop\n", "optim"),
+        ("lr_scheduler_type: polynomial\n", "lr_scheduler_type"),
+        ("dataset_config: french\n", "dataset_config"),
+        ("neftune_noise_alpha: 5\n", "neftune_noise_alpha"),
+        ("loss_type: [sigmoid, ipo]\n", "loss_type"),
+        ("use_peft: true\n", "lora_target_modules"),
+        ("dataset_train_split: 'train[:10%]'\n", "dataset_name"),
+    ] {
+        let imported = account(more);
+        assert_eq!(refused(&imported), [key], "{more}");
+        assert_eq!(imported.recipe, None);
+    }
+    for more in
+        ["truncation_mode: keep_start\n", "neftune_noise_alpha:\n", "label_smoothing: 0\n", "hub_token: x\n"]
+    {
+        assert!(account(more).recipe.is_some(), "{more}");
+    }
+    let every_key = account("beta: 0.2\nseed: 3\nfp16: false\nreport_to: [wandb]\n");
+    let known = ["model_name_or_path", "dataset_name", "output_dir", "beta", "seed", "fp16", "report_to"];
+    for key in known {
+        assert!(every_key.rows.iter().any(|row| row.key == key && row.line.is_some()), "{key}");
+    }
+}
+
+#[test]
+fn what_cannot_be_told_or_run_is_an_error() {
+    let error = |text: &str| inline(text).expect_err("an error").to_string();
+    assert!(error("a: 1\n").contains("no key tells which program"));
+    assert!(error(&format!("{LEAST}learning_rate: -1\n")).contains("`learning_rate` = -1"));
+    assert!(error("- a\n").contains("c.yaml:1:"));
+    let idle = ImportConfig { without: vec!["beta".to_string()], ..asked("c.yaml") };
+    let message = convert(LEAST, &idle).expect_err("an error").to_string();
+    assert!(message.contains("--without beta: no such key is refused"), "{message}");
+    let bare = "model_name_or_path: m\noutput_dir: o\nloss_type: sigmoid\n";
+    assert_eq!(refused(&inline(bare).expect("an account")), ["dataset_name"]);
+    let data = Some(PairData::from_text("mine.jsonl").expect("a name"));
+    let imported = convert(bare, &ImportConfig { data, ..asked("c.yaml") }).expect("a recipe");
+    assert_lines(&imported, &["data = \"mine.jsonl\""]);
+    let forced = ImportConfig { from: Some(Dialect::Axolotl), ..asked("c.yaml") };
+    let imported = convert("rl: dpo\n", &forced).expect("an account");
+    assert!(refused(&imported).contains(&"base_model"), "{:?}", refused(&imported));
+}
