@@ -73,6 +73,7 @@ pub mod merge;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+pub mod plan;
 pub mod report;
 pub mod runs;
 pub mod score;

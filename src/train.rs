@@ -32,24 +32,28 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use inputs::Inputs;
+pub(crate) use inputs::pair_sources;
 pub use offload::plan as offload_plan;
+pub(crate) use plan::Plan;
 pub use reference::References;
+pub use samples::MAX_NEW_TOKENS;
+pub(crate) use samples::sample_prompts;
 pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
-use crate::config::{OffloadConfig, RunConfig};
+use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
-use crate::device::{Device, DeviceTask, run_on};
+use crate::device::{Device, DeviceTask, ask_on, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
 use crate::objective::ReferencePair;
+use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::report::{EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, StepMetrics, print_result};
 use chooser::Chooser;
 use output::Output;
-use plan::Plan;
 use record::{BestRecord, EndRecord, Lengthened, RunRecord};
 use recorder::Recorder;
 use resume::Start;
@@ -72,6 +76,7 @@ pub fn run(config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
+    let config = &with_chosen_memory(config, &inputs, &plan)?;
     plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let output = output.claim(config)?;
@@ -100,6 +105,40 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
         *files = hub::pairs(files)?;
     }
     Ok(located)
+}
+
+/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run.
+fn with_chosen_memory(config: &RunConfig, inputs: &Inputs, plan: &Plan) -> Result<RunConfig> {
+    if config.memory_limit != Some(MemoryLimit::Auto) {
+        return Ok(config.clone());
+    }
+    let account = account(config, inputs, plan);
+    let choice = match crate::plan::chosen_before(config)? {
+        Some(choice) => choice,
+        None => ask_on(config.device, config.precision, config.threads, ChooseMemory(&account))?,
+    };
+    Ok(RunConfig { memory_limit: None, ..account.with(&choice) })
+}
+
+struct ChooseMemory<'a>(&'a Account<'a>);
+
+impl DeviceTask for ChooseMemory<'_> {
+    type Output = Choice;
+
+    fn run<D: Device>(self, device: Arc<D>) -> Result<Choice> {
+        crate::plan::choose(device.as_ref(), self.0)
+    }
+}
+
+/// What the run will take.
+fn account<'a>(config: &'a RunConfig, inputs: &'a Inputs, plan: &'a Plan) -> Account<'a> {
+    let models = Models {
+        model: inputs.folder.config().clone(),
+        reference: inputs.reference.as_ref().map(|folder| folder.config().clone()),
+        lora: inputs.adapter.as_ref().map(|adapter| adapter.settings()),
+    };
+    let evaluation = inputs.evaluation.as_ref().map_or(&[][..], |dataset| &dataset.pairs);
+    Account::new(config, plan, models, &inputs.training.pairs, evaluation)
 }
 
 /// What must not change between the parts of a run.
@@ -153,6 +192,7 @@ impl DeviceTask for Training<'_> {
         if config.memory.offload == OffloadConfig::States {
             device.check_offload()?;
         }
+        let planned = crate::plan::check(device.as_ref(), &account(config, &inputs, &plan))?;
         let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
         let mut model = match inputs.adapter {
             None => Llama::load(device, &inputs.folder, positions)?,
@@ -201,6 +241,8 @@ impl DeviceTask for Training<'_> {
         drop(steps);
         let answers_after = samples.answers(&run.trainer.model, &inputs)?;
         let notes = run.finish(&output, last)?;
+        let peak = run.trainer.device().memory().peak;
+        tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
         output.report(output::Finished {
             config,
             facts,
@@ -226,6 +268,8 @@ struct Run<'a, D: Device> {
     record: RunRecord,
     /// How the run was made longer, where this part of it does that.
     lengthened: Option<Lengthened>,
+    /// What a step's operations follow from, and the device's peak rate in 10^12 per second, where that is known.
+    peak: Option<(Trained, f64)>,
 }
 
 impl<'a, D: Device> Run<'a, D> {
@@ -253,7 +297,22 @@ impl<'a, D: Device> Run<'a, D> {
         }
         tracing::info!("log-prob head: {}", trainer.head_plan());
         let (chooser, record) = (Chooser::new(&config.evaluation), RunRecord::default());
-        Ok(Run { config, inputs, references, plan, identity, trainer, chooser, record, lengthened: None })
+        let known = || crate::plan::find(&trainer.device().describe()).map(|kind| kind.rates.tflops);
+        let lora = inputs.adapter.as_ref().map(|adapter| adapter.settings());
+        let trained = |tflops| (Trained::new(inputs.folder.config(), lora.as_ref()), tflops);
+        let peak = config.tflops.or_else(known).map(trained);
+        Ok(Run {
+            config,
+            inputs,
+            references,
+            plan,
+            identity,
+            trainer,
+            chooser,
+            record,
+            lengthened: None,
+            peak,
+        })
     }
 
     /// Puts the checkpoint that the run starts from into the trainer; returns the steps already done.
@@ -426,6 +485,11 @@ impl<'a, D: Device> Run<'a, D> {
             learning_rate: adamw.learning_rate,
             tokens_per_second: result.tokens as f64 / seconds,
             pairs_per_second: pairs.len() as f64 / seconds,
+            mfu: self.peak.as_ref().map(|(trained, tflops)| {
+                let sides = self.config.objective.sides();
+                let volume = Volume::of(pairs.iter().map(|pair| pair.pair), sides);
+                trained.model_flops(&volume) / (seconds * tflops * 1e12)
+            }),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
     }

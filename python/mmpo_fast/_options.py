@@ -150,6 +150,8 @@ class TrainOptions(TypedDict, total=False):
     """Where to compute: auto takes a CUDA GPU of compute capability 8.0 or later, else the CPU. [default: auto]"""
     precision: str
     """Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with AVX-512 BF16 the time of gemms. A GPU has bf16 alone. [default: f32 on the CPU, bf16 on a GPU]"""
+    memory: str
+    """Most device memory that the run may take, such as 24GB or 22GiB; it is refused where it would take more. With auto it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute and --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume. [default: what is free on the device]"""
     optimizer_states: str
     """Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
     master_weights: str
@@ -164,6 +166,8 @@ class TrainOptions(TypedDict, total=False):
     """How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding. [default: auto]"""
     head_workspace: int
     """MiB that kept probabilities may take; the recompute mode keeps none. [default: 1024]"""
+    tflops: float
+    """Peak rate of the device in 10^12 bf16 operations per second, for the metric `mfu`. [default: the GPU's, where it is known]"""
     threads: int
     """CPU threads. [default: all cores]"""
 

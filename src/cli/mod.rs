@@ -1,4 +1,4 @@
-//! The command line: one file per command. Parsing only; the commands themselves are `train`, `check`, `score`,
+//! The command line: one file per command. Parsing only; the commands themselves are `train`, `plan`, `check`, `score`,
 //! `generate`, `merge`, `verify`, `runs` (for `report`) and `bench`.
 
 mod arguments;
@@ -8,6 +8,7 @@ mod doctor;
 mod generate;
 mod import;
 mod merge;
+mod plan;
 mod report;
 mod score;
 mod shell;
@@ -27,6 +28,7 @@ use crate::config::{
 use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
 use crate::import::ImportConfig;
+use crate::plan::PlanConfig;
 use crate::report::LogFormat;
 use crate::verify::VerifyConfig;
 
@@ -70,6 +72,7 @@ pub struct Invocation {
 enum Parsed {
     Version,
     Train(Box<RunConfig>),
+    Plan(Box<PlanConfig>),
     Check(CheckConfig),
     Score(ScoreConfig),
     Generate(GenerateConfig),
@@ -108,6 +111,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
         Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("plan", matches)) => Parsed::Plan(Box::new(plan::config(matches)?)),
         Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
         Some(("generate", matches)) => Parsed::Generate(generate::config(matches)?),
@@ -122,7 +126,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
         _ => {
             return Err(Stop::Clap(command.error(
                 ErrorKind::MissingSubcommand,
-                "a command is missing: train, check, score, generate, merge, verify, report, bench, doctor or import",
+                "a command is missing: train, plan, check, score, generate, merge, verify, report, bench, doctor or import",
             )));
         }
     };
@@ -138,6 +142,7 @@ impl Invocation {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
             Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Plan(config) => crate::plan::run(&config),
             Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
             Parsed::Generate(config) => crate::generate::run(&config),
@@ -190,6 +195,7 @@ pub fn command() -> Command {
                 .help("With json, each line on standard error is a JSON object: log, progress, errors; results stay as they are"),
         )
         .subcommand(train::command())
+        .subcommand(plan::command())
         .subcommand(check::command())
         .subcommand(score::command())
         .subcommand(generate::command())

@@ -4,6 +4,7 @@
 //! [`resolve`] checks how they go together and makes the [`RunConfig`].
 
 mod check;
+mod memory_limit;
 mod metric;
 pub mod options;
 mod policy;
@@ -16,10 +17,11 @@ pub mod value;
 use std::path::PathBuf;
 
 pub use check::is_path;
+pub use memory_limit::MemoryLimit;
 pub use metric::EvalMetric;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{asked_lengths, resolve, resolve_replay};
+pub use resolve::{asked_lengths, memory, resolve, resolve_replay};
 pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::{DeviceChoice, Precision};
@@ -82,6 +84,10 @@ pub struct RunConfig {
     pub precision: Option<Precision>,
     /// What is kept on the device, and in which format.
     pub memory: MemoryConfig,
+    /// How much device memory the run may take; `None`: what is free.
+    pub memory_limit: Option<MemoryLimit>,
+    /// Peak rate of the device for `mfu`, in 10^12 bf16 operations per second; `None`: the GPU's, where it is known.
+    pub tflops: Option<f64>,
     /// How the log-prob head uses memory.
     pub head: HeadOptions,
     /// CPU threads; `None` is all cores.
@@ -122,6 +128,8 @@ impl RunConfig {
         };
         let mut recorded = self.clone();
         recorded.batch.pairs_per_step = Some(self.pairs_per_step(pairs));
+        // What was chosen is written down instead, so that a resumed run has it again.
+        recorded.memory_limit = self.memory_limit.filter(|&limit| limit != MemoryLimit::Auto);
         recorded.output = absolute(&self.output)?;
         let optional = [
             &mut recorded.model,

@@ -7,8 +7,8 @@ use toml::de::DeValue;
 
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
-    ColumnNames, DataCache, EvalMetric, GradientConfig, ObjectiveKind, OffloadConfig, PairData, PairFiles,
-    Policies, Policy, TemplateDate, check,
+    ColumnNames, DataCache, EvalMetric, GradientConfig, MemoryLimit, ObjectiveKind, OffloadConfig, PairData,
+    PairFiles, Policies, Policy, TemplateDate, check,
 };
 use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
@@ -390,6 +390,10 @@ options! {
         /// Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with
         /// AVX-512 BF16 the time of gemms. A GPU has bf16 alone.
         precision: Precision, Absent = Absent("f32 on the CPU, bf16 on a GPU"), ALL, check::anything;
+        /// Most device memory that the run may take, such as 24GB or 22GiB; it is refused where it would take more. With auto
+        /// it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute and
+        /// --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume.
+        memory: MemoryLimit, Absent = Absent("what is free on the device"), ALL, check::anything;
         /// Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
         /// tensors of fewer than 4096 values stay f32 with 8bit.
         optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
@@ -410,6 +414,8 @@ options! {
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;
         /// MiB that kept probabilities may take; the recompute mode keeps none.
         head_workspace: usize, Always<usize> = Always(HeadOptions::DEFAULT_WORKSPACE >> 20), ALL, check::mebibytes;
+        /// Peak rate of the device in 10^12 bf16 operations per second, for the metric `mfu`.
+        tflops: f64, Absent = Absent("the GPU's, where it is known"), ALL, check::positive;
         /// CPU threads.
         threads: usize, Absent = Absent("all cores"), ALL, check::threads;
     }

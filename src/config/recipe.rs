@@ -158,6 +158,8 @@ fn given(config: &RunConfig) -> Options {
         master_weights: some(config.memory.states.master),
         recompute: some(config.memory.recompute),
         gradients: some(config.memory.gradients),
+        memory: config.memory_limit.and_then(some),
+        tflops: config.tflops.and_then(some),
         offload: some(config.memory.offload),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),

@@ -342,6 +342,8 @@ fn build(settled: Settled, files: Files, resume: bool) -> Result<RunConfig> {
         device: settled.device,
         precision: settled.precision,
         memory,
+        memory_limit: settled.memory,
+        tflops: settled.tflops,
         head: HeadOptions {
             mode: settled.head_mode,
             workspace: settled.head_workspace.saturating_mul(1 << 20),
@@ -375,7 +377,8 @@ fn schedule(settled: &Settled) -> ScheduleConfig {
     }
 }
 
-fn memory(settled: &Settled) -> MemoryConfig {
+/// What is kept on the device.
+pub fn memory(settled: &Settled) -> MemoryConfig {
     MemoryConfig {
         states: StateOptions { moments: settled.optimizer_states, master: settled.master_weights },
         recompute: settled.recompute,

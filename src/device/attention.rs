@@ -82,6 +82,12 @@ pub trait Attention: Memory {
         self.run_attention_decode(out, cache, length, shape, checked)
     }
 
+    /// As [`AttentionBackward::reserve_attention`], for the forward and [`Attention::attention_decode`] alone; a device on which
+    /// a single stream shares what it has takes it as it comes.
+    fn reserve_attention_forward(&self, _: AttentionShape) -> Result<()> {
+        Ok(())
+    }
+
     /// The device's part of [`Attention::attention_forward`].
     fn run_attention_forward(
         &self,

@@ -1,6 +1,6 @@
 //! A packed batch on a device: its buffers, and how they are filled.
 
-use super::{Floats, Indices, Memory};
+use super::{Floats, Indices, Memory, MemoryPart};
 use crate::data::{PairBatch, PairSpan};
 use crate::error::{Error, Result};
 use crate::objective::PairConstants;
@@ -42,6 +42,10 @@ impl<D: Memory> BatchBuffers<D> {
     /// # Errors
     /// [`Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
+        device.as_part(MemoryPart::Batch, || Self::of_part(device, max_tokens, max_pairs, max_scored))
+    }
+
+    fn of_part(device: &D, max_tokens: usize, max_pairs: usize, max_scored: usize) -> Result<Self> {
         Ok(BatchBuffers {
             host_spans: Vec::with_capacity(max_pairs),
             lists: HostLists::new(max_tokens, max_pairs),

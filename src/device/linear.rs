@@ -88,6 +88,11 @@ pub trait Linear: Memory {
     /// of the bias's gradient, so that no step allocates it.
     fn reserve_linear(&self, shape: LinearShape, bias: bool) -> Result<()>;
 
+    /// As [`Linear::reserve_linear`], for the forward alone.
+    fn reserve_linear_forward(&self, _: LinearShape) -> Result<()> {
+        Ok(())
+    }
+
     /// The device's part of [`Linear::linear_forward`].
     fn run_linear_forward(
         &self,

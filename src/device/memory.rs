@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::check::check_sizes;
-use super::{Checked, Hardware, MappedValues};
+use super::{Checked, Hardware, MappedValues, MemoryCounter, MemoryPart};
 use crate::error::Result;
 
 /// A number that a buffer may hold.
@@ -90,11 +90,38 @@ pub trait Memory: Hardware {
     /// `len` values in the device's memory.
     type Buffer<T: Element>: Send + Sync + Debug;
 
+    /// The count of the device's bytes.
+    fn memory_counter(&self) -> &MemoryCounter;
+
     /// Bytes in use on the device now, and the most so far.
-    fn memory(&self) -> MemoryUse;
+    fn memory(&self) -> MemoryUse {
+        self.memory_counter().read()
+    }
+
+    /// Counts the buffers that `work` makes as `part`, unless it is called inside another such call, which counts then.
+    fn as_part<R>(&self, part: MemoryPart, work: impl FnOnce() -> R) -> R {
+        let before = self.memory_counter().begin(part);
+        let result = work();
+        self.memory_counter().end(before);
+        result
+    }
+
+    /// A device that is planned for: like this one, but that its buffers hold nothing and are only counted, that transfers do
+    /// nothing, and that nothing may be computed on it. The same calls that make a run's buffers on this device, made there, say how
+    /// much memory the run takes. `limit` is the memory that it is planned with, as [`MemoryCounter::set_limit`] has it; more may be
+    /// taken, and is counted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the system refuses what even that takes.
+    fn planned(&self, limit: Option<usize>) -> Result<Self>;
+
+    /// The most bytes that were taken from the machine at once: [`MemoryUse::peak`], and what lies idle between buffers.
+    fn taken_at_peak(&self) -> usize {
+        self.memory().peak
+    }
 
     /// Bytes that one large buffer may still take; `None` where there is no fixed limit, as in a computer's main
-    /// memory.
+    /// memory, unless [`MemoryCounter::set_limit`] set one.
     fn free_memory(&self) -> Result<Option<usize>>;
 
     /// A buffer of `len` zeros.
@@ -104,6 +131,17 @@ pub trait Memory: Hardware {
     /// something writes to it. `None` where the device cannot: the values are of another type than [`Memory::Compute`],
     /// begin between two of its addresses, or would have to go to a memory of the device's own.
     fn borrow_mapped(&self, _: &[MappedValues]) -> Option<ComputeBuffer<Self>> {
+        None
+    }
+
+    /// On a device that is planned for: what [`Memory::borrow_mapped`] gives for `parts` tensors of a checkpoint of this storage
+    /// type, with `len` values together.
+    fn borrow_planned(
+        &self,
+        _storage: StorageType,
+        _parts: usize,
+        _len: usize,
+    ) -> Option<ComputeBuffer<Self>> {
         None
     }
 

@@ -25,6 +25,7 @@ mod linear;
 mod low_rank;
 mod mapped_file;
 mod memory;
+mod memory_counter;
 mod mlp;
 mod norm;
 mod offload;
@@ -50,13 +51,14 @@ pub use low_rank::{
 };
 pub use mapped_file::{MappedFile, MappedValues};
 pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, RawValues, StorageType};
+pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use offload::{Offload, Queue};
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use rope::{RopeDirection, RotaryPositions};
-pub use select::{DeviceChoice, DeviceReport, DeviceTask, Precision, run_on};
+pub use select::{DeviceChoice, DeviceReport, DeviceTask, Precision, ask_on, run_on};
 pub use trace::OperationTime;
 
 /// A device that computes: the CPU, a CUDA GPU, or the emulated one.

@@ -83,6 +83,23 @@ pub fn run_on<T: DeviceTask>(
     }
 }
 
+/// As [`run_on`], for work that comes before the run's own: the device is not announced.
+///
+/// # Errors
+/// As [`run_on`].
+pub fn ask_on<T: DeviceTask>(
+    choice: DeviceChoice,
+    precision: Option<Precision>,
+    threads: Option<usize>,
+    task: T,
+) -> Result<T::Output> {
+    match open(choice, precision, threads)?.0 {
+        Opened::Cpu(device) => task.run(Arc::new(device)),
+        Opened::CpuBf16(device) => task.run(Arc::new(device)),
+        Opened::Cuda(device) => task.run(Arc::new(device)),
+    }
+}
+
 enum Opened {
     Cpu(CpuDevice),
     CpuBf16(CpuDevice<bf16>),

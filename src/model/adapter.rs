@@ -11,8 +11,8 @@ use super::projection::Adapter;
 use super::tensors::{FusedTensor, LayerTensors, LlamaTensors};
 use super::{Llama, Projection};
 use crate::device::{
-    AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, RawValues,
-    RowPart, hash,
+    AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, MemoryPart,
+    RawValues, RowPart, hash,
 };
 use crate::error::{Error, Result};
 
@@ -333,7 +333,8 @@ impl<D: Device> Llama<D> {
             for site in Site::ALL {
                 let Some(adapter) = &site.of(tensors).adapter else { continue };
                 let adapter = adapter.try_map(&mut |fused: &FusedTensor| {
-                    let mut weight = self.device.alloc(fused.values())?;
+                    let alloc = || self.device.alloc(fused.values());
+                    let mut weight = self.device.as_part(MemoryPart::Adapters, alloc)?;
                     for (offset, tensor) in fused.offsets() {
                         let values = values(tensor)?;
                         self.device.upload_values(&mut weight, offset, RawValues::from_f32(&values))?;

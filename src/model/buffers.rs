@@ -9,7 +9,8 @@ use super::config::LlamaConfig;
 use super::head_plan::{HeadOptions, HeadPlan};
 use crate::data::PairBatch;
 use crate::device::{
-    AttentionCapacity, ComputeBuffer, Device, Floats, HeadSizes, TokenCoefficients, TokenScores,
+    AttentionCapacity, ComputeBuffer, Device, Floats, HeadMode, HeadSizes, MemoryPart, TokenCoefficients,
+    TokenScores,
 };
 use crate::error::Result;
 use crate::objective::PairOutcome;
@@ -160,7 +161,9 @@ impl<D: Device> Activations<D> {
             Purpose::Inference => (1, false),
         };
         // Before the others: the head is planned with the memory that all else leaves.
-        let adapter = AdapterActivations::new(model, capacity, slots, training)?;
+        let adapter = model
+            .device
+            .as_part(MemoryPart::Activations, || AdapterActivations::new(model, capacity, slots, training))?;
         if training {
             AdapterActivations::reserve(model, capacity)?;
         }
@@ -175,6 +178,20 @@ impl<D: Device> Activations<D> {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity, purpose: Purpose) -> Result<Self> {
+        let activations = device
+            .as_part(MemoryPart::Activations, || Self::without_head(device, config, capacity, purpose))?;
+        let head =
+            device.as_part(MemoryPart::Head, || HeadBuffers::new(device, config, capacity, purpose))?;
+        Ok(activations(head))
+    }
+
+    /// All but the head, which is made last.
+    fn without_head(
+        device: &D,
+        config: &LlamaConfig,
+        capacity: Capacity,
+        purpose: Purpose,
+    ) -> Result<impl FnOnce(HeadBuffers<D>) -> Self + use<D>> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
         let recompute = match purpose {
@@ -197,22 +214,33 @@ impl<D: Device> Activations<D> {
         let floats = |width: usize| -> Result<Vec<Floats<D>>> {
             (0..slots).map(|_| device.alloc(tokens * width)).collect()
         };
-        Ok(Activations {
+        let residual = compute(residuals, config.hidden_size)?;
+        let input_rstd = floats(1)?;
+        let qkv = compute(slots, shape.qkv_width())?;
+        let attention = compute(slots, shape.out_width())?;
+        let attention_lse = floats(shape.heads)?;
+        let middle = compute(slots, config.hidden_size)?;
+        let post_rstd = floats(1)?;
+        let gate_up = compute(gate_up_slots, 2 * config.intermediate_size)?;
+        let normed = device.alloc(tokens * config.hidden_size)?;
+        let delta = device.alloc(tokens * config.hidden_size)?;
+        let activated = device.alloc(tokens * config.intermediate_size)?;
+        Ok(move |head| Activations {
             recompute,
             slots,
-            residual: compute(residuals, config.hidden_size)?,
-            input_rstd: floats(1)?,
-            qkv: compute(slots, shape.qkv_width())?,
-            attention: compute(slots, shape.out_width())?,
-            attention_lse: floats(shape.heads)?,
-            middle: compute(slots, config.hidden_size)?,
-            post_rstd: floats(1)?,
-            gate_up: compute(gate_up_slots, 2 * config.intermediate_size)?,
-            normed: device.alloc(tokens * config.hidden_size)?,
-            delta: device.alloc(tokens * config.hidden_size)?,
-            activated: device.alloc(tokens * config.intermediate_size)?,
+            residual,
+            input_rstd,
+            qkv,
+            attention,
+            attention_lse,
+            middle,
+            post_rstd,
+            gate_up,
+            normed,
+            delta,
+            activated,
             adapter: None,
-            head: HeadBuffers::new(device, config, capacity, purpose)?,
+            head,
         })
     }
 
@@ -247,14 +275,20 @@ impl<D: Device> HeadBuffers<D> {
                 reserve_layers(device, config, capacity)?;
                 HeadPlan::training(device, (width, vocab), capacity.scored, capacity.longest, options)?
             }
-            Purpose::Inference => HeadPlan::inference(device, (width, vocab), capacity.scored)?,
+            Purpose::Inference => {
+                reserve_forward(device, config, capacity)?;
+                HeadPlan::inference(device, (width, vocab), capacity.scored)?
+            }
         };
         let workspace = device.alloc(plan.values)?;
-        if let Purpose::Training { .. } = purpose {
-            let sizes = HeadSizes { width, vocab, workspace: plan.values };
-            for (mode, rows) in plan.calls(capacity.scored) {
-                device.reserve_logp_head(mode, rows, sizes)?;
+        let sizes = HeadSizes { width, vocab, workspace: plan.values };
+        match purpose {
+            Purpose::Training { .. } => {
+                for (mode, rows) in plan.calls(capacity.scored) {
+                    device.reserve_logp_head(mode, rows, sizes)?;
+                }
             }
+            Purpose::Inference => device.reserve_logp_head(HeadMode::Score, capacity.scored, sizes)?,
         }
         Ok(HeadBuffers { gathered, normed, rstd, plan, workspace, scores, coefficients, outcomes })
     }
@@ -277,12 +311,31 @@ fn reserve_layers<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacit
     Ok(())
 }
 
+/// As [`reserve_layers`], for a forward alone.
+fn reserve_forward<D: Device>(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<()> {
+    let tokens = capacity.tokens;
+    device.reserve_attention_forward(config.attention_shape())?;
+    for shape in [
+        config.qkv_shape(tokens),
+        config.attention_out_shape(tokens),
+        config.gate_up_shape(tokens),
+        config.down_shape(tokens),
+    ] {
+        device.reserve_linear_forward(shape)?;
+    }
+    Ok(())
+}
+
 impl<D: Device> BackwardScratch<D> {
     /// Buffers for batches of up to `capacity`.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the device has not enough memory.
     pub fn new(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
+        device.as_part(MemoryPart::ActivationGradients, || Self::of_part(device, config, capacity))
+    }
+
+    fn of_part(device: &D, config: &LlamaConfig, capacity: Capacity) -> Result<Self> {
         let shape = config.attention_shape();
         let tokens = capacity.tokens;
         Ok(BackwardScratch {

@@ -4,7 +4,7 @@ use super::buffers::{Activations, Capacity, Purpose};
 use super::forward::Context;
 use super::{Llama, LlamaConfig};
 use crate::data::{PairBatch, PairSpan};
-use crate::device::{BatchBuffers, ComputeBuffer, Device};
+use crate::device::{BatchBuffers, ComputeBuffer, Device, MemoryPart};
 use crate::error::{Error, Result};
 
 /// Rows of `qkv`, after RoPE, of all tokens so far, for each layer; it grows with them.
@@ -94,20 +94,29 @@ impl<'a, D: Device> Generation<'a, D> {
                 "give some text, or use a model with a BOS token",
             ));
         }
-        let capacity =
-            Capacity { tokens: prompt.len(), pairs: 1, longest_part: prompt.len(), scored: 1, longest: 1 };
-        let device = model.device.as_ref();
-        let mut generation = Generation {
-            model,
-            activations: Activations::of(model, capacity, Purpose::Inference)?,
-            batch: BatchBuffers::new(device, prompt.len(), 1, 1)?,
-            cache: KvCache::new(device, &model.config, prompt.len() + max_new_tokens.min(FIRST_TOKENS))?,
-            length: 0,
-            device_logits: device.alloc(model.config.vocab_size)?,
-            logits: vec![0.0; model.config.vocab_size],
-        };
+        let mut generation = Self::buffers(model, prompt.len(), max_new_tokens)?;
         generation.advance(prompt)?;
         Ok(generation)
+    }
+
+    /// The memory of a generation after a prompt of `prompt` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no memory for it.
+    pub fn buffers(model: &'a Llama<D>, prompt: usize, max_new_tokens: usize) -> Result<Self> {
+        let capacity = Capacity { tokens: prompt, pairs: 1, longest_part: prompt, scored: 1, longest: 1 };
+        let device = model.device.as_ref();
+        device.as_part(MemoryPart::Samples, || {
+            Ok(Generation {
+                model,
+                activations: Activations::of(model, capacity, Purpose::Inference)?,
+                batch: BatchBuffers::new(device, prompt, 1, 1)?,
+                cache: KvCache::new(device, &model.config, prompt + max_new_tokens.min(FIRST_TOKENS))?,
+                length: 0,
+                device_logits: device.alloc(model.config.vocab_size)?,
+                logits: vec![0.0; model.config.vocab_size],
+            })
+        })
     }
 
     /// `[V]` f32 logits of the next token.

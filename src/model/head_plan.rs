@@ -38,7 +38,7 @@ pub enum HeadChoice {
 }
 
 /// How the head works on a micro-batch. `bytes` and `values` are the size of its workspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeadPlan {
     /// Pairs are taken together in main mode up to this many scored tokens.
     pub chunk_rows: usize,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::{FusedTensor, Gradients, Llama, LlamaConfig, LlamaTensors, TensorSpec};
 use crate::checkpoint::ModelFolder;
-use crate::device::{ComputeBuffer, Device, MappedValues, RawValues};
+use crate::device::{ComputeBuffer, Device, MappedValues, MemoryPart, RawValues, StorageType};
 use crate::error::Result;
 
 /// Bytes of weights that are read from the map before their pages are given back: few enough that a model of any size takes
@@ -65,6 +65,36 @@ impl<D: Device> Llama<D> {
         Self::assemble(&device, config, positions, upload)
     }
 
+    /// A model on a device that is planned for ([`Memory::planned`](crate::device::Memory::planned)): it takes the memory of one that
+    /// is loaded from a checkpoint of this storage type.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn planned(
+        device: &Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        storage: StorageType,
+    ) -> Result<Self> {
+        Self::assemble(device, config, positions, |fused| planned_copy(&**device, fused, storage))
+    }
+
+    /// As [`Llama::planned`], of one that [`Llama::load_frozen`] loads.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn planned_frozen(
+        device: &Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        storage: StorageType,
+    ) -> Result<Self> {
+        Self::assemble(device, config, positions, |fused| {
+            let borrowed = device.borrow_planned(storage, fused.parts.len(), fused.values());
+            borrowed.map_or_else(|| planned_copy(&**device, fused, storage), Ok)
+        })
+    }
+
     fn assemble(
         device: &Arc<D>,
         config: LlamaConfig,
@@ -72,9 +102,9 @@ impl<D: Device> Llama<D> {
         make: impl FnMut(&FusedTensor) -> Result<ComputeBuffer<D>>,
     ) -> Result<Self> {
         let layout = LlamaTensors::layout(&config);
-        let weights = layout.try_map(make)?;
+        let weights = device.as_part(MemoryPart::Weights, || layout.try_map(make))?;
         let table = config.rope_table(positions);
-        let mut rope_table = device.alloc(table.len())?;
+        let mut rope_table = device.as_part(MemoryPart::Weights, || device.alloc(table.len()))?;
         device.upload(&mut rope_table, 0, &table)?;
         Ok(Llama { device: Arc::clone(device), config, layout, weights, adapters: None, rope_table })
     }
@@ -98,9 +128,15 @@ impl<D: Device> Llama<D> {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where the device has no memory for them.
     pub fn zero_gradients(&self) -> Result<Gradients<D>> {
-        self.layout.try_map(|tensor| match tensor.trained {
-            true => Ok(Some(self.device.alloc(tensor.values())?)),
-            false => Ok(None),
+        self.gradients_of(&self.layout)
+    }
+
+    fn gradients_of(&self, layout: &LlamaTensors<FusedTensor>) -> Result<Gradients<D>> {
+        self.device.as_part(MemoryPart::Gradients, || {
+            layout.try_map(|tensor| match tensor.trained {
+                true => Ok(Some(self.device.alloc(tensor.values())?)),
+                false => Ok(None),
+            })
         })
     }
 
@@ -123,10 +159,7 @@ impl<D: Device> Llama<D> {
             shared
         });
         layout.layers = shared.into_iter().collect();
-        layout.try_map(|tensor| match tensor.trained {
-            true => Ok(Some(self.device.alloc(tensor.values())?)),
-            false => Ok(None),
-        })
+        self.gradients_of(&layout)
     }
 }
 
@@ -141,6 +174,22 @@ fn copied<D: Device>(device: &D, folder: &ModelFolder, fused: &FusedTensor) -> R
             device.upload_values(&mut weight, offset + start / storage.size(), values)?;
             folder.release(&tensor.name, start..start + bytes.len());
         }
+    }
+    Ok(weight)
+}
+
+/// As [`copied`], on a device that is planned for.
+fn planned_copy<D: Device>(
+    device: &D,
+    fused: &FusedTensor,
+    storage: StorageType,
+) -> Result<ComputeBuffer<D>> {
+    // One value says as much as all of them: the device sets aside what a conversion takes.
+    let value = [0; 4];
+    let one = RawValues { storage, bytes: &value[..storage.size()] };
+    let mut weight = device.alloc(fused.values())?;
+    for (offset, _) in fused.offsets() {
+        device.upload_values(&mut weight, offset, one)?;
     }
     Ok(weight)
 }

@@ -5,7 +5,7 @@ use half::bf16;
 use super::dynamic_map::BLOCK;
 use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
 use super::rounding::StochasticRounding;
-use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, Optimizer};
+use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, MemoryPart, Optimizer};
 use crate::error::Result;
 
 /// A buffer of an optimiser's state, as checkpoints know it.
@@ -134,8 +134,12 @@ impl<D: Optimizer> OptimizerState<D> {
     ) -> Result<Self> {
         let has_master = device.needs_master() && options.master == MasterWeights::F32;
         Ok(OptimizerState {
-            master: if has_master { Some(device.alloc(len)?) } else { None },
-            moments: Moments::new(device, len, options.moments)?,
+            master: match has_master {
+                true => Some(device.as_part(MemoryPart::MasterWeights, || device.alloc(len))?),
+                false => None,
+            },
+            moments: device
+                .as_part(MemoryPart::OptimizerStates, || Moments::new(device, len, options.moments))?,
             rounding,
         })
     }

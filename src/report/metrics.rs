@@ -77,6 +77,9 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Pairs per second.
     pub pairs_per_second: f64,
+    /// Model FLOPs utilisation: the share of the device's peak rate that the model's own operations reached; `None` where the
+    /// peak is not known.
+    pub mfu: Option<f64>,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
 }
@@ -207,6 +210,7 @@ impl StepMetrics {
             ("tokens_per_second", self.tokens_per_second),
             ("pairs_per_second", self.pairs_per_second),
         ]);
+        fields.extend(self.mfu.map(|mfu| ("mfu", mfu)));
         fields.extend(self.memory_peak_gib.map(|gib| ("memory/peak_gib", gib)));
         fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
     }
@@ -329,11 +333,12 @@ mod tests {
             weights: Some(WeightMetrics::default()),
             ..PairMetrics::default()
         };
-        let step = StepMetrics { pairs, memory_peak_gib: Some(1.0), ..StepMetrics::default() };
+        let step =
+            StepMetrics { pairs, mfu: Some(0.5), memory_peak_gib: Some(1.0), ..StepMetrics::default() };
         let names: Vec<String> = step.fields().into_iter().map(|(name, _)| name).collect();
         let documented = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen \
              logps/rejected logps/accuracies logps/margins implicit/accuracies implicit/margins grad_norm learning_rate \
-             epoch weights/chosen weights/saturated tokens_per_second pairs_per_second memory/peak_gib";
+             epoch weights/chosen weights/saturated tokens_per_second pairs_per_second mfu memory/peak_gib";
         assert_eq!(names.join(" "), documented);
         let names: Vec<String> =
             EvalMetrics { pairs, ..EvalMetrics::default() }.fields().into_iter().map(|(n, _)| n).collect();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device};
+use crate::device::{BatchBuffers, Device, MemoryPart};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{Activations, Capacity, Context, Llama, Purpose};
@@ -84,21 +84,40 @@ impl<'a, D: Device> Scorer<'a, D> {
     /// # Errors
     /// [`Error::Device`] if the device has not enough memory.
     pub fn new(model: &'a Llama<D>, pairs: &'a [TokenizedPair], token_budget: usize) -> Result<Self> {
-        let device = model.device.as_ref();
+        let (runs, capacity) = Self::micro_batches(pairs, token_budget);
+        Self::for_capacity(model, pairs, runs, capacity)
+    }
+
+    /// The micro-batches that `pairs` are scored in, as ranges of them, and what the largest holds.
+    pub fn micro_batches(pairs: &[TokenizedPair], token_budget: usize) -> (Vec<Range<usize>>, Capacity) {
         let sizes: Vec<usize> = pairs.iter().map(TokenizedPair::tokens).collect();
         let runs = micro_batches(&sizes, token_budget);
-        let mut capacity = Capacity::default();
-        for run in &runs {
-            capacity = capacity.cover(&PairBatch::pack(&pairs[run.clone()], Sides::Both));
-        }
-        Ok(Scorer {
-            model,
-            activations: Activations::of(model, capacity, Purpose::Inference)?,
-            batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
-            runs,
-            pairs,
-            logp: vec![0.0; capacity.scored],
-            entropy: vec![0.0; capacity.scored],
+        let packed = runs.iter().map(|run| PairBatch::pack(&pairs[run.clone()], Sides::Both));
+        let capacity = packed.fold(Capacity::default(), |capacity, batch| capacity.cover(&batch));
+        (runs, capacity)
+    }
+
+    /// As [`Scorer::new`], for what [`Scorer::micro_batches`] gives.
+    ///
+    /// # Errors
+    /// As [`Scorer::new`].
+    pub fn for_capacity(
+        model: &'a Llama<D>,
+        pairs: &'a [TokenizedPair],
+        runs: Vec<Range<usize>>,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let device = model.device.as_ref();
+        device.as_part(MemoryPart::Reference, || {
+            Ok(Scorer {
+                model,
+                activations: Activations::of(model, capacity, Purpose::Inference)?,
+                batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
+                runs,
+                pairs,
+                logp: vec![0.0; capacity.scored],
+                entropy: vec![0.0; capacity.scored],
+            })
         })
     }
 

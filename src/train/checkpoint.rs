@@ -56,6 +56,9 @@ pub const FREE_OPTIONS: &[&str] = &[
     "device",
     // The same bits, from more or less memory.
     "recompute",
+    // A limit, not what is computed below it.
+    "memory",
+    "tflops",
     "offload",
 ];
 

@@ -57,7 +57,7 @@ impl Inputs {
             (None, Some(demo)) => demo.model(),
             (None, None) => return Err(Error::bug("the demo is not unpacked")),
         };
-        let (training_source, evaluation_source) = sources(config, demo.as_ref())?;
+        let (training_source, evaluation_source) = pair_sources(config, demo.as_ref())?;
 
         let folder = ModelFolder::open(&model)?;
         folder.check_finite()?;
@@ -152,7 +152,10 @@ fn open_reference(path: &Path, model: &ModelFolder) -> Result<ModelFolder> {
 }
 
 /// Where the pairs to train on come from, and those to evaluate on.
-fn sources(config: &RunConfig, demo: Option<&Demo>) -> Result<(PairSource, Option<PairSource>)> {
+///
+/// # Errors
+/// Those of the files.
+pub fn pair_sources(config: &RunConfig, demo: Option<&Demo>) -> Result<(PairSource, Option<PairSource>)> {
     let built_in = |path: fn(&Demo) -> std::path::PathBuf| demo.map(|demo| PairFiles::from(path(demo)));
     let training = config.data.clone().or_else(|| built_in(Demo::pairs));
     let training = training.ok_or_else(|| Error::bug("the demo is not unpacked"))?;

@@ -4,7 +4,7 @@
 //! clipped, because the norm over all gradients is known only at the end.
 
 use super::offload::{self, Offloaded};
-use crate::device::{Device, Floats};
+use crate::device::{Device, Floats, MemoryPart};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink, Gradients, LayerTensors, Llama, LlamaTensors};
 use crate::optimizer::{AdamWStep, OptimizerState};
@@ -28,8 +28,10 @@ impl<D: Device> LayerNorms<D> {
             gradients.layers.iter().flat_map(|layer| layer.iter().flatten()).collect();
         device.reserve_gradient_norm(&shared)?;
         device.reserve_gradient_norm(&gradients.outside_layers().flatten().collect::<Vec<_>>())?;
-        let layers = (0..model.config.layers).map(|_| device.alloc(2)).collect::<Result<_>>()?;
-        Ok(LayerNorms { layers, outside: device.alloc(2)? })
+        device.as_part(MemoryPart::Gradients, || {
+            let layers = (0..model.config.layers).map(|_| device.alloc(2)).collect::<Result<_>>()?;
+            Ok(LayerNorms { layers, outside: device.alloc(2)? })
+        })
     }
 
     /// How many norms there are.

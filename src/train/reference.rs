@@ -9,7 +9,7 @@ use super::self_test;
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
-use crate::device::Device;
+use crate::device::{Device, MemoryPart};
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
@@ -44,7 +44,10 @@ impl References {
         match &inputs.reference {
             None => Self::of(config, inputs, &inputs.folder, model),
             Some(folder) => {
-                let reference = Llama::load_frozen(model.device.clone(), folder, inputs.positions())?;
+                let device = &model.device;
+                let reference = device.as_part(MemoryPart::Reference, || {
+                    Llama::load_frozen(Arc::clone(device), folder, inputs.positions())
+                })?;
                 Self::of(config, inputs, folder, &reference)
             }
         }

@@ -25,10 +25,7 @@ impl Samples {
             (Some(source), Some(dataset)) => (source, &dataset.pairs),
             _ => (&inputs.training_source, &inputs.training.pairs),
         };
-        let mut chosen: Vec<&TokenizedPair> = pairs.iter().filter(|pair| !pair.prompt.is_empty()).collect();
-        // A file with a weight above 1 has each pair several times.
-        chosen.dedup_by_key(|pair| pair.record);
-        chosen.truncate(COUNT);
+        let chosen = sample_prompts(pairs);
         let places: Vec<usize> = chosen.iter().map(|pair| pair.record).collect();
         let records = read_chosen_records(source, &places)?;
         Ok(Samples {
@@ -57,6 +54,15 @@ impl Samples {
             })
             .collect()
     }
+}
+
+/// The pairs whose prompts are answered before and after training.
+pub fn sample_prompts(pairs: &[TokenizedPair]) -> Vec<&TokenizedPair> {
+    let mut chosen: Vec<&TokenizedPair> = pairs.iter().filter(|pair| !pair.prompt.is_empty()).collect();
+    // A file with a weight above 1 has each pair several times.
+    chosen.dedup_by_key(|pair| pair.record);
+    chosen.truncate(COUNT);
+    chosen
 }
 
 /// The last message of a prompt, or all of a plain one.

@@ -10,7 +10,7 @@ use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use super::offload::{self, Offloaded};
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, hash};
+use crate::device::{BatchBuffers, Device, Floats, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -147,7 +147,9 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let capacity = workload.micro_batch;
-        let offloaded = Offloaded::new(&model, &workload.memory, workload.rounding_seed)?;
+        let offloaded = device.as_part(MemoryPart::OptimizerStates, || {
+            Offloaded::new(&model, &workload.memory, workload.rounding_seed)
+        })?;
         let states = new_states(&model, workload)?;
         let (gradients, layer_norms) = match workload.memory.gradients {
             GradientConfig::F32 => {
@@ -175,9 +177,11 @@ impl<D: Device> Trainer<D> {
             state_options: workload.memory.states,
             scratch: BackwardScratch::new(device, &model.config, capacity)?,
             batch,
-            metrics: device.alloc(first_outcome + workload.pairs_per_step * PairOutcome::WIDTH)?,
+            metrics: device.as_part(MemoryPart::Batch, || {
+                device.alloc(first_outcome + workload.pairs_per_step * PairOutcome::WIDTH)
+            })?,
             first_outcome,
-            norm: device.alloc(2)?,
+            norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
             activations: Activations::of(&model, capacity, workload.purpose())?,

@@ -27,6 +27,7 @@ mod kills;
 mod learning;
 mod log_format;
 mod own_data;
+mod plan;
 mod precision;
 mod reliability;
 mod report;

@@ -10,6 +10,7 @@ mod layers;
 mod mapped;
 mod memory_table;
 mod objective;
+mod plan;
 mod published_configs;
 mod python_options;
 mod report;

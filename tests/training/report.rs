@@ -39,6 +39,7 @@ fn step(step: usize, steps: usize) -> StepMetrics {
         learning_rate: 2.5e-4 * (1.0 + (std::f64::consts::PI * progress).cos()),
         tokens_per_second: 15_800.0 + 300.0 * (step as f64).sin(),
         pairs_per_second: 120.0,
+        mfu: None,
         memory_peak_gib: Some(0.31),
     }
 }

@@ -21,7 +21,9 @@ use super::storage::{Storage, round};
 use super::transpose::transpose;
 use super::{CpuDevice, simd};
 use crate::data::PairSpan;
-use crate::device::{AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape, Checked};
+use crate::device::{
+    Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape, Checked,
+};
 use crate::error::Result;
 
 /// What a unit reads.
@@ -36,7 +38,7 @@ struct Inputs<'a, C> {
 
 impl<C: Storage> AttentionBackward for CpuDevice<C> {
     fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()> {
-        self.reserve_attention_forward(shape);
+        self.reserve_attention_forward(shape)?;
         let prefixes = self.scratch.take::<f32>(prefix_rows_of(capacity.rows, shape) * shape.head_size);
         self.scratch.reserve::<f32>(self.threads, Unit::<C>::len(shape, capacity.longest_part));
         drop(prefixes);

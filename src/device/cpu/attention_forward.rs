@@ -16,6 +16,12 @@ use crate::device::{Attention, AttentionShape, BatchBuffers, Checked};
 use crate::error::Result;
 
 impl<C: Storage> Attention for CpuDevice<C> {
+    /// The tiles of one block for each thread.
+    fn reserve_attention_forward(&self, shape: AttentionShape) -> Result<()> {
+        self.scratch.reserve::<f32>(self.threads, Tiles::len::<C>(shape));
+        Ok(())
+    }
+
     fn run_attention_forward(
         &self,
         out: &mut CpuBuffer<C>,
@@ -206,12 +212,5 @@ impl<'a> Tiles<'a> {
             }
             lse[h] = self.maxima[m + h] + self.sums[m + h].ln();
         }
-    }
-}
-
-impl<C: Storage> CpuDevice<C> {
-    /// Sets aside the forward's scratch memory: the tiles of one block for each thread.
-    pub(super) fn reserve_attention_forward(&self, shape: AttentionShape) {
-        self.scratch.reserve::<f32>(self.threads, Tiles::len::<C>(shape));
     }
 }

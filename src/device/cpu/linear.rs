@@ -169,6 +169,10 @@ impl<C: Storage> Linear for CpuDevice<C> {
         Ok(())
     }
 
+    fn reserve_linear_forward(&self, shape: LinearShape) -> Result<()> {
+        self.reserve_linear(shape, false)
+    }
+
     fn run_linear_forward(
         &self,
         out: &mut CpuBuffer<C>,

@@ -67,7 +67,7 @@ impl<C: Storage> Head for CpuDevice<C> {
         let turned = self.scratch.take::<C>(C::head_operand_values(at_once, width));
         let summaries = self.scratch.take::<RowSummary>(strips * at_once);
         let terms = self.scratch.take::<RowTerms>(at_once);
-        let block = at_once.min(BACKWARD_ROWS);
+        let block = if mode == HeadMode::Score { 0 } else { at_once.min(BACKWARD_ROWS) };
         let partial = self.scratch.take::<f32>(strips * block * width);
         let held: Vec<_> =
             (0..self.threads).map(|_| self.scratch.take::<C>(narrow_values::<C>(block))).collect();

@@ -1,7 +1,6 @@
 //! Buffers of the CPU device, their count of bytes, and copies into and out of them.
 
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
@@ -9,39 +8,18 @@ use rayon::prelude::*;
 
 use super::storage::{Storage, widen};
 use super::{BLOCK_ELEMENTS, CpuDevice};
-use crate::device::{Checked, Element, MappedValues, Memory, MemoryUse, RawValues, StorageType};
+use crate::device::{
+    Checked, Element, MappedValues, Memory, MemoryCounter, MemoryPart, RawValues, StorageType,
+};
 use crate::error::{Error, Result};
 
-/// Bytes held by all buffers of a device.
-#[derive(Debug, Default)]
-pub(super) struct MemoryCounter {
-    now: AtomicUsize,
-    peak: AtomicUsize,
-    allocations: AtomicUsize,
-}
-
-impl MemoryCounter {
-    pub(super) fn read(&self) -> MemoryUse {
-        MemoryUse {
-            now: self.now.load(Ordering::Relaxed),
-            peak: self.peak.load(Ordering::Relaxed),
-            allocations: self.allocations.load(Ordering::Relaxed),
-        }
-    }
-
-    /// Notes that `bytes` bytes were taken at once.
-    pub(super) fn add(&self, bytes: usize) {
-        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.peak.fetch_max(now, Ordering::Relaxed);
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// A buffer of the CPU device; it reads as a slice. One that was borrowed from mapped files becomes a copy when it is written
+/// A buffer of the CPU device; it reads as a slice, which is empty on a device that is only planned for. One that was borrowed from mapped files becomes a copy when it is written
 /// to, or when values of several parts are read as one slice: [`CpuBuffer::parts`] reads them in place.
 #[derive(Debug)]
 pub struct CpuBuffer<T> {
     values: Values<T>,
+    len: usize,
+    part: MemoryPart,
     memory: Arc<MemoryCounter>,
 }
 
@@ -51,7 +29,6 @@ enum Values<T> {
     Owned(Vec<T>),
     Mapped {
         parts: Vec<MappedValues>,
-        len: usize,
         /// All parts in one slice, once somebody has asked for it.
         joined: OnceLock<Vec<T>>,
     },
@@ -72,17 +49,25 @@ impl<T: Element> CpuBuffer<T> {
         let bytes =
             parts.iter().map(|part| bytemuck::try_cast_slice::<u8, T>(&part.file[part.bytes.clone()]));
         let len = bytes.map(|values| values.map(<[T]>::len)).sum::<std::result::Result<_, _>>().ok()?;
-        let values = Values::Mapped { parts: parts.to_vec(), len, joined: OnceLock::new() };
-        Some(CpuBuffer { values, memory: Arc::clone(memory) })
+        let values = Values::Mapped { parts: parts.to_vec(), joined: OnceLock::new() };
+        // No bytes of the device's own, until they are copied.
+        let part = memory.add(0, None);
+        Some(CpuBuffer { values, len, part, memory: Arc::clone(memory) })
     }
 
     /// A copy of all parts, whose bytes are counted.
     fn joined(&self) -> Vec<T> {
-        let mut values = Vec::with_capacity(self.values.len());
+        let mut values = Vec::with_capacity(self.len);
         self.parts().for_each(|part| values.extend_from_slice(part));
-        self.memory.add(values.len() * size_of::<T>());
+        self.memory.add(values.len() * size_of::<T>(), Some(self.part));
         values
     }
+}
+
+/// Whether weights of this storage type are read where they lie. Files are little-endian, and the f32 products read a weight as one
+/// slice, which several parts are not.
+fn can_borrow<C: Storage>(storage: StorageType, parts: usize) -> bool {
+    cfg!(target_endian = "little") && storage == C::TYPE && (C::TYPE == StorageType::Bf16 || parts == 1)
 }
 
 /// The values of a mapped part, which [`CpuBuffer::mapped`] has checked to be whole and aligned.
@@ -90,25 +75,9 @@ fn in_place<T: Element>(part: &MappedValues) -> &[T] {
     bytemuck::cast_slice(&part.file[part.bytes.clone()])
 }
 
-impl<T> Values<T> {
-    fn len(&self) -> usize {
-        match self {
-            Values::Owned(values) => values.len(),
-            Values::Mapped { len, .. } => *len,
-        }
-    }
-
-    /// How many values are in memory of the process's own.
-    fn owned(&self) -> usize {
-        match self {
-            Values::Owned(values) => values.len(),
-            Values::Mapped { joined, .. } => joined.get().map_or(0, Vec::len),
-        }
-    }
-}
-
 impl<T: Element> CpuBuffer<T> {
-    pub(super) fn new(len: usize, memory: &Arc<MemoryCounter>) -> Result<Self> {
+    /// `len` zeros; with `only_counted` none of them exists.
+    pub(super) fn new(len: usize, memory: &Arc<MemoryCounter>, only_counted: bool) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
         let out_of_memory = || {
             Error::device(
@@ -118,16 +87,25 @@ impl<T: Element> CpuBuffer<T> {
         };
         // `try_reserve` first, so that an impossible size is an error and not an abort; `vec![0; len]` then asks the
         // system for pages that are already zero, which is much faster than writing zeros.
-        Vec::<T>::new().try_reserve_exact(len).map_err(|_| out_of_memory())?;
-        let values = vec![T::default(); len];
-        memory.add(bytes);
-        Ok(CpuBuffer { values: Values::Owned(values), memory: Arc::clone(memory) })
+        let values = match only_counted {
+            true => Vec::new(),
+            false => {
+                Vec::<T>::new().try_reserve_exact(len).map_err(|_| out_of_memory())?;
+                vec![T::default(); len]
+            }
+        };
+        let part = memory.add(bytes, None);
+        Ok(CpuBuffer { values: Values::Owned(values), len, part, memory: Arc::clone(memory) })
     }
 }
 
 impl<T> Drop for CpuBuffer<T> {
     fn drop(&mut self) {
-        self.memory.now.fetch_sub(self.values.owned() * size_of::<T>(), Ordering::Relaxed);
+        let held = match &self.values {
+            Values::Owned(_) => self.len,
+            Values::Mapped { joined, .. } => joined.get().map_or(0, Vec::len),
+        };
+        self.memory.subtract(held.saturating_mul(size_of::<T>()), self.part);
     }
 }
 
@@ -160,28 +138,39 @@ impl<C: Storage> Memory for CpuDevice<C> {
     type Compute = C;
     type Buffer<T: Element> = CpuBuffer<T>;
 
-    fn memory(&self) -> MemoryUse {
-        self.memory.read()
+    fn memory_counter(&self) -> &MemoryCounter {
+        &self.memory
+    }
+
+    fn planned(&self, limit: Option<usize>) -> Result<Self> {
+        let planned = CpuDevice { has_bf16: self.has_bf16, ..CpuDevice::open_planned(Some(self.threads))? };
+        planned.memory.set_limit(limit);
+        Ok(planned)
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(None)
+        Ok(self.memory.left())
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
-        CpuBuffer::new(len, &self.memory)
+        CpuBuffer::new(len, &self.memory, self.only_counts)
     }
 
     fn borrow_mapped(&self, parts: &[MappedValues]) -> Option<CpuBuffer<C>> {
-        // Files are little-endian. The f32 products read a weight as one slice, which several parts are not.
-        let is_readable =
-            cfg!(target_endian = "little") && (C::TYPE == StorageType::Bf16 || parts.len() == 1);
-        let is_same = parts.iter().all(|part| part.storage == C::TYPE);
-        if is_readable && is_same { CpuBuffer::mapped(parts, &self.memory) } else { None }
+        let can = |part: &MappedValues| can_borrow::<C>(part.storage, parts.len());
+        if parts.iter().all(can) { CpuBuffer::mapped(parts, &self.memory) } else { None }
+    }
+
+    fn borrow_planned(&self, storage: StorageType, parts: usize, len: usize) -> Option<CpuBuffer<C>> {
+        can_borrow::<C>(storage, parts).then(|| {
+            let values = Values::Mapped { parts: Vec::new(), joined: OnceLock::new() };
+            let part = self.memory.add(0, None);
+            CpuBuffer { values, len, part, memory: Arc::clone(&self.memory) }
+        })
     }
 
     fn len<T: Element>(&self, buffer: &CpuBuffer<T>) -> usize {
-        buffer.values.len()
+        buffer.len
     }
 
     fn zero_all(&self, outs: &mut [&mut CpuBuffer<f32>]) -> Result<()> {
@@ -202,6 +191,9 @@ impl<C: Storage> Memory for CpuDevice<C> {
         source: &[T],
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("upload", || {
             out[offset..][..source.len()].copy_from_slice(source);
             Ok(())
@@ -215,7 +207,9 @@ impl<C: Storage> Memory for CpuDevice<C> {
         offset: usize,
         _: Checked,
     ) -> Result<()> {
-        out.copy_from_slice(&source[offset..][..out.len()]);
+        if !self.only_counts {
+            out.copy_from_slice(&source[offset..][..out.len()]);
+        }
         Ok(())
     }
 
@@ -226,6 +220,9 @@ impl<C: Storage> Memory for CpuDevice<C> {
         source: RawValues<'_>,
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("upload_values", || {
             let size = source.storage.size();
             let blocks = out[offset..][..source.len()].par_chunks_mut(BLOCK_ELEMENTS);
@@ -254,6 +251,9 @@ impl<C: Storage> Memory for CpuDevice<C> {
     }
 
     fn run_zero<T: Element>(&self, out: &mut CpuBuffer<T>, range: Range<usize>, _: Checked) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("zero", || {
             let out = &mut out[range];
             self.parallel(|| out.par_chunks_mut(BLOCK_ELEMENTS).for_each(|block| block.fill(T::default())));
@@ -269,6 +269,9 @@ impl<C: Storage> Memory for CpuDevice<C> {
         range: Range<usize>,
         _: Checked,
     ) -> Result<()> {
+        if self.only_counts {
+            return Ok(());
+        }
         self.traced("copy", || {
             out[out_offset..][..range.len()].copy_from_slice(&source[range]);
             Ok(())

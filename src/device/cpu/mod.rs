@@ -42,12 +42,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use memory::CpuBuffer;
-use memory::MemoryCounter;
 use scratch::ScratchPool;
 pub use storage::Storage;
 
 use super::trace::{OperationTime, Trace};
-use super::{Hardware, StorageType};
+use super::{Hardware, MemoryCounter, StorageType};
 use crate::error::{Error, Result};
 
 /// Elements below which a block is not worth handing to another thread (64 KiB of f32: a few microseconds of work).
@@ -61,6 +60,8 @@ pub struct CpuDevice<C = f32> {
     arch: pulp::Arch,
     memory: Arc<MemoryCounter>,
     scratch: ScratchPool,
+    /// Whether buffers hold nothing: the device is planned for, and computes nothing.
+    only_counts: bool,
     trace: Trace<Instant>,
     /// Whether bf16 products use the processor's instructions for them.
     has_bf16: bool,
@@ -89,6 +90,18 @@ impl<C: Storage> CpuDevice<C> {
     /// # Errors
     /// [`Error::Config`] for zero threads, [`Error::Device`] where the system refuses to start them.
     pub fn open(threads: Option<usize>) -> Result<Self> {
+        Self::start(threads, false)
+    }
+
+    /// As [`CpuDevice::open`], for [`Memory::planned`](super::Memory::planned).
+    ///
+    /// # Errors
+    /// As [`CpuDevice::open`].
+    pub fn open_planned(threads: Option<usize>) -> Result<Self> {
+        Self::start(threads, true)
+    }
+
+    fn start(threads: Option<usize>, only_counts: bool) -> Result<Self> {
         let threads = match threads {
             Some(0) => {
                 return Err(Error::config(
@@ -100,7 +113,7 @@ impl<C: Storage> CpuDevice<C> {
             None => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
         };
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
+            .num_threads(if only_counts { 1 } else { threads })
             .thread_name(|index| format!("cpu-device-{index}"))
             .build()
             .map_err(|error| {
@@ -110,13 +123,14 @@ impl<C: Storage> CpuDevice<C> {
                 )
             })?;
         let memory = Arc::default();
-        let scratch = ScratchPool::new(&memory);
+        let scratch = ScratchPool::new(&memory, only_counts);
         Ok(CpuDevice {
             pool,
             threads,
             arch: pulp::Arch::new(),
             memory,
             scratch,
+            only_counts,
             trace: Trace::default(),
             has_bf16: bf16_gemm::has_instructions(),
             storage: PhantomData,

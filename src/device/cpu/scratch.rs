@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 
-use super::memory::MemoryCounter;
+use crate::device::{MemoryCounter, MemoryPart};
 
 /// Pieces of scratch memory that are not in use. The lock is held only to push and pop, never while work runs: a thread
 /// that waits for others may take up another operation, which then finds the pool unlocked.
@@ -16,13 +16,24 @@ use super::memory::MemoryCounter;
 #[derive(Debug, Default)]
 pub(super) struct ScratchPool {
     /// The pieces, as 64-bit words, so that each is aligned for every type of number that the operations use.
-    idle: Mutex<Vec<Vec<u64>>>,
+    idle: Mutex<Vec<Piece>>,
     memory: Arc<MemoryCounter>,
+    /// Whether pieces hold nothing.
+    only_counts: bool,
+}
+
+/// A piece of scratch memory.
+#[derive(Debug, Default)]
+struct Piece {
+    /// Its values, none where they are only counted.
+    values: Vec<u64>,
+    /// Their number.
+    words: usize,
 }
 
 /// Scratch memory of one operation, which goes back to its pool when dropped. Its values are unspecified.
 pub(super) struct Scratch<'a, T> {
-    words: Vec<u64>,
+    piece: Piece,
     len: usize,
     pool: &'a ScratchPool,
     values: PhantomData<T>,
@@ -30,8 +41,8 @@ pub(super) struct Scratch<'a, T> {
 
 impl ScratchPool {
     /// A pool whose bytes are counted in `memory`.
-    pub(super) fn new(memory: &Arc<MemoryCounter>) -> Self {
-        ScratchPool { idle: Mutex::default(), memory: Arc::clone(memory) }
+    pub(super) fn new(memory: &Arc<MemoryCounter>, only_counts: bool) -> Self {
+        ScratchPool { idle: Mutex::default(), memory: Arc::clone(memory), only_counts }
     }
 
     /// `len` values of unspecified content.
@@ -40,18 +51,19 @@ impl ScratchPool {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // Take the smallest piece that fits, else the largest, which is then replaced by a larger one.
         let index = (0..idle.len())
-            .filter(|&index| idle[index].len() >= needed)
-            .min_by_key(|&index| idle[index].len())
-            .or_else(|| (0..idle.len()).max_by_key(|&index| idle[index].len()));
-        let mut words = index.map(|index| idle.swap_remove(index)).unwrap_or_default();
+            .filter(|&index| idle[index].words >= needed)
+            .min_by_key(|&index| idle[index].words)
+            .or_else(|| (0..idle.len()).max_by_key(|&index| idle[index].words));
+        let mut piece = index.map(|index| idle.swap_remove(index)).unwrap_or_default();
         drop(idle);
-        if words.len() < needed {
-            self.memory.add((needed - words.len()) * size_of::<u64>());
+        if piece.words < needed {
+            self.memory.add((needed - piece.words) * size_of::<u64>(), Some(MemoryPart::Scratch));
             // `resize` would copy the old values, which nobody needs.
-            drop(std::mem::take(&mut words));
-            words = vec![0; needed];
+            drop(std::mem::take(&mut piece.values));
+            piece.values = vec![0; if self.only_counts { 0 } else { needed }];
+            piece.words = needed;
         }
-        Scratch { words, len, pool: self, values: PhantomData }
+        Scratch { piece, len, pool: self, values: PhantomData }
     }
 
     /// Makes sure that `count` pieces of `len` values can be taken at the same time without an allocation.
@@ -65,8 +77,8 @@ impl ScratchPool {
 
 impl<T> Drop for Scratch<'_, T> {
     fn drop(&mut self) {
-        let words = std::mem::take(&mut self.words);
-        self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(words);
+        let piece = std::mem::take(&mut self.piece);
+        self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(piece);
     }
 }
 
@@ -74,14 +86,14 @@ impl<T: Pod> Deref for Scratch<'_, T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        let bytes: &[u8] = bytemuck::cast_slice(&self.piece.values);
         bytemuck::cast_slice(&bytes[..self.len * size_of::<T>()])
     }
 }
 
 impl<T: Pod> DerefMut for Scratch<'_, T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.piece.values);
         bytemuck::cast_slice_mut(&mut bytes[..self.len * size_of::<T>()])
     }
 }

@@ -96,6 +96,26 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// Runs `call` with the device current on this thread; `operation` and `shape` are for the message of an error.
     fn launch(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()>;
 
+    /// As [`Backend::launch`], of a function that only answers a question.
+    fn ask(&self, operation: &str, shape: &dyn Debug, call: LaunchCall<'_>) -> Result<()> {
+        self.launch(operation, shape, call)
+    }
+
+    /// Whether this device is only planned for: see [`Memory::planned`](crate::device::Memory::planned).
+    fn only_counts(&self) -> bool {
+        false
+    }
+
+    /// Whether memory comes in pieces that are larger than a buffer.
+    fn takes_pieces(&self) -> bool {
+        false
+    }
+
+    /// The most bytes that were taken at once, idle ones included, where that is counted.
+    fn taken_at_peak(&self) -> Option<usize> {
+        None
+    }
+
     /// The moment at which all work queued so far is done.
     fn moment(&self) -> Result<Moment> {
         Ok(Moment::Host(Instant::now()))
@@ -153,6 +173,11 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// The vendor's gemm library, where there is one; `gemm.rs` says which kernel runs otherwise.
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         None
+    }
+
+    /// Whether there is a vendor's gemm library.
+    fn has_gemm_library(&self) -> bool {
+        self.gemm_library().is_some()
     }
 }
 

@@ -218,6 +218,10 @@ impl Backend for GpuBackend {
             .map_err(|error| driver_error("waiting for the GPU's work between two events", error))
     }
 
+    fn takes_pieces(&self) -> bool {
+        STAND_IN.get().is_none()
+    }
+
     fn allocate_host(&self, bytes: usize) -> Result<Address> {
         self.bind()?;
         // SAFETY: the context is current; the caller owns the memory from here on.

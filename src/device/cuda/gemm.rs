@@ -139,7 +139,7 @@ fn choose(device: &CudaDevice, kind: GemmKind, shape: LinearShape, hopper: bool)
         GemmChoice::Vendor => Implementation::Vendor,
         GemmChoice::Ours => ours(None),
         GemmChoice::Tile(tile) => ours(Some(tile)),
-        GemmChoice::Fastest if device.backend().gemm_library().is_none() => ours(None),
+        GemmChoice::Fastest if !device.backend().has_gemm_library() => ours(None),
         GemmChoice::Fastest if hopper => {
             faster_tile(MEASURED, kind, shape).map_or(Implementation::Vendor, Implementation::Hopper)
         }

@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::bf16;
 
 use super::backend::{Address, Backend};
+use super::backend_planned::PlannedBackend;
 use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32, mmpo_floats};
 use super::{CudaDevice, launch_sizes};
-use crate::device::{Checked, Element, Memory, MemoryUse, RawValues, StorageType};
+use crate::device::{Checked, Element, Memory, MemoryCounter, MemoryPart, RawValues, StorageType};
 use crate::error::{Error, Result};
 
 /// Bytes that pass through scratch memory at once when numbers are converted on their way to the device.
@@ -21,50 +22,17 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
-    device: ByteCounter,
+    pub(super) counter: MemoryCounter,
     /// Of pinned host memory.
-    pub(super) host: ByteCounter,
+    pub(super) host: MemoryCounter,
     /// How often the host waited for the device.
     pub(super) waits: AtomicUsize,
 }
 
-/// Bytes held now and at most, and how often some were taken.
-#[derive(Debug, Default)]
-pub(super) struct ByteCounter {
-    now: AtomicUsize,
-    peak: AtomicUsize,
-    allocations: AtomicUsize,
-}
-
-impl ByteCounter {
-    pub(super) fn add(&self, bytes: usize) {
-        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.peak.fetch_max(now, Ordering::Relaxed);
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn remove(&self, bytes: usize) {
-        self.now.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn read(&self) -> MemoryUse {
-        MemoryUse {
-            now: self.now.load(Ordering::Relaxed),
-            peak: self.peak.load(Ordering::Relaxed),
-            allocations: self.allocations.load(Ordering::Relaxed),
-        }
-    }
-}
-
 impl DeviceMemory {
-    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
-        let (device, host) = (ByteCounter::default(), ByteCounter::default());
-        Arc::new(DeviceMemory { backend, device, host, waits: AtomicUsize::new(0) })
-    }
-
-    pub(super) fn read(&self) -> MemoryUse {
-        self.device.read()
+        let (counter, host) = (MemoryCounter::default(), MemoryCounter::default());
+        Arc::new(DeviceMemory { backend, counter, host, waits: AtomicUsize::new(0) })
     }
 }
 
@@ -73,20 +41,22 @@ struct Allocation {
     memory: Arc<DeviceMemory>,
     address: Address,
     bytes: usize,
+    part: MemoryPart,
 }
 
 impl Allocation {
-    fn new(memory: &Arc<DeviceMemory>, bytes: usize) -> Result<Self> {
+    /// `part` is what the bytes are for, where that does not depend on who asks.
+    fn new(memory: &Arc<DeviceMemory>, bytes: usize, part: Option<MemoryPart>) -> Result<Self> {
         // At least one byte, so that an empty buffer has an address too.
         let address = memory.backend.allocate(bytes.max(1))?;
-        memory.device.add(bytes);
-        Ok(Allocation { memory: Arc::clone(memory), address, bytes })
+        let part = memory.counter.add(bytes, part);
+        Ok(Allocation { memory: Arc::clone(memory), address, bytes, part })
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        self.memory.device.remove(self.bytes);
+        self.memory.counter.subtract(self.bytes, self.part);
         // SAFETY: the address is this allocation's own, and no one can name it any more.
         unsafe { self.memory.backend.free(self.address) };
     }
@@ -163,7 +133,7 @@ impl Workspace {
             // The old one goes first: both at once may not fit.
             smaller => {
                 drop(smaller);
-                Allocation::new(memory, bytes)?
+                Allocation::new(memory, bytes, Some(MemoryPart::Scratch))?
             }
         };
         use_it(held.insert(allocation).address.pointer())
@@ -174,12 +144,25 @@ impl Memory for CudaDevice {
     type Compute = bf16;
     type Buffer<T: Element> = CudaBuffer<T>;
 
-    fn memory(&self) -> MemoryUse {
-        self.memory.read()
+    fn memory_counter(&self) -> &MemoryCounter {
+        &self.memory.counter
+    }
+
+    fn planned(&self, limit: Option<usize>) -> Result<Self> {
+        let backend =
+            PlannedBackend::new(self.backend().takes_pieces(), self.backend().has_gemm_library(), limit);
+        let planned = Self::new(Box::new(backend), self.path);
+        planned.memory.counter.set_limit(limit);
+        Ok(CudaDevice { gemm_choice: self.gemm_choice, attention_order: self.attention_order, ..planned })
+    }
+
+    fn taken_at_peak(&self) -> usize {
+        self.backend().taken_at_peak().unwrap_or_else(|| self.memory().peak)
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        self.backend().free_memory()
+        let both = [self.backend().free_memory()?, self.memory.counter.left()];
+        Ok(both.into_iter().flatten().min())
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
@@ -189,7 +172,7 @@ impl Memory for CudaDevice {
                 "use a smaller model or token budget",
             )
         })?;
-        let allocation = Allocation::new(&self.memory, bytes)?;
+        let allocation = Allocation::new(&self.memory, bytes, None)?;
         let mut buffer = CudaBuffer { allocation, len, values: PhantomData };
         self.zero(&mut buffer, 0..len)?;
         Ok(buffer)
@@ -274,6 +257,9 @@ impl Memory for CudaDevice {
         offset: usize,
         checked: Checked,
     ) -> Result<()> {
+        if self.backend().only_counts() {
+            return Ok(());
+        }
         let mut values = vec![bf16::ZERO; out.len().min(CONVERSION_CHUNK)];
         let mut first = offset;
         for out in out.chunks_mut(CONVERSION_CHUNK) {

@@ -5,7 +5,6 @@
 //! one stream, but for copies of pinned host memory, which have two of their own; only downloads wait.
 
 mod adapted_linear;
-#[cfg(any(mmpo_gpu_kernels, test))]
 mod arena;
 mod attention;
 mod backend;
@@ -13,6 +12,7 @@ mod backend;
 mod backend_emulated;
 #[cfg(mmpo_gpu_kernels)]
 mod backend_gpu;
+mod backend_planned;
 mod bindings;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
@@ -35,6 +35,7 @@ mod probe;
 mod rms_norm;
 mod rope;
 mod swiglu;
+mod workspace_rules;
 
 use std::ffi::c_void;
 use std::fmt::{self, Debug};
@@ -124,7 +125,17 @@ impl CudaDevice {
         Self::new(Box::new(backend_emulated::EmulatedBackend::new(variant)), KernelPath::Portable)
     }
 
-    #[cfg(any(mmpo_gpu_kernels, mmpo_emulated))]
+    /// A GPU that is only planned for, see [`Memory::planned`](super::Memory::planned): on the kernels of `path`, with or
+    /// without the vendor's library of gemms. It needs neither a GPU nor kernels.
+    pub fn planned_gpu(path: KernelPath, has_gemm_library: bool) -> Self {
+        Self::new(Box::new(backend_planned::PlannedBackend::new(true, has_gemm_library, None)), path)
+    }
+
+    /// As [`CudaDevice::planned_gpu`], of the emulated device.
+    pub fn planned_emulated() -> Self {
+        Self::new(Box::new(backend_planned::PlannedBackend::new(false, false, None)), KernelPath::Portable)
+    }
+
     fn new(backend: Box<dyn Backend>, path: KernelPath) -> Self {
         CudaDevice {
             memory: DeviceMemory::new(backend),
@@ -205,7 +216,7 @@ impl CudaDevice {
     /// Asks a launcher about its sizes: a pure function on the host, which launches nothing and is not traced.
     fn ask(&self, operation: &str, shape: &dyn Debug, call: impl Fn(&KernelTable) -> i64) -> Result<i64> {
         let mut answer = 0;
-        self.backend().launch(operation, shape, &mut |kernels, _| {
+        self.backend().ask(operation, shape, &mut |kernels, _| {
             answer = call(kernels);
             0
         })?;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::backend::{Address, EventHandle, Lane};
 use super::memory::DeviceMemory;
 use super::{CudaBuffer, CudaDevice};
-use crate::device::{Checked, Element, MemoryUse, Offload, Queue};
+use crate::device::{Checked, Element, MemoryPart, MemoryUse, Offload, Queue};
 use crate::error::Result;
 
 impl DeviceMemory {
@@ -33,7 +33,7 @@ impl Debug for CudaHostBuffer {
 
 impl Drop for CudaHostBuffer {
     fn drop(&mut self) {
-        self.memory.host.remove(self.bytes);
+        self.memory.host.subtract(self.bytes, MemoryPart::OptimizerStates);
         // SAFETY: the address is this buffer's own, and no one can name it any more.
         unsafe { self.memory.backend.free_host(self.address, self.bytes) };
     }
@@ -67,7 +67,7 @@ impl Offload for CudaDevice {
 
     fn alloc_host(&self, bytes: usize) -> Result<CudaHostBuffer> {
         let address = self.backend().allocate_host(bytes.max(1))?;
-        self.memory.host.add(bytes);
+        self.memory.host.add(bytes, Some(MemoryPart::OptimizerStates));
         Ok(CudaHostBuffer { memory: Arc::clone(&self.memory), address, bytes })
     }
 
@@ -98,6 +98,9 @@ impl Offload for CudaDevice {
         _: Checked,
     ) -> Result<()> {
         out.memory.finish_copies()?;
+        if out.memory.backend.only_counts() {
+            return Ok(());
+        }
         // SAFETY: the range was checked to lie inside the buffer, which `out` borrows alone, and no copy is under way.
         unsafe {
             std::ptr::copy_nonoverlapping(source.as_ptr(), out.address.offset(offset).cast(), source.len());
@@ -113,6 +116,9 @@ impl Offload for CudaDevice {
         _: Checked,
     ) -> Result<()> {
         source.memory.finish_copies()?;
+        if source.memory.backend.only_counts() {
+            return Ok(());
+        }
         let from = source.address.offset(offset).cast_const().cast();
         // SAFETY: the range was checked to lie inside the buffer, no copy is under way, and none begins while `source` is
         // borrowed, but for those that only read it.

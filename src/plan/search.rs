@@ -1,0 +1,272 @@
+//! Which options take less memory, in the order of the time that they cost.
+
+use super::footprint::{Choice, Footprint};
+use crate::config::{GradientConfig, MemoryConfig};
+use crate::error::Result;
+use crate::model::Recompute;
+use crate::optimizer::{MasterWeights, MomentFormat, StateOptions};
+
+/// A combination of options, and what it costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// The options.
+    pub choice: Choice,
+    /// Time of a step beside that of the run as it was asked for.
+    pub time: f64,
+}
+
+/// A candidate whose memory is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tried {
+    /// The options and their time.
+    pub candidate: Candidate,
+    /// Their memory.
+    pub footprint: Footprint,
+}
+
+/// What decides which combinations there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Room<'a> {
+    /// The run as it was asked for: nothing keeps more than that.
+    pub asked: Choice,
+    /// Tokens of the largest pair: a smaller micro-batch saves nothing.
+    pub largest_pair: usize,
+    /// Tokens of the largest micro-batch that the run makes room for: a budget that is not below them saves nothing.
+    pub largest_batch: usize,
+    /// Budgets with which gradients may be applied layer by layer.
+    pub layer_budgets: &'a [usize],
+}
+
+/// All combinations that keep no more than `room.asked`, which is among them: those that lose least time first; of those that lose
+/// as much, first those whose numbers stay nearest to what was asked for.
+pub fn candidates(room: Room<'_>, seconds: impl Fn(&Choice) -> f64) -> Vec<Candidate> {
+    let asked = room.asked;
+    let base = seconds(&asked);
+    let mut found = Vec::new();
+    for token_budget in budgets(room) {
+        for memory in memories(asked.memory) {
+            let is_layer = memory.gradients == GradientConfig::Layer;
+            if is_layer && asked.memory != memory && !room.layer_budgets.contains(&token_budget) {
+                continue;
+            }
+            let choice = Choice { memory, token_budget, ..asked };
+            // No choice is taken because it is faster: it would change numbers for nothing.
+            let time = (seconds(&choice) / base).max(1.0);
+            found.push(Candidate { choice, time });
+        }
+    }
+    let percent = |candidate: &Candidate| (100.0 * (candidate.time - 1.0)).round() as u64;
+    found.sort_by_key(|candidate| {
+        let changed = changes(&asked, &candidate.choice);
+        (percent(candidate), numerical_changes(&asked, &candidate.choice), changed)
+    });
+    found
+}
+
+/// Token budgets from the one asked for down to that of a single pair, each half of the one before.
+pub fn budgets(room: Room<'_>) -> Vec<usize> {
+    let asked = room.asked.token_budget;
+    let halves = std::iter::successors(Some(asked / 2), |budget| Some(budget / 2));
+    let smaller = halves.take_while(|&budget| budget > room.largest_pair);
+    let smaller = smaller.filter(|&budget| budget < room.largest_batch);
+    let mut budgets: Vec<usize> = std::iter::once(asked).chain(smaller).collect();
+    if (1..room.largest_batch.min(asked)).contains(&room.largest_pair) {
+        budgets.push(room.largest_pair);
+    }
+    budgets
+}
+
+fn memories(asked: MemoryConfig) -> Vec<MemoryConfig> {
+    // Moments in bf16 take twice the memory of 8-bit ones and are no more exact: see docs/memory.md.
+    let moments = at_least(asked.states.moments, &[MomentFormat::EightBit]);
+    let masters = at_least(asked.states.master, &[MasterWeights::None]);
+    let recomputes = match asked.recompute {
+        Recompute::None => vec![Recompute::None, Recompute::Selective, Recompute::Layer],
+        Recompute::Selective => vec![Recompute::Selective, Recompute::Layer],
+        Recompute::Layer => vec![Recompute::Layer],
+    };
+    let gradients = at_least(asked.gradients, &[GradientConfig::Layer]);
+    let mut all = Vec::new();
+    for &recompute in &recomputes {
+        for &gradients in &gradients {
+            for &master in &masters {
+                for &moments in &moments {
+                    let states = StateOptions { moments, master };
+                    all.push(MemoryConfig { states, recompute, gradients, ..asked });
+                }
+            }
+        }
+    }
+    all
+}
+
+/// `asked`, and those of `smaller` that are others.
+fn at_least<T: Copy + PartialEq>(asked: T, smaller: &[T]) -> Vec<T> {
+    std::iter::once(asked).chain(smaller.iter().copied().filter(|&other| other != asked)).collect()
+}
+
+/// How many options differ whose numbers are others.
+fn numerical_changes(asked: &Choice, choice: &Choice) -> usize {
+    let (asked, choice) = (asked.memory.states, choice.memory.states);
+    // Stochastic rounding moves weights further from f32's than 8-bit moments do.
+    usize::from(asked.moments != choice.moments) + 2 * usize::from(asked.master != choice.master)
+}
+
+/// How many options differ.
+fn changes(asked: &Choice, choice: &Choice) -> usize {
+    flags(asked, choice).len()
+}
+
+/// The flags that make `choice` of `asked`.
+pub fn flags(asked: &Choice, choice: &Choice) -> Vec<String> {
+    let (before, after) = (asked.memory, choice.memory);
+    let flag = |differs: bool, text: String| differs.then_some(text);
+    [
+        flag(
+            before.states.moments != after.states.moments,
+            format!("--optimizer-states {}", after.states.moments),
+        ),
+        flag(
+            before.states.master != after.states.master,
+            format!("--master-weights {}", after.states.master),
+        ),
+        flag(before.gradients != after.gradients, format!("--gradients {}", after.gradients)),
+        flag(before.recompute != after.recompute, format!("--recompute {}", after.recompute)),
+        flag(
+            asked.token_budget != choice.token_budget,
+            format!("--tokens-per-micro-batch {}", choice.token_budget),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Tries candidates in their order until `wanted` of them fit into `limit` bytes; returns all that were tried. Where those that
+/// keep least do not fit, none does, and the smallest alone is returned.
+///
+/// # Errors
+/// Those of `footprint`.
+pub fn try_in_order(
+    candidates: &[Candidate],
+    limit: usize,
+    wanted: usize,
+    mut footprint: impl FnMut(&Choice) -> Result<Footprint>,
+) -> Result<Vec<Tried>> {
+    let mut smallest: Option<Tried> = None;
+    for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+        let Some(candidate) = least(candidates, gradients) else { continue };
+        let tried = Tried { candidate, footprint: footprint(&candidate.choice)? };
+        if smallest.is_none_or(|smallest| tried.footprint.taken < smallest.footprint.taken) {
+            smallest = Some(tried);
+        }
+    }
+    if let Some(smallest) = smallest.filter(|smallest| smallest.footprint.taken > limit) {
+        return Ok(vec![smallest]);
+    }
+    let mut tried = Vec::new();
+    let mut fitting = 0;
+    for &candidate in candidates {
+        let footprint = footprint(&candidate.choice)?;
+        tried.push(Tried { candidate, footprint });
+        fitting += usize::from(footprint.taken <= limit);
+        if fitting == wanted {
+            break;
+        }
+    }
+    Ok(tried)
+}
+
+/// The candidate that keeps least of those with these gradients: with others, micro-batches of other sizes are possible.
+fn least(candidates: &[Candidate], gradients: GradientConfig) -> Option<Candidate> {
+    let kept = |candidate: &&Candidate| {
+        let Choice { memory, token_budget, .. } = candidate.choice;
+        let moments = memory.states.moments.bytes(1 << 20);
+        let recompute = match memory.recompute {
+            Recompute::None => 2,
+            Recompute::Selective => 1,
+            Recompute::Layer => 0,
+        };
+        let master = memory.states.master == MasterWeights::F32;
+        (master, moments, recompute, token_budget)
+    };
+    candidates.iter().filter(|one| one.choice.memory.gradients == gradients).min_by_key(kept).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::HeadOptions;
+
+    fn asked() -> Choice {
+        Choice { memory: MemoryConfig::default(), token_budget: 4096, head: HeadOptions::default() }
+    }
+
+    /// Recomputation and small batches cost time; states cost none.
+    fn seconds(choice: &Choice) -> f64 {
+        let recompute = match choice.memory.recompute {
+            Recompute::None => 0.0,
+            Recompute::Selective => 0.18,
+            Recompute::Layer => 0.3,
+        };
+        1.0 + recompute + 100.0 / choice.token_budget as f64
+    }
+
+    #[test]
+    fn the_first_candidates_are_the_run_as_asked_and_what_costs_no_time() {
+        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[4096] };
+        let all = candidates(room, seconds);
+        assert_eq!(all[0].choice, asked());
+        let names: Vec<String> =
+            all.iter().take(5).map(|candidate| flags(&asked(), &candidate.choice).join(" ")).collect();
+        assert_eq!(
+            names,
+            [
+                "",
+                "--gradients layer",
+                "--optimizer-states 8bit",
+                "--optimizer-states 8bit --gradients layer",
+                "--master-weights none"
+            ]
+        );
+        assert!(all.windows(2).all(|two| two[0].time <= two[1].time + 0.01), "{all:?}");
+        assert_eq!(budgets(room), [4096, 2048, 1500]);
+        assert_eq!(budgets(Room { largest_batch: 2048, ..room }), [4096, 1500]);
+        assert_eq!(budgets(Room { largest_pair: 5000, largest_batch: 5000, ..room }), [4096]);
+        // With several micro-batches in a step, gradients are not applied layer by layer.
+        let layered = all.iter().filter(|one| one.choice.memory.gradients == GradientConfig::Layer);
+        assert!(layered.into_iter().all(|one| one.choice.token_budget == 4096));
+    }
+
+    #[test]
+    fn nothing_keeps_more_than_was_asked_for() {
+        let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
+        let memory = MemoryConfig { states, recompute: Recompute::Layer, ..MemoryConfig::default() };
+        let asked = Choice { memory, ..asked() };
+        let room = Room { asked, largest_pair: 9000, largest_batch: 9000, layer_budgets: &[] };
+        let all = candidates(room, seconds);
+        assert_eq!(all.len(), 1, "{all:?}");
+        assert_eq!(all[0].choice, room.asked);
+    }
+
+    /// A footprint that only says how much is taken.
+    fn taking(taken: usize) -> Footprint {
+        Footprint { peak: taken, taken, parts: Default::default(), head: Default::default() }
+    }
+
+    #[test]
+    fn trying_ends_with_what_fits_or_with_the_least_there_is() {
+        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[] };
+        let all = candidates(room, seconds);
+        let bytes = |choice: &Choice| {
+            let saved = flags(&asked(), choice).len();
+            Ok(taking(100 - 10 * saved))
+        };
+        let tried = try_in_order(&all, 90, 2, bytes).unwrap();
+        assert_eq!(tried.len(), 3, "the run as asked, and two that fit: {tried:?}");
+        let none = try_in_order(&all, 10, 2, bytes).unwrap();
+        assert_eq!(none.len(), 1);
+        assert_eq!(none[0].candidate.choice.memory.recompute, Recompute::Layer);
+        assert_eq!(none[0].footprint.taken, 60);
+    }
+}

@@ -1,0 +1,201 @@
+//! A plan as text and as JSON.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::command::Planned;
+use super::rates::Rates;
+use super::search::{Tried, flags};
+use super::size;
+use super::work::{Volume, Work};
+
+/// The account for people.
+pub(super) fn text(planned: &Planned) -> String {
+    let mut text = heading(planned);
+    text += &memory(planned);
+    if let Some((volume, work)) = &planned.step {
+        text += &step(planned, volume, work);
+    }
+    text + &alternatives(planned)
+}
+
+fn heading(planned: &Planned) -> String {
+    let [all, trained] = planned.parameters;
+    let what = match planned.run.lora.is_some() || planned.run.adapter.is_some() {
+        true => format!("{:.1} M parameters in adapters of {:.1} M", trained / 1e6, (all - trained) / 1e6),
+        false => format!("all {:.1} M parameters", all / 1e6),
+    };
+    format!(
+        "{} trains {what} on {}: {} of {} pairs, micro-batches of up to {} tokens\n",
+        planned.run.objective.kind(),
+        planned.target.name,
+        match (&planned.step, planned.total_steps) {
+            // Without pairs, the number of steps is not known.
+            (None, _) => "steps".to_owned(),
+            (Some(_), 1) => "1 step".to_owned(),
+            (Some(_), steps) => format!("{steps} steps"),
+        },
+        planned.pairs_per_step,
+        planned.asked.token_budget,
+    )
+}
+
+fn memory(planned: &Planned) -> String {
+    let (footprint, capacity) = (&planned.footprint, planned.capacity);
+    let mut text = format!(
+        "\ndevice memory, with room for {} tokens, {} pairs and {} scored tokens at once\n",
+        capacity.tokens, capacity.pairs, capacity.scored
+    );
+    for (part, bytes) in footprint.parts.iter() {
+        let _ = writeln!(text, "  {:<28}{:>12}", part.name(), size(bytes));
+    }
+    let _ = writeln!(text, "  {:<28}{:>12}", "at the peak", size(footprint.peak));
+    if footprint.taken > footprint.peak {
+        let _ = writeln!(text, "  {:<28}{:>12}", "taken in the driver's pieces", size(footprint.taken));
+    }
+    let _ = writeln!(text, "  log-prob head: {}", footprint.head);
+    if let Some(memory) = planned.target.memory {
+        let verdict = match footprint.taken.checked_sub(memory) {
+            None | Some(0) => "it fits".to_owned(),
+            Some(over) => format!("{} too much", size(over)),
+        };
+        let _ = writeln!(text, "  {} has {}: {verdict}", planned.target.name, size(memory));
+    }
+    text
+}
+
+fn step(planned: &Planned, volume: &Volume, work: &Work) -> String {
+    let mut text = format!(
+        "\na step of {:.0} pairs: {:.0} tokens, {:.0} of them scored, {:.1} micro-batches\n",
+        volume.pairs, volume.tokens, volume.scored, volume.micro_batches
+    );
+    for (name, flops) in [
+        ("gemms", work.gemm),
+        ("attention", work.attention),
+        ("log-prob head", work.head),
+        ("computed again", work.recomputed),
+    ] {
+        let _ = writeln!(text, "  {name:<28}{:>12} TFLOP", format!("{:.3}", flops / 1e12));
+    }
+    match planned.target.rates {
+        Some(rates) => text += &time(planned, volume, work, &rates),
+        None => {
+            text += "  no expected time: give the machine's rates with --tflops and --bandwidth, or name a GPU with --gpu\n"
+        }
+    }
+    text
+}
+
+fn time(planned: &Planned, volume: &Volume, work: &Work, rates: &Rates) -> String {
+    let seconds = work.seconds(rates);
+    format!(
+        "  expected {:.3} s: {:.1} pairs/s, {:.0} tokens/s, MFU {:.1} %; {:.2} h for the run\n  \
+         (peak {:.0} TFLOPS and {:.0} GB/s, of which gemms reach {:.0} %, attention {:.0} %, copies {:.0} %)\n",
+        seconds,
+        volume.pairs / seconds,
+        volume.tokens / seconds,
+        100.0 * mfu(planned, seconds, rates),
+        seconds * planned.total_steps as f64 / 3600.0,
+        rates.tflops,
+        rates.bandwidth,
+        100.0 * Rates::GEMM_SHARE,
+        100.0 * Rates::ATTENTION_SHARE,
+        100.0 * Rates::BANDWIDTH_SHARE,
+    )
+}
+
+fn mfu(planned: &Planned, seconds: f64, rates: &Rates) -> f64 {
+    planned.model_flops / (seconds * rates.tflops * 1e12)
+}
+
+fn alternatives(planned: &Planned) -> String {
+    let Some(limit) = planned.limit else { return String::new() };
+    let mut text = format!("\nwithin {}, in the order of the time that a step takes\n", size(limit));
+    let mut least = usize::MAX;
+    for tried in &planned.tried {
+        // What takes no less than something that is faster only matters where it fits.
+        let taken = tried.footprint.taken;
+        if taken >= least && taken > limit {
+            continue;
+        }
+        least = least.min(taken);
+        let verdict = match tried.footprint.taken.checked_sub(limit) {
+            None | Some(0) => "fits".to_owned(),
+            Some(over) => format!("{} too much", size(over)),
+        };
+        let _ = writeln!(
+            text,
+            "  {:>10}  {:>6.2} x  {:<20}{}",
+            size(tried.footprint.taken),
+            tried.candidate.time,
+            verdict,
+            options(planned, tried)
+        );
+    }
+    if planned.tried.iter().all(|tried| tried.footprint.taken > limit) {
+        text += "  nothing fits: this is the least that there is; --lora all, a shorter --max-length or a smaller model takes less\n";
+    }
+    text
+}
+
+fn options(planned: &Planned, tried: &Tried) -> String {
+    let flags = flags(&planned.asked, &tried.candidate.choice);
+    if flags.is_empty() { "as asked".to_owned() } else { flags.join(" ") }
+}
+
+/// The account for programs. Bytes are bytes, operations are operations, seconds are seconds.
+pub(super) fn json(planned: &Planned) -> Value {
+    let Planned { footprint, capacity, target, .. } = planned;
+    let parts: serde_json::Map<String, Value> = footprint
+        .parts
+        .iter()
+        .map(|(part, bytes)| (part.name().replace([' ', '-'], "_"), json!(bytes)))
+        .collect();
+    let step = planned.step.as_ref().map(|(volume, work)| {
+        let seconds = target.rates.as_ref().map(|rates| work.seconds(rates));
+        let mfu = target.rates.as_ref().zip(seconds).map(|(rates, seconds)| mfu(planned, seconds, rates));
+        json!({
+            "pairs": volume.pairs,
+            "tokens": volume.tokens,
+            "scored_tokens": volume.scored,
+            "micro_batches": volume.micro_batches,
+            "flops": { "gemm": work.gemm, "attention": work.attention, "head": work.head, "recomputed": work.recomputed },
+            "model_flops": planned.model_flops,
+            "seconds": seconds,
+            "mfu": mfu,
+        })
+    });
+    let tried: Vec<Value> = planned
+        .tried
+        .iter()
+        .map(|tried| {
+            json!({
+                "options": flags(&planned.asked, &tried.candidate.choice),
+                "peak_bytes": tried.footprint.peak,
+                "taken_bytes": tried.footprint.taken,
+                "time": tried.candidate.time,
+                "fits": planned.limit.is_some_and(|limit| tried.footprint.taken <= limit),
+            })
+        })
+        .collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": target.name,
+        "rates": target.rates,
+        "pairs": planned.pairs,
+        "steps": planned.total_steps,
+        "parameters": planned.parameters[0],
+        "trained_parameters": planned.parameters[1],
+        "micro_batch": { "tokens": capacity.tokens, "pairs": capacity.pairs, "scored_tokens": capacity.scored },
+        "memory": {
+            "peak_bytes": footprint.peak,
+            "taken_bytes": footprint.taken,
+            "parts": parts,
+            "head": footprint.head.to_string(),
+        },
+        "step": step,
+        "limit_bytes": planned.limit,
+        "alternatives": tried,
+    })
+}

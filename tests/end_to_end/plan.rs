@@ -1,0 +1,171 @@
+//! `plan`, and what `train` does with the same account: it says what a run takes, refuses what cannot fit, and chooses.
+
+use serde_json::Value;
+
+use crate::harness::*;
+
+/// The options of [`TRAIN`] that a plan has too.
+fn planned(options: &str) -> String {
+    format!("plan {} {options}", TRAIN.strip_prefix("train ").unwrap())
+}
+
+fn account(workplace: &Workplace, arguments: &str) -> Value {
+    let finished = workplace.succeed(&format!("{arguments} --json"));
+    serde_json::from_str(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {}", finished.stdout))
+}
+
+fn bytes(account: &Value) -> u64 {
+    account["memory"]["peak_bytes"].as_u64().unwrap()
+}
+
+/// What `train --verbose` says of its memory: bytes taken, and planned.
+fn taken(stderr: &str) -> [u64; 2] {
+    let line =
+        stderr.lines().find(|line| line.contains("at the peak, ")).unwrap_or_else(|| panic!("{stderr}"));
+    let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    numbers.try_into().unwrap_or_else(|numbers| panic!("{line}: {numbers:?}"))
+}
+
+/// The plan needs no weights, and states to the byte what the run takes.
+#[test]
+fn a_plan_states_what_training_takes() {
+    let bare = Workplace::new();
+    std::fs::remove_file(bare.path("base/model.safetensors")).unwrap();
+    for options in [
+        "",
+        "--optimizer-states 8bit --recompute layer",
+        "--lora q,v --lora-rank 4 --lora-dropout 0.1",
+        "--objective sft --eval-split 0.3",
+        "--tokens-per-micro-batch 64 --recompute selective --head-mode recompute",
+        "--gradients layer --max-grad-norm 0 --eval-data pairs.jsonl",
+    ] {
+        // A cache of its own, for what is in the cache is not scored again.
+        let workplace = Workplace::new();
+        let account = account(&bare, &planned(options));
+        let train = format!("--verbose {TRAIN} --max-steps 1 --output run {options}");
+        let [measured, in_training] = taken(&workplace.succeed(&train).stderr);
+        assert_eq!(bytes(&account), measured, "{options}");
+        assert_eq!(in_training, measured, "{options}");
+        let parts = account["memory"]["parts"].as_object().unwrap();
+        let sum: u64 = parts.values().map(|part| part.as_u64().unwrap()).sum();
+        assert_eq!(sum, measured, "{options}: {parts:?}");
+    }
+}
+
+#[test]
+fn a_plan_shows_memory_work_time_and_what_takes_less() {
+    let workplace = Workplace::new();
+    workplace.bring("bias");
+    let text = workplace.succeed(&planned("--gpu h200").replace("--model base", "--model bias")).stdout;
+    for part in [
+        "on H200",
+        "optimiser states",
+        "f32 master weights",
+        "at the peak",
+        "gemms",
+        "attention",
+        "computed again",
+        "MFU",
+        "taken in the driver's pieces",
+        "H200 has 141.0 GB: it fits",
+    ] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let text = workplace.succeed(&planned("--memory 1MB")).stdout;
+    assert!(text.contains("no expected time") && !text.contains("MFU"), "{text}");
+    assert!(text.contains("within 1.0 MB") && text.contains("nothing fits"), "{text}");
+    let limit = bytes(&account(&workplace, &planned(""))) - 1;
+    let text = workplace.succeed(&planned(&format!("--memory {limit}B"))).stdout;
+    for part in ["as asked", "too much", "--optimizer-states 8bit", "fits"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let account = account(&workplace, &planned("--tflops 1 --bandwidth 100"));
+    let step = &account["step"];
+    let flops: f64 = step["flops"].as_object().unwrap().values().map(|part| part.as_f64().unwrap()).sum();
+    let seconds = step["seconds"].as_f64().unwrap();
+    assert!(seconds > flops / 1e12, "no machine is faster than its peak: {step}");
+    let mfu = step["mfu"].as_f64().unwrap();
+    assert!((mfu - step["model_flops"].as_f64().unwrap() / 1e12 / seconds).abs() <= 1e-9, "{step}");
+    assert_eq!(account["steps"], 3);
+}
+
+#[test]
+fn a_plan_without_pairs_bounds_every_plan_with_them() {
+    let workplace = Workplace::new();
+    let with_pairs = bytes(&account(&workplace, &planned("")));
+    let without = "plan --model base --device cpu --threads 1 --largest-pair 64/96/96 --pairs-per-step 4";
+    let bound = account(&workplace, without);
+    assert!(bytes(&bound) >= with_pairs, "{} and {with_pairs}", bytes(&bound));
+    assert!(bound["step"].is_null(), "no mean step is known: {bound}");
+    let longer = without.replace("64/96/96", "640/960/960");
+    assert!(bytes(&account(&workplace, &longer)) > bytes(&bound));
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_with_what_makes_it_fit() {
+    let workplace = Workplace::new();
+    let asked = bytes(&account(&workplace, &planned("")));
+    let saved = bytes(&account(&workplace, &planned("--optimizer-states 8bit")));
+    let between = (asked + saved) / 2;
+    let refused = workplace.refuse(
+        &format!("{TRAIN} --output run --memory {between}B"),
+        6,
+        &["this run takes", "`--memory` allows", "too much", "optimiser states", "--memory auto chooses"],
+    );
+    assert!(refused.stderr.contains("--optimizer-states 8bit"), "{}", refused.stderr);
+    assert!(!workplace.path("run/model").exists(), "nothing was trained");
+    workplace.refuse(&format!("{TRAIN} --output none --memory 1MB"), 6, &["even with", "--lora all"]);
+    workplace
+        .succeed(&format!("{TRAIN} --max-steps 1 --output fits --memory {between}B --optimizer-states 8bit"));
+}
+
+/// What auto chose stands in the run's recipe, so that the run can go on.
+#[test]
+fn auto_writes_down_what_it_chose() {
+    let workplace = Workplace::new();
+    let train = format!("{TRAIN} --max-steps 2 --save-steps 1 --memory auto --output run");
+    let stderr = workplace.succeed(&train).stderr;
+    assert!(stderr.contains("--memory auto: "), "{stderr}");
+    let resolved = String::from_utf8(workplace.read("run/resolved.toml")).unwrap();
+    assert!(!resolved.contains("memory = "), "{resolved}");
+    for line in ["optimizer_states = ", "recompute = ", "gradients = ", "tokens_per_micro_batch = "] {
+        assert!(resolved.contains(line), "no {line} in {resolved}");
+    }
+    std::fs::remove_file(workplace.path("run/report.html")).unwrap();
+    std::fs::remove_dir_all(workplace.path("run/checkpoints/step-000002")).unwrap();
+    let resumed = workplace.succeed(&format!("{train} --resume"));
+    assert!(resumed.stderr.contains("resuming after step 1"), "{}", resumed.stderr);
+}
+
+#[test]
+fn what_makes_no_plan_is_refused() {
+    let workplace = Workplace::new();
+    for (options, code, parts) in [
+        ("--memory 24", 2, &["--memory", "24GB", "`24`"][..]),
+        ("--memory 0GB", 2, &["--memory", "at least 1 byte"]),
+        ("--gpu GTX1080", 2, &["`--gpu` = GTX1080", "H200"]),
+        ("--bandwidth 0", 2, &["--bandwidth", "greater than 0"]),
+        ("--tflops -1", 2, &["--tflops", "greater than 0"]),
+        ("--largest-pair 1/2/3", 2, &["--data", "--largest-pair"]),
+        ("--gradients layer", 2, &["max_grad_norm"]),
+    ] {
+        workplace.refuse(&planned(options), code, parts);
+    }
+    for pair in ["1/2", "0/1/1", "a/b/c", "1/1/99999999"] {
+        let arguments = format!("plan --model base --largest-pair {pair}");
+        workplace.refuse(&arguments, 2, &["--largest-pair", pair]);
+    }
+    workplace.refuse("plan --data pairs.jsonl", 2, &["--model"]);
+}
+
+/// MFU is logged where the peak is known, and it is the operations of the step over what the peak allows.
+#[test]
+fn mfu_is_logged_where_the_peak_is_known() {
+    let workplace = Workplace::new();
+    workplace.succeed(&format!("{TRAIN} --max-steps 1 --output known --tflops 0.5"));
+    let line = &workplace.lines("known/metrics.jsonl")[0];
+    let mfu = line["mfu"].as_f64().unwrap();
+    assert!(mfu > 0.0 && mfu < 5.0, "{mfu}");
+    workplace.succeed(&format!("{TRAIN} --max-steps 1 --output unknown"));
+    assert!(workplace.lines("unknown/metrics.jsonl")[0].get("mfu").is_none());
+}
