@@ -72,7 +72,7 @@ fn print_file(encoder: &TextEncoder, number: usize, data: &Path, count: bool) ->
     for pair in &dataset.pairs {
         let ids = json!({
             "file": number, "record": pair.record,
-            "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+            "prompt": pair.prompt[..], "chosen": pair.chosen[..], "rejected": pair.rejected[..],
         });
         writeln!(out, "{ids}").map_err(failed)?;
     }
