@@ -95,13 +95,11 @@ impl Tokenizer {
         let tokens = SpecialTokens::read(folder, &config, &json, class)?;
         class.rebuild(&mut json, &config);
         let understood = Understood::read(&json);
-        let (mut inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
+        let (inner, bos, eos) = catch(|| build(json, &config, class, &tokens, folder))
             .unwrap_or_else(|panic| Err(not_a_tokenizer(&path, panic)))?;
+        let inner = without_lasting_cache(inner);
         // What panics or fails here does so again for a text, where it is an error that names the text.
         let words = understood.and_then(|parts| catch(|| Words::new(parts, &inner)).ok().flatten());
-        if words.is_none() {
-            inner = without_lasting_cache(inner);
-        }
 
         let special_tokens = tokens.named();
         let special_ids = inner

@@ -431,7 +431,8 @@ impl<D: Device> Trainer<D> {
         Ok(self.download_metrics(pairs)?.1)
     }
 
-    /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs: the one wait of a step.
+    /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs. A step waits for the device here
+    /// alone.
     fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
         let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
         self.device().download(&mut values, &self.metrics, 0)?;

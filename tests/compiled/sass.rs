@@ -77,7 +77,7 @@ fn cuobjdump() -> Option<PathBuf> {
 
 /// The instructions of each kernel of an object, without their predicates: `FFMA R1, R2, R3, R4`.
 fn instructions(tool: &Path, stem: &str, target: &str) -> BTreeMap<String, Vec<String>> {
-    let object = Path::new(env!("OUT_DIR")).join(format!("objects/gpu/kernels-{stem}.o"));
+    let object = Path::new(env!("MMPO_FAST_KERNEL_OBJECTS")).join(format!("gpu/kernels-{stem}.o"));
     let output = Command::new(tool).args(["-sass", "-arch", target]).arg(&object).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}: {text}{}", tool.display(), String::from_utf8_lossy(&output.stderr));
