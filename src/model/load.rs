@@ -254,7 +254,7 @@ mod tests {
         let last = llama.weights.lm_head.as_ref().map(|head| head[40_000 * 512 - 1]);
         assert_eq!(last, Some(bf16::from_f32((40_000 * 512 - 1) as f32).to_f32()));
         // The test can see what is there.
-        assert!(model.tensor("lm_head.weight", &[40_000, 512]).unwrap().bytes.iter().any(|&byte| byte == 1));
+        assert!(model.tensor("lm_head.weight", &[40_000, 512]).unwrap().bytes.contains(&1));
         let sum: u64 = model
             .tensor("lm_head.weight", &[40_000, 512])
             .unwrap()

@@ -228,7 +228,7 @@ fn what_a_later_run_would_not_find_again_is_not_kept() {
                 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}";
     fs::write(&template, text).expect("a template");
     let dated = |date: Option<&str>| {
-        let date = date.map(|date| <TemplateDate as mmpo_fast::config::value::OptionValue>::from_text(date));
+        let date = date.map(<TemplateDate as mmpo_fast::config::value::OptionValue>::from_text);
         let encoder = TextEncoder::load(&file("chatml"), Some(&template)).expect("an encoder");
         encoder.at(date.transpose().expect("a date")).expect("a calendar's date")
     };

@@ -28,7 +28,7 @@ impl Workplace {
         self.refuse(&format!("score --model {model} --data {data} --output scores.jsonl"), code, parts);
         assert!(!self.path("new").exists() || self.contents("new").is_empty(), "{parts:?}: output is left");
         assert_eq!(self.read("scores.jsonl"), EARLIER.as_bytes());
-        assert!(!self.path("cache").exists(), "{parts:?}: a cache is left");
+        assert!(self.references().is_empty(), "{parts:?}: a cache is left");
     }
 
     /// Rewrites the weights of `base`; `change` gets the name, dtype, shape and bytes of every tensor.

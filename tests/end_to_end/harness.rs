@@ -144,6 +144,16 @@ impl Workplace {
         contents
     }
 
+    /// The cached reference log-probs. Tokenised pairs are kept in the same folder.
+    pub fn references(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        if !self.path("cache").exists() {
+            return BTreeMap::new();
+        }
+        let mut contents = self.contents("cache");
+        contents.retain(|path, _| path.extension().is_some_and(|ending| ending == "logps"));
+        contents
+    }
+
     /// Both runs left the same weights, the same optimiser state and the same metrics, to the bit.
     #[track_caller]
     pub fn assert_same_bits(&self, one: &str, other: &str, last_step: usize) {

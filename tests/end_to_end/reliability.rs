@@ -357,7 +357,7 @@ fn a_cache_that_is_something_else_costs_time_alone() {
     };
     let (warned, message) = run("first");
     assert!(!warned, "{message}");
-    let cached = work.contents("cache").into_keys().next().unwrap();
+    let cached = work.references().into_keys().next().unwrap();
     let replace = |what: &str| {
         std::fs::remove_file(&cached).unwrap();
         match what {

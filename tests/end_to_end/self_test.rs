@@ -1,7 +1,5 @@
 //! Before the first step: a policy that is not the reference it claims to be, and a cache of another model.
 
-use std::path::PathBuf;
-
 use crate::harness::{TRAIN, Workplace};
 
 const NUMERICS: i32 = 7;
@@ -9,7 +7,7 @@ const NUMERICS: i32 = 7;
 impl Workplace {
     /// Adds `change` to the log-prob of the chosen response of the first pair in each cached reference, and mends the checksum.
     fn falsify_references(&self, change: f32) {
-        for path in self.contents("cache").into_keys().collect::<Vec<PathBuf>>() {
+        for path in self.references().into_keys() {
             let bytes = std::fs::read(&path).unwrap();
             let mut content = bytes[..bytes.len() - 32].to_vec();
             let start = content.iter().position(|&byte| byte == b'\n').unwrap() + 1;

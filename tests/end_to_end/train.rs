@@ -36,6 +36,7 @@ fn a_run_leaves_model_metrics_report_and_checkpoints() {
     assert_eq!(
         names,
         [
+            "B3SUMS",
             "checkpoints/step-000008/B3SUMS",
             "checkpoints/step-000008/state.json",
             "checkpoints/step-000008/state.safetensors",
@@ -52,6 +53,7 @@ fn a_run_leaves_model_metrics_report_and_checkpoints() {
             "report.html",
             "report.json",
             "resolved.toml",
+            "run.json",
         ]
     );
     let page = String::from_utf8(work.read("deep/run/report.html")).unwrap();
@@ -161,7 +163,7 @@ fn only_objectives_with_a_reference_score_one_and_the_first_loss_of_dpo_is_ln_2(
         let finished = work.succeed(&format!("{TRAIN} --objective {name} --output run --epochs 1"));
         let scored = finished.stderr.contains("reference log-probs");
         assert_eq!(scored, objective.needs_reference, "{name}: {}", finished.stderr);
-        assert_eq!(work.path("cache").exists(), objective.needs_reference, "{name}: the reference cache");
+        assert_eq!(!work.references().is_empty(), objective.needs_reference, "{name}: the reference cache");
         let has = |series: &str| !work.series("run", series).is_empty();
         // SFT looks at no rejected response, and the weights are MMPO's.
         assert_eq!(has("rewards/chosen"), objective.sides == Sides::Both, "{name}");
@@ -185,7 +187,7 @@ fn the_reference_is_scored_once_and_a_damaged_cache_is_replaced() {
     let work = Workplace::new();
     let run = |output: &str| work.succeed(&format!("{TRAIN} --epochs 1 --output {output}")).stderr;
     assert!(run("first").contains("reference log-probs 11/11 pairs"));
-    let cached = work.contents("cache");
+    let cached = work.references();
     assert_eq!(cached.len(), 1);
     let (path, bytes) = cached.iter().next().unwrap();
     assert!(run("second").contains("reference log-probs: 11 pairs from"));
@@ -201,13 +203,13 @@ fn the_reference_is_scored_once_and_a_damaged_cache_is_replaced() {
     assert_eq!(warnings.len(), 1, "{log}");
     assert!(warnings[0].contains("checksum") && warnings[0].contains(path.to_str().unwrap()), "{log}");
     assert!(log.contains("reference log-probs 11/11 pairs"), "{log}");
-    assert_eq!(&work.contents("cache"), &cached);
+    assert_eq!(&work.references(), &cached);
     for other in ["second", "third"] {
         work.assert_same_bits("first", other, 3);
     }
     // Other limits are other data.
     work.succeed(&format!("{TRAIN} --epochs 1 --output fourth").replace("160", "128"));
-    assert_eq!(work.contents("cache").len(), 2);
+    assert_eq!(work.references().len(), 2);
 }
 
 #[test]
@@ -247,9 +249,9 @@ fn a_folder_that_holds_a_run_is_refused_and_stays_as_it_is() {
     work.refuse("train --output run", 2, &["run holds a run already"]);
     // Other settings are another run.
     work.refuse(
-        &format!("{TRAIN} --output run --epochs 2 --resume"),
+        &format!("{} --output run --epochs 1 --resume", TRAIN.replace("1e-3", "2e-3")),
         2,
-        &["cannot be resumed", "`epochs` was 1.0 and is 2.0"],
+        &["cannot be resumed", "`learning_rate` was 0.001 and is 0.002"],
     );
     assert_eq!(work.contents("run"), before);
 }

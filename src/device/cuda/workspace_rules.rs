@@ -113,7 +113,7 @@ fn attention_bytes(sizes: [i32; 5], block_m: i64) -> i64 {
     let [rows, pairs, heads, kv_heads, head_size] = sizes.map(i64::from);
     let group = heads / kv_heads.max(1);
     let fits = |packed: &i64| group % packed == 0 && block_m % packed <= block_m / 16;
-    let packed = (2..=group.min(block_m)).filter(fits).last().unwrap_or(1);
+    let packed = (2..=group.min(block_m)).rfind(fits).unwrap_or(1);
     let tiles = |tile_rows: i64| rows / tile_rows + SEQUENCES * pairs;
     let entries = tiles(block_m / packed) * (heads / packed);
     entries * block_m * (head_size + 2) * 4 + ceil_div(entries + 1, 4) * 16 + tiles(BLOCK_N) * KEY_TILE_ENTRY
