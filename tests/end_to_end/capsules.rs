@@ -77,9 +77,9 @@ fn a_capsule_takes_its_weights_along_where_it_is_asked_to() {
 #[test]
 fn adapters_and_gradients_by_layer_leave_capsules_too() {
     let work = Workplace::new();
-    // Norms take up what one factor of an adapter grows by: it takes more until a product overflows.
+    // Norms take up whatever an adapter adds, until the product of its factors overflows.
     for (name, flags, rate) in [
-        ("lora", "--lora all --lora-rank 4", "1e18"),
+        ("lora", "--lora all --lora-rank 4 --lora-alpha 1e18", "1e18"),
         ("layer", "--gradients layer --max-grad-norm 0", "1e8"),
     ] {
         let run = diverging().replace("1e8", rate);
