@@ -14,7 +14,7 @@ use crate::device::{
 use crate::error::{Error, Result};
 
 /// A buffer of the CPU device; it reads as a slice, which is empty on a device that is only planned for. One that was borrowed from mapped files becomes a copy when it is written
-/// to, or when values of several parts are read as one slice: [`CpuBuffer::parts`] reads them in place.
+/// to, or when values of several parts are read as one slice: `CpuBuffer::parts` reads them in place.
 #[derive(Debug)]
 pub struct CpuBuffer<T> {
     values: Values<T>,
