@@ -25,13 +25,13 @@ COPY --from=build /source/LICENSE /usr/local/share/doc/mmpo-fast/LICENSE
 # A number above those of people on the host, so that files written by mistake are nobody's. Whoever is named with --user may keep
 # reference log-probs too: the program believes only files of its own user.
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin mmpo \
-    && install --directory --owner=mmpo --group=mmpo /cache /cache/huggingface /work \
+    && install --directory --owner=mmpo --group=mmpo /cache /cache/huggingface /runs \
     && install --directory --mode=1777 /cache/mmpo-fast
 # Models and data sets of the Hugging Face Hub, and reference log-probs.
 ENV HF_HOME=/cache/huggingface MMPO_FAST_CACHE=/cache/mmpo-fast
 VOLUME ["/cache"]
 # By its number, so that Kubernetes can tell that it is not root.
 USER 10001:10001
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["mmpo-fast"]
 CMD ["doctor"]
