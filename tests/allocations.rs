@@ -168,26 +168,44 @@ fn a_step_allocates_nothing_large() {
     }
 }
 
-/// Tokenizers and chat templates that are loaded, used and dropped.
+/// The golden's tokenizer with a layout that is left to the library, in a folder of its own.
+fn whole_texts(golden: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in ["tokenizer_config.json", "chat_template.jinja", "config.json"] {
+        std::fs::copy(golden.join(name), folder.path().join(name)).expect("a committed file");
+    }
+    let text = std::fs::read_to_string(golden.join("tokenizer.json")).expect("a committed tokenizer");
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    tokenizer["pre_tokenizer"] = serde_json::json!({"type": "Whitespace"});
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("a file");
+    folder
+}
+
+/// Tokenizers and chat templates that are loaded, used and dropped, of which one kind is cut into words and one is not.
 #[test]
 fn a_tokenizer_leaves_nothing_behind() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-    for folder in ["goldens/base/model", "data/chatml"] {
+    let (golden, mut kinds) = (tests.join("goldens/base/model"), Vec::new());
+    let whole = whole_texts(&golden);
+    for folder in [&golden, &tests.join("data/chatml"), whole.path()] {
         let use_one = || {
-            let encoder = TextEncoder::load(&tests.join(folder), None).expect("a committed tokenizer");
+            let encoder = TextEncoder::load(folder, None).expect("a committed tokenizer");
             let words: String = (0..400).map(|number| format!("word{number} caf\u{e9} ")).collect();
             let messages = [Message::new("user", words)];
             assert!(encoder.encode_chat_prompt(&messages).expect("ids").len() > 400);
+            encoder.tokenizer.is_cut_into_words()
         };
         for _ in 0..3 {
             use_one();
         }
         let before = LIVE.load(Ordering::Relaxed);
-        for _ in 0..20 {
+        kinds.push(use_one());
+        for _ in 1..20 {
             use_one();
         }
         let left = (LIVE.load(Ordering::Relaxed) - before) / 20;
-        assert!(left <= 1024, "{folder}: {left} bytes stay for each");
+        assert!(left <= 1024, "{}: {left} bytes stay for each", folder.display());
     }
+    assert!(kinds.contains(&true) && kinds.contains(&false), "both kinds: {kinds:?}");
 }
