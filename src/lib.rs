@@ -74,6 +74,7 @@ pub mod model;
 pub mod objective;
 pub mod optimizer;
 pub mod plan;
+pub mod ranks;
 pub mod report;
 pub mod runs;
 pub mod score;

@@ -162,6 +162,8 @@ class TrainOptions(TypedDict, total=False):
     """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
     offload: str
     """What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the GPU piece by piece while it computes. The results have the same bits. [default: none]"""
+    shard: str
+    """What is cut among the ranks of a run on several GPUs, so that each keeps its part alone: states (AdamW's moments and f32 master copies), gradients (these too), weights (these too). [default: none]"""
     head_mode: str
     """How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding. [default: auto]"""
     head_workspace: int

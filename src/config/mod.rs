@@ -192,6 +192,20 @@ pub enum OffloadConfig {
     States,
 }
 
+/// What is cut among the ranks of a run, so that each keeps its part alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ShardConfig {
+    /// Nothing: each rank keeps everything.
+    #[default]
+    None,
+    /// Optimiser states and f32 master copies (ZeRO's stage 1).
+    States,
+    /// Gradients too (stage 2).
+    Gradients,
+    /// Weights too (stage 3).
+    Weights,
+}
+
 /// What training keeps on the device beside the weights, and in which format: docs/memory.md compares the choices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -203,6 +217,8 @@ pub struct MemoryConfig {
     pub gradients: GradientConfig,
     /// What lives in the host's memory.
     pub offload: OffloadConfig,
+    /// What is cut among the ranks.
+    pub shard: ShardConfig,
 }
 
 /// Sizes of batches.

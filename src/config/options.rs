@@ -8,7 +8,7 @@ use toml::de::DeValue;
 use super::value::{Absent, Always, EntropyWeight, Fallback, OptionValue, PerObjective, Source};
 use super::{
     ColumnNames, DataCache, EvalMetric, GradientConfig, MemoryLimit, ObjectiveKind, OffloadConfig, PairData,
-    PairFiles, Policies, Policy, TemplateDate, check,
+    PairFiles, Policies, Policy, ShardConfig, TemplateDate, check,
 };
 use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
@@ -409,6 +409,9 @@ options! {
         /// What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the
         /// GPU piece by piece while it computes. The results have the same bits.
         offload: OffloadConfig, Always<OffloadConfig> = Always(OffloadConfig::None), ALL, check::anything;
+        /// What is cut among the ranks of a run on several GPUs, so that each keeps its part alone: states (AdamW's moments and f32
+        /// master copies), gradients (these too), weights (these too).
+        shard: ShardConfig, Always<ShardConfig> = Always(ShardConfig::None), ALL, check::anything;
         /// How the log-prob head gets its gradient: main keeps the probabilities of a chunk of pairs, recompute forms
         /// them twice with less than 64 MiB, auto takes main where memory allows. Results agree but for rounding.
         head_mode: HeadChoice, Always<HeadChoice> = Always(HeadChoice::Auto), ALL, check::anything;

@@ -161,6 +161,7 @@ fn given(config: &RunConfig) -> Options {
         memory: config.memory_limit.and_then(some),
         tflops: config.tflops.and_then(some),
         offload: some(config.memory.offload),
+        shard: some(config.memory.shard),
         head_mode: some(config.head.mode),
         head_workspace: some(config.head.workspace >> 20),
         threads: config.threads.and_then(some),

@@ -384,6 +384,7 @@ pub fn memory(settled: &Settled) -> MemoryConfig {
         recompute: settled.recompute,
         gradients: settled.gradients,
         offload: settled.offload,
+        shard: settled.shard,
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
-use super::{GradientConfig, ObjectiveKind, OffloadConfig, Policy, suggest};
+use super::{GradientConfig, ObjectiveKind, OffloadConfig, Policy, ShardConfig, suggest};
 use crate::device::{DeviceChoice, Precision};
 use crate::model::{AdaptedModule, AdaptedModules, HeadChoice, Recompute};
 use crate::objective::{DESCRIPTORS, Descriptor};
@@ -202,6 +202,17 @@ impl Word for GradientConfig {
     }
 }
 
+impl Word for ShardConfig {
+    fn words() -> Vec<(&'static str, Self)> {
+        vec![
+            ("none", ShardConfig::None),
+            ("states", ShardConfig::States),
+            ("gradients", ShardConfig::Gradients),
+            ("weights", ShardConfig::Weights),
+        ]
+    }
+}
+
 impl Word for OffloadConfig {
     fn words() -> Vec<(&'static str, Self)> {
         vec![("none", OffloadConfig::None), ("states", OffloadConfig::States)]
@@ -253,6 +264,7 @@ word_option!(MasterWeights, "f32|none");
 word_option!(Recompute, "none|selective|layer");
 word_option!(GradientConfig, "f32|layer");
 word_option!(OffloadConfig, "none|states");
+word_option!(ShardConfig, "none|states|gradients|weights");
 word_option!(Policy, "keep|cut|drop|error");
 
 impl OptionValue for DeviceChoice {

@@ -15,6 +15,7 @@
 mod attention;
 mod batch;
 mod check;
+mod collectives;
 pub mod cpu;
 pub mod cuda;
 mod embedding;
@@ -31,6 +32,7 @@ mod norm;
 mod offload;
 mod optimizer;
 mod pair_objective;
+mod queues;
 mod rope;
 mod select;
 mod trace;
@@ -38,6 +40,7 @@ mod trace;
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
+pub use collectives::{Abort, Collectives, GroupId, GroupPlace, Summand};
 pub use embedding::Embedding;
 pub use hardware::Hardware;
 pub use head::{
@@ -54,9 +57,10 @@ pub use memory::{ComputeBuffer, Element, Floats, Indices, Memory, MemoryUse, Raw
 pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
-pub use offload::{Offload, Queue};
+pub use offload::Offload;
 pub use optimizer::{AdamWUpdate, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
+pub use queues::{Queue, Queues};
 pub use rope::{RopeDirection, RotaryPositions};
 pub use select::{DeviceChoice, DeviceReport, DeviceTask, Precision, ask_on, run_on};
 pub use trace::OperationTime;
@@ -77,6 +81,7 @@ pub trait Device:
     + PairObjective
     + Optimizer
     + Offload
+    + Collectives
 {
 }
 
@@ -93,13 +98,14 @@ impl<D> Device for D where
         + PairObjective
         + Optimizer
         + Offload
+        + Collectives
 {
 }
 
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Device, Embedding, Hardware, Head, Linear, LowRank, Memory, Mlp, Norm,
-        Offload, Optimizer, PairObjective, RotaryPositions,
+        Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
+        Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
     };
 }

@@ -3,35 +3,22 @@
 use std::fmt::Debug;
 
 use super::check::check_sizes;
-use super::{Checked, Element, Memory, MemoryUse};
+use super::{Checked, Element, MemoryUse, Queues};
 use crate::error::Result;
-
-/// One of the queues in which a device's work is done. Each keeps its own order; events order them among each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Queue {
-    /// All operations of the other traits.
-    Compute,
-    /// Copies of [`Offload::fetch`].
-    ToDevice,
-    /// Copies of [`Offload::store`].
-    ToHost,
-}
 
 /// Buffers in pinned host memory, for a device whose own memory is smaller than the host's.
 ///
-/// A copy must be ordered by events after everything that the compute queue was given before it: record an event on
-/// [`Queue::Compute`], let the copy's queue wait for it, then queue the copy. Likewise the compute queue must wait for a
+/// A copy must be ordered by events ([`Queues`]) after everything that the compute queue was given before it: record an event on
+/// [`Queue::Compute`](super::Queue::Compute), let the copy's queue wait for it, then queue the copy. Likewise the compute queue must wait for a
 /// fetch before it uses what was fetched. The emulated device lets a copy land as late as it may, and gives a copy that is
 /// not ordered after the computation bytes that mean nothing, so that a missing wait shows in the numbers.
 ///
 /// # Errors
 /// All methods return [`crate::Error::Bug`] for a range outside its buffer, and [`crate::Error::Device`] where the device
 /// fails.
-pub trait Offload: Memory {
+pub trait Offload: Queues {
     /// Bytes of pinned host memory.
     type HostBuffer: Send + Sync + Debug;
-    /// A moment in the work of a queue.
-    type Event: Send + Sync + Debug;
 
     /// Whether there is anything to gain.
     ///
@@ -48,15 +35,6 @@ pub trait Offload: Memory {
     /// Bytes that `buffer` holds.
     fn host_len(&self, buffer: &Self::HostBuffer) -> usize;
 
-    /// An event that was not recorded yet: a wait for it is over at once.
-    fn new_event(&self) -> Result<Self::Event>;
-
-    /// Makes `event` the moment at which everything that `queue` holds now is done.
-    fn record(&self, event: &mut Self::Event, queue: Queue) -> Result<()>;
-
-    /// Makes everything that `queue` is given from now on wait for `event` as it was recorded last; the host goes on.
-    fn wait(&self, queue: Queue, event: &Self::Event) -> Result<()>;
-
     /// Copies `source` to the bytes of `out` from `offset` on, after all copies that are under way.
     fn write_host(&self, out: &mut Self::HostBuffer, offset: usize, source: &[u8]) -> Result<()> {
         let sizes = [("out", self.host_len(out), offset.saturating_add(source.len()))];
@@ -71,7 +49,7 @@ pub trait Offload: Memory {
         self.run_read_host(out, source, offset, checked)
     }
 
-    /// Queues on [`Queue::ToDevice`]: `out[..len]` = the values of `source` from byte `offset` on.
+    /// Queues on [`Queue::ToDevice`](super::Queue::ToDevice): `out[..len]` = the values of `source` from byte `offset` on.
     fn fetch<T: Element>(
         &self,
         out: &mut Self::Buffer<T>,
@@ -85,7 +63,7 @@ pub trait Offload: Memory {
         self.run_fetch(out, source, offset, len, checked)
     }
 
-    /// Queues on [`Queue::ToHost`]: the bytes of `out` from `offset` on = `source[..len]`.
+    /// Queues on [`Queue::ToHost`](super::Queue::ToHost): the bytes of `out` from `offset` on = `source[..len]`.
     fn store<T: Element>(
         &self,
         out: &mut Self::HostBuffer,

@@ -60,6 +60,7 @@ pub const FREE_OPTIONS: &[&str] = &[
     "memory",
     "tflops",
     "offload",
+    "shard",
 ];
 
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest and those of the steps `best`.

@@ -16,6 +16,7 @@ mod bf16_gemm;
 #[cfg(target_arch = "x86_64")]
 mod bf16_kernel;
 mod bf16_widened;
+mod collectives;
 mod embedding;
 mod linear;
 mod linear_bf16;
@@ -27,6 +28,7 @@ mod offload;
 mod optimizer;
 mod pair_objective;
 mod products;
+mod queues;
 mod rms_norm;
 mod rope;
 mod scratch;

@@ -2,7 +2,7 @@
 
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{Checked, Element, MemoryUse, Offload, Queue};
+use crate::device::{Checked, Element, MemoryUse, Offload};
 use crate::error::{Error, Result};
 
 /// What the CPU device never makes.
@@ -21,7 +21,6 @@ impl<C: Storage> CpuDevice<C> {
 
 impl<C: Storage> Offload for CpuDevice<C> {
     type HostBuffer = Never;
-    type Event = Never;
 
     fn check_offload(&self) -> Result<()> {
         Err(Self::no_offload())
@@ -37,18 +36,6 @@ impl<C: Storage> Offload for CpuDevice<C> {
 
     fn host_len(&self, buffer: &Never) -> usize {
         match *buffer {}
-    }
-
-    fn new_event(&self) -> Result<Never> {
-        Err(Self::no_offload())
-    }
-
-    fn record(&self, event: &mut Never, _: Queue) -> Result<()> {
-        match *event {}
-    }
-
-    fn wait(&self, _: Queue, event: &Never) -> Result<()> {
-        match *event {}
     }
 
     fn run_write_host(&self, out: &mut Never, _: usize, _: &[u8], _: Checked) -> Result<()> {

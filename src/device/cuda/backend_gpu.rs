@@ -369,6 +369,8 @@ impl Lanes {
             Queue::Compute => compute,
             Queue::ToDevice => self.streams[Lane::ToDevice as usize],
             Queue::ToHost => self.streams[Lane::ToHost as usize],
+            // Collectives are not there yet.
+            Queue::Collectives => compute,
         }
     }
 

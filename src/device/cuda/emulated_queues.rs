@@ -143,5 +143,7 @@ fn lane_of(queue: Queue) -> Option<Lane> {
         Queue::Compute => None,
         Queue::ToDevice => Some(Lane::ToDevice),
         Queue::ToHost => Some(Lane::ToHost),
+        // Collectives are not there yet.
+        Queue::Collectives => None,
     }
 }

@@ -14,6 +14,7 @@ mod backend_emulated;
 mod backend_gpu;
 mod backend_planned;
 mod bindings;
+mod collectives;
 #[cfg(mmpo_gpu_kernels)]
 mod cublaslt;
 mod embedding;
@@ -32,6 +33,7 @@ mod offload;
 mod optimizer;
 mod pair_objective;
 mod probe;
+mod queues;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -55,12 +57,13 @@ pub use self::gemm::{GemmChoice, GemmTile};
 pub use self::kernel_path::KernelPath;
 pub use self::memory::CudaBuffer;
 use self::memory::{DeviceMemory, Workspace};
-pub use self::offload::{CudaHostBuffer, CudaQueueEvent};
+pub use self::offload::CudaHostBuffer;
 #[cfg(not(mmpo_emulated))]
 pub(crate) use self::probe::no_emulated_device;
 pub use self::probe::{
     Gpu, build_info, check_driver_version, check_kernels, emulated_info, gpus, listed_gpus, start_driver,
 };
+pub use self::queues::CudaQueueEvent;
 use super::Hardware;
 use super::trace::{OperationTime, Trace};
 use crate::error::{Error, Result};

@@ -4,10 +4,10 @@ use std::fmt::{self, Debug};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::backend::{Address, EventHandle, Lane};
+use super::backend::{Address, Lane};
 use super::memory::DeviceMemory;
 use super::{CudaBuffer, CudaDevice};
-use crate::device::{Checked, Element, MemoryPart, MemoryUse, Offload, Queue};
+use crate::device::{Checked, Element, MemoryPart, MemoryUse, Offload};
 use crate::error::Result;
 
 impl DeviceMemory {
@@ -39,23 +39,8 @@ impl Drop for CudaHostBuffer {
     }
 }
 
-/// A moment in the work of a queue.
-#[derive(Debug)]
-pub struct CudaQueueEvent {
-    memory: Arc<DeviceMemory>,
-    handle: EventHandle,
-}
-
-impl Drop for CudaQueueEvent {
-    fn drop(&mut self) {
-        // SAFETY: the handle is this event's own, and no one can name it any more.
-        unsafe { self.memory.backend.free_event(self.handle) };
-    }
-}
-
 impl Offload for CudaDevice {
     type HostBuffer = CudaHostBuffer;
-    type Event = CudaQueueEvent;
 
     fn check_offload(&self) -> Result<()> {
         Ok(())
@@ -73,21 +58,6 @@ impl Offload for CudaDevice {
 
     fn host_len(&self, buffer: &CudaHostBuffer) -> usize {
         buffer.bytes
-    }
-
-    fn new_event(&self) -> Result<CudaQueueEvent> {
-        let handle = self.backend().new_event()?;
-        Ok(CudaQueueEvent { memory: Arc::clone(&self.memory), handle })
-    }
-
-    fn record(&self, event: &mut CudaQueueEvent, queue: Queue) -> Result<()> {
-        // SAFETY: the event's own backend made it.
-        unsafe { event.memory.backend.record(event.handle, queue) }
-    }
-
-    fn wait(&self, queue: Queue, event: &CudaQueueEvent) -> Result<()> {
-        // SAFETY: the event's own backend made it.
-        unsafe { event.memory.backend.wait(queue, event.handle) }
     }
 
     fn run_write_host(
@@ -156,7 +126,8 @@ impl Offload for CudaDevice {
 #[cfg(all(test, mmpo_emulated))]
 mod tests {
     use super::*;
-    use crate::device::cuda::EmulatorVariant;
+    use crate::device::Queue;
+    use crate::device::cuda::{CudaQueueEvent, EmulatorVariant};
     use crate::device::prelude::*;
 
     /// One of the waits of [`visit`].

@@ -1,0 +1,199 @@
+//! Sums and exchanges over the ranks of a run, by NCCL.
+//!
+//! A run has one process, a *rank*, for each GPU. Ranks that joined a group call the same collectives with the same sizes in the
+//! same order. Every collective is queued on [`Queue::Collectives`](super::Queue::Collectives), and events ([`Queues`]) order that queue with the
+//! computation: what a collective reads must be recorded on the compute queue and waited for, and the other way around before
+//! the computation uses a result. The emulated device lets a collective finish as late as it may, so that a missing wait shows in
+//! the numbers.
+//!
+//! All forms work in place, so that no rank needs a second buffer. A range that is *cut among the ranks* has a length that is a
+//! multiple of their number; piece `r` belongs to rank `r`.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::check::check_sizes;
+use super::{Checked, Element, Queues};
+use crate::error::{Error, Result};
+
+/// The name of a group, which one rank makes and sends to all others: NCCL's unique id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupId(pub [u8; 128]);
+
+/// Where a rank stands in its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupPlace {
+    /// From 0.
+    pub rank: usize,
+    /// How many ranks there are.
+    pub ranks: usize,
+}
+
+/// A number that a sum over ranks may have; the sum of two bf16 values is rounded to bf16.
+pub trait Summand: Element {}
+impl Summand for f32 {}
+impl Summand for half::bf16 {}
+
+/// Ends a group from any thread: whoever waits for one of its collectives gets an error.
+pub type Abort = Arc<dyn Fn() + Send + Sync>;
+
+/// NCCL's collectives, on the library that is loaded at run time.
+///
+/// # Errors
+/// All methods return [`crate::Error::Bug`] for a range outside its buffer or that cannot be cut among the ranks, and
+/// [`crate::Error::Device`] where the library, another rank or the device fails.
+pub trait Collectives: Queues {
+    /// A rank's end of a group.
+    type Communicator: Send + Sync + Debug;
+
+    /// Names a new group, for all ranks to join.
+    fn new_group(&self) -> Result<GroupId>;
+
+    /// Joins the group `id`; returns when all ranks have.
+    fn join_group(&self, id: &GroupId, place: GroupPlace) -> Result<Self::Communicator>;
+
+    /// Where this rank stands.
+    fn place(&self, group: &Self::Communicator) -> GroupPlace;
+
+    /// What ends the group when it is called.
+    fn abort(&self, group: &Self::Communicator) -> Abort;
+
+    /// Fails where a collective of the group failed in the background since it was queued.
+    fn check_group(&self, group: &Self::Communicator) -> Result<()>;
+
+    /// Assigns `values[range]`, on every rank, the sum over all ranks.
+    fn all_reduce<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let checked = check_range(self, "all_reduce", self.len(values), &range)?;
+        self.run_all_reduce(group, values, range, checked)
+    }
+
+    /// Assigns to this rank's piece of `values[range]` the sum over all ranks; the other pieces are undefined after that.
+    fn reduce_scatter<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let checked = check_pieces(self, group, "reduce_scatter", self.len(values), &range)?;
+        self.run_reduce_scatter(group, values, range, checked)
+    }
+
+    /// Assigns to each piece of `values[range]` what its rank holds there.
+    fn all_gather<T: Element>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let checked = check_pieces(self, group, "all_gather", self.len(values), &range)?;
+        self.run_all_gather(group, values, range, checked)
+    }
+
+    /// Assigns `values[range]` on rank `root` the sum over all ranks; the others' are undefined after that.
+    fn reduce<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        root: usize,
+    ) -> Result<()> {
+        check_root(self.place(group), root)?;
+        let checked = check_range(self, "reduce", self.len(values), &range)?;
+        self.run_reduce(group, values, range, root, checked)
+    }
+
+    /// Assigns `values[range]` what rank `root` holds there.
+    fn broadcast<T: Element>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        root: usize,
+    ) -> Result<()> {
+        check_root(self.place(group), root)?;
+        let checked = check_range(self, "broadcast", self.len(values), &range)?;
+        self.run_broadcast(group, values, range, root, checked)
+    }
+
+    /// Starts the collectives that `work` asks for together, which costs as much as one large one. No result of one may enter
+    /// another.
+    fn grouped(&self, group: &Self::Communicator, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+
+    /// The device's part of [`Collectives::all_reduce`].
+    fn run_all_reduce<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Collectives::reduce_scatter`].
+    fn run_reduce_scatter<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Collectives::all_gather`].
+    fn run_all_gather<T: Element>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Collectives::reduce`].
+    fn run_reduce<T: Summand>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        root: usize,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`Collectives::broadcast`].
+    fn run_broadcast<T: Element>(
+        &self,
+        group: &Self::Communicator,
+        values: &mut Self::Buffer<T>,
+        range: Range<usize>,
+        root: usize,
+        checked: Checked,
+    ) -> Result<()>;
+}
+
+fn check_range<D: Queues>(_: &D, name: &str, len: usize, range: &Range<usize>) -> Result<Checked> {
+    check_sizes(name, range, &[("values", len, range.end), ("range", range.end, range.start)])
+}
+
+fn check_pieces<D: Collectives>(
+    device: &D,
+    group: &D::Communicator,
+    name: &str,
+    len: usize,
+    range: &Range<usize>,
+) -> Result<Checked> {
+    let ranks = device.place(group).ranks;
+    if !range.len().is_multiple_of(ranks) {
+        return Err(Error::bug(format!("{name}: {} values cannot be cut among {ranks} ranks", range.len())));
+    }
+    check_range(device, name, len, range)
+}
+
+fn check_root(place: GroupPlace, root: usize) -> Result<()> {
+    if root < place.ranks {
+        return Ok(());
+    }
+    Err(Error::bug(format!("there is no rank {root} among {}", place.ranks)))
+}
