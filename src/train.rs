@@ -9,6 +9,8 @@ mod adapter;
 mod capsule;
 mod checkpoint;
 mod chooser;
+mod cut;
+mod deal;
 mod guard;
 mod inputs;
 mod layer_updates;
@@ -31,6 +33,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use cut::Cut;
+pub use deal::{Deal, deal};
 pub use inputs::Inputs;
 pub(crate) use inputs::pair_sources;
 pub use offload::plan as offload_plan;
@@ -38,7 +42,7 @@ pub(crate) use plan::Plan;
 pub use reference::References;
 pub use samples::MAX_NEW_TOKENS;
 pub(crate) use samples::sample_prompts;
-pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
+pub use trainer::{RankStep, StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
