@@ -320,11 +320,13 @@ impl DeviceTask for Training<'_> {
 
         progress::enter(Stage::End, last);
         recorder.check_place()?;
+        // The checkpoints are written, and the metrics whole, on rank 0.
+        team.barrier("trained")?;
         if team.is_first() {
             guard::check_trained(output.path(), &run.trainer, &inputs)?;
-            save_result(&output.model(), &run.trainer, &inputs)
-                .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         }
+        save_result(&output.model(), &mut run.trainer, &inputs)
+            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         let saved =
             format!("what was trained is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
@@ -528,9 +530,7 @@ impl<'a, D: Device> Run<'a, D> {
         let named = self.record.best.as_ref().map(|best| best.step);
         let best: Vec<usize> = self.chooser.best().map(|(step, _)| step).into_iter().chain(named).collect();
         let kept = (self.config.keep_checkpoints, best.as_slice());
-        if self.team.is_first() {
-            checkpoint::save_beside(saves, output.path(), &self.trainer, &state, kept)?;
-        }
+        checkpoint::save_beside(saves, output.path(), &mut self.trainer, &state, kept)?;
         // The save before this one is done, so that its checkpoint can be named.
         self.write_record(output.path())
     }
@@ -557,12 +557,11 @@ impl<'a, D: Device> Run<'a, D> {
             notes.push(format!("Early stopping ended the run after step {last} of {total}: {why}."));
         }
         self.record.ended = Some(EndRecord { step: last, reason });
-        if !self.team.is_first() {
-            return Ok(Vec::new());
-        }
         self.write_record(output.path())?;
         if let Some((step, _)) = self.chooser.best() {
-            run_state::prune(output.path(), self.config.keep_checkpoints, &[step])?;
+            if self.team.is_first() {
+                run_state::prune(output.path(), self.config.keep_checkpoints, &[step])?;
+            }
             notes.extend(self.save_best(output, step, last)?);
         }
         Ok(notes)
@@ -572,7 +571,7 @@ impl<'a, D: Device> Run<'a, D> {
     fn save_best(&mut self, output: &Output, step: usize, last: usize) -> Result<Option<String>> {
         let target = output.best();
         if step == last {
-            if target.exists() {
+            if output.is_ours() && target.exists() {
                 atomic::remove_folder(&target)?;
             }
             return Ok(None);
@@ -582,7 +581,7 @@ impl<'a, D: Device> Run<'a, D> {
             Err(error) => return Ok(Some(format!("Its model cannot be written: {error}"))),
         };
         checkpoint::restore(&checkpoint, &mut self.trainer)?;
-        save_result(&target, &self.trainer, self.inputs)?;
+        save_result(&target, &mut self.trainer, self.inputs)?;
         Ok(None)
     }
 
@@ -660,8 +659,8 @@ impl<'a, D: Device> Run<'a, D> {
     }
 }
 
-/// Writes the trained model, or the trained adapter.
-fn save_result<D: Device>(target: &Path, trainer: &Trainer<D>, inputs: &Inputs) -> Result<()> {
+/// Writes the trained model, or the trained adapter. Among ranks every one must call it, and the first one writes.
+fn save_result<D: Device>(target: &Path, trainer: &mut Trainer<D>, inputs: &Inputs) -> Result<()> {
     match &inputs.adapter {
         None => checkpoint::save_weights(target, trainer, &inputs.companions),
         Some(adapter) => adapter.save(target, trainer, inputs),

@@ -68,6 +68,16 @@ impl StateBuffer {
         }
     }
 
+    /// The values of this buffer that belong to the values `part` of a tensor, which begin at a block.
+    pub fn part(self, part: Range<usize>) -> Range<usize> {
+        match self {
+            StateBuffer::FirstScales | StateBuffer::SecondScales => {
+                part.start / BLOCK..part.end.div_ceil(BLOCK)
+            }
+            _ => part,
+        }
+    }
+
     /// Type and length of the buffer of a tensor of `len` values; `None` where moments of this format have none.
     pub fn stored(self, len: usize, moments: MomentFormat) -> Option<(StateType, usize)> {
         match (self, moments.of_tensor(len)) {

@@ -1,12 +1,14 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
 mod among_ranks;
+mod own_sums;
 mod ranks;
 mod trace;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use own_sums::OwnSums;
 use ranks::OtherRanks;
 pub use ranks::RankStep;
 pub use trace::Trace;
@@ -83,6 +85,10 @@ pub struct Trainer<D: Device> {
     dealt: Deal,
     /// The other ranks, where there are some.
     ranks: Option<OtherRanks<D>>,
+    /// Where gradients are sharded among them: this rank's values of those of the layers. `gradients` has one layer then.
+    own_sums: Option<OwnSums<D>>,
+    /// Micro-batches of the last batch that another rank has and this one has not.
+    idle_rounds: usize,
     /// Where the outcomes begin in `metrics`.
     first_outcome: usize,
     /// Where gradients are applied layer by layer.
@@ -183,18 +189,8 @@ impl<D: Device> Trainer<D> {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
         })?;
         let states = new_states(&model, workload, ranks.as_ref())?;
-        let (gradients, layer_norms) = match workload.memory.gradients {
-            GradientConfig::F32 => {
-                let gradients = model.zero_gradients()?;
-                device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
-                (gradients, None)
-            }
-            GradientConfig::Layer => {
-                let gradients = model.zero_gradients_of_one_layer()?;
-                let norms = LayerNorms::new(&model, &gradients)?;
-                (gradients, Some(norms))
-            }
-        };
+        let GradientBuffers { gradients, layer_norms, own_sums } =
+            GradientBuffers::new(&model, &workload.memory, ranks.as_ref())?;
         let first_outcome = match &ranks {
             Some(ranks) => ranks.rows(),
             None => 2 * layer_norms.as_ref().map_or(1, LayerNorms::count),
@@ -219,6 +215,8 @@ impl<D: Device> Trainer<D> {
             first_outcome,
             dealt: Deal::default(),
             ranks,
+            own_sums,
+            idle_rounds: 0,
             norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
@@ -441,6 +439,16 @@ impl<D: Device> Trainer<D> {
         self.ranks.as_ref().map_or(GroupPlace { rank: 0, ranks: 1 }, OtherRanks::place)
     }
 
+    /// The values of a trained tensor of `len` values whose states this rank has.
+    pub fn own(&self, len: usize) -> Range<usize> {
+        self.ranks.as_ref().map_or(0..len, |ranks| ranks.own(len))
+    }
+
+    /// Where this rank stands among those that have a part of the states each; `None` where it has all.
+    pub fn shard_place(&self) -> Option<GroupPlace> {
+        self.ranks.as_ref().filter(|ranks| ranks.shard != ShardConfig::None).map(OtherRanks::place)
+    }
+
     /// How the head works, and on how much memory.
     pub fn head_plan(&self) -> HeadPlan {
         self.activations.head.plan
@@ -470,6 +478,7 @@ impl<D: Device> Trainer<D> {
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
         self.dealt = self.deal(pairs);
         let (runs, before) = self.own_micro_batches(&self.pair_sizes(pairs));
+        self.idle_rounds = self.idle_rounds(runs.len(), &self.pair_sizes(pairs));
         let last = runs.len().saturating_sub(1);
         let mut tokens = 0;
         for (number, run) in runs.into_iter().enumerate() {
@@ -553,6 +562,35 @@ impl<D: Device> Trainer<D> {
 
 fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
+}
+
+/// The buffers for gradients, and what is done with those of a layer.
+struct GradientBuffers<D: Device> {
+    gradients: Gradients<D>,
+    layer_norms: Option<LayerNorms<D>>,
+    own_sums: Option<OwnSums<D>>,
+}
+
+impl<D: Device> GradientBuffers<D> {
+    /// Those that `memory` asks for, with the scratch memory of their norm.
+    fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
+        if memory.gradients == GradientConfig::Layer {
+            let gradients = model.zero_gradients_of_one_layer()?;
+            let layer_norms = Some(LayerNorms::new(model, &gradients)?);
+            return Ok(GradientBuffers { gradients, layer_norms, own_sums: None });
+        }
+        let (gradients, own_sums) = match ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients) {
+            None => (model.zero_gradients()?, None),
+            Some(ranks) => {
+                let gradients = model.zero_gradients_of_one_layer()?;
+                let own_sums = OwnSums::new(model, ranks, &gradients)?;
+                (gradients, Some(own_sums))
+            }
+        };
+        let all = gradients.iter().flatten().chain(own_sums.iter().flat_map(OwnSums::iter));
+        model.device.reserve_gradient_norm(&all.collect::<Vec<_>>())?;
+        Ok(GradientBuffers { gradients, layer_norms: None, own_sums })
+    }
 }
 
 /// The states on the device of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:

@@ -7,10 +7,11 @@
 //! its own pairs, and zeros everywhere else. After that all ranks hold the same numbers, and come to the same decisions.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
-use crate::device::{ComputeBuffer, Device, Floats, GroupPlace, Queue};
+use crate::device::{Device, Element, Floats, GroupPlace, Indices, MemoryPart, Queue};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink};
 use crate::ranks::{RankGroup, progress};
@@ -40,6 +41,8 @@ pub(super) struct OtherRanks<D: Device> {
     ready: D::Event,
     /// The last collective is over.
     done: D::Event,
+    /// `[ranks]`: a word of each rank.
+    words: Indices<D>,
     started: Instant,
     in_calls: Duration,
 }
@@ -55,7 +58,12 @@ impl<D: Device> OtherRanks<D> {
         let (ready, done) = (group.device.new_event()?, group.device.new_event()?);
         let shard = memory.shard;
         let (started, in_calls) = (Instant::now(), Duration::ZERO);
-        Ok(Some(OtherRanks { group, shard, ready, done, started, in_calls }))
+        let words = group.device.as_part(MemoryPart::Batch, || group.device.alloc(group.place().ranks))?;
+        Ok(Some(OtherRanks { group, shard, ready, done, words, started, in_calls }))
+    }
+
+    pub fn device(&self) -> &D {
+        &self.group.device
     }
 
     pub fn place(&self) -> GroupPlace {
@@ -115,11 +123,11 @@ impl<D: Device> OtherRanks<D> {
         })
     }
 
-    /// Queues the exchange of `weights`, of which each rank has updated its own values.
+    /// Queues the exchange of whole tensors, of which each rank has its own values.
     ///
     /// # Errors
     /// As [`OtherRanks::sum_gradients`].
-    pub fn gather_weights(&mut self, weights: &mut [&mut ComputeBuffer<D>]) -> Result<()> {
+    pub fn gather<T: Element>(&mut self, weights: &mut [&mut D::Buffer<T>]) -> Result<()> {
         let place = self.place();
         self.queue(|group| {
             let (device, communicator) = (&*group.device, &group.communicator);
@@ -145,6 +153,24 @@ impl<D: Device> OtherRanks<D> {
     pub fn sum_metrics(&mut self, metrics: &mut Floats<D>, values: usize) -> Result<()> {
         self.queue(|group| group.device.all_reduce(&group.communicator, metrics, 0..values))?;
         self.finish()
+    }
+
+    /// Gives every rank a word of this one, and waits for theirs: in the order of the ranks.
+    ///
+    /// # Errors
+    /// As [`OtherRanks::sum_gradients`].
+    pub fn exchange(&mut self, word: u32) -> Result<Vec<u32>> {
+        let place = self.place();
+        let device = Arc::clone(&self.group.device);
+        device.upload(&mut self.words, place.rank, &[word])?;
+        device.record(&mut self.ready, Queue::Compute)?;
+        device.wait(Queue::Collectives, &self.ready)?;
+        device.all_gather(&self.group.communicator, &mut self.words, 0..place.ranks)?;
+        device.record(&mut self.done, Queue::Collectives)?;
+        self.finish()?;
+        let mut found = vec![0; place.ranks];
+        device.download(&mut found, &self.words, 0)?;
+        Ok(found)
     }
 
     /// Lets the device's computation wait for all collectives so far.
