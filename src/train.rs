@@ -60,7 +60,8 @@ use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Requests, Team};
 use crate::report::{
-    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics, print_result,
+    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics,
+    print_result,
 };
 use chooser::Chooser;
 use output::Output;
@@ -592,7 +593,8 @@ impl<'a, D: Device> Run<'a, D> {
         let pairs =
             training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
         let adamw = self.plan.adamw(batch.step);
-        let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm)?;
+        let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm);
+        let result = result.map_err(|error| self.with_rank(error, pairs.len()))?;
         let seconds = started.elapsed().as_secs_f64();
         self.is_asked = result.stop_requested;
         self.shares.add(&result.ranks);
@@ -617,6 +619,21 @@ impl<'a, D: Device> Run<'a, D> {
             ranks: RankMetrics::new(&result.ranks),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
+    }
+
+    /// Adds to a numerical error of a step with so many pairs which rank computed the first of those that are not finite.
+    fn with_rank(&self, error: Error, pairs: usize) -> Error {
+        let Error::Numerics { message, help } = error else { return error };
+        let outcomes = self.trainer.download_outcomes(pairs).unwrap_or_default();
+        let message = match outcomes.iter().position(|outcome| !outcome.loss.is_finite()) {
+            Some(pair) if !self.team.is_alone() => {
+                let rank = self.trainer.rank_of(pair);
+                let host = self.team.host_of(rank).map_or_else(ranks::host, str::to_string);
+                format!("{message}; rank {rank} on {host} computed it")
+            }
+            _ => message,
+        };
+        Error::Numerics { message, help }
     }
 
     /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just

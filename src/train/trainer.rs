@@ -449,6 +449,12 @@ impl<D: Device> Trainer<D> {
         self.ranks.as_ref().filter(|ranks| ranks.shard != ShardConfig::None).map(OtherRanks::place)
     }
 
+    /// The rank that computed a pair of the last batch.
+    pub fn rank_of(&self, pair: usize) -> usize {
+        let mut ranks = (0..self.place().ranks).take_while(|_| self.dealt.order.len() > pair);
+        ranks.find(|&rank| self.dealt.pairs(rank).contains(&pair)).unwrap_or(0)
+    }
+
     /// How the head works, and on how much memory.
     pub fn head_plan(&self) -> HeadPlan {
         self.activations.head.plan
