@@ -493,7 +493,7 @@ impl<'a, D: Device> Run<'a, D> {
                 }
             }
             if let Some(signal) = interrupted {
-                self.team.barrier("saved")?;
+                self.team.stop_together()?;
                 let output = output.path().display();
                 let kept = format!("the run was saved in {output} and `--resume` continues it");
                 return Err(interrupt::stopped(signal, kept));
