@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)]
 
+mod accumulate;
 mod attention;
 mod batch;
 mod check;
@@ -37,6 +38,7 @@ mod rope;
 mod select;
 mod trace;
 
+pub use accumulate::{Accumulate, Sum};
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
@@ -82,6 +84,7 @@ pub trait Device:
     + Optimizer
     + Offload
     + Collectives
+    + Accumulate
 {
 }
 
@@ -99,13 +102,14 @@ impl<D> Device for D where
         + Optimizer
         + Offload
         + Collectives
+        + Accumulate
 {
 }
 
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
+        Accumulate, Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
         Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
     };
 }
