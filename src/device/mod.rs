@@ -60,7 +60,7 @@ pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use offload::Offload;
-pub use optimizer::{AdamWUpdate, Optimizer};
+pub use optimizer::{AdamWUpdate, Gradient, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use queues::{Queue, Queues};
 pub use rope::{RopeDirection, RotaryPositions};

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 pub use trace::Trace;
 
+use super::bf16_gradients::{self, Bf16Sums};
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use super::offload::{self, Offloaded};
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, MemoryPart, hash};
+use crate::device::{BatchBuffers, Device, Floats, Gradient, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -51,8 +52,10 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// States in host memory, where some are.
     pub offloaded: Option<Offloaded<D>>,
-    /// Gradients of the step, summed over its micro-batches.
+    /// Gradients of the step, summed over its micro-batches; with one layer where [`Trainer::step_gradients`] has them elsewhere.
     pub gradients: Gradients<D>,
+    /// Where the gradients of layers are summed in bf16.
+    bf16_sums: Option<Bf16Sums<D>>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
     pub dropout_seed: u64,
     /// Key of the step under way, from which its dropout masks follow.
@@ -151,18 +154,20 @@ impl<D: Device> Trainer<D> {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
         })?;
         let states = new_states(&model, workload)?;
-        let (gradients, layer_norms) = match workload.memory.gradients {
-            GradientConfig::F32 => {
-                let gradients = model.zero_gradients()?;
-                device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
-                (gradients, None)
-            }
-            GradientConfig::Layer => {
-                let gradients = model.zero_gradients_of_one_layer()?;
-                let norms = LayerNorms::new(&model, &gradients)?;
-                (gradients, Some(norms))
-            }
+        let (mut bf16_sums, mut layer_norms) = (None, None);
+        let gradients = match workload.memory.gradients {
+            GradientConfig::F32 => model.zero_gradients()?,
+            GradientConfig::Bf16 | GradientConfig::Layer => model.zero_gradients_of_one_layer()?,
         };
+        match workload.memory.gradients {
+            GradientConfig::F32 => {}
+            GradientConfig::Bf16 => bf16_sums = Some(Bf16Sums::new(&model)?),
+            GradientConfig::Layer => layer_norms = Some(LayerNorms::new(&model, &gradients)?),
+        }
+        if layer_norms.is_none() {
+            let all = bf16_gradients::of_step(&gradients, bf16_sums.as_ref());
+            device.reserve_gradient_norm_of(&all.into_iter().flatten().collect::<Vec<_>>())?;
+        }
         let first_outcome = 2 * layer_norms.as_ref().map_or(1, LayerNorms::count);
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
@@ -170,6 +175,7 @@ impl<D: Device> Trainer<D> {
             states,
             offloaded,
             gradients,
+            bf16_sums,
             dropout_seed: 0,
             dropout_key: 0,
             objective,
@@ -222,7 +228,7 @@ impl<D: Device> Trainer<D> {
             return self.step_by_layers(pairs, None, max_grad_norm);
         }
         let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
             trainer.model.head_forward_backward(
@@ -233,22 +239,45 @@ impl<D: Device> Trainer<D> {
                 &batch.scored,
                 &trainer.objective,
             )?;
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                tokens,
-                &mut KeepGradients,
-            )
+            trainer.backward(tokens)
         })?;
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
-        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
+        let gradients: Vec<_> =
+            bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref()).into_iter().flatten().collect();
+        device.gradient_norm_of(&mut self.norm, &gradients, max_grad_norm)?;
         device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
         let (norms, outcomes) = self.download_metrics(pairs.len())?;
         let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
         Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+    }
+
+    /// Sets the gradients to zero, and their sums.
+    fn clear_gradients(&mut self) -> Result<()> {
+        let device = &*self.model.device;
+        if let Some(sums) = &mut self.bf16_sums {
+            sums.clear(device)?;
+        }
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())
+    }
+
+    /// The backward of a micro-batch after that of its head, for an update after all of them.
+    fn backward(&mut self, tokens: usize) -> Result<()> {
+        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
+        let (activations, batch) = (&mut self.activations, &self.batch);
+        let device = Arc::clone(&self.model.device);
+        match &mut self.bf16_sums {
+            None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
+            Some(sums) => {
+                let mut sink = sums.sink(&device);
+                self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
+            }
+        }
+    }
+
+    /// The gradients that [`Trainer::accumulate_gradients`] left, for each tensor in the order of the tree; `None` for a frozen
+    /// one. Where gradients are applied layer by layer, they are those outside the layers and of one layer.
+    pub fn step_gradients(&self) -> Vec<Option<Gradient<'_, D>>> {
+        bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref())
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -332,16 +361,15 @@ impl<D: Device> Trainer<D> {
             return Err(Error::bug("gradients are applied layer by layer: none are left for an update"));
         }
         let device = &self.model.device;
+        let gradients = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
-            .zip(self.gradients.iter())
-            .filter_map(|((weight, state), gradient)| {
-                Some(state.as_mut()?.update(weight, gradient.as_ref()?))
-            })
+            .zip(&gradients)
+            .filter_map(|((weight, state), gradient)| Some(state.as_mut()?.update_from(weight, (*gradient)?)))
             .collect();
         device.adamw(&mut updates, &self.norm, adamw)?;
         let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
-        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        let tensors = self.model.weights.iter_mut().zip(gradients).enumerate();
         for (number, (weight, gradient)) in tensors {
             let Some(gradient) = gradient else { continue };
             offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
