@@ -6,6 +6,7 @@
 //! piece.
 
 mod adapter;
+mod bf16_gradients;
 mod capsule;
 mod checkpoint;
 mod chooser;
