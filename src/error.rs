@@ -116,6 +116,8 @@ pub enum Error {
         /// What to do about it.
         #[help]
         help: String,
+        /// That rank, where it is one that was there.
+        lost: Option<usize>,
     },
 
     /// A rank that `train --gpus` started ended with an error of its own, and with this exit code.
@@ -212,7 +214,7 @@ impl Error {
 
     /// An [`Error::Rank`]: another rank of the run ended it.
     pub fn rank(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Error::Rank { message: message.into(), help: help.into() }
+        Error::Rank { message: message.into(), help: help.into(), lost: None }
     }
 
     /// An [`Error::Bug`]: a mistake in this program.

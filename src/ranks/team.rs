@@ -19,7 +19,7 @@ use crate::interrupt::{self, Keeper, Signal};
 
 /// How long a file that rank 0 wrote may take until another machine sees it: network file systems keep what they know of a
 /// folder for some seconds.
-const VISIBLE: Duration = Duration::from_secs(20);
+const VISIBLE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
 /// The ranks of a run.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub struct Team {
     /// All ranks have agreed to stop, so that the end of one is no loss to the others.
     has_agreed_to_stop: AtomicBool,
     /// Tells the others where a signal ends this process before the steps.
-    keeper: Option<Keeper>,
+    _keeper: Option<Keeper>,
 }
 
 /// What signals ask of a run.
@@ -51,7 +51,18 @@ impl Requests {
 impl Team {
     /// A run of one process.
     pub fn alone() -> Self {
-        Team { ranks: Ranks::alone(), control: None, has_agreed_to_stop: AtomicBool::new(false), keeper: None }
+        Team {
+            ranks: Ranks::alone(),
+            control: None,
+            has_agreed_to_stop: AtomicBool::new(false),
+            _keeper: None,
+        }
+    }
+
+    /// A team whose ranks have found each other.
+    #[cfg(test)]
+    pub(super) fn of(ranks: &Ranks, control: Control) -> Self {
+        Team { ranks: ranks.clone(), control: Some(control), ..Team::alone() }
     }
 
     /// Finds the other ranks; returns when all are there.
@@ -75,7 +86,7 @@ impl Team {
             tracing::debug!("rank {rank} is on {host}");
         }
         let has_agreed_to_stop = AtomicBool::new(false);
-        Ok(Team { ranks: ranks.clone(), control: Some(control), has_agreed_to_stop, keeper: Some(keeper) })
+        Ok(Team { ranks: ranks.clone(), control: Some(control), has_agreed_to_stop, _keeper: Some(keeper) })
     }
 
     /// Which rank this is.
@@ -91,6 +102,12 @@ impl Team {
     /// Whether the run has one process.
     pub fn is_alone(&self) -> bool {
         self.control.is_none()
+    }
+
+    /// The machine of another rank, where this is rank 0.
+    pub fn host_of(&self, rank: usize) -> Option<&str> {
+        let mut hosts = self.control.iter().flat_map(Control::hosts).filter(|_| self.is_first());
+        hosts.find(|(other, _)| *other == rank).map(|(_, host)| host)
     }
 
     /// What ends this rank's collectives when another rank is lost.

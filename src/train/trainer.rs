@@ -28,7 +28,7 @@ use crate::model::{
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
 use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
-use crate::ranks::RankGroup;
+use crate::ranks::{RankGroup, progress};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -475,6 +475,12 @@ impl<D: Device> Trainer<D> {
         self.ranks.as_ref().filter(|ranks| ranks.shard != ShardConfig::None).map(OtherRanks::place)
     }
 
+    /// The rank that computed a pair of the last batch.
+    pub fn rank_of(&self, pair: usize) -> usize {
+        let mut ranks = (0..self.place().ranks).take_while(|_| self.dealt.order.len() > pair);
+        ranks.find(|&rank| self.dealt.pairs(rank).contains(&pair)).unwrap_or(0)
+    }
+
     /// How the head works, and on how much memory.
     pub fn head_plan(&self) -> HeadPlan {
         self.activations.head.plan
@@ -514,6 +520,7 @@ impl<D: Device> Trainer<D> {
             self.model.set_dropout_key(dropout.map(|key| hash(key, (before + number) as u64)));
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
             interrupt::check()?;
+            progress::tick();
             self.batch.load(device.as_ref(), &batch, &own_constants)?;
             self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
             head(self, &batch, number == last)?;
@@ -566,6 +573,7 @@ impl<D: Device> Trainer<D> {
     /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs. A step waits for the device here
     /// alone.
     fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
+        let _waiting = progress::wait();
         let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
         self.device().download(&mut values, &self.metrics, 0)?;
         let outcomes: &[PairOutcome] = bytemuck::cast_slice(&values[self.first_outcome..]);
