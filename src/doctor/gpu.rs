@@ -147,13 +147,13 @@ fn cublaslt(has_gpu: bool) -> Finding {
 /// NCCL joins the GPUs of a run on several; a run on one takes none, so that its absence is no lack.
 fn nccl() -> Finding {
     match libraries::nccl_version() {
-        Some(version) => {
-            Finding::note("nccl", format!("{version}; only a run on several GPUs takes it"))
-                .with("version", version)
-        }
+        Some(version) => Finding::note("nccl", format!("{version}; only a run on several GPUs takes it"))
+            .with("version", version),
         None => {
             let place = match installed("libnccl.so") {
-                Some(folder) => format!(" by the loader; it is in {0}: export LD_LIBRARY_PATH={0}", folder.display()),
+                Some(folder) => {
+                    format!(" by the loader; it is in {0}: export LD_LIBRARY_PATH={0}", folder.display())
+                }
                 None => String::new(),
             };
             Finding::note("nccl", format!("not found{place}; only a run on several GPUs takes it"))
