@@ -70,7 +70,7 @@ impl<D: Device> OwnSums<D> {
     }
 
     /// Takes the gradients of `layer`, which are complete for this micro-batch, and gives back others of 0 for the next layer.
-    fn take(
+    pub fn take(
         &mut self,
         ranks: &mut OtherRanks<D>,
         layer: usize,
