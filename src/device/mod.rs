@@ -28,6 +28,7 @@ mod mapped_file;
 mod memory;
 mod memory_counter;
 mod mlp;
+mod nccl;
 mod norm;
 mod offload;
 mod optimizer;
@@ -40,7 +41,7 @@ mod trace;
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
-pub use collectives::{Abort, Collectives, GroupId, GroupPlace, Summand};
+pub use collectives::{Abort, Collectives, GroupId, GroupPlace, NCCL_MEMORY, Summand};
 pub use embedding::Embedding;
 pub use hardware::Hardware;
 pub use head::{
