@@ -70,6 +70,13 @@ enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF1
 mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16* out, const void* source, int32_t storage, int64_t length,
                                       mmpo_stream stream);
 
+/* ---- accumulate.cu */
+
+/* Accumulates out[length] += source[length]; `out` is f32 or bf16, as `storage` says. A bf16 sum is formed in f32 and
+ * rounded to nearest even. Each array is aligned to its numbers. */
+mmpo_status MMPO_EXPORT(accumulate)(void* out, const float* source, int32_t storage, int64_t length,
+                                    mmpo_stream stream);
+
 /* ---- embedding.cu */
 
 /* Assigns out[T, D] = table[token_ids[T], :]. */

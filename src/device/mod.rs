@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)]
 
+mod accumulate;
 mod attention;
 mod batch;
 mod check;
@@ -38,6 +39,7 @@ mod rope;
 mod select;
 mod trace;
 
+pub use accumulate::{Accumulate, Sum};
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
@@ -83,6 +85,7 @@ pub trait Device:
     + Optimizer
     + Offload
     + Collectives
+    + Accumulate
 {
 }
 
@@ -100,13 +103,14 @@ impl<D> Device for D where
         + Optimizer
         + Offload
         + Collectives
+        + Accumulate
 {
 }
 
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
+        Accumulate, Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
         Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
     };
 }

@@ -13,6 +13,8 @@ const TENSORS: usize = 3;
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
     vec![
         zero_all,
+        accumulate,
+        accumulate_compute,
         gradient_norm,
         adamw_f32,
         adamw_bf16,
@@ -42,6 +44,28 @@ fn zero_all<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
         device.zero_all(&mut out.floats.iter_mut().collect::<Vec<_>>())
     });
     Ok(case.bytes(WORD * TENSORS * values(shape)))
+}
+
+/// The gradient of a matrix, added to its sum over micro-batches in f32.
+fn accumulate<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let len = values(shape);
+    let source = floats(device, 10, len, 1.0)?;
+    let case = Case::new("accumulate", outputs(device, &[], &[len])?, move |device: &D, out| {
+        device.accumulate(&mut out.floats[0], 0, &source, 0, len)
+    });
+    Ok(case.updates().bytes(3 * WORD * len))
+}
+
+/// The same in the type of weights.
+fn accumulate_compute<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let len = values(shape);
+    let source = floats(device, 10, len, 1.0)?;
+    let case = Case::new("accumulate", outputs(device, &[len], &[])?, move |device: &D, out| {
+        device.accumulate(&mut out.compute[0], 0, &source, 0, len)
+    });
+    let is_narrow = compute_size::<D>() < WORD;
+    let case = case.updates().redundant(!is_narrow).part(if is_narrow { "bf16" } else { "compute" });
+    Ok(case.bytes((WORD + 2 * compute_size::<D>()) * len))
 }
 
 fn gradient_norm<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

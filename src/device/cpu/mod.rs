@@ -8,6 +8,7 @@
 //!
 //! Each file holds one operation; `attention_tile.rs` holds what the two attention passes share.
 
+mod accumulate;
 mod adamw;
 mod attention_backward;
 mod attention_forward;

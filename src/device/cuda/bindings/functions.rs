@@ -21,6 +21,13 @@ kernels {
         length: i64,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn accumulate(
+        out: *mut ::core::ffi::c_void,
+        source: *const f32,
+        storage: i32,
+        length: i64,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
     fn embedding_forward(
         out: *mut mmpo_bf16,
         table: *const mmpo_bf16,
