@@ -106,6 +106,11 @@ pub fn take_save_request() -> bool {
     SAVE_REQUESTED.get().is_some_and(|requested| requested.swap(false, Ordering::SeqCst))
 }
 
+/// Whether a signal asks this process to end or to save, and was not answered yet.
+pub fn is_anything_asked() -> bool {
+    requested().is_some() || SAVE_REQUESTED.get().is_some_and(|requested| requested.load(Ordering::SeqCst))
+}
+
 /// As if `signal` had come: another rank of the run got it.
 pub fn request(signal: Signal) {
     let none = REQUESTED.compare_exchange(0, signal as i32, Ordering::SeqCst, Ordering::SeqCst);

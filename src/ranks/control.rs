@@ -183,7 +183,6 @@ impl Shared {
                 crate::report::print_error(&error);
                 // The main thread is in the middle of something: no destructor may run beside it.
                 signal_hook::low_level::exit(error.exit_code().into());
-                return;
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }

@@ -6,6 +6,7 @@
 
 mod address;
 mod control;
+mod device;
 mod environment;
 mod group;
 #[cfg(unix)]
@@ -16,10 +17,11 @@ mod team;
 mod verdict;
 
 pub use address::Address;
+pub use device::device_of;
 pub use environment::{LauncherKind, variable};
 pub use group::RankGroup;
 pub use messages::Fingerprints;
-pub use team::Team;
+pub use team::{Requests, Team};
 pub use verdict::Verdict;
 
 use crate::device::GroupPlace;

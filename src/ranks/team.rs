@@ -29,7 +29,7 @@ pub struct Team {
     /// All ranks have agreed to stop, so that the end of one is no loss to the others.
     has_agreed_to_stop: AtomicBool,
     /// Tells the others where a signal ends this process before the steps.
-    keeper: Option<Keeper>,
+    _keeper: Option<Keeper>,
 }
 
 /// What signals ask of a run.
@@ -51,7 +51,13 @@ impl Requests {
 impl Team {
     /// A run of one process.
     pub fn alone() -> Self {
-        Team { ranks: Ranks::alone(), control: None, has_agreed_to_stop: AtomicBool::new(false), keeper: None }
+        Team { ranks: Ranks::alone(), control: None, has_agreed_to_stop: AtomicBool::new(false), _keeper: None }
+    }
+
+    /// A team whose ranks have found each other.
+    #[cfg(test)]
+    pub(super) fn of(ranks: &Ranks, control: Control) -> Self {
+        Team { ranks: ranks.clone(), control: Some(control), ..Team::alone() }
     }
 
     /// Finds the other ranks; returns when all are there.
@@ -75,7 +81,7 @@ impl Team {
             tracing::debug!("rank {rank} is on {host}");
         }
         let has_agreed_to_stop = AtomicBool::new(false);
-        Ok(Team { ranks: ranks.clone(), control: Some(control), has_agreed_to_stop, keeper: Some(keeper) })
+        Ok(Team { ranks: ranks.clone(), control: Some(control), has_agreed_to_stop, _keeper: Some(keeper) })
     }
 
     /// Which rank this is.

@@ -29,7 +29,7 @@ use crate::model::{
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
 use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
-use crate::ranks::RankGroup;
+use crate::ranks::{RankGroup, progress};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -498,6 +498,7 @@ impl<D: Device> Trainer<D> {
             self.model.set_dropout_key(dropout.map(|key| hash(key, (before + number) as u64)));
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
             interrupt::check()?;
+            progress::tick();
             self.batch.load(device.as_ref(), &batch, &own_constants)?;
             self.forward(batch.tokens())?;
             head(self, &batch, number == last)?;
@@ -561,6 +562,7 @@ impl<D: Device> Trainer<D> {
     /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs. A step waits for the device here
     /// alone.
     fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
+        let _waiting = progress::wait();
         let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
         self.device().download(&mut values, &self.metrics, 0)?;
         let outcomes: &[PairOutcome] = bytemuck::cast_slice(&values[self.first_outcome..]);

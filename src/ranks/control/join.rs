@@ -180,14 +180,12 @@ fn refusal(ranks: &Ranks, hello: &Hello, present: &BTreeMap<usize, Connected>) -
 /// Every other rank: comes to rank 0.
 pub fn connect(ranks: &Ranks, limits: Limits, deadline: Instant) -> Result<Connected> {
     let address = &ranks.address;
-    let mut why = String::from("nobody listens there");
     loop {
         interrupt::check()?;
-        match reach(address).and_then(|stream| greet(ranks, stream)) {
-            Ok(Ok(connected)) => return Ok(connected),
-            Ok(Err(refusal)) => return Err(refusal),
-            Err(error) => why = error.to_string(),
-        }
+        let why = match reach(address).and_then(|stream| greet(ranks, stream)) {
+            Ok(result) => return result,
+            Err(error) => error,
+        };
         if Instant::now() >= deadline {
             return Err(Error::rank(
                 format!(

@@ -14,7 +14,7 @@ use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
 use crate::device::{Device, Element, Floats, GroupPlace, Indices, MemoryPart, Queue};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink};
-use crate::ranks::RankGroup;
+use crate::ranks::{RankGroup, progress};
 use crate::train::cut::Cut;
 
 /// Values of a rank's row in the metrics: the norm of its gradients, its tokens, its seconds of work, and whether it asks to stop.
@@ -183,6 +183,7 @@ impl<D: Device> OtherRanks<D> {
 
     /// Calls `work`, whose collectives come after the computation so far, and records their end.
     fn queue(&mut self, work: impl FnOnce(&RankGroup<D>) -> Result<()>) -> Result<()> {
+        let _waiting = progress::wait();
         let started = Instant::now();
         let device = &*self.group.device;
         device.record(&mut self.ready, Queue::Compute)?;
