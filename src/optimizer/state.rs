@@ -170,23 +170,24 @@ impl<D: Optimizer> OptimizerState<D> {
         })
     }
 
-    /// As [`OptimizerState::before_first`], of the values `part` of the weight alone; its first is a multiple of [`BLOCK`]. The
-    /// format of the moments is that of the whole tensor.
+    /// As [`OptimizerState::before_first`], of the values `part` of a tensor of `whole` values; the first is a multiple of [`BLOCK`].
+    /// `weight` is the whole tensor, or that part alone. The format of the moments is that of the whole tensor.
     ///
     /// # Errors
     /// As [`OptimizerState::new`].
     pub fn before_first_of_part(
         device: &D,
         weight: &ComputeBuffer<D>,
-        part: Range<usize>,
+        (part, whole): (Range<usize>, usize),
         options: StateOptions,
         rounding: StochasticRounding,
     ) -> Result<Self> {
-        let whole = StateOptions { moments: options.moments.of_tensor(device.len(weight)), ..options };
-        let mut state = Self::of_values(device, part.len(), whole, rounding)?;
+        let format = StateOptions { moments: options.moments.of_tensor(whole), ..options };
+        let mut state = Self::of_values(device, part.len(), format, rounding)?;
+        let first = if device.len(weight) == whole { part.start } else { 0 };
         if let Some(master) = &mut state.master {
             let mut values = vec![0.0; part.len()];
-            device.download_compute(&mut values, weight, part.start)?;
+            device.download_compute(&mut values, weight, first)?;
             device.upload(master, 0, &values)?;
         }
         state.part = Some(part);

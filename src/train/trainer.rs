@@ -1,6 +1,7 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
 mod among_ranks;
+mod gathered;
 mod own_sums;
 mod ranks;
 mod trace;
@@ -8,6 +9,7 @@ mod trace;
 use std::ops::Range;
 use std::sync::Arc;
 
+use gathered::{GatherUp, GatheredLayers};
 use own_sums::OwnSums;
 use ranks::OtherRanks;
 pub use ranks::RankStep;
@@ -90,6 +92,8 @@ pub struct Trainer<D: Device> {
     ranks: Option<OtherRanks<D>>,
     /// Where gradients are sharded among them: this rank's values of those of the layers. `gradients` has one layer then.
     own_sums: Option<OwnSums<D>>,
+    /// Where weights are sharded among them. `model.weights.layers` has this rank's values alone then.
+    gathered: Option<GatheredLayers<D>>,
     /// Micro-batches of the last batch that another rank has and this one has not.
     idle_rounds: usize,
     /// Where the outcomes begin in `metrics`.
@@ -173,7 +177,7 @@ impl<D: Device> Trainer<D> {
     /// # Errors
     /// As [`Trainer::new`], and [`Error::Config`] for options that several ranks do not have.
     pub fn with_group(
-        model: Llama<D>,
+        mut model: Llama<D>,
         objective: Objective,
         workload: Workload,
         group: Option<RankGroup<D>>,
@@ -187,6 +191,10 @@ impl<D: Device> Trainer<D> {
         }
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
+        let gathered = match &ranks {
+            Some(ranks) if ranks.shard == ShardConfig::Weights => Some(GatheredLayers::new(&mut model, ranks)?),
+            _ => None,
+        };
         let capacity = workload.micro_batch;
         let offloaded = device.as_part(MemoryPart::OptimizerStates, || {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
@@ -220,6 +228,7 @@ impl<D: Device> Trainer<D> {
             dealt: Deal::default(),
             ranks,
             own_sums,
+            gathered,
             idle_rounds: 0,
             norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
@@ -446,6 +455,7 @@ impl<D: Device> Trainer<D> {
                     Some(&trainer.objective),
                 )
             })?;
+            self.idle_forwards()?;
             self.sum_metrics(chunk.len())?;
             outcomes.extend(self.download_metrics(chunk.len())?.1);
         }
@@ -522,7 +532,7 @@ impl<D: Device> Trainer<D> {
             interrupt::check()?;
             progress::tick();
             self.batch.load(device.as_ref(), &batch, &own_constants)?;
-            self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
+            self.forward(batch.tokens())?;
             head(self, &batch, number == last)?;
             device.copy(
                 &mut self.metrics,
@@ -535,6 +545,17 @@ impl<D: Device> Trainer<D> {
         }
         self.model.set_dropout_key(None);
         Ok(tokens)
+    }
+
+    /// The model's forward over the batch that is loaded.
+    fn forward(&mut self, tokens: usize) -> Result<()> {
+        let Trainer { model, activations, batch, ranks, gathered, .. } = self;
+        match (ranks, gathered) {
+            (Some(ranks), Some(gathered)) => {
+                model.forward_from(&mut GatherUp { ranks, gathered }, activations, batch, tokens)
+            }
+            _ => model.forward(activations, batch, tokens, Context::Packed),
+        }
     }
 
     /// Who computes which of `pairs`.
@@ -646,7 +667,8 @@ fn new_states<D: Device>(
                 Some(ranks) => match ranks.own(tensor.values()) {
                     own if own.is_empty() => Ok(None),
                     own => {
-                        OptimizerState::before_first_of_part(device, weight, own, options, rounding).map(Some)
+                        let whole = tensor.values();
+                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding).map(Some)
                     }
                 },
             }
