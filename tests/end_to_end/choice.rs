@@ -64,7 +64,8 @@ fn the_best_checkpoint_is_kept_beside_the_newest_ones() {
     assert!(work.read("whole/best/model.safetensors") == work.read("cut/model/model.safetensors"));
     assert!(work.read("whole/best/model.safetensors") != work.read("whole/model/model.safetensors"));
     work.succeed("score --model run/best --data pairs.jsonl --output scores.jsonl --device cpu");
-    work.succeed("verify run");
+    let verified = work.succeed("verify run").stdout;
+    assert!(verified.contains("matches    best/model.safetensors\n"), "{verified}");
     // Where the last is the best, there is no second model.
     let run =
         format!("{TRAIN} --max-steps 4 --eval-data pairs.jsonl --eval-steps 2 --keep-best logps/chosen");
