@@ -107,6 +107,27 @@ pub enum Error {
         help: String,
     },
 
+    /// Another rank of a run on several GPUs died, hangs, failed or does not fit (exit code 9).
+    #[error("{message}")]
+    #[diagnostic(code(rank))]
+    Rank {
+        /// Which rank, on which machine, in which step, and what happened.
+        message: String,
+        /// What to do about it.
+        #[help]
+        help: String,
+    },
+
+    /// A rank that `train --gpus` started ended with an error of its own, and with this exit code.
+    #[error("rank {rank} ended with exit code {exit_code}, and the run with it")]
+    #[diagnostic(code(rank), help("its own message stands above"))]
+    RankEnded {
+        /// Which rank.
+        rank: usize,
+        /// Its exit code.
+        exit_code: u8,
+    },
+
     /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
     #[error("{message}")]
     #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
@@ -137,6 +158,8 @@ impl Error {
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
             Error::Damaged { .. } => 8,
+            Error::Rank { .. } => 9,
+            Error::RankEnded { exit_code, .. } => *exit_code,
             Error::Bug { .. } => BUG_EXIT_CODE,
             Error::Interrupted { signal, .. } => signal.exit_code(),
         }
@@ -189,6 +212,11 @@ impl Error {
     /// An [`Error::Damaged`]: files of a folder that are not what was written.
     pub fn damaged(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Damaged { path: path.to_path_buf(), message: message.into(), help: help.into() }
+    }
+
+    /// An [`Error::Rank`]: another rank of the run ended it.
+    pub fn rank(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Rank { message: message.into(), help: help.into() }
     }
 
     /// An [`Error::Bug`]: a mistake in this program.

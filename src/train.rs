@@ -9,6 +9,8 @@ mod adapter;
 mod capsule;
 mod checkpoint;
 mod chooser;
+mod cut;
+mod deal;
 mod guard;
 mod inputs;
 mod layer_updates;
@@ -31,6 +33,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use cut::Cut;
+pub use deal::{Deal, deal};
 pub use inputs::Inputs;
 pub(crate) use inputs::pair_sources;
 pub use offload::plan as offload_plan;
@@ -38,7 +42,7 @@ pub(crate) use plan::Plan;
 pub use reference::References;
 pub use samples::MAX_NEW_TOKENS;
 pub(crate) use samples::sample_prompts;
-pub use trainer::{StepResult, Trainer, TrainingPair, Workload};
+pub use trainer::{RankStep, StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
@@ -233,7 +237,7 @@ impl DeviceTask for Training<'_> {
 
         recorder.check_place()?;
         guard::check_trained(output.path(), &run.trainer, &inputs)?;
-        save_result(&output.model(), &run.trainer, &inputs)
+        save_result(&output.model(), &mut run.trainer, &inputs)
             .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
         let saved =
             format!("what was trained is in {}; only the report is missing", output.model().display());
@@ -441,7 +445,7 @@ impl<'a, D: Device> Run<'a, D> {
         let named = self.record.best.as_ref().map(|best| best.step);
         let best: Vec<usize> = self.chooser.best().map(|(step, _)| step).into_iter().chain(named).collect();
         let kept = (self.config.keep_checkpoints, best.as_slice());
-        checkpoint::save_beside(saves, output.path(), &self.trainer, &state, kept)?;
+        checkpoint::save_beside(saves, output.path(), &mut self.trainer, &state, kept)?;
         // The save before this one is done, so that its checkpoint can be named.
         self.write_record(output.path())
     }
@@ -487,7 +491,7 @@ impl<'a, D: Device> Run<'a, D> {
             Err(error) => return Ok(Some(format!("Its model cannot be written: {error}"))),
         };
         checkpoint::restore(&checkpoint, &mut self.trainer)?;
-        save_result(&target, &self.trainer, self.inputs)?;
+        save_result(&target, &mut self.trainer, self.inputs)?;
         Ok(None)
     }
 
@@ -557,8 +561,8 @@ impl<'a, D: Device> Run<'a, D> {
     }
 }
 
-/// Writes the trained model, or the trained adapter.
-fn save_result<D: Device>(target: &Path, trainer: &Trainer<D>, inputs: &Inputs) -> Result<()> {
+/// Writes the trained model, or the trained adapter. Among ranks every one must call it, and the first one writes.
+fn save_result<D: Device>(target: &Path, trainer: &mut Trainer<D>, inputs: &Inputs) -> Result<()> {
     match &inputs.adapter {
         None => checkpoint::save_weights(target, trainer, &inputs.companions),
         Some(adapter) => adapter.save(target, trainer, inputs),

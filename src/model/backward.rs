@@ -91,7 +91,7 @@ impl<D: Device> Llama<D> {
 
     /// The lowest layer that the gradient must pass through to reach all trained tensors; the number of layers if they
     /// all lie above the layers.
-    fn lowest_trained_layer(&self) -> usize {
+    pub(crate) fn lowest_trained_layer(&self) -> usize {
         if self.layout.embedding.trained {
             return 0;
         }

@@ -28,7 +28,7 @@ pub use failure::{
 };
 pub use history::{History, METRICS_FILE, MetricsWriter};
 pub use live::LivePage;
-pub use log::{LogFormat, set_log_format};
+pub use log::{LogFormat, set_log_format, set_rank};
 pub use metrics::{EvalMetrics, ImplicitMetrics, PairMetrics, PreferenceMetrics, StepMetrics, WeightMetrics};
 pub use progress::{LogWriter, Progress, Reader, duration, print_notice, print_result, print_styled};
 pub use run_page::{Options, REPORT_FILE, RunReport};

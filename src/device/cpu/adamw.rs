@@ -31,15 +31,15 @@ pub(super) fn update<C: Storage>(
     update: &mut AdamWUpdate<'_, CpuDevice<C>>,
     numbers: Numbers,
 ) {
-    let part = update.range(device);
-    let start = part.start;
+    let start = update.range(device).start;
+    let (in_weight, in_gradient) = (update.in_weight(device), update.in_gradient(device));
     let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
-    let weights = update.weight[part.clone()].par_chunks_mut(BLOCK_ELEMENTS);
+    let weights = update.weight[in_weight].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
         Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
         None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),
     };
-    let gradients = update.gradient[part].par_chunks(BLOCK_ELEMENTS);
+    let gradients = update.gradient[in_gradient].par_chunks(BLOCK_ELEMENTS);
     let (rounding, step) = (update.rounding, numbers.factors.step);
     let values = weights.zip(masters).zip(gradients).enumerate();
     match &mut *update.moments {

@@ -6,7 +6,7 @@ use super::adamw::{self, Numbers};
 use super::shared_rows::SharedRows;
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{AdamWUpdate, Checked, Optimizer, StorageType};
+use crate::device::{AdamWUpdate, Checked, GradientPart, Optimizer, StorageType};
 use crate::error::Result;
 use crate::optimizer::AdamWFactors;
 
@@ -21,25 +21,28 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
     }
 
     fn reserve_gradient_norm(&self, gradients: &[&CpuBuffer<f32>]) -> Result<()> {
-        self.scratch.reserve::<f64>(1, chunks(gradients));
+        self.scratch.reserve::<f64>(1, chunks(gradients.iter().map(|gradient| gradient.len())));
         Ok(())
     }
 
     fn run_gradient_norm(
         &self,
         out: &mut CpuBuffer<f32>,
-        gradients: &[&CpuBuffer<f32>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.traced("gradient_norm", || {
-            let mut partials = self.scratch.take::<f64>(chunks(gradients));
+            let mut partials = self.scratch.take::<f64>(chunks(lengths::<C>(gradients)));
             let cells = SharedRows::new(&mut partials[..], 1);
             self.parallel(|| {
                 let tensors = gradients.par_iter().enumerate();
-                let all = tensors.flat_map(|(tensor, gradient)| {
-                    let first = chunks(&gradients[..tensor]);
-                    gradient.par_chunks(CHUNK).enumerate().map(move |(index, chunk)| (first + index, chunk))
+                let all = tensors.flat_map(|(tensor, (gradient, part))| {
+                    let first = chunks(lengths::<C>(&gradients[..tensor]));
+                    gradient[part.clone()]
+                        .par_chunks(CHUNK)
+                        .enumerate()
+                        .map(move |(index, chunk)| (first + index, chunk))
                 });
                 all.for_each(|(index, chunk)| {
                     // SAFETY: each chunk has a cell of its own.
@@ -79,9 +82,15 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
     }
 }
 
-/// Number of partial sums of the norm over these gradients.
-fn chunks(gradients: &[&CpuBuffer<f32>]) -> usize {
-    gradients.iter().map(|gradient| gradient.len().div_ceil(CHUNK)).sum()
+/// Number of partial sums of the norm over gradients of these lengths.
+fn chunks(lengths: impl Iterator<Item = usize>) -> usize {
+    lengths.map(|len| len.div_ceil(CHUNK)).sum()
+}
+
+fn lengths<'a, C: Storage>(
+    gradients: &'a [GradientPart<'a, CpuDevice<C>>],
+) -> impl Iterator<Item = usize> + 'a {
+    gradients.iter().map(|(_, part)| part.len())
 }
 
 #[inline(always)]

@@ -1,13 +1,13 @@
 //! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
-use std::ops::Range;
 use std::ptr;
 
 use super::bindings::{
-    MMPO_MOMENTS_8BIT, MMPO_MOMENTS_BF16, MMPO_MOMENTS_F32, mmpo_adamw_step, mmpo_adamw_tensor, mmpo_moments,
+    MMPO_MOMENTS_8BIT, MMPO_MOMENTS_BF16, MMPO_MOMENTS_F32, mmpo_adamw_step, mmpo_adamw_tensor, mmpo_floats,
+    mmpo_moments,
 };
 use super::{CudaBuffer, CudaDevice, launch_sizes};
-use crate::device::{AdamWUpdate, Checked, Optimizer};
+use crate::device::{AdamWUpdate, Checked, GradientPart, Optimizer};
 use crate::error::Result;
 use crate::optimizer::{AdamWFactors, BLOCK, MomentFormat, Moments};
 
@@ -30,13 +30,19 @@ impl Optimizer for CudaDevice {
     fn run_gradient_norm(
         &self,
         out: &mut CudaBuffer<f32>,
-        gradients: &[&CudaBuffer<f32>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.trace.scope("gradient_norm", || {
             let name = "gradient_norm";
-            let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+            let tensors: Vec<_> = gradients
+                .iter()
+                .map(|(gradient, part)| mmpo_floats {
+                    values: gradient.at(part.start).cast_mut(),
+                    length: part.len() as i64,
+                })
+                .collect();
             let [count] = launch_sizes(name, [tensors.len()])?;
             let max_norm = max_norm.unwrap_or(f32::INFINITY);
             self.launch_with_workspace(
@@ -44,7 +50,7 @@ impl Optimizer for CudaDevice {
                 &count,
                 // SAFETY: reads `count` lengths in host memory.
                 |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
-                // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
+                // SAFETY: the workspace is as large as was asked for, and each part was checked to lie in its buffer.
                 |kernels, workspace, stream| unsafe {
                     (kernels.gradient_norm)(
                         out.start_mut(),
@@ -76,7 +82,7 @@ impl Optimizer for CudaDevice {
                 let tensors: Vec<_> = of_kind
                     .map(|update| {
                         seed = update.rounding.seed;
-                        tensor(update, update.range(self))
+                        tensor(self, update)
                     })
                     .collect();
                 if tensors.is_empty() {
@@ -105,16 +111,18 @@ fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
 }
 
 /// A tensor as the launcher takes it.
-fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>, part: Range<usize>) -> mmpo_adamw_tensor {
+fn tensor(device: &CudaDevice, update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo_adamw_tensor {
+    let part = update.range(device);
+    let (in_weight, in_gradient) = (update.in_weight(device), update.in_gradient(device));
     let AdamWUpdate { weight, master, moments, rounding, gradient, .. } = update;
     let mut tensor = mmpo_adamw_tensor {
-        weight: weight.at_mut(part.start),
+        weight: weight.at_mut(in_weight.start),
         master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
         first_moment: ptr::null_mut(),
         second_moment: ptr::null_mut(),
         first_scales: ptr::null_mut(),
         second_scales: ptr::null_mut(),
-        gradient: gradient.at(part.start),
+        gradient: gradient.at(in_gradient.start),
         length: part.len() as i64,
         tensor: rounding.tensor,
         first_block: (part.start / BLOCK) as u32,

@@ -1,0 +1,1 @@
+//! Ranks that disagree, abort, die or never come.

@@ -1,0 +1,1 @@
+//! Looking for NCCL where there is none, or half of one.

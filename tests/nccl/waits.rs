@@ -1,0 +1,1 @@
+//! Missing waits show in the numbers of the emulated device.
