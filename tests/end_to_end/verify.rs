@@ -88,7 +88,13 @@ fn a_run_is_compared_with_its_checksums() {
         assert_eq!(work.account("run").1, Some(DAMAGED));
         work.write(&format!("run/{file}"), bytes);
     }
-    // What is half written is no part of the run.
+    // What a link leads to is not looked at: it may be another run, or a folder that holds this one.
+    std::os::unix::fs::symlink(work.path("run"), work.path("run/model/around")).unwrap();
+    let text = work.succeed("verify run").stdout;
+    assert!(text.contains("note       folder model/around is left out\n"), "{text}");
+    assert!(!text.contains("around/"), "{text}");
+    std::fs::remove_file(work.path("run/model/around")).unwrap();
+    // What is half written is left out too.
     for name in ["run/checkpoints/step-000003.partial-1/state.json", "run/model/model.safetensors.partial-2"]
     {
         std::fs::create_dir_all(work.path(name).parent().unwrap()).unwrap();
