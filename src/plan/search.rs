@@ -111,8 +111,8 @@ fn at_least<T: Copy + PartialEq>(asked: T, smaller: &[T]) -> Vec<T> {
 
 /// How far the numbers are from those that were asked for: a rank.
 fn numerical_changes(asked: &Choice, choice: &Choice) -> usize {
-    let sums = asked.memory.gradients != choice.memory.gradients
-        && choice.memory.gradients == GradientConfig::Bf16;
+    let sums =
+        asked.memory.gradients != choice.memory.gradients && choice.memory.gradients == GradientConfig::Bf16;
     let (asked, choice) = (asked.memory.states, choice.memory.states);
     // A bf16 sum is off by a 512th at most with each micro-batch, an 8-bit moment by some hundredths; stochastic rounding moves
     // weights further from f32's than either.

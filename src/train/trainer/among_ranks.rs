@@ -101,7 +101,11 @@ impl<D: Device> Trainer<D> {
                         let weights = &mut self.model.weights.layers;
                         GatherUp { ranks, gathered }.idle(weights)?;
                         let lowest = layers.start;
-                        GatherDown { ranks, gathered, sums, lowest }.idle(weights, gradients, layers.clone())?;
+                        GatherDown { ranks, gathered, sums, lowest }.idle(
+                            weights,
+                            gradients,
+                            layers.clone(),
+                        )?;
                     }
                 }
             }
