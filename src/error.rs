@@ -197,6 +197,10 @@ impl Error {
                 "the disk is full: free some space or choose another --output; what was there before is untouched"
             }
             ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another --output",
+            ErrorKind::IsADirectory => "this is a folder, and a file is wanted: check the path",
+            ErrorKind::NotADirectory => {
+                "a part of the path is a file, and a folder is wanted: check the path"
+            }
             _ => "what was there before is untouched",
         };
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }

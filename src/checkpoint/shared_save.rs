@@ -15,6 +15,8 @@ use super::run_state::{self, RunState, part_name};
 use super::tensor_writer::{StoredTensor, write_tensors};
 use crate::error::{Error, Result};
 
+/// In every part, so that one without tensors has a header that can be read.
+const METADATA: [(&str, &str); 1] = [("part_of", "checkpoint")];
 /// What is added to a part's name for its note.
 const NOTE: &str = ".note";
 /// The first word of a note that says what went wrong.
@@ -65,7 +67,7 @@ pub fn write_part(
     let unfinished = atomic::unfinished_of(&target, first_id);
     let name = part_name(writer.number, writer.count);
     let written = atomic::file_in(&unfinished, &name)
-        .and_then(|file| write_tensors(file, tensors, &[], fill))
+        .and_then(|file| write_tensors(file, tensors, &METADATA, fill))
         .map(|hash| hash.to_hex().to_string());
     let note = match &written {
         Ok(hash) => hash.clone(),
@@ -97,7 +99,7 @@ impl Begun {
         fill: impl FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()>,
     ) -> Result<PathBuf> {
         let names: Vec<String> = (0..count).map(|number| part_name(number, count)).collect();
-        let own = write_tensors(self.folder.file(&names[0])?, tensors, &[], fill)?;
+        let own = write_tensors(self.folder.file(&names[0])?, tensors, &METADATA, fill)?;
         let mut hashes = vec![(names[0].as_str(), own)];
         for (number, name) in names.iter().enumerate().skip(1) {
             hashes.push((name, self.wait_for(number, name)?));

@@ -7,7 +7,7 @@ use half::bf16;
 use super::dynamic_map::BLOCK;
 use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
 use super::rounding::StochasticRounding;
-use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, MemoryPart, Optimizer};
+use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Gradient, Memory, MemoryPart, Optimizer};
 use crate::error::Result;
 
 /// A buffer of an optimiser's state, as checkpoints know it.
@@ -170,23 +170,24 @@ impl<D: Optimizer> OptimizerState<D> {
         })
     }
 
-    /// As [`OptimizerState::before_first`], of the values `part` of the weight alone; its first is a multiple of [`BLOCK`]. The
-    /// format of the moments is that of the whole tensor.
+    /// As [`OptimizerState::before_first`], of the values `part` of a tensor of `whole` values; the first is a multiple of [`BLOCK`].
+    /// `weight` is the whole tensor, or that part alone. The format of the moments is that of the whole tensor.
     ///
     /// # Errors
     /// As [`OptimizerState::new`].
     pub fn before_first_of_part(
         device: &D,
         weight: &ComputeBuffer<D>,
-        part: Range<usize>,
+        (part, whole): (Range<usize>, usize),
         options: StateOptions,
         rounding: StochasticRounding,
     ) -> Result<Self> {
-        let whole = StateOptions { moments: options.moments.of_tensor(device.len(weight)), ..options };
-        let mut state = Self::of_values(device, part.len(), whole, rounding)?;
+        let format = StateOptions { moments: options.moments.of_tensor(whole), ..options };
+        let mut state = Self::of_values(device, part.len(), format, rounding)?;
+        let first = if device.len(weight) == whole { part.start } else { 0 };
         if let Some(master) = &mut state.master {
             let mut values = vec![0.0; part.len()];
-            device.download_compute(&mut values, weight, part.start)?;
+            device.download_compute(&mut values, weight, first)?;
             device.upload(master, 0, &values)?;
         }
         state.part = Some(part);
@@ -257,11 +258,20 @@ impl<D: Memory> OptimizerState<D> {
         }
     }
 
-    /// The operands of this tensor's update.
+    /// The operands of this tensor's update from an f32 gradient.
     pub fn update<'a>(
         &'a mut self,
         weight: &'a mut ComputeBuffer<D>,
         gradient: &'a Floats<D>,
+    ) -> AdamWUpdate<'a, D> {
+        self.update_from(weight, Gradient::F32(gradient))
+    }
+
+    /// The operands of this tensor's update.
+    pub fn update_from<'a>(
+        &'a mut self,
+        weight: &'a mut ComputeBuffer<D>,
+        gradient: Gradient<'a, D>,
     ) -> AdamWUpdate<'a, D> {
         let OptimizerState { master, moments, rounding, part } = self;
         AdamWUpdate {

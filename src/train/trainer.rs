@@ -1,6 +1,7 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
 mod among_ranks;
+mod gathered;
 mod own_sums;
 mod ranks;
 mod trace;
@@ -8,17 +9,19 @@ mod trace;
 use std::ops::Range;
 use std::sync::Arc;
 
+use gathered::{GatherUp, GatheredLayers};
 use own_sums::OwnSums;
 use ranks::OtherRanks;
 pub use ranks::RankStep;
 pub use trace::Trace;
 
+use super::bf16_gradients::{self, Bf16Sums};
 use super::deal::{self, Deal};
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use super::offload::{self, Offloaded};
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, GroupPlace, MemoryPart, hash};
+use crate::device::{BatchBuffers, Device, Floats, Gradient, GroupPlace, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -64,8 +67,10 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// States in host memory, where some are.
     pub offloaded: Option<Offloaded<D>>,
-    /// Gradients of the step, summed over its micro-batches.
+    /// Gradients of the step, summed over its micro-batches; with one layer where [`Trainer::step_gradients`] has them elsewhere.
     pub gradients: Gradients<D>,
+    /// Where the gradients of layers are summed in bf16.
+    bf16_sums: Option<Bf16Sums<D>>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
     pub dropout_seed: u64,
     /// Key of the step under way, from which its dropout masks follow.
@@ -87,6 +92,8 @@ pub struct Trainer<D: Device> {
     ranks: Option<OtherRanks<D>>,
     /// Where gradients are sharded among them: this rank's values of those of the layers. `gradients` has one layer then.
     own_sums: Option<OwnSums<D>>,
+    /// Where weights are sharded among them. `model.weights.layers` has this rank's values alone then.
+    gathered: Option<GatheredLayers<D>>,
     /// Micro-batches of the last batch that another rank has and this one has not.
     idle_rounds: usize,
     /// Where the outcomes begin in `metrics`.
@@ -170,7 +177,7 @@ impl<D: Device> Trainer<D> {
     /// # Errors
     /// As [`Trainer::new`], and [`Error::Config`] for options that several ranks do not have.
     pub fn with_group(
-        model: Llama<D>,
+        mut model: Llama<D>,
         objective: Objective,
         workload: Workload,
         group: Option<RankGroup<D>>,
@@ -184,12 +191,18 @@ impl<D: Device> Trainer<D> {
         }
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
+        let gathered = match &ranks {
+            Some(ranks) if ranks.shard == ShardConfig::Weights => {
+                Some(GatheredLayers::new(&mut model, ranks)?)
+            }
+            _ => None,
+        };
         let capacity = workload.micro_batch;
         let offloaded = device.as_part(MemoryPart::OptimizerStates, || {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
         })?;
         let states = new_states(&model, workload, ranks.as_ref())?;
-        let GradientBuffers { gradients, layer_norms, own_sums } =
+        let GradientBuffers { gradients, layer_norms, own_sums, bf16_sums } =
             GradientBuffers::new(&model, &workload.memory, ranks.as_ref())?;
         let first_outcome = match &ranks {
             Some(ranks) => ranks.rows(),
@@ -201,6 +214,7 @@ impl<D: Device> Trainer<D> {
             states,
             offloaded,
             gradients,
+            bf16_sums,
             dropout_seed: 0,
             dropout_key: 0,
             wants_stop: false,
@@ -216,6 +230,7 @@ impl<D: Device> Trainer<D> {
             dealt: Deal::default(),
             ranks,
             own_sums,
+            gathered,
             idle_rounds: 0,
             norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
@@ -261,7 +276,7 @@ impl<D: Device> Trainer<D> {
             return self.accumulate_among_ranks(pairs, max_grad_norm);
         }
         let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
             trainer.model.head_forward_backward(
@@ -272,17 +287,11 @@ impl<D: Device> Trainer<D> {
                 &batch.scored,
                 &trainer.objective,
             )?;
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                batch.tokens(),
-                &mut KeepGradients,
-            )
+            trainer.backward(batch.tokens())
         })?;
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
-        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
+        let gradients: Vec<_> =
+            bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref()).into_iter().flatten().collect();
+        device.gradient_norm_of(&mut self.norm, &gradients, max_grad_norm)?;
         device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
         let (norms, outcomes) = self.download_metrics(pairs.len())?;
         let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
@@ -294,6 +303,35 @@ impl<D: Device> Trainer<D> {
     fn alone(&self, loss: f64, outcomes: Vec<PairOutcome>, gradient_norm: f32, tokens: usize) -> StepResult {
         let stop_requested = self.wants_stop;
         StepResult { loss, outcomes, gradient_norm, tokens, stop_requested, ranks: Vec::new() }
+    }
+
+    /// Sets the gradients to zero, and their sums.
+    fn clear_gradients(&mut self) -> Result<()> {
+        let device = &*self.model.device;
+        if let Some(sums) = &mut self.bf16_sums {
+            sums.clear(device)?;
+        }
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())
+    }
+
+    /// The backward of a micro-batch after that of its head, for an update after all of them.
+    fn backward(&mut self, tokens: usize) -> Result<()> {
+        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
+        let (activations, batch) = (&mut self.activations, &self.batch);
+        let device = Arc::clone(&self.model.device);
+        match &mut self.bf16_sums {
+            None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
+            Some(sums) => {
+                let mut sink = sums.sink(&device);
+                self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
+            }
+        }
+    }
+
+    /// The gradients that [`Trainer::accumulate_gradients`] left, for each tensor in the order of the tree; `None` for a frozen
+    /// one. Where gradients are applied layer by layer, they are those outside the layers and of one layer.
+    pub fn step_gradients(&self) -> Vec<Option<Gradient<'_, D>>> {
+        bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref())
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -385,16 +423,15 @@ impl<D: Device> Trainer<D> {
     /// Updates every trained weight from a gradient that is whole.
     fn update_all(&mut self, adamw: AdamWStep) -> Result<()> {
         let device = &self.model.device;
+        let gradients = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
-            .zip(self.gradients.iter())
-            .filter_map(|((weight, state), gradient)| {
-                Some(state.as_mut()?.update(weight, gradient.as_ref()?))
-            })
+            .zip(&gradients)
+            .filter_map(|((weight, state), gradient)| Some(state.as_mut()?.update_from(weight, (*gradient)?)))
             .collect();
         device.adamw(&mut updates, &self.norm, adamw)?;
         let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
-        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        let tensors = self.model.weights.iter_mut().zip(gradients).enumerate();
         for (number, (weight, gradient)) in tensors {
             let Some(gradient) = gradient else { continue };
             offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
@@ -420,6 +457,7 @@ impl<D: Device> Trainer<D> {
                     Some(&trainer.objective),
                 )
             })?;
+            self.idle_forwards()?;
             self.sum_metrics(chunk.len())?;
             outcomes.extend(self.download_metrics(chunk.len())?.1);
         }
@@ -496,7 +534,7 @@ impl<D: Device> Trainer<D> {
             interrupt::check()?;
             progress::tick();
             self.batch.load(device.as_ref(), &batch, &own_constants)?;
-            self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
+            self.forward(batch.tokens())?;
             head(self, &batch, number == last)?;
             device.copy(
                 &mut self.metrics,
@@ -509,6 +547,17 @@ impl<D: Device> Trainer<D> {
         }
         self.model.set_dropout_key(None);
         Ok(tokens)
+    }
+
+    /// The model's forward over the batch that is loaded.
+    fn forward(&mut self, tokens: usize) -> Result<()> {
+        let Trainer { model, activations, batch, ranks, gathered, .. } = self;
+        match (ranks, gathered) {
+            (Some(ranks), Some(gathered)) => {
+                model.forward_from(&mut GatherUp { ranks, gathered }, activations, batch, tokens)
+            }
+            _ => model.forward(activations, batch, tokens, Context::Packed),
+        }
     }
 
     /// Who computes which of `pairs`.
@@ -575,27 +624,30 @@ struct GradientBuffers<D: Device> {
     gradients: Gradients<D>,
     layer_norms: Option<LayerNorms<D>>,
     own_sums: Option<OwnSums<D>>,
+    bf16_sums: Option<Bf16Sums<D>>,
 }
 
 impl<D: Device> GradientBuffers<D> {
     /// Those that `memory` asks for, with the scratch memory of their norm.
     fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
-        if memory.gradients == GradientConfig::Layer {
-            let gradients = model.zero_gradients_of_one_layer()?;
-            let layer_norms = Some(LayerNorms::new(model, &gradients)?);
-            return Ok(GradientBuffers { gradients, layer_norms, own_sums: None });
+        let sharded = ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients);
+        let is_whole = memory.gradients == GradientConfig::F32 && sharded.is_none();
+        let gradients =
+            if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
+        let (mut layer_norms, mut own_sums, mut bf16_sums) = (None, None, None);
+        match (memory.gradients, sharded) {
+            (GradientConfig::Layer, _) => layer_norms = Some(LayerNorms::new(model, &gradients)?),
+            (GradientConfig::Bf16, _) => bf16_sums = Some(Bf16Sums::new(model)?),
+            (GradientConfig::F32, Some(ranks)) => own_sums = Some(OwnSums::new(model, ranks, &gradients)?),
+            (GradientConfig::F32, None) => {}
         }
-        let (gradients, own_sums) = match ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients) {
-            None => (model.zero_gradients()?, None),
-            Some(ranks) => {
-                let gradients = model.zero_gradients_of_one_layer()?;
-                let own_sums = OwnSums::new(model, ranks, &gradients)?;
-                (gradients, Some(own_sums))
-            }
-        };
-        let all = gradients.iter().flatten().chain(own_sums.iter().flat_map(OwnSums::iter));
-        model.device.reserve_gradient_norm(&all.collect::<Vec<_>>())?;
-        Ok(GradientBuffers { gradients, layer_norms: None, own_sums })
+        if layer_norms.is_none() {
+            let own = own_sums.iter().flat_map(OwnSums::iter).map(Gradient::F32);
+            let all =
+                bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
+            model.device.reserve_gradient_norm_of(&all.collect::<Vec<_>>())?;
+        }
+        Ok(GradientBuffers { gradients, layer_norms, own_sums, bf16_sums })
     }
 }
 
@@ -619,7 +671,9 @@ fn new_states<D: Device>(
                 Some(ranks) => match ranks.own(tensor.values()) {
                     own if own.is_empty() => Ok(None),
                     own => {
-                        OptimizerState::before_first_of_part(device, weight, own, options, rounding).map(Some)
+                        let whole = tensor.values();
+                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding)
+                            .map(Some)
                     }
                 },
             }

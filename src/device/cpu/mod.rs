@@ -8,7 +8,9 @@
 //!
 //! Each file holds one operation; `attention_tile.rs` holds what the two attention passes share.
 
+mod accumulate;
 mod adamw;
+mod adapted_bf16;
 mod attention_backward;
 mod attention_forward;
 mod attention_tile;

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
+use super::gathered::{GatherDown, GatherUp};
 use super::own_sums::{OwnSums, ScatterLayers};
 use super::ranks::{OtherRanks, ROW, RankStep, SumLayers};
 use super::{StepResult, Trainer, TrainingPair};
 use crate::config::ShardConfig;
 use crate::data::{PairBatch, micro_batches};
-use crate::device::{AdamWUpdate, Device, Floats, GradientPart};
+use crate::device::{AdamWUpdate, ComputeBuffer, Device, Floats, Gradient, GradientPart};
 use crate::error::{Error, Result};
-use crate::model::{Gradients, KeepGradients};
+use crate::model::{Gradients, KeepGradients, LayerTensors};
 use crate::objective::PairOutcome;
 use crate::optimizer::{AdamWStep, MasterWeights};
 use crate::train::guard;
@@ -59,12 +60,17 @@ impl<D: Device> Trainer<D> {
         let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
         let (activations, loaded) = (&mut self.activations, &self.batch);
         let tokens = batch.tokens();
-        match (&mut self.ranks, &mut self.own_sums) {
-            (Some(ranks), Some(sums)) => {
+        let lowest = self.model.lowest_trained_layer();
+        match (&mut self.ranks, &mut self.own_sums, &mut self.gathered) {
+            (Some(ranks), Some(sums), Some(gathered)) => {
+                let sink = &mut GatherDown { ranks, gathered, sums, lowest };
+                self.model.backward(gradients, scratch, activations, loaded, tokens, sink)
+            }
+            (Some(ranks), Some(sums), None) => {
                 let sink = &mut ScatterLayers { ranks, sums };
                 self.model.backward(gradients, scratch, activations, loaded, tokens, sink)
             }
-            (Some(ranks), None) if is_last => {
+            (Some(ranks), None, _) if is_last => {
                 let sink = &mut SumLayers { ranks };
                 self.model.backward(gradients, scratch, activations, loaded, tokens, sink)
             }
@@ -87,9 +93,21 @@ impl<D: Device> Trainer<D> {
         let Some(ranks) = &mut self.ranks else { return Err(no_ranks()) };
         let layers = self.model.lowest_trained_layer()..self.model.config.layers;
         if let Some(sums) = &mut self.own_sums {
-            let mut sink = ScatterLayers { ranks, sums };
             for _ in 0..self.idle_rounds {
-                sink.idle(&mut self.gradients, layers.clone())?;
+                let gradients = &mut self.gradients;
+                match &mut self.gathered {
+                    None => ScatterLayers { ranks, sums }.idle(gradients, layers.clone())?,
+                    Some(gathered) => {
+                        let weights = &mut self.model.weights.layers;
+                        GatherUp { ranks, gathered }.idle(weights)?;
+                        let lowest = layers.start;
+                        GatherDown { ranks, gathered, sums, lowest }.idle(
+                            weights,
+                            gradients,
+                            layers.clone(),
+                        )?;
+                    }
+                }
             }
             return sums.settle(ranks);
         }
@@ -162,7 +180,12 @@ impl<D: Device> Trainer<D> {
             return Ok(());
         }
         let (weights, layout) = (&mut self.model.weights, &self.model.layout);
-        for (weights, layout) in weights.layers.iter_mut().zip(&layout.layers) {
+        if let Some(gathered) = &mut self.gathered {
+            // Each rank has its own values of the layers, and is done with them.
+            gathered.forget();
+        }
+        let whole_layers = if self.gathered.is_some() { 0 } else { layout.layers.len() };
+        for (weights, layout) in weights.layers.iter_mut().zip(&layout.layers).take(whole_layers) {
             let trained = weights.iter_mut().zip(layout.iter()).filter(|(_, tensor)| tensor.trained);
             ranks.gather(&mut trained.map(|(weight, _)| weight).collect::<Vec<_>>())?;
         }
@@ -175,15 +198,20 @@ impl<D: Device> Trainer<D> {
     /// Updates the weights whose gradients this rank has, where those of layers are parts.
     fn update_own(&mut self, adamw: AdamWStep) -> Result<()> {
         let gradients = summed(&self.gradients, self.own_sums.as_ref());
+        let device = &self.model.device;
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
+            .zip(self.model.layout.iter())
             .zip(gradients)
-            .filter_map(|((weight, state), gradient)| {
+            .filter_map(|(((weight, state), tensor), gradient)| {
                 let (gradient, first_gradient) = gradient?;
-                Some(AdamWUpdate { first_gradient, ..state.as_mut()?.update(weight, gradient) })
+                let is_whole = device.len(weight) == tensor.values();
+                let update = state.as_mut()?.update(weight, gradient);
+                let first_weight = if is_whole { 0 } else { update.part.as_ref()?.start };
+                Some(AdamWUpdate { first_gradient, first_weight, ..update })
             })
             .collect();
-        self.model.device.adamw(&mut updates, &self.norm, adamw)
+        device.adamw(&mut updates, &self.norm, adamw)
     }
 
     /// Gives every rank a word of this one, and waits for theirs: in the order of the ranks. Alone, the word comes back at once.
@@ -214,7 +242,16 @@ impl<D: Device> Trainer<D> {
             }
             let mut values = vec![0.0; tensor.values()];
             if !device.needs_master() || self.state_options.master == MasterWeights::None {
-                device.download_compute(&mut values, weight, 0)?;
+                if device.len(weight) == values.len() {
+                    device.download_compute(&mut values, weight, 0)?;
+                    return Ok(Some(values));
+                }
+                let mut gathered: ComputeBuffer<D> = device.alloc(values.len())?;
+                let own = ranks.own(values.len());
+                device.copy(&mut gathered, own.start, weight, 0, own.len())?;
+                ranks.gather(&mut [&mut gathered])?;
+                ranks.finish()?;
+                device.download_compute(&mut values, &gathered, 0)?;
                 return Ok(Some(values));
             }
             let mut gathered: Floats<D> = device.alloc(values.len())?;
@@ -230,6 +267,30 @@ impl<D: Device> Trainer<D> {
             Ok(Some(values))
         });
         Ok(Some(whole.collect::<Result<_>>()?))
+    }
+
+    /// Takes part in the forwards of an evaluation that other ranks have and this one has not.
+    pub(super) fn idle_forwards(&mut self) -> Result<()> {
+        let (Some(ranks), Some(gathered)) = (&mut self.ranks, &mut self.gathered) else { return Ok(()) };
+        let mut source = GatherUp { ranks, gathered };
+        (0..self.idle_rounds).try_for_each(|_| source.idle(&mut self.model.weights.layers))
+    }
+
+    /// Whether the weights of layers are sharded, so that this rank has its own values of them alone.
+    pub fn has_weight_parts(&self) -> bool {
+        self.gathered.is_some()
+    }
+
+    /// A layer's whole weights, where they are sharded; every rank must call it with the same layer.
+    ///
+    /// # Errors
+    /// As [`Trainer::exchange`].
+    pub fn gather_layer(&mut self, layer: usize) -> Result<&LayerTensors<ComputeBuffer<D>>> {
+        let (Some(ranks), Some(gathered)) = (&mut self.ranks, &mut self.gathered) else {
+            return Ok(&self.model.weights.layers[layer]);
+        };
+        gathered.fetch(ranks, layer, &self.model.weights.layers)?;
+        Ok(gathered.layer(layer))
     }
 
     /// Sets what the ranks sum to zero: each adds its own.
@@ -260,11 +321,11 @@ fn own_gradients<'a, D: Device>(
     sums: Option<&'a OwnSums<D>>,
 ) -> Vec<GradientPart<'a, D>> {
     let device = ranks.device();
-    let whole = |gradient| (gradient, ranks.own(device.len(gradient)));
+    let whole = |gradient| (Gradient::F32(gradient), ranks.own(device.len(gradient)));
     let all: Vec<GradientPart<'a, D>> = match sums {
         None => gradients.iter().flatten().map(whole).collect(),
         Some(sums) => {
-            let of_layers = sums.iter().map(|sum| (sum, 0..device.len(sum)));
+            let of_layers = sums.iter().map(|sum| (Gradient::F32(sum), 0..device.len(sum)));
             gradients.outside_layers().flatten().map(whole).chain(of_layers).collect()
         }
     };

@@ -70,7 +70,7 @@ impl<D: Device> OwnSums<D> {
     }
 
     /// Takes the gradients of `layer`, which are complete for this micro-batch, and gives back others of 0 for the next layer.
-    fn take(
+    pub fn take(
         &mut self,
         ranks: &mut OtherRanks<D>,
         layer: usize,
@@ -95,7 +95,7 @@ impl<D: Device> OwnSums<D> {
         let device = ranks.device();
         for (sum, gradient) in self.layers[layer].iter_mut().zip(self.on_the_way.iter()) {
             let (Some(values), Some(gradient)) = (&mut sum.values, gradient) else { continue };
-            accumulate(device, values, gradient, sum.part.start)?;
+            device.accumulate(values, 0, gradient, sum.part.start, sum.part.len())?;
         }
         device.zero_all(&mut self.on_the_way.iter_mut().flatten().collect::<Vec<_>>())
     }
@@ -122,13 +122,4 @@ impl<D: Device> ScatterLayers<'_, D> {
     pub fn idle(&mut self, gradients: &mut Gradients<D>, layers: Range<usize>) -> Result<()> {
         layers.rev().try_for_each(|layer| self.sums.take(self.ranks, layer, &mut gradients.layers[0]))
     }
-}
-
-/// Adds the values of `source` from `offset` on to all of `out`.
-fn accumulate<D: Device>(device: &D, out: &mut Floats<D>, source: &Floats<D>, offset: usize) -> Result<()> {
-    let (mut sums, mut values) = (vec![0.0; device.len(out)], vec![0.0; device.len(out)]);
-    device.download(&mut sums, out, 0)?;
-    device.download(&mut values, source, offset)?;
-    sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += value);
-    device.upload(out, 0, &sums)
 }
