@@ -303,9 +303,11 @@ Result enter(Comm& comm, const char* id) {
 // Takes note of ranks that came, died or aborted. The caller holds the communicator's mutex.
 void look_around(Comm& comm) {
     bool all = true;
+    // A collective under way looks itself, and knows better: a rank that disagrees aborts when it has found out.
+    bool idle = comm.running == 0 && comm.work.empty();
     for (int rank = 0; rank < comm.ranks && comm.failure == kSuccess; ++rank) {
         all = all && comm.shared->slots[rank].state != kAbsent;
-        std::string why = gone(comm, rank, false);
+        std::string why = idle ? gone(comm, rank, false) : "";
         if (!why.empty()) comm.failure = say(kRemoteError, why);
     }
     if (!all || comm.joined) return;
@@ -466,13 +468,6 @@ int ncclCommAbort(ncclComm* handle) {
     stop_worker(*comm);
     comm->shared->slots[comm->rank].state = kAborted;
     write_counts(*comm);
-    return kSuccess;
-}
-
-int ncclCommCount(ncclComm* handle, int* ranks) {
-    std::shared_ptr<Comm> comm = find(handle);
-    if (comm == nullptr) return no_communicator();
-    *ranks = comm->ranks;
     return kSuccess;
 }
 
