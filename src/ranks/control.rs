@@ -320,6 +320,14 @@ impl Control {
         self.shared.lock().verdict.clone()
     }
 
+    /// As [`Control::verdict`], waiting up to `limit` for one.
+    pub fn verdict_within(&self, limit: Duration) -> Option<Verdict> {
+        let state = self.shared.lock();
+        let waits = |state: &mut State| state.verdict.is_none();
+        let waited = self.shared.changed.wait_timeout_while(state, limit, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0.verdict.clone()
+    }
+
     /// Sends to rank 0, or from rank 0 to all.
     pub fn send(&self, tag: &str, value: Value) {
         self.shared.send_to_all(&Message::Part { tag: tag.to_string(), value });
