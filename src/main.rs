@@ -45,7 +45,8 @@ fn command() -> ExitCode {
         Err(Stop::Error(error)) => return fail(&error),
     };
     let ranks = invocation.ranks().cloned();
-    let verbosity = Verbosity { quiet: invocation.verbosity.quiet || !speaks(&ranks), ..invocation.verbosity };
+    let verbosity =
+        Verbosity { quiet: invocation.verbosity.quiet || !speaks(&ranks), ..invocation.verbosity };
     if let Some(ranks) = ranks.as_ref().filter(|ranks| !ranks.is_first()) {
         report::set_rank(ranks.place.rank, &ranks::host());
     }

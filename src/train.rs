@@ -35,6 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use checkpoint::{restore, save_beside, save_weights};
 pub use cut::Cut;
 pub use deal::{Deal, deal};
 pub use inputs::Inputs;
@@ -60,7 +61,8 @@ use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Requests, Team};
 use crate::report::{
-    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics, print_result,
+    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics,
+    print_result,
 };
 use chooser::Chooser;
 use output::Output;

@@ -102,7 +102,9 @@ pub fn parse(matches: &ArgMatches) -> Result<Train> {
     let started = match (gpus, ranks.launcher) {
         (Some(count), Some(launcher)) if launcher != LauncherKind::Own => {
             return Err(Error::config(
-                format!("`--gpus` = {count} starts ranks itself, and {launcher} has started this one already"),
+                format!(
+                    "`--gpus` = {count} starts ranks itself, and {launcher} has started this one already"
+                ),
                 format!("leave --gpus out: {launcher} says how many ranks there are"),
             ));
         }

@@ -53,7 +53,10 @@ impl Limits {
     /// [`Error::Config`] for a variable that is no number of seconds.
     pub fn of_environment() -> Result<Self> {
         let limits = Limits::default();
-        Ok(Limits { join: seconds(variable::JOIN, limits.join)?, hang: seconds(variable::HANG, limits.hang)? })
+        Ok(Limits {
+            join: seconds(variable::JOIN, limits.join)?,
+            hang: seconds(variable::HANG, limits.hang)?,
+        })
     }
 
     fn silence(&self) -> Duration {
@@ -398,9 +401,7 @@ impl Control {
         let mut state = shared.lock();
         loop {
             let is_over = match shared.rank {
-                0 => {
-                    state.seen.iter().all(|seen| seen.line == Line::Closed) || started.elapsed() > FAREWELL
-                }
+                0 => state.seen.iter().all(|seen| seen.line == Line::Closed) || started.elapsed() > FAREWELL,
                 // Rank 0 may write for long; that it is alive is watched meanwhile.
                 _ => {
                     let rank_0 = &state.seen[0];

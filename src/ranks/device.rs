@@ -18,7 +18,10 @@ pub fn device_of(ranks: &Ranks, choice: DeviceChoice) -> Result<DeviceChoice> {
         DeviceChoice::Cuda(0) => cuda::gpus()?,
         DeviceChoice::Cuda(ordinal) => {
             return Err(Error::config(
-                format!("`--device` = cuda:{ordinal} names one GPU, and each of {} ranks needs its own", ranks.place.ranks),
+                format!(
+                    "`--device` = cuda:{ordinal} names one GPU, and each of {} ranks needs its own",
+                    ranks.place.ranks
+                ),
                 "give --device cuda: each rank takes the GPU of its number on its machine",
             ));
         }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::address::{self, Address};
 use super::Ranks;
+use super::address::{self, Address};
 use crate::device::GroupPlace;
 use crate::error::{Error, Result};
 
@@ -254,7 +254,9 @@ fn srun(slurm: &Variables<'_>) -> Result<Ranks> {
     let tasks = slurm.text("SLURM_STEP_TASKS_PER_NODE");
     let local_ranks = tasks.and_then(|tasks| address::tasks_of_node(&tasks, node));
     let local_ranks = local_ranks.ok_or_else(|| {
-        slurm.wrong("does not say how many tasks this node has: SLURM_STEP_TASKS_PER_NODE is not set or not a list")
+        slurm.wrong(
+            "does not say how many tasks this node has: SLURM_STEP_TASKS_PER_NODE is not set or not a list",
+        )
     })?;
     let nodes = slurm.text("SLURM_STEP_NODELIST").or_else(|| slurm.text("SLURM_JOB_NODELIST"));
     let first = nodes.as_deref().and_then(address::first_host);
@@ -268,9 +270,9 @@ fn srun(slurm: &Variables<'_>) -> Result<Ranks> {
 /// Batch scripts export WORLD_SIZE for other programs; it must not say something else.
 fn agree_on_world_size(variables: &Variables<'_>, ranks: usize) -> Result<()> {
     match variables.number("WORLD_SIZE")? {
-        Some(size) if size != ranks => Err(variables.wrong(format_args!(
-            "has {ranks} ranks, and WORLD_SIZE = {size} contradicts that"
-        ))),
+        Some(size) if size != ranks => {
+            Err(variables.wrong(format_args!("has {ranks} ranks, and WORLD_SIZE = {size} contradicts that")))
+        }
         _ => Ok(()),
     }
 }

@@ -54,7 +54,10 @@ pub fn run(config: &RunConfig, count: usize) -> Result<()> {
 pub fn end_with_launcher() -> Result<()> {
     let Ok(launcher) = std::env::var(variable::LAUNCHER) else { return Ok(()) };
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| {
-        Error::device(format!("cannot follow the end of the launcher: {error}"), "run on a Linux of this century")
+        Error::device(
+            format!("cannot follow the end of the launcher: {error}"),
+            "run on a Linux of this century",
+        )
     })?;
     let parent = getppid().map(|pid| pid.as_raw_nonzero().get().to_string());
     if parent.as_deref() == Some(launcher.as_str()) {
@@ -74,7 +77,9 @@ fn check_devices(choice: DeviceChoice, count: usize) -> Result<()> {
         DeviceChoice::Cuda(0) | DeviceChoice::Auto => {}
         DeviceChoice::Cuda(ordinal) => {
             return Err(Error::config(
-                format!("`--gpus` = {count} starts ranks on several GPUs, and `--device` = cuda:{ordinal} names one"),
+                format!(
+                    "`--gpus` = {count} starts ranks on several GPUs, and `--device` = cuda:{ordinal} names one"
+                ),
                 "give --device cuda; CUDA_VISIBLE_DEVICES chooses the GPUs",
             ));
         }
@@ -83,7 +88,9 @@ fn check_devices(choice: DeviceChoice, count: usize) -> Result<()> {
         .map_err(|error| Error::device(format!("`--gpus` = {count}, and there is no GPU: {error}"), help))?;
     match gpus.len() >= count {
         true => Ok(()),
-        false => Err(Error::device(format!("`--gpus` = {count}, and the driver lists {} GPUs", gpus.len()), help)),
+        false => {
+            Err(Error::device(format!("`--gpus` = {count}, and the driver lists {} GPUs", gpus.len()), help))
+        }
     }
 }
 
@@ -93,7 +100,10 @@ fn watch_signals() -> Result<Signals> {
         numbers.push(SIGHUP);
     }
     Signals::new(numbers).map_err(|error| {
-        Error::device(format!("cannot watch for Ctrl-C: {error}"), "run outside a sandbox that forbids signals")
+        Error::device(
+            format!("cannot watch for Ctrl-C: {error}"),
+            "run outside a sandbox that forbids signals",
+        )
     })
 }
 

@@ -172,8 +172,10 @@ mod tests {
             (Stage::Saving, 300),
             (Stage::End, 300),
         ];
-        let places: Vec<Position> =
-            run.iter().flat_map(|&(stage, step)| [Position::new(stage, step), Position::new(stage, step).waiting()]).collect();
+        let places: Vec<Position> = run
+            .iter()
+            .flat_map(|&(stage, step)| [Position::new(stage, step), Position::new(stage, step).waiting()])
+            .collect();
         assert!(places.is_sorted() && places.windows(2).all(|two| two[0] != two[1]), "{places:?}");
         assert_eq!(Position::new(Stage::Step, 17).waiting().to_string(), "in step 17");
         assert_eq!(Position::new(Stage::Evaluation, 300).step(), 300);

@@ -51,7 +51,12 @@ impl Requests {
 impl Team {
     /// A run of one process.
     pub fn alone() -> Self {
-        Team { ranks: Ranks::alone(), control: None, has_agreed_to_stop: AtomicBool::new(false), _keeper: None }
+        Team {
+            ranks: Ranks::alone(),
+            control: None,
+            has_agreed_to_stop: AtomicBool::new(false),
+            _keeper: None,
+        }
     }
 
     /// A team whose ranks have found each other.

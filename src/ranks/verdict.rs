@@ -49,10 +49,14 @@ impl Verdict {
         match what {
             What::Died => format!("{who} died {position}"),
             What::Silent(seconds) => {
-                format!("{who} has given no sign of life for {seconds} s, last {position}: it is stopped, or its machine is gone")
+                format!(
+                    "{who} has given no sign of life for {seconds} s, last {position}: it is stopped, or its machine is gone"
+                )
             }
             What::Hangs(seconds) => {
-                format!("{who} hangs: it has done nothing for {seconds} s, last {position}, while others wait for it")
+                format!(
+                    "{who} hangs: it has done nothing for {seconds} s, last {position}, while others wait for it"
+                )
             }
             What::AllHang(seconds) => format!(
                 "no rank has done anything for {seconds} s, last {position}: a GPU or a collective hangs ({who} among them)"
@@ -67,12 +71,17 @@ impl Verdict {
         if let What::Stopped(number) = self.what
             && let Some(signal) = Signal::of(number)
         {
-            return Error::Interrupted { signal, kept: format!("{}; the same command begins again", self.sentence()) };
+            return Error::Interrupted {
+                signal,
+                kept: format!("{}; the same command begins again", self.sentence()),
+            };
         }
         let go_on = "the last checkpoint is whole: start the run again with --resume";
         let help = match &self.what {
             What::Failed { help, .. } => help.clone(),
-            What::Died => format!("look at the last lines of that rank, or of its machine's log (out of memory?); {go_on}"),
+            What::Died => format!(
+                "look at the last lines of that rank, or of its machine's log (out of memory?); {go_on}"
+            ),
             What::Silent(_) | What::Hangs(_) | What::AllHang(_) => {
                 format!("look at that machine and its GPU (`mmpo-fast doctor`, `nvidia-smi`); {go_on}")
             }
@@ -89,7 +98,9 @@ mod tests {
     #[test]
     fn rank_host_and_step_are_in_every_sentence() {
         let failed = What::Failed { message: "loss NaN".into(), help: "lower it".into() };
-        for what in [What::Died, What::Silent(60), What::Hangs(600), What::AllHang(600), failed, What::Stopped(15)] {
+        for what in
+            [What::Died, What::Silent(60), What::Hangs(600), What::AllHang(600), failed, What::Stopped(15)]
+        {
             let verdict = Verdict { rank: 3, host: "node7".into(), position: Position::default(), what };
             let error = verdict.error();
             let text = error.to_string();

@@ -104,8 +104,10 @@ impl RankMetrics {
         let share = |rank: &RankStep| {
             rank.waited_seconds / (rank.busy_seconds + rank.waited_seconds).max(f64::MIN_POSITIVE)
         };
-        let (slowest, _) =
-            ranks.iter().enumerate().max_by(|(_, one), (_, other)| one.busy_seconds.total_cmp(&other.busy_seconds))?;
+        let (slowest, _) = ranks
+            .iter()
+            .enumerate()
+            .max_by(|(_, one), (_, other)| one.busy_seconds.total_cmp(&other.busy_seconds))?;
         Some(RankMetrics {
             waited: ranks.iter().map(share).sum::<f64>() / ranks.len() as f64,
             waited_most: ranks.iter().map(share).fold(0.0, f64::max),
@@ -114,7 +116,11 @@ impl RankMetrics {
     }
 
     fn fields(self) -> [(&'static str, f64); 3] {
-        [("ranks/waited", self.waited), ("ranks/waited_most", self.waited_most), ("ranks/slowest", self.slowest)]
+        [
+            ("ranks/waited", self.waited),
+            ("ranks/waited_most", self.waited_most),
+            ("ranks/slowest", self.slowest),
+        ]
     }
 }
 

@@ -307,7 +307,8 @@ impl RunReport {
 
     /// What each rank of a run on several GPUs did.
     fn ranks(&self) -> Option<Table> {
-        let mut table = Table::new(["rank", "tokens", "tokens/s at work", "at work", "waiting", "waiting, share"]);
+        let mut table =
+            Table::new(["rank", "tokens", "tokens/s at work", "at work", "waiting", "waiting, share"]);
         for (rank, facts) in self.facts.ranks.iter().enumerate() {
             let all = facts.busy_seconds + facts.waited_seconds;
             let seconds = |value: f64| format!("{value:.1} s");

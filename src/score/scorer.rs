@@ -197,7 +197,8 @@ impl<'a, D: Device> Scorer<'a, D> {
 
     /// The pairs of each of `ranks` ranks that score together: micro-batches in a row, of about the same number of tokens.
     pub fn shares(&self, ranks: usize) -> Vec<Range<usize>> {
-        let tokens_of = |run: &Range<usize>| self.pairs[run.clone()].iter().map(TokenizedPair::tokens).sum::<usize>();
+        let tokens_of =
+            |run: &Range<usize>| self.pairs[run.clone()].iter().map(TokenizedPair::tokens).sum::<usize>();
         let total: usize = self.runs.iter().map(tokens_of).sum();
         let (mut shares, mut first, mut tokens) = (Vec::with_capacity(ranks), 0, 0);
         for run in &self.runs {

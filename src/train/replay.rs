@@ -13,9 +13,9 @@ use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{Checkpoint, StoredTensor};
 use crate::config::RunConfig;
 use crate::device::{Device, DeviceTask, run_on};
-use crate::ranks::Team;
 use crate::error::{Error, Result};
 use crate::model::Llama;
+use crate::ranks::Team;
 use crate::report::{Progress, print_result};
 
 /// Repeats the step of the capsule in folder `path`; `config` are the capsule's own options, but for the device and threads.

@@ -107,7 +107,8 @@ fn keep_share(
         let count = done.len();
         Some(match cache.store_share(rank, &done, pairs) {
             Ok(()) => format!(
-                "{count} reference log-probs of rank {} are kept, and as many ranks go on from them", rank.0
+                "{count} reference log-probs of rank {} are kept, and as many ranks go on from them",
+                rank.0
             ),
             Err(error) => format!("{count} reference log-probs of rank {} are lost: {error}", rank.0),
         })

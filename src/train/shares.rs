@@ -44,7 +44,8 @@ mod tests {
         shares.add(&[part(10, 0.0), part(7, 0.5)]);
         shares.add(&[part(1, 0.0), part(2, 0.25)]);
         let facts = shares.facts(&["a".to_string(), "b".to_string()]);
-        let shown: Vec<_> = facts.iter().map(|rank| (rank.host.as_str(), rank.tokens, rank.waited_seconds)).collect();
+        let shown: Vec<_> =
+            facts.iter().map(|rank| (rank.host.as_str(), rank.tokens, rank.waited_seconds)).collect();
         assert_eq!(shown, [("a", 11, 0.0), ("b", 9, 0.75)]);
     }
 }

@@ -189,7 +189,9 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let gathered = match &ranks {
-            Some(ranks) if ranks.shard == ShardConfig::Weights => Some(GatheredLayers::new(&mut model, ranks)?),
+            Some(ranks) if ranks.shard == ShardConfig::Weights => {
+                Some(GatheredLayers::new(&mut model, ranks)?)
+            }
             _ => None,
         };
         let capacity = workload.micro_batch;
@@ -635,7 +637,8 @@ fn new_states<D: Device>(
                     own if own.is_empty() => Ok(None),
                     own => {
                         let whole = tensor.values();
-                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding).map(Some)
+                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding)
+                            .map(Some)
                     }
                 },
             }

@@ -87,8 +87,10 @@ fn accept_all(
 }
 
 fn missing(ranks: &Ranks, limits: Limits, present: &BTreeMap<usize, Connected>) -> Error {
-    let absent: Vec<String> =
-        (1..ranks.place.ranks).filter(|rank| !present.contains_key(rank)).map(|rank| rank.to_string()).collect();
+    let absent: Vec<String> = (1..ranks.place.ranks)
+        .filter(|rank| !present.contains_key(rank))
+        .map(|rank| rank.to_string())
+        .collect();
     let shown = match absent.as_slice() {
         [one] => format!("rank {one} of {} has", ranks.place.ranks),
         [some @ .., last] => format!("ranks {} and {last} of {} have", some.join(", "), ranks.place.ranks),
@@ -169,7 +171,12 @@ fn refusal(ranks: &Ranks, hello: &Hello, present: &BTreeMap<usize, Connected>) -
         _ if hello.rank == 0 => host(),
         Some(other) => other.host.clone(),
         None if hello.rank < ranks.place.ranks => return None,
-        None => return Some(Error::config(format!("{theirs} is beyond the number of ranks"), "start all ranks with one launcher")),
+        None => {
+            return Some(Error::config(
+                format!("{theirs} is beyond the number of ranks"),
+                "start all ranks with one launcher",
+            ));
+        }
     };
     Some(Error::config(
         format!("there are two processes of rank {}, on {other} and on {}", hello.rank, hello.host),

@@ -80,7 +80,8 @@ fn look(shared: &Arc<Shared>, own: &Own, now: Instant) -> Option<Verdict> {
         std::iter::once((None, own.progress.position, age(own.advanced))).chain(peers)
     };
     let farthest = all().map(|(_, position, _)| position).max()?;
-    let (who, position, idle) = all().min_by_key(|&(_, position, idle)| (position, std::cmp::Reverse(idle)))?;
+    let (who, position, idle) =
+        all().min_by_key(|&(_, position, idle)| (position, std::cmp::Reverse(idle)))?;
     let what = match idle > limits.hang {
         true if position < farthest => What::Hangs(idle.as_secs()),
         true if position.step() > 0 && all().all(|(_, _, idle)| idle > limits.hang) => {

@@ -109,7 +109,8 @@ fn one_process_is_an_ordinary_run() {
         ("SLURM_LOCALID", "0"),
         ("SLURM_JOB_NODELIST", "gpu[07-08]"),
     ];
-    let named_batch_step = changed(&batch_script, &[], &[("SLURM_STEP_ID", BATCH_STEP), ("SLURM_STEP_NUM_TASKS", "8")]);
+    let named_batch_step =
+        changed(&batch_script, &[], &[("SLURM_STEP_ID", BATCH_STEP), ("SLURM_STEP_NUM_TASKS", "8")]);
     let shell_of_srun = changed(&SRUN, &[], &[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]);
     let mpirun_of_one = [
         ("OMPI_COMM_WORLD_RANK", "0"),
@@ -143,7 +144,8 @@ fn launchers_in_each_other() {
     let both = changed(&SRUN, &[], &MPIRUN);
     assert_eq!(read_all(&both).unwrap().launcher, Some(LauncherKind::OpenMpi));
     // A batch script that exports WORLD_SIZE and MASTER_ADDR for srun's tasks.
-    let exported = changed(&SRUN, &[], &[("WORLD_SIZE", "7"), ("MASTER_ADDR", "gpu07"), ("MASTER_PORT", "9000")]);
+    let exported =
+        changed(&SRUN, &[], &[("WORLD_SIZE", "7"), ("MASTER_ADDR", "gpu07"), ("MASTER_PORT", "9000")]);
     let ranks = read_all(&exported).unwrap();
     assert_eq!((ranks.launcher, ranks.address.to_string()), (Some(LauncherKind::Slurm), "gpu07:9001".into()));
 }
@@ -152,7 +154,10 @@ fn launchers_in_each_other() {
 #[test]
 fn what_is_wrong_is_named_with_what_it_holds() {
     let cases: [(Vec<(&str, &str)>, &[&str]); 13] = [
-        (vec![("RANK", "1")], &["torchrun", "half set, without WORLD_SIZE", "RANK = 1", "WORLD_SIZE is not set"]),
+        (
+            vec![("RANK", "1")],
+            &["torchrun", "half set, without WORLD_SIZE", "RANK = 1", "WORLD_SIZE is not set"],
+        ),
         (vec![("WORLD_SIZE", "4")], &["half set, without RANK", "WORLD_SIZE = 4"]),
         (vec![("LOCAL_RANK", "0")], &["half set, without RANK"]),
         (changed(&TORCHRUN, &["LOCAL_RANK"], &[]), &["without LOCAL_RANK"]),
