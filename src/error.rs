@@ -116,6 +116,8 @@ pub enum Error {
         /// What to do about it.
         #[help]
         help: String,
+        /// That rank, where it is one that was there.
+        lost: Option<usize>,
     },
 
     /// A rank that `train --gpus` started ended with an error of its own, and with this exit code.
@@ -195,6 +197,10 @@ impl Error {
                 "the disk is full: free some space or choose another --output; what was there before is untouched"
             }
             ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another --output",
+            ErrorKind::IsADirectory => "this is a folder, and a file is wanted: check the path",
+            ErrorKind::NotADirectory => {
+                "a part of the path is a file, and a folder is wanted: check the path"
+            }
             _ => "what was there before is untouched",
         };
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
@@ -212,7 +218,7 @@ impl Error {
 
     /// An [`Error::Rank`]: another rank of the run ended it.
     pub fn rank(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Error::Rank { message: message.into(), help: help.into() }
+        Error::Rank { message: message.into(), help: help.into(), lost: None }
     }
 
     /// An [`Error::Bug`]: a mistake in this program.

@@ -67,7 +67,11 @@ fn speaks(ranks: &Option<Ranks>) -> bool {
 fn is_told_by_another(error: &Error, ranks: &Option<Ranks>) -> bool {
     match (error, ranks) {
         (Error::RankEnded { exit_code, .. }, _) => *exit_code > 128,
-        (Error::Rank { .. }, Some(ranks)) => ranks.local_rank > 0,
+        (Error::Rank { lost, .. }, Some(ranks)) => {
+            // The next one, where the first of the machine is the one that was lost.
+            let first = ranks.place.rank.saturating_sub(ranks.local_rank);
+            ranks.local_rank > usize::from(*lost == Some(first))
+        }
         (Error::Interrupted { .. }, Some(ranks)) => !ranks.is_first(),
         _ => false,
     }

@@ -6,6 +6,7 @@
 //! piece.
 
 mod adapter;
+mod bf16_gradients;
 mod capsule;
 mod checkpoint;
 mod chooser;
@@ -451,23 +452,49 @@ impl<'a, D: Device> Run<'a, D> {
         self.record.write(output)
     }
 
-    /// Takes the steps from `first` on; returns the number of the last one, and the evaluation after it.
+    /// Takes the steps from `first` on; returns the number of the last one, and the evaluation after it. However they end, the
+    /// record names the best checkpoint that was saved.
     fn train(
         &mut self,
         output: &Output,
         recorder: &mut Recorder,
         first: usize,
     ) -> Result<(usize, Option<EvalMetrics>)> {
+        let mut saves = BackgroundSaves::default();
+        let trained = self.take_steps(output, recorder, &mut saves, first);
+        // The folder is another run's then, or gone.
+        if matches!(trained, Err(Error::Io { .. })) {
+            return trained;
+        }
+        let recorded = saves.wait().and_then(|()| self.write_record(output.path()));
+        match (trained, recorded) {
+            (Ok(_), Err(error)) => Err(error),
+            (trained, recorded) => {
+                // What ended the run is what is returned.
+                recorded.unwrap_or_else(|error| tracing::error!("{error}"));
+                trained
+            }
+        }
+    }
+
+    fn take_steps(
+        &mut self,
+        output: &Output,
+        recorder: &mut Recorder,
+        saves: &mut BackgroundSaves,
+        first: usize,
+    ) -> Result<(usize, Option<EvalMetrics>)> {
         let total = self.plan.total_steps;
         let mut last = first;
         let mut last_evaluation = None;
-        let mut saves = BackgroundSaves::default();
         for batch in self.plan.order.from_step(first).take_while(|batch| batch.step < total) {
             if self.chooser.is_over() {
                 break;
             }
             let metrics = self.step(&batch).map_err(|error| self.leave_capsule(output, &batch, error))?;
-            saves.check()?;
+            if saves.check()? {
+                self.write_record(output.path())?;
+            }
             recorder.step(&metrics)?;
             let done = metrics.step;
             last = done;
@@ -485,11 +512,12 @@ impl<'a, D: Device> Run<'a, D> {
             let interrupted = stop.filter(|_| !is_last);
             let due = self.config.save_steps.is_some_and(|every| done.is_multiple_of(every)) || is_last;
             if due || asked || is_best || interrupted.is_some() {
-                self.save(output, (&mut *recorder, &mut saves), &batch, done)?;
+                self.save(output, (&mut *recorder, &mut *saves), &batch, done)?;
                 if asked || interrupted.is_some() {
                     saves.wait()?;
                 }
                 if asked {
+                    self.write_record(output.path())?;
                     tracing::info!("SIGUSR1: saved after step {done} of {total}; the run goes on");
                 }
             }
@@ -504,7 +532,6 @@ impl<'a, D: Device> Run<'a, D> {
             None => self.evaluate(last)?,
             evaluation => evaluation,
         };
-        saves.wait()?;
         Ok((last, evaluation))
     }
 
@@ -594,7 +621,8 @@ impl<'a, D: Device> Run<'a, D> {
         let pairs =
             training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
         let adamw = self.plan.adamw(batch.step);
-        let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm)?;
+        let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm);
+        let result = result.map_err(|error| self.with_rank(error, pairs.len()))?;
         let seconds = started.elapsed().as_secs_f64();
         self.is_asked = result.stop_requested;
         self.shares.add(&result.ranks);
@@ -619,6 +647,21 @@ impl<'a, D: Device> Run<'a, D> {
             ranks: RankMetrics::new(&result.ranks),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
+    }
+
+    /// Adds to a numerical error of a step with so many pairs which rank computed the first of those that are not finite.
+    fn with_rank(&self, error: Error, pairs: usize) -> Error {
+        let Error::Numerics { message, help } = error else { return error };
+        let outcomes = self.trainer.download_outcomes(pairs).unwrap_or_default();
+        let message = match outcomes.iter().position(|outcome| !outcome.loss.is_finite()) {
+            Some(pair) if !self.team.is_alone() => {
+                let rank = self.trainer.rank_of(pair);
+                let host = self.team.host_of(rank).map_or_else(ranks::host, str::to_string);
+                format!("{message}; rank {rank} on {host} computed it")
+            }
+            _ => message,
+        };
+        Error::Numerics { message, help }
     }
 
     /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just

@@ -241,7 +241,8 @@ fn explain(error: clap::Error, command: &Command) -> Stop {
             let usage_text = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
             let called = command
                 .get_subcommands()
-                .find(|sub| usage_text.contains(&format!("mmpo-fast {}", sub.get_name())))
+                // Whatever the program's file is called.
+                .find(|sub| usage_text.split_whitespace().any(|word| word == sub.get_name()))
                 .unwrap_or(command);
             let flags = called.get_arguments().filter_map(Arg::get_long);
             let nearest = suggest::nearest(unknown, flags).unwrap_or_default();

@@ -61,7 +61,7 @@ pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use offload::Offload;
-pub use optimizer::{AdamWUpdate, GradientPart, Optimizer};
+pub use optimizer::{AdamWUpdate, Gradient, GradientPart, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use queues::{Queue, Queues};
 pub use rope::{RopeDirection, RotaryPositions};

@@ -7,7 +7,7 @@ use half::bf16;
 use super::dynamic_map::BLOCK;
 use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
 use super::rounding::StochasticRounding;
-use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, MemoryPart, Optimizer};
+use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Gradient, Memory, MemoryPart, Optimizer};
 use crate::error::Result;
 
 /// A buffer of an optimiser's state, as checkpoints know it.
@@ -258,11 +258,20 @@ impl<D: Memory> OptimizerState<D> {
         }
     }
 
-    /// The operands of this tensor's update.
+    /// The operands of this tensor's update from an f32 gradient.
     pub fn update<'a>(
         &'a mut self,
         weight: &'a mut ComputeBuffer<D>,
         gradient: &'a Floats<D>,
+    ) -> AdamWUpdate<'a, D> {
+        self.update_from(weight, Gradient::F32(gradient))
+    }
+
+    /// The operands of this tensor's update.
+    pub fn update_from<'a>(
+        &'a mut self,
+        weight: &'a mut ComputeBuffer<D>,
+        gradient: Gradient<'a, D>,
     ) -> AdamWUpdate<'a, D> {
         let OptimizerState { master, moments, rounding, part } = self;
         AdamWUpdate {

@@ -73,6 +73,15 @@ impl Position {
         self.0 >> 8 & ((1 << 40) - 1)
     }
 
+    /// How many times the usual time this place may take. Files of any size are read or written in some stages, without a word
+    /// in between; everything else says that it goes on with each micro-batch.
+    pub fn patience(self) -> u32 {
+        match self.stage() {
+            Stage::Joining | Stage::References | Stage::Step | Stage::Evaluation => 1,
+            Stage::Inputs | Stage::Model | Stage::Before | Stage::Saving | Stage::End => 6,
+        }
+    }
+
     fn stage(self) -> Stage {
         STAGES.get((self.0 >> 1 & 0x7f) as usize).copied().unwrap_or(Stage::Joining)
     }

@@ -19,7 +19,7 @@ use crate::interrupt::{self, Keeper, Signal};
 
 /// How long a file that rank 0 wrote may take until another machine sees it: network file systems keep what they know of a
 /// folder for some seconds.
-const VISIBLE: Duration = Duration::from_secs(20);
+const VISIBLE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
 /// The ranks of a run.
 #[derive(Debug)]
@@ -102,6 +102,12 @@ impl Team {
     /// Whether the run has one process.
     pub fn is_alone(&self) -> bool {
         self.control.is_none()
+    }
+
+    /// The machine of another rank, where this is rank 0.
+    pub fn host_of(&self, rank: usize) -> Option<&str> {
+        let mut hosts = self.control.iter().flat_map(Control::hosts).filter(|_| self.is_first());
+        hosts.find(|(other, _)| *other == rank).map(|(_, host)| host)
     }
 
     /// What ends this rank's collectives when another rank is lost.

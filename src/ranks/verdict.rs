@@ -87,7 +87,7 @@ impl Verdict {
             }
             What::Stopped(_) => go_on.to_string(),
         };
-        Error::Rank { message: self.sentence(), help }
+        Error::Rank { message: self.sentence(), help, lost: Some(self.rank) }
     }
 }
 

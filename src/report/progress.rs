@@ -124,6 +124,7 @@ impl Progress {
     /// Adds `units` finished units; `message` says in a few words how the work goes.
     pub fn advance(&mut self, units: usize, message: impl FnOnce() -> String) {
         self.done += units as u64;
+        crate::ranks::progress::tick();
         match &mut self.view {
             View::Silent => {}
             View::Bar(bar) => {

@@ -15,12 +15,13 @@ use ranks::OtherRanks;
 pub use ranks::RankStep;
 pub use trace::Trace;
 
+use super::bf16_gradients::{self, Bf16Sums};
 use super::deal::{self, Deal};
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use super::offload::{self, Offloaded};
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, GroupPlace, MemoryPart, hash};
+use crate::device::{BatchBuffers, Device, Floats, Gradient, GroupPlace, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -66,8 +67,10 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// States in host memory, where some are.
     pub offloaded: Option<Offloaded<D>>,
-    /// Gradients of the step, summed over its micro-batches.
+    /// Gradients of the step, summed over its micro-batches; with one layer where [`Trainer::step_gradients`] has them elsewhere.
     pub gradients: Gradients<D>,
+    /// Where the gradients of layers are summed in bf16.
+    bf16_sums: Option<Bf16Sums<D>>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
     pub dropout_seed: u64,
     /// Key of the step under way, from which its dropout masks follow.
@@ -199,7 +202,7 @@ impl<D: Device> Trainer<D> {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
         })?;
         let states = new_states(&model, workload, ranks.as_ref())?;
-        let GradientBuffers { gradients, layer_norms, own_sums } =
+        let GradientBuffers { gradients, layer_norms, own_sums, bf16_sums } =
             GradientBuffers::new(&model, &workload.memory, ranks.as_ref())?;
         let first_outcome = match &ranks {
             Some(ranks) => ranks.rows(),
@@ -211,6 +214,7 @@ impl<D: Device> Trainer<D> {
             states,
             offloaded,
             gradients,
+            bf16_sums,
             dropout_seed: 0,
             dropout_key: 0,
             wants_stop: false,
@@ -272,7 +276,7 @@ impl<D: Device> Trainer<D> {
             return self.accumulate_among_ranks(pairs, max_grad_norm);
         }
         let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
             trainer.model.head_forward_backward(
@@ -283,17 +287,11 @@ impl<D: Device> Trainer<D> {
                 &batch.scored,
                 &trainer.objective,
             )?;
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                batch.tokens(),
-                &mut KeepGradients,
-            )
+            trainer.backward(batch.tokens())
         })?;
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
-        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
+        let gradients: Vec<_> =
+            bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref()).into_iter().flatten().collect();
+        device.gradient_norm_of(&mut self.norm, &gradients, max_grad_norm)?;
         device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
         let (norms, outcomes) = self.download_metrics(pairs.len())?;
         let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
@@ -305,6 +303,35 @@ impl<D: Device> Trainer<D> {
     fn alone(&self, loss: f64, outcomes: Vec<PairOutcome>, gradient_norm: f32, tokens: usize) -> StepResult {
         let stop_requested = self.wants_stop;
         StepResult { loss, outcomes, gradient_norm, tokens, stop_requested, ranks: Vec::new() }
+    }
+
+    /// Sets the gradients to zero, and their sums.
+    fn clear_gradients(&mut self) -> Result<()> {
+        let device = &*self.model.device;
+        if let Some(sums) = &mut self.bf16_sums {
+            sums.clear(device)?;
+        }
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())
+    }
+
+    /// The backward of a micro-batch after that of its head, for an update after all of them.
+    fn backward(&mut self, tokens: usize) -> Result<()> {
+        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
+        let (activations, batch) = (&mut self.activations, &self.batch);
+        let device = Arc::clone(&self.model.device);
+        match &mut self.bf16_sums {
+            None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
+            Some(sums) => {
+                let mut sink = sums.sink(&device);
+                self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
+            }
+        }
+    }
+
+    /// The gradients that [`Trainer::accumulate_gradients`] left, for each tensor in the order of the tree; `None` for a frozen
+    /// one. Where gradients are applied layer by layer, they are those outside the layers and of one layer.
+    pub fn step_gradients(&self) -> Vec<Option<Gradient<'_, D>>> {
+        bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref())
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -396,16 +423,15 @@ impl<D: Device> Trainer<D> {
     /// Updates every trained weight from a gradient that is whole.
     fn update_all(&mut self, adamw: AdamWStep) -> Result<()> {
         let device = &self.model.device;
+        let gradients = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
-            .zip(self.gradients.iter())
-            .filter_map(|((weight, state), gradient)| {
-                Some(state.as_mut()?.update(weight, gradient.as_ref()?))
-            })
+            .zip(&gradients)
+            .filter_map(|((weight, state), gradient)| Some(state.as_mut()?.update_from(weight, (*gradient)?)))
             .collect();
         device.adamw(&mut updates, &self.norm, adamw)?;
         let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
-        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        let tensors = self.model.weights.iter_mut().zip(gradients).enumerate();
         for (number, (weight, gradient)) in tensors {
             let Some(gradient) = gradient else { continue };
             offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
@@ -459,6 +485,12 @@ impl<D: Device> Trainer<D> {
     /// Where this rank stands among those that have a part of the states each; `None` where it has all.
     pub fn shard_place(&self) -> Option<GroupPlace> {
         self.ranks.as_ref().filter(|ranks| ranks.shard != ShardConfig::None).map(OtherRanks::place)
+    }
+
+    /// The rank that computed a pair of the last batch.
+    pub fn rank_of(&self, pair: usize) -> usize {
+        let mut ranks = (0..self.place().ranks).take_while(|_| self.dealt.order.len() > pair);
+        ranks.find(|&rank| self.dealt.pairs(rank).contains(&pair)).unwrap_or(0)
     }
 
     /// How the head works, and on how much memory.
@@ -592,27 +624,30 @@ struct GradientBuffers<D: Device> {
     gradients: Gradients<D>,
     layer_norms: Option<LayerNorms<D>>,
     own_sums: Option<OwnSums<D>>,
+    bf16_sums: Option<Bf16Sums<D>>,
 }
 
 impl<D: Device> GradientBuffers<D> {
     /// Those that `memory` asks for, with the scratch memory of their norm.
     fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
-        if memory.gradients == GradientConfig::Layer {
-            let gradients = model.zero_gradients_of_one_layer()?;
-            let layer_norms = Some(LayerNorms::new(model, &gradients)?);
-            return Ok(GradientBuffers { gradients, layer_norms, own_sums: None });
+        let sharded = ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients);
+        let is_whole = memory.gradients == GradientConfig::F32 && sharded.is_none();
+        let gradients =
+            if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
+        let (mut layer_norms, mut own_sums, mut bf16_sums) = (None, None, None);
+        match (memory.gradients, sharded) {
+            (GradientConfig::Layer, _) => layer_norms = Some(LayerNorms::new(model, &gradients)?),
+            (GradientConfig::Bf16, _) => bf16_sums = Some(Bf16Sums::new(model)?),
+            (GradientConfig::F32, Some(ranks)) => own_sums = Some(OwnSums::new(model, ranks, &gradients)?),
+            (GradientConfig::F32, None) => {}
         }
-        let (gradients, own_sums) = match ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients) {
-            None => (model.zero_gradients()?, None),
-            Some(ranks) => {
-                let gradients = model.zero_gradients_of_one_layer()?;
-                let own_sums = OwnSums::new(model, ranks, &gradients)?;
-                (gradients, Some(own_sums))
-            }
-        };
-        let all = gradients.iter().flatten().chain(own_sums.iter().flat_map(OwnSums::iter));
-        model.device.reserve_gradient_norm(&all.collect::<Vec<_>>())?;
-        Ok(GradientBuffers { gradients, layer_norms: None, own_sums })
+        if layer_norms.is_none() {
+            let own = own_sums.iter().flat_map(OwnSums::iter).map(Gradient::F32);
+            let all =
+                bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
+            model.device.reserve_gradient_norm_of(&all.collect::<Vec<_>>())?;
+        }
+        Ok(GradientBuffers { gradients, layer_norms, own_sums, bf16_sums })
     }
 }
 

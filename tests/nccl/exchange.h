@@ -1,4 +1,5 @@
-// The memory that the ranks of a communicator share, and how they exchange values through it. `library.cpp` is the interface.
+// The memory that the ranks of a communicator share, and how they exchange values through it. `library.cpp` is the
+// interface.
 
 #pragma once
 
@@ -56,8 +57,8 @@ struct Agreement {
                count == other.count;
     }
     std::string text() const {
-        return std::string(kKindNames[kind]) + " of " + std::to_string(count) + " values of type " + std::to_string(type) +
-               ", root " + std::to_string(root);
+        return std::string(kKindNames[kind]) + " of " + std::to_string(count) + " values of type " +
+               std::to_string(type) + ", root " + std::to_string(root);
     }
 };
 
@@ -162,9 +163,12 @@ inline std::string gone(const Comm& comm, int rank, bool left_too) {
     if (deaf) return "";
     std::string name = "rank " + std::to_string(rank);
     switch (comm.shared->slots[rank].state.load()) {
-        case kLeft: return left_too ? name + " left the communicator" : "";
-        case kAborted: return name + " aborted the communicator";
-        case kAbsent: return "";
+        case kLeft:
+            return left_too ? name + " left the communicator" : "";
+        case kAborted:
+            return name + " aborted the communicator";
+        case kAbsent:
+            return "";
     }
     struct flock lock = byte_lock(rank);
     // A lock of the own open file is no obstacle, so the own rank would look dead.
@@ -182,8 +186,10 @@ inline void barrier(Comm& comm) {
         auto reached = [&](uint32_t seen) { return int32_t(seen - phase) >= 0; };
         for (uint32_t seen = slots[rank].phase; !reached(seen); seen = slots[rank].phase) {
             if (comm.aborted) throw Failure{kInvalidUsage, "the communicator was aborted"};
-            std::string why = gone(comm, rank, true);
-            if (!why.empty() && !reached(slots[rank].phase)) throw Failure{kRemoteError, why};
+            for (int other = 0; other < comm.ranks; ++other) {
+                std::string why = gone(comm, other, other == rank);
+                if (!why.empty() && !reached(slots[other].phase)) throw Failure{kRemoteError, why};
+            }
             futex_wait(slots[rank].phase, seen);
         }
     }
@@ -255,7 +261,9 @@ inline void take(const Comm& comm, const Operation& op, size_t base, size_t n, b
             if (what.root != comm.rank) return;
             add_up(comm, what.type, out, 0, n, (what.root + 1) % comm.ranks);
             break;
-        case kBroadcast: memcpy(out, comm.shared->areas[what.root], n * op.size); break;
+        case kBroadcast:
+            memcpy(out, comm.shared->areas[what.root], n * op.size);
+            break;
         case kAllGather:
             for (size_t rank = 0; rank < ranks; ++rank) {
                 uint8_t* place = out + rank * what.count * op.size;
@@ -273,8 +281,9 @@ inline void exchange(Comm& comm, const Operation& op, bool races) {
     for (int rank = 0; rank < comm.ranks; ++rank) {
         const Agreement& other = comm.shared->slots[rank].agreement;
         if (other == op.agreement) continue;
-        throw Failure{kInvalidUsage, "ranks disagree: rank " + std::to_string(comm.rank) + " calls " + op.agreement.text() +
-                                         "; rank " + std::to_string(rank) + " calls " + other.text()};
+        throw Failure{kInvalidUsage, "ranks disagree: rank " + std::to_string(comm.rank) + " calls " +
+                                         op.agreement.text() + "; rank " + std::to_string(rank) + " calls " +
+                                         other.text()};
     }
     barrier(comm);
     size_t step = kChunk / op.size / (op.agreement.kind == kReduceScatter ? comm.ranks : 1);

@@ -2,19 +2,23 @@
 //
 // It follows NCCL's documented rules: collectives run in the order of their stream; calls inside a group start at
 // ncclGroupEnd; a non-blocking communicator answers ncclInProgress, and nothing is on its stream before
-// ncclCommGetAsyncError says ncclSuccess; in-place forms lie at rank offsets; after an abort nothing works. Where NCCL leaves
-// the outcome undefined (ranks that disagree, buffers that overlap), this library fails, with a text in ncclGetLastError.
+// ncclCommGetAsyncError says ncclSuccess; in-place forms lie at rank offsets; after an abort nothing works. Where NCCL
+// leaves the outcome undefined (ranks that disagree, buffers that overlap), this library fails, with a text in
+// ncclGetLastError.
 //
-// A null stream is the host's: a blocking call runs there, a non-blocking one runs on the communicator's own thread. Any other
-// stream is an `mmpo_emulated_stream`.
+// A null stream is the host's: a blocking call runs there, a non-blocking one runs on the communicator's own thread.
+// Any other stream is an `mmpo_emulated_stream`.
 //
-// Sums are those of a ring: the sum of piece p begins with rank p + 1 and ends with rank p, and bf16 is rounded at each addition.
+// Sums are those of a ring: the sum of piece p begins with rank p + 1 and ends with rank p, and bf16 is rounded at each
+// addition.
 //
 // The environment:
-//   FAKE_NCCL_COUNTS=FILE    appends, at the end of each communicator, a line of JSON: calls and bytes of each kind of collective.
+//   FAKE_NCCL_COUNTS=FILE    appends, at the end of each communicator, a line of JSON: calls and bytes of each kind of
+//   collective.
 //                            Bytes are those of the whole range: of all pieces where it is cut among the ranks.
 //   FAKE_NCCL_FAIL=RANK:N    the N-th collective of that rank (from 1) fails in the background.
-//   FAKE_NCCL_DEAF=1         no one notices that a rank died or aborted, as over NVLink: whoever waits for it hangs until it aborts.
+//   FAKE_NCCL_DEAF=1         no one notices that a rank died or aborted, as over NVLink: whoever waits for it hangs
+//   until it aborts.
 
 #include <errno.h>
 #include <stdio.h>
@@ -146,7 +150,8 @@ void count(Comm& comm, const Operation& op) {
     unsigned long long number = 0, made = 0;
     for (uint64_t calls : comm.calls) made += calls;
     const char* injected = getenv("FAKE_NCCL_FAIL");
-    if (injected != nullptr && sscanf(injected, "%d:%llu", &rank, &number) == 2 && rank == comm.rank && number == made) {
+    if (injected != nullptr && sscanf(injected, "%d:%llu", &rank, &number) == 2 && rank == comm.rank &&
+        number == made) {
         comm.failure = say(kSystemError, "FAKE_NCCL_FAIL asked for this failure");
     }
 }
@@ -191,19 +196,26 @@ bool well_placed(const Comm& comm, const Operation& op) {
     size_t bytes = op.agreement.count * op.size;
     switch (op.agreement.kind) {
         case kReduceScatter:
-            return op.receive == op.send + comm.rank * bytes || !overlap(op.send, comm.ranks * bytes, op.receive, bytes);
+            return op.receive == op.send + comm.rank * bytes ||
+                   !overlap(op.send, comm.ranks * bytes, op.receive, bytes);
         case kAllGather:
-            return op.send == op.receive + comm.rank * bytes || !overlap(op.send, bytes, op.receive, comm.ranks * bytes);
-        default: return op.receive == op.send || !overlap(op.send, bytes, op.receive, bytes);
+            return op.send == op.receive + comm.rank * bytes ||
+                   !overlap(op.send, bytes, op.receive, comm.ranks * bytes);
+        default:
+            return op.receive == op.send || !overlap(op.send, bytes, op.receive, bytes);
     }
 }
 
 size_t size_of(int type) {
     switch (type) {
-        case kUint8: return 1;
-        case kFloat32: return 4;
-        case kBfloat16: return 2;
-        default: return 0;
+        case kUint8:
+            return 1;
+        case kFloat32:
+            return 4;
+        case kBfloat16:
+            return 2;
+        default:
+            return 0;
     }
 }
 
@@ -233,15 +245,17 @@ Result check(const Call& call) {
     return kSuccess;
 }
 
-Result queue(ncclComm* handle, Kind kind, const void* send, void* receive, size_t count, int type, int operation, int root,
-             void* stream) {
+Result queue(ncclComm* handle, Kind kind, const void* send, void* receive, size_t count, int type, int operation,
+             int root, void* stream) {
     std::shared_ptr<Comm> comm = find(handle);
     Result result = kInvalidArgument;
     if (comm == nullptr) {
         no_communicator();
     } else {
-        Operation op = {{kind, type, operation, root, count}, static_cast<const uint8_t*>(send),
-                        static_cast<uint8_t*>(receive), size_of(type)};
+        Operation op = {{kind, type, operation, root, count},
+                        static_cast<const uint8_t*>(send),
+                        static_cast<uint8_t*>(receive),
+                        size_of(type)};
         Call call = {comm, op, static_cast<mmpo_emulated_stream*>(stream)};
         {
             std::lock_guard<std::mutex> lock(comm->mutex);
@@ -271,7 +285,8 @@ Result enter(Comm& comm, const char* id) {
     void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, comm.file, 0);
     if (memory == MAP_FAILED) return say(kSystemError, std::string("no shared memory: ") + strerror(errno));
     comm.shared = static_cast<Shared*>(memory);
-    if (comm.shared->secret != secret) return say(kInvalidArgument, "the unique id is used up: all ranks had joined it");
+    if (comm.shared->secret != secret)
+        return say(kInvalidArgument, "the unique id is used up: all ranks had joined it");
     int agreed = 0;
     if (!comm.shared->ranks.compare_exchange_strong(agreed, comm.ranks) && agreed != comm.ranks) {
         return say(kInvalidUsage, "ranks disagree: a group of " + std::to_string(agreed) + " ranks, and one of " +
@@ -333,13 +348,20 @@ int ncclGetVersion(int* version) {
 
 const char* ncclGetErrorString(int result) {
     switch (result) {
-        case kSuccess: return "no error";
-        case kSystemError: return "unhandled system error";
-        case kInvalidArgument: return "invalid argument";
-        case kInvalidUsage: return "invalid usage";
-        case kRemoteError: return "remote process exited or there was a network error";
-        case kInProgress: return "NCCL operation in progress";
-        default: return "unknown result code";
+        case kSuccess:
+            return "no error";
+        case kSystemError:
+            return "unhandled system error";
+        case kInvalidArgument:
+            return "invalid argument";
+        case kInvalidUsage:
+            return "invalid usage";
+        case kRemoteError:
+            return "remote process exited or there was a network error";
+        case kInProgress:
+            return "NCCL operation in progress";
+        default:
+            return "unknown result code";
     }
 }
 
@@ -470,11 +492,13 @@ int ncclGroupEnd() {
     return result;
 }
 
-int ncclAllReduce(const void* send, void* receive, size_t count, int type, int operation, ncclComm* comm, void* stream) {
+int ncclAllReduce(const void* send, void* receive, size_t count, int type, int operation, ncclComm* comm,
+                  void* stream) {
     return queue(comm, kAllReduce, send, receive, count, type, operation, 0, stream);
 }
 
-int ncclReduceScatter(const void* send, void* receive, size_t count, int type, int operation, ncclComm* comm, void* stream) {
+int ncclReduceScatter(const void* send, void* receive, size_t count, int type, int operation, ncclComm* comm,
+                      void* stream) {
     return queue(comm, kReduceScatter, send, receive, count, type, operation, 0, stream);
 }
 

@@ -35,14 +35,13 @@ fn rank_of_a_group() {
 fn run<D: Device>(scenario: &str, device: &D, rank: &Rank) {
     match scenario {
         "every_collective" => collectives::every_collective(device, rank),
-        //        "missing_wait" => waits::step(device, rank),
-        //        "disagreement" => faults::disagreement(device, rank),
-        //        "aborted" => faults::aborted(device, rank),
-        //        "killed" => faults::killed(device, rank),
-        //        "injected" => faults::injected(device, rank),
-        //        "never_joined" => faults::never_joined(device, rank),
-        //        "loading" => loading::report(device),
-        //        "interface" => interface::scenario(rank),
+        "missing_wait" => waits::step(device, rank),
+        "disagreement" => faults::disagreement(device, rank),
+        "aborted" => faults::aborted(device, rank),
+        "killed" => faults::killed(device, rank),
+        "injected" => faults::injected(device, rank),
+        "never_joined" => faults::never_joined(device, rank),
+        "loading" => loading::report(device),
         other => panic!("no scenario {other}"),
     }
 }

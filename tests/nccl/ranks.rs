@@ -1,5 +1,6 @@
 //! Starts the ranks of a test as processes, and tells a process which of them it is.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,6 +31,8 @@ pub struct Rank {
     pub place: GroupPlace,
     /// Shared by the ranks of the test.
     folder: PathBuf,
+    /// Groups that were named so far.
+    groups: Cell<usize>,
 }
 
 /// The scenario of this process, where a test started it as a rank.
@@ -39,13 +42,14 @@ pub fn this_process() -> Option<(String, On, Rank)> {
     let [scenario, on, rank, ranks, folder] = words[..] else { panic!("{words:?}") };
     let on = *[On::Cpu, On::CpuBf16, On::Emulated].iter().find(|one| format!("{one:?}") == on).unwrap();
     let place = GroupPlace { rank: rank.parse().unwrap(), ranks: ranks.parse().unwrap() };
-    Some((scenario.to_owned(), on, Rank { place, folder: PathBuf::from(folder) }))
+    Some((scenario.to_owned(), on, Rank { place, folder: PathBuf::from(folder), groups: Cell::new(0) }))
 }
 
 impl Rank {
-    /// The id that rank 0 makes, through a file.
+    /// The id of the next group, which rank 0 makes, through a file.
     pub fn id(&self, make: impl FnOnce() -> GroupId) -> GroupId {
-        let path = self.folder.join("id");
+        let number = self.groups.replace(self.groups.get() + 1);
+        let path = self.folder.join(format!("id-{number}"));
         if self.place.rank == 0 {
             let unfinished = self.folder.join("unfinished");
             std::fs::write(&unfinished, make().0).unwrap();

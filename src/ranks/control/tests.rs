@@ -253,3 +253,23 @@ fn a_folder_is_shared_where_all_see_it() {
     });
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the file is gone");
 }
+
+#[test]
+fn a_folder_that_another_machine_does_not_see_is_refused() {
+    let (ranks, listener) = ranks(2);
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let mut listener = Some(listener);
+    thread::scope(|scope| {
+        for (rank, folder) in ranks.iter().zip(&folders) {
+            let listener = listener.take_if(|_| rank.is_first());
+            scope.spawn(move || {
+                let team = Team::of(rank, Control::join(rank, LIMITS, listener).unwrap());
+                let result = team.check_shared(folder.path());
+                let error = team.end(result).unwrap_err();
+                let text = error.to_string();
+                assert!(text.contains("rank 1 on") && text.contains("does not see the file"), "{text}");
+                assert_eq!(error.exit_code(), if rank.is_first() { 2 } else { 9 });
+            });
+        }
+    });
+}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Line, Shared, State};
 use crate::ranks::host;
 use crate::ranks::messages::Message;
-use crate::ranks::progress::{self, Progress};
+use crate::ranks::progress::{self, Position, Progress};
 use crate::ranks::verdict::{Verdict, What};
 
 /// Time between two signs of life.
@@ -82,9 +82,10 @@ fn look(shared: &Arc<Shared>, own: &Own, now: Instant) -> Option<Verdict> {
     let farthest = all().map(|(_, position, _)| position).max()?;
     let (who, position, idle) =
         all().min_by_key(|&(_, position, idle)| (position, std::cmp::Reverse(idle)))?;
-    let what = match idle > limits.hang {
+    let is_idle = |position: Position, idle: Duration| idle > limits.hang * position.patience();
+    let what = match is_idle(position, idle) {
         true if position < farthest => What::Hangs(idle.as_secs()),
-        true if position.step() > 0 && all().all(|(_, _, idle)| idle > limits.hang) => {
+        true if position.step() > 0 && all().all(|(_, position, idle)| is_idle(position, idle)) => {
             What::AllHang(idle.as_secs())
         }
         _ => return None,

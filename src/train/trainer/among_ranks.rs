@@ -8,7 +8,7 @@ use super::ranks::{OtherRanks, ROW, RankStep, SumLayers};
 use super::{StepResult, Trainer, TrainingPair};
 use crate::config::ShardConfig;
 use crate::data::{PairBatch, micro_batches};
-use crate::device::{AdamWUpdate, ComputeBuffer, Device, Floats, GradientPart};
+use crate::device::{AdamWUpdate, ComputeBuffer, Device, Floats, Gradient, GradientPart};
 use crate::error::{Error, Result};
 use crate::model::{Gradients, KeepGradients, LayerTensors};
 use crate::objective::PairOutcome;
@@ -326,11 +326,11 @@ fn own_gradients<'a, D: Device>(
     sums: Option<&'a OwnSums<D>>,
 ) -> Vec<GradientPart<'a, D>> {
     let device = ranks.device();
-    let whole = |gradient| (gradient, ranks.own(device.len(gradient)));
+    let whole = |gradient| (Gradient::F32(gradient), ranks.own(device.len(gradient)));
     let all: Vec<GradientPart<'a, D>> = match sums {
         None => gradients.iter().flatten().map(whole).collect(),
         Some(sums) => {
-            let of_layers = sums.iter().map(|sum| (sum, 0..device.len(sum)));
+            let of_layers = sums.iter().map(|sum| (Gradient::F32(sum), 0..device.len(sum)));
             gradients.outside_layers().flatten().map(whole).chain(of_layers).collect()
         }
     };
