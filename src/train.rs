@@ -36,6 +36,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use checkpoint::{restore, save_beside, save_weights};
 pub use cut::Cut;
 pub use deal::{Deal, deal};
 pub use inputs::Inputs;
