@@ -5,7 +5,7 @@ use std::path::Path;
 use super::checkpoint::download;
 use super::inputs::Inputs;
 use super::trainer::Trainer;
-use crate::checkpoint::{AdapterFolder, ModelFolder, save_adapter};
+use crate::checkpoint::{AdapterFolder, ModelFolder, SavedForm, save_adapter};
 use crate::config::RunConfig;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -70,7 +70,10 @@ impl StartingAdapter {
     /// # Errors
     /// Those of the device.
     pub fn attach<D: Device>(&self, model: &mut Llama<D>) -> Result<()> {
-        model.adapt(self.settings(), |tensor| self.values(tensor))
+        match self {
+            StartingAdapter::New { settings, .. } => model.adapt(*settings, |tensor| self.values(tensor)),
+            StartingAdapter::Continued(folder) => folder.attach(model),
+        }
     }
 
     /// Puts the first values into the f32 masters, where the device keeps some: its weights are rounded.
@@ -106,8 +109,12 @@ impl StartingAdapter {
         let tensors: Vec<TensorSpec> = layout.adapter_tensors().cloned().collect();
         let base = std::path::absolute(inputs.folder.path())
             .map_err(|error| Error::io(inputs.folder.path(), "find the absolute path of", error))?;
-        let (settings, base) = (self.settings(), base.display().to_string());
-        save_adapter(target, &inputs.companions, (&settings, &base), &tensors, |name, offset, values| {
+        let base = base.display().to_string();
+        let form = match self {
+            StartingAdapter::New { settings, .. } => SavedForm::New(settings),
+            StartingAdapter::Continued(folder) => SavedForm::Continued(folder),
+        };
+        save_adapter(target, &inputs.companions, (form, &base), &tensors, |name, offset, values| {
             let (fused, start) = place(layout, name)?;
             let stored = format!("{}/{}", StateBuffer::Weight.name(), fused.name());
             download(trainer, &stored, start + offset, bytemuck::cast_slice_mut(values))

@@ -140,17 +140,25 @@ fn steps_are_near_those_of_f32<D: Device>(name: &str, device: impl Fn() -> D) {
     let golden = golden(name);
     let weights = |kind, steps: u32| {
         let device = Arc::new(device());
-        with_trainer(&golden, &device, kind, |_| false, |trainer, pairs| {
-            for step in 1..=steps {
-                trainer.step(pairs, AdamWStep { step, ..STEP }, Some(1.0)).expect("step");
-            }
-            let weights = trainer.model.weights.iter().zip(trainer.states.iter());
-            let values = weights.flat_map(|(weight, state)| match state.as_ref().and_then(|state| state.master.as_ref()) {
-                Some(master) => download::<D, f32>(&device, master),
-                None => download::<D, D::Compute>(&device, weight),
-            });
-            values.collect::<Vec<f32>>()
-        })
+        with_trainer(
+            &golden,
+            &device,
+            kind,
+            |_| false,
+            |trainer, pairs| {
+                for step in 1..=steps {
+                    trainer.step(pairs, AdamWStep { step, ..STEP }, Some(1.0)).expect("step");
+                }
+                let weights = trainer.model.weights.iter().zip(trainer.states.iter());
+                let values = weights.flat_map(|(weight, state)| {
+                    match state.as_ref().and_then(|state| state.master.as_ref()) {
+                        Some(master) => download::<D, f32>(&device, master),
+                        None => download::<D, D::Compute>(&device, weight),
+                    }
+                });
+                values.collect::<Vec<f32>>()
+            },
+        )
     };
     for budget in BUDGETS {
         let start = weights((GradientConfig::F32, budget), 0);
@@ -191,8 +199,9 @@ fn bf16_sums_on_the_emulated_gpu() {
 #[test]
 fn frozen_tensors_have_no_sums() {
     let golden = golden("bias");
-    let is_frozen =
-        |tensor: &FusedTensor| tensor.name().contains("layers.1.mlp") || tensor.name().contains("embed_tokens");
+    let is_frozen = |tensor: &FusedTensor| {
+        tensor.name().contains("layers.1.mlp") || tensor.name().contains("embed_tokens")
+    };
     let kind = (GradientConfig::Bf16, 1);
     let (all, _) = gradients(&golden, cpu(), kind, |_| false);
     let (some, _) = gradients(&golden, cpu(), kind, is_frozen);
