@@ -352,16 +352,16 @@ fn modules_may_have_ranks_and_scales_of_their_own() {
     let layers = golden.load(&device).config.layers;
     let forms = ModuleForms::of(layers, form).expect("forms");
     let values = |tensor: &TensorSpec| forms.widen(tensor, trained_values(&forms.in_files(tensor)));
-    let factor = |name: &str| match name {
-        name if name.ends_with("lora_A.weight") => 1.0,
-        name if name.contains("layers.1.self_attn.q_proj") || name.contains("layers.0.mlp") => 2.0,
-        _ => 1.0,
+    let factor = |name: &str| -> f32 {
+        let is_larger = name.contains("layers.1.self_attn.q_proj") || name.contains("layers.0.mlp");
+        if is_larger && name.ends_with("lora_B.weight") { 2.0 } else { 1.0 }
     };
     let mut model = golden.load(&device);
     model.adapt_with(settings, Some(forms.clone()), |tensor| Ok(values(tensor))).expect("adapters");
     let mut twin = golden.load(&device);
-    let larger =
-        |tensor: &TensorSpec| values(tensor).into_iter().map(|value| factor(&tensor.name) * value).collect();
+    let larger = |tensor: &TensorSpec| -> Vec<f32> {
+        values(tensor).into_iter().map(|value| factor(&tensor.name) * value).collect()
+    };
     twin.adapt(settings, |tensor| Ok(larger(tensor))).expect("adapters");
     let log_probs = |model: &Llama<CpuDevice>| -> Vec<f32> {
         let scores = golden::score(model, &golden.pairs);
