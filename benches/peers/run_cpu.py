@@ -39,7 +39,8 @@ ENGINES = (
     "candle",
 )
 # Warm-up and timed steps of one process.
-STEPS = {"smollm2-135m": (2, 5), "tiny-5m": (5, 20)}
+STEPS = {"smollm2-135m": (2, 5), "smollm2-360m": (1, 3), "tiny-5m": (5, 20)}
+DEFAULT_SHAPES = ("smollm2-135m", "tiny-5m")
 MIB = 1 << 20
 
 
@@ -140,6 +141,33 @@ def fastest_peer(runs):
     return lines
 
 
+def trl_rows(folder):
+    """What benches/trl recorded of DPO in `folder`, whole commands: lines of Markdown."""
+    with (folder / "runs.csv").open(newline="") as file:
+        runs = [row for row in csv.DictReader(file) if row["objective"] == "dpo"]
+    if not runs:
+        sys.exit(f"run_cpu.py: --trl {folder} has no run of DPO in runs.csv")
+    engines = dict.fromkeys(row["engine"] for row in runs)
+    medians = {e: statistics.median(float(row["wall_seconds"]) for row in runs if row["engine"] == e) for e in engines}
+    steps = {e: statistics.median(float(row["steps_seconds"]) for row in runs if row["engine"] == e) for e in engines}
+    peaks = {e: max(int(row["peak_rss_bytes"]) for row in runs if row["engine"] == e) for e in engines}
+    ours = medians.get("mmpo-fast", float("nan"))
+    name = folder.resolve().name
+    lines = [
+        "## TRL's DPOTrainer: whole commands on the real SmolLM2-135M",
+        "",
+        f"Quoted from [{name}](../{name}/README.md), where model, pairs, versions and every step's numbers stand; both programs in f32.",
+        "",
+        "| program | whole command, s | times mmpo-fast's | steps alone, s | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for engine in engines:
+        lines.append(
+            f"| {engine} | {medians[engine]:.1f} | {medians[engine] / ours:.2f} | {steps[engine]:.1f} | {peaks[engine] / MIB:.0f} |"
+        )
+    return lines
+
+
 def processor():
     try:
         return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()).group(1)
@@ -177,11 +205,13 @@ def write_results(folder, runs, arguments, load):
         f"- {arguments.rounds} rounds, engines in turn, each run a process of its own; raw.csv has every timed step",
         "",
         "A step is forward, MMPO loss, backward and AdamW; the same weights and pairs everywhere, in f32, or with bf16 products",
-        "(PyTorch: bf16 autocast; mmpo-fast: bf16 storage with f32 master weights). The column of losses shows that they do the same: the largest relative difference from PyTorch's over all steps. Pair tokens count each prompt once,",
-        "also where an engine computes it twice. `benches/peers/README.md` says more.",
+        "(PyTorch: bf16 autocast; mmpo-fast: bf16 storage with f32 master weights). The column of losses shows that they do the same: the",
+        "largest relative difference from PyTorch's over all steps. Pair tokens count each prompt once, also where an engine computes it twice. `benches/peers/README.md` says more.",
     ]
     for shape, by_engine in runs.items():
         lines += ["", *summary(shape, by_engine), *fastest_peer(by_engine)]
+    if arguments.trl:
+        lines += ["", *trl_rows(arguments.trl)]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -189,27 +219,31 @@ def write_results(folder, runs, arguments, load):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="append", choices=ENGINES, help="default: all")
-    parser.add_argument("--shape", action="append", choices=STEPS, help="default: all")
+    parser.add_argument("--shape", action="append", choices=STEPS, help=f"default: {' and '.join(DEFAULT_SHAPES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--profile", help="lengths by a name in shapes.json, instead of --prompt and --response")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmups", type=int, help="steps before the timed ones; default: 2, tiny-5m 5")
+    parser.add_argument("--warmups", type=int, help="steps before the timed ones; default: 2, smollm2-360m 1, tiny-5m 5")
     parser.add_argument("--program", help="the mmpo-fast to measure, instead of building one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run when these are over")
-    parser.add_argument("--steps", type=int, help="timed steps of a process; default: 5, tiny-5m 20")
+    parser.add_argument("--steps", type=int, help="timed steps of a process; default: 5, smollm2-360m 3, tiny-5m 20")
+    parser.add_argument("--trl", type=Path, help="a results folder of benches/trl, whose rows of DPO are quoted")
     parser.add_argument("--machine", help="name for the results folder; default: from the processor's")
     parser.add_argument("--output", type=Path, default=ROOT / "benches" / "results")
     arguments = parser.parse_args()
 
+    if arguments.trl:
+        # A wrong folder ends the run before it begins.
+        trl_rows(arguments.trl)
     found = commands(arguments.engine or ENGINES, arguments)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"run_cpu.py: load average is {load:.2f}: something else runs here, figures will be off", file=sys.stderr)
     end = time.monotonic() + 60 * arguments.minutes
-    runs = {shape: {engine: [] for engine in found} for shape in arguments.shape or STEPS}
+    runs = {shape: {engine: [] for engine in found} for shape in arguments.shape or DEFAULT_SHAPES}
     for number in range(arguments.rounds):
         for shape, by_engine in runs.items():
             for engine, reports in by_engine.items():

@@ -39,7 +39,7 @@ pub fn command() -> Command {
         .arg(own(
             "shape",
             "NAME",
-            "Model shapes: smollm2-135m, llama-3.2-1b, llama-3-8b, tiny-5m, tiny [default: smollm2-135m; tiny on the emulated device]",
+            "Model shapes: smollm2-135m, smollm2-360m, llama-3.2-1b, llama-3-8b, tiny-5m, tiny [default: smollm2-135m; tiny on the emulated device]",
         ))
         .arg(own("model", "DIR", "Hugging Face folder instead: its shapes, and the step's weights").conflicts_with("shape"))
         .arg(own("layers", "COUNT", "Layers of the named model, where all are too many").conflicts_with("model"))

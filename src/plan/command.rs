@@ -142,7 +142,7 @@ impl Material {
         let encoder = TextEncoder::load(text_folder, run.chat_template.as_deref())?.at(run.template_date)?;
         let treatment =
             Treatment { limits, policies: run.policies, min_score_gap: run.min_score_gap, tolerant: false };
-        let cache = PairCache::of(run.data_cache.as_ref());
+        let cache = PairCache::of(run.data_cache.as_ref())?;
         let (training, evaluation) = pair_sources(&run, demo)?;
         let read = |source: &PairSource| -> Result<Vec<TokenizedPair>> {
             let _memory = LargeBlocks::give_back();

@@ -31,14 +31,10 @@ fn shape<D: Device>((heads, kv_heads, head_size): (usize, usize, usize)) -> Atte
 }
 
 /// Weights and their gradients are rounded to bf16 between the two products of a kernel: twice the error of storage alone.
-/// The CPU computes those in f32, but its heads may be narrower than a kernel's, its backward reads a rounded output, and a
-/// prompt's own gradient is rounded before those of its responses are added: three roundings.
+/// The CPU computes those in f32, but its heads may be narrower than a kernel's, and its backward reads a rounded output: two
+/// roundings.
 fn attention_bounds<D: Device>(bounds: Tolerance) -> Tolerance {
-    let factor = match (is_f32::<D>(), is_cpu::<D>()) {
-        (true, _) => 1.0,
-        (false, true) => 3.0,
-        (false, false) => 2.0,
-    };
+    let factor = if is_f32::<D>() { 1.0 } else { 2.0 };
     Tolerance { relative: factor * bounds.relative, absolute: factor * bounds.absolute }
 }
 

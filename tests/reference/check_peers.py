@@ -19,8 +19,10 @@ sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "peers")]
 
 import attention
 import common
+import generate
 import head
 import optimizer
+import sizes
 import step
 import summary
 import torch
@@ -44,6 +46,30 @@ def run_peers(raw):
     for peer in (attention, head, optimizer):
         peer.main(common)
     return {variant: step.main([*common, "--json", "--variant", variant])["losses"][0] for variant in step.VARIANTS}
+
+
+def check_generate(program, folder):
+    """All engines but candle, which is not built here: in f32 they write the same text."""
+    engines = [engine for engine in generate.ENGINES if engine != "candle"]
+    options = [word for engine in engines for word in ("--engine", engine)]
+    options += ["--shape", "tiny", "--rounds", "1", "--tokens", "12", "--few", "4", "--program", program]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rows = generate.main([*options, "--output", str(folder / "generate")])
+    assert [row["engine"] for row in rows] == engines, rows
+    texts = {row["engine"]: row["text"] for row in rows}
+    assert texts["mmpo-fast-f32"] == texts["pytorch-f32"] != "", texts
+    assert "| mmpo-fast-bf16 |" in printed.getvalue() and (folder / "generate" / "raw.csv").exists()
+
+
+def check_sizes(program, folder):
+    """A row a point and precision, and a chart with a mark for each, twice: time and memory."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        sizes.main([str(folder / "sizes"), "--tiny", "--calls", "1", "--program", program])
+    rows = list(csv.DictReader((folder / "sizes" / "raw.csv").open()))
+    assert len(rows) == len(sizes.PRECISIONS) * sum(len(points) for points in sizes.TINY.values()), rows
+    assert all(float(row["seconds_median"]) > 0 and int(row["peak_rss_bytes"]) > 0 for row in rows), rows
+    drawing = xml.etree.ElementTree.parse(folder / "sizes" / "sizes.svg").getroot()
+    assert len(drawing.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(rows)
 
 
 def check_left_out():
@@ -106,6 +132,8 @@ def main():
         assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
         rows = check_rows(raw)
         check_summary(folder)
+        check_generate(sys.argv[1], folder)
+        check_sizes(sys.argv[1], folder)
     print(f"peers  {len(rows)} rows, first loss {losses['padded']:.6f} in all of {', '.join(losses)}")
 
 

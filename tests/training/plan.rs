@@ -229,19 +229,10 @@ fn a_plan_states_the_memory_of_a_run_on_the_emulated_gpu() {
 
 /// The sizes of the paper's four models, as their published `config.json` have them.
 fn paper_model(recipe: &str) -> mmpo_fast::model::LlamaConfig {
-    let name =
-        ["smollm2-135m", "llama-3.2-1b", "llama-3-8b"].into_iter().find(|name| recipe.starts_with(name));
-    match name {
-        Some(name) => mmpo_fast::bench::shapes::model(name, None).unwrap(),
-        None => {
-            assert!(recipe.starts_with("smollm2-360m"), "{recipe}");
-            let config = r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-                "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
-                "num_key_value_heads": 5, "vocab_size": 49152, "tie_word_embeddings": true, "rope_theta": 100000,
-                "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}"#;
-            mmpo_fast::model::LlamaConfig::parse(Path::new("config.json"), config).unwrap()
-        }
-    }
+    let names = ["smollm2-135m", "smollm2-360m", "llama-3.2-1b", "llama-3-8b"];
+    let name = names.into_iter().find(|name| recipe.starts_with(name));
+    let name = name.unwrap_or_else(|| panic!("{recipe} is of no model of benches/shapes.json"));
+    mmpo_fast::bench::shapes::model(name, None).unwrap()
 }
 
 /// The most memory that a recipe's run takes on a GPU, whatever the pairs within its lengths.

@@ -33,10 +33,10 @@ pub(super) fn update<C: Storage>(
     update: &mut AdamWUpdate<'_, CpuDevice<C>>,
     numbers: Numbers,
 ) {
-    let part = update.range(device);
+    let (part, in_gradient) = (update.range(device), update.in_gradient(device));
     match update.gradient {
-        Gradient::F32(gradient) => update_from(device, update, (&gradient[part.clone()], part), numbers),
-        Gradient::Bf16(gradient) => update_from(device, update, (&gradient[part.clone()], part), numbers),
+        Gradient::F32(gradient) => update_from(device, update, (&gradient[in_gradient], part), numbers),
+        Gradient::Bf16(gradient) => update_from(device, update, (&gradient[in_gradient], part), numbers),
     }
 }
 
@@ -48,8 +48,9 @@ fn update_from<C: Storage, G: Storage>(
     numbers: Numbers,
 ) {
     let start = part.start;
+    let in_weight = update.in_weight(device);
     let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
-    let weights = update.weight[part].par_chunks_mut(BLOCK_ELEMENTS);
+    let weights = update.weight[in_weight].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
         Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
         None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),

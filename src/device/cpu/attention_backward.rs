@@ -5,20 +5,19 @@
 //! For each tile: `P = e^(S - lse)`, `dP = dO V^T`, `dS = P (dP - delta)` with `delta = dot(dO, O)`, then `dV += P^T dO`,
 //! `dK += dS^T Q scale`, `dQ += dS K scale`.
 //!
-//! A unit of work is one part of a pair (prompt, chosen, rejected) for one key/value head. A response also has gradients
-//! for the prompt's keys and values; they are kept apart and added afterwards in the order prompt, chosen, rejected,
-//! whichever unit ended first.
+//! A unit of work is one part of a pair (prompt, chosen, rejected) for one key/value head. All three parts have gradients
+//! for the prompt's keys and values; they are kept apart, in f32, and added afterwards in the order prompt, chosen,
+//! rejected, whichever unit ended first. So each gradient is rounded once.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
-use super::linear::{Matrix, multiply};
+use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N, score_scale};
+use super::products::Operand;
 use super::scratch::split;
 use super::shared_rows::SharedRows;
-use super::storage::{Storage, round};
-use super::transpose::transpose;
+use super::storage::Storage;
 use super::{CpuDevice, simd};
 use crate::data::PairSpan;
 use crate::device::{
@@ -39,9 +38,9 @@ struct Inputs<'a, C> {
 impl<C: Storage> AttentionBackward for CpuDevice<C> {
     fn reserve_attention(&self, capacity: AttentionCapacity, shape: AttentionShape) -> Result<()> {
         self.reserve_attention_forward(shape)?;
-        let prefixes = self.scratch.take::<f32>(prefix_rows_of(capacity.rows, shape) * shape.head_size);
-        self.scratch.reserve::<f32>(self.threads, Unit::<C>::len(shape, capacity.longest_part));
-        drop(prefixes);
+        let prompts = self.scratch.take::<f32>(prompt_rows_of(capacity.rows, shape) * shape.head_size);
+        self.scratch.reserve::<f32>(self.threads, Unit::len(self, shape, capacity.longest_part));
+        drop(prompts);
         Ok(())
     }
 
@@ -51,30 +50,34 @@ impl<C: Storage> AttentionBackward for CpuDevice<C> {
             let inputs = Inputs { dout, out, lse, qkv, shape };
             let (spans, kv_heads) = (&batch.host_spans[..], shape.kv_heads);
             let rows = spans.last().map_or(0, |span| span.rows().end);
-            let mut memory = self.scratch.take::<f32>(prefix_rows_of(rows, shape) * shape.head_size);
-            let prefixes = SharedRows::new(&mut memory, shape.head_size);
+            let mut memory = self.scratch.take::<f32>(prompt_rows_of(rows, shape) * shape.head_size);
+            let prompts = SharedRows::new(&mut memory, shape.head_size);
             let dqkv = SharedRows::new(dqkv, shape.qkv_width());
             self.parallel(|| {
                 (0..spans.len() * 3 * kv_heads).into_par_iter().with_max_len(1).for_each(|index| {
                     let (pair, part, head) = (index / (3 * kv_heads), index / kv_heads % 3, index % kv_heads);
-                    // SAFETY: each unit has prefix rows of its own.
-                    let prefix = unsafe { prefixes.rows_mut(prefix_rows(&spans[pair], part, head, shape)) };
+                    // SAFETY: each unit has prompt rows of its own.
+                    let prompt = unsafe { prompts.rows_mut(prompt_rows(&spans[pair], part, head, shape)) };
+                    let is_prompt = part == 0;
                     let part = &Part::of(&spans[pair])[part];
-                    let mut memory = self.scratch.take::<f32>(Unit::<C>::len(shape, part.rows.len()));
-                    Unit::new(inputs, part, head, prefix, &mut memory).run(self, &dqkv);
+                    let own_rows = if is_prompt { 0 } else { part.rows.len() };
+                    let mut memory = self.scratch.take::<f32>(Unit::len(self, shape, own_rows));
+                    Unit::new(self, inputs, (part, own_rows), head, prompt, &mut memory).run(self, &dqkv);
                 });
                 (0..spans.len() * kv_heads).into_par_iter().for_each(|index| {
                     let (span, head) = (&spans[index / kv_heads], index % kv_heads);
                     let parts = Part::of(span);
-                    let responses = [1, 2].map(|part| {
+                    let contributions = [0, 1, 2].map(|part| {
+                        // A part without rows has no unit's values there.
                         if parts[part].rows.is_empty() {
                             return None;
                         }
                         // SAFETY: all units have ended, and each (pair, kv head) is one work item.
-                        let prefix = unsafe { prefixes.rows_mut(prefix_rows(span, part, head, shape)) };
-                        Some(KeyValueGradients::new(prefix))
+                        let prompt = unsafe { prompts.rows_mut(prompt_rows(span, part, head, shape)) };
+                        Some(KeyValueGradients::new(prompt))
                     });
-                    add_to_prompt(&dqkv, &parts[0], HeadColumns::new(shape, head), &responses);
+                    let columns = (HeadColumns::new(shape, head), score_scale::<C>(shape));
+                    assign_prompt(self, &dqkv, &parts[0], columns, &contributions);
                 });
             });
             Ok(())
@@ -82,18 +85,16 @@ impl<C: Storage> AttentionBackward for CpuDevice<C> {
     }
 }
 
-/// Number of rows of `E` values that the responses' gradients of their prompts' keys and values take, for a batch of
-/// `rows` rows. Each response and key/value head has rows of its own, and no prompt is longer than its pair.
-fn prefix_rows_of(rows: usize, shape: AttentionShape) -> usize {
-    rows * 2 * shape.kv_heads * 2
+/// Number of rows of `E` values that the gradients of the prompts' keys and values take, for a batch of `rows` rows. Each
+/// part of a pair and key/value head has rows of its own, and no prompt is longer than its pair.
+fn prompt_rows_of(rows: usize, shape: AttentionShape) -> usize {
+    rows * 3 * shape.kv_heads * 2
 }
 
-/// The rows, keys before values, where a unit collects the gradients of its prefix; none for a prompt, part 0.
-fn prefix_rows(span: &PairSpan, part: usize, kv_head: usize, shape: AttentionShape) -> Range<usize> {
-    let start = prefix_rows_of(span.rows().start, shape);
-    let Some(response) = part.checked_sub(1) else { return start..start };
+/// The rows, keys before values, where a unit collects the gradients of its pair's prompt.
+fn prompt_rows(span: &PairSpan, part: usize, kv_head: usize, shape: AttentionShape) -> Range<usize> {
     let rows = 2 * span.prompt_rows().len();
-    let start = start + (response * shape.kv_heads + kv_head) * rows;
+    let start = prompt_rows_of(span.rows().start, shape) + (part * shape.kv_heads + kv_head) * rows;
     start..start + rows
 }
 
@@ -111,26 +112,35 @@ impl<'a> KeyValueGradients<'a> {
     }
 }
 
-/// Adds the responses' gradients of the prompt's keys and values to what the prompt's own queries left in `dqkv`. The sum
-/// is rounded once.
-fn add_to_prompt<C: Storage>(
+/// Assigns the gradients of the prompt's keys and values in `dqkv`: the sum of what its parts contributed, in order, with
+/// the keys' times `key_scale`.
+fn assign_prompt<C: Storage>(
+    device: &CpuDevice<C>,
     dqkv: &SharedRows<'_, C>,
     prompt: &Part,
-    columns: HeadColumns,
-    responses: &[Option<KeyValueGradients<'_>>; 2],
+    (columns, key_scale): (HeadColumns, f32),
+    contributions: &[Option<KeyValueGradients<'_>>; 3],
 ) {
     let head_size = columns.head_size;
-    let keys = responses.each_ref().map(|part| part.as_ref().map(|part| &*part.keys));
-    let values = responses.each_ref().map(|part| part.as_ref().map(|part| &*part.values));
-    for (parts, range) in [(keys, columns.key_columns()), (values, columns.value_columns())] {
+    let keys = contributions.each_ref().map(|part| part.as_ref().map(|part| &*part.keys));
+    let values = contributions.each_ref().map(|part| part.as_ref().map(|part| &*part.values));
+    for (parts, range, scale) in
+        [(keys, columns.key_columns(), key_scale), (values, columns.value_columns(), 1.0)]
+    {
         for (index, row) in prompt.rows.clone().enumerate() {
             // SAFETY: each (pair, kv head) is one work item, all units have ended, and keys and values are distinct
             // columns.
             let out = unsafe { dqkv.row_mut(row, range.clone()) };
-            for (column, out) in out.iter_mut().enumerate() {
-                let parts = parts.iter().flatten().map(|part| part[index * head_size + column]);
-                *out = C::round(parts.fold(out.widen(), |sum, value| sum + value));
-            }
+            let parts = parts.map(|part| part.map(|part| &part[index * head_size..][..head_size]));
+            device.vectorized(
+                #[inline(always)]
+                || {
+                    for (column, out) in out.iter_mut().enumerate() {
+                        let parts = parts.iter().flatten().map(|part| part[column]);
+                        *out = C::round(scale * parts.fold(0.0, |sum, value| sum + value));
+                    }
+                },
+            );
         }
     }
 }
@@ -141,91 +151,94 @@ struct Unit<'a, C> {
     part: &'a Part,
     columns: HeadColumns,
     kv_head: usize,
-    /// `[rows, E]`, times the softmax scale.
-    queries: &'a mut [f32],
+    /// `[rows, E]`, times the part of the softmax scale that queries carry.
+    queries: &'a mut [C],
     /// `[rows, E]`
-    dout: &'a mut [f32],
+    dout: &'a mut [C],
     /// `[rows, E]`
     dqueries: &'a mut [f32],
     /// `[rows, TILE_N]`: scores, then probabilities.
     probabilities: &'a mut [f32],
     /// `[rows, TILE_N]`: `dP`, then `dS`.
     dscores: &'a mut [f32],
-    /// `[E, TILE_N]`: keys, then values of a tile.
-    turned: &'a mut [f32],
+    /// `[rows, TILE_N]` each: probabilities and `dS` as the products read them, where that is not f32.
+    narrow_probabilities: &'a mut [C],
+    narrow_dscores: &'a mut [C],
     lse: &'a mut [f32],
     delta: &'a mut [f32],
-    /// `[TILE_N, E]` each: keys and values of a tile, where they are not stored in f32.
-    wide_keys: &'a mut [f32],
-    wide_values: &'a mut [f32],
-    /// Gradients of the prefix's keys and values, and of the part's own.
-    prefix: KeyValueGradients<'a>,
+    /// Memory of the products.
+    packed: &'a mut [f32],
+    /// Gradients of the prompt's keys and values; those of keys lack the scores' part of the softmax scale.
+    prompt: KeyValueGradients<'a>,
+    /// As `prompt`, of a response's own keys and values; nothing for a prompt, whose own are in `prompt`.
     own: KeyValueGradients<'a>,
 }
 
 impl<'a, C: Storage> Unit<'a, C> {
-    /// Length of each buffer for a part of `part_rows` rows, in the order of the fields. `prefix` is not among them:
-    /// its memory is separate.
-    fn sizes(shape: AttentionShape, part_rows: usize) -> [usize; 11] {
+    /// Length of each buffer in f32 values, with `own_rows` rows in each half of `own`, in the order of the fields. `prompt` is
+    /// not among them: its memory is separate.
+    fn sizes(device: &CpuDevice<C>, shape: AttentionShape, own_rows: usize) -> [usize; 11] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
         let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
-        let (turned, own) = (shape.head_size * TILE_N, 2 * part_rows * shape.head_size);
-        let widened = tile::widened_values::<C>(shape.head_size);
-        [by_head, by_head, by_head, by_key, by_key, turned, rows, rows, widened, widened, own]
+        let (stored, narrow) = (tile::floats_for::<C>(by_head), tile::narrow_floats::<C>(rows));
+        let packed = tile::product_memory(device, rows, shape.head_size);
+        let own = 2 * own_rows * shape.head_size;
+        [stored, stored, by_head, by_key, by_key, narrow, narrow, rows, rows, packed, own]
     }
 
     /// Length of all buffers together.
-    fn len(shape: AttentionShape, part_rows: usize) -> usize {
-        Self::sizes(shape, part_rows).iter().sum()
+    fn len(device: &CpuDevice<C>, shape: AttentionShape, own_rows: usize) -> usize {
+        Self::sizes(device, shape, own_rows).iter().sum()
     }
 
     /// `memory` holds [`Unit::len`] values.
     fn new(
+        device: &CpuDevice<C>,
         inputs: Inputs<'a, C>,
-        part: &'a Part,
+        (part, own_rows): (&'a Part, usize),
         kv_head: usize,
-        prefix: &'a mut [f32],
+        prompt: &'a mut [f32],
         memory: &'a mut [f32],
     ) -> Self {
-        let sizes = Self::sizes(inputs.shape, part.rows.len());
+        let sizes = Self::sizes(device, inputs.shape, own_rows);
         let [
             queries,
             dout,
             dqueries,
             probabilities,
             dscores,
-            turned,
+            narrow_probabilities,
+            narrow_dscores,
             lse,
             delta,
-            wide_keys,
-            wide_values,
+            packed,
             own,
         ] = split(memory, sizes);
-        prefix.fill(0.0);
+        prompt.fill(0.0);
         own.fill(0.0);
         let columns = HeadColumns::new(inputs.shape, kv_head);
-        let (prefix, own) = (KeyValueGradients::new(prefix), KeyValueGradients::new(own));
+        let (prompt, own) = (KeyValueGradients::new(prompt), KeyValueGradients::new(own));
         Unit {
             inputs,
             part,
             columns,
             kv_head,
-            queries,
-            dout,
+            queries: bytemuck::cast_slice_mut(queries),
+            dout: bytemuck::cast_slice_mut(dout),
             dqueries,
             probabilities,
             dscores,
-            turned,
+            narrow_probabilities: bytemuck::cast_slice_mut(narrow_probabilities),
+            narrow_dscores: bytemuck::cast_slice_mut(narrow_dscores),
             lse,
             delta,
-            wide_keys,
-            wide_values,
-            prefix,
+            packed,
+            prompt,
             own,
         }
     }
 
-    /// Assigns the part's rows of `dqkv`, and leaves the gradients of the prefix in `prefix`.
+    /// Assigns the part's rows of `dqkv` but for a prompt's keys and values, whose gradients it leaves in `prompt`.
     fn run(mut self, device: &CpuDevice<C>, dqkv: &SharedRows<'_, C>) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         for queries in self.part.query_blocks(columns.group) {
@@ -241,15 +254,23 @@ impl<'a, C: Storage> Unit<'a, C> {
             for (row, values) in queries.zip(self.dqueries.chunks_exact(width)) {
                 // SAFETY: each (row, kv head) belongs to one unit; the columns of queries, keys and values are distinct.
                 let out = unsafe { dqkv.row_mut(row, columns.query_columns()) };
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = C::round(value * scale));
+                device.vectorized(
+                    #[inline(always)]
+                    || round_scaled(out, values, scale),
+                );
             }
         }
-        for (values, range) in
-            [(&self.own.keys, columns.key_columns()), (&self.own.values, columns.value_columns())]
+        let scale = score_scale::<C>(self.inputs.shape);
+        for (values, range, scale) in
+            [(&self.own.keys, columns.key_columns(), scale), (&self.own.values, columns.value_columns(), 1.0)]
         {
             for (row, values) in self.part.rows.clone().zip(values.chunks_exact(head_size)) {
                 // SAFETY: as above.
-                round(unsafe { dqkv.row_mut(row, range.clone()) }, values);
+                let out = unsafe { dqkv.row_mut(row, range.clone()) };
+                device.vectorized(
+                    #[inline(always)]
+                    || round_scaled(out, values, scale),
+                );
             }
         }
     }
@@ -261,7 +282,8 @@ impl<'a, C: Storage> Unit<'a, C> {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         let width = shape.out_width();
         let query_columns = columns.query_columns();
-        tile::pack(self.queries, qkv, columns.row, queries.clone(), query_columns.clone(), shape.scale());
+        let scale = C::query_scale(shape.scale());
+        tile::pack(self.queries, qkv, columns.row, queries.clone(), query_columns.clone(), scale);
         tile::pack(self.dout, dout, width, queries.clone(), query_columns, 1.0);
         for m in 0..queries.len() * columns.group {
             let (row, head) = (queries.start + m / columns.group, m % columns.group);
@@ -275,52 +297,52 @@ impl<'a, C: Storage> Unit<'a, C> {
     fn tile(&mut self, device: &CpuDevice<C>, queries: &Range<usize>, keys: &KeyTile, accumulate: bool) {
         let (columns, head_size) = (self.columns, self.columns.head_size);
         let (rows, count) = (queries.len() * columns.group, keys.keys.len());
-        let first = keys.keys.start * columns.row;
-        let size = (count, head_size);
-        let qkv = self.inputs.qkv;
-        // Taken out of `self`, whose other buffers are written while these are read.
-        let (wide_keys, wide_values) =
-            (std::mem::take(&mut self.wide_keys), std::mem::take(&mut self.wide_values));
-        let ((key_rows, stride), (value_rows, _)) = device.vectorized(
-            #[inline(always)]
-            || {
-                (
-                    C::wide_rows(&qkv[first + columns.key..], columns.row, size, wide_keys),
-                    C::wide_rows(&qkv[first + columns.value..], columns.row, size, wide_values),
-                )
-            },
-        );
+        let first = &self.inputs.qkv[keys.keys.start * columns.row..];
+        let (key_rows, value_rows) = (&first[columns.key..], &first[columns.value..]);
         for (out, lhs, rhs) in [
             (&mut *self.probabilities, &*self.queries, key_rows),
             (&mut *self.dscores, &*self.dout, value_rows),
         ] {
-            // Transposed here, because `gemm` would transpose it value by value.
-            transpose(self.turned, TILE_N, rhs, stride, size);
-            let (lhs, rhs) = (Matrix::rows(lhs, head_size), Matrix::rows(self.turned, TILE_N));
-            multiply(out, TILE_N, false, (rows, head_size, count), lhs, rhs);
+            let (lhs, rhs) = (Operand::along(lhs, head_size), Operand::along(rhs, columns.row));
+            let sizes = (rows, head_size, count);
+            C::multiply_tile(device, (out, TILE_N), false, sizes, lhs, rhs, self.packed);
         }
         device.vectorized(
             #[inline(always)]
             || self.score_gradients(keys, queries.start, rows),
         );
-        let gradients = if keys.causal { &mut self.own } else { &mut self.prefix };
+        let ((probabilities, stride), (dscores, _)) = device.vectorized(
+            #[inline(always)]
+            || {
+                let size = (rows, count);
+                (
+                    C::narrow_rows(self.probabilities, TILE_N, size, self.narrow_probabilities),
+                    C::narrow_rows(self.dscores, TILE_N, size, self.narrow_dscores),
+                )
+            },
+        );
+        // A prompt's own gradients are collected in `prompt`.
+        let is_own = keys.causal && !self.own.keys.is_empty();
+        let gradients = if is_own { &mut self.own } else { &mut self.prompt };
         let origin = if keys.causal { self.part.rows.start } else { self.part.prefix.start };
         let range = (keys.keys.start - origin) * head_size..(keys.keys.end - origin) * head_size;
         for (out, lhs, rhs) in [
-            (&mut gradients.values, &self.probabilities, &self.dout),
-            (&mut gradients.keys, &self.dscores, &self.queries),
+            (&mut gradients.values, probabilities, &*self.dout),
+            (&mut gradients.keys, dscores, &*self.queries),
         ] {
-            let (lhs, rhs) = (Matrix::transposed(lhs, TILE_N), Matrix::rows(rhs, head_size));
-            multiply(&mut out[range.clone()], head_size, true, (count, rows, head_size), lhs, rhs);
+            let (lhs, rhs) = (Operand::down(lhs, stride), Operand::down(rhs, head_size));
+            let out = (&mut out[range.clone()], head_size);
+            C::multiply_tile(device, out, true, (count, rows, head_size), lhs, rhs, self.packed);
         }
-        let (lhs, rhs) = (Matrix::rows(self.dscores, TILE_N), Matrix::rows(key_rows, stride));
-        multiply(self.dqueries, head_size, accumulate, (rows, count, head_size), lhs, rhs);
-        (self.wide_keys, self.wide_values) = (wide_keys, wide_values);
+        let (lhs, rhs) = (Operand::along(dscores, stride), Operand::down(key_rows, columns.row));
+        let out = (&mut *self.dqueries, head_size);
+        C::multiply_tile(device, out, accumulate, (rows, count, head_size), lhs, rhs, self.packed);
     }
 
     /// Scores become probabilities, `dP` becomes `dS`; both are zero where a query does not see a key.
     #[inline(always)]
     fn score_gradients(&mut self, tile: &KeyTile, first_query: usize, rows: usize) {
+        let scale = score_scale::<C>(self.inputs.shape);
         for m in 0..rows {
             let visible = tile.visible(first_query + m / self.columns.group);
             let (scores, hidden) = self.probabilities[m * TILE_N..][..tile.keys.len()].split_at_mut(visible);
@@ -329,10 +351,18 @@ impl<'a, C: Storage> Unit<'a, C> {
             dhidden.fill(0.0);
             let (lse, delta) = (self.lse[m], self.delta[m]);
             for (score, dscore) in scores.iter_mut().zip(dscores) {
-                let probability = simd::exp(*score - lse);
+                let probability = simd::exp(score.mul_add(scale, -lse));
                 *score = probability;
                 *dscore = probability * (*dscore - delta);
             }
         }
+    }
+}
+
+/// `out = values * scale`, rounded.
+#[inline(always)]
+fn round_scaled<C: Storage>(out: &mut [C], values: &[f32], scale: f32) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = C::round(value * scale);
     }
 }

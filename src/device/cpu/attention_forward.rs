@@ -5,12 +5,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N};
-use super::linear::{Matrix, multiply};
+use super::attention_tile::{self as tile, HeadColumns, KeyTile, Part, TILE_N, score_scale};
+use super::products::Operand;
 use super::scratch::split;
 use super::shared_rows::SharedRows;
 use super::storage::Storage;
-use super::transpose::transpose;
 use super::{CpuBuffer, CpuDevice, simd};
 use crate::device::{Attention, AttentionShape, BatchBuffers, Checked};
 use crate::error::Result;
@@ -18,7 +17,7 @@ use crate::error::Result;
 impl<C: Storage> Attention for CpuDevice<C> {
     /// The tiles of one block for each thread.
     fn reserve_attention_forward(&self, shape: AttentionShape) -> Result<()> {
-        self.scratch.reserve::<f32>(self.threads, Tiles::len::<C>(shape));
+        self.scratch.reserve::<f32>(self.threads, Tiles::len(self, shape));
         Ok(())
     }
 
@@ -42,16 +41,19 @@ impl<C: Storage> Attention for CpuDevice<C> {
                     let (block, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
                     let Some((part, queries)) = tile::find_block(parts(), group, block) else { return };
                     let columns = HeadColumns::new(shape, kv_head);
-                    let mut memory = self.scratch.take::<f32>(Tiles::len::<C>(shape));
-                    let mut tiles = Tiles::new::<C>(shape, &mut memory);
-                    tiles.attend(self, qkv, &part, &queries, columns, shape.scale());
+                    let mut memory = self.scratch.take::<f32>(Tiles::len(self, shape));
+                    let mut tiles = Tiles::new(self, shape, &mut memory);
+                    tiles.attend(self, qkv, &part, &queries, columns);
                     let heads = kv_head * group..(kv_head + 1) * group;
                     for (i, row) in queries.enumerate() {
                         // SAFETY: each pair (query row, kv head) belongs to one block, and spans do not overlap.
                         let (out, lse) = unsafe {
                             (out.row_mut(row, columns.query_columns()), lse.row_mut(row, heads.clone()))
                         };
-                        tiles.write(i * group, out, lse);
+                        self.vectorized(
+                            #[inline(always)]
+                            || tiles.write(i * group, out, lse),
+                        );
                     }
                 });
             });
@@ -74,9 +76,9 @@ impl<C: Storage> Attention for CpuDevice<C> {
                 out[..shape.out_width()].par_chunks_exact_mut(group_width).enumerate().for_each(
                     |(kv_head, out)| {
                         let columns = HeadColumns::new(shape, kv_head);
-                        let mut memory = self.scratch.take::<f32>(Tiles::len::<C>(shape));
-                        let mut tiles = Tiles::new::<C>(shape, &mut memory);
-                        tiles.attend(self, cache, &part, &part.rows, columns, shape.scale());
+                        let mut memory = self.scratch.take::<f32>(Tiles::len(self, shape));
+                        let mut tiles = Tiles::new(self, shape, &mut memory);
+                        tiles.attend(self, cache, &part, &part.rows, columns);
                         tiles.write(0, out, &mut vec![0.0; columns.group]);
                     },
                 );
@@ -87,54 +89,57 @@ impl<C: Storage> Attention for CpuDevice<C> {
 }
 
 /// The tiles of one block of queries. Rows are those of [`attention_tile`](tile): query row times head of the group.
-struct Tiles<'a> {
-    head_size: usize,
-    /// `[rows, E]`, times the softmax scale.
-    queries: &'a mut [f32],
-    /// `[E, TILE_N]`, the keys of a tile.
-    keys: &'a mut [f32],
+struct Tiles<'a, C> {
+    shape: AttentionShape,
+    /// `[rows, E]`, times the part of the softmax scale that queries carry.
+    queries: &'a mut [C],
     /// `[rows, TILE_N]`: scores, then `e^(score - max)`.
     scores: &'a mut [f32],
+    /// `[rows, TILE_N]`: `e^(score - max)` as the product with the values reads them, where that is not f32.
+    narrow: &'a mut [C],
     /// `[rows, E]`: output before the division by `sums`.
     values: &'a mut [f32],
     maxima: &'a mut [f32],
     sums: &'a mut [f32],
-    /// `[TILE_N, E]`: keys, then values of a tile, where they are not stored in f32.
-    widened: &'a mut [f32],
+    /// Memory of the products.
+    packed: &'a mut [f32],
 }
 
-impl<'a> Tiles<'a> {
-    /// Length of each buffer, in the order of the fields.
-    fn sizes<C: Storage>(shape: AttentionShape) -> [usize; 7] {
+impl<'a, C: Storage> Tiles<'a, C> {
+    /// Length of each buffer in f32 values, in the order of the fields.
+    fn sizes(device: &CpuDevice<C>, shape: AttentionShape) -> [usize; 7] {
         let rows = tile::tile_rows(shape.heads / shape.kv_heads);
-        let (by_head, by_key) = (rows * shape.head_size, rows * TILE_N);
-        let widened = tile::widened_values::<C>(shape.head_size);
-        [by_head, shape.head_size * TILE_N, by_key, by_head, rows, rows, widened]
+        let by_head = rows * shape.head_size;
+        let (queries, narrow) = (tile::floats_for::<C>(by_head), tile::narrow_floats::<C>(rows));
+        let packed = tile::product_memory(device, rows, shape.head_size);
+        [queries, rows * TILE_N, narrow, by_head, rows, rows, packed]
     }
 
     /// Length of all buffers together.
-    fn len<C: Storage>(shape: AttentionShape) -> usize {
-        Self::sizes::<C>(shape).iter().sum()
+    fn len(device: &CpuDevice<C>, shape: AttentionShape) -> usize {
+        Self::sizes(device, shape).iter().sum()
     }
 
-    fn new<C: Storage>(shape: AttentionShape, memory: &'a mut [f32]) -> Self {
-        let [queries, keys, scores, values, maxima, sums, widened] = split(memory, Self::sizes::<C>(shape));
-        Tiles { head_size: shape.head_size, queries, keys, scores, values, maxima, sums, widened }
+    fn new(device: &CpuDevice<C>, shape: AttentionShape, memory: &'a mut [f32]) -> Self {
+        let [queries, scores, narrow, values, maxima, sums, packed] =
+            split(memory, Self::sizes(device, shape));
+        let (queries, narrow) = (bytemuck::cast_slice_mut(queries), bytemuck::cast_slice_mut(narrow));
+        Tiles { shape, queries, scores, narrow, values, maxima, sums, packed }
     }
 
     /// Computes the attention of `queries` for the group of one key/value head; leaves the result in `values`, `maxima`
     /// and `sums`.
-    fn attend<C: Storage>(
+    fn attend(
         &mut self,
         device: &CpuDevice<C>,
         qkv: &[C],
         part: &Part,
         queries: &Range<usize>,
         columns: HeadColumns,
-        scale: f32,
     ) {
-        let (head_size, row) = (self.head_size, columns.row);
+        let (head_size, row) = (self.shape.head_size, columns.row);
         let rows = queries.len() * columns.group;
+        let scale = C::query_scale(self.shape.scale());
         device.vectorized(
             #[inline(always)]
             || tile::pack(self.queries, qkv, row, queries.clone(), columns.query_columns(), scale),
@@ -143,36 +148,32 @@ impl<'a> Tiles<'a> {
         self.sums[..rows].fill(0.0);
         for (index, keys) in part.key_tiles(queries).enumerate() {
             let (first, count) = (keys.keys.start * row, keys.keys.len());
-            let size = (count, head_size);
-            let (wide, stride) = device.vectorized(
-                #[inline(always)]
-                || C::wide_rows(&qkv[first + columns.key..], row, size, self.widened),
-            );
-            // Transposed here, because `gemm` would transpose it value by value.
-            transpose(self.keys, TILE_N, wide, stride, size);
-            multiply(
-                self.scores,
-                TILE_N,
+            C::multiply_tile(
+                device,
+                (self.scores, TILE_N),
                 false,
                 (rows, head_size, count),
-                Matrix::rows(self.queries, head_size),
-                Matrix::rows(self.keys, TILE_N),
+                Operand::along(self.queries, head_size),
+                Operand::along(&qkv[first + columns.key..], row),
+                self.packed,
             );
             device.vectorized(
                 #[inline(always)]
                 || self.softmax_tile(&keys, queries.start, columns.group, rows),
             );
-            let (wide, stride) = device.vectorized(
+            let (scores, narrow) = (&*self.scores, &mut *self.narrow);
+            let (weights, stride) = device.vectorized(
                 #[inline(always)]
-                || C::wide_rows(&qkv[first + columns.value..], row, size, self.widened),
+                || C::narrow_rows(scores, TILE_N, (rows, count), narrow),
             );
-            multiply(
-                self.values,
-                head_size,
+            C::multiply_tile(
+                device,
+                (self.values, head_size),
                 index > 0,
                 (rows, count, head_size),
-                Matrix::rows(self.scores, TILE_N),
-                Matrix::rows(wide, stride),
+                Operand::along(weights, stride),
+                Operand::down(&qkv[first + columns.value..], row),
+                self.packed,
             );
         }
     }
@@ -180,6 +181,7 @@ impl<'a> Tiles<'a> {
     /// Replaces scores by `e^(score - max)` under the running maximum, and rescales what was summed before.
     #[inline(always)]
     fn softmax_tile(&mut self, tile: &KeyTile, first_query: usize, group: usize, rows: usize) {
+        let (scale, head_size) = (score_scale::<C>(self.shape), self.shape.head_size);
         for m in 0..rows {
             let visible = tile.visible(first_query + m / group);
             let (scores, hidden) = self.scores[m * TILE_N..][..tile.keys.len()].split_at_mut(visible);
@@ -188,11 +190,11 @@ impl<'a> Tiles<'a> {
                 continue;
             }
             let old = self.maxima[m];
-            let max = simd::larger(old, simd::max(scores));
-            let sum = simd::exp_in_place(scores, max);
+            let max = simd::larger(old, simd::max(scores) * scale);
+            let sum = simd::exp_in_place(scores, scale, max);
             if max != old {
                 let factor = simd::exp(old - max);
-                self.values[m * self.head_size..][..self.head_size].iter_mut().for_each(|v| *v *= factor);
+                self.values[m * head_size..][..head_size].iter_mut().for_each(|v| *v *= factor);
                 self.sums[m] *= factor;
                 self.maxima[m] = max;
             }
@@ -201,10 +203,12 @@ impl<'a> Tiles<'a> {
     }
 
     /// Writes one query row: `out` of `G * E` values from tile row `m` on, and `lse` of `G`.
-    fn write<C: Storage>(&self, m: usize, out: &mut [C], lse: &mut [f32]) {
-        let values = &self.values[m * self.head_size..];
+    #[inline(always)]
+    fn write(&self, m: usize, out: &mut [C], lse: &mut [f32]) {
+        let head_size = self.shape.head_size;
+        let values = &self.values[m * head_size..];
         for (h, (out, values)) in
-            out.chunks_exact_mut(self.head_size).zip(values.chunks_exact(self.head_size)).enumerate()
+            out.chunks_exact_mut(head_size).zip(values.chunks_exact(head_size)).enumerate()
         {
             let inverse = 1.0 / self.sums[m + h];
             for (out, value) in out.iter_mut().zip(values) {

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::CpuDevice;
 use super::storage::Storage;
 use crate::data::PairSpan;
 use crate::device::{AttentionShape, StorageType};
@@ -150,7 +151,7 @@ impl HeadColumns {
 /// Copies `rows` of `values[.., width]`, columns `columns`, times `scale`, to the front of `out`.
 #[inline(always)]
 pub(super) fn pack<C: Storage>(
-    out: &mut [f32],
+    out: &mut [C],
     values: &[C],
     width: usize,
     rows: Range<usize>,
@@ -160,14 +161,31 @@ pub(super) fn pack<C: Storage>(
     for (out, row) in out.chunks_exact_mut(columns.len()).zip(rows) {
         let source = &values[row * width..][..width][columns.clone()];
         for (out, value) in out.iter_mut().zip(source) {
-            *out = value.widen() * scale;
+            *out = C::round(value.widen() * scale);
         }
     }
 }
 
-/// Values of a tile of keys or values that is widened to f32; none where they are f32 already.
-pub(super) fn widened_values<C: Storage>(head_size: usize) -> usize {
-    if C::TYPE == StorageType::F32 { 0 } else { TILE_N * head_size }
+/// The part of the softmax scale that scores are multiplied by: queries carry the rest.
+pub(super) fn score_scale<C: Storage>(shape: AttentionShape) -> f32 {
+    shape.scale() / C::query_scale(shape.scale())
+}
+
+/// f32 values that make room for `count` values of the storage type.
+pub(super) fn floats_for<C: Storage>(count: usize) -> usize {
+    (count * size_of::<C>()).div_ceil(size_of::<f32>())
+}
+
+/// f32 values that make room for a tile of weights or of their gradients, rounded for the next product; none where they are
+/// f32 already.
+pub(super) fn narrow_floats<C: Storage>(rows: usize) -> usize {
+    if C::TYPE == StorageType::F32 { 0 } else { floats_for::<C>(rows * TILE_N) }
+}
+
+/// f32 values of memory for the products of a tile of `rows` queries, backward included.
+pub(super) fn product_memory<C: Storage>(device: &CpuDevice<C>, rows: usize, head_size: usize) -> usize {
+    let products = [(rows, head_size, TILE_N), (rows, TILE_N, head_size), (TILE_N, rows, head_size)];
+    products.map(|sizes| C::tile_memory(device, sizes)).into_iter().max().unwrap_or(0)
 }
 
 /// Rows of a tile of queries, heads included.

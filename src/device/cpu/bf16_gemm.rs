@@ -48,6 +48,9 @@ pub(super) struct Term<'a> {
     pub k: usize,
 }
 
+/// Changes sums in place: `(row, first_column, sums)`.
+pub(super) type Scale<'a> = &'a (dyn Fn(usize, usize, &mut [f32]) + Sync);
+
 /// How a product is cut.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
@@ -59,8 +62,14 @@ struct Cut {
 }
 
 impl Cut {
-    /// `threads` share the work.
-    fn new((m, n): (usize, usize), terms: &[Term<'_>], has_instructions: bool, threads: usize) -> Self {
+    /// `threads` share the work. With `in_memory`, something happens to the sums between the terms.
+    fn new(
+        (m, n): (usize, usize),
+        terms: &[Term<'_>],
+        in_memory: bool,
+        has_instructions: bool,
+        threads: usize,
+    ) -> Self {
         let longest = terms.iter().map(|term| term.k).max().unwrap_or(0);
         let tasks = |(rows, columns): (usize, usize)| m.div_ceil(rows) * n.div_ceil(columns);
         let wanted = if threads > 1 { TASKS * threads } else { 1 };
@@ -72,7 +81,7 @@ impl Cut {
             rows: even_part(m, most_rows, PANEL_ROWS),
             columns: even_part(n, columns, PANEL_COLUMNS),
             k,
-            single: terms.len() == 1 && k >= longest && has_instructions,
+            single: terms.len() == 1 && k >= longest && has_instructions && !in_memory,
         }
     }
 
@@ -115,7 +124,18 @@ pub(super) fn product(
     terms: &[Term<'_>],
     finish: &(impl Fn(usize, usize, &[f32]) + Sync),
 ) {
-    let cut = Cut::new((m, n), terms, device.has_bf16, device.threads);
+    scaled_product(device, (m, n), terms, None, finish);
+}
+
+/// As [`product`]; `scale` changes the sums of the first term before the others are added to them.
+pub(super) fn scaled_product(
+    device: &CpuDevice<bf16>,
+    (m, n): (usize, usize),
+    terms: &[Term<'_>],
+    scale: Option<Scale<'_>>,
+    finish: &(impl Fn(usize, usize, &[f32]) + Sync),
+) {
+    let cut = Cut::new((m, n), terms, scale.is_some(), device.has_bf16, device.threads);
     let (row_blocks, column_blocks) = (m.div_ceil(cut.rows), n.div_ceil(cut.columns));
     device.parallel(|| {
         // Tasks of the same columns follow each other.
@@ -125,6 +145,7 @@ pub(super) fn product(
                 device,
                 cut,
                 terms,
+                scale,
                 rows: (row, cut.rows.min(m - row)),
                 columns: (column, cut.columns.min(n - column)),
             };
@@ -140,13 +161,14 @@ pub(super) fn serial_product(
     terms: &[Term<'_>],
     mut finish: impl FnMut(usize, usize, &[f32]),
 ) {
-    let cut = Cut::new((m, n), terms, device.has_bf16, 1);
+    let cut = Cut::new((m, n), terms, false, device.has_bf16, 1);
     for column in (0..n).step_by(cut.columns) {
         for row in (0..m).step_by(cut.rows) {
             let block = Block {
                 device,
                 cut,
                 terms,
+                scale: None,
                 rows: (row, cut.rows.min(m - row)),
                 columns: (column, cut.columns.min(n - column)),
             };
@@ -155,11 +177,50 @@ pub(super) fn serial_product(
     }
 }
 
+/// f32 values of memory that [`tile_product`] takes.
+pub(super) fn tile_memory(device: &CpuDevice<bf16>, (m, k, n): (usize, usize, usize)) -> usize {
+    match device.has_bf16 {
+        true => {
+            (PANEL_ROWS + n.next_multiple_of(PANEL_COLUMNS)) * packed_k(k) / 2 + CACHE_LINE / size_of::<f32>()
+        }
+        false => (m + n) * k,
+    }
+}
+
+/// `k`, rounded up to what is packed together.
+fn packed_k(k: usize) -> usize {
+    k.next_multiple_of(PANEL_COLUMNS)
+}
+
+/// `out[m, n] (+)= lhs * rhs` for a term that is packed as a whole, on the thread that calls; rows of `out` are `stride` values
+/// apart. `memory` holds [`tile_memory`] values.
+pub(super) fn tile_product(
+    device: &CpuDevice<bf16>,
+    (out, stride): (&mut [f32], usize),
+    accumulate: bool,
+    (m, n): (usize, usize),
+    term: Term<'_>,
+    memory: &mut [f32],
+) {
+    let (rows, columns, k) = ((0, m), (0, n), (0, term.k));
+    if !device.has_bf16 {
+        let operands = (term.lhs, term.rhs);
+        return widened::add_block(out, stride, accumulate, operands, (rows, columns), k, memory);
+    }
+    let cut = Cut { rows: m, columns: stride, k: packed_k(term.k), single: false };
+    let block = Block { device, cut, terms: &[], scale: None, rows, columns };
+    let unaligned = memory.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE / size_of::<f32>());
+    let (lhs, rhs) = memory[unaligned..].split_at_mut(PANEL_ROWS * cut.k / 2);
+    block.packed(&term, k, accumulate, (lhs, rhs, out), None::<&mut fn(usize, usize, &[f32])>);
+}
+
 /// The sums of one task: rows and columns by their first and their number.
 struct Block<'a> {
     device: &'a CpuDevice<bf16>,
     cut: Cut,
     terms: &'a [Term<'a>],
+    /// Applied to the sums of the first term.
+    scale: Option<Scale<'a>>,
     rows: (usize, usize),
     columns: (usize, usize),
 }
@@ -170,14 +231,18 @@ impl Block<'_> {
         let mut memory = self.device.scratch.take::<f32>(memory(self.cut, has_instructions));
         let unaligned = memory.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE / size_of::<f32>());
         let [lhs, rhs, sums] = split(&mut memory[unaligned..], self.cut.sizes(has_instructions));
-        let count: usize = self.terms.iter().map(|term| term.k.div_ceil(self.cut.k)).sum();
-        let mut number = 0;
-        for term in self.terms {
-            for first_k in (0..term.k).step_by(self.cut.k) {
+        // Sums that are scaled at the end are handed over after that.
+        let steps = |term: &Term<'_>| term.k.div_ceil(self.cut.k);
+        let last = self.terms.iter().rposition(|term| term.k > 0);
+        let last = last.filter(|&last| last > 0 || self.scale.is_none());
+        let mut is_empty = true;
+        for (number, term) in self.terms.iter().enumerate() {
+            for step in 0..steps(term) {
+                let first_k = step * self.cut.k;
                 let k = (first_k, self.cut.k.min(term.k - first_k));
-                let accumulate = number > 0;
-                number += 1;
-                let last = (number == count).then_some(&mut finish);
+                let accumulate = !std::mem::replace(&mut is_empty, false);
+                let is_last = last == Some(number) && step + 1 == steps(term);
+                let last = is_last.then_some(&mut finish);
                 if has_instructions {
                     self.packed(term, k, accumulate, (lhs, rhs, sums), last);
                 } else {
@@ -189,12 +254,27 @@ impl Block<'_> {
                     }
                 }
             }
-        }
-        if count == 0 {
-            sums.fill(0.0);
-            for row in 0..self.rows.1 {
-                finish(self.rows.0 + row, self.columns.0, &sums[..self.columns.1]);
+            if let (0, Some(scale), false) = (number, self.scale, is_empty) {
+                for (row, sums) in sums.chunks_mut(self.cut.columns).take(self.rows.1).enumerate() {
+                    scale(self.rows.0 + row, self.columns.0, &mut sums[..self.columns.1]);
+                }
             }
+        }
+        if last.is_none() {
+            self.finish_rest(is_empty, sums, &mut finish);
+        }
+    }
+
+    /// Hands over sums to which no term was added, or nothing after they were scaled.
+    fn finish_rest(&self, is_empty: bool, sums: &mut [f32], finish: &mut impl FnMut(usize, usize, &[f32])) {
+        for row in 0..self.rows.1 {
+            // There may be room for the rows of one panel alone, where nothing was added.
+            let start = if is_empty { 0 } else { row * self.cut.columns };
+            let sums = &mut sums[start..][..self.columns.1];
+            if is_empty {
+                sums.fill(0.0);
+            }
+            finish(self.rows.0 + row, self.columns.0, sums);
         }
     }
 
@@ -328,6 +408,40 @@ mod tests {
         let what = format!("{m} x {n} over {depths:?}, {layout:?}, {device:?}");
         assert!(serial == wanted, "serial {what}");
         assert!(*parallel.lock().unwrap() == wanted, "parallel {what}");
+    }
+
+    /// The sums of the first term are scaled before those of the others are added, and alone where there are no others.
+    #[test]
+    fn the_first_term_is_scaled() {
+        let with = CpuDevice::<bf16>::open(Some(2)).unwrap();
+        let without = CpuDevice::<bf16>::open(Some(2)).unwrap().without_bf16_instructions();
+        let (m, n) = (29, 70);
+        for (device, rest) in [(&with, 40), (&without, 40), (&with, 0), (&without, 0), (&with, 2100)] {
+            let values =
+                [integers(m * 33, 5), integers(n * 33, 7), integers(m * rest, 3), integers(n * rest, 2)];
+            let term = |lhs: usize, k: usize| Term {
+                lhs: operand(&values[lhs], true, k),
+                rhs: operand(&values[lhs + 1], true, k),
+                k,
+            };
+            let terms = [term(0, 33), term(2, rest)];
+            let factor = |row: usize, column: usize| ((row + 3 * column) % 4) as f32;
+            let scale = |row: usize, first: usize, sums: &mut [f32]| {
+                sums.iter_mut().enumerate().for_each(|(column, sum)| *sum *= factor(row, first + column));
+            };
+            let got = std::sync::Mutex::new(vec![f32::NAN; m * n]);
+            scaled_product(device, (m, n), &terms, Some(&scale), &|row, column, sums: &[f32]| {
+                got.lock().unwrap()[row * n + column..][..sums.len()].copy_from_slice(sums);
+            });
+            let sum = |term: &Term<'_>, row: usize, column: usize| -> f32 {
+                (0..term.k).map(|k| element(&term.lhs, row, k) * element(&term.rhs, column, k)).sum()
+            };
+            for (index, got) in got.lock().unwrap().iter().enumerate() {
+                let (row, column) = (index / n, index % n);
+                let wanted = sum(&terms[0], row, column) * factor(row, column) + sum(&terms[1], row, column);
+                assert_eq!(*got, wanted, "row {row}, column {column}, {rest} more, {device:?}");
+            }
+        }
     }
 
     /// Every order of the operands, ragged in every size, across blocks in every direction, in one term and in several.

@@ -3,22 +3,22 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::bf16_gemm::{Term, product, reserve, serial_product};
+use super::adapted_bf16::{self as adapted, Adapters};
+use super::bf16_gemm::{Term, product, reserve, serial_product, tile_memory, tile_product};
 #[cfg(target_arch = "x86_64")]
 use super::bf16_kernel as kernel;
 use super::products::{Operand, Products};
 use super::shared_rows::SharedRows;
 use super::storage::{Storage, round};
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{Dropout, LinearShape, LowRankShape};
+use crate::device::{AdaptedBackwardInput, AdaptedLinear, Dropout, LinearShape, LowRankShape};
+use crate::error::Result;
 
 /// Up to this many rows, each row of the weight is read once and multiplied as it lies: packing it would cost more than the
 /// product.
-#[cfg(target_arch = "x86_64")]
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 /// Outputs of a task with few rows.
-#[cfg(target_arch = "x86_64")]
-const FEW_ROWS_OUTPUTS: usize = 64;
+pub(super) const FEW_ROWS_OUTPUTS: usize = 64;
 
 impl Products for bf16 {
     fn reserve(device: &CpuDevice<bf16>, _: LinearShape) {
@@ -37,35 +37,27 @@ impl Products for bf16 {
         bias: Option<&[bf16]>,
         shape: LinearShape,
     ) {
-        let LinearShape { rows, inputs, outputs } = shape;
-        let out = SharedRows::new(&mut out[..rows * outputs], outputs);
-        let mut first = 0;
-        for part in weight.parts() {
-            let part = &part[..part.len().min((outputs - first) * inputs)];
-            // Without inputs every output is its bias.
-            let count = part.len().checked_div(inputs).unwrap_or(outputs);
-            let bias = bias.map(|bias| &bias[first..first + count]);
-            let finish = |row: usize, column: usize, sums: &[f32]| {
-                // SAFETY: each sum is handed over once.
-                let out = unsafe { out.row_mut(row, first + column..first + column + sums.len()) };
-                device.vectorized(
-                    #[inline(always)]
-                    || match bias {
-                        None => round(out, sums),
-                        Some(bias) => add_rounded(out, &bias[column..], sums),
-                    },
-                );
-            };
-            #[cfg(target_arch = "x86_64")]
-            if rows <= FEW_ROWS && device.has_bf16 {
-                few_rows(device, x, part, (rows, inputs, count), &finish);
-                first += count;
-                continue;
-            }
-            let (lhs, rhs) = (Operand::along(x, inputs), Operand::along(part, inputs));
-            product(device, (rows, count), &[Term { lhs, rhs, k: inputs }], &finish);
-            first += count;
-        }
+        adapted::forward(device, out, x, weight, bias, shape, None);
+    }
+
+    fn adapted_forward(device: &CpuDevice<bf16>, operands: AdaptedLinear<'_, CpuDevice<bf16>>) -> Result<()> {
+        let AdaptedLinear { out, x, weight, bias, shape, terms } = operands;
+        device.traced("adapted_linear_forward", || {
+            let adapters = Adapters { inner: terms.inner, b: terms.b, parts: terms.parts };
+            let bias = bias.map(|bias| &bias[..shape.outputs]);
+            adapted::forward(device, out, x, weight, bias, shape, Some(adapters));
+            Ok(())
+        })
+    }
+
+    fn adapted_backward_input(
+        device: &CpuDevice<bf16>,
+        operands: AdaptedBackwardInput<'_, CpuDevice<bf16>>,
+    ) -> Result<()> {
+        device.traced("adapted_linear_backward_input", || {
+            adapted::backward_input(device, operands);
+            Ok(())
+        })
     }
 
     fn backward_input(
@@ -216,6 +208,27 @@ impl Products for bf16 {
         Operand::along(hidden, width)
     }
 
+    /// None of it: queries are as they are stored, and their products with keys are exact but for the sums.
+    fn query_scale(_: f32) -> f32 {
+        1.0
+    }
+
+    fn tile_memory(device: &CpuDevice<bf16>, sizes: (usize, usize, usize)) -> usize {
+        tile_memory(device, sizes)
+    }
+
+    fn multiply_tile(
+        device: &CpuDevice<bf16>,
+        out: (&mut [f32], usize),
+        accumulate: bool,
+        (m, k, n): (usize, usize, usize),
+        lhs: Operand<'_, bf16>,
+        rhs: Operand<'_, bf16>,
+        memory: &mut [f32],
+    ) {
+        tile_product(device, out, accumulate, (m, n), Term { lhs, rhs, k }, memory);
+    }
+
     fn multiply(
         device: &CpuDevice<bf16>,
         out: &mut [f32],
@@ -259,7 +272,7 @@ fn input_gradient(
 
 /// The product of few rows with each row of the weight as it lies. Tasks take consecutive rows of it.
 #[cfg(target_arch = "x86_64")]
-fn few_rows(
+pub(super) fn few_rows(
     device: &CpuDevice<bf16>,
     x: &[bf16],
     weight: &[bf16],
@@ -295,9 +308,21 @@ fn few_rows(
     });
 }
 
+/// There are no instructions for it.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn few_rows(
+    _: &CpuDevice<bf16>,
+    _: &[bf16],
+    _: &[bf16],
+    _: (usize, usize, usize),
+    _: &(impl Fn(usize, usize, &[f32]) + Sync),
+) {
+    unreachable!("there are no instructions for bf16 products")
+}
+
 /// `out = bias + sums`, rounded once.
 #[inline(always)]
-fn add_rounded(out: &mut [bf16], bias: &[bf16], sums: &[f32]) {
+pub(super) fn add_rounded(out: &mut [bf16], bias: &[bf16], sums: &[f32]) {
     for ((out, bias), sum) in out.iter_mut().zip(bias).zip(sums) {
         *out = Storage::round(bias.widen() + sum);
     }

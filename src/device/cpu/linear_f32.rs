@@ -206,6 +206,34 @@ impl Products for f32 {
         Operand::down(memory, rows)
     }
 
+    /// All of it: f32 queries are rounded in any case.
+    fn query_scale(scale: f32) -> f32 {
+        scale
+    }
+
+    fn tile_memory(_: &CpuDevice, (_, k, n): (usize, usize, usize)) -> usize {
+        k * n
+    }
+
+    fn multiply_tile(
+        _: &CpuDevice,
+        (out, stride): (&mut [f32], usize),
+        accumulate: bool,
+        (m, k, n): (usize, usize, usize),
+        lhs: Operand<'_, f32>,
+        rhs: Operand<'_, f32>,
+        memory: &mut [f32],
+    ) {
+        let rhs = if rhs.along_rows {
+            // Transposed here, because `gemm` would transpose it value by value.
+            transpose(memory, n, rhs.values, rhs.stride, (n, k));
+            Matrix::rows(memory, n)
+        } else {
+            matrix(rhs).transpose()
+        };
+        multiply(out, stride, accumulate, (m, k, n), matrix(lhs), rhs);
+    }
+
     fn multiply(
         _: &CpuDevice,
         out: &mut [f32],

@@ -4,7 +4,9 @@ use rayon::prelude::*;
 
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{Checked, Dropout, LinearShape, LowRank, LowRankShape};
+use crate::device::{
+    AdaptedBackwardInput, AdaptedLinear, Checked, Dropout, LinearShape, LowRank, LowRankShape,
+};
 use crate::error::Result;
 
 impl<C: Storage> LowRank for CpuDevice<C> {
@@ -87,6 +89,18 @@ impl<C: Storage> LowRank for CpuDevice<C> {
             }
             Ok(())
         })
+    }
+
+    fn run_adapted_linear_forward(&self, operands: AdaptedLinear<'_, Self>, _: Checked) -> Result<()> {
+        C::adapted_forward(self, operands)
+    }
+
+    fn run_adapted_linear_backward_input(
+        &self,
+        operands: AdaptedBackwardInput<'_, Self>,
+        _: Checked,
+    ) -> Result<()> {
+        C::adapted_backward_input(self, operands)
     }
 
     fn run_linear_backward_input_add(

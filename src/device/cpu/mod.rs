@@ -10,6 +10,7 @@
 
 mod accumulate;
 mod adamw;
+mod adapted_bf16;
 mod attention_backward;
 mod attention_forward;
 mod attention_tile;

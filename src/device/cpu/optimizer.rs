@@ -6,7 +6,7 @@ use super::adamw::{self, Numbers};
 use super::shared_rows::SharedRows;
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{AdamWUpdate, Checked, Gradient, Optimizer, StorageType};
+use crate::device::{AdamWUpdate, Checked, Gradient, GradientPart, Optimizer, StorageType};
 use crate::error::Result;
 use crate::optimizer::AdamWFactors;
 
@@ -21,31 +21,34 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
     }
 
     fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()> {
-        self.scratch.reserve::<f64>(1, self.chunks(gradients));
+        let values = gradients.iter().map(|gradient| gradient.values(self));
+        self.scratch.reserve::<f64>(1, chunks(values));
         Ok(())
     }
 
     fn run_gradient_norm(
         &self,
         out: &mut CpuBuffer<f32>,
-        gradients: &[Gradient<'_, Self>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.traced("gradient_norm", || {
-            let mut partials = self.scratch.take::<f64>(self.chunks(gradients));
+            let mut partials = self.scratch.take::<f64>(chunks(lengths::<C>(gradients)));
             let cells = SharedRows::new(&mut partials[..], 1);
             self.parallel(|| {
                 let tensors = gradients.par_iter().enumerate();
-                let all = tensors.flat_map(|(tensor, gradient)| {
-                    let first = self.chunks(&gradients[..tensor]);
-                    let count = self.chunks(std::slice::from_ref(gradient));
-                    (0..count).into_par_iter().map(move |chunk| (first + chunk, *gradient, chunk * CHUNK))
+                let all = tensors.flat_map(|(tensor, (gradient, part))| {
+                    let first = chunks(lengths::<C>(&gradients[..tensor]));
+                    let count = part.len().div_ceil(CHUNK);
+                    (0..count).into_par_iter().map(move |chunk| {
+                        let start = part.start + chunk * CHUNK;
+                        (first + chunk, *gradient, start..part.end.min(start + CHUNK))
+                    })
                 });
-                all.for_each(|(index, gradient, start)| {
+                all.for_each(|(index, gradient, part)| {
                     // SAFETY: each chunk has a cell of its own.
                     let cell = unsafe { cells.row_mut(index, 0..1) };
-                    let part = start..gradient.values(self).min(start + CHUNK);
                     cell[0] = self.vectorized(
                         #[inline(always)]
                         || match gradient {
@@ -84,11 +87,15 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
     }
 }
 
-impl<C: Storage> CpuDevice<C> {
-    /// Number of partial sums of the norm over these gradients.
-    fn chunks(&self, gradients: &[Gradient<'_, Self>]) -> usize {
-        gradients.iter().map(|gradient| gradient.values(self).div_ceil(CHUNK)).sum()
-    }
+/// Number of partial sums of the norm over gradients of these lengths.
+fn chunks(lengths: impl Iterator<Item = usize>) -> usize {
+    lengths.map(|len| len.div_ceil(CHUNK)).sum()
+}
+
+fn lengths<'a, C: Storage>(
+    gradients: &'a [GradientPart<'a, CpuDevice<C>>],
+) -> impl Iterator<Item = usize> + 'a {
+    gradients.iter().map(|(_, part)| part.len())
 }
 
 #[inline(always)]

@@ -1,8 +1,9 @@
 //! What a storage type has to bring for matrix products. `linear_f32.rs` implements it for f32, on the `gemm` crate,
 //! and `linear_bf16.rs` for bf16.
 
-use super::{CpuBuffer, CpuDevice};
-use crate::device::{Dropout, LinearShape, LowRankShape};
+use super::{CpuBuffer, CpuDevice, Storage};
+use crate::device::{AdaptedBackwardInput, AdaptedLinear, Dropout, LinearShape, LowRankShape};
+use crate::error::Result;
 
 /// An operand of a product. With `i` the index that stays and `k` the one that is summed over, its element is
 /// `values[i * stride + k]` where rows are summed along, and `values[k * stride + i]` otherwise.
@@ -53,6 +54,26 @@ pub trait Products: Sized + Send + Sync + 'static {
         bias: Option<&[Self]>,
         shape: LinearShape,
     );
+
+    /// Assigns `out = x * weight^T (+ bias)` and what adapters add; one product after the other unless the type has
+    /// one for all.
+    fn adapted_forward(device: &CpuDevice<Self>, operands: AdaptedLinear<'_, CpuDevice<Self>>) -> Result<()>
+    where
+        Self: Storage,
+    {
+        operands.separately(device)
+    }
+
+    /// Assigns `dx = dout * weight` and what adapters add; as above.
+    fn adapted_backward_input(
+        device: &CpuDevice<Self>,
+        operands: AdaptedBackwardInput<'_, CpuDevice<Self>>,
+    ) -> Result<()>
+    where
+        Self: Storage,
+    {
+        operands.separately(device)
+    }
 
     /// Assigns `dx = dout * weight`.
     fn backward_input(
@@ -118,6 +139,23 @@ pub trait Products: Sized + Send + Sync + 'static {
         size: (usize, usize),
         memory: &'a mut [Self],
     ) -> Operand<'a, Self>;
+
+    /// The part of attention's softmax scale that packed queries are multiplied by. The rest is for the scores, in f32.
+    fn query_scale(scale: f32) -> f32;
+
+    /// f32 values of memory that [`Products::multiply_tile`] takes.
+    fn tile_memory(device: &CpuDevice<Self>, sizes: (usize, usize, usize)) -> usize;
+
+    /// As [`Products::multiply`], for tiles that lie in a cache already, with rows of `out` that are `stride` values apart.
+    fn multiply_tile(
+        device: &CpuDevice<Self>,
+        out: (&mut [f32], usize),
+        accumulate: bool,
+        sizes: (usize, usize, usize),
+        lhs: Operand<'_, Self>,
+        rhs: Operand<'_, Self>,
+        memory: &mut [f32],
+    );
 
     /// `out[m, n] = lhs * rhs` on the thread that calls, added to what `out` holds if `accumulate`; rows of `out` are `n`
     /// values apart.

@@ -136,19 +136,19 @@ pub(super) fn max(values: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
-/// Replaces each value by `e^(value - max)` and returns their sum.
+/// Replaces each value by `e^(value * factor - max)` and returns their sum.
 #[inline(always)]
-pub(super) fn exp_in_place(values: &mut [f32], max: f32) -> f32 {
+pub(super) fn exp_in_place(values: &mut [f32], factor: f32, max: f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let (blocks, rest) = values.as_chunks_mut::<LANES>();
     for block in blocks {
         for i in 0..LANES {
-            block[i] = exp(block[i] - max);
+            block[i] = exp(block[i].mul_add(factor, -max));
             lanes[i] += block[i];
         }
     }
     for (lane, value) in lanes.iter_mut().zip(rest) {
-        *value = exp(*value - max);
+        *value = exp(value.mul_add(factor, -max));
         *lane += *value;
     }
     sum(&lanes)

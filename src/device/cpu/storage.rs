@@ -19,15 +19,6 @@ pub trait Storage: Element + Products {
     /// The nearest value of this type; of two equally near ones, the even one.
     fn round(value: f32) -> Self;
 
-    /// The `rows x columns` values of a matrix whose rows are `stride` apart, in f32, and the distance of their rows.
-    /// They are copied to `memory` where they have to be widened, and read in place otherwise.
-    fn wide_rows<'a>(
-        values: &'a [Self],
-        stride: usize,
-        size: (usize, usize),
-        memory: &'a mut [f32],
-    ) -> (&'a [f32], usize);
-
     /// The `rows x columns` values of a matrix whose rows are `stride` apart, in this type, and the distance of their rows.
     /// They are copied to `memory` where they have to be rounded, and read in place otherwise.
     fn narrow_rows<'a>(
@@ -65,16 +56,6 @@ impl Storage for f32 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         value
-    }
-
-    #[inline(always)]
-    fn wide_rows<'a>(
-        values: &'a [f32],
-        stride: usize,
-        _: (usize, usize),
-        _: &'a mut [f32],
-    ) -> (&'a [f32], usize) {
-        (values, stride)
     }
 
     #[inline(always)]
@@ -123,19 +104,6 @@ impl Storage for bf16 {
         // A NaN keeps its sign and is made quiet: rounding could carry it over to infinity or zero.
         let nan = bits >> 16 | 0x40;
         bf16::from_bits(if value.is_nan() { nan as u16 } else { nearest as u16 })
-    }
-
-    #[inline(always)]
-    fn wide_rows<'a>(
-        values: &'a [bf16],
-        stride: usize,
-        (rows, columns): (usize, usize),
-        memory: &'a mut [f32],
-    ) -> (&'a [f32], usize) {
-        for (row, out) in memory.chunks_exact_mut(columns.max(1)).take(rows).enumerate() {
-            widen(out, &values[row * stride..][..columns]);
-        }
-        (memory, columns)
     }
 
     #[inline(always)]

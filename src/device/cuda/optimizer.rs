@@ -8,7 +8,7 @@ use super::bindings::{
     mmpo_adamw_step, mmpo_adamw_tensor, mmpo_gradient, mmpo_moments, mmpo_storage,
 };
 use super::{CudaBuffer, CudaDevice, launch_sizes};
-use crate::device::{AdamWUpdate, Checked, Gradient, Optimizer};
+use crate::device::{AdamWUpdate, Checked, Gradient, GradientPart, Optimizer};
 use crate::error::Result;
 use crate::optimizer::{AdamWFactors, BLOCK, MomentFormat, Moments};
 
@@ -19,7 +19,8 @@ impl Optimizer for CudaDevice {
 
     fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()> {
         let name = "gradient_norm";
-        let tensors: Vec<_> = gradients.iter().map(|&gradient| entry(gradient)).collect();
+        let tensors: Vec<_> =
+            gradients.iter().map(|&gradient| entry(gradient, &(0..gradient.values(self)))).collect();
         let [count] = launch_sizes(name, [tensors.len()])?;
         // SAFETY: reads `count` lengths in host memory.
         let bytes = self.workspace_bytes(name, &count, |kernels| unsafe {
@@ -31,13 +32,13 @@ impl Optimizer for CudaDevice {
     fn run_gradient_norm(
         &self,
         out: &mut CudaBuffer<f32>,
-        gradients: &[Gradient<'_, Self>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.trace.scope("gradient_norm", || {
             let name = "gradient_norm";
-            let tensors: Vec<_> = gradients.iter().map(|&gradient| entry(gradient)).collect();
+            let tensors: Vec<_> = gradients.iter().map(|(gradient, part)| entry(*gradient, part)).collect();
             let [count] = launch_sizes(name, [tensors.len()])?;
             let max_norm = max_norm.unwrap_or(f32::INFINITY);
             self.launch_with_workspace(
@@ -45,7 +46,7 @@ impl Optimizer for CudaDevice {
                 &count,
                 // SAFETY: reads `count` lengths in host memory.
                 |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
-                // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
+                // SAFETY: the workspace is as large as was asked for, and each part was checked to lie in its buffer.
                 |kernels, workspace, stream| unsafe {
                     (kernels.gradient_norm)(
                         out.start_mut(),
@@ -81,7 +82,7 @@ impl Optimizer for CudaDevice {
                     let tensors: Vec<_> = of_kind
                         .map(|update| {
                             seed = update.rounding.seed;
-                            tensor(update, update.range(self))
+                            tensor(self, update)
                         })
                         .collect();
                     if tensors.is_empty() {
@@ -111,13 +112,13 @@ fn storage_of(gradient: Gradient<'_, CudaDevice>) -> mmpo_storage {
     }
 }
 
-/// A gradient as an entry of the list that the launcher of the norm takes.
-fn entry(gradient: Gradient<'_, CudaDevice>) -> mmpo_gradient {
-    let (values, length) = match gradient {
-        Gradient::F32(values) => (values.start().cast(), values.len()),
-        Gradient::Bf16(values) => (values.start().cast(), values.len()),
+/// A part of a gradient as an entry of the list that the launcher of the norm takes.
+fn entry(gradient: Gradient<'_, CudaDevice>, part: &Range<usize>) -> mmpo_gradient {
+    let values = match gradient {
+        Gradient::F32(values) => values.at(part.start).cast(),
+        Gradient::Bf16(values) => values.at(part.start).cast(),
     };
-    mmpo_gradient { values, length: length as i64, storage: storage_of(gradient) as i32 }
+    mmpo_gradient { values, length: part.len() as i64, storage: storage_of(gradient) as i32 }
 }
 
 /// The format of a tensor's moments, as the launcher numbers them.
@@ -130,18 +131,20 @@ fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
 }
 
 /// A tensor as the launcher takes it.
-fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>, part: Range<usize>) -> mmpo_adamw_tensor {
+fn tensor(device: &CudaDevice, update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo_adamw_tensor {
+    let part = update.range(device);
+    let (in_weight, in_gradient) = (update.in_weight(device), update.in_gradient(device));
     let AdamWUpdate { weight, master, moments, rounding, gradient, .. } = update;
     let mut tensor = mmpo_adamw_tensor {
-        weight: weight.at_mut(part.start),
+        weight: weight.at_mut(in_weight.start),
         master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
         first_moment: ptr::null_mut(),
         second_moment: ptr::null_mut(),
         first_scales: ptr::null_mut(),
         second_scales: ptr::null_mut(),
         gradient: match gradient {
-            Gradient::F32(values) => values.at(part.start).cast(),
-            Gradient::Bf16(values) => values.at(part.start).cast(),
+            Gradient::F32(values) => values.at(in_gradient.start).cast(),
+            Gradient::Bf16(values) => values.at(in_gradient.start).cast(),
         },
         length: part.len() as i64,
         tensor: rounding.tensor,

@@ -51,7 +51,7 @@ impl<D: Device> Trainer<D> {
         let mut first = self.first_in_weights()?;
         self.clear_gradients()?;
         let mut done = 0;
-        self.each_micro_batch(pairs, Some(self.dropout_key), |trainer, batch, tokens| {
+        self.each_micro_batch(pairs, Some(self.dropout_key), |trainer, batch, _| {
             first = first
                 .take()
                 .map_or_else(|| trainer.first_in_forward(batch, done), |found| Ok(Some(found)))?;
@@ -66,7 +66,7 @@ impl<D: Device> Trainer<D> {
             first =
                 first.take().map_or_else(|| trainer.first_in_head(batch, done), |found| Ok(Some(found)))?;
             done += batch.spans.len();
-            trainer.backward_without_update(tokens)
+            trainer.backward_without_update(batch.tokens())
         })?;
         let gradient_norm = self.norm_of_gradients()?;
         if first.is_none() && !gradient_norm.is_finite() {

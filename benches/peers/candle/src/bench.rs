@@ -105,16 +105,35 @@ pub struct Arguments {
     pub warmups: usize,
     pub calls: usize,
     pub json: bool,
+    pub generation: Generation,
     csv: Option<PathBuf>,
     pub settings: StepSettings,
+}
+
+/// What `generate` is asked for.
+pub struct Generation {
+    /// Hugging Face folder.
+    pub model: Option<PathBuf>,
+    pub prompt: Vec<u32>,
+    /// New tokens of the short run and of the long one.
+    pub few: usize,
+    pub all: usize,
 }
 
 fn command() -> Command {
     let own = |name: &'static str, help: &'static str| Arg::new(name).long(name).help(help);
     let count = |name: &'static str, help: &'static str| own(name, help).value_parser(value_parser!(u32));
     Command::new("candle-peer")
-        .about("Times operations and a training step in candle, to be compared with mmpo-fast's")
-        .arg(Arg::new("part").required(true).value_parser(["step", "ops"]).help("What to time"))
+        .about("Times operations, a training step and generation in candle, to be compared with mmpo-fast's")
+        .arg(Arg::new("part").required(true).value_parser(["step", "ops", "generate"]).help("What to time"))
+        .arg(own("model", "Hugging Face folder (generate)").value_parser(value_parser!(PathBuf)))
+        .arg(
+            own("prompt-tokens", "Tokens of the prompt, with commas between them (generate)")
+                .value_delimiter(',')
+                .value_parser(value_parser!(u32)),
+        )
+        .arg(count("few", "New tokens of the short run (generate)").default_value("8"))
+        .arg(count("new-tokens", "New tokens of the long run (generate)").default_value("136"))
         .arg(own("device", "cpu or cuda").default_value("cpu").value_parser(["cpu", "cuda"]))
         .arg(own("shape", "A model of benches/shapes.json").default_value("tiny-5m"))
         .arg(own("profile", "A profile of benches/shapes.json, or P/C/R").default_value("64/64/64"))
@@ -168,6 +187,12 @@ impl Arguments {
             warmups: count("warmups").unwrap_or(0),
             calls: count("calls").unwrap_or(1).max(1),
             json: matches.get_flag("json"),
+            generation: Generation {
+                model: matches.get_one::<PathBuf>("model").cloned(),
+                prompt: matches.get_many::<u32>("prompt-tokens").unwrap_or_default().copied().collect(),
+                few: count("few").unwrap_or(1),
+                all: count("new-tokens").unwrap_or(1),
+            },
             csv: matches.get_one::<PathBuf>("csv").cloned(),
             settings: file.step,
         })

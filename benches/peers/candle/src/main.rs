@@ -1,11 +1,12 @@
 //! candle 0.11.1 beside mmpo-fast, on the CPU and, built with the feature `cuda`, on a GPU: `ops` times its attention and cross
-//! entropy one by one, `step` a training step of a Llama.
+//! entropy one by one, `step` a training step of a Llama, `generate` greedy text by candle's own Llama.
 //!
 //! candle's fused softmax, RMSNorm and RoPE have no backward: gradients stop there without a word. So its differentiable
 //! operations are used (`ops::softmax`, `ops::rms_norm_slow`, `rotary_emb::rope_slow`), which is what training in candle means
 //! today, and the first step checks that every weight gets a gradient.
 
 mod bench;
+mod generate;
 mod llama;
 mod ops;
 mod step;
@@ -28,6 +29,7 @@ fn main() -> Result<()> {
     }
     match arguments.part.as_str() {
         "ops" => ops::run(&arguments),
+        "generate" => generate::run(&arguments),
         _ => step::run(&arguments),
     }
 }
