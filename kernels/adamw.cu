@@ -4,7 +4,7 @@
 // Moments are f32, bf16, or 8-bit by blocks of 256 values (common/dynamic_map.cuh). The weight is bf16(master) with an
 // f32 master copy, or its own master copy, rounded stochastically (common/stochastic.cuh). All of them are updated in
 // place. The moments of this update move the weight before they are rounded themselves. Clipping costs nothing: every
-// gradient is multiplied by the factor that grad_norm.cu left in norm[1].
+// gradient is multiplied by the factor that grad_norm.cu left in norm[1]. Gradients are f32 or bf16.
 //
 // A warp works on whole vectors of its own: 128 values, or the 256 of a quantised block, so that 8-bit moments need no
 // barrier but that of the table of decades.
@@ -270,23 +270,26 @@ struct StochasticWeights {
 
 // ---- the kernel
 
-template <class Moments, class Weights>
+template <class Moments, class Weights, class Gradient>
 struct Tensor {
     Moments moments;
     Weights weights;
-    const float* gradient;
+    const Gradient* gradient;
     int64_t length;
 
     explicit Tensor(const mmpo_adamw_tensor& tensor)
-        : moments(tensor), weights(tensor), gradient(tensor.gradient), length(tensor.length) {}
+        : moments(tensor),
+          weights(tensor),
+          gradient(static_cast<const Gradient*>(tensor.gradient)),
+          length(tensor.length) {}
     Tensor() = default;
 
     DEVICE bool aligned() const { return moments.aligned() && weights.aligned() && vector_aligned(gradient); }
 };
 
-template <bool kVectorized, class Moments, class Weights>
-DEVICE void update_part(const Tensor<Moments, Weights>& tensor, WarpPart<Moments::kVectors> part, float coefficient,
-                        const mmpo_adamw_step& step, const DecadeTable& decades) {
+template <bool kVectorized, class Moments, class Weights, class Gradient>
+DEVICE void update_part(const Tensor<Moments, Weights, Gradient>& tensor, WarpPart<Moments::kVectors> part,
+                        float coefficient, const mmpo_adamw_step& step, const DecadeTable& decades) {
     constexpr int kVectors = Moments::kVectors;
     Values<kVectors> gradients, weights, firsts, seconds;
 #pragma unroll
@@ -315,17 +318,17 @@ constexpr int kBlockValues = kBlockWarps * WarpPart<Moments::kVectors>::kValues;
 template <class Moments>
 constexpr size_t kSharedBytes = Moments::kNeedsDecades ? 2 * kDecades * sizeof(float) : 0;
 
-template <class Moments, class Weights>
+template <class Moments, class Weights, class Gradient>
 __global__ void __launch_bounds__(kBlock)
-    adamw_kernel(const __grid_constant__ TensorTable<Tensor<Moments, Weights>> table, const float* __restrict__ norm,
-                 mmpo_adamw_step step) {
+    adamw_kernel(const __grid_constant__ TensorTable<Tensor<Moments, Weights, Gradient>> table,
+                 const float* __restrict__ norm, mmpo_adamw_step step) {
     DecadeTable decades{};
     if constexpr (Moments::kNeedsDecades) {
         DYNAMIC_SHARED(shared);
         decades = fill_decades(reinterpret_cast<float*>(shared));
     }
     const int found = table.find();
-    const Tensor<Moments, Weights>& tensor = table.tensors[found];
+    const Tensor<Moments, Weights, Gradient>& tensor = table.tensors[found];
     const int warp = int(threadIdx.x) / kWarp;
     const WarpPart<Moments::kVectors> part{
         table.template first_value<kBlockValues<Moments>>(found) + warp * WarpPart<Moments::kVectors>::kValues,
@@ -339,36 +342,50 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
-template <class Moments, class Weights>
+template <class Moments, class Weights, class Gradient>
 mmpo_status launch_kernel(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                           mmpo_stream stream) {
-    using Row = Tensor<Moments, Weights>;
+    using Row = Tensor<Moments, Weights, Gradient>;
     return launch_tables_of<Row>(tensors, count, kBlockValues<Moments>,
                                  [=](const TensorTable<Row>& table, unsigned blocks) {
-                                     return LAUNCH((adamw_kernel<Moments, Weights>), blocks, kBlock,
+                                     return LAUNCH((adamw_kernel<Moments, Weights, Gradient>), blocks, kBlock,
                                                    kSharedBytes<Moments>, cuda_stream(stream), table, norm, step);
                                  });
 }
 
-template <class Moments>
+template <class Moments, class Gradient>
 mmpo_status launch_moments(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                            mmpo_stream stream) {
-    if (count == 0) return kSuccess;
-    return tensors[0].master != nullptr ? launch_kernel<Moments, MasterWeights>(tensors, count, norm, step, stream)
-                                        : launch_kernel<Moments, StochasticWeights>(tensors, count, norm, step, stream);
+    return tensors[0].master != nullptr
+               ? launch_kernel<Moments, MasterWeights, Gradient>(tensors, count, norm, step, stream)
+               : launch_kernel<Moments, StochasticWeights, Gradient>(tensors, count, norm, step, stream);
+}
+
+template <class Gradient>
+mmpo_status launch_gradients(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
+                             int32_t moments, mmpo_stream stream) {
+    switch (moments) {
+        case MMPO_MOMENTS_F32:
+            return launch_moments<F32Moments, Gradient>(tensors, count, norm, step, stream);
+        case MMPO_MOMENTS_BF16:
+            return launch_moments<Bf16Moments, Gradient>(tensors, count, norm, step, stream);
+        case MMPO_MOMENTS_8BIT:
+            return launch_moments<EightBitMoments, Gradient>(tensors, count, norm, step, stream);
+        default:
+            return kInvalidValue;
+    }
 }
 
 }  // namespace
 
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                               int32_t moments, mmpo_stream stream) {
-    switch (moments) {
-        case MMPO_MOMENTS_F32:
-            return launch_moments<F32Moments>(tensors, count, norm, step, stream);
-        case MMPO_MOMENTS_BF16:
-            return launch_moments<Bf16Moments>(tensors, count, norm, step, stream);
-        case MMPO_MOMENTS_8BIT:
-            return launch_moments<EightBitMoments>(tensors, count, norm, step, stream);
+                               int32_t moments, int32_t gradients, mmpo_stream stream) {
+    if (count == 0) return kSuccess;
+    switch (gradients) {
+        case MMPO_STORAGE_F32:
+            return launch_gradients<float>(tensors, count, norm, step, moments, stream);
+        case MMPO_STORAGE_BF16:
+            return launch_gradients<bf16>(tensors, count, norm, step, moments, stream);
         default:
             return kInvalidValue;
     }

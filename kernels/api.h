@@ -70,6 +70,13 @@ enum mmpo_storage { MMPO_STORAGE_F32 = 0, MMPO_STORAGE_F16 = 1, MMPO_STORAGE_BF1
 mmpo_status MMPO_EXPORT(cast_to_bf16)(mmpo_bf16* out, const void* source, int32_t storage, int64_t length,
                                       mmpo_stream stream);
 
+/* ---- accumulate.cu */
+
+/* Accumulates out[length] += source[length]; `out` is f32 or bf16, as `storage` says. A bf16 sum is formed in f32 and
+ * rounded to nearest even. Each array is aligned to its numbers. */
+mmpo_status MMPO_EXPORT(accumulate)(void* out, const float* source, int32_t storage, int64_t length,
+                                    mmpo_stream stream);
+
 /* ---- embedding.cu */
 
 /* Assigns out[T, D] = table[token_ids[T], :]. */
@@ -473,14 +480,21 @@ mmpo_status MMPO_EXPORT(pair_objective)(float* outcomes, float* dlogp, float* de
 
 /* ---- grad_norm.cu */
 
+/* The gradient of a tensor: `length` values in device memory, f32 or bf16 as `storage` says. */
+typedef struct mmpo_gradient {
+    const void* values;
+    int64_t length;
+    int32_t storage;
+} mmpo_gradient;
+
 /* The bytes of `workspace` that gradient_norm needs for these tensors. A pure function on the host. */
-int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_floats* gradients, int32_t count);
+int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_gradient* gradients, int32_t count);
 
 /* Assigns out[0], the l2 norm over all gradients, and out[1] = min(1, max_norm / (out[0] + 1e-6)), the factor by which
  * PyTorch clips. If max_norm is infinite, out[1] = 1. A NaN stays a NaN in both. First the norms of fixed parts of each
- * tensor go to `workspace`, then the norm of these is formed. Sums are f64 and in a fixed order. `gradients` is in host
- * memory; the tensors are not written. */
-mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_floats* gradients, int32_t count,
+ * tensor go to `workspace`, then the norm of these is formed. Sums are f64 and in a fixed order, that of the list.
+ * `gradients` is in host memory. */
+mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_gradient* gradients, int32_t count,
                                        float max_norm, mmpo_stream stream);
 
 /* ---- adamw.cu */
@@ -505,7 +519,8 @@ typedef struct mmpo_adamw_step {
 
 /* A tensor to update, or a part of one: arrays of `length` values in device memory. `master` is NULL if the weight is
  * its own master copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the
- * largest absolute value, for every 256 of them; both scales are NULL for the other formats. */
+ * largest absolute value, for every 256 of them; both scales are NULL for the other formats. The gradient is
+ * float[length] or mmpo_bf16[length]. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
@@ -513,7 +528,7 @@ typedef struct mmpo_adamw_tensor {
     void* second_moment;
     float* first_scales;
     float* second_scales;
-    const float* gradient;
+    const void* gradient;
     int64_t length;
     uint32_t tensor;      /* its number in the model, on which the random bits of stochastic rounding depend */
     uint32_t first_block; /* blocks of 256 values that the tensor has before this part, which those bits count */
@@ -525,10 +540,11 @@ typedef struct mmpo_adamw_tensor {
  *   w      = decay * w - step_size * first / (sqrt(second) * root_correction + epsilon)
  * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new
  * weight is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the
- * key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`,
- * and either all or none have a master copy. `tensors` is in host memory and is read during the call only. */
+ * key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`
+ * and gradients of the type `gradients`, f32 or bf16, and either all or none have a master copy. `tensors` is in host
+ * memory and is read during the call only. */
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
-                               int32_t moments, mmpo_stream stream);
+                               int32_t moments, int32_t gradients, mmpo_stream stream);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 //
 // All outputs are assigned. Parts have a fixed size and sums a fixed order, so the norm has the same bits on every GPU.
 // Squares are summed in f64, which can hold even the square of the largest f32. One multiply-add and one conversion for
-// each value cost less than reading it.
+// each value cost less than reading it. Gradients are f32 or bf16; the values of either are summed in the same order.
 
 #include "common/reduce.cuh"
 #include "common/tensor_table.cuh"
@@ -14,9 +14,10 @@ namespace {
 // norms of the parts of an 8-billion-parameter model take only 2 MB.
 constexpr int kPart = 16384;
 // Vectors that a thread loads at once, 64 bytes.
-constexpr int kVectorsAtOnce = 4;
+template <class Value>
+constexpr int kVectorsAtOnce = 64 / int(kVectorF32 * sizeof(Value));
 constexpr int kStep = kBlock * kVectorF32;
-static_assert(kPart % (kStep * kVectorsAtOnce) == 0, "a part is whole steps");
+static_assert(kPart % (kStep * kVectorsAtOnce<bf16>) == 0, "a part is whole steps");
 
 // One block reads the norms of the parts, so it has as many threads as a block can have.
 constexpr int kFinishThreads = 1024;
@@ -28,28 +29,41 @@ DEVICE double sum_of_squares(const float (&values)[kVectorF32]) {
     return sum;
 }
 
-template <bool kVectorized>
-DEVICE double thread_sum(const float* part, int length) {
+template <bool kVectorized, class Value>
+DEVICE double thread_sum(const Value* part, int length) {
+    constexpr int kVectors = kVectorsAtOnce<Value>;
     double sum = 0.0;
-    for (int first = int(threadIdx.x) * kVectorF32; first < length; first += kVectorsAtOnce * kStep) {
-        float values[kVectorsAtOnce][kVectorF32];
+    for (int first = int(threadIdx.x) * kVectorF32; first < length; first += kVectors * kStep) {
+        float values[kVectors][kVectorF32];
 #pragma unroll
-        for (int v = 0; v < kVectorsAtOnce; ++v) load4<kVectorized>(values[v], part, first + v * kStep, length);
+        for (int v = 0; v < kVectors; ++v) load4<kVectorized>(values[v], part, first + v * kStep, length);
 #pragma unroll
-        for (int v = 0; v < kVectorsAtOnce; ++v) sum += sum_of_squares(values[v]);
+        for (int v = 0; v < kVectors; ++v) sum += sum_of_squares(values[v]);
     }
     return sum;
 }
 
-using Table = TensorTable<mmpo_floats>;
+template <class Value>
+struct Gradient {
+    const Value* values;
+    int64_t length;
+
+    explicit Gradient(const mmpo_gradient& gradient)
+        : values(static_cast<const Value*>(gradient.values)), length(gradient.length) {}
+    Gradient() = default;
+};
+
+template <class Value>
+using Table = TensorTable<Gradient<Value>>;
 
 // A block has one part. All parts of a tensor are aligned if its start is; the last part may have a tail.
+template <class Value>
 __global__ void __launch_bounds__(kBlock)
-    partial_kernel(float* __restrict__ partials, const __grid_constant__ Table table) {
+    partial_kernel(float* __restrict__ partials, const __grid_constant__ Table<Value> table) {
     DYNAMIC_SHARED(shared);
     const int found = table.find();
-    const mmpo_floats& tensor = table.tensors[found];
-    const int64_t start = table.first_value<kPart>(found);
+    const Gradient<Value>& tensor = table.tensors[found];
+    const int64_t start = table.template first_value<kPart>(found);
     const int count = int(min(tensor.length - start, int64_t(kPart)));
     const double sum = vector_aligned(tensor.values) && count % kVectorF32 == 0
                            ? thread_sum<true>(tensor.values + start, count)
@@ -74,30 +88,46 @@ __global__ void __launch_bounds__(kFinishThreads)
     out[1] = ratio > 1.0f ? 1.0f : ratio;
 }
 
-int64_t count_parts(const mmpo_floats* gradients, int count) {
+int64_t count_parts(const mmpo_gradient* gradients, int count) {
     int64_t parts = 0;
     for (int i = 0; i < count; ++i) parts += ceil_div(gradients[i].length, kPart);
     return parts;
 }
 
+// The norms of the parts of `count` gradients of one type.
+template <class Value>
+mmpo_status launch_partials(float* partials, const mmpo_gradient* gradients, int count, mmpo_stream stream) {
+    int64_t first = 0;
+    return launch_tables_of<Gradient<Value>>(
+        gradients, count, kPart, [&](const Table<Value>& table, unsigned blocks) {
+            float* const parts = partials + first;
+            first += blocks;
+            return LAUNCH(partial_kernel<Value>, blocks, kBlock, kBlockWarps * sizeof(double), cuda_stream(stream),
+                          parts, table);
+        });
+}
+
 }  // namespace
 
-int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_floats* gradients, int32_t count) {
+int64_t MMPO_EXPORT(gradient_norm_workspace)(const mmpo_gradient* gradients, int32_t count) {
     return count_parts(gradients, count) * int64_t(sizeof(float));
 }
 
-// The parts of a tensor follow those of the one before it, however tensors are split into tables, so the order of the
-// sum never changes. Without any parts, there is still a norm to assign: 0.
-mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_floats* gradients, int32_t count,
+// The parts of a tensor follow those of the one before it, however tensors are split into tables and whatever their
+// types, so the order of the sum never changes. Without any parts, there is still a norm to assign: 0.
+mmpo_status MMPO_EXPORT(gradient_norm)(float* out, void* workspace, const mmpo_gradient* gradients, int32_t count,
                                        float max_norm, mmpo_stream stream) {
     float* const partials = static_cast<float*>(workspace);
-    int64_t first = 0;
-    const mmpo_status status = launch_tables(gradients, count, kPart, [&](const Table& table, unsigned blocks) {
-        float* const parts = partials + first;
-        first += blocks;
-        return LAUNCH(partial_kernel, blocks, kBlock, kBlockWarps * sizeof(double), cuda_stream(stream), parts, table);
-    });
-    if (status != kSuccess) return status;
+    int64_t parts = 0;
+    for (int first = 0, next = 0; first < count; first = next) {
+        const int32_t storage = gradients[first].storage;
+        while (next < count && gradients[next].storage == storage) ++next;
+        if (storage != MMPO_STORAGE_F32 && storage != MMPO_STORAGE_BF16) return kInvalidValue;
+        const auto launch = storage == MMPO_STORAGE_F32 ? launch_partials<float> : launch_partials<bf16>;
+        const mmpo_status status = launch(partials + parts, gradients + first, next - first, stream);
+        if (status != kSuccess) return status;
+        parts += count_parts(gradients + first, next - first);
+    }
     return LAUNCH(finish_kernel, 1u, kFinishThreads, kFinishThreads / kWarp * sizeof(double), cuda_stream(stream), out,
-                  partials, count_parts(gradients, count), max_norm);
+                  partials, parts, max_norm);
 }

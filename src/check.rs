@@ -66,7 +66,7 @@ fn survey(config: &CheckConfig) -> Result<Account> {
     let source = PairSource::open(&files, &config.columns, Part::All)?;
     let treatment =
         Treatment { limits, policies: config.policies, min_score_gap: config.min_score_gap, tolerant: true };
-    let cache = PairCache::of(config.data_cache.as_ref());
+    let cache = PairCache::of(config.data_cache.as_ref())?;
     let mut survey = Survey::new(&encoder, config.shown)?;
     let memory = LargeBlocks::give_back();
     let mut observe = |record: &EncodedRecord| survey.add(record);

@@ -107,6 +107,29 @@ pub enum Error {
         help: String,
     },
 
+    /// Another rank of a run on several GPUs died, hangs, failed or does not fit (exit code 9).
+    #[error("{message}")]
+    #[diagnostic(code(rank))]
+    Rank {
+        /// Which rank, on which machine, in which step, and what happened.
+        message: String,
+        /// What to do about it.
+        #[help]
+        help: String,
+        /// That rank, where it is one that was there.
+        lost: Option<usize>,
+    },
+
+    /// A rank that `train --gpus` started ended with an error of its own, and with this exit code.
+    #[error("rank {rank} ended with exit code {exit_code}, and the run with it")]
+    #[diagnostic(code(rank), help("its own message stands above"))]
+    RankEnded {
+        /// Which rank.
+        rank: usize,
+        /// Its exit code.
+        exit_code: u8,
+    },
+
     /// A mistake in this program, which no input should be able to cause (exit code 70, as a panic's).
     #[error("{message}")]
     #[diagnostic(code(bug), help("this is a mistake in the program, not in your input; please report it"))]
@@ -137,6 +160,8 @@ impl Error {
             Error::Device { .. } => 6,
             Error::Numerics { .. } => 7,
             Error::Damaged { .. } => 8,
+            Error::Rank { .. } => 9,
+            Error::RankEnded { exit_code, .. } => *exit_code,
             Error::Bug { .. } => BUG_EXIT_CODE,
             Error::Interrupted { signal, .. } => signal.exit_code(),
         }
@@ -172,6 +197,10 @@ impl Error {
                 "the disk is full: free some space or choose another --output; what was there before is untouched"
             }
             ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another --output",
+            ErrorKind::IsADirectory => "this is a folder, and a file is wanted: check the path",
+            ErrorKind::NotADirectory => {
+                "a part of the path is a file, and a folder is wanted: check the path"
+            }
             _ => "what was there before is untouched",
         };
         Error::Io { path: path.to_path_buf(), action, cause, help: help.into() }
@@ -185,6 +214,11 @@ impl Error {
     /// An [`Error::Damaged`]: files of a folder that are not what was written.
     pub fn damaged(path: &Path, message: impl Into<String>, help: impl Into<String>) -> Self {
         Error::Damaged { path: path.to_path_buf(), message: message.into(), help: help.into() }
+    }
+
+    /// An [`Error::Rank`]: another rank of the run ended it.
+    pub fn rank(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Rank { message: message.into(), help: help.into(), lost: None }
     }
 
     /// An [`Error::Bug`]: a mistake in this program.

@@ -35,7 +35,8 @@ pub enum Signal {
 }
 
 impl Signal {
-    fn of(number: i32) -> Option<Self> {
+    /// The signal of this number.
+    pub fn of(number: i32) -> Option<Self> {
         [Signal::Hangup, Signal::Interrupt, Signal::Terminate]
             .into_iter()
             .find(|signal| *signal as i32 == number)
@@ -103,6 +104,20 @@ pub fn requested() -> Option<Signal> {
 /// Whether SIGUSR1 has come since the last call: batch systems send it some time before they end a job.
 pub fn take_save_request() -> bool {
     SAVE_REQUESTED.get().is_some_and(|requested| requested.swap(false, Ordering::SeqCst))
+}
+
+/// Whether a signal asks this process to end or to save, and was not answered yet.
+pub fn is_anything_asked() -> bool {
+    requested().is_some() || SAVE_REQUESTED.get().is_some_and(|requested| requested.load(Ordering::SeqCst))
+}
+
+/// As if `signal` had come: another rank of the run got it.
+pub fn request(signal: Signal) {
+    let none = REQUESTED.compare_exchange(0, signal as i32, Ordering::SeqCst, Ordering::SeqCst);
+    if none.is_ok() {
+        // Without the thread the command still ends at its next check.
+        let _ = std::thread::Builder::new().name("grace".into()).spawn(move || end_after_grace(signal));
+    }
 }
 
 /// Ends a stoppable command that a signal asked to end; does nothing while [`steps`] run.
@@ -250,7 +265,7 @@ fn end_after_grace(signal: Signal) {
 
 /// Whether SIGHUP has any effect yet. Linux says so in /proc; where that cannot be read, SIGHUP keeps its effect.
 #[cfg(not(windows))]
-fn hangup_is_heard() -> bool {
+pub(crate) fn hangup_is_heard() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());

@@ -12,6 +12,7 @@ use std::time::Duration;
 use mmpo_fast::cli::{self, Invocation, Stop, Verbosity};
 use mmpo_fast::data::Watch;
 use mmpo_fast::error::BUG_EXIT_CODE;
+use mmpo_fast::ranks::{self, Ranks};
 use mmpo_fast::report::{self, LogFormat, LogWriter};
 use mmpo_fast::{Error, Result};
 use tracing_subscriber::EnvFilter;
@@ -43,9 +44,36 @@ fn command() -> ExitCode {
         Err(Stop::Clap(error)) => return usage(&error),
         Err(Stop::Error(error)) => return fail(&error),
     };
-    match start_log(invocation.verbosity, format).and_then(|()| run_watched(invocation)) {
+    let ranks = invocation.ranks().cloned();
+    let verbosity =
+        Verbosity { quiet: invocation.verbosity.quiet || !speaks(&ranks), ..invocation.verbosity };
+    if let Some(ranks) = ranks.as_ref().filter(|ranks| !ranks.is_first()) {
+        report::set_rank(ranks.place.rank, &ranks::host());
+    }
+    match start_log(verbosity, format).and_then(|()| run_watched(invocation)) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_told_by_another(&error, &ranks) => ExitCode::from(error.exit_code()),
         Err(error) => fail(&error),
+    }
+}
+
+/// Whether this process says more than warnings and errors: of a run on several GPUs, rank 0 alone does.
+fn speaks(ranks: &Option<Ranks>) -> bool {
+    ranks.as_ref().is_none_or(Ranks::is_first)
+}
+
+/// Whether another process prints this error: of what happened to another rank, one process on each machine tells; the end of a
+/// run that a signal stopped is told by rank 0.
+fn is_told_by_another(error: &Error, ranks: &Option<Ranks>) -> bool {
+    match (error, ranks) {
+        (Error::RankEnded { exit_code, .. }, _) => *exit_code > 128,
+        (Error::Rank { lost, .. }, Some(ranks)) => {
+            // The next one, where the first of the machine is the one that was lost.
+            let first = ranks.place.rank.saturating_sub(ranks.local_rank);
+            ranks.local_rank > usize::from(*lost == Some(first))
+        }
+        (Error::Interrupted { .. }, Some(ranks)) => !ranks.is_first(),
+        _ => false,
     }
 }
 
@@ -116,7 +144,8 @@ fn usage(error: &clap::Error) -> ExitCode {
 /// The log goes to standard error. A flag goes before RUST_LOG, RUST_LOG before the default, `info`.
 fn start_log(verbosity: Verbosity, format: LogFormat) -> Result<()> {
     let directives = match verbosity {
-        Verbosity { quiet: true, .. } => "warn".to_string(),
+        // A rank that is not the first is quiet and may be verbose too: then it is asked for all.
+        Verbosity { quiet: true, verbose: false } => "warn".to_string(),
         Verbosity { verbose: true, .. } => "info,mmpo_fast=debug".to_string(),
         _ => std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()),
     };

@@ -77,7 +77,7 @@ pub fn run(config: &ScoreConfig) -> Result<()> {
     let source = PairSource::open(&config.data, &config.columns, Part::All)?;
     let treatment =
         Treatment { limits, policies: config.policies, min_score_gap: config.min_score_gap, tolerant: false };
-    let cache = PairCache::of(config.data_cache.as_ref());
+    let cache = PairCache::of(config.data_cache.as_ref())?;
     let memory = LargeBlocks::give_back();
     let dataset = load_cached(&source, &encoder, treatment, cache.as_ref(), None)?;
     drop(memory);

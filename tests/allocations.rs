@@ -129,6 +129,7 @@ fn a_step_allocates_nothing_large() {
         MemoryConfig { recompute: Recompute::Layer, gradients: GradientConfig::Layer, states, ..plain };
     let small = StateOptions { moments: MomentFormat::Bf16, master: MasterWeights::F32 };
     let selective = MemoryConfig { recompute: Recompute::Selective, states: small, ..plain };
+    let bf16_sums = MemoryConfig { gradients: GradientConfig::Bf16, ..plain };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
     for (name, objective, head, memory) in [
         ("tied", MMPO, HeadOptions::default(), plain),
@@ -136,6 +137,7 @@ fn a_step_allocates_nothing_large() {
         ("base", MMPO, recompute, plain),
         ("base", MMPO, HeadOptions::default(), selective),
         ("base", MMPO, HeadOptions::default(), by_layer),
+        ("bias", MMPO, HeadOptions::default(), bf16_sums),
     ] {
         let mut golden = Golden::read(&folder.join(name));
         if memory.gradients == GradientConfig::Layer {
@@ -144,9 +146,9 @@ fn a_step_allocates_nothing_large() {
         }
         let device = Arc::new(CpuDevice::new(Some(3)).expect("the CPU device starts"));
         // Gradients by layer take neither clipping nor several micro-batches.
-        let max_grad_norm = (memory.gradients == GradientConfig::F32).then_some(1.0);
+        let max_grad_norm = (memory.gradients != GradientConfig::Layer).then_some(1.0);
         let adjust = |workload: Workload| match memory.gradients {
-            GradientConfig::F32 => Workload { head, memory, ..workload },
+            GradientConfig::F32 | GradientConfig::Bf16 => Workload { head, memory, ..workload },
             GradientConfig::Layer => {
                 let whole = Workload::plan(&golden.pairs, &objective, golden.pairs.len(), usize::MAX);
                 Workload { head, memory, ..whole }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, on a machine with Rust, a C++ compiler and python3: the Rust tests, which run every kernel on
-# the emulated device, then, in .venv (made on the first call), transformers loading a folder that `train` wrote, a real model
-# beside transformers and TRL, and the scripts that a GPU machine runs, tried without one.
+# the emulated device, and beside them, in .venv (made on the first call), transformers loading a folder that `train` wrote, a
+# real model beside transformers and TRL, and the scripts that a GPU machine runs, tried without one.
 #
 #     tools/test.sh            all of it
 #     tools/test.sh --rust     the Rust tests alone
@@ -12,9 +12,32 @@ stage() { printf '\n-- %s (%s s)\n' "$1" "$SECONDS"; }
 
 stage "Rust tests: build"
 cargo test --release --locked --no-run
-stage "Rust tests"
-cargo test --release --locked
-[ "${1:-}" = --rust ] && exit 0
+if [ "${1:-}" = --rust ]; then
+  stage "Rust tests"
+  exec cargo test --release --locked
+fi
+
+# Many of the Rust tests, and most of Python's checks, leave a core idle: they run side by side. What the Rust tests say is
+# shown when the other checks are through, whatever became of those.
+stage "Rust tests, beside what follows"
+log=target/rust-tests.log
+cargo test --release --locked > "$log" 2>&1 &
+rust=$!
+show_rust_tests() {
+  local checks=$? tests=0
+  # Still there where a check failed, or where the script is stopped.
+  wait "$rust" || tests=$?
+  stage "Rust tests"
+  cat "$log"
+  if [ "$checks" != 0 ]; then echo "a check before the Rust tests failed, see above" >&2; fi
+  stage "done"
+  exit "$((checks != 0 ? checks : tests))"
+}
+trap show_rust_tests EXIT
+trap 'kill "$rust" 2> /dev/null; exit 130' INT TERM
+
+# PyTorch's threads shall not spin while they wait: the Rust tests need the core.
+export OMP_WAIT_POLICY=passive
 stage "Python environment"
 bash tests/reference/setup.sh
 stage "beside transformers and TRL"
@@ -25,4 +48,3 @@ stage "the wheel"
 bash tests/python/check.sh
 stage "the scripts of a GPU machine"
 bash tests/gpu_scripts/check.sh
-stage "done"

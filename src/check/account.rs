@@ -219,8 +219,15 @@ impl Account {
                 "the table of problems says why each record is left out",
             ),
             0 => Ok(()),
+            _ if self.records == 0 => error(
+                "not usable: no record can be read, and a training run would end here".to_string(),
+                "the account says why; name another file with --data, or mend this one",
+            ),
             errors => error(
-                format!("not usable as it is: a training run would end at {errors} records"),
+                format!(
+                    "not usable as it is: a training run would end at {errors} record{}",
+                    if errors == 1 { "" } else { "s" }
+                ),
                 "mend them, or let --on-refused or the flag named beside the problem leave them out",
             ),
         }

@@ -132,6 +132,11 @@ impl AtomicFolder {
         file.finish()
     }
 
+    /// Where the folder is until [`AtomicFolder::commit`]: other processes may write files of theirs there.
+    pub fn unfinished(&self) -> &Path {
+        &self.partial.path
+    }
+
     /// Puts the folder in its place.
     ///
     /// # Errors
@@ -149,6 +154,20 @@ impl AtomicFolder {
     }
 }
 
+/// Where the folder `target` is while process `id` writes it.
+pub fn unfinished_of(target: &Path, id: u32) -> PathBuf {
+    with_suffix(target, &format!(".partial-{id}"))
+}
+
+/// Starts a file in a folder that another process has begun and will put in its place.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be made.
+pub fn file_in(unfinished: &Path, name: &str) -> Result<SyncedFile> {
+    let path = unfinished.join(name);
+    SyncedFile::create(&path, path.clone())
+}
+
 /// A path under a temporary name, removed on drop whatever it holds then.
 #[derive(Debug)]
 struct Partial {
@@ -157,7 +176,7 @@ struct Partial {
 
 impl Partial {
     fn new(target: &Path) -> Self {
-        Partial { path: with_suffix(target, &format!(".partial-{}", std::process::id())) }
+        Partial { path: unfinished_of(target, std::process::id()) }
     }
 
     /// Keeps what is there on drop, because it has been renamed.

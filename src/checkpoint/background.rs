@@ -29,14 +29,14 @@ impl BackgroundSaves {
         Ok(())
     }
 
-    /// Reports what became of a save that has ended, and does not wait for one that has not.
+    /// Whether a save has ended since it was last asked for; does not wait for one that has not.
     ///
     /// # Errors
     /// That of the save.
-    pub fn check(&mut self) -> Result<()> {
+    pub fn check(&mut self) -> Result<bool> {
         match &self.running {
-            Some(running) if running.is_finished() => self.wait(),
-            _ => Ok(()),
+            Some(running) if running.is_finished() => self.wait().map(|()| true),
+            _ => Ok(false),
         }
     }
 
@@ -149,7 +149,7 @@ mod tests {
             })
             .unwrap();
         // Returned although the save cannot end.
-        saves.check().unwrap();
+        assert!(!saves.check().unwrap());
         assert!(said.try_recv().is_err());
         go.send(()).unwrap();
         saves
@@ -173,7 +173,7 @@ mod tests {
         saves.start(|| Err(disk_full())).unwrap();
         let error = loop {
             match saves.check() {
-                Ok(()) => std::thread::yield_now(),
+                Ok(_) => std::thread::yield_now(),
                 Err(error) => break error,
             }
         };

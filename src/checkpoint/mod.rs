@@ -9,6 +9,7 @@ pub mod checksums;
 pub mod model_folder;
 pub mod run_state;
 pub mod save;
+pub mod shared_save;
 pub mod tensor_file;
 mod tensor_names;
 pub mod tensor_writer;

@@ -1,8 +1,10 @@
 //! What `--resume` needs, to the bit: `checkpoints/step-000123/` holds `state.json` ([`RunState`]),
 //! `state.safetensors` (weights and optimiser states under whatever names the training loop gives them), and `B3SUMS`,
-//! the checksums of both.
+//! the checksums of both. Where several processes keep a part of the states each, there is a file for each of them in the place of
+//! `state.safetensors`: see [`super::shared_save`].
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
@@ -11,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::atomic::{self, AtomicFolder};
 use crate::checkpoint::checksums::{self, CHECKSUMS_FILE};
-use crate::checkpoint::tensor_file::TensorFile;
+use crate::checkpoint::tensor_file::{TensorEntry, TensorFile};
 use crate::checkpoint::tensor_writer::{StoredTensor, write_tensors};
 use crate::error::{Error, Result};
 
@@ -21,6 +23,8 @@ pub const FOLDER: &str = "checkpoints";
 pub const STATE: &str = "state.json";
 /// The file of a checkpoint that holds weights and optimiser states.
 pub const TENSORS: &str = "state.safetensors";
+/// More files than any run's processes write.
+const MOST_PARTS: usize = 99_999;
 /// Raised when the meaning of a file here changes, or what a step computes. Format 2 has checksums, and learning rates
 /// that are never 0.
 const FORMAT: u32 = 2;
@@ -100,17 +104,48 @@ pub fn save_checkpoint(
     tensors: &[StoredTensor],
     fill: impl FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()>,
 ) -> Result<PathBuf> {
-    let checkpoints = run.join(FOLDER);
-    remove_leftovers(&checkpoints)?;
     let target = folder_of(run, state.step as usize);
-    let folder = AtomicFolder::create(&target, |name| [STATE, TENSORS, CHECKSUMS_FILE].contains(&name))?;
+    let folder = begin(run, state)?;
     let tensors_hash = write_tensors(folder.file(TENSORS)?, tensors, &[], fill)?;
-    let text = encode(&target, state)?;
-    folder.write_file(STATE, text.as_bytes())?;
-    let sums = checksums::text(&[(STATE, blake3::hash(text.as_bytes())), (TENSORS, tensors_hash)]);
-    folder.write_file(CHECKSUMS_FILE, sums.as_bytes())?;
-    folder.commit()?;
+    finish(folder, &target, state, None, &[(TENSORS, tensors_hash)])?;
     Ok(target)
+}
+
+/// Starts the folder of the checkpoint of `state`.
+pub(super) fn begin(run: &Path, state: &RunState) -> Result<AtomicFolder> {
+    let is_ours = |name: &str| [STATE, TENSORS, CHECKSUMS_FILE].contains(&name) || is_part_name(name);
+    remove_leftovers(&run.join(FOLDER))?;
+    AtomicFolder::create(&folder_of(run, state.step as usize), is_ours)
+}
+
+/// Adds the state and the checksums of it and of `files`, and puts the folder in its place.
+pub(super) fn finish(
+    folder: AtomicFolder,
+    target: &Path,
+    state: &RunState,
+    parts: Option<usize>,
+    files: &[(&str, blake3::Hash)],
+) -> Result<()> {
+    let text = encode(target, state, parts)?;
+    folder.write_file(STATE, text.as_bytes())?;
+    let mut hashes = vec![(STATE, blake3::hash(text.as_bytes()))];
+    hashes.extend_from_slice(files);
+    folder.write_file(CHECKSUMS_FILE, checksums::text(&hashes).as_bytes())?;
+    folder.commit()
+}
+
+/// The file of the process `number` (from 0) of `count` that wrote a checkpoint together.
+pub fn part_name(number: usize, count: usize) -> String {
+    format!("state-{:05}-of-{count:05}.safetensors", number + 1)
+}
+
+/// Whether a file is one of several that a checkpoint's tensors lie in.
+fn is_part_name(name: &str) -> bool {
+    name.strip_prefix("state-").and_then(|rest| rest.strip_suffix(".safetensors")).is_some_and(|rest| {
+        rest.split_once("-of-").is_some_and(|(number, count)| {
+            [number, count].iter().all(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
+        })
+    })
 }
 
 /// The folder of the checkpoint after `step` steps, whether it is there or not.
@@ -166,7 +201,17 @@ pub fn prune(run: &Path, keep: usize, best: &[usize]) -> Result<()> {
 pub struct Checkpoint {
     path: PathBuf,
     state: RunState,
-    tensors: TensorFile,
+    /// One file, or one of each process that wrote the checkpoint, in their order.
+    files: Vec<TensorFile>,
+}
+
+/// Some values of a stored tensor, in place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredPiece<'a> {
+    /// The tensor's value with which they begin.
+    pub first: usize,
+    /// The values.
+    pub bytes: &'a [u8],
 }
 
 impl Checkpoint {
@@ -178,8 +223,13 @@ impl Checkpoint {
         let file = path.join(STATE);
         let text = std::fs::read(&file).map_err(|error| Error::io(&file, "read", error))?;
         check_format(&file, &text)?;
-        checksums::verify(path, &[STATE, TENSORS])?;
-        let state = decode(&file, &text)?;
+        let (state, parts) = decode(&file, &text)?;
+        let names: Vec<String> = match parts {
+            None => vec![TENSORS.to_string()],
+            Some(count) => (0..count).map(|number| part_name(number, count)).collect(),
+        };
+        let verified: Vec<&str> = [STATE].into_iter().chain(names.iter().map(String::as_str)).collect();
+        checksums::verify(path, &verified)?;
         let named = path.file_name().and_then(|name| name.to_str()).and_then(step_of);
         if named.is_some_and(|step| step != state.step) {
             return Err(Error::model(
@@ -191,7 +241,8 @@ impl Checkpoint {
                 "give the folder the name it had, or use another checkpoint",
             ));
         }
-        Ok(Checkpoint { path: path.to_path_buf(), state, tensors: TensorFile::open(&path.join(TENSORS))? })
+        let files = names.iter().map(|name| TensorFile::open(&path.join(name))).collect::<Result<_>>()?;
+        Ok(Checkpoint { path: path.to_path_buf(), state, files })
     }
 
     /// The checkpoint's folder.
@@ -238,11 +289,12 @@ impl Checkpoint {
     /// [`Error::Model`] naming the first tensor that is missing, too much, or of another shape or dtype.
     pub fn check_tensors(&self, tensors: &[StoredTensor]) -> Result<()> {
         for StoredTensor { name, dtype, shape } in tensors {
-            self.entry(name, *dtype, shape)?;
+            self.find(name, *dtype, shape)?;
         }
         let expected = |name: &str| tensors.iter().any(|tensor| tensor.name == name);
         let mut extra: Vec<&str> =
-            self.tensors.tensors().map(|(name, _)| name).filter(|name| !expected(name)).collect();
+            self.files.iter().flat_map(TensorFile::tensors).map(|(name, _)| name).collect();
+        extra.retain(|name| !expected(name));
         extra.sort_unstable();
         match extra.first() {
             Some(name) => {
@@ -270,27 +322,75 @@ impl Checkpoint {
         self.entry(name, dtype, shape)
     }
 
+    /// The values `range` of a tensor, in the pieces in which they lie.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::values`].
+    pub fn pieces(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        range: Range<usize>,
+    ) -> Result<Vec<StoredPiece<'_>>> {
+        let size = dtype.bitsize() / 8;
+        let (mut pieces, mut start) = (Vec::new(), 0);
+        for (file, entry) in self.find(name, dtype, shape)? {
+            let end = start + values_of(entry);
+            let (first, last) = (range.start.max(start), range.end.min(end));
+            if first < last {
+                let bytes = &file.bytes(entry)[(first - start) * size..(last - start) * size];
+                pieces.push(StoredPiece { first, bytes });
+            }
+            start = end;
+        }
+        Ok(pieces)
+    }
+
     /// Gives the memory of a tensor's bytes back to the system until they are used again.
     pub fn release(&self, name: &str) {
-        if let Some(entry) = self.tensors.get(name) {
-            self.tensors.release_all(entry);
+        for file in &self.files {
+            if let Some(entry) = file.get(name) {
+                file.release_all(entry);
+            }
         }
     }
 
     fn entry(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
-        match self.tensors.get(name) {
-            None => Err(self.mismatch(format!("tensor `{name}` is missing"))),
-            Some(entry) if entry.shape != shape || entry.dtype != dtype => Err(self.mismatch(format!(
-                "tensor `{name}` is {:?} {:?}; the model being trained has {dtype:?} {shape:?}",
-                entry.dtype, entry.shape
-            ))),
-            Some(entry) => Ok(self.tensors.bytes(entry)),
+        match self.find(name, dtype, shape)?.as_slice() {
+            [(file, entry)] => Ok(file.bytes(entry)),
+            _ => Err(self.mismatch(format!("tensor `{name}` lies in several files"))),
         }
+    }
+
+    /// The files in which a tensor lies, one part after the other.
+    fn find(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<Vec<(&TensorFile, &TensorEntry)>> {
+        let found: Vec<(&TensorFile, &TensorEntry)> =
+            self.files.iter().filter_map(|file| Some((file, file.get(name)?))).collect();
+        let Some((_, first)) = found.first() else {
+            return Err(self.mismatch(format!("tensor `{name}` is missing")));
+        };
+        let held = match self.files.len() {
+            1 => first.shape.clone(),
+            // A part has no shape of its own but a length.
+            _ => vec![found.iter().map(|(_, entry)| values_of(entry)).sum()],
+        };
+        let wanted = match self.files.len() {
+            1 => shape.to_vec(),
+            _ => vec![shape.iter().product()],
+        };
+        if held != wanted || found.iter().any(|(_, entry)| entry.dtype != dtype) {
+            return Err(self.mismatch(format!(
+                "tensor `{name}` is {:?} {held:?}; the model being trained has {dtype:?} {shape:?}",
+                first.dtype
+            )));
+        }
+        Ok(found)
     }
 
     fn mismatch(&self, message: String) -> Error {
         Error::model(
-            self.tensors.path(),
+            self.files.first().map_or(self.path.as_path(), TensorFile::path),
             message,
             "this checkpoint is of another model or device: resume with the model the run began with",
         )
@@ -325,13 +425,20 @@ fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     Ok(())
 }
 
-fn encode(path: &Path, run: &RunState) -> Result<String> {
+fn values_of(entry: &TensorEntry) -> usize {
+    entry.shape.iter().product()
+}
+
+/// `parts` is the number of files in which the tensors lie, where each process wrote one.
+fn encode(path: &Path, run: &RunState, parts: Option<usize>) -> Result<String> {
     #[derive(Serialize)]
     struct StateFile<'a> {
         format: u32,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        parts: Option<usize>,
         run: &'a RunState,
     }
-    serde_json::to_string_pretty(&StateFile { format: FORMAT, run })
+    serde_json::to_string_pretty(&StateFile { format: FORMAT, parts, run })
         .map_err(|error| Error::bug(format!("the state of {} cannot be encoded: {error}", path.display())))
 }
 
@@ -357,13 +464,18 @@ fn check_format(path: &Path, text: &[u8]) -> Result<()> {
     ))
 }
 
-fn decode(path: &Path, text: &[u8]) -> Result<RunState> {
+fn decode(path: &Path, text: &[u8]) -> Result<(RunState, Option<usize>)> {
     #[derive(Deserialize)]
     struct StateFile {
+        parts: Option<usize>,
         run: RunState,
     }
-    let StateFile { run } = serde_json::from_slice(text).map_err(|error| damaged(path, error))?;
-    Ok(run)
+    let StateFile { parts, run } = serde_json::from_slice(text).map_err(|error| damaged(path, error))?;
+    if parts.is_some_and(|parts| !(1..=MOST_PARTS).contains(&parts)) {
+        let reason = format!("damaged: {parts:?} is no number of files");
+        return Err(Error::model(path, reason, "use another checkpoint, or a copy of this one"));
+    }
+    Ok((run, parts))
 }
 
 fn damaged(path: &Path, error: serde_json::Error) -> Error {

@@ -22,13 +22,12 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
 use crate::bench::BenchConfig;
-use crate::config::{
-    CheckConfig, GenerateConfig, MergeConfig, ReportConfig, RunConfig, ScoreConfig, suggest,
-};
+use crate::config::{CheckConfig, GenerateConfig, MergeConfig, ReportConfig, ScoreConfig, suggest};
 use crate::doctor::DoctorConfig;
 use crate::error::{Error, Result};
 use crate::import::ImportConfig;
 use crate::plan::PlanConfig;
+use crate::ranks::Ranks;
 use crate::report::LogFormat;
 use crate::verify::VerifyConfig;
 
@@ -71,7 +70,7 @@ pub struct Invocation {
 
 enum Parsed {
     Version,
-    Train(Box<RunConfig>),
+    Train(Box<train::Train>),
     Plan(Box<PlanConfig>),
     Check(CheckConfig),
     Score(ScoreConfig),
@@ -110,7 +109,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
     let verbosity = Verbosity { quiet: matches.get_flag("quiet"), verbose: matches.get_flag("verbose") };
     let parsed = match matches.subcommand() {
         _ if matches.get_flag("version") => Parsed::Version,
-        Some(("train", matches)) => Parsed::Train(Box::new(train::config(matches)?)),
+        Some(("train", matches)) => Parsed::Train(Box::new(train::parse(matches)?)),
         Some(("plan", matches)) => Parsed::Plan(Box::new(plan::config(matches)?)),
         Some(("check", matches)) => Parsed::Check(check::config(matches)?),
         Some(("score", matches)) => Parsed::Score(score::config(matches)?),
@@ -134,6 +133,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> std::result::Resu
 }
 
 impl Invocation {
+    /// Which rank of a run this process is; `None` for a command of one process.
+    pub fn ranks(&self) -> Option<&Ranks> {
+        match &self.command {
+            Parsed::Train(train) => Some(&train.ranks).filter(|ranks| !ranks.is_alone()),
+            _ => None,
+        }
+    }
+
     /// Runs the command.
     ///
     /// # Errors
@@ -141,7 +148,7 @@ impl Invocation {
     pub fn run(self) -> Result<()> {
         match self.command {
             Parsed::Version => version::print(self.verbosity.verbose),
-            Parsed::Train(config) => crate::train::run(&config),
+            Parsed::Train(train) => train.run(),
             Parsed::Plan(config) => crate::plan::run(&config),
             Parsed::Check(config) => crate::check::run(&config),
             Parsed::Score(config) => crate::score::run(&config),
@@ -234,7 +241,8 @@ fn explain(error: clap::Error, command: &Command) -> Stop {
             let usage_text = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
             let called = command
                 .get_subcommands()
-                .find(|sub| usage_text.contains(&format!("mmpo-fast {}", sub.get_name())))
+                // Whatever the program's file is called.
+                .find(|sub| usage_text.split_whitespace().any(|word| word == sub.get_name()))
                 .unwrap_or(command);
             let flags = called.get_arguments().filter_map(Arg::get_long);
             let nearest = suggest::nearest(unknown, flags).unwrap_or_default();

@@ -10,7 +10,7 @@ use crate::config::options::{Given, Origin};
 use crate::config::value::OptionValue as _;
 use crate::config::{self, PairData};
 use crate::error::{Error, Result};
-use crate::plan::{PlanConfig, no_output};
+use crate::plan::{Links, PlanConfig, no_output};
 
 const ABOUT: &str = "Tell what a training run will take, before it: device memory by part, exactly, at the sizes of the packed \
 pairs; the floating-point operations of a step; the time they are expected to take; and with --memory which options bring \
@@ -25,7 +25,9 @@ const EXAMPLES: &str = "Examples:
   mmpo-fast plan --model M --data pairs.jsonl --gpu 'RTX 4090' --memory 24GB
       and which options bring it below 24 GB
   mmpo-fast plan --recipe recipes/llama-3-8b-mmpo.toml --model M --largest-pair 1800/512/512 --gpu A100
-      the most that any pairs of up to these lengths take";
+      the most that any pairs of up to these lengths take
+  mmpo-fast plan --model M --data pairs.jsonl --gpu H100 --ranks 64
+      and what 64 GPUs send each other";
 
 /// The subcommand and its flags.
 pub fn command() -> Command {
@@ -41,6 +43,10 @@ pub fn command() -> Command {
             "P/C/R",
             "Plan for pairs of up to these tokens of prompt, chosen and rejected response, in place of --data",
         ))
+        .arg(own("ranks", "N", "Tell also what N GPUs, a process each, send each other with each --shard"))
+        .arg(own("ranks-per-machine", "N", "GPUs of a machine (default: 8)"))
+        .arg(own("link-bandwidth", "NUMBER", "10^9 bytes per second and direction of a GPU inside its machine (default: 450, NVLink of H100)"))
+        .arg(own("network-bandwidth", "NUMBER", "10^9 bytes per second and direction of a GPU between machines (default: 50, 400 Gb/s)"))
         .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print one JSON object instead"))
         .args(arguments::flags(|_| true))
 }
@@ -74,8 +80,35 @@ pub fn config(matches: &ArgMatches) -> Result<PlanConfig> {
         gpu: arguments::text(matches, "gpu"),
         bandwidth: value(matches, "bandwidth", positive, "must be finite and greater than 0")?,
         largest_pair,
+        links: links(matches)?,
         json: matches.get_flag("json"),
     })
+}
+
+/// How ranks are connected, where `--ranks` asks for several.
+fn links(matches: &ArgMatches) -> Result<Option<Links>> {
+    let count = |number: &usize| (1..=1 << 20).contains(number);
+    let rate = |number: &f64| number.is_finite() && *number > 0.0;
+    let (counts, rates) = ("must be between 1 and 1048576", "must be finite and greater than 0");
+    let ranks = value(matches, "ranks", count, counts)?;
+    let per_machine = value(matches, "ranks-per-machine", count, counts)?;
+    let inside = value(matches, "link-bandwidth", rate, rates)?;
+    let between = value(matches, "network-bandwidth", rate, rates)?;
+    let Some(ranks) = ranks else {
+        return match per_machine.is_some() || inside.is_some() || between.is_some() {
+            true => Err(Error::config(
+                "the links of ranks are described, and `--ranks` is not given",
+                "say how many GPUs there are, such as --ranks 8",
+            )),
+            false => Ok(None),
+        };
+    };
+    Ok(Some(Links {
+        ranks,
+        ranks_per_machine: per_machine.unwrap_or(Links::PER_MACHINE),
+        inside: inside.unwrap_or(Links::NVLINK),
+        between: between.unwrap_or(Links::NETWORK),
+    }))
 }
 
 fn given<T>(value: T) -> Option<Given<T>> {

@@ -177,6 +177,9 @@ pub enum GradientConfig {
     /// Those of all trained tensors, summed over micro-batches in f32: 4 bytes per parameter.
     #[default]
     F32,
+    /// Those of all trained tensors, in the layers summed over micro-batches in bf16: 2 bytes per parameter, and the f32 buffers of
+    /// one layer in which gradients are formed.
+    Bf16,
     /// Those of one layer: the optimiser updates each layer inside the backward. A step is one micro-batch, and the global norm
     /// is not known in time to clip by it.
     Layer,

@@ -403,8 +403,9 @@ options! {
         /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
         /// largest activations), or layer (all between the residual streams of two layers).
         recompute: Recompute, Always<Recompute> = Always(Recompute::None), ALL, check::anything;
-        /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the
-        /// backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0.
+        /// Which gradients exist at a time: f32 sums those of all tensors over micro-batches; bf16 keeps the sums of the layers in
+        /// half the memory; layer updates each layer inside the backward, so that only one layer has some. It needs each step in
+        /// one micro-batch, and --max-grad-norm 0.
         gradients: GradientConfig, Always<GradientConfig> = Always(GradientConfig::F32), ALL, check::anything;
         /// What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the
         /// GPU piece by piece while it computes. The results have the same bits.

@@ -392,7 +392,7 @@ pub fn memory(settled: &Settled) -> MemoryConfig {
 /// that are still to come. A first backward for the norm alone would make a step half as long again, so it is not done
 /// unasked.
 fn refuse_clipping_by_layer(settled: &Settled) -> Result<()> {
-    if settled.gradients == GradientConfig::F32 || settled.max_grad_norm == 0.0 {
+    if settled.gradients != GradientConfig::Layer || settled.max_grad_norm == 0.0 {
         return Ok(());
     }
     Err(Error::config(

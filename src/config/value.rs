@@ -198,7 +198,7 @@ impl Word for Recompute {
 
 impl Word for GradientConfig {
     fn words() -> Vec<(&'static str, Self)> {
-        vec![("f32", GradientConfig::F32), ("layer", GradientConfig::Layer)]
+        vec![("f32", GradientConfig::F32), ("bf16", GradientConfig::Bf16), ("layer", GradientConfig::Layer)]
     }
 }
 
@@ -262,7 +262,7 @@ word_option!(HeadChoice, "auto|main|recompute");
 word_option!(MomentFormat, "f32|bf16|8bit");
 word_option!(MasterWeights, "f32|none");
 word_option!(Recompute, "none|selective|layer");
-word_option!(GradientConfig, "f32|layer");
+word_option!(GradientConfig, "f32|bf16|layer");
 word_option!(OffloadConfig, "none|states");
 word_option!(ShardConfig, "none|states|gradients|weights");
 word_option!(Policy, "keep|cut|drop|error");

@@ -457,6 +457,9 @@ impl<'a> Intake<'a> {
             reports: dataset.files.iter().map(|file| file.report.clone()).collect(),
         };
         let pairs = writer.finish(key, summary, path.as_deref()).and_then(|stored| stored.pairs());
+        if path.is_some() {
+            cache.keep_within_limit(key);
+        }
         Ok(pairs.map(|pairs| {
             dataset.pairs = pairs;
             dataset

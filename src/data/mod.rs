@@ -26,7 +26,7 @@ pub use dataset::{FileReport, PairDataset, Refusal, Treatment, load, load_cached
 pub(crate) use encode::tokens_after_end;
 pub use encode::{Cutting, EncodedRecord, TextEncoder};
 pub use order::{BatchOrder, StepBatch, Steps, permutation};
-pub use pair_cache::{PairCache, cache_folder};
+pub use pair_cache::{CACHE_LIMIT, PairCache, cache_folder};
 pub use pair_source::{PairSource, Part, SourceFile};
 pub use records::{Body, Message, Note, Record, read_chosen_records, read_records, read_records_as};
 pub(crate) use records::{common_prefix, unknown_column};

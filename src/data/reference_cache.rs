@@ -105,6 +105,35 @@ impl ReferenceCache {
         self.read(&self.partial_path(), pairs, |stored| stored <= pairs).unwrap_or_default()
     }
 
+    /// As [`ReferenceCache::load_partial`], of one of several ranks that score `share` of `pairs` pairs: the first of its share.
+    pub fn load_share(&self, rank: (usize, usize), share: usize, pairs: usize) -> Vec<ReferencePair> {
+        self.read(&self.share_path(rank), pairs, |stored| stored <= share).unwrap_or_default()
+    }
+
+    /// Writes the log-probs of the first pairs of a rank's share, for [`ReferenceCache::load_share`].
+    ///
+    /// # Errors
+    /// As [`ReferenceCache::store`].
+    pub fn store_share(
+        &self,
+        rank: (usize, usize),
+        references: &[ReferencePair],
+        pairs: usize,
+    ) -> Result<()> {
+        self.write(&self.share_path(rank), references, pairs)
+    }
+
+    /// Removes what [`ReferenceCache::store_share`] wrote, once all shares are known.
+    pub fn remove_share(&self, rank: (usize, usize)) {
+        // A file that is left there is never wrong: it is looked at again by a rank with the same share alone.
+        let _ = fs::remove_file(self.share_path(rank));
+    }
+
+    /// Another number of ranks has other shares.
+    fn share_path(&self, (rank, ranks): (usize, usize)) -> PathBuf {
+        self.path.with_extension(format!("partial-{rank}-of-{ranks}"))
+    }
+
     fn read(&self, path: &Path, pairs: usize, accepts: impl Fn(usize) -> bool) -> Option<Vec<ReferencePair>> {
         let warn = |fault: &str| {
             tracing::warn!("{}: {fault}; the reference log-probs are computed again", path.display());

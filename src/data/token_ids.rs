@@ -1,6 +1,7 @@
 //! Token ids that are held in memory or lie in a mapped file.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -11,16 +12,25 @@ use crate::device::MappedFile;
 #[derive(Clone)]
 pub struct TokenIds(Ids);
 
+/// A file of token ids that is open and mapped. Its lock, where it has one, lasts as long as any of its ids.
+#[derive(Debug)]
+pub(super) struct TokenFile {
+    /// The open file.
+    pub file: File,
+    /// Its bytes.
+    pub map: MappedFile,
+}
+
 #[derive(Clone)]
 enum Ids {
     Held(Vec<u32>),
-    Mapped { file: Arc<MappedFile>, start: usize, length: usize },
+    Mapped { file: Arc<TokenFile>, start: usize, length: usize },
 }
 
 impl TokenIds {
     /// `length` ids of `file`, from byte `start` on, in this machine's byte order; `None` where the file has no such
     /// part or it does not lie at a multiple of 4 bytes.
-    pub(super) fn mapped(file: &Arc<MappedFile>, start: usize, length: usize) -> Option<Self> {
+    pub(super) fn mapped(file: &Arc<TokenFile>, start: usize, length: usize) -> Option<Self> {
         let ids = Ids::Mapped { file: file.clone(), start, length };
         ids.read()?;
         Some(TokenIds(ids))
@@ -38,7 +48,7 @@ impl Ids {
             Ids::Held(ids) => Some(ids),
             Ids::Mapped { file, start, length } => {
                 let end = length.checked_mul(4).and_then(|bytes| start.checked_add(bytes))?;
-                bytemuck::try_cast_slice(file.get(*start..end)?).ok()
+                bytemuck::try_cast_slice(file.map.get(*start..end)?).ok()
             }
         }
     }

@@ -14,12 +14,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::check::check_sizes;
-use super::{Checked, Element, Queues};
+use super::{Checked, Element, Queues, StorageType};
 use crate::error::{Error, Result};
 
 /// The name of a group, which one rank makes and sends to all others: NCCL's unique id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupId(pub [u8; 128]);
+
+impl GroupId {
+    /// What a device names its groups that is only planned for: none of them is joined.
+    pub(super) const PLANNED: GroupId = GroupId([0; 128]);
+}
 
 /// Where a rank stands in its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,14 +36,34 @@ pub struct GroupPlace {
 }
 
 /// A number that a sum over ranks may have; the sum of two bf16 values is rounded to bf16.
-pub trait Summand: Element {}
-impl Summand for f32 {}
-impl Summand for half::bf16 {}
+pub trait Summand: Element {
+    /// Its type.
+    const TYPE: StorageType;
+}
 
-/// Ends a group from any thread: whoever waits for one of its collectives gets an error.
+impl Summand for f32 {
+    const TYPE: StorageType = StorageType::F32;
+}
+
+impl Summand for half::bf16 {
+    const TYPE: StorageType = StorageType::Bf16;
+}
+
+/// Bytes of a GPU's memory that NCCL takes for a group: assumed, because NCCL does not tell. It has buffers of 4 MiB for each channel and
+/// each neighbour, of which a GPU with NVLink has some dozens, and as much again for multicast between NVLink switches. The stand-in of the
+/// tests takes none.
+pub const NCCL_MEMORY: usize = 1 << 30;
+
+/// Ends a group from any thread: whoever waits for one of its collectives gets an error, in the call that waits or, where a GPU's
+/// stream is waited for, in the next [`Memory::download`](super::Memory::download) or [`Collectives::check_group`]. It does nothing once the
+/// group is gone.
 pub type Abort = Arc<dyn Fn() + Send + Sync>;
 
 /// NCCL's collectives, on the library that is loaded at run time.
+///
+/// The first failure is the end of a group on its rank: NCCL's communicator is aborted, and everything after that fails with the same message.
+/// One thread uses a communicator; any thread may call its [`Abort`]. A rank that gives up for a reason of its own must abort too,
+/// before it drops its buffers: they wait for the collectives that use them, and so for the other ranks.
 ///
 /// # Errors
 /// All methods return [`crate::Error::Bug`] for a range outside its buffer or that cannot be cut among the ranks, and
@@ -121,8 +146,9 @@ pub trait Collectives: Queues {
         self.run_broadcast(group, values, range, root, checked)
     }
 
-    /// Starts the collectives that `work` asks for together, which costs as much as one large one. No result of one may enter
-    /// another.
+    /// Starts the collectives that `work` asks for together, which costs as much as one large one. They are queued when `work` has returned: what
+    /// `work` records or waits for comes before all of them. No result of one may enter another, and the buffers must live until
+    /// this returns. Where `work` fails, nothing is queued. A group inside another one belongs to it.
     fn grouped(&self, group: &Self::Communicator, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 
     /// The device's part of [`Collectives::all_reduce`].

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::check::check_sizes;
-use super::{Checked, Hardware, MappedValues, MemoryCounter, MemoryPart};
+use super::{Checked, Hardware, MappedValues, MemoryCounter, MemoryPart, Sum};
 use crate::error::Result;
 
 /// A number that a buffer may hold.
@@ -86,7 +86,7 @@ pub struct MemoryUse {
 /// [`crate::Error::Device`] where the device fails.
 pub trait Memory: Hardware {
     /// Storage of weights and activations: f32 or bf16 on the CPU, bf16 on CUDA.
-    type Compute: Element;
+    type Compute: Sum;
     /// `len` values in the device's memory.
     type Buffer<T: Element>: Send + Sync + Debug;
 

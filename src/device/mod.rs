@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)]
 
+mod accumulate;
 mod attention;
 mod batch;
 mod check;
@@ -28,6 +29,7 @@ mod mapped_file;
 mod memory;
 mod memory_counter;
 mod mlp;
+mod nccl;
 mod norm;
 mod offload;
 mod optimizer;
@@ -37,10 +39,11 @@ mod rope;
 mod select;
 mod trace;
 
+pub use accumulate::{Accumulate, Sum};
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
-pub use collectives::{Abort, Collectives, GroupId, GroupPlace, Summand};
+pub use collectives::{Abort, Collectives, GroupId, GroupPlace, NCCL_MEMORY, Summand};
 pub use embedding::Embedding;
 pub use hardware::Hardware;
 pub use head::{
@@ -58,7 +61,7 @@ pub use memory_counter::{MemoryCounter, MemoryPart, MemoryParts};
 pub use mlp::{LinearSwiglu, Mlp};
 pub use norm::{AddRmsNorm, Norm, NormShape, RmsNormBackward};
 pub use offload::Offload;
-pub use optimizer::{AdamWUpdate, Optimizer};
+pub use optimizer::{AdamWUpdate, Gradient, GradientPart, Optimizer};
 pub use pair_objective::{ObjectiveOperands, PairObjective};
 pub use queues::{Queue, Queues};
 pub use rope::{RopeDirection, RotaryPositions};
@@ -82,6 +85,7 @@ pub trait Device:
     + Optimizer
     + Offload
     + Collectives
+    + Accumulate
 {
 }
 
@@ -99,13 +103,14 @@ impl<D> Device for D where
         + Optimizer
         + Offload
         + Collectives
+        + Accumulate
 {
 }
 
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
-        Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
+        Accumulate, Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear,
+        LowRank, Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
     };
 }

@@ -2,10 +2,39 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::{Error, Result};
 use crate::optimizer::{AdamWFactors, AdamWStep, BLOCK, Moments, StochasticRounding};
+
+/// The gradient of a tensor, in the type in which it was summed over micro-batches.
+#[derive(Debug)]
+pub enum Gradient<'a, D: Memory> {
+    /// f32.
+    F32(&'a Floats<D>),
+    /// bf16.
+    Bf16(&'a D::Buffer<bf16>),
+}
+
+impl<D: Memory> Clone for Gradient<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Memory> Copy for Gradient<'_, D> {}
+
+impl<D: Memory> Gradient<'_, D> {
+    /// How many values there are.
+    pub fn values(self, device: &D) -> usize {
+        match self {
+            Gradient::F32(values) => device.len(values),
+            Gradient::Bf16(values) => device.len(values),
+        }
+    }
+}
 
 /// One of the tensors that a call of [`Optimizer::adamw`] updates, or a part of one.
 #[derive(Debug)]
@@ -20,10 +49,14 @@ pub struct AdamWUpdate<'a, D: Memory> {
     /// How a weight without a master copy is rounded.
     pub rounding: StochasticRounding,
     /// Gradient of the loss, before clipping.
-    pub gradient: &'a Floats<D>,
-    /// The values of weight and gradient that are updated, from a multiple of [`BLOCK`] on; `None` is all of them. Master copy
+    pub gradient: Gradient<'a, D>,
+    /// The values of the tensor that are updated, from a multiple of [`BLOCK`] on; `None` is all of them. Master copy
     /// and moments begin with the part's first value.
     pub part: Option<Range<usize>>,
+    /// The value of the tensor with which `weight` begins: 0, or the part's first where it holds no other.
+    pub first_weight: usize,
+    /// As `first_weight`, of `gradient`.
+    pub first_gradient: usize,
 }
 
 impl<D: Memory> AdamWUpdate<'_, D> {
@@ -31,7 +64,22 @@ impl<D: Memory> AdamWUpdate<'_, D> {
     pub fn range(&self, device: &D) -> Range<usize> {
         self.part.clone().unwrap_or_else(|| 0..device.len(self.weight))
     }
+
+    /// Where those values lie in `weight`.
+    pub fn in_weight(&self, device: &D) -> Range<usize> {
+        let range = self.range(device);
+        range.start - self.first_weight..range.end - self.first_weight
+    }
+
+    /// Where those values lie in `gradient`.
+    pub fn in_gradient(&self, device: &D) -> Range<usize> {
+        let range = self.range(device);
+        range.start - self.first_gradient..range.end - self.first_gradient
+    }
 }
+
+/// A gradient, and the values of it that count.
+pub type GradientPart<'a, D> = (Gradient<'a, D>, Range<usize>);
 
 /// Gradient norm and AdamW, over all tensors at once.
 ///
@@ -50,7 +98,35 @@ pub trait Optimizer: Memory {
         gradients: &[&Floats<Self>],
         max_norm: Option<f64>,
     ) -> Result<()> {
-        let checked = check_sizes("gradient_norm", &gradients.len(), &[("out", self.len(out), 2)])?;
+        let gradients: Vec<_> = gradients.iter().map(|gradient| Gradient::F32(*gradient)).collect();
+        self.gradient_norm_of(out, &gradients, max_norm)
+    }
+
+    /// As [`Optimizer::gradient_norm`], over gradients of either type.
+    fn gradient_norm_of(
+        &self,
+        out: &mut Floats<Self>,
+        gradients: &[Gradient<'_, Self>],
+        max_norm: Option<f64>,
+    ) -> Result<()> {
+        let whole: Vec<GradientPart<'_, Self>> =
+            gradients.iter().map(|&gradient| (gradient, 0..gradient.values(self))).collect();
+        self.gradient_norm_of_parts(out, &whole, max_norm)
+    }
+
+    /// As [`Optimizer::gradient_norm_of`], over parts of buffers. [`Optimizer::reserve_gradient_norm_of`] of the whole buffers is
+    /// enough for it.
+    fn gradient_norm_of_parts(
+        &self,
+        out: &mut Floats<Self>,
+        gradients: &[GradientPart<'_, Self>],
+        max_norm: Option<f64>,
+    ) -> Result<()> {
+        let mut checked = check_sizes("gradient_norm", &gradients.len(), &[("out", self.len(out), 2)])?;
+        for (gradient, part) in gradients {
+            let sizes = [("gradient", gradient.values(self), part.end), ("part", part.end, part.start)];
+            checked = check_sizes("gradient_norm", part, &sizes)?;
+        }
         self.run_gradient_norm(out, gradients, max_norm.map(|norm| norm as f32), checked)
     }
 
@@ -90,28 +166,37 @@ pub trait Optimizer: Memory {
         };
         let blocks = len.div_ceil(BLOCK);
         let scales = scales.unwrap_or([blocks; 2]);
+        if part.start < update.first_weight.max(update.first_gradient) {
+            return Err(Error::bug(format!("adamw: weight or gradient begins after the part {part:?}")));
+        }
         let sizes = [
-            ("weight", self.len(update.weight), part.end),
+            ("weight", self.len(update.weight), update.in_weight(self).end),
             ("part", part.end, part.start),
             ("master", master, len),
             ("first_moment", moments[0], len),
             ("second_moment", moments[1], len),
             ("first_scales", scales[0], blocks),
             ("second_scales", scales[1], blocks),
-            ("gradient", self.len(update.gradient), part.end),
+            ("gradient", update.gradient.values(self), update.in_gradient(self).end),
         ];
         check_sizes("adamw", &len, &sizes).map(|_| ())
     }
 
     /// Sets aside the scratch memory that [`Optimizer::gradient_norm`] takes for these gradients, so that no step
     /// allocates it.
-    fn reserve_gradient_norm(&self, gradients: &[&Floats<Self>]) -> Result<()>;
+    fn reserve_gradient_norm(&self, gradients: &[&Floats<Self>]) -> Result<()> {
+        let gradients: Vec<_> = gradients.iter().map(|gradient| Gradient::F32(*gradient)).collect();
+        self.reserve_gradient_norm_of(&gradients)
+    }
+
+    /// As [`Optimizer::reserve_gradient_norm`], for [`Optimizer::gradient_norm_of`].
+    fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()>;
 
     /// The device's part of [`Optimizer::gradient_norm`].
     fn run_gradient_norm(
         &self,
         out: &mut Floats<Self>,
-        gradients: &[&Floats<Self>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         checked: Checked,
     ) -> Result<()>;

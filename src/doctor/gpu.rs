@@ -144,14 +144,20 @@ fn cublaslt(has_gpu: bool) -> Finding {
     Finding::good("cublaslt", version.clone()).with("version", version)
 }
 
-/// NCCL joins several GPUs, and a run takes one.
+/// NCCL joins the GPUs of a run on several; a run on one takes none, so that its absence is no lack.
 fn nccl() -> Finding {
     match libraries::nccl_version() {
-        Some(version) => {
-            Finding::note("nccl", format!("{version}; a run takes one GPU and does not need it"))
-                .with("version", version)
+        Some(version) => Finding::note("nccl", format!("{version}; only a run on several GPUs takes it"))
+            .with("version", version),
+        None => {
+            let place = match installed("libnccl.so") {
+                Some(folder) => {
+                    format!(" by the loader; it is in {0}: export LD_LIBRARY_PATH={0}", folder.display())
+                }
+                None => String::new(),
+            };
+            Finding::note("nccl", format!("not found{place}; only a run on several GPUs takes it"))
         }
-        None => Finding::note("nccl", "not found; a run takes one GPU and does not need it"),
     }
 }
 

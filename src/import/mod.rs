@@ -139,7 +139,14 @@ fn read(path: &Path) -> Result<String> {
             "name the YAML file that the other program was started with",
         ));
     }
-    std::fs::read_to_string(path).map_err(|error| Error::io(path, "read", error))
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, "read", error))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let place = error.utf8_error().valid_up_to();
+        Error::config(
+            format!("{}: not UTF-8 text, from byte {place} on", path.display()),
+            "name the YAML file that the other program was started with",
+        )
+    })
 }
 
 /// The recipe that `text` becomes, without reading or writing anything but LLaMA-Factory's list of data sets.

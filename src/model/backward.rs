@@ -26,6 +26,14 @@ pub struct CompleteLayer<'a, D: Device> {
 /// Is told of each layer once the backward has added all that this micro-batch contributes to its gradients. This is
 /// the place to reduce them between processes, or to apply them, while the layers below are still to come.
 pub trait GradientSink<D: Device> {
+    /// The backward of `layer` begins: `weights[layer]` must hold the layer's weights when this returns.
+    ///
+    /// # Errors
+    /// As [`GradientSink::layer_complete`].
+    fn before_layer(&mut self, _layer: usize, _weights: &mut [LayerTensors<ComputeBuffer<D>>]) -> Result<()> {
+        Ok(())
+    }
+
     /// The gradients of a layer are complete. Layers come from the last one to the lowest that the backward reaches, each
     /// once.
     ///
@@ -61,6 +69,7 @@ impl<D: Device> Llama<D> {
         sink: &mut impl GradientSink<D>,
     ) -> Result<()> {
         for layer in (self.lowest_trained_layer()..self.config.layers).rev() {
+            sink.before_layer(layer, &mut self.weights.layers)?;
             self.complete_activations(layer, activations, batch, tokens)?;
             // All layers share the gradients of one where a sink applies them.
             let gradient_slot = layer % gradients.layers.len();
@@ -91,7 +100,7 @@ impl<D: Device> Llama<D> {
 
     /// The lowest layer that the gradient must pass through to reach all trained tensors; the number of layers if they
     /// all lie above the layers.
-    fn lowest_trained_layer(&self) -> usize {
+    pub(crate) fn lowest_trained_layer(&self) -> usize {
         if self.layout.embedding.trained {
             return 0;
         }

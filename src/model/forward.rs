@@ -8,7 +8,10 @@ use super::Llama;
 use super::adapter::{Place, Site};
 use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
-use crate::device::{AdapterTerms, AddRmsNorm, BatchBuffers, Device, LinearSwiglu, RopeDirection};
+use super::tensors::LayerTensors;
+use crate::device::{
+    AdapterTerms, AddRmsNorm, BatchBuffers, ComputeBuffer, Device, LinearSwiglu, RopeDirection,
+};
 use crate::error::Result;
 
 /// What the queries of a forward see.
@@ -19,6 +22,22 @@ pub enum Context<'a, D: Device> {
     Prefill(&'a mut KvCache<D>),
     /// One token after all that the cache holds.
     Decode(&'a mut KvCache<D>),
+}
+
+/// Is told of each layer of a forward before and after it runs, with the layers' weights: the place to bring a layer's weights from
+/// somewhere else.
+pub trait WeightSource<D: Device> {
+    /// `weights[layer]` must hold the layer's weights when this returns.
+    ///
+    /// # Errors
+    /// Those of what the source does; they end the forward.
+    fn before_layer(&mut self, layer: usize, weights: &mut [LayerTensors<ComputeBuffer<D>>]) -> Result<()>;
+
+    /// The layer has run.
+    ///
+    /// # Errors
+    /// As [`WeightSource::before_layer`].
+    fn after_layer(&mut self, layer: usize, weights: &mut [LayerTensors<ComputeBuffer<D>>]) -> Result<()>;
 }
 
 impl<D: Device> Llama<D> {
@@ -33,17 +52,47 @@ impl<D: Device> Llama<D> {
         tokens: usize,
         mut context: Context<'_, D>,
     ) -> Result<()> {
-        let width = self.config.hidden_size;
+        self.embed(activations, batch, tokens)?;
+        for layer in 0..self.config.layers {
+            self.layer_forward(layer, activations, batch, tokens, &mut context)?;
+        }
+        self.close_last(activations, tokens)
+    }
+
+    /// As [`Llama::forward`] over packed pairs, with the layers' weights from `source`.
+    ///
+    /// # Errors
+    /// Those of the device and of `source`.
+    pub fn forward_from(
+        &mut self,
+        source: &mut impl WeightSource<D>,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()> {
+        self.embed(activations, batch, tokens)?;
+        for layer in 0..self.config.layers {
+            source.before_layer(layer, &mut self.weights.layers)?;
+            self.layer_forward(layer, activations, batch, tokens, &mut Context::Packed)?;
+            source.after_layer(layer, &mut self.weights.layers)?;
+        }
+        self.close_last(activations, tokens)
+    }
+
+    /// The residual stream that enters the first layer.
+    fn embed(&self, activations: &mut Activations<D>, batch: &BatchBuffers<D>, tokens: usize) -> Result<()> {
         self.device.embedding_forward(
             &mut activations.residual[0],
             &self.weights.embedding,
             &batch.token_ids,
             tokens,
-            width,
-        )?;
-        for layer in 0..self.config.layers {
-            self.layer_forward(layer, activations, batch, tokens, &mut context)?;
-        }
+            self.config.hidden_size,
+        )
+    }
+
+    /// The residual sum that ends the last layer.
+    fn close_last(&self, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+        let width = self.config.hidden_size;
         let last = activations.slot(self.config.layers - 1);
         let end = activations.residual_slot(self.config.layers);
         let values = tokens * width;

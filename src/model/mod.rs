@@ -26,7 +26,7 @@ pub use buffers::{Activations, BackwardScratch, Capacity, HeadBuffers, Purpose, 
 pub use config::{LlamaConfig, TensorSpec};
 pub use decode::{Generation, KvCache};
 pub use family::Family;
-pub use forward::Context;
+pub use forward::{Context, WeightSource};
 pub use head_plan::{HeadChoice, HeadOptions, HeadPlan};
 pub use projection::{Adapter, Projection};
 pub use rope::{Rope, RopeScaling};

@@ -171,7 +171,10 @@ impl<T> LlamaTensors<T> {
 }
 
 impl<T> LayerTensors<T> {
-    fn try_map<U, E>(&self, make: &mut impl FnMut(&T) -> Result<U, E>) -> Result<LayerTensors<U>, E> {
+    pub(crate) fn try_map<U, E>(
+        &self,
+        make: &mut impl FnMut(&T) -> Result<U, E>,
+    ) -> Result<LayerTensors<U>, E> {
         Ok(LayerTensors {
             input_norm: make(&self.input_norm)?,
             qkv: self.qkv.try_map(make)?,

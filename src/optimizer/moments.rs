@@ -94,7 +94,15 @@ impl<D: Memory> Moments<D> {
     /// # Errors
     /// [`crate::Error::Device`] where the device has no memory for them.
     pub fn new(device: &D, len: usize, format: MomentFormat) -> Result<Self> {
-        Ok(match format.of_tensor(len) {
+        Self::of_format(device, len, format.of_tensor(len))
+    }
+
+    /// Moments of 0 in this very format for `len` values, which may be a part of a tensor.
+    ///
+    /// # Errors
+    /// As [`Moments::new`].
+    pub fn of_format(device: &D, len: usize, format: MomentFormat) -> Result<Self> {
+        Ok(match format {
             MomentFormat::F32 => Moments::F32(MomentPair::try_new(|| device.alloc(len))?),
             MomentFormat::Bf16 => Moments::Bf16(MomentPair::try_new(|| device.alloc(len))?),
             // A scale of 0 makes every code a 0.

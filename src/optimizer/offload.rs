@@ -15,7 +15,7 @@ use super::dynamic_map::{BLOCK, LEAST_VALUES};
 use super::moments::{MasterWeights, StateOptions};
 use super::rounding::StochasticRounding;
 use super::state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType};
-use crate::device::{ComputeBuffer, Floats, Offload, Optimizer, Queue};
+use crate::device::{ComputeBuffer, Floats, Gradient, Offload, Optimizer, Queue};
 use crate::error::{Error, Result};
 
 /// Values of a piece, unless a tensor has fewer: at 12 bytes of state each, a copy takes milliseconds, which hides what
@@ -220,7 +220,7 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
         device: &D,
         tensor: (usize, StochasticRounding),
         weight: &mut ComputeBuffer<D>,
-        gradient: &Floats<D>,
+        gradient: Gradient<'_, D>,
         norm: &Floats<D>,
         step: AdamWStep,
     ) -> Result<()> {
@@ -237,7 +237,7 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
             let slot = &mut self.slots[slot_number];
             slot.state.rounding = rounding;
             device.wait(Queue::Compute, &slot.fetched)?;
-            let mut update = slot.state.update(weight, gradient);
+            let mut update = slot.state.update_from(weight, gradient);
             update.part = Some(piece.first..piece.first + piece.len);
             device.adamw(&mut [update], norm, step)?;
             device.record(&mut slot.updated, Queue::Compute)?;

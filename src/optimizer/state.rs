@@ -1,11 +1,13 @@
 //! What AdamW keeps of a trained tensor between updates, each buffer under the name that checkpoints give it.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::dynamic_map::BLOCK;
 use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
 use super::rounding::StochasticRounding;
-use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Memory, MemoryPart, Optimizer};
+use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Gradient, Memory, MemoryPart, Optimizer};
 use crate::error::Result;
 
 /// A buffer of an optimiser's state, as checkpoints know it.
@@ -66,6 +68,16 @@ impl StateBuffer {
         }
     }
 
+    /// The values of this buffer that belong to the values `part` of a tensor, which begin at a block.
+    pub fn part(self, part: Range<usize>) -> Range<usize> {
+        match self {
+            StateBuffer::FirstScales | StateBuffer::SecondScales => {
+                part.start / BLOCK..part.end.div_ceil(BLOCK)
+            }
+            _ => part,
+        }
+    }
+
     /// Type and length of the buffer of a tensor of `len` values; `None` where moments of this format have none.
     pub fn stored(self, len: usize, moments: MomentFormat) -> Option<(StateType, usize)> {
         match (self, moments.of_tensor(len)) {
@@ -110,6 +122,8 @@ pub struct OptimizerState<D: Memory> {
     pub moments: Moments<D>,
     /// How a weight without a master copy is rounded.
     pub rounding: StochasticRounding,
+    /// The values of the tensor that this is the state of, where other ranks have those of the others; `None` is all of them.
+    pub part: Option<Range<usize>>,
 }
 
 impl<D: Optimizer> OptimizerState<D> {
@@ -132,6 +146,17 @@ impl<D: Optimizer> OptimizerState<D> {
         options: StateOptions,
         rounding: StochasticRounding,
     ) -> Result<Self> {
+        let whole = StateOptions { moments: options.moments.of_tensor(len), ..options };
+        Self::of_values(device, len, whole, rounding)
+    }
+
+    /// The state of `len` values, with moments of this very format.
+    fn of_values(
+        device: &D,
+        len: usize,
+        options: StateOptions,
+        rounding: StochasticRounding,
+    ) -> Result<Self> {
         let has_master = device.needs_master() && options.master == MasterWeights::F32;
         Ok(OptimizerState {
             master: match has_master {
@@ -139,9 +164,34 @@ impl<D: Optimizer> OptimizerState<D> {
                 false => None,
             },
             moments: device
-                .as_part(MemoryPart::OptimizerStates, || Moments::new(device, len, options.moments))?,
+                .as_part(MemoryPart::OptimizerStates, || Moments::of_format(device, len, options.moments))?,
             rounding,
+            part: None,
         })
+    }
+
+    /// As [`OptimizerState::before_first`], of the values `part` of a tensor of `whole` values; the first is a multiple of [`BLOCK`].
+    /// `weight` is the whole tensor, or that part alone. The format of the moments is that of the whole tensor.
+    ///
+    /// # Errors
+    /// As [`OptimizerState::new`].
+    pub fn before_first_of_part(
+        device: &D,
+        weight: &ComputeBuffer<D>,
+        (part, whole): (Range<usize>, usize),
+        options: StateOptions,
+        rounding: StochasticRounding,
+    ) -> Result<Self> {
+        let format = StateOptions { moments: options.moments.of_tensor(whole), ..options };
+        let mut state = Self::of_values(device, part.len(), format, rounding)?;
+        let first = if device.len(weight) == whole { part.start } else { 0 };
+        if let Some(master) = &mut state.master {
+            let mut values = vec![0.0; part.len()];
+            device.download_compute(&mut values, weight, first)?;
+            device.upload(master, 0, &values)?;
+        }
+        state.part = Some(part);
+        Ok(state)
     }
 
     /// The state before the first update of `weight`: f32 moments of 0, and a master copy with the weight's values.
@@ -208,13 +258,31 @@ impl<D: Memory> OptimizerState<D> {
         }
     }
 
-    /// The operands of this tensor's update.
+    /// The operands of this tensor's update from an f32 gradient.
     pub fn update<'a>(
         &'a mut self,
         weight: &'a mut ComputeBuffer<D>,
         gradient: &'a Floats<D>,
     ) -> AdamWUpdate<'a, D> {
-        let OptimizerState { master, moments, rounding } = self;
-        AdamWUpdate { weight, master: master.as_mut(), moments, rounding: *rounding, gradient, part: None }
+        self.update_from(weight, Gradient::F32(gradient))
+    }
+
+    /// The operands of this tensor's update.
+    pub fn update_from<'a>(
+        &'a mut self,
+        weight: &'a mut ComputeBuffer<D>,
+        gradient: Gradient<'a, D>,
+    ) -> AdamWUpdate<'a, D> {
+        let OptimizerState { master, moments, rounding, part } = self;
+        AdamWUpdate {
+            weight,
+            master: master.as_mut(),
+            moments,
+            rounding: *rounding,
+            gradient,
+            part: part.clone(),
+            first_weight: 0,
+            first_gradient: 0,
+        }
     }
 }

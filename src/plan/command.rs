@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::account::{Account, Models};
+use super::exchange::{Exchange, Links, RankStep, SHARDINGS};
 use super::footprint::{Choice, Footprint};
 use super::rates::{self, GPUS, GpuKind, Rates};
 use super::search::Tried;
@@ -41,6 +42,8 @@ pub struct PlanConfig {
     pub bandwidth: Option<f64>,
     /// The largest pair that there can be, in place of pairs.
     pub largest_pair: Option<Lengths>,
+    /// How the ranks of the run are connected, where there are several.
+    pub links: Option<Links>,
     /// Whether the account is printed as JSON.
     pub json: bool,
 }
@@ -136,7 +139,7 @@ impl Material {
         let encoder = TextEncoder::load(text_folder, run.chat_template.as_deref())?.at(run.template_date)?;
         let treatment =
             Treatment { limits, policies: run.policies, min_score_gap: run.min_score_gap, tolerant: false };
-        let cache = PairCache::of(run.data_cache.as_ref());
+        let cache = PairCache::of(run.data_cache.as_ref())?;
         let (training, evaluation) = pair_sources(&run, demo)?;
         let read = |source: &PairSource| -> Result<Vec<TokenizedPair>> {
             let _memory = LargeBlocks::give_back();
@@ -274,6 +277,16 @@ pub(super) struct Planned {
     pub model_flops: f64,
     pub limit: Option<usize>,
     pub tried: Vec<Tried>,
+    /// What ranks exchange, where there are several and the machine's rates are known.
+    pub exchanges: Option<Exchanges>,
+}
+
+/// What ranks exchange in a step, with each way to shard.
+pub(super) struct Exchanges {
+    pub links: Links,
+    pub rates: Rates,
+    pub step: RankStep,
+    pub all: Vec<Exchange>,
 }
 
 struct Planning<'a> {
@@ -307,6 +320,14 @@ impl DeviceTask for Planning<'_> {
             None => Vec::new(),
         };
         let trained = account.trained();
+        let exchanges = config.links.zip(target.rates).map(|(links, rates)| {
+            let of =
+                |volume: &Volume| trained.work(volume, &asked.memory, footprint.head.main_rows == 0, size);
+            let step = RankStep::of(&volume, of, &rates, &links);
+            let sizes = (size, account.job.model.layers);
+            let all = SHARDINGS.map(|shard| Exchange::of(shard, trained, sizes, &step, &links)).to_vec();
+            Exchanges { links, rates, step, all }
+        });
         Ok(Planned {
             run: account.config.clone(),
             target: target.clone(),
@@ -321,6 +342,7 @@ impl DeviceTask for Planning<'_> {
             model_flops: trained.model_flops(&volume),
             limit,
             tried,
+            exchanges,
         })
     }
 }

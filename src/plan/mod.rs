@@ -4,6 +4,7 @@
 
 mod account;
 mod command;
+mod exchange;
 mod fit;
 mod footprint;
 mod host;
@@ -14,6 +15,7 @@ mod work;
 
 pub(crate) use account::{Account, Models};
 pub use command::{PlanConfig, largest_pairs, no_output, run};
+pub use exchange::Links;
 pub(crate) use fit::{check, choose, chosen_before};
 pub use footprint::{Choice, Footprint, Job, Sizes};
 pub use rates::{GPUS, GpuKind, Rates, find};

@@ -4,11 +4,13 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::command::Planned;
+use super::command::{Exchanges, Planned};
+use super::exchange::hiding_tokens;
 use super::rates::Rates;
 use super::search::{Tried, flags};
 use super::size;
 use super::work::{Volume, Work};
+use crate::config::value::OptionValue as _;
 
 /// The account for people.
 pub(super) fn text(planned: &Planned) -> String {
@@ -16,6 +18,9 @@ pub(super) fn text(planned: &Planned) -> String {
     text += &memory(planned);
     if let Some((volume, work)) = &planned.step {
         text += &step(planned, volume, work);
+    }
+    if let Some(exchanges) = &planned.exchanges {
+        text += &ranks(planned, exchanges);
     }
     text + &alternatives(planned)
 }
@@ -109,6 +114,35 @@ fn mfu(planned: &Planned, seconds: f64, rates: &Rates) -> f64 {
     planned.model_flops / (seconds * rates.tflops * 1e12)
 }
 
+/// What the ranks exchange in a step, one line for each way to shard.
+fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
+    let Exchanges { links, rates, step, all } = exchanges;
+    let mut text = format!(
+        "\na step on {} ranks, {} to a machine: {:.0} tokens and {:.1} micro-batches each; {:.0} GB/s inside a machine, {:.0} GB/s \
+         between them\n  --shard     a rank sends     in   not hidden   the step   hidden from\n",
+        links.ranks,
+        links.ranks_per_machine,
+        step.volume.tokens,
+        step.volume.micro_batches,
+        links.inside,
+        links.between,
+    );
+    for exchange in all {
+        let _ = writeln!(
+            text,
+            "  {:<10}{:>14}{:>7} s{:>11} s{:>9} s{:>8} tokens{}",
+            exchange.shard.to_toml().trim_matches('"'),
+            size((exchange.reduced + exchange.gathered) as usize),
+            format!("{:.3}", exchange.seconds),
+            format!("{:.3}", exchange.exposed),
+            format!("{:.3}", step.seconds(exchange, links)),
+            format!("{:.0}", hiding_tokens(exchange.shard, rates, links)),
+            if exchange.shard == planned.asked.memory.shard { "  as asked" } else { "" },
+        );
+    }
+    text + "  (a rank's micro-batch of that many tokens takes as long as the exchange beside it)\n"
+}
+
 fn alternatives(planned: &Planned) -> String {
     let Some(limit) = planned.limit else { return String::new() };
     let mut text = format!("\nwithin {}, in the order of the time that a step takes\n", size(limit));
@@ -195,7 +229,25 @@ pub(super) fn json(planned: &Planned) -> Value {
             "head": footprint.head.to_string(),
         },
         "step": step,
+        "ranks": planned.exchanges.as_ref().map(ranks_json),
         "limit_bytes": planned.limit,
         "alternatives": tried,
+    })
+}
+
+fn ranks_json(exchanges: &Exchanges) -> Value {
+    let Exchanges { links, rates, step, all } = exchanges;
+    let of = |exchange: &super::exchange::Exchange| {
+        let mut value = json!(exchange);
+        value["shard"] = json!(exchange.shard.to_toml().trim_matches('"'));
+        value["step_seconds"] = json!(step.seconds(exchange, links));
+        value["hidden_from_tokens"] = json!(hiding_tokens(exchange.shard, rates, links));
+        value
+    };
+    json!({
+        "links": links,
+        "tokens": step.volume.tokens,
+        "micro_batches": step.volume.micro_batches,
+        "shardings": all.iter().map(of).collect::<Vec<_>>(),
     })
 }

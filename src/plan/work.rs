@@ -12,7 +12,7 @@
 //! | recomputed | `selective`: `2 T * 2F * D L`; `layer`: the forward of the layers but for their last gemm; the head's recompute mode: `2 N V D` |
 
 use super::rates::Rates;
-use crate::config::MemoryConfig;
+use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::{PairBatch, Sides, TokenizedPair};
 use crate::model::{LlamaConfig, LlamaTensors, LoraSettings, Recompute};
 use crate::optimizer::MasterWeights;
@@ -65,6 +65,8 @@ pub struct Trained {
     /// Values of all tensors, and of the trained ones.
     all: f64,
     trained: f64,
+    /// Values of embedding, final norm and head.
+    outside: f64,
     /// Values of the adapters' matrices.
     adapters: f64,
 }
@@ -74,12 +76,13 @@ impl Trained {
     pub fn new(config: &LlamaConfig, lora: Option<&LoraSettings>) -> Self {
         let layout = LlamaTensors::layout(config);
         let all = layout.iter().map(|tensor| tensor.values() as f64).sum();
+        let outside = layout.outside_layers().map(|tensor| tensor.values() as f64).sum();
         let adapters = lora.map_or(0.0, |settings| {
             let layout = layout.clone().with_adapters(config, settings);
             layout.adapter_tensors().map(|tensor| tensor.values() as f64).sum()
         });
         let trained = if lora.is_some() { adapters } else { all };
-        Trained { config: config.clone(), all, trained, adapters }
+        Trained { config: config.clone(), all, trained, outside, adapters }
     }
 
     fn is_frozen(&self) -> bool {
@@ -94,6 +97,16 @@ impl Trained {
     /// Values of the trained tensors.
     pub fn trained_parameters(&self) -> f64 {
         self.trained
+    }
+
+    /// Values of all layers.
+    pub fn layer_parameters(&self) -> f64 {
+        self.parameters() - self.outside
+    }
+
+    /// Values of the trained tensors that belong to no layer.
+    pub fn trained_outside_layers(&self) -> f64 {
+        if self.is_frozen() { 0.0 } else { self.outside }
     }
 
     /// `P`, and the part of it that is gate and up, and the part that is the last gemm.
@@ -132,7 +145,7 @@ impl Trained {
             head: passes * vocabulary,
             recomputed: recomputed + if recomputes_head { vocabulary } else { 0.0 },
             update_bytes: self.update_bytes(memory, size as f64),
-            bytes: self.moved_bytes(volume, size as f64),
+            bytes: self.moved_bytes(volume, size as f64) + self.sum_bytes(volume, memory),
         }
     }
 
@@ -142,7 +155,20 @@ impl Trained {
         let moments = memory.states.moments.bytes(VALUES) as f64 / VALUES as f64;
         let has_master = memory.states.master == MasterWeights::F32 && size < 4.0;
         let weight = if has_master { size + 8.0 } else { 2.0 * size };
-        self.trained * (weight + 2.0 * moments + 4.0 + 8.0)
+        let gradient = match memory.gradients {
+            GradientConfig::F32 | GradientConfig::Layer => 4.0,
+            GradientConfig::Bf16 => 2.0,
+        };
+        self.trained * (weight + 2.0 * moments + 3.0 * gradient)
+    }
+
+    /// Bytes by which each micro-batch is added to bf16 sums: the f32 gradient is read, the sum read and written, and the gradient
+    /// set to zero for the next layer.
+    fn sum_bytes(&self, volume: &Volume, memory: &MemoryConfig) -> f64 {
+        match memory.gradients {
+            GradientConfig::F32 | GradientConfig::Layer => 0.0,
+            GradientConfig::Bf16 => 12.0 * self.trained * volume.micro_batches,
+        }
     }
 
     /// Bytes of operations that do no gemm, and of the gradients that each micro-batch is added to. For a token and a layer

@@ -34,6 +34,23 @@ pub struct RunFacts {
     pub samples: Vec<Sample>,
     /// What a user should know of this run: saturated weights, many cut prompts.
     pub warnings: Vec<String>,
+    /// What each rank did in the last part of the run; empty for a run of one process.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<RankFacts>,
+}
+
+/// What a rank of a run on several GPUs did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RankFacts {
+    /// Its machine.
+    pub host: String,
+    /// Tokens that it took through the model in training.
+    pub tokens: usize,
+    /// Seconds of steps in which it worked.
+    pub busy_seconds: f64,
+    /// Seconds of steps in which it waited for other ranks or for the network.
+    pub waited_seconds: f64,
 }
 
 /// Whether a run goes on.

@@ -101,5 +101,6 @@ fn print_diagnostic(message: &str, code: Option<String>, help: Option<String>, e
         let wrap = std::io::stderr().is_terminal();
         Box::new(MietteHandlerOpts::new().color(wants_color()).wrap_lines(wrap).build())
     }));
-    let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(diagnostic));
+    let text = format!("{:?}\n", miette::Report::new(diagnostic));
+    let _ = std::io::stderr().write_all(&log::marked(text.as_bytes()));
 }

@@ -1,6 +1,8 @@
 //! Standard error for machines: with `--log-format json` every line there is a JSON object.
 
+use std::borrow::Cow;
 use std::io::Write;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
@@ -18,6 +20,37 @@ pub enum LogFormat {
 }
 
 static JSON: AtomicBool = AtomicBool::new(false);
+
+/// Which rank this process is, and its machine: for a rank that is not the first, whose lines mix with those of others.
+static RANK: OnceLock<(usize, String)> = OnceLock::new();
+
+/// Marks every line that this process writes to standard error from now on as those of a rank on a machine.
+pub fn set_rank(rank: usize, host: &str) {
+    // The first call holds.
+    let _ = RANK.set((rank, host.to_string()));
+}
+
+/// Lines as they are written: with the rank before each, or inside the object of each.
+pub fn marked(lines: &[u8]) -> Cow<'_, [u8]> {
+    let Some((rank, host)) = RANK.get() else { return Cow::Borrowed(lines) };
+    let mut marked = Vec::with_capacity(lines.len() + 32);
+    for line in lines.split_inclusive(|&byte| byte == b'\n') {
+        let line = match line.strip_prefix(b"{").filter(|_| is_json()) {
+            Some(rest) => {
+                let host = Value::from(host.as_str());
+                marked.extend_from_slice(format!("{{\"rank\":{rank},\"host\":{host},").as_bytes());
+                rest
+            }
+            None if line.trim_ascii().is_empty() => line,
+            None => {
+                marked.extend_from_slice(format!("rank {rank} ({host}): ").as_bytes());
+                line
+            }
+        };
+        marked.extend_from_slice(line);
+    }
+    Cow::Owned(marked)
+}
 
 /// Sets the format of all that is written to standard error from now on.
 pub fn set_log_format(format: LogFormat) {

@@ -2,6 +2,7 @@
 
 use crate::data::Sides;
 use crate::objective::{Objective, PairOutcome, ReferencePair};
+use crate::train::RankStep;
 
 /// A pair counts as saturated when one of its two MMPO weights exceeds this.
 const SATURATED: f64 = 0.99;
@@ -82,6 +83,45 @@ pub struct StepMetrics {
     pub mfu: Option<f64>,
     /// The most that the device's buffers held so far, in GiB; `None` where it is not known.
     pub memory_peak_gib: Option<f64>,
+    /// How the work of the step was shared among ranks; `None` for a run of one process.
+    pub ranks: Option<RankMetrics>,
+}
+
+/// How evenly the ranks of a run worked in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RankMetrics {
+    /// Share of the step's time that a rank waited for others or for the network, the mean over the ranks.
+    pub waited: f64,
+    /// That of the rank that waited most.
+    pub waited_most: f64,
+    /// The rank that worked longest, for which the others waited.
+    pub slowest: f64,
+}
+
+impl RankMetrics {
+    /// Of each rank's part of a step; `None` where there is one rank.
+    pub fn new(ranks: &[RankStep]) -> Option<Self> {
+        let share = |rank: &RankStep| {
+            rank.waited_seconds / (rank.busy_seconds + rank.waited_seconds).max(f64::MIN_POSITIVE)
+        };
+        let (slowest, _) = ranks
+            .iter()
+            .enumerate()
+            .max_by(|(_, one), (_, other)| one.busy_seconds.total_cmp(&other.busy_seconds))?;
+        Some(RankMetrics {
+            waited: ranks.iter().map(share).sum::<f64>() / ranks.len() as f64,
+            waited_most: ranks.iter().map(share).fold(0.0, f64::max),
+            slowest: slowest as f64,
+        })
+    }
+
+    fn fields(self) -> [(&'static str, f64); 3] {
+        [
+            ("ranks/waited", self.waited),
+            ("ranks/waited_most", self.waited_most),
+            ("ranks/slowest", self.slowest),
+        ]
+    }
 }
 
 /// One evaluation. Evaluate before a checkpoint of the same step is saved: a resumed run keeps the lines up to it.
@@ -212,6 +252,7 @@ impl StepMetrics {
         ]);
         fields.extend(self.mfu.map(|mfu| ("mfu", mfu)));
         fields.extend(self.memory_peak_gib.map(|gib| ("memory/peak_gib", gib)));
+        fields.extend(self.ranks.into_iter().flat_map(RankMetrics::fields));
         fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
     }
 

@@ -25,7 +25,7 @@ pub struct LogWriter;
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let _ = BARS.suspend(|| std::io::stderr().write_all(bytes));
+        let _ = BARS.suspend(|| std::io::stderr().write_all(&log::marked(bytes)));
         Ok(bytes.len())
     }
 
@@ -75,7 +75,7 @@ pub fn print_notice(line: &str) {
     if log::is_json() {
         return log::write_json("INFO", &[("message", line.trim().into())]);
     }
-    let _ = BARS.suspend(|| writeln!(std::io::stderr(), "{}", escaped(line)));
+    let _ = LogWriter.write_all(format!("{}\n", escaped(line)).as_bytes());
 }
 
 /// How far a piece of work of known length has come.
@@ -124,6 +124,7 @@ impl Progress {
     /// Adds `units` finished units; `message` says in a few words how the work goes.
     pub fn advance(&mut self, units: usize, message: impl FnOnce() -> String) {
         self.done += units as u64;
+        crate::ranks::progress::tick();
         match &mut self.view {
             View::Silent => {}
             View::Bar(bar) => {

@@ -61,6 +61,7 @@ struct View<'a> {
     charts: Vec<Drawing>,
     numbers: Table,
     data: Option<Table>,
+    ranks: Option<Table>,
     recipe: &'a str,
 }
 
@@ -158,6 +159,7 @@ impl RunReport {
             charts: charts(&self.history).iter().map(|chart| chart.drawing()).collect(),
             numbers: self.numbers(),
             data: self.data(),
+            ranks: self.ranks(),
             recipe: self.recipe.trim_end(),
         }
     }
@@ -301,6 +303,27 @@ impl RunReport {
             table.row("used", [data.used.to_string()]);
         }
         (!self.facts.data.is_empty()).then_some(table)
+    }
+
+    /// What each rank of a run on several GPUs did.
+    fn ranks(&self) -> Option<Table> {
+        let mut table =
+            Table::new(["rank", "tokens", "tokens/s at work", "at work", "waiting", "waiting, share"]);
+        for (rank, facts) in self.facts.ranks.iter().enumerate() {
+            let all = facts.busy_seconds + facts.waited_seconds;
+            let seconds = |value: f64| format!("{value:.1} s");
+            table.row(
+                format!("{rank} on {}", facts.host),
+                [
+                    facts.tokens.to_string(),
+                    format!("{:.0}", facts.tokens as f64 / facts.busy_seconds.max(f64::MIN_POSITIVE)),
+                    seconds(facts.busy_seconds),
+                    seconds(facts.waited_seconds),
+                    format!("{:.1} %", 100.0 * facts.waited_seconds / all.max(f64::MIN_POSITIVE)),
+                ],
+            );
+        }
+        (!self.facts.ranks.is_empty()).then_some(table)
     }
 }
 

@@ -133,10 +133,24 @@ impl<'a, D: Device> Scorer<'a, D> {
         &mut self,
         first: usize,
         entropy: bool,
+        on_scores: impl FnMut(usize, &[PairScore]) -> Result<()>,
+    ) -> Result<Vec<PairScore>> {
+        self.run_within(first..self.pairs.len(), entropy, on_scores)
+    }
+
+    /// As [`Scorer::run_from`], up to the micro-batch that holds the last pair of `wanted`.
+    ///
+    /// # Errors
+    /// As [`Scorer::run_from`].
+    pub fn run_within(
+        &mut self,
+        wanted: Range<usize>,
+        entropy: bool,
         mut on_scores: impl FnMut(usize, &[PairScore]) -> Result<()>,
     ) -> Result<Vec<PairScore>> {
-        let mut scores = Vec::with_capacity(self.pairs.len().saturating_sub(first));
-        for run in self.runs.clone().into_iter().filter(|run| run.end > first) {
+        let mut scores = Vec::with_capacity(wanted.len());
+        let is_wanted = |run: &Range<usize>| run.end > wanted.start && run.start < wanted.end;
+        for run in self.runs.clone().into_iter().filter(is_wanted) {
             let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
             self.score_batch(&batch, entropy)?;
             let before = scores.len();
@@ -179,6 +193,25 @@ impl<'a, D: Device> Scorer<'a, D> {
             }
         }
         Ok(logps)
+    }
+
+    /// The pairs of each of `ranks` ranks that score together: micro-batches in a row, of about the same number of tokens.
+    pub fn shares(&self, ranks: usize) -> Vec<Range<usize>> {
+        let tokens_of =
+            |run: &Range<usize>| self.pairs[run.clone()].iter().map(TokenizedPair::tokens).sum::<usize>();
+        let total: usize = self.runs.iter().map(tokens_of).sum();
+        let (mut shares, mut first, mut tokens) = (Vec::with_capacity(ranks), 0, 0);
+        for run in &self.runs {
+            tokens += tokens_of(run);
+            // The share ends with the micro-batch that takes it to its part of all tokens.
+            while shares.len() + 1 < ranks && tokens * ranks >= total * (shares.len() + 1) {
+                shares.push(first..run.end);
+                first = run.end;
+            }
+        }
+        shares.resize(ranks - 1, first..first);
+        shares.push(first..self.pairs.len());
+        shares
     }
 
     fn score_batch(&mut self, batch: &PairBatch, entropy: bool) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::checkpoint::download;
+use super::guard;
 use super::inputs::Inputs;
 use super::trainer::Trainer;
 use crate::checkpoint::{AdapterFolder, ModelFolder, save_adapter};
@@ -89,37 +90,51 @@ impl StartingAdapter {
                     offloaded.states.write(&model.device, number, place, bytemuck::cast_slice(&values))?;
                 }
             }
-            let Some(master) = state.as_mut().and_then(|state| state.master.as_mut()) else { continue };
+            let Some(state) = state else { continue };
+            let part = state.part.clone().unwrap_or(0..fused.values());
+            let Some(master) = &mut state.master else { continue };
             for (offset, tensor) in fused.offsets() {
-                model.device.upload(master, offset, &self.values(tensor)?)?;
+                let here = offset.max(part.start)..(offset + tensor.values()).min(part.end);
+                if !here.is_empty() {
+                    let values = &self.values(tensor)?[here.start - offset..here.end - offset];
+                    model.device.upload(master, here.start - part.start, values)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Writes the trained adapters as a folder of PEFT's, in f32.
+    /// Writes the trained adapters as a folder of PEFT's, in f32. Among ranks every one must call it, and the first one writes.
     ///
     /// # Errors
     /// [`Error::Numerics`] where a value is not finite; `target` stays as it was then.
-    pub fn save<D: Device>(&self, target: &Path, trainer: &Trainer<D>, inputs: &Inputs) -> Result<()> {
+    pub fn save<D: Device>(&self, target: &Path, trainer: &mut Trainer<D>, inputs: &Inputs) -> Result<()> {
+        let gathered = trainer.gather_masters()?;
+        if trainer.place().rank > 0 {
+            return Ok(());
+        }
         let layout = &trainer.model.layout;
         let tensors: Vec<TensorSpec> = layout.adapter_tensors().cloned().collect();
         let base = std::path::absolute(inputs.folder.path())
             .map_err(|error| Error::io(inputs.folder.path(), "find the absolute path of", error))?;
         let (settings, base) = (self.settings(), base.display().to_string());
         save_adapter(target, &inputs.companions, (&settings, &base), &tensors, |name, offset, values| {
-            let (fused, start) = place(layout, name)?;
+            let (number, fused, start) = place(layout, name)?;
+            if let Some(gathered) = gathered.as_ref().and_then(|gathered| gathered[number].as_ref()) {
+                values.copy_from_slice(&gathered[start + offset..][..values.len()]);
+                return guard::check_saved(name, offset, values);
+            }
             let stored = format!("{}/{}", StateBuffer::Weight.name(), fused.name());
             download(trainer, &stored, start + offset, bytemuck::cast_slice_mut(values))
         })
     }
 }
 
-/// The fused tensor that a tensor lies in, and where.
-fn place<'a>(layout: &'a LlamaTensors<FusedTensor>, name: &str) -> Result<(&'a FusedTensor, usize)> {
-    let found = layout.iter().find_map(|fused| {
+/// Number and names of the fused tensor that a tensor lies in, and where.
+fn place<'a>(layout: &'a LlamaTensors<FusedTensor>, name: &str) -> Result<(usize, &'a FusedTensor, usize)> {
+    let found = layout.iter().enumerate().find_map(|(number, fused)| {
         let (start, _) = fused.offsets().find(|(_, part)| part.name == name)?;
-        Some((fused, start))
+        Some((number, fused, start))
     });
     found.ok_or_else(|| Error::bug(format!("no tensor `{name}` in this model")))
 }

@@ -1,21 +1,24 @@
 //! A trainer's state on disk, to the bit: f32 weights, both moments, and where the run stands.
 
+use std::ops::Range;
 use std::path::Path;
 
 use half::bf16;
 use safetensors::tensor::Dtype;
 
+use super::cut::Cut;
 use super::guard;
 use super::trainer::Trainer;
 use crate::checkpoint::background::{self, BackgroundSaves, Snapshot};
-use crate::checkpoint::run_state::save_checkpoint;
+use crate::checkpoint::run_state::{StoredPiece, save_checkpoint};
+use crate::checkpoint::shared_save::{self, Writer};
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
 };
-use crate::device::{Device, RawValues};
+use crate::device::{Device, GroupPlace, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
-use crate::optimizer::{StateBuffer, StateOptions, StateType, StateValues};
+use crate::optimizer::{StateBuffer, StateMut, StateOptions, StateType, StateValues};
 
 /// Options that may differ between the parts of a run: they say where things are and when, not what is computed. Model,
 /// reference and pairs are compared by what they hold, so that another spelling of a path is no other run.
@@ -63,7 +66,8 @@ pub const FREE_OPTIONS: &[&str] = &[
     "shard",
 ];
 
-/// Writes `run/checkpoints/step-N` and removes all but the `keep` newest and those of the steps `best`.
+/// Writes `run/checkpoints/step-N` and removes all but the `keep` newest and those of the steps `best`. Where states are sharded
+/// among ranks, use [`save_beside`].
 ///
 /// # Errors
 /// [`Error::Numerics`] where a weight or a moment is not finite; nothing is written then.
@@ -73,28 +77,97 @@ pub fn save<D: Device>(
     state: &RunState,
     (keep, best): (usize, &[usize]),
 ) -> Result<()> {
-    let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
+    if trainer.shard_place().is_some() {
+        return Err(Error::bug("one rank cannot save the states of all"));
+    }
+    let layout = own_tensors(trainer);
     save_checkpoint(run, state, &layout, |tensor, offset, bytes| {
         download(trainer, &tensor.name, offset, bytes)
     })?;
     run_state::prune(run, keep, best)
 }
 
+/// As [`save_beside`], where each rank writes its part.
+fn save_parts<D: Device>(
+    saves: &mut BackgroundSaves,
+    run: &Path,
+    (trainer, place): (&mut Trainer<D>, GroupPlace),
+    state: &RunState,
+    (keep, best): (usize, &[usize]),
+) -> Result<()> {
+    let layout = own_tensors(trainer);
+    let in_memory = background::fits_in_memory(&layout);
+    let own = |tensor: &StoredTensor, offset: usize, bytes: &mut [u8]| {
+        download(trainer, &tensor.name, offset, bytes)
+    };
+    let prepared = match in_memory {
+        true => Snapshot::take(&layout, own).map(Some),
+        false => Ok(None),
+    };
+    let prepared = prepared.and_then(|snapshot| match place.rank {
+        0 => shared_save::begin(run, state).map(|begun| (snapshot, Some(begun))),
+        _ => Ok((snapshot, None)),
+    });
+    // All ranks go on, or none: a word of 0 says that this one cannot, and the first one's other words are its process.
+    let words = trainer.exchange(if prepared.is_ok() { std::process::id() } else { 0 });
+    let (snapshot, begun) = prepared?;
+    let words = words?;
+    if let Some(rank) = words.iter().position(|&word| word == 0) {
+        return Err(Error::device(
+            format!("rank {rank} could not prepare its part of the checkpoint"),
+            "see its own message",
+        ));
+    }
+    let (count, first_id) = (place.ranks, words[0]);
+    let (run, state, best) = (run.to_path_buf(), state.clone(), best.to_vec());
+    let write = move |layout: &[StoredTensor],
+                      fill: &mut dyn FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()>| {
+        let Some(begun) = begun else {
+            let writer = Writer { number: place.rank, count };
+            return shared_save::write_part(&run, &state, (writer, first_id), layout, fill);
+        };
+        begun.finish(&state, count, layout, fill)?;
+        run_state::prune(&run, keep, &best)
+    };
+    match snapshot {
+        Some(snapshot) => saves
+            .start(move || write(&layout, &mut |tensor, offset, bytes| snapshot.fill(tensor, offset, bytes))),
+        None => {
+            tracing::info!(
+                "training waits for this checkpoint: a copy of it would take more than half of the free memory"
+            );
+            write(&layout, &mut |tensor, offset, bytes| download(trainer, &tensor.name, offset, bytes))
+        }
+    }
+}
+
+/// What this process writes of a checkpoint: all of it, or its own part.
+fn own_tensors<D: Device>(trainer: &Trainer<D>) -> Vec<StoredTensor> {
+    stored_parts(&trainer.model.layout, trainer.state_options(), |len| trainer.own(len))
+}
+
 /// As [`save`], beside what comes after: what is saved is copied to the host's memory first, while the caller waits. Where that
-/// is too small for a copy, the caller waits for all of it, and is told so.
+/// is too small for a copy, the caller waits for all of it, and is told so. Among ranks every one must call it: the first one
+/// writes, or where states are sharded, each its own part.
 ///
 /// # Errors
 /// As [`save`], and those of the save before, for which it waits. Errors of this save come from `saves` later.
 pub fn save_beside<D: Device>(
     saves: &mut BackgroundSaves,
     run: &Path,
-    trainer: &Trainer<D>,
+    trainer: &mut Trainer<D>,
     state: &RunState,
     (keep, best): (usize, &[usize]),
 ) -> Result<()> {
     // One copy at a time.
     saves.wait()?;
-    let layout = stored_tensors(&trainer.model.layout, trainer.state_options());
+    if let Some(place) = trainer.shard_place() {
+        return save_parts(saves, run, (trainer, place), state, (keep, best));
+    }
+    if trainer.place().rank > 0 {
+        return Ok(());
+    }
+    let layout = own_tensors(trainer);
     if !background::fits_in_memory(&layout) {
         tracing::info!(
             "training waits for this checkpoint: a copy of it would take more than half of the free memory"
@@ -113,6 +186,7 @@ pub fn save_beside<D: Device>(
 /// Puts `checkpoint` into `trainer`. Frozen tensors are not in it: they are still those of the starting model.
 pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
     let options = trainer.state_options();
+    let place = trainer.shard_place();
     let Trainer { model, states, offloaded, .. } = trainer;
     let device = model.device.as_ref();
     let tensors = model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut());
@@ -122,28 +196,27 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
         }
         for buffer in StateBuffer::ALL {
             let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
-            let (name, shape) = (stored_name(tensor, buffer), [len]);
+            let (name, kind) = (stored_name(tensor, buffer), dtype(kind));
+            let pieces = |range| checkpoint.pieces(&name, kind, &[len], range);
             if buffer == StateBuffer::Weight {
-                let values = checkpoint.values::<f32>(&name, &shape)?;
-                device.upload_values(weight, 0, RawValues::from_f32(values))?;
+                for StoredPiece { first, bytes } in pieces(0..len)? {
+                    let values = RawValues { storage: StorageType::F32, bytes };
+                    device.upload_values(weight, first, values)?;
+                }
             }
             if let Some(offloaded) = offloaded
                 && offloaded.states.has(number, buffer)
             {
-                let bytes = checkpoint.bytes(&name, dtype(kind), &shape)?;
-                offloaded.states.write(device, number, (buffer, 0), bytes)?;
+                for StoredPiece { first, bytes } in pieces(0..len)? {
+                    offloaded.states.write(device, number, (buffer, first), bytes)?;
+                }
             }
-            match state.as_mut().and_then(|state| state.get_mut(buffer)) {
-                Some(StateValues::F32(kept)) => {
-                    device.upload(kept, 0, checkpoint.values::<f32>(&name, &shape)?)?
+            let own =
+                buffer.part(place.map_or(0..tensor.values(), |place| Cut::new(tensor.values(), place).own()));
+            if let Some(mut kept) = state.as_mut().and_then(|state| state.get_mut(buffer)) {
+                for StoredPiece { first, bytes } in pieces(own.clone())? {
+                    upload(device, &mut kept, first - own.start, bytes, &name)?;
                 }
-                Some(StateValues::Bf16(kept)) => {
-                    device.upload(kept, 0, checkpoint.values::<bf16>(&name, &shape)?)?;
-                }
-                Some(StateValues::U8(kept)) => {
-                    device.upload(kept, 0, checkpoint.values::<u8>(&name, &shape)?)?
-                }
-                None => {}
             }
             checkpoint.release(&name);
         }
@@ -151,7 +224,27 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
     Ok(())
 }
 
-/// Writes the trained weights as a Hugging Face folder, in bf16.
+/// Assigns the values of a buffer from `offset` on.
+fn upload<D: Device>(
+    device: &D,
+    kept: &mut StateMut<'_, D>,
+    offset: usize,
+    bytes: &[u8],
+    name: &str,
+) -> Result<()> {
+    let not_aligned = |error| Error::bug(format!("tensor `{name}` is not aligned ({error})"));
+    match kept {
+        StateValues::F32(kept) => {
+            device.upload::<f32>(kept, offset, bytemuck::try_cast_slice(bytes).map_err(not_aligned)?)
+        }
+        StateValues::Bf16(kept) => {
+            device.upload::<bf16>(kept, offset, bytemuck::try_cast_slice(bytes).map_err(not_aligned)?)
+        }
+        StateValues::U8(kept) => device.upload(kept, offset, bytes),
+    }
+}
+
+/// Writes the trained weights as a Hugging Face folder, in bf16. Among ranks the first one writes.
 ///
 /// # Errors
 /// [`Error::Numerics`] where a weight is not finite; `target` stays as it was then.
@@ -160,6 +253,9 @@ pub fn save_weights<D: Device>(
     trainer: &Trainer<D>,
     companions: &CompanionFiles,
 ) -> Result<()> {
+    if trainer.place().rank > 0 {
+        return Ok(());
+    }
     let model = &trainer.model;
     let mut staging = Vec::new();
     save_model(target, companions, &model.config.tensors(), SHARD_BYTES, |tensor, offset, values| {
@@ -180,11 +276,24 @@ pub fn save_weights<D: Device>(
 /// What a checkpoint of a model of this layout holds: every buffer of each trained tensor's state, in the type that keeps its
 /// bits.
 pub fn stored_tensors(layout: &LlamaTensors<FusedTensor>, options: StateOptions) -> Vec<StoredTensor> {
+    stored_parts(layout, options, |len| 0..len)
+}
+
+/// The part of [`stored_tensors`] that a process writes which has the values `own` of each tensor of a length; tensors of which it has
+/// none are left out.
+fn stored_parts(
+    layout: &LlamaTensors<FusedTensor>,
+    options: StateOptions,
+    own: impl Fn(usize) -> Range<usize>,
+) -> Vec<StoredTensor> {
     let mut stored = Vec::new();
     for tensor in layout.iter().filter(|tensor| tensor.trained) {
         for buffer in StateBuffer::ALL {
-            let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
-            stored.push(StoredTensor::new(stored_name(tensor, buffer), dtype(kind), &[len]));
+            let Some((kind, _)) = buffer.stored(tensor.values(), options.moments) else { continue };
+            let part = buffer.part(own(tensor.values()));
+            if !part.is_empty() {
+                stored.push(StoredTensor::new(stored_name(tensor, buffer), dtype(kind), &[part.len()]));
+            }
         }
     }
     stored
@@ -202,7 +311,8 @@ fn stored_name(tensor: &FusedTensor, buffer: StateBuffer) -> String {
     format!("{}/{}", buffer.name(), tensor.name())
 }
 
-/// Assigns the values of the stored tensor `name` from index `offset` on, as bytes.
+/// Assigns the values of the stored tensor `name` from index `offset` on, as bytes. Where states are sharded, index 0 is the first value
+/// of this rank's part.
 ///
 /// # Errors
 /// [`Error::Numerics`] where one is not finite.
@@ -231,7 +341,10 @@ pub(super) fn download<D: Device>(
             (None, Some(offloaded)) if offloaded.states.has(number, buffer) => {
                 offloaded.states.read(device, number, (buffer, offset), bytes)?;
             }
-            (None, _) => device.download_compute(bytemuck::cast_slice_mut(bytes), weight, offset)?,
+            (None, _) => {
+                let first = trainer.own(tensor.values()).start + offset;
+                device.download_compute(bytemuck::cast_slice_mut(bytes), weight, first)?;
+            }
         }
         return check_finite(name, offset, kind, bytes);
     }

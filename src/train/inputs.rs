@@ -76,7 +76,7 @@ impl Inputs {
             min_score_gap: config.min_score_gap,
             tolerant: false,
         };
-        let cache = PairCache::of(config.data_cache.as_ref());
+        let cache = PairCache::of(config.data_cache.as_ref())?;
         let load = |source: &PairSource| -> Result<PairDataset> {
             let _memory = LargeBlocks::give_back();
             let dataset = load_cached(source, &encoder, treatment, cache.as_ref(), None)?;

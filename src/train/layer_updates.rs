@@ -4,7 +4,7 @@
 //! clipped, because the norm over all gradients is known only at the end.
 
 use super::offload::{self, Offloaded};
-use crate::device::{Device, Floats, MemoryPart};
+use crate::device::{Device, Floats, Gradient, MemoryPart};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink, Gradients, LayerTensors, Llama, LlamaTensors};
 use crate::optimizer::{AdamWStep, OptimizerState};
@@ -93,6 +93,7 @@ impl<D: Device> LayerNorms<D> {
         let tensors = model.weights.outside_layers_mut().zip(gradients.outside_layers());
         for (number, (weight, gradient)) in numbers.zip(tensors) {
             let Some(gradient) = gradient else { continue };
+            let gradient = Gradient::F32(gradient);
             offloaded.update(&model.device, number, weight, gradient, &self.outside, step)?;
         }
         Ok(())
@@ -142,6 +143,7 @@ impl<D: Device> GradientSink<D> for UpdateLayers<'_, D> {
             if let Some(offloaded) = &mut self.offloaded {
                 for (number, (weight, gradient)) in (first..).zip(weights.iter_mut().zip(gradients.iter())) {
                     let Some(gradient) = gradient else { continue };
+                    let gradient = Gradient::F32(gradient);
                     offloaded.update(self.device, number, weight, gradient, norm, step)?;
                 }
             }

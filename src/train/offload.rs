@@ -1,7 +1,7 @@
 //! Which optimiser states live in host memory, and in which order a step updates them.
 
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
-use crate::device::{ComputeBuffer, Device, Floats};
+use crate::device::{ComputeBuffer, Device, Floats, Gradient};
 use crate::error::Result;
 use crate::model::{FusedTensor, Llama, LlamaTensors};
 use crate::optimizer::{
@@ -41,7 +41,7 @@ fn plan_with(
         let len = tensor.values();
         (tensor.trained && is_offloaded(len)).then_some((number, len))
     };
-    if memory.gradients == GradientConfig::F32 {
+    if memory.gradients != GradientConfig::Layer {
         return OffloadPlan { tensors: layout.iter().enumerate().filter_map(offloaded).collect(), ..plan };
     }
     // The backward completes the last layer first, and the tensors outside the layers at its end.
@@ -123,7 +123,7 @@ impl<D: Device> Offloaded<D> {
         device: &D,
         number: usize,
         weight: &mut ComputeBuffer<D>,
-        gradient: &Floats<D>,
+        gradient: Gradient<'_, D>,
         norm: &Floats<D>,
         step: AdamWStep,
     ) -> Result<()> {

@@ -29,6 +29,8 @@ pub struct Output {
     path: PathBuf,
     /// What the run writes at its end: a model, or an adapter.
     result: &'static str,
+    /// Whether this process writes there: of several ranks, the first one does.
+    is_ours: bool,
     /// Held while this process writes there.
     _lock: Option<RunLock>,
 }
@@ -46,13 +48,21 @@ pub struct Finished<'a> {
 }
 
 impl Output {
-    /// Refuses what cannot be a run's output folder, before any time is spent: a folder that holds a run or that
+    /// With `is_ours`, for the process that writes there: refuses what cannot be a run's output folder, before any time is spent: a folder that holds a run or that
     /// another process writes in, a file, a folder that the run reads. The demo may be run again over itself.
     ///
     /// # Errors
     /// [`Error::Io`] for what is no folder, [`Error::Config`] for the rest.
-    pub fn check(config: &RunConfig) -> Result<Self> {
+    pub fn check(config: &RunConfig, is_ours: bool) -> Result<Self> {
         let path = config.output.clone();
+        let result = match config.lora.is_some() || config.adapter.is_some() {
+            true => ADAPTER_FOLDER,
+            false => MODEL_FOLDER,
+        };
+        let output = Output { path: path.clone(), result, is_ours, _lock: None };
+        if !is_ours {
+            return Ok(output);
+        }
         if let Ok(metadata) = std::fs::metadata(&path)
             && !metadata.is_dir()
         {
@@ -66,11 +76,7 @@ impl Output {
         refuse_inputs(config)?;
         RunLock::check(&path)?;
         refuse_taken(config)?;
-        let result = match config.lora.is_some() || config.adapter.is_some() {
-            true => ADAPTER_FOLDER,
-            false => MODEL_FOLDER,
-        };
-        Ok(Output { path, result, _lock: None })
+        Ok(output)
     }
 
     /// Makes the folder and locks it, after the inputs were found good and before anything is computed.
@@ -78,6 +84,9 @@ impl Output {
     /// # Errors
     /// [`Error::Io`] where nothing can be written; [`Error::Config`] where another run has begun since the check.
     pub fn claim(self, config: &RunConfig) -> Result<Self> {
+        if !self.is_ours {
+            return Ok(self);
+        }
         atomic::check_writable(&self.path)?;
         let lock = RunLock::take(&self.path)?;
         refuse_taken(config)?;
@@ -87,6 +96,9 @@ impl Output {
     /// Writes the resolved configuration. The checksums that an earlier part of the run left are removed: their files are
     /// about to change.
     pub fn begin(&self, config: &RunConfig) -> Result<()> {
+        if !self.is_ours {
+            return Ok(());
+        }
         let sums = self.path.join(CHECKSUMS_FILE);
         match std::fs::remove_file(&sums) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -121,15 +133,17 @@ impl Output {
             data: inputs.data_summaries(),
             ..RunFacts::default()
         };
-        facts.write(&self.path)?;
+        if self.is_ours {
+            facts.write(&self.path)?;
+        }
         Ok(facts)
     }
 
     /// Writes the report of a run that ends before its last step because of `why`. Where that fails there is a warning:
     /// `why` is what counts.
     pub fn stopped(&self, facts: &RunFacts, elapsed: Duration, why: &Error) {
-        // The folder is another run's, or gone.
-        if matches!(why, Error::Io { .. }) {
+        // The folder is another run's, another rank's, or gone.
+        if !self.is_ours || matches!(why, Error::Io { .. }) {
             return;
         }
         let facts = RunFacts {
@@ -145,6 +159,11 @@ impl Output {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether this process writes there.
+    pub fn is_ours(&self) -> bool {
+        self.is_ours
     }
 
     /// The folder of the trained model or adapter.
@@ -183,6 +202,9 @@ impl Output {
     /// cannot be written costs no file.
     pub fn report(&self, finished: Finished<'_>) -> Result<()> {
         let Finished { config, facts, comparison, samples, elapsed, notes } = finished;
+        if !self.is_ours {
+            return Ok(());
+        }
         self.record_checksums()?;
         let text = match &comparison {
             Some((before, after)) => format!("\n{}", summary(before, after, &samples)),

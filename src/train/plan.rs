@@ -149,7 +149,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Config`] naming the first such step.
     pub fn check_micro_batches(&self, config: &RunConfig, pairs: &[TokenizedPair]) -> Result<()> {
-        if config.memory.gradients == GradientConfig::F32 {
+        if config.memory.gradients != GradientConfig::Layer {
             return Ok(());
         }
         let (budget, sides) = (config.batch.tokens_per_micro_batch, config.objective.sides());

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::output::Output;
 use crate::error::{Error, Result};
 use crate::report::{
     EvalMetrics, EventWriter, History, LivePage, METRICS_FILE, MetricsWriter, Progress, StepMetrics,
@@ -9,41 +10,37 @@ use crate::report::{
 
 #[derive(Debug)]
 pub struct Recorder {
-    output: PathBuf,
-    /// What the output folder and the metrics file were when the run began.
-    place: [Option<FileId>; 2],
-    metrics: MetricsWriter,
-    events: EventWriter,
+    /// `None` on a rank that is not the first.
+    files: Option<Files>,
     progress: Progress,
     /// With `--live`, the page that is written as the steps are done.
     pub live: Option<LivePage>,
 }
 
+#[derive(Debug)]
+struct Files {
+    output: PathBuf,
+    /// What the output folder and the metrics file were when the run began.
+    place: [Option<FileId>; 2],
+    metrics: MetricsWriter,
+    events: EventWriter,
+}
+
 impl Recorder {
-    /// Opens the files. `resumed` is the number of steps done by an earlier part of the run, whose lines for later
-    /// steps are removed.
-    pub fn start(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
-        let metrics = match resumed {
-            Some(step) => MetricsWriter::resume(output, step)?,
-            None => MetricsWriter::create(output)?,
-        };
-        if let Some(step) = resumed {
-            warn_of_missing_lines(output, step)?;
-        }
-        Ok(Recorder {
-            output: output.to_path_buf(),
-            place: place(output),
-            metrics,
-            events: EventWriter::create(output, resumed)?,
-            progress: Progress::start("training", "steps", total_steps, resumed.unwrap_or(0)),
-            live: None,
-        })
+    /// Opens the files of an output folder that is ours. `resumed` is the number of steps done by an earlier part of the run,
+    /// whose lines for later steps are removed.
+    pub fn start(output: &Output, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
+        let files = output.is_ours().then(|| Files::open(output.path(), resumed)).transpose()?;
+        let progress = Progress::start("training", "steps", total_steps, resumed.unwrap_or(0));
+        Ok(Recorder { files, progress, live: None })
     }
 
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.check_place()?;
-        self.metrics.step(metrics)?;
-        self.events.step(metrics)?;
+        if let Some(files) = &mut self.files {
+            files.metrics.step(metrics)?;
+            files.events.step(metrics)?;
+        }
         self.progress.advance(1, || metrics.brief());
         self.live.iter_mut().for_each(LivePage::tick);
         Ok(())
@@ -51,15 +48,16 @@ impl Recorder {
 
     pub fn evaluation(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.check_place()?;
-        self.metrics.evaluation(metrics)?;
-        self.events.evaluation(metrics)
+        let Some(files) = &mut self.files else { return Ok(()) };
+        files.metrics.evaluation(metrics)?;
+        files.events.evaluation(metrics)
     }
 
     /// Makes sure that everything recorded so far is on the disk: called before the checkpoint of the same step, which
     /// counts on it.
     pub fn sync(&self) -> Result<()> {
         self.check_place()?;
-        self.metrics.sync()
+        self.files.as_ref().map_or(Ok(()), |files| files.metrics.sync())
     }
 
     /// Fails where the output folder or its metrics file is no longer the one that the run writes to: lines would go to
@@ -68,11 +66,12 @@ impl Recorder {
     /// # Errors
     /// [`Error::Io`].
     pub fn check_place(&self) -> Result<()> {
-        if self.place == place(&self.output) {
+        let Some(files) = &self.files else { return Ok(()) };
+        if files.place == place(&files.output) {
             return Ok(());
         }
         Err(Error::Io {
-            path: self.output.clone(),
+            path: files.output.clone(),
             action: "go on in",
             cause: std::io::Error::other(
                 "the folder, or metrics.jsonl in it, was removed, renamed or replaced while the run went on",
@@ -81,6 +80,20 @@ impl Recorder {
                    lost, and the run must be started again"
                 .to_string(),
         })
+    }
+}
+
+impl Files {
+    fn open(output: &Path, resumed: Option<usize>) -> Result<Self> {
+        let metrics = match resumed {
+            Some(step) => MetricsWriter::resume(output, step)?,
+            None => MetricsWriter::create(output)?,
+        };
+        if let Some(step) = resumed {
+            warn_of_missing_lines(output, step)?;
+        }
+        let events = EventWriter::create(output, resumed)?;
+        Ok(Files { output: output.to_path_buf(), place: place(output), metrics, events })
     }
 }
 

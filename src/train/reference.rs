@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::inputs::Inputs;
-use super::self_test;
+use super::{self_test, shared_references};
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
 use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
@@ -14,11 +14,15 @@ use crate::error::Result;
 use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
 use crate::objective::ReferencePair;
+use crate::ranks::{self, RankGroup, Team};
 use crate::report::Progress;
 use crate::score::Scorer;
 
 /// Time between two writes of the scores so far: a process that is killed loses no more than that.
-const STORE_INTERVAL: Duration = Duration::from_secs(60);
+pub(super) const STORE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The ranks of the run, and their collectives where there are several.
+pub type RanksOf<'a, D> = (&'a Team, Option<&'a RankGroup<D>>);
 
 /// References of the training and of the evaluation pairs, in their orders.
 #[derive(Debug)]
@@ -40,15 +44,20 @@ impl References {
     ///
     /// # Errors
     /// Those of the reference's folder and of the device; [`crate::Error::Numerics`] for log-probs that are not finite.
-    pub fn compute<D: Device>(config: &RunConfig, inputs: &Inputs, model: &Llama<D>) -> Result<Self> {
+    pub fn compute<D: Device>(
+        config: &RunConfig,
+        inputs: &Inputs,
+        model: &Llama<D>,
+        ranks: RanksOf<'_, D>,
+    ) -> Result<Self> {
         match &inputs.reference {
-            None => Self::of(config, inputs, &inputs.folder, model),
+            None => Self::of(config, inputs, (&inputs.folder, model), ranks),
             Some(folder) => {
                 let device = &model.device;
                 let reference = device.as_part(MemoryPart::Reference, || {
                     Llama::load_frozen(Arc::clone(device), folder, inputs.positions())
                 })?;
-                Self::of(config, inputs, folder, &reference)
+                Self::of(config, inputs, (folder, &reference), ranks)
             }
         }
     }
@@ -56,12 +65,12 @@ impl References {
     fn of<D: Device>(
         config: &RunConfig,
         inputs: &Inputs,
-        folder: &ModelFolder,
-        reference: &Llama<D>,
+        (folder, reference): (&ModelFolder, &Llama<D>),
+        ranks: RanksOf<'_, D>,
     ) -> Result<Self> {
         let weights = folder.fingerprint();
         let score = |dataset: &PairDataset, label: &str| {
-            score_cached(config, inputs, weights, reference, dataset, label)
+            score_cached(config, inputs, (weights, reference), (dataset, label), ranks)
         };
         let unknown = |dataset: &PairDataset| (vec![ReferencePair::default(); dataset.pairs.len()], None);
         let (training, training_cache) = match config.objective.needs_reference() {
@@ -82,10 +91,9 @@ impl References {
 fn score_cached<D: Device>(
     config: &RunConfig,
     inputs: &Inputs,
-    weights: [u8; 32],
-    reference: &Llama<D>,
-    dataset: &PairDataset,
-    label: &str,
+    (weights, reference): ([u8; 32], &Llama<D>),
+    (dataset, label): (&PairDataset, &str),
+    (team, group): RanksOf<'_, D>,
 ) -> Result<(Vec<ReferencePair>, Option<PathBuf>)> {
     let compute = reference.device.arithmetic();
     let key = CacheKey {
@@ -98,7 +106,11 @@ fn score_cached<D: Device>(
     };
     let cache = ReferenceCache::new(&cache_folder(config), &key);
     let pairs = dataset.pairs.len();
-    if let Some(references) = cache.load(pairs) {
+    let known = match group {
+        None => cache.load(pairs),
+        Some(group) => shared_references::known(cache.load(pairs), dataset, team, group)?,
+    };
+    if let Some(references) = known {
         tracing::info!("{label}: {pairs} pairs from {}", cache.path().display());
         // Where the policy begins as the reference, the self-test of the policy compares the same.
         if self_test::is_another_model(inputs) {
@@ -107,7 +119,14 @@ fn score_cached<D: Device>(
         }
         return Ok((references, Some(cache.path().to_path_buf())));
     }
-    let references = score_rest(config, reference, dataset, label, &cache)?;
+    let budget = config.batch.tokens_per_micro_batch;
+    let references = match group {
+        None => score_rest(config, reference, dataset, label, &cache)?,
+        Some(group) => shared_references::score(reference, (dataset, budget), label, &cache, group)?,
+    };
+    if !team.is_first() {
+        return Ok((references, None));
+    }
     if let Err(error) = cache.store(&references) {
         tracing::warn!("the reference log-probs are not kept for the next run: {error}");
     }
@@ -143,6 +162,7 @@ fn score_rest<D: Device>(
             done.len()
         };
         progress.advance(count.saturating_sub(start.max(first)), String::new);
+        ranks::progress::tick();
         interrupt::check()?;
         if stored.elapsed() >= STORE_INTERVAL {
             stored = Instant::now();

@@ -15,6 +15,7 @@ use crate::config::RunConfig;
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
 use crate::model::Llama;
+use crate::ranks::Team;
 use crate::report::{Progress, print_result};
 
 /// Repeats the step of the capsule in folder `path`; `config` are the capsule's own options, but for the device and threads.
@@ -59,11 +60,12 @@ impl DeviceTask for Replay<'_> {
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Replay { config, inputs, plan, identity, capsule, capsule_path, start } = self;
         let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
-        let references = References::compute(config, &inputs, &model)?;
+        let team = &Team::alone();
+        let references = References::compute(config, &inputs, &model, (team, None))?;
         if let Some(adapter) = &inputs.adapter {
             adapter.attach(&mut model)?;
         }
-        let mut run = Run::new(config, &inputs, &references, plan, identity, model)?;
+        let mut run = Run::new((config, team), &inputs, &references, (plan, identity), (model, None))?;
         let mut done = 0;
         let mut from = "the starting model".to_string();
         if let Some(checkpoint) = &start {

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::chooser::Chooser;
 use super::plan::Plan;
 use super::record::{Lengthened, RECORD_FILE};
@@ -10,6 +12,7 @@ use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{Checkpoint, StoredTensor, atomic};
 use crate::config::{RESOLVED_FILE, RunConfig};
 use crate::error::{Error, Result};
+use crate::ranks::Team;
 use crate::report::{EVENTS_FOLDER, FACTS_FILE, History, METRICS_FILE, REPORT_FILE, RunFacts, RunState};
 
 /// What a run without a checkpoint may have left. Such a run can begin again and loses nothing.
@@ -80,6 +83,50 @@ pub fn find(
         1 => Err(damaged.remove(0).1),
         _ => Err(none_is_sound(run, &damaged)),
     }
+}
+
+/// What rank 0 tells the others of the beginning that it found.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum Told {
+    Fresh,
+    After(usize),
+    Finished(usize),
+}
+
+/// As [`find`], the same on all ranks: rank 0 looks and mends, and the others open what it found.
+///
+/// # Errors
+/// As [`find`]; [`Error::Rank`] where another rank is lost.
+pub fn find_together(
+    team: &Team,
+    config: &RunConfig,
+    model: &Path,
+    plan: &Plan,
+    (identity, tensors): (&RunIdentity, &[StoredTensor]),
+) -> Result<Start> {
+    let mut found = None;
+    let told = team.from_first("start", || {
+        let start = find(config, model, plan, identity, tensors)?;
+        let told = match &start {
+            Start::Fresh => Told::Fresh,
+            Start::After(checkpoint, _) => Told::After(checkpoint.state().step as usize),
+            Start::Finished(step) => Told::Finished(*step),
+        };
+        found = Some(start);
+        Ok(told)
+    })?;
+    if let Some(start) = found {
+        return Ok(start);
+    }
+    Ok(match told {
+        Told::Fresh => Start::Fresh,
+        Told::Finished(step) => Start::Finished(step),
+        Told::After(step) => {
+            let folder = run_state::folder_of(&config.output, step);
+            let (checkpoint, lengthened) = examine(&folder, config, plan, identity, tensors)?;
+            Start::After(Box::new(checkpoint), lengthened)
+        }
+    })
 }
 
 /// Whether early stopping ended the run after `step`. A line of metrics that a kill cut short is read as none: the loop looks

@@ -1,16 +1,27 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
+mod among_ranks;
+mod gathered;
+mod own_sums;
+mod ranks;
 mod trace;
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use gathered::{GatherUp, GatheredLayers};
+use own_sums::OwnSums;
+use ranks::OtherRanks;
+pub use ranks::RankStep;
 pub use trace::Trace;
 
+use super::bf16_gradients::{self, Bf16Sums};
+use super::deal::{self, Deal};
 use super::layer_updates::{self, LayerNorms, UpdateLayers};
 use super::offload::{self, Offloaded};
-use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
+use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
 use crate::data::{PairBatch, TokenizedPair, micro_batches};
-use crate::device::{BatchBuffers, Device, Floats, MemoryPart, hash};
+use crate::device::{BatchBuffers, Device, Floats, Gradient, GroupPlace, MemoryPart, hash};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{
@@ -19,6 +30,7 @@ use crate::model::{
 };
 use crate::objective::{Objective, PairOutcome, ReferencePair};
 use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
+use crate::ranks::{RankGroup, progress};
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +50,12 @@ pub struct StepResult {
     pub loss: f64,
     /// Global l2 norm of the gradient before clipping.
     pub gradient_norm: f32,
-    /// Tokens that went through the model.
+    /// Tokens that went through the model, on all ranks.
     pub tokens: usize,
+    /// Whether any rank asks to stop after this step; see [`Trainer::request_stop`].
+    pub stop_requested: bool,
+    /// Each rank's part; empty where there is but one rank.
+    pub ranks: Vec<RankStep>,
 }
 
 /// A model in training: weights, gradients, optimiser states and the buffers of the largest micro-batch.
@@ -51,21 +67,35 @@ pub struct Trainer<D: Device> {
     pub states: LlamaTensors<Option<OptimizerState<D>>>,
     /// States in host memory, where some are.
     pub offloaded: Option<Offloaded<D>>,
-    /// Gradients of the step, summed over its micro-batches.
+    /// Gradients of the step, summed over its micro-batches; with one layer where [`Trainer::step_gradients`] has them elsewhere.
     pub gradients: Gradients<D>,
+    /// Where the gradients of layers are summed in bf16.
+    bf16_sums: Option<Bf16Sums<D>>,
     /// Seed of the dropout of adapters: which values a step drops depends on it, on the step's number and on the micro-batch.
     pub dropout_seed: u64,
     /// Key of the step under way, from which its dropout masks follow.
     dropout_key: u64,
+    /// Whether this rank asks all of them to stop.
+    wants_stop: bool,
     objective: Objective,
     token_budget: usize,
     state_options: StateOptions,
     activations: Activations<D>,
     scratch: BackwardScratch<D>,
     batch: BatchBuffers<D>,
-    /// Everything that the host reads of a step, so that it waits once: the norms, two values each, then
-    /// `[pairs of a step, PairOutcome::WIDTH]`.
+    /// Everything that the host reads of a step, so that it waits once: the norms, two values each, or among several ranks a row
+    /// of [`ranks::ROW`] values for each; then `[pairs of a step, PairOutcome::WIDTH]`, in the order in which `dealt` has them.
     metrics: Floats<D>,
+    /// Who computed which pairs of the last batch.
+    dealt: Deal,
+    /// The other ranks, where there are some.
+    ranks: Option<OtherRanks<D>>,
+    /// Where gradients are sharded among them: this rank's values of those of the layers. `gradients` has one layer then.
+    own_sums: Option<OwnSums<D>>,
+    /// Where weights are sharded among them. `model.weights.layers` has this rank's values alone then.
+    gathered: Option<GatheredLayers<D>>,
+    /// Micro-batches of the last batch that another rank has and this one has not.
+    idle_rounds: usize,
     /// Where the outcomes begin in `metrics`.
     first_outcome: usize,
     /// Where gradients are applied layer by layer.
@@ -138,6 +168,21 @@ impl<D: Device> Trainer<D> {
     /// # Errors
     /// [`Error::Config`] where every tensor is frozen; [`Error::Device`] where the device has no memory for them.
     pub fn new(model: Llama<D>, objective: Objective, workload: Workload) -> Result<Self> {
+        Self::with_group(model, objective, workload, None)
+    }
+
+    /// As [`Trainer::new`], of one of the ranks of `group`. All ranks must make the same calls with the same pairs: each computes
+    /// its share of them, and gets the results of all.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`], and [`Error::Config`] for options that several ranks do not have.
+    pub fn with_group(
+        mut model: Llama<D>,
+        objective: Objective,
+        workload: Workload,
+        group: Option<RankGroup<D>>,
+    ) -> Result<Self> {
+        let ranks = OtherRanks::new(group, &workload.memory)?;
         if !model.layout.iter().any(|tensor| tensor.trained) {
             return Err(Error::config(
                 "every tensor of the model is frozen: there is nothing to train",
@@ -146,32 +191,33 @@ impl<D: Device> Trainer<D> {
         }
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
+        let gathered = match &ranks {
+            Some(ranks) if ranks.shard == ShardConfig::Weights => {
+                Some(GatheredLayers::new(&mut model, ranks)?)
+            }
+            _ => None,
+        };
         let capacity = workload.micro_batch;
         let offloaded = device.as_part(MemoryPart::OptimizerStates, || {
             Offloaded::new(&model, &workload.memory, workload.rounding_seed)
         })?;
-        let states = new_states(&model, workload)?;
-        let (gradients, layer_norms) = match workload.memory.gradients {
-            GradientConfig::F32 => {
-                let gradients = model.zero_gradients()?;
-                device.reserve_gradient_norm(&gradients.iter().flatten().collect::<Vec<_>>())?;
-                (gradients, None)
-            }
-            GradientConfig::Layer => {
-                let gradients = model.zero_gradients_of_one_layer()?;
-                let norms = LayerNorms::new(&model, &gradients)?;
-                (gradients, Some(norms))
-            }
+        let states = new_states(&model, workload, ranks.as_ref())?;
+        let GradientBuffers { gradients, layer_norms, own_sums, bf16_sums } =
+            GradientBuffers::new(&model, &workload.memory, ranks.as_ref())?;
+        let first_outcome = match &ranks {
+            Some(ranks) => ranks.rows(),
+            None => 2 * layer_norms.as_ref().map_or(1, LayerNorms::count),
         };
-        let first_outcome = 2 * layer_norms.as_ref().map_or(1, LayerNorms::count);
         let mut batch = BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?;
         batch.padding_token = model.config.pad_token_id;
         Ok(Trainer {
             states,
             offloaded,
             gradients,
+            bf16_sums,
             dropout_seed: 0,
             dropout_key: 0,
+            wants_stop: false,
             objective,
             token_budget: workload.token_budget,
             state_options: workload.memory.states,
@@ -181,6 +227,11 @@ impl<D: Device> Trainer<D> {
                 device.alloc(first_outcome + workload.pairs_per_step * PairOutcome::WIDTH)
             })?,
             first_outcome,
+            dealt: Deal::default(),
+            ranks,
+            own_sums,
+            gathered,
+            idle_rounds: 0,
             norm: device.as_part(MemoryPart::Gradients, || device.alloc(2))?,
             layer_norms,
             // Last: the head is planned with the memory that all else leaves.
@@ -221,10 +272,13 @@ impl<D: Device> Trainer<D> {
         if self.layer_norms.is_some() {
             return self.step_by_layers(pairs, None, max_grad_norm);
         }
+        if self.ranks.is_some() {
+            return self.accumulate_among_ranks(pairs, max_grad_norm);
+        }
         let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
-        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -233,22 +287,51 @@ impl<D: Device> Trainer<D> {
                 &batch.scored,
                 &trainer.objective,
             )?;
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                tokens,
-                &mut KeepGradients,
-            )
+            trainer.backward(batch.tokens())
         })?;
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
-        device.gradient_norm(&mut self.norm, &gradients, max_grad_norm)?;
+        let gradients: Vec<_> =
+            bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref()).into_iter().flatten().collect();
+        device.gradient_norm_of(&mut self.norm, &gradients, max_grad_norm)?;
         device.copy(&mut self.metrics, 0, &self.norm, 0, 2)?;
         let (norms, outcomes) = self.download_metrics(pairs.len())?;
         let (loss, gradient_norm) = (self.mean_loss(pairs, &outcomes), norms[0]);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
-        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+        Ok(self.alone(loss, outcomes, gradient_norm, tokens))
+    }
+
+    /// The result of a step on the only rank.
+    fn alone(&self, loss: f64, outcomes: Vec<PairOutcome>, gradient_norm: f32, tokens: usize) -> StepResult {
+        let stop_requested = self.wants_stop;
+        StepResult { loss, outcomes, gradient_norm, tokens, stop_requested, ranks: Vec::new() }
+    }
+
+    /// Sets the gradients to zero, and their sums.
+    fn clear_gradients(&mut self) -> Result<()> {
+        let device = &*self.model.device;
+        if let Some(sums) = &mut self.bf16_sums {
+            sums.clear(device)?;
+        }
+        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())
+    }
+
+    /// The backward of a micro-batch after that of its head, for an update after all of them.
+    fn backward(&mut self, tokens: usize) -> Result<()> {
+        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
+        let (activations, batch) = (&mut self.activations, &self.batch);
+        let device = Arc::clone(&self.model.device);
+        match &mut self.bf16_sums {
+            None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
+            Some(sums) => {
+                let mut sink = sums.sink(&device);
+                self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
+            }
+        }
+    }
+
+    /// The gradients that [`Trainer::accumulate_gradients`] left, for each tensor in the order of the tree; `None` for a frozen
+    /// one. Where gradients are applied layer by layer, they are those outside the layers and of one layer.
+    pub fn step_gradients(&self) -> Vec<Option<Gradient<'_, D>>> {
+        bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref())
     }
 
     /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
@@ -263,7 +346,7 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&self.model.device);
         device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
         let dropout = Some(self.dropout_key);
-        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, tokens| {
+        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
             trainer.model.head_forward_backward(
                 &mut trainer.gradients,
                 &mut trainer.scratch,
@@ -287,7 +370,7 @@ impl<D: Device> Trainer<D> {
                 &mut trainer.scratch,
                 &mut trainer.activations,
                 &trainer.batch,
-                tokens,
+                batch.tokens(),
                 &mut sink,
             )
         })?;
@@ -300,7 +383,7 @@ impl<D: Device> Trainer<D> {
         let gradient_norm = layer_updates::total(&norms);
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
-        Ok(StepResult { loss, outcomes, gradient_norm, tokens })
+        Ok(self.alone(loss, outcomes, gradient_norm, tokens))
     }
 
     /// Fails where a loss is not finite, before the first layer is updated inside the backward. The gradients of all layers are
@@ -331,17 +414,24 @@ impl<D: Device> Trainer<D> {
         if self.layer_norms.is_some() {
             return Err(Error::bug("gradients are applied layer by layer: none are left for an update"));
         }
+        if self.ranks.is_some() {
+            return self.update_among_ranks(adamw);
+        }
+        self.update_all(adamw)
+    }
+
+    /// Updates every trained weight from a gradient that is whole.
+    fn update_all(&mut self, adamw: AdamWStep) -> Result<()> {
         let device = &self.model.device;
+        let gradients = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
         let weights = self.model.weights.iter_mut().zip(self.states.iter_mut());
         let mut updates: Vec<_> = weights
-            .zip(self.gradients.iter())
-            .filter_map(|((weight, state), gradient)| {
-                Some(state.as_mut()?.update(weight, gradient.as_ref()?))
-            })
+            .zip(&gradients)
+            .filter_map(|((weight, state), gradient)| Some(state.as_mut()?.update_from(weight, (*gradient)?)))
             .collect();
         device.adamw(&mut updates, &self.norm, adamw)?;
         let Some(offloaded) = &mut self.offloaded else { return Ok(()) };
-        let tensors = self.model.weights.iter_mut().zip(self.gradients.iter()).enumerate();
+        let tensors = self.model.weights.iter_mut().zip(gradients).enumerate();
         for (number, (weight, gradient)) in tensors {
             let Some(gradient) = gradient else { continue };
             offloaded.update(&**device, number, weight, gradient, &self.norm, adamw)?;
@@ -357,6 +447,7 @@ impl<D: Device> Trainer<D> {
         let mut outcomes = Vec::with_capacity(pairs.len());
         let batch = (self.device().len(&self.metrics) - self.first_outcome) / PairOutcome::WIDTH;
         for chunk in pairs.chunks(batch.max(1)) {
+            self.zero_metrics(chunk.len())?;
             self.each_micro_batch(chunk, None, |trainer, batch, _| {
                 trainer.model.head_forward(
                     &mut trainer.activations,
@@ -366,11 +457,40 @@ impl<D: Device> Trainer<D> {
                     Some(&trainer.objective),
                 )
             })?;
+            self.idle_forwards()?;
+            self.sum_metrics(chunk.len())?;
             outcomes.extend(self.download_metrics(chunk.len())?.1);
         }
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, None, pairs, &outcomes)?;
         Ok((outcomes, loss))
+    }
+
+    /// Says whether this rank asks all ranks to stop, because of a signal for instance: the next [`StepResult::stop_requested`] is
+    /// true on every rank where any of them asks.
+    pub fn request_stop(&mut self, wants_stop: bool) {
+        self.wants_stop = wants_stop;
+    }
+
+    /// Where this rank stands.
+    pub fn place(&self) -> GroupPlace {
+        self.ranks.as_ref().map_or(GroupPlace { rank: 0, ranks: 1 }, OtherRanks::place)
+    }
+
+    /// The values of a trained tensor of `len` values whose states this rank has.
+    pub fn own(&self, len: usize) -> Range<usize> {
+        self.ranks.as_ref().map_or(0..len, |ranks| ranks.own(len))
+    }
+
+    /// Where this rank stands among those that have a part of the states each; `None` where it has all.
+    pub fn shard_place(&self) -> Option<GroupPlace> {
+        self.ranks.as_ref().filter(|ranks| ranks.shard != ShardConfig::None).map(OtherRanks::place)
+    }
+
+    /// The rank that computed a pair of the last batch.
+    pub fn rank_of(&self, pair: usize) -> usize {
+        let mut ranks = (0..self.place().ranks).take_while(|_| self.dealt.order.len() > pair);
+        ranks.find(|&rank| self.dealt.pairs(rank).contains(&pair)).unwrap_or(0)
     }
 
     /// How the head works, and on how much memory.
@@ -388,28 +508,34 @@ impl<D: Device> Trainer<D> {
         &self.model.device
     }
 
-    /// Forward of each micro-batch, then `head`; gathers the outcomes. Returns the tokens that went through. `dropout`
-    /// names the masks of adapters' dropout; `None` drops nothing.
+    /// Forward of each micro-batch of this rank's share of `pairs`, then `head`, which is told whether it is the last one; gathers the
+    /// outcomes. Returns the tokens that went through. `dropout` names the masks of adapters' dropout; `None` drops nothing.
     fn each_micro_batch(
         &mut self,
         pairs: &[TrainingPair<'_>],
         dropout: Option<u64>,
-        mut head: impl FnMut(&mut Self, &PairBatch, usize) -> Result<()>,
+        mut head: impl FnMut(&mut Self, &PairBatch, bool) -> Result<()>,
     ) -> Result<usize> {
         let device = Arc::clone(&self.model.device);
         let sides = self.objective.sides();
         let references: Vec<ReferencePair> = pairs.iter().map(|pair| pair.reference).collect();
         let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
-        let sizes = self.pair_sizes(pairs);
+        self.dealt = self.deal(pairs);
+        let (runs, before) = self.own_micro_batches(&self.pair_sizes(pairs));
+        self.idle_rounds = self.idle_rounds(runs.len(), &self.pair_sizes(pairs));
+        let last = runs.len().saturating_sub(1);
         let mut tokens = 0;
-        for (number, run) in micro_batches(&sizes, self.token_budget).into_iter().enumerate() {
-            self.model.set_dropout_key(dropout.map(|key| hash(key, number as u64)));
+        for (number, run) in runs.into_iter().enumerate() {
+            let own = &self.dealt.order[run.clone()];
+            let own_constants: Vec<_> = own.iter().map(|&pair| constants[pair]).collect();
+            let batch = PairBatch::pack(own.iter().map(|&pair| pairs[pair].pair), sides);
+            self.model.set_dropout_key(dropout.map(|key| hash(key, (before + number) as u64)));
             // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
             interrupt::check()?;
-            let batch = PairBatch::pack(pairs[run.clone()].iter().map(|pair| pair.pair), sides);
-            self.batch.load(device.as_ref(), &batch, &constants[run.clone()])?;
-            self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
-            head(self, &batch, batch.tokens())?;
+            progress::tick();
+            self.batch.load(device.as_ref(), &batch, &own_constants)?;
+            self.forward(batch.tokens())?;
+            head(self, &batch, number == last)?;
             device.copy(
                 &mut self.metrics,
                 self.first_outcome + run.start * PairOutcome::WIDTH,
@@ -423,6 +549,42 @@ impl<D: Device> Trainer<D> {
         Ok(tokens)
     }
 
+    /// The model's forward over the batch that is loaded.
+    fn forward(&mut self, tokens: usize) -> Result<()> {
+        let Trainer { model, activations, batch, ranks, gathered, .. } = self;
+        match (ranks, gathered) {
+            (Some(ranks), Some(gathered)) => {
+                model.forward_from(&mut GatherUp { ranks, gathered }, activations, batch, tokens)
+            }
+            _ => model.forward(activations, batch, tokens, Context::Packed),
+        }
+    }
+
+    /// Who computes which of `pairs`.
+    fn deal(&self, pairs: &[TrainingPair<'_>]) -> Deal {
+        let ranks = self.place().ranks;
+        if ranks == 1 {
+            return Deal::alone(pairs.len());
+        }
+        let sides = self.objective.sides();
+        let costs: Vec<u64> =
+            pairs.iter().map(|pair| deal::cost(&self.model.config, pair.pair, sides)).collect();
+        deal::deal(&costs, ranks)
+    }
+
+    /// The micro-batches of this rank, as parts of the order of `dealt`, and how many the ranks before it have together. `sizes`
+    /// are those of the batch.
+    fn own_micro_batches(&self, sizes: &[usize]) -> (Vec<Range<usize>>, usize) {
+        let rank = self.place().rank;
+        let of = |rank: usize| {
+            let own: Vec<usize> = self.dealt.pairs(rank).iter().map(|&pair| sizes[pair]).collect();
+            micro_batches(&own, self.token_budget)
+        };
+        let first = self.dealt.part(rank).start;
+        let runs = of(rank).into_iter().map(|run| first + run.start..first + run.end).collect();
+        (runs, (0..rank).map(|rank| of(rank).len()).sum())
+    }
+
     /// The outcomes of the last `pairs` pairs that went through the head; [`Trainer::step`] leaves those of a step that failed.
     ///
     /// # Errors
@@ -434,9 +596,15 @@ impl<D: Device> Trainer<D> {
     /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs. A step waits for the device here
     /// alone.
     fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
+        let _waiting = progress::wait();
         let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
         self.device().download(&mut values, &self.metrics, 0)?;
-        let outcomes = bytemuck::cast_slice(&values[self.first_outcome..]).to_vec();
+        let outcomes: &[PairOutcome] = bytemuck::cast_slice(&values[self.first_outcome..]);
+        // A capsule asks for the outcomes of a batch that may never have been dealt.
+        let outcomes = match self.dealt.order.len() == pairs {
+            true => self.dealt.restore(outcomes),
+            false => outcomes.to_vec(),
+        };
         values.truncate(self.first_outcome);
         Ok((values, outcomes))
     }
@@ -451,11 +619,44 @@ fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
     pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
 }
 
+/// The buffers for gradients, and what is done with those of a layer.
+struct GradientBuffers<D: Device> {
+    gradients: Gradients<D>,
+    layer_norms: Option<LayerNorms<D>>,
+    own_sums: Option<OwnSums<D>>,
+    bf16_sums: Option<Bf16Sums<D>>,
+}
+
+impl<D: Device> GradientBuffers<D> {
+    /// Those that `memory` asks for, with the scratch memory of their norm.
+    fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
+        let sharded = ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients);
+        let is_whole = memory.gradients == GradientConfig::F32 && sharded.is_none();
+        let gradients =
+            if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
+        let (mut layer_norms, mut own_sums, mut bf16_sums) = (None, None, None);
+        match (memory.gradients, sharded) {
+            (GradientConfig::Layer, _) => layer_norms = Some(LayerNorms::new(model, &gradients)?),
+            (GradientConfig::Bf16, _) => bf16_sums = Some(Bf16Sums::new(model)?),
+            (GradientConfig::F32, Some(ranks)) => own_sums = Some(OwnSums::new(model, ranks, &gradients)?),
+            (GradientConfig::F32, None) => {}
+        }
+        if layer_norms.is_none() {
+            let own = own_sums.iter().flat_map(OwnSums::iter).map(Gradient::F32);
+            let all =
+                bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
+            model.device.reserve_gradient_norm_of(&all.collect::<Vec<_>>())?;
+        }
+        Ok(GradientBuffers { gradients, layer_norms, own_sums, bf16_sums })
+    }
+}
+
 /// The states on the device of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
 /// the random bits of a tensor do not depend on which others are trained.
 fn new_states<D: Device>(
     model: &Llama<D>,
     workload: Workload,
+    ranks: Option<&OtherRanks<D>>,
 ) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
     let (device, options) = (&*model.device, workload.memory.states);
     let offloads = workload.memory.offload == OffloadConfig::States;
@@ -464,7 +665,18 @@ fn new_states<D: Device>(
     model.layout.try_map(|tensor| match (weights.next(), stays(tensor)) {
         (Some((weight, number)), true) => {
             let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
-            OptimizerState::before_first(device, weight, options, rounding).map(Some)
+            match ranks.filter(|ranks| ranks.shard != ShardConfig::None) {
+                None => OptimizerState::before_first(device, weight, options, rounding).map(Some),
+                // A small tensor has no values for some ranks.
+                Some(ranks) => match ranks.own(tensor.values()) {
+                    own if own.is_empty() => Ok(None),
+                    own => {
+                        let whole = tensor.values();
+                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding)
+                            .map(Some)
+                    }
+                },
+            }
         }
         _ => Ok(None),
     })

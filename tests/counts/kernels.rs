@@ -19,7 +19,7 @@ use mmpo_fast::device::cuda::{
     self, CudaDevice, EmulatorCounters, EmulatorVariant, GemmChoice, GemmTile, KernelPath,
 };
 use mmpo_fast::device::prelude::*;
-use mmpo_fast::device::{LinearShape, RawValues};
+use mmpo_fast::device::{Gradient, LinearShape, RawValues};
 use mmpo_fast::error::Result;
 use mmpo_fast::optimizer::{MasterWeights, MomentFormat, OptimizerState, StateOptions, StochasticRounding};
 
@@ -169,7 +169,7 @@ fn the_optimiser_launches_a_few_kernels_for_many_tensors() {
     assert_eq!(launches(&mut || device.adamw(&mut updates, &norm, step)), 3);
 }
 
-/// Every format of moments, with and without a master copy, on tensors that fill whole warps: every byte of gradient, moments,
+/// Every format of moments, with and without a master copy, from f32 and bf16 gradients, on tensors that fill whole warps: every byte of gradient, moments,
 /// scales, master copy and weight is read once where it is needed and written once where it changes. Beside them each thread reads
 /// the clipping factor, 4 bytes that its warp shares.
 #[test]
@@ -183,16 +183,26 @@ fn the_optimiser_moves_every_byte_once() {
         (MomentFormat::Bf16, 4 * VALUES, 4),
         (MomentFormat::EightBit, 2 * VALUES + 2 * F32 * VALUES / 256, 8),
     ] {
-        for master in [MasterWeights::F32, MasterWeights::None] {
+        for (master, is_bf16) in [
+            (MasterWeights::F32, false),
+            (MasterWeights::F32, true),
+            (MasterWeights::None, false),
+            (MasterWeights::None, true),
+        ] {
             let options = StateOptions { moments, master };
             let mut weight = device.alloc(VALUES).unwrap();
             let mut state =
                 OptimizerState::before_first(&device, &weight, options, StochasticRounding::default())
                     .unwrap();
-            let (gradient, norm) = (device.alloc(VALUES).unwrap(), device.alloc(2).unwrap());
+            let (wide, narrow) = (device.alloc(VALUES).unwrap(), device.alloc(VALUES).unwrap());
+            let (gradient, gradient_bytes) = match is_bf16 {
+                false => (Gradient::F32(&wide), F32),
+                true => (Gradient::Bf16(&narrow), BF16),
+            };
+            let norm = device.alloc(2).unwrap();
             let step = shapes::settings().unwrap().adamw(1);
             variant.reset_counters();
-            device.adamw(&mut [state.update(&mut weight, &gradient)], &norm, step).unwrap();
+            device.adamw(&mut [state.update_from(&mut weight, gradient)], &norm, step).unwrap();
             let counters = variant.counters();
             // What the new weight comes from: the master copy, or the weight.
             let (read, written) = match master {
@@ -200,11 +210,11 @@ fn the_optimiser_moves_every_byte_once() {
                 MasterWeights::None => (BF16 * VALUES, BF16 * VALUES),
             };
             let factors = VALUES / thread_values * F32;
-            let what = format!("{options:?}");
+            let what = format!("{options:?}, bf16 gradient: {is_bf16}");
             assert_eq!(counters.launches, 1, "{what}");
             assert_eq!(
                 counters.global_load_bytes as usize,
-                F32 * VALUES + moment_bytes + read + factors,
+                gradient_bytes * VALUES + moment_bytes + read + factors,
                 "{what}: read"
             );
             assert_eq!(counters.global_store_bytes as usize, moment_bytes + written, "{what}: written");

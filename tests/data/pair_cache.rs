@@ -211,7 +211,7 @@ fn a_folder_that_cannot_be_written_costs_nothing_but_the_cache() {
     let right = seen(&workplace.source, &encoder, treatment(), None);
     let under_a_file = PairCache::new(&workplace.folder.path().join("pairs.jsonl/cache"));
     assert_eq!(seen(&workplace.source, &encoder, treatment(), Some(&under_a_file)), right);
-    assert!(PairCache::of(Some(&DataCache::Off)).is_none());
+    assert!(PairCache::of(Some(&DataCache::Off)).expect("no limit is asked for").is_none());
 }
 
 #[test]
@@ -267,6 +267,47 @@ fn what_a_killed_process_left_is_removed_after_a_day() {
     assert!(names.contains(&".partial-new".to_string()) && names.contains(&"mine".to_string()), "{names:?}");
     assert!(!names.contains(&".partial-old".to_string()), "{names:?}");
     assert_eq!(names.len(), 3, "and the pairs: {names:?}");
+}
+
+#[test]
+fn above_its_limit_the_cache_removes_what_nobody_uses() {
+    let workplace = workplace();
+    let encoder = encoder("chatml");
+    let folder = workplace.folder.path().join("cache");
+    let lengths = |max_length| LengthLimits { max_length, ..LIMITS };
+    let load = |max_length: usize, cache: &PairCache| {
+        let treatment = Treatment { limits: lengths(max_length), ..treatment() };
+        load_cached(&workplace.source, &encoder, treatment, Some(cache), None).expect("pairs")
+    };
+    let names = || -> Vec<PathBuf> {
+        let kept = kept(&folder).into_iter();
+        kept.filter(|path| path.extension().is_some_and(|end| end == "pairs")).collect()
+    };
+    let new =
+        |before: &[PathBuf]| names().into_iter().find(|path| !before.contains(path)).expect("a new file");
+    let used = load(90, &workplace.cache);
+    let in_use = new(&[]);
+    drop(load(91, &workplace.cache));
+    let unused = new(&[in_use.clone()]);
+    let file = fs::File::options().write(true).open(&in_use).expect("a file");
+    file.set_modified(SystemTime::now() - Duration::from_secs(3600)).expect("its time");
+    drop(file);
+    let strange = folder.join("mine.pairs");
+    fs::write(&strange, vec![0; 1 << 20]).expect("written");
+    let small = workplace.cache.clone().with_limit(Some(1));
+    // What was asked for last stays, whatever the limit, and so does what another data set reads.
+    let last = load(92, &small);
+    let newest = new(&[in_use.clone(), unused.clone(), strange.clone()]);
+    let mut left = vec![in_use.clone(), newest.clone(), strange.clone()];
+    left.sort();
+    assert_eq!(names(), left);
+    assert_eq!(used.pairs, load(90, &small).pairs);
+    drop((used, last));
+    let another = load(93, &small);
+    assert!(!another.pairs.is_empty());
+    assert!(!in_use.exists() && !newest.exists() && strange.exists());
+    // Removed or not, its pairs are the same.
+    assert_eq!(load(90, &small).pairs, load(90, &PairCache::new(&folder)).pairs);
 }
 
 /// What the committed pairs become under the version of the cache's key. Where a change to reading, rendering,

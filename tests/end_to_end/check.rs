@@ -96,6 +96,10 @@ fn what_would_end_a_training_run_has_the_exit_code_of_data() {
     let none = workplace.run("check --model base --data empty.jsonl");
     assert_eq!(none.code, Some(3));
     assert!(none.stderr.contains("no usable pair in 1 records"), "{}", none.stderr);
+    workplace.write("nothing.jsonl", "");
+    let nothing = workplace.run("check --model base --data nothing.jsonl");
+    assert_eq!(nothing.code, Some(3));
+    assert!(nothing.stderr.contains("no record can be read"), "{}", nothing.stderr);
     workplace.refuse("check --model none --data mixed.jsonl", 5, &["none"]);
     workplace.refuse("check --model base --data mixed.jsonl --on-empty keep", 2, &["must be drop or error"]);
 }

@@ -3,6 +3,8 @@
 use serde_json::Value;
 
 use crate::harness::{TRAIN, Workplace};
+use crate::reliability::{signal, wait_until};
+use crate::resume::wait_for_lines;
 
 const CONFIG: i32 = 2;
 /// Evaluated on pairs with their responses exchanged, which training makes worse from the first step on.
@@ -62,7 +64,8 @@ fn the_best_checkpoint_is_kept_beside_the_newest_ones() {
     assert!(work.read("whole/best/model.safetensors") == work.read("cut/model/model.safetensors"));
     assert!(work.read("whole/best/model.safetensors") != work.read("whole/model/model.safetensors"));
     work.succeed("score --model run/best --data pairs.jsonl --output scores.jsonl --device cpu");
-    work.succeed("verify run");
+    let verified = work.succeed("verify run").stdout;
+    assert!(verified.contains("matches    best/model.safetensors\n"), "{verified}");
     // Where the last is the best, there is no second model.
     let run =
         format!("{TRAIN} --max-steps 4 --eval-data pairs.jsonl --eval-steps 2 --keep-best logps/chosen");
@@ -73,6 +76,42 @@ fn the_best_checkpoint_is_kept_beside_the_newest_ones() {
         finished.stdout
     );
     assert!(!work.path("last/best").exists());
+}
+
+/// A checkpoint is saved beside the steps after it. `run.json` names it as the best one as soon as it is on the disk, not when
+/// the next one is saved.
+#[test]
+fn the_record_names_the_best_checkpoint_that_is_on_the_disk() {
+    let work = Workplace::new();
+    work.turn_pairs();
+    let run = format!("{TRAIN} --max-steps 4000 {WORSE} --objective dpo --output run");
+    let mut child = work.command(&run).spawn().unwrap();
+    // The first evaluation is the best one, and no other checkpoint is due.
+    wait_until("the best checkpoint", || {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended");
+        work.path("run/checkpoints/step-000002").is_dir()
+    });
+    let lines = work.lines("run/metrics.jsonl").len();
+    wait_for_lines(&work.path("run/metrics.jsonl"), lines + 4, &mut child);
+    let best = work.record("run")["best"]["step"].as_u64();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(work.checkpoints("run"), ["step-000002"]);
+    assert_eq!(best, Some(2));
+
+    // Here each evaluation is the best so far, also that of the step after which a signal ends the run.
+    let run = format!(
+        "{TRAIN} --max-steps 4000 --eval-data pairs.jsonl --eval-steps 1 --keep-best logps/chosen --objective sft --output cut"
+    );
+    let mut child = work.command(&run.replace("1e-3", "1e-5")).spawn().unwrap();
+    wait_for_lines(&work.path("cut/metrics.jsonl"), 7, &mut child);
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let values = work.evaluations("cut", "eval_logps/chosen");
+    assert!(values.is_sorted_by(|one, other| one.1 < other.1), "training helps here: {values:?}");
+    let best = work.record("cut")["best"].clone();
+    assert_eq!(best["step"].as_u64(), values.last().map(|(step, _)| *step));
+    assert_eq!(best["value"].as_f64(), values.last().map(|(_, value)| *value));
 }
 
 #[test]

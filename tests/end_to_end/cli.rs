@@ -22,6 +22,17 @@ fn failure(arguments: &[&str]) -> (i32, String) {
     (output.status.code().unwrap(), message)
 }
 
+/// Suggestions are the flags of the command, whatever the program's file is called.
+#[test]
+fn a_program_under_another_name_suggests_the_flags_of_its_command() {
+    let workplace = Workplace::new();
+    let renamed = workplace.path("trainer");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_mmpo-fast"), &renamed).unwrap();
+    let output = Command::new(renamed).args(["score", "--modle", "m"]).env("NO_COLOR", "1").output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("did you mean `--model`?"), "{message}");
+}
+
 #[test]
 fn mistakes_on_the_command_line_exit_with_2_and_say_what_helps() {
     for (arguments, expected) in [

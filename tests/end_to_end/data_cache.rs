@@ -1,8 +1,10 @@
 //! Tokenised pairs that are kept between commands, and files of other trainers that become recipes.
 
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 
 use crate::harness::*;
+use crate::reliability::wait_until;
 
 const CHECK: &str = "check --model base --max-length 160 --max-prompt-length 64 --json --data pairs.jsonl";
 
@@ -80,6 +82,104 @@ fn a_full_disk_costs_the_cache_and_nothing_else() {
     }
 }
 
+impl Workplace {
+    /// `many.jsonl`: other pairs for each `kind`, enough that a command tokenises for a while.
+    fn many_pairs_of(&self, kind: usize) {
+        let pairs = String::from_utf8(self.read("pairs.jsonl")).unwrap();
+        let other = |number: usize| pairs.replace("Paris", &format!("Paris {kind} {number}"));
+        self.write("many.jsonl", (0..200).map(other).collect::<String>());
+    }
+
+    /// The files in the cache of pairs whose names begin or end so.
+    fn cached(&self, part: &str) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.path("cache/pairs")) else { return Vec::new() };
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.to_string_lossy().contains(part)).collect()
+    }
+}
+
+const MANY: &str = "check --model base --max-length 160 --max-prompt-length 64 --json --data many.jsonl";
+
+/// Processes that write and read the same file of pairs at once say what one alone says, also where another process beside
+/// them is killed while it writes: what that one leaves is no file of pairs, and stops nobody.
+#[test]
+fn processes_share_the_cache_and_one_that_is_killed_while_it_writes_costs_the_others_nothing() {
+    let workplace = Workplace::new();
+    let finish = |child: Child| {
+        let output = child.wait_with_output().unwrap();
+        let notes = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{notes}");
+        (String::from_utf8(output.stdout).unwrap(), notes)
+    };
+    let start = || workplace.command(MANY).spawn().unwrap();
+    let mut killed_while_writing = 0;
+    for kind in 0..4 {
+        workplace.many_pairs_of(kind);
+        let (alone, _) = said(&workplace, &format!("{MANY} --data-cache off"));
+        let before = workplace.cached(".partial-").len();
+        let mut killed = start();
+        wait_until("a file that is being written", || {
+            workplace.cached(".partial-").len() > before || killed.try_wait().unwrap().is_some()
+        });
+        let others = [start(), start()];
+        killed.kill().unwrap();
+        // It may have been faster than the signal.
+        let has_ended = killed.wait().unwrap().success() || workplace.cached(".pairs").len() > kind;
+        killed_while_writing += usize::from(!has_ended);
+        let left = workplace.cached(".partial-");
+        let mut written = 0;
+        for other in others {
+            let (found, notes) = finish(other);
+            assert_eq!(found, alone);
+            assert!(!notes.contains("tokenised again"), "no file was damaged: {notes}");
+            written += usize::from(notes.contains("tokenised pairs are kept in"));
+        }
+        assert!(written > 0 || has_ended, "somebody wrote the pairs");
+        assert_eq!(workplace.cached(".pairs").len(), kind + 1, "both have one file");
+        let (found, notes) = finish(start());
+        assert!(notes.contains("tokenised pairs are read from"), "{notes}");
+        assert_eq!(found, alone);
+        // It may be that of a process that writes: only an old one is removed.
+        let now = workplace.cached(".partial-");
+        assert!(now.len() > before || has_ended, "the killed process left its file");
+        assert!(now.iter().all(|path| left.contains(path)), "and nobody else did");
+    }
+    assert!(killed_while_writing > 0, "none was killed while it wrote");
+}
+
+#[test]
+fn a_cache_beyond_its_limit_loses_the_files_that_were_unused_for_the_longest() {
+    let workplace = Workplace::new();
+    let check = |kind: usize, limit: &str| {
+        workplace.many_pairs_of(kind);
+        let mut command = workplace.command(MANY);
+        command.env("MMPO_FAST_CACHE_LIMIT", limit);
+        finish(command)
+    };
+    let size = |path: &PathBuf| path.metadata().unwrap().len();
+    assert_eq!(check(0, "off").code, Some(0));
+    let first = workplace.cached(".pairs");
+    assert_eq!(check(1, "off").code, Some(0));
+    let second: Vec<PathBuf> =
+        workplace.cached(".pairs").into_iter().filter(|path| !first.contains(path)).collect();
+    // Used again, the first is no longer the one that was unused for the longest.
+    assert!(check(0, "1MB").stderr.contains("tokenised pairs are read from"));
+    assert_eq!(workplace.cached(".pairs").len(), 2, "reading removes nothing");
+    let room = format!("{}B", size(&first[0]) + size(&second[0]) + 1000);
+    let finished = check(2, &room);
+    for part in ["1 file of tokenised pairs", "unused for the longest, removed", "MMPO_FAST_CACHE_LIMIT"] {
+        assert!(finished.stderr.contains(part), "no {part:?} in {}", finished.stderr);
+    }
+    let left = workplace.cached(".pairs");
+    assert!(left.contains(&first[0]) && !left.contains(&second[0]) && left.len() == 2, "{left:?}");
+    let finished = workplace.command(CHECK).env("MMPO_FAST_CACHE_LIMIT", "20 apples").output().unwrap();
+    let message = String::from_utf8(finished.stderr).unwrap();
+    assert_eq!(finished.status.code(), Some(2), "{message}");
+    for part in ["`MMPO_FAST_CACHE_LIMIT` is no size: `20 apples`", "50GiB"] {
+        assert!(message.contains(part), "no {part:?} in {message}");
+    }
+}
+
 #[test]
 fn a_file_of_another_trainer_becomes_a_recipe_that_trains() {
     let workplace = Workplace::new();
@@ -111,5 +211,8 @@ fn a_file_of_another_trainer_becomes_a_recipe_that_trains() {
     workplace.write("what.yaml", "a: 1\n");
     workplace.refuse("import what.yaml", 2, &["no key tells which program"]);
     workplace.refuse("import none.yaml", 5, &["none.yaml"]);
+    workplace.refuse("import base", 5, &["this is a folder, and a file is wanted"]);
+    workplace.write("binary.yaml", b"a: \xff");
+    workplace.refuse("import binary.yaml", 2, &["binary.yaml: not UTF-8 text, from byte 3 on"]);
     workplace.refuse("import dpo.yaml --devices 0", 2, &["--devices"]);
 }

@@ -169,3 +169,28 @@ fn mfu_is_logged_where_the_peak_is_known() {
     workplace.succeed(&format!("{TRAIN} --max-steps 1 --output unknown"));
     assert!(workplace.lines("unknown/metrics.jsonl")[0].get("mfu").is_none());
 }
+
+/// What ranks send each other follows the formulas of `docs/scale.md`.
+#[test]
+fn a_plan_for_several_ranks_shows_what_they_send() {
+    let workplace = Workplace::new();
+    let asked = planned("--tflops 1 --bandwidth 50 --ranks 8 --shard states");
+    let account = account(&workplace, &asked);
+    let trained = account["trained_parameters"].as_f64().unwrap();
+    let shardings = account["ranks"]["shardings"].as_array().unwrap();
+    let sent = |index: usize| {
+        let number = |key: &str| shardings[index][key].as_f64().unwrap();
+        (number("reduced") + number("gathered")) / (trained * 7.0 / 8.0)
+    };
+    // Pairs of a step are fewer than 8 ranks, so that each has one micro-batch; a weight has four bytes here.
+    for (index, (name, bytes)) in
+        [("none", 8.0), ("states", 8.0), ("gradients", 8.0), ("weights", 12.0)].into_iter().enumerate()
+    {
+        assert_eq!(shardings[index]["shard"], name);
+        assert!((sent(index) - bytes).abs() <= 1e-9, "{name}: {}", sent(index));
+    }
+    let text = workplace.succeed(&asked).stdout;
+    assert!(text.contains("a step on 8 ranks") && text.contains("as asked"), "{text}");
+
+    workplace.refuse(&planned("--network-bandwidth 25"), 2, &["--ranks"]);
+}

@@ -23,7 +23,7 @@ fn unread() -> Stdio {
     writer.into()
 }
 
-fn signal(child: &Child, name: &str) {
+pub fn signal(child: &Child, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().unwrap();
     assert!(sent.success(), "{sent}");
 }
@@ -34,7 +34,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// Waits until `condition` holds.
 #[track_caller]
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         assert!(started.elapsed() < Duration::from_secs(60), "waited for {what}");

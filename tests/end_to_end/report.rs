@@ -83,6 +83,7 @@ fn what_is_no_run_or_no_page_is_refused() {
     let work = Workplace::new();
     work.refuse("report base", CONFIG, &["base holds no run", "the --output of `mmpo-fast train`"]);
     work.refuse("report absent", CONFIG, &["absent holds no run"]);
+    work.refuse("report pairs.jsonl", 5, &["pairs.jsonl/metrics.jsonl", "a part of the path is a file"]);
     work.refuse("report base --output pairs.jsonl", CONFIG, &["does not end in .html"]);
     std::fs::create_dir(work.path("folder.html")).unwrap();
     work.refuse("report base --output folder.html", CONFIG, &["folder.html is a folder, not a file"]);

@@ -88,11 +88,45 @@ fn a_run_is_compared_with_its_checksums() {
         assert_eq!(work.account("run").1, Some(DAMAGED));
         work.write(&format!("run/{file}"), bytes);
     }
+    // What a link leads to is not looked at: it may be another run, or a folder that holds this one.
+    std::os::unix::fs::symlink(work.path("run"), work.path("run/model/around")).unwrap();
+    let text = work.succeed("verify run").stdout;
+    assert!(text.contains("note       folder model/around is left out\n"), "{text}");
+    assert!(!text.contains("around/"), "{text}");
+    std::fs::remove_file(work.path("run/model/around")).unwrap();
+    // What is half written is left out too.
+    for name in ["run/checkpoints/step-000003.partial-1/state.json", "run/model/model.safetensors.partial-2"]
+    {
+        std::fs::create_dir_all(work.path(name).parent().unwrap()).unwrap();
+        work.write(name, "{");
+    }
+    let text = work.succeed("verify run").stdout;
+    for name in ["checkpoints/step-000003.partial-1", "model/model.safetensors.partial-2"] {
+        let note = format!("note       {name} is left out: a process that was killed left it half written");
+        assert!(text.contains(&note), "no {note:?} in {text}");
+        assert_eq!(text.matches(name).count(), 1, "{text}");
+    }
     let (account, code) = work.account("run");
     assert_eq!(
         (account["is_damaged"].as_bool(), account["kind"].as_str(), code),
         (Some(false), Some("run"), Some(0))
     );
+}
+
+/// A folder of a run's checkpoints is known by its name where both of its files are gone.
+#[test]
+fn an_emptied_checkpoint_is_missing_its_files() {
+    let work = Workplace::new();
+    work.succeed(&format!("{TRAIN} --max-steps 1 --output run"));
+    let checkpoint = "run/checkpoints/step-000001";
+    for file in ["state.json", "state.safetensors"] {
+        std::fs::remove_file(work.path(&format!("{checkpoint}/{file}"))).unwrap();
+    }
+    let (account, code) = work.account(checkpoint);
+    assert_eq!((account["kind"].as_str(), code), (Some("checkpoint"), Some(DAMAGED)), "{account}");
+    assert_eq!(work.status(checkpoint, "state.json"), "missing");
+    std::fs::remove_file(work.path(&format!("{checkpoint}/B3SUMS"))).unwrap();
+    assert_eq!(work.status(checkpoint, "B3SUMS"), "missing");
 }
 
 #[test]
@@ -153,6 +187,16 @@ fn an_index_is_compared_with_its_shards() {
         assert_eq!(finished.code, Some(DAMAGED), "{}", finished.stdout);
         assert!(finished.stdout.contains(part), "no {part:?} in {}", finished.stdout);
     }
+    // A shard that is looked at after the index, and is sound by itself: what the index says of it stays.
+    std::fs::rename(work.path(&format!("base/{shard}")), work.path("base/weights.safetensors")).unwrap();
+    let moved = index.to_string().replace(shard, "weights.safetensors");
+    work.write("base/model.safetensors.index.json", &moved);
+    work.succeed("verify base");
+    let lost =
+        moved.replacen("{\"weight_map\":{", "{\"weight_map\":{\"lost.weight\":\"weights.safetensors\",", 1);
+    assert_ne!(lost, moved);
+    work.write("base/model.safetensors.index.json", &lost);
+    assert_eq!(work.status("base", "weights.safetensors"), "damaged");
 }
 
 #[test]

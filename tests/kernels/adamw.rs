@@ -1,5 +1,5 @@
 use half::bf16;
-use mmpo_fast::device::{ComputeBuffer, Device, Floats};
+use mmpo_fast::device::{ComputeBuffer, Device, Floats, Gradient};
 use mmpo_fast::error::Result;
 use mmpo_fast::optimizer::{
     AdamWStep, BLOCK, DynamicMap, MasterWeights, MomentFormat, OptimizerState, StateBuffer, StateOptions,
@@ -180,6 +180,49 @@ device_tests! {
             assert!(together == two_updates(device, &lengths, options, false));
         }
         assert!(two_updates(device, &[0, 0], StateOptions::default(), true).is_empty());
+    }
+
+    /// bf16 gradients give the bits that the same values in f32 give, of whole tensors and of parts, in one call with f32 ones.
+    fn bf16_gradients(device, bounds) {
+        for options in all_options() {
+            trying("options", options);
+            let lengths = [1, 100, 4096, 4613, 0, 9000];
+            let after = |is_bf16: fn(usize) -> bool| -> Vec<f32> {
+                let mut weights: Vec<ComputeBuffer<D>> =
+                    lengths.iter().zip(1..).map(|(&len, seed)| random_compute(device, seed, len, 1.0).0).collect();
+                let mut states: Vec<_> = weights.iter().map(|weight| state_of(device, weight, options)).collect();
+                let norm = floats(device, &[8.0, 0.125]);
+                for number in 1..=2 {
+                    let gradients: Vec<_> = lengths
+                        .iter()
+                        .zip(u64::from(number) * 1000..)
+                        .map(|(&len, seed)| {
+                            let (sum, wide) = narrow(device, &random(seed, len, 3.0));
+                            (sum, floats(device, &wide))
+                        })
+                        .collect();
+                    let tensors = weights.iter_mut().zip(&mut states).zip(&gradients).enumerate();
+                    let mut updates: Vec<_> = tensors
+                        .map(|(tensor, ((weight, state), (sum, wide)))| {
+                            let gradient = if is_bf16(tensor) { Gradient::Bf16(sum) } else { Gradient::F32(wide) };
+                            let mut update = state.update_from(weight, gradient);
+                            // The last one is updated in part: its state begins with the part.
+                            update.part = (tensor + 1 == lengths.len()).then_some(2 * BLOCK..lengths[tensor] - 100);
+                            update
+                        })
+                        .collect();
+                    device.adamw(&mut updates, &norm, AdamWStep { step: number, ..STEP }).unwrap();
+                }
+                let weights = weights.iter().flat_map(|weight| read_compute(device, weight));
+                let states = states.iter().flat_map(|state| {
+                    StateBuffer::ALL.into_iter().flat_map(|buffer| read_state(device, state, buffer))
+                });
+                weights.chain(states).collect()
+            };
+            let wanted = after(|_| false);
+            assert_same_bits("all of them bf16", &after(|_| true), &wanted);
+            assert_same_bits("every other one", &after(|tensor| tensor % 2 == 0), &wanted);
+        }
     }
 
     /// Moments of every format, with a master copy: three updates against f64 ones whose moments are rounded in the same way.

@@ -1,4 +1,4 @@
-use mmpo_fast::device::{Device, Floats};
+use mmpo_fast::device::{Device, Floats, Gradient};
 
 use crate::harness::*;
 
@@ -77,6 +77,35 @@ device_tests! {
         let between = [&empty, &first, &empty, &empty, &second, &empty];
         assert_eq!(norm_of(device, &between), norm_of(device, &[&first, &second]));
         assert_eq!(norm_of(device, &[&empty, &empty]), [0.0, 1.0]);
+    }
+
+    /// bf16 gradients have the norm of the same values in f32, bit for bit, alone and between f32 ones; a NaN reaches it.
+    fn bf16_gradients(device, bounds) {
+        let lengths = [1, 0, 77, PART, 2 * PART + 7233, 5000, 0];
+        let values: Vec<Vec<f32>> =
+            lengths.iter().zip(1..).map(|(&len, seed)| random(seed, len, 0.3)).collect();
+        let (sums, wide): (Vec<_>, Vec<_>) = values.iter().map(|values| narrow(device, values)).unzip();
+        let buffers: Vec<_> = wide.iter().map(|values| floats(device, values)).collect();
+        let wanted = norm_of(device, &buffers.iter().collect::<Vec<_>>());
+        let norm_of_kinds = |is_bf16: fn(usize) -> bool| {
+            let gradients = buffers.iter().zip(&sums).enumerate();
+            let gradients: Vec<Gradient<'_, D>> = gradients
+                .map(|(tensor, (wide, sum))| if is_bf16(tensor) { Gradient::Bf16(sum) } else { Gradient::F32(wide) })
+                .collect();
+            let mut out = unset_floats(device, 2);
+            device.reserve_gradient_norm_of(&gradients).unwrap();
+            device.gradient_norm_of(&mut out, &gradients, Some(1.0)).unwrap();
+            read(device, &out)
+        };
+        assert_same_bits("all of them bf16", &norm_of_kinds(|_| true), &wanted);
+        assert_same_bits("every other one", &norm_of_kinds(|tensor| tensor % 2 == 0), &wanted);
+        assert_same_bits("the inner ones", &norm_of_kinds(|tensor| tensor > 1 && tensor < 5), &wanted);
+        let mut broken = random(1, PART + 9, 1.0);
+        broken[PART + 5] = f32::NAN;
+        let (broken, _) = narrow(device, &broken);
+        let mut out = unset_floats(device, 2);
+        device.gradient_norm_of(&mut out, &[Gradient::Bf16(&broken)], Some(1.0)).unwrap();
+        assert!(read(device, &out).iter().all(|value| value.is_nan()));
     }
 
     /// No gradients: norm 0, nothing to clip.

@@ -284,6 +284,14 @@ pub fn floats<D: Device>(device: &D, values: &[f32]) -> Floats<D> {
     buffer
 }
 
+/// A buffer of bf16 values, and these in f32.
+pub fn narrow<D: Device>(device: &D, values: &[f32]) -> (D::Buffer<bf16>, Vec<f32>) {
+    let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+    let mut buffer = device.alloc(values.len()).unwrap();
+    device.upload(&mut buffer, 0, &values).unwrap();
+    (buffer, values.into_iter().map(bf16::to_f32).collect())
+}
+
 pub fn unset_floats<D: Device>(device: &D, len: usize) -> Floats<D> {
     floats(device, &vec![f32::NAN; len])
 }

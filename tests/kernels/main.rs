@@ -7,6 +7,7 @@ mod naive;
 #[path = "../ptx_machine/mod.rs"]
 mod ptx_machine;
 
+mod accumulate;
 mod adamw;
 mod adapted_linear;
 mod attention;

@@ -57,5 +57,8 @@ tests/reference/check_templates.sh "$program/examples/render_templates"
 # Adapters, against PEFT: log-probs, a training step and merged weights, both ways.
 .venv/bin/python -W ignore tests/reference/check_adapters.py "$program/mmpo-fast"
 
+# Two ranks that torchrun starts, and starts again where one is killed.
+tests/reference/check_torchrun.sh "$program/mmpo-fast"
+
 # The losses and derivatives that the objectives are tested with, against TRL's own loss functions.
 .venv/bin/python -W ignore tests/reference/check_trl_losses.py

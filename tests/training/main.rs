@@ -2,6 +2,7 @@
 //! transformers and PyTorch made, what is saved, and the report.
 
 mod adapters;
+mod bf16_gradients;
 mod checkpoint;
 mod config;
 mod golden;

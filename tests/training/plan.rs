@@ -68,7 +68,7 @@ fn memories() -> Vec<MemoryConfig> {
     for moments in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
         for master in [MasterWeights::F32, MasterWeights::None] {
             for recompute in [Recompute::None, Recompute::Selective, Recompute::Layer] {
-                for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+                for gradients in [GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer] {
                     let states = StateOptions { moments, master };
                     all.push(MemoryConfig { states, recompute, gradients, ..MemoryConfig::default() });
                 }
@@ -165,7 +165,7 @@ fn choice(memory: MemoryConfig, token_budget: usize) -> Choice {
 const BUDGETS: [usize; 2] = [1 << 20, 1];
 
 fn fits(memory: MemoryConfig, budget: usize) -> bool {
-    memory.gradients == GradientConfig::F32 || budget > 1
+    memory.gradients != GradientConfig::Layer || budget > 1
 }
 
 #[test]

@@ -40,6 +40,7 @@ fn step(step: usize, steps: usize) -> StepMetrics {
         tokens_per_second: 15_800.0 + 300.0 * (step as f64).sin(),
         pairs_per_second: 120.0,
         mfu: None,
+        ranks: None,
         memory_peak_gib: Some(0.31),
     }
 }
@@ -60,6 +61,7 @@ fn report(folder: &Path, steps: usize) -> RunReport {
         }
     }
     let facts = RunFacts {
+        ranks: Vec::new(),
         model: "the built-in demo".into(),
         objective: "mmpo".into(),
         device: "cpu: no CUDA driver was found; 2 threads".into(),

@@ -20,8 +20,9 @@ use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
-use super::Key;
+use super::{Key, limit};
 use crate::data::reference_cache::open_own_file;
+use crate::data::token_ids::TokenFile;
 use crate::data::{Cause, EncodedRecord, EncodingReport, TokenIds, TokenizedPair};
 use crate::device::MappedFile;
 use crate::{Error, Result};
@@ -172,6 +173,8 @@ impl PairWriter {
         let file = self.file.reopen().map_err(|error| Error::io(self.file.path(), "read", error))?;
         let shown = path.unwrap_or(self.file.path()).to_path_buf();
         let map = MappedFile::of(&file, &shown)?;
+        // Before others can see it.
+        limit::note_use(&file);
         if let Some(path) = path {
             match self.file.persist(path) {
                 Ok(_) => tracing::info!("tokenised pairs are kept in {}", path.display()),
@@ -180,15 +183,14 @@ impl PairWriter {
                 }
             }
         }
-        Ok(StoredPairs { file, map: Arc::new(map), entries, summary: described.summary })
+        Ok(StoredPairs { file: Arc::new(TokenFile { file, map }), entries, summary: described.summary })
     }
 }
 
 /// Tokenised pairs in a file.
 #[derive(Debug)]
 pub(in crate::data) struct StoredPairs {
-    file: File,
-    map: Arc<MappedFile>,
+    file: Arc<TokenFile>,
     entries: Vec<Entry>,
     /// What is said of all of them.
     pub summary: Summary,
@@ -199,6 +201,7 @@ impl StoredPairs {
     pub(super) fn open(path: &Path, key: &Key) -> std::result::Result<Option<Self>, String> {
         let failed = |error: std::io::Error| format!("the file cannot be read ({error})");
         let Some(mut file) = open_own_file(path)? else { return Ok(None) };
+        limit::note_use(&file);
         let length = file.metadata().map_err(failed)?.len();
         let content = length.checked_sub(HASH_BYTES as u64).ok_or("the file is cut short")?;
         check_hash(&mut file, content)
@@ -210,12 +213,17 @@ impl StoredPairs {
             return Err("the file is for other pairs".to_string());
         }
         let map = MappedFile::of(&file, path).map_err(|error| error.to_string())?;
-        let stored = StoredPairs { file, map: Arc::new(map), entries, summary: described.summary };
+        let file = Arc::new(TokenFile { file, map });
+        let stored = StoredPairs { file, entries, summary: described.summary };
         let tokens: u64 = stored.entries.iter().map(Entry::tokens).sum();
         if tokens != counts.tokens {
             return Err("the file contradicts itself about its tokens".to_string());
         }
         Ok(Some(stored))
+    }
+
+    fn path(&self) -> &Path {
+        self.file.map.path()
     }
 
     /// The pairs in their order, each as often as it is taken. Their ids stay in the file.
@@ -228,11 +236,9 @@ impl StoredPairs {
         let mut start = MAGIC.len();
         for entry in self.entries.iter().filter(|entry| entry.flags & HAS_PAIR != 0) {
             let mut next = |length: u32| {
-                let ids = TokenIds::mapped(&self.map, start, length as usize);
+                let ids = TokenIds::mapped(&self.file, start, length as usize);
                 start += 4 * length as usize;
-                ids.ok_or_else(|| {
-                    Error::io(self.map.path(), "read", std::io::ErrorKind::UnexpectedEof.into())
-                })
+                ids.ok_or_else(|| Error::io(self.path(), "read", std::io::ErrorKind::UnexpectedEof.into()))
             };
             let [prompt, chosen, rejected] = entry.lengths.map(&mut next);
             let pair = TokenizedPair {
@@ -257,8 +263,8 @@ impl StoredPairs {
     /// # Errors
     /// [`Error::Io`] where the file cannot be read.
     pub fn replay(&self, observe: &mut dyn FnMut(&EncodedRecord)) -> Result<()> {
-        let failed = |error| Error::io(self.map.path(), "read", error);
-        let mut file = BufReader::with_capacity(BLOCK, &self.file);
+        let failed = |error| Error::io(self.path(), "read", error);
+        let mut file = BufReader::with_capacity(BLOCK, &self.file.file);
         file.seek(SeekFrom::Start(MAGIC.len() as u64)).map_err(failed)?;
         for entry in &self.entries {
             let mut pair = None;

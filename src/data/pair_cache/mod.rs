@@ -8,10 +8,12 @@
 //! The cache only saves time and memory. Whatever is wrong with it is a warning, never the end of a run: damage, another
 //! kind of file under its name, a folder that cannot be written, a full disk. A file is written under a temporary name
 //! and renamed, so that several processes may do so at once: each sees whole files alone. As with the cache of reference
-//! log-probs, files are private, and one that another user owns or could have written is not believed.
+//! log-probs, files are private, and one that another user owns or could have written is not believed. Above a size, the
+//! files that were not used for the longest are removed ([`limit`]).
 
 mod file;
 mod key;
+mod limit;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -21,6 +23,7 @@ use crate::config::DataCache;
 use crate::{Error, Result};
 pub(super) use file::{PairWriter, StoredPairs, Summary};
 pub(super) use key::Key;
+pub use limit::CACHE_LIMIT;
 
 /// Names of files that are being written begin with this.
 const PARTIAL: &str = ".partial-";
@@ -31,6 +34,8 @@ const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Clone, Debug)]
 pub struct PairCache {
     folder: PathBuf,
+    /// Bytes that it may hold; `None` for any number.
+    limit: Option<u64>,
 }
 
 /// The folder of this program's caches: `MMPO_FAST_CACHE`, else `mmpo-fast` in the user's cache folder
@@ -44,24 +49,41 @@ pub fn cache_folder() -> Option<PathBuf> {
 }
 
 impl PairCache {
-    /// The cache in `folder`, which need not exist yet.
+    /// The cache in `folder`, which need not exist yet, without a limit of its size.
     pub fn new(folder: &Path) -> Self {
-        PairCache { folder: folder.to_path_buf() }
+        PairCache { folder: folder.to_path_buf(), limit: None }
+    }
+
+    /// This cache, which holds at most `limit` bytes after each file that it takes up, but for files in use.
+    pub fn with_limit(self, limit: Option<u64>) -> Self {
+        PairCache { limit, ..self }
     }
 
     /// The cache that an option asks for; without one, `pairs` in [`cache_folder`]. `None` where it is off, or where
-    /// there is no such folder.
-    pub fn of(choice: Option<&DataCache>) -> Option<Self> {
-        match choice {
+    /// there is no such folder. Its limit is that of [`CACHE_LIMIT`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] where that variable is no size.
+    pub fn of(choice: Option<&DataCache>) -> Result<Option<Self>> {
+        let folder = match choice {
             Some(DataCache::Off) => None,
-            Some(DataCache::Folder(folder)) => Some(PairCache::new(folder)),
-            None => cache_folder().map(|folder| PairCache { folder: folder.join("pairs") }),
-        }
+            Some(DataCache::Folder(folder)) => Some(folder.clone()),
+            None => cache_folder().map(|folder| folder.join("pairs")),
+        };
+        let Some(folder) = folder else { return Ok(None) };
+        Ok(Some(PairCache::new(&folder).with_limit(limit::from_environment()?)))
     }
 
     /// The file of one key.
     pub(super) fn path(&self, key: &Key) -> PathBuf {
-        self.folder.join(format!("{}.pairs", &key.hex()[..32]))
+        self.folder.join(format!("{}.{}", &key.hex()[..limit::DIGITS], limit::EXTENSION))
+    }
+
+    /// Removes files that were not used for long where the cache holds more than its limit, after that of `key` came.
+    pub(super) fn keep_within_limit(&self, key: &Key) {
+        if let Some(limit) = self.limit {
+            limit::enforce(&self.folder, limit, &self.path(key));
+        }
     }
 
     /// The pairs kept under `key`; `None` if there are none, or if the file is damaged or of something else: then a

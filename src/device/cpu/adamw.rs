@@ -3,13 +3,15 @@
 //!
 //! An f32 weight is its own master copy. A bf16 weight has one beside it, or is rounded stochastically.
 
+use std::ops::Range;
+
 use half::bf16;
 use rayon::iter::Either;
 use rayon::prelude::*;
 
 use super::storage::Storage;
 use super::{BLOCK_ELEMENTS, CpuDevice};
-use crate::device::AdamWUpdate;
+use crate::device::{AdamWUpdate, Gradient};
 use crate::optimizer::{
     AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, StochasticRounding, quantize_block,
 };
@@ -31,15 +33,29 @@ pub(super) fn update<C: Storage>(
     update: &mut AdamWUpdate<'_, CpuDevice<C>>,
     numbers: Numbers,
 ) {
-    let part = update.range(device);
+    let (part, in_gradient) = (update.range(device), update.in_gradient(device));
+    match update.gradient {
+        Gradient::F32(gradient) => update_from(device, update, (&gradient[in_gradient], part), numbers),
+        Gradient::Bf16(gradient) => update_from(device, update, (&gradient[in_gradient], part), numbers),
+    }
+}
+
+/// Updates a part of a tensor from the gradient of that part.
+fn update_from<C: Storage, G: Storage>(
+    device: &CpuDevice<C>,
+    update: &mut AdamWUpdate<'_, CpuDevice<C>>,
+    (gradient, part): (&[G], Range<usize>),
+    numbers: Numbers,
+) {
     let start = part.start;
+    let in_weight = update.in_weight(device);
     let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
-    let weights = update.weight[part.clone()].par_chunks_mut(BLOCK_ELEMENTS);
+    let weights = update.weight[in_weight].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
         Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
         None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),
     };
-    let gradients = update.gradient[part].par_chunks(BLOCK_ELEMENTS);
+    let gradients = gradient.par_chunks(BLOCK_ELEMENTS);
     let (rounding, step) = (update.rounding, numbers.factors.step);
     let values = weights.zip(masters).zip(gradients).enumerate();
     match &mut *update.moments {
@@ -120,31 +136,37 @@ impl Weights {
 }
 
 #[inline(always)]
-fn update_f32(weight: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], numbers: Numbers) {
+fn update_f32<G: Storage>(
+    weight: &mut [f32],
+    gradient: &[G],
+    first: &mut [f32],
+    second: &mut [f32],
+    numbers: Numbers,
+) {
     for (((weight, first), second), gradient) in weight.iter_mut().zip(first).zip(second).zip(gradient) {
-        update_value(weight, first, second, *gradient, numbers);
+        update_value(weight, first, second, gradient.widen(), numbers);
     }
 }
 
 #[inline(always)]
-fn update_bf16(
+fn update_bf16<G: Storage>(
     weight: &mut [f32],
-    gradient: &[f32],
+    gradient: &[G],
     first: &mut [bf16],
     second: &mut [bf16],
     numbers: Numbers,
 ) {
     for (((weight, first), second), gradient) in weight.iter_mut().zip(first).zip(second).zip(gradient) {
         let (mut wide_first, mut wide_second) = (first.to_f32(), second.to_f32());
-        update_value(weight, &mut wide_first, &mut wide_second, *gradient, numbers);
+        update_value(weight, &mut wide_first, &mut wide_second, gradient.widen(), numbers);
         (*first, *second) = (bf16::from_f32(wide_first), bf16::from_f32(wide_second));
     }
 }
 
 /// `scales` has a value for each [`BLOCK`] of the others.
 #[inline(always)]
-fn update_8bit(
-    (weight, gradient): (&mut [f32], &[f32]),
+fn update_8bit<G: Storage>(
+    (weight, gradient): (&mut [f32], &[G]),
     (first, second): (&mut [u8], &mut [u8]),
     (first_scales, second_scales): (&mut [f32], &mut [f32]),
     numbers: Numbers,

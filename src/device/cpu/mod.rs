@@ -8,6 +8,7 @@
 //!
 //! Each file holds one operation; `attention_tile.rs` holds what the two attention passes share.
 
+mod accumulate;
 mod adamw;
 mod adapted_bf16;
 mod attention_backward;

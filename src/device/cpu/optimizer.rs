@@ -6,7 +6,7 @@ use super::adamw::{self, Numbers};
 use super::shared_rows::SharedRows;
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::{AdamWUpdate, Checked, Optimizer, StorageType};
+use crate::device::{AdamWUpdate, Checked, Gradient, GradientPart, Optimizer, StorageType};
 use crate::error::Result;
 use crate::optimizer::AdamWFactors;
 
@@ -20,33 +20,41 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
         C::TYPE != StorageType::F32
     }
 
-    fn reserve_gradient_norm(&self, gradients: &[&CpuBuffer<f32>]) -> Result<()> {
-        self.scratch.reserve::<f64>(1, chunks(gradients));
+    fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()> {
+        let values = gradients.iter().map(|gradient| gradient.values(self));
+        self.scratch.reserve::<f64>(1, chunks(values));
         Ok(())
     }
 
     fn run_gradient_norm(
         &self,
         out: &mut CpuBuffer<f32>,
-        gradients: &[&CpuBuffer<f32>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.traced("gradient_norm", || {
-            let mut partials = self.scratch.take::<f64>(chunks(gradients));
+            let mut partials = self.scratch.take::<f64>(chunks(lengths::<C>(gradients)));
             let cells = SharedRows::new(&mut partials[..], 1);
             self.parallel(|| {
                 let tensors = gradients.par_iter().enumerate();
-                let all = tensors.flat_map(|(tensor, gradient)| {
-                    let first = chunks(&gradients[..tensor]);
-                    gradient.par_chunks(CHUNK).enumerate().map(move |(index, chunk)| (first + index, chunk))
+                let all = tensors.flat_map(|(tensor, (gradient, part))| {
+                    let first = chunks(lengths::<C>(&gradients[..tensor]));
+                    let count = part.len().div_ceil(CHUNK);
+                    (0..count).into_par_iter().map(move |chunk| {
+                        let start = part.start + chunk * CHUNK;
+                        (first + chunk, *gradient, start..part.end.min(start + CHUNK))
+                    })
                 });
-                all.for_each(|(index, chunk)| {
+                all.for_each(|(index, gradient, part)| {
                     // SAFETY: each chunk has a cell of its own.
                     let cell = unsafe { cells.row_mut(index, 0..1) };
                     cell[0] = self.vectorized(
                         #[inline(always)]
-                        || sum_of_squares(chunk),
+                        || match gradient {
+                            Gradient::F32(values) => sum_of_squares(&values[part]),
+                            Gradient::Bf16(values) => sum_of_squares(&values[part]),
+                        },
                     );
                 });
             });
@@ -79,23 +87,30 @@ impl<C: Storage> Optimizer for CpuDevice<C> {
     }
 }
 
-/// Number of partial sums of the norm over these gradients.
-fn chunks(gradients: &[&CpuBuffer<f32>]) -> usize {
-    gradients.iter().map(|gradient| gradient.len().div_ceil(CHUNK)).sum()
+/// Number of partial sums of the norm over gradients of these lengths.
+fn chunks(lengths: impl Iterator<Item = usize>) -> usize {
+    lengths.map(|len| len.div_ceil(CHUNK)).sum()
+}
+
+fn lengths<'a, C: Storage>(
+    gradients: &'a [GradientPart<'a, CpuDevice<C>>],
+) -> impl Iterator<Item = usize> + 'a {
+    gradients.iter().map(|(_, part)| part.len())
 }
 
 #[inline(always)]
-fn sum_of_squares(values: &[f32]) -> f64 {
+fn sum_of_squares<G: Storage>(values: &[G]) -> f64 {
     let mut lanes = [0.0_f64; LANES];
     let (blocks, rest) = values.as_chunks::<LANES>();
     for block in blocks {
         for i in 0..LANES {
-            let value = block[i] as f64;
+            let value = block[i].widen() as f64;
             lanes[i] = value.mul_add(value, lanes[i]);
         }
     }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += value as f64 * value as f64;
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        let value = value.widen() as f64;
+        *lane += value * value;
     }
     lanes.iter().sum()
 }

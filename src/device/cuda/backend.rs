@@ -170,6 +170,15 @@ pub(super) trait Backend: Debug + Send + Sync + 'static {
     /// As [`Backend::record`].
     unsafe fn wait(&self, queue: Queue, event: EventHandle) -> Result<()>;
 
+    /// The stream of [`Queue::Collectives`] as NCCL takes it, with the device current on this thread. Work may be queued on it until this
+    /// is called again or anything is waited for.
+    fn collectives_stream(&self) -> Result<*mut c_void>;
+
+    /// Does the collectives that were queued and that nothing waited for, where they do not run by themselves.
+    fn flush_collectives(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The vendor's gemm library, where there is one; `gemm.rs` says which kernel runs otherwise.
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         None

@@ -3,13 +3,13 @@
 use std::ffi::{CStr, c_int, c_void};
 use std::fmt::{self, Debug};
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::{Address, Backend, EventHandle, Lane, LaunchCall, Moment};
 use super::bindings::{
     EmulatorTable, KernelTable, checked, emulated, mmpo_emulator_counters, mmpo_emulator_options,
 };
-use super::emulated_queues::{PendingCopy, Queues};
+use super::emulated_queues::{Pending, PendingCollective, PendingCopy, Queues, Run};
 use crate::device::Queue;
 use crate::error::{Error, Result};
 
@@ -137,41 +137,83 @@ impl Variant {
     }
 }
 
+/// The stream of collectives as a library sees it that stands in for NCCL: the first two fields, which
+/// `tests/nccl/emulated_stream.h` declares too.
+#[repr(C)]
+struct EmulatedStream {
+    magic: u64,
+    enqueue: unsafe extern "C" fn(*mut EmulatedStream, Run, *mut c_void),
+    queues: Arc<Mutex<Queues>>,
+}
+
+/// Tells an [`EmulatedStream`] from anything else that a stream's pointer may lead to.
+const STREAM_MAGIC: u64 = 0x6d6d_706f_5f73_7472;
+
+/// # Safety
+/// `stream` is that of a live backend, and `run` may be called once with `argument`, on any thread.
+unsafe extern "C" fn enqueue(stream: *mut EmulatedStream, run: Run, argument: *mut c_void) {
+    // SAFETY: the caller's promise; the stream is only ever shared.
+    let queues = unsafe { &(*stream).queues };
+    queues.lock().unwrap_or_else(PoisonError::into_inner).collective(run, argument);
+}
+
 /// The emulated device as a backend.
 pub(super) struct EmulatedBackend {
     variant: &'static Variant,
-    queues: Mutex<Queues>,
+    queues: Arc<Mutex<Queues>>,
+    /// Held while work of the queues is done, so that another thread that waits for the same work goes on after it.
+    landing: Mutex<()>,
+    /// Its address stays the same.
+    stream: Box<EmulatedStream>,
 }
 
 impl EmulatedBackend {
     pub(super) fn new(variant: EmulatorVariant) -> Self {
-        EmulatedBackend { variant: variant.get(), queues: Mutex::default() }
+        let queues: Arc<Mutex<Queues>> = Arc::default();
+        let stream = EmulatedStream { magic: STREAM_MAGIC, enqueue, queues: Arc::clone(&queues) };
+        EmulatedBackend { variant: variant.get(), queues, landing: Mutex::new(()), stream: Box::new(stream) }
     }
 
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does the copies whose time has come.
-    fn land(&self, copies: Vec<PendingCopy>) -> Result<()> {
+    /// Does the work of the queues whose time has come, which `due` takes out of them.
+    fn land(&self, due: impl FnOnce(&mut Queues) -> Vec<Pending>) -> Result<()> {
+        let _one_after_the_other = self.landing.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = due(&mut self.queues());
+        // A failed copy must not keep the collectives from being given back to their library.
+        let mut result = Ok(());
+        for pending in due {
+            match pending {
+                Pending::Copy(copy) => result = result.and_then(|()| self.land_copy(&copy)),
+                Pending::Collective(PendingCollective { run, argument, races }) => {
+                    // The emulated device is not locked: other ranks may be threads that use it before they come here too.
+                    // SAFETY: the promise of `enqueue`; allocations wait for the queues before they are freed.
+                    unsafe { run(argument, races.into()) };
+                }
+            }
+        }
+        result
+    }
+
+    fn land_copy(&self, copy: &PendingCopy) -> Result<()> {
         let _one_at_a_time = self.variant.lock();
         let emulator = self.variant.emulator;
-        for copy in copies {
-            let PendingCopy { lane, out, source, bytes, .. } = copy;
-            let (raced, len) = (copy.raced_bytes(), bytes as u64);
-            match lane {
-                Lane::ToDevice => {
-                    let source = raced.as_ref().map_or(source, |raced| raced.as_ptr().cast());
-                    // SAFETY: the promise of `copy_beside`; allocations wait for the copies before they are freed.
-                    self.variant.check("fetch", unsafe { (emulator.upload)(out, source, len) })?;
-                }
-                Lane::ToHost => {
-                    // SAFETY: as above.
-                    self.variant.check("store", unsafe { (emulator.download)(out, source, len) })?;
-                    if let Some(raced) = raced {
-                        // SAFETY: `out` was just written, `bytes` of them.
-                        unsafe { std::ptr::copy_nonoverlapping(raced.as_ptr(), out.cast(), bytes) };
-                    }
+        let &PendingCopy { lane, out, source, bytes, .. } = copy;
+        let (raced, len) = (copy.raced_bytes(), bytes as u64);
+        match lane {
+            Lane::ToDevice => {
+                let source = raced.as_ref().map_or(source, |raced| raced.as_ptr().cast());
+                // SAFETY: the promise of `copy_beside`; allocations wait for the copies before they are freed.
+                self.variant.check("fetch", unsafe { (emulator.upload)(out, source, len) })?;
+            }
+            Lane::ToHost => {
+                // SAFETY: as above.
+                self.variant.check("store", unsafe { (emulator.download)(out, source, len) })?;
+                if let Some(raced) = raced {
+                    // SAFETY: `out` was just written, `bytes` of them.
+                    unsafe { std::ptr::copy_nonoverlapping(raced.as_ptr(), out.cast(), bytes) };
                 }
             }
         }
@@ -280,8 +322,15 @@ impl Backend for EmulatedBackend {
     }
 
     fn finish_copies(&self) -> Result<()> {
-        let copies = self.queues().finish();
-        self.land(copies)
+        self.land(Queues::finish)
+    }
+
+    fn collectives_stream(&self) -> Result<*mut c_void> {
+        Ok(std::ptr::from_ref(&*self.stream).cast_mut().cast())
+    }
+
+    fn flush_collectives(&self) -> Result<()> {
+        self.finish_copies()
     }
 
     unsafe fn copy_beside(
@@ -309,7 +358,6 @@ impl Backend for EmulatedBackend {
     }
 
     unsafe fn wait(&self, queue: Queue, event: EventHandle) -> Result<()> {
-        let copies = self.queues().wait(queue, event);
-        self.land(copies)
+        self.land(|queues| queues.wait(queue, event))
     }
 }

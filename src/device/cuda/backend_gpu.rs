@@ -1,4 +1,4 @@
-//! A real GPU: the driver's primary context, one stream for all work, two for copies beside it, and pinned staging memory
+//! A real GPU: the driver's primary context, one stream for all work, two for copies and one for collectives beside it, and pinned staging memory
 //! for uploads.
 
 use std::ffi::{CStr, c_void};
@@ -77,7 +77,7 @@ impl GpuBackend {
         Ok(GpuBackend { gemm_library, staging, arena, lanes, stream, context, description })
     }
 
-    /// Runs `work` with the two streams of copies, which exist from the first call on.
+    /// Runs `work` with the streams beside the computation, which exist from the first call on.
     fn with_lanes<R>(
         &self,
         operation: &str,
@@ -320,6 +320,13 @@ impl Backend for GpuBackend {
         })
     }
 
+    fn collectives_stream(&self) -> Result<*mut c_void> {
+        self.with_lanes("making the stream of collectives", |lanes| {
+            lanes.busy = true;
+            Ok(lanes.collectives.cast())
+        })
+    }
+
     fn gemm_library(&self) -> Option<&dyn GemmLibrary> {
         self.gemm_library.as_ref().map(|library| library as &dyn GemmLibrary)
     }
@@ -347,10 +354,12 @@ impl GpuBackend {
     }
 }
 
-/// The two streams of copies beside the computation, in the order of [`Lane`].
+/// The streams beside the computation.
 struct Lanes {
+    /// Of copies, in the order of [`Lane`].
     streams: [sys::CUstream; 2],
-    /// Whether a copy was queued since the last wait for all of them.
+    collectives: sys::CUstream,
+    /// Whether a copy or a collective was queued since the last wait for all of them.
     busy: bool,
 }
 
@@ -361,7 +370,7 @@ impl Lanes {
     /// The context must be current.
     fn new() -> std::result::Result<Self, DriverError> {
         let new = || result::stream::create(result::stream::StreamKind::NonBlocking);
-        Ok(Lanes { streams: [new()?, new()?], busy: false })
+        Ok(Lanes { streams: [new()?, new()?], collectives: new()?, busy: false })
     }
 
     fn stream(&self, queue: Queue, compute: sys::CUstream) -> sys::CUstream {
@@ -369,14 +378,17 @@ impl Lanes {
             Queue::Compute => compute,
             Queue::ToDevice => self.streams[Lane::ToDevice as usize],
             Queue::ToHost => self.streams[Lane::ToHost as usize],
-            // Collectives are not there yet.
-            Queue::Collectives => compute,
+            Queue::Collectives => self.collectives,
         }
+    }
+
+    fn all(&self) -> [sys::CUstream; 3] {
+        [self.streams[0], self.streams[1], self.collectives]
     }
 
     fn finish(&mut self) -> std::result::Result<(), DriverError> {
         if std::mem::take(&mut self.busy) {
-            for stream in self.streams {
+            for stream in self.all() {
                 // SAFETY: the streams live as long as this does.
                 unsafe { result::stream::synchronize(stream)? };
             }
@@ -387,8 +399,8 @@ impl Lanes {
 
 impl Drop for Lanes {
     fn drop(&mut self) {
-        for stream in self.streams {
-            // SAFETY: nothing is queued on it any more: buffers waited for their copies.
+        for stream in self.all() {
+            // SAFETY: nothing is queued on it any more: buffers waited for their copies and collectives.
             if let Err(error) = unsafe { result::stream::destroy(stream) } {
                 tracing::debug!("freeing a stream: {error:?}");
             }

@@ -155,6 +155,10 @@ impl Backend for PlannedBackend {
         Ok(())
     }
 
+    fn collectives_stream(&self) -> Result<*mut c_void> {
+        Ok(std::ptr::null_mut())
+    }
+
     fn seconds_between(&self, _: &Moment, _: &Moment) -> Result<f64> {
         Ok(0.0)
     }

@@ -1,98 +1,158 @@
-//! NCCL on this device.
+//! NCCL's collectives on a stream of their own.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+use super::backend::Address;
+use super::memory::DeviceMemory;
 use super::{CudaBuffer, CudaDevice};
-use crate::device::{Abort, Checked, Collectives, Element, GroupId, GroupPlace, Summand};
-use crate::error::{Error, Result};
+use crate::device::nccl::{self, Group, Kind};
+use crate::device::{
+    Abort, Checked, Collectives, Element, GroupId, GroupPlace, MemoryPart, NCCL_MEMORY, StorageType, Summand,
+};
+use crate::error::Result;
 
 /// A rank's end of a group.
 #[derive(Debug)]
 pub struct Communicator {
-    place: GroupPlace,
+    nccl: nccl::Communicator,
+    memory: Arc<DeviceMemory>,
+    reserved: Option<Reserved>,
 }
 
-fn missing() -> Error {
-    Error::bug("collectives are not there yet")
+/// What NCCL takes of a GPU's memory, counted; on a device that is planned for also taken.
+#[derive(Debug)]
+struct Reserved {
+    part: MemoryPart,
+    planned: Option<Address>,
+}
+
+impl Reserved {
+    fn new(memory: &DeviceMemory) -> Result<Self> {
+        let planned = match memory.backend.only_counts() {
+            true => Some(memory.backend.allocate(NCCL_MEMORY)?),
+            false => None,
+        };
+        Ok(Reserved { part: memory.counter.add(NCCL_MEMORY, Some(MemoryPart::Other)), planned })
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        // The emulated device does what it holds back; a failed group has nothing to wait for.
+        if self.nccl.check().is_ok() {
+            self.memory.backend.flush_collectives().unwrap_or_else(|error| tracing::debug!("{error}"));
+        }
+        let Some(reserved) = self.reserved.take() else { return };
+        self.memory.counter.subtract(NCCL_MEMORY, reserved.part);
+        if let Some(address) = reserved.planned {
+            // SAFETY: the address is this communicator's own, and no one can name it any more.
+            unsafe { self.memory.backend.free(address) };
+        }
+    }
+}
+
+impl CudaDevice {
+    fn collective<T: Element>(
+        &self,
+        group: &Communicator,
+        kind: Kind,
+        values: &mut CudaBuffer<T>,
+        range: &Range<usize>,
+        numbers: Option<StorageType>,
+    ) -> Result<()> {
+        let call = nccl::call(kind, values.start_mut(), range, numbers);
+        // SAFETY: the range was checked to lie inside the buffer, whose memory is only freed after the work of all streams.
+        unsafe { group.nccl.run(call, || self.backend().collectives_stream()) }
+    }
 }
 
 impl Collectives for CudaDevice {
     type Communicator = Communicator;
 
     fn new_group(&self) -> Result<GroupId> {
-        Err(missing())
+        if self.backend().only_counts() { Ok(GroupId::PLANNED) } else { Group::name() }
     }
 
-    fn join_group(&self, _: &GroupId, _: GroupPlace) -> Result<Communicator> {
-        Err(missing())
+    fn join_group(&self, id: &GroupId, place: GroupPlace) -> Result<Communicator> {
+        let memory = Arc::clone(&self.memory);
+        let reserved = if self.backend().takes_pieces() { Some(Reserved::new(&memory)?) } else { None };
+        if self.backend().only_counts() {
+            return Ok(Communicator { nccl: nccl::Communicator::new(place, None), memory, reserved });
+        }
+        // Makes the GPU current on this thread, and its stream.
+        self.backend().collectives_stream()?;
+        let group = Group::join(id, place)?;
+        memory.groups.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&group));
+        Ok(Communicator { nccl: nccl::Communicator::new(place, Some(group)), memory, reserved })
     }
 
     fn place(&self, group: &Communicator) -> GroupPlace {
-        group.place
+        group.nccl.place()
     }
 
-    fn abort(&self, _: &Communicator) -> Abort {
-        Arc::new(|| ())
+    fn abort(&self, group: &Communicator) -> Abort {
+        group.nccl.abort()
     }
 
-    fn check_group(&self, _: &Communicator) -> Result<()> {
-        Err(missing())
+    fn check_group(&self, group: &Communicator) -> Result<()> {
+        group.nccl.check()
     }
 
-    fn grouped(&self, _: &Communicator, _: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        Err(missing())
+    fn grouped(&self, group: &Communicator, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        // SAFETY: the ranges were checked when the calls were made, and the trait asks for buffers that outlive this.
+        unsafe { group.nccl.grouped(work, || self.backend().collectives_stream()) }
     }
 
     fn run_all_reduce<T: Summand>(
         &self,
-        _: &Communicator,
-        _: &mut CudaBuffer<T>,
-        _: Range<usize>,
+        group: &Communicator,
+        values: &mut CudaBuffer<T>,
+        range: Range<usize>,
         _: Checked,
     ) -> Result<()> {
-        Err(missing())
+        self.collective(group, Kind::AllReduce, values, &range, Some(T::TYPE))
     }
 
     fn run_reduce_scatter<T: Summand>(
         &self,
-        _: &Communicator,
-        _: &mut CudaBuffer<T>,
-        _: Range<usize>,
+        group: &Communicator,
+        values: &mut CudaBuffer<T>,
+        range: Range<usize>,
         _: Checked,
     ) -> Result<()> {
-        Err(missing())
+        self.collective(group, Kind::ReduceScatter, values, &range, Some(T::TYPE))
     }
 
     fn run_all_gather<T: Element>(
         &self,
-        _: &Communicator,
-        _: &mut CudaBuffer<T>,
-        _: Range<usize>,
+        group: &Communicator,
+        values: &mut CudaBuffer<T>,
+        range: Range<usize>,
         _: Checked,
     ) -> Result<()> {
-        Err(missing())
+        self.collective(group, Kind::AllGather, values, &range, None)
     }
 
     fn run_reduce<T: Summand>(
         &self,
-        _: &Communicator,
-        _: &mut CudaBuffer<T>,
-        _: Range<usize>,
-        _: usize,
+        group: &Communicator,
+        values: &mut CudaBuffer<T>,
+        range: Range<usize>,
+        root: usize,
         _: Checked,
     ) -> Result<()> {
-        Err(missing())
+        self.collective(group, Kind::Reduce(root), values, &range, Some(T::TYPE))
     }
 
     fn run_broadcast<T: Element>(
         &self,
-        _: &Communicator,
-        _: &mut CudaBuffer<T>,
-        _: Range<usize>,
-        _: usize,
+        group: &Communicator,
+        values: &mut CudaBuffer<T>,
+        range: Range<usize>,
+        root: usize,
         _: Checked,
     ) -> Result<()> {
-        Err(missing())
+        self.collective(group, Kind::Broadcast(root), values, &range, None)
     }
 }

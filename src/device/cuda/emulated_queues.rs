@@ -1,16 +1,23 @@
-//! The copies beside the computation, as the emulated device has them: each lands as late as the program allows.
+//! The copies and collectives beside the computation, as the emulated device has them: each is done as late as the program allows.
 //!
-//! A copy stays in its lane until something waits for it. One that is not ordered after every launch that came before it
+//! Work stays in its lane until something waits for it. Work that is not ordered after every launch that came before it
 //! could meet those launches in their middle on a GPU: it moves bytes that mean nothing ([`RACED`]).
+//!
+//! A collective waits for the other ranks when it is done, and those do theirs when something of theirs waits. So a rank must not wait
+//! for another one by other means while it has collectives that nothing waited for: on a GPU they would run by themselves.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 
 use super::backend::{EventHandle, Lane};
 use crate::device::Queue;
 
-/// The byte that a copy moves which races with a launch: NaN in every format of numbers.
+/// The byte that work moves which races with a launch: NaN in every format of numbers.
 const RACED: u8 = 0xff;
+
+/// Copies in both directions, and collectives.
+const LANES: usize = 3;
+const COLLECTIVES: usize = 2;
 
 /// A copy that waits in its lane.
 #[derive(Clone, Copy, Debug)]
@@ -23,31 +30,50 @@ pub(super) struct PendingCopy {
     pub races: bool,
 }
 
+/// What does a collective; its second argument is 1 where the collective races.
+pub(super) type Run = unsafe extern "C" fn(*mut c_void, c_int);
+
+/// A collective that waits in its lane.
+#[derive(Debug)]
+pub(super) struct PendingCollective {
+    pub run: Run,
+    pub argument: *mut c_void,
+    /// As [`PendingCopy::races`].
+    pub races: bool,
+}
+
+/// What waits in a lane.
+#[derive(Debug)]
+pub(super) enum Pending {
+    Copy(PendingCopy),
+    Collective(PendingCollective),
+}
+
 /// A moment in the work of a queue.
 #[derive(Clone, Copy, Debug, Default)]
 struct Moment {
     /// Launches that are over.
     launches: u64,
     /// Entries of each lane that are done.
-    done: [u64; 2],
+    done: [u64; LANES],
 }
 
 #[derive(Debug)]
 enum Entry {
-    Copy(PendingCopy),
+    Work(Pending),
     /// Everything after it comes after this moment.
     After(Moment),
 }
 
-/// Both lanes, and the events.
+/// All lanes, and the events.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
-    lanes: [VecDeque<Entry>; 2],
+    lanes: [VecDeque<Entry>; LANES],
     /// Entries that each lane was given, and those that are done.
-    given: [u64; 2],
-    done: [u64; 2],
+    given: [u64; LANES],
+    done: [u64; LANES],
     /// Launches that what a lane is given next is ordered after.
-    seen: [u64; 2],
+    seen: [u64; LANES],
     launches: u64,
     events: HashMap<usize, Moment>,
     next_event: usize,
@@ -63,8 +89,18 @@ impl Queues {
     }
 
     pub fn copy(&mut self, lane: Lane, out: *mut c_void, source: *const c_void, bytes: usize) {
-        let races = self.seen[lane as usize] < self.launches;
-        self.give(lane, Entry::Copy(PendingCopy { lane, out, source, bytes, races }));
+        let races = self.races(lane as usize);
+        self.give(lane as usize, Entry::Work(Pending::Copy(PendingCopy { lane, out, source, bytes, races })));
+    }
+
+    pub fn collective(&mut self, run: Run, argument: *mut c_void) {
+        let races = self.races(COLLECTIVES);
+        let pending = Pending::Collective(PendingCollective { run, argument, races });
+        self.give(COLLECTIVES, Entry::Work(pending));
+    }
+
+    fn races(&self, lane: usize) -> bool {
+        self.seen[lane] < self.launches
     }
 
     pub fn new_event(&mut self) -> EventHandle {
@@ -81,48 +117,47 @@ impl Queues {
         match lane_of(queue) {
             None => moment.launches = self.launches,
             Some(lane) => {
-                moment.launches = self.seen[lane as usize];
-                moment.done[lane as usize] = self.given[lane as usize];
+                moment.launches = self.seen[lane];
+                moment.done[lane] = self.given[lane];
             }
         }
         self.events.insert(event.0, moment);
     }
 
-    /// Makes `queue` wait; the copies that land now, because the compute queue is not held up.
-    pub fn wait(&mut self, queue: Queue, event: EventHandle) -> Vec<PendingCopy> {
+    /// Makes `queue` wait; the work that is done now, because the compute queue is not held up.
+    pub fn wait(&mut self, queue: Queue, event: EventHandle) -> Vec<Pending> {
         let Some(&moment) = self.events.get(&event.0) else { return Vec::new() };
         let mut landed = Vec::new();
         match lane_of(queue) {
             None => self.land_until(moment, &mut landed),
             Some(lane) => {
-                self.seen[lane as usize] = self.seen[lane as usize].max(moment.launches);
+                self.seen[lane] = self.seen[lane].max(moment.launches);
                 self.give(lane, Entry::After(moment));
             }
         }
         landed
     }
 
-    /// All copies that are left, in an order that the waits allow.
-    pub fn finish(&mut self) -> Vec<PendingCopy> {
+    /// All work that is left, in an order that the waits allow.
+    pub fn finish(&mut self) -> Vec<Pending> {
         let mut landed = Vec::new();
         self.land_until(Moment { launches: 0, done: self.given }, &mut landed);
         landed
     }
 
-    fn give(&mut self, lane: Lane, entry: Entry) {
-        self.lanes[lane as usize].push_back(entry);
-        self.given[lane as usize] += 1;
+    fn give(&mut self, lane: usize, entry: Entry) {
+        self.lanes[lane].push_back(entry);
+        self.given[lane] += 1;
     }
 
     /// Lanes wait for moments that were recorded before, so that this ends.
-    fn land_until(&mut self, moment: Moment, landed: &mut Vec<PendingCopy>) {
-        for lane in [Lane::ToDevice, Lane::ToHost] {
-            let lane = lane as usize;
+    fn land_until(&mut self, moment: Moment, landed: &mut Vec<Pending>) {
+        for lane in 0..LANES {
             while self.done[lane] < moment.done[lane] {
                 let Some(entry) = self.lanes[lane].pop_front() else { return };
                 self.done[lane] += 1;
                 match entry {
-                    Entry::Copy(copy) => landed.push(copy),
+                    Entry::Work(work) => landed.push(work),
                     Entry::After(before) => self.land_until(before, landed),
                 }
             }
@@ -138,12 +173,11 @@ impl PendingCopy {
 }
 
 /// The lane that a queue is; `None` for the computation.
-fn lane_of(queue: Queue) -> Option<Lane> {
+fn lane_of(queue: Queue) -> Option<usize> {
     match queue {
         Queue::Compute => None,
-        Queue::ToDevice => Some(Lane::ToDevice),
-        Queue::ToHost => Some(Lane::ToHost),
-        // Collectives are not there yet.
-        Queue::Collectives => None,
+        Queue::ToDevice => Some(Lane::ToDevice as usize),
+        Queue::ToHost => Some(Lane::ToHost as usize),
+        Queue::Collectives => Some(COLLECTIVES),
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::{self, Debug};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use half::bf16;
 
@@ -12,6 +12,7 @@ use super::backend::{Address, Backend};
 use super::backend_planned::PlannedBackend;
 use super::bindings::{MMPO_STORAGE_BF16, MMPO_STORAGE_F16, MMPO_STORAGE_F32, mmpo_floats};
 use super::{CudaDevice, launch_sizes};
+use crate::device::nccl::Group;
 use crate::device::{Checked, Element, Memory, MemoryCounter, MemoryPart, RawValues, StorageType};
 use crate::error::{Error, Result};
 
@@ -27,12 +28,23 @@ pub(super) struct DeviceMemory {
     pub(super) host: MemoryCounter,
     /// How often the host waited for the device.
     pub(super) waits: AtomicUsize,
+    /// The groups whose collectives may be on the device's streams.
+    pub(super) groups: Mutex<Vec<Weak<Group>>>,
 }
 
 impl DeviceMemory {
     pub(super) fn new(backend: Box<dyn Backend>) -> Arc<Self> {
         let (counter, host) = (MemoryCounter::default(), MemoryCounter::default());
-        Arc::new(DeviceMemory { backend, counter, host, waits: AtomicUsize::new(0) })
+        let waits = AtomicUsize::new(0);
+        Arc::new(DeviceMemory { backend, counter, host, waits, groups: Mutex::default() })
+    }
+
+    /// Fails where a group did. The streams of a group that was aborted go on with numbers that mean nothing, so whoever brings numbers
+    /// to the host asks.
+    fn check_groups(&self) -> Result<()> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.retain(|group| group.strong_count() > 0);
+        groups.iter().filter_map(Weak::upgrade).try_for_each(|group| group.check())
     }
 }
 
@@ -213,7 +225,8 @@ impl Memory for CudaDevice {
     ) -> Result<()> {
         self.memory.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the range was checked to lie inside the buffer.
-        unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast()) }
+        unsafe { self.backend().copy_out(bytemuck::cast_slice_mut(out), source.at(offset).cast())? };
+        self.memory.check_groups()
     }
 
     /// bf16 goes straight from the file's map to the device; other types are converted there, a chunk at a time.

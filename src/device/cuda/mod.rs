@@ -4,6 +4,7 @@
 //! `backend_gpu.rs` and `backend_emulated.rs` implement that for the two there are. All work of a device is queued on
 //! one stream, but for copies of pinned host memory, which have two of their own; only downloads wait.
 
+mod accumulate;
 mod adapted_linear;
 mod arena;
 mod attention;

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::ptr;
 
 use super::bindings::{
-    MMPO_MOMENTS_8BIT, MMPO_MOMENTS_BF16, MMPO_MOMENTS_F32, mmpo_adamw_step, mmpo_adamw_tensor, mmpo_moments,
+    MMPO_MOMENTS_8BIT, MMPO_MOMENTS_BF16, MMPO_MOMENTS_F32, MMPO_STORAGE_BF16, MMPO_STORAGE_F32,
+    mmpo_adamw_step, mmpo_adamw_tensor, mmpo_gradient, mmpo_moments, mmpo_storage,
 };
 use super::{CudaBuffer, CudaDevice, launch_sizes};
-use crate::device::{AdamWUpdate, Checked, Optimizer};
+use crate::device::{AdamWUpdate, Checked, Gradient, GradientPart, Optimizer};
 use crate::error::Result;
 use crate::optimizer::{AdamWFactors, BLOCK, MomentFormat, Moments};
 
@@ -16,9 +17,10 @@ impl Optimizer for CudaDevice {
         true
     }
 
-    fn reserve_gradient_norm(&self, gradients: &[&CudaBuffer<f32>]) -> Result<()> {
+    fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()> {
         let name = "gradient_norm";
-        let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+        let tensors: Vec<_> =
+            gradients.iter().map(|&gradient| entry(gradient, &(0..gradient.values(self)))).collect();
         let [count] = launch_sizes(name, [tensors.len()])?;
         // SAFETY: reads `count` lengths in host memory.
         let bytes = self.workspace_bytes(name, &count, |kernels| unsafe {
@@ -30,13 +32,13 @@ impl Optimizer for CudaDevice {
     fn run_gradient_norm(
         &self,
         out: &mut CudaBuffer<f32>,
-        gradients: &[&CudaBuffer<f32>],
+        gradients: &[GradientPart<'_, Self>],
         max_norm: Option<f32>,
         _: Checked,
     ) -> Result<()> {
         self.trace.scope("gradient_norm", || {
             let name = "gradient_norm";
-            let tensors: Vec<_> = gradients.iter().map(|gradient| gradient.as_tensor()).collect();
+            let tensors: Vec<_> = gradients.iter().map(|(gradient, part)| entry(*gradient, part)).collect();
             let [count] = launch_sizes(name, [tensors.len()])?;
             let max_norm = max_norm.unwrap_or(f32::INFINITY);
             self.launch_with_workspace(
@@ -44,7 +46,7 @@ impl Optimizer for CudaDevice {
                 &count,
                 // SAFETY: reads `count` lengths in host memory.
                 |kernels| unsafe { (kernels.gradient_norm_workspace)(tensors.as_ptr(), count) },
-                // SAFETY: the workspace is as large as was asked for, and each tensor a whole buffer.
+                // SAFETY: the workspace is as large as was asked for, and each part was checked to lie in its buffer.
                 |kernels, workspace, stream| unsafe {
                     (kernels.gradient_norm)(
                         out.start_mut(),
@@ -59,7 +61,8 @@ impl Optimizer for CudaDevice {
         })
     }
 
-    /// One call of the launcher for each format of moments, with and without master copies: a run has one or two of them.
+    /// One call of the launcher for each format of moments and type of gradients, with and without master copies: a run has a
+    /// few of them.
     fn run_adamw(
         &self,
         updates: &mut [AdamWUpdate<'_, Self>],
@@ -69,30 +72,53 @@ impl Optimizer for CudaDevice {
     ) -> Result<()> {
         for format in [MMPO_MOMENTS_F32, MMPO_MOMENTS_BF16, MMPO_MOMENTS_8BIT] {
             for has_master in [true, false] {
-                let of_kind = updates.iter_mut().filter(|update| {
-                    moments_format(update) == format && update.master.is_some() == has_master
-                });
-                let mut seed = 0;
-                let tensors: Vec<_> = of_kind
-                    .map(|update| {
-                        seed = update.rounding.seed;
-                        tensor(update, update.range(self))
-                    })
-                    .collect();
-                if tensors.is_empty() {
-                    continue;
+                for storage in [MMPO_STORAGE_F32, MMPO_STORAGE_BF16] {
+                    let of_kind = updates.iter_mut().filter(|update| {
+                        moments_format(update) == format
+                            && update.master.is_some() == has_master
+                            && storage_of(update.gradient) == storage
+                    });
+                    let mut seed = 0;
+                    let tensors: Vec<_> = of_kind
+                        .map(|update| {
+                            seed = update.rounding.seed;
+                            tensor(self, update)
+                        })
+                        .collect();
+                    if tensors.is_empty() {
+                        continue;
+                    }
+                    let [count] = launch_sizes("adamw", [tensors.len()])?;
+                    let (step, formats) = (parameters(factors, seed), [format as i32, storage as i32]);
+                    // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are
+                    // written.
+                    self.launch("adamw", &count, |kernels, stream| unsafe {
+                        let [moments, gradients] = formats;
+                        let (tensors, norm) = (tensors.as_ptr(), norm.start());
+                        (kernels.adamw)(tensors, count, norm, step, moments, gradients, stream)
+                    })?;
                 }
-                let [count] = launch_sizes("adamw", [tensors.len()])?;
-                let step = parameters(factors, seed);
-                // SAFETY: all buffers of a tensor were checked to hold its values, and `updates` borrows those that are
-                // written.
-                self.launch("adamw", &count, |kernels, stream| unsafe {
-                    (kernels.adamw)(tensors.as_ptr(), count, norm.start(), step, format as i32, stream)
-                })?;
             }
         }
         Ok(())
     }
+}
+
+/// The type of a gradient, as launchers number them.
+fn storage_of(gradient: Gradient<'_, CudaDevice>) -> mmpo_storage {
+    match gradient {
+        Gradient::F32(_) => MMPO_STORAGE_F32,
+        Gradient::Bf16(_) => MMPO_STORAGE_BF16,
+    }
+}
+
+/// A part of a gradient as an entry of the list that the launcher of the norm takes.
+fn entry(gradient: Gradient<'_, CudaDevice>, part: &Range<usize>) -> mmpo_gradient {
+    let values = match gradient {
+        Gradient::F32(values) => values.at(part.start).cast(),
+        Gradient::Bf16(values) => values.at(part.start).cast(),
+    };
+    mmpo_gradient { values, length: part.len() as i64, storage: storage_of(gradient) as i32 }
 }
 
 /// The format of a tensor's moments, as the launcher numbers them.
@@ -105,16 +131,21 @@ fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
 }
 
 /// A tensor as the launcher takes it.
-fn tensor(update: &mut AdamWUpdate<'_, CudaDevice>, part: Range<usize>) -> mmpo_adamw_tensor {
+fn tensor(device: &CudaDevice, update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo_adamw_tensor {
+    let part = update.range(device);
+    let (in_weight, in_gradient) = (update.in_weight(device), update.in_gradient(device));
     let AdamWUpdate { weight, master, moments, rounding, gradient, .. } = update;
     let mut tensor = mmpo_adamw_tensor {
-        weight: weight.at_mut(part.start),
+        weight: weight.at_mut(in_weight.start),
         master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
         first_moment: ptr::null_mut(),
         second_moment: ptr::null_mut(),
         first_scales: ptr::null_mut(),
         second_scales: ptr::null_mut(),
-        gradient: gradient.at(part.start),
+        gradient: match gradient {
+            Gradient::F32(values) => values.at(in_gradient.start).cast(),
+            Gradient::Bf16(values) => values.at(in_gradient.start).cast(),
+        },
         length: part.len() as i64,
         tensor: rounding.tensor,
         first_block: (part.start / BLOCK) as u32,

@@ -4,7 +4,7 @@
 use std::ffi::c_void;
 use std::ptr::NonNull;
 
-use super::bindings::{KernelTable, mmpo_floats};
+use super::bindings::{KernelTable, mmpo_gradient};
 
 /// Multiprocessors that all plans assume: `kernels/common/limits.cuh`.
 const MULTIPROCESSORS: i64 = 132;
@@ -64,7 +64,7 @@ extern "C" fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64 {
 }
 
 /// `kernels/grad_norm.cu`: a partial sum for each part of a tensor.
-extern "C" fn gradient_norm_workspace(gradients: *const mmpo_floats, count: i32) -> i64 {
+extern "C" fn gradient_norm_workspace(gradients: *const mmpo_gradient, count: i32) -> i64 {
     let count = usize::try_from(count).unwrap_or(0);
     if count == 0 {
         return 0;
@@ -310,8 +310,8 @@ mod tests {
     #[test]
     fn the_rule_of_the_norm_is_that_of_the_launcher() {
         let lengths = [1, 16_383, 16_384, 16_385, 1_000_000];
-        let gradients: Vec<mmpo_floats> =
-            lengths.map(|length| mmpo_floats { values: std::ptr::null_mut(), length }).to_vec();
+        let gradients: Vec<mmpo_gradient> =
+            lengths.map(|length| mmpo_gradient { values: std::ptr::null(), length, storage: 0 }).to_vec();
         // SAFETY: reads the lengths of the list alone.
         let theirs = unsafe { (KERNELS.gradient_norm_workspace)(gradients.as_ptr(), 5) };
         assert_eq!(gradient_norm_workspace(gradients.as_ptr(), 5), theirs);

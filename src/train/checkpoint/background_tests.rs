@@ -17,7 +17,7 @@ fn training_goes_on_and_the_checkpoint_keeps_its_step() {
     let wanted = saved(&trainer).2;
     let run = tempfile::tempdir().unwrap();
     let mut saves = BackgroundSaves::default();
-    save_beside(&mut saves, run.path(), &trainer, &run_state(), (1, &[])).unwrap();
+    save_beside(&mut saves, run.path(), &mut trainer, &run_state(), (1, &[])).unwrap();
     train_clipped(&mut trainer, 3..=4, Some(1.0));
     saves.wait().unwrap();
     let path = files::latest(run.path()).unwrap().unwrap();
@@ -28,7 +28,7 @@ fn training_goes_on_and_the_checkpoint_keeps_its_step() {
     let in_the_way = folder.join("step-000003");
     std::fs::write(&in_the_way, "a file").unwrap();
     let state = crate::checkpoint::RunState { step: 3, ..run_state() };
-    save_beside(&mut saves, run.path(), &trainer, &state, (1, &[])).unwrap();
+    save_beside(&mut saves, run.path(), &mut trainer, &state, (1, &[])).unwrap();
     let error = saves.wait().unwrap_err();
     assert!(matches!(error, Error::Config { .. }), "{error:?}");
     assert!(std::fs::read(path.join("state.safetensors")).unwrap() == wanted);

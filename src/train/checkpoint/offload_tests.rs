@@ -34,7 +34,7 @@ fn offloaded(device: &Arc<CudaDevice>, memory: MemoryConfig) -> Trainer<CudaDevi
 
 fn every_memory() -> Vec<MemoryConfig> {
     let of = |states| {
-        [GradientConfig::F32, GradientConfig::Layer].map(|gradients| MemoryConfig {
+        [GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer].map(|gradients| MemoryConfig {
             states,
             gradients,
             ..MemoryConfig::default()
@@ -48,7 +48,7 @@ fn every_memory() -> Vec<MemoryConfig> {
 fn offloaded_states_have_the_bits_of_resident_ones() {
     let device = device();
     for memory in every_memory() {
-        let clip = (memory.gradients == GradientConfig::F32).then_some(1.0);
+        let clip = (memory.gradients != GradientConfig::Layer).then_some(1.0);
         let (mut here, mut there) = (resident(&device, memory), offloaded(&device, memory));
         train_clipped(&mut here, 1..=2, clip);
         train_clipped(&mut there, 1..=2, clip);
@@ -112,10 +112,10 @@ fn the_plan_of_an_offload_is_exact() {
 fn the_host_waits_for_a_steps_numbers_alone() {
     let device = device();
     let states = StateOptions { moments: MomentFormat::EightBit, ..StateOptions::default() };
-    for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+    for gradients in [GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer] {
         for offload in [OffloadConfig::None, OffloadConfig::States] {
             let memory = MemoryConfig { gradients, offload, states, ..MemoryConfig::default() };
-            let clip = (gradients == GradientConfig::F32).then_some(1.0);
+            let clip = (gradients != GradientConfig::Layer).then_some(1.0);
             let mut trainer = trainer_with(&device, memory).unwrap();
             train_clipped(&mut trainer, 1..=1, clip);
             let (waits, taken) = (device.host_waits(), (device.memory(), device.host_memory()));

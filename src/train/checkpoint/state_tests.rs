@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{restore, save, stored_tensors};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::run_state::{self, RngPosition, RunIdentity, RunState};
-use crate::config::MemoryConfig;
+use crate::config::{GradientConfig, MemoryConfig};
 use crate::data::TokenizedPair;
 use crate::device::cpu::CpuDevice;
 use crate::device::prelude::*;
@@ -122,6 +122,25 @@ fn every_state_is_restored_to_the_bit<D: Device>(device: &Arc<D>) {
 #[test]
 fn every_state_is_restored_to_the_bit_on_the_cpu() {
     every_state_is_restored_to_the_bit(&Arc::new(CpuDevice::new(Some(2)).unwrap()));
+}
+
+/// Sums of gradients in bf16 begin at zero in each step: a checkpoint has no part of them.
+#[test]
+fn a_run_with_bf16_gradients_is_resumed_to_the_bit() {
+    let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
+    let memory = MemoryConfig { gradients: GradientConfig::Bf16, ..MemoryConfig::default() };
+    let (mut whole, mut cut) =
+        (trainer_with(&device, memory).unwrap(), trainer_with(&device, memory).unwrap());
+    train(&mut whole, 1..=2);
+    let (_run, checkpoint, _) = saved(&whole);
+    train(&mut whole, 3..=4);
+    train(&mut cut, 1..=1);
+    restore(&checkpoint, &mut cut).unwrap();
+    train(&mut cut, 3..=4);
+    assert!(saved(&cut).2 == saved(&whole).2, "after two more steps");
+    let mut f32_sums = trainer(&device, StateOptions::default());
+    train(&mut f32_sums, 1..=4);
+    assert!(saved(&f32_sums).2 != saved(&whole).2, "f32 sums have other bits");
 }
 
 #[cfg(mmpo_emulated)]

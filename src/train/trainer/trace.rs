@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use half::bf16;
+
 use super::{Trainer, TrainingPair};
 use crate::data::PairBatch;
-use crate::device::{ComputeBuffer, Device, Floats, hash};
+use crate::device::{ComputeBuffer, Device, Floats, Gradient, hash};
 use crate::error::Result;
-use crate::model::KeepGradients;
 use crate::objective::PairOutcome;
+use crate::train::bf16_gradients;
 use crate::train::layer_updates::{self, UpdateLayers};
 use crate::train::offload;
 
@@ -46,11 +48,10 @@ impl<D: Device> Trainer<D> {
     /// Those of the device. Numbers that are not finite are no error here.
     pub fn trace(&mut self, pairs: &[TrainingPair<'_>], step: u32) -> Result<Trace> {
         self.dropout_key = hash(self.dropout_seed, step.into());
-        let device = Arc::clone(&self.model.device);
         let mut first = self.first_in_weights()?;
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let mut done = 0;
-        self.each_micro_batch(pairs, Some(self.dropout_key), |trainer, batch, tokens| {
+        self.each_micro_batch(pairs, Some(self.dropout_key), |trainer, batch, _| {
             first = first
                 .take()
                 .map_or_else(|| trainer.first_in_forward(batch, done), |found| Ok(Some(found)))?;
@@ -65,7 +66,7 @@ impl<D: Device> Trainer<D> {
             first =
                 first.take().map_or_else(|| trainer.first_in_head(batch, done), |found| Ok(Some(found)))?;
             done += batch.spans.len();
-            trainer.backward_without_update(tokens)
+            trainer.backward_without_update(batch.tokens())
         })?;
         let gradient_norm = self.norm_of_gradients()?;
         if first.is_none() && !gradient_norm.is_finite() {
@@ -76,20 +77,15 @@ impl<D: Device> Trainer<D> {
     }
 
     fn backward_without_update(&mut self, tokens: usize) -> Result<()> {
+        let Some(norms) = &mut self.layer_norms else { return self.backward(tokens) };
         let device = Arc::clone(&self.model.device);
         let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
         let (activations, batch) = (&mut self.activations, &self.batch);
-        match &mut self.layer_norms {
-            None => self.model.backward(gradients, scratch, activations, batch, tokens, &mut KeepGradients),
-            Some(norms) => {
-                let numbers = offload::layer_numbers(&self.states);
-                let states = &mut self.states.layers;
-                let offloaded = self.offloaded.as_mut();
-                let mut sink =
-                    UpdateLayers { device: &*device, numbers, states, offloaded, norms, step: None };
-                self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
-            }
-        }
+        let numbers = offload::layer_numbers(&self.states);
+        let states = &mut self.states.layers;
+        let offloaded = self.offloaded.as_mut();
+        let mut sink = UpdateLayers { device: &*device, numbers, states, offloaded, norms, step: None };
+        self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
     }
 
     fn norm_of_gradients(&mut self) -> Result<f32> {
@@ -100,8 +96,9 @@ impl<D: Device> Trainer<D> {
             norms.copy_to(&*device, &mut self.metrics)?;
             return Ok(layer_updates::total(&self.download_metrics(0)?.0));
         }
-        let gradients: Vec<&Floats<D>> = self.gradients.iter().flatten().collect();
-        device.gradient_norm(&mut self.norm, &gradients, None)?;
+        let gradients: Vec<_> = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
+        let gradients: Vec<_> = gradients.into_iter().flatten().collect();
+        device.gradient_norm_of(&mut self.norm, &gradients, None)?;
         let mut norm = [0.0; 2];
         device.download(&mut norm, &self.norm, 0)?;
         Ok(norm[0])
@@ -180,12 +177,12 @@ impl<D: Device> Trainer<D> {
                 Broken { place, value: f32::NAN, pair: None }
             }));
         }
-        let named = self.model.layout.iter().zip(self.gradients.iter());
+        let named = self.model.layout.iter().zip(self.step_gradients());
         let gradients: Vec<_> =
-            named.filter_map(|(tensor, gradient)| Some((tensor.name(), gradient.as_ref()?))).collect();
+            named.filter_map(|(tensor, gradient)| Some((tensor.name(), gradient?))).collect();
         // The backward goes through the tensors from the last to the first.
         for (name, gradient) in gradients.into_iter().rev() {
-            if let Some((index, value)) = self.first_in_floats(gradient, self.device().len(gradient))? {
+            if let Some((index, value)) = self.first_in_gradient(gradient)? {
                 let place = format!("the gradient of `{name}`, at index {index}");
                 return Ok(Some(Broken { place, value, pair: None }));
             }
@@ -198,6 +195,19 @@ impl<D: Device> Trainer<D> {
     fn first_in_compute(&self, buffer: &ComputeBuffer<D>, values: usize) -> Result<Option<(usize, f32)>> {
         let device = self.device();
         first_broken(values, |piece, offset| device.download_compute(piece, buffer, offset))
+    }
+
+    fn first_in_gradient(&self, gradient: Gradient<'_, D>) -> Result<Option<(usize, f32)>> {
+        let (device, values) = (self.device(), gradient.values(self.device()));
+        match gradient {
+            Gradient::F32(gradient) => self.first_in_floats(gradient, values),
+            Gradient::Bf16(gradient) => first_broken(values, |piece, offset| {
+                let mut narrow = vec![bf16::ZERO; piece.len()];
+                device.download(&mut narrow, gradient, offset)?;
+                piece.iter_mut().zip(narrow).for_each(|(value, narrow)| *value = narrow.to_f32());
+                Ok(())
+            }),
+        }
     }
 
     fn first_in_floats(&self, buffer: &Floats<D>, values: usize) -> Result<Option<(usize, f32)>> {

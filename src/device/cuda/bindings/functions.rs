@@ -21,6 +21,13 @@ kernels {
         length: i64,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn accumulate(
+        out: *mut ::core::ffi::c_void,
+        source: *const f32,
+        storage: i32,
+        length: i64,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
     fn embedding_forward(
         out: *mut mmpo_bf16,
         table: *const mmpo_bf16,
@@ -612,11 +619,11 @@ kernels {
         objective: mmpo_objective,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn gradient_norm_workspace(gradients: *const mmpo_floats, count: i32) -> i64;
+    fn gradient_norm_workspace(gradients: *const mmpo_gradient, count: i32) -> i64;
     fn gradient_norm(
         out: *mut f32,
         workspace: *mut ::core::ffi::c_void,
-        gradients: *const mmpo_floats,
+        gradients: *const mmpo_gradient,
         count: i32,
         max_norm: f32,
         stream: mmpo_stream,
@@ -627,6 +634,7 @@ kernels {
         norm: *const f32,
         step: mmpo_adamw_step,
         moments: i32,
+        gradients: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
 }

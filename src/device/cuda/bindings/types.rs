@@ -154,6 +154,29 @@ const _: () = {
         "Offset of field: mmpo_objective::gamma_beta_ratio",
     ][::core::mem::offset_of!(mmpo_objective, gamma_beta_ratio) - 24usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct mmpo_gradient {
+    pub values: *const ::core::ffi::c_void,
+    pub length: i64,
+    pub storage: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of mmpo_gradient"][::core::mem::size_of::<mmpo_gradient>() - 24usize];
+    [
+        "Alignment of mmpo_gradient",
+    ][::core::mem::align_of::<mmpo_gradient>() - 8usize];
+    [
+        "Offset of field: mmpo_gradient::values",
+    ][::core::mem::offset_of!(mmpo_gradient, values) - 0usize];
+    [
+        "Offset of field: mmpo_gradient::length",
+    ][::core::mem::offset_of!(mmpo_gradient, length) - 8usize];
+    [
+        "Offset of field: mmpo_gradient::storage",
+    ][::core::mem::offset_of!(mmpo_gradient, storage) - 16usize];
+};
 pub const MMPO_MOMENTS_F32: mmpo_moments = 0;
 pub const MMPO_MOMENTS_BF16: mmpo_moments = 1;
 pub const MMPO_MOMENTS_8BIT: mmpo_moments = 2;
@@ -222,7 +245,7 @@ pub struct mmpo_adamw_tensor {
     pub second_moment: *mut ::core::ffi::c_void,
     pub first_scales: *mut f32,
     pub second_scales: *mut f32,
-    pub gradient: *const f32,
+    pub gradient: *const ::core::ffi::c_void,
     pub length: i64,
     pub tensor: u32,
     pub first_block: u32,
