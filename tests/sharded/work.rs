@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mmpo_fast::checkpoint::run_state::{self, RngPosition, RunIdentity};
-use mmpo_fast::checkpoint::{BackgroundSaves, Checkpoint, RunState};
+use mmpo_fast::checkpoint::{BackgroundSaves, Checkpoint, ModelFolder, RunState};
 use mmpo_fast::config::{MemoryConfig, ShardConfig};
-use mmpo_fast::device::{Device, GroupPlace};
+use mmpo_fast::device::{Device, GroupPlace, StorageType};
 use mmpo_fast::model::{AdaptedModule, AdaptedModules, Llama, LoraSettings, initial_values};
 use mmpo_fast::objective::{Dpo, Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use mmpo_fast::ranks::RankGroup;
+use mmpo_fast::score::Scorer;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload, restore, save_beside, save_weights};
 
 use super::golden::{self, Golden};
@@ -152,18 +153,44 @@ fn adamw(step: u32) -> AdamWStep {
     AdamWStep { learning_rate: 1e-2, beta1: 0.9, beta2: 0.99, epsilon: 1e-2, weight_decay: 0.01, step }
 }
 
+/// Bytes of the trainer and of what was made before it, on a device that only counts.
+fn planned_bytes<D: Device>(
+    device: &D,
+    golden: &Golden,
+    case: &Case,
+    workload: Workload,
+    place: GroupPlace,
+) -> usize {
+    let planned = Arc::new(device.planned(None).unwrap());
+    let folder = ModelFolder::open(&golden.folder.join("model")).unwrap();
+    let storage = folder.config().dtype.unwrap_or(StorageType::Bf16);
+    let mut model = Llama::planned(&planned, folder.config().clone(), 2048, storage).unwrap();
+    if case.lora {
+        model.adapt(lora(), |_| Ok(vec![0.0])).unwrap();
+    }
+    drop(Scorer::new(&model, &golden.pairs, 700).unwrap());
+    let join = || planned.join_group(&planned.new_group().unwrap(), place).unwrap();
+    let group =
+        (place.ranks > 1).then(|| RankGroup { device: Arc::clone(&planned), communicator: join() });
+    let _trainer = Trainer::with_group(model, case.objective(), workload, group).unwrap();
+    planned.memory().now
+}
+
+fn lora() -> LoraSettings {
+    let modules = AdaptedModules::of(AdaptedModule::ALL);
+    LoraSettings { modules, rank: 8, alpha: 16.0, dropout: 0.0, rslora: false }
+}
+
 fn model<D: Device>(golden: &Golden, device: &Arc<D>, case: &Case) -> Llama<D> {
     let mut model = golden.load(device);
     if case.lora {
-        let modules = AdaptedModules::of(AdaptedModule::ALL);
-        let settings = LoraSettings { modules, rank: 8, alpha: 16.0, dropout: 0.0, rslora: false };
         // Both matrices have values, so that both have gradients.
         let values = |tensor: &mmpo_fast::model::TensorSpec| {
             let renamed =
                 mmpo_fast::model::TensorSpec::new(tensor.name.replace("lora_B", "lora_A"), &tensor.shape);
             Ok(initial_values(3, &renamed))
         };
-        model.adapt(settings, values).unwrap();
+        model.adapt(lora(), values).unwrap();
     }
     model
 }
@@ -197,6 +224,8 @@ pub fn train<D: Device>(
     let group = rank.map(|rank| RankGroup { device: Arc::clone(device), communicator: rank.join(&**device) });
     let mut trainer = Trainer::with_group(model, objective, workload, group).unwrap();
     let place = rank.map_or(GroupPlace { rank: 0, ranks: 1 }, |rank| rank.place);
+    let planned = planned_bytes(device, &golden, case, workload, place);
+    assert_eq!(device.memory().now, planned, "bytes of rank {} and those planned", place.rank);
 
     let mut first = 1;
     if let Some((path, CheckpointUse::Resume)) = run {
@@ -280,7 +309,7 @@ fn save_and_compare<D: Device>(
     if place.rank > 0 {
         return;
     }
-    let saved = mmpo_fast::checkpoint::ModelFolder::open(&target).unwrap();
+    let saved = ModelFolder::open(&target).unwrap();
     let layout = &trainer.model.layout;
     let mut rest = weights;
     for tensor in layout.outside_layers().chain(layout.layers.iter().flat_map(|layer| layer.iter())) {
