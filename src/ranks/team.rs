@@ -273,6 +273,10 @@ impl Team {
     pub fn end(self, result: Result<()>) -> Result<()> {
         let Some(control) = self.control else { return result };
         control.begin_end();
+        let is_in_steps = progress::now().position.step() > 0;
+        if matches!(result, Err(Error::Numerics { .. })) && is_in_steps && !control.is_first() {
+            control.wait_for_first();
+        }
         let verdict = match &result {
             // A collective notices the death of a rank too, and may do so first.
             Err(Error::Device { .. }) => control.verdict_within(HEARSAY),

@@ -53,7 +53,7 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
     for rank in [0, 1] {
         let work = Workplace::new();
         let mut stopped = command(&work, &format!("{TRAIN} {LONG} --gpus 2 --output run"));
-        stopped.env("MMPO_FAST_HANG_SECONDS", "8");
+        stopped.env("MMPO_FAST_HANG_SECONDS", "15");
         let mut running = Run::start(&work, stopped, "run");
         running.wait_for_lines(5);
         send("-STOP", running.rank(rank));
