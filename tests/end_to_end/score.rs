@@ -147,6 +147,27 @@ fn the_changes_of_tokens_add_up_to_the_margin_of_their_pair() {
     assert!(colored.contains("\u{1b}[38;5;") && colored.matches("\nrecord ").count() == 1, "{colored}");
 }
 
+/// A response that is cut within a character ends in bytes that no token completes. They count all the same.
+#[test]
+fn the_bytes_of_a_character_that_is_cut_count() {
+    let work = Workplace::new();
+    work.bring("tied");
+    let crabs = "\u{1f980}".repeat(3);
+    work.write(
+        "crabs.jsonl",
+        format!("{{\"prompt\": \"one\", \"chosen\": \" {crabs}\", \"rejected\": \" no\"}}\n"),
+    );
+    for length in [8, 9, 10] {
+        work.succeed(&format!(
+            "score --model base --reference tied --data crabs.jsonl --max-length {length} --max-prompt-length 2 --beta 1 \
+             --device cpu --output s.jsonl --explain --html tokens.html"
+        ));
+        let page = String::from_utf8(work.read("tokens.html")).unwrap();
+        assert!(page.contains('\u{fffd}'), "no character is cut: {page}");
+        assert_close(explained(&page)[0].1, number(&work.lines("s.jsonl")[0]["margin"]), 1e-3, "margin");
+    }
+}
+
 #[test]
 fn the_reference_of_an_adapter_is_its_model() {
     let work = Workplace::new();
