@@ -198,11 +198,7 @@ impl Word for Recompute {
 
 impl Word for GradientConfig {
     fn words() -> Vec<(&'static str, Self)> {
-        vec![
-            ("f32", GradientConfig::F32),
-            ("bf16", GradientConfig::Bf16),
-            ("layer", GradientConfig::Layer),
-        ]
+        vec![("f32", GradientConfig::F32), ("bf16", GradientConfig::Bf16), ("layer", GradientConfig::Layer)]
     }
 }
 

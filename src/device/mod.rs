@@ -110,7 +110,7 @@ impl<D> Device for D where
 /// All traits of a device, for `use mmpo_fast::device::prelude::*`.
 pub mod prelude {
     pub use super::{
-        Accumulate, Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear, LowRank,
-        Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
+        Accumulate, Attention, AttentionBackward, Collectives, Device, Embedding, Hardware, Head, Linear,
+        LowRank, Memory, Mlp, Norm, Offload, Optimizer, PairObjective, Queues, RotaryPositions,
     };
 }

@@ -9,7 +9,9 @@ use super::adapter::{Place, Site};
 use super::buffers::{Activations, Recompute};
 use super::decode::KvCache;
 use super::tensors::LayerTensors;
-use crate::device::{AdapterTerms, AddRmsNorm, BatchBuffers, ComputeBuffer, Device, LinearSwiglu, RopeDirection};
+use crate::device::{
+    AdapterTerms, AddRmsNorm, BatchBuffers, ComputeBuffer, Device, LinearSwiglu, RopeDirection,
+};
 use crate::error::Result;
 
 /// What the queries of a forward see.

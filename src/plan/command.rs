@@ -8,6 +8,7 @@ use half::bf16;
 use super::account::{Account, Models};
 use super::exchange::{Exchange, Links, RankStep, SHARDINGS};
 use super::footprint::{Choice, Footprint};
+use super::offload::Copies;
 use super::rates::{self, GPUS, GpuKind, Rates};
 use super::search::Tried;
 use super::work::{Volume, Work};
@@ -40,6 +41,8 @@ pub struct PlanConfig {
     pub gpu: Option<String>,
     /// Bytes of device memory per second, in 10^9, in place of the GPU's.
     pub bandwidth: Option<f64>,
+    /// Bytes per second and direction of the bus, in 10^9, in place of the GPU's.
+    pub bus: Option<f64>,
     /// The largest pair that there can be, in place of pairs.
     pub largest_pair: Option<Lengths>,
     /// How the ranks of the run are connected, where there are several.
@@ -209,7 +212,10 @@ impl Target {
             tflops.or(known.map(|rates| rates.tflops)),
             bandwidth.or(known.map(|rates| rates.bandwidth)),
         ) {
-            (Some(tflops), Some(bandwidth)) => Some(Rates { tflops, bandwidth }),
+            (Some(tflops), Some(bandwidth)) => {
+                let bus = config.bus.or(known.map(|rates| rates.bus)).unwrap_or(Rates::PCIE_4);
+                Some(Rates { tflops, bandwidth, bus })
+            }
             _ => None,
         };
         Ok(target)
@@ -275,6 +281,8 @@ pub(super) struct Planned {
     /// A mean step, and its work; none where only the largest pair is known.
     pub step: Option<(Volume, Work)>,
     pub model_flops: f64,
+    /// The copies of a step, where states are offloaded and the machine's rates are known.
+    pub copies: Option<Copies>,
     pub limit: Option<usize>,
     pub tried: Vec<Tried>,
     /// What ranks exchange, where there are several and the machine's rates are known.
@@ -316,7 +324,7 @@ impl DeviceTask for Planning<'_> {
         let (volume, size) = (account.step_volume(asked.token_budget), size_of::<D::Compute>());
         let work = account.work(&asked, footprint.head.main_rows == 0, size);
         let tried = match limit {
-            Some(limit) => account.alternatives(device.as_ref(), target.rates, limit, SHOWN)?,
+            Some(limit) => account.alternatives(device.as_ref(), target.rates, (limit, None), SHOWN)?,
             None => Vec::new(),
         };
         let trained = account.trained();
@@ -328,6 +336,7 @@ impl DeviceTask for Planning<'_> {
             let all = SHARDINGS.map(|shard| Exchange::of(shard, trained, sizes, &step, &links)).to_vec();
             Exchanges { links, rates, step, all }
         });
+        let copies = target.rates.and_then(|rates| account.copies(&asked, &work, size, &rates));
         Ok(Planned {
             run: account.config.clone(),
             target: target.clone(),
@@ -340,6 +349,7 @@ impl DeviceTask for Planning<'_> {
             footprint,
             step: is_measured.then_some((volume, work)),
             model_flops: trained.model_flops(&volume),
+            copies,
             limit,
             tried,
             exchanges,

@@ -192,7 +192,9 @@ impl<D: Device> Trainer<D> {
         let device = Arc::clone(&model.device);
         let device = device.as_ref();
         let gathered = match &ranks {
-            Some(ranks) if ranks.shard == ShardConfig::Weights => Some(GatheredLayers::new(&mut model, ranks)?),
+            Some(ranks) if ranks.shard == ShardConfig::Weights => {
+                Some(GatheredLayers::new(&mut model, ranks)?)
+            }
             _ => None,
         };
         let capacity = workload.micro_batch;
@@ -630,7 +632,8 @@ impl<D: Device> GradientBuffers<D> {
     fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
         let sharded = ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients);
         let is_whole = memory.gradients == GradientConfig::F32 && sharded.is_none();
-        let gradients = if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
+        let gradients =
+            if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
         let (mut layer_norms, mut own_sums, mut bf16_sums) = (None, None, None);
         match (memory.gradients, sharded) {
             (GradientConfig::Layer, _) => layer_norms = Some(LayerNorms::new(model, &gradients)?),
@@ -640,7 +643,8 @@ impl<D: Device> GradientBuffers<D> {
         }
         if layer_norms.is_none() {
             let own = own_sums.iter().flat_map(OwnSums::iter).map(Gradient::F32);
-            let all = bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
+            let all =
+                bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
             model.device.reserve_gradient_norm_of(&all.collect::<Vec<_>>())?;
         }
         Ok(GradientBuffers { gradients, layer_norms, own_sums, bf16_sums })
@@ -668,7 +672,8 @@ fn new_states<D: Device>(
                     own if own.is_empty() => Ok(None),
                     own => {
                         let whole = tensor.values();
-                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding).map(Some)
+                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding)
+                            .map(Some)
                     }
                 },
             }

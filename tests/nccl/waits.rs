@@ -35,7 +35,7 @@ pub fn step<D: Device>(device: &D, rank: &Rank) {
     let left_out = std::env::var(LEFT_OUT).unwrap();
     assert!(left_out == "none" || WAITS.contains(&left_out.as_str()), "{left_out}");
     let mut worker = Worker::join(device, rank);
-    let mut wait = |worker: &mut Worker<D>, name: &str, before: Queue, after: Queue| {
+    let wait = |worker: &mut Worker<D>, name: &str, before: Queue, after: Queue| {
         if name != left_out {
             worker.order(before, after);
         }

@@ -19,7 +19,8 @@ impl Optimizer for CudaDevice {
 
     fn reserve_gradient_norm_of(&self, gradients: &[Gradient<'_, Self>]) -> Result<()> {
         let name = "gradient_norm";
-        let tensors: Vec<_> = gradients.iter().map(|&gradient| entry(gradient, &(0..gradient.values(self)))).collect();
+        let tensors: Vec<_> =
+            gradients.iter().map(|&gradient| entry(gradient, &(0..gradient.values(self)))).collect();
         let [count] = launch_sizes(name, [tensors.len()])?;
         // SAFETY: reads `count` lengths in host memory.
         let bytes = self.workspace_bytes(name, &count, |kernels| unsafe {

@@ -129,7 +129,8 @@ fn every_state_is_restored_to_the_bit_on_the_cpu() {
 fn a_run_with_bf16_gradients_is_resumed_to_the_bit() {
     let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
     let memory = MemoryConfig { gradients: GradientConfig::Bf16, ..MemoryConfig::default() };
-    let (mut whole, mut cut) = (trainer_with(&device, memory).unwrap(), trainer_with(&device, memory).unwrap());
+    let (mut whole, mut cut) =
+        (trainer_with(&device, memory).unwrap(), trainer_with(&device, memory).unwrap());
     train(&mut whole, 1..=2);
     let (_run, checkpoint, _) = saved(&whole);
     train(&mut whole, 3..=4);

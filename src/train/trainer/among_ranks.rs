@@ -101,7 +101,11 @@ impl<D: Device> Trainer<D> {
                         let weights = &mut self.model.weights.layers;
                         GatherUp { ranks, gathered }.idle(weights)?;
                         let lowest = layers.start;
-                        GatherDown { ranks, gathered, sums, lowest }.idle(weights, gradients, layers.clone())?;
+                        GatherDown { ranks, gathered, sums, lowest }.idle(
+                            weights,
+                            gradients,
+                            layers.clone(),
+                        )?;
                     }
                 }
             }
@@ -270,6 +274,11 @@ impl<D: Device> Trainer<D> {
         let (Some(ranks), Some(gathered)) = (&mut self.ranks, &mut self.gathered) else { return Ok(()) };
         let mut source = GatherUp { ranks, gathered };
         (0..self.idle_rounds).try_for_each(|_| source.idle(&mut self.model.weights.layers))
+    }
+
+    /// Says that the parts of sharded weights have new values.
+    pub(in crate::train) fn forget_gathered(&mut self) {
+        self.gathered.iter_mut().for_each(|gathered| gathered.forget());
     }
 
     /// Whether the weights of layers are sharded, so that this rank has its own values of them alone.

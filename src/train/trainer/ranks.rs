@@ -204,6 +204,12 @@ fn check(memory: &MemoryConfig) -> Result<()> {
             "give --gradients f32 with --shard gradients, which keeps the gradients of two layers at a time",
         ));
     }
+    if memory.gradients == GradientConfig::Bf16 {
+        return Err(Error::config(
+            "`gradients` = bf16 is for one rank: several ranks sum their gradients in f32",
+            "give --gradients f32 with --shard gradients, which cuts the sums among the ranks",
+        ));
+    }
     if memory.offload == OffloadConfig::States && memory.shard != ShardConfig::None {
         return Err(Error::config(
             "optimiser states that are sharded among ranks cannot be offloaded as well",

@@ -48,7 +48,6 @@ impl<D: Device> Trainer<D> {
     /// Those of the device. Numbers that are not finite are no error here.
     pub fn trace(&mut self, pairs: &[TrainingPair<'_>], step: u32) -> Result<Trace> {
         self.dropout_key = hash(self.dropout_seed, step.into());
-        let device = Arc::clone(&self.model.device);
         let mut first = self.first_in_weights()?;
         self.clear_gradients()?;
         let mut done = 0;

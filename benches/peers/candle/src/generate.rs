@@ -26,7 +26,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     generate(arguments, &model, &config, asked.few)?;
     let (few, _) = generate(arguments, &model, &config, asked.few)?;
     let (all, tokens) = generate(arguments, &model, &config, asked.all)?;
-    println!("{}", json!({ "engine": "candle", "version": "0.11.1", "few": few, "all": all, "tokens": tokens }));
+    println!(
+        "{}",
+        json!({ "engine": "candle", "version": "0.11.1", "few": few, "all": all, "tokens": tokens })
+    );
     Ok(())
 }
 
