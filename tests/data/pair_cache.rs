@@ -338,7 +338,7 @@ fn above_its_limit_the_cache_removes_what_nobody_uses() {
     let used = load(90, &workplace.cache);
     let in_use = new(&[]);
     drop(load(91, &workplace.cache));
-    let unused = new(&[in_use.clone()]);
+    let unused = new(std::slice::from_ref(&in_use));
     let file = fs::File::options().write(true).open(&in_use).expect("a file");
     file.set_modified(SystemTime::now() - Duration::from_secs(3600)).expect("its time");
     drop(file);

@@ -191,6 +191,10 @@ fn explaining_needs_a_reference_and_a_place() {
     work.refuse(&format!("{score} --explain"), 2, &["`--explain` needs a reference", "--adapter DIR"]);
     let both = format!("{score} --reference base --explain --output -");
     work.refuse(&both, 2, &["would both write to standard output", "--html FILE"]);
+    let pairs = work.read("pairs.jsonl");
+    let over = format!("{score} --explain --reference base --html pairs.jsonl");
+    work.refuse(&over, 2, &["`--html` = pairs.jsonl does not end in .html"]);
+    assert_eq!(work.read("pairs.jsonl"), pairs);
     work.refuse(&format!("{score} --reference base --explain --show 0"), 2, &["must be from 1 to 1000"]);
     let finished = work.run(&format!("{score} --output s.jsonl --html page.html"));
     assert!(finished.code == Some(2) && finished.stderr.contains("--explain"), "{}", finished.stderr);
