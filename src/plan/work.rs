@@ -65,6 +65,8 @@ pub struct Trained {
     /// Values of all tensors, and of the trained ones.
     all: f64,
     trained: f64,
+    /// Values of embedding, final norm and head.
+    outside: f64,
     /// Values of the adapters' matrices.
     adapters: f64,
 }
@@ -74,12 +76,13 @@ impl Trained {
     pub fn new(config: &LlamaConfig, lora: Option<&LoraSettings>) -> Self {
         let layout = LlamaTensors::layout(config);
         let all = layout.iter().map(|tensor| tensor.values() as f64).sum();
+        let outside = layout.outside_layers().map(|tensor| tensor.values() as f64).sum();
         let adapters = lora.map_or(0.0, |settings| {
             let layout = layout.clone().with_adapters(config, settings);
             layout.adapter_tensors().map(|tensor| tensor.values() as f64).sum()
         });
         let trained = if lora.is_some() { adapters } else { all };
-        Trained { config: config.clone(), all, trained, adapters }
+        Trained { config: config.clone(), all, trained, outside, adapters }
     }
 
     fn is_frozen(&self) -> bool {
@@ -94,6 +97,16 @@ impl Trained {
     /// Values of the trained tensors.
     pub fn trained_parameters(&self) -> f64 {
         self.trained
+    }
+
+    /// Values of all layers.
+    pub fn layer_parameters(&self) -> f64 {
+        self.parameters() - self.outside
+    }
+
+    /// Values of the trained tensors that belong to no layer.
+    pub fn trained_outside_layers(&self) -> f64 {
+        if self.is_frozen() { 0.0 } else { self.outside }
     }
 
     /// `P`, and the part of it that is gate and up, and the part that is the last gemm.
