@@ -20,6 +20,8 @@ class TrainOptions(TypedDict, total=False):
     """Repeat the step that left this capsule (a folder capsules/step-N of a run) and show where the first number appears that is not finite; only --device and --threads may be given with it"""
     live: bool
     """Write report.html again every few seconds while the run goes on; an open page loads itself again"""
+    gpus: int
+    """Run on this many GPUs of this machine, a process for each; with --device cpu or emulated, in as many processes"""
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike

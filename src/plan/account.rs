@@ -11,7 +11,7 @@ use super::search::{self, Candidate, Room, Tried};
 use super::work::{Trained, Volume, Work};
 use crate::config::{GradientConfig, RunConfig};
 use crate::data::{TokenizedPair, micro_batches};
-use crate::device::{Device, Memory};
+use crate::device::{Device, GroupPlace, Memory};
 use crate::error::Result;
 use crate::model::{FusedTensor, LlamaConfig, LlamaTensors, LoraSettings};
 use crate::train::{Plan, offload_plan, sample_prompts};
@@ -78,9 +78,17 @@ impl<'a> Account<'a> {
             pairs_per_step: plan.pairs_per_step,
             positions,
             prompts: sample_prompts(answered).iter().map(|pair| pair.prompt.len()).collect(),
+            place: None,
         };
         let (assumed_step, volume, sizes) = Default::default();
         Account { config, plan, job, training, evaluation, trained, layout, assumed_step, volume, sizes }
+    }
+
+    /// The same account of one rank among several.
+    #[must_use]
+    pub fn among(mut self, place: GroupPlace) -> Self {
+        self.job.place = Some(place).filter(|place| place.ranks > 1);
+        self
     }
 
     /// The same account with steps of this volume, where the pairs only stand for the largest that there can be.
