@@ -9,7 +9,7 @@ use super::offload::Copies;
 use super::rates::Rates;
 use super::search::{self, Candidate, Room, Tried};
 use super::work::{Trained, Volume, Work};
-use crate::config::{GradientConfig, RunConfig};
+use crate::config::{GradientConfig, OffloadConfig, RunConfig, ShardConfig};
 use crate::data::{TokenizedPair, micro_batches};
 use crate::device::{Device, GroupPlace, Memory};
 use crate::error::Result;
@@ -203,7 +203,16 @@ impl<'a> Account<'a> {
         let layer_budgets: Vec<usize> =
             budgets.into_iter().filter(|&budget| self.can_apply_by_layer(budget)).collect();
         let room = Room { layer_budgets: &layer_budgets, ..room };
-        search::candidates(room, |choice| self.seconds(choice, size, &rates))
+        let mut found = search::candidates(room, |choice| self.seconds(choice, size, &rates));
+        if self.job.place.is_some() {
+            // What the trainer refuses of several ranks.
+            found.retain(|candidate| {
+                let memory = candidate.choice.memory;
+                let is_whole = memory.shard == ShardConfig::None || memory.offload == OffloadConfig::None;
+                candidate.choice == asked || (memory.gradients == GradientConfig::F32 && is_whole)
+            });
+        }
+        found
     }
 
     /// Whether gradients can be applied layer by layer at this budget.

@@ -266,7 +266,9 @@ mod tests {
     #[test]
     fn nothing_keeps_more_than_was_asked_for() {
         let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
-        let memory = MemoryConfig { states, recompute: Recompute::Layer, ..MemoryConfig::default() };
+        let gradients = GradientConfig::Bf16;
+        let memory =
+            MemoryConfig { states, recompute: Recompute::Layer, gradients, ..MemoryConfig::default() };
         let asked = Choice { memory, ..asked() };
         let room =
             Room { asked, largest_pair: 9000, largest_batch: 9000, can_offload: false, layer_budgets: &[] };
