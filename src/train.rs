@@ -36,6 +36,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use checkpoint::{restore, save_beside, save_weights};
 pub use cut::Cut;
 pub use deal::{Deal, deal};
 pub use inputs::Inputs;
@@ -51,7 +52,7 @@ use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{BackgroundSaves, Checkpoint, atomic};
 use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
 use crate::data::{PairDataset, StepBatch};
-use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, ask_on, run_on};
+use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_on, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
@@ -61,8 +62,7 @@ use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Requests, Team};
 use crate::report::{
-    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics,
-    print_result,
+    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RunFacts, StepMetrics, print_result,
 };
 use chooser::Chooser;
 use output::Output;
@@ -101,7 +101,7 @@ fn run_in(team: &Team, config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
-    let config = &with_chosen_memory((config, device), &inputs, &plan)?;
+    let config = &with_chosen_memory((config, device, team.ranks().place), &inputs, &plan)?;
     plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
@@ -130,7 +130,7 @@ fn load_inputs(team: &Team, config: &RunConfig) -> Result<Inputs> {
         inputs = Some(Inputs::load(config)?);
         Ok(())
     })?;
-    inputs.map_or_else(|| Inputs::load(config), Ok)
+    inputs.map_or_else(|| Inputs::load_silently(config), Ok)
 }
 
 /// What all ranks must have in common.
@@ -183,14 +183,14 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
 
 /// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run.
 fn with_chosen_memory(
-    (config, device): (&RunConfig, DeviceChoice),
+    (config, device, place): (&RunConfig, DeviceChoice, GroupPlace),
     inputs: &Inputs,
     plan: &Plan,
 ) -> Result<RunConfig> {
     if config.memory_limit != Some(MemoryLimit::Auto) {
         return Ok(config.clone());
     }
-    let account = account(config, inputs, plan);
+    let account = account(config, inputs, plan).among(place);
     let choice = match crate::plan::chosen_before(config)? {
         Some(choice) => choice,
         None => ask_on(device, config.precision, config.threads, ChooseMemory(&account))?,
@@ -274,7 +274,8 @@ impl DeviceTask for Training<'_> {
         if config.memory.offload == OffloadConfig::States {
             device.check_offload()?;
         }
-        let planned = crate::plan::check(device.as_ref(), &account(config, &inputs, &plan))?;
+        let account = account(config, &inputs, &plan).among(team.ranks().place);
+        let planned = crate::plan::check(device.as_ref(), &account)?;
         progress::enter(Stage::Model, 0);
         let group = join_group(team, &device)?;
         let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
@@ -333,7 +334,11 @@ impl DeviceTask for Training<'_> {
             format!("what was trained is in {}; only the report is missing", output.model().display());
         let keeper = interrupt::keep_before_end(|| Some(saved));
         drop(steps);
-        let answers_after = samples.answers(&run.trainer.model, &inputs)?;
+        // Where weights are sharded no rank has a model that could answer: the report shows none.
+        let answers_after = match run.trainer.has_weight_parts() {
+            true => Vec::new(),
+            false => samples.answers(&run.trainer.model, &inputs)?,
+        };
         let notes = run.finish(&output, last)?;
         let peak = run.trainer.device().memory().peak;
         tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
@@ -521,7 +526,7 @@ impl<'a, D: Device> Run<'a, D> {
                 }
             }
             if let Some(signal) = interrupted {
-                self.team.barrier("saved")?;
+                self.team.stop_together()?;
                 let output = output.path().display();
                 let kept = format!("the run was saved in {output} and `--resume` continues it");
                 return Err(interrupt::stopped(signal, kept));
@@ -643,7 +648,7 @@ impl<'a, D: Device> Run<'a, D> {
                 let volume = Volume::of(pairs.iter().map(|pair| pair.pair), sides);
                 trained.model_flops(&volume) / (seconds * tflops * 1e12)
             }),
-            ranks: RankMetrics::new(&result.ranks),
+            ranks: shares::metrics(&result.ranks),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
     }

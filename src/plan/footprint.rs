@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::config::MemoryConfig;
 use crate::data::TokenizedPair;
-use crate::device::{Device, MemoryPart, MemoryParts, StorageType};
+use crate::device::{Device, GroupPlace, MemoryPart, MemoryParts, StorageType};
 use crate::error::Result;
 use crate::model::{Capacity, Generation, HeadOptions, HeadPlan, Llama, LlamaConfig, LoraSettings};
 use crate::objective::Objective;
+use crate::ranks::RankGroup;
 use crate::score::Scorer;
 use crate::train::{MAX_NEW_TOKENS, Trainer, Workload};
 
@@ -28,6 +29,8 @@ pub struct Job {
     pub positions: usize,
     /// Tokens of the prompts that are answered before and after training.
     pub prompts: Vec<usize>,
+    /// The rank whose memory it is, among several.
+    pub place: Option<GroupPlace>,
 }
 
 impl Job {
@@ -105,6 +108,11 @@ impl Footprint {
     pub fn on<D: Device>(device: &Arc<D>, job: &Job, choice: &Choice, sizes: &Sizes) -> Result<Self> {
         let positions = job.positions + MAX_NEW_TOKENS;
         let (config, storage) = (job.model.clone(), Job::storage(&job.model));
+        let join = |place| {
+            let communicator = device.join_group(&device.new_group()?, place)?;
+            Ok(RankGroup { device: Arc::clone(device), communicator })
+        };
+        let group = job.place.map(join).transpose()?;
         // An adapter's base is only read.
         let mut model = match job.lora {
             None => Llama::planned(device, config, positions, storage),
@@ -123,8 +131,10 @@ impl Footprint {
             memory: choice.memory,
             rounding_seed: 0,
         };
-        let trainer = Trainer::new(model, job.objective, workload)?;
-        answer(&trainer.model, job)?;
+        let trainer = Trainer::with_group(model, job.objective, workload, group)?;
+        if !trainer.has_weight_parts() {
+            answer(&trainer.model, job)?;
+        }
         Ok(Footprint {
             peak: device.memory().peak,
             taken: device.taken_at_peak(),

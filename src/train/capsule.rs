@@ -126,6 +126,10 @@ fn copy_weights<D: Device>(folder: &Path, run: &Run<'_, D>, done: usize) -> bool
         );
         return false;
     }
+    if run.trainer.shard_place().is_some() {
+        tracing::warn!("the capsule has no copy of the weights: with --shard no rank has all states");
+        return false;
+    }
     let state = run.plan.state(done, &run.identity);
     match checkpoint::save(folder, &run.trainer, &state, (1, &[])) {
         Ok(()) => true,

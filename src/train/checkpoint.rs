@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -15,7 +16,7 @@ use crate::checkpoint::shared_save::{self, Writer};
 use crate::checkpoint::{
     Checkpoint, CompanionFiles, RunState, SHARD_BYTES, StoredTensor, run_state, save_model,
 };
-use crate::device::{Device, GroupPlace, RawValues, StorageType};
+use crate::device::{ComputeBuffer, Device, GroupPlace, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
 use crate::optimizer::{StateBuffer, StateMut, StateOptions, StateType, StateValues};
@@ -187,6 +188,7 @@ pub fn save_beside<D: Device>(
 pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> Result<()> {
     let options = trainer.state_options();
     let place = trainer.shard_place();
+    trainer.forget_gathered();
     let Trainer { model, states, offloaded, .. } = trainer;
     let device = model.device.as_ref();
     let tensors = model.layout.iter().zip(model.weights.iter_mut()).zip(states.iter_mut());
@@ -199,9 +201,10 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
             let (name, kind) = (stored_name(tensor, buffer), dtype(kind));
             let pieces = |range| checkpoint.pieces(&name, kind, &[len], range);
             if buffer == StateBuffer::Weight {
-                for StoredPiece { first, bytes } in pieces(0..len)? {
+                let held = held(device, tensor, weight, place);
+                for StoredPiece { first, bytes } in pieces(held.clone())? {
                     let values = RawValues { storage: StorageType::F32, bytes };
-                    device.upload_values(weight, first, values)?;
+                    device.upload_values(weight, first - held.start, values)?;
                 }
             }
             if let Some(offloaded) = offloaded
@@ -224,6 +227,19 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
     Ok(())
 }
 
+/// The values of a tensor that `weight` holds: all, or this rank's where weights are sharded.
+pub(super) fn held<D: Device>(
+    device: &D,
+    tensor: &FusedTensor,
+    weight: &ComputeBuffer<D>,
+    place: Option<GroupPlace>,
+) -> Range<usize> {
+    match place {
+        Some(place) if device.len(weight) != tensor.values() => Cut::new(tensor.values(), place).own(),
+        _ => 0..tensor.values(),
+    }
+}
+
 /// Assigns the values of a buffer from `offset` on.
 fn upload<D: Device>(
     device: &D,
@@ -244,33 +260,67 @@ fn upload<D: Device>(
     }
 }
 
-/// Writes the trained weights as a Hugging Face folder, in bf16. Among ranks the first one writes.
+/// Writes the trained weights as a Hugging Face folder, in bf16. Among ranks every one must call it, and the first one writes: where
+/// weights are sharded, it asks the others for one layer after the other.
 ///
 /// # Errors
 /// [`Error::Numerics`] where a weight is not finite; `target` stays as it was then.
 pub fn save_weights<D: Device>(
     target: &Path,
-    trainer: &Trainer<D>,
+    trainer: &mut Trainer<D>,
     companions: &CompanionFiles,
 ) -> Result<()> {
     if trainer.place().rank > 0 {
-        return Ok(());
+        return serve_layers(trainer);
     }
-    let model = &trainer.model;
-    let mut staging = Vec::new();
-    save_model(target, companions, &model.config.tensors(), SHARD_BYTES, |tensor, offset, values| {
-        let found = model.layout.iter().zip(model.weights.iter()).find_map(|(fused, weight)| {
-            let start = fused.offsets().find(|(_, part)| part.name == tensor.name)?.0;
-            Some((start, weight))
-        });
-        let (start, weight) = found.ok_or_else(|| unknown(&tensor.name))?;
+    let (device, tensors) = (Arc::clone(&trainer.model.device), trainer.model.config.tensors());
+    let (mut staging, mut whole) = (Vec::new(), None);
+    let saved = save_model(target, companions, &tensors, SHARD_BYTES, |tensor, offset, values| {
+        let (layer, index, start) = find(&trainer.model.layout, &tensor.name)?;
         staging.resize(values.len(), 0.0);
-        model.device.download_compute(&mut staging, weight, start + offset)?;
+        if layer.is_some() && layer != whole && trainer.has_weight_parts() {
+            trainer.exchange(layer.map_or(0, |layer| layer as u32 + 1))?;
+            whole = layer;
+        }
+        let found = match layer {
+            Some(layer) => trainer.gather_layer(layer)?.iter().nth(index),
+            None => trainer.model.weights.outside_layers().nth(index),
+        };
+        let weight = found.ok_or_else(|| unknown(&tensor.name))?;
+        device.download_compute(&mut staging, weight, start + offset)?;
         for (value, &weight) in values.iter_mut().zip(&staging) {
             *value = bf16::from_f32(weight);
         }
         guard::check_saved(&tensor.name, offset, &staging)
-    })
+    });
+    if trainer.has_weight_parts() {
+        trainer.exchange(0)?;
+    }
+    saved
+}
+
+/// Takes part in the gathers that the first rank asks for by the layer's number and 1, until it says 0.
+fn serve_layers<D: Device>(trainer: &mut Trainer<D>) -> Result<()> {
+    if !trainer.has_weight_parts() {
+        return Ok(());
+    }
+    while let Some(layer) = trainer.exchange(0)?[0].checked_sub(1) {
+        trainer.gather_layer(layer as usize)?;
+    }
+    Ok(())
+}
+
+/// Where a tensor lies: in a layer or outside, in which fused tensor there, and at which of its values.
+fn find(layout: &LlamaTensors<FusedTensor>, name: &str) -> Result<(Option<usize>, usize, usize)> {
+    let within =
+        |fused: &FusedTensor| fused.offsets().find(|(_, part)| part.name == name).map(|(start, _)| start);
+    let outside = layout.outside_layers().enumerate().map(|(index, fused)| (None, index, fused));
+    let layers = layout.layers.iter().enumerate();
+    let inside = layers.flat_map(|(layer, tensors)| {
+        tensors.iter().enumerate().map(move |(index, fused)| (Some(layer), index, fused))
+    });
+    let found = outside.chain(inside).find_map(|(layer, index, fused)| Some((layer, index, within(fused)?)));
+    found.ok_or_else(|| unknown(name))
 }
 
 /// What a checkpoint of a model of this layout holds: every buffer of each trained tensor's state, in the type that keeps its
@@ -342,7 +392,8 @@ pub(super) fn download<D: Device>(
                 offloaded.states.read(device, number, (buffer, offset), bytes)?;
             }
             (None, _) => {
-                let first = trainer.own(tensor.values()).start + offset;
+                let held = held(device, tensor, weight, trainer.shard_place());
+                let first = trainer.own(tensor.values()).start + offset - held.start;
                 device.download_compute(bytemuck::cast_slice_mut(bytes), weight, first)?;
             }
         }

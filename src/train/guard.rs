@@ -4,6 +4,7 @@ use std::path::Path;
 
 use half::bf16;
 
+use super::checkpoint;
 use super::inputs::Inputs;
 use super::plan::Plan;
 use super::trainer::{Trainer, TrainingPair};
@@ -138,9 +139,12 @@ fn any_weight_changed<D: Device>(trainer: &Trainer<D>, start: &Inputs) -> Result
                 Some(values) => RawValues::from_f32(values),
                 None => start.folder.tensor(&part.name, &part.shape)?,
             };
-            for first in (0..part.values()).step_by(PIECE) {
-                now.resize(PIECE.min(part.values() - first), 0.0);
-                model.device.download_compute(&mut now, weight, at + first)?;
+            // Where weights are sharded, those of this rank.
+            let held = checkpoint::held(&*model.device, fused, weight, trainer.shard_place());
+            let own = held.start.saturating_sub(at)..held.end.saturating_sub(at).min(part.values());
+            for first in own.clone().step_by(PIECE) {
+                now.resize(PIECE.min(own.end - first), 0.0);
+                model.device.download_compute(&mut now, weight, at + first - held.start)?;
                 let differs =
                     |(index, &now): (usize, &f32)| bf16::from_f32(now) != rounded(before, first + index);
                 if now.iter().enumerate().any(differs) {

@@ -87,6 +87,7 @@ fn job(golden: &Golden, model: &Llama<impl Device>, lora: Option<LoraSettings>, 
         pairs_per_step: STEP_PAIRS,
         positions: golden.pairs.iter().map(|pair| pair.positions()).max().unwrap(),
         prompts: vec![golden.pairs[0].prompt.len()],
+        place: None,
     }
 }
 
@@ -257,6 +258,7 @@ fn recipe_memory(path: &Path) -> usize {
         pairs_per_step,
         positions: run.limits.max_length,
         prompts: vec![prompt],
+        place: None,
     };
     let budget = run.batch.tokens_per_micro_batch;
     let sizes = Sizes::of(&pairs, &[], &run.objective, (pairs_per_step, budget));

@@ -276,6 +276,11 @@ impl<D: Device> Trainer<D> {
         (0..self.idle_rounds).try_for_each(|_| source.idle(&mut self.model.weights.layers))
     }
 
+    /// Says that the parts of sharded weights have new values.
+    pub(in crate::train) fn forget_gathered(&mut self) {
+        self.gathered.iter_mut().for_each(|gathered| gathered.forget());
+    }
+
     /// Whether the weights of layers are sharded, so that this rank has its own values of them alone.
     pub fn has_weight_parts(&self) -> bool {
         self.gathered.is_some()
