@@ -130,7 +130,7 @@ fn load_inputs(team: &Team, config: &RunConfig) -> Result<Inputs> {
         inputs = Some(Inputs::load(config)?);
         Ok(())
     })?;
-    inputs.map_or_else(|| Inputs::load(config), Ok)
+    inputs.map_or_else(|| Inputs::load_silently(config), Ok)
 }
 
 /// What all ranks must have in common.

@@ -15,13 +15,13 @@ use super::work::{Volume, Work};
 use super::{host, show};
 use crate::bench::shapes::Lengths;
 use crate::checkpoint::AdapterFolder;
-use crate::config::{MemoryLimit, RunConfig};
+use crate::config::{MemoryConfig, MemoryLimit, RunConfig};
 use crate::context;
 use crate::data::{PairCache, PairSource, TextEncoder, TokenizedPair, Treatment, load_cached};
 use crate::demo::Demo;
 use crate::device::cpu::CpuDevice;
 use crate::device::cuda::{self, CudaDevice, KernelPath};
-use crate::device::{Device, DeviceChoice, DeviceTask, LargeBlocks, Precision};
+use crate::device::{Device, DeviceChoice, DeviceTask, GroupPlace, LargeBlocks, Precision};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
@@ -67,6 +67,11 @@ pub fn run(config: &PlanConfig) -> Result<()> {
     let plan = Plan::new(run, material.training.len());
     plan.check_micro_batches(run, &material.training)?;
     let account = Account::new(run, &plan, material.models.clone(), &material.training, &material.evaluation);
+    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    let account = match config.links {
+        Some(Links { ranks, .. }) => account.among(GroupPlace { rank: ranks - 1, ranks }),
+        None => account,
+    };
     let account = match config.largest_pair {
         None => account,
         // Work is compared as if every pair were the largest.
@@ -294,7 +299,8 @@ pub(super) struct Exchanges {
     pub links: Links,
     pub rates: Rates,
     pub step: RankStep,
-    pub all: Vec<Exchange>,
+    /// With the bytes of device memory that a rank takes.
+    pub all: Vec<(Exchange, usize)>,
 }
 
 struct Planning<'a> {
@@ -328,14 +334,22 @@ impl DeviceTask for Planning<'_> {
             None => Vec::new(),
         };
         let trained = account.trained();
-        let exchanges = config.links.zip(target.rates).map(|(links, rates)| {
-            let of =
-                |volume: &Volume| trained.work(volume, &asked.memory, footprint.head.main_rows == 0, size);
-            let step = RankStep::of(&volume, of, &rates, &links);
-            let sizes = (size, account.job.model.layers);
-            let all = SHARDINGS.map(|shard| Exchange::of(shard, trained, sizes, &step, &links)).to_vec();
-            Exchanges { links, rates, step, all }
-        });
+        let exchanges = config.links.zip(target.rates);
+        let exchanges = exchanges
+            .map(|(links, rates)| {
+                let again = footprint.head.main_rows == 0;
+                let of = |volume: &Volume| trained.work(volume, &asked.memory, again, size);
+                let step = RankStep::of(&volume, of, &rates, &links);
+                let sizes = (size, account.job.model.layers);
+                let all = SHARDINGS.into_iter().map(|shard| {
+                    let choice = Choice { memory: MemoryConfig { shard, ..asked.memory }, ..asked };
+                    let taken = account.footprint(device.as_ref(), &choice, limit)?.taken;
+                    Ok((Exchange::of(shard, trained, sizes, &step, &links), taken))
+                });
+                let all = all.collect::<Result<_>>()?;
+                Ok(Exchanges { links, rates, step, all })
+            })
+            .transpose()?;
         let copies = target.rates.and_then(|rates| account.copies(&asked, &work, size, &rates));
         Ok(Planned {
             run: account.config.clone(),

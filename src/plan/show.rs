@@ -151,7 +151,7 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
     let Exchanges { links, rates, step, all } = exchanges;
     let mut text = format!(
         "\na step on {} ranks, {} to a machine: {:.0} tokens and {:.1} micro-batches each; {:.0} GB/s inside a machine, {:.0} GB/s \
-         between them\n  --shard     a rank sends     in   not hidden   the step   hidden from\n",
+         between them\n  --shard     a rank takes   and sends     in   not hidden   the step   hidden from\n",
         links.ranks,
         links.ranks_per_machine,
         step.volume.tokens,
@@ -159,11 +159,12 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
         links.inside,
         links.between,
     );
-    for exchange in all {
+    for (exchange, taken) in all {
         let _ = writeln!(
             text,
-            "  {:<10}{:>14}{:>7} s{:>11} s{:>9} s{:>8} tokens{}",
+            "  {:<10}{:>14}{:>12}{:>7} s{:>11} s{:>9} s{:>8} tokens{}",
             exchange.shard.to_toml().trim_matches('"'),
+            size(*taken),
             size((exchange.reduced + exchange.gathered) as usize),
             format!("{:.3}", exchange.seconds),
             format!("{:.3}", exchange.exposed),
@@ -275,8 +276,9 @@ pub(super) fn json(planned: &Planned) -> Value {
 
 fn ranks_json(exchanges: &Exchanges) -> Value {
     let Exchanges { links, rates, step, all } = exchanges;
-    let of = |exchange: &super::exchange::Exchange| {
+    let of = |(exchange, taken): &(super::exchange::Exchange, usize)| {
         let mut value = json!(exchange);
+        value["taken_bytes"] = json!(taken);
         value["shard"] = json!(exchange.shard.to_toml().trim_matches('"'));
         value["step_seconds"] = json!(step.seconds(exchange, links));
         value["hidden_from_tokens"] = json!(hiding_tokens(exchange.shard, rates, links));

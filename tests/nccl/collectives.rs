@@ -21,6 +21,13 @@ fn every_collective_gives_every_rank_its_values() {
     }
 }
 
+#[test]
+fn no_collective_reads_or_writes_where_the_checked_device_forbids_it() {
+    if DEVICES.contains(&On::Emulated) {
+        ranks::succeed("every_collective", On::Checked, 2, &[]);
+    }
+}
+
 /// On NVIDIA's NCCL, whose sums have an order of their own: on integers, which no order rounds.
 #[test]
 fn every_collective_on_gpus() {

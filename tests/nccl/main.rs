@@ -29,9 +29,11 @@ fn rank_of_a_group() {
         On::CpuBf16 => run(&scenario, &CpuDevice::<half::bf16>::open(Some(1)).unwrap(), &rank),
         #[cfg(mmpo_emulated)]
         On::Emulated => run(&scenario, &CudaDevice::emulated(EmulatorVariant::Plain), &rank),
+        #[cfg(mmpo_emulated)]
+        On::Checked => run(&scenario, &CudaDevice::emulated(EmulatorVariant::Checked), &rank),
         On::Gpu => run(&scenario, &CudaDevice::open(rank.place.rank).unwrap(), &rank),
         #[cfg(not(mmpo_emulated))]
-        On::Emulated => unreachable!("tests of the emulated device are left out with it"),
+        On::Emulated | On::Checked => unreachable!("tests of the emulated device are left out with it"),
     }
 }
 

@@ -20,6 +20,8 @@ pub enum On {
     Cpu,
     CpuBf16,
     Emulated,
+    /// The emulated device that watches every access.
+    Checked,
     /// A GPU for each rank, and NVIDIA's own NCCL.
     Gpu,
 }
@@ -42,8 +44,10 @@ pub fn this_process() -> Option<(String, On, Rank)> {
     let words = std::env::var(SCENARIO).ok()?;
     let words: Vec<&str> = words.split_whitespace().collect();
     let [scenario, on, rank, ranks, folder] = words[..] else { panic!("{words:?}") };
-    let on =
-        *[On::Cpu, On::CpuBf16, On::Emulated, On::Gpu].iter().find(|one| format!("{one:?}") == on).unwrap();
+    let on = *[On::Cpu, On::CpuBf16, On::Emulated, On::Checked, On::Gpu]
+        .iter()
+        .find(|one| format!("{one:?}") == on)
+        .unwrap();
     let place = GroupPlace { rank: rank.parse().unwrap(), ranks: ranks.parse().unwrap() };
     Some((scenario.to_owned(), on, Rank { place, folder: PathBuf::from(folder), groups: Cell::new(0) }))
 }

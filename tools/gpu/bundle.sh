@@ -54,7 +54,7 @@ cp -r tools/gpu/smollm2-135m "$bundle/model"
 cp examples/demo/model/tokenizer.json examples/demo/model/tokenizer_config.json examples/demo/model/chat_template.jinja "$bundle/model/"
 cp benches/peers/*.py benches/shapes.json "$bundle/peers/"
 rm "$bundle/peers/run_cpu.py" "$bundle/peers/generate.py"
-cp tools/gpu/run.sh tools/gpu/*.py benches/summary.py benches/predictions.json "$bundle/"
+cp tools/gpu/run.sh tools/gpu/*.py benches/summary.py benches/scaling.py benches/predictions.json "$bundle/"
 git rev-parse HEAD > "$bundle/commit"
 size=$(du -sm "$bundle" | cut -f1)
 printf '%s: %s MiB\n' "$bundle" "$size"
