@@ -24,7 +24,7 @@ pub enum StartingAdapter {
         seed: u64,
     },
     /// The adapters of a folder.
-    Continued(AdapterFolder),
+    Continued(Box<AdapterFolder>),
 }
 
 impl StartingAdapter {
@@ -34,7 +34,8 @@ impl StartingAdapter {
     /// Those of the adapter's folder.
     pub fn of(config: &RunConfig, folder: &ModelFolder) -> Result<Option<Self>> {
         if let Some(path) = &config.adapter {
-            return AdapterFolder::open(path, folder.config()).map(StartingAdapter::Continued).map(Some);
+            return AdapterFolder::open(path, folder.config())
+                .map(|folder| Some(StartingAdapter::Continued(Box::new(folder))));
         }
         Ok(config.lora.map(|settings| StartingAdapter::New { settings, seed: config.seed }))
     }
