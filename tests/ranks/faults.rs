@@ -35,7 +35,7 @@ fn a_rank_that_is_killed_ends_the_run_which_goes_on_from_its_last_checkpoint() {
         send("-KILL", running.rank(rank));
         let finished = running.finish(SOON);
         assert_eq!(finished.code, Some(9), "{}", finished.stderr);
-        assert_names(&finished, rank, "died in step");
+        assert_names(&finished, rank, "died ");
         assert!(
             finished.stderr.contains(&format!("rank {rank} was killed by signal 9")),
             "{}",

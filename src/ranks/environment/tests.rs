@@ -153,7 +153,8 @@ fn launchers_in_each_other() {
 /// Each case: what the environment is, and what its message must name.
 #[test]
 fn what_is_wrong_is_named_with_what_it_holds() {
-    let cases: [(Vec<(&str, &str)>, &[&str]); 13] = [
+    type Case<'a> = (Vec<(&'a str, &'a str)>, &'a [&'a str]);
+    let cases: [Case<'_>; 13] = [
         (
             vec![("RANK", "1")],
             &["torchrun", "half set, without WORLD_SIZE", "RANK = 1", "WORLD_SIZE is not set"],
