@@ -224,7 +224,7 @@ pub fn train<D: Device>(
     let group = rank.map(|rank| RankGroup { device: Arc::clone(device), communicator: rank.join(&**device) });
     let mut trainer = Trainer::with_group(model, objective, workload, group).unwrap();
     let place = rank.map_or(GroupPlace { rank: 0, ranks: 1 }, |rank| rank.place);
-    let planned = planned_bytes(device, &golden, case, workload, place);
+    let planned = planned_bytes(device.as_ref(), &golden, case, workload, place);
     assert_eq!(device.memory().now, planned, "bytes of rank {} and those planned", place.rank);
 
     let mut first = 1;
