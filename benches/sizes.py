@@ -120,11 +120,11 @@ def read(folder):
 
 
 def short(value):
-    """`135M`, `8192`, `0.25`."""
+    """`135M`, `361k`, `8192`, `0.25`."""
     for unit, letter in ((1e9, "G"), (1e6, "M")):
         if value >= unit:
             return f"{value / unit:.3g}{letter}"
-    return f"{value:.4g}"
+    return f"{value / 1e3:.0f}k" if value >= 1e5 else f"{value:.4g}"
 
 
 def ticks(low, high):

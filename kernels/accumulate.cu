@@ -46,9 +46,9 @@ mmpo_status launch_sum(Sum* out, const float* source, int64_t length, mmpo_strea
     const unsigned blocks = unsigned(ceil_div(length, kBlockValues));
     // Four bf16 values are one access of 8 bytes.
     const bool aligned = vector_aligned(source) && reinterpret_cast<uintptr_t>(out) % (kVectorF32 * sizeof(Sum)) == 0;
-    return aligned ? LAUNCH((accumulate_kernel<true, Sum>), blocks, kBlock, 0, cuda_stream(stream), out, source, length)
-                   : LAUNCH((accumulate_kernel<false, Sum>), blocks, kBlock, 0, cuda_stream(stream), out, source,
-                            length);
+    return aligned
+               ? LAUNCH((accumulate_kernel<true, Sum>), blocks, kBlock, 0, cuda_stream(stream), out, source, length)
+               : LAUNCH((accumulate_kernel<false, Sum>), blocks, kBlock, 0, cuda_stream(stream), out, source, length);
 }
 
 }  // namespace

@@ -98,13 +98,12 @@ int64_t count_parts(const mmpo_gradient* gradients, int count) {
 template <class Value>
 mmpo_status launch_partials(float* partials, const mmpo_gradient* gradients, int count, mmpo_stream stream) {
     int64_t first = 0;
-    return launch_tables_of<Gradient<Value>>(
-        gradients, count, kPart, [&](const Table<Value>& table, unsigned blocks) {
-            float* const parts = partials + first;
-            first += blocks;
-            return LAUNCH(partial_kernel<Value>, blocks, kBlock, kBlockWarps * sizeof(double), cuda_stream(stream),
-                          parts, table);
-        });
+    return launch_tables_of<Gradient<Value>>(gradients, count, kPart, [&](const Table<Value>& table, unsigned blocks) {
+        float* const parts = partials + first;
+        first += blocks;
+        return LAUNCH(partial_kernel<Value>, blocks, kBlock, kBlockWarps * sizeof(double), cuda_stream(stream), parts,
+                      table);
+    });
 }
 
 }  // namespace

@@ -111,7 +111,7 @@ impl DeviceTask for Generating<'_> {
         let Generating { config, folder, adapter, encoder, prompt, max_new_tokens, end_of_turn } = self;
         let mut model = Llama::load_frozen(device, &folder, prompt.len() + max_new_tokens)?;
         if let Some(adapter) = &adapter {
-            model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
+            adapter.attach(&mut model)?;
         }
         model.config.stop_token_ids.extend(end_of_turn);
         let sampling = Sampling { temperature: config.temperature, top_p: config.top_p, seed: config.seed };

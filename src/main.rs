@@ -62,8 +62,8 @@ fn speaks(ranks: &Option<Ranks>) -> bool {
     ranks.as_ref().is_none_or(Ranks::is_first)
 }
 
-/// Whether another process prints this error: of what happened to another rank, one process on each machine tells; the end of a
-/// run that a signal stopped is told by rank 0.
+/// Whether another process prints this error: of what happened to another rank, one process on each machine tells; rank 0 tells
+/// what ends all ranks alike, a signal or a number, and what it learns of such an end of a single one.
 fn is_told_by_another(error: &Error, ranks: &Option<Ranks>) -> bool {
     match (error, ranks) {
         (Error::RankEnded { exit_code, .. }, _) => *exit_code > 128,
@@ -72,7 +72,7 @@ fn is_told_by_another(error: &Error, ranks: &Option<Ranks>) -> bool {
             let first = ranks.place.rank.saturating_sub(ranks.local_rank);
             ranks.local_rank > usize::from(*lost == Some(first))
         }
-        (Error::Interrupted { .. }, Some(ranks)) => !ranks.is_first(),
+        (Error::Interrupted { .. } | Error::Numerics { .. }, Some(ranks)) => !ranks.is_first(),
         _ => false,
     }
 }

@@ -64,7 +64,7 @@ impl Product {
         let rank = settings.rank;
         let mut product = Product {
             name: tensor.name.clone(),
-            scale: settings.scale() as f32,
+            scale: adapter.scale(tensor.name.trim_end_matches(".weight")) as f32,
             a: Vec::new(),
             b: Vec::new(),
             inputs: 0,

@@ -204,7 +204,7 @@ impl Scoring<'_> {
         let longest = self.dataset.pairs.iter().map(TokenizedPair::positions).max().unwrap_or(0);
         let mut model = Llama::load_frozen(Arc::clone(device), folder, longest)?;
         if let Some(adapter) = adapter {
-            model.adapt(adapter.settings(), |tensor| adapter.values(tensor))?;
+            adapter.attach(&mut model)?;
         }
         Ok(model)
     }

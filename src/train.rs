@@ -62,8 +62,7 @@ use crate::plan::{Account, Choice, Models, Trained, Volume};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Requests, Team};
 use crate::report::{
-    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RankMetrics, RunFacts, StepMetrics,
-    print_result,
+    EvalMetrics, History, LivePage, PairMetrics, REPORT_FILE, RunFacts, StepMetrics, print_result,
 };
 use chooser::Chooser;
 use output::Output;
@@ -131,7 +130,7 @@ fn load_inputs(team: &Team, config: &RunConfig) -> Result<Inputs> {
         inputs = Some(Inputs::load(config)?);
         Ok(())
     })?;
-    inputs.map_or_else(|| Inputs::load(config), Ok)
+    inputs.map_or_else(|| Inputs::load_silently(config), Ok)
 }
 
 /// What all ranks must have in common.
@@ -527,7 +526,7 @@ impl<'a, D: Device> Run<'a, D> {
                 }
             }
             if let Some(signal) = interrupted {
-                self.team.barrier("saved")?;
+                self.team.stop_together()?;
                 let output = output.path().display();
                 let kept = format!("the run was saved in {output} and `--resume` continues it");
                 return Err(interrupt::stopped(signal, kept));
@@ -649,7 +648,7 @@ impl<'a, D: Device> Run<'a, D> {
                 let volume = Volume::of(pairs.iter().map(|pair| pair.pair), sides);
                 trained.model_flops(&volume) / (seconds * tflops * 1e12)
             }),
-            ranks: RankMetrics::new(&result.ranks),
+            ranks: shares::metrics(&result.ranks),
             memory_peak_gib: Some(self.trainer.device().memory().peak as f64 / (1u64 << 30) as f64),
         })
     }

@@ -20,6 +20,8 @@ class TrainOptions(TypedDict, total=False):
     """Repeat the step that left this capsule (a folder capsules/step-N of a run) and show where the first number appears that is not finite; only --device and --threads may be given with it"""
     live: bool
     """Write report.html again every few seconds while the run goes on; an open page loads itself again"""
+    gpus: int
+    """Run on this many GPUs of this machine, a process for each; with --device cpu or emulated, in as many processes"""
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
@@ -151,7 +153,7 @@ class TrainOptions(TypedDict, total=False):
     precision: str
     """Numbers that weights and activations are stored in; sums are f32 with either. bf16 halves activations, and on CPUs with AVX-512 BF16 the time of gemms. A GPU has bf16 alone. [default: f32 on the CPU, bf16 on a GPU]"""
     memory: str
-    """Most device memory that the run may take, such as 24GB or 22GiB; it is refused where it would take more. With auto it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute and --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume. [default: what is free on the device]"""
+    """Most device memory that the run may take, such as 24GB or 22GiB; it is refused where it would take more. With auto it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute, --offload and --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume. [default: what is free on the device]"""
     optimizer_states: str
     """Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map; tensors of fewer than 4096 values stay f32 with 8bit. [default: f32]"""
     master_weights: str
@@ -159,7 +161,7 @@ class TrainOptions(TypedDict, total=False):
     recompute: str
     """What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the largest activations), or layer (all between the residual streams of two layers). [default: none]"""
     gradients: str
-    """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
+    """Which gradients exist at a time: f32 sums those of all tensors over micro-batches; bf16 keeps the sums of the layers in half the memory; layer updates each layer inside the backward, so that only one layer has some. It needs each step in one micro-batch, and --max-grad-norm 0. [default: f32]"""
     offload: str
     """What lives in pinned host memory: states moves AdamW's moments and f32 master copies there, from where they visit the GPU piece by piece while it computes. The results have the same bits. [default: none]"""
     shard: str

@@ -7,9 +7,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::adapter_patterns::Patterns;
 use crate::error::{Error, Result};
 use crate::foreign::json;
-use crate::model::LoraSettings;
+use crate::model::{AdaptedModules, LoraSettings};
 
 /// The file's name.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -35,7 +36,7 @@ const HARMLESS: [&str; 16] = [
 ];
 
 /// Keys that are read, or compared below.
-const READ: [&str; 8] = [
+const READ: [&str; 10] = [
     "peft_type",
     "r",
     "lora_alpha",
@@ -44,14 +45,14 @@ const READ: [&str; 8] = [
     "bias",
     "init_lora_weights",
     "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
 ];
 
 /// Keys of variants, with what each of them is.
-const VARIANTS: [(&str, &str); 18] = [
+const VARIANTS: [(&str, &str); 16] = [
     ("use_dora", "DoRA, which also scales the weights' columns"),
     ("modules_to_save", "whole modules saved beside the adapter"),
-    ("rank_pattern", "ranks that differ between modules"),
-    ("alpha_pattern", "scales that differ between modules"),
     ("lora_bias", "biases of the adapter's own"),
     ("fan_in_fan_out", "weights stored the other way round, as GPT-2 has them"),
     ("layers_to_transform", "an adapter on some layers only"),
@@ -72,12 +73,14 @@ const VARIANTS: [(&str, &str); 18] = [
 const PLAIN_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 /// What [`parse`] reads but for the modules, which the tensors tell.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct AdapterForm {
     pub rank: usize,
     pub alpha: f64,
     pub dropout: f64,
     pub rslora: bool,
+    /// Ranks and scales of modules that have others.
+    pub patterns: Patterns,
 }
 
 /// Reads the text of the file `path`.
@@ -118,6 +121,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<AdapterForm> {
             "at least 0 and less than 1",
         )?,
         rslora: flag(path, keys, "use_rslora")?,
+        patterns: Patterns::of(path, keys)?,
     })
 }
 
@@ -210,25 +214,38 @@ fn merge_with_peft() -> String {
     "merge it into its base model with PEFT's merge_and_unload(), and give the merged model".into()
 }
 
-/// The text of the file for an adapter of the model `base`, with every key that an earlier PEFT asks for.
-pub(super) fn write(settings: &LoraSettings, base: &str) -> String {
-    let modules: Vec<&str> = settings.modules.iter().map(|module| module.peft_name()).collect();
-    let config = json!({
+impl AdapterForm {
+    /// The form of adapters that all have the same.
+    pub(super) fn of(settings: &LoraSettings) -> Self {
+        let LoraSettings { rank, alpha, dropout, rslora, .. } = *settings;
+        AdapterForm { rank, alpha, dropout, rslora, patterns: Patterns::default() }
+    }
+}
+
+/// The text of the file for an adapter of these modules of the model `base`, with every key that an earlier PEFT asks for.
+pub(super) fn write(form: &AdapterForm, modules: AdaptedModules, base: &str) -> String {
+    let modules: Vec<&str> = modules.iter().map(|module| module.peft_name()).collect();
+    let mut config = json!({
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,
-        "lora_alpha": whole(settings.alpha),
-        "lora_dropout": settings.dropout,
+        "lora_alpha": whole(form.alpha),
+        "lora_dropout": form.dropout,
         "modules_to_save": null,
         "peft_type": "LORA",
-        "r": settings.rank,
+        "r": form.rank,
         "target_modules": modules,
         "task_type": "CAUSAL_LM",
         "use_dora": false,
-        "use_rslora": settings.rslora,
+        "use_rslora": form.rslora,
     });
+    for (key, pattern) in [("rank_pattern", &form.patterns.ranks), ("alpha_pattern", &form.patterns.alphas)] {
+        if !pattern.is_empty() {
+            config[key] = Value::Object(pattern.clone());
+        }
+    }
     json::write(&config) + "\n"
 }
 

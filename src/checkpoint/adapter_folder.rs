@@ -11,12 +11,12 @@ use super::model_folder::first_non_finite;
 use super::save::{self, CompanionFiles};
 use super::tensor_file::TensorFile;
 use super::tensor_writer::{StoredTensor, write_tensors};
-use crate::device::{RawValues, StorageType};
+use crate::device::{Device, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::foreign;
 use crate::model::{
-    AdaptedModule, AdaptedModules, FusedTensor, LlamaConfig, LlamaTensors, LoraSettings, PEFT_PREFIX,
-    TensorSpec,
+    AdaptedModule, AdaptedModules, FusedTensor, Llama, LlamaConfig, LlamaTensors, LoraSettings, ModuleForm,
+    ModuleForms, PEFT_PREFIX, TensorSpec,
 };
 
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -26,7 +26,12 @@ const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 #[derive(Debug)]
 pub struct AdapterFolder {
     path: PathBuf,
+    /// With the largest rank of any module.
     settings: LoraSettings,
+    /// What the config says.
+    form: AdapterForm,
+    /// The form of each module, where they differ.
+    forms: Option<ModuleForms>,
     file: TensorFile,
 }
 
@@ -42,9 +47,13 @@ impl AdapterFolder {
         let form = adapter_config::parse(&config, &text)?;
         let file = TensorFile::open(&path.join(WEIGHTS))?;
         let modules = find_modules(&file)?;
-        let AdapterForm { rank, alpha, dropout, rslora } = form;
-        let settings = LoraSettings { modules, rank, alpha, dropout, rslora };
-        let folder = AdapterFolder { path: path.to_path_buf(), settings, file };
+        let AdapterForm { rank, alpha, dropout, rslora, .. } = form;
+        let mut settings = LoraSettings { modules, rank, alpha, dropout, rslora };
+        let forms = form.patterns.forms(&config, model.layers, ModuleForm { rank, alpha })?;
+        if let Some(forms) = &forms {
+            settings.rank = forms.largest_rank(&settings);
+        }
+        let folder = AdapterFolder { path: path.to_path_buf(), settings, form, forms, file };
         folder.check_tensors(model)?;
         Ok(folder)
     }
@@ -54,20 +63,47 @@ impl AdapterFolder {
         &self.path
     }
 
-    /// Its form.
+    /// Its form, as a model has it: where ranks differ between modules, with the largest of them.
     pub fn settings(&self) -> LoraSettings {
         self.settings
     }
 
-    /// The values of a tensor of the adapter, widened to f32.
+    /// The factor of what the adapter of a module adds, by the module's name in the model.
+    pub fn scale(&self, name: &str) -> f64 {
+        let scale = || {
+            let (layer, path) = name.strip_prefix("model.layers.")?.split_once('.')?;
+            let module = AdaptedModule::ALL.into_iter().find(|module| module.path() == path)?;
+            Some(self.forms.as_ref()?.scale(layer.parse().ok()?, module, &self.settings))
+        };
+        scale().unwrap_or_else(|| self.settings.scale())
+    }
+
+    /// Adds the adapter to `model`, whose weights are frozen from then on.
+    ///
+    /// # Errors
+    /// As [`Llama::adapt`].
+    pub fn attach<D: Device>(&self, model: &mut Llama<D>) -> Result<()> {
+        model.adapt_with(self.settings, self.forms.clone(), |tensor| self.values(tensor))
+    }
+
+    /// A tensor of the model's adapter as the folder holds it.
+    fn in_file(&self, tensor: &TensorSpec) -> TensorSpec {
+        self.forms.as_ref().map_or_else(|| tensor.clone(), |forms| forms.in_files(tensor))
+    }
+
+    /// The values of a tensor of the adapter as a model has it, widened to f32: beyond the module's own rank they are zero.
     ///
     /// # Errors
     /// [`Error::Bug`] for a tensor that it does not have: all were looked for when the folder was opened.
     pub fn values(&self, tensor: &TensorSpec) -> Result<Vec<f32>> {
         let values = self.file.get(&tensor.name).and_then(|entry| self.file.values(entry));
-        let values = values.filter(|values| values.len() == tensor.values());
-        values.map(widened).ok_or_else(|| {
+        let values = values.filter(|values| values.len() == self.in_file(tensor).values());
+        let values = values.map(widened).ok_or_else(|| {
             Error::bug(format!("{}: there is no tensor `{}`", self.file.path().display(), tensor.name))
+        })?;
+        Ok(match &self.forms {
+            Some(forms) => forms.widen(tensor, values),
+            None => values,
         })
     }
 
@@ -75,6 +111,9 @@ impl AdapterFolder {
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("{:?}", self.settings).as_bytes());
+        if let Some(forms) = &self.forms {
+            hasher.update(format!("{forms:?}").as_bytes());
+        }
         let names: BTreeSet<&str> = self.file.tensors().map(|(name, _)| name).collect();
         for name in names {
             let Some(entry) = self.file.get(name) else { continue };
@@ -90,7 +129,7 @@ impl AdapterFolder {
         let mut wanted = BTreeSet::new();
         for tensor in layout.adapter_tensors() {
             wanted.insert(tensor.name.as_str());
-            self.check_tensor(tensor)?;
+            self.check_tensor(&self.in_file(tensor))?;
         }
         match self.file.tensors().find(|(name, _)| !wanted.contains(name)) {
             None => Ok(()),
@@ -119,7 +158,7 @@ impl AdapterFolder {
             return Err(Error::model(
                 file,
                 format!(
-                    "tensor `{name}` has shape {:?}; the model and `r` ask for {:?}",
+                    "tensor `{name}` has shape {:?}; the model and `r` (or `rank_pattern`) ask for {:?}",
                     entry.shape, tensor.shape
                 ),
                 "the adapter was trained on another model, or adapter_config.json is not its own",
@@ -222,9 +261,19 @@ fn widened(values: RawValues<'_>) -> Vec<f32> {
     values.bytes.chunks_exact(values.storage.size()).map(one).collect()
 }
 
+/// The form of adapters that are saved.
+#[derive(Clone, Copy, Debug)]
+pub enum SavedForm<'a> {
+    /// All modules have the same.
+    New(&'a LoraSettings),
+    /// That of the folder that they began as.
+    Continued(&'a AdapterFolder),
+}
+
 /// Writes adapter folder `target`, replacing an earlier adapter there and nothing else: the tensors in f32, and the
-/// companions but for the model's own config. `base` is where PEFT looks for the model; `fill(tensor, offset, values)`
-/// assigns the values of a tensor from row-major index `offset` on.
+/// companions but for the model's own config. `form` is that of the adapters, or the folder that they began as; `base` is where
+/// PEFT looks for the model; `fill(tensor, offset, values)` assigns the values of a tensor of `tensors`, the model's, from row-major index
+/// `offset` on.
 ///
 /// # Errors
 /// Those of `fill` and of the disk, after which `target` is what it was before; [`Error::Config`] where `target` holds
@@ -232,17 +281,32 @@ fn widened(values: RawValues<'_>) -> Vec<f32> {
 pub fn save_adapter(
     target: &Path,
     companions: &CompanionFiles,
-    (settings, base): (&LoraSettings, &str),
+    (form, base): (SavedForm<'_>, &str),
     tensors: &[TensorSpec],
     mut fill: impl FnMut(&str, usize, &mut [f32]) -> Result<()>,
 ) -> Result<()> {
     let folder = AtomicFolder::create(target, belongs_to_an_adapter)?;
-    let stored: Vec<StoredTensor> =
-        tensors.iter().map(|spec| StoredTensor::new(&spec.name, Dtype::F32, &spec.shape)).collect();
+    let (form, modules, forms) = match form {
+        SavedForm::New(settings) => (AdapterForm::of(settings), settings.modules, None),
+        SavedForm::Continued(from) => (from.form.clone(), from.settings.modules, from.forms.as_ref()),
+    };
+    let in_file = |spec: &TensorSpec| forms.map_or_else(|| spec.clone(), |forms| forms.in_files(spec));
+    let stored: Vec<StoredTensor> = tensors
+        .iter()
+        .map(in_file)
+        .map(|spec| StoredTensor::new(&spec.name, Dtype::F32, &spec.shape))
+        .collect();
     write_tensors(folder.file(WEIGHTS)?, &stored, &[("format", "pt")], |tensor, offset, bytes| {
-        fill(&tensor.name, offset, bytemuck::cast_slice_mut(bytes))
+        let values = bytemuck::cast_slice_mut(bytes);
+        let whole = tensors.iter().find(|spec| spec.name == tensor.name);
+        match forms.zip(whole) {
+            None => fill(&tensor.name, offset, values),
+            Some((forms, whole)) => {
+                forms.narrow(whole, offset, values, |offset, values| fill(&tensor.name, offset, values))
+            }
+        }
     })?;
-    folder.write_file(ADAPTER_CONFIG, adapter_config::write(settings, base).as_bytes())?;
+    folder.write_file(ADAPTER_CONFIG, adapter_config::write(&form, modules, base).as_bytes())?;
     for (name, content) in companions.iter().filter(|(name, _)| *name != save::CONFIG) {
         folder.write_file(name, content)?;
     }

@@ -3,6 +3,7 @@
 
 mod adapter_config;
 pub mod adapter_folder;
+mod adapter_patterns;
 pub mod atomic;
 pub mod background;
 pub mod checksums;
@@ -15,7 +16,7 @@ mod tensor_names;
 pub mod tensor_writer;
 
 pub use adapter_config::ADAPTER_CONFIG;
-pub use adapter_folder::{AdapterFolder, save_adapter};
+pub use adapter_folder::{AdapterFolder, SavedForm, save_adapter};
 pub use background::BackgroundSaves;
 pub use model_folder::ModelFolder;
 pub use run_state::{Checkpoint, RunState};

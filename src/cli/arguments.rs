@@ -1,7 +1,10 @@
 //! Flags made from the table of options, and typed access to a command's own flags.
 
+use std::path::PathBuf;
+
 use clap::{Arg, ArgAction, ArgMatches};
 
+use crate::config;
 use crate::config::options::{Options, Origin, Row, rows};
 use crate::config::value::OptionValue;
 use crate::error::{Error, Result};
@@ -67,6 +70,21 @@ pub fn value<T: OptionValue>(
         return Err(Error::config(format!("`--{flag}` = {text} {must}"), help));
     }
     Ok(Some(parsed))
+}
+
+/// The page that a flag made by [`own`] names.
+///
+/// # Errors
+/// [`Error::Config`] for a name that does not end in `.html`, which may be that of anything but a page.
+pub fn page(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>> {
+    let page: Option<PathBuf> = value(matches, name, config::is_path, "must name a file")?;
+    match page.as_ref().filter(|path| path.extension().is_none_or(|end| end != "html")) {
+        None => Ok(page),
+        Some(path) => Err(Error::config(
+            format!("`--{name}` = {} does not end in .html", path.display()),
+            "name the page FILE.html; so nothing but a page is ever replaced",
+        )),
+    }
 }
 
 /// The value of a flag made by [`own`], as it was given.

@@ -81,7 +81,7 @@ pub fn config(matches: &ArgMatches) -> Result<CheckConfig> {
         data_cache: settled.data_cache.clone(),
         tokens_per_micro_batch: settled.tokens_per_micro_batch,
         shown: value(matches, "show", few, "must be at most 1000")?.unwrap_or(SHOWN),
-        html: path("html")?,
+        html: arguments::page(matches, "html")?,
         json: matches.get_flag("json"),
         color: match arguments::text(matches, "color").as_deref() {
             Some("always") => Some(true),

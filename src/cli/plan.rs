@@ -38,6 +38,7 @@ pub fn command() -> Command {
         .arg(own("recipe", "FILE.toml", "Read options from a recipe; flags go before it"))
         .arg(own("gpu", "NAME", "The GPU to plan for, such as H200 or 'RTX 4090'; it need not be here"))
         .arg(own("bandwidth", "NUMBER", "10^9 bytes of device memory per second, in place of the GPU's"))
+        .arg(own("bus-bandwidth", "NUMBER", "10^9 bytes per second and direction between host and GPU, in place of the GPU's"))
         .arg(own(
             "largest-pair",
             "P/C/R",
@@ -79,6 +80,7 @@ pub fn config(matches: &ArgMatches) -> Result<PlanConfig> {
         run: config::resolve(flags, recipe.as_deref(), false)?,
         gpu: arguments::text(matches, "gpu"),
         bandwidth: value(matches, "bandwidth", positive, "must be finite and greater than 0")?,
+        bus: value(matches, "bus-bandwidth", positive, "must be finite and greater than 0")?,
         largest_pair,
         links: links(matches)?,
         json: matches.get_flag("json"),

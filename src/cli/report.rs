@@ -3,9 +3,9 @@
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-use super::arguments::{own, value};
-use crate::config::{self, ReportConfig};
-use crate::error::{Error, Result};
+use super::arguments::{own, page};
+use crate::config::ReportConfig;
+use crate::error::Result;
 
 const ABOUT: &str = "Write the report of a run again, or compare several.
 
@@ -41,15 +41,8 @@ pub fn command() -> Command {
 /// What the arguments ask for.
 ///
 /// # Errors
-/// [`Error::Config`] naming the argument that is wrong.
+/// [`Error::Config`](crate::Error::Config) naming the argument that is wrong.
 pub fn config(matches: &ArgMatches) -> Result<ReportConfig> {
     let folders = matches.get_many("folders").map(|folders| folders.cloned().collect()).unwrap_or_default();
-    let output: Option<std::path::PathBuf> = value(matches, "output", config::is_path, "must name a file")?;
-    if let Some(path) = output.as_ref().filter(|path| path.extension().is_none_or(|end| end != "html")) {
-        return Err(Error::config(
-            format!("`--output` = {} does not end in .html", path.display()),
-            "name the page FILE.html; so nothing but a page is ever replaced",
-        ));
-    }
-    Ok(ReportConfig { folders, output })
+    Ok(ReportConfig { folders, output: page(matches, "output")? })
 }

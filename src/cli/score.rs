@@ -102,7 +102,7 @@ fn explain_config(matches: &ArgMatches) -> Result<Option<ExplainConfig>> {
     let few = |count: &usize| (1..=MOST_SHOWN).contains(count);
     let explain = ExplainConfig {
         pairs: value(matches, "show", few, "must be from 1 to 1000")?.unwrap_or(SHOWN),
-        html: path("html")?,
+        html: arguments::page(matches, "html")?,
         color: match arguments::text(matches, "color").as_deref() {
             Some("always") => Some(true),
             Some("never") => Some(false),

@@ -59,7 +59,7 @@ pub fn command() -> Command {
         .arg(
             arguments::own(
                 "gpus",
-                "INTEGER",
+                "COUNT",
                 "Run on this many GPUs of this machine, a process for each; with --device cpu or emulated, in as many processes",
             )
             .conflicts_with("replay"),

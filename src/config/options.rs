@@ -391,8 +391,8 @@ options! {
         /// AVX-512 BF16 the time of gemms. A GPU has bf16 alone.
         precision: Precision, Absent = Absent("f32 on the CPU, bf16 on a GPU"), ALL, check::anything;
         /// Most device memory that the run may take, such as 24GB or 22GiB; it is refused where it would take more. With auto
-        /// it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute and
-        /// --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume.
+        /// it takes what is free: the run chooses --optimizer-states, --master-weights, --gradients, --recompute,
+        /// --offload and --tokens-per-micro-batch so that it fits, says what it chose, and writes it down for --resume.
         memory: MemoryLimit, Absent = Absent("what is free on the device"), ALL, check::anything;
         /// Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
         /// tensors of fewer than 4096 values stay f32 with 8bit.

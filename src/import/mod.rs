@@ -103,6 +103,15 @@ pub struct Imported {
 /// an unknown program, and where a key is refused.
 pub fn run(config: &ImportConfig) -> Result<()> {
     let text = read(&config.file)?;
+    if let Some(output) = &config.output {
+        let real = |path: &Path| std::fs::canonicalize(path).ok();
+        if real(output).is_some() && real(output) == real(&config.file) {
+            return Err(Error::config(
+                format!("`--output` = {} is the file that is imported", output.display()),
+                "choose another file for the recipe; nothing was changed",
+            ));
+        }
+    }
     let imported = convert(&text, config)?;
     print_notice(table::write(&imported, &config.file).trim_end());
     let refused: Vec<&str> =

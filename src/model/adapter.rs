@@ -9,7 +9,7 @@ use super::buffers::Capacity;
 use super::config::{LlamaConfig, TensorSpec};
 use super::projection::Adapter;
 use super::tensors::{FusedTensor, LayerTensors, LlamaTensors};
-use super::{Llama, Projection};
+use super::{Llama, ModuleForms, Projection};
 use crate::device::{
     AdaptedBackwardInput, ComputeBuffer, Device, Dropout, Floats, LinearShape, LowRankShape, MemoryPart,
     RawValues, RowPart, hash,
@@ -183,6 +183,7 @@ impl Site {
 /// A module's adapter within the tensors of its projection.
 #[derive(Clone, Copy, Debug)]
 struct AdapterPart {
+    module: AdaptedModule,
     /// The module's first column in the projection's output.
     first_output: usize,
     outputs: usize,
@@ -208,7 +209,7 @@ impl SiteAdapters {
             let outputs = module.outputs(config);
             if settings.modules.has(module) {
                 let first_inner = adapters.inner_width;
-                adapters.parts.push(AdapterPart { first_output, outputs, first_row, first_inner });
+                adapters.parts.push(AdapterPart { module, first_output, outputs, first_row, first_inner });
                 adapters.inner_width += settings.rank;
                 first_row += outputs;
             }
@@ -223,6 +224,8 @@ impl SiteAdapters {
 pub struct Adapters {
     /// Form and training.
     pub settings: LoraSettings,
+    /// The form of each module's adapter, where they differ: the rank of `settings` is the largest of them then.
+    forms: Option<ModuleForms>,
     /// Key of the dropout masks of the next forward and backward; `None` drops nothing, as everywhere but in training.
     dropout_key: Option<u64>,
     /// The adapters of each projection, in the order of [`Site::ALL`].
@@ -230,9 +233,9 @@ pub struct Adapters {
 }
 
 impl Adapters {
-    fn new(config: &LlamaConfig, settings: LoraSettings) -> Self {
+    fn new(config: &LlamaConfig, settings: LoraSettings, forms: Option<ModuleForms>) -> Self {
         let sites = Site::ALL.map(|site| SiteAdapters::new(site, config, &settings));
-        Adapters { settings, dropout_key: None, sites }
+        Adapters { settings, forms, dropout_key: None, sites }
     }
 
     fn site(&self, site: Site) -> &SiteAdapters {
@@ -245,8 +248,17 @@ impl Adapters {
         Some(Dropout::new(hash(key, (4 * layer + site as usize) as u64), self.settings.dropout))
     }
 
-    /// Sizes of the products with a module's `B`.
-    fn low_rank_shape(&self, part: &AdapterPart, shape: LinearShape, inner_width: usize) -> LowRankShape {
+    /// Sizes of the products with a module's `B` in a layer.
+    fn low_rank_shape(
+        &self,
+        (layer, part): (usize, &AdapterPart),
+        shape: LinearShape,
+        inner_width: usize,
+    ) -> LowRankShape {
+        let scale = match &self.forms {
+            Some(forms) => forms.scale(layer, part.module, &self.settings),
+            None => self.settings.scale(),
+        };
         LowRankShape {
             rows: shape.rows,
             rank: self.settings.rank,
@@ -254,7 +266,7 @@ impl Adapters {
             out: RowPart { first: part.first_output, width: shape.outputs },
             inner: RowPart { first: part.first_inner, width: inner_width },
             first_row: part.first_row,
-            scale: self.settings.scale() as f32,
+            scale: scale as f32,
         }
     }
 }
@@ -323,6 +335,20 @@ impl<D: Device> Llama<D> {
     pub fn adapt(
         &mut self,
         settings: LoraSettings,
+        values: impl FnMut(&TensorSpec) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        self.adapt_with(settings, None, values)
+    }
+
+    /// As [`Llama::adapt`], with adapters of which each may have a form of its own: `settings.rank` is the largest of their ranks, and
+    /// the values beyond a module's own rank are zero.
+    ///
+    /// # Errors
+    /// As [`Llama::adapt`].
+    pub fn adapt_with(
+        &mut self,
+        settings: LoraSettings,
+        forms: Option<ModuleForms>,
         mut values: impl FnMut(&TensorSpec) -> Result<Vec<f32>>,
     ) -> Result<()> {
         if self.adapters.is_some() {
@@ -344,7 +370,7 @@ impl<D: Device> Llama<D> {
                 site.of_mut(&mut self.weights.layers[layer]).adapter = Some(adapter);
             }
         }
-        self.adapters = Some(Adapters::new(&self.config, settings));
+        self.adapters = Some(Adapters::new(&self.config, settings, forms));
         Ok(())
     }
 
@@ -489,7 +515,8 @@ impl<D: Device> Llama<D> {
     /// Sizes of the products with each module's `B`.
     fn adapter_parts(&self, adapters: &Adapters, place: Place) -> Vec<LowRankShape> {
         let (site, shape) = (adapters.site(place.site), place.site.shape(&self.config, place.tokens));
-        site.parts.iter().map(|part| adapters.low_rank_shape(part, shape, site.inner_width)).collect()
+        let parts = site.parts.iter();
+        parts.map(|part| adapters.low_rank_shape((place.layer, part), shape, site.inner_width)).collect()
     }
 
     /// The backward of an adapted projection with a frozen weight: gradients of `A` and `B`, and that of its input.

@@ -5,20 +5,21 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::footprint::{Choice, Footprint, Job, Sizes};
+use super::offload::Copies;
 use super::rates::Rates;
 use super::search::{self, Candidate, Room, Tried};
 use super::work::{Trained, Volume, Work};
-use crate::config::{GradientConfig, RunConfig};
+use crate::config::{GradientConfig, OffloadConfig, RunConfig, ShardConfig};
 use crate::data::{TokenizedPair, micro_batches};
 use crate::device::{Device, GroupPlace, Memory};
 use crate::error::Result;
-use crate::model::{LlamaConfig, LoraSettings};
-use crate::train::{Plan, sample_prompts};
+use crate::model::{FusedTensor, LlamaConfig, LlamaTensors, LoraSettings};
+use crate::train::{Plan, offload_plan, sample_prompts};
 
 /// Steps whose micro-batches are counted for the mean.
 const COUNTED_STEPS: usize = 20;
 /// Rates that only serve to put options in an order, where the machine's are not known.
-const NOMINAL: Rates = Rates { tflops: 1.0, bandwidth: 50.0 };
+const NOMINAL: Rates = Rates { tflops: 1.0, bandwidth: 50.0, bus: 5.0 };
 
 /// The models of a run.
 #[derive(Clone, Debug)]
@@ -42,6 +43,8 @@ pub struct Account<'a> {
     training: &'a [TokenizedPair],
     evaluation: &'a [TokenizedPair],
     trained: Trained,
+    /// The model's tensors, and which of them are trained.
+    layout: LlamaTensors<FusedTensor>,
     /// A step, where it does not follow from the pairs.
     assumed_step: Option<Volume>,
     /// All training pairs together, once they are asked for.
@@ -61,6 +64,11 @@ impl<'a> Account<'a> {
         let Models { model, reference, lora } = models;
         let positions = training.iter().chain(evaluation).map(TokenizedPair::positions).max().unwrap_or(0);
         let trained = Trained::new(&model, lora.as_ref());
+        let layout = LlamaTensors::layout(&model);
+        let layout = match &lora {
+            Some(settings) => layout.with_adapters(&model, settings),
+            None => layout,
+        };
         let answered = if evaluation.is_empty() { training } else { evaluation };
         let job = Job {
             model,
@@ -73,7 +81,7 @@ impl<'a> Account<'a> {
             place: None,
         };
         let (assumed_step, volume, sizes) = Default::default();
-        Account { config, plan, job, training, evaluation, trained, assumed_step, volume, sizes }
+        Account { config, plan, job, training, evaluation, trained, layout, assumed_step, volume, sizes }
     }
 
     /// The same account of one rank among several.
@@ -166,18 +174,45 @@ impl<'a> Account<'a> {
         self.trained.work(&volume, &choice.memory, recomputes_head, size)
     }
 
+    /// The copies of a mean step where states are offloaded; `size` is the bytes of a weight.
+    pub fn copies(&self, choice: &Choice, work: &Work, size: usize, rates: &Rates) -> Option<Copies> {
+        Copies::of(&self.layout, &choice.memory, (work, size), rates)
+    }
+
+    /// Bytes of pinned host memory that a choice takes.
+    fn host_bytes(&self, choice: &Choice, size: usize) -> usize {
+        offload_plan(&self.layout, &choice.memory, size < size_of::<f32>()).host_bytes()
+    }
+
+    /// Seconds of a mean step, with what the bus adds.
+    fn seconds(&self, choice: &Choice, size: usize, rates: &Rates) -> f64 {
+        let work = self.work(choice, false, size);
+        let exposed = self.copies(choice, &work, size, rates).map_or(0.0, |copies| copies.exposed());
+        work.seconds(rates) + exposed
+    }
+
     /// All combinations of options that keep no more than the run as it is asked for, best first.
     pub fn candidates<D: Memory>(&self, rates: Option<Rates>) -> Vec<Candidate> {
         let size = size_of::<D::Compute>();
         let rates = rates.unwrap_or(NOMINAL);
         let (asked, largest_pair) = (self.asked(), self.largest_pair());
         let largest_batch = self.sizes(asked.token_budget).training.tokens;
-        let room = Room { asked, largest_pair, largest_batch, layer_budgets: &[] };
+        let can_offload = !D::IS_CPU;
+        let room = Room { asked, largest_pair, largest_batch, can_offload, layer_budgets: &[] };
         let budgets = search::budgets(room);
         let layer_budgets: Vec<usize> =
             budgets.into_iter().filter(|&budget| self.can_apply_by_layer(budget)).collect();
         let room = Room { layer_budgets: &layer_budgets, ..room };
-        search::candidates(room, |choice| self.work(choice, false, size).seconds(&rates))
+        let mut found = search::candidates(room, |choice| self.seconds(choice, size, &rates));
+        if self.job.place.is_some() {
+            // What the trainer refuses of several ranks.
+            found.retain(|candidate| {
+                let memory = candidate.choice.memory;
+                let is_whole = memory.shard == ShardConfig::None || memory.offload == OffloadConfig::None;
+                candidate.choice == asked || (memory.gradients == GradientConfig::F32 && is_whole)
+            });
+        }
+        found
     }
 
     /// Whether gradients can be applied layer by layer at this budget.
@@ -189,7 +224,8 @@ impl<'a> Account<'a> {
             && self.plan.check_micro_batches(&config, self.training).is_ok()
     }
 
-    /// Tries options on a device like `device` until `wanted` combinations fit into `limit` bytes.
+    /// Tries options on a device like `device` until `wanted` combinations fit into `limit` bytes of it, and into `host` bytes of
+    /// pinned host memory where these are known.
     ///
     /// # Errors
     /// Those of the device.
@@ -197,10 +233,14 @@ impl<'a> Account<'a> {
         &self,
         device: &D,
         rates: Option<Rates>,
-        limit: usize,
+        (limit, host): (usize, Option<usize>),
         wanted: usize,
     ) -> Result<Vec<Tried>> {
-        let candidates = self.candidates::<D>(rates);
+        let mut candidates = self.candidates::<D>(rates);
+        if let Some(host) = host {
+            let size = size_of::<D::Compute>();
+            candidates.retain(|candidate| self.host_bytes(&candidate.choice, size) <= host);
+        }
         search::try_in_order(&candidates, limit, wanted, |choice| self.footprint(device, choice, Some(limit)))
     }
 }

@@ -8,19 +8,20 @@ use half::bf16;
 use super::account::{Account, Models};
 use super::exchange::{Exchange, Links, RankStep, SHARDINGS};
 use super::footprint::{Choice, Footprint};
+use super::offload::Copies;
 use super::rates::{self, GPUS, GpuKind, Rates};
 use super::search::Tried;
 use super::work::{Volume, Work};
 use super::{host, show};
 use crate::bench::shapes::Lengths;
 use crate::checkpoint::AdapterFolder;
-use crate::config::{MemoryLimit, RunConfig};
+use crate::config::{MemoryConfig, MemoryLimit, RunConfig};
 use crate::context;
 use crate::data::{PairCache, PairSource, TextEncoder, TokenizedPair, Treatment, load_cached};
 use crate::demo::Demo;
 use crate::device::cpu::CpuDevice;
 use crate::device::cuda::{self, CudaDevice, KernelPath};
-use crate::device::{Device, DeviceChoice, DeviceTask, LargeBlocks, Precision};
+use crate::device::{Device, DeviceChoice, DeviceTask, GroupPlace, LargeBlocks, Precision};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
@@ -40,6 +41,8 @@ pub struct PlanConfig {
     pub gpu: Option<String>,
     /// Bytes of device memory per second, in 10^9, in place of the GPU's.
     pub bandwidth: Option<f64>,
+    /// Bytes per second and direction of the bus, in 10^9, in place of the GPU's.
+    pub bus: Option<f64>,
     /// The largest pair that there can be, in place of pairs.
     pub largest_pair: Option<Lengths>,
     /// How the ranks of the run are connected, where there are several.
@@ -64,6 +67,11 @@ pub fn run(config: &PlanConfig) -> Result<()> {
     let plan = Plan::new(run, material.training.len());
     plan.check_micro_batches(run, &material.training)?;
     let account = Account::new(run, &plan, material.models.clone(), &material.training, &material.evaluation);
+    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    let account = match config.links {
+        Some(Links { ranks, .. }) => account.among(GroupPlace { rank: ranks - 1, ranks }),
+        None => account,
+    };
     let account = match config.largest_pair {
         None => account,
         // Work is compared as if every pair were the largest.
@@ -209,7 +217,10 @@ impl Target {
             tflops.or(known.map(|rates| rates.tflops)),
             bandwidth.or(known.map(|rates| rates.bandwidth)),
         ) {
-            (Some(tflops), Some(bandwidth)) => Some(Rates { tflops, bandwidth }),
+            (Some(tflops), Some(bandwidth)) => {
+                let bus = config.bus.or(known.map(|rates| rates.bus)).unwrap_or(Rates::PCIE_4);
+                Some(Rates { tflops, bandwidth, bus })
+            }
             _ => None,
         };
         Ok(target)
@@ -275,6 +286,8 @@ pub(super) struct Planned {
     /// A mean step, and its work; none where only the largest pair is known.
     pub step: Option<(Volume, Work)>,
     pub model_flops: f64,
+    /// The copies of a step, where states are offloaded and the machine's rates are known.
+    pub copies: Option<Copies>,
     pub limit: Option<usize>,
     pub tried: Vec<Tried>,
     /// What ranks exchange, where there are several and the machine's rates are known.
@@ -286,7 +299,8 @@ pub(super) struct Exchanges {
     pub links: Links,
     pub rates: Rates,
     pub step: RankStep,
-    pub all: Vec<Exchange>,
+    /// With the bytes of device memory that a rank takes.
+    pub all: Vec<(Exchange, usize)>,
 }
 
 struct Planning<'a> {
@@ -316,18 +330,27 @@ impl DeviceTask for Planning<'_> {
         let (volume, size) = (account.step_volume(asked.token_budget), size_of::<D::Compute>());
         let work = account.work(&asked, footprint.head.main_rows == 0, size);
         let tried = match limit {
-            Some(limit) => account.alternatives(device.as_ref(), target.rates, limit, SHOWN)?,
+            Some(limit) => account.alternatives(device.as_ref(), target.rates, (limit, None), SHOWN)?,
             None => Vec::new(),
         };
         let trained = account.trained();
-        let exchanges = config.links.zip(target.rates).map(|(links, rates)| {
-            let of =
-                |volume: &Volume| trained.work(volume, &asked.memory, footprint.head.main_rows == 0, size);
-            let step = RankStep::of(&volume, of, &rates, &links);
-            let sizes = (size, account.job.model.layers);
-            let all = SHARDINGS.map(|shard| Exchange::of(shard, trained, sizes, &step, &links)).to_vec();
-            Exchanges { links, rates, step, all }
-        });
+        let exchanges = config.links.zip(target.rates);
+        let exchanges = exchanges
+            .map(|(links, rates)| {
+                let again = footprint.head.main_rows == 0;
+                let of = |volume: &Volume| trained.work(volume, &asked.memory, again, size);
+                let step = RankStep::of(&volume, of, &rates, &links);
+                let sizes = (size, account.job.model.layers);
+                let all = SHARDINGS.into_iter().map(|shard| {
+                    let choice = Choice { memory: MemoryConfig { shard, ..asked.memory }, ..asked };
+                    let taken = account.footprint(device.as_ref(), &choice, limit)?.taken;
+                    Ok((Exchange::of(shard, trained, sizes, &step, &links), taken))
+                });
+                let all = all.collect::<Result<_>>()?;
+                Ok(Exchanges { links, rates, step, all })
+            })
+            .transpose()?;
+        let copies = target.rates.and_then(|rates| account.copies(&asked, &work, size, &rates));
         Ok(Planned {
             run: account.config.clone(),
             target: target.clone(),
@@ -340,6 +363,7 @@ impl DeviceTask for Planning<'_> {
             footprint,
             step: is_measured.then_some((volume, work)),
             model_flops: trained.model_flops(&volume),
+            copies,
             limit,
             tried,
             exchanges,

@@ -235,7 +235,7 @@ mod tests {
     /// With as many tokens as are said to hide it, the reduction takes as long as the backward, but for latency.
     #[test]
     fn the_tokens_that_hide_the_exchange_do() {
-        let (rates, links) = (Rates { tflops: 989.4, bandwidth: 3350.0 }, links(64));
+        let (rates, links) = (Rates { tflops: 989.4, bandwidth: 3350.0, bus: Rates::PCIE_5 }, links(64));
         let tokens = hiding_tokens(ShardConfig::None, &rates, &links);
         let trained = Trained::new(&shapes::model("llama-3-8b", None).unwrap(), None);
         let backward = 4.0 * tokens * trained.parameters() / (rates.tflops * 1e12 * Rates::GEMM_SHARE);

@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 const DRIVER_SPARE: usize = 256 << 20;
 /// Share of the computer's free memory that `--memory auto` takes on the CPU: pairs, files and the operating system need some too.
 const HOST_SHARE: f64 = 0.9;
+/// Share of the computer's free memory that offloaded states may take: it cannot be swapped out.
+const PINNED_SHARE: f64 = 0.8;
 /// Combinations of options that a refusal names.
 const NAMED: usize = 3;
 
@@ -70,7 +72,7 @@ pub fn check<D: Device>(device: &D, account: &Account<'_>) -> Result<Footprint> 
     let footprint = account.footprint(device, &account.asked(), strict)?;
     if let Some(limit) = limit.filter(|limit| footprint.taken > limit.bytes) {
         let rates = rates::find(&device.describe()).map(|kind| kind.rates);
-        let tried = account.alternatives(device, rates, limit.bytes, NAMED)?;
+        let tried = account.alternatives(device, rates, (limit.bytes, pinnable()), NAMED)?;
         return Err(too_large(account, &footprint, &limit, &tried));
     }
     device.memory_counter().set_limit(strict);
@@ -121,6 +123,11 @@ fn smaller(account: &Account<'_>) -> String {
     format!("{lora}shorten the pairs with --max-length, or take a smaller model")
 }
 
+/// Bytes of the computer's free memory that may be pinned, where the system says how much is free.
+fn pinnable() -> Option<usize> {
+    host::memory().map(|memory| (memory.available as f64 * PINNED_SHARE) as usize)
+}
+
 /// What `--memory auto` chooses on `device`.
 ///
 /// # Errors
@@ -134,7 +141,7 @@ pub fn choose<D: Device>(device: &D, account: &Account<'_>) -> Result<Choice> {
         return Ok(asked);
     };
     let rates = rates::find(&device.describe()).map(|kind| kind.rates);
-    let tried = account.alternatives(device, rates, limit.bytes, 1)?;
+    let tried = account.alternatives(device, rates, (limit.bytes, pinnable()), 1)?;
     match tried.iter().find(|tried| tried.footprint.taken <= limit.bytes) {
         Some(found) => {
             let flags = flags(&asked, &found.candidate.choice);

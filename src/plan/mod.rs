@@ -8,6 +8,7 @@ mod exchange;
 mod fit;
 mod footprint;
 mod host;
+mod offload;
 mod rates;
 mod search;
 mod show;

@@ -7,6 +7,8 @@ pub struct Rates {
     pub tflops: f64,
     /// 10^9 bytes of device memory per second.
     pub bandwidth: f64,
+    /// 10^9 bytes per second and direction of the bus to the host's memory.
+    pub bus: f64,
 }
 
 impl Rates {
@@ -18,6 +20,12 @@ impl Rates {
     pub const ATTENTION_SHARE: f64 = 0.4;
     /// Share of the bandwidth that operations reach which only move bytes.
     pub const BANDWIDTH_SHARE: f64 = 0.85;
+    /// Share of the bus that copies of pinned memory reach in both directions at once.
+    pub const BUS_SHARE: f64 = 0.8;
+    /// Sixteen lanes of PCIe 4.0, in each direction: the bus of a machine of which nothing else is known.
+    pub const PCIE_4: f64 = 32.0;
+    /// Sixteen lanes of PCIe 5.0.
+    pub const PCIE_5: f64 = 64.0;
 }
 
 /// A kind of GPU.
@@ -34,18 +42,23 @@ pub struct GpuKind {
 }
 
 const fn kind(name: &'static str, tflops: f64, bandwidth: f64, memory: f64, is_hopper: bool) -> GpuKind {
-    GpuKind { name, rates: Rates { tflops, bandwidth }, memory, is_hopper }
+    GpuKind { name, rates: Rates { tflops, bandwidth, bus: Rates::PCIE_4 }, memory, is_hopper }
+}
+
+/// A kind on PCIe 5.0.
+const fn with_pcie_5(kind: GpuKind) -> GpuKind {
+    GpuKind { rates: Rates { bus: Rates::PCIE_5, ..kind.rates }, ..kind }
 }
 
 /// From NVIDIA's data sheets, dense rates: those of H200 (2024), H100 (2023), A100 (2021), L40S and L4 (2023), A40 and A10 (2021),
 /// and for workstation and consumer cards the white papers of Ampere GA102, Ada and Blackwell, whose tensor cores have half of
-/// their rate with f32 accumulation on consumer cards. Longer names come before those that they begin with.
+/// their rate with f32 accumulation on consumer cards. The bus is the one that they name, with sixteen lanes. Longer names come before those that they begin with.
 pub const GPUS: &[GpuKind] = &[
-    kind("H200 NVL", 835.5, 4800.0, 141.0, true),
-    kind("H200", 989.4, 4800.0, 141.0, true),
-    kind("H100 NVL", 835.5, 3900.0, 94.0, true),
-    kind("H100 PCIe", 756.0, 2000.0, 80.0, true),
-    kind("H100", 989.4, 3350.0, 80.0, true),
+    with_pcie_5(kind("H200 NVL", 835.5, 4800.0, 141.0, true)),
+    with_pcie_5(kind("H200", 989.4, 4800.0, 141.0, true)),
+    with_pcie_5(kind("H100 NVL", 835.5, 3900.0, 94.0, true)),
+    with_pcie_5(kind("H100 PCIe", 756.0, 2000.0, 80.0, true)),
+    with_pcie_5(kind("H100", 989.4, 3350.0, 80.0, true)),
     kind("A100-SXM4-40GB", 312.0, 1555.0, 40.0, false),
     kind("A100-PCIE-40GB", 312.0, 1555.0, 40.0, false),
     kind("A100 80GB PCIe", 312.0, 1935.0, 80.0, false),
@@ -56,7 +69,7 @@ pub const GPUS: &[GpuKind] = &[
     kind("A10", 125.0, 600.0, 24.0, false),
     kind("RTX A6000", 154.8, 768.0, 48.0, false),
     kind("RTX 6000 Ada", 364.2, 960.0, 48.0, false),
-    kind("RTX 5090", 209.5, 1792.0, 32.0, false),
+    with_pcie_5(kind("RTX 5090", 209.5, 1792.0, 32.0, false)),
     kind("RTX 4090", 165.2, 1008.0, 24.0, false),
     kind("RTX 3090", 71.0, 936.0, 24.0, false),
 ];

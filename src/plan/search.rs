@@ -1,7 +1,7 @@
 //! Which options take less memory, in the order of the time that they cost.
 
 use super::footprint::{Choice, Footprint};
-use crate::config::{GradientConfig, MemoryConfig};
+use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
 use crate::error::Result;
 use crate::model::Recompute;
 use crate::optimizer::{MasterWeights, MomentFormat, StateOptions};
@@ -33,6 +33,8 @@ pub struct Room<'a> {
     pub largest_pair: usize,
     /// Tokens of the largest micro-batch that the run makes room for: a budget that is not below them saves nothing.
     pub largest_batch: usize,
+    /// Whether states may be offloaded: a GPU's host has memory of its own.
+    pub can_offload: bool,
     /// Budgets with which gradients may be applied layer by layer.
     pub layer_budgets: &'a [usize],
 }
@@ -44,7 +46,7 @@ pub fn candidates(room: Room<'_>, seconds: impl Fn(&Choice) -> f64) -> Vec<Candi
     let base = seconds(&asked);
     let mut found = Vec::new();
     for token_budget in budgets(room) {
-        for memory in memories(asked.memory) {
+        for memory in memories(asked.memory, room.can_offload) {
             let is_layer = memory.gradients == GradientConfig::Layer;
             if is_layer && asked.memory != memory && !room.layer_budgets.contains(&token_budget) {
                 continue;
@@ -76,7 +78,7 @@ pub fn budgets(room: Room<'_>) -> Vec<usize> {
     budgets
 }
 
-fn memories(asked: MemoryConfig) -> Vec<MemoryConfig> {
+fn memories(asked: MemoryConfig, can_offload: bool) -> Vec<MemoryConfig> {
     // Moments in bf16 take twice the memory of 8-bit ones and are no more exact: see docs/memory.md.
     let moments = at_least(asked.states.moments, &[MomentFormat::EightBit]);
     let masters = at_least(asked.states.master, &[MasterWeights::None]);
@@ -90,13 +92,17 @@ fn memories(asked: MemoryConfig) -> Vec<MemoryConfig> {
         GradientConfig::Bf16 => vec![GradientConfig::Bf16, GradientConfig::Layer],
         GradientConfig::Layer => vec![GradientConfig::Layer],
     };
+    let smaller: &[OffloadConfig] = if can_offload { &[OffloadConfig::States] } else { &[] };
+    let offloads = at_least(asked.offload, smaller);
     let mut all = Vec::new();
     for &recompute in &recomputes {
         for &gradients in &gradients {
             for &master in &masters {
                 for &moments in &moments {
-                    let states = StateOptions { moments, master };
-                    all.push(MemoryConfig { states, recompute, gradients, ..asked });
+                    for &offload in &offloads {
+                        let states = StateOptions { moments, master };
+                        all.push(MemoryConfig { states, recompute, gradients, offload, ..asked });
+                    }
                 }
             }
         }
@@ -140,6 +146,7 @@ pub fn flags(asked: &Choice, choice: &Choice) -> Vec<String> {
             format!("--master-weights {}", after.states.master),
         ),
         flag(before.gradients != after.gradients, format!("--gradients {}", after.gradients)),
+        flag(before.offload != after.offload, format!("--offload {}", after.offload)),
         flag(before.recompute != after.recompute, format!("--recompute {}", after.recompute)),
         flag(
             asked.token_budget != choice.token_budget,
@@ -197,7 +204,8 @@ fn least(candidates: &[Candidate], gradients: GradientConfig) -> Option<Candidat
             Recompute::Layer => 0,
         };
         let master = memory.states.master == MasterWeights::F32;
-        (master, moments, recompute, token_budget)
+        let resident = memory.offload == OffloadConfig::None;
+        (resident, master, moments, recompute, token_budget)
     };
     candidates.iter().filter(|one| one.choice.memory.gradients == gradients).min_by_key(kept).copied()
 }
@@ -223,7 +231,13 @@ mod tests {
 
     #[test]
     fn the_first_candidates_are_the_run_as_asked_and_what_costs_no_time() {
-        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[4096] };
+        let room = Room {
+            asked: asked(),
+            largest_pair: 1500,
+            largest_batch: 4096,
+            can_offload: false,
+            layer_budgets: &[4096],
+        };
         let all = candidates(room, seconds);
         assert_eq!(all[0].choice, asked());
         let names: Vec<String> =
@@ -252,12 +266,44 @@ mod tests {
     #[test]
     fn nothing_keeps_more_than_was_asked_for() {
         let states = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None };
-        let memory = MemoryConfig { states, recompute: Recompute::Layer, ..MemoryConfig::default() };
+        let gradients = GradientConfig::Bf16;
+        let memory =
+            MemoryConfig { states, recompute: Recompute::Layer, gradients, ..MemoryConfig::default() };
         let asked = Choice { memory, ..asked() };
-        let room = Room { asked, largest_pair: 9000, largest_batch: 9000, layer_budgets: &[] };
+        let room =
+            Room { asked, largest_pair: 9000, largest_batch: 9000, can_offload: false, layer_budgets: &[] };
         let all = candidates(room, seconds);
         assert_eq!(all.len(), 1, "{all:?}");
         assert_eq!(all[0].choice, room.asked);
+    }
+
+    /// On a GPU states may be offloaded: where the bus is hidden that comes before what changes numbers, and otherwise by its time.
+    #[test]
+    fn offloading_is_tried_in_the_order_of_its_time() {
+        let room = Room {
+            asked: asked(),
+            largest_pair: 9000,
+            largest_batch: 9000,
+            can_offload: true,
+            layer_budgets: &[4096],
+        };
+        let all = |exposed: f64| {
+            let is_offloaded = |choice: &Choice| choice.memory.offload == OffloadConfig::States;
+            candidates(room, move |choice| seconds(choice) + if is_offloaded(choice) { exposed } else { 0.0 })
+        };
+        let place = |all: Vec<Candidate>, wanted: &str| {
+            let names = all.iter().map(|candidate| flags(&asked(), &candidate.choice).join(" "));
+            names.into_iter().position(|name| name == wanted).unwrap_or_else(|| panic!("{wanted}: {all:?}"))
+        };
+        assert!(place(all(0.0), "--offload states") < place(all(0.0), "--gradients bf16"));
+        assert!(place(all(1.0), "--offload states") > place(all(1.0), "--recompute layer"));
+        let asked =
+            Choice { memory: MemoryConfig { offload: OffloadConfig::States, ..asked().memory }, ..asked() };
+        let kept = candidates(Room { asked, ..room }, seconds);
+        assert!(
+            kept.iter().all(|one| one.choice.memory.offload == OffloadConfig::States),
+            "it is not taken back"
+        );
     }
 
     /// A footprint that only says how much is taken.
@@ -267,7 +313,13 @@ mod tests {
 
     #[test]
     fn trying_ends_with_what_fits_or_with_the_least_there_is() {
-        let room = Room { asked: asked(), largest_pair: 1500, largest_batch: 4096, layer_budgets: &[] };
+        let room = Room {
+            asked: asked(),
+            largest_pair: 1500,
+            largest_batch: 4096,
+            can_offload: false,
+            layer_budgets: &[],
+        };
         let all = candidates(room, seconds);
         let bytes = |choice: &Choice| {
             let saved = flags(&asked(), choice).len();

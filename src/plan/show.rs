@@ -6,10 +6,12 @@ use serde_json::{Value, json};
 
 use super::command::{Exchanges, Planned};
 use super::exchange::hiding_tokens;
+use super::offload::Copies;
 use super::rates::Rates;
 use super::search::{Tried, flags};
 use super::size;
 use super::work::{Volume, Work};
+use crate::config::GradientConfig;
 use crate::config::value::OptionValue as _;
 
 /// The account for people.
@@ -93,8 +95,8 @@ fn step(planned: &Planned, volume: &Volume, work: &Work) -> String {
 }
 
 fn time(planned: &Planned, volume: &Volume, work: &Work, rates: &Rates) -> String {
-    let seconds = work.seconds(rates);
-    format!(
+    let seconds = seconds(planned, work, rates);
+    let text = format!(
         "  expected {:.3} s: {:.1} pairs/s, {:.0} tokens/s, MFU {:.1} %; {:.2} h for the run\n  \
          (peak {:.0} TFLOPS and {:.0} GB/s, of which gemms reach {:.0} %, attention {:.0} %, copies {:.0} %)\n",
         seconds,
@@ -107,6 +109,36 @@ fn time(planned: &Planned, volume: &Volume, work: &Work, rates: &Rates) -> Strin
         100.0 * Rates::GEMM_SHARE,
         100.0 * Rates::ATTENTION_SHARE,
         100.0 * Rates::BANDWIDTH_SHARE,
+    );
+    match &planned.copies {
+        Some(copies) => text + &offload(planned, copies, rates),
+        None => text,
+    }
+}
+
+/// Seconds of a step, with those in which it waits for the bus.
+fn seconds(planned: &Planned, work: &Work, rates: &Rates) -> f64 {
+    work.seconds(rates) + planned.copies.map_or(0.0, |copies| copies.exposed())
+}
+
+/// What the bus moves, and whether that is hidden.
+fn offload(planned: &Planned, copies: &Copies, rates: &Rates) -> String {
+    let beside = match planned.asked.memory.gradients {
+        GradientConfig::Layer => "backward and update",
+        GradientConfig::F32 | GradientConfig::Bf16 => "the update",
+    };
+    let verdict = match copies.exposed() {
+        0.0 => "the bus is hidden".to_owned(),
+        exposed => format!("{exposed:.3} s are waited for"),
+    };
+    format!(
+        "  offloaded states: {} of pinned host memory, over the bus each way in {:.3} s ({:.0} GB/s, of which copies reach {:.0} %); \
+         {beside} of {:.3} s run beside that: {verdict}\n",
+        size(copies.host_bytes),
+        copies.seconds,
+        rates.bus,
+        100.0 * Rates::BUS_SHARE,
+        copies.beside,
     )
 }
 
@@ -119,7 +151,7 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
     let Exchanges { links, rates, step, all } = exchanges;
     let mut text = format!(
         "\na step on {} ranks, {} to a machine: {:.0} tokens and {:.1} micro-batches each; {:.0} GB/s inside a machine, {:.0} GB/s \
-         between them\n  --shard     a rank sends     in   not hidden   the step   hidden from\n",
+         between them\n  --shard     a rank takes   and sends     in   not hidden   the step   hidden from\n",
         links.ranks,
         links.ranks_per_machine,
         step.volume.tokens,
@@ -127,11 +159,12 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
         links.inside,
         links.between,
     );
-    for exchange in all {
+    for (exchange, taken) in all {
         let _ = writeln!(
             text,
-            "  {:<10}{:>14}{:>7} s{:>11} s{:>9} s{:>8} tokens{}",
+            "  {:<10}{:>14}{:>12}{:>7} s{:>11} s{:>9} s{:>8} tokens{}",
             exchange.shard.to_toml().trim_matches('"'),
+            size(*taken),
             size((exchange.reduced + exchange.gathered) as usize),
             format!("{:.3}", exchange.seconds),
             format!("{:.3}", exchange.exposed),
@@ -187,7 +220,7 @@ pub(super) fn json(planned: &Planned) -> Value {
         .map(|(part, bytes)| (part.name().replace([' ', '-'], "_"), json!(bytes)))
         .collect();
     let step = planned.step.as_ref().map(|(volume, work)| {
-        let seconds = target.rates.as_ref().map(|rates| work.seconds(rates));
+        let seconds = target.rates.as_ref().map(|rates| seconds(planned, work, rates));
         let mfu = target.rates.as_ref().zip(seconds).map(|(rates, seconds)| mfu(planned, seconds, rates));
         json!({
             "pairs": volume.pairs,
@@ -198,6 +231,12 @@ pub(super) fn json(planned: &Planned) -> Value {
             "model_flops": planned.model_flops,
             "seconds": seconds,
             "mfu": mfu,
+            "offload": planned.copies.map(|copies| json!({
+                "host_bytes": copies.host_bytes,
+                "copy_seconds": copies.seconds,
+                "beside_seconds": copies.beside,
+                "exposed_seconds": copies.exposed(),
+            })),
         })
     });
     let tried: Vec<Value> = planned
@@ -237,8 +276,9 @@ pub(super) fn json(planned: &Planned) -> Value {
 
 fn ranks_json(exchanges: &Exchanges) -> Value {
     let Exchanges { links, rates, step, all } = exchanges;
-    let of = |exchange: &super::exchange::Exchange| {
+    let of = |(exchange, taken): &(super::exchange::Exchange, usize)| {
         let mut value = json!(exchange);
+        value["taken_bytes"] = json!(taken);
         value["shard"] = json!(exchange.shard.to_toml().trim_matches('"'));
         value["step_seconds"] = json!(step.seconds(exchange, links));
         value["hidden_from_tokens"] = json!(hiding_tokens(exchange.shard, rates, links));

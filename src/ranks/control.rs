@@ -26,6 +26,8 @@ use crate::interrupt::{self, Signal};
 const GRACE: Duration = Duration::from_secs(10);
 /// How long rank 0 waits at its end for the others to close their lines.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How long rank 0 waits for another rank in a step until that one, which has failed, may conclude that rank 0 has not.
+const UNAWARE: Duration = Duration::from_secs(5);
 /// How often a thread that waits looks for a signal.
 const LOOK: Duration = Duration::from_millis(50);
 /// No sign of life for that long is the end of a rank, whatever [`Limits::hang`] allows one that gives some.
@@ -318,6 +320,28 @@ impl Control {
     /// What happened to a rank, if something did.
     pub fn verdict(&self) -> Option<Verdict> {
         self.shared.lock().verdict.clone()
+    }
+
+    /// As [`Control::verdict`], waiting up to `limit` for one.
+    pub fn verdict_within(&self, limit: Duration) -> Option<Verdict> {
+        let state = self.shared.lock();
+        let waits = |state: &mut State| state.verdict.is_none();
+        let waited = self.shared.changed.wait_timeout_while(state, limit, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0.verdict.clone()
+    }
+
+    /// For a rank whose step has failed as it must have on rank 0, which still writes down what it found: waits until rank 0 has told
+    /// its end, or waits itself for this rank, and so does not know.
+    pub fn wait_for_first(&self) {
+        let mut state = self.shared.lock();
+        loop {
+            let first = &state.seen[0];
+            let waits_for_us = first.progress.position.is_waiting() && first.advanced.elapsed() > UNAWARE;
+            if state.verdict.is_some() || first.line != Line::Open || waits_for_us {
+                return;
+            }
+            state = self.shared.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Sends to rank 0, or from rank 0 to all.

@@ -54,7 +54,7 @@ pub struct Position(u64);
 
 impl Position {
     /// `step` counts from 1 and is 0 outside the steps. Before the steps, and after them, the stage counts more than the step.
-    fn new(stage: Stage, step: usize) -> Self {
+    pub(super) fn new(stage: Stage, step: usize) -> Self {
         let part = match stage {
             Stage::Step | Stage::Evaluation | Stage::Saving => 1,
             Stage::End => 2,
@@ -64,8 +64,13 @@ impl Position {
         Position(part << 56 | step << 8 | (stage as u64) << 1)
     }
 
-    fn waiting(self) -> Self {
+    pub(super) fn waiting(self) -> Self {
         Position(self.0 | 1)
+    }
+
+    /// Whether the rank waits for others there.
+    pub fn is_waiting(self) -> bool {
+        self.0 & 1 == 1
     }
 
     /// The optimiser step, from 1; 0 before the first.

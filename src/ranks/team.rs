@@ -21,6 +21,9 @@ use crate::interrupt::{self, Keeper, Signal};
 /// folder for some seconds.
 const VISIBLE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
+/// How long the news of what happened to another rank may take, where its end has shown in a collective.
+const HEARSAY: Duration = Duration::from_secs(3);
+
 /// The ranks of a run.
 #[derive(Debug)]
 pub struct Team {
@@ -248,11 +251,18 @@ impl Team {
             let stop = all.iter().map(|(stop, _)| *stop).find(|&stop| stop != 0).unwrap_or(0);
             Ok((stop, all.iter().any(|(_, save)| *save)))
         })?;
-        let stop = Signal::of(stop);
-        if stop.is_some() {
-            self.has_agreed_to_stop.store(true, Ordering::SeqCst);
-        }
-        Ok(Requests { stop, save })
+        Ok(Requests { stop: Signal::of(stop), save })
+    }
+
+    /// Returns when all ranks have come here, to stop because a signal asked one of them to: the end of one is no loss to the
+    /// others then.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] where another rank is lost.
+    pub fn stop_together(&self) -> Result<()> {
+        self.barrier("saved")?;
+        self.has_agreed_to_stop.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Ends this rank's part of the run, which had `result`: the others are told of an error, and this rank waits for rank 0 to
@@ -263,7 +273,15 @@ impl Team {
     pub fn end(self, result: Result<()>) -> Result<()> {
         let Some(control) = self.control else { return result };
         control.begin_end();
-        let verdict = control.verdict();
+        let is_in_steps = progress::now().position.step() > 0;
+        if matches!(result, Err(Error::Numerics { .. })) && is_in_steps && !control.is_first() {
+            control.wait_for_first();
+        }
+        let verdict = match &result {
+            // A collective notices the death of a rank too, and may do so first.
+            Err(Error::Device { .. }) => control.verdict_within(HEARSAY),
+            _ => control.verdict(),
+        };
         let result = match (result, verdict) {
             (Ok(()), _) => Ok(()),
             (Err(error), None) => {

@@ -2,7 +2,6 @@
 
 use crate::data::Sides;
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::train::RankStep;
 
 /// A pair counts as saturated when one of its two MMPO weights exceeds this.
 const SATURATED: f64 = 0.99;
@@ -99,22 +98,6 @@ pub struct RankMetrics {
 }
 
 impl RankMetrics {
-    /// Of each rank's part of a step; `None` where there is one rank.
-    pub fn new(ranks: &[RankStep]) -> Option<Self> {
-        let share = |rank: &RankStep| {
-            rank.waited_seconds / (rank.busy_seconds + rank.waited_seconds).max(f64::MIN_POSITIVE)
-        };
-        let (slowest, _) = ranks
-            .iter()
-            .enumerate()
-            .max_by(|(_, one), (_, other)| one.busy_seconds.total_cmp(&other.busy_seconds))?;
-        Some(RankMetrics {
-            waited: ranks.iter().map(share).sum::<f64>() / ranks.len() as f64,
-            waited_most: ranks.iter().map(share).fold(0.0, f64::max),
-            slowest: slowest as f64,
-        })
-    }
-
     fn fields(self) -> [(&'static str, f64); 3] {
         [
             ("ranks/waited", self.waited),

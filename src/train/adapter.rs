@@ -6,7 +6,7 @@ use super::checkpoint::download;
 use super::guard;
 use super::inputs::Inputs;
 use super::trainer::Trainer;
-use crate::checkpoint::{AdapterFolder, ModelFolder, save_adapter};
+use crate::checkpoint::{AdapterFolder, ModelFolder, SavedForm, save_adapter};
 use crate::config::RunConfig;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -71,7 +71,10 @@ impl StartingAdapter {
     /// # Errors
     /// Those of the device.
     pub fn attach<D: Device>(&self, model: &mut Llama<D>) -> Result<()> {
-        model.adapt(self.settings(), |tensor| self.values(tensor))
+        match self {
+            StartingAdapter::New { settings, .. } => model.adapt(*settings, |tensor| self.values(tensor)),
+            StartingAdapter::Continued(folder) => folder.attach(model),
+        }
     }
 
     /// Puts the first values into the f32 masters, where the device keeps some: its weights are rounded.
@@ -117,8 +120,12 @@ impl StartingAdapter {
         let tensors: Vec<TensorSpec> = layout.adapter_tensors().cloned().collect();
         let base = std::path::absolute(inputs.folder.path())
             .map_err(|error| Error::io(inputs.folder.path(), "find the absolute path of", error))?;
-        let (settings, base) = (self.settings(), base.display().to_string());
-        save_adapter(target, &inputs.companions, (&settings, &base), &tensors, |name, offset, values| {
+        let base = base.display().to_string();
+        let form = match self {
+            StartingAdapter::New { settings, .. } => SavedForm::New(settings),
+            StartingAdapter::Continued(folder) => SavedForm::Continued(folder),
+        };
+        save_adapter(target, &inputs.companions, (form, &base), &tensors, |name, offset, values| {
             let (number, fused, start) = place(layout, name)?;
             if let Some(gathered) = gathered.as_ref().and_then(|gathered| gathered[number].as_ref()) {
                 values.copy_from_slice(&gathered[start + offset..][..values.len()]);

@@ -48,6 +48,18 @@ impl Inputs {
     /// # Errors
     /// Those of model folders, data files and limits that do not fit them.
     pub fn load(config: &RunConfig) -> Result<Self> {
+        Self::read(config, true)
+    }
+
+    /// As [`Inputs::load`], without an account of the pairs: another rank of the run has given it.
+    ///
+    /// # Errors
+    /// As [`Inputs::load`].
+    pub fn load_silently(config: &RunConfig) -> Result<Self> {
+        Self::read(config, false)
+    }
+
+    fn read(config: &RunConfig, is_told: bool) -> Result<Self> {
         let demo = match config.model.is_none() || config.data.is_none() {
             true => Some(Demo::unpack()?),
             false => None,
@@ -80,7 +92,7 @@ impl Inputs {
         let load = |source: &PairSource| -> Result<PairDataset> {
             let _memory = LargeBlocks::give_back();
             let dataset = load_cached(source, &encoder, treatment, cache.as_ref(), None)?;
-            for file in &dataset.files {
+            for file in dataset.files.iter().filter(|_| is_told) {
                 file.report.log(&name(file, source.part, demo.as_ref()));
             }
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;

@@ -1,7 +1,7 @@
 //! What each rank of a run did, for the report.
 
 use super::trainer::RankStep;
-use crate::report::RankFacts;
+use crate::report::{RankFacts, RankMetrics};
 
 /// Sums over the steps of this process, by rank; nothing in a run of one.
 #[derive(Debug, Default)]
@@ -32,9 +32,32 @@ impl RankShares {
     }
 }
 
+/// How evenly the ranks worked in a step; `None` where there is one.
+pub fn metrics(ranks: &[RankStep]) -> Option<RankMetrics> {
+    let busiest = |one: &&RankStep, other: &&RankStep| one.busy_seconds.total_cmp(&other.busy_seconds);
+    let share = |rank: &RankStep| {
+        rank.waited_seconds / (rank.busy_seconds + rank.waited_seconds).max(f64::MIN_POSITIVE)
+    };
+    let (slowest, _) = ranks.iter().enumerate().max_by(|(_, one), (_, other)| busiest(one, other))?;
+    Some(RankMetrics {
+        waited: ranks.iter().map(share).sum::<f64>() / ranks.len() as f64,
+        waited_most: ranks.iter().map(share).fold(0.0, f64::max),
+        slowest: slowest as f64,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_slowest_rank_is_the_one_that_the_others_wait_for() {
+        assert_eq!(metrics(&[]), None);
+        let part = |busy_seconds, waited_seconds| RankStep { tokens: 1, busy_seconds, waited_seconds };
+        let found = metrics(&[part(3.0, 1.0), part(4.0, 0.0), part(1.0, 3.0)]).unwrap();
+        assert_eq!((found.waited_most, found.slowest), (0.75, 1.0));
+        assert!((found.waited - 1.0 / 3.0).abs() <= 1e-12, "{found:?}");
+    }
 
     #[test]
     fn steps_are_summed_by_rank() {

@@ -143,6 +143,18 @@ fn weights_parts_policies_and_scores_have_pairs_of_their_own() {
             assert_eq!(kept(&workplace.folder.path().join("cache")).len(), number + 1, "case {number}");
         }
     }
+    // Other columns of the same file.
+    let named = workplace.folder.path().join("named.jsonl");
+    let record = r#"{"prompt": "six", "chosen": "yes", "rejected": "no", "better": "surely"}"#;
+    fs::write(&named, record).expect("written");
+    let renamed = mmpo_fast::config::ColumnNames(vec![("chosen".into(), "better".into())]);
+    let own = PairCache::new(&workplace.folder.path().join("named"));
+    for columns in [Default::default(), renamed] {
+        let source = PairSource { columns, ..PairSource::file(&named) };
+        let without = seen(&source, &encoder, treatment(), None);
+        assert_eq!(seen(&source, &encoder, treatment(), Some(&own)), without);
+    }
+    assert_eq!(kept(&workplace.folder.path().join("named")).len(), 2);
     let texts: Vec<u8> = fs::read(&path).expect("pairs");
     let other = workplace.folder.path().join("elsewhere.jsonl");
     fs::write(&other, &texts).expect("written");
@@ -177,10 +189,48 @@ fn a_damaged_file_is_found_and_made_again() {
     other[length - 24] ^= 1;
     other.extend_from_slice(blake3::hash(&other.clone()).as_bytes());
     damaged.push(other);
+    // One whose first pair claims a token more than the file has: lengths stand 36 bytes from an entry's start, after the ids.
+    let mut claims = whole[..whole.len() - 32].to_vec();
+    let count = claims.len() - 24;
+    let tokens = u64::from_ne_bytes(claims[count..count + 8].try_into().expect("8 bytes")) as usize;
+    claims[16 + 4 * tokens + 36] ^= 1;
+    claims.extend_from_slice(blake3::hash(&claims.clone()).as_bytes());
+    damaged.push(claims);
+    // The whole and sound file of other pairs.
+    let cut = Treatment { limits: LengthLimits { max_length: 40, ..LIMITS }, ..treatment() };
+    seen(&workplace.source, &encoder, cut, Some(&workplace.cache));
+    let files = kept(&workplace.folder.path().join("cache"));
+    let other = files.iter().find(|file| **file != path).expect("the other pairs");
+    damaged.push(fs::read(other).expect("its bytes"));
     for bytes in damaged {
         fs::write(&path, &bytes).expect("damaged");
         assert_eq!(read(), right);
         assert_eq!(fs::read(&path).expect("its bytes"), whole, "it is made again");
+    }
+}
+
+/// Somebody else's file, or one that somebody else could have written, may say anything under a right hash.
+#[cfg(unix)]
+#[test]
+fn a_file_that_others_could_have_written_is_not_believed() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let workplace = workplace();
+    let encoder = encoder("chatml");
+    let read = || seen(&workplace.source, &encoder, treatment(), Some(&workplace.cache));
+    let right = read();
+    let path = kept(&workplace.folder.path().join("cache")).pop().expect("a file");
+    let number = || path.metadata().expect("a file").ino();
+    let before = number();
+    assert_eq!(read(), right);
+    assert_eq!(number(), before, "one's own file is read");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).expect("its mode");
+    assert_eq!(read(), right);
+    assert_ne!(number(), before, "one that everybody may write is made again");
+    // Only root can give a file away.
+    if chown(&path, Some(65534), None).is_ok() {
+        let before = number();
+        assert_eq!(read(), right);
+        assert_ne!(number(), before, "another user's file is made again");
     }
 }
 
@@ -288,7 +338,7 @@ fn above_its_limit_the_cache_removes_what_nobody_uses() {
     let used = load(90, &workplace.cache);
     let in_use = new(&[]);
     drop(load(91, &workplace.cache));
-    let unused = new(&[in_use.clone()]);
+    let unused = new(std::slice::from_ref(&in_use));
     let file = fs::File::options().write(true).open(&in_use).expect("a file");
     file.set_modified(SystemTime::now() - Duration::from_secs(3600)).expect("its time");
     drop(file);

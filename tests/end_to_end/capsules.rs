@@ -42,11 +42,23 @@ fn a_step_that_fails_is_repeated_from_its_capsule() {
     for part in ["the residual stream after the attention of layer 0", "is NaN, in record 1 of the data"] {
         assert!(first(&larger).contains(part), "no {part:?} in {larger}");
     }
+    // A checkpoint of other pairs in the run's folder is not what the step began with.
+    let elsewhere = String::from_utf8(work.read("pairs.jsonl")).unwrap().replace("Paris", "Rome");
+    work.write("elsewhere.jsonl", elsewhere);
+    let short = TRAIN.replace("pairs.jsonl", "elsewhere.jsonl");
+    work.succeed(&format!("{short} --max-steps 1 --output elsewhere"));
+    std::fs::rename(work.path("elsewhere/checkpoints"), work.path("run/checkpoints")).unwrap();
+    let text = work.succeed("train --replay run/capsules/step-000002").stdout;
+    assert!(text.contains("from     the starting model, 1 steps taken again"), "{text}");
+    std::fs::remove_dir_all(work.path("run/checkpoints")).unwrap();
+    // What an older capsule of the step left goes when the step fails again.
+    work.write("run/capsules/step-000002/old", "");
     // Where the run is elsewhere now, its capsules are with it.
     std::fs::rename(work.path("run"), work.path("moved")).unwrap();
     work.succeed("train --replay moved/capsules/step-000002");
     // The same command fails in the same way, and leaves its capsule anew.
     work.refuse(&format!("{} --output moved --resume", diverging()), NUMERICS, &["--replay moved/capsules"]);
+    assert!(!work.path("moved/capsules/step-000002/old").exists());
     // Other pairs would make it another step.
     let pairs = String::from_utf8(work.read("pairs.jsonl")).unwrap();
     work.write("pairs.jsonl", pairs.replace("Paris", "Rome"));
@@ -113,6 +125,11 @@ fn what_is_no_capsule_is_refused() {
         &["cannot be given together with `--replay`"],
     );
     let capsule = String::from_utf8(work.read("run/capsules/step-000002/capsule.json")).unwrap();
+    let mut altered: serde_json::Value = serde_json::from_str(&capsule).unwrap();
+    let token = &mut altered["pairs"][0]["tokens"][1][0];
+    *token = (token.as_u64().unwrap() + 1).into();
+    work.write("run/capsules/step-000002/capsule.json", altered.to_string());
+    work.refuse(replay, CONFIG, &["cannot be repeated: the tokens of the step's pairs changed since"]);
     work.write("run/capsules/step-000002/capsule.json", &capsule[..capsule.len() / 2]);
     work.refuse(replay, CONFIG, &["not a capsule"]);
     work.write("run/capsules/step-000002/capsule.json", capsule.replace("\"format\": 1", "\"format\": 9"));

@@ -101,6 +101,11 @@ fn what_would_end_a_training_run_has_the_exit_code_of_data() {
     assert_eq!(nothing.code, Some(3));
     assert!(nothing.stderr.contains("no record can be read"), "{}", nothing.stderr);
     workplace.refuse("check --model none --data mixed.jsonl", 5, &["none"]);
+    workplace.refuse(
+        "check --model base --data mixed.jsonl --html mixed.jsonl",
+        2,
+        &["does not end in .html"],
+    );
     workplace.refuse("check --model base --data mixed.jsonl --on-empty keep", 2, &["must be drop or error"]);
 }
 

@@ -210,8 +210,12 @@ fn a_file_of_another_trainer_becomes_a_recipe_that_trains() {
     assert_eq!(left_out.stdout, printed.stdout);
     workplace.write("what.yaml", "a: 1\n");
     workplace.refuse("import what.yaml", 2, &["no key tells which program"]);
+    workplace.refuse("import dpo.yaml --output ./dpo.yaml", 2, &["is the file that is imported"]);
+    assert_eq!(String::from_utf8(workplace.read("dpo.yaml")).unwrap(), file);
     workplace.refuse("import none.yaml", 5, &["none.yaml"]);
     workplace.refuse("import base", 5, &["this is a folder, and a file is wanted"]);
+    workplace.write("long.yaml", format!("{file}# {}\n", "x".repeat(256 << 10)));
+    workplace.refuse("import long.yaml", 2, &["long.yaml: ", "bytes are too many for a configuration"]);
     workplace.write("binary.yaml", b"a: \xff");
     workplace.refuse("import binary.yaml", 2, &["binary.yaml: not UTF-8 text, from byte 3 on"]);
     workplace.refuse("import dpo.yaml --devices 0", 2, &["--devices"]);

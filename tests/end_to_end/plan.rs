@@ -89,6 +89,29 @@ fn a_plan_shows_memory_work_time_and_what_takes_less() {
     assert_eq!(account["steps"], 3);
 }
 
+/// Whether the bus hides offloaded states: a slow one is waited for, and the step takes as much longer.
+#[test]
+fn a_plan_tells_what_the_bus_adds() {
+    let workplace = Workplace::new();
+    workplace.bring("bias");
+    let planned = |options: &str| planned(options).replace("--model base", "--model bias");
+    let text = workplace.succeed(&planned("--gpu h200 --offload states --bus-bandwidth 0.001")).stdout;
+    for part in ["offloaded states: ", "of pinned host memory", "the update of", "are waited for"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let step = |options: &str| account(&workplace, &planned(options))["step"].clone();
+    let (plain, slow) = (step("--gpu h200"), step("--gpu h200 --offload states --bus-bandwidth 0.001"));
+    assert!(plain["offload"].is_null(), "{plain}");
+    let [copying, beside, exposed] = ["copy_seconds", "beside_seconds", "exposed_seconds"]
+        .map(|key| slow["offload"][key].as_f64().unwrap_or_else(|| panic!("{key}: {slow}")));
+    let bytes = slow["offload"]["host_bytes"].as_f64().unwrap();
+    assert!((copying - bytes / (0.8 * 1e6)).abs() <= 1e-9 * copying, "{slow}");
+    assert!((exposed - (copying - beside)).abs() <= 1e-9 * copying && exposed > 0.0, "{slow}");
+    let [before, after] = [&plain, &slow].map(|step| step["seconds"].as_f64().unwrap());
+    assert!((after - before - exposed).abs() <= 1e-9 * after, "{plain} {slow}");
+    workplace.refuse(&planned("--gpu h200 --bus-bandwidth 0"), 2, &["--bus-bandwidth", "greater than 0"]);
+}
+
 #[test]
 fn a_plan_without_pairs_bounds_every_plan_with_them() {
     let workplace = Workplace::new();

@@ -147,6 +147,27 @@ fn the_changes_of_tokens_add_up_to_the_margin_of_their_pair() {
     assert!(colored.contains("\u{1b}[38;5;") && colored.matches("\nrecord ").count() == 1, "{colored}");
 }
 
+/// A response that is cut within a character ends in bytes that no token completes. They count all the same.
+#[test]
+fn the_bytes_of_a_character_that_is_cut_count() {
+    let work = Workplace::new();
+    work.bring("tied");
+    let crabs = "\u{1f980}".repeat(3);
+    work.write(
+        "crabs.jsonl",
+        format!("{{\"prompt\": \"one\", \"chosen\": \" {crabs}\", \"rejected\": \" no\"}}\n"),
+    );
+    for length in [8, 9, 10] {
+        work.succeed(&format!(
+            "score --model base --reference tied --data crabs.jsonl --max-length {length} --max-prompt-length 2 --beta 1 \
+             --device cpu --output s.jsonl --explain --html tokens.html"
+        ));
+        let page = String::from_utf8(work.read("tokens.html")).unwrap();
+        assert!(page.contains('\u{fffd}'), "no character is cut: {page}");
+        assert_close(explained(&page)[0].1, number(&work.lines("s.jsonl")[0]["margin"]), 1e-3, "margin");
+    }
+}
+
 #[test]
 fn the_reference_of_an_adapter_is_its_model() {
     let work = Workplace::new();
@@ -170,6 +191,10 @@ fn explaining_needs_a_reference_and_a_place() {
     work.refuse(&format!("{score} --explain"), 2, &["`--explain` needs a reference", "--adapter DIR"]);
     let both = format!("{score} --reference base --explain --output -");
     work.refuse(&both, 2, &["would both write to standard output", "--html FILE"]);
+    let pairs = work.read("pairs.jsonl");
+    let over = format!("{score} --explain --reference base --html pairs.jsonl");
+    work.refuse(&over, 2, &["`--html` = pairs.jsonl does not end in .html"]);
+    assert_eq!(work.read("pairs.jsonl"), pairs);
     work.refuse(&format!("{score} --reference base --explain --show 0"), 2, &["must be from 1 to 1000"]);
     let finished = work.run(&format!("{score} --output s.jsonl --html page.html"));
     assert!(finished.code == Some(2) && finished.stderr.contains("--explain"), "{}", finished.stderr);

@@ -117,6 +117,11 @@ def check_good_calls(run, results):
         code, printed = call(run, results, name, limit=1800)
         assert code == 0, printed
         wants(printed, "no failures", *(f"{part}: " for part in run.CALLS[name][1]))
+    # The programs compute on one emulated GPU each, and find the library that stands in for NCCL.
+    code, printed = call(run, results, "scaling", limit=1800)
+    assert code == 0, printed
+    rows = (results / "scaling.csv").read_text().splitlines()
+    assert [row.split(",")[:3] for row in rows[1:]] == [["strong", "states", "1"], ["strong", "states", "2"], ["weak", "states", "2"]], rows
     readme = (results / "README.md").read_text()
     wants(readme, "card: Pretended GPU; 4 multiprocessors", "2 of 2 tests pass", "twice the same bits")
     wants(readme, "| attention_forward | tiny tiny x2 | sdpa cudnn |", "| attention_backward | tiny tiny x2 | flex |", "## Counters")
@@ -281,7 +286,12 @@ def main():
         make_bundle(bundle, HERE / "programs")
         library = folder / "libcuda.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-o", library, ROOT / "tests/fake_driver/libcuda.c"], check=True)
+        nccl = folder / "nccl"
+        nccl.mkdir()
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-o", nccl / "libnccl.so.2"]
+        subprocess.run(["c++", *flags, ROOT / "tests/nccl/library.cpp", "-lpthread"], check=True)
         os.environ |= {
+            "MMPO_FAST_DRY_NCCL": str(nccl),
             "MMPO_FAST_DRY_RUN": "1",
             "MMPO_FAST_DRY_PROGRAM": program,
             "MMPO_FAST_DRY_KERNELS": kernels,

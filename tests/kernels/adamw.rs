@@ -207,7 +207,7 @@ device_tests! {
                             let gradient = if is_bf16(tensor) { Gradient::Bf16(sum) } else { Gradient::F32(wide) };
                             let mut update = state.update_from(weight, gradient);
                             // The last one is updated in part: its state begins with the part.
-                            update.part = (tensor + 1 == lengths.len()).then_some(2 * BLOCK..lengths[tensor] - 100);
+                            update.part = (tensor + 1 == lengths.len()).then(|| 2 * BLOCK..lengths[tensor] - 100);
                             update
                         })
                         .collect();

@@ -30,9 +30,8 @@ fn shape<D: Device>((heads, kv_heads, head_size): (usize, usize, usize)) -> Atte
     AttentionShape { heads, kv_heads, head_size: if is_cpu::<D>() { head_size } else { head_size.max(64) } }
 }
 
-/// Weights and their gradients are rounded to bf16 between the two products of a kernel: twice the error of storage alone.
-/// The CPU computes those in f32, but its heads may be narrower than a kernel's, and its backward reads a rounded output: two
-/// roundings.
+/// Weights and their gradients are rounded to bf16 between the two products, and the backward reads a rounded output: twice the
+/// error of storage alone.
 fn attention_bounds<D: Device>(bounds: Tolerance) -> Tolerance {
     let factor = if is_f32::<D>() { 1.0 } else { 2.0 };
     Tolerance { relative: factor * bounds.relative, absolute: factor * bounds.absolute }

@@ -1,12 +1,16 @@
 //! Every collective, for every type, on ragged ranges, alone and in a group, against sums made here.
 
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use half::bf16;
+use mmpo_fast::device::cuda::{self, libraries};
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Element, Queue, Summand};
+use serde_json::{Value, json};
 
-use crate::ranks::{self, DEVICES, Rank};
+use crate::ranks::{self, DEVICES, On, Rank};
+use crate::support::nccl;
 
 #[test]
 fn every_collective_gives_every_rank_its_values() {
@@ -16,6 +20,33 @@ fn every_collective_gives_every_rank_its_values() {
         }
     }
 }
+
+#[test]
+fn no_collective_reads_or_writes_where_the_checked_device_forbids_it() {
+    if DEVICES.contains(&On::Emulated) {
+        ranks::succeed("every_collective", On::Checked, 2, &[]);
+    }
+}
+
+/// On NVIDIA's NCCL, whose sums have an order of their own: on integers, which no order rounds.
+#[test]
+fn every_collective_on_gpus() {
+    let gpus = cuda::check_kernels().and_then(|()| cuda::gpus()).map_or(0, |gpus| gpus.len());
+    let why = match (gpus, libraries::nccl_version()) {
+        (0, _) => "no GPU",
+        (_, None) => "no NCCL",
+        (gpus, Some(_)) => {
+            (1..=gpus.min(4))
+                .for_each(|ranks| ranks::succeed("every_collective", On::Gpu, ranks, &[(EXACT, "1")]));
+            return;
+        }
+    };
+    assert!(gpus > 0 || std::env::var_os("MMPO_FAST_REQUIRE_GPU").is_none(), "{why}");
+    eprintln!("{why}: collectives of GPUs are not tested");
+}
+
+/// Whether values are small integers.
+const EXACT: &str = "TEST_EXACT";
 
 /// A number with the sum that the ranks make: rounded at each addition.
 pub trait Number: Summand + PartialEq {
@@ -44,6 +75,10 @@ impl Number for bf16 {
 /// Any value of a rank, such that sums in another order round differently.
 fn value<T: Number>(rank: usize, index: usize) -> T {
     let place = (index * 7919 + rank * 104_729) % 10_007;
+    static IS_EXACT: LazyLock<bool> = LazyLock::new(|| std::env::var_os(EXACT).is_some());
+    if *IS_EXACT {
+        return T::of((place % 17) as f32 - 8.0);
+    }
     T::of((place as f32 - 5000.0) * 0.001_37 * (1 + rank) as f32)
 }
 
@@ -214,4 +249,43 @@ fn in_a_group<D: Device>(worker: &mut Worker<D>, rank: &Rank) {
     // Nothing is queued where the work of a group fails.
     let failed = device.grouped(&worker.group, &mut || Err(mmpo_fast::error::Error::bug("planted")));
     assert!(failed.is_err());
+}
+
+#[test]
+fn calls_and_bytes_of_each_kind_are_counted() {
+    for &on in DEVICES {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("counts");
+        ranks::succeed("counted", on, 2, &[(nccl::COUNTS, path.to_str().unwrap())]);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.sort_by_key(|line| line["rank"].as_u64());
+        let line = |rank: usize| {
+            json!({
+                "rank": rank,
+                "ranks": 2,
+                "all_reduce": {"calls": 2, "bytes": 400 + 14},
+                "reduce_scatter": {"calls": 1, "bytes": 400},
+                "all_gather": {"calls": 1, "bytes": 200},
+                "reduce": {"calls": 1, "bytes": 12},
+                "broadcast": {"calls": 1, "bytes": 0},
+            })
+        };
+        assert_eq!(lines, [line(0), line(1)]);
+    }
+}
+
+/// One collective of each kind, and two sums.
+pub fn counted<D: Device>(device: &D, rank: &Rank) {
+    let mut worker = Worker::join(device, rank);
+    let mut floats = device.alloc::<f32>(100).unwrap();
+    let mut halves = device.alloc::<bf16>(100).unwrap();
+    worker.order(Queue::Compute, Queue::Collectives);
+    device.all_reduce(&worker.group, &mut floats, 0..100).unwrap();
+    device.all_reduce(&worker.group, &mut halves, 0..7).unwrap();
+    device.reduce_scatter(&worker.group, &mut floats, 0..100).unwrap();
+    device.all_gather(&worker.group, &mut halves, 0..100).unwrap();
+    device.reduce(&worker.group, &mut floats, 5..8, 1).unwrap();
+    device.broadcast(&worker.group, &mut floats, 3..3, 0).unwrap();
+    worker.order(Queue::Collectives, Queue::Compute);
 }

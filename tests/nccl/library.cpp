@@ -13,12 +13,13 @@
 // addition.
 //
 // The environment:
-//   FAKE_NCCL_COUNTS=FILE    appends, at the end of each communicator, a line of JSON: calls and bytes of each kind of
-//   collective.
-//                            Bytes are those of the whole range: of all pieces where it is cut among the ranks.
-//   FAKE_NCCL_FAIL=RANK:N    the N-th collective of that rank (from 1) fails in the background.
-//   FAKE_NCCL_DEAF=1         no one notices that a rank died or aborted, as over NVLink: whoever waits for it hangs
-//   until it aborts.
+// - FAKE_NCCL_COUNTS=FILE: at the end of each communicator a line of JSON is appended, with calls and bytes of each
+// kind
+//   of collective. Bytes are those of the whole range: of all pieces where it is cut among the ranks.
+// - FAKE_NCCL_FAIL=RANK:N: the N-th collective of that rank, from 1, fails in the background.
+// - FAKE_NCCL_DEAF=1: no rank notices that another one died or aborted, as over NVLink. Whoever waits for it hangs
+// until
+//   it aborts itself.
 
 #include <errno.h>
 #include <stdio.h>
@@ -35,14 +36,12 @@ using ncclComm = Comm;
 
 namespace {
 
-// Does one collective, in the turn of its stream. What goes wrong is found in ncclCommGetAsyncError.
-void execute(Comm& comm, const Operation& op, bool races) {
-    Result result;
-    {
-        std::lock_guard<std::mutex> lock(comm.mutex);
-        comm.running += 1;
-        result = comm.failure;
-    }
+// Does one collective, in the turn of its stream. What goes wrong is found in ncclCommGetAsyncError. The lock of the
+// communicator's mutex is held when this begins and when it ends.
+void execute(Comm& comm, const Operation& op, bool races, std::unique_lock<std::mutex>& lock) {
+    comm.running += 1;
+    Result result = comm.failure;
+    lock.unlock();
     if (result == kSuccess) {
         try {
             exchange(comm, op, races);
@@ -50,7 +49,7 @@ void execute(Comm& comm, const Operation& op, bool races) {
             result = say(failure.result, failure.text);
         }
     }
-    std::lock_guard<std::mutex> lock(comm.mutex);
+    lock.lock();
     if (comm.failure == kSuccess) comm.failure = result;
     comm.running -= 1;
     comm.outstanding -= 1;
@@ -115,7 +114,8 @@ struct Queued {
 
 void run_queued(void* argument, int races) {
     std::unique_ptr<Queued> queued(static_cast<Queued*>(argument));
-    execute(*queued->comm, queued->operation, races != 0);
+    std::unique_lock<std::mutex> lock(queued->comm->mutex);
+    execute(*queued->comm, queued->operation, races != 0, lock);
 }
 
 void work(Comm* comm) {
@@ -125,9 +125,7 @@ void work(Comm* comm) {
         if (comm->work.empty()) return;
         Operation operation = comm->work.front();
         comm->work.pop_front();
-        lock.unlock();
-        execute(*comm, operation, false);
-        lock.lock();
+        execute(*comm, operation, false, lock);
     }
 }
 
@@ -172,9 +170,7 @@ Result start(const Call& call) {
         return kSuccess;
     }
     if (comm.blocking) {
-        lock.unlock();
-        execute(comm, call.operation, false);
-        lock.lock();
+        execute(comm, call.operation, false, lock);
         return comm.failure;
     }
     comm.work.push_back(call.operation);
@@ -303,9 +299,11 @@ Result enter(Comm& comm, const char* id) {
 // Takes note of ranks that came, died or aborted. The caller holds the communicator's mutex.
 void look_around(Comm& comm) {
     bool all = true;
+    // A collective under way looks itself, and knows better: a rank that disagrees aborts when it has found out.
+    bool idle = comm.running == 0 && comm.work.empty();
     for (int rank = 0; rank < comm.ranks && comm.failure == kSuccess; ++rank) {
         all = all && comm.shared->slots[rank].state != kAbsent;
-        std::string why = gone(comm, rank, false);
+        std::string why = idle ? gone(comm, rank, false) : "";
         if (!why.empty()) comm.failure = say(kRemoteError, why);
     }
     if (!all || comm.joined) return;
@@ -466,13 +464,6 @@ int ncclCommAbort(ncclComm* handle) {
     stop_worker(*comm);
     comm->shared->slots[comm->rank].state = kAborted;
     write_counts(*comm);
-    return kSuccess;
-}
-
-int ncclCommCount(ncclComm* handle, int* ranks) {
-    std::shared_ptr<Comm> comm = find(handle);
-    if (comm == nullptr) return no_communicator();
-    *ranks = comm->ranks;
     return kSuccess;
 }
 

@@ -6,14 +6,16 @@ mod collectives;
 mod faults;
 mod interface;
 mod loading;
+mod planned;
 mod ranks;
 #[path = "../support/mod.rs"]
 mod support;
 mod waits;
 
 use mmpo_fast::device::cpu::CpuDevice;
+use mmpo_fast::device::cuda::CudaDevice;
 #[cfg(mmpo_emulated)]
-use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
+use mmpo_fast::device::cuda::EmulatorVariant;
 use mmpo_fast::device::prelude::*;
 
 use ranks::{On, Rank};
@@ -27,14 +29,18 @@ fn rank_of_a_group() {
         On::CpuBf16 => run(&scenario, &CpuDevice::<half::bf16>::open(Some(1)).unwrap(), &rank),
         #[cfg(mmpo_emulated)]
         On::Emulated => run(&scenario, &CudaDevice::emulated(EmulatorVariant::Plain), &rank),
+        #[cfg(mmpo_emulated)]
+        On::Checked => run(&scenario, &CudaDevice::emulated(EmulatorVariant::Checked), &rank),
+        On::Gpu => run(&scenario, &CudaDevice::open(rank.place.rank).unwrap(), &rank),
         #[cfg(not(mmpo_emulated))]
-        On::Emulated => unreachable!("tests of the emulated device are left out with it"),
+        On::Emulated | On::Checked => unreachable!("tests of the emulated device are left out with it"),
     }
 }
 
 fn run<D: Device>(scenario: &str, device: &D, rank: &Rank) {
     match scenario {
         "every_collective" => collectives::every_collective(device, rank),
+        "counted" => collectives::counted(device, rank),
         "missing_wait" => waits::step(device, rank),
         "disagreement" => faults::disagreement(device, rank),
         "aborted" => faults::aborted(device, rank),

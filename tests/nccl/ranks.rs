@@ -20,6 +20,10 @@ pub enum On {
     Cpu,
     CpuBf16,
     Emulated,
+    /// The emulated device that watches every access.
+    Checked,
+    /// A GPU for each rank, and NVIDIA's own NCCL.
+    Gpu,
 }
 
 /// The devices that this build has.
@@ -40,7 +44,10 @@ pub fn this_process() -> Option<(String, On, Rank)> {
     let words = std::env::var(SCENARIO).ok()?;
     let words: Vec<&str> = words.split_whitespace().collect();
     let [scenario, on, rank, ranks, folder] = words[..] else { panic!("{words:?}") };
-    let on = *[On::Cpu, On::CpuBf16, On::Emulated].iter().find(|one| format!("{one:?}") == on).unwrap();
+    let on = *[On::Cpu, On::CpuBf16, On::Emulated, On::Checked, On::Gpu]
+        .iter()
+        .find(|one| format!("{one:?}") == on)
+        .unwrap();
     let place = GroupPlace { rank: rank.parse().unwrap(), ranks: ranks.parse().unwrap() };
     Some((scenario.to_owned(), on, Rank { place, folder: PathBuf::from(folder), groups: Cell::new(0) }))
 }
@@ -100,7 +107,8 @@ pub struct Ended {
 /// Starts the ranks of a scenario.
 pub fn start(scenario: &str, on: On, ranks: usize, environment: &[(&str, &str)]) -> Started {
     let folder = tempfile::tempdir().unwrap();
-    let library = environment.iter().all(|(name, _)| *name != "LD_LIBRARY_PATH").then(nccl::folder);
+    let own = on == On::Gpu || environment.iter().any(|(name, _)| *name == "LD_LIBRARY_PATH");
+    let library = (!own).then(nccl::folder);
     let start_one = |rank: usize| {
         let output = File::create(folder.path().join(format!("output-{rank}"))).unwrap();
         let words = format!("{scenario} {on:?} {rank} {ranks} {}", folder.path().display());

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::harness::{Finished, TRAIN, Workplace};
 use crate::processes::{LONG, Run, SOON, command, is_there, send, succeed};
+use crate::support::nccl;
 
 /// The message names the rank and where it was.
 #[track_caller]
@@ -19,14 +20,17 @@ fn assert_names(finished: &Finished, rank: usize, what: &str) {
 #[test]
 fn a_rank_that_is_killed_ends_the_run_which_goes_on_from_its_last_checkpoint() {
     let work = Workplace::new();
-    let run = format!("{TRAIN} --max-steps 60 --save-steps 7 --shard states --gpus 3");
+    let run = format!("{TRAIN} --max-steps 40 --save-steps 7 --shard states --gpus 3");
     succeed(&work, &format!("{run} --output whole"));
     let moment = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
     let ranks = [0, 1 + moment as usize % 2];
     println!("killed ranks: {ranks:?}");
     for (kill, rank) in ranks.into_iter().enumerate() {
         let resumed = format!("{run} --output cut --resume");
-        let mut running = Run::start(&work, command(&work, &resumed), "cut");
+        let mut resumed = command(&work, &resumed);
+        // Over a network the collectives notice a death themselves; over NVLink only the control line does.
+        resumed.env(nccl::DEAF, kill.to_string());
+        let mut running = Run::start(&work, resumed, "cut");
         running.wait_for_lines(9 + 12 * kill + moment as usize % 5);
         send("-KILL", running.rank(rank));
         let finished = running.finish(SOON);
@@ -49,7 +53,7 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
     for rank in [0, 1] {
         let work = Workplace::new();
         let mut stopped = command(&work, &format!("{TRAIN} {LONG} --gpus 2 --output run"));
-        stopped.env("MMPO_FAST_HANG_SECONDS", "8");
+        stopped.env("MMPO_FAST_HANG_SECONDS", "15");
         let mut running = Run::start(&work, stopped, "run");
         running.wait_for_lines(5);
         send("-STOP", running.rank(rank));
@@ -64,7 +68,7 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
 fn a_collective_that_fails_on_one_rank_ends_all() {
     let work = Workplace::new();
     let mut broken = command(&work, &format!("{TRAIN} {LONG} --gpus 3 --output run"));
-    broken.env("FAKE_NCCL_FAIL", "2:40");
+    broken.env(nccl::FAIL, "2:40");
     let finished = Run::start(&work, broken, "run").finish(SOON);
     assert!(matches!(finished.code, Some(6 | 9)), "{:?}: {}", finished.code, finished.stderr);
     assert!(finished.stderr.contains("rank 2"), "{}", finished.stderr);

@@ -2,9 +2,10 @@
 
     python check_adapters.py PROGRAM
 
-On three golden models (untied; tied; with biases and shards):
+On three golden models (untied; tied; with biases and shards), with adapters of one form and with rank_pattern and alpha_pattern:
 - an adapter that `mmpo-fast train` made is loaded by PEFT, which must come to the log-probs of `mmpo-fast score --adapter`;
 - an adapter that PEFT made, of several forms, is scored by `mmpo-fast`, which must come to PEFT's log-probs;
+- that adapter after a step is loaded by PEFT again, with the log-probs of `mmpo-fast`;
 - one step of DPO from that adapter, in which the reference is the model with its adapter off, must give the matrices that
   PyTorch's autograd and AdamW give;
 - `mmpo-fast merge` must write what `merge_and_unload` leaves, but for the rounding to bf16.
@@ -33,14 +34,22 @@ LENGTHS = ["--max-length", 160, "--max-prompt-length", 64]
 BETA, RATE, EPSILON = 0.1, 0.05, 1e-2
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Per golden model: what our `train` is told, and the form of PEFT's adapter.
-CASES = {
-    "base": (["--lora", "all", "--lora-rank", 8], dict(r=4, lora_alpha=8, target_modules=ALL)),
-    "tied": (["--lora", "q,v,down", "--lora-rank", 3, "--lora-alpha", 5, "--lora-rslora", "--lora-dropout", 0.1],
+# A golden model, what our `train` is told, and the form of PEFT's adapter.
+CASES = [
+    ("base", ["--lora", "all", "--lora-rank", 8], dict(r=4, lora_alpha=8, target_modules=ALL)),
+    ("tied", ["--lora", "q,v,down", "--lora-rank", 3, "--lora-alpha", 5, "--lora-rslora", "--lora-dropout", 0.1],
              dict(r=6, lora_alpha=3, target_modules=["k_proj", "o_proj", "up_proj"], use_rslora=True)),
-    "bias": (["--lora", "all", "--lora-rank", 16, "--lora-dropout", 0.05],
+    ("bias", ["--lora", "all", "--lora-rank", 16, "--lora-dropout", 0.05],
              dict(r=8, lora_alpha=16, target_modules="all-linear")),
-}
+    # Ranks and scales by patterns: a suffix, an expression, the first of several that match, and one that matches nothing.
+    ("base", ["--lora", "q,up"],
+             dict(r=4, lora_alpha=8, target_modules=ALL,
+                  rank_pattern={"q_proj": 2, r"layers\.1\..*(down|up)_proj": 7, "self_attn.q_proj": 9, "proj": 5},
+                  alpha_pattern={r"^model\.layers\.0\.mlp.*": 3, "v_proj": 12, "(?!o)._proj": 6.5})),
+    ("bias", ["--lora", "k,down"],
+             dict(r=6, lora_alpha=3, target_modules=["k_proj", "v_proj", "down_proj"], use_rslora=True,
+                  rank_pattern={"model.layers.0.self_attn.k_proj": 1}, alpha_pattern={"down_proj": 4})),
+]
 
 
 def run(program, *words):
@@ -154,9 +163,13 @@ def check(program, name, options, form, work):
     model = PeftModel.from_pretrained(base_model(folder), theirs, is_trainable=True).eval()
     _, second = compare_scores(f"{name}, PEFT's", program, folder, theirs, model, pairs, work)
     step = compare_step(f"{name}, PEFT's", program, folder, theirs, model, [pairs[record] for record in records], work)
+    # What our step made of it, back in PEFT.
+    continued = work / "run" / "adapter"
+    model = PeftModel.from_pretrained(base_model(folder), continued).eval()
+    _, third = compare_scores(f"{name}, PEFT's after a step here", program, folder, continued, model, pairs, work)
     model = PeftModel.from_pretrained(base_model(folder), theirs).eval()
     compare_merged(f"{name}, PEFT's", program, folder, theirs, model, work)
-    return max(first, second), step
+    return max(first, second, third), step
 
 
 def main():
@@ -164,11 +177,11 @@ def main():
     parser.add_argument("program", type=lambda path: str(Path(path).resolve()))
     program = parser.parse_args().program
     scores, steps = 0.0, 0.0
-    for name, (options, form) in CASES.items():
+    for name, options, form in CASES:
         with tempfile.TemporaryDirectory() as work:
             score, step = check(program, name, options, form, Path(work))
         scores, steps = max(scores, score), max(steps, step)
-    print(f"adapters of {len(CASES)} models agree with PEFT's both ways: log-probs within {scores:.1e}, a step within {steps:.1e} "
+    print(f"{len(CASES)} forms of adapters agree with PEFT's both ways: log-probs within {scores:.1e}, a step within {steps:.1e} "
           "of its changes, merged weights within a rounding")
 
 

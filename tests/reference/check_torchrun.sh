@@ -20,11 +20,11 @@ torchrun() {
     --master-addr 127.0.0.1 --master-port "$port" "$@"
 }
 
-"$program" --quiet train "${options[@]}" --max-steps 200 --output "$work/one" >"$work/one.log"
-torchrun --no-python "$program" train "${options[@]}" --max-steps 200 --output "$work/two" >"$work/two.log" 2>&1 ||
+"$program" --quiet train "${options[@]}" --max-steps 100 --output "$work/one" >"$work/one.log"
+torchrun --no-python "$program" train "${options[@]}" --max-steps 100 --output "$work/two" >"$work/two.log" 2>&1 ||
   { cat "$work/two.log" && exit 1; }
 
-torchrun --max-restarts 2 --no-python "$program" train "${options[@]}" --max-steps 200 --resume --output "$work/cut" \
+torchrun --max-restarts 2 --no-python "$program" train "${options[@]}" --max-steps 100 --resume --output "$work/cut" \
   >"$work/cut.log" 2>&1 &
 launcher=$!
 for _ in $(seq 600); do
@@ -48,8 +48,8 @@ series = {}
 for run in ["one", "two", "cut"]:
     with open(f"{sys.argv[1]}/{run}/metrics.jsonl") as lines:
         series[run] = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-assert len(series["one"]) == 200 and series["two"] == series["cut"], series
+assert len(series["one"]) == 100 and series["two"] == series["cut"], series
 distance = max(abs(one - two) / max(1.0, abs(one)) for one, two in zip(series["one"], series["two"]))
 assert distance <= 1e-3, f"losses of one process and of two ranks differ by {distance}"
-print(f"torchrun: 200 steps on two ranks, losses within {distance:.1e} of one process; a killed rank cost nothing")
+print(f"torchrun: 100 steps on two ranks, losses within {distance:.1e} of one process; a killed rank cost nothing")
 PYTHON

@@ -170,8 +170,7 @@ fn planned_bytes<D: Device>(
     }
     drop(Scorer::new(&model, &golden.pairs, 700).unwrap());
     let join = || planned.join_group(&planned.new_group().unwrap(), place).unwrap();
-    let group =
-        (place.ranks > 1).then(|| RankGroup { device: Arc::clone(&planned), communicator: join() });
+    let group = (place.ranks > 1).then(|| RankGroup { device: Arc::clone(&planned), communicator: join() });
     let _trainer = Trainer::with_group(model, case.objective(), workload, group).unwrap();
     planned.memory().now
 }

@@ -8,8 +8,8 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
 use mmpo_fast::model::{
-    AdaptedModule, AdaptedModules, FusedTensor, Llama, LlamaConfig, LlamaTensors, LoraSettings, PEFT_PREFIX,
-    Recompute, TensorSpec, initial_values,
+    AdaptedModule, AdaptedModules, FusedTensor, Llama, LlamaConfig, LlamaTensors, LoraSettings, ModuleForm,
+    ModuleForms, PEFT_PREFIX, Recompute, TensorSpec, initial_values,
 };
 use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::AdamWStep;
@@ -338,6 +338,69 @@ fn dropout_is_a_function_of_seed_and_step_and_off_in_evaluation() {
     assert_eq!(losses(0.3, 1, 1)[1], first, "the same seed and step");
     assert_ne!(losses(0.3, 1, 2)[1], first, "another step");
     assert_ne!(losses(0.3, 2, 1)[1], first, "another seed");
+}
+
+/// Ranks and scales that differ between modules: the model computes what one with equal scales and accordingly larger `B` does,
+/// and the zeros beyond a module's own rank stay zeros in training.
+#[test]
+fn modules_may_have_ranks_and_scales_of_their_own() {
+    let (golden, device, settings) = (golden("bias"), cpu(), settings(&AdaptedModule::ALL));
+    let form = |name: &str| -> Result<ModuleForm, ()> {
+        let rank = if name.ends_with("layers.1.self_attn.q_proj") { 2 } else { 4 };
+        Ok(ModuleForm { rank, alpha: if name.contains("layers.0.mlp") { 12.0 } else { 6.0 } })
+    };
+    let layers = golden.load(&device).config.layers;
+    let forms = ModuleForms::of(layers, form).expect("forms");
+    let values = |tensor: &TensorSpec| forms.widen(tensor, trained_values(&forms.in_files(tensor)));
+    let factor = |name: &str| -> f32 {
+        let is_larger = name.contains("layers.1.self_attn.q_proj") || name.contains("layers.0.mlp");
+        if is_larger && name.ends_with("lora_B.weight") { 2.0 } else { 1.0 }
+    };
+    let mut model = golden.load(&device);
+    model.adapt_with(settings, Some(forms.clone()), |tensor| Ok(values(tensor))).expect("adapters");
+    let mut twin = golden.load(&device);
+    let larger = |tensor: &TensorSpec| -> Vec<f32> {
+        values(tensor).into_iter().map(|value| factor(&tensor.name) * value).collect()
+    };
+    twin.adapt(settings, |tensor| Ok(larger(tensor))).expect("adapters");
+    let log_probs = |model: &Llama<CpuDevice>| -> Vec<f32> {
+        let scores = golden::score(model, &golden.pairs);
+        scores
+            .iter()
+            .map(PairScore::reference)
+            .flat_map(|pair| [pair.logp_chosen, pair.logp_rejected])
+            .collect()
+    };
+    let (ours, wanted) = (log_probs(&model), log_probs(&twin));
+    let plain = log_probs(&adapted(&golden, &device, settings));
+    for ((ours, wanted), plain) in ours.iter().zip(&wanted).zip(plain) {
+        assert!((ours - wanted).abs() <= 1e-5 * wanted.abs(), "{ours}, wanted {wanted}");
+        assert!((ours - plain).abs() > 1e-4 * plain.abs(), "{ours}, and {plain} with one form");
+    }
+
+    let references = golden::score(&golden.load(&device), &golden.pairs);
+    let pairs: Vec<TrainingPair> = golden
+        .pairs
+        .iter()
+        .zip(&references)
+        .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
+        .collect();
+    let workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
+    let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
+    for step in 1..=3 {
+        trainer.step(&pairs, AdamWStep { step, ..STEP }, Some(1.0)).expect("step");
+    }
+    let mut padding = 0;
+    for (fused, weight) in trainer.model.layout.iter().zip(weights(&trainer)) {
+        for (offset, tensor) in fused.offsets().filter(|(_, tensor)| tensor.name.starts_with(PEFT_PREFIX)) {
+            let now = &weight[offset..][..tensor.values()];
+            for (now, before) in now.iter().zip(values(tensor)) {
+                assert_eq!(*now == 0.0, before == 0.0, "{}: {now}, before {before}", tensor.name);
+                padding += usize::from(before == 0.0);
+            }
+        }
+    }
+    assert!(padding > 0, "there is something beyond a rank");
 }
 
 /// Names, shapes and order are PEFT's: one `A` and one `B` for each module of each layer.

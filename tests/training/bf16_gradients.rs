@@ -89,7 +89,7 @@ fn gradients<D: Device>(
         let memory = device.memory();
         let norm = trainer.accumulate_gradients(pairs, Some(1.0)).expect("gradients").gradient_norm;
         assert_eq!(device.memory(), memory, "a step takes no memory");
-        let read = |gradient| match gradient {
+        let read = |gradient: Gradient<'_, D>| match gradient {
             Gradient::F32(values) => (download::<D, f32>(&device, values), false),
             Gradient::Bf16(values) => (download::<D, bf16>(&device, values), true),
         };

@@ -23,6 +23,8 @@ CALLS = {
     "first": (200, {"machine": 4, "layouts": 22, "kernels": 90, "goldens": 24, "train": 48}),
     "second": (200, {"attention": 70, "head": 45, "products": 35, "step": 45}),
     "third": (150, {"sanitize": 40, "profile": 22, "memory": 20, "shapes": 34, "steps": 28, "load": 8}),
+    # For a machine with several GPUs.
+    "scaling": (300, {"scaling": 300}),
 }
 # What is kept for unpacking, the last summary and packing.
 RESERVE = 5
@@ -385,7 +387,16 @@ def load(run, clock, log):
     must(run.program("bench load", command, log, clock.left()))
 
 
-ALL = (machine, layouts, kernels, goldens, train, attention, head, products, step, sanitize, profile, memory, shapes, steps, load)
+def scaling(run, clock, log):
+    """Training steps on 1, 2, 4 .. GPUs of this machine, for each way to shard: the batch of one GPU, and one that grows with them."""
+    finish_model(run, clock)
+    command = [sys.executable, BUNDLE / "scaling.py", "--program", run.bin / "mmpo-fast", "--csv", run.results / "scaling.csv"]
+    command += ["--model", run.scratch / "model", "--data", BUNDLE / "pairs.jsonl"]
+    command += ["--ranks", "1", "2", "--shard", "states", "--pairs", "2", "--steps", "3"] if TINY else []
+    must(run.program("scaling", command, log, clock.left()))
+
+
+ALL = (machine, layouts, kernels, goldens, train, attention, head, products, step, sanitize, profile, memory, shapes, steps, load, scaling)
 PARTS = {part.__name__: part for part in ALL}
 
 

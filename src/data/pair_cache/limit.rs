@@ -100,7 +100,7 @@ fn list(folder: &Path) -> Vec<Kept> {
     let entry = |entry: std::fs::DirEntry| {
         let (path, metadata) = (entry.path(), entry.metadata().ok()?);
         let used = metadata.modified().ok()?;
-        (is_ours(&path) && metadata.is_file()).then(|| Kept { path, bytes: metadata.len(), used })
+        (is_ours(&path) && metadata.is_file()).then_some(Kept { path, bytes: metadata.len(), used })
     };
     entries.flatten().filter_map(entry).collect()
 }

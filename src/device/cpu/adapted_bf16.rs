@@ -13,7 +13,7 @@ use super::storage::round;
 use super::{CpuBuffer, CpuDevice, simd};
 use crate::device::{AdaptedBackwardInput, LinearShape, LowRankShape};
 
-/// What adapters add to a layer's output: the modules, and the operands that all of them share parts of.
+/// What adapters add to a layer's output: the modules that have one, and operands that hold those of all modules.
 #[derive(Clone, Copy)]
 pub(super) struct Adapters<'a> {
     pub inner: &'a [bf16],

@@ -408,6 +408,27 @@ mod tests {
         let what = format!("{m} x {n} over {depths:?}, {layout:?}, {device:?}");
         assert!(serial == wanted, "serial {what}");
         assert!(*parallel.lock().unwrap() == wanted, "parallel {what}");
+        if let [term] = &terms[..]
+            && term.k > 0
+        {
+            check_tile(device, (m, n), *term, &wanted);
+        }
+    }
+
+    /// The same product as one tile, added to ones, in rows that are further apart than they are long.
+    fn check_tile(device: &CpuDevice<bf16>, (m, n): (usize, usize), term: Term<'_>, wanted: &[f32]) {
+        let stride = n + 3;
+        let mut memory = vec![f32::NAN; tile_memory(device, (m, term.k, n))];
+        let mut out = vec![1.0; m * stride];
+        tile_product(device, (&mut out, stride), true, (m, n), term, &mut memory);
+        for (row, out) in out.chunks(stride).enumerate() {
+            let (sums, rest) = out.split_at(n);
+            assert!(
+                sums.iter().zip(&wanted[row * n..]).all(|(sum, wanted)| *sum == wanted + 1.0),
+                "row {row}"
+            );
+            assert!(rest.iter().all(|value| *value == 1.0), "row {row} of {m} x {n} is overrun");
+        }
     }
 
     /// The sums of the first term are scaled before those of the others are added, and alone where there are no others.

@@ -95,3 +95,101 @@ fn look(shared: &Arc<Shared>, own: &Own, now: Instant) -> Option<Verdict> {
         None => Verdict { rank: 0, host: host(), position, what },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+    use std::sync::{Condvar, Mutex};
+
+    use super::super::{Limits, Peer, Seen};
+    use super::*;
+    use crate::ranks::progress::Stage;
+
+    const LIMITS: Limits = Limits { join: Duration::from_secs(1), hang: Duration::from_secs(600) };
+
+    /// A rank as rank 0 sees it: where it is, how long it has done nothing, and how long nothing was heard of it, in seconds.
+    type Known = (Position, u64, u64);
+
+    /// What `rank` says of the others, of itself in `own`, and of nobody else.
+    fn judged(rank: usize, own: Known, others: &[Known]) -> Option<(usize, What)> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let now = Instant::now() + Duration::from_secs(10_000);
+        let ago = |seconds| now - Duration::from_secs(seconds);
+        let progress = |position| Progress { position, ticks: 0 };
+        let peer = |number| Peer {
+            rank: if rank == 0 { number + 1 } else { 0 },
+            host: "there".to_string(),
+            stream: Mutex::new(TcpStream::connect(address).unwrap()),
+        };
+        let seen = |&(position, idle, silent): &Known| Seen {
+            heard: ago(silent),
+            progress: progress(position),
+            advanced: ago(idle),
+            line: Line::Open,
+        };
+        let state = State {
+            inbox: others.iter().map(|_| VecDeque::new()).collect(),
+            seen: others.iter().map(seen).collect(),
+            ..State::default()
+        };
+        let shared = Arc::new(Shared {
+            rank,
+            limits: LIMITS,
+            peers: (0..others.len()).map(peer).collect(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
+        let own = Own { progress: progress(own.0), advanced: ago(own.1) };
+        look(&shared, &own, now).map(|verdict| (verdict.rank, verdict.what))
+    }
+
+    fn in_step(step: usize) -> Position {
+        Position::new(Stage::Step, step)
+    }
+
+    #[test]
+    fn who_does_nothing_while_others_wait_hangs() {
+        let waits = (in_step(17).waiting(), 601, 0);
+        let works = (in_step(17), 601, 0);
+        assert_eq!(judged(0, waits, &[waits, works]), Some((2, What::Hangs(601))));
+        assert_eq!(judged(0, works, &[waits, waits]), Some((0, What::Hangs(601))));
+        // A rank that others do not wait for, a step that goes on, and the first seconds of one that does not.
+        assert_eq!(judged(0, (in_step(17), 5, 0), &[works, works]), None);
+        assert_eq!(judged(0, waits, &[waits, (in_step(17), 1, 0)]), None);
+        assert_eq!(judged(0, waits, &[waits, (in_step(17), 600, 0)]), None);
+        // Of two, the one that is further behind.
+        assert_eq!(judged(0, waits, &[works, (in_step(16), 900, 0)]), Some((2, What::Hangs(900))));
+    }
+
+    #[test]
+    fn slow_work_with_files_has_longer() {
+        let waits = (Position::new(Stage::Saving, 17).waiting(), 700, 0);
+        for stage in [Stage::Saving, Stage::Inputs, Stage::Model, Stage::End] {
+            let slow = |idle| (Position::new(stage, 17), idle, 0);
+            let ahead = (Position::new(Stage::End, 18), 1, 0);
+            assert_eq!(judged(0, ahead, &[waits, slow(3600)]), None, "{stage:?}");
+            assert_eq!(judged(0, ahead, &[ahead, slow(3601)]), Some((2, What::Hangs(3601))), "{stage:?}");
+        }
+    }
+
+    #[test]
+    fn where_all_wait_for_each_other_all_hang() {
+        let waits = (in_step(17).waiting(), 601, 0);
+        let found = judged(0, waits, &[waits, waits]).unwrap();
+        assert_eq!(found.1, What::AllHang(601));
+        assert_eq!(judged(0, (waits.0, 1, 0), &[waits, waits]), None);
+    }
+
+    #[test]
+    fn silence_is_an_end_for_every_rank() {
+        let well = (in_step(3), 0, 0);
+        let silent = (in_step(3), 61, 61);
+        assert_eq!(judged(0, well, &[well, silent]), Some((2, What::Silent(61))));
+        assert_eq!(judged(5, well, &[silent]), Some((0, What::Silent(61))));
+        assert_eq!(judged(5, well, &[(in_step(3), 60, 60)]), None);
+        // Whether rank 0 hangs is for rank 0 to say, whose word comes as long as it is not silent.
+        assert_eq!(judged(5, (in_step(4), 0, 0), &[(in_step(1), 5000, 0)]), None);
+    }
+}
