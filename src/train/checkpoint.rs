@@ -67,6 +67,9 @@ pub const FREE_OPTIONS: &[&str] = &[
     "shard",
 ];
 
+/// Assigns the bytes of a tensor from a value on.
+type Fill<'a> = dyn FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()> + 'a;
+
 /// Writes `run/checkpoints/step-N` and removes all but the `keep` newest and those of the steps `best`. Where states are sharded
 /// among ranks, use [`save_beside`].
 ///
@@ -121,8 +124,7 @@ fn save_parts<D: Device>(
     }
     let (count, first_id) = (place.ranks, words[0]);
     let (run, state, best) = (run.to_path_buf(), state.clone(), best.to_vec());
-    let write = move |layout: &[StoredTensor],
-                      fill: &mut dyn FnMut(&StoredTensor, usize, &mut [u8]) -> Result<()>| {
+    let write = move |layout: &[StoredTensor], fill: &mut Fill<'_>| {
         let Some(begun) = begun else {
             let writer = Writer { number: place.rank, count };
             return shared_save::write_part(&run, &state, (writer, first_id), layout, fill);

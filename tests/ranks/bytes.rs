@@ -48,7 +48,7 @@ fn a_step_sends_what_the_plan_says() {
                 r#"{{"prompt": "What is {number}?", "chosen": "It is {number}.", "rejected": "No {number}."}}"#
             )
         };
-        work.write("pairs.jsonl", &(10..26).map(|number| pair(number) + "\n").collect::<String>());
+        work.write("pairs.jsonl", (10..26).map(|number| pair(number) + "\n").collect::<String>());
         let asked = TRAIN.strip_prefix("train ").unwrap();
         let planned = work.succeed(&format!(
             "plan {asked} {options} --max-steps 4 --tflops 1 --bandwidth 50 --ranks {ranks} --json"
