@@ -1,4 +1,4 @@
-"""Runs the program `mmpo-fast` from Python: training, scores and answers, with metrics as dictionaries.
+"""Runs the program `mmpo-fast` from Python: plans, training, scores and answers, with metrics as dictionaries.
 
 >>> import mmpo_fast
 >>> run = mmpo_fast.train(model="SmolLM2-135M-Instruct", data="pairs.jsonl", output="run", on_step=print)
@@ -9,6 +9,6 @@ Options are the program's own, with `_` for `-`; `mmpo-fast train --help` explai
 """
 
 from ._program import MmpoFastError, find_program
-from ._run import Run, generate, score, train
+from ._run import Run, generate, plan, score, train
 
-__all__ = ["MmpoFastError", "Run", "find_program", "generate", "score", "train"]
+__all__ = ["MmpoFastError", "Run", "find_program", "generate", "plan", "score", "train"]

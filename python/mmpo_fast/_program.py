@@ -15,7 +15,7 @@ class MmpoFastError(Exception):
     """The program ended with an error.
 
     `str(error)` is its message with its advice; `exit_code` tells the kind (2 an option, 3 data, 4 a model, 5 the operating
-    system, 6 the device, 7 a number that cannot be trained on, 70 a bug); `log` is all that it wrote to standard error.
+    system, 6 the device, 7 a number that cannot be trained on, 8 a damaged file, 9 another rank, 70 a bug); `log` is all that it wrote to standard error.
     """
 
     def __init__(self, message: str, exit_code: int, log: str) -> None:
@@ -59,7 +59,7 @@ def command_line(command: str, options: Mapping[str, Any]) -> list[str]:
 
 
 # Flags that take no value: leaving them out is the only way to say no.
-SWITCHES = frozenset({"resume", "raw", "quiet", "verbose"})
+SWITCHES = frozenset({"resume", "raw", "quiet", "verbose", "json"})
 
 
 def environment() -> dict[str, str]:

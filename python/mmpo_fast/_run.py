@@ -18,7 +18,7 @@ from ._program import command_line, environment, failure
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import GenerateOptions, ScoreOptions, TrainOptions
+    from ._options import GenerateOptions, PlanOptions, ScoreOptions, TrainOptions
 
     Metrics = dict[str, float]
 
@@ -106,6 +106,14 @@ def score(**options: Unpack[ScoreOptions]) -> list[dict[str, Any]]:
 def generate(**options: Unpack[GenerateOptions]) -> str:
     """A model's answer to a prompt."""
     return finished("generate", options).removesuffix("\n")
+
+
+def plan(**options: Unpack[PlanOptions]) -> dict[str, Any]:
+    """What a training run will take: memory in bytes, work in operations, expected time in seconds.
+
+    The options are those of `train`, and `gpu`, `ranks` and others of the plan's own. `["memory"]["peak_bytes"]` is exact.
+    """
+    return json.loads(finished("plan", {**options, "json": True}))
 
 
 def finished(command: str, options: Any) -> str:

@@ -63,6 +63,12 @@ kept = mmpo_fast.score(model=model, data=pairs, output="s.jsonl", max_length=160
 assert kept == rows and len(Path("s.jsonl").read_text().splitlines()) == 11
 assert mmpo_fast.generate(model=model, prompt="Name three colours.", max_new_tokens=4, device="cpu")
 
+# A plan, before anything is trained.
+planned = mmpo_fast.plan(**{name: value for name, value in options.items() if name != "output"})
+parts = planned["memory"]["parts"]
+assert sum(parts.values()) == planned["memory"]["peak_bytes"] > 0, planned["memory"]
+assert planned["trained_parameters"] == planned["parameters"], planned
+
 # What is refused says why.
 for call, exit_code, part in [
     (lambda: mmpo_fast.train(beta=-1), 2, "`--beta` = -1.0 must be finite and greater than 0"),

@@ -6,8 +6,12 @@ use std::path::Path;
 use clap::{Arg, ArgAction, Command};
 
 /// Commands that are Python functions, and what their types are called.
-const FUNCTIONS: [(&str, &str); 3] =
-    [("train", "TrainOptions"), ("score", "ScoreOptions"), ("generate", "GenerateOptions")];
+const FUNCTIONS: [(&str, &str); 4] = [
+    ("train", "TrainOptions"),
+    ("score", "ScoreOptions"),
+    ("generate", "GenerateOptions"),
+    ("plan", "PlanOptions"),
+];
 
 const HEAD: &str = r#""""The options of the commands, made from the program's own table: `MMPO_FAST_RECORD=1 cargo test --test training python`.
 """
@@ -42,7 +46,7 @@ fn write_option(text: &mut String, command: &Command, flag: &Arg) {
     let python_type = match placeholder {
         _ if is_switch => "bool",
         Some("NUMBER") => "float",
-        Some("COUNT") => "int",
+        Some("COUNT" | "N") => "int",
         Some("NUMBER|beta") => "Union[float, str]",
         Some(name) if ["FILE", "DIR", "PATH"].iter().any(|part| name.contains(part)) => "PathLike",
         Some(_) => "str",
