@@ -87,7 +87,9 @@ impl Verdict {
             }
             What::Stopped(_) => go_on.to_string(),
         };
-        Error::Rank { message: self.sentence(), help, lost: Some(self.rank) }
+        // A rank that failed tells its own error.
+        let lost = if matches!(self.what, What::Failed { .. }) { None } else { Some(self.rank) };
+        Error::Rank { message: self.sentence(), help, lost }
     }
 }
 

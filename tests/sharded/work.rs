@@ -200,7 +200,9 @@ pub fn train<D: Device>(
     rank: Option<&Rank>,
     run: Option<(&Path, CheckpointUse)>,
 ) -> Results {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/base");
+    // The kernels know heads of 64 values, and not those of the first model.
+    let name = if D::IS_CPU { "base" } else { "tied" };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
     let mut golden = Golden::read(&folder);
     golden.pairs.truncate(case.pairs);
     assert_eq!(golden.pairs.len(), case.pairs);
