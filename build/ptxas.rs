@@ -169,7 +169,11 @@ fn template_argument(text: &str) -> Option<(String, &str)> {
         };
     }
     let letter = text.chars().next().filter(char::is_ascii_lowercase)?;
-    Some((letter.to_string(), &text[1..]))
+    let name = match letter {
+        'f' => "float".to_owned(),
+        other => other.to_string(),
+    };
+    Some((name, &text[1..]))
 }
 
 /// Behind `N`: `S_9SmallTileE`, a class of the kernel's own namespace.
