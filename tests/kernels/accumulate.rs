@@ -67,8 +67,8 @@ device_tests! {
             (-1.0, 1.0, 0.0),
             (3e38, 3e38, f32::INFINITY),
         ];
-        let before = cases.map(|case| bf16::from_f32(case.0));
-        let mut out = device.alloc(before.len() + 1).unwrap();
+        let before: Vec<bf16> = cases.iter().map(|case| bf16::from_f32(case.0)).chain([bf16::ONE]).collect();
+        let mut out = device.alloc(before.len()).unwrap();
         device.upload(&mut out, 0, &before).unwrap();
         let terms: Vec<f32> = cases.iter().map(|case| case.1).chain([f32::NAN]).collect();
         device.accumulate(&mut out, 0, &floats(device, &terms), 0, terms.len()).unwrap();
