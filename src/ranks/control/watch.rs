@@ -70,7 +70,9 @@ fn look(shared: &Arc<Shared>, own: &Own, now: Instant) -> Option<Verdict> {
     let open = || state.seen.iter().enumerate().filter(|(_, seen)| seen.line == Line::Open);
     let silent = open().max_by_key(|(_, seen)| age(seen.heard));
     if let Some((peer, seen)) = silent.filter(|(_, seen)| age(seen.heard) > limits.silence()) {
-        return Some(of_peer(peer, What::Silent(age(seen.heard).as_secs())));
+        // What was heard of it is old, and ranks go through the steps together.
+        let position = seen.progress.position.max(own.progress.position);
+        return Some(Verdict { position, ..of_peer(peer, What::Silent(age(seen.heard).as_secs())) });
     }
     if shared.rank != 0 {
         return None;
