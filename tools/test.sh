@@ -18,20 +18,20 @@ if [ "${1:-}" = --rust ]; then
 fi
 
 # Many of the Rust tests, and most of Python's checks, leave a core idle: they run side by side. What the Rust tests say is
-# shown when the other checks are through, whatever became of those.
+# shown when these checks are through, whatever became of those.
 stage "Rust tests, beside what follows"
 log=target/rust-tests.log
 cargo test --release --locked > "$log" 2>&1 &
 rust=$!
 show_rust_tests() {
   local checks=$? tests=0
+  trap - EXIT
   # Still there where a check failed, or where the script is stopped.
   wait "$rust" || tests=$?
   stage "Rust tests"
   cat "$log"
   if [ "$checks" != 0 ]; then echo "a check before the Rust tests failed, see above" >&2; fi
-  stage "done"
-  exit "$((checks != 0 ? checks : tests))"
+  [ "$checks" = 0 ] && [ "$tests" = 0 ] || exit "$((checks != 0 ? checks : tests))"
 }
 trap show_rust_tests EXIT
 trap 'kill "$rust" 2> /dev/null; exit 130' INT TERM
@@ -44,7 +44,11 @@ stage "beside transformers and TRL"
 bash tests/reference/check.sh
 stage "a real model"
 bash tests/reference/check_real_model.sh
-stage "the wheel"
-bash tests/python/check.sh
 stage "the scripts of a GPU machine"
 bash tests/gpu_scripts/check.sh
+show_rust_tests
+
+# Last, because what packs the wheel takes the program away for a moment.
+stage "the wheel"
+bash tests/python/check.sh
+stage "done"
