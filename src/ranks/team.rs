@@ -71,7 +71,7 @@ impl Team {
     /// Finds the other ranks; returns when all are there.
     ///
     /// # Errors
-    /// Those of [`Control::join`]; [`Error::Config`] for a variable that is no time.
+    /// Those of joining the control line; [`Error::Config`] for a variable that is no time.
     pub fn join(ranks: &Ranks) -> Result<Self> {
         progress::enter(Stage::Joining, 0);
         if ranks.is_alone() {

@@ -149,12 +149,12 @@ fn own_tensors<D: Device>(trainer: &Trainer<D>) -> Vec<StoredTensor> {
     stored_parts(&trainer.model.layout, trainer.state_options(), |len| trainer.own(len))
 }
 
-/// As [`save`], beside what comes after: what is saved is copied to the host's memory first, while the caller waits. Where that
+/// As `save`, beside what comes after: what is saved is copied to the host's memory first, while the caller waits. Where that
 /// is too small for a copy, the caller waits for all of it, and is told so. Among ranks every one must call it: the first one
 /// writes, or where states are sharded, each its own part.
 ///
 /// # Errors
-/// As [`save`], and those of the save before, for which it waits. Errors of this save come from `saves` later.
+/// As `save`, and those of the save before, for which it waits. Errors of this save come from `saves` later.
 pub fn save_beside<D: Device>(
     saves: &mut BackgroundSaves,
     run: &Path,
