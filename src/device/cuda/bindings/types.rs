@@ -164,9 +164,7 @@ pub struct mmpo_gradient {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of mmpo_gradient"][::core::mem::size_of::<mmpo_gradient>() - 24usize];
-    [
-        "Alignment of mmpo_gradient",
-    ][::core::mem::align_of::<mmpo_gradient>() - 8usize];
+    ["Alignment of mmpo_gradient"][::core::mem::align_of::<mmpo_gradient>() - 8usize];
     [
         "Offset of field: mmpo_gradient::values",
     ][::core::mem::offset_of!(mmpo_gradient, values) - 0usize];
