@@ -20,7 +20,7 @@ fi
 # Many of the Rust tests, and most of Python's checks, leave a core idle: they run side by side. What the Rust tests say is
 # shown when these checks are through, whatever became of those.
 stage "Rust tests, beside what follows"
-log=target/rust-tests.log
+log=${CARGO_TARGET_DIR:-target}/rust-tests.log
 cargo test --release --locked > "$log" 2>&1 &
 rust=$!
 show_rust_tests() {
@@ -44,11 +44,12 @@ stage "beside transformers and TRL"
 bash tests/reference/check.sh
 stage "a real model"
 bash tests/reference/check_real_model.sh
-stage "the scripts of a GPU machine"
-bash tests/gpu_scripts/check.sh
 show_rust_tests
 
-# Last, because what packs the wheel takes the program away for a moment.
+# Alone, because these scripts have faults that are to be found within seconds.
+stage "the scripts of a GPU machine"
+bash tests/gpu_scripts/check.sh
+# And because what packs the wheel takes the program away for a moment.
 stage "the wheel"
 bash tests/python/check.sh
 stage "done"
