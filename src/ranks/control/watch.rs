@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(judged(0, (in_step(17), 5, 0), &[works, works]), None);
         assert_eq!(judged(0, waits, &[waits, (in_step(17), 1, 0)]), None);
         assert_eq!(judged(0, waits, &[waits, (in_step(17), 600, 0)]), None);
-        // Of two, the one that is further behind.
+        // Between two, the one with the smaller place.
         assert_eq!(judged(0, waits, &[works, (in_step(16), 900, 0)]), Some((2, What::Hangs(900))));
     }
 
