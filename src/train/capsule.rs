@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Run, checkpoint};
+use super::checkpoint;
+use super::steps::Run;
 use crate::checkpoint::atomic;
 use crate::checkpoint::run_state::{self, RngPosition, RunIdentity};
 use crate::config::{GradientConfig, RESOLVED_FILE};
