@@ -35,6 +35,21 @@ pub struct GroupPlace {
     pub ranks: usize,
 }
 
+/// What a collective does with a range of values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collective {
+    /// [`Collectives::all_reduce`]
+    AllReduce,
+    /// [`Collectives::reduce_scatter`]
+    ReduceScatter,
+    /// [`Collectives::all_gather`]
+    AllGather,
+    /// [`Collectives::reduce`], to this rank.
+    Reduce(usize),
+    /// [`Collectives::broadcast`], from this rank.
+    Broadcast(usize),
+}
+
 /// A number that a sum over ranks may have; the sum of two bf16 values is rounded to bf16.
 pub trait Summand: Element {
     /// Its type.
@@ -95,7 +110,7 @@ pub trait Collectives: Queues {
         range: Range<usize>,
     ) -> Result<()> {
         let checked = check_range(self, "all_reduce", self.len(values), &range)?;
-        self.run_all_reduce(group, values, range, checked)
+        self.run_collective(group, Collective::AllReduce, values, range, Some(T::TYPE), checked)
     }
 
     /// Assigns to this rank's piece of `values[range]` the sum over all ranks; the other pieces are undefined after that.
@@ -106,7 +121,7 @@ pub trait Collectives: Queues {
         range: Range<usize>,
     ) -> Result<()> {
         let checked = check_pieces(self, group, "reduce_scatter", self.len(values), &range)?;
-        self.run_reduce_scatter(group, values, range, checked)
+        self.run_collective(group, Collective::ReduceScatter, values, range, Some(T::TYPE), checked)
     }
 
     /// Assigns to each piece of `values[range]` what its rank holds there.
@@ -117,7 +132,7 @@ pub trait Collectives: Queues {
         range: Range<usize>,
     ) -> Result<()> {
         let checked = check_pieces(self, group, "all_gather", self.len(values), &range)?;
-        self.run_all_gather(group, values, range, checked)
+        self.run_collective(group, Collective::AllGather, values, range, None, checked)
     }
 
     /// Assigns `values[range]` on rank `root` the sum over all ranks; the others' are undefined after that.
@@ -130,7 +145,7 @@ pub trait Collectives: Queues {
     ) -> Result<()> {
         check_root(self.place(group), root)?;
         let checked = check_range(self, "reduce", self.len(values), &range)?;
-        self.run_reduce(group, values, range, root, checked)
+        self.run_collective(group, Collective::Reduce(root), values, range, Some(T::TYPE), checked)
     }
 
     /// Assigns `values[range]` what rank `root` holds there.
@@ -143,7 +158,7 @@ pub trait Collectives: Queues {
     ) -> Result<()> {
         check_root(self.place(group), root)?;
         let checked = check_range(self, "broadcast", self.len(values), &range)?;
-        self.run_broadcast(group, values, range, root, checked)
+        self.run_collective(group, Collective::Broadcast(root), values, range, None, checked)
     }
 
     /// Starts the collectives that `work` asks for together, which costs as much as one large one. They are queued when `work` has returned: what
@@ -151,50 +166,14 @@ pub trait Collectives: Queues {
     /// this returns. Where `work` fails, nothing is queued. A group inside another one belongs to it.
     fn grouped(&self, group: &Self::Communicator, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 
-    /// The device's part of [`Collectives::all_reduce`].
-    fn run_all_reduce<T: Summand>(
+    /// The device's part of every collective. `numbers` is the type of what is summed; `None` where bytes are only moved.
+    fn run_collective<T: Element>(
         &self,
         group: &Self::Communicator,
+        collective: Collective,
         values: &mut Self::Buffer<T>,
         range: Range<usize>,
-        checked: Checked,
-    ) -> Result<()>;
-
-    /// The device's part of [`Collectives::reduce_scatter`].
-    fn run_reduce_scatter<T: Summand>(
-        &self,
-        group: &Self::Communicator,
-        values: &mut Self::Buffer<T>,
-        range: Range<usize>,
-        checked: Checked,
-    ) -> Result<()>;
-
-    /// The device's part of [`Collectives::all_gather`].
-    fn run_all_gather<T: Element>(
-        &self,
-        group: &Self::Communicator,
-        values: &mut Self::Buffer<T>,
-        range: Range<usize>,
-        checked: Checked,
-    ) -> Result<()>;
-
-    /// The device's part of [`Collectives::reduce`].
-    fn run_reduce<T: Summand>(
-        &self,
-        group: &Self::Communicator,
-        values: &mut Self::Buffer<T>,
-        range: Range<usize>,
-        root: usize,
-        checked: Checked,
-    ) -> Result<()>;
-
-    /// The device's part of [`Collectives::broadcast`].
-    fn run_broadcast<T: Element>(
-        &self,
-        group: &Self::Communicator,
-        values: &mut Self::Buffer<T>,
-        range: Range<usize>,
-        root: usize,
+        numbers: Option<StorageType>,
         checked: Checked,
     ) -> Result<()>;
 }

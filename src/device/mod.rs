@@ -43,7 +43,7 @@ pub use accumulate::{Accumulate, Sum};
 pub use attention::{Attention, AttentionBackward, AttentionCapacity, AttentionGradient, AttentionShape};
 pub use batch::BatchBuffers;
 pub use check::Checked;
-pub use collectives::{Abort, Collectives, GroupId, GroupPlace, NCCL_MEMORY, Summand};
+pub use collectives::{Abort, Collective, Collectives, GroupId, GroupPlace, NCCL_MEMORY, Summand};
 pub use embedding::Embedding;
 pub use hardware::Hardware;
 pub use head::{

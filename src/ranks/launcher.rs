@@ -56,7 +56,7 @@ pub fn end_with_launcher() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| {
         Error::device(
             format!("cannot follow the end of the launcher: {error}"),
-            "run on a Linux of this century",
+            "leave --gpus out, and start the ranks with torchrun",
         )
     })?;
     let parent = getppid().map(|pid| pid.as_raw_nonzero().get().to_string());

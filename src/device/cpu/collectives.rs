@@ -5,32 +5,13 @@ use std::ops::Range;
 
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
-use crate::device::nccl::{self, Group, Kind};
-use crate::device::{Abort, Checked, Collectives, Element, GroupId, GroupPlace, StorageType, Summand};
+use crate::device::nccl::{self, Group};
+use crate::device::{Abort, Checked, Collective, Collectives, Element, GroupId, GroupPlace, StorageType};
 use crate::error::Result;
 
 /// A rank's end of a group.
 #[derive(Debug)]
 pub struct Communicator(nccl::Communicator);
-
-impl<C: Storage> CpuDevice<C> {
-    fn collective<T: Element>(
-        &self,
-        group: &Communicator,
-        kind: Kind,
-        values: &mut CpuBuffer<T>,
-        range: &Range<usize>,
-        numbers: Option<StorageType>,
-    ) -> Result<()> {
-        if self.only_counts {
-            return Ok(());
-        }
-        let call = nccl::call(kind, values.as_mut_ptr(), range, numbers);
-        // SAFETY: the range was checked to lie inside the buffer; the null stream is the host's, so the call is over when it
-        // returns, and a group of calls when `grouped` does.
-        self.traced("collective", || unsafe { group.0.run(call, || Ok(std::ptr::null_mut())) })
-    }
-}
 
 impl<C: Storage> Collectives for CpuDevice<C> {
     type Communicator = Communicator;
@@ -61,55 +42,21 @@ impl<C: Storage> Collectives for CpuDevice<C> {
         unsafe { group.0.grouped(work, || Ok(std::ptr::null_mut())) }
     }
 
-    fn run_all_reduce<T: Summand>(
+    fn run_collective<T: Element>(
         &self,
         group: &Communicator,
+        collective: Collective,
         values: &mut CpuBuffer<T>,
         range: Range<usize>,
+        numbers: Option<StorageType>,
         _: Checked,
     ) -> Result<()> {
-        self.collective(group, Kind::AllReduce, values, &range, Some(T::TYPE))
-    }
-
-    fn run_reduce_scatter<T: Summand>(
-        &self,
-        group: &Communicator,
-        values: &mut CpuBuffer<T>,
-        range: Range<usize>,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::ReduceScatter, values, &range, Some(T::TYPE))
-    }
-
-    fn run_all_gather<T: Element>(
-        &self,
-        group: &Communicator,
-        values: &mut CpuBuffer<T>,
-        range: Range<usize>,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::AllGather, values, &range, None)
-    }
-
-    fn run_reduce<T: Summand>(
-        &self,
-        group: &Communicator,
-        values: &mut CpuBuffer<T>,
-        range: Range<usize>,
-        root: usize,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::Reduce(root), values, &range, Some(T::TYPE))
-    }
-
-    fn run_broadcast<T: Element>(
-        &self,
-        group: &Communicator,
-        values: &mut CpuBuffer<T>,
-        range: Range<usize>,
-        root: usize,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::Broadcast(root), values, &range, None)
+        if self.only_counts {
+            return Ok(());
+        }
+        let call = nccl::call(collective, values.as_mut_ptr(), &range, numbers);
+        // SAFETY: the range was checked to lie inside the buffer; the null stream is the host's, so the call is over when it
+        // returns, and a group of calls when `grouped` does.
+        self.traced("collective", || unsafe { group.0.run(call, || Ok(std::ptr::null_mut())) })
     }
 }

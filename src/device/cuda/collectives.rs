@@ -6,9 +6,10 @@ use std::sync::{Arc, PoisonError};
 use super::backend::Address;
 use super::memory::DeviceMemory;
 use super::{CudaBuffer, CudaDevice};
-use crate::device::nccl::{self, Group, Kind};
+use crate::device::nccl::{self, Group};
 use crate::device::{
-    Abort, Checked, Collectives, Element, GroupId, GroupPlace, MemoryPart, NCCL_MEMORY, StorageType, Summand,
+    Abort, Checked, Collective, Collectives, Element, GroupId, GroupPlace, MemoryPart, NCCL_MEMORY,
+    StorageType,
 };
 use crate::error::Result;
 
@@ -52,21 +53,6 @@ impl Drop for Communicator {
     }
 }
 
-impl CudaDevice {
-    fn collective<T: Element>(
-        &self,
-        group: &Communicator,
-        kind: Kind,
-        values: &mut CudaBuffer<T>,
-        range: &Range<usize>,
-        numbers: Option<StorageType>,
-    ) -> Result<()> {
-        let call = nccl::call(kind, values.start_mut(), range, numbers);
-        // SAFETY: the range was checked to lie inside the buffer, whose memory is only freed after the work of all streams.
-        unsafe { group.nccl.run(call, || self.backend().collectives_stream()) }
-    }
-}
-
 impl Collectives for CudaDevice {
     type Communicator = Communicator;
 
@@ -104,55 +90,17 @@ impl Collectives for CudaDevice {
         unsafe { group.nccl.grouped(work, || self.backend().collectives_stream()) }
     }
 
-    fn run_all_reduce<T: Summand>(
+    fn run_collective<T: Element>(
         &self,
         group: &Communicator,
+        collective: Collective,
         values: &mut CudaBuffer<T>,
         range: Range<usize>,
+        numbers: Option<StorageType>,
         _: Checked,
     ) -> Result<()> {
-        self.collective(group, Kind::AllReduce, values, &range, Some(T::TYPE))
-    }
-
-    fn run_reduce_scatter<T: Summand>(
-        &self,
-        group: &Communicator,
-        values: &mut CudaBuffer<T>,
-        range: Range<usize>,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::ReduceScatter, values, &range, Some(T::TYPE))
-    }
-
-    fn run_all_gather<T: Element>(
-        &self,
-        group: &Communicator,
-        values: &mut CudaBuffer<T>,
-        range: Range<usize>,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::AllGather, values, &range, None)
-    }
-
-    fn run_reduce<T: Summand>(
-        &self,
-        group: &Communicator,
-        values: &mut CudaBuffer<T>,
-        range: Range<usize>,
-        root: usize,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::Reduce(root), values, &range, Some(T::TYPE))
-    }
-
-    fn run_broadcast<T: Element>(
-        &self,
-        group: &Communicator,
-        values: &mut CudaBuffer<T>,
-        range: Range<usize>,
-        root: usize,
-        _: Checked,
-    ) -> Result<()> {
-        self.collective(group, Kind::Broadcast(root), values, &range, None)
+        let call = nccl::call(collective, values.start_mut(), &range, numbers);
+        // SAFETY: the range was checked to lie inside the buffer, whose memory is only freed after the work of all streams.
+        unsafe { group.nccl.run(call, || self.backend().collectives_stream()) }
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::Nccl;
 use super::library::{Code, Config, Handle, IN_PROGRESS, SUCCESS, SUM, UniqueId};
-use crate::device::{Abort, GroupId, GroupPlace, StorageType};
+use crate::device::{Abort, Collective, GroupId, GroupPlace, StorageType};
 use crate::error::{Error, Result};
 
 /// After this time a group that not all ranks have joined is given up.
@@ -25,22 +25,10 @@ const LONGEST_PAUSE: Duration = Duration::from_micros(500);
 const HELP: &str = "the first rank to fail says why: look at the messages of all ranks; NCCL_DEBUG=INFO makes NCCL tell more, and \
      NCCL_SOCKET_IFNAME names the network interface that it should use";
 
-/// A collective.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::device) enum Kind {
-    AllReduce,
-    ReduceScatter,
-    AllGather,
-    /// To this rank.
-    Reduce(usize),
-    /// From this rank.
-    Broadcast(usize),
-}
-
 /// One collective, in place.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::device) struct Call {
-    pub kind: Kind,
+    pub kind: Collective,
     /// The first value of the range, in the device's memory.
     pub values: *mut c_void,
     /// Values of the whole range.
@@ -79,15 +67,19 @@ impl Call {
         // SAFETY: the caller's promise. The in-place forms: one buffer for both, or the rank's own piece of the other.
         unsafe {
             match self.kind {
-                Kind::AllReduce => (functions.all_reduce)(whole, whole, all, kind, SUM, communicator, stream),
-                Kind::ReduceScatter => {
+                Collective::AllReduce => {
+                    (functions.all_reduce)(whole, whole, all, kind, SUM, communicator, stream)
+                }
+                Collective::ReduceScatter => {
                     (functions.reduce_scatter)(whole, own, piece, kind, SUM, communicator, stream)
                 }
-                Kind::AllGather => (functions.all_gather)(own, whole, piece, kind, communicator, stream),
-                Kind::Reduce(root) => {
+                Collective::AllGather => {
+                    (functions.all_gather)(own, whole, piece, kind, communicator, stream)
+                }
+                Collective::Reduce(root) => {
                     (functions.reduce)(whole, whole, all, kind, SUM, root as c_int, communicator, stream)
                 }
-                Kind::Broadcast(root) => {
+                Collective::Broadcast(root) => {
                     (functions.broadcast)(whole, whole, all, kind, root as c_int, communicator, stream)
                 }
             }
@@ -394,7 +386,7 @@ impl Communicator {
 
 /// A collective over `range` of values at `values`, in place.
 pub(in crate::device) fn call<T>(
-    kind: Kind,
+    kind: Collective,
     values: *mut T,
     range: &Range<usize>,
     numbers: Option<StorageType>,

@@ -6,6 +6,6 @@
 mod group;
 mod library;
 
-pub(super) use group::{Communicator, Group, Kind, call};
+pub(super) use group::{Communicator, Group, call};
 use library::Nccl;
 pub use library::version;
