@@ -16,7 +16,7 @@ use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
-use crate::golden::{self, Golden};
+use crate::golden::{self, Golden, STEP};
 
 const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
     beta: 0.05,
@@ -28,9 +28,6 @@ const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
     // The entropy term is a surrogate: its gradient is not that of its value.
     entropy_weight: 0.0,
 });
-
-const STEP: AdamWStep =
-    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
 
 /// Pairs of a step.
 const PAIRS: usize = 4;

@@ -9,24 +9,10 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Gradient, Sum};
 use mmpo_fast::model::{FusedTensor, LlamaTensors};
-use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
-use crate::golden::{self, Golden};
-
-const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
-    beta: 0.05,
-    epsilon: 0.9,
-    reward_group: 2,
-    reward_normalize: true,
-    length_normalize: true,
-    preference_weight: 0.5,
-    entropy_weight: 0.05,
-});
-
-const STEP: AdamWStep =
-    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
+use crate::golden::{self, Golden, OBJECTIVE, STEP};
 
 /// Pairs of a step.
 const PAIRS: usize = 4;

@@ -7,11 +7,26 @@ use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
 use mmpo_fast::model::{HeadOptions, Llama};
-use mmpo_fast::objective::{Objective, ObjectiveKind, Settings};
+use mmpo_fast::objective::{Mmpo, Objective, ObjectiveKind, Settings};
 use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::{PairScore, Scorer};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
+
+/// MMPO as it trains, with every part of the loss at work.
+pub const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
+    beta: 0.05,
+    epsilon: 0.9,
+    reward_group: 2,
+    reward_normalize: true,
+    length_normalize: true,
+    preference_weight: 0.5,
+    entropy_weight: 0.05,
+});
+
+/// A first update.
+pub const STEP: AdamWStep =
+    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
 
 pub struct Golden {
     pub folder: PathBuf,

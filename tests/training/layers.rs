@@ -15,25 +15,11 @@ use mmpo_fast::model::{
     FusedTensor, GradientSink, Gradients, HeadOptions, KeepGradients, Llama, LlamaTensors, LoraSettings,
     Purpose, Recompute, TensorSpec, initial_values,
 };
-use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, OptimizerState, StateBuffer, StateValues};
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
-use crate::golden::{self, Golden};
-
-const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
-    beta: 0.05,
-    epsilon: 0.9,
-    reward_group: 2,
-    reward_normalize: true,
-    length_normalize: true,
-    preference_weight: 0.5,
-    entropy_weight: 0.05,
-});
-
-const STEP: AdamWStep =
-    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1 };
+use crate::golden::{self, Golden, OBJECTIVE, STEP};
 
 /// Pairs of a step.
 const PAIRS: usize = 4;

@@ -8,7 +8,6 @@ use mmpo_fast::config::MemoryConfig;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
-use mmpo_fast::objective::{Mmpo, Objective};
 use mmpo_fast::optimizer::{
     AdamWStep, BLOCK, DynamicMap, MasterWeights, MomentFormat, OptimizerState, StateBuffer, StateOptions,
     StateValues, StochasticRounding, quantize_block,
@@ -16,7 +15,7 @@ use mmpo_fast::optimizer::{
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use safetensors::SafeTensors;
 
-use crate::golden::{self, Golden};
+use crate::golden::{self, Golden, OBJECTIVE};
 
 /// The settings of `make_state_goldens.py`.
 const STEP: AdamWStep =
@@ -185,17 +184,6 @@ fn eight_bit_updates_are_as_good_on_the_emulated_gpu() {
     use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
     updates_are_as_good_as_those_of_bitsandbytes(&CudaDevice::emulated(EmulatorVariant::Plain));
 }
-
-/// MMPO as it trains, with every part of the loss at work.
-const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
-    beta: 0.05,
-    epsilon: 0.9,
-    reward_group: 2,
-    reward_normalize: true,
-    length_normalize: true,
-    preference_weight: 0.5,
-    entropy_weight: 0.05,
-});
 
 /// Losses of a run over a golden's pairs, all of them in every step.
 fn losses<D: Device>(golden: &Golden, device: &Arc<D>, states: StateOptions, steps: u32) -> Vec<f64> {
