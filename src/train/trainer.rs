@@ -223,14 +223,7 @@ impl<D: Device> Trainer<D> {
         self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
-            trainer.model.head_forward_backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                &batch.scored,
-                &trainer.objective,
-            )?;
+            trainer.head_forward_backward(batch)?;
             trainer.backward(batch.tokens())
         })?;
         let gradients: Vec<_> =

@@ -49,14 +49,7 @@ impl<D: Device> Trainer<D> {
     /// Head and backward of a micro-batch. The last one's backward sums each layer's gradients; where gradients are sharded, every
     /// one does.
     fn micro_batch_among_ranks(&mut self, batch: &PairBatch, is_last: bool) -> Result<()> {
-        self.model.head_forward_backward(
-            &mut self.gradients,
-            &mut self.scratch,
-            &mut self.activations,
-            &self.batch,
-            &batch.scored,
-            &self.objective,
-        )?;
+        self.head_forward_backward(batch)?;
         let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
         let (activations, loaded) = (&mut self.activations, &self.batch);
         let tokens = batch.tokens();

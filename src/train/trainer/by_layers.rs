@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{StepResult, Trainer, TrainingPair};
 use crate::data::micro_batches;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::objective::PairOutcome;
 use crate::optimizer::AdamWStep;
 use crate::train::layer_updates::{self, UpdateLayers};
@@ -21,47 +21,46 @@ impl<D: Device> Trainer<D> {
     ) -> Result<StepResult> {
         let sizes = self.pair_sizes(pairs);
         layer_updates::check(micro_batches(&sizes, self.token_budget).len(), max_grad_norm)?;
-        let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
+        self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
-            trainer.model.head_forward_backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                &batch.scored,
-                &trainer.objective,
-            )?;
+            trainer.head_forward_backward(batch)?;
             trainer.check_before_updates(pairs, adamw)?;
-            let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
-            let mut sink = UpdateLayers {
-                device: &*device,
-                numbers: offload::layer_numbers(&trainer.states),
-                states: &mut trainer.states.layers,
-                offloaded: trainer.offloaded.as_mut(),
-                norms,
-                step: adamw,
-            };
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                batch.tokens(),
-                &mut sink,
-            )
+            trainer.backward_by_layers(batch.tokens(), adamw)
         })?;
-        if let Some(norms) = &mut self.layer_norms {
-            let states = (&mut self.states, self.offloaded.as_mut());
-            norms.finish(&mut self.model, states, &self.gradients, adamw)?;
-            norms.copy_to(&*device, &mut self.metrics)?;
-        }
+        self.finish_by_layers(adamw)?;
         let (norms, outcomes) = self.download_metrics(pairs.len())?;
         let gradient_norm = layer_updates::total(&norms);
         let loss = self.mean_loss(pairs, &outcomes);
         guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
         Ok(self.alone(loss, outcomes, gradient_norm, tokens))
+    }
+
+    /// The backward of a micro-batch after that of its head, which takes the norm of each layer's gradients when they are complete,
+    /// and updates the layer where `adamw` asks for it.
+    pub(super) fn backward_by_layers(&mut self, tokens: usize, adamw: Option<AdamWStep>) -> Result<()> {
+        let Some(norms) = &mut self.layer_norms else { return Err(not_by_layers()) };
+        let device = Arc::clone(&self.model.device);
+        let mut sink = UpdateLayers {
+            device: &*device,
+            numbers: offload::layer_numbers(&self.states),
+            states: &mut self.states.layers,
+            offloaded: self.offloaded.as_mut(),
+            norms,
+            step: adamw,
+        };
+        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
+        let (activations, batch) = (&mut self.activations, &self.batch);
+        self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
+    }
+
+    /// What follows the backward: the norm of the gradients outside the layers, the update of those tensors where `adamw` asks for
+    /// it, and all norms in the metrics.
+    pub(super) fn finish_by_layers(&mut self, adamw: Option<AdamWStep>) -> Result<()> {
+        let Some(norms) = &mut self.layer_norms else { return Err(not_by_layers()) };
+        let states = (&mut self.states, self.offloaded.as_mut());
+        norms.finish(&mut self.model, states, &self.gradients, adamw)?;
+        norms.copy_to(&self.model.device, &mut self.metrics)
     }
 
     /// Fails where a loss is not finite, before the first layer is updated inside the backward. The gradients of all layers are
@@ -78,4 +77,8 @@ impl<D: Device> Trainer<D> {
         let outcomes = self.download_outcomes(pairs.len())?;
         guard::check_finite(self.mean_loss(pairs, &outcomes), None, pairs, &outcomes)
     }
+}
+
+fn not_by_layers() -> Error {
+    Error::bug("a trainer that keeps all gradients was asked for a step layer by layer")
 }

@@ -67,6 +67,18 @@ impl<D: Device> Trainer<D> {
         }
     }
 
+    /// The head's forward, the objective and the head's backward over the batch that is loaded, of which `batch` is the description.
+    pub(super) fn head_forward_backward(&mut self, batch: &PairBatch) -> Result<()> {
+        self.model.head_forward_backward(
+            &mut self.gradients,
+            &mut self.scratch,
+            &mut self.activations,
+            &self.batch,
+            &batch.scored,
+            &self.objective,
+        )
+    }
+
     /// Who computes which of `pairs`.
     fn deal(&self, pairs: &[TrainingPair<'_>]) -> Deal {
         let ranks = self.place().ranks;
