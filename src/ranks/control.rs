@@ -7,6 +7,7 @@ mod join;
 mod watch;
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io::BufReader;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -32,6 +33,8 @@ const UNAWARE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
 /// No sign of life for that long is the end of a rank, whatever [`Limits::hang`] allows one that gives some.
 const SILENCE: Duration = Duration::from_secs(60);
+/// The longest time that users can set: eleven days.
+const MOST_SECONDS: u64 = 1_000_000;
 
 /// The times that users can set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +59,8 @@ impl Limits {
     pub fn of_environment() -> Result<Self> {
         let limits = Limits::default();
         Ok(Limits {
-            join: seconds(variable::JOIN, limits.join)?,
-            hang: seconds(variable::HANG, limits.hang)?,
+            join: seconds(variable::JOIN, std::env::var_os(variable::JOIN), limits.join)?,
+            hang: seconds(variable::HANG, std::env::var_os(variable::HANG), limits.hang)?,
         })
     }
 
@@ -66,13 +69,15 @@ impl Limits {
     }
 }
 
-fn seconds(name: &str, default: Duration) -> Result<Duration> {
-    let Ok(text) = std::env::var(name) else { return Ok(default) };
-    let seconds = text.trim().parse().ok().filter(|&seconds: &u64| (1..=1_000_000).contains(&seconds));
+/// The time that a variable holds; `default` where it is absent or empty.
+fn seconds(name: &str, value: Option<OsString>, default: Duration) -> Result<Duration> {
+    let Some(text) = value.filter(|value| !value.is_empty()) else { return Ok(default) };
+    let text = text.to_string_lossy();
+    let seconds = text.trim().parse().ok().filter(|seconds: &u64| (1..=MOST_SECONDS).contains(seconds));
     seconds.map(Duration::from_secs).ok_or_else(|| {
         Error::config(
             format!("{name} = {text} is not a time"),
-            format!("give whole seconds from 1, or unset it for {}", default.as_secs()),
+            format!("give whole seconds from 1 to {MOST_SECONDS}, or unset it for {}", default.as_secs()),
         )
     })
 }
@@ -340,13 +345,15 @@ impl Control {
     }
 
     /// For a rank whose step has failed as it must have on rank 0, which still writes down what it found: waits until rank 0 has told
-    /// its end, or waits itself for this rank, and so does not know.
+    /// its end, or waits itself for this rank, and so does not know, or gives no sign of life any more.
     pub fn wait_for_first(&self) {
         let mut state = self.shared.lock();
         loop {
             let first = &state.seen[0];
             let waits_for_us = first.progress.position.is_waiting() && first.advanced.elapsed() > UNAWARE;
-            if state.verdict.is_some() || first.line != Line::Open || waits_for_us {
+            // The thread that watches judges nobody once this rank is ending.
+            let is_silent = first.heard.elapsed() > self.shared.limits.silence();
+            if state.verdict.is_some() || first.line != Line::Open || waits_for_us || is_silent {
                 return;
             }
             state = self.shared.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;

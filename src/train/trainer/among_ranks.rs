@@ -35,7 +35,8 @@ impl<D: Device> Trainer<D> {
         self.sum_nothing(tokens == 0)?;
         let Some(ranks) = &mut self.ranks else { return Err(no_ranks()) };
         ranks.sum_gradients(&mut self.gradients.outside_layers_mut().flatten().collect::<Vec<_>>())?;
-        // Waits for this rank's own work alone: the computation was not yet told to wait for any sum.
+        // Waits for this rank's own work, and where gradients are sharded for the sums that its backward has waited for. The
+        // computation is told to wait for all other sums after this.
         device.download(&mut [0.0], &self.metrics, 0)?;
         let (_, busy) = ranks.seconds();
         ranks.finish()?;
