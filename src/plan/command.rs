@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::account::{Account, Models};
-use super::exchange::{Exchange, Links, RankStep, SHARDINGS};
+use super::exchange::{Exchange, Links, RankStep, shardings};
 use super::footprint::{Choice, Footprint};
 use super::offload::Copies;
 use super::rates::{self, GPUS, GpuKind, Rates};
@@ -294,7 +294,7 @@ pub(super) struct Planned {
     pub exchanges: Option<Exchanges>,
 }
 
-/// What ranks exchange in a step, with each way to shard.
+/// What ranks exchange in a step, with each way to shard that the run may have.
 pub(super) struct Exchanges {
     pub links: Links,
     pub rates: Rates,
@@ -341,7 +341,7 @@ impl DeviceTask for Planning<'_> {
                 let of = |volume: &Volume| trained.work(volume, &asked.memory, again, size);
                 let step = RankStep::of(&volume, of, &rates, &links);
                 let sizes = (size, account.job.model.layers);
-                let all = SHARDINGS.into_iter().map(|shard| {
+                let all = shardings(&asked.memory).map(|shard| {
                     let choice = Choice { memory: MemoryConfig { shard, ..asked.memory }, ..asked };
                     let taken = account.footprint(device.as_ref(), &choice, limit)?.taken;
                     Ok((Exchange::of(shard, trained, sizes, &step, &links), taken))

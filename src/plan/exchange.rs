@@ -17,11 +17,18 @@
 
 use super::rates::Rates;
 use super::work::{Trained, Volume, Work};
-use crate::config::ShardConfig;
+use crate::config::{MemoryConfig, OffloadConfig, ShardConfig};
 
 /// All ways to shard, in the order in which they keep less.
-pub const SHARDINGS: [ShardConfig; 4] =
+const SHARDINGS: [ShardConfig; 4] =
     [ShardConfig::None, ShardConfig::States, ShardConfig::Gradients, ShardConfig::Weights];
+
+/// The ways to shard that a run with these options may have, in the order in which they keep less: offloaded states are whole on
+/// every rank.
+pub fn shardings(memory: &MemoryConfig) -> impl Iterator<Item = ShardConfig> {
+    let is_offloaded = memory.offload == OffloadConfig::States;
+    SHARDINGS.into_iter().filter(move |&shard| shard == ShardConfig::None || !is_offloaded)
+}
 
 /// Bytes of a gradient on its way.
 const GRADIENT_BYTES: f64 = 4.0;

@@ -11,7 +11,7 @@ use super::rates::Rates;
 use super::search::{Tried, flags};
 use super::size;
 use super::work::{Volume, Work};
-use crate::config::GradientConfig;
+use crate::config::{GradientConfig, OffloadConfig};
 use crate::config::value::OptionValue as _;
 
 /// The account for people.
@@ -172,6 +172,9 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
             format!("{:.0}", hiding_tokens(exchange.shard, rates, links)),
             if exchange.shard == planned.asked.memory.shard { "  as asked" } else { "" },
         );
+    }
+    if planned.asked.memory.offload == OffloadConfig::States {
+        text += "  (--offload states keeps whole states on each rank: every other --shard needs --offload none)\n";
     }
     text + "  (a rank's micro-batch of that many tokens takes as long as the exchange beside it)\n"
 }
