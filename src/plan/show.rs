@@ -11,8 +11,8 @@ use super::rates::Rates;
 use super::search::{Tried, flags};
 use super::size;
 use super::work::{Volume, Work};
-use crate::config::{GradientConfig, OffloadConfig};
 use crate::config::value::OptionValue as _;
+use crate::config::{GradientConfig, OffloadConfig};
 
 /// The account for people.
 pub(super) fn text(planned: &Planned) -> String {
