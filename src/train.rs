@@ -55,7 +55,7 @@ use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt;
 use crate::model::Llama;
-use crate::plan::{Account, Choice, Models};
+use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
 use crate::report::{LivePage, REPORT_FILE, RunFacts, print_result};
@@ -94,7 +94,7 @@ fn run_in(team: &Team, config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
-    let config = &with_chosen_memory((config, device, team.ranks().place), &inputs, &plan)?;
+    let config = &with_chosen_memory(team, (config, device), &inputs, &plan)?;
     plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
@@ -174,30 +174,49 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
     Ok(located)
 }
 
-/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run.
+/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run: the same on all ranks.
 fn with_chosen_memory(
-    (config, device, place): (&RunConfig, DeviceChoice, GroupPlace),
+    team: &Team,
+    (config, device): (&RunConfig, DeviceChoice),
     inputs: &Inputs,
     plan: &Plan,
 ) -> Result<RunConfig> {
-    if config.memory_limit != Some(MemoryLimit::Auto) {
+    let chooses = config.memory_limit == Some(MemoryLimit::Auto);
+    let before = if chooses { crate::plan::chosen_before(config)? } else { None };
+    if !chooses || before.is_some() {
+        // Ranks with other options come here too, and it is told later in what they differ.
+        least_free_memory(team, None)?;
+    }
+    if !chooses {
         return Ok(config.clone());
     }
-    let account = account(config, inputs, plan).among(place);
-    let choice = match crate::plan::chosen_before(config)? {
+    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    let ranks = team.ranks().place.ranks;
+    let account = account(config, inputs, plan).among(GroupPlace { rank: ranks - 1, ranks });
+    let choice = match before {
         Some(choice) => choice,
-        None => ask_on(device, config.precision, config.threads, ChooseMemory(&account))?,
+        None => ask_on(device, config.precision, config.threads, ChooseMemory { team, account: &account })?,
     };
     Ok(RunConfig { memory_limit: None, ..account.with(&choice) })
 }
 
-struct ChooseMemory<'a>(&'a Account<'a>);
+/// What every rank has that chooses by its free memory.
+fn least_free_memory(team: &Team, ours: Option<FreeMemory>) -> Result<FreeMemory> {
+    team.agree("free memory", ours, |all| Ok(FreeMemory::least(all.iter().flatten())))
+}
+
+struct ChooseMemory<'a> {
+    team: &'a Team,
+    account: &'a Account<'a>,
+}
 
 impl DeviceTask for ChooseMemory<'_> {
     type Output = Choice;
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<Choice> {
-        crate::plan::choose(device.as_ref(), self.0)
+        let ours = FreeMemory::of_rank(device.as_ref(), self.team.ranks().local_ranks)?;
+        let free = least_free_memory(self.team, Some(ours))?;
+        crate::plan::choose(device.as_ref(), self.account, free)
     }
 }
 

@@ -17,7 +17,7 @@ mod work;
 pub(crate) use account::{Account, Models};
 pub use command::{PlanConfig, largest_pairs, no_output, run};
 pub use exchange::Links;
-pub(crate) use fit::{check, choose, chosen_before};
+pub(crate) use fit::{FreeMemory, check, choose, chosen_before};
 pub use footprint::{Choice, Footprint, Job, Sizes};
 pub use rates::{GPUS, GpuKind, Rates, find};
 pub use work::{Trained, Volume, Work};
