@@ -53,12 +53,12 @@ use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
 use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_on, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
-use crate::interrupt;
+use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
 use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
-use crate::report::{LivePage, REPORT_FILE, RunFacts, print_result};
+use crate::report::{EvalMetrics, LivePage, REPORT_FILE, RunFacts, print_result};
 use output::Output;
 use recorder::Recorder;
 use resume::Start;
@@ -314,19 +314,7 @@ impl DeviceTask for Training<'_> {
         };
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
-        output.begin(&recorded)?;
-        let device = run.trainer.device().describe();
-        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
-        let mut recorder = Recorder::start(&output, run.plan.total_steps, resumed)?;
-        // The metrics that the others read are those that rank 0 has mended.
-        team.barrier("metrics")?;
-        run.recall(output.path(), resumed)?;
-        let is_live = config.live && team.is_first();
-        recorder.live = is_live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
-        if let (None, Some(before)) = (resumed, &before) {
-            recorder.evaluation(before)?;
-            run.chooser.record(before)?;
-        }
+        let (mut recorder, facts) = begin_record(&mut run, (&output, &recorded), resumed, before.as_ref())?;
 
         let (last, after) = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
@@ -335,16 +323,7 @@ impl DeviceTask for Training<'_> {
 
         progress::enter(Stage::End, last);
         recorder.check_place()?;
-        // The checkpoints are written, and the metrics whole, on rank 0.
-        team.barrier("trained")?;
-        if team.is_first() {
-            guard::check_trained(output.path(), &run.trainer, &inputs)?;
-        }
-        save_result(&output.model(), &mut run.trainer, &inputs)
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
-        let saved =
-            format!("what was trained is in {}; only the report is missing", output.model().display());
-        let keeper = interrupt::keep_before_end(|| Some(saved));
+        let keeper = save_trained(&mut run, &output)?;
         drop(steps);
         // Where weights are sharded no rank has a model that could answer: the report shows none.
         let answers_after = match run.trainer.has_weight_parts() {
@@ -368,6 +347,42 @@ impl DeviceTask for Training<'_> {
         // Nobody ends before rank 0 has written everything: who watches the processes would end it too.
         team.barrier("end")
     }
+}
+
+/// Opens the run's record, after `resumed` steps of an earlier part or with the evaluation `before` the first step.
+fn begin_record<D: Device>(
+    run: &mut Run<'_, D>,
+    (output, recorded): (&Output, &RunConfig),
+    resumed: Option<usize>,
+    before: Option<&EvalMetrics>,
+) -> Result<(Recorder, RunFacts)> {
+    output.begin(recorded)?;
+    let (device, total_steps) = (run.trainer.device().describe(), run.plan.total_steps);
+    let facts = output.facts(run.config, run.inputs, device, total_steps, resumed)?;
+    let mut recorder = Recorder::start(output, total_steps, resumed)?;
+    // The metrics that the others read are those that rank 0 has mended.
+    run.team.barrier("metrics")?;
+    run.recall(output.path(), resumed)?;
+    let is_live = run.config.live && run.team.is_first();
+    recorder.live = is_live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
+    if let (None, Some(before)) = (resumed, before) {
+        recorder.evaluation(before)?;
+        run.chooser.record(before)?;
+    }
+    Ok((recorder, facts))
+}
+
+/// Writes what was trained, after a look at all of its values. As long as the result lives, a signal says where it is.
+fn save_trained<D: Device>(run: &mut Run<'_, D>, output: &Output) -> Result<Keeper> {
+    // The checkpoints are written, and the metrics whole, on rank 0.
+    run.team.barrier("trained")?;
+    if run.team.is_first() {
+        guard::check_trained(output.path(), &run.trainer, run.inputs)?;
+    }
+    save_result(&output.model(), &mut run.trainer, run.inputs)
+        .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+    let saved = format!("what was trained is in {}; only the report is missing", output.model().display());
+    Ok(interrupt::keep_before_end(|| Some(saved)))
 }
 
 fn hex(bytes: &[u8]) -> String {

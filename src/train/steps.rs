@@ -31,7 +31,7 @@ use crate::report::{EvalMetrics, History, PairMetrics, StepMetrics};
 /// A run under way.
 pub struct Run<'a, D: Device> {
     pub config: &'a RunConfig,
-    team: &'a Team,
+    pub team: &'a Team,
     pub inputs: &'a Inputs,
     pub references: &'a References,
     pub plan: Plan,
