@@ -4,6 +4,7 @@ use std::thread::JoinHandle;
 
 use crate::checkpoint::tensor_writer::{PIECE_VALUES, StoredTensor};
 use crate::error::{Error, Result};
+use crate::host_memory::HostMemory;
 
 /// At most one save at a time, in a thread of its own. Dropped, it waits for that one.
 #[derive(Debug, Default)]
@@ -116,21 +117,8 @@ impl Snapshot {
 /// else. Where the system does not say what is free, it can.
 pub fn fits_in_memory(tensors: &[StoredTensor], processes: usize) -> bool {
     let each: u64 = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-    free_memory().is_none_or(|free| each.saturating_mul(processes as u64) <= free / 2)
-}
-
-/// Bytes that this process may still take, as Linux and its control group have it.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let available = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
-    let of_group = |name: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok()?.trim().parse().ok()
-    };
-    match (of_group("max"), of_group("current")) {
-        (Some(most), Some(now)) => Some(available.min(most.saturating_sub(now))),
-        _ => Some(available),
-    }
+    let needed = each.saturating_mul(processes as u64);
+    HostMemory::read().is_none_or(|memory| needed <= memory.available as u64 / 2)
 }
 
 #[cfg(test)]
@@ -222,8 +210,8 @@ mod tests {
     /// Eight ranks of a machine that save their parts copy eight times as much as one of them.
     #[test]
     fn all_ranks_of_a_machine_share_its_memory() {
-        let Some(free) = free_memory() else { return };
-        let part = [StoredTensor::new("part", Dtype::U8, &[free as usize / 8])];
+        let Some(memory) = HostMemory::read() else { return };
+        let part = [StoredTensor::new("part", Dtype::U8, &[memory.available / 8])];
         assert!(fits_in_memory(&part, 1));
         assert!(!fits_in_memory(&part, 8));
         assert_eq!(BackgroundSaves::of_ranks(8).processes(), 8);

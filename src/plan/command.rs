@@ -11,8 +11,8 @@ use super::footprint::{Choice, Footprint};
 use super::offload::Copies;
 use super::rates::{self, GPUS, GpuKind, Rates};
 use super::search::Tried;
+use super::show;
 use super::work::{Volume, Work};
-use super::{host, show};
 use crate::bench::shapes::Lengths;
 use crate::checkpoint::AdapterFolder;
 use crate::config::{MemoryConfig, MemoryLimit, RunConfig};
@@ -24,6 +24,7 @@ use crate::device::cuda::{self, CudaDevice, KernelPath};
 use crate::device::{Device, DeviceChoice, DeviceTask, GroupPlace, LargeBlocks, Precision};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
+use crate::host_memory::HostMemory;
 use crate::interrupt;
 use crate::model::LlamaConfig;
 use crate::report::print_result;
@@ -227,7 +228,7 @@ impl Target {
     }
 
     fn cpu() -> Self {
-        let memory = host::memory().map(|memory| memory.total);
+        let memory = HostMemory::read().map(|memory| memory.total());
         Target { name: "the CPU".to_owned(), kind: TargetKind::Cpu, rates: None, memory }
     }
 

@@ -8,10 +8,11 @@ use super::account::Account;
 use super::footprint::{Choice, Footprint};
 use super::rates;
 use super::search::{Tried, flags};
-use super::{host, size};
+use super::size;
 use crate::config::{MemoryLimit, RESOLVED_FILE, RunConfig, recipe};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::host_memory::HostMemory;
 
 /// Bytes of a GPU's free memory that are left to the driver, which loads kernels as they are used.
 const DRIVER_SPARE: usize = 256 << 20;
@@ -41,14 +42,14 @@ fn limit<D: Device>(device: &D, asked: Option<MemoryLimit>) -> Result<Option<Lim
             reason: "are free on the device".to_owned(),
             is_strict: true,
         }),
-        None => host::memory().map(|memory| match asked {
+        None => HostMemory::read().map(|memory| match asked {
             Some(MemoryLimit::Auto) => Limit {
                 bytes: (memory.available as f64 * HOST_SHARE) as usize,
                 reason: "are free in this computer".to_owned(),
                 is_strict: true,
             },
             _ => Limit {
-                bytes: memory.total,
+                bytes: memory.total(),
                 reason: "are all that this computer has".to_owned(),
                 is_strict: false,
             },
@@ -127,7 +128,7 @@ fn smaller(account: &Account<'_>) -> String {
 
 /// Bytes of the computer's free memory that may be pinned, where the system says how much is free.
 fn pinnable() -> Option<usize> {
-    host::memory().map(|memory| (memory.available as f64 * PINNED_SHARE) as usize)
+    HostMemory::read().map(|memory| (memory.available as f64 * PINNED_SHARE) as usize)
 }
 
 /// The memory from which `--memory auto` chooses.

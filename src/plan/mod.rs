@@ -7,7 +7,6 @@ mod command;
 mod exchange;
 mod fit;
 mod footprint;
-mod host;
 mod offload;
 mod rates;
 mod search;
