@@ -291,6 +291,8 @@ pub(super) struct Planned {
     pub copies: Option<Copies>,
     pub limit: Option<usize>,
     pub tried: Vec<Tried>,
+    /// How the ranks are connected, where there are several.
+    pub links: Option<Links>,
     /// What ranks exchange, where there are several and the machine's rates are known.
     pub exchanges: Option<Exchanges>,
 }
@@ -367,6 +369,7 @@ impl DeviceTask for Planning<'_> {
             copies,
             limit,
             tried,
+            links: config.links,
             exchanges,
         })
     }

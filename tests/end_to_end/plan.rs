@@ -223,5 +223,9 @@ fn a_plan_for_several_ranks_shows_what_they_send() {
     let text = workplace.succeed(&offloaded).stdout;
     assert!(text.contains("every other --shard needs --offload none"), "{text}");
 
+    // Without the machine's rates there is nothing to tell of the exchange, which is said.
+    let text = workplace.succeed(&planned("--ranks 8")).stdout;
+    assert!(text.contains("a step on 8 ranks: give the machine's rates"), "{text}");
+
     workplace.refuse(&planned("--network-bandwidth 25"), 2, &["--ranks"]);
 }
