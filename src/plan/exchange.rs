@@ -102,7 +102,7 @@ pub struct Exchange {
 /// A rank's step: what it computes, and how long that takes alone.
 #[derive(Clone, Copy, Debug)]
 pub struct RankStep {
-    /// Of the rank's own pairs.
+    /// What the rank's own pairs hold.
     pub volume: Volume,
     /// Seconds of forward and backward.
     pub computing: f64,

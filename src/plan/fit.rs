@@ -134,7 +134,7 @@ fn pinnable() -> Option<usize> {
 /// The memory from which `--memory auto` chooses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FreeMemory {
-    /// Of the device; `None` where the system does not say how much is free.
+    /// The device's memory; `None` where the system does not say how much is free.
     limit: Option<Limit>,
     /// Bytes of the computer's memory that may be pinned; `None` as there.
     pinnable: Option<usize>,

@@ -115,7 +115,7 @@ struct Peer {
 #[derive(Default)]
 struct State {
     verdict: Option<Verdict>,
-    /// Of each peer, what came and was not asked for yet.
+    /// What came from each peer and was not asked for yet: tags and values, oldest first.
     inbox: Vec<VecDeque<(String, Value)>>,
     seen: Vec<Seen>,
     /// Ends the collectives of this rank.

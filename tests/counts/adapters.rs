@@ -49,7 +49,7 @@ impl Work {
         Work { flops: signed(c.mma_flops + c.wgmma_flops), bytes: signed(loaded + stored) }
     }
 
-    /// Of what `run` launches.
+    /// The work of what `run` launches.
     fn count(run: impl FnOnce()) -> Self {
         VARIANT.reset_counters();
         run();
@@ -254,7 +254,7 @@ impl Projection {
         })
     }
 
-    /// Of all tokens at the projection's own sizes.
+    /// The work of all tokens at the projection's own sizes.
     fn continued_gradients(&self, path: KernelPath) -> Work {
         let wanted = [TOKENS, self.inputs, self.outputs];
         continued([256, 256, 512 * self.shares()], wanted, |sizes| self.gradients(path, sizes))
