@@ -27,11 +27,11 @@ use crate::interrupt::{self, Signal};
 const GRACE: Duration = Duration::from_secs(10);
 /// How long rank 0 waits at its end for the others to close their lines.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// How long rank 0 waits for another rank in a step until that one, which has failed, may conclude that rank 0 has not.
+/// A rank that failed in a step concludes that rank 0 did not fail alike when rank 0 has waited for it this long.
 const UNAWARE: Duration = Duration::from_secs(5);
 /// How often a thread that waits looks for a signal.
 const LOOK: Duration = Duration::from_millis(50);
-/// No sign of life for that long is the end of a rank, whatever [`Limits::hang`] allows one that gives some.
+/// A rank that gives no sign of life for this long is lost, however long [`Limits::hang`] is.
 const SILENCE: Duration = Duration::from_secs(60);
 /// The longest time that users can set: eleven days.
 const MOST_SECONDS: u64 = 1_000_000;
@@ -157,7 +157,8 @@ impl Shared {
         (0..self.peers.len()).for_each(|peer| self.send(peer, message));
     }
 
-    /// Takes a verdict for true unless there is one, tells all from rank 0, and brings this process to its end.
+    /// Accepts a verdict unless there is one already; rank 0 tells it to all others. Then ends this rank's collectives, and after a grace
+    /// this process.
     fn judge(self: &Arc<Self>, verdict: Verdict) {
         let abort = {
             let mut state = self.lock();
@@ -344,8 +345,9 @@ impl Control {
         waited.unwrap_or_else(PoisonError::into_inner).0.verdict.clone()
     }
 
-    /// For a rank whose step has failed as it must have on rank 0, which still writes down what it found: waits until rank 0 has told
-    /// its end, or waits itself for this rank, and so does not know, or gives no sign of life any more.
+    /// Waits until rank 0 has told its own end, for a rank whose step failed in a way that must fail on rank 0 too, which first writes
+    /// down what it found. Returns as well where rank 0 waits for this rank, and so has not failed, and where it gives no sign of life
+    /// any more.
     pub fn wait_for_first(&self) {
         let mut state = self.shared.lock();
         loop {
@@ -365,8 +367,8 @@ impl Control {
         self.shared.send_to_all(&Message::Part { tag: tag.to_string(), value });
     }
 
-    /// What rank 0 sent under `tag`; on rank 0 what all others did, in order. A wait of any length is none for a rank that
-    /// works: only who does nothing is lost.
+    /// What rank 0 sent under `tag`; on rank 0 what all others sent, in the order of the ranks. Waits as long as the others work: only
+    /// a rank that does nothing is lost.
     ///
     /// # Errors
     /// Those of [`Verdict::error`]; [`Error::Interrupted`] where a signal ends the command.
@@ -422,7 +424,7 @@ impl Control {
         }
     }
 
-    /// As a function that outlives this: tells all that a signal ends this process.
+    /// A function that tells all ranks that a signal ends this process. It may be called when this value is gone.
     pub fn stopper(&self) -> impl FnOnce() + Send + 'static {
         let control = Control { shared: Arc::clone(&self.shared) };
         move || {
@@ -432,8 +434,8 @@ impl Control {
         }
     }
 
-    /// Says goodbye. Rank 0 comes to its end first, and the others after it: who watches the processes would else end rank 0,
-    /// which still writes, because another one has ended.
+    /// Says goodbye. The other ranks wait for the goodbye of rank 0 before they end: a launcher that sees one process end may end all,
+    /// and rank 0 may still be writing.
     pub fn close(self) {
         let shared = &self.shared;
         shared.send_to_all(&Message::Goodbye);

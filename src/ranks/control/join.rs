@@ -167,7 +167,7 @@ fn has_hung_up(stream: &TcpStream) -> bool {
     !is_open || stream.set_nonblocking(false).is_err()
 }
 
-/// Why a rank does not fit to rank 0 or to another one.
+/// Why a rank that connected is no rank of this run; `None` where it is one.
 fn refusal(ranks: &Ranks, hello: &Hello, present: &BTreeMap<usize, Connected>) -> Option<Error> {
     let (ours, theirs) = (format!("rank 0 on {}", host()), format!("rank {} on {}", hello.rank, hello.host));
     if hello.version != env!("CARGO_PKG_VERSION") {
@@ -252,7 +252,7 @@ pub fn hello(ranks: &Ranks) -> Hello {
     }
 }
 
-/// The inner error is rank 0's refusal; the outer one may pass.
+/// The outer error may pass with time; the inner one is rank 0's refusal, which is final.
 fn greet(ranks: &Ranks, mut stream: TcpStream) -> std::io::Result<Result<Connected>> {
     let reader = prepare(&stream)?;
     messages::send(&mut stream, &Message::Hello(hello(ranks)))?;
@@ -285,7 +285,7 @@ fn read_first(stream: &TcpStream) -> std::io::Result<Option<Message>> {
 
 fn listen(ranks: &Ranks) -> Result<TcpListener> {
     let port = ranks.address.port;
-    // Nobody from outside where all ranks are on this machine.
+    // Where all ranks are on this machine, nothing from outside may connect.
     let bind = || match ranks.is_one_machine() {
         true => TcpListener::bind((Ipv4Addr::LOCALHOST, port)),
         false => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
