@@ -301,8 +301,9 @@ impl Control {
         let watched = Arc::downgrade(&shared);
         work.push(Box::new(move || watch::run(&watched)));
         for work in work {
-            // Little stack: a job may have a thousand ranks.
-            let thread = std::thread::Builder::new().name("control".into()).stack_size(256 << 10);
+            // Half of the usual stack, because rank 0 of a job may have a thousand of these threads. Not less, because the abort of a
+            // group, which calls NCCL and the driver, runs on them.
+            let thread = std::thread::Builder::new().name("control".into()).stack_size(1 << 20);
             thread.spawn(work).map_err(|error| {
                 Error::device(format!("cannot start a thread: {error}"), "raise the limit on processes")
             })?;
