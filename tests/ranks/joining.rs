@@ -67,7 +67,8 @@ fn ranks_choose_their_memory_together() {
     let finished = both(&work, [&format!("{run} run --memory auto"), &format!("{run} run")]);
     assert_eq!([finished[0].code, finished[1].code], [Some(0), Some(0)], "{}", finished[0].stderr);
     assert_eq!(finished[0].stderr.matches("--memory auto: ").count(), 1, "{}", finished[0].stderr);
-    let finished = both(&work, [&format!("{run} other --memory auto"), &format!("{run} other --memory 1000GB")]);
+    let finished =
+        both(&work, [&format!("{run} other --memory auto"), &format!("{run} other --memory 1000GB")]);
     assert_eq!([finished[0].code, finished[1].code], [Some(2), Some(9)], "{}", finished[0].stderr);
     let message = &finished[0].stderr;
     assert!(message.contains("different options: `memory` is nothing and"), "{message}");
