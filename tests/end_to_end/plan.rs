@@ -217,7 +217,7 @@ fn a_plan_for_several_ranks_shows_what_they_send() {
 
     // States that are offloaded are not sharded, so that there is one way alone.
     let offloaded = planned("--gpu H100 --ranks 8 --offload states");
-    let ways = account(&workplace, &offloaded)["ranks"]["shardings"].clone();
+    let ways = self::account(&workplace, &offloaded)["ranks"]["shardings"].clone();
     let ways: Vec<_> = ways.as_array().unwrap().iter().map(|way| way["shard"].clone()).collect();
     assert_eq!(ways, ["none"]);
     let text = workplace.succeed(&offloaded).stdout;
