@@ -10,8 +10,8 @@
 //
 // The first two are ordinary linear layers where nothing is dropped. adapted_linear.cu has the frozen gemm with
 // `forward` and `linear_backward_input_add` in its own accumulators; here they stand alone, for a frozen gemm by
-// cuBLASLt. The three between work on columns of wider matrices: query, key and value, and gate and up, stand side by
-// side in one output, each with an adapter of its own.
+// cuBLASLt. `forward`, `backward_input` and `backward_weight` work on columns of wider matrices: query, key and value,
+// and gate and up, stand side by side in one output, each with an adapter of its own.
 
 #include "common/gemm_launch.cuh"
 
