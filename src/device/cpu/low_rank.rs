@@ -6,7 +6,8 @@ use super::scratch::Scratch;
 use super::storage::Storage;
 use super::{CpuBuffer, CpuDevice};
 use crate::device::{
-    AdaptedBackwardInput, AdaptedLinear, Checked, Dropout, LinearShape, LowRank, LowRankShape, RowPart,
+    AdaptedBackwardInput, AdaptedLinear, Checked, Dropout, Linear, LinearShape, LowRank, LowRankShape,
+    RowPart,
 };
 use crate::error::Result;
 
