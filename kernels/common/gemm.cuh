@@ -94,10 +94,10 @@ struct Slice {
     template <bool kAligned, int THREADS>
     DEVICE void drop(const Dropout& dropout, int outer, int depth, int width) const {
         const int first_line = kDepthLines ? outer : depth, first_column = kDepthLines ? depth : outer;
+        const int chunk = int(threadIdx.x) % kChunks;
+        static_assert(THREADS % kChunks == 0, "a thread has the same chunk of every line that it copies");
 #pragma unroll 1
-        for (int i = 0; i < kLines * kChunks / THREADS; ++i) {
-            const int index = i * THREADS + int(threadIdx.x);
-            const int line = index / kChunks, chunk = index % kChunks;
+        for (int line = int(threadIdx.x) / kChunks; line < kLines; line += THREADS / kChunks) {
             const int64_t place = int64_t(first_line + line) * width + first_column + chunk * kChunk;
             dropout.zero_dropped<kAligned>(address(line, chunk), place);
         }

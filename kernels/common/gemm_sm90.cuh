@@ -346,9 +346,9 @@ struct Lead {
     }
 };
 
-// Drops values of an arrived stage's slice of x. All consumers take part, and none goes on before the slice is done. One
-// chunk after the other: the four hashes of a chunk keep a warp busy, and those of all chunks would take registers from
-// the accumulators. Meanwhile the wgmmas of the slice before run.
+// Drops values of an arrived stage's slice of x. All consumers take part, and none goes on before the slice is done.
+// One chunk after the other: the four hashes of a chunk keep a warp busy, and those of all chunks would take registers
+// from the accumulators. Meanwhile the wgmmas of the slice before run.
 template <class C, class Problem>
 DEVICE void drop_input(const Problem& problem, const TileWork& work, uint32_t stage, int slice) {
     constexpr bool kLeft = C::Lines::Operands::kLeft;
