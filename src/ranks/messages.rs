@@ -146,6 +146,12 @@ mod tests {
         let model = Fingerprints { model: "fedcba9876543210".into(), ..ours.clone() };
         let text = ours.difference(&model).unwrap();
         assert!(text.contains("different model (hashes 0123456789ab and fedcba987654)"), "{text}");
+        let pairs = Fingerprints { data: "e".into(), ..ours.clone() };
+        let text = ours.difference(&pairs).unwrap();
+        assert!(text.contains("different training pairs (hashes d and e)"), "{text}");
+        let reference = Fingerprints { reference: "0123456789abcdef".into(), ..ours.clone() };
+        let text = ours.difference(&reference).unwrap();
+        assert!(text.contains("different reference (hashes none and 0123456789ab)"), "{text}");
         let pairs = Fingerprints { evaluation: "e".into(), ..ours.clone() };
         let text = ours.difference(&pairs).unwrap();
         assert!(text.contains("evaluation pairs (hashes none and e)"), "{text}");

@@ -45,10 +45,13 @@ fn ranks_with_other_inputs_or_options_are_refused_by_name() {
     let cases = [
         (("--seed 1", "--seed 2"), "different options: `seed` is 1 and 2"),
         (("--data pairs.jsonl", "--data fewer.jsonl"), "different training pairs"),
+        (("--eval-data pairs.jsonl", "--eval-data fewer.jsonl"), "different evaluation pairs"),
         (("--model base", "--model tied"), "different model"),
+        (("--reference base", "--reference tied"), "different reference"),
     ];
     for ((ours, theirs), expected) in cases {
-        let first = format!("{TRAIN} --seed 1 --max-steps 3 --output run");
+        let first =
+            format!("{TRAIN} --seed 1 --max-steps 3 --eval-data pairs.jsonl --reference base --output run");
         let finished = both(&work, [&first, &first.replace(ours, theirs)]);
         assert_eq!([finished[0].code, finished[1].code], [Some(2), Some(9)], "{}", finished[0].stderr);
         let message = &finished[0].stderr;

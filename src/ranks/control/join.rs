@@ -200,12 +200,29 @@ fn refusal(ranks: &Ranks, hello: &Hello, present: &BTreeMap<usize, Connected>) -
     ))
 }
 
+/// What this process says of itself to rank 0.
+pub fn hello(ranks: &Ranks) -> Hello {
+    Hello {
+        greeting: GREETING.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        job: ranks.job.clone(),
+        rank: ranks.place.rank,
+        ranks: ranks.place.ranks,
+        host: host(),
+    }
+}
+
 /// Every other rank: comes to rank 0.
 pub fn connect(ranks: &Ranks, limits: Limits, deadline: Instant) -> Result<Connected> {
+    connect_as(&hello(ranks), ranks, limits, deadline)
+}
+
+/// As [`connect`], saying `hello`.
+pub fn connect_as(hello: &Hello, ranks: &Ranks, limits: Limits, deadline: Instant) -> Result<Connected> {
     let address = &ranks.address;
     loop {
         interrupt::check()?;
-        let why = match reach(address).and_then(|stream| greet(ranks, stream)) {
+        let why = match reach(address).and_then(|stream| greet(ranks, hello, stream)) {
             Ok(result) => return result,
             Err(error) => error,
         };
@@ -240,22 +257,10 @@ fn reach(address: &Address) -> std::io::Result<TcpStream> {
     Err(last)
 }
 
-/// What a rank says of itself.
-pub fn hello(ranks: &Ranks) -> Hello {
-    Hello {
-        greeting: GREETING.to_string(),
-        version: env!("CARGO_PKG_VERSION").to_string(),
-        job: ranks.job.clone(),
-        rank: ranks.place.rank,
-        ranks: ranks.place.ranks,
-        host: host(),
-    }
-}
-
 /// The outer error may pass with time; the inner one is rank 0's refusal, which is final.
-fn greet(ranks: &Ranks, mut stream: TcpStream) -> std::io::Result<Result<Connected>> {
+fn greet(ranks: &Ranks, hello: &Hello, mut stream: TcpStream) -> std::io::Result<Result<Connected>> {
     let reader = prepare(&stream)?;
-    messages::send(&mut stream, &Message::Hello(hello(ranks)))?;
+    messages::send(&mut stream, &Message::Hello(hello.clone()))?;
     match read_first(&reader)? {
         Some(Message::Welcome(host)) => Ok(Ok(Connected { rank: 0, host, stream, reader })),
         Some(Message::Refused(why)) => Ok(Err(Error::rank(

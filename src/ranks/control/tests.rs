@@ -6,6 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::device::GroupPlace;
+use crate::ranks::messages::Hello;
 use crate::ranks::{Address, Fingerprints, LauncherKind, Team};
 
 const LIMITS: Limits = Limits { join: Duration::from_secs(30), hang: Duration::from_secs(600) };
@@ -116,6 +117,27 @@ fn a_rank_that_does_not_fit_is_told_to_both() {
             assert!(refused.to_string().contains(expected), "{refused}");
         });
     }
+}
+
+/// All are told, also a rank that fits and was there before.
+#[test]
+fn a_rank_of_another_version_is_named_with_both_versions() {
+    let (ranks, listener) = ranks(3);
+    let older = Hello { version: "0.0.1".into(), ..join::hello(&ranks[2]) };
+    thread::scope(|scope| {
+        let first = scope.spawn(|| Control::join(&ranks[0], LIMITS, Some(listener)).err().unwrap());
+        let second = Control::join(&ranks[1], LIMITS, None).unwrap();
+        let deadline = Instant::now() + LIMITS.join;
+        let third = join::connect_as(&older, &ranks[2], LIMITS, deadline).err().unwrap();
+        let (first, second) = (first.join().unwrap(), second.receive("anything").err().unwrap());
+        let (host, ours) = (host(), env!("CARGO_PKG_VERSION"));
+        let versions = format!("rank 0 on {host} is mmpo-fast {ours}, and rank 2 on {host} is 0.0.1");
+        for (error, code) in [(first, 2), (second, 9), (third, 9)] {
+            let text = error.to_string();
+            assert!(text.contains(&versions), "{text}");
+            assert_eq!(error.exit_code(), code, "{text}");
+        }
+    });
 }
 
 #[test]
