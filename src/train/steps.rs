@@ -296,7 +296,7 @@ impl<'a, D: Device> Run<'a, D> {
             training_pairs(&self.inputs.training, &self.references.training, batch.pairs.iter().copied());
         let adamw = self.plan.adamw(batch.step);
         let result = self.trainer.step(&pairs, adamw, self.config.optimizer.max_grad_norm);
-        let result = result.map_err(|error| self.with_rank(error, pairs.len()))?;
+        let result = result.map_err(|error| self.with_rank(error))?;
         let seconds = started.elapsed().as_secs_f64();
         self.is_asked = result.stop_requested;
         self.shares.add(&result.ranks);
@@ -323,19 +323,18 @@ impl<'a, D: Device> Run<'a, D> {
         })
     }
 
-    /// Adds to a numerical error of a step with so many pairs which rank computed the first of those that are not finite.
-    fn with_rank(&self, error: Error, pairs: usize) -> Error {
+    /// Adds to a numerical error which rank had the first number that is not finite, and where the run was.
+    fn with_rank(&self, error: Error) -> Error {
         let Error::Numerics { message, help } = error else { return error };
-        let outcomes = self.trainer.download_outcomes(pairs).unwrap_or_default();
-        let message = match outcomes.iter().position(|outcome| !outcome.loss.is_finite()) {
-            Some(pair) if !self.team.is_alone() => {
-                let rank = self.trainer.rank_of(pair);
-                let host = self.team.host_of(rank).map_or_else(ranks::host, str::to_string);
-                format!("{message}; rank {rank} on {host} computed it")
-            }
-            _ => message,
+        let Some(rank) = self.trainer.broken_rank() else { return Error::Numerics { message, help } };
+        let host = match rank == self.team.ranks().place.rank {
+            true => Some(ranks::host()),
+            // Rank 0 alone knows the machines of others, and tells the error.
+            false => self.team.host_of(rank).map(str::to_string),
         };
-        Error::Numerics { message, help }
+        let host = host.map_or_else(String::new, |host| format!(" on {host}"));
+        let position = progress::now().position;
+        Error::Numerics { message: format!("{message}; it came from rank {rank}{host}, {position}"), help }
     }
 
     /// Fails unless the new weights give a finite loss and gradient for the shortest of the pairs that they were just
@@ -346,6 +345,7 @@ impl<'a, D: Device> Run<'a, D> {
         let pairs =
             training_pairs(&self.inputs.training, &self.references.training, shortest.iter().copied());
         self.trainer.accumulate_gradients(&pairs, None).map(|_| ()).map_err(|error| {
+            let error = self.with_rank(error);
             // The capsule is that of the next step, with this pair alone.
             self.leave_capsule(output, &StepBatch { step: batch.step + 1, pairs: shortest, ..*batch }, error)
         })
@@ -364,7 +364,8 @@ impl<'a, D: Device> Run<'a, D> {
             progress::enter(Stage::Evaluation, done);
         }
         let pairs = training_pairs(dataset, &self.references.evaluation, 0..dataset.pairs.len());
-        let (outcomes, loss) = self.trainer.evaluate(&pairs)?;
+        let evaluated = self.trainer.evaluate(&pairs);
+        let (outcomes, loss) = evaluated.map_err(|error| self.with_rank(error))?;
         Ok(Some(EvalMetrics {
             step: done,
             epoch: self.plan.order.epochs_after(done),

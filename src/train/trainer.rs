@@ -324,7 +324,9 @@ impl<D: Device> Trainer<D> {
             })?;
             self.idle_forwards()?;
             self.sum_metrics(chunk.len())?;
-            outcomes.extend(self.download_metrics(chunk.len())?.1);
+            let of_chunk = self.download_metrics(chunk.len())?.1;
+            self.note_broken(&of_chunk);
+            outcomes.extend(of_chunk);
         }
         let loss = self.mean_loss(pairs, &outcomes);
         super::guard::check_finite(loss, None, pairs, &outcomes)?;

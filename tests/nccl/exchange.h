@@ -84,6 +84,8 @@ struct Operation {
     const uint8_t* send;
     uint8_t* receive;
     size_t size;
+    // Faults that the environment asks for: it never ends by itself, or its result is NaN.
+    bool hangs = false, spoiled = false;
 };
 
 struct Failure {
@@ -127,7 +129,7 @@ struct Comm {
     std::deque<Operation> work;
     std::thread worker;
     bool stopping = false;
-    uint64_t calls[kKinds] = {}, bytes[kKinds] = {};
+    uint64_t calls[kKinds] = {}, bytes[kKinds] = {}, large[kKinds] = {};
 
     ~Comm() {
         if (shared != nullptr) {
@@ -276,6 +278,10 @@ inline void take(const Comm& comm, const Operation& op, size_t base, size_t n, b
 }
 
 inline void exchange(Comm& comm, const Operation& op, bool races) {
+    if (op.hangs) {
+        while (!comm.aborted) usleep(1000);
+        throw Failure{kInvalidUsage, "the communicator was aborted"};
+    }
     comm.shared->slots[comm.rank].agreement = op.agreement;
     barrier(comm);
     for (int rank = 0; rank < comm.ranks; ++rank) {
@@ -294,6 +300,8 @@ inline void exchange(Comm& comm, const Operation& op, bool races) {
         take(comm, op, base, n, races);
         barrier(comm);
     }
+    // All bits set are a NaN, in f32 and in bf16.
+    if (op.spoiled) memset(op.receive, 0xff, op.agreement.count * op.size);
 }
 
 }  // namespace fake_nccl

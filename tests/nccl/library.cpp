@@ -17,6 +17,8 @@
 // kind
 //   of collective. Bytes are those of the whole range: of all pieces where it is cut among the ranks.
 // - FAKE_NCCL_FAIL=RANK:N: the N-th collective of that rank, from 1, fails in the background.
+// - FAKE_NCCL_HANG=RANK:N: the N-th collective of that rank never ends, until the rank aborts it.
+// - FAKE_NCCL_SPOIL=RANK:KIND:N: the result of the N-th large collective of that kind comes to that rank as NaN.
 // - FAKE_NCCL_DEAF=1: no rank notices that another one died or aborted, as over NVLink. Whoever waits for it hangs
 // until
 //   it aborts itself.
@@ -35,6 +37,9 @@ using namespace fake_nccl;
 using ncclComm = Comm;
 
 namespace {
+
+// Bytes of a large collective: weights and gradients are, and what ranks tell each other beside them is not.
+constexpr uint64_t kLarge = 1024;
 
 // Does one collective, in the turn of its stream. What goes wrong is found in ncclCommGetAsyncError. The lock of the
 // communicator's mutex is held when this begins and when it ends.
@@ -139,22 +144,43 @@ struct Call {
     mmpo_emulated_stream* stream;
 };
 
-void count(Comm& comm, const Operation& op) {
-    int kind = op.agreement.kind;
-    bool cut = kind == kReduceScatter || kind == kAllGather;
-    comm.calls[kind] += 1;
-    comm.bytes[kind] += op.agreement.count * op.size * (cut ? comm.ranks : 1);
-    int rank = -1;
-    unsigned long long number = 0, made = 0;
-    for (uint64_t calls : comm.calls) made += calls;
-    const char* injected = getenv("FAKE_NCCL_FAIL");
-    if (injected != nullptr && sscanf(injected, "%d:%llu", &rank, &number) == 2 && rank == comm.rank &&
-        number == made) {
-        comm.failure = say(kSystemError, "FAKE_NCCL_FAIL asked for this failure");
-    }
+// Whether a fault's variable, RANK:N, names the collective with this number of the rank.
+bool is_named(const char* variable, int rank, uint64_t number) {
+    const char* value = getenv(variable);
+    int named_rank = -1;
+    unsigned long long named = 0;
+    return value != nullptr && sscanf(value, "%d:%llu", &named_rank, &named) == 2 && named_rank == rank &&
+           named == number;
 }
 
-Result start(const Call& call) {
+// The same for RANK:KIND:N, which counts the large collectives of a kind.
+bool is_spoiled(const Comm& comm, int kind) {
+    const char* value = getenv("FAKE_NCCL_SPOIL");
+    int rank = -1;
+    char name[32] = "";
+    unsigned long long number = 0;
+    return value != nullptr && sscanf(value, "%d:%31[a-z_]:%llu", &rank, name, &number) == 3 && rank == comm.rank &&
+           name == std::string(kKindNames[kind]) && number == comm.large[kind];
+}
+
+// Counts a collective, and plants the faults that the environment asks for.
+void count(Comm& comm, Operation& op) {
+    int kind = op.agreement.kind;
+    bool cut = kind == kReduceScatter || kind == kAllGather;
+    uint64_t bytes = op.agreement.count * op.size * (cut ? comm.ranks : 1), made = 0;
+    comm.calls[kind] += 1;
+    comm.bytes[kind] += bytes;
+    for (uint64_t calls : comm.calls) made += calls;
+    if (is_named("FAKE_NCCL_FAIL", comm.rank, made)) {
+        comm.failure = say(kSystemError, "FAKE_NCCL_FAIL asked for this failure");
+    }
+    op.hangs = is_named("FAKE_NCCL_HANG", comm.rank, made);
+    if (bytes < kLarge) return;
+    comm.large[kind] += 1;
+    op.spoiled = is_spoiled(comm, kind);
+}
+
+Result start(Call call) {
     Comm& comm = *call.comm;
     std::unique_lock<std::mutex> lock(comm.mutex);
     count(comm, call.operation);

@@ -6,14 +6,40 @@ use crate::harness::{Finished, TRAIN, Workplace};
 use crate::processes::{LONG, Run, SOON, command, is_there, send, succeed};
 use crate::support::nccl;
 
-/// The message names the rank and where it was.
+/// `MMPO_FAST_HANG_SECONDS` of the runs in which a rank hangs.
+const HANG: Duration = Duration::from_secs(15);
+/// After the first rank has ended, those that are still there are ended by force within this time, as the page on several GPUs says.
+const FORCE: Duration = Duration::from_secs(30);
+/// What a busy machine may take longer.
+const BUSY: Duration = Duration::from_secs(60);
+
+/// The message names the rank, its machine and the step in which it was: one from `first` on, and not after the step that the run
+/// was in when it ended.
 #[track_caller]
-fn assert_names(finished: &Finished, rank: usize, what: &str) {
+fn assert_names(work: &Workplace, finished: &Finished, (rank, what): (usize, &str), first: usize) {
     let text = &finished.stderr;
-    assert!(text.contains(&format!("rank {rank} on ")), "rank {rank} is not named: {text}");
+    let name = format!("rank {rank} on {}", mmpo_fast::ranks::host());
+    assert!(text.contains(&name), "no {name:?} in: {text}");
     assert!(text.contains(what), "no {what:?} in: {text}");
-    assert!(text.contains("step "), "no step in: {text}");
     assert!(!text.contains("panicked"), "{text}");
+    let told = text.lines().find(|line| line.contains(&name)).unwrap();
+    let number = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse();
+    // What comes after "step " may be a path too.
+    let step: usize = told.split("step ").skip(1).find_map(|rest| number(rest).ok()).expect(text);
+    let done = work.series("cut", "loss").len();
+    assert!((first..=done + 1).contains(&step), "step {step}, and {first} to {done} were done: {text}");
+}
+
+/// The run in `cut` was ended: its last checkpoint is whole, and the run goes on from it to the bits of the one in `whole`.
+#[track_caller]
+fn assert_goes_on(work: &Workplace, run: &str) {
+    let checkpoints = std::fs::read_dir(work.path("cut/checkpoints")).unwrap().flatten();
+    let last = checkpoints.map(|entry| entry.file_name().into_string().unwrap()).max().unwrap();
+    work.succeed(&format!("verify cut/checkpoints/{last}"));
+    let finished = succeed(work, &format!("{run} --output cut --resume"));
+    assert!(finished.stderr.contains("resuming after step"), "{}", finished.stderr);
+    assert!(work.read("whole/model/model.safetensors") == work.read("cut/model/model.safetensors"));
+    assert_eq!(work.series("whole", "loss"), work.series("cut", "loss"));
 }
 
 /// Whichever rank is killed: the run ends with exit code 9, and resumed it comes to the same bits.
@@ -31,35 +57,80 @@ fn a_rank_that_is_killed_ends_the_run_which_goes_on_from_its_last_checkpoint() {
         // Over a network the collectives notice a death themselves; over NVLink only the control line does.
         resumed.env(nccl::DEAF, kill.to_string());
         let mut running = Run::start(&work, resumed, "cut");
-        running.wait_for_lines(9 + 12 * kill + moment as usize % 5);
+        let lines = 9 + 12 * kill + moment as usize % 5;
+        running.wait_for_lines(lines);
         send("-KILL", running.rank(rank));
         let finished = running.finish(SOON);
         assert_eq!(finished.code, Some(9), "{}", finished.stderr);
-        assert_names(&finished, rank, "died ");
+        assert_names(&work, &finished, (rank, "died "), lines);
         assert!(
             finished.stderr.contains(&format!("rank {rank} was killed by signal 9")),
             "{}",
             finished.stderr
         );
     }
-    let finished = succeed(&work, &format!("{run} --output cut --resume"));
-    assert!(finished.stderr.contains("resuming after step"), "{}", finished.stderr);
-    assert!(work.read("whole/model/model.safetensors") == work.read("cut/model/model.safetensors"));
-    assert_eq!(work.series("whole", "loss"), work.series("cut", "loss"));
+    assert_goes_on(&work, &run);
+}
+
+/// Stops a rank without an end, as a machine does that swaps, or a debugger.
+fn stop(rank: usize) {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --max-steps 40 --save-steps 2 --shard states --gpus 2");
+    succeed(&work, &format!("{run} --output whole"));
+    let mut stopped = command(&work, &format!("{run} --output cut"));
+    stopped.env("MMPO_FAST_HANG_SECONDS", HANG.as_secs().to_string());
+    let mut running = Run::start(&work, stopped, "cut");
+    running.wait_for_lines(5);
+    send("-STOP", running.rank(rank));
+    let finished = running.finish(HANG + FORCE + BUSY);
+    assert_eq!(finished.code, Some(9), "{}", finished.stderr);
+    assert_names(&work, &finished, (rank, "no sign of life"), 5);
+    assert_goes_on(&work, &run);
 }
 
 #[test]
 fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
-    for rank in [0, 1] {
+    std::thread::scope(|scope| {
+        [0, 1].map(|rank| scope.spawn(move || stop(rank))).map(|thread| thread.join().unwrap())
+    });
+}
+
+/// A collective that never ends, as where a GPU or a link hangs: every rank gives signs of life, and none does anything.
+#[test]
+fn a_collective_that_never_ends_ends_the_run_within_the_stated_time() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --max-steps 40 --save-steps 2 --shard states --gpus 2");
+    succeed(&work, &format!("{run} --output whole"));
+    let mut hanging = command(&work, &format!("{run} --output cut"));
+    hanging.env("MMPO_FAST_HANG_SECONDS", HANG.as_secs().to_string());
+    // In the update of the eighth step.
+    hanging.env(nccl::DEAF, "1").env(nccl::HANG, "1:395");
+    let finished = Run::start(&work, hanging, "cut").finish(HANG + FORCE + BUSY);
+    assert_eq!(finished.code, Some(9), "{}", finished.stderr);
+    let text = &finished.stderr;
+    assert!(text.contains("no rank has done anything for"), "{text}");
+    assert!(text.contains(&format!(" on {} among them", mmpo_fast::ranks::host())), "{text}");
+    let done = work.series("cut", "loss").len();
+    assert!(done > 2 && text.contains(&format!("step {}", done + 1)), "{done} steps: {text}");
+    assert_goes_on(&work, &run);
+}
+
+/// One rank gets numbers that mean nothing, as from memory that fails: from then on its pairs have no loss, or its part of the
+/// gradients no norm. All ranks see that in the same step, and end with the rank that had it first.
+#[test]
+fn a_rank_that_gets_a_nan_is_named_and_ends_all() {
+    for (kind, what) in [("all_gather", "loss NaN"), ("reduce_scatter", "gradient norm NaN")] {
         let work = Workplace::new();
-        let mut stopped = command(&work, &format!("{TRAIN} {LONG} --gpus 2 --output run"));
-        stopped.env("MMPO_FAST_HANG_SECONDS", "15");
-        let mut running = Run::start(&work, stopped, "run");
-        running.wait_for_lines(5);
-        send("-STOP", running.rank(rank));
-        let finished = running.finish(SOON);
-        assert_eq!(finished.code, Some(9), "{}", finished.stderr);
-        assert_names(&finished, rank, "no sign of life");
+        let run = format!("{TRAIN} --max-steps 40 --save-steps 2 --shard states --gpus 2");
+        succeed(&work, &format!("{run} --output whole"));
+        let mut spoiled = command(&work, &format!("{run} --output cut"));
+        spoiled.env(nccl::SPOIL, format!("1:{kind}:100"));
+        let finished = Run::start(&work, spoiled, "cut").finish(SOON);
+        assert_eq!(finished.code, Some(7), "{}", finished.stderr);
+        assert_names(&work, &finished, (1, what), 3);
+        assert_eq!(finished.stderr.matches("not a number to train on").count(), 1, "{}", finished.stderr);
+        assert_eq!(finished.stderr.contains("loss NaN"), kind == "all_gather", "{}", finished.stderr);
+        assert_goes_on(&work, &run);
     }
 }
 

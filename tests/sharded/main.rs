@@ -28,6 +28,8 @@ use work::{Case, CheckpointUse, Goal, Results};
 const CASE: &str = "TEST_SHARDED_CASE";
 const RESULTS: &str = "TEST_SHARDED_RESULTS";
 const RUN: &str = "TEST_SHARDED_RUN";
+/// The scenario in which a rank's own gradients are not finite.
+const BROKEN: &str = "broken";
 
 /// What a rank of a test does; nothing where no test started this process.
 #[test]
@@ -35,6 +37,9 @@ fn rank_of_a_group() {
     let Some((scenario, on, rank)) = ranks::this_process() else { return };
     let variable = |name: &str| std::env::var(name).unwrap();
     let case = Case::parse(&variable(CASE));
+    if scenario == BROKEN {
+        return work::break_gradients(&Arc::new(cpu::<f32>()), &case, &rank);
+    }
     let run = std::env::var(RUN).ok();
     let run = run.as_ref().map(|run| (Path::new(run), CheckpointUse::parse(&scenario)));
     let results = match on {
@@ -167,5 +172,13 @@ fn a_checkpoint_goes_on_with_other_ranks_and_another_sharding() {
     ] {
         let (whole, rest) = continued(from, to);
         whole[0].assert_weights_close(&rest[0], On::Cpu, &format!("{from:?} and {to:?}"));
+    }
+}
+
+/// In the sums nobody sees any more whose number it was: each rank looks at its own gradients before.
+#[test]
+fn all_ranks_know_whose_gradients_are_not_finite() {
+    for shard in [Whole, States, Gradients, Weights] {
+        ranks::succeed(BROKEN, On::Cpu, 3, &[(CASE, &Case::new(shard, Goal::Dpo).text())]);
     }
 }

@@ -186,18 +186,49 @@ fn model<D: Device>(golden: &Golden, device: &Arc<D>, case: &Case) -> Llama<D> {
     model
 }
 
-pub fn train<D: Device>(
-    device: &Arc<D>,
-    case: &Case,
-    rank: Option<&Rank>,
-    run: Option<(&Path, CheckpointUse)>,
-) -> Results {
+/// Model and pairs of a case.
+fn golden_of<D: Device>(case: &Case) -> Golden {
     // The kernels know heads of 64 values, and not those of the first model.
     let name = if D::IS_CPU { "base" } else { "tied" };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
     let mut golden = Golden::read(&folder);
     golden.pairs.truncate(case.pairs);
     assert_eq!(golden.pairs.len(), case.pairs);
+    golden
+}
+
+/// The gradients of the second rank are too large for f32 while all losses are finite: its `beta` is. Policy and reference are the
+/// same model, so that the margins are next to nothing.
+pub fn break_gradients<D: Device>(device: &Arc<D>, case: &Case, rank: &Rank) {
+    const BROKEN: usize = 1;
+    let golden = golden_of::<D>(case);
+    let model = model(&golden, device, case);
+    let references = golden::score(&model, &golden.pairs);
+    let scored = golden.pairs.iter().zip(references);
+    let pairs: Vec<TrainingPair<'_>> =
+        scored.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect();
+    let beta = if rank.place.rank == BROKEN { 3e38 } else { 0.1 };
+    let objective = Objective::Dpo(Dpo { beta, label_smoothing: 0.0 });
+    let workload = Workload::plan(&golden.pairs, &objective, pairs.len(), TOKEN_BUDGET);
+    let memory = MemoryConfig { shard: case.shard, ..MemoryConfig::default() };
+    let communicator = rank.join(&**device);
+    let group = RankGroup { device: Arc::clone(device), communicator };
+    let workload = Workload { memory, ..workload };
+    let mut trainer = Trainer::with_group(model, objective, workload, Some(group)).unwrap();
+    assert_eq!(trainer.broken_rank(), None);
+    let error = trainer.accumulate_gradients(&pairs, Some(MAX_NORM)).unwrap_err();
+    let text = error.to_string();
+    assert!(error.exit_code() == 7 && text.contains("in no single pair's loss"), "{text}");
+    assert_eq!(trainer.broken_rank(), Some(BROKEN), "{text}");
+}
+
+pub fn train<D: Device>(
+    device: &Arc<D>,
+    case: &Case,
+    rank: Option<&Rank>,
+    run: Option<(&Path, CheckpointUse)>,
+) -> Results {
+    let golden = golden_of::<D>(case);
     let model = model(&golden, device, case);
     let references = golden::score(&model, &golden.pairs);
     let pairs: Vec<TrainingPair<'_>> = golden

@@ -13,6 +13,10 @@ use std::sync::OnceLock;
 pub const COUNTS: &str = "FAKE_NCCL_COUNTS";
 /// `RANK:N`: the N-th collective of that rank, from 1, fails in the background.
 pub const FAIL: &str = "FAKE_NCCL_FAIL";
+/// `RANK:N`: the N-th collective of that rank, from 1, never ends until the rank aborts it.
+pub const HANG: &str = "FAKE_NCCL_HANG";
+/// `RANK:KIND:N`: the result of the N-th collective of that kind, from 1, with 1024 bytes or more comes to that rank as NaN.
+pub const SPOIL: &str = "FAKE_NCCL_SPOIL";
 /// `1`: no rank notices that another one died or aborted, as it is over NVLink.
 pub const DEAF: &str = "FAKE_NCCL_DEAF";
 

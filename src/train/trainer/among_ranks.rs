@@ -26,7 +26,7 @@ impl<D: Device> Trainer<D> {
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
         let device = Arc::clone(&self.model.device);
-        self.other_ranks()?.begin_step();
+        self.other_ranks()?.begin_step()?;
         self.zero_metrics(pairs.len())?;
         let sums = self.own_sums.iter_mut().flat_map(OwnSums::iter_mut);
         device.zero_all(&mut self.gradients.iter_mut().flatten().chain(sums).collect::<Vec<_>>())?;
@@ -117,11 +117,14 @@ impl<D: Device> Trainer<D> {
 
     /// Fills this rank's row of the metrics.
     fn put_row(&mut self, tokens: usize, busy: f64) -> Result<()> {
-        let device = Arc::clone(&self.model.device);
-        let first = ROW * self.place().rank;
-        device.copy(&mut self.metrics, first, &self.norm, 0, 1)?;
-        let stop = if self.wants_stop { 1.0 } else { 0.0 };
-        device.upload(&mut self.metrics, first + 1, &[tokens as f32, busy as f32, stop])
+        let Trainer { model, metrics, norm, wants_stop, ranks: Some(ranks), .. } = self else {
+            return Err(no_ranks());
+        };
+        let (device, first) = (&*model.device, ROW * ranks.place().rank);
+        device.copy(metrics, first, norm, 0, 1)?;
+        let stop = if *wants_stop { 1.0 } else { 0.0 };
+        device.upload(metrics, first + 1, &[tokens as f32, busy as f32, stop])?;
+        device.copy(metrics, first + 4, &ranks.own_norms, 0, 1)
     }
 
     /// Reads what all ranks summed, and gives the device the norm over all gradients where it knows its own part alone.
@@ -131,9 +134,11 @@ impl<D: Device> Trainer<D> {
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
         let (rows, outcomes) = self.download_metrics(pairs.len())?;
+        let rows: Vec<&[f32]> = rows.chunks_exact(ROW).collect();
+        let of_pair = self.rank_of_broken(&outcomes);
         let ranks = self.other_ranks()?;
         let (seconds, shard) = (ranks.seconds().0, ranks.shard);
-        let rows: Vec<&[f32]> = rows.chunks_exact(ROW).collect();
+        ranks.broken = of_pair.or_else(|| rank_of_broken_gradient(&rows));
         let gradient_norm = match shard {
             // The same sums everywhere; one rank's norm stands for all, so that no two can decide differently.
             ShardConfig::None => rows[0][0],
@@ -161,6 +166,25 @@ impl<D: Device> Trainer<D> {
             stop_requested: rows.iter().any(|row| row[3] > 0.0),
             ranks,
         })
+    }
+
+    /// The rank that computed the first of these pairs of the last batch whose loss is not finite.
+    fn rank_of_broken(&self, outcomes: &[PairOutcome]) -> Option<usize> {
+        outcomes.iter().position(|outcome| !outcome.loss.is_finite()).map(|pair| self.rank_of(pair))
+    }
+
+    /// Notes the rank of the first pair of an evaluation whose loss is not finite.
+    pub(super) fn note_broken(&mut self, outcomes: &[PairOutcome]) {
+        let found = self.rank_of_broken(outcomes);
+        if let Some(ranks) = &mut self.ranks {
+            ranks.broken = ranks.broken.or(found);
+        }
+    }
+
+    /// The rank that had the first number that is not finite, where there was one in the last step or evaluation, and where one
+    /// rank alone had it first; `None` also where there is but one rank.
+    pub fn broken_rank(&self) -> Option<usize> {
+        self.ranks.as_ref()?.broken
     }
 
     /// As [`Trainer::update`]: each rank updates the values whose states it has, and gets the others'.
@@ -346,6 +370,13 @@ fn summed<'a, D: Device>(
         .collect()
 }
 
+/// The first rank whose own gradients were not finite, else the only one that got sums that are not, from the rows of all ranks.
+fn rank_of_broken_gradient(rows: &[&[f32]]) -> Option<usize> {
+    let broken = |value: usize| rows.iter().enumerate().filter(move |(_, row)| !row[value].is_finite());
+    let own = broken(4).map(|(rank, _)| rank).next();
+    own.or_else(|| broken(0).map(|(rank, _)| rank).next().filter(|_| broken(0).count() == 1))
+}
+
 /// The factor that clips gradients of this norm, as the devices compute it.
 fn clip_factor(norm: f32, max_norm: Option<f64>) -> f32 {
     match max_norm.map(|max_norm| max_norm as f32 / (norm + 1e-6)) {
@@ -356,4 +387,22 @@ fn clip_factor(norm: f32, max_norm: Option<f64>) -> f32 {
 
 fn no_ranks() -> Error {
     Error::bug("a trainer without other ranks was asked for a step among them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_of_a_gradient_that_is_not_finite_is_found() {
+        let row = |sums: f32, own: f32| [sums, 10.0, 0.5, 0.0, own];
+        let found = |rows: [[f32; ROW]; 3]| rank_of_broken_gradient(&rows.each_ref().map(|row| &row[..]));
+        assert_eq!(found([row(1.0, 2.0); 3]), None);
+        // Its own gradient, which has spoilt the sums of all; and sums that one rank alone did not get.
+        let nan = f32::NAN;
+        assert_eq!(found([row(nan, 2.0), row(nan, 2.0), row(nan, f32::INFINITY)]), Some(2));
+        assert_eq!(found([row(1.0, 2.0), row(nan, 2.0), row(1.0, 2.0)]), Some(1));
+        // Finite gradients whose sum is not: no rank had it first.
+        assert_eq!(found([row(f32::INFINITY, 3e38); 3]), None);
+    }
 }

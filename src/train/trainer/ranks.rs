@@ -11,14 +11,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
-use crate::device::{Device, Element, Floats, GroupPlace, Indices, MemoryPart, Queue};
+use crate::device::{Device, Element, Floats, Gradient, GroupPlace, Indices, MemoryPart, Queue};
 use crate::error::{Error, Result};
 use crate::model::{CompleteLayer, GradientSink};
 use crate::ranks::{RankGroup, progress};
 use crate::train::cut::Cut;
 
-/// Values of a rank's row in the metrics: the norm of its gradients, its tokens, its seconds of work, and whether it asks to stop.
-pub(super) const ROW: usize = 4;
+/// Values of a rank's row in the metrics: the norm of the sums that it has, its tokens, its seconds of work, whether it asks to stop, and
+/// the norms of its own gradients.
+pub(super) const ROW: usize = 5;
 
 /// One rank's part of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -44,6 +45,13 @@ pub(super) struct OtherRanks<D: Device> {
     done: D::Event,
     /// `[ranks]`: a word of each rank.
     words: Indices<D>,
+    /// `[2]` scratch: the norm of what is about to be summed.
+    norm: Floats<D>,
+    /// `[1]`: the norms of all that this rank gave to sums in this step, added up. Not finite where one of its own gradients is not: in
+    /// the sums nobody sees any more whose it was.
+    pub own_norms: Floats<D>,
+    /// The rank that had the first number that is not finite, where there was one in the last step or evaluation.
+    pub broken: Option<usize>,
     started: Instant,
     in_calls: Duration,
 }
@@ -59,8 +67,22 @@ impl<D: Device> OtherRanks<D> {
         let (ready, done) = (group.device.new_event()?, group.device.new_event()?);
         let shard = memory.shard;
         let (started, in_calls) = (Instant::now(), Duration::ZERO);
-        let words = group.device.as_part(MemoryPart::Batch, || group.device.alloc(group.place().ranks))?;
-        Ok(Some(OtherRanks { group, shard, ready, done, words, started, in_calls }))
+        let device = Arc::clone(&group.device);
+        let words = device.as_part(MemoryPart::Batch, || device.alloc(group.place().ranks))?;
+        let norm = device.as_part(MemoryPart::Gradients, || device.alloc(2))?;
+        let own_norms = device.as_part(MemoryPart::Gradients, || device.alloc(1))?;
+        Ok(Some(OtherRanks {
+            group,
+            shard,
+            ready,
+            done,
+            words,
+            norm,
+            own_norms,
+            broken: None,
+            started,
+            in_calls,
+        }))
     }
 
     pub fn device(&self) -> &D {
@@ -84,9 +106,25 @@ impl<D: Device> OtherRanks<D> {
         }
     }
 
-    /// Begins to count the seconds of a step.
-    pub fn begin_step(&mut self) {
+    /// Begins a step: to count its seconds, and to look at its gradients.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn begin_step(&mut self) -> Result<()> {
         (self.started, self.in_calls) = (Instant::now(), Duration::ZERO);
+        self.broken = None;
+        self.group.device.zero(&mut self.own_norms, 0..1)
+    }
+
+    /// Adds the norm of gradients that are about to be summed to those of the step.
+    fn look_at(&mut self, gradients: &[&mut Floats<D>]) -> Result<()> {
+        if gradients.is_empty() {
+            return Ok(());
+        }
+        let device = &*self.group.device;
+        let own: Vec<Gradient<'_, D>> = gradients.iter().map(|gradient| Gradient::F32(&**gradient)).collect();
+        device.gradient_norm_of(&mut self.norm, &own, None)?;
+        device.accumulate(&mut self.own_norms, 0, &self.norm, 0, 1)
     }
 
     /// Seconds of the step so far, and those of them that were not spent in calls of collectives.
@@ -102,6 +140,7 @@ impl<D: Device> OtherRanks<D> {
     /// Those of the device and of the other ranks.
     pub fn sum_gradients(&mut self, gradients: &mut [&mut Floats<D>]) -> Result<()> {
         let (shard, place) = (self.shard, self.place());
+        self.look_at(gradients)?;
         self.queue(|group| {
             let (device, communicator) = (&*group.device, &group.communicator);
             device.grouped(communicator, &mut || {
