@@ -117,9 +117,17 @@ def check_good_calls(run, results):
         code, printed = call(run, results, name, limit=1800)
         assert code == 0, printed
         wants(printed, "no failures", *(f"{part}: " for part in run.CALLS[name][1]))
-    # The programs compute on one emulated GPU each, and find the library that stands in for NCCL.
-    code, printed = call(run, results, "scaling", limit=1800)
+        if name == "first":
+            wants(printed, "collectives: NCCL on 1 of 1 GPUs")
+    code, printed = call(run, results, "scaling", limit=60)
     assert code == 0, printed
+    wants(printed, "scaling: fewer than two GPUs: nothing to compare")
+    # The programs compute on one emulated GPU each, and find the library that stands in for NCCL.
+    os.environ["FAKE_CUDA_GPUS"] = "2"
+    code, printed = call(run, results, "scaling", limit=1800)
+    del os.environ["FAKE_CUDA_GPUS"]
+    assert code == 0, printed
+    wants(printed, "collectives: NCCL on 2 of 2 GPUs", "scaling: on up to 2 GPUs")
     rows = (results / "scaling.csv").read_text().splitlines()
     assert [row.split(",")[:3] for row in rows[1:]] == [["strong", "states", "1"], ["strong", "states", "2"], ["weak", "states", "2"]], rows
     readme = (results / "README.md").read_text()
@@ -141,13 +149,13 @@ def check_failures(run, folder):
     assert code == 1
     wants(printed, "FAILED attention_backward::kinds_of_pairs::gpu: exit code 101", "7 of 96 values are wrong", "with (pairs, shape) = ([(5, 4, 7)]")
     wants(printed, "FAILED linear::forward::gpu_our_products: it did not come to an end", "FAILED logp_head::forward::gpu: ended by signal 11")
-    wants(printed, "FAILED layouts/wgmma_d: row 3, column 5 is 2, wanted 7", "base: loss is 2, not 1", "no panic, but words", "train: twice the same bits")
+    wants(printed, "FAILED layouts/wgmma_d: row 3, column 5 is 2, wanted 7", "base: loss is 2, not 1", "value 3 is 2, wanted 7", "no panic, but words", "train: twice the same bits")
     assert printed.index(" FAILURES") < printed.index("FAILED layouts"), printed
     code, printed = call(run, folder / "sanitize", "sanitize", faults="tests", limit=60)
     wants(printed, "memcheck: FAILED swiglu::forward::gpu: exit code 9", "Invalid __global__ read of size 4 bytes", "racecheck: FAILED")
     assert "linear::forward" not in printed, "a test that is slow under a checker has not failed"
-    _, printed = call(run, folder / "none", "layouts", "kernels", "train", faults="no tests", limit=60)
-    wants(printed, "FAILED layouts: exit code 1", "kernels lists no tests", "FAILED random_model")
+    _, printed = call(run, folder / "none", "layouts", "kernels", "collectives", "train", faults="no tests", limit=60)
+    wants(printed, "FAILED layouts: exit code 1", "kernels lists no tests", "FAILED random_model", "no NCCL: collectives of GPUs are not tested")
     _, printed = call(run, folder / "train", "train", faults="train", limit=60)
     wants(printed, "FAILED train: exit code 1", "CUDA_ERROR_ILLEGAL_ADDRESS")
     _, printed = call(run, folder / "bits", "train", faults="bits", limit=120)
@@ -190,6 +198,7 @@ def check_mistakes(run, folder):
         stubborn = ["bash", "-c", "trap '' TERM; while :; do sleep 0.1; done"]
         assert run.processes.run(stubborn, log, 0.5) == run.processes.OVER
     wants(run.card.describe("no-such-library.so"), "no driver (")
+    assert run.card.gpus("no-such-library.so") == 0
     os.environ["FAKE_CUDA_GPUS"] = "0"
     wants(run.card.describe(os.environ["MMPO_FAST_LIBCUDA"]), "the driver answers with error 101")
     path, os.environ["PATH"] = os.environ["PATH"], ""

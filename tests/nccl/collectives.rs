@@ -28,21 +28,23 @@ fn no_collective_reads_or_writes_where_the_checked_device_forbids_it() {
     }
 }
 
-/// On NVIDIA's NCCL, whose sums have an order of their own: on integers, which no order rounds.
-#[test]
-fn every_collective_on_gpus() {
+/// The GPUs on which collectives can be tested; 0, and a word of why, where there are none or no NCCL.
+pub fn gpus() -> usize {
     let gpus = cuda::check_kernels().and_then(|()| cuda::gpus()).map_or(0, |gpus| gpus.len());
     let why = match (gpus, libraries::nccl_version()) {
         (0, _) => "no GPU",
         (_, None) => "no NCCL",
-        (gpus, Some(_)) => {
-            (1..=gpus.min(4))
-                .for_each(|ranks| ranks::succeed("every_collective", On::Gpu, ranks, &[(EXACT, "1")]));
-            return;
-        }
+        (gpus, Some(_)) => return gpus,
     };
     assert!(gpus > 0 || std::env::var_os("MMPO_FAST_REQUIRE_GPU").is_none(), "{why}");
     eprintln!("{why}: collectives of GPUs are not tested");
+    0
+}
+
+/// On NVIDIA's NCCL, whose sums have an order of their own: on integers, which no order rounds.
+#[test]
+fn every_collective_on_gpus() {
+    (1..=gpus().min(4)).for_each(|ranks| ranks::succeed("every_collective", On::Gpu, ranks, &[(EXACT, "1")]));
 }
 
 /// Whether values are small integers.

@@ -2,6 +2,7 @@
 //!
 //! A rank is this program again: `ranks.rs` starts it with the name of a scenario, which `rank_of_a_group` runs there.
 
+mod alone;
 mod collectives;
 mod faults;
 mod interface;
@@ -40,6 +41,7 @@ fn rank_of_a_group() {
 fn run<D: Device>(scenario: &str, device: &D, rank: &Rank) {
     match scenario {
         "every_collective" => collectives::every_collective(device, rank),
+        "alone" => alone::alone(device, rank),
         "counted" => collectives::counted(device, rank),
         "missing_wait" => waits::step(device, rank),
         "disagreement" => faults::disagreement(device, rank),

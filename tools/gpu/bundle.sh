@@ -17,7 +17,7 @@ build() {
   export MMPO_FAST_CUDA=require
   tools/gpu/fetch_wheels.sh || echo "bundle.sh: without Liger: its wheel could not be fetched" >&2
   cargo build --release --locked --bin mmpo-fast --example random_model
-  cargo test --release --locked --no-run --test kernels --test cuda_training \
+  cargo test --release --locked --no-run --test kernels --test cuda_training --test nccl \
     --message-format=json > target/gpu-tests.json
   python3 - "$bundle/bin" <<'PYTHON'
 import json, shutil, sys

@@ -7,6 +7,15 @@ import subprocess
 CLOCK_KHZ, MULTIPROCESSORS, MEMORY_CLOCK_KHZ, BUS_BITS, L2_BYTES, MAJOR, MINOR = 13, 16, 36, 37, 38, 75, 76
 
 
+def gpus(library="libcuda.so.1"):
+    """How many there are; none without a driver."""
+    try:
+        cuda, count = ctypes.CDLL(library), ctypes.c_int()
+        return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
+
+
 def describe(library="libcuda.so.1"):
     """One line, for people and for the summary."""
     try:

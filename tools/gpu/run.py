@@ -20,11 +20,11 @@ import processes
 BUNDLE = Path(__file__).resolve().parent
 # Seconds of each call, and its parts by worth with their shares of them.
 CALLS = {
-    "first": (200, {"machine": 4, "layouts": 22, "kernels": 90, "goldens": 24, "train": 48}),
+    "first": (200, {"machine": 4, "layouts": 22, "kernels": 90, "goldens": 24, "collectives": 10, "train": 48}),
     "second": (200, {"attention": 70, "head": 45, "products": 35, "step": 45}),
     "third": (150, {"sanitize": 40, "profile": 22, "memory": 20, "shapes": 34, "steps": 28, "load": 8}),
     # For a machine with several GPUs.
-    "scaling": (300, {"scaling": 300}),
+    "scaling": (300, {"collectives": 30, "scaling": 270}),
 }
 # What is kept for unpacking, the last summary and packing.
 RESERVE = 5
@@ -221,12 +221,28 @@ def kernels(run, clock, log):
     return summary
 
 
-def goldens(run, clock, log):
-    warm_caches(run)
-    command = [run.bin / "cuda_training", "a_real_gpu", "--test-threads=1", "--nocapture"]
-    if wrong := run.program("goldens", command, log, clock.left()):
+def tests(run, clock, log, name, program, pattern):
+    """The tests of a program whose names have the pattern, one after the other."""
+    command = [run.bin / program, pattern, "--test-threads=1", "--nocapture"]
+    if wrong := run.program(name, command, log, clock.left()):
         text = "\n".join(f"    {line}" for line in kernel_tests.explain(Path(log.name).read_text()))
         raise Failed(f"{wrong.splitlines()[0]}\n{text}")
+
+
+def goldens(run, clock, log):
+    warm_caches(run)
+    tests(run, clock, log, "goldens", "cuda_training", "a_real_gpu")
+
+
+def gpus():
+    return card.gpus(os.environ.get("MMPO_FAST_LIBCUDA", "libcuda.so.1"))
+
+
+def collectives(run, clock, log):
+    """NVIDIA's NCCL, where other tests have a library of ours: groups of one rank, and of as many as there are GPUs, up to four."""
+    tests(run, clock, log, "collectives", "nccl", "gpu")
+    left_out = [line for line in Path(log.name).read_text().splitlines() if line.endswith("not tested")]
+    return left_out[0] if left_out else f"NCCL on {min(gpus(), 4)} of {gpus()} GPUs"
 
 
 def make_model(run):
@@ -389,14 +405,17 @@ def load(run, clock, log):
 
 def scaling(run, clock, log):
     """Training steps on 1, 2, 4 .. GPUs of this machine, for each way to shard: the batch of one GPU, and one that grows with them."""
+    if gpus() < 2:
+        return "fewer than two GPUs: nothing to compare"
     finish_model(run, clock)
     command = [sys.executable, BUNDLE / "scaling.py", "--program", run.bin / "mmpo-fast", "--csv", run.results / "scaling.csv"]
     command += ["--model", run.scratch / "model", "--data", BUNDLE / "pairs.jsonl"]
     command += ["--ranks", "1", "2", "--shard", "states", "--pairs", "2", "--steps", "3"] if TINY else []
     must(run.program("scaling", command, log, clock.left()))
+    return f"on up to {gpus()} GPUs"
 
 
-ALL = (machine, layouts, kernels, goldens, train, attention, head, products, step, sanitize, profile, memory, shapes, steps, load, scaling)
+ALL = (machine, layouts, kernels, goldens, collectives, train, attention, head, products, step, sanitize, profile, memory, shapes, steps, load, scaling)
 PARTS = {part.__name__: part for part in ALL}
 
 
