@@ -7,7 +7,7 @@ mod scorer;
 use std::sync::Arc;
 
 pub use explain::{ExplainedPair, ExplainedResponse, ExplainedToken, explain};
-pub use scorer::{PairScore, Scorer, TokenLogps};
+pub use scorer::{PairScore, ScoredModel, Scorer, ShardedForward, TokenLogps};
 use serde::Serialize;
 
 use crate::checkpoint::{AdapterFolder, ModelFolder};

@@ -46,7 +46,7 @@ pub(crate) use plan::Plan;
 pub use reference::References;
 pub use samples::MAX_NEW_TOKENS;
 pub(crate) use samples::sample_prompts;
-pub use trainer::{RankStep, StepResult, Trainer, TrainingPair, Workload};
+pub use trainer::{LoadedModel, RankStep, StepResult, Trainer, TrainingPair, Workload};
 
 use crate::checkpoint::run_state::RunIdentity;
 use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
@@ -54,7 +54,6 @@ use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_o
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt::{self, Keeper};
-use crate::model::Llama;
 use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
@@ -138,7 +137,7 @@ fn fingerprints(identity: &RunIdentity, inputs: &Inputs) -> Fingerprints {
 }
 
 /// The collectives of the ranks on `device`; `None` for a run of one process.
-fn join_group<D: Device>(team: &Team, device: &Arc<D>) -> Result<Option<RankGroup<D>>> {
+fn join_group<D: Device>(team: &Team, device: &Arc<D>) -> Result<Option<Arc<RankGroup<D>>>> {
     if team.is_alone() {
         return Ok(None);
     }
@@ -158,7 +157,7 @@ fn join_group<D: Device>(team: &Team, device: &Arc<D>) -> Result<Option<RankGrou
         device.join_group(&GroupId(id), team.ranks().place)?
     };
     team.on_loss(device.abort(&communicator));
-    Ok(Some(RankGroup { device: Arc::clone(device), communicator }))
+    Ok(Some(Arc::new(RankGroup { device: Arc::clone(device), communicator })))
 }
 
 /// The configuration with names of the Hub replaced by folders of its cache, so that the run's record says which
@@ -291,20 +290,26 @@ impl DeviceTask for Training<'_> {
         progress::enter(Stage::Model, 0);
         let group = join_group(team, &device)?;
         let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
-        let mut model = match inputs.adapter {
-            None => Llama::load(device, &inputs.folder, positions)?,
-            Some(_) => Llama::load_frozen(device, &inputs.folder, positions)?,
-        };
+        let sharded = LoadedModel::cut_among(group.as_ref(), &config.memory);
+        // An adapter's base is only read.
+        let is_frozen = inputs.adapter.is_some();
+        let mut model = LoadedModel::load(&device, &inputs.folder, (positions, is_frozen), sharded)?;
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
         progress::enter(Stage::References, 0);
-        let references = References::compute(config, &inputs, &model, (team, group.as_ref()))?;
+        let references = References::compute(config, &inputs, &mut model, (team, group.as_ref()))?;
         progress::enter(Stage::Before, 0);
+        let has_parts = model.has_parts();
+        let mut model = model.into_model();
         if let Some(adapter) = &inputs.adapter {
             adapter.attach(&mut model)?;
         }
         let samples = Samples::choose(&inputs)?;
-        let answers_before = samples.answers(&model, &inputs)?;
+        // Where weights are sharded no rank has a model that could answer: the report shows no answers.
+        let answers_before = match has_parts {
+            true => Vec::new(),
+            false => samples.answers(&model, &inputs)?,
+        };
 
         let mut run = Run::new((config, team), &inputs, &references, (plan, identity), (model, group))?;
         self_test::check_policy(&mut run.trainer, config, &inputs, &references)?;
@@ -325,7 +330,6 @@ impl DeviceTask for Training<'_> {
         recorder.check_place()?;
         let keeper = save_trained(&mut run, &output)?;
         drop(steps);
-        // Where weights are sharded no rank has a model that could answer: the report shows none.
         let answers_after = match run.trainer.has_weight_parts() {
             true => Vec::new(),
             false => samples.answers(&run.trainer.model, &inputs)?,

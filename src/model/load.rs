@@ -1,5 +1,6 @@
 //! Weights from a checkpoint onto a device, and back.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,7 +22,7 @@ impl<D: Device> Llama<D> {
     /// memory for them.
     pub fn load(device: Arc<D>, folder: &ModelFolder, positions: usize) -> Result<Self> {
         let started = Instant::now();
-        let copy = |fused: &FusedTensor| copied(&*device, folder, fused);
+        let copy = |fused: &FusedTensor| copied(&*device, folder, fused, 0..fused.values());
         let model = Self::assemble(&device, folder.config().clone(), positions, copy)?;
         let (seconds, gigabytes) = (started.elapsed().as_secs_f64(), folder.total_bytes() as f64 * 1e-9);
         tracing::debug!("weights: {gigabytes:.2} GB in {seconds:.2} s, {:.2} GB/s", gigabytes / seconds);
@@ -40,9 +41,28 @@ impl<D: Device> Llama<D> {
                 .iter()
                 .map(|tensor| folder.mapped(&tensor.name, &tensor.shape))
                 .collect::<Result<_>>()?;
-            device.borrow_mapped(&parts).map_or_else(|| copied(&*device, folder, fused), Ok)
+            device
+                .borrow_mapped(&parts)
+                .map_or_else(|| copied(&*device, folder, fused, 0..fused.values()), Ok)
         };
         Self::assemble(&device, folder.config().clone(), positions, borrow)
+    }
+
+    /// As [`Llama::load`], for one of several ranks that each keep a part of every layer: of a layer's tensor of `len` values, those
+    /// in `own(len)`. The others are not read. Tensors outside the layers are whole. A layer computes only where a
+    /// [`WeightSource`](super::WeightSource) brings its parts together.
+    ///
+    /// # Errors
+    /// As [`Llama::load`].
+    pub fn load_sharded(
+        device: Arc<D>,
+        folder: &ModelFolder,
+        positions: usize,
+        own: impl Fn(usize) -> Range<usize>,
+    ) -> Result<Self> {
+        let held = held(folder.config(), own);
+        let copy = |fused: &FusedTensor| copied(&*device, folder, fused, held(fused));
+        Self::assemble(&device, folder.config().clone(), positions, copy)
     }
 
     /// A model with the weights that `values` gives for each checkpoint tensor, for benchmarks and tests.
@@ -76,7 +96,26 @@ impl<D: Device> Llama<D> {
         positions: usize,
         storage: StorageType,
     ) -> Result<Self> {
-        Self::assemble(device, config, positions, |fused| planned_copy(&**device, fused, storage))
+        Self::assemble(device, config, positions, |fused| {
+            planned_copy(&**device, fused, storage, 0..fused.values())
+        })
+    }
+
+    /// As [`Llama::planned`], of one that [`Llama::load_sharded`] loads.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn planned_sharded(
+        device: &Arc<D>,
+        config: LlamaConfig,
+        positions: usize,
+        storage: StorageType,
+        own: impl Fn(usize) -> Range<usize>,
+    ) -> Result<Self> {
+        let held = held(&config, own);
+        Self::assemble(device, config, positions, |fused| {
+            planned_copy(&**device, fused, storage, held(fused))
+        })
     }
 
     /// As [`Llama::planned`], of one that [`Llama::load_frozen`] loads.
@@ -91,7 +130,7 @@ impl<D: Device> Llama<D> {
     ) -> Result<Self> {
         Self::assemble(device, config, positions, |fused| {
             let borrowed = device.borrow_planned(storage, fused.parts.len(), fused.values());
-            borrowed.map_or_else(|| planned_copy(&**device, fused, storage), Ok)
+            borrowed.map_or_else(|| planned_copy(&**device, fused, storage, 0..fused.values()), Ok)
         })
     }
 
@@ -163,16 +202,50 @@ impl<D: Device> Llama<D> {
     }
 }
 
-/// A buffer with a copy of a fused tensor's values, whose pages are given back to the system.
-fn copied<D: Device>(device: &D, folder: &ModelFolder, fused: &FusedTensor) -> Result<ComputeBuffer<D>> {
-    let mut weight = device.alloc(fused.values())?;
-    for (offset, tensor) in fused.offsets() {
+/// The values of a model's tensors that a rank keeps which has `own(len)` of a layer's tensor of `len` values.
+fn held<F: Fn(usize) -> Range<usize>>(
+    config: &LlamaConfig,
+    own: F,
+) -> impl Fn(&FusedTensor) -> Range<usize> + use<F> {
+    let layout = LlamaTensors::layout(config);
+    let whole: Vec<String> = layout.outside_layers().map(|tensor| tensor.name().to_string()).collect();
+    move |fused| match whole.iter().any(|name| name == fused.name()) {
+        true => 0..fused.values(),
+        false => own(fused.values()),
+    }
+}
+
+/// The tensors that lie in `fused`: the values of each that are among those of `held`, and where they begin there.
+fn parts_of<'a>(
+    fused: &'a FusedTensor,
+    held: &Range<usize>,
+) -> impl Iterator<Item = (&'a TensorSpec, Range<usize>, usize)> {
+    let held = held.clone();
+    fused.offsets().map(move |(offset, tensor)| {
+        let within = |place: usize| place.clamp(offset, offset + tensor.values()) - offset;
+        let part = within(held.start)..within(held.end);
+        let place = (offset + part.start).saturating_sub(held.start);
+        (tensor, part, place)
+    })
+}
+
+/// A buffer with a copy of the `held` ones of a fused tensor's values, whose pages are given back to the system.
+fn copied<D: Device>(
+    device: &D,
+    folder: &ModelFolder,
+    fused: &FusedTensor,
+    held: Range<usize>,
+) -> Result<ComputeBuffer<D>> {
+    // A buffer of no values would be none on some devices.
+    let mut weight = device.alloc(held.len().max(1))?;
+    for (tensor, part, place) in parts_of(fused, &held) {
         let RawValues { storage, bytes: all } = folder.tensor(&tensor.name, &tensor.shape)?;
-        for (piece, bytes) in all.chunks(PIECE_BYTES).enumerate() {
+        let first = part.start * storage.size();
+        for (piece, bytes) in all[first..part.end * storage.size()].chunks(PIECE_BYTES).enumerate() {
             let start = piece * PIECE_BYTES;
             let values = RawValues { storage, bytes };
-            device.upload_values(&mut weight, offset + start / storage.size(), values)?;
-            folder.release(&tensor.name, start..start + bytes.len());
+            device.upload_values(&mut weight, place + start / storage.size(), values)?;
+            folder.release(&tensor.name, first + start..first + start + bytes.len());
         }
     }
     Ok(weight)
@@ -183,13 +256,14 @@ fn planned_copy<D: Device>(
     device: &D,
     fused: &FusedTensor,
     storage: StorageType,
+    held: Range<usize>,
 ) -> Result<ComputeBuffer<D>> {
     // One value says as much as all of them: the device sets aside what a conversion takes.
     let value = [0; 4];
     let one = RawValues { storage, bytes: &value[..storage.size()] };
-    let mut weight = device.alloc(fused.values())?;
-    for (offset, _) in fused.offsets() {
-        device.upload_values(&mut weight, offset, one)?;
+    let mut weight = device.alloc(held.len().max(1))?;
+    for (_, _, place) in parts_of(fused, &held).filter(|(_, part, _)| !part.is_empty()) {
+        device.upload_values(&mut weight, place, one)?;
     }
     Ok(weight)
 }
@@ -203,6 +277,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{CompanionFiles, save_model};
     use crate::device::cpu::CpuDevice;
+    use crate::device::prelude::*;
 
     const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40000,
         "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
@@ -226,6 +301,54 @@ mod tests {
             }
         }
         total
+    }
+
+    /// A folder with a model of this configuration, whose values tell their tensors and their places apart.
+    fn save(target: &Path, config: &str) -> ModelFolder {
+        let parsed = LlamaConfig::parse(Path::new("config.json"), config).unwrap();
+        let mut companions = CompanionFiles::default();
+        companions.set("config.json", config);
+        let value = |name: &str, index: usize| bf16::from_f32(((name.len() * 31 + index) % 251) as f32);
+        save_model(target, &companions, &parsed.tensors(), u64::MAX, |tensor, offset, values| {
+            values.iter_mut().zip(offset..).for_each(|(out, index)| *out = value(&tensor.name, index));
+            Ok(())
+        })
+        .unwrap();
+        ModelFolder::open(target).unwrap()
+    }
+
+    /// Four ranks of eight layers, each with its quarter of them: no rank ever has the whole, and all of them together have.
+    #[test]
+    fn a_rank_holds_its_part_and_never_the_whole() {
+        const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64,
+            "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true}"#;
+        const RANKS: usize = 4;
+        let folder = tempfile::tempdir().unwrap();
+        let model = save(&folder.path().join("model"), CONFIG);
+        let device = || Arc::new(CpuDevice::new(Some(1)).unwrap());
+        let whole = Llama::load(device(), &model, 8).unwrap();
+        let outside: usize = whole.layout.outside_layers().map(FusedTensor::values).sum();
+        let in_layers = whole.parameters() - outside;
+        let own = |rank: usize| move |len: usize| len * rank / RANKS..len * (rank + 1) / RANKS;
+        for rank in 0..RANKS {
+            let (here, planned) = (device(), device());
+            let part = Llama::load_sharded(Arc::clone(&here), &model, 8, own(rank)).unwrap();
+            let peak = here.memory().peak;
+            let most = 4 * (outside + in_layers / RANKS) + 4096;
+            assert!(peak <= most, "rank {rank} had {peak} bytes, and at most {most} are its own");
+            assert!(peak < whole.device.memory().peak / 3, "{peak}");
+            let planned = Arc::new(planned.planned(None).unwrap());
+            let config = model.config().clone();
+            Llama::planned_sharded(&planned, config, 8, StorageType::Bf16, own(rank)).unwrap();
+            assert_eq!(planned.memory().peak, peak, "planned");
+            let layers = whole.weights.layers.iter().zip(&part.weights.layers);
+            for (whole, part) in layers.flat_map(|(whole, part)| whole.iter().zip(part.iter())) {
+                assert!(part[..] == whole[own(rank)(whole.len())], "rank {rank}");
+            }
+            let outside = whole.weights.outside_layers().zip(part.weights.outside_layers());
+            outside.for_each(|(whole, part)| assert!(whole[..] == part[..], "rank {rank}"));
+        }
     }
 
     /// Two matrices of 40 MB: after each of the passes over a model's weights its file takes no memory.

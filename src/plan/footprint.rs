@@ -5,12 +5,12 @@ use std::sync::Arc;
 use crate::config::MemoryConfig;
 use crate::data::TokenizedPair;
 use crate::device::{Device, GroupPlace, MemoryPart, MemoryParts, StorageType};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Capacity, Generation, HeadOptions, HeadPlan, Llama, LlamaConfig, LoraSettings};
 use crate::objective::Objective;
 use crate::ranks::RankGroup;
 use crate::score::Scorer;
-use crate::train::{MAX_NEW_TOKENS, Trainer, Workload};
+use crate::train::{LoadedModel, MAX_NEW_TOKENS, Trainer, Workload};
 
 /// What the memory of a run follows from, but for what [`Choice`] leaves open.
 #[derive(Clone, Debug)]
@@ -110,19 +110,22 @@ impl Footprint {
         let (config, storage) = (job.model.clone(), Job::storage(&job.model));
         let join = |place| {
             let communicator = device.join_group(&device.new_group()?, place)?;
-            Ok(RankGroup { device: Arc::clone(device), communicator })
+            Ok::<_, Error>(Arc::new(RankGroup { device: Arc::clone(device), communicator }))
         };
         let group = job.place.map(join).transpose()?;
+        let sharded = LoadedModel::cut_among(group.as_ref(), &choice.memory);
         // An adapter's base is only read.
-        let mut model = match job.lora {
-            None => Llama::planned(device, config, positions, storage),
-            Some(_) => Llama::planned_frozen(device, config, positions, storage),
-        }?;
-        score(device, job, &model, sizes)?;
+        let how = (positions, job.lora.is_some());
+        let mut model = LoadedModel::planned(device, (config, storage), how, sharded)?;
+        score(device, job, (&mut model, sharded), sizes)?;
+        let has_parts = model.has_parts();
+        let mut model = model.into_model();
         if let Some(settings) = job.lora {
             model.adapt(settings, |_| Ok(vec![0.0]))?;
         }
-        answer(&model, job)?;
+        if !has_parts {
+            answer(&model, job)?;
+        }
         let workload = Workload {
             micro_batch: sizes.training,
             pairs_per_step: job.pairs_per_step,
@@ -145,15 +148,22 @@ impl Footprint {
 }
 
 /// The memory of the reference's pass, which is given back after it.
-fn score<D: Device>(device: &Arc<D>, job: &Job, model: &Llama<D>, sizes: &Sizes) -> Result<()> {
-    let other = match &job.reference {
+fn score<D: Device>(
+    device: &Arc<D>,
+    job: &Job,
+    (model, sharded): (&mut LoadedModel<D>, Option<&Arc<RankGroup<D>>>),
+    sizes: &Sizes,
+) -> Result<()> {
+    let mut other = match &job.reference {
         None => None,
         Some(config) => Some(device.as_part(MemoryPart::Reference, || {
-            Llama::planned_frozen(device, config.clone(), job.positions, Job::storage(config))
+            let what = (config.clone(), Job::storage(config));
+            LoadedModel::planned(device, what, (job.positions, true), sharded)
         })?),
     };
+    let reference = other.as_mut().unwrap_or(model);
     for &capacity in &sizes.scored {
-        Scorer::for_capacity(other.as_ref().unwrap_or(model), &[], Vec::new(), capacity)?;
+        Scorer::for_capacity(reference.scored(), &[], Vec::new(), capacity)?;
     }
     Ok(())
 }

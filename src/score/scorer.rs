@@ -1,6 +1,8 @@
 //! Sequence log-probs and entropies of pairs under a model, without gradients.
 
+use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::data::{PairBatch, ScoredPair, Sides, TokenizedPair, micro_batches};
 use crate::device::{BatchBuffers, Device, MemoryPart};
@@ -66,10 +68,86 @@ pub struct TokenLogps {
     pub rejected: Vec<f32>,
 }
 
+/// The forward of a model whose layers are cut among ranks. Every rank must run as many, or take part in them.
+pub trait ShardedForward<D: Device> {
+    /// The model, whose layers have this rank's values alone.
+    fn model(&self) -> &Llama<D>;
+
+    /// As [`Llama::forward`] over packed pairs.
+    ///
+    /// # Errors
+    /// Those of the device and of the other ranks.
+    fn forward(
+        &mut self,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// Takes part in a forward that other ranks run and this one does not.
+    ///
+    /// # Errors
+    /// As [`ShardedForward::forward`].
+    fn idle(&mut self) -> Result<()>;
+}
+
+/// A model that a [`Scorer`] asks.
+pub enum ScoredModel<'a, D: Device> {
+    /// One that this process has all of.
+    Whole(&'a Llama<D>),
+    /// One whose layers are cut among ranks.
+    Sharded(&'a mut dyn ShardedForward<D>),
+}
+
+impl<'a, D: Device> From<&'a Llama<D>> for ScoredModel<'a, D> {
+    fn from(model: &'a Llama<D>) -> Self {
+        ScoredModel::Whole(model)
+    }
+}
+
+impl<D: Device> fmt::Debug for ScoredModel<'_, D> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            ScoredModel::Whole(_) => "a whole model",
+            ScoredModel::Sharded(_) => "a model of several ranks",
+        })
+    }
+}
+
+impl<D: Device> ScoredModel<'_, D> {
+    /// The model itself.
+    pub fn llama(&self) -> &Llama<D> {
+        match self {
+            ScoredModel::Whole(model) => model,
+            ScoredModel::Sharded(model) => model.model(),
+        }
+    }
+
+    /// The same model for a shorter time.
+    pub fn again(&mut self) -> ScoredModel<'_, D> {
+        match self {
+            ScoredModel::Whole(model) => ScoredModel::Whole(model),
+            ScoredModel::Sharded(model) => ScoredModel::Sharded(&mut **model),
+        }
+    }
+
+    fn forward(
+        &mut self,
+        activations: &mut Activations<D>,
+        batch: &BatchBuffers<D>,
+        tokens: usize,
+    ) -> Result<()> {
+        match self {
+            ScoredModel::Whole(model) => model.forward(activations, batch, tokens, Context::Packed),
+            ScoredModel::Sharded(model) => model.forward(activations, batch, tokens),
+        }
+    }
+}
+
 /// A model with the buffers to score micro-batches of up to `token_budget` tokens.
 #[derive(Debug)]
 pub struct Scorer<'a, D: Device> {
-    model: &'a Llama<D>,
+    model: ScoredModel<'a, D>,
     activations: Activations<D>,
     batch: BatchBuffers<D>,
     runs: Vec<Range<usize>>,
@@ -83,7 +161,11 @@ impl<'a, D: Device> Scorer<'a, D> {
     ///
     /// # Errors
     /// [`Error::Device`] if the device has not enough memory.
-    pub fn new(model: &'a Llama<D>, pairs: &'a [TokenizedPair], token_budget: usize) -> Result<Self> {
+    pub fn new(
+        model: impl Into<ScoredModel<'a, D>>,
+        pairs: &'a [TokenizedPair],
+        token_budget: usize,
+    ) -> Result<Self> {
         let (runs, capacity) = Self::micro_batches(pairs, token_budget);
         Self::for_capacity(model, pairs, runs, capacity)
     }
@@ -102,17 +184,18 @@ impl<'a, D: Device> Scorer<'a, D> {
     /// # Errors
     /// As [`Scorer::new`].
     pub fn for_capacity(
-        model: &'a Llama<D>,
+        model: impl Into<ScoredModel<'a, D>>,
         pairs: &'a [TokenizedPair],
         runs: Vec<Range<usize>>,
         capacity: Capacity,
     ) -> Result<Self> {
-        let device = model.device.as_ref();
+        let model: ScoredModel<'a, D> = model.into();
+        let device = Arc::clone(&model.llama().device);
         device.as_part(MemoryPart::Reference, || {
             Ok(Scorer {
+                activations: Activations::of(model.llama(), capacity, Purpose::Inference)?,
+                batch: BatchBuffers::new(&*device, capacity.tokens, capacity.pairs, capacity.scored)?,
                 model,
-                activations: Activations::of(model, capacity, Purpose::Inference)?,
-                batch: BatchBuffers::new(device, capacity.tokens, capacity.pairs, capacity.scored)?,
                 runs,
                 pairs,
                 logp: vec![0.0; capacity.scored],
@@ -149,8 +232,7 @@ impl<'a, D: Device> Scorer<'a, D> {
         mut on_scores: impl FnMut(usize, &[PairScore]) -> Result<()>,
     ) -> Result<Vec<PairScore>> {
         let mut scores = Vec::with_capacity(wanted.len());
-        let is_wanted = |run: &Range<usize>| run.end > wanted.start && run.start < wanted.end;
-        for run in self.runs.clone().into_iter().filter(is_wanted) {
+        for run in self.runs_within(&wanted) {
             let batch = PairBatch::pack(&self.pairs[run.clone()], Sides::Both);
             self.score_batch(&batch, entropy)?;
             let before = scores.len();
@@ -162,6 +244,29 @@ impl<'a, D: Device> Scorer<'a, D> {
             on_scores(run.start, &scores[before..])?;
         }
         Ok(scores)
+    }
+
+    /// The micro-batches that hold pairs of `wanted`.
+    fn runs_within(&self, wanted: &Range<usize>) -> Vec<Range<usize>> {
+        let is_wanted = |run: &&Range<usize>| run.end > wanted.start && run.start < wanted.end;
+        self.runs.iter().filter(is_wanted).cloned().collect()
+    }
+
+    /// How many forwards [`Scorer::run_within`] takes for these pairs.
+    pub fn forwards(&self, wanted: &Range<usize>) -> usize {
+        self.runs_within(wanted).len()
+    }
+
+    /// Where the model is cut among ranks, takes part in so many forwards that other ranks run and this one does not.
+    ///
+    /// # Errors
+    /// Those of the device and of the other ranks; [`Error::Interrupted`].
+    pub fn idle(&mut self, forwards: usize) -> Result<()> {
+        let ScoredModel::Sharded(model) = &mut self.model else { return Ok(()) };
+        (0..forwards).try_for_each(|_| {
+            interrupt::check()?;
+            model.idle()
+        })
     }
 
     /// Scores all pairs, in order; `progress` is called with the number of pairs that were just scored. A signal ends
@@ -215,11 +320,12 @@ impl<'a, D: Device> Scorer<'a, D> {
     }
 
     fn score_batch(&mut self, batch: &PairBatch, entropy: bool) -> Result<()> {
-        let device = self.model.device.as_ref();
+        let device = Arc::clone(&self.model.llama().device);
         let count = batch.scored_tokens();
-        self.batch.load(device, batch, &[])?;
-        self.model.forward(&mut self.activations, &self.batch, batch.tokens(), Context::Packed)?;
-        self.model.head_forward(&mut self.activations, &self.batch, &batch.scored, entropy, None)?;
+        self.batch.load(&*device, batch, &[])?;
+        self.model.forward(&mut self.activations, &self.batch, batch.tokens())?;
+        let model = self.model.llama();
+        model.head_forward(&mut self.activations, &self.batch, &batch.scored, entropy, None)?;
         let scores = &self.activations.head.scores;
         device.download(&mut self.logp[..count], &scores.logp, 0)?;
         match entropy {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::inputs::Inputs;
+use super::trainer::LoadedModel;
 use super::{self_test, shared_references};
 use crate::checkpoint::ModelFolder;
 use crate::config::RunConfig;
@@ -12,17 +13,16 @@ use crate::data::{CacheKey, PairDataset, ReferenceCache, Sides};
 use crate::device::{Device, MemoryPart};
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
-use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::ranks::{self, RankGroup, Team};
 use crate::report::Progress;
-use crate::score::Scorer;
+use crate::score::{ScoredModel, Scorer};
 
 /// Time between two writes of the scores so far: a process that is killed loses no more than that.
 pub(super) const STORE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The ranks of the run, and their collectives where there are several.
-pub type RanksOf<'a, D> = (&'a Team, Option<&'a RankGroup<D>>);
+pub type RanksOf<'a, D> = (&'a Team, Option<&'a Arc<RankGroup<D>>>);
 
 /// References of the training and of the evaluation pairs, in their orders.
 #[derive(Debug)]
@@ -47,30 +47,29 @@ impl References {
     pub fn compute<D: Device>(
         config: &RunConfig,
         inputs: &Inputs,
-        model: &Llama<D>,
+        model: &mut LoadedModel<D>,
         ranks: RanksOf<'_, D>,
     ) -> Result<Self> {
-        match &inputs.reference {
-            None => Self::of(config, inputs, (&inputs.folder, model), ranks),
-            Some(folder) => {
-                let device = &model.device;
-                let reference = device.as_part(MemoryPart::Reference, || {
-                    Llama::load_frozen(Arc::clone(device), folder, inputs.positions())
-                })?;
-                Self::of(config, inputs, (folder, &reference), ranks)
-            }
-        }
+        let Some(folder) = &inputs.reference else {
+            return Self::of(config, inputs, (&inputs.folder, model.scored()), ranks);
+        };
+        let device = Arc::clone(&model.scored().llama().device);
+        let sharded = LoadedModel::cut_among(ranks.1, &config.memory);
+        let mut reference = device.as_part(MemoryPart::Reference, || {
+            LoadedModel::load(&device, folder, (inputs.positions(), true), sharded)
+        })?;
+        Self::of(config, inputs, (folder, reference.scored()), ranks)
     }
 
     fn of<D: Device>(
         config: &RunConfig,
         inputs: &Inputs,
-        (folder, reference): (&ModelFolder, &Llama<D>),
+        (folder, mut reference): (&ModelFolder, ScoredModel<'_, D>),
         ranks: RanksOf<'_, D>,
     ) -> Result<Self> {
         let weights = folder.fingerprint();
-        let score = |dataset: &PairDataset, label: &str| {
-            score_cached(config, inputs, (weights, reference), (dataset, label), ranks)
+        let mut score = |dataset: &PairDataset, label: &str| {
+            score_cached(config, inputs, (weights, reference.again()), (dataset, label), ranks)
         };
         let unknown = |dataset: &PairDataset| (vec![ReferencePair::default(); dataset.pairs.len()], None);
         let (training, training_cache) = match config.objective.needs_reference() {
@@ -91,11 +90,11 @@ impl References {
 fn score_cached<D: Device>(
     config: &RunConfig,
     inputs: &Inputs,
-    (weights, reference): ([u8; 32], &Llama<D>),
+    (weights, mut reference): ([u8; 32], ScoredModel<'_, D>),
     (dataset, label): (&PairDataset, &str),
     (team, group): RanksOf<'_, D>,
 ) -> Result<(Vec<ReferencePair>, Option<PathBuf>)> {
-    let compute = reference.device.arithmetic();
+    let compute = reference.llama().device.arithmetic();
     let key = CacheKey {
         weights,
         tokenizer: inputs.encoder.tokenizer.fingerprint(),
@@ -115,14 +114,14 @@ fn score_cached<D: Device>(
         // Where the policy begins as the reference, the self-test of the policy compares the same.
         if self_test::is_another_model(inputs) {
             let source = (cache.path(), config.batch.tokens_per_micro_batch);
-            self_test::check_cache(reference, dataset, &references, source)?;
+            self_test::check_cache(reference.again(), dataset, &references, source)?;
         }
         return Ok((references, Some(cache.path().to_path_buf())));
     }
     let budget = config.batch.tokens_per_micro_batch;
     let references = match group {
         None => score_rest(config, reference, dataset, label, &cache)?,
-        Some(group) => shared_references::score(reference, (dataset, budget), label, &cache, group)?,
+        Some(group) => shared_references::score(reference, (dataset, budget), label, &cache, (team, group))?,
     };
     if !team.is_first() {
         return Ok((references, None));
@@ -136,7 +135,7 @@ fn score_cached<D: Device>(
 /// Scores the pairs that an earlier run, which was stopped, did not; a signal keeps those that are done by then.
 fn score_rest<D: Device>(
     config: &RunConfig,
-    reference: &Llama<D>,
+    mut reference: ScoredModel<'_, D>,
     dataset: &PairDataset,
     label: &str,
     cache: &ReferenceCache,
@@ -146,7 +145,7 @@ fn score_rest<D: Device>(
     if !earlier.is_empty() {
         tracing::info!("{label}: {} of {pairs} pairs were scored by an earlier run", earlier.len());
     }
-    let mut scorer = Scorer::new(reference, &dataset.pairs, config.batch.tokens_per_micro_batch)?;
+    let mut scorer = Scorer::new(reference.again(), &dataset.pairs, config.batch.tokens_per_micro_batch)?;
     let mut progress = Progress::start(label, "pairs", pairs, earlier.len());
     let first = earlier.len();
     let done = Arc::new(Mutex::new(earlier));

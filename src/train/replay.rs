@@ -8,14 +8,13 @@ use super::inputs::Inputs;
 use super::plan::Plan;
 use super::reference::References;
 use super::steps::{Run, training_pairs};
-use super::trainer::{Trace, TrainingPair};
+use super::trainer::{LoadedModel, Trace, TrainingPair};
 use super::{adapter, checkpoint, identity, located, samples};
 use crate::checkpoint::run_state::{self, RunIdentity};
 use crate::checkpoint::{Checkpoint, StoredTensor};
 use crate::config::RunConfig;
 use crate::device::{Device, DeviceTask, run_on};
 use crate::error::{Error, Result};
-use crate::model::Llama;
 use crate::ranks::Team;
 use crate::report::{Progress, print_result};
 
@@ -60,9 +59,11 @@ impl DeviceTask for Replay<'_> {
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<()> {
         let Replay { config, inputs, plan, identity, capsule, capsule_path, start } = self;
-        let mut model = Llama::load(device, &inputs.folder, inputs.positions() + samples::MAX_NEW_TOKENS)?;
+        let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
+        let mut model = LoadedModel::load(&device, &inputs.folder, (positions, false), None)?;
         let team = &Team::alone();
-        let references = References::compute(config, &inputs, &model, (team, None))?;
+        let references = References::compute(config, &inputs, &mut model, (team, None))?;
+        let mut model = model.into_model();
         if let Some(adapter) = &inputs.adapter {
             adapter.attach(&mut model)?;
         }

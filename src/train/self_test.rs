@@ -14,9 +14,8 @@ use crate::config::{ObjectiveKind, RunConfig};
 use crate::data::{PairDataset, TokenizedPair};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::Llama;
 use crate::objective::ReferencePair;
-use crate::score::Scorer;
+use crate::score::{ScoredModel, Scorer};
 
 /// Pairs that are looked at, spread over the data.
 const PAIRS: usize = 8;
@@ -97,14 +96,14 @@ pub fn check_policy<D: Device>(
 /// # Errors
 /// As [`check_policy`].
 pub fn check_cache<D: Device>(
-    reference: &Llama<D>,
+    mut reference: ScoredModel<'_, D>,
     dataset: &PairDataset,
     references: &[ReferencePair],
     (cache, token_budget): (&Path, usize),
 ) -> Result<()> {
     let chosen: Vec<usize> = spread(dataset.pairs.len()).collect();
     let pairs: Vec<TokenizedPair> = chosen.iter().map(|&index| dataset.pairs[index].clone()).collect();
-    let scores = Scorer::new(reference, &pairs, token_budget)?.run(false, |_| ())?;
+    let scores = Scorer::new(reference.again(), &pairs, token_budget)?.run(false, |_| ())?;
     for ((&index, pair), score) in chosen.iter().zip(&pairs).zip(&scores) {
         let now = [score.logp_chosen, score.logp_rejected];
         compare::<D>(pair, now, &references[index], ("the reference", Some(cache)))?;

@@ -12,11 +12,10 @@ use crate::data::{PairDataset, ReferenceCache};
 use crate::device::{Device, MemoryPart, Queue};
 use crate::error::Result;
 use crate::interrupt::{self, Keeper};
-use crate::model::Llama;
 use crate::objective::ReferencePair;
 use crate::ranks::{RankGroup, Team, progress};
 use crate::report::Progress;
-use crate::score::Scorer;
+use crate::score::{ScoredModel, Scorer};
 
 /// Values that are summed at a time.
 const PIECE: usize = 1 << 20;
@@ -51,19 +50,28 @@ pub fn known<D: Device>(
 /// # Errors
 /// Those of the device; [`crate::Error::Numerics`] for log-probs that are not finite; [`crate::Error::Interrupted`].
 pub fn score<D: Device>(
-    reference: &Llama<D>,
+    mut reference: ScoredModel<'_, D>,
     (dataset, token_budget): (&PairDataset, usize),
     label: &str,
     cache: &ReferenceCache,
-    group: &RankGroup<D>,
+    (team, group): (&Team, &RankGroup<D>),
 ) -> Result<Vec<ReferencePair>> {
     let place = group.place();
     let (rank, pairs) = ((place.rank, place.ranks), dataset.pairs.len());
-    let mut scorer = Scorer::new(reference, &dataset.pairs, token_budget)?;
+    let is_sharded = matches!(reference, ScoredModel::Sharded(_));
+    let mut scorer = Scorer::new(reference.again(), &dataset.pairs, token_budget)?;
     let share = scorer.shares(place.ranks).swap_remove(place.rank);
     let earlier = cache.load_share(rank, share.len(), pairs);
     let mut shown = Progress::start(format!("{label}, of rank 0"), "pairs", share.len(), earlier.len());
     let first = share.start + earlier.len();
+    let forwards = scorer.forwards(&(first..share.end));
+    // A layer is brought together by all ranks or by none: each runs as many forwards as the one that runs most.
+    let most = match is_sharded {
+        true => team.agree("forwards of the reference", forwards, |all: Vec<usize>| {
+            Ok(all.into_iter().max().unwrap_or(0))
+        })?,
+        false => forwards,
+    };
     let done = Arc::new(Mutex::new(earlier));
     let keeper = keep_share(cache.clone(), Arc::clone(&done), rank, pairs);
     let mut stored = Instant::now();
@@ -85,6 +93,7 @@ pub fn score<D: Device>(
         drop(done);
         interrupt::check()
     })?;
+    scorer.idle(most - forwards)?;
     let ours = done.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let all = exchange(dataset, share, &ours, group)?;
     drop(keeper);

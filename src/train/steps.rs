@@ -1,6 +1,7 @@
 //! The loop over the steps of a run: updates, with evaluations and checkpoints between them.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::chooser::Chooser;
@@ -55,7 +56,7 @@ impl<'a, D: Device> Run<'a, D> {
         inputs: &'a Inputs,
         references: &'a References,
         (plan, identity): (Plan, RunIdentity),
-        (model, group): (Llama<D>, Option<RankGroup<D>>),
+        (model, group): (Llama<D>, Option<Arc<RankGroup<D>>>),
     ) -> Result<Self> {
         let evaluation = inputs.evaluation.iter().flat_map(|dataset| &dataset.pairs);
         let workload = Workload::plan(

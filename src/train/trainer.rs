@@ -7,6 +7,7 @@ mod gathered;
 mod micro_batches;
 mod own_sums;
 mod ranks;
+mod sharded_model;
 mod trace;
 mod workload;
 
@@ -18,6 +19,7 @@ use gathered::GatheredLayers;
 use own_sums::OwnSums;
 use ranks::OtherRanks;
 pub use ranks::RankStep;
+pub use sharded_model::LoadedModel;
 pub use trace::Trace;
 pub use workload::Workload;
 
@@ -116,7 +118,8 @@ impl<D: Device> Trainer<D> {
     }
 
     /// As [`Trainer::new`], of one of the ranks of `group`. All ranks must make the same calls with the same pairs: each computes
-    /// its share of them, and gets the results of all.
+    /// its share of them, and gets the results of all. Where weights are sharded, `model` may have this rank's part of each layer alone,
+    /// as [`LoadedModel`] gives it.
     ///
     /// # Errors
     /// As [`Trainer::new`], and [`Error::Config`] for options that several ranks do not have.
@@ -124,7 +127,7 @@ impl<D: Device> Trainer<D> {
         mut model: Llama<D>,
         objective: Objective,
         workload: Workload,
-        group: Option<RankGroup<D>>,
+        group: Option<Arc<RankGroup<D>>>,
     ) -> Result<Self> {
         let ranks = OtherRanks::new(group, &workload.memory)?;
         if !model.layout.iter().any(|tensor| tensor.trained) {

@@ -19,13 +19,40 @@ fn assert_same_run(work: &Workplace, one: &str, other: &str) {
     }
 }
 
+/// Where weights are sharded, the model and another reference are loaded part by part, and score the pairs to the bits of one rank. The
+/// run takes what the plan says, which makes the buffers in the same way.
+#[test]
+fn ranks_that_hold_parts_of_two_models_score_as_one_does() {
+    let work = Workplace::new();
+    work.bring("tied");
+    // Several micro-batches, and not as many on each rank.
+    let run = format!(
+        "{TRAIN} --max-steps 2 --eval-data pairs.jsonl --objective dpo --reference tied --tokens-per-micro-batch 150"
+    );
+    succeed(&work, &format!("{run} --output one"));
+    let scored = work.references();
+    assert!(!scored.is_empty());
+    std::fs::remove_dir_all(work.path("cache")).unwrap();
+    let parts = format!("--verbose {run} --gpus 3 --shard weights");
+    let finished = succeed(&work, &format!("{parts} --output parts"));
+    assert_same_run(&work, "one", "parts");
+    assert_eq!(work.references(), scored);
+    let line = finished.stderr.lines().find(|line| line.contains("at the peak, ")).unwrap();
+    let bytes: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert!(bytes.len() == 2 && bytes[0] == bytes[1], "taken and planned: {line}");
+    // From the cache: a few pairs are scored again, to see that it is this reference's.
+    let again = succeed(&work, &format!("{parts} --output again"));
+    assert!(again.stderr.contains("pairs from "), "{}", again.stderr);
+    assert_same_run(&work, "parts", "again");
+}
+
 #[test]
 fn ranks_do_what_one_process_does() {
     let work = Workplace::new();
     let run = format!("{TRAIN} --max-steps 5 --eval-data pairs.jsonl --eval-steps 2 --save-steps 3");
     succeed(&work, &format!("{run} --output one"));
     let scored = work.references();
-    for (ranks, shard) in [(2, "none"), (3, "states"), (2, "gradients")] {
+    for (ranks, shard) in [(2, "none"), (3, "states"), (2, "gradients"), (3, "weights")] {
         let output = format!("ranks-{ranks}-{shard}");
         std::fs::remove_dir_all(work.path("cache")).unwrap();
         let finished = succeed(&work, &format!("{run} --output {output} --gpus {ranks} --shard {shard}"));

@@ -162,7 +162,8 @@ fn planned_bytes<D: Device>(
     }
     drop(Scorer::new(&model, &golden.pairs, 700).unwrap());
     let join = || planned.join_group(&planned.new_group().unwrap(), place).unwrap();
-    let group = (place.ranks > 1).then(|| RankGroup { device: Arc::clone(&planned), communicator: join() });
+    let group =
+        (place.ranks > 1).then(|| Arc::new(RankGroup { device: Arc::clone(&planned), communicator: join() }));
     let _trainer = Trainer::with_group(model, case.objective(), workload, group).unwrap();
     planned.memory().now
 }
@@ -184,6 +185,11 @@ fn model<D: Device>(golden: &Golden, device: &Arc<D>, case: &Case) -> Llama<D> {
         model.adapt(lora(), values).unwrap();
     }
     model
+}
+
+/// The ranks of a test as this one reaches them.
+fn group_of<D: Device>(rank: &Rank, device: &Arc<D>) -> Arc<RankGroup<D>> {
+    Arc::new(RankGroup { device: Arc::clone(device), communicator: rank.join(&**device) })
 }
 
 /// Model and pairs of a case.
@@ -211,10 +217,9 @@ pub fn break_gradients<D: Device>(device: &Arc<D>, case: &Case, rank: &Rank) {
     let objective = Objective::Dpo(Dpo { beta, label_smoothing: 0.0 });
     let workload = Workload::plan(&golden.pairs, &objective, pairs.len(), TOKEN_BUDGET);
     let memory = MemoryConfig { shard: case.shard, ..MemoryConfig::default() };
-    let communicator = rank.join(&**device);
-    let group = RankGroup { device: Arc::clone(device), communicator };
     let workload = Workload { memory, ..workload };
-    let mut trainer = Trainer::with_group(model, objective, workload, Some(group)).unwrap();
+    let group = Some(group_of(rank, device));
+    let mut trainer = Trainer::with_group(model, objective, workload, group).unwrap();
     assert_eq!(trainer.broken_rank(), None);
     let error = trainer.accumulate_gradients(&pairs, Some(MAX_NORM)).unwrap_err();
     let text = error.to_string();
@@ -245,7 +250,7 @@ pub fn train<D: Device>(
     };
     let memory = MemoryConfig { shard: case.shard, states, ..MemoryConfig::default() };
     let workload = Workload { memory, ..workload };
-    let group = rank.map(|rank| RankGroup { device: Arc::clone(device), communicator: rank.join(&**device) });
+    let group = rank.map(|rank| group_of(rank, device));
     let mut trainer = Trainer::with_group(model, objective, workload, group).unwrap();
     let place = rank.map_or(GroupPlace { rank: 0, ranks: 1 }, |rank| rank.place);
     let planned = planned_bytes(device.as_ref(), &golden, case, workload, place);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mmpo_fast::config::{GradientConfig, MemoryConfig};
+use mmpo_fast::config::{GradientConfig, MemoryConfig, ShardConfig};
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::model::{
@@ -226,6 +226,38 @@ fn a_plan_states_the_memory_of_a_run_on_the_emulated_gpu() {
             compare(device(), &golden, (objective, lora, choice(memory, 1 << 20)), true);
         }
     }
+}
+
+/// 64 ranks with a part of Llama-3-8B's weights each, and of another reference's: at its most a rank takes less than the weights of one of
+/// the two models.
+#[test]
+fn a_rank_with_a_part_of_the_weights_never_holds_the_whole() {
+    use mmpo_fast::bench::shapes::{self, Lengths};
+    use mmpo_fast::device::GroupPlace;
+    use mmpo_fast::device::cuda::{CudaDevice, KernelPath};
+    let model = shapes::model("llama-3-8b", None).unwrap();
+    let whole = 2 * model.tensors().iter().map(|tensor| tensor.values()).sum::<usize>();
+    let pairs = mmpo_fast::plan::largest_pairs(1, Lengths { prompt: 64, chosen: 64, rejected: 64 });
+    let objective = objectives()[1];
+    let job = Job {
+        model: model.clone(),
+        reference: Some(model),
+        lora: None,
+        objective,
+        pairs_per_step: 64,
+        positions: 128,
+        prompts: vec![64],
+        place: Some(GroupPlace { rank: 63, ranks: 64 }),
+    };
+    let sizes = Sizes::of(&pairs, &pairs, &objective, (64, 256));
+    let peak = |shard| {
+        let memory = MemoryConfig { shard, recompute: Recompute::Layer, ..MemoryConfig::default() };
+        let device = Arc::new(CudaDevice::planned_gpu(KernelPath::Hopper, true));
+        Footprint::on(&device, &job, &choice(memory, 256), &sizes).unwrap().peak
+    };
+    let taken = peak(ShardConfig::Weights);
+    assert!(taken < whole, "{taken} bytes, and a model has {whole}");
+    assert!(peak(ShardConfig::Gradients) > 2 * whole, "the weights of both");
 }
 
 /// The sizes of the paper's four models, as their published `config.json` have them.

@@ -26,21 +26,25 @@ pub(super) struct GatheredLayers<D: Device> {
 }
 
 impl<D: Device> GatheredLayers<D> {
-    /// Replaces the layers of `model` by this rank's values of them, and makes the slots.
+    /// Replaces the layers of `model` by this rank's values of them, where it was loaded whole, and makes the slots.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the device has no memory for them.
     pub fn new(model: &mut Llama<D>, ranks: &OtherRanks<D>) -> Result<Self> {
         let device = &*model.device;
         device.as_part(MemoryPart::Weights, || {
-            for layer in &mut model.weights.layers {
-                for weight in layer.iter_mut() {
-                    let own = ranks.own(device.len(weight));
-                    // A buffer of no values would be none on some devices.
-                    let mut part = device.alloc(own.len().max(1))?;
-                    device.copy(&mut part, 0, weight, own.start, own.len())?;
-                    *weight = part;
+            let layers = model.weights.layers.iter_mut().zip(&model.layout.layers);
+            for (weight, tensor) in layers.flat_map(|(weights, layout)| weights.iter_mut().zip(layout.iter()))
+            {
+                let own = ranks.own(tensor.values());
+                // Loaded as a part; or all of a small tensor is this rank's.
+                if device.len(weight) != tensor.values() || own.len() == tensor.values() {
+                    continue;
                 }
+                // A buffer of no values would be none on some devices.
+                let mut part = device.alloc(own.len().max(1))?;
+                device.copy(&mut part, 0, weight, own.start, own.len())?;
+                *weight = part;
             }
             let layers = &model.layout.layers;
             let slot = || layers[0].try_map(&mut |tensor: &FusedTensor| device.alloc(tensor.values()));

@@ -37,7 +37,7 @@ pub struct RankStep {
 /// The other ranks, as the trainer of one of them reaches them.
 #[derive(Debug)]
 pub(super) struct OtherRanks<D: Device> {
-    group: RankGroup<D>,
+    group: Arc<RankGroup<D>>,
     pub shard: ShardConfig,
     /// What a collective reads is complete.
     ready: D::Event,
@@ -61,7 +61,7 @@ impl<D: Device> OtherRanks<D> {
     ///
     /// # Errors
     /// [`Error::Config`] for options that several ranks do not have; those of the device.
-    pub fn new(group: Option<RankGroup<D>>, memory: &MemoryConfig) -> Result<Option<Self>> {
+    pub fn new(group: Option<Arc<RankGroup<D>>>, memory: &MemoryConfig) -> Result<Option<Self>> {
         let Some(group) = group.filter(|group| group.place().ranks > 1) else { return Ok(None) };
         check(memory)?;
         let (ready, done) = (group.device.new_event()?, group.device.new_event()?);
