@@ -179,6 +179,7 @@ fn a_checkpoint_goes_on_with_other_ranks_and_another_sharding() {
 #[test]
 fn all_ranks_know_whose_gradients_are_not_finite() {
     for shard in [Whole, States, Gradients, Weights] {
-        ranks::succeed(BROKEN, On::Cpu, 3, &[(CASE, &Case::new(shard, Goal::Dpo).text())]);
+        let case = Case::new(shard, Goal::Dpo).text();
+        ranks::succeed(BROKEN, On::Cpu, 3, &[(CASE, case.as_str())]);
     }
 }
