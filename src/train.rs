@@ -184,7 +184,7 @@ fn with_chosen_memory(
         return Ok(config.clone());
     }
     let account = account(config, inputs, plan).among(place);
-    let choice = match crate::plan::chosen_before(config)? {
+    let choice = match crate::plan::chosen_before(config, &account.asked())? {
         Some(choice) => choice,
         None => ask_on(device, config.precision, config.threads, ChooseMemory(&account))?,
     };
@@ -276,6 +276,8 @@ impl DeviceTask for Training<'_> {
             None => Llama::load(device, &inputs.folder, positions)?,
             Some(_) => Llama::load_frozen(device, &inputs.folder, positions)?,
         };
+        // The samples end where the answers of the saved model do.
+        model.config.stop_token_ids.extend(inputs.encoder.end_tokens()?);
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
         progress::enter(Stage::References, 0);

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::account::Account;
 use super::footprint::{Choice, Footprint};
 use super::rates;
-use super::search::{Tried, flags};
+use super::search::{Tried, flags, still_chosen};
 use super::{host, size};
 use crate::config::{MemoryLimit, RESOLVED_FILE, RunConfig, recipe};
 use crate::device::Device;
@@ -164,11 +164,12 @@ pub fn choose<D: Device>(device: &D, account: &Account<'_>) -> Result<Choice> {
     }
 }
 
-/// What an earlier part of this run chose, where `--resume` goes on with one.
+/// What an earlier part of this run chose, where `--resume` goes on with one: of each option the one that keeps less, of what it had and
+/// of what `asked` says.
 ///
 /// # Errors
 /// Those of the recipe that it left.
-pub fn chosen_before(config: &RunConfig) -> Result<Option<Choice>> {
+pub fn chosen_before(config: &RunConfig, asked: &Choice) -> Result<Option<Choice>> {
     let saved = config.output.join(RESOLVED_FILE);
     if !config.resume || !saved.is_file() {
         return Ok(None);
@@ -176,7 +177,7 @@ pub fn chosen_before(config: &RunConfig) -> Result<Option<Choice>> {
     let saved: &Path = &saved;
     let settled = recipe::read(saved)?.settle(config.objective.kind());
     let (memory, token_budget) = (crate::config::memory(&settled), settled.tokens_per_micro_batch);
-    Ok(Some(Choice { memory, token_budget, head: config.head }))
+    Ok(Some(still_chosen(asked, &Choice { memory, token_budget, head: config.head })))
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! A step with a number that is not finite leaves a capsule, and the capsule shows where the number comes from.
 
+use serde_json::Value;
+
 use crate::harness::{TRAIN, Workplace};
 
 const CONFIG: i32 = 2;
@@ -14,6 +16,16 @@ fn diverging() -> String {
 #[track_caller]
 fn first(text: &str) -> &str {
     text.lines().find(|line| line.starts_with("first ")).unwrap_or_else(|| panic!("{text}"))
+}
+
+impl Workplace {
+    /// The folder of a run's only capsule.
+    #[track_caller]
+    fn only_capsule(&self, run: &str) -> String {
+        let capsules: Vec<_> = std::fs::read_dir(self.path(&format!("{run}/capsules"))).unwrap().collect();
+        assert_eq!(capsules.len(), 1, "{run}");
+        format!("{run}/capsules/{}", capsules[0].as_ref().unwrap().file_name().into_string().unwrap())
+    }
 }
 
 #[test]
@@ -96,11 +108,29 @@ fn adapters_and_gradients_by_layer_leave_capsules_too() {
     ] {
         let run = diverging().replace("1e8", rate);
         work.refuse(&format!("{run} {flags} --output {name}"), NUMERICS, &["--replay"]);
-        let capsules: Vec<_> = std::fs::read_dir(work.path(&format!("{name}/capsules"))).unwrap().collect();
-        assert_eq!(capsules.len(), 1, "{name}");
-        let path = capsules[0].as_ref().unwrap().file_name().into_string().unwrap();
-        let text = work.succeed(&format!("train --replay {name}/capsules/{path}")).stdout;
+        let text = work.succeed(&format!("train --replay {}", work.only_capsule(name))).stdout;
         assert!(text.contains("the step failed again, with the same"), "{name}: {text}");
+    }
+}
+
+/// The step that failed, or the one after weights that a checkpoint would not take, with what dropout dropped: another mask would
+/// give other log-probs.
+#[test]
+fn a_replay_drops_what_the_step_dropped() {
+    let work = Workplace::new();
+    let lora = "--lora all --lora-rank 4 --lora-alpha 1e18 --lora-dropout 0.3";
+    let run = format!("{} {lora}", diverging().replace("1e8", "1e18"));
+    for (name, flags) in [("step", ""), ("probe", "--save-steps 1")] {
+        work.refuse(&format!("{run} {flags} --output {name}"), NUMERICS, &["--replay"]);
+        let folder = work.only_capsule(name);
+        let capsule: Value = serde_json::from_slice(&work.read(&format!("{folder}/capsule.json"))).unwrap();
+        let pairs = capsule["pairs"].as_array().unwrap();
+        assert_eq!(pairs.len() == 1, name == "probe", "{capsule}");
+        let logps = pairs.iter().flat_map(|pair| pair["logps"].as_array().unwrap());
+        let finite = logps.filter(|logp| logp.as_str().unwrap().parse::<f32>().unwrap().is_finite()).count();
+        assert!(finite > 0, "{name}: every mask gives these log-probs: {capsule}");
+        let text = work.succeed(&format!("train --replay {folder}")).stdout;
+        assert!(text.contains("the step failed again, with the same log-probs"), "{name}: {text}");
     }
 }
 
@@ -125,7 +155,7 @@ fn what_is_no_capsule_is_refused() {
         &["cannot be given together with `--replay`"],
     );
     let capsule = String::from_utf8(work.read("run/capsules/step-000002/capsule.json")).unwrap();
-    let mut altered: serde_json::Value = serde_json::from_str(&capsule).unwrap();
+    let mut altered: Value = serde_json::from_str(&capsule).unwrap();
     let token = &mut altered["pairs"][0]["tokens"][1][0];
     *token = (token.as_u64().unwrap() + 1).into();
     work.write("run/capsules/step-000002/capsule.json", altered.to_string());

@@ -337,6 +337,49 @@ fn dropout_is_a_function_of_seed_and_step_and_off_in_evaluation() {
     assert_ne!(losses(0.3, 2, 1)[1], first, "another seed");
 }
 
+/// Each micro-batch of a step has a mask of its own: the same pair in two of them is scored under two masks.
+#[test]
+fn micro_batches_drop_other_values() {
+    let lora = LoraSettings { dropout: 0.3, ..settings(&AdaptedModule::ALL) };
+    with_trainer(&golden("tied"), lora, |trainer, pairs| {
+        trainer.begin_step(1);
+        let longest = pairs.iter().max_by_key(|pair| pair.pair.tokens()).expect("pairs");
+        let result = trainer.accumulate_gradients(&[*longest; PAIRS], None).expect("gradients");
+        assert!(result.tokens > TOKEN_BUDGET, "{} tokens are one micro-batch", result.tokens);
+        let logps: Vec<f32> = result.outcomes.iter().map(|outcome| outcome.logp_chosen).collect();
+        for (place, logp) in logps.iter().enumerate() {
+            assert!(!logps[..place].contains(logp), "two of the same pair have one mask: {logps:?}");
+        }
+    });
+}
+
+/// A step that is looked at closely drops what the step itself drops, in each of its micro-batches, and so do the gradients of a step
+/// that was begun. A replay of a capsule counts on it.
+#[test]
+fn a_trace_drops_what_its_step_drops() {
+    let lora = LoraSettings { dropout: 0.3, ..settings(&AdaptedModule::ALL) };
+    with_trainer(&golden("tied"), lora, |trainer, pairs| {
+        trainer.dropout_seed = 7;
+        let mut losses = Vec::new();
+        for step in [1, 2, 5] {
+            let traced = trainer.trace(pairs, step).expect("a trace");
+            let formed = gradients(trainer);
+            trainer.begin_step(step + 1);
+            let other = trainer.accumulate_gradients(pairs, None).expect("gradients");
+            assert_ne!(other.outcomes, traced.outcomes, "the masks of another step");
+            trainer.begin_step(step);
+            let begun = trainer.accumulate_gradients(pairs, None).expect("gradients");
+            assert_eq!(begun.outcomes, traced.outcomes, "step {step}: gradients of a step that was begun");
+            assert!(gradients(trainer) == formed, "step {step}: gradients of the trace");
+            let taken = trainer.step(pairs, AdamWStep { step, ..STEP }, None).expect("a step");
+            assert_eq!(taken.outcomes, traced.outcomes, "step {step}");
+            assert_eq!((taken.loss, taken.gradient_norm), (traced.loss, traced.gradient_norm), "step {step}");
+            losses.push(taken.loss);
+        }
+        assert!(losses.iter().all(|loss| loss.is_finite()));
+    });
+}
+
 /// Ranks and scales that differ between modules: the model computes what one with equal scales and accordingly larger `B` does,
 /// and the zeros beyond a module's own rank stay zeros in training.
 #[test]

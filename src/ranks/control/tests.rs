@@ -8,7 +8,8 @@ use crate::device::GroupPlace;
 use crate::ranks::{Address, Fingerprints, LauncherKind, Team};
 
 const LIMITS: Limits = Limits { join: Duration::from_secs(30), hang: Duration::from_secs(600) };
-const SHORT: Limits = Limits { join: Duration::from_millis(400), ..LIMITS };
+/// Long enough for those who are there to come on a busy machine.
+const SHORT: Limits = Limits { join: Duration::from_secs(3), ..LIMITS };
 
 /// Ranks of this machine, and the listener of rank 0.
 fn ranks(count: usize) -> (Vec<Ranks>, TcpListener) {
