@@ -232,7 +232,8 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Options, resolve};
+    use crate::config::options::Options;
+    use crate::config::resolve;
 
     /// The update of each step: its number, from 1, by which AdamW corrects its moments, and its learning rate.
     #[test]

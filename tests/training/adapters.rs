@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
@@ -76,13 +77,22 @@ fn with_recomputing_trainer(
     recompute: Recompute,
     body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
 ) {
+    let memory = MemoryConfig { recompute, ..MemoryConfig::default() };
+    with_memory(golden, settings, (memory, TOKEN_BUDGET), body);
+}
+
+fn with_memory(
+    golden: &Golden,
+    settings: LoraSettings,
+    (memory, token_budget): (MemoryConfig, usize),
+    body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
+) {
     let device = cpu();
     let references = golden::score(&golden.load(&device), &golden.pairs);
     let pairs = golden.pairs.iter().zip(&references);
     let pairs: Vec<TrainingPair> =
         pairs.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect();
-    let mut workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
-    workload.memory.recompute = recompute;
+    let workload = Workload { memory, ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, token_budget) };
     let model = adapted(golden, &device, settings);
     body(&mut Trainer::new(model, OBJECTIVE, workload).expect("trainer"), &pairs);
 }
@@ -358,26 +368,36 @@ fn micro_batches_drop_other_values() {
 #[test]
 fn a_trace_drops_what_its_step_drops() {
     let lora = LoraSettings { dropout: 0.3, ..settings(&AdaptedModule::ALL) };
-    with_trainer(&golden("tied"), lora, |trainer, pairs| {
-        trainer.dropout_seed = 7;
-        let mut losses = Vec::new();
-        for step in [1, 2, 5] {
-            let traced = trainer.trace(pairs, step).expect("a trace");
-            let formed = gradients(trainer);
-            trainer.begin_step(step + 1);
-            let other = trainer.accumulate_gradients(pairs, None).expect("gradients");
-            assert_ne!(other.outcomes, traced.outcomes, "the masks of another step");
-            trainer.begin_step(step);
-            let begun = trainer.accumulate_gradients(pairs, None).expect("gradients");
-            assert_eq!(begun.outcomes, traced.outcomes, "step {step}: gradients of a step that was begun");
-            assert!(gradients(trainer) == formed, "step {step}: gradients of the trace");
-            let taken = trainer.step(pairs, AdamWStep { step, ..STEP }, None).expect("a step");
-            assert_eq!(taken.outcomes, traced.outcomes, "step {step}");
-            assert_eq!((taken.loss, taken.gradient_norm), (traced.loss, traced.gradient_norm), "step {step}");
-            losses.push(taken.loss);
-        }
-        assert!(losses.iter().all(|loss| loss.is_finite()));
-    });
+    // Layers are updated inside the backward where a step is one micro-batch.
+    for (sums, token_budget) in [
+        (GradientConfig::F32, TOKEN_BUDGET),
+        (GradientConfig::Bf16, TOKEN_BUDGET),
+        (GradientConfig::Layer, usize::MAX),
+    ] {
+        let memory = MemoryConfig { gradients: sums, ..MemoryConfig::default() };
+        with_memory(&golden("tied"), lora, (memory, token_budget), |trainer, pairs| {
+            trainer.dropout_seed = 7;
+            for step in [1, 2, 5] {
+                let traced = trainer.trace(pairs, step).expect("a trace");
+                assert!(traced.first.is_none(), "{:?}", traced.first);
+                let formed = gradients(trainer);
+                trainer.begin_step(step + 1);
+                let other = trainer.accumulate_gradients(pairs, None).expect("gradients");
+                assert_ne!(other.outcomes, traced.outcomes, "the masks of another step");
+                trainer.begin_step(step);
+                let begun = trainer.accumulate_gradients(pairs, None).expect("gradients");
+                assert_eq!(
+                    begun.outcomes, traced.outcomes,
+                    "step {step}: gradients of a step that was begun"
+                );
+                assert!(gradients(trainer) == formed, "step {step}: gradients of the trace");
+                let taken = trainer.step(pairs, AdamWStep { step, ..STEP }, None).expect("a step");
+                assert_eq!(taken.outcomes, traced.outcomes, "step {step}");
+                let numbers = (traced.loss, traced.gradient_norm);
+                assert_eq!((taken.loss, taken.gradient_norm), numbers, "{sums:?}, step {step}");
+            }
+        });
+    }
 }
 
 /// Ranks and scales that differ between modules: the model computes what one with equal scales and accordingly larger `B` does,
