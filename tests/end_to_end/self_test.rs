@@ -17,7 +17,7 @@ impl Workplace {
     fn falsify_tokens(&self, response: usize) {
         self.falsify(|record| {
             let count = &mut record[8 + 4 * response..][..4];
-            let tokens = u32::from_le_bytes((*count).try_into().unwrap());
+            let tokens = u32::from_le_bytes(count[..4].try_into().unwrap());
             count.copy_from_slice(&(tokens + 1).to_le_bytes());
         });
     }
@@ -85,7 +85,7 @@ fn a_cache_with_other_numbers_of_tokens_ends_the_run_before_its_first_step() {
             work.succeed(&format!("{run} --output {name}-{side}-before"));
             work.falsify_tokens(response);
             let output = format!("{name}-{side}");
-            let parts =
+            let parts: [&str; 3] =
                 ["self-test before the first step", &format!("the {side} response of record 1"), whose];
             let finished = work.refuse(&format!("{run} --output {output}"), NUMERICS, &parts);
             let counts: Vec<usize> = finished
