@@ -190,7 +190,7 @@ fn the_reference_is_the_base_without_the_adapter() {
 #[test]
 fn a_run_cut_in_two_gives_the_bits_of_one_in_one_piece() {
     // Enough that a run is still under way when a busy machine comes to kill it.
-    const STEPS: usize = 400;
+    const STEPS: usize = 200;
     let work = Workplace::new();
     let run = format!("{TRAIN} {LORA} --max-steps {STEPS} --save-steps 20 --weight-decay 0.01");
     work.succeed(&format!("{run} --output whole"));
