@@ -63,23 +63,6 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
     }
 }
 
-/// A job that is frozen as a whole and goes on, as schedulers and laptops do it: no rank is to blame for what was not heard of it.
-#[test]
-fn ranks_that_were_stopped_together_go_on() {
-    let work = Workplace::new();
-    let mut frozen = command(&work, &format!("{TRAIN} --max-steps 200 --gpus 2 --output run"));
-    frozen.env("MMPO_FAST_HANG_SECONDS", "10");
-    let mut running = Run::start(&work, frozen, "run");
-    running.wait_for_lines(5);
-    let ranks = running.ranks();
-    ranks.iter().for_each(|&rank| send("-STOP", rank));
-    std::thread::sleep(Duration::from_secs(13));
-    ranks.iter().for_each(|&rank| send("-CONT", rank));
-    let finished = running.finish(SOON);
-    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
-    assert_eq!(work.series("run", "loss").len(), 200);
-}
-
 /// A collective that fails on one rank, as one of NCCL's does where the network breaks.
 #[test]
 fn a_collective_that_fails_on_one_rank_ends_all() {
