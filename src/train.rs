@@ -294,6 +294,8 @@ impl DeviceTask for Training<'_> {
         // An adapter's base is only read.
         let is_frozen = inputs.adapter.is_some();
         let mut model = LoadedModel::load(&device, &inputs.folder, (positions, is_frozen), sharded)?;
+        // The samples end where the answers of the saved model do.
+        model.end_with(inputs.encoder.end_tokens()?);
         interrupt::check()?;
         // Before the adapters are there: the reference is the model without them.
         progress::enter(Stage::References, 0);

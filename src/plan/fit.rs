@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::account::Account;
 use super::footprint::{Choice, Footprint};
 use super::rates;
-use super::search::{Tried, flags};
+use super::search::{Tried, flags, still_chosen};
 use super::size;
 use crate::config::{MemoryLimit, RESOLVED_FILE, RunConfig, recipe};
 use crate::device::Device;
@@ -203,7 +203,8 @@ pub fn choose<D: Device>(device: &D, account: &Account<'_>, free: FreeMemory) ->
     }
 }
 
-/// What an earlier part of this run chose, where `--resume` goes on with one.
+/// What an earlier part of this run chose, where `--resume` goes on with one: of each option the one that keeps less, of what it had and
+/// of what `config` asks for.
 ///
 /// # Errors
 /// Those of the recipe that it left.
@@ -215,7 +216,12 @@ pub fn chosen_before(config: &RunConfig) -> Result<Option<Choice>> {
     let saved: &Path = &saved;
     let settled = recipe::read(saved)?.settle(config.objective.kind());
     let (memory, token_budget) = (crate::config::memory(&settled), settled.tokens_per_micro_batch);
-    Ok(Some(Choice { memory, token_budget, head: config.head }))
+    let asked = Choice {
+        memory: config.memory,
+        token_budget: config.batch.tokens_per_micro_batch,
+        head: config.head,
+    };
+    Ok(Some(still_chosen(&asked, &Choice { memory, token_budget, head: config.head })))
 }
 
 #[cfg(test)]

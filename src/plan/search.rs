@@ -78,22 +78,39 @@ pub fn budgets(room: Room<'_>) -> Vec<usize> {
     budgets
 }
 
+/// The values of each option that keep no more than a run as it was asked for.
+struct Values {
+    moments: Vec<MomentFormat>,
+    masters: Vec<MasterWeights>,
+    recomputes: Vec<Recompute>,
+    gradients: Vec<GradientConfig>,
+    offloads: Vec<OffloadConfig>,
+}
+
+impl Values {
+    fn of(asked: MemoryConfig, can_offload: bool) -> Self {
+        let smaller: &[OffloadConfig] = if can_offload { &[OffloadConfig::States] } else { &[] };
+        Values {
+            // Moments in bf16 take twice the memory of 8-bit ones and are no more exact: see docs/memory.md.
+            moments: at_least(asked.states.moments, &[MomentFormat::EightBit]),
+            masters: at_least(asked.states.master, &[MasterWeights::None]),
+            recomputes: match asked.recompute {
+                Recompute::None => vec![Recompute::None, Recompute::Selective, Recompute::Layer],
+                Recompute::Selective => vec![Recompute::Selective, Recompute::Layer],
+                Recompute::Layer => vec![Recompute::Layer],
+            },
+            gradients: match asked.gradients {
+                GradientConfig::F32 => vec![GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer],
+                GradientConfig::Bf16 => vec![GradientConfig::Bf16, GradientConfig::Layer],
+                GradientConfig::Layer => vec![GradientConfig::Layer],
+            },
+            offloads: at_least(asked.offload, smaller),
+        }
+    }
+}
+
 fn memories(asked: MemoryConfig, can_offload: bool) -> Vec<MemoryConfig> {
-    // Moments in bf16 take twice the memory of 8-bit ones and are no more exact: see docs/memory.md.
-    let moments = at_least(asked.states.moments, &[MomentFormat::EightBit]);
-    let masters = at_least(asked.states.master, &[MasterWeights::None]);
-    let recomputes = match asked.recompute {
-        Recompute::None => vec![Recompute::None, Recompute::Selective, Recompute::Layer],
-        Recompute::Selective => vec![Recompute::Selective, Recompute::Layer],
-        Recompute::Layer => vec![Recompute::Layer],
-    };
-    let gradients = match asked.gradients {
-        GradientConfig::F32 => vec![GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer],
-        GradientConfig::Bf16 => vec![GradientConfig::Bf16, GradientConfig::Layer],
-        GradientConfig::Layer => vec![GradientConfig::Layer],
-    };
-    let smaller: &[OffloadConfig] = if can_offload { &[OffloadConfig::States] } else { &[] };
-    let offloads = at_least(asked.offload, smaller);
+    let Values { moments, masters, recomputes, gradients, offloads } = Values::of(asked, can_offload);
     let mut all = Vec::new();
     for &recompute in &recomputes {
         for &gradients in &gradients {
@@ -108,6 +125,28 @@ fn memories(asked: MemoryConfig, can_offload: bool) -> Vec<MemoryConfig> {
         }
     }
     all
+}
+
+/// What an earlier part of a run has, where the run is asked for now as `asked`: each option that keeps no more than that. One that
+/// keeps more was not chosen for this run, but is asked for in another way, and that holds.
+pub fn still_chosen(asked: &Choice, before: &Choice) -> Choice {
+    fn either<T: Copy + PartialEq>(allowed: &[T], before: T, asked: T) -> T {
+        if allowed.contains(&before) { before } else { asked }
+    }
+    let (now, then) = (asked.memory, before.memory);
+    let values = Values::of(now, true);
+    let states = StateOptions {
+        moments: either(&values.moments, then.states.moments, now.states.moments),
+        master: either(&values.masters, then.states.master, now.states.master),
+    };
+    let memory = MemoryConfig {
+        states,
+        recompute: either(&values.recomputes, then.recompute, now.recompute),
+        gradients: either(&values.gradients, then.gradients, now.gradients),
+        offload: either(&values.offloads, then.offload, now.offload),
+        shard: now.shard,
+    };
+    Choice { memory, token_budget: asked.token_budget.min(before.token_budget), head: asked.head }
 }
 
 /// `asked`, and those of `smaller` that are others.
@@ -213,6 +252,7 @@ fn least(candidates: &[Candidate], gradients: GradientConfig) -> Option<Candidat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ShardConfig;
     use crate::model::HeadOptions;
 
     fn asked() -> Choice {
@@ -275,6 +315,34 @@ mod tests {
         let all = candidates(room, seconds);
         assert_eq!(all.len(), 1, "{all:?}");
         assert_eq!(all[0].choice, room.asked);
+    }
+
+    /// A resumed run has what was chosen for it, but for options that are asked for in a way that the choice does not meet.
+    #[test]
+    fn what_was_chosen_holds_as_long_as_nothing_less_is_asked_for() {
+        let with = |moments, recompute, gradients, token_budget| {
+            let states = StateOptions { moments, master: MasterWeights::F32 };
+            let memory = MemoryConfig { states, recompute, gradients, ..MemoryConfig::default() };
+            Choice { memory, token_budget, ..asked() }
+        };
+        let small = with(MomentFormat::EightBit, Recompute::Layer, GradientConfig::Bf16, 1024);
+        assert_eq!(still_chosen(&asked(), &small), small);
+        assert_eq!(still_chosen(&small, &asked()), small, "less is asked for than the run had");
+        let mixed = with(MomentFormat::F32, Recompute::Selective, GradientConfig::Layer, 4096);
+        let wanted = with(MomentFormat::EightBit, Recompute::Layer, GradientConfig::Layer, 1024);
+        assert_eq!(still_chosen(&small, &mixed), wanted, "each option by itself");
+        // bf16 moments are never chosen: who had them asked for them.
+        let bf16 = with(MomentFormat::Bf16, Recompute::None, GradientConfig::F32, 4096);
+        assert_eq!(still_chosen(&asked(), &bf16), asked());
+        // Sharding is not auto's to choose.
+        let of = |shard, offload| Choice {
+            memory: MemoryConfig { shard, offload, ..MemoryConfig::default() },
+            ..asked()
+        };
+        let sharded = of(ShardConfig::States, OffloadConfig::None);
+        let offloaded = of(ShardConfig::None, OffloadConfig::States);
+        assert_eq!(still_chosen(&sharded, &offloaded), of(ShardConfig::States, OffloadConfig::States));
+        assert_eq!(still_chosen(&offloaded, &sharded), offloaded);
     }
 
     /// On a GPU states may be offloaded: where the bus is hidden that comes before what changes numbers, and otherwise by its time.

@@ -155,6 +155,9 @@ mod tests {
         let pairs = Fingerprints { evaluation: "e".into(), ..ours.clone() };
         let text = ours.difference(&pairs).unwrap();
         assert!(text.contains("evaluation pairs (hashes none and e)"), "{text}");
+        let reference = Fingerprints { reference: "r".into(), ..ours.clone() };
+        let text = ours.difference(&reference).unwrap();
+        assert!(text.contains("different reference (hashes none and r)"), "{text}");
         let config = Fingerprints { config: "beta = 0.1\nseed = 43\n".into(), ..ours.clone() };
         assert!(ours.difference(&config).unwrap().contains("`seed` is 42 and 43"));
         let fewer = Fingerprints { config: "beta = 0.1\n".into(), ..ours.clone() };

@@ -109,6 +109,11 @@ mod tests {
             assert!(text.contains("rank 3 on node7") && text.contains("before the ranks"), "{text}");
             let is_stop = matches!(verdict.what, What::Stopped(_));
             assert_eq!(error.exit_code(), if is_stop { 143 } else { 9 });
+            // A rank that failed has told its own error: it is not lost.
+            let has_failed = matches!(verdict.what, What::Failed { .. });
+            if let Error::Rank { lost, .. } = error {
+                assert_eq!(lost, (!has_failed).then_some(3), "{:?}", verdict.what);
+            }
         }
     }
 }

@@ -144,8 +144,8 @@ mod tests {
     use super::*;
     use crate::config::value::OptionValue;
 
-    fn choice(metric: &str, patience: usize, delta: f64) -> Chooser {
-        Chooser::new(&EvaluationConfig {
+    fn config(metric: &str, patience: usize, delta: f64) -> EvaluationConfig {
+        EvaluationConfig {
             data: None,
             split: None,
             steps: None,
@@ -153,7 +153,11 @@ mod tests {
             keep_best: Some(EvalMetric::from_text(metric).unwrap()),
             patience: Some(patience),
             delta,
-        })
+        }
+    }
+
+    fn choice(metric: &str, patience: usize, delta: f64) -> Chooser {
+        Chooser::new(&config(metric, patience, delta))
     }
 
     #[test]
@@ -192,5 +196,44 @@ mod tests {
         choice.add(2, 0.6, true);
         assert_eq!(choice.best(), Some((2, 0.6)));
         assert!(choice.describe(2).unwrap().contains("The starting model was better, with 0.3000"));
+    }
+
+    /// Wherever a run is cut, ties and waiting included, what its metrics say gives the choice of a run in one piece.
+    #[test]
+    fn a_resumed_run_chooses_as_one_in_one_piece() {
+        // An evaluation before the first step, and after each second one; `loss` is that of the steps.
+        let values = [0.7, 0.5, 0.5, 0.6, 0.44, 0.44, 0.5, 0.42, 0.44];
+        let folder = tempfile::tempdir().unwrap();
+        let mut lines = String::new();
+        for (number, value) in values.into_iter().enumerate() {
+            let (before, step) = ((2 * number).saturating_sub(1), 2 * number);
+            for step in before..=step {
+                lines += &format!("{{\"step\": {step}, \"loss\": {}}}\n", 1.0 / (step + 1) as f64);
+            }
+            lines += &format!(
+                "{{\"step\": {step}, \"eval_loss\": {value}, \"eval_implicit/margins\": {}}}\n",
+                -value
+            );
+        }
+        std::fs::write(folder.path().join(crate::report::METRICS_FILE), lines).unwrap();
+        let history = History::read(folder.path()).unwrap();
+        for (metric, sign) in [("loss", 1.0), ("implicit/margins", -1.0)] {
+            let config = config(metric, 3, 0.05);
+            let mut whole = Chooser::new(&config);
+            let state = |chooser: &Chooser| {
+                (chooser.best(), chooser.start, chooser.improved, chooser.without_improvement)
+            };
+            for (number, value) in values.into_iter().enumerate() {
+                whole.add(2 * number, sign * value, true);
+                for last in [2 * number, 2 * number + 1] {
+                    let after = Chooser::after(&config, &history, last, |_| true);
+                    assert_eq!(state(&after), state(&whole), "{metric} after step {last}");
+                }
+            }
+            assert_eq!(whole.best(), Some((14, sign * 0.42)), "{metric}");
+            // A checkpoint that is gone is not the best; of those that are there the first of equals is.
+            let left = Chooser::after(&config, &history, 16, |step| step != 14 && step != 8);
+            assert_eq!(left.best(), Some((10, sign * 0.44)), "{metric}");
+        }
     }
 }

@@ -125,6 +125,32 @@ mod tests {
         assert_eq!((dealt.pairs(0), dealt.pairs(1)), (&[3][..], &[0, 1, 2, 4, 5][..]));
     }
 
+    /// The multiplications of a small model, counted one by one.
+    #[test]
+    fn the_cost_of_a_pair_is_that_of_its_gemms_attention_and_head() {
+        let text = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12,
+            "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true}"#;
+        let config = LlamaConfig::parse(std::path::Path::new("config.json"), text).unwrap();
+        let pair = TokenizedPair {
+            record: 0,
+            prompt: vec![1, 2, 3].into(),
+            chosen: vec![4, 5].into(),
+            rejected: vec![6].into(),
+        };
+        // Two heads of four values for queries, one each for keys and values: 16 outputs; then 8 inputs of the output
+        // projection, and three matrices of the MLP.
+        let weights = 8 * 16 + 8 * 8 + 3 * 8 * 6;
+        // A row of the prompt sees itself and what is before it; one of a response sees the prompt and its own response.
+        let seen = (1 + 2 + 3) + (4 + 5) + 4;
+        // A query and a key of each of two heads, and as much for the values.
+        let layer = 6 * weights + seen * 2 * 8;
+        assert_eq!(cost(&config, &pair, Sides::Both), 2 * layer + 3 * 8 * 12);
+        // Without the rejected response there are five rows, and two that are scored.
+        let layer = 5 * weights + (seen - 4) * 2 * 8;
+        assert_eq!(cost(&config, &pair, Sides::ChosenOnly), 2 * layer + 2 * 8 * 12);
+    }
+
     #[test]
     fn values_return_to_the_order_of_the_batch() {
         let dealt = deal(&[1, 9, 4], 2);

@@ -228,3 +228,30 @@ impl Plan {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::options::Options;
+    use crate::config::resolve;
+
+    /// The update of each step: its number, from 1, by which AdamW corrects its moments, and its learning rate.
+    #[test]
+    fn updates_are_counted_from_one_and_follow_the_schedule() {
+        let mut config = resolve(Options::default(), None, false).unwrap();
+        config.optimizer.learning_rate = 24.0;
+        config.schedule.kind = Schedule::Linear;
+        config.schedule.warmup = Warmup::Steps(2);
+        let plan = Plan::of_length(&config, 64, 1.0, Some(10));
+        let rates = [8.0, 16.0, 24.0, 21.0, 18.0, 15.0, 12.0, 9.0, 6.0, 3.0];
+        for (step, rate) in rates.into_iter().enumerate() {
+            let update = plan.adamw(step);
+            assert_eq!(update.step as usize, step + 1);
+            assert!((update.learning_rate - rate).abs() <= 1e-12, "step {step}: {}", update.learning_rate);
+        }
+        // A longer run has other rates from its first step after the warm-up on.
+        let longer = Plan::of_length(&config, 64, 1.0, Some(18));
+        assert!((longer.adamw(1).learning_rate - 16.0).abs() <= 1e-12);
+        assert!((longer.adamw(10).learning_rate - 12.0).abs() <= 1e-12);
+    }
+}

@@ -345,9 +345,10 @@ impl<'a, D: Device> Run<'a, D> {
         let shortest: Vec<usize> = batch.pairs.iter().copied().min_by_key(tokens).into_iter().collect();
         let pairs =
             training_pairs(&self.inputs.training, &self.references.training, shortest.iter().copied());
+        // The capsule is that of the next step, with this pair alone: a replay drops what that step drops.
+        self.trainer.begin_step(batch.step as u32 + 2);
         self.trainer.accumulate_gradients(&pairs, None).map(|_| ()).map_err(|error| {
             let error = self.with_rank(error);
-            // The capsule is that of the next step, with this pair alone.
             self.leave_capsule(output, &StepBatch { step: batch.step + 1, pairs: shortest, ..*batch }, error)
         })
     }

@@ -197,7 +197,7 @@ impl<D: Device> Trainer<D> {
         adamw: AdamWStep,
         max_grad_norm: Option<f64>,
     ) -> Result<StepResult> {
-        self.dropout_key = hash(self.dropout_seed, adamw.step.into());
+        self.begin_step(adamw.step);
         if self.layer_norms.is_some() {
             return self.step_by_layers(pairs, Some(adamw), max_grad_norm);
         }
@@ -206,8 +206,13 @@ impl<D: Device> Trainer<D> {
         Ok(result)
     }
 
+    /// From here on adapters drop what the step with this 1-based number drops, until another step begins.
+    pub fn begin_step(&mut self, step: u32) {
+        self.dropout_key = hash(self.dropout_seed, step.into());
+    }
+
     /// Gradients of the mean loss over `pairs`, their norm, and the outcomes; the weights stay as they are. Where
-    /// gradients are applied layer by layer, none are left.
+    /// gradients are applied layer by layer, none are left. Adapters drop what the step that began last drops.
     ///
     /// # Errors
     /// As [`Trainer::step`].

@@ -78,6 +78,29 @@ fn the_best_checkpoint_is_kept_beside_the_newest_ones() {
     assert!(!work.path("last/best").exists());
 }
 
+/// A best checkpoint that is gone is not the best one of a run that goes on: the best of those that are there is.
+#[test]
+fn a_best_checkpoint_that_is_gone_is_not_named() {
+    let work = Workplace::new();
+    work.turn_pairs();
+    let run = format!("{TRAIN} --max-steps 6 --save-steps 2 --keep-checkpoints 9 {WORSE} --objective dpo");
+    work.succeed(&format!("{run} --output run"));
+    assert_eq!(work.record("run")["best"]["step"].as_u64(), Some(2));
+    for gone in ["checkpoints/step-000002", "checkpoints/step-000006", "model", "best"] {
+        std::fs::remove_dir_all(work.path(&format!("run/{gone}"))).unwrap();
+    }
+    std::fs::remove_file(work.path("run/report.html")).unwrap();
+    let finished = work.succeed("train --resume --output run");
+    assert!(finished.stderr.contains("resuming after step 4 of 6"), "{}", finished.stderr);
+    assert_eq!(work.record("run")["best"]["step"].as_u64(), Some(4));
+    assert!(
+        finished.stdout.contains("The best checkpoint by eval_loss is that of step 4"),
+        "{}",
+        finished.stdout
+    );
+    assert!(work.path("run/best/model.safetensors").exists());
+}
+
 /// A checkpoint is saved beside the steps after it. `run.json` names it as the best one as soon as it is on the disk, not when
 /// the next one is saved.
 #[test]

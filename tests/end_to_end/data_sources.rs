@@ -175,3 +175,55 @@ fn the_date_of_a_template_can_be_pinned() {
     let today = workplace.succeed(check).stdout;
     assert!(!today.contains("26 Jul 2024"), "{today}");
 }
+
+/// Every command that renders conversations takes the date, and has what the template writes for it in its texts.
+#[test]
+fn every_command_renders_with_the_pinned_date() {
+    let workplace = Workplace::new();
+    let past = "It was a long, long time ago. ";
+    let turns = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}\
+                 {% if add_generation_prompt %}assistant: {% endif %}";
+    workplace
+        .write("dated.jinja", format!("{{% if strftime_now('%Y') == '2001' %}}{past}{{% endif %}}{turns}"));
+    let dates = ["2001-07-26", "2002-07-26", "2003-07-26"];
+    let dated = |command: &str| {
+        dates.map(|date| {
+            let command = command.replace("YEAR", &date[..4]);
+            let options = "--chat-template dated.jinja --template-date";
+            workplace.succeed(&format!("{command} {options} {date}")).stdout
+        })
+    };
+    let pairs =
+        "--model base --data pairs.jsonl --max-length 160 --max-prompt-length 64 --device cpu --threads 1";
+    let plans = dated(&format!("plan {pairs} --json")).map(|text| {
+        let plan: serde_json::Value = serde_json::from_str(&text).unwrap();
+        plan["memory"].clone()
+    });
+    assert!(plans[0] != plans[1] && plans[1] == plans[2], "{plans:?}");
+
+    dated(&format!("score {pairs} --output YEAR.jsonl"));
+    let scores = ["2001", "2002", "2003"].map(|year| workplace.read(&format!("{year}.jsonl")));
+    assert!(scores[0] != scores[1] && scores[1] == scores[2]);
+
+    dated(&format!("{TRAIN} --max-steps 1 --output run-YEAR"));
+    let losses = ["2001", "2002", "2003"].map(|year| workplace.series(&format!("run-{year}"), "loss"));
+    assert!(losses[0] != losses[1] && losses[1] == losses[2], "{losses:?}");
+    // The date is the run's: it is resumed with it, and not with one of other texts.
+    let finished = workplace.succeed("train --resume --output run-2001");
+    assert!(finished.stderr.contains("is finished"), "{}", finished.stderr);
+    workplace.refuse(
+        "train --resume --output run-2001 --template-date 2002-07-26",
+        2,
+        &["cannot be resumed"],
+    );
+    workplace.succeed("train --resume --output run-2002 --template-date 2003-07-26");
+
+    let answers = dated("generate --model base --device cpu --max-new-tokens 24 --prompt Hello");
+    let raw = |beginning: &str| {
+        let mut command = workplace.command("generate --model base --device cpu --max-new-tokens 24 --raw");
+        command.args(["--prompt", &format!("{beginning}user: Hello<|im_end|>assistant: ")]);
+        finish(command).stdout
+    };
+    assert_eq!(answers, [raw(past), raw(""), raw("")]);
+    assert_ne!(answers[0], answers[1]);
+}

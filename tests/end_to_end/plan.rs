@@ -160,6 +160,33 @@ fn auto_writes_down_what_it_chose() {
     assert!(resumed.stderr.contains("resuming after step 1"), "{}", resumed.stderr);
 }
 
+/// A run goes on with what an earlier part of it has, whatever is free now: what auto would choose here is another run.
+#[test]
+fn auto_goes_on_with_what_the_run_had() {
+    let workplace = Workplace::new();
+    let run = format!("{TRAIN} --max-steps 4 --save-steps 2");
+    // As auto writes it down where memory is scarce.
+    let chosen =
+        "--optimizer-states 8bit --gradients bf16 --recompute selective --tokens-per-micro-batch 300";
+    workplace.succeed(&format!("{run} {chosen} --output whole"));
+    workplace.cut_after_step_2("whole", "cut");
+    let resumed = workplace.succeed(&format!("{run} --memory auto --output cut --resume"));
+    assert!(resumed.stderr.contains("resuming after step 2"), "{}", resumed.stderr);
+    workplace.assert_same_bits("whole", "cut", 4);
+    let resolved = |run: &str| String::from_utf8(workplace.read(&format!("{run}/resolved.toml"))).unwrap();
+    assert_eq!(resolved("cut").replace("/cut\"", "/whole\""), resolved("whole"));
+    // What a flag asks for is no choice of auto's, and goes before what the run had: where it is free to change, and where not.
+    workplace.cut_after_step_2("whole", "less");
+    workplace.succeed("train --resume --output less --memory auto --recompute layer");
+    assert!(resolved("less").contains("recompute = \"layer\""), "{}", resolved("less"));
+    workplace.assert_same_bits("whole", "less", 4);
+    workplace.refuse(
+        &format!("{run} --memory auto --output cut --resume --tokens-per-micro-batch 200"),
+        2,
+        &["cannot be resumed", "tokens_per_micro_batch"],
+    );
+}
+
 #[test]
 fn what_makes_no_plan_is_refused() {
     let workplace = Workplace::new();

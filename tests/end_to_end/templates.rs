@@ -41,6 +41,34 @@ fn a_trained_model_stops_where_its_template_ends_a_turn() {
     assert_eq!(work.answer_of("base"), "Red, green and blue.\n");
 }
 
+/// What ends a turn ends an answer of a conversation alone. Plain text goes on to the model's own end tokens.
+#[test]
+fn plain_text_goes_on_beyond_the_end_of_a_turn() {
+    let work = Workplace::new();
+    work.forget_the_end_of_turns();
+    let mut command = work.command("generate --model base --device cpu --max-new-tokens 14 --raw");
+    command.args(["--prompt", "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"]);
+    let answer = finish(command).stdout;
+    let turn = "Red, green and blue.";
+    assert!(answer.starts_with(turn) && answer.len() > turn.len() + 1, "{answer:?}");
+}
+
+/// The samples on the page of a run are answers of the model that it saves: they end where that model stops.
+#[test]
+fn the_samples_of_a_run_end_where_its_template_ends_a_turn() {
+    let work = Workplace::new();
+    let samples = |run: &str| -> Vec<String> {
+        work.succeed(&format!("train --model base --output {run} {FLAGS}"));
+        let page = String::from_utf8(work.read(&format!("{run}/report.html"))).unwrap();
+        let articles = page.split("<article class=\"sample\">").skip(1);
+        articles.map(|article| article.split("</article>").next().unwrap().to_string()).collect()
+    };
+    let known = samples("known");
+    assert!(known.len() == 3 && known[2].contains("<p>Red, green and blue.</p>"), "{known:?}");
+    work.forget_the_end_of_turns();
+    assert_eq!(samples("forgotten"), known);
+}
+
 #[test]
 fn a_chosen_template_is_saved_as_the_default() {
     let work = Workplace::new();

@@ -12,7 +12,7 @@ use crate::ranks::{self, DEVICES, Ended, Rank};
 use crate::support::nccl;
 
 /// The library notices a rank that died within a second; the rest is for a busy machine.
-const NOTICED: Duration = Duration::from_secs(6);
+const NOTICED: Duration = Duration::from_secs(30);
 
 fn all_succeed(what: &str, ended: &[Ended]) {
     for (rank, ended) in ended.iter().enumerate() {
@@ -205,7 +205,8 @@ fn a_rank_that_dies_before_all_have_joined_is_noticed() {
     for &on in DEVICES {
         let mut started = ranks::start("never_joined", on, 3, &[]);
         started.wait_for(1, "joining");
-        std::thread::sleep(Duration::from_millis(200));
+        // It says that it joins before it does: a busy machine takes its time in between.
+        std::thread::sleep(Duration::from_secs(1));
         started.kill(1);
         let ended = started.finish();
         all_succeed(

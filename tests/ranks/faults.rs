@@ -46,7 +46,7 @@ fn assert_goes_on(work: &Workplace, run: &str) {
 #[test]
 fn a_rank_that_is_killed_ends_the_run_which_goes_on_from_its_last_checkpoint() {
     let work = Workplace::new();
-    let run = format!("{TRAIN} --max-steps 40 --save-steps 7 --shard states --gpus 3");
+    let run = format!("{TRAIN} --max-steps 120 --save-steps 7 --shard states --gpus 3");
     succeed(&work, &format!("{run} --output whole"));
     let moment = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
     let ranks = [0, 1 + moment as usize % 2];

@@ -1,10 +1,9 @@
 //! Ranks that do not fit together, or that are not all there.
 
-use std::net::TcpListener;
 use std::process::Command;
 
 use crate::harness::{Finished, TRAIN, Workplace};
-use crate::processes::command;
+use crate::processes::{command, free_port};
 
 /// One rank of two, as a launcher that is not ours starts it.
 fn rank(work: &Workplace, rank: usize, port: u16, arguments: &str) -> Command {
@@ -22,7 +21,7 @@ fn rank(work: &Workplace, rank: usize, port: u16, arguments: &str) -> Command {
 
 /// Runs two ranks with these arguments.
 fn both(work: &Workplace, arguments: [&str; 2]) -> [Finished; 2] {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let started = [0, 1].map(|number| rank(work, number, port, arguments[number]).spawn().unwrap());
     started.map(|child| {
         let output = child.wait_with_output().unwrap();
@@ -80,7 +79,7 @@ fn ranks_choose_their_memory_together() {
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     let work = Workplace::new();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     for (number, expected) in
         [(0, "rank 1 of 2 has not come to rank 0"), (1, "cannot reach rank 0 at 127.0.0.1")]
     {

@@ -1,7 +1,9 @@
 //! Runs under way: their processes, and how they end.
 
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Finished, Workplace};
@@ -9,6 +11,15 @@ use crate::support::nccl;
 
 /// Whatever a test waits for comes within that time, on a busy machine too.
 pub const SOON: Duration = Duration::from_secs(180);
+
+/// A port of this machine on which nobody listens. It is below those that systems choose themselves, so that no other listener or
+/// connection gets it before the ranks do.
+pub fn free_port() -> u16 {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let number = || ASKED.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id().wrapping_mul(37));
+    let mut ports = std::iter::repeat_with(|| 10_000 + (number() % 20_000) as u16);
+    ports.find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok()).unwrap()
+}
 
 /// Options of a run that is long enough to be disturbed, with a checkpoint every few steps.
 pub const LONG: &str = "--max-steps 400 --save-steps 10";

@@ -29,7 +29,7 @@ fn a_signal_on_any_process_saves_once_and_stops_all() {
 #[test]
 fn sigusr1_on_the_launcher_saves_and_the_run_goes_on() {
     let work = Workplace::new();
-    let run = format!("{TRAIN} --max-steps 40 --gpus 2 --output run");
+    let run = format!("{TRAIN} --max-steps 120 --gpus 2 --output run");
     let mut running = Run::start(&work, command(&work, &run), "run");
     running.wait_for_lines(5);
     send("-USR1", running.launcher.id());
@@ -41,7 +41,7 @@ fn sigusr1_on_the_launcher_saves_and_the_run_goes_on() {
 #[test]
 fn a_run_that_was_stopped_goes_on_to_the_same_bits() {
     let work = Workplace::new();
-    let run = format!("{TRAIN} --max-steps 40 --gpus 2");
+    let run = format!("{TRAIN} --max-steps 120 --gpus 2");
     succeed(&work, &format!("{run} --output whole"));
     let mut running = Run::start(&work, command(&work, &format!("{run} --output cut")), "cut");
     running.wait_for_lines(8);

@@ -126,6 +126,19 @@ fn adapters_of_a_frozen_base() {
     }
 }
 
+/// A micro-batch has a mask of its own on whichever rank it is: the same pair has other losses on each of them.
+#[test]
+fn ranks_drop_other_values() {
+    let case = Case { lora: true, dropout: true, pairs: 4, ..Case::new(Whole, Goal::Sft) };
+    let all = among(On::Cpu, &case, 2, None);
+    assert_eq!(all[0].numbers, all[1].numbers);
+    // Loss, norm and tokens of the first step, and then the losses of its pairs.
+    let losses = &all[0].numbers[3..7];
+    for (place, loss) in losses.iter().enumerate() {
+        assert!(!losses[..place].contains(loss), "two pairs have one mask: {losses:?}");
+    }
+}
+
 #[test]
 fn bf16_with_master_weights_and_eight_bit_moments() {
     for shard in [States, Gradients, Weights] {

@@ -39,22 +39,24 @@ pub struct Case {
     /// 8-bit moments, in bf16 without master weights.
     pub small_states: bool,
     pub pairs: usize,
+    /// Adapters drop values, and all pairs are the first one.
+    pub dropout: bool,
 }
 
 impl Case {
     pub fn new(shard: ShardConfig, goal: Goal) -> Self {
-        Case { shard, goal, lora: false, small_states: false, pairs: 6 }
+        Case { shard, goal, lora: false, small_states: false, pairs: 6, dropout: false }
     }
 
     pub fn text(&self) -> String {
-        let Case { shard, goal, lora, small_states, pairs } = self;
-        format!("{shard:?} {goal:?} {lora} {small_states} {pairs}")
+        let Case { shard, goal, lora, small_states, pairs, dropout } = self;
+        format!("{shard:?} {goal:?} {lora} {small_states} {pairs} {dropout}")
     }
 
     pub fn parse(text: &str) -> Self {
         use ShardConfig::{Gradients, None as Whole, States, Weights};
         let words: Vec<&str> = text.split(' ').collect();
-        let [shard, goal, lora, small_states, pairs] = words[..] else { panic!("{text}") };
+        let [shard, goal, lora, small_states, pairs, dropout] = words[..] else { panic!("{text}") };
         let shards = [Whole, States, Gradients, Weights];
         let goals = [Goal::Mmpo, Goal::Dpo, Goal::Sft];
         Case {
@@ -63,6 +65,7 @@ impl Case {
             lora: lora.parse().unwrap(),
             small_states: small_states.parse().unwrap(),
             pairs: pairs.parse().unwrap(),
+            dropout: dropout.parse().unwrap(),
         }
     }
 
@@ -158,7 +161,7 @@ fn planned_bytes<D: Device>(
     let storage = folder.config().dtype.unwrap_or(StorageType::Bf16);
     let mut model = Llama::planned(&planned, folder.config().clone(), 2048, storage).unwrap();
     if case.lora {
-        model.adapt(lora(), |_| Ok(vec![0.0])).unwrap();
+        model.adapt(lora(case), |_| Ok(vec![0.0])).unwrap();
     }
     drop(Scorer::new(&model, &golden.pairs, 700).unwrap());
     let join = || planned.join_group(&planned.new_group().unwrap(), place).unwrap();
@@ -168,9 +171,10 @@ fn planned_bytes<D: Device>(
     planned.memory().now
 }
 
-fn lora() -> LoraSettings {
+fn lora(case: &Case) -> LoraSettings {
     let modules = AdaptedModules::of(AdaptedModule::ALL);
-    LoraSettings { modules, rank: 8, alpha: 16.0, dropout: 0.0, rslora: false }
+    let dropout = if case.dropout { 0.3 } else { 0.0 };
+    LoraSettings { modules, rank: 8, alpha: 16.0, dropout, rslora: false }
 }
 
 fn model<D: Device>(golden: &Golden, device: &Arc<D>, case: &Case) -> Llama<D> {
@@ -182,7 +186,7 @@ fn model<D: Device>(golden: &Golden, device: &Arc<D>, case: &Case) -> Llama<D> {
                 mmpo_fast::model::TensorSpec::new(tensor.name.replace("lora_B", "lora_A"), &tensor.shape);
             Ok(initial_values(3, &renamed))
         };
-        model.adapt(lora(), values).unwrap();
+        model.adapt(lora(case), values).unwrap();
     }
     model
 }
@@ -200,6 +204,9 @@ fn golden_of<D: Device>(case: &Case) -> Golden {
     let mut golden = Golden::read(&folder);
     golden.pairs.truncate(case.pairs);
     assert_eq!(golden.pairs.len(), case.pairs);
+    if case.dropout {
+        golden.pairs = vec![golden.pairs[0].clone(); case.pairs];
+    }
     golden
 }
 

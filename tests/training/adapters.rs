@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
@@ -68,13 +69,22 @@ fn with_recomputing_trainer(
     recompute: Recompute,
     body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
 ) {
+    let memory = MemoryConfig { recompute, ..MemoryConfig::default() };
+    with_memory(golden, settings, (memory, TOKEN_BUDGET), body);
+}
+
+fn with_memory(
+    golden: &Golden,
+    settings: LoraSettings,
+    (memory, token_budget): (MemoryConfig, usize),
+    body: impl FnOnce(&mut Trainer<CpuDevice>, &[TrainingPair<'_>]),
+) {
     let device = cpu();
     let references = golden::score(&golden.load(&device), &golden.pairs);
     let pairs = golden.pairs.iter().zip(&references);
     let pairs: Vec<TrainingPair> =
         pairs.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect();
-    let mut workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
-    workload.memory.recompute = recompute;
+    let workload = Workload { memory, ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, token_budget) };
     let model = adapted(golden, &device, settings);
     body(&mut Trainer::new(model, OBJECTIVE, workload).expect("trainer"), &pairs);
 }
@@ -327,6 +337,59 @@ fn dropout_is_a_function_of_seed_and_step_and_off_in_evaluation() {
     assert_eq!(losses(0.3, 1, 1)[1], first, "the same seed and step");
     assert_ne!(losses(0.3, 1, 2)[1], first, "another step");
     assert_ne!(losses(0.3, 2, 1)[1], first, "another seed");
+}
+
+/// Each micro-batch of a step has a mask of its own: the same pair in two of them is scored under two masks.
+#[test]
+fn micro_batches_drop_other_values() {
+    let lora = LoraSettings { dropout: 0.3, ..settings(&AdaptedModule::ALL) };
+    with_trainer(&golden("tied"), lora, |trainer, pairs| {
+        trainer.begin_step(1);
+        let longest = pairs.iter().max_by_key(|pair| pair.pair.tokens()).expect("pairs");
+        let result = trainer.accumulate_gradients(&[*longest; PAIRS], None).expect("gradients");
+        assert!(result.tokens > TOKEN_BUDGET, "{} tokens are one micro-batch", result.tokens);
+        let logps: Vec<f32> = result.outcomes.iter().map(|outcome| outcome.logp_chosen).collect();
+        for (place, logp) in logps.iter().enumerate() {
+            assert!(!logps[..place].contains(logp), "two of the same pair have one mask: {logps:?}");
+        }
+    });
+}
+
+/// A step that is looked at closely drops what the step itself drops, in each of its micro-batches, and so do the gradients of a step
+/// that was begun. A replay of a capsule counts on it.
+#[test]
+fn a_trace_drops_what_its_step_drops() {
+    let lora = LoraSettings { dropout: 0.3, ..settings(&AdaptedModule::ALL) };
+    // Layers are updated inside the backward where a step is one micro-batch.
+    for (sums, token_budget) in [
+        (GradientConfig::F32, TOKEN_BUDGET),
+        (GradientConfig::Bf16, TOKEN_BUDGET),
+        (GradientConfig::Layer, usize::MAX),
+    ] {
+        let memory = MemoryConfig { gradients: sums, ..MemoryConfig::default() };
+        with_memory(&golden("tied"), lora, (memory, token_budget), |trainer, pairs| {
+            trainer.dropout_seed = 7;
+            for step in [1, 2, 5] {
+                let traced = trainer.trace(pairs, step).expect("a trace");
+                assert!(traced.first.is_none(), "{:?}", traced.first);
+                let formed = gradients(trainer);
+                trainer.begin_step(step + 1);
+                let other = trainer.accumulate_gradients(pairs, None).expect("gradients");
+                assert_ne!(other.outcomes, traced.outcomes, "the masks of another step");
+                trainer.begin_step(step);
+                let begun = trainer.accumulate_gradients(pairs, None).expect("gradients");
+                assert_eq!(
+                    begun.outcomes, traced.outcomes,
+                    "step {step}: gradients of a step that was begun"
+                );
+                assert!(gradients(trainer) == formed, "step {step}: gradients of the trace");
+                let taken = trainer.step(pairs, AdamWStep { step, ..STEP }, None).expect("a step");
+                assert_eq!(taken.outcomes, traced.outcomes, "step {step}");
+                let numbers = (traced.loss, traced.gradient_norm);
+                assert_eq!((taken.loss, taken.gradient_norm), numbers, "{sums:?}, step {step}");
+            }
+        });
+    }
 }
 
 /// Ranks and scales that differ between modules: the model computes what one with equal scales and accordingly larger `B` does,

@@ -7,10 +7,11 @@ use std::thread;
 use super::*;
 use crate::device::GroupPlace;
 use crate::ranks::messages::Hello;
-use crate::ranks::{Address, Fingerprints, LauncherKind, Team};
+use crate::ranks::{Address, Fingerprints, LauncherKind, Requests, Team};
 
 const LIMITS: Limits = Limits { join: Duration::from_secs(30), hang: Duration::from_secs(600) };
-const SHORT: Limits = Limits { join: Duration::from_millis(400), ..LIMITS };
+/// Long enough for those who are there to come on a busy machine.
+const SHORT: Limits = Limits { join: Duration::from_secs(3), ..LIMITS };
 
 /// Ranks of this machine, and the listener of rank 0.
 fn ranks(count: usize) -> (Vec<Ranks>, TcpListener) {
@@ -276,6 +277,76 @@ fn the_error_of_a_rank_is_the_message_of_all_and_its_own_stays() {
             }
         }
     }
+}
+
+/// Each of `ranks` in a thread of its own, as a team.
+fn teams<T: Send>(count: usize, work: impl Fn(usize, Team) -> T + Sync) -> Vec<T> {
+    let (ranks, listener) = ranks(count);
+    together(&ranks, LIMITS, listener, |rank, control| work(rank, Team::of(&ranks[rank], control.unwrap())))
+}
+
+/// A collective that ends because another rank failed is no error of the device: what that rank said is the message.
+#[test]
+fn a_collective_that_another_rank_ended_is_told_as_its_error() {
+    let results = teams(3, |rank, team| {
+        let result = match rank {
+            2 => Err(Error::numerics("loss NaN", "lower the rate")),
+            _ => {
+                team.barrier("never").unwrap_err();
+                Err(Error::device("the collective was aborted", "see the other ranks"))
+            }
+        };
+        team.end(result).unwrap_err()
+    });
+    assert_eq!(results[2].to_string(), "loss NaN");
+    for error in &results[..2] {
+        let text = error.to_string();
+        assert!(text.contains("rank 2 on") && text.ends_with("loss NaN"), "{text}");
+        assert_eq!(error.exit_code(), 9);
+    }
+}
+
+/// What signals ask of any rank is asked of all.
+#[test]
+fn requests_of_one_rank_are_those_of_all() {
+    let nothing = Requests::default();
+    for (asked, expected) in [
+        ([nothing; 3], nothing),
+        ([nothing, Requests { save: true, ..nothing }, nothing], Requests { save: true, ..nothing }),
+        (
+            [nothing, nothing, Requests { stop: Some(Signal::Terminate), save: false }],
+            Requests { stop: Some(Signal::Terminate), save: false },
+        ),
+    ] {
+        let found = teams(3, |rank, team| {
+            let found = team.requests(asked[rank]).unwrap();
+            team.end(Ok(())).unwrap();
+            found
+        });
+        assert_eq!(found, [expected; 3]);
+    }
+}
+
+/// The first thing that is known to have happened stays what happened, and collectives that begin after it end at once.
+#[test]
+fn the_first_verdict_stays() {
+    let (ranks, listener) = ranks(2);
+    let verdicts = together(&ranks, LIMITS, listener, |rank, control| {
+        let control = control.unwrap();
+        if rank == 0 {
+            control.shared.judge(control.shared.verdict_of(0, What::Silent(61)));
+            control.shared.judge(control.shared.verdict_of(0, What::Died));
+        }
+        let first = control.verdict_within(LIMITS.join).unwrap();
+        let aborted = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&aborted);
+        control.on_loss(Arc::new(move || _ = counter.fetch_add(1, Ordering::SeqCst)));
+        assert_eq!(aborted.load(Ordering::SeqCst), 1, "rank {rank}");
+        control.begin_end();
+        control.close();
+        first.what
+    });
+    assert_eq!(verdicts, [What::Silent(61), What::Silent(61)]);
 }
 
 #[test]

@@ -115,6 +115,11 @@ mod tests {
 
     /// What `rank` says of the others, of itself in `own`, and of nobody else.
     fn judged(rank: usize, own: Known, others: &[Known]) -> Option<(usize, What)> {
+        judged_in(State::default(), rank, own, others).map(|verdict| (verdict.rank, verdict.what))
+    }
+
+    /// As `judged`, where the rank's own state is this one.
+    fn judged_in(state: State, rank: usize, own: Known, others: &[Known]) -> Option<Verdict> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let now = Instant::now() + Duration::from_secs(10_000);
@@ -134,7 +139,7 @@ mod tests {
         let state = State {
             inbox: others.iter().map(|_| VecDeque::new()).collect(),
             seen: others.iter().map(seen).collect(),
-            ..State::default()
+            ..state
         };
         let shared = Arc::new(Shared {
             rank,
@@ -144,7 +149,7 @@ mod tests {
             changed: Condvar::new(),
         });
         let own = Own { progress: progress(own.0), advanced: ago(own.1) };
-        look(&shared, &own, now).map(|verdict| (verdict.rank, verdict.what))
+        look(&shared, &own, now)
     }
 
     fn in_step(step: usize) -> Position {
@@ -163,6 +168,10 @@ mod tests {
         assert_eq!(judged(0, waits, &[waits, (in_step(17), 600, 0)]), None);
         // Between two, the one with the smaller place.
         assert_eq!(judged(0, waits, &[works, (in_step(16), 900, 0)]), Some((2, What::Hangs(900))));
+        // At the same place, the one that has done nothing for longer.
+        let longer = (works.0, 900, 0);
+        assert_eq!(judged(0, waits, &[works, longer]), Some((2, What::Hangs(900))));
+        assert_eq!(judged(0, waits, &[longer, works]), Some((1, What::Hangs(900))));
     }
 
     #[test]
@@ -182,6 +191,16 @@ mod tests {
         let found = judged(0, waits, &[waits, waits]).unwrap();
         assert_eq!(found.1, What::AllHang(601));
         assert_eq!(judged(0, (waits.0, 1, 0), &[waits, waits]), None);
+    }
+
+    #[test]
+    fn who_knows_what_happened_or_ends_looks_for_nothing_else() {
+        let (well, silent) = ((in_step(5), 0, 0), (in_step(3), 61, 61));
+        let found = judged_in(State::default(), 0, well, &[silent]).unwrap();
+        assert_eq!(found.position, in_step(5), "ranks go through the steps together");
+        assert_eq!(judged_in(State { is_ending: true, ..State::default() }, 0, well, &[silent]), None);
+        let known = State { verdict: Some(found), ..State::default() };
+        assert_eq!(judged_in(known, 0, well, &[silent]), None);
     }
 
     #[test]

@@ -99,6 +99,11 @@ impl<D: Device> LoadedModel<D> {
         self.gathering.is_some()
     }
 
+    /// Lets `tokens` end what the model generates, beside its own end tokens.
+    pub fn end_with(&mut self, tokens: Vec<u32>) {
+        self.model.config.stop_token_ids.extend(tokens);
+    }
+
     /// The model for a trainer. That of one rank among several takes one with parts of layers as well as a whole one.
     pub fn into_model(self) -> Llama<D> {
         self.model

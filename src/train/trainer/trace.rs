@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::{Trainer, TrainingPair};
 use crate::data::PairBatch;
-use crate::device::{ComputeBuffer, Device, Floats, Gradient, hash};
+use crate::device::{ComputeBuffer, Device, Floats, Gradient};
 use crate::error::Result;
 use crate::objective::PairOutcome;
 use crate::train::{bf16_gradients, layer_updates};
@@ -45,7 +45,7 @@ impl<D: Device> Trainer<D> {
     /// # Errors
     /// Those of the device. Numbers that are not finite are no error here.
     pub fn trace(&mut self, pairs: &[TrainingPair<'_>], step: u32) -> Result<Trace> {
-        self.dropout_key = hash(self.dropout_seed, step.into());
+        self.begin_step(step);
         let mut first = self.first_in_weights()?;
         self.clear_gradients()?;
         let mut done = 0;

@@ -333,7 +333,11 @@ fn a_process_killed_while_saving_leaves_one_whole_model() {
     let target = parent.path().join("model");
     save_constant(&target, &larger_config(), 1.0).unwrap();
     let mut replaced = 0;
-    for round in 0..12 {
+    // A few times, and on a busy machine with more time each until the child got to save something.
+    for round in 0..200 {
+        if round >= 12 && replaced > 0 {
+            break;
+        }
         let before = constant_of(&target);
         let mut child =
             child("a_process_killed_while_saving_leaves_one_whole_model", parent.path(), "").spawn().unwrap();
