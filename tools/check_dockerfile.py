@@ -101,7 +101,10 @@ def copy(stage, rest, stages):
     for source in sources:
         into = stage.path(target) / os.path.basename(source) if target.endswith("/") else stage.path(target)
         if origin:
-            put(stages[origin].path(source), into)
+            made = stages[origin].path(source)
+            if not made.exists():
+                sys.exit(f"check_dockerfile.py: the stage {origin} has nothing for COPY {rest}")
+            put(made, into)
             continue
         names = [name for name in context() if source == "." or name == source or name.startswith(source + "/")]
         if not names:
@@ -149,6 +152,7 @@ def base_image(stage):
     """What of the base image the second stage needs: a few programs of this machine with their libraries, and files of users."""
     for name in ("proc", "dev", "tmp", "root", "home", "usr/bin", "usr/sbin", "usr/lib", "usr/local/bin", "etc"):
         (stage.root / name).mkdir(parents=True, exist_ok=True)
+    (stage.root / "tmp").chmod(0o1777)
     for name in ("bin", "sbin", "lib", "lib64"):
         (stage.root / "usr" / name).mkdir(exist_ok=True)
         (stage.root / name).symlink_to(f"usr/{name}")
@@ -180,11 +184,12 @@ def use(stage):
     command = [*stage.entry, *stage.command]
     said = in_image(stage, command, shlex.join(command))
     assert "/cache/mmpo-fast" in said, f"doctor does not look at the volume's cache:\n{said}"
-    folder, other = stage.path("."), "12345:12345"
-    for user in (stage.user, other):
+    folder, train = stage.path("."), [*stage.entry, "train", "--max-steps", "2", "--device", "cpu"]
+    # Of other lengths the references are others: a user's files are no use to another one.
+    for user, length in ((stage.user, "160"), ("12345:12345", "150")):
         uid, gid = map(int, user.split(":"))
         os.chown(folder, uid, gid)
-        in_image(stage, [*stage.entry, "train", "--max-steps", "2", "--device", "cpu", "--output", f"run-{uid}"], f"train as {user}", user)
+        in_image(stage, [*train, "--max-length", length, "--output", f"run-{uid}"], f"train as {user}", user)
         assert (folder / f"run-{uid}/model/model.safetensors").stat().st_uid == uid
     owners = {path.stat().st_uid for path in stage.path("/cache/mmpo-fast").rglob("*")}
     assert {10001, 12345} <= owners, f"reference log-probs are kept for {owners} alone"
