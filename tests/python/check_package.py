@@ -6,6 +6,7 @@ Usage: python check_package.py ROOT, in an empty folder, with the wheel installe
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -114,6 +115,8 @@ def log(line, step):
 
 sys.modules["wandb"] = SimpleNamespace(init=lambda project: None, log=log)
 sys.modules["mlflow"] = SimpleNamespace(start_run=lambda: None, log_metrics=log)
+Path("page").mkdir()
+os.chdir("page")
 Path("model").symlink_to(root / "examples/demo/model")
 for name, source in [("pairs.jsonl", "pairs.jsonl"), ("held-out.jsonl", "eval_pairs.jsonl")]:
     Path(name).write_text("".join((root / "examples/demo" / source).open().readlines()[:8]))
