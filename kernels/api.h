@@ -223,6 +223,18 @@ mmpo_status MMPO_EXPORT(linear_bias_backward)(float* dbias, void* workspace, con
  * `out` and `dout` have rows of out_width values and `inner` and `dinner` rows of inner_width, of which the module's
  * `outputs` or `rank` values begin at the address that is given. b is [outputs, rank]. */
 
+/* Assigns inner[rows, inner_width] = keep_scale * dropped * a[inner_width, inputs]^T, where `dropped` is x[rows,
+ * inputs] with 0 where 32 bits of the hash of `key` and the value's index lie below `threshold`. The hash is SplitMix64
+ * at position index / 2; an even index has its low half, an odd one its high half. The sums are multiplied in f32. */
+mmpo_status MMPO_EXPORT(low_rank_inner)(mmpo_bf16* inner, const mmpo_bf16* x, const mmpo_bf16* a, int32_t rows,
+                                        int32_t inputs, int32_t inner_width, uint64_t key, uint32_t threshold,
+                                        float keep_scale, mmpo_stream stream);
+
+/* Accumulates da[inner_width, inputs] (f32) += keep_scale * dinner[rows, inner_width]^T * dropped, as above. */
+mmpo_status MMPO_EXPORT(low_rank_inner_backward_weight)(float* da, const mmpo_bf16* dinner, const mmpo_bf16* x,
+                                                        int32_t rows, int32_t inputs, int32_t inner_width, uint64_t key,
+                                                        uint32_t threshold, float keep_scale, mmpo_stream stream);
+
 /* Accumulates out += scale * inner * b^T, rounded to bf16 after the sum. */
 mmpo_status MMPO_EXPORT(low_rank_forward)(mmpo_bf16* out, const mmpo_bf16* inner, const mmpo_bf16* b, int32_t rows,
                                           int32_t rank, int32_t outputs, int32_t out_width, int32_t inner_width,
@@ -239,24 +251,31 @@ mmpo_status MMPO_EXPORT(low_rank_backward_weight)(float* db, const mmpo_bf16* do
                                                   int32_t inner_width, float scale, mmpo_stream stream);
 
 /* Accumulates dx[rows, inputs] += dropout(dout[rows, outputs] * weight[outputs, inputs]), rounded to bf16 after the
- * sum. For `threshold` and `keep_scale` see `dropout`; a threshold of 0 drops nothing. */
+ * sum. For `threshold` and `keep_scale` see `low_rank_inner`; a threshold of 0 drops nothing. */
 mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                    int32_t rows, int32_t inputs, int32_t outputs, uint64_t key,
                                                    uint32_t threshold, float keep_scale, mmpo_stream stream);
-
-/* Assigns out[length]: 0 where 32 bits of the hash of `key` and the value's index lie below `threshold`, and
- * x * keep_scale elsewhere. The hash is SplitMix64 at position index / 2; an even index has its low half, an odd one
- * its high half. */
-mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
-                                 float keep_scale, mmpo_stream stream);
 
 /* ---- low_rank_sm90.cu: the same products on Hopper
  *
  * All sizes but `rows` are multiples of 8, and addresses of 16 bytes. */
 
-/* Assigns inner[rows, inner_width] = x[rows, inputs] * a[inner_width, inputs]^T. */
+/* As low_rank_inner; with a threshold of 0 it is a product without dropout, and keep_scale is not used. */
 mmpo_status MMPO_EXPORT(low_rank_inner_sm90)(mmpo_bf16* inner, const mmpo_bf16* x, const mmpo_bf16* a, int32_t rows,
-                                             int32_t inputs, int32_t inner_width, mmpo_stream stream);
+                                             int32_t inputs, int32_t inner_width, uint64_t key, uint32_t threshold,
+                                             float keep_scale, mmpo_stream stream);
+
+/* The bytes of `workspace` that low_rank_inner_backward_weight_sm90 needs. A pure function on the host. */
+int64_t MMPO_EXPORT(low_rank_inner_backward_weight_sm90_workspace)(int32_t rows, int32_t inputs, int32_t inner_width,
+                                                                   int32_t tile);
+
+/* As low_rank_inner_backward_weight. Where its tiles are few the rows are summed in parts, which a second kernel adds
+ * in order. `tile`: as for linear_sm90.cu, where the shape has 64 or 128 rows and 128 columns; others leave the choice
+ * to the plan. */
+mmpo_status MMPO_EXPORT(low_rank_inner_backward_weight_sm90)(float* da, void* workspace, const mmpo_bf16* dinner,
+                                                             const mmpo_bf16* x, int32_t rows, int32_t inputs,
+                                                             int32_t inner_width, uint64_t key, uint32_t threshold,
+                                                             float keep_scale, int32_t tile, mmpo_stream stream);
 
 /* As low_rank_backward_input. */
 mmpo_status MMPO_EXPORT(low_rank_backward_input_sm90)(mmpo_bf16* dinner, const mmpo_bf16* dout, const mmpo_bf16* b,
@@ -307,7 +326,8 @@ mmpo_status MMPO_EXPORT(adapted_linear_swiglu_forward_sm90)(mmpo_bf16* out, mmpo
                                                             mmpo_stream stream);
 
 /* Assigns dx[rows, inputs] = dout[rows, outputs] * weight[outputs, inputs] + dropout(dinner[rows, inner_width] *
- * a[inner_width, inputs]). For `key`, `threshold` and `keep_scale` see `dropout`; a threshold of 0 drops nothing. */
+ * a[inner_width, inputs]). For `key`, `threshold` and `keep_scale` see `low_rank_inner`; a threshold of 0 drops
+ * nothing. */
 mmpo_status MMPO_EXPORT(adapted_linear_backward_input)(mmpo_bf16* dx, const mmpo_bf16* dout, const mmpo_bf16* weight,
                                                        const mmpo_bf16* dinner, const mmpo_bf16* a, int32_t rows,
                                                        int32_t inputs, int32_t outputs, int32_t inner_width,

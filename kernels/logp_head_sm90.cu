@@ -7,7 +7,7 @@
 
 #include "common/logp_epilogue.cuh"
 #include "common/logp_merge.cuh"
-#include "common/gemm_sm90.cuh"
+#include "common/gemm_launch_sm90.cuh"
 
 namespace {
 

@@ -1,18 +1,19 @@
 // What a low-rank adapter (LoRA, Hu et al. 2021) adds to a linear layer, on mma.sync (common/gemm.cuh):
 //
 //   gemm                       left                          right                   out
+//   inner                      dropout(x[T, I])              a[r, I], transposed     inner[T, r], bf16 assigned
+//   inner_backward_weight      dinner[T, r], transposed      dropout(x[T, I])        da[r, I], f32 accumulated
 //   forward                    inner[T, r]                   b[O, r], transposed     out[T, O], bf16 accumulated
 //   backward_input             dout[T, O]                    b[O, r]                 dinner[T, r], bf16 assigned
 //   backward_weight            dout[T, O], transposed        inner[T, r]             db[O, r], f32 accumulated
 //   linear_backward_input_add  dinner[T, r]                  a[r, I]                 dx[T, I], bf16 accumulated
 //
-// inner = dropout(x) * a^T and the gradient of a are ordinary linear layers. adapted_linear.cu has the frozen gemm with
-// the first and the last of these in its own accumulators; here they stand alone, for a frozen gemm by cuBLASLt. The
-// first three work on columns of wider matrices: query, key and value, and gate and up, stand side by side in one
-// output, each with an adapter of its own.
+// The first two are ordinary linear layers where nothing is dropped. adapted_linear.cu has the frozen gemm with
+// `forward` and `linear_backward_input_add` in its own accumulators; here they stand alone, for a frozen gemm by
+// cuBLASLt. `forward`, `backward_input` and `backward_weight` work on columns of wider matrices: query, key and value,
+// and gate and up, stand side by side in one output, each with an adapter of its own.
 
 #include "common/gemm_launch.cuh"
-#include "common/vector.cuh"
 
 namespace {
 
@@ -132,21 +133,27 @@ mmpo_status launch_gemm(const typename Lines::Operands& operands, const void* ou
     return gemm::launch_gemm<Lines, kNarrow>(operands, aligned, epilogue, stream);
 }
 
-template <bool kVectorized>
-__global__ void __launch_bounds__(kBlock)
-    dropout_kernel(bf16* __restrict__ out, const bf16* __restrict__ x, int64_t length, Dropout dropout) {
-    const int64_t first = flat_index();
-    if (first >= length) return;
-    // Columns of a row of at most one vector, so that they fit an int.
-    const int count = int(length - first < kVector ? length - first : kVector);
-    float values[kVector];
-    unpack8(values, load8<kVectorized>(x + first, 0, count));
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = dropout(values[i], first + i);
-    store8<kVectorized>(out + first, 0, count, pack8(values));
+}  // namespace
+
+mmpo_status MMPO_EXPORT(low_rank_inner)(mmpo_bf16* inner, const mmpo_bf16* x, const mmpo_bf16* a, int32_t rows,
+                                        int32_t inputs, int32_t inner_width, uint64_t key, uint32_t threshold,
+                                        float keep_scale, mmpo_stream stream) {
+    const LeftDropout operands{{x, a, rows, inner_width, inputs}, {key, threshold, keep_scale}};
+    const auto epilogue = [&](auto aligned) {
+        return AssignScaled<decltype(aligned)::value>({inner, inner_width, inner_width}, keep_scale);
+    };
+    return launch_gemm<DroppedForwardLines, Narrow::columns>(operands, inner, inner_width, epilogue, stream);
 }
 
-}  // namespace
+mmpo_status MMPO_EXPORT(low_rank_inner_backward_weight)(float* da, const mmpo_bf16* dinner, const mmpo_bf16* x,
+                                                        int32_t rows, int32_t inputs, int32_t inner_width, uint64_t key,
+                                                        uint32_t threshold, float keep_scale, mmpo_stream stream) {
+    const RightDropout operands{{dinner, x, inner_width, inputs, rows}, {key, threshold, keep_scale}};
+    const auto epilogue = [&](auto aligned) {
+        return AddScaledF32<decltype(aligned)::value>({da, inputs, inputs}, keep_scale);
+    };
+    return launch_gemm<DroppedBackwardWeightLines, Narrow::rows>(operands, da, inputs, epilogue, stream);
+}
 
 mmpo_status MMPO_EXPORT(low_rank_forward)(mmpo_bf16* out, const mmpo_bf16* inner, const mmpo_bf16* b, int32_t rows,
                                           int32_t rank, int32_t outputs, int32_t out_width, int32_t inner_width,
@@ -184,15 +191,4 @@ mmpo_status MMPO_EXPORT(linear_backward_input_add)(mmpo_bf16* dx, const mmpo_bf1
     };
     return launch_gemm<BackwardInputLines, Narrow::no>({dout, weight, rows, inputs, outputs}, dx, inputs, epilogue,
                                                        stream);
-}
-
-mmpo_status MMPO_EXPORT(dropout)(mmpo_bf16* out, const mmpo_bf16* x, int64_t length, uint64_t key, uint32_t threshold,
-                                 float keep_scale, mmpo_stream stream) {
-    if (length == 0) return kSuccess;
-    const Dropout dropout{key, threshold, keep_scale};
-    const bool vectorized = length % kVector == 0 && vector_aligned(out, x);
-    return vectorized ? LAUNCH(dropout_kernel<true>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
-                               length, dropout)
-                      : LAUNCH(dropout_kernel<false>, flat_blocks(length), kBlock, 0, cuda_stream(stream), out, x,
-                               length, dropout);
 }

@@ -185,7 +185,7 @@ DEVICE double sum_tokens(const float* values, int count) {
 }
 
 // Sum over the lanes after this one.
-DEVICE double sum_behind(double value) {
+DEVICE double sum_after(double value) {
     double sum = value;
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
@@ -195,25 +195,25 @@ DEVICE double sum_behind(double value) {
     return sum - value;
 }
 
-// J_ent = sum_t [P_t * H_t + H_t], P_t the log-probs before t, is also sum_j logp_j * behind_j + sum_t H_t with
-// behind_j = sum_{t>j} H_t. So one walk from the last token gives both J_ent and its slopes: weight * behind_j is added
+// J_ent = sum_t [P_t * H_t + H_t], P_t the log-probs before t, is also sum_j logp_j * after_j + sum_t H_t with
+// after_j = sum_{t>j} H_t. So one walk from the last token gives both J_ent and its slopes: weight * after_j is added
 // to dlogp_j, weight is assigned to dentropy. Every lane gets J_ent.
 DEVICE double add_entropy_term(float* dlogp, float* dentropy, const float* logp, const float* entropy, int count,
                                float slope, double weight) {
     const int lane = int(lane_id());
     double bonus = 0.0;
     // Sum of the entropies after the tile of 32 tokens at hand.
-    double behind_tile = 0.0;
+    double after_tile = 0.0;
     for (int start = (count - 1) / kWarp * kWarp; start >= 0 && count > 0; start -= kWarp) {
         const int token = start + lane;
         const double token_entropy = token < count ? double(entropy[token]) : 0.0;
-        const double behind = behind_tile + sum_behind(token_entropy);
+        const double after = after_tile + sum_after(token_entropy);
         if (token < count) {
-            dlogp[token] = float(double(slope) + weight * behind);
+            dlogp[token] = float(double(slope) + weight * after);
             dentropy[token] = float(weight);
-            bonus += double(logp[token]) * behind + token_entropy;
+            bonus += double(logp[token]) * after + token_entropy;
         }
-        behind_tile += warp_sum(token_entropy);
+        after_tile += warp_sum(token_entropy);
     }
     return warp_sum(bonus);
 }

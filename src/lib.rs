@@ -67,6 +67,7 @@ pub mod doctor;
 pub mod error;
 pub mod foreign;
 pub mod generate;
+mod host_memory;
 pub mod import;
 pub mod interrupt;
 pub mod merge;

@@ -53,12 +53,12 @@ use crate::config::{MemoryLimit, OffloadConfig, RunConfig};
 use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_on, run_on};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
-use crate::interrupt;
+use crate::interrupt::{self, Keeper};
 use crate::model::Llama;
-use crate::plan::{Account, Choice, Models};
+use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
-use crate::report::{LivePage, REPORT_FILE, RunFacts, print_result};
+use crate::report::{EvalMetrics, LivePage, REPORT_FILE, RunFacts, print_result};
 use output::Output;
 use recorder::Recorder;
 use resume::Start;
@@ -94,7 +94,7 @@ fn run_in(team: &Team, config: &RunConfig) -> Result<()> {
     let config = &RunConfig { limits: inputs.limits, ..config.clone() };
     let plan = Plan::new(config, inputs.training.pairs.len());
     plan.check_numbers()?;
-    let config = &with_chosen_memory((config, device, team.ranks().place), &inputs, &plan)?;
+    let config = &with_chosen_memory(team, (config, device), &inputs, &plan)?;
     plan.check_micro_batches(config, &inputs.training.pairs)?;
     interrupt::check()?;
     let recorded = config.recorded(inputs.training.pairs.len())?;
@@ -174,30 +174,49 @@ fn located(config: &RunConfig) -> Result<RunConfig> {
     Ok(located)
 }
 
-/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run.
+/// The configuration with what `--memory auto` chooses, or chose in an earlier part of the run: the same on all ranks.
 fn with_chosen_memory(
-    (config, device, place): (&RunConfig, DeviceChoice, GroupPlace),
+    team: &Team,
+    (config, device): (&RunConfig, DeviceChoice),
     inputs: &Inputs,
     plan: &Plan,
 ) -> Result<RunConfig> {
-    if config.memory_limit != Some(MemoryLimit::Auto) {
+    let chooses = config.memory_limit == Some(MemoryLimit::Auto);
+    let before = if chooses { crate::plan::chosen_before(config)? } else { None };
+    if !chooses || before.is_some() {
+        // Ranks with other options come here too, and it is told later in what they differ.
+        least_free_memory(team, None)?;
+    }
+    if !chooses {
         return Ok(config.clone());
     }
-    let account = account(config, inputs, plan).among(place);
-    let choice = match crate::plan::chosen_before(config)? {
+    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    let ranks = team.ranks().place.ranks;
+    let account = account(config, inputs, plan).among(GroupPlace { rank: ranks - 1, ranks });
+    let choice = match before {
         Some(choice) => choice,
-        None => ask_on(device, config.precision, config.threads, ChooseMemory(&account))?,
+        None => ask_on(device, config.precision, config.threads, ChooseMemory { team, account: &account })?,
     };
     Ok(RunConfig { memory_limit: None, ..account.with(&choice) })
 }
 
-struct ChooseMemory<'a>(&'a Account<'a>);
+/// What every rank has that chooses by its free memory.
+fn least_free_memory(team: &Team, ours: Option<FreeMemory>) -> Result<FreeMemory> {
+    team.agree("free memory", ours, |all| Ok(FreeMemory::least(all.iter().flatten())))
+}
+
+struct ChooseMemory<'a> {
+    team: &'a Team,
+    account: &'a Account<'a>,
+}
 
 impl DeviceTask for ChooseMemory<'_> {
     type Output = Choice;
 
     fn run<D: Device>(self, device: Arc<D>) -> Result<Choice> {
-        crate::plan::choose(device.as_ref(), self.0)
+        let ours = FreeMemory::of_rank(device.as_ref(), self.team.ranks().local_ranks)?;
+        let free = least_free_memory(self.team, Some(ours))?;
+        crate::plan::choose(device.as_ref(), self.account, free)
     }
 }
 
@@ -295,19 +314,7 @@ impl DeviceTask for Training<'_> {
         };
         let resumed = run.restore(start)?;
         let steps = interrupt::steps()?;
-        output.begin(&recorded)?;
-        let device = run.trainer.device().describe();
-        let facts = output.facts(config, &inputs, device, run.plan.total_steps, resumed)?;
-        let mut recorder = Recorder::start(&output, run.plan.total_steps, resumed)?;
-        // The metrics that the others read are those that rank 0 has mended.
-        team.barrier("metrics")?;
-        run.recall(output.path(), resumed)?;
-        let is_live = config.live && team.is_first();
-        recorder.live = is_live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
-        if let (None, Some(before)) = (resumed, &before) {
-            recorder.evaluation(before)?;
-            run.chooser.record(before)?;
-        }
+        let (mut recorder, facts) = begin_record(&mut run, (&output, &recorded), resumed, before.as_ref())?;
 
         let (last, after) = run
             .train(&output, &mut recorder, resumed.unwrap_or(0))
@@ -316,16 +323,7 @@ impl DeviceTask for Training<'_> {
 
         progress::enter(Stage::End, last);
         recorder.check_place()?;
-        // The checkpoints are written, and the metrics whole, on rank 0.
-        team.barrier("trained")?;
-        if team.is_first() {
-            guard::check_trained(output.path(), &run.trainer, &inputs)?;
-        }
-        save_result(&output.model(), &mut run.trainer, &inputs)
-            .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
-        let saved =
-            format!("what was trained is in {}; only the report is missing", output.model().display());
-        let keeper = interrupt::keep_before_end(|| Some(saved));
+        let keeper = save_trained(&mut run, &output)?;
         drop(steps);
         // Where weights are sharded no rank has a model that could answer: the report shows none.
         let answers_after = match run.trainer.has_weight_parts() {
@@ -349,6 +347,42 @@ impl DeviceTask for Training<'_> {
         // Nobody ends before rank 0 has written everything: who watches the processes would end it too.
         team.barrier("end")
     }
+}
+
+/// Opens the run's record, after `resumed` steps of an earlier part or with the evaluation `before` the first step.
+fn begin_record<D: Device>(
+    run: &mut Run<'_, D>,
+    (output, recorded): (&Output, &RunConfig),
+    resumed: Option<usize>,
+    before: Option<&EvalMetrics>,
+) -> Result<(Recorder, RunFacts)> {
+    output.begin(recorded)?;
+    let (device, total_steps) = (run.trainer.device().describe(), run.plan.total_steps);
+    let facts = output.facts(run.config, run.inputs, device, total_steps, resumed)?;
+    let mut recorder = Recorder::start(output, total_steps, resumed)?;
+    // The metrics that the others read are those that rank 0 has mended.
+    run.team.barrier("metrics")?;
+    run.recall(output.path(), resumed)?;
+    let is_live = run.config.live && run.team.is_first();
+    recorder.live = is_live.then(|| LivePage::start(output.path().to_path_buf(), facts.clone()));
+    if let (None, Some(before)) = (resumed, before) {
+        recorder.evaluation(before)?;
+        run.chooser.record(before)?;
+    }
+    Ok((recorder, facts))
+}
+
+/// Writes what was trained, after a look at all of its values. As long as the result lives, a signal says where it is.
+fn save_trained<D: Device>(run: &mut Run<'_, D>, output: &Output) -> Result<Keeper> {
+    // The checkpoints are written, and the metrics whole, on rank 0.
+    run.team.barrier("trained")?;
+    if run.team.is_first() {
+        guard::check_trained(output.path(), &run.trainer, run.inputs)?;
+    }
+    save_result(&output.model(), &mut run.trainer, run.inputs)
+        .map_err(|error| guard::with_last_checkpoint(error, output.path()))?;
+    let saved = format!("what was trained is in {}; only the report is missing", output.model().display());
+    Ok(interrupt::keep_before_end(|| Some(saved)))
 }
 
 fn hex(bytes: &[u8]) -> String {

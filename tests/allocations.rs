@@ -17,14 +17,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use golden::Golden;
+use golden::{Golden, OBJECTIVE, STEP};
 use mmpo_fast::config::{GradientConfig, MemoryConfig};
 use mmpo_fast::data::{Message, TextEncoder};
 use mmpo_fast::device::Hardware;
 use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::model::{HeadChoice, HeadOptions, Recompute};
-use mmpo_fast::objective::{Dpo, Mmpo, Objective};
+use mmpo_fast::objective::{Dpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use mmpo_fast::train::Workload;
 
@@ -100,20 +100,6 @@ fn large_allocations(work: impl FnOnce()) -> (usize, usize) {
     (LARGE_ONES.load(Ordering::Relaxed), LARGEST.load(Ordering::Relaxed))
 }
 
-const MMPO: Objective = Objective::Mmpo(Mmpo {
-    beta: 0.05,
-    epsilon: 0.9,
-    reward_group: 2,
-    reward_normalize: true,
-    length_normalize: true,
-    preference_weight: 0.5,
-    entropy_weight: 0.05,
-});
-
-fn adamw(step: u32) -> AdamWStep {
-    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step }
-}
-
 /// Steps and an evaluation of a model, with and without biases, tied embeddings, entropies and kept probabilities.
 #[test]
 fn a_step_allocates_nothing_large() {
@@ -132,12 +118,12 @@ fn a_step_allocates_nothing_large() {
     let bf16_sums = MemoryConfig { gradients: GradientConfig::Bf16, ..plain };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
     for (name, objective, head, memory) in [
-        ("tied", MMPO, HeadOptions::default(), plain),
+        ("tied", OBJECTIVE, HeadOptions::default(), plain),
         ("bias", dpo, HeadOptions::default(), plain),
-        ("base", MMPO, recompute, plain),
-        ("base", MMPO, HeadOptions::default(), selective),
-        ("base", MMPO, HeadOptions::default(), by_layer),
-        ("bias", MMPO, HeadOptions::default(), bf16_sums),
+        ("base", OBJECTIVE, recompute, plain),
+        ("base", OBJECTIVE, HeadOptions::default(), selective),
+        ("base", OBJECTIVE, HeadOptions::default(), by_layer),
+        ("bias", OBJECTIVE, HeadOptions::default(), bf16_sums),
     ] {
         let mut golden = Golden::read(&folder.join(name));
         if memory.gradients == GradientConfig::Layer {
@@ -158,7 +144,7 @@ fn a_step_allocates_nothing_large() {
             let before = device.memory();
             for step in 1..=3 {
                 let (large, largest) = large_allocations(|| {
-                    trainer.step(pairs, adamw(step), max_grad_norm).expect("step");
+                    trainer.step(pairs, AdamWStep { step, ..STEP }, max_grad_norm).expect("step");
                     trainer.evaluate(pairs).expect("evaluation");
                 });
                 let small = SMALL_ONES.load(Ordering::Relaxed);

@@ -43,10 +43,16 @@ PROMPT = (
 HEADER = ("engine", "round", "tokens", "seconds_few", "seconds_all", "tokens_per_second", "text")
 
 
+def adjusted(config):
+    """`config` without end tokens, and with the base of the positions also where candle reads it: where transformers had it before 5."""
+    base = config.get("rope_parameters", config).get("rope_theta", 10000.0)
+    return config | {"eos_token_id": None, "rope_theta": base}
+
+
 def linked(model, folder):
-    """`folder` becomes `model` without end tokens; weights and tokenizer are linked."""
+    """`folder` becomes `model` with its configuration adjusted; weights and tokenizer are linked."""
     config = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (folder / "config.json").write_text(json.dumps(adjusted(config)))
     for file in model.iterdir():
         if file.name not in ("config.json", "generation_config.json") and file.is_file():
             (folder / file.name).symlink_to(file.resolve())
@@ -69,10 +75,8 @@ def random_model(shape, folder):
             step.fill(layer.get_submodule(name).weight, 1 + len(step.PROJECTIONS) * index + projection)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    # candle's configuration has the base of the positions where it was before transformers 5.
     written = json.loads((folder / "config.json").read_text())
-    written |= {"rope_theta": sizes["rope_parameters"]["rope_theta"], "eos_token_id": None}
-    (folder / "config.json").write_text(json.dumps(written))
+    (folder / "config.json").write_text(json.dumps(adjusted(written)))
     words = {word: number for number, word in enumerate(dict.fromkeys(PROMPT.replace(",", "").replace(".", "").split()))}
     words |= {f"w{number}": number for number in range(len(words), sizes["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w" + str(sizes["vocab_size"] - 1)))

@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "input_dropout.cuh"
 #include "limits.cuh"
 #include "low_rank_operands.cuh"
 
@@ -84,6 +85,21 @@ struct Slice {
             } else {
                 store_shared_128(address(line, chunk), gather(source, valid ? columns - column : 0));
             }
+        }
+    }
+
+    // Drops values of the chunks that this thread's `load` of the slice copied, once they have arrived. Lines of the
+    // operand lie back to back and have `width` values. One chunk after the other: the four hashes of a chunk keep a
+    // warp busy, and those of all chunks would take registers from the accumulators.
+    template <bool kAligned, int THREADS>
+    DEVICE void drop(const Dropout& dropout, int outer, int depth, int width) const {
+        const int first_line = kDepthLines ? outer : depth, first_column = kDepthLines ? depth : outer;
+        const int chunk = int(threadIdx.x) % kChunks;
+        static_assert(THREADS % kChunks == 0, "a thread has the same chunk of every line that it copies");
+#pragma unroll 1
+        for (int line = int(threadIdx.x) / kChunks; line < kLines; line += THREADS / kChunks) {
+            const int64_t place = int64_t(first_line + line) * width + first_column + chunk * kChunk;
+            dropout.zero_dropped<kAligned>(address(line, chunk), place);
         }
     }
 
@@ -209,6 +225,16 @@ DEVICE void finish_parts(Accumulators<C>& accumulators, const typename C::Operan
     });
 }
 
+// Drops values of what this thread copied of the slices at `depth`.
+template <class C, bool kAligned>
+DEVICE void drop_input(typename C::Left left, typename C::Right right, const typename C::Operands& operands,
+                       TileOrigin origin, int depth) {
+    if constexpr (C::Operands::kLeft)
+        left.template drop<kAligned, C::kThreads>(operands.dropout, origin.m, depth, operands.width());
+    else
+        right.template drop<kAligned, C::kThreads>(operands.dropout, origin.n, depth, operands.width());
+}
+
 // The main loop: kStages - 1 slices are under way while one is multiplied. The slices of low-rank parts come first.
 template <class C, bool kAligned>
 DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const typename C::Operands& operands,
@@ -247,6 +273,10 @@ DEVICE void multiply_tile(Accumulators<C>& accumulators, uint32_t shared, const 
     for (int slice = 0; slice < kStages - 1; ++slice) load(slice);
     for (int slice = 0; slice < slices; ++slice) {
         cp_async_wait<kStages - 2>();
+        if constexpr (kDropsInput<Operands>) {
+            const uint32_t arrived = shared + uint32_t(slice % kStages * C::kStageBytes);
+            drop_input<C, kAligned>({arrived}, {arrived + C::Left::kBytes}, operands, origin, slice * BLOCK_K);
+        }
         // After this, every thread's copies have arrived and every warp is done with the stage that is filled next.
         __syncthreads();
         load(slice + kStages - 1);

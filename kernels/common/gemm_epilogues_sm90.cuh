@@ -1,7 +1,7 @@
 // The epilogues of the linear layers' Hopper gemms (gemm_sm90.cuh): what is stored, and how.
 #pragma once
 
-#include "gemm_sm90.cuh"
+#include "gemm_launch_sm90.cuh"
 #include "sigmoid.cuh"
 
 namespace mmpo {

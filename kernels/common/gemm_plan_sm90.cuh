@@ -124,16 +124,28 @@ inline GemmPlan plan_among(const TileShape* shapes, int count, int64_t shape_m, 
     return best;
 }
 
-// Considers only tiles whose columns per consumer are a multiple of 128, so that each half is a whole number of panels.
-// Uses the tile shape number `tile` where it is one of these.
-inline GemmPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k, int tile = -1) {
-    constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
-    for (const TileShape& shape : kShapes) {
+// The plan in the best of these tiles, or in the tile shape number `tile` where it is one of them.
+template <int kCount>
+GemmPlan plan_named_or_best(const TileShape (&shapes)[kCount], int64_t shape_m, int64_t shape_n, int64_t shape_k,
+                            bool may_split, int tile) {
+    for (const TileShape& shape : shapes) {
         const bool wanted = tile >= 0 && tile < kTileShapeCount && shape.block_m == kTileShapes[tile].block_m &&
                             shape.block_n == kTileShapes[tile].block_n && shape.cluster == kTileShapes[tile].cluster;
-        if (wanted) return plan_among(&shape, 1, shape_m, shape_n, shape_k, false);
+        if (wanted) return plan_among(&shape, 1, shape_m, shape_n, shape_k, may_split);
     }
-    return plan_among(kShapes, 4, shape_m, shape_n, shape_k, false);
+    return plan_among(shapes, kCount, shape_m, shape_n, shape_k, may_split);
+}
+
+// Considers only tiles whose columns per consumer are a multiple of 128, so that each half is a whole number of panels.
+inline GemmPlan plan_panel_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k, int tile = -1) {
+    constexpr TileShape kShapes[] = {{128, 256, 1}, {128, 256, 2}, {128, 128, 1}, {128, 128, 2}};
+    return plan_named_or_best(kShapes, shape_m, shape_n, shape_k, false, tile);
+}
+
+// For an `out` of few rows, as wide as a layer, whose depth may be split: the gradient of the adapters' A.
+inline GemmPlan plan_narrow_tiles(int64_t shape_m, int64_t shape_n, int64_t shape_k, int tile) {
+    constexpr TileShape kShapes[] = {{128, 128, 1}, {128, 128, 2}, {64, 128, 1}};
+    return plan_named_or_best(kShapes, shape_m, shape_n, shape_k, true, tile);
 }
 
 // Uses the tile shape number `tile`, or the best of all for MMPO_PLANNED_TILE.

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "gemm_plan_sm90.cuh"
+#include "input_dropout.cuh"
 #include "low_rank_operands.cuh"
 #include "warp_panels.cuh"
 
@@ -193,8 +194,15 @@ struct Parts {
 
     Parts() : left_parts{}, right_parts{}, operands(GemmOperands{}) {}
 };
+// What it knows of an operand that is dropout(x), with rows of `input_width` values.
+struct DroppedInput {
+    Dropout dropout;
+    int input_width;
+};
 template <class Lines>
 using PartsOf = std::conditional_t<kHasParts<typename Lines::Operands>, Parts<typename Lines::Operands>, NoParts>;
+template <class Lines>
+using OperandsOf = std::conditional_t<kDropsInput<typename Lines::Operands>, DroppedInput, PartsOf<Lines>>;
 
 // The kernel's parameters. An epilogue is a struct with
 //
@@ -205,8 +213,8 @@ using PartsOf = std::conditional_t<kHasParts<typename Lines::Operands>, Parts<ty
 // from `row` and `column` on, in wgmma's layout (ptx_wgmma.cuh); some or all of them may lie outside `out`. `panels` is
 // the warp's own way to global memory (warp_panels.cuh). Where the depth is split, the epilogue sees part s of the sums
 // at rows that are s * split_rows further on.
-template <class Epilogue, class Parts = NoParts>
-struct Problem : Parts {
+template <class Epilogue, class Operands = NoParts>
+struct Problem : Operands {
     CUtensorMap left, right;
     int tiles_m, tiles_n;    // tiles_m counts whole clusters
     int splits, tile_group;  // tile_group: rows of tiles that are walked together, in whole clusters
@@ -318,10 +326,12 @@ DEVICE void produce(const Problem& problem, const Shared<C>& shared) {
 // cores idle while both are in the epilogue. So the second starts a tile only when the first has queued the wgmmas of
 // kLead slices. It then still multiplies while the first is in the epilogue, and the first multiplies the next tile
 // while the second is in its epilogue. The ring holds the slices between the two; where copies do not keep up, the
-// first waits for them and the lead shrinks.
-template <class Tile>
+// first waits for them and the lead shrinks. Consumers that drop values of their common slices keep step instead.
+template <class C>
 struct Lead {
-    static constexpr int kLead = Tile::kConsumersM * Tile::kConsumersN == 2 ? Tile::kStages / 2 : 0;
+    using Tile = typename C::Tile;
+    static constexpr bool kInStep = kDropsInput<typename C::Lines::Operands>;
+    static constexpr int kLead = C::kConsumers == 2 && !kInStep ? Tile::kStages / 2 : 0;
     static constexpr uint32_t kBarrier = 1, kThreads = 2 * kWarpgroupThreads;
 
     // Whether a tile of so many slices is deep enough for a lead. The first consumer is at most a ring ahead, so in a
@@ -334,6 +344,35 @@ struct Lead {
     static DEVICE void give(int slices, int consumer, int slice) {
         if (consumer == 0 && slice + 1 == kLead && wanted(slices)) bar_arrive(kBarrier, kThreads);
     }
+};
+
+// Drops values of an arrived stage's slice of x. All consumers take part, and none goes on before the slice is done.
+// One chunk after the other: the four hashes of a chunk keep a warp busy, and those of all chunks would take registers
+// from the accumulators. Meanwhile the wgmmas of the slice before run.
+template <class C, class Problem>
+DEVICE void drop_input(const Problem& problem, const TileWork& work, uint32_t stage, int slice) {
+    constexpr bool kLeft = C::Lines::Operands::kLeft;
+    using Input = std::conditional_t<kLeft, typename C::Left, typename C::Right>;
+    using Panels = typename Input::Panels;
+    static_assert(Input::kTransposed != kLeft, "rows of the slice are rows of x");
+    constexpr int kThreads = C::kConsumers * kWarpgroupThreads, kChunks = Panels::kPanels * kPanelColumns / kVector;
+    constexpr uint32_t kBarrier = 2;  // beside that of Lead
+    const Panels input{stage + (kLeft ? 0 : C::Left::kBytes)};
+    const int depth = slice * BLOCK_K;
+    const int first_row = kLeft ? work.m : depth, first_column = kLeft ? depth : work.n;
+#pragma unroll 1
+    for (int index = int(threadIdx.x); index < Input::kRows * kChunks; index += kThreads) {
+        const int row = index / kChunks, chunk = index % kChunks;
+        const int64_t place = int64_t(first_row + row) * problem.input_width + first_column + chunk * kVector;
+        problem.dropout.template zero_dropped<true>(input.address(row, chunk), place);
+    }
+    fence_proxy_async();
+    bar_sync(kBarrier, kThreads);
+}
+
+// Leaves an arrived stage as it is.
+struct AsItIs {
+    DEVICE void operator()(uint32_t, int) const {}
 };
 
 // A consumer's part of a tile: its slices from `slice` on, of `slices` in all.
@@ -359,8 +398,10 @@ struct Consumer {
     }
 
     // d (+)= the next `count` slices, at least one. While the wgmmas of one slice run, the consumer waits for the next
-    // slice; it gives a stage back once the wgmmas of the next slice are queued.
-    DEVICE void multiply(typename C::Accumulators& d, typename C::Cursor& cursor, int count) {
+    // slice; it gives a stage back once the wgmmas of the next slice are queued. `arrived(stage, i)` is called when
+    // slice i of them is in its stage.
+    template <class Arrived>
+    DEVICE void multiply(typename C::Accumulators& d, typename C::Cursor& cursor, int count, const Arrived& arrived) {
         const typename C::Ring ring = shared.ring();
         int previous = 0;
         for (int i = 0; i < count; ++i, ++slice) {
@@ -370,6 +411,7 @@ struct Consumer {
             const typename C::Left left{stage};
             const typename C::Right right{stage + C::Left::kBytes};
             mbarrier_wait(ring.full(cursor.stage), cursor.parity);
+            arrived(stage, i);
             pin_registers(d);
             wgmma_fence();
 #pragma unroll
@@ -378,7 +420,7 @@ struct Consumer {
                     d, left.operand(outer_m(), step), right.operand(outer_n(), step), slice != 0 || step != 0);
             }
             wgmma_commit();
-            Lead<Tile>::give(slices, consumer, slice);
+            Lead<C>::give(slices, consumer, slice);
             wgmma_wait<1>();
             if (i != 0) release(previous);
             previous = cursor.stage;
@@ -446,14 +488,19 @@ DEVICE void multiply_tile(typename C::Accumulators& d, typename C::Cursor& curso
     if constexpr (kHasParts<typename C::Lines::Operands>)
         parts = problem.operands.part_slices(tile_columns<C>(work, problem.right_part));
     Consumer<C> consumer{shared, index, parts + frozen};
-    Lead<typename C::Tile>::wait(consumer.slices, index);
+    Lead<C>::wait(consumer.slices, index);
     if constexpr (kHasParts<typename C::Lines::Operands>) {
         if (parts > 0) {
-            consumer.multiply(d, cursor, parts);
+            consumer.multiply(d, cursor, parts, AsItIs{});
             finish_parts<C>(d, problem, work, consumer);
         }
     }
-    consumer.multiply(d, cursor, frozen);
+    if constexpr (kDropsInput<typename C::Lines::Operands>) {
+        consumer.multiply(d, cursor, frozen,
+                          [&](uint32_t stage, int i) { drop_input<C>(problem, work, stage, work.first_slice + i); });
+    } else {
+        consumer.multiply(d, cursor, frozen, AsItIs{});
+    }
 }
 
 template <class C, class Problem>
@@ -476,7 +523,7 @@ DEVICE void consume(const Problem& problem, const Shared<C>& shared, int consume
 
 template <class Tile, class Lines, class Epilogue>
 static __global__ void __launch_bounds__(Config<Tile, Lines>::kThreads, 1)
-    gemm_sm90_kernel(const __grid_constant__ Problem<Epilogue, PartsOf<Lines>> problem) {
+    gemm_sm90_kernel(const __grid_constant__ Problem<Epilogue, OperandsOf<Lines>> problem) {
 #if MMPO_SM90
     using C = Config<Tile, Lines>;
     DYNAMIC_SHARED(raw);
@@ -498,103 +545,6 @@ static __global__ void __launch_bounds__(Config<Tile, Lines>::kThreads, 1)
     // The other block may still multicast into this block's shared memory, and arrive at its mbarriers.
     if constexpr (Tile::kCluster > 1) sync_cluster<Tile>();
 #endif
-}
-
-// Rows that each split has in the array that its epilogue writes: whole clusters, so that splits do not overlap.
-inline int64_t split_rows(const GemmPlan& plan, int shape_m) {
-    const int64_t rows = int64_t(plan.block_m) * plan.cluster;
-    return ceil_div(shape_m, rows) * rows;
-}
-
-// Fills in the tensor maps of the low-rank parts.
-template <class C, class Problem>
-mmpo_status encode_parts(Problem& problem, const typename C::Lines::Operands& operands) {
-    problem.operands = operands;
-    for (int i = 0; i < operands.count; ++i) {
-        const LowRankPart& part = operands.parts[i];
-        if (const mmpo_status error =
-                C::Left::encode(&problem.left_parts[i], part.left, operands.shape_m, part.depth, part.left_stride))
-            return error;
-        if (const mmpo_status error =
-                C::RightPart::encode(&problem.right_parts[i], part.right, part.columns, part.depth,
-                                     C::RightPart::line_length(part.columns, part.depth)))
-            return error;
-    }
-    return kSuccess;
-}
-
-template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_tiles(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
-                         mmpo_stream stream) {
-    using C = Config<Tile, Lines>;
-    const int64_t tiles_m = ceil_div(operands.shape_m, Tile::BLOCK_M * Tile::kCluster);
-    const int64_t tiles_n = ceil_div(operands.shape_n, Tile::BLOCK_N);
-    const int64_t count = tiles_m * tiles_n * plan.splits;
-    const int64_t rows = tiles_m * Tile::BLOCK_M * Tile::kCluster;
-    if (count > INT32_MAX || rows * plan.splits > INT32_MAX) return kInvalidValue;
-    const int64_t slices = ceil_div(operands.shape_k, BLOCK_K);
-    const int group = plan.tile_group / Tile::kCluster, last_rows = int(tiles_m % group);
-    Problem<Epilogue, PartsOf<Lines>> problem{};
-    problem.tiles_m = int(tiles_m);
-    problem.tiles_n = int(tiles_n);
-    problem.splits = plan.splits;
-    problem.tile_group = group;
-    problem.split_slices = int(slices / plan.splits);
-    problem.longer_splits = int(slices % plan.splits);
-    problem.by_tiles = Divisor::of(tiles_m * tiles_n);
-    problem.by_group_tiles = Divisor::of(group * tiles_n);
-    problem.by_group_rows = Divisor::of(group);
-    problem.by_last_rows = Divisor::of(last_rows > 0 ? last_rows : 1);
-    problem.split_rows = int(rows);
-    problem.right_part = operands.shape_n / Lines::kRightParts;
-    problem.epilogue = epilogue;
-    const int m = operands.shape_m, n = operands.shape_n, k = operands.shape_k;
-    if (const mmpo_status error =
-            C::Left::encode(&problem.left, operands.left, m, k, left_stride(operands, C::Left::line_length(m, k))))
-        return error;
-    if (const mmpo_status error = C::RightPart::encode(&problem.right, operands.right, n, k,
-                                                       right_stride(operands, C::RightPart::line_length(n, k))))
-        return error;
-    if constexpr (kHasParts<typename Lines::Operands>) {
-        if (const mmpo_status error = encode_parts<C>(problem, operands)) return error;
-    }
-    const int64_t resident = multiprocessors() / Tile::kCluster > 0 ? multiprocessors() / Tile::kCluster : 1;
-    const unsigned blocks = unsigned(count < resident ? count : resident) * Tile::kCluster;
-    if constexpr (Tile::kCluster == 1) {
-        return LAUNCH((gemm_sm90_kernel<Tile, Lines, Epilogue>), dim3(blocks), dim3(C::kThreads), Shared<C>::kBytes,
-                      cuda_stream(stream), problem);
-    } else {
-        return LAUNCH_CLUSTERS((gemm_sm90_kernel<Tile, Lines, Epilogue>), Tile::kCluster, dim3(blocks),
-                               dim3(C::kThreads), Shared<C>::kBytes, cuda_stream(stream), problem);
-    }
-}
-
-// Runs the tile in clusters of one block or two, as the plan says.
-template <class Tile, class Lines, class Epilogue>
-mmpo_status launch_single_or_paired(const typename Lines::Operands& operands, const GemmPlan& plan,
-                                    const Epilogue& epilogue, mmpo_stream stream) {
-    return plan.cluster == 1 ? launch_tiles<Tile, Lines>(operands, plan, epilogue, stream)
-                             : launch_tiles<Paired<Tile>, Lines>(operands, plan, epilogue, stream);
-}
-
-// Queues one gemm in the tile shape that `plan` names. If the plan splits the depth, `out` has splits * split_rows
-// rows.
-template <class Lines, class Epilogue>
-mmpo_status launch_gemm(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
-                        mmpo_stream stream) {
-    if (plan.block_m == 64) return launch_tiles<Tile64x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 128) return launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_m == 192) return launch_single_or_paired<Tile192x192, Lines>(operands, plan, epilogue, stream);
-    if (plan.block_n == 192) return launch_single_or_paired<Tile128x192, Lines>(operands, plan, epilogue, stream);
-    return launch_single_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
-}
-
-// As launch_gemm, for a plan of plan_panel_tiles.
-template <class Lines, class Epilogue>
-mmpo_status launch_panel_tiles(const typename Lines::Operands& operands, const GemmPlan& plan, const Epilogue& epilogue,
-                               mmpo_stream stream) {
-    return plan.block_n == 128 ? launch_single_or_paired<Tile128x128, Lines>(operands, plan, epilogue, stream)
-                               : launch_single_or_paired<Tile128x256, Lines>(operands, plan, epilogue, stream);
 }
 
 }  // namespace gemm_sm90

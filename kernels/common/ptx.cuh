@@ -136,6 +136,11 @@ DEVICE void store_shared_32(uint32_t address, uint32_t v MMPO_SITE) {
              asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));
 }
 
+DEVICE void store_shared_16(uint32_t address, uint16_t v MMPO_SITE) {
+    PTX_TWIN(emulated::store_shared(address, &v, 2, site),
+             asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory"));
+}
+
 // ---- matrix fragments
 
 // Load and store 8x8 matrices of 16-bit values. Lanes 8i..8i+7 give the addresses of the rows of matrix i, 16-byte

@@ -180,7 +180,7 @@ void check_shared(Thread& thread, uint32_t offset, uint32_t bytes, bool write, S
                 thread, site,
                 "%s %u bytes at shared offset %u, out of bounds: the block has %u bytes of dynamic shared memory%s",
                 write ? "writes" : "reads", bytes, offset, running->dynamic_bytes,
-                running->static_arrays.empty() ? "" : " and arrays behind it");
+                running->static_arrays.empty() ? "" : " and arrays after it");
     }
     if (!write) require_shared_written(thread, offset, bytes, site);
     race_access(thread, {offset, bytes, write, Proxy::generic, true}, site);

@@ -25,7 +25,7 @@ class TrainOptions(TypedDict, total=False):
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
-    """Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its pairs, =2 takes each twice. `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
+    """Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on the Hub where it is in the cache on this disk. Separate several by commas; =0.5 after one takes half of its pairs, =2 takes each twice. `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
     columns: str
     """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
     output: PathLike
@@ -306,7 +306,7 @@ class PlanOptions(TypedDict, total=False):
     model: PathLike
     """Hugging Face folder of the Llama model to train, or its name on the Hub where it is in the cache on this disk; `builtin:demo` is the demo's. [default: required; without --data and --recipe too, the demo]"""
     data: PathLike
-    """Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its pairs, =2 takes each twice. `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
+    """Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on the Hub where it is in the cache on this disk. Separate several by commas; =0.5 after one takes half of its pairs, =2 takes each twice. `builtin:demo` is the demo's. [default: required; without --model and --recipe too, the demo]"""
     columns: str
     """Columns that have other names in the files: what each is read as, and its name there, such as prompt=question,chosen=answer_good. [default: the files' own names]"""
     output: PathLike

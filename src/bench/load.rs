@@ -26,13 +26,15 @@ const READERS: usize = 4;
 /// Rates in bytes a second, of one model.
 struct Rates {
     bytes: f64,
-    /// Of the files, read into memory after they were dropped from the system's cache, and again out of the cache.
+    /// Reading the files into memory, after they were dropped from the system's cache.
     disk: f64,
+    /// Reading them again, out of the cache.
     cache: f64,
-    /// Of pinned memory copied to the device; `None` where the device computes in the host's memory.
+    /// Copying pinned memory to the device; `None` where the device computes in the host's memory.
     bus: Option<f64>,
-    /// Of loading, from the disk and from the cache.
+    /// Loading the model from the disk.
     cold: f64,
+    /// Loading it from the cache.
     warm: f64,
 }
 

@@ -100,7 +100,7 @@ pub struct Problem {
 /// Lengths in tokens, before anything is cut.
 #[derive(Clone, Debug, Serialize)]
 pub struct Lengths {
-    /// Of prompts, chosen and rejected responses, of prompt and the longer response, and of whole pairs.
+    /// A row each for prompts, chosen responses, rejected responses, prompt with the longer response, and whole pairs.
     pub rows: Vec<LengthRow>,
     /// How many records have prompt and longer response within so many tokens.
     pub histogram: Vec<Bin>,

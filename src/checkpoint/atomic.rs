@@ -373,7 +373,7 @@ pub fn kind_of(metadata: &std::fs::Metadata) -> &'static str {
     "no ordinary file"
 }
 
-/// The folder that holds `path`.
+/// The folder that holds `path`; `.` for a name alone.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),

@@ -4,14 +4,27 @@ use std::thread::JoinHandle;
 
 use crate::checkpoint::tensor_writer::{PIECE_VALUES, StoredTensor};
 use crate::error::{Error, Result};
+use crate::host_memory::HostMemory;
 
 /// At most one save at a time, in a thread of its own. Dropped, it waits for that one.
 #[derive(Debug, Default)]
 pub struct BackgroundSaves {
     running: Option<JoinHandle<Result<()>>>,
+    /// Processes of this machine that save at the same time; 0 counts as 1.
+    processes: usize,
 }
 
 impl BackgroundSaves {
+    /// The saves of one of `processes` ranks on this machine, all of which save their parts at the same time.
+    pub fn of_ranks(processes: usize) -> Self {
+        BackgroundSaves { running: None, processes }
+    }
+
+    /// Processes of this machine that save their parts at the same time, at least 1.
+    pub fn processes(&self) -> usize {
+        self.processes.max(1)
+    }
+
     /// Waits for the save before, then starts `save` and returns.
     ///
     /// # Errors
@@ -100,25 +113,12 @@ impl Snapshot {
     }
 }
 
-/// Whether the host can hold a copy of `tensors` and keep as much memory again for everything else. Where the system does not
-/// say what is free, it can.
-pub fn fits_in_memory(tensors: &[StoredTensor]) -> bool {
-    let needed: u64 = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-    free_memory().is_none_or(|free| needed <= free / 2)
-}
-
-/// Bytes that this process may still take, as Linux and its control group have it.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let available = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
-    let of_group = |name: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok()?.trim().parse().ok()
-    };
-    match (of_group("max"), of_group("current")) {
-        (Some(most), Some(now)) => Some(available.min(most.saturating_sub(now))),
-        _ => Some(available),
-    }
+/// Whether the host can hold a copy of as much as `tensors` for each of `processes`, and keep as much memory again for everything
+/// else. Where the system does not say what is free, it can.
+pub fn fits_in_memory(tensors: &[StoredTensor], processes: usize) -> bool {
+    let each: u64 = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
+    let needed = each.saturating_mul(processes as u64);
+    HostMemory::read().is_none_or(|memory| needed <= memory.available as u64 / 2)
 }
 
 #[cfg(test)]
@@ -203,7 +203,18 @@ mod tests {
         snapshot.fill(&tensors[1], 3, &mut bytes).unwrap();
         assert_eq!(bytes, [3, 4].map(|index| value(&tensors[1], index)));
         assert!(snapshot.fill(&StoredTensor::new("c", Dtype::U8, &[1]), 0, &mut [0]).is_err());
-        assert!(fits_in_memory(&tensors));
-        assert!(!fits_in_memory(&[StoredTensor::new("d", Dtype::F32, &[1 << 50])]));
+        assert!(fits_in_memory(&tensors, 1));
+        assert!(!fits_in_memory(&[StoredTensor::new("d", Dtype::F32, &[1 << 50])], 1));
+    }
+
+    /// Eight ranks of a machine that save their parts copy eight times as much as one of them.
+    #[test]
+    fn all_ranks_of_a_machine_share_its_memory() {
+        let Some(memory) = HostMemory::read() else { return };
+        let part = [StoredTensor::new("part", Dtype::U8, &[memory.available / 8])];
+        assert!(fits_in_memory(&part, 1));
+        assert!(!fits_in_memory(&part, 8));
+        assert_eq!(BackgroundSaves::of_ranks(8).processes(), 8);
+        assert_eq!(BackgroundSaves::default().processes(), 1);
     }
 }

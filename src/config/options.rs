@@ -230,7 +230,7 @@ options! {
         model: Source, Absent = Absent("required; without --data and --recipe too, the demo"),
             ALL, check::source;
         /// Preference pairs to train on: JSON Lines, JSON, CSV or Parquet files, folders of them, or a data set's name on
-        /// the Hub where it is in the cache on this disk. Several stand apart by commas; =0.5 after one takes half of its
+        /// the Hub where it is in the cache on this disk. Separate several by commas; =0.5 after one takes half of its
         /// pairs, =2 takes each twice. `builtin:demo` is the demo's.
         data: PairData, Absent = Absent("required; without --model and --recipe too, the demo"), ALL, check::anything;
         /// Columns that have other names in the files: what each is read as, and its name there, such as

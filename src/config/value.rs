@@ -321,7 +321,7 @@ impl OptionValue for AdaptedModules {
         for word in text.split(',').map(str::trim) {
             let named = |module: &AdaptedModule| [module.name(), module.peft_name()].contains(&word);
             let module = AdaptedModule::ALL.into_iter().find(named).ok_or_else(|| {
-                format!("must be all, or some of q, k, v, o, gate, up and down parted by commas; `{word}` is none of them")
+                format!("must be all, or some of q, k, v, o, gate, up and down separated by commas; `{word}` is none of them")
             })?;
             if modules.contains(&module) {
                 return Err(format!("names `{word}` twice"));

@@ -14,6 +14,12 @@ pub trait Hardware: Sized + Send + Sync + 'static {
     /// Kind of device and number format, `cpu f32`: results of different arithmetic differ in their last bits.
     fn arithmetic(&self) -> String;
 
+    /// Runs `work`, which does many small operations. The CPU runs it on its pool of threads, which otherwise takes over each
+    /// operation from the caller (some microseconds each, and a token of a small model has hundreds of them).
+    fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
     /// Seconds of the device's own time for what `work` queues: between two events on a GPU, by the clock elsewhere.
     ///
     /// # Errors

@@ -1,9 +1,9 @@
 //! The products of low-rank adapters (LoRA, Hu et al. 2021) beside a linear layer, and the dropout of their input.
 //!
-//! An adapter adds `scale * inner * b^T` to some columns of a layer's output, with `inner = dropout(x) * a^T`. The products
-//! with `a` are those of an ordinary linear layer ([`Linear`]); here are those with `b`, which read and write columns of
-//! wider matrices because query, key and value (and gate and up) share one output; and the frozen gemms that an adapter
-//! adds to, as one operation each.
+//! An adapter adds `scale * inner * b^T` to some columns of a layer's output, with `inner = dropout(x) * a^T`. Here are the
+//! products with `a`, which drop values of `x` where they read it; those with `b`, which read and write columns of wider
+//! matrices because query, key and value (and gate and up) share one output; and the frozen gemms that an adapter adds to,
+//! as one operation each.
 
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Linear, LinearShape};
@@ -170,34 +170,21 @@ pub fn hash(key: u64, counter: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// Products with the `b` of an adapter, frozen gemms together with them, and what dropout needs; sums are f32.
+/// Products with the `a` and the `b` of an adapter, and frozen gemms together with them; sums are f32.
 ///
 /// # Errors
 /// All methods return [`crate::Error::Bug`] for buffers that are smaller than the shape, and
 /// [`crate::Error::Device`] where the device fails.
 pub trait LowRank: Linear {
-    /// Assigns `out[rows, width]`: `x` with some values dropped and the others scaled.
-    fn dropout(
-        &self,
-        out: &mut ComputeBuffer<Self>,
-        x: &ComputeBuffer<Self>,
-        [rows, width]: [usize; 2],
-        dropout: Dropout,
-    ) -> Result<()> {
-        let values = rows * width;
-        let sizes = [("out", self.len(out), values), ("x", self.len(x), values)];
-        let checked = check_sizes("dropout", &[rows, width], &sizes)?;
-        self.run_dropout(out, x, values, dropout, checked)
-    }
-
-    /// Assigns `inner[rows, outputs] = x * a^T`: [`Linear::linear_forward`] with as few outputs as adapters have, for which
-    /// a device may have kernels of its own.
+    /// Assigns `inner[rows, outputs] = dropout(x) * a^T`: without dropout [`Linear::linear_forward`] with as few outputs as
+    /// adapters have, for which a device may have kernels of its own.
     fn low_rank_inner(
         &self,
         inner: &mut ComputeBuffer<Self>,
         x: &ComputeBuffer<Self>,
         a: &ComputeBuffer<Self>,
         shape: LinearShape,
+        dropout: Option<Dropout>,
     ) -> Result<()> {
         let LinearShape { rows, inputs, outputs } = shape;
         let sizes = [
@@ -206,7 +193,30 @@ pub trait LowRank: Linear {
             ("a", self.len(a), outputs * inputs),
         ];
         let checked = check_sizes("low_rank_inner", &shape, &sizes)?;
-        self.run_low_rank_inner(inner, x, a, shape, checked)
+        self.run_low_rank_inner(inner, x, a, shape, dropout, checked)
+    }
+
+    /// Accumulates `da[outputs, inputs] += dinner[rows, outputs]^T * dropout(x[rows, inputs])`: without dropout
+    /// [`Linear::linear_backward_weight`].
+    fn low_rank_inner_backward_weight(
+        &self,
+        da: &mut Floats<Self>,
+        dinner: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        shape: LinearShape,
+        dropout: Option<Dropout>,
+    ) -> Result<()> {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let sizes = [
+            ("da", self.len(da), outputs * inputs),
+            ("dinner", self.len(dinner), rows * outputs),
+            ("x", self.len(x), rows * inputs),
+        ];
+        let checked = check_sizes("low_rank_inner_backward_weight", &shape, &sizes)?;
+        match dropout {
+            None => self.linear_backward_weight(Some(da), None, dinner, x, shape),
+            Some(dropout) => self.run_low_rank_inner_backward_weight(da, dinner, x, shape, dropout, checked),
+        }
     }
 
     /// Accumulates `out += scale * inner * b^T`, in the module's columns.
@@ -301,19 +311,9 @@ pub trait LowRank: Linear {
     }
 
     /// Sets aside the scratch memory that the operations of a layer's adapters take for up to `shape.rows` rows, so that no
-    /// step allocates it. `shape` is that of the gemm with `a`; `parts` are the products with `b`, and `dropout` says whether
+    /// step allocates it. `shape` is that of the products with `a`; `parts` are the products with `b`, and `dropout` says whether
     /// there is one.
     fn reserve_low_rank(&self, shape: LinearShape, parts: &[LowRankShape], dropout: bool) -> Result<()>;
-
-    /// The device's part of [`LowRank::dropout`].
-    fn run_dropout(
-        &self,
-        out: &mut ComputeBuffer<Self>,
-        x: &ComputeBuffer<Self>,
-        values: usize,
-        dropout: Dropout,
-        checked: Checked,
-    ) -> Result<()>;
 
     /// The device's part of [`LowRank::low_rank_inner`].
     fn run_low_rank_inner(
@@ -322,10 +322,20 @@ pub trait LowRank: Linear {
         x: &ComputeBuffer<Self>,
         a: &ComputeBuffer<Self>,
         shape: LinearShape,
-        _: Checked,
-    ) -> Result<()> {
-        self.linear_forward(inner, x, a, None, shape)
-    }
+        dropout: Option<Dropout>,
+        checked: Checked,
+    ) -> Result<()>;
+
+    /// The device's part of [`LowRank::low_rank_inner_backward_weight`] with dropout.
+    fn run_low_rank_inner_backward_weight(
+        &self,
+        da: &mut Floats<Self>,
+        dinner: &ComputeBuffer<Self>,
+        x: &ComputeBuffer<Self>,
+        shape: LinearShape,
+        dropout: Dropout,
+        checked: Checked,
+    ) -> Result<()>;
 
     /// The device's part of [`LowRank::low_rank_forward`].
     fn run_low_rank_forward(

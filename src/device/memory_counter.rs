@@ -83,7 +83,7 @@ impl MemoryParts {
         self.0[part as usize]
     }
 
-    /// The parts that have bytes, with them.
+    /// Each part that holds any bytes, with their number.
     pub fn iter(&self) -> impl Iterator<Item = (MemoryPart, usize)> {
         MemoryPart::ALL.into_iter().map(|part| (part, self.of(part))).filter(|&(_, bytes)| bytes > 0)
     }

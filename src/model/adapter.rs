@@ -392,8 +392,6 @@ impl<D: Device> Llama<D> {
 pub(super) struct AdapterActivations<D: Device> {
     /// `[T, inner_width]` for each slot and site: the input of `B`.
     inner: Vec<[Option<ComputeBuffer<D>>; 4]>,
-    /// `[T, widest input]` scratch: an input after dropout.
-    dropped: Option<ComputeBuffer<D>>,
     /// `[T, widest inner]` scratch of the backward: the gradient of `inner`.
     dinner: Option<ComputeBuffer<D>>,
 }
@@ -418,13 +416,9 @@ impl<D: Device> AdapterActivations<D> {
             }
             inner.push(sites);
         }
-        let adapted = Site::ALL.into_iter().filter(|&site| adapters.site(site).inner_width > 0);
-        let widest_input = adapted.map(|site| site.shape(&model.config, tokens).inputs).max().unwrap_or(0);
         let widest_inner = adapters.sites.iter().map(|site| site.inner_width).max().unwrap_or(0);
-        let drops = training && adapters.settings.dropout > 0.0;
         Ok(Some(AdapterActivations {
             inner,
-            dropped: if drops { Some(device.alloc(tokens * widest_input)?) } else { None },
             dinner: if training { Some(device.alloc(tokens * widest_inner)?) } else { None },
         }))
     }
@@ -485,18 +479,11 @@ impl<D: Device> Llama<D> {
         place: Place,
     ) -> Result<()> {
         let Some((adapters, weights)) = self.adapter_at(place) else { return Ok(()) };
-        let AdapterActivations { inner, dropped, .. } = activations.ok_or_else(no_buffers)?;
+        let AdapterActivations { inner, .. } = activations.ok_or_else(no_buffers)?;
         let inner = inner[place.slot][place.site as usize].as_mut().ok_or_else(no_buffers)?;
         let shape = self.inner_shape(adapters, place);
-        let x = match adapters.dropout(place.layer, place.site) {
-            None => x,
-            Some(dropout) => {
-                let dropped = dropped.as_mut().ok_or_else(no_buffers)?;
-                self.device.dropout(dropped, x, [shape.rows, shape.inputs], dropout)?;
-                &*dropped
-            }
-        };
-        self.device.low_rank_inner(inner, x, &weights.a, shape)
+        let dropout = adapters.dropout(place.layer, place.site);
+        self.device.low_rank_inner(inner, x, &weights.a, shape, dropout)
     }
 
     /// What the adapters of a projection add to its output, from [`Llama::adapter_inner`]: `inner`, `b` and the product of each
@@ -523,7 +510,7 @@ impl<D: Device> Llama<D> {
     pub(super) fn adapter_backward(&self, operands: AdapterBackward<'_, D>) -> Result<()> {
         let AdapterBackward { dx, mut dadapter, dout, x, adapter, place } = operands;
         let Some((adapters, weights)) = self.adapter_at(place) else { return Ok(()) };
-        let AdapterActivations { inner, dropped, dinner } = adapter.ok_or_else(no_buffers)?;
+        let AdapterActivations { inner, dinner } = adapter.ok_or_else(no_buffers)?;
         let inner = inner[place.slot][place.site as usize].as_ref().ok_or_else(no_buffers)?;
         let dinner = dinner.as_mut().ok_or_else(no_buffers)?;
         for shape in self.adapter_parts(adapters, place) {
@@ -535,15 +522,7 @@ impl<D: Device> Llama<D> {
         let shape = self.inner_shape(adapters, place);
         let dropout = adapters.dropout(place.layer, place.site);
         if let Some(da) = dadapter.as_mut().and_then(|dadapter| dadapter.a.as_mut()) {
-            let x = match dropout {
-                None => x,
-                Some(dropout) => {
-                    let dropped = dropped.as_mut().ok_or_else(no_buffers)?;
-                    self.device.dropout(dropped, x, [shape.rows, shape.inputs], dropout)?;
-                    &*dropped
-                }
-            };
-            self.device.linear_backward_weight(Some(da), None, dinner, x, shape)?;
+            self.device.low_rank_inner_backward_weight(da, dinner, x, shape, dropout)?;
         }
         self.device.adapted_linear_backward_input(AdaptedBackwardInput {
             dx,

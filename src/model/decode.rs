@@ -134,6 +134,11 @@ impl<'a, D: Device> Generation<'a, D> {
 
     fn advance(&mut self, tokens: &[u32]) -> Result<()> {
         let model = self.model;
+        model.device.together(|| self.compute_logits(tokens))
+    }
+
+    fn compute_logits(&mut self, tokens: &[u32]) -> Result<()> {
+        let model = self.model;
         let (device, config) = (model.device.as_ref(), &model.config);
         let count = tokens.len();
         self.batch.load(device, &causal_batch(tokens, self.length), &[])?;

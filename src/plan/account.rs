@@ -116,7 +116,7 @@ impl<'a> Account<'a> {
         &self.trained
     }
 
-    /// The largest batches at a budget.
+    /// The largest batches where a micro-batch has up to so many tokens.
     pub fn sizes(&self, token_budget: usize) -> Sizes {
         let mut known = self.sizes.borrow_mut();
         let sizes = known.entry(token_budget).or_insert_with(|| {
@@ -126,7 +126,7 @@ impl<'a> Account<'a> {
         sizes.clone()
     }
 
-    /// The memory on a device like `device` with `limit` bytes.
+    /// The device memory that a choice takes, counted on a device of the same kind as `device` that has `limit` bytes.
     ///
     /// # Errors
     /// Those of the device.
@@ -146,7 +146,7 @@ impl<'a> Account<'a> {
         self.training.iter().chain(self.evaluation).map(|pair| pair.tokens_of(sides)).max().unwrap_or(0)
     }
 
-    /// A mean step at a token budget.
+    /// A mean step where a micro-batch has up to so many tokens.
     pub fn step_volume(&self, token_budget: usize) -> Volume {
         if let Some(step) = self.assumed_step {
             let micro_batches = (step.tokens / token_budget.max(self.largest_pair()) as f64).ceil();
@@ -168,7 +168,8 @@ impl<'a> Account<'a> {
         volume.share(full as f64 / volume.pairs.max(1.0), mean.max(1.0))
     }
 
-    /// The work of a mean step; `size` is the bytes of a weight.
+    /// The work of a mean step: operations and bytes. `recomputes_head` says that the head keeps no probabilities, and `size` is the bytes of a
+    /// weight.
     pub fn work(&self, choice: &Choice, recomputes_head: bool, size: usize) -> Work {
         let volume = self.step_volume(choice.token_budget);
         self.trained.work(&volume, &choice.memory, recomputes_head, size)

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::account::{Account, Models};
-use super::exchange::{Exchange, Links, RankStep, SHARDINGS};
+use super::exchange::{Exchange, Links, RankStep, shardings};
 use super::footprint::{Choice, Footprint};
 use super::offload::Copies;
 use super::rates::{self, GPUS, GpuKind, Rates};
 use super::search::Tried;
+use super::show;
 use super::work::{Volume, Work};
-use super::{host, show};
 use crate::bench::shapes::Lengths;
 use crate::checkpoint::AdapterFolder;
 use crate::config::{MemoryConfig, MemoryLimit, RunConfig};
@@ -24,6 +24,7 @@ use crate::device::cuda::{self, CudaDevice, KernelPath};
 use crate::device::{Device, DeviceChoice, DeviceTask, GroupPlace, LargeBlocks, Precision};
 use crate::error::{Error, Result};
 use crate::foreign::hub;
+use crate::host_memory::HostMemory;
 use crate::interrupt;
 use crate::model::LlamaConfig;
 use crate::report::print_result;
@@ -227,7 +228,7 @@ impl Target {
     }
 
     fn cpu() -> Self {
-        let memory = host::memory().map(|memory| memory.total);
+        let memory = HostMemory::read().map(|memory| memory.total());
         Target { name: "the CPU".to_owned(), kind: TargetKind::Cpu, rates: None, memory }
     }
 
@@ -290,11 +291,13 @@ pub(super) struct Planned {
     pub copies: Option<Copies>,
     pub limit: Option<usize>,
     pub tried: Vec<Tried>,
+    /// How the ranks are connected, where there are several.
+    pub links: Option<Links>,
     /// What ranks exchange, where there are several and the machine's rates are known.
     pub exchanges: Option<Exchanges>,
 }
 
-/// What ranks exchange in a step, with each way to shard.
+/// What ranks exchange in a step, with each way to shard that the run may have.
 pub(super) struct Exchanges {
     pub links: Links,
     pub rates: Rates,
@@ -341,7 +344,7 @@ impl DeviceTask for Planning<'_> {
                 let of = |volume: &Volume| trained.work(volume, &asked.memory, again, size);
                 let step = RankStep::of(&volume, of, &rates, &links);
                 let sizes = (size, account.job.model.layers);
-                let all = SHARDINGS.into_iter().map(|shard| {
+                let all = shardings(&asked.memory).map(|shard| {
                     let choice = Choice { memory: MemoryConfig { shard, ..asked.memory }, ..asked };
                     let taken = account.footprint(device.as_ref(), &choice, limit)?.taken;
                     Ok((Exchange::of(shard, trained, sizes, &step, &links), taken))
@@ -366,6 +369,7 @@ impl DeviceTask for Planning<'_> {
             copies,
             limit,
             tried,
+            links: config.links,
             exchanges,
         })
     }

@@ -17,11 +17,18 @@
 
 use super::rates::Rates;
 use super::work::{Trained, Volume, Work};
-use crate::config::ShardConfig;
+use crate::config::{MemoryConfig, OffloadConfig, ShardConfig};
 
 /// All ways to shard, in the order in which they keep less.
-pub const SHARDINGS: [ShardConfig; 4] =
+const SHARDINGS: [ShardConfig; 4] =
     [ShardConfig::None, ShardConfig::States, ShardConfig::Gradients, ShardConfig::Weights];
+
+/// The ways to shard that a run with these options may have, in the order in which they keep less: offloaded states are whole on
+/// every rank.
+pub fn shardings(memory: &MemoryConfig) -> impl Iterator<Item = ShardConfig> {
+    let is_offloaded = memory.offload == OffloadConfig::States;
+    SHARDINGS.into_iter().filter(move |&shard| shard == ShardConfig::None || !is_offloaded)
+}
 
 /// Bytes of a gradient on its way.
 const GRADIENT_BYTES: f64 = 4.0;
@@ -29,8 +36,6 @@ const GRADIENT_BYTES: f64 = 4.0;
 const LINK_SHARE: f64 = 0.8;
 /// Seconds of one step of a collective inside a machine and between machines: an expectation, as the shares of [`Rates`] are.
 const LATENCY: [f64; 2] = [2e-6, 6e-6];
-/// Share of a micro-batch's time that its backward takes.
-const BACKWARD_SHARE: f64 = 2.0 / 3.0;
 
 /// How ranks are connected.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -97,7 +102,7 @@ pub struct Exchange {
 /// A rank's step: what it computes, and how long that takes alone.
 #[derive(Clone, Copy, Debug)]
 pub struct RankStep {
-    /// Of the rank's own pairs.
+    /// What the rank's own pairs hold.
     pub volume: Volume,
     /// Seconds of forward and backward.
     pub computing: f64,
@@ -137,6 +142,7 @@ impl Exchange {
         let weights = |values: f64| sent * size as f64 * values;
         let (batches, layers) = (step.volume.micro_batches, layers as f64);
         let (in_layers, outside) = (trained.layer_parameters(), trained.trained_outside_layers());
+        let backward = trained.backward_share() * step.computing;
         let trained = trained.trained_parameters();
         // Layers that are gathered in a step.
         let passes = if layers > 2.0 { 2.0 * layers * batches - 4.0 * batches + 2.0 } else { layers };
@@ -162,7 +168,6 @@ impl Exchange {
             ShardConfig::States | ShardConfig::Gradients => links.ring_seconds(gathered, layers),
             ShardConfig::Weights => links.ring_seconds(gathered, passes),
         };
-        let backward = BACKWARD_SHARE * step.computing;
         let exposed = match shard {
             ShardConfig::None => reducing - backward / batches,
             ShardConfig::States => (reducing - backward / batches).max(0.0) + gathering,
@@ -173,19 +178,21 @@ impl Exchange {
     }
 }
 
-/// Tokens that a rank must compute in a micro-batch for its backward to last as long as the reduction of the gradients beside
-/// it, whatever the size of the model: each value of it costs `4` operations a token and `4` bytes, twice where everything is summed
-/// everywhere.
-pub fn hiding_tokens(shard: ShardConfig, rates: &Rates, links: &Links) -> f64 {
+/// Tokens that a rank must compute in a micro-batch for its backward to last as long as the exchange beside it, whatever the size of the
+/// model. `trained` is the share of the model's values that is trained. Each value costs 2 operations a token for the gradient of its
+/// input, and a trained one 2 more for its own gradient, of 4 bytes, which are sent twice where everything is summed everywhere.
+pub fn hiding_tokens(shard: ShardConfig, trained: f64, rates: &Rates, links: &Links) -> f64 {
     let sent = (links.ranks - 1) as f64 / links.ranks as f64;
+    let gradients = trained * GRADIENT_BYTES;
     let bytes = match shard {
-        ShardConfig::None => 2.0 * GRADIENT_BYTES,
-        ShardConfig::States | ShardConfig::Gradients => GRADIENT_BYTES,
-        // Its weights too, in bf16.
-        ShardConfig::Weights => GRADIENT_BYTES + 2.0,
+        ShardConfig::None => 2.0 * gradients,
+        ShardConfig::States | ShardConfig::Gradients => gradients,
+        // The weights too, in bf16.
+        ShardConfig::Weights => gradients + 2.0,
     };
+    let operations = 2.0 + 2.0 * trained;
     let operations_per_second = rates.tflops * 1e12 * Rates::GEMM_SHARE;
-    sent * bytes / links.rate() * operations_per_second / 4.0
+    sent * bytes / links.rate() * operations_per_second / operations
 }
 
 #[cfg(test)]
@@ -236,7 +243,7 @@ mod tests {
     #[test]
     fn the_tokens_that_hide_the_exchange_do() {
         let (rates, links) = (Rates { tflops: 989.4, bandwidth: 3350.0, bus: Rates::PCIE_5 }, links(64));
-        let tokens = hiding_tokens(ShardConfig::None, &rates, &links);
+        let tokens = hiding_tokens(ShardConfig::None, 1.0, &rates, &links);
         let trained = Trained::new(&shapes::model("llama-3-8b", None).unwrap(), None);
         let backward = 4.0 * tokens * trained.parameters() / (rates.tflops * 1e12 * Rates::GEMM_SHARE);
         let seconds = 3.0 * backward / 2.0;
@@ -245,6 +252,29 @@ mod tests {
         let exchange = Exchange::of(ShardConfig::None, &trained, (2, 32), &step, &links);
         let ratio = exchange.seconds / backward;
         assert!((ratio - 1.0).abs() <= 0.02, "{ratio}");
+    }
+
+    /// Adapters send a hundredth of what full training sends, and their backward takes half of a micro-batch: the tokens that hide it
+    /// are those of this small part alone.
+    #[test]
+    fn the_exchange_of_adapters_is_hidden_by_fewer_tokens() {
+        use crate::model::{AdaptedModule, AdaptedModules, LoraSettings};
+        let (rates, links) = (Rates { tflops: 989.4, bandwidth: 3350.0, bus: Rates::PCIE_5 }, links(64));
+        let modules = AdaptedModules::of(AdaptedModule::ALL);
+        let lora = LoraSettings { modules, rank: 16, alpha: 16.0, dropout: 0.0, rslora: false };
+        let trained = Trained::new(&shapes::model("llama-3-8b", None).unwrap(), Some(&lora));
+        let share = trained.trained_parameters() / trained.parameters();
+        let tokens = hiding_tokens(ShardConfig::States, share, &rates, &links);
+        let all = hiding_tokens(ShardConfig::States, 1.0, &rates, &links);
+        assert!(tokens < all / 50.0, "{tokens} of {all}");
+        let operations = (2.0 + 2.0 * share) * tokens * trained.parameters();
+        let backward = operations / (rates.tflops * 1e12 * Rates::GEMM_SHARE);
+        let volume = Volume { micro_batches: 1.0, ..Volume::default() };
+        let step = RankStep { volume, computing: 2.0 * backward, updating: 0.0 };
+        let sent = Exchange::of(ShardConfig::States, &trained, (2, 32), &step, &links);
+        let seconds = sent.reduced / links.rate();
+        assert!((seconds / backward - 1.0).abs() <= 0.02, "{seconds} {backward}");
+        assert_eq!(trained.backward_share(), 0.5);
     }
 
     #[test]

@@ -2,14 +2,17 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::account::Account;
 use super::footprint::{Choice, Footprint};
 use super::rates;
 use super::search::{Tried, flags};
-use super::{host, size};
+use super::size;
 use crate::config::{MemoryLimit, RESOLVED_FILE, RunConfig, recipe};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::host_memory::HostMemory;
 
 /// Bytes of a GPU's free memory that are left to the driver, which loads kernels as they are used.
 const DRIVER_SPARE: usize = 256 << 20;
@@ -21,7 +24,7 @@ const PINNED_SHARE: f64 = 0.8;
 const NAMED: usize = 3;
 
 /// How much memory there is, and who says so.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// Bytes.
     pub bytes: usize,
@@ -39,14 +42,14 @@ fn limit<D: Device>(device: &D, asked: Option<MemoryLimit>) -> Result<Option<Lim
             reason: "are free on the device".to_owned(),
             is_strict: true,
         }),
-        None => host::memory().map(|memory| match asked {
+        None => HostMemory::read().map(|memory| match asked {
             Some(MemoryLimit::Auto) => Limit {
                 bytes: (memory.available as f64 * HOST_SHARE) as usize,
                 reason: "are free in this computer".to_owned(),
                 is_strict: true,
             },
             _ => Limit {
-                bytes: memory.total,
+                bytes: memory.total(),
                 reason: "are all that this computer has".to_owned(),
                 is_strict: false,
             },
@@ -125,23 +128,59 @@ fn smaller(account: &Account<'_>) -> String {
 
 /// Bytes of the computer's free memory that may be pinned, where the system says how much is free.
 fn pinnable() -> Option<usize> {
-    host::memory().map(|memory| (memory.available as f64 * PINNED_SHARE) as usize)
+    HostMemory::read().map(|memory| (memory.available as f64 * PINNED_SHARE) as usize)
 }
 
-/// What `--memory auto` chooses on `device`.
+/// The memory from which `--memory auto` chooses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreeMemory {
+    /// The device's memory; `None` where the system does not say how much is free.
+    limit: Option<Limit>,
+    /// Bytes of the computer's memory that may be pinned; `None` as there.
+    pinnable: Option<usize>,
+}
+
+impl FreeMemory {
+    /// What one of `local_ranks` ranks has that share a computer: each has a device of its own, unless that computes in the
+    /// computer's own memory.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn of_rank<D: Device>(device: &D, local_ranks: usize) -> Result<Self> {
+        let ranks = local_ranks.max(1);
+        let sharing = if device.free_memory()?.is_some() { 1 } else { ranks };
+        let limit = limit(device, Some(MemoryLimit::Auto))?;
+        Ok(FreeMemory {
+            limit: limit.map(|limit| Limit { bytes: limit.bytes / sharing, ..limit }),
+            pinnable: pinnable().map(|bytes| bytes / ranks),
+        })
+    }
+
+    /// What each of these ranks has: all must choose the same options.
+    pub fn least<'a>(ranks: impl Iterator<Item = &'a FreeMemory>) -> Self {
+        let least = |one: FreeMemory, other: &FreeMemory| {
+            let limits = one.limit.into_iter().chain(other.limit.clone());
+            let pinnable = one.pinnable.into_iter().chain(other.pinnable);
+            FreeMemory { limit: limits.min_by_key(|limit| limit.bytes), pinnable: pinnable.min() }
+        };
+        ranks.fold(FreeMemory { limit: None, pinnable: None }, least)
+    }
+}
+
+/// What `--memory auto` chooses on `device`, of which so much is free.
 ///
 /// # Errors
 /// [`Error::Device`] where no choice fits.
-pub fn choose<D: Device>(device: &D, account: &Account<'_>) -> Result<Choice> {
+pub fn choose<D: Device>(device: &D, account: &Account<'_>, free: FreeMemory) -> Result<Choice> {
     let asked = account.asked();
-    let Some(limit) = limit(device, Some(MemoryLimit::Auto))? else {
+    let Some(limit) = free.limit else {
         tracing::warn!(
             "--memory auto: this system does not say how much memory is free, so nothing is changed"
         );
         return Ok(asked);
     };
     let rates = rates::find(&device.describe()).map(|kind| kind.rates);
-    let tried = account.alternatives(device, rates, (limit.bytes, pinnable()), 1)?;
+    let tried = account.alternatives(device, rates, (limit.bytes, free.pinnable), 1)?;
     match tried.iter().find(|tried| tried.footprint.taken <= limit.bytes) {
         Some(found) => {
             let flags = flags(&asked, &found.candidate.choice);
@@ -196,5 +235,23 @@ mod tests {
         cpu.memory_counter().set_limit(Some(1 << 30));
         let free = limit(&cpu, None).unwrap().unwrap();
         assert_eq!(free.bytes, (1 << 30) - DRIVER_SPARE);
+    }
+
+    /// Ranks that choose from different memory would choose different options, and none may have less than it chose for.
+    #[test]
+    fn ranks_choose_from_the_least_that_one_of_them_has() {
+        let free = |bytes, pinnable| {
+            let limit = |bytes| Limit { bytes, reason: "are free".to_owned(), is_strict: true };
+            FreeMemory { limit: Option::map(bytes, limit), pinnable }
+        };
+        let ranks = [free(Some(70), Some(5)), free(Some(60), None), free(None, Some(4))];
+        assert_eq!(FreeMemory::least(ranks.iter()), free(Some(60), Some(4)));
+        assert_eq!(FreeMemory::least([free(None, None)].iter()), free(None, None));
+        // What is the computer's own is divided among its ranks.
+        let cpu = CpuDevice::new(Some(1)).unwrap();
+        let [alone, one_of_64] = [1, 64].map(|ranks| FreeMemory::of_rank(&cpu, ranks).unwrap());
+        let bytes = |free: &FreeMemory| free.limit.as_ref().map_or(0, |limit| limit.bytes);
+        assert!(bytes(&one_of_64) < bytes(&alone) / 16, "{one_of_64:?} {alone:?}");
+        assert!(one_of_64.pinnable < alone.pinnable, "{one_of_64:?} {alone:?}");
     }
 }

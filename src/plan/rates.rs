@@ -20,7 +20,7 @@ impl Rates {
     pub const ATTENTION_SHARE: f64 = 0.4;
     /// Share of the bandwidth that operations reach which only move bytes.
     pub const BANDWIDTH_SHARE: f64 = 0.85;
-    /// Share of the bus that copies of pinned memory reach in both directions at once.
+    /// Share of the bus that copies of pinned memory are expected to reach, in both directions at once.
     pub const BUS_SHARE: f64 = 0.8;
     /// Sixteen lanes of PCIe 4.0, in each direction: the bus of a machine of which nothing else is known.
     pub const PCIE_4: f64 = 32.0;

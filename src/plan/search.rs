@@ -132,7 +132,7 @@ fn changes(asked: &Choice, choice: &Choice) -> usize {
     flags(asked, choice).len()
 }
 
-/// The flags that make `choice` of `asked`.
+/// The flags of the command line that turn `asked` into `choice`.
 pub fn flags(asked: &Choice, choice: &Choice) -> Vec<String> {
     let (before, after) = (asked.memory, choice.memory);
     let flag = |differs: bool, text: String| differs.then_some(text);

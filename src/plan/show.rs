@@ -11,8 +11,8 @@ use super::rates::Rates;
 use super::search::{Tried, flags};
 use super::size;
 use super::work::{Volume, Work};
-use crate::config::GradientConfig;
 use crate::config::value::OptionValue as _;
+use crate::config::{GradientConfig, OffloadConfig};
 
 /// The account for people.
 pub(super) fn text(planned: &Planned) -> String {
@@ -21,8 +21,17 @@ pub(super) fn text(planned: &Planned) -> String {
     if let Some((volume, work)) = &planned.step {
         text += &step(planned, volume, work);
     }
-    if let Some(exchanges) = &planned.exchanges {
-        text += &ranks(planned, exchanges);
+    match (&planned.exchanges, planned.links) {
+        (Some(exchanges), _) => text += &ranks(planned, exchanges),
+        (None, Some(links)) => {
+            let _ = writeln!(
+                text,
+                "\na step on {} ranks: give the machine's rates with --tflops and --bandwidth, or name a GPU with --gpu, to be told what \
+                 they send",
+                links.ranks
+            );
+        }
+        (None, None) => {}
     }
     text + &alternatives(planned)
 }
@@ -149,6 +158,7 @@ fn mfu(planned: &Planned, seconds: f64, rates: &Rates) -> f64 {
 /// What the ranks exchange in a step, one line for each way to shard.
 fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
     let Exchanges { links, rates, step, all } = exchanges;
+    let trained = share_trained(planned);
     let mut text = format!(
         "\na step on {} ranks, {} to a machine: {:.0} tokens and {:.1} micro-batches each; {:.0} GB/s inside a machine, {:.0} GB/s \
          between them\n  --shard     a rank takes   and sends     in   not hidden   the step   hidden from\n",
@@ -169,11 +179,20 @@ fn ranks(planned: &Planned, exchanges: &Exchanges) -> String {
             format!("{:.3}", exchange.seconds),
             format!("{:.3}", exchange.exposed),
             format!("{:.3}", step.seconds(exchange, links)),
-            format!("{:.0}", hiding_tokens(exchange.shard, rates, links)),
+            format!("{:.0}", hiding_tokens(exchange.shard, trained, rates, links)),
             if exchange.shard == planned.asked.memory.shard { "  as asked" } else { "" },
         );
     }
+    if planned.asked.memory.offload == OffloadConfig::States {
+        text += "  (--offload states keeps whole states on each rank: every other --shard needs --offload none)\n";
+    }
     text + "  (a rank's micro-batch of that many tokens takes as long as the exchange beside it)\n"
+}
+
+/// The share of the model's values that is trained.
+fn share_trained(planned: &Planned) -> f64 {
+    let [all, trained] = planned.parameters;
+    trained / all
 }
 
 fn alternatives(planned: &Planned) -> String {
@@ -268,20 +287,21 @@ pub(super) fn json(planned: &Planned) -> Value {
             "head": footprint.head.to_string(),
         },
         "step": step,
-        "ranks": planned.exchanges.as_ref().map(ranks_json),
+        "ranks": planned.exchanges.as_ref().map(|exchanges| ranks_json(planned, exchanges)),
         "limit_bytes": planned.limit,
         "alternatives": tried,
     })
 }
 
-fn ranks_json(exchanges: &Exchanges) -> Value {
+fn ranks_json(planned: &Planned, exchanges: &Exchanges) -> Value {
     let Exchanges { links, rates, step, all } = exchanges;
+    let trained = share_trained(planned);
     let of = |(exchange, taken): &(super::exchange::Exchange, usize)| {
         let mut value = json!(exchange);
         value["taken_bytes"] = json!(taken);
         value["shard"] = json!(exchange.shard.to_toml().trim_matches('"'));
         value["step_seconds"] = json!(step.seconds(exchange, links));
-        value["hidden_from_tokens"] = json!(hiding_tokens(exchange.shard, rates, links));
+        value["hidden_from_tokens"] = json!(hiding_tokens(exchange.shard, trained, rates, links));
         value
     };
     json!({

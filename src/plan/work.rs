@@ -89,6 +89,11 @@ impl Trained {
         self.adapters > 0.0
     }
 
+    /// Share of a micro-batch's time that its backward takes: a frozen weight has no gradient of its own to compute.
+    pub fn backward_share(&self) -> f64 {
+        if self.is_frozen() { 1.0 / 2.0 } else { 2.0 / 3.0 }
+    }
+
     /// Values of all tensors.
     pub fn parameters(&self) -> f64 {
         self.all + self.adapters

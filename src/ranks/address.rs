@@ -62,13 +62,13 @@ pub fn first_host(list: &str) -> Option<String> {
 
 /// Tasks of node `node` by Slurm's list of tasks per node: 3 for node 2 of `4(x2),3`.
 pub fn tasks_of_node(list: &str, node: usize) -> Option<usize> {
-    let mut before = 0;
+    let mut before = 0_usize;
     for part in list.split(',') {
         let (tasks, nodes) = match part.split_once("(x") {
             None => (part, 1),
             Some((tasks, nodes)) => (tasks, nodes.strip_suffix(')')?.parse().ok()?),
         };
-        before += nodes;
+        before = before.saturating_add(nodes);
         if node < before {
             return tasks.trim().parse().ok();
         }
@@ -100,7 +100,13 @@ mod tests {
 
     #[test]
     fn tasks_of_a_node() {
-        for (list, node, tasks) in [("4", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("1,8(x3)", 3, 8)] {
+        for (list, node, tasks) in [
+            ("4", 0, 4),
+            ("4(x2),3", 1, 4),
+            ("4(x2),3", 2, 3),
+            ("1,8(x3)", 3, 8),
+            ("2,4(x18446744073709551615)", 1, 4),
+        ] {
             assert_eq!(tasks_of_node(list, node), Some(tasks), "{list}, node {node}");
         }
         for (list, node) in [("4(x2),3", 3), ("", 0), ("4(y2)", 0), ("many", 0)] {

@@ -7,6 +7,7 @@ mod join;
 mod watch;
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io::BufReader;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -26,12 +27,14 @@ use crate::interrupt::{self, Signal};
 const GRACE: Duration = Duration::from_secs(10);
 /// How long rank 0 waits at its end for the others to close their lines.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// How long rank 0 waits for another rank in a step until that one, which has failed, may conclude that rank 0 has not.
+/// A rank that failed in a step concludes that rank 0 did not fail alike when rank 0 has waited for it this long.
 const UNAWARE: Duration = Duration::from_secs(5);
 /// How often a thread that waits looks for a signal.
 const LOOK: Duration = Duration::from_millis(50);
-/// No sign of life for that long is the end of a rank, whatever [`Limits::hang`] allows one that gives some.
+/// A rank that gives no sign of life for this long is lost, however long [`Limits::hang`] is.
 const SILENCE: Duration = Duration::from_secs(60);
+/// The longest time that users can set: eleven days.
+const MOST_SECONDS: u64 = 1_000_000;
 
 /// The times that users can set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +59,8 @@ impl Limits {
     pub fn of_environment() -> Result<Self> {
         let limits = Limits::default();
         Ok(Limits {
-            join: seconds(variable::JOIN, limits.join)?,
-            hang: seconds(variable::HANG, limits.hang)?,
+            join: seconds(variable::JOIN, std::env::var_os(variable::JOIN), limits.join)?,
+            hang: seconds(variable::HANG, std::env::var_os(variable::HANG), limits.hang)?,
         })
     }
 
@@ -66,13 +69,15 @@ impl Limits {
     }
 }
 
-fn seconds(name: &str, default: Duration) -> Result<Duration> {
-    let Ok(text) = std::env::var(name) else { return Ok(default) };
-    let seconds = text.trim().parse().ok().filter(|&seconds: &u64| (1..=1_000_000).contains(&seconds));
+/// The time that a variable holds; `default` where it is absent or empty.
+fn seconds(name: &str, value: Option<OsString>, default: Duration) -> Result<Duration> {
+    let Some(text) = value.filter(|value| !value.is_empty()) else { return Ok(default) };
+    let text = text.to_string_lossy();
+    let seconds = text.trim().parse().ok().filter(|seconds: &u64| (1..=MOST_SECONDS).contains(seconds));
     seconds.map(Duration::from_secs).ok_or_else(|| {
         Error::config(
             format!("{name} = {text} is not a time"),
-            format!("give whole seconds from 1, or unset it for {}", default.as_secs()),
+            format!("give whole seconds from 1 to {MOST_SECONDS}, or unset it for {}", default.as_secs()),
         )
     })
 }
@@ -110,7 +115,7 @@ struct Peer {
 #[derive(Default)]
 struct State {
     verdict: Option<Verdict>,
-    /// Of each peer, what came and was not asked for yet.
+    /// What came from each peer and was not asked for yet: tags and values, oldest first.
     inbox: Vec<VecDeque<(String, Value)>>,
     seen: Vec<Seen>,
     /// Ends the collectives of this rank.
@@ -152,7 +157,8 @@ impl Shared {
         (0..self.peers.len()).for_each(|peer| self.send(peer, message));
     }
 
-    /// Takes a verdict for true unless there is one, tells all from rank 0, and brings this process to its end.
+    /// Accepts a verdict unless there is one already; rank 0 tells it to all others. Then ends this rank's collectives, and after a grace
+    /// this process.
     fn judge(self: &Arc<Self>, verdict: Verdict) {
         let abort = {
             let mut state = self.lock();
@@ -295,8 +301,9 @@ impl Control {
         let watched = Arc::downgrade(&shared);
         work.push(Box::new(move || watch::run(&watched)));
         for work in work {
-            // Little stack: a job may have a thousand ranks.
-            let thread = std::thread::Builder::new().name("control".into()).stack_size(256 << 10);
+            // Half of the usual stack, because rank 0 of a job may have a thousand of these threads. Not less, because the abort of a
+            // group, which calls NCCL and the driver, runs on them.
+            let thread = std::thread::Builder::new().name("control".into()).stack_size(1 << 20);
             thread.spawn(work).map_err(|error| {
                 Error::device(format!("cannot start a thread: {error}"), "raise the limit on processes")
             })?;
@@ -339,14 +346,17 @@ impl Control {
         waited.unwrap_or_else(PoisonError::into_inner).0.verdict.clone()
     }
 
-    /// For a rank whose step has failed as it must have on rank 0, which still writes down what it found: waits until rank 0 has told
-    /// its end, or waits itself for this rank, and so does not know.
+    /// Waits until rank 0 has told its own end, for a rank whose step failed in a way that must fail on rank 0 too, which first writes
+    /// down what it found. Returns as well where rank 0 waits for this rank, and so has not failed, and where it gives no sign of life
+    /// any more.
     pub fn wait_for_first(&self) {
         let mut state = self.shared.lock();
         loop {
             let first = &state.seen[0];
             let waits_for_us = first.progress.position.is_waiting() && first.advanced.elapsed() > UNAWARE;
-            if state.verdict.is_some() || first.line != Line::Open || waits_for_us {
+            // The thread that watches judges nobody once this rank is ending.
+            let is_silent = first.heard.elapsed() > self.shared.limits.silence();
+            if state.verdict.is_some() || first.line != Line::Open || waits_for_us || is_silent {
                 return;
             }
             state = self.shared.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
@@ -358,8 +368,8 @@ impl Control {
         self.shared.send_to_all(&Message::Part { tag: tag.to_string(), value });
     }
 
-    /// What rank 0 sent under `tag`; on rank 0 what all others did, in order. A wait of any length is none for a rank that
-    /// works: only who does nothing is lost.
+    /// What rank 0 sent under `tag`; on rank 0 what all others sent, in the order of the ranks. Waits as long as the others work: only
+    /// a rank that does nothing is lost.
     ///
     /// # Errors
     /// Those of [`Verdict::error`]; [`Error::Interrupted`] where a signal ends the command.
@@ -415,7 +425,7 @@ impl Control {
         }
     }
 
-    /// As a function that outlives this: tells all that a signal ends this process.
+    /// A function that tells all ranks that a signal ends this process. It may be called when this value is gone.
     pub fn stopper(&self) -> impl FnOnce() + Send + 'static {
         let control = Control { shared: Arc::clone(&self.shared) };
         move || {
@@ -425,8 +435,8 @@ impl Control {
         }
     }
 
-    /// Says goodbye. Rank 0 comes to its end first, and the others after it: who watches the processes would else end rank 0,
-    /// which still writes, because another one has ended.
+    /// Says goodbye. The other ranks wait for the goodbye of rank 0 before they end: a launcher that sees one process end may end all,
+    /// and rank 0 may still be writing.
     pub fn close(self) {
         let shared = &self.shared;
         shared.send_to_all(&Message::Goodbye);

@@ -21,7 +21,7 @@ use crate::interrupt::{self, Keeper, Signal};
 /// folder for some seconds.
 const VISIBLE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
-/// How long the news of what happened to another rank may take, where its end has shown in a collective.
+/// How long to wait for the control line's word on another rank, after a collective has failed because of it.
 const HEARSAY: Duration = Duration::from_secs(3);
 
 /// The ranks of a run.
@@ -120,8 +120,8 @@ impl Team {
         }
     }
 
-    /// On all ranks what `make` gives on rank 0, which alone calls it. `tag` names the exchange; all ranks come to the same ones in
-    /// the same order.
+    /// Returns on all ranks what `make` returns on rank 0, the only one that calls it. `tag` names the exchange; all ranks come to the
+    /// same ones in the same order.
     ///
     /// # Errors
     /// Those of `make`; [`Error::Rank`] where another rank is lost.
@@ -140,7 +140,7 @@ impl Team {
         decode(tag, received.into_iter().next().unwrap_or(Value::Null))
     }
 
-    /// The values of all ranks, in their order, on rank 0; nothing elsewhere.
+    /// Returns on rank 0 the values of all ranks, in the order of the ranks, and nothing on the others.
     ///
     /// # Errors
     /// [`Error::Rank`] where another rank is lost.
@@ -154,7 +154,7 @@ impl Team {
         std::iter::once(Ok(value)).chain(others).collect()
     }
 
-    /// On all ranks what `merge` makes on rank 0 of the values of all.
+    /// Returns on all ranks what `merge` makes, on rank 0, of the values of all ranks.
     ///
     /// # Errors
     /// Those of `merge`; [`Error::Rank`] where another rank is lost.
@@ -238,7 +238,7 @@ impl Team {
         })
     }
 
-    /// What is asked of any rank, on all of them: called where a step has told that something is.
+    /// What was asked of any rank. All ranks call it after a step that said that something was asked.
     ///
     /// # Errors
     /// [`Error::Rank`] where another rank is lost.

@@ -100,7 +100,7 @@ fn save_parts<D: Device>(
     (keep, best): (usize, &[usize]),
 ) -> Result<()> {
     let layout = own_tensors(trainer);
-    let in_memory = background::fits_in_memory(&layout);
+    let in_memory = background::fits_in_memory(&layout, saves.processes());
     let own = |tensor: &StoredTensor, offset: usize, bytes: &mut [u8]| {
         download(trainer, &tensor.name, offset, bytes)
     };
@@ -171,7 +171,7 @@ pub fn save_beside<D: Device>(
         return Ok(());
     }
     let layout = own_tensors(trainer);
-    if !background::fits_in_memory(&layout) {
+    if !background::fits_in_memory(&layout, 1) {
         tracing::info!(
             "training waits for this checkpoint: a copy of it would take more than half of the free memory"
         );

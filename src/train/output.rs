@@ -48,8 +48,9 @@ pub struct Finished<'a> {
 }
 
 impl Output {
-    /// With `is_ours`, for the process that writes there: refuses what cannot be a run's output folder, before any time is spent: a folder that holds a run or that
-    /// another process writes in, a file, a folder that the run reads. The demo may be run again over itself.
+    /// Refuses what cannot be a run's output folder, before any time is spent: a folder that holds a run or that another process
+    /// writes in, a file, a folder that the run reads. The demo may be run again over itself. `is_ours` says that this process
+    /// writes there; the other ranks of a run refuse nothing.
     ///
     /// # Errors
     /// [`Error::Io`] for what is no folder, [`Error::Config`] for the rest.

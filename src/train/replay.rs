@@ -164,33 +164,7 @@ fn describe(
         capsule.of,
         capsule.found
     );
-    text.push_str(&format!(
-        "{:>8} {:>7} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>14}\n",
-        "record",
-        "prompt",
-        "chosen",
-        "rejected",
-        "logp chosen",
-        "logp rejected",
-        "ref. chosen",
-        "ref. rejected",
-        "loss"
-    ));
-    for (pair, outcome) in pairs.iter().zip(&trace.outcomes) {
-        let tokens = [&pair.pair.prompt, &pair.pair.chosen, &pair.pair.rejected].map(|ids| ids.len());
-        text.push_str(&format!(
-            "{:>8} {:>7} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>14}\n",
-            pair.pair.record + 1,
-            tokens[0],
-            tokens[1],
-            tokens[2],
-            outcome.logp_chosen,
-            outcome.logp_rejected,
-            pair.reference.logp_chosen,
-            pair.reference.logp_rejected,
-            outcome.loss
-        ));
-    }
+    text.push_str(&table(pairs, trace));
     let first = match &trace.first {
         None => "every number of the step is finite".to_string(),
         Some(broken) => {
@@ -217,5 +191,37 @@ fn describe(
         "\nloss     {}\ngradient {} (norm before clipping)\nfirst    {first}\nrepeated {repeated}\n",
         trace.loss, trace.gradient_norm
     ));
+    text
+}
+
+/// The step's pairs with their tokens, log-probs and losses, a line each.
+fn table(pairs: &[TrainingPair<'_>], trace: &Trace) -> String {
+    let mut text = format!(
+        "{:>8} {:>7} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>14}\n",
+        "record",
+        "prompt",
+        "chosen",
+        "rejected",
+        "logp chosen",
+        "logp rejected",
+        "ref. chosen",
+        "ref. rejected",
+        "loss"
+    );
+    for (pair, outcome) in pairs.iter().zip(&trace.outcomes) {
+        let tokens = [&pair.pair.prompt, &pair.pair.chosen, &pair.pair.rejected].map(|ids| ids.len());
+        text.push_str(&format!(
+            "{:>8} {:>7} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>14}\n",
+            pair.pair.record + 1,
+            tokens[0],
+            tokens[1],
+            tokens[2],
+            outcome.logp_chosen,
+            outcome.logp_rejected,
+            pair.reference.logp_chosen,
+            pair.reference.logp_rejected,
+            outcome.loss
+        ));
+    }
     text
 }

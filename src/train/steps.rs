@@ -31,7 +31,7 @@ use crate::report::{EvalMetrics, History, PairMetrics, StepMetrics};
 /// A run under way.
 pub struct Run<'a, D: Device> {
     pub config: &'a RunConfig,
-    team: &'a Team,
+    pub team: &'a Team,
     pub inputs: &'a Inputs,
     pub references: &'a References,
     pub plan: Plan,
@@ -134,7 +134,7 @@ impl<'a, D: Device> Run<'a, D> {
         recorder: &mut Recorder,
         first: usize,
     ) -> Result<(usize, Option<EvalMetrics>)> {
-        let mut saves = BackgroundSaves::default();
+        let mut saves = BackgroundSaves::of_ranks(self.team.ranks().local_ranks);
         let trained = self.take_steps(output, recorder, &mut saves, first);
         // The folder is another run's then, or gone.
         if matches!(trained, Err(Error::Io { .. })) {

@@ -1,36 +1,38 @@
 //! One optimiser step on a device: micro-batches forward and backward, then AdamW.
 
 mod among_ranks;
+mod buffers;
+mod by_layers;
 mod gathered;
+mod micro_batches;
 mod own_sums;
 mod ranks;
 mod trace;
+mod workload;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use gathered::{GatherUp, GatheredLayers};
+use buffers::{GradientBuffers, new_states};
+use gathered::GatheredLayers;
 use own_sums::OwnSums;
 use ranks::OtherRanks;
 pub use ranks::RankStep;
 pub use trace::Trace;
+pub use workload::Workload;
 
 use super::bf16_gradients::{self, Bf16Sums};
-use super::deal::{self, Deal};
-use super::layer_updates::{self, LayerNorms, UpdateLayers};
-use super::offload::{self, Offloaded};
-use crate::config::{GradientConfig, MemoryConfig, OffloadConfig, ShardConfig};
-use crate::data::{PairBatch, TokenizedPair, micro_batches};
+use super::deal::Deal;
+use super::layer_updates::LayerNorms;
+use super::offload::Offloaded;
+use crate::config::ShardConfig;
+use crate::data::TokenizedPair;
 use crate::device::{BatchBuffers, Device, Floats, Gradient, GroupPlace, MemoryPart, hash};
 use crate::error::{Error, Result};
-use crate::interrupt;
-use crate::model::{
-    Activations, BackwardScratch, Capacity, Context, FusedTensor, Gradients, HeadOptions, HeadPlan,
-    KeepGradients, Llama, LlamaTensors, Purpose,
-};
+use crate::model::{Activations, BackwardScratch, Gradients, HeadPlan, KeepGradients, Llama, LlamaTensors};
 use crate::objective::{Objective, PairOutcome, ReferencePair};
-use crate::optimizer::{AdamWStep, OptimizerState, StateOptions, StochasticRounding, is_offloaded};
-use crate::ranks::{RankGroup, progress};
+use crate::optimizer::{AdamWStep, OptimizerState, StateOptions};
+use crate::ranks::RankGroup;
 
 /// A pair with what the frozen reference says of it (zeros where the objective asks for none).
 #[derive(Clone, Copy, Debug)]
@@ -102,64 +104,6 @@ pub struct Trainer<D: Device> {
     layer_norms: Option<LayerNorms<D>>,
     /// `[2]`: norm, clip factor.
     norm: Floats<D>,
-}
-
-/// The sizes a [`Trainer`] allocates for.
-#[derive(Clone, Copy, Debug)]
-pub struct Workload {
-    /// The largest micro-batch.
-    pub micro_batch: Capacity,
-    /// Pairs of an optimiser step.
-    pub pairs_per_step: usize,
-    /// Tokens of a micro-batch.
-    pub token_budget: usize,
-    /// How the head uses memory.
-    pub head: HeadOptions,
-    /// What is kept on the device, and in which format.
-    pub memory: MemoryConfig,
-    /// Seed of the stochastic rounding of weights without a master copy.
-    pub rounding_seed: u64,
-}
-
-impl Workload {
-    fn purpose(&self) -> Purpose {
-        Purpose::Training { head: self.head, recompute: self.memory.recompute }
-    }
-
-    /// Covers every way of cutting `pairs` into micro-batches of at most `token_budget` tokens (a longer pair gets
-    /// one of its own).
-    pub fn plan<'a>(
-        pairs: impl IntoIterator<Item = &'a TokenizedPair>,
-        objective: &Objective,
-        pairs_per_step: usize,
-        token_budget: usize,
-    ) -> Self {
-        let mut micro_batch = Capacity::default();
-        let mut shortest = usize::MAX;
-        for pair in pairs {
-            let alone = PairBatch::pack([pair], objective.sides());
-            micro_batch = micro_batch.cover(&alone);
-            shortest = shortest.min(alone.tokens().max(1));
-        }
-        let most_pairs = (token_budget / shortest).clamp(1, pairs_per_step.max(1));
-        let budget = token_budget.min(micro_batch.tokens * most_pairs).max(micro_batch.tokens);
-        // No pair scores more tokens than it has, so the budget bounds the scored ones; `most_pairs` more are to spare.
-        let scored = micro_batch.scored.max(budget + most_pairs);
-        Workload {
-            micro_batch: Capacity {
-                tokens: budget,
-                pairs: most_pairs,
-                longest_part: micro_batch.longest_part,
-                scored: scored.min(micro_batch.scored * most_pairs),
-                longest: micro_batch.longest,
-            },
-            pairs_per_step,
-            token_budget,
-            head: HeadOptions::default(),
-            memory: MemoryConfig::default(),
-            rounding_seed: 0,
-        }
-    }
 }
 
 impl<D: Device> Trainer<D> {
@@ -279,14 +223,7 @@ impl<D: Device> Trainer<D> {
         self.clear_gradients()?;
         let dropout = Some(self.dropout_key);
         let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
-            trainer.model.head_forward_backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                &batch.scored,
-                &trainer.objective,
-            )?;
+            trainer.head_forward_backward(batch)?;
             trainer.backward(batch.tokens())
         })?;
         let gradients: Vec<_> =
@@ -332,78 +269,6 @@ impl<D: Device> Trainer<D> {
     /// one. Where gradients are applied layer by layer, they are those outside the layers and of one layer.
     pub fn step_gradients(&self) -> Vec<Option<Gradient<'_, D>>> {
         bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref())
-    }
-
-    /// As [`Trainer::step`], or without `adamw` as [`Trainer::accumulate_gradients`], with the gradients of one layer at a time.
-    fn step_by_layers(
-        &mut self,
-        pairs: &[TrainingPair<'_>],
-        adamw: Option<AdamWStep>,
-        max_grad_norm: Option<f64>,
-    ) -> Result<StepResult> {
-        let sizes = self.pair_sizes(pairs);
-        layer_updates::check(micro_batches(&sizes, self.token_budget).len(), max_grad_norm)?;
-        let device = Arc::clone(&self.model.device);
-        device.zero_all(&mut self.gradients.iter_mut().flatten().collect::<Vec<_>>())?;
-        let dropout = Some(self.dropout_key);
-        let tokens = self.each_micro_batch(pairs, dropout, |trainer, batch, _| {
-            trainer.model.head_forward_backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                &batch.scored,
-                &trainer.objective,
-            )?;
-            trainer.check_before_updates(pairs, adamw)?;
-            let Some(norms) = &mut trainer.layer_norms else { return Ok(()) };
-            let mut sink = UpdateLayers {
-                device: &*device,
-                numbers: offload::layer_numbers(&trainer.states),
-                states: &mut trainer.states.layers,
-                offloaded: trainer.offloaded.as_mut(),
-                norms,
-                step: adamw,
-            };
-            trainer.model.backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                batch.tokens(),
-                &mut sink,
-            )
-        })?;
-        if let Some(norms) = &mut self.layer_norms {
-            let states = (&mut self.states, self.offloaded.as_mut());
-            norms.finish(&mut self.model, states, &self.gradients, adamw)?;
-            norms.copy_to(&*device, &mut self.metrics)?;
-        }
-        let (norms, outcomes) = self.download_metrics(pairs.len())?;
-        let gradient_norm = layer_updates::total(&norms);
-        let loss = self.mean_loss(pairs, &outcomes);
-        super::guard::check_finite(loss, Some(gradient_norm), pairs, &outcomes)?;
-        Ok(self.alone(loss, outcomes, gradient_norm, tokens))
-    }
-
-    /// Fails where a loss is not finite, before the first layer is updated inside the backward. The gradients of all layers are
-    /// known only after that: where one of them is not finite the run ends too, with nothing saved.
-    fn check_before_updates(&mut self, pairs: &[TrainingPair<'_>], adamw: Option<AdamWStep>) -> Result<()> {
-        if adamw.is_none() {
-            return Ok(());
-        }
-        let device = Arc::clone(&self.model.device);
-        let values = pairs.len() * PairOutcome::WIDTH;
-        // The step is one micro-batch, so that these are all its pairs.
-        let first = self.first_outcome;
-        device.copy(&mut self.metrics, first, &self.activations.head.outcomes, 0, values)?;
-        let outcomes = self.download_outcomes(pairs.len())?;
-        super::guard::check_finite(self.mean_loss(pairs, &outcomes), None, pairs, &outcomes)
-    }
-
-    /// Tokens of each pair.
-    fn pair_sizes(&self, pairs: &[TrainingPair<'_>]) -> Vec<usize> {
-        pairs.iter().map(|pair| pair.pair.tokens_of(self.objective.sides())).collect()
     }
 
     /// AdamW over all trained weights, from the gradients of [`Trainer::accumulate_gradients`].
@@ -507,177 +372,4 @@ impl<D: Device> Trainer<D> {
     pub fn device(&self) -> &D {
         &self.model.device
     }
-
-    /// Forward of each micro-batch of this rank's share of `pairs`, then `head`, which is told whether it is the last one; gathers the
-    /// outcomes. Returns the tokens that went through. `dropout` names the masks of adapters' dropout; `None` drops nothing.
-    fn each_micro_batch(
-        &mut self,
-        pairs: &[TrainingPair<'_>],
-        dropout: Option<u64>,
-        mut head: impl FnMut(&mut Self, &PairBatch, bool) -> Result<()>,
-    ) -> Result<usize> {
-        let device = Arc::clone(&self.model.device);
-        let sides = self.objective.sides();
-        let references: Vec<ReferencePair> = pairs.iter().map(|pair| pair.reference).collect();
-        let constants = self.objective.batch_constants(&references, &chosen_tokens(pairs));
-        self.dealt = self.deal(pairs);
-        let (runs, before) = self.own_micro_batches(&self.pair_sizes(pairs));
-        self.idle_rounds = self.idle_rounds(runs.len(), &self.pair_sizes(pairs));
-        let last = runs.len().saturating_sub(1);
-        let mut tokens = 0;
-        for (number, run) in runs.into_iter().enumerate() {
-            let own = &self.dealt.order[run.clone()];
-            let own_constants: Vec<_> = own.iter().map(|&pair| constants[pair]).collect();
-            let batch = PairBatch::pack(own.iter().map(|&pair| pairs[pair].pair), sides);
-            self.model.set_dropout_key(dropout.map(|key| hash(key, (before + number) as u64)));
-            // Ends an evaluation before the first step; while steps run, a signal waits for the loop.
-            interrupt::check()?;
-            progress::tick();
-            self.batch.load(device.as_ref(), &batch, &own_constants)?;
-            self.forward(batch.tokens())?;
-            head(self, &batch, number == last)?;
-            device.copy(
-                &mut self.metrics,
-                self.first_outcome + run.start * PairOutcome::WIDTH,
-                &self.activations.head.outcomes,
-                0,
-                run.len() * PairOutcome::WIDTH,
-            )?;
-            tokens += batch.tokens();
-        }
-        self.model.set_dropout_key(None);
-        Ok(tokens)
-    }
-
-    /// The model's forward over the batch that is loaded.
-    fn forward(&mut self, tokens: usize) -> Result<()> {
-        let Trainer { model, activations, batch, ranks, gathered, .. } = self;
-        match (ranks, gathered) {
-            (Some(ranks), Some(gathered)) => {
-                model.forward_from(&mut GatherUp { ranks, gathered }, activations, batch, tokens)
-            }
-            _ => model.forward(activations, batch, tokens, Context::Packed),
-        }
-    }
-
-    /// Who computes which of `pairs`.
-    fn deal(&self, pairs: &[TrainingPair<'_>]) -> Deal {
-        let ranks = self.place().ranks;
-        if ranks == 1 {
-            return Deal::alone(pairs.len());
-        }
-        let sides = self.objective.sides();
-        let costs: Vec<u64> =
-            pairs.iter().map(|pair| deal::cost(&self.model.config, pair.pair, sides)).collect();
-        deal::deal(&costs, ranks)
-    }
-
-    /// The micro-batches of this rank, as parts of the order of `dealt`, and how many the ranks before it have together. `sizes`
-    /// are those of the batch.
-    fn own_micro_batches(&self, sizes: &[usize]) -> (Vec<Range<usize>>, usize) {
-        let rank = self.place().rank;
-        let of = |rank: usize| {
-            let own: Vec<usize> = self.dealt.pairs(rank).iter().map(|&pair| sizes[pair]).collect();
-            micro_batches(&own, self.token_budget)
-        };
-        let first = self.dealt.part(rank).start;
-        let runs = of(rank).into_iter().map(|run| first + run.start..first + run.end).collect();
-        (runs, (0..rank).map(|rank| of(rank).len()).sum())
-    }
-
-    /// The outcomes of the last `pairs` pairs that went through the head; [`Trainer::step`] leaves those of a step that failed.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub(super) fn download_outcomes(&self, pairs: usize) -> Result<Vec<PairOutcome>> {
-        Ok(self.download_metrics(pairs)?.1)
-    }
-
-    /// The norms of the last backward, two values each, and the outcomes of the first `pairs` pairs. A step waits for the device here
-    /// alone.
-    fn download_metrics(&self, pairs: usize) -> Result<(Vec<f32>, Vec<PairOutcome>)> {
-        let _waiting = progress::wait();
-        let mut values = vec![0.0; self.first_outcome + pairs * PairOutcome::WIDTH];
-        self.device().download(&mut values, &self.metrics, 0)?;
-        let outcomes: &[PairOutcome] = bytemuck::cast_slice(&values[self.first_outcome..]);
-        // A capsule asks for the outcomes of a batch that may never have been dealt.
-        let outcomes = match self.dealt.order.len() == pairs {
-            true => self.dealt.restore(outcomes),
-            false => outcomes.to_vec(),
-        };
-        values.truncate(self.first_outcome);
-        Ok((values, outcomes))
-    }
-
-    fn mean_loss(&self, pairs: &[TrainingPair<'_>], outcomes: &[PairOutcome]) -> f64 {
-        let count = self.objective.batch_count(&chosen_tokens(pairs));
-        outcomes.iter().map(|outcome| outcome.loss as f64).sum::<f64>() / count
-    }
-}
-
-fn chosen_tokens(pairs: &[TrainingPair<'_>]) -> Vec<usize> {
-    pairs.iter().map(|pair| pair.pair.scored_tokens()[0]).collect()
-}
-
-/// The buffers for gradients, and what is done with those of a layer.
-struct GradientBuffers<D: Device> {
-    gradients: Gradients<D>,
-    layer_norms: Option<LayerNorms<D>>,
-    own_sums: Option<OwnSums<D>>,
-    bf16_sums: Option<Bf16Sums<D>>,
-}
-
-impl<D: Device> GradientBuffers<D> {
-    /// Those that `memory` asks for, with the scratch memory of their norm.
-    fn new(model: &Llama<D>, memory: &MemoryConfig, ranks: Option<&OtherRanks<D>>) -> Result<Self> {
-        let sharded = ranks.filter(|ranks| ranks.shard >= ShardConfig::Gradients);
-        let is_whole = memory.gradients == GradientConfig::F32 && sharded.is_none();
-        let gradients =
-            if is_whole { model.zero_gradients()? } else { model.zero_gradients_of_one_layer()? };
-        let (mut layer_norms, mut own_sums, mut bf16_sums) = (None, None, None);
-        match (memory.gradients, sharded) {
-            (GradientConfig::Layer, _) => layer_norms = Some(LayerNorms::new(model, &gradients)?),
-            (GradientConfig::Bf16, _) => bf16_sums = Some(Bf16Sums::new(model)?),
-            (GradientConfig::F32, Some(ranks)) => own_sums = Some(OwnSums::new(model, ranks, &gradients)?),
-            (GradientConfig::F32, None) => {}
-        }
-        if layer_norms.is_none() {
-            let own = own_sums.iter().flat_map(OwnSums::iter).map(Gradient::F32);
-            let all =
-                bf16_gradients::of_step(&gradients, bf16_sums.as_ref()).into_iter().flatten().chain(own);
-            model.device.reserve_gradient_norm_of(&all.collect::<Vec<_>>())?;
-        }
-        Ok(GradientBuffers { gradients, layer_norms, own_sums, bf16_sums })
-    }
-}
-
-/// The states on the device of the trained tensors before the first update. A tensor's number is its place in the model, frozen tensors counted:
-/// the random bits of a tensor do not depend on which others are trained.
-fn new_states<D: Device>(
-    model: &Llama<D>,
-    workload: Workload,
-    ranks: Option<&OtherRanks<D>>,
-) -> Result<LlamaTensors<Option<OptimizerState<D>>>> {
-    let (device, options) = (&*model.device, workload.memory.states);
-    let offloads = workload.memory.offload == OffloadConfig::States;
-    let mut weights = model.weights.iter().zip(0..);
-    let stays = |tensor: &FusedTensor| tensor.trained && !(offloads && is_offloaded(tensor.values()));
-    model.layout.try_map(|tensor| match (weights.next(), stays(tensor)) {
-        (Some((weight, number)), true) => {
-            let rounding = StochasticRounding { seed: workload.rounding_seed, tensor: number };
-            match ranks.filter(|ranks| ranks.shard != ShardConfig::None) {
-                None => OptimizerState::before_first(device, weight, options, rounding).map(Some),
-                // A small tensor has no values for some ranks.
-                Some(ranks) => match ranks.own(tensor.values()) {
-                    own if own.is_empty() => Ok(None),
-                    own => {
-                        let whole = tensor.values();
-                        OptimizerState::before_first_of_part(device, weight, (own, whole), options, rounding)
-                            .map(Some)
-                    }
-                },
-            }
-        }
-        _ => Ok(None),
-    })
 }

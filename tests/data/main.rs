@@ -89,7 +89,7 @@ fn refusal(value: Value) -> String {
     }
 }
 
-/// A conversation with each message as `role: content`, messages apart by `|`: prompt, chosen, rejected. A plain
+/// A conversation with each message as `role: content`, messages separated by `|`: prompt, chosen, rejected. A plain
 /// text stands in quotes.
 fn shown(record: &mmpo_fast::data::Record) -> [String; 3] {
     match &record.body {

@@ -228,7 +228,7 @@ fn the_token_that_ends_a_turn_is_what_the_template_writes_after_the_answer() {
         // Nothing special is written: a response then ends with the tokenizer's own end token.
         ("chatml", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|im_end|>"),
         ("chatml", "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", "<|endoftext|>"),
-        // Of two, the first.
+        // The first of two counts.
         (
             "chatml",
             "{% for m in messages %}{{ m.content }}<|im_end|><|endoftext|>{% endfor %}<|im_start|>",

@@ -215,5 +215,17 @@ fn a_plan_for_several_ranks_shows_what_they_send() {
     let text = workplace.succeed(&asked).stdout;
     assert!(text.contains("a step on 8 ranks") && text.contains("as asked"), "{text}");
 
+    // States that are offloaded are not sharded, so that there is one way alone.
+    let offloaded = planned("--gpu H100 --ranks 8 --offload states");
+    let ways = self::account(&workplace, &offloaded)["ranks"]["shardings"].clone();
+    let ways: Vec<_> = ways.as_array().unwrap().iter().map(|way| way["shard"].clone()).collect();
+    assert_eq!(ways, ["none"]);
+    let text = workplace.succeed(&offloaded).stdout;
+    assert!(text.contains("every other --shard needs --offload none"), "{text}");
+
+    // Without the machine's rates there is nothing to tell of the exchange, which is said.
+    let text = workplace.succeed(&planned("--ranks 8")).stdout;
+    assert!(text.contains("a step on 8 ranks: give the machine's rates"), "{text}");
+
     workplace.refuse(&planned("--network-bandwidth 25"), 2, &["--ranks"]);
 }

@@ -113,35 +113,91 @@ fn check_input_add<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize
     }
 }
 
-/// `inner` is assigned in full.
-fn check_inner<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize, usize), bounds: Tolerance) {
-    trying("(rows, inputs, outputs)", (rows, inputs, outputs));
-    let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
-    let (a, a64) = random_compute(device, 2, outputs * inputs, 1.0);
-    let mut inner = unset_compute(device, rows * outputs + 5);
-    let shape = LinearShape { rows, inputs, outputs };
-    device.low_rank_inner(&mut inner, &x, &a, shape).unwrap();
-    let wanted = naive::linear(&x64, &a64, &vec![0.0; outputs], inputs);
-    let inner = read_compute(device, &inner);
-    assert_close("inner", &inner[..rows * outputs], &wanted, bounds);
-    assert!(inner[rows * outputs..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
+/// The values of `x` that are left, in exact arithmetic.
+fn dropped(x: &[f64], dropout: Option<Dropout>) -> Vec<f64> {
+    let factor = |index| dropout.map_or(1.0, |dropout| f64::from(dropout.factor(index)));
+    x.iter().enumerate().map(|(index, x)| x * factor(index)).collect()
 }
 
-/// The gradient of `a`, which accumulates, is that of a linear layer with few outputs.
+/// Nothing, a few values, and many.
+fn dropouts() -> [Option<Dropout>; 3] {
+    [None, Some(Dropout::new(0x1234_5678_9ABC_DEF0, 0.01)), Some(Dropout::new(11, 0.3))]
+}
+
+/// `inner` is assigned in full, from what dropout leaves of `x`.
+fn check_inner<D: Device>(device: &D, (rows, inputs, outputs): (usize, usize, usize), bounds: Tolerance) {
+    let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+    let (a, a64) = random_compute(device, 2, outputs * inputs, 1.0);
+    for dropout in dropouts() {
+        trying("(rows, inputs, outputs), dropout", ((rows, inputs, outputs), dropout));
+        let mut inner = unset_compute(device, rows * outputs + 5);
+        let shape = LinearShape { rows, inputs, outputs };
+        device.low_rank_inner(&mut inner, &x, &a, shape, dropout).unwrap();
+        let wanted = naive::linear(&dropped(&x64, dropout), &a64, &vec![0.0; outputs], inputs);
+        let inner = read_compute(device, &inner);
+        assert_close("inner", &inner[..rows * outputs], &wanted, bounds);
+        assert!(inner[rows * outputs..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
+    }
+}
+
+/// The gradient of `a`, which accumulates, is that of a linear layer with few outputs, from the same values of `x`.
 fn check_gradient_of_a<D: Device>(device: &D, shape: LinearShape) {
-    trying("shape", shape);
     let (x, x64) = random_compute(device, 1, shape.rows * shape.inputs, 1.0);
     let (dinner, dinner64) = random_compute(device, 2, shape.rows * shape.outputs, 1.0);
     let before = random(3, shape.outputs * shape.inputs, 1.0);
-    let mut da = floats(device, &before);
-    device.linear_backward_weight(Some(&mut da), None, &dinner, &x, shape).unwrap();
-    let mut wanted = wide(&before);
-    let gradient = naive::Precision::Exact.linear_backward_weight(&dinner64, &x64, shape.inputs);
-    wanted.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
-    assert_close("da", &read(device, &da), &wanted, Tolerance::F32);
+    for dropout in dropouts() {
+        trying("shape, dropout", (shape, dropout));
+        let mut da = floats(device, &before);
+        device.low_rank_inner_backward_weight(&mut da, &dinner, &x, shape, dropout).unwrap();
+        let mut wanted = wide(&before);
+        let x64 = dropped(&x64, dropout);
+        let gradient = naive::Precision::Exact.linear_backward_weight(&dinner64, &x64, shape.inputs);
+        wanted.iter_mut().zip(gradient).for_each(|(wanted, gradient)| *wanted += gradient);
+        assert_close("da", &read(device, &da), &wanted, Tolerance::F32);
+    }
+}
+
+/// The matrix that changes nothing.
+fn unit(size: usize) -> Vec<f32> {
+    (0..size * size).map(|index| if index % (size + 1) == 0 { 1.0 } else { 0.0 }).collect()
+}
+
+/// A value of `x` is dropped by its place alone, and the same ones in both products: a unit matrix shows each of them. A scale
+/// of 2 is exact in every storage type.
+fn check_mask<D: Device>(device: &D, (rows, inputs): (usize, usize)) {
+    trying("(rows, inputs)", (rows, inputs));
+    let dropout = Some(Dropout::new(0x0123_4567_89AB_CDEF, 0.5));
+    let (x, x64) = random_compute(device, 1, rows * inputs, 1.0);
+    let wanted = dropped(&x64, dropout);
+    let mut inner = unset_compute(device, rows * inputs);
+    let (a, _) = compute(device, &unit(inputs));
+    let shape = LinearShape { rows, inputs, outputs: inputs };
+    device.low_rank_inner(&mut inner, &x, &a, shape, dropout).unwrap();
+    assert_exact("inner", &read_compute(device, &inner), &wanted);
+    let mut da = floats(device, &vec![0.0; rows * inputs]);
+    let (dinner, _) = compute(device, &unit(rows));
+    let shape = LinearShape { rows, inputs, outputs: rows };
+    device.low_rank_inner_backward_weight(&mut da, &dinner, &x, shape, dropout).unwrap();
+    assert_exact("da", &read(device, &da), &wanted);
 }
 
 path_tests! {
+    /// Both products with `a` drop the values that the key drops at their places, and no others.
+    fn mask(device, bounds) {
+        for sizes in [(1, 8), (3, 7), (37, 31), (72, 200), (200, 72), (136, 264)] {
+            check_mask(device, sizes);
+        }
+    }
+
+    /// The gradient of `a`, for one to three modules: ragged tiles, rows that are summed in parts, and single values.
+    fn gradient_of_a(device, bounds) {
+        let shapes =
+            [(1, 16, 8), (9, 17, 3), (70, 72, 64), (530, 200, 128), (40, 136, 192), (1100, 264, 64), (37, 64, 216)];
+        for (rows, inputs, outputs) in shapes {
+            check_gradient_of_a(device, LinearShape { rows, inputs, outputs });
+        }
+    }
+
     /// `inner` is assigned in full, for as many columns as one to three modules have, and more.
     fn inner(device, bounds) {
         let shapes = [(1, 16, 8), (9, 17, 3), (70, 72, 64), (530, 200, 128), (40, 136, 192), (37, 64, 216)];
@@ -187,24 +243,6 @@ device_tests! {
         }
     }
 
-    /// A value is dropped or scaled by its place alone; nothing after the matrix is written.
-    fn dropout(device, bounds) {
-        for (rows, width) in [(1, 1), (1, 7), (3, 8), (37, 31), (130, 64)] {
-            trying("(rows, width)", (rows, width));
-            let (x, x64) = random_compute(device, 1, rows * width, 1.0);
-            let mut out = unset_compute(device, rows * width + 3);
-            let dropout = Dropout::new(0x1234_5678_9ABC_DEF0, 0.25);
-            device.dropout(&mut out, &x, [rows, width], dropout).unwrap();
-            let wanted: Vec<f64> =
-                x64.iter().enumerate().map(|(index, x)| x * f64::from(dropout.factor(index))).collect();
-            let out = read_compute(device, &out);
-            assert_close("out", &out[..rows * width], &wanted, bounds);
-            let dropped = |index: &usize| dropout.factor(*index) == 0.0;
-            assert!((0..rows * width).filter(dropped).all(|index| out[index] == 0.0), "a dropped value is 0");
-            assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote past the matrix");
-        }
-    }
-
     /// Columns that do not fit into a row are an error that names the operation.
     fn too_small(device, bounds) {
         let (inner, _) = random_compute(device, 1, 8, 1.0);
@@ -213,5 +251,45 @@ device_tests! {
         let shape = shape([1, 8, 8, 12, 16, 0, 8, 0]);
         let error = device.low_rank_forward(&mut out, &inner, &b, shape).unwrap_err().to_string();
         assert!(error.contains("low_rank_forward") && error.contains("`a row of out`"), "{error}");
+    }
+}
+
+/// The gradient of `a` in every tile shape of Hopper's kernel, by single blocks and by clusters.
+mod every_tile_of_hopper {
+    use mmpo_fast::device::cuda::{CudaDevice, GemmChoice, KernelPath};
+
+    use super::*;
+
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn emulated_hopper() {
+        body(emulated().with_path(KernelPath::Hopper));
+    }
+
+    #[cfg(mmpo_emulated)]
+    #[test]
+    fn checked_hopper() {
+        body(checked().with_path(KernelPath::Hopper));
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(device) = crate::harness::gpu().filter(|device| device.path() == KernelPath::Hopper) {
+            body(device);
+        }
+    }
+
+    fn body(mut device: CudaDevice) {
+        let mut tried = 0;
+        for (number, tile) in device.gemm_tiles().unwrap().into_iter().enumerate() {
+            if tile.block_n != 128 {
+                continue;
+            }
+            device = device.with_gemm_choice(GemmChoice::Tile(number.try_into().unwrap()));
+            check_gradient_of_a(&device, LinearShape { rows: 300, inputs: 264, outputs: 192 });
+            check_mask(&device, (200, 136));
+            tried += 1;
+        }
+        assert_eq!(tried, 3);
     }
 }

@@ -109,7 +109,7 @@ inline bool is_set(const char* name) {
 struct Comm {
     int rank = 0, ranks = 0;
     bool blocking = true;
-    // Of this communicator alone. Its lock on byte `rank` ends with the process, however that ends.
+    // This communicator's own descriptor. Its lock on byte `rank` ends with the process, however that ends.
     int file = -1;
     Shared* shared = nullptr;
     std::atomic<bool> aborted{false};

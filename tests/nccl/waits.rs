@@ -72,7 +72,7 @@ pub fn step<D: Device>(device: &D, rank: &Rank) {
     device.read_host(&mut stored, &host, 0).unwrap();
     let stored: Vec<f32> = stored.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
 
-    // Of two ranks: index and index + 1000; then the first rank's piece and the second's.
+    // The two ranks hold index and index + 1000; then the first rank's piece and the second's.
     let sum = |index: usize| (2 * index + 1000) as f32;
     let sums: Vec<f32> = all.map(sum).collect();
     let both: Vec<f32> = (0..PIECE).map(|index| sum(index) + sum(index + PIECE)).collect();

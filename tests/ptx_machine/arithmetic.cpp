@@ -77,7 +77,7 @@ struct Remainder {
         return T(a % b);
     }
 };
-// Of a number and a NaN, the number.
+// The number, where the other operand is NaN.
 struct Minimum {
     template <class T>
     T operator()(T a, T b) const {

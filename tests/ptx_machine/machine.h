@@ -213,7 +213,7 @@ struct Warp {
     // Products since the last commit and in groups, together, and how many of them use each virtual register.
     uint32_t products_pending = 0;
     std::vector<uint16_t> in_flight;
-    // Of all wgmma instructions so far, to compare the warps of a warpgroup.
+    // A hash over all wgmma instructions so far, to compare the warps of a warpgroup.
     uint64_t product_history = 0;
 
     template <class T>

@@ -3,6 +3,6 @@
 
 // The device whose context is current in this thread.
 int current_device();
-// Of both devices: an H100 has 132. Persistent kernels launch as many blocks.
+// How many each of the two devices has: an H100 has 132. Persistent kernels launch as many blocks.
 int multiprocessors();
 void set_multiprocessors(int count);

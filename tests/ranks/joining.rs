@@ -58,6 +58,22 @@ fn ranks_with_other_inputs_or_options_are_refused_by_name() {
     }
 }
 
+/// Ranks choose their memory together, from the least that one of them has. One that was given its options takes part, so that what
+/// differs is told as such and not as ranks that are at different places.
+#[test]
+fn ranks_choose_their_memory_together() {
+    let work = Workplace::new();
+    let run = format!("{TRAIN} --max-steps 2 --output");
+    let finished = both(&work, [&format!("{run} run --memory auto"), &format!("{run} run")]);
+    assert_eq!([finished[0].code, finished[1].code], [Some(0), Some(0)], "{}", finished[0].stderr);
+    assert_eq!(finished[0].stderr.matches("--memory auto: ").count(), 1, "{}", finished[0].stderr);
+    let finished =
+        both(&work, [&format!("{run} other --memory auto"), &format!("{run} other --memory 1000GB")]);
+    assert_eq!([finished[0].code, finished[1].code], [Some(2), Some(9)], "{}", finished[0].stderr);
+    let message = &finished[0].stderr;
+    assert!(message.contains("different options: `memory` is nothing and"), "{message}");
+}
+
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     let work = Workplace::new();

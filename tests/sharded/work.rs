@@ -8,7 +8,7 @@ use mmpo_fast::checkpoint::{BackgroundSaves, Checkpoint, ModelFolder, RunState};
 use mmpo_fast::config::{MemoryConfig, ShardConfig};
 use mmpo_fast::device::{Device, GroupPlace, StorageType};
 use mmpo_fast::model::{AdaptedModule, AdaptedModules, Llama, LoraSettings, initial_values};
-use mmpo_fast::objective::{Dpo, Mmpo, Objective};
+use mmpo_fast::objective::{Dpo, Objective};
 use mmpo_fast::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use mmpo_fast::ranks::RankGroup;
 use mmpo_fast::score::Scorer;
@@ -70,15 +70,7 @@ impl Case {
         match self.goal {
             Goal::Sft => Objective::Sft,
             Goal::Dpo => Objective::Dpo(Dpo { beta: 0.1, label_smoothing: 0.0 }),
-            Goal::Mmpo => Objective::Mmpo(Mmpo {
-                beta: 0.05,
-                epsilon: 0.9,
-                reward_group: 2,
-                reward_normalize: true,
-                length_normalize: true,
-                preference_weight: 0.5,
-                entropy_weight: 0.05,
-            }),
+            Goal::Mmpo => golden::OBJECTIVE,
         }
     }
 }

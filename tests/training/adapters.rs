@@ -18,16 +18,8 @@ use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
 use crate::golden::{self, Golden, STEP};
 
-const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
-    beta: 0.05,
-    epsilon: 0.9,
-    reward_group: 2,
-    reward_normalize: true,
-    length_normalize: true,
-    preference_weight: 0.5,
-    // The entropy term is a surrogate: its gradient is not that of its value.
-    entropy_weight: 0.0,
-});
+// The entropy term is a surrogate: its gradient is not that of its value.
+const OBJECTIVE: Objective = Objective::Mmpo(Mmpo { entropy_weight: 0.0, ..golden::MMPO });
 
 /// Pairs of a step.
 const PAIRS: usize = 4;

@@ -13,8 +13,8 @@ use mmpo_fast::score::{PairScore, Scorer};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 use serde_json::Value;
 
-/// MMPO as it trains, with every part of the loss at work.
-pub const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
+/// MMPO with every part of its loss at work, and no weight saturated.
+pub const MMPO: Mmpo = Mmpo {
     beta: 0.05,
     epsilon: 0.9,
     reward_group: 2,
@@ -22,7 +22,10 @@ pub const OBJECTIVE: Objective = Objective::Mmpo(Mmpo {
     length_normalize: true,
     preference_weight: 0.5,
     entropy_weight: 0.05,
-});
+};
+
+/// [`MMPO`] as it trains.
+pub const OBJECTIVE: Objective = Objective::Mmpo(MMPO);
 
 /// A first update.
 pub const STEP: AdamWStep =

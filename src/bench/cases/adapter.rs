@@ -18,8 +18,9 @@ const DROPOUT: f64 = 0.01;
 
 pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
     vec![
-        dropout,
-        low_rank_inner,
+        |device, shape| low_rank_inner(device, shape, "", None),
+        |device, shape| low_rank_inner(device, shape, "with dropout", Some(Dropout::new(1, DROPOUT))),
+        low_rank_inner_backward_weight,
         adapted_linear_forward,
         adapted_linear_swiglu_forward,
         |device, shape| adapted_linear_backward_input(device, shape, "", None),
@@ -66,28 +67,41 @@ fn sizes(shape: LowRankShape) -> (usize, [usize; 3]) {
     (2 * rows * rank * outputs, [rows * outputs, rows * rank, outputs * rank])
 }
 
-fn dropout<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let (rows, width) = (shape.tokens(), shape.config.hidden_size);
-    let x = compute(device, 1, rows * width, 1.0)?;
-    let out = outputs(device, &[rows * width], &[])?;
-    let case = Case::new("dropout", out, move |device: &D, out| {
-        device.dropout(&mut out.compute[0], &x, [rows, width], Dropout::new(1, DROPOUT))
-    });
-    Ok(case.bytes(2 * compute_size::<D>() * rows * width))
-}
-
-fn low_rank_inner<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
-    let linear =
-        LinearShape { rows: shape.tokens(), inputs: shape.config.hidden_size, outputs: MODULES * RANK };
+fn low_rank_inner<D: Device>(
+    device: &D,
+    shape: &Shape,
+    part: &'static str,
+    dropout: Option<Dropout>,
+) -> Result<Case<D>> {
+    let linear = inner_shape(shape);
     let LinearShape { rows, inputs, outputs: columns } = linear;
     let x = compute(device, 1, rows * inputs, 1.0)?;
     let a = compute(device, 2, columns * inputs, 0.02)?;
     let out = outputs(device, &[rows * columns], &[])?;
     let case = Case::new("low_rank_inner", out, move |device: &D, out| {
-        device.low_rank_inner(&mut out.compute[0], &x, &a, linear)
+        device.low_rank_inner(&mut out.compute[0], &x, &a, linear, dropout)
     });
     let bytes = compute_size::<D>() * (rows * inputs + rows * columns + columns * inputs);
-    Ok(case.flops(2 * rows * inputs * columns).bytes(bytes))
+    Ok(case.part(part).flops(2 * rows * inputs * columns).bytes(bytes))
+}
+
+fn low_rank_inner_backward_weight<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let linear = inner_shape(shape);
+    let LinearShape { rows, inputs, outputs: columns } = linear;
+    let x = compute(device, 1, rows * inputs, 1.0)?;
+    let dinner = compute(device, 2, rows * columns, 1.0)?;
+    let out = outputs(device, &[], &[columns * inputs])?;
+    let case = Case::new("low_rank_inner_backward_weight", out, move |device: &D, out| {
+        let dropout = Some(Dropout::new(1, DROPOUT));
+        device.low_rank_inner_backward_weight(&mut out.floats[0], &dinner, &x, linear, dropout)
+    });
+    let bytes = compute_size::<D>() * rows * (inputs + columns) + 2 * WORD * columns * inputs;
+    Ok(case.updates().part("with dropout").flops(2 * rows * inputs * columns).bytes(bytes))
+}
+
+/// The products with `a` of modules that share an input.
+fn inner_shape(shape: &Shape) -> LinearShape {
+    LinearShape { rows: shape.tokens(), inputs: shape.config.hidden_size, outputs: MODULES * RANK }
 }
 
 /// Operations of a frozen gemm with these adapters, and the values of its operands of the storage type but for `out`.

@@ -140,7 +140,7 @@ fn is_list_as_text(text: &str) -> bool {
 pub(crate) struct PairDigests {
     pub pair: u64,
     pub exchanged: u64,
-    /// Of the prompt alone; of the pair where the prompt is empty.
+    /// Digest of the prompt alone, or of the pair where the prompt is empty.
     pub prompt: u64,
 }
 

@@ -72,7 +72,7 @@ struct Piece<'a> {
     x: &'a [bf16],
     /// The rows of the weight for these columns.
     weight: &'a [bf16],
-    /// Of all columns.
+    /// One value for each of all columns.
     bias: Option<&'a [bf16]>,
     rows: usize,
     inputs: usize,

@@ -26,6 +26,9 @@ const VECTORS: usize = 2;
 pub(super) const DOT_ROWS: usize = 4;
 /// Rows of the weight that [`dots`] takes at once.
 pub(super) const DOT_OUTPUTS: usize = 4;
+/// How many groups of [`DOT_OUTPUTS`] rows before their use the weights are asked for: at 2, two threads read the weights of
+/// SmolLM2-135M a fifth faster than without, and farther ahead gains nothing.
+const PREFETCH_GROUPS: usize = 2;
 
 /// Whether this processor has what the functions of this file are compiled for.
 pub(super) fn is_supported() -> bool {
@@ -338,6 +341,9 @@ unsafe fn run_dots<const OUTPUTS: usize, const ROWS: usize>(
         };
         let x: [__m512bh; ROWS] = std::array::from_fn(|row| load(x, row));
         for (output, sums) in sums.iter_mut().enumerate() {
+            // A hint, which may point past the weight.
+            let later = weight.as_ptr().wrapping_add((PREFETCH_GROUPS * OUTPUTS + output) * k + at);
+            _mm_prefetch::<_MM_HINT_T0>(later.cast());
             let weight = load(weight, output);
             for (sum, x) in sums.iter_mut().zip(x) {
                 *sum = _mm512_dpbf16_ps(*sum, weight, x);

@@ -217,6 +217,10 @@ impl<C: Storage> Hardware for CpuDevice<C> {
         format!("cpu {}", C::NAME)
     }
 
+    fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.parallel(work)
+    }
+
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         let started = Instant::now();
         work()?;

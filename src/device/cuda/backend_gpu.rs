@@ -356,7 +356,7 @@ impl GpuBackend {
 
 /// The streams beside the computation.
 struct Lanes {
-    /// Of copies, in the order of [`Lane`].
+    /// The streams of copies, in the order of [`Lane`].
     streams: [sys::CUstream; 2],
     collectives: sys::CUstream,
     /// Whether a copy or a collective was queued since the last wait for all of them.

@@ -18,23 +18,35 @@ use crate::error::Result;
 pub struct Communicator {
     nccl: nccl::Communicator,
     memory: Arc<DeviceMemory>,
-    reserved: Option<Reserved>,
+    _reserved: Option<Reserved>,
 }
 
 /// What NCCL takes of a GPU's memory, counted; on a device that is planned for also taken.
 #[derive(Debug)]
 struct Reserved {
+    memory: Arc<DeviceMemory>,
     part: MemoryPart,
     planned: Option<Address>,
 }
 
 impl Reserved {
-    fn new(memory: &DeviceMemory) -> Result<Self> {
+    fn new(memory: &Arc<DeviceMemory>) -> Result<Self> {
         let planned = match memory.backend.only_counts() {
             true => Some(memory.backend.allocate(NCCL_MEMORY)?),
             false => None,
         };
-        Ok(Reserved { part: memory.counter.add(NCCL_MEMORY, Some(MemoryPart::Other)), planned })
+        let part = memory.counter.add(NCCL_MEMORY, Some(MemoryPart::Other));
+        Ok(Reserved { memory: Arc::clone(memory), part, planned })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.memory.counter.subtract(NCCL_MEMORY, self.part);
+        if let Some(address) = self.planned {
+            // SAFETY: the address was allocated for this value alone, and no one can name it any more.
+            unsafe { self.memory.backend.free(address) };
+        }
     }
 }
 
@@ -43,12 +55,6 @@ impl Drop for Communicator {
         // The emulated device does what it holds back; a failed group has nothing to wait for.
         if self.nccl.check().is_ok() {
             self.memory.backend.flush_collectives().unwrap_or_else(|error| tracing::debug!("{error}"));
-        }
-        let Some(reserved) = self.reserved.take() else { return };
-        self.memory.counter.subtract(NCCL_MEMORY, reserved.part);
-        if let Some(address) = reserved.planned {
-            // SAFETY: the address is this communicator's own, and no one can name it any more.
-            unsafe { self.memory.backend.free(address) };
         }
     }
 }
@@ -62,15 +68,15 @@ impl Collectives for CudaDevice {
 
     fn join_group(&self, id: &GroupId, place: GroupPlace) -> Result<Communicator> {
         let memory = Arc::clone(&self.memory);
-        let reserved = if self.backend().takes_pieces() { Some(Reserved::new(&memory)?) } else { None };
+        let _reserved = if self.backend().takes_pieces() { Some(Reserved::new(&memory)?) } else { None };
         if self.backend().only_counts() {
-            return Ok(Communicator { nccl: nccl::Communicator::new(place, None), memory, reserved });
+            return Ok(Communicator { nccl: nccl::Communicator::new(place, None), memory, _reserved });
         }
         // Makes the GPU current on this thread, and its stream.
         self.backend().collectives_stream()?;
         let group = Group::join(id, place)?;
         memory.groups.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&group));
-        Ok(Communicator { nccl: nccl::Communicator::new(place, Some(group)), memory, reserved })
+        Ok(Communicator { nccl: nccl::Communicator::new(place, Some(group)), memory, _reserved })
     }
 
     fn place(&self, group: &Communicator) -> GroupPlace {

@@ -107,6 +107,14 @@ fn tile_number(tile: Tile) -> i32 {
     tile.map_or(MMPO_PLANNED_TILE, i32::from)
 }
 
+/// The tile shape that the device's choice names, for kernels of Hopper that no library has.
+pub(super) fn wanted_tile(device: &CudaDevice) -> i32 {
+    match device.gemm_choice() {
+        GemmChoice::Tile(tile) => tile.into(),
+        GemmChoice::Fastest | GemmChoice::Ours | GemmChoice::Vendor => MMPO_PLANNED_TILE,
+    }
+}
+
 /// Queues one gemm.
 ///
 /// # Safety

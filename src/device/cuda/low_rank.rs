@@ -2,12 +2,15 @@
 
 use half::bf16;
 
-use super::gemm::{GemmKind, own_kernel};
+use super::gemm::{GemmKind, own_kernel, wanted_tile};
 use super::{CudaBuffer, CudaDevice, KernelPath, adapted_linear, launch_sizes};
 use crate::device::{
     AdaptedBackwardInput, AdaptedLinear, Checked, Dropout, Linear, LinearShape, LowRank, LowRankShape,
 };
 use crate::error::Result;
+
+/// What launchers take where nothing is dropped.
+const NO_DROPOUT: Dropout = Dropout { key: 0, threshold: 0, scale: 1.0 };
 
 /// The sizes of a product as its launcher takes them: rows, rank, outputs and both widths.
 fn sizes_of(operation: &str, shape: LowRankShape) -> Result<[i32; 5]> {
@@ -22,7 +25,7 @@ fn widths(shape: LowRankShape) -> [usize; 5] {
 
 impl CudaDevice {
     /// Which kernels take a product with these addresses and sizes.
-    fn low_rank_path(&self, addresses: &[usize], widths: [usize; 5]) -> KernelPath {
+    fn low_rank_path<const COUNT: usize>(&self, addresses: &[usize], widths: [usize; COUNT]) -> KernelPath {
         let mappable = addresses.iter().all(|address| address.is_multiple_of(16))
             && widths.iter().all(|width| width.is_multiple_of(8));
         if mappable { self.path() } else { KernelPath::Portable }
@@ -30,9 +33,22 @@ impl CudaDevice {
 }
 
 impl LowRank for CudaDevice {
-    fn reserve_low_rank(&self, _: LinearShape, parts: &[LowRankShape], _: bool) -> Result<()> {
+    fn reserve_low_rank(&self, shape: LinearShape, parts: &[LowRankShape], dropout: bool) -> Result<()> {
         if self.path() == KernelPath::Portable {
             return Ok(());
+        }
+        if dropout {
+            let name = "low_rank_inner_backward_weight";
+            let [rows, inputs, inner_width] = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
+            let tile = wanted_tile(self);
+            let bytes = self.workspace_bytes(name, &shape, |kernels| {
+                // SAFETY: a pure function of numbers.
+                let taken = (1..=rows).map(|rows| unsafe {
+                    (kernels.low_rank_inner_backward_weight_sm90_workspace)(rows, inputs, inner_width, tile)
+                });
+                taken.max().unwrap_or(0)
+            })?;
+            self.workspace.reserve(&self.memory, bytes)?;
         }
         let name = "low_rank_backward_weight";
         for shape in parts {
@@ -56,35 +72,89 @@ impl LowRank for CudaDevice {
         x: &CudaBuffer<bf16>,
         a: &CudaBuffer<bf16>,
         shape: LinearShape,
+        dropout: Option<Dropout>,
         _: Checked,
     ) -> Result<()> {
         let addresses = [inner.start().addr(), x.start().addr(), a.start().addr()];
-        let kernel = own_kernel(self, GemmKind::Forward, &addresses, shape, true);
-        if !matches!(kernel, Some((KernelPath::Hopper, _))) {
-            return self.linear_forward(inner, x, a, None, shape);
-        }
-        let name = "low_rank_inner_sm90";
+        let path = match dropout {
+            None => {
+                let kernel = own_kernel(self, GemmKind::Forward, &addresses, shape, true);
+                if !matches!(kernel, Some((KernelPath::Hopper, _))) {
+                    return self.linear_forward(inner, x, a, None, shape);
+                }
+                KernelPath::Hopper
+            }
+            Some(_) => self.low_rank_path(&addresses, [shape.inputs, shape.outputs]),
+        };
+        let name = "low_rank_inner";
         let [rows, inputs, inner_width] = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
+        let Dropout { key, threshold, scale } = dropout.unwrap_or(NO_DROPOUT);
         // SAFETY: the buffers cover the sizes.
-        self.launch(name, &shape, |kernels, stream| unsafe {
-            let inner = inner.start_mut();
-            (kernels.low_rank_inner_sm90)(inner, x.start(), a.start(), rows, inputs, inner_width, stream)
+        self.launch(path.either(name, "low_rank_inner_sm90"), &shape, |kernels, stream| unsafe {
+            let launch = path.either(kernels.low_rank_inner, kernels.low_rank_inner_sm90);
+            let (inner, x, a) = (inner.start_mut(), x.start(), a.start());
+            launch(inner, x, a, rows, inputs, inner_width, key, threshold, scale, stream)
         })
     }
 
-    fn run_dropout(
+    fn run_low_rank_inner_backward_weight(
         &self,
-        out: &mut CudaBuffer<bf16>,
+        da: &mut CudaBuffer<f32>,
+        dinner: &CudaBuffer<bf16>,
         x: &CudaBuffer<bf16>,
-        values: usize,
+        shape: LinearShape,
         dropout: Dropout,
         _: Checked,
     ) -> Result<()> {
+        let name = "low_rank_inner_backward_weight";
+        let [rows, inputs, inner_width] = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
+        let addresses = [da.start().addr(), dinner.start().addr(), x.start().addr()];
+        let path = self.low_rank_path(&addresses, [shape.inputs, shape.outputs]);
+        let tile = wanted_tile(self);
         let Dropout { key, threshold, scale } = dropout;
-        // SAFETY: the buffers cover the values.
-        self.launch("dropout", &values, |kernels, stream| unsafe {
-            (kernels.dropout)(out.start_mut(), x.start(), values as i64, key, threshold, scale, stream)
-        })
+        let (da, dinner, x) = (da.start_mut(), dinner.start(), x.start());
+        // SAFETY: the buffers cover the sizes, and the workspace is as large as the launcher's own rule says.
+        self.launch_with_workspace(
+            path.either(name, "low_rank_inner_backward_weight_sm90"),
+            &shape,
+            |kernels| match path {
+                KernelPath::Portable => 0,
+                // SAFETY: a pure function of numbers.
+                KernelPath::Hopper => unsafe {
+                    (kernels.low_rank_inner_backward_weight_sm90_workspace)(rows, inputs, inner_width, tile)
+                },
+            },
+            |kernels, workspace, stream| unsafe {
+                match path {
+                    KernelPath::Portable => (kernels.low_rank_inner_backward_weight)(
+                        da,
+                        dinner,
+                        x,
+                        rows,
+                        inputs,
+                        inner_width,
+                        key,
+                        threshold,
+                        scale,
+                        stream,
+                    ),
+                    KernelPath::Hopper => (kernels.low_rank_inner_backward_weight_sm90)(
+                        da,
+                        workspace,
+                        dinner,
+                        x,
+                        rows,
+                        inputs,
+                        inner_width,
+                        key,
+                        threshold,
+                        scale,
+                        tile,
+                        stream,
+                    ),
+                }
+            },
+        )
     }
 
     fn run_low_rank_forward(
@@ -208,8 +278,7 @@ impl LowRank for CudaDevice {
     ) -> Result<()> {
         let name = "linear_backward_input_add";
         let [rows, inputs, outputs] = launch_sizes(name, [shape.rows, shape.inputs, shape.outputs])?;
-        let Dropout { key, threshold, scale } =
-            dropout.unwrap_or(Dropout { key: 0, threshold: 0, scale: 1.0 });
+        let Dropout { key, threshold, scale } = dropout.unwrap_or(NO_DROPOUT);
         // SAFETY: the buffers cover the sizes.
         self.launch(name, &shape, |kernels, stream| unsafe {
             (kernels.linear_backward_input_add)(

@@ -24,7 +24,7 @@ const CONVERSION_CHUNK: usize = 16 << 20;
 pub(super) struct DeviceMemory {
     pub(super) backend: Box<dyn Backend>,
     pub(super) counter: MemoryCounter,
-    /// Of pinned host memory.
+    /// Counts pinned host memory.
     pub(super) host: MemoryCounter,
     /// How often the host waited for the device.
     pub(super) waits: AtomicUsize,

@@ -27,6 +27,9 @@ pub(super) fn table() -> KernelTable {
             "low_rank_backward_weight_sm90_workspace" => {
                 low_rank_backward_weight_sm90_workspace as *mut c_void
             }
+            "low_rank_inner_backward_weight_sm90_workspace" => {
+                low_rank_inner_backward_weight_sm90_workspace as *mut c_void
+            }
             _ => never_called as *mut c_void,
         };
         NonNull::new(rule)
@@ -150,6 +153,19 @@ extern "C" fn low_rank_backward_weight_sm90_workspace(rows: i32, rank: i32, outp
     split_bytes_of([outputs, rank, rows], &[(128, 64, 4)])
 }
 
+/// `plan_narrow_tiles`: the last three tiles, or one of them.
+extern "C" fn low_rank_inner_backward_weight_sm90_workspace(
+    rows: i32,
+    inputs: i32,
+    inner_width: i32,
+    tile: i32,
+) -> i64 {
+    const FIRST: usize = 6;
+    let one = usize::try_from(tile).ok().filter(|&tile| tile >= FIRST);
+    let shapes = one.and_then(|tile| TILE_SHAPES.get(tile..=tile)).unwrap_or(&TILE_SHAPES[FIRST..]);
+    split_bytes_of([inner_width, inputs, rows], shapes)
+}
+
 /// Bytes of the partial sums of a Hopper gemm `out[M, N]` of depth K whose depth is split.
 fn split_bytes(sizes: [i32; 3], tile: i32) -> i64 {
     split_bytes_of(
@@ -255,6 +271,10 @@ mod tests {
                                 (
                                     rules.linear_backward_input_f32_sm90_workspace,
                                     KERNELS.linear_backward_input_f32_sm90_workspace,
+                                ),
+                                (
+                                    rules.low_rank_inner_backward_weight_sm90_workspace,
+                                    KERNELS.low_rank_inner_backward_weight_sm90_workspace,
                                 ),
                             ] {
                                 if one.min(other).min(depth) > 0 {

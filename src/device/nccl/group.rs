@@ -14,11 +14,11 @@ use super::library::{Code, Config, Handle, IN_PROGRESS, SUCCESS, SUM, UniqueId};
 use crate::device::{Abort, Collective, GroupId, GroupPlace, StorageType};
 use crate::error::{Error, Result};
 
-/// After this time a group that not all ranks have joined is given up.
+/// How long to wait until all ranks have joined a group.
 const JOIN_LIMIT: Duration = Duration::from_secs(180);
-/// After this time a communicator is aborted that cannot be ended in the proper way.
+/// How long the proper end of a communicator may take; it is aborted after that.
 const END_LIMIT: Duration = Duration::from_secs(30);
-/// So often the state of a call is asked for at once; after that with pauses.
+/// How often the state of a call is asked for without a pause in between.
 const BUSY_POLLS: u32 = 64;
 const LONGEST_PAUSE: Duration = Duration::from_micros(500);
 

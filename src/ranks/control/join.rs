@@ -131,6 +131,10 @@ fn admit(
         }
     };
     let (hello, reader) = hello;
+    if has_hung_up(&stream) {
+        tracing::debug!("rank {} on {} did not wait for its answer", hello.rank, hello.host);
+        return Ok(None);
+    }
     if hello.job != ranks.job {
         tracing::warn!("a rank of another job came from {from} ({}), and was turned away", hello.host);
         let reason = format!("it belongs to the job `{}`, and rank 0 to `{}`", hello.job, ranks.job);
@@ -151,7 +155,19 @@ fn admit(
     }
 }
 
-/// Why a rank does not fit to rank 0 or to another one.
+/// Whether the other end has closed the connection. A rank does that when its answer takes too long, because rank 0 has just been
+/// started or listens to a stranger, and then connects again; its first connection must not be taken for the rank.
+fn has_hung_up(stream: &TcpStream) -> bool {
+    let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let is_open = match peeked {
+        Ok(bytes) => bytes > 0,
+        Err(error) => error.kind() == ErrorKind::WouldBlock,
+    };
+    // A connection that cannot wait for bytes any more is of no use either.
+    !is_open || stream.set_nonblocking(false).is_err()
+}
+
+/// Why a rank that connected is no rank of this run; `None` where it is one.
 fn refusal(ranks: &Ranks, hello: &Hello, present: &BTreeMap<usize, Connected>) -> Option<Error> {
     let (ours, theirs) = (format!("rank 0 on {}", host()), format!("rank {} on {}", hello.rank, hello.host));
     if hello.version != env!("CARGO_PKG_VERSION") {
@@ -224,18 +240,22 @@ fn reach(address: &Address) -> std::io::Result<TcpStream> {
     Err(last)
 }
 
-/// The inner error is rank 0's refusal; the outer one may pass.
-fn greet(ranks: &Ranks, mut stream: TcpStream) -> std::io::Result<Result<Connected>> {
-    let reader = prepare(&stream)?;
-    let hello = Hello {
+/// What a rank says of itself.
+pub fn hello(ranks: &Ranks) -> Hello {
+    Hello {
         greeting: GREETING.to_string(),
         version: env!("CARGO_PKG_VERSION").to_string(),
         job: ranks.job.clone(),
         rank: ranks.place.rank,
         ranks: ranks.place.ranks,
         host: host(),
-    };
-    messages::send(&mut stream, &Message::Hello(hello))?;
+    }
+}
+
+/// The outer error may pass with time; the inner one is rank 0's refusal, which is final.
+fn greet(ranks: &Ranks, mut stream: TcpStream) -> std::io::Result<Result<Connected>> {
+    let reader = prepare(&stream)?;
+    messages::send(&mut stream, &Message::Hello(hello(ranks)))?;
     match read_first(&reader)? {
         Some(Message::Welcome(host)) => Ok(Ok(Connected { rank: 0, host, stream, reader })),
         Some(Message::Refused(why)) => Ok(Err(Error::rank(
@@ -265,7 +285,7 @@ fn read_first(stream: &TcpStream) -> std::io::Result<Option<Message>> {
 
 fn listen(ranks: &Ranks) -> Result<TcpListener> {
     let port = ranks.address.port;
-    // Nobody from outside where all ranks are on this machine.
+    // Where all ranks are on this machine, nothing from outside may connect.
     let bind = || match ranks.is_one_machine() {
         true => TcpListener::bind((Ipv4Addr::LOCALHOST, port)),
         false => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))

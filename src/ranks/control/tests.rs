@@ -1,6 +1,7 @@
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread;
 
 use super::*;
@@ -135,6 +136,59 @@ fn strangers_and_ranks_of_other_jobs_are_turned_away() {
             second.close();
         });
     });
+}
+
+/// A rank that waits too long for its answer hangs up and comes again: what it said the first time is still to be read then.
+#[test]
+fn a_rank_that_came_twice_is_there_once() {
+    let (ranks, listener) = ranks(2);
+    let mut early = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    messages::send(&mut early, &Message::Hello(join::hello(&ranks[1]))).unwrap();
+    drop(early);
+    let limits = Limits { join: Duration::from_secs(5), ..LIMITS };
+    let got = together(&ranks, limits, listener, |rank, control| {
+        let control = control.unwrap();
+        let got = match rank {
+            0 => control.receive("number").unwrap(),
+            _ => {
+                control.send("number", 7.into());
+                Vec::new()
+            }
+        };
+        control.close();
+        got
+    });
+    assert_eq!(got[0], [Value::from(7)]);
+}
+
+/// Rank 0 may vanish without a word, for instance with its machine's power, while another rank waits for it to tell an error.
+#[test]
+fn a_rank_that_failed_does_not_wait_for_a_silent_rank_0() {
+    let (ranks, listener) = ranks(2);
+    let limits = Limits { hang: Duration::from_secs(1), ..LIMITS };
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let control = Control::join(&ranks[1], limits, None).unwrap();
+        control.begin_end();
+        control.wait_for_first();
+        sender.send(()).unwrap();
+    });
+    let (mut silent, _) = listener.accept().unwrap();
+    messages::send(&mut silent, &Message::Welcome("there".into())).unwrap();
+    receiver.recv_timeout(Duration::from_secs(20)).unwrap();
+}
+
+#[test]
+fn times_are_whole_seconds_and_anything_else_is_refused() {
+    let of = |value: &str| seconds(variable::HANG, Some(value.into()), LIMITS.hang);
+    assert_eq!(of("30").unwrap(), Duration::from_secs(30));
+    assert_eq!(of("").unwrap(), LIMITS.hang);
+    for value in ["0", "-1", "1.5", "soon", "1000001"] {
+        let error = of(value).unwrap_err();
+        let (text, help) = (error.to_string(), miette::Diagnostic::help(&error).unwrap().to_string());
+        assert!(text.contains(&format!("{} = {value}", variable::HANG)) && error.exit_code() == 2, "{text}");
+        assert!(help.contains("from 1 to 1000000"), "{help}");
+    }
 }
 
 #[test]

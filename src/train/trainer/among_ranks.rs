@@ -35,7 +35,8 @@ impl<D: Device> Trainer<D> {
         self.sum_nothing(tokens == 0)?;
         let Some(ranks) = &mut self.ranks else { return Err(no_ranks()) };
         ranks.sum_gradients(&mut self.gradients.outside_layers_mut().flatten().collect::<Vec<_>>())?;
-        // Waits for this rank's own work alone: the computation was not yet told to wait for any sum.
+        // Waits for this rank's own work, and where gradients are sharded for the sums that its backward has waited for. The
+        // computation is told to wait for all other sums after this.
         device.download(&mut [0.0], &self.metrics, 0)?;
         let (_, busy) = ranks.seconds();
         ranks.finish()?;
@@ -49,14 +50,7 @@ impl<D: Device> Trainer<D> {
     /// Head and backward of a micro-batch. The last one's backward sums each layer's gradients; where gradients are sharded, every
     /// one does.
     fn micro_batch_among_ranks(&mut self, batch: &PairBatch, is_last: bool) -> Result<()> {
-        self.model.head_forward_backward(
-            &mut self.gradients,
-            &mut self.scratch,
-            &mut self.activations,
-            &self.batch,
-            &batch.scored,
-            &self.objective,
-        )?;
+        self.head_forward_backward(batch)?;
         let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
         let (activations, loaded) = (&mut self.activations, &self.batch);
         let tokens = batch.tokens();

@@ -26,7 +26,8 @@ pub struct RankStep {
     /// Tokens that it took through the model.
     pub tokens: usize,
     /// Seconds from the start of the step until its own gradients were complete, without those that its host spent in calls of
-    /// collectives.
+    /// collectives. Where gradients or weights are sharded, the backward itself waits for the other ranks, and these seconds count
+    /// here too.
     pub busy_seconds: f64,
     /// The rest of the seconds until all ranks had the sums: it waited for the others, or for the network.
     pub waited_seconds: f64,
@@ -160,6 +161,7 @@ impl<D: Device> OtherRanks<D> {
     /// # Errors
     /// As [`OtherRanks::sum_gradients`].
     pub fn exchange(&mut self, word: u32) -> Result<Vec<u32>> {
+        let _waiting = progress::wait();
         let place = self.place();
         let device = Arc::clone(&self.group.device);
         device.upload(&mut self.words, place.rank, &[word])?;

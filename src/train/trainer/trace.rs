@@ -9,9 +9,7 @@ use crate::data::PairBatch;
 use crate::device::{ComputeBuffer, Device, Floats, Gradient, hash};
 use crate::error::Result;
 use crate::objective::PairOutcome;
-use crate::train::bf16_gradients;
-use crate::train::layer_updates::{self, UpdateLayers};
-use crate::train::offload;
+use crate::train::{bf16_gradients, layer_updates};
 
 /// Values downloaded at a time.
 const PIECE: usize = 1 << 20;
@@ -55,18 +53,14 @@ impl<D: Device> Trainer<D> {
             first = first
                 .take()
                 .map_or_else(|| trainer.first_in_forward(batch, done), |found| Ok(Some(found)))?;
-            trainer.model.head_forward_backward(
-                &mut trainer.gradients,
-                &mut trainer.scratch,
-                &mut trainer.activations,
-                &trainer.batch,
-                &batch.scored,
-                &trainer.objective,
-            )?;
+            trainer.head_forward_backward(batch)?;
             first =
                 first.take().map_or_else(|| trainer.first_in_head(batch, done), |found| Ok(Some(found)))?;
             done += batch.spans.len();
-            trainer.backward_without_update(batch.tokens())
+            match trainer.layer_norms.is_some() {
+                true => trainer.backward_by_layers(batch.tokens(), None),
+                false => trainer.backward(batch.tokens()),
+            }
         })?;
         let gradient_norm = self.norm_of_gradients()?;
         if first.is_none() && !gradient_norm.is_finite() {
@@ -76,26 +70,12 @@ impl<D: Device> Trainer<D> {
         Ok(Trace { loss: self.mean_loss(pairs, &outcomes), outcomes, gradient_norm, first })
     }
 
-    fn backward_without_update(&mut self, tokens: usize) -> Result<()> {
-        let Some(norms) = &mut self.layer_norms else { return self.backward(tokens) };
-        let device = Arc::clone(&self.model.device);
-        let (gradients, scratch) = (&mut self.gradients, &mut self.scratch);
-        let (activations, batch) = (&mut self.activations, &self.batch);
-        let numbers = offload::layer_numbers(&self.states);
-        let states = &mut self.states.layers;
-        let offloaded = self.offloaded.as_mut();
-        let mut sink = UpdateLayers { device: &*device, numbers, states, offloaded, norms, step: None };
-        self.model.backward(gradients, scratch, activations, batch, tokens, &mut sink)
-    }
-
     fn norm_of_gradients(&mut self) -> Result<f32> {
-        let device = Arc::clone(&self.model.device);
-        if let Some(norms) = &mut self.layer_norms {
-            let states = (&mut self.states, self.offloaded.as_mut());
-            norms.finish(&mut self.model, states, &self.gradients, None)?;
-            norms.copy_to(&*device, &mut self.metrics)?;
+        if self.layer_norms.is_some() {
+            self.finish_by_layers(None)?;
             return Ok(layer_updates::total(&self.download_metrics(0)?.0));
         }
+        let device = Arc::clone(&self.model.device);
         let gradients: Vec<_> = bf16_gradients::of_step(&self.gradients, self.bf16_sums.as_ref());
         let gradients: Vec<_> = gradients.into_iter().flatten().collect();
         device.gradient_norm_of(&mut self.norm, &gradients, None)?;

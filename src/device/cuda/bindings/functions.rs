@@ -233,6 +233,30 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+    fn low_rank_inner(
+        inner: *mut mmpo_bf16,
+        x: *const mmpo_bf16,
+        a: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        inner_width: i32,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn low_rank_inner_backward_weight(
+        da: *mut f32,
+        dinner: *const mmpo_bf16,
+        x: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        inner_width: i32,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
     fn low_rank_forward(
         out: *mut mmpo_bf16,
         inner: *const mmpo_bf16,
@@ -281,15 +305,6 @@ kernels {
         keep_scale: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
-    fn dropout(
-        out: *mut mmpo_bf16,
-        x: *const mmpo_bf16,
-        length: i64,
-        key: u64,
-        threshold: u32,
-        keep_scale: f32,
-        stream: mmpo_stream,
-    ) -> mmpo_status;
     fn low_rank_inner_sm90(
         inner: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -297,6 +312,29 @@ kernels {
         rows: i32,
         inputs: i32,
         inner_width: i32,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        stream: mmpo_stream,
+    ) -> mmpo_status;
+    fn low_rank_inner_backward_weight_sm90_workspace(
+        rows: i32,
+        inputs: i32,
+        inner_width: i32,
+        tile: i32,
+    ) -> i64;
+    fn low_rank_inner_backward_weight_sm90(
+        da: *mut f32,
+        workspace: *mut ::core::ffi::c_void,
+        dinner: *const mmpo_bf16,
+        x: *const mmpo_bf16,
+        rows: i32,
+        inputs: i32,
+        inner_width: i32,
+        key: u64,
+        threshold: u32,
+        keep_scale: f32,
+        tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
     fn low_rank_backward_input_sm90(
