@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds what users install, from the tree as it is: a wheel, a tar.gz with the program, completions and man pages, and their checksums.
+# Builds what users install, from the tree as it is: a wheel and a tar.gz, both with the program, completions and man pages, and their
+# checksums.
 #
 #     tools/release.sh [--as-tested] [FOLDER]        FOLDER is target/release-files by default
 #
@@ -19,19 +20,32 @@ folder=$(cd "$folder" && pwd)
 }
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
-# maturin looks at the libraries that the program asks for, and names the wheel for the oldest Linux that has them.
-"$tools/bin/maturin" build --release --locked --out "$folder" --quiet
+cargo build --release --locked --quiet --bin mmpo-fast
 program=${CARGO_TARGET_DIR:-target}/release/mmpo-fast
 
-name=mmpo-fast-$version-$(uname -m)-linux
+# maturin puts what lies in a folder of this name into the wheel: pip installs it under the environment's own share/.
+data=mmpo_fast.data
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-mkdir -p "$scratch/$name/completions"
+trap 'rm -rf "$scratch" "$data"' EXIT
+rm -rf "$data"
+share=$data/data/share
+mkdir -p "$share/bash-completion/completions" "$share/zsh/site-functions" "$share/fish/vendor_completions.d"
+"$program" completions bash >"$share/bash-completion/completions/mmpo-fast"
+"$program" completions zsh >"$share/zsh/site-functions/_mmpo-fast"
+"$program" completions fish >"$share/fish/vendor_completions.d/mmpo-fast.fish"
+"$program" man "$share/man/man1" >/dev/null
+
+name=mmpo-fast-$version-$(uname -m)-linux
+mkdir -p "$scratch/$name/completions" "$scratch/$name/man"
 cp "$program" README.md LICENSE CHANGELOG.md "$scratch/$name/"
-"$program" man "$scratch/$name/man/man1"
-for shell in bash zsh fish; do
-  "$program" completions "$shell" >"$scratch/$name/completions/mmpo-fast.$shell"
-done
+cp -r "$share/man/man1" "$scratch/$name/man/"
+cp "$share/bash-completion/completions/mmpo-fast" "$scratch/$name/completions/mmpo-fast.bash"
+cp "$share/zsh/site-functions/_mmpo-fast" "$scratch/$name/completions/mmpo-fast.zsh"
+cp "$share/fish/vendor_completions.d/mmpo-fast.fish" "$scratch/$name/completions/mmpo-fast.fish"
+
+# maturin looks at the libraries that the program asks for, and names the wheel for the oldest Linux that has them. It takes
+# the program away while it packs it.
+"$tools/bin/maturin" build --release --locked --out "$folder" --quiet
 # The same files give the same archive.
 tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
   -C "$scratch" -czf "$folder/$name.tar.gz" "$name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ._program import command_line, environment, failure
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import GenerateOptions, PlanOptions, ScoreOptions, TrainOptions
+    from ._options import GenerateOptions, PathLike, PlanOptions, ScoreOptions, TrainOptions
 
     Metrics = dict[str, float]
 
@@ -66,7 +67,7 @@ def train(
 
     Raises `MmpoFastError` where the program ends with an error, and `KeyboardInterrupt` after it has saved.
     """
-    output = Path(options.get("output") or DEMO_OUTPUT)
+    output = Path(options.get("output") or recipe_output(options.get("recipe")) or DEMO_OUTPUT)
     stream = MetricsStream(output / "metrics.jsonl", resumes=bool(options.get("resume")))
     with subprocess.Popen(
         command_line("train", options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -114,6 +115,22 @@ def plan(**options: Unpack[PlanOptions]) -> dict[str, Any]:
     The options are those of `train`, and `gpu`, `ranks` and others of the plan's own. `["memory"]["peak_bytes"]` is exact.
     """
     return json.loads(finished("plan", {**options, "json": True}))
+
+
+def recipe_output(recipe: PathLike | None) -> str | None:
+    """The folder that a recipe names as `output`. Recipes are flat TOML; what is wrong with one, the program says."""
+    try:
+        text = Path(recipe or "").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"""^[ \t]*["']?output["']?[ \t]*=[ \t]*("(?:[^"\\\n]|\\.)*"|'[^'\n]*')""", text, re.MULTILINE)
+    if found is None:
+        return None
+    quoted = found[1]
+    try:
+        return json.loads(quoted) if quoted.startswith('"') else quoted[1:-1]
+    except ValueError:
+        return None
 
 
 def finished(command: str, options: Any) -> str:

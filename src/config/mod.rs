@@ -21,7 +21,7 @@ pub use memory_limit::MemoryLimit;
 pub use metric::EvalMetric;
 pub use policy::{Policies, Policy};
 pub use recipe::RESOLVED_FILE;
-pub use resolve::{asked_lengths, memory, resolve, resolve_replay};
+pub use resolve::{asked_lengths, memory, resolve, resolve_replay, resolve_text};
 pub use sources::{ColumnNames, DataCache, PairData, PairFile, PairFiles, TemplateDate};
 
 use crate::device::{DeviceChoice, Precision};

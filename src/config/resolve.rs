@@ -46,7 +46,19 @@ pub fn resolve(flags: Options, recipe_file: Option<&Path>, resume: bool) -> Resu
     if let (Some(path), true, None) = (recipe_file, resume, &flags.output) {
         refuse_moved_run(path, &base)?;
     }
-    let options = layer(flags, base);
+    whole(layer(flags, base), resume)
+}
+
+/// The configuration that `train --recipe` makes of a recipe's text; `path` is for messages.
+///
+/// # Errors
+/// As [`resolve`] for a recipe.
+pub fn resolve_text(text: &str, path: &Path) -> Result<RunConfig> {
+    whole(recipe::parse(text, path)?, false)
+}
+
+/// The configuration of these options: the rules between them hold, and defaults are filled in.
+fn whole(options: Options, resume: bool) -> Result<RunConfig> {
     require_one_of_rivals(&options)?;
     let kind = options.objective.as_ref().map_or(ObjectiveKind::Mmpo, |given| given.value);
     refuse_strangers(&options, kind)?;

@@ -55,7 +55,8 @@ fn objective(draft: &mut Draft) {
         Some((key, node)) => match node.number() {
             Some(beta) => {
                 draft.keep(key, &node, "beta", &beta);
-                beta
+                // A beta that is refused is no reason to refuse SimPO's margin as well.
+                if beta > 0.0 { beta } else { 0.1 }
             }
             None => {
                 draft.refuse(key, &node, "it is no number");

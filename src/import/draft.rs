@@ -1,7 +1,14 @@
 //! A recipe in the making: the keys that are not yet accounted for, what became of the others, and the lines so far.
 
+use std::path::Path;
+
 use super::yaml::Node;
+use crate::Error;
+use crate::config::recipe;
 use crate::config::value::OptionValue;
+
+/// What messages call the recipe while it is made. Its lines are not the user's, so [`reason`] takes them off again.
+pub(super) const UNWRITTEN: &str = "recipe";
 
 /// What became of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +54,8 @@ pub struct Row {
     pub fate: Fate,
     /// The recipe's lines that it became, or why it became none.
     pub outcome: String,
+    /// The option of the recipe that it gave a value, if any.
+    pub option: Option<&'static str>,
 }
 
 /// See the module.
@@ -98,26 +107,46 @@ impl Draft {
             value: node.map(Node::shown).unwrap_or_default(),
             fate,
             outcome: outcome.into(),
+            option: None,
         });
     }
 
-    fn line<T: OptionValue>(&mut self, name: &'static str, value: &T) -> String {
+    /// Adds a line to the recipe. Where `train` would refuse its value there is no line, and its reason is the error.
+    fn line<T: OptionValue>(&mut self, name: &'static str, value: &T) -> std::result::Result<String, String> {
         let toml = value.to_toml();
         let text = format!("{name} = {toml}");
+        recipe::parse(&text, Path::new(UNWRITTEN)).map_err(reason)?;
         self.lines.push((name, toml));
-        text
+        Ok(text)
     }
 
-    /// The recipe has this value because `key` says so, in the same sense.
+    /// Notes which option the last row gave a value.
+    fn sets(&mut self, name: &'static str) {
+        if let Some(row) = self.rows.last_mut() {
+            row.option = Some(name);
+        }
+    }
+
+    /// The recipe has this value because `key` says so, in the same sense; it is refused where `train` would refuse it.
     pub fn keep<T: OptionValue>(&mut self, key: &str, node: &Node, name: &'static str, value: &T) {
-        let line = self.line(name, value);
-        self.row(key, Some(node), Fate::Kept, line);
+        match self.line(name, value) {
+            Ok(line) => {
+                self.row(key, Some(node), Fate::Kept, line);
+                self.sets(name);
+            }
+            Err(problem) => self.refuse(key, node, problem),
+        }
     }
 
-    /// The recipe has this value because of `key`, with a reason.
+    /// The recipe has this value because of `key`, with a reason; it is refused where `train` would refuse it.
     pub fn map<T: OptionValue>(&mut self, key: &str, node: &Node, name: &'static str, value: &T, why: &str) {
-        let line = self.line(name, value);
-        self.row(key, Some(node), Fate::Mapped, format!("{line}: {why}"));
+        match self.line(name, value) {
+            Ok(line) => {
+                self.row(key, Some(node), Fate::Mapped, format!("{line}: {why}"));
+                self.sets(name);
+            }
+            Err(problem) => self.refuse(key, node, format!("{problem} ({why})")),
+        }
     }
 
     /// `key` is accounted for by other lines.
@@ -127,8 +156,30 @@ impl Draft {
 
     /// The recipe has the other program's default.
     pub fn default<T: OptionValue>(&mut self, key: &str, name: &'static str, value: &T) {
-        let line = self.line(name, value);
-        self.row(key, None, Fate::Default, line);
+        match self.line(name, value) {
+            Ok(line) => {
+                self.row(key, None, Fate::Default, line);
+                self.sets(name);
+            }
+            Err(problem) => self.lack(key, &problem),
+        }
+    }
+
+    /// Refuses a key for a rule between options, which `problem` tells: the key of the file that gave a value to the option
+    /// named first in it, or else the default that did. Whether there is such a key.
+    pub fn refuse_together(&mut self, problem: &str) -> bool {
+        let named = |row: &Row| {
+            let option = row.option.filter(|option| self.lines.iter().any(|(name, _)| name == option))?;
+            Some((row.line.is_none(), problem.find(&format!("`{option}`"))?))
+        };
+        let rows = self.rows.iter().enumerate();
+        let first = rows.filter_map(|(at, row)| Some((named(row)?, at))).min().map(|(_, at)| at);
+        let Some(row) = first.and_then(|at| self.rows.get_mut(at)) else { return false };
+        row.fate = if self.without.contains(&row.key) { Fate::LeftOut } else { Fate::Refused };
+        row.outcome = problem.to_string();
+        let option = row.option.take();
+        self.lines.retain(|(name, _)| Some(*name) != option);
+        true
     }
 
     pub fn no_effect(&mut self, key: &str, node: &Node, why: &str) {
@@ -179,16 +230,14 @@ impl Draft {
         }
     }
 
-    /// A number that means the same here; without it, the other program's default.
+    /// A number that means the same here; without it, or where it is left out, the other program's default.
     pub fn keep_number(&mut self, key: &str, name: &'static str, default: Option<f64>) {
-        match (self.number(key), default) {
-            (Some((node, number)), _) => self.keep(key, &node, name, &number),
-            (None, Some(default))
-                if !self.rows.iter().any(|row| row.key == key && row.fate == Fate::Refused) =>
-            {
-                self.default(key, name, &default);
-            }
-            _ => {}
+        if let Some((node, number)) = self.number(key) {
+            self.keep(key, &node, name, &number);
+        }
+        let is_settled = |row: &Row| row.key == key && matches!(row.fate, Fate::Kept | Fate::Refused);
+        if let (Some(default), false) = (default, self.rows.iter().any(is_settled)) {
+            self.default(key, name, &default);
         }
     }
 
@@ -217,4 +266,14 @@ impl Draft {
             }
         }
     }
+}
+
+/// An error's message without its place in the recipe in the making.
+pub(super) fn reason(error: Error) -> String {
+    let message = match error {
+        Error::Config { message, .. } => message,
+        other => other.to_string(),
+    };
+    let after_line = |rest: &str| Some(rest.strip_prefix(':')?.split_once(": ")?.1.to_string());
+    message.strip_prefix(UNWRITTEN).and_then(after_line).unwrap_or(message)
 }

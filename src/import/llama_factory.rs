@@ -103,7 +103,9 @@ fn numbers(draft: &mut Draft, kind: ObjectiveKind) {
     let gamma = draft.number("simpo_gamma");
     match (kind == ObjectiveKind::Simpo, gamma) {
         (true, gamma) => {
-            let ratio = gamma.as_ref().map_or(0.5, |(_, gamma)| *gamma) / beta.map_or(0.1, |(_, beta)| beta);
+            // A beta that is refused is no reason to refuse the margin as well.
+            let beta = beta.filter(|(_, beta)| *beta > 0.0).map_or(0.1, |(_, beta)| beta);
+            let ratio = gamma.as_ref().map_or(0.5, |(_, gamma)| *gamma) / beta;
             match gamma {
                 Some((node, _)) => {
                     draft.map("simpo_gamma", &node, "gamma_beta_ratio", &ratio, "divided by beta")
@@ -276,7 +278,7 @@ fn adapters(draft: &mut Draft) {
                 Some((node, rank)) => draft.keep("lora_rank", node, "lora_rank", rank),
                 None => draft.default("lora_rank", "lora_rank", &8usize),
             }
-            let twice = 2.0 * rank.map_or(8.0, |(_, rank)| rank as f64);
+            let twice = 2.0 * rank.map_or(8.0, |(_, rank)| rank.max(1) as f64);
             draft.keep_number("lora_alpha", "lora_alpha", Some(twice));
             draft.keep_number("lora_dropout", "lora_dropout", Some(0.0));
             if let Some((node, rslora)) = draft.truth("use_rslora") {

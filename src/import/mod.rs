@@ -1,8 +1,8 @@
 //! `mmpo-fast import`: the configuration file of another trainer as a recipe of this one, with an account of each key.
 //!
 //! Every key is kept, becomes something else, is known to have no effect on what is trained, or is refused with a reason;
-//! and the defaults of the other program that differ are written out. Where a key is refused there is no recipe, unless the
-//! user leaves the key out by its name. The recipe is read back before it is handed over.
+//! and the defaults of the other program that differ are written out. A value that `train` would refuse is refused with the
+//! reason that `train` gives. Where a key is refused there is no recipe, unless the user leaves the key out by its name.
 
 mod axolotl;
 mod draft;
@@ -19,7 +19,7 @@ pub use draft::{Fate, Row};
 
 use crate::checkpoint::atomic;
 use crate::config::value::OptionValue;
-use crate::config::{PairData, options, recipe};
+use crate::config::{PairData, options, resolve_text};
 use crate::error::{Error, Result};
 use crate::report::{print_notice, print_result};
 use draft::Draft;
@@ -161,8 +161,7 @@ fn read(path: &Path) -> Result<String> {
 /// The recipe that `text` becomes, without reading or writing anything but LLaMA-Factory's list of data sets.
 ///
 /// # Errors
-/// [`Error::Config`] for what is no YAML, for a file of an unknown program, for a `without` that is not refused, and for
-/// values that no recipe may have.
+/// [`Error::Config`] for what is no YAML, for a file of an unknown program, and for a `without` that is not refused.
 pub fn convert(text: &str, config: &ImportConfig) -> Result<Imported> {
     let members = yaml::parse(text, &config.file)?;
     let mut draft = Draft::new(members, &config.without);
@@ -181,6 +180,7 @@ pub fn convert(text: &str, config: &ImportConfig) -> Result<Imported> {
         Dialect::LlamaFactory => llama_factory::read(&mut draft, config.devices),
         Dialect::Axolotl => axolotl::read(&mut draft, config.devices),
     }
+    let recipe = accepted(&mut draft, dialect, config)?;
     if let Some(idle) = config
         .without
         .iter()
@@ -191,13 +191,30 @@ pub fn convert(text: &str, config: &ImportConfig) -> Result<Imported> {
             "it takes the names in the table's first column whose outcome is `refused`",
         ));
     }
-    let is_refused = draft.rows.iter().any(|row| row.fate == Fate::Refused);
-    let recipe = if is_refused { None } else { Some(written(&draft, dialect, config)?) };
     Ok(Imported { dialect, rows: draft.rows, recipe })
 }
 
-/// The recipe's text, in the order of the options, which is read back.
-fn written(draft: &Draft, dialect: Dialect, config: &ImportConfig) -> Result<String> {
+/// The recipe, which `train` accepts; `None` where a key is refused, be it for a rule between options that `train` has.
+fn accepted(draft: &mut Draft, dialect: Dialect, config: &ImportConfig) -> Result<Option<String>> {
+    loop {
+        if draft.rows.iter().any(|row| row.fate == Fate::Refused) {
+            return Ok(None);
+        }
+        let text = written(draft, dialect);
+        let Err(error) = resolve_text(&text, Path::new(draft::UNWRITTEN)) else { return Ok(Some(text)) };
+        // Each turn refuses a key, or leaves one of the recipe's lines out.
+        let problem = draft::reason(error);
+        if !draft.refuse_together(&problem) {
+            return Err(Error::config(
+                format!("{}: its values make no recipe: {problem}", config.file.display()),
+                "mend the value in the file",
+            ));
+        }
+    }
+}
+
+/// The recipe's text, in the order of the options.
+fn written(draft: &Draft, dialect: Dialect) -> String {
     let mut text = format!(
         "# Made by `mmpo-fast import` from a configuration of {}. `mmpo-fast train --recipe FILE` runs it.\n",
         dialect.word()
@@ -211,12 +228,5 @@ fn written(draft: &Draft, dialect: Dialect, config: &ImportConfig) -> Result<Str
         }
         text.push_str(&format!("{name} = {toml}\n"));
     }
-    recipe::parse(&text, &config.file).map_err(|error| match error {
-        Error::Config { message, .. } => Error::config(
-            format!("{}: its values make no recipe: {message}", config.file.display()),
-            "mend the value in the file; the line is one of the recipe's",
-        ),
-        error => error,
-    })?;
-    Ok(text)
+    text
 }

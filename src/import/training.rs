@@ -272,21 +272,26 @@ pub(super) fn batch(
     let (size_node, accumulation_node) = (draft.count(size), draft.count(accumulation));
     let count = |given: &Option<(Node, usize)>, default| given.as_ref().map_or(default, |(_, count)| *count);
     let (at_once, times) = (count(&size_node, default), count(&accumulation_node, 1));
-    let pairs = at_once.saturating_mul(times).saturating_mul(devices);
+    // TOML's integers are signed; such a number of pairs is refused either way.
+    let pairs = at_once.saturating_mul(times).saturating_mul(devices).min(i64::MAX as usize);
     let why = format!(
         "pairs of a step: {size} {at_once} x {accumulation} {times} x {devices} device(s) (--devices)"
     );
+    let sum = format!("in pairs_per_step; micro-batches are packed by tokens, see {size}");
     match (&size_node, &accumulation_node) {
-        (Some((node, _)), _) => draft.map(size, node, "pairs_per_step", &pairs, &why),
+        // The key that makes it 0 is the one to mend.
+        (Some((node, at_once)), Some((cause, 0))) if *at_once > 0 => {
+            draft.say(size, node, sum);
+            draft.map(accumulation, cause, "pairs_per_step", &pairs, &why);
+        }
+        (Some((node, _)), other) => {
+            draft.map(size, node, "pairs_per_step", &pairs, &why);
+            if let Some((node, _)) = other {
+                draft.say(accumulation, node, sum);
+            }
+        }
         (None, Some((node, _))) => draft.map(accumulation, node, "pairs_per_step", &pairs, &why),
         (None, None) => draft.default(size, "pairs_per_step", &pairs),
-    }
-    if let (Some(_), Some((node, _))) = (&size_node, &accumulation_node) {
-        draft.say(
-            accumulation,
-            node,
-            format!("in pairs_per_step; micro-batches are packed by tokens, see {size}"),
-        );
     }
 }
 

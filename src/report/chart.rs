@@ -289,14 +289,28 @@ impl Scale {
     }
 
     fn value_ticks(&self) -> Vec<Tick> {
-        let tick = |&value: &f64| Tick { at: place(self.y(value)), label: number(value) };
-        self.ticks.iter().map(tick).collect()
+        let tick = |(&value, label)| Tick { at: place(self.y(value)), label };
+        self.ticks.iter().zip(tick_labels(&self.ticks)).map(tick).collect()
     }
 
     fn step_ticks(&self) -> Vec<Tick> {
         let tick = |&step: &f64| Tick { at: place(self.x(step)), label: step.to_string() };
         self.step_ticks.iter().map(tick).collect()
     }
+}
+
+/// Labels of values at equal distances. Where four digits are too few to tell them apart, each has the digits that the
+/// distance has.
+fn tick_labels(ticks: &[f64]) -> Vec<String> {
+    let short: Vec<String> = ticks.iter().map(|&tick| number(tick)).collect();
+    if short.windows(2).all(|pair| pair[0] != pair[1]) {
+        return short;
+    }
+    let distance = ticks.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
+    // A distance is 1, 2 or 5 times a power of ten, but for rounding.
+    let digits = (-(distance * 1.01).log10().floor()).max(0.0) as usize;
+    // Longer ones would not fit beside the drawing.
+    if digits > 8 { short } else { ticks.iter().map(|tick| format!("{tick:.digits$}")).collect() }
 }
 
 /// Multiples of 1, 2 or 5 times a power of ten that enclose `low..=high`, about `count` of them.
@@ -362,6 +376,22 @@ mod tests {
             let ticks = round_ticks(low, high, 5.0);
             assert!(ticks.len() >= 2 && ticks.len() <= 12, "{low} {high}: {ticks:?}");
             assert!(ticks[0] <= low && ticks[ticks.len() - 1] >= high, "{low} {high}: {ticks:?}");
+        }
+    }
+
+    #[test]
+    fn ticks_that_lie_close_have_different_labels() {
+        for (low, high, labels) in [
+            (0.6922, 0.6938, vec!["0.6920", "0.6925", "0.6930", "0.6935", "0.6940"]),
+            (1234.2, 1234.8, vec!["1234.2", "1234.4", "1234.6", "1234.8"]),
+            (0.00682, 0.00758, vec!["0.0068", "0.0070", "0.0072", "0.0074", "0.0076"]),
+            (0.0, 1.0, vec!["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ] {
+            assert_eq!(tick_labels(&round_ticks(low, high, 5.0)), labels, "{low} {high}");
+        }
+        for (low, high) in [(1e20, 1.1e20), (1e-9, 1.00001e-9), (-1e-9, 1e-9), (5e5, 5e5 + 1e-3)] {
+            let labels = tick_labels(&round_ticks(low, high, 5.0));
+            assert!(labels.iter().all(|label| label.len() <= 12), "{labels:?}");
         }
     }
 

@@ -114,6 +114,11 @@ fn runs_table(runs: &[NamedRun]) -> Table {
         ];
         table.push(name, cells);
     }
+    // Runs that are all at their end have nothing to say in the last column.
+    if table.rows.iter().all(|row| row.cells.last().is_some_and(|cell| cell.text.is_empty())) {
+        table.columns.pop();
+        table.rows.iter_mut().for_each(|row| drop(row.cells.pop()));
+    }
     table
 }
 
@@ -328,7 +333,7 @@ const CHARTS: [(&str, &str, &str, LineKind, bool); 13] = [
     ("Training loss", "Mean over the pairs of a step.", "loss", LineKind::Noisy, false),
     (
         "Chosen gained more, training",
-        "The same share of the pairs of each step.",
+        "Share of a step's pairs whose chosen response gained more log-prob over the reference than the rejected one.",
         "implicit/accuracies",
         LineKind::Noisy,
         true,

@@ -31,6 +31,7 @@ pub(crate) fn render(name: &'static str, source: &'static str, view: &impl Seria
     environment.set_syntax(syntax.map_err(failed)?);
     // Characters that command a terminal are shown, as they are on a terminal.
     environment.add_filter("shown", |text: &str| escaped(text).into_owned());
+    environment.add_filter("code", |text: &str| Value::from_safe_string(with_code(text)));
     environment.add_filter("percent", |share: f64| format!("{:.1} %", 100.0 * share));
     environment.add_filter("tenth", |number: f64| format!("{number:.1}"));
     environment.add_filter("thousandth", |number: f64| format!("{number:.3}"));
@@ -60,6 +61,22 @@ fn write_value(
     out.write_str(&text).map_err(|_| TemplateError::new(ErrorKind::WriteFailure, "cannot write"))
 }
 
+/// Text for HTML content in which what stands in backquotes is code.
+fn with_code(text: &str) -> String {
+    let pieces: Vec<String> = text.split('`').map(escape).collect();
+    // Without its second backquote the last piece is no code.
+    let whole = pieces.len() - (pieces.len() + 1) % 2;
+    let mut out = String::with_capacity(text.len() + 16);
+    for (at, piece) in pieces.iter().enumerate() {
+        match (at % 2 == 1, at < whole) {
+            (true, true) => out.push_str(&format!("<code>{piece}</code>")),
+            (_, true) => out.push_str(piece),
+            (_, false) => out.push_str(&format!("`{piece}")),
+        }
+    }
+    out
+}
+
 /// Text for HTML content and attributes.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -81,6 +98,20 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stands_in_backquotes_is_code() {
+        for (text, html) in [
+            ("try `a = <b>`; or `c`", "try <code>a = &lt;b&gt;</code>; or <code>c</code>"),
+            ("`a`", "<code>a</code>"),
+            ("a ` b", "a ` b"),
+            ("`a` b ` c", "<code>a</code> b ` c"),
+            ("plain & simple", "plain &amp; simple"),
+            ("", ""),
+        ] {
+            assert_eq!(with_code(text), html, "{text}");
+        }
+    }
 
     #[test]
     fn values_are_escaped_and_absent_ones_are_a_fault() {

@@ -290,17 +290,17 @@ impl RunReport {
         table
     }
 
+    /// A row for each file, and under it what was dropped and what was changed in it.
     fn data(&self) -> Option<Table> {
-        let mut table = Table::new(["file", "pairs"]);
+        let mut table = Table::new(["file", "records", "pairs used"]);
         for data in &self.facts.data {
-            table.row(format!("{}: read", data.name), [data.read.to_string()]);
-            let counted = |(what, count): &(String, usize), done: &str| {
-                (format!("{done}: {what}"), [count.to_string()])
-            };
-            let dropped = data.dropped.iter().map(|entry| counted(entry, "dropped"));
-            let cut = data.cut.iter().map(|entry| counted(entry, "cut"));
-            dropped.chain(cut).for_each(|(label, count)| table.row(label, count));
-            table.row("used", [data.used.to_string()]);
+            table.row(&data.name, [data.read.to_string(), data.used.to_string()]);
+            for (what, count) in &data.dropped {
+                table.row(format!("dropped: {what}"), [count.to_string(), String::new()]);
+            }
+            for (what, count) in &data.cut {
+                table.row(format!("cut: {what}"), [count.to_string(), String::new()]);
+            }
         }
         (!self.facts.data.is_empty()).then_some(table)
     }

@@ -93,7 +93,7 @@ impl Inputs {
             let _memory = LargeBlocks::give_back();
             let dataset = load_cached(source, &encoder, treatment, cache.as_ref(), None)?;
             for file in dataset.files.iter().filter(|_| is_told) {
-                file.report.log(&name(file, source.part, demo.as_ref()));
+                file.report.log(&name(file, source.part, false, demo.as_ref()));
             }
             dataset.check_vocabulary(folder.config().vocab_size, &model)?;
             Ok(dataset)
@@ -129,10 +129,13 @@ impl Inputs {
 
     /// What became of the records of each file, for the report.
     pub fn data_summaries(&self) -> Vec<DataSummary> {
-        let training = std::iter::once((&self.training_source, &self.training));
-        let both = training.chain(self.evaluation_source.iter().zip(&self.evaluation));
-        let files = both.flat_map(|(source, data)| data.files.iter().map(|file| (source.part, file)));
-        files.map(|(part, file)| summarize(name(file, part, self.demo.as_ref()), file)).collect()
+        let demo = self.demo.as_ref();
+        let summary = |file, part, is_evaluation| summarize(name(file, part, is_evaluation, demo), file);
+        let training = self.training.files.iter().map(|file| summary(file, self.training_source.part, false));
+        let evaluation = self.evaluation_source.iter().zip(&self.evaluation);
+        let evaluation = evaluation
+            .flat_map(|(source, data)| data.files.iter().map(|file| summary(file, source.part, true)));
+        training.chain(evaluation).collect()
     }
 }
 
@@ -185,14 +188,15 @@ pub fn pair_sources(config: &RunConfig, demo: Option<&Demo>) -> Result<(PairSour
     Ok((open(&training, Part::All)?, evaluation))
 }
 
-/// A data file for people.
-fn name(file: &FileReport, part: Part, demo: Option<&Demo>) -> String {
+/// A data file for people, and what it is for where that is not training.
+fn name(file: &FileReport, part: Part, is_evaluation: bool, demo: Option<&Demo>) -> String {
     let built_in = demo.is_some_and(|demo| file.path.starts_with(demo.folder()));
     let file = match built_in {
         true => "the built-in demo".to_string(),
         false => file.path.display().to_string(),
     };
     match part {
+        Part::All if is_evaluation => format!("{file}, to evaluate on"),
         Part::All => file,
         Part::Training(share) => format!("{file} without the {share} held out"),
         Part::Evaluation(share) => format!("{file}, the {share} held out"),

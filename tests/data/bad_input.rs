@@ -82,7 +82,20 @@ fn a_missing_column_names_the_nearest_present_one() {
         "p.json",
         format!("[{GOOD},{{\"prompt\":\"a\",\"chosen\":\"b\"}}]"),
         Some(2),
-        &["no column `rejected`"],
+        &["no column `rejected` among `chosen`, `prompt`"],
+    );
+    // What is there is named, although it was read before the fault was found.
+    assert_fault(
+        "p.jsonl",
+        r#"{"prompt":"a","response_chosen":"b","id":3}"#,
+        Some(1),
+        &["no column `response_rejected` among `response_chosen`, `prompt`, `id`"],
+    );
+    assert_fault(
+        "p.jsonl",
+        r#"{"chosen":"yes","rejected":"no"}"#,
+        Some(1),
+        &["no column `prompt` among `chosen`, `rejected`, and the two responses share no beginning"],
     );
     assert_fault("p.jsonl", r#"{"text":"a"}"#, Some(1), &["no column `chosen`", "among `text`"]);
     assert_fault("p.jsonl", "{}", Some(1), &["no column `chosen`", "empty"]);

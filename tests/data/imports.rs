@@ -319,11 +319,100 @@ fn no_key_is_passed_over_in_silence() {
     }
 }
 
+/// What `train` says of a recipe with these lines, without the place in it.
+#[track_caller]
+fn refusal_by_train(lines: &str) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("recipe.toml");
+    let least = "model = \"m\"\ndata = \"d\"\noutput = \"o\"\nobjective = \"dpo\"\n";
+    std::fs::write(&path, format!("{least}{lines}")).expect("a recipe");
+    let error = config::resolve(Options::default(), Some(&path), false).expect_err(lines).to_string();
+    let place = format!("{}:", path.display());
+    match error.strip_prefix(&place).and_then(|rest| rest.split_once(": ")) {
+        Some((_, reason)) => reason.to_string(),
+        None => error,
+    }
+}
+
+/// Keys of a file, the one of them that is refused, and lines of a recipe that `train` refuses for the same reason.
+const REFUSED_BY_TRAIN: [(&str, &str, &str); 16] = [
+    ("beta: -1\n", "beta", "beta = -1.0"),
+    ("learning_rate: -1\n", "learning_rate", "learning_rate = -1.0"),
+    ("learning_rate: 1e-60\n", "learning_rate", "learning_rate = 1e-60"),
+    ("weight_decay: -0.1\n", "weight_decay", "weight_decay = -0.1"),
+    ("adam_beta1: 1\n", "adam_beta1", "adam_beta1 = 1.0"),
+    ("label_smoothing: 0.5\n", "label_smoothing", "label_smoothing = 0.5"),
+    ("num_train_epochs: 0\n", "num_train_epochs", "epochs = 0.0"),
+    ("warmup_ratio: 1.5\n", "warmup_ratio", "warmup_ratio = 1.5"),
+    ("max_length: 1\n", "max_length", "max_length = 1"),
+    ("max_prompt_length: 0\n", "max_prompt_length", "max_prompt_length = 0"),
+    ("per_device_train_batch_size: 0\n", "per_device_train_batch_size", "pairs_per_step = 0"),
+    ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps", "pairs_per_step = 0"),
+    (
+        "per_device_train_batch_size: 4\ngradient_accumulation_steps: 0\n",
+        "gradient_accumulation_steps",
+        "pairs_per_step = 0",
+    ),
+    (
+        "per_device_train_batch_size: 2147483647\ngradient_accumulation_steps: 2147483647\n",
+        "per_device_train_batch_size",
+        "pairs_per_step = 4611686014132420609",
+    ),
+    // Rules between options.
+    (
+        "max_length: 512\nmax_prompt_length: 600\n",
+        "max_prompt_length",
+        "max_length = 512\nmax_prompt_length = 600",
+    ),
+    ("max_prompt_length: 2000\n", "max_prompt_length", "max_length = 1024\nmax_prompt_length = 2000"),
+];
+
+#[test]
+fn values_that_train_refuses_are_refused_with_its_reason() {
+    for (more, key, lines) in REFUSED_BY_TRAIN {
+        let imported = inline(&format!("{LEAST}{more}")).expect("an account");
+        assert_eq!(refused(&imported), [key], "{more}");
+        assert_eq!(imported.recipe, None, "{more}");
+        let row = imported.rows.iter().find(|row| row.key == key).expect(key);
+        let reason = refusal_by_train(lines);
+        assert!(row.outcome.starts_with(&reason), "{more}`{}` is not train's `{reason}`", row.outcome);
+        assert!(!row.outcome.contains("recipe:"), "a place in a file that is not there: {}", row.outcome);
+    }
+    let adapters = "use_peft: true\nlora_target_modules: [q_proj]\nlora_r: 0\n";
+    assert_eq!(refused(&inline(&format!("{LEAST}{adapters}")).expect("an account")), ["lora_r"]);
+}
+
+#[test]
+fn values_that_train_refuses_may_be_left_out() {
+    let without = |key: &str, more: &str| {
+        let asked = ImportConfig { without: vec![key.to_string()], ..asked("c.yaml") };
+        convert(&format!("{LEAST}{more}"), &asked).expect("a recipe")
+    };
+    let imported = without("beta", "beta: -1\n");
+    assert_lines(&imported, &["beta = 0.1"]);
+    loaded(&imported);
+    let imported = without("max_prompt_length", "max_length: 512\nmax_prompt_length: 600\n");
+    assert!(!lines(&imported).iter().any(|line| line.starts_with("max_prompt_length")));
+    assert_eq!(loaded(&imported).limits.max_length, 512);
+    let fates: Vec<Fate> = imported.rows.iter().map(|row| row.fate).collect();
+    assert_eq!(fates.iter().filter(|fate| **fate == Fate::LeftOut).count(), 1);
+}
+
+#[test]
+fn one_number_that_is_refused_refuses_no_other() {
+    let simpo = "base_model: m\ndatasets: [{path: d}]\nrl: simpo\nlearning_rate: 1e-6\nrl_beta: -1\n";
+    let axolotl = inline(&format!("{simpo}simpo_gamma: 0.5\n")).expect("an account");
+    assert_eq!(refused(&axolotl), ["rl_beta"]);
+    let factory = "model_name_or_path: m\nstage: dpo\npref_loss: simpo\npref_beta: 0\nfinetuning_type: lora\nlora_rank: 0\n";
+    let data = Some(PairData::from_text("mine.jsonl").expect("a name"));
+    let factory = convert(factory, &ImportConfig { data, ..asked("c.yaml") }).expect("an account");
+    assert_eq!(refused(&factory), ["pref_beta", "lora_rank"]);
+}
+
 #[test]
 fn what_cannot_be_told_or_run_is_an_error() {
     let error = |text: &str| inline(text).expect_err("an error").to_string();
     assert!(error("a: 1\n").contains("no key tells which program"));
-    assert!(error(&format!("{LEAST}learning_rate: -1\n")).contains("`learning_rate` = -1"));
     assert!(error("- a\n").contains("c.yaml:1:"));
     let idle = ImportConfig { without: vec!["beta".to_string()], ..asked("c.yaml") };
     let message = convert(LEAST, &idle).expect_err("an error").to_string();

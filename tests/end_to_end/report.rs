@@ -34,6 +34,7 @@ fn a_report_is_written_again_from_what_the_folder_holds() {
     let first = work.page("run/report.html");
     assert_fetches_nothing(&first);
     assert!(first.contains("<h2>Answers before and after</h2>") && !first.contains("http-equiv=\"refresh\""));
+    assert!(first.contains("pairs.jsonl, to evaluate on</th>"), "the same file twice: {first}");
     std::fs::remove_file(work.path("run/report.html")).unwrap();
     let finished = work.succeed("report run");
     assert_eq!(finished.stdout, "report  run/report.html\n");
@@ -72,6 +73,7 @@ fn runs_are_compared_on_one_page() {
         assert!(page.contains(part), "no {part} in {page}");
     }
     assert!(!page.contains("<th scope=\"row\">output</th>") && !page.contains("<th scope=\"row\">seed</th>"));
+    assert!(!page.contains("<th scope=\"col\"></th>"), "a column with nothing in it");
     // Another objective: its loss is not compared.
     work.succeed(&format!("{dpo} --beta 0.5 --output runs/beta"));
     work.succeed("report runs/slow runs/beta --output pages.html");

@@ -3,11 +3,16 @@
 Usage: python check_package.py ROOT, in an empty folder, with the wheel installed. ROOT is the repository.
 """
 
+import contextlib
+import io
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmpo_fast
 
@@ -38,6 +43,23 @@ options = dict(model=model, data=pairs, output="run", max_length=160, max_prompt
 steps = []
 mmpo_fast.train(max_steps=3, on_step=steps.append, show_log=False, **options)
 assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3], steps
+
+# A recipe that names the folder.
+Path("recipe.toml").write_text(f'''# output = "not this"
+model = "{model}"
+data = "{pairs}"
+output = "by \\"recipe\\""
+max_steps = 2
+max_length = 160
+max_prompt_length = 64
+device = "cpu"
+''')
+steps = []
+run = mmpo_fast.train(recipe="recipe.toml", on_step=steps.append, show_log=False)
+assert run.output == Path('by "recipe"') and run.report.is_file(), run
+assert [line["step"] for line in steps if "loss" in line] == [1, 2] and steps == run.metrics, steps
+mmpo_fast.train(recipe="recipe.toml", output="elsewhere", show_log=False)
+assert Path("elsewhere/report.html").is_file()
 
 # A callback that fails stops the run, which saves.
 class Enough(Exception):
@@ -82,6 +104,30 @@ for call, exit_code, part in [
         assert error.exit_code == exit_code, (error.exit_code, str(error), error.log)
         assert part in str(error), str(error)
         assert "help: " in str(error), str(error)
+
+# The code of the package's page, in order, in a folder with the names that it uses. What it logs goes to stand-ins.
+logged = []
+
+
+def log(line, step):
+    logged.append((step, line))
+
+
+sys.modules["wandb"] = SimpleNamespace(init=lambda project: None, log=log)
+sys.modules["mlflow"] = SimpleNamespace(start_run=lambda: None, log_metrics=log)
+Path("page").mkdir()
+os.chdir("page")
+Path("model").symlink_to(root / "examples/demo/model")
+for name, source in [("pairs.jsonl", "pairs.jsonl"), ("held-out.jsonl", "eval_pairs.jsonl")]:
+    Path(name).write_text("".join((root / "examples/demo" / source).open().readlines()[:8]))
+blocks = re.findall(r"```python\n(.*?)```", (root / "docs/how-to/python.md").read_text(), re.DOTALL)
+assert len(blocks) >= 5, blocks
+page, printed = {}, io.StringIO()
+with contextlib.redirect_stdout(printed):
+    for block in blocks:
+        exec(compile(block, "docs/how-to/python.md", "exec"), page)
+assert [step for step, line in logged if "loss" in line] == [1, 2, 1, 2], logged
+assert "2 `--beta` = -1.0 must be finite and greater than 0" in printed.getvalue(), printed.getvalue()
 
 assert threading.active_count() == 1
 print(f"the wheel: demo of {len(seen)} lines of metrics, scores, answers and errors are as they should be")

@@ -43,8 +43,8 @@ fn the_document_states_the_bytes_of_each_choice() {
         ("`--optimizer-states bf16`", MomentFormat::Bf16, MasterWeights::F32),
         ("`--optimizer-states 8bit`", MomentFormat::EightBit, MasterWeights::F32),
         ("`--master-weights none`", MomentFormat::F32, MasterWeights::None),
-        ("`--optimizer-states bf16 --master-weights none`", MomentFormat::Bf16, MasterWeights::None),
-        ("`--optimizer-states 8bit --master-weights none`", MomentFormat::EightBit, MasterWeights::None),
+        ("`--optimizer-states bf16` `--master-weights none`", MomentFormat::Bf16, MasterWeights::None),
+        ("`--optimizer-states 8bit` `--master-weights none`", MomentFormat::EightBit, MasterWeights::None),
     ] {
         let moments = moments.bytes(VALUES);
         let master = if master == MasterWeights::F32 { 4 } else { 0 };

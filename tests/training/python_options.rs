@@ -13,6 +13,9 @@ const FUNCTIONS: [(&str, &str); 4] = [
     ("plan", "PlanOptions"),
 ];
 
+/// Functions that have most of their options in common, and the type that holds those.
+const ALIKE: ([&str; 2], &str) = (["train", "plan"], "RunOptions");
+
 const HEAD: &str = r#""""The options of the commands, made from the program's own table: `MMPO_FAST_RECORD=1 cargo test --test training python`.
 """
 
@@ -26,19 +29,36 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 /// The file, as the command line of today asks for it.
 fn python() -> String {
-    let mut text = String::from(HEAD);
     let command = mmpo_fast::cli::command();
-    for (function, class) in FUNCTIONS {
+    let options = |function: &str| -> Vec<String> {
         let command = command.find_subcommand(function).expect("command");
-        write!(text, "\n\nclass {class}(TypedDict, total=False):\n").unwrap();
-        writeln!(text, "    \"\"\"Options of `{function}`.\"\"\"\n").unwrap();
         let flags = command.get_arguments().filter(|flag| flag.get_long().is_some());
-        flags.for_each(|flag| write_option(&mut text, command, flag));
+        flags.map(|flag| option(command, flag)).collect()
+    };
+    let (alike, base) = ALIKE;
+    let [train, plan] = alike.map(options);
+    let shared: Vec<String> = train.into_iter().filter(|option| plan.contains(option)).collect();
+
+    let mut text = String::from(HEAD);
+    let mut class = |name: &str, parent: &str, about: &str, options: &[String]| {
+        write!(text, "\n\nclass {name}({parent}, total=False):\n    \"\"\"{about}\"\"\"\n\n").unwrap();
+        text.push_str(&options.concat());
+    };
+    class(base, "TypedDict", &format!("What `{}` have in common.", alike.join("` and `")), &shared);
+    for (function, name) in FUNCTIONS {
+        let about = format!("Options of `{function}`.");
+        let mut own = options(function);
+        let parent = if alike.contains(&function) { base } else { "TypedDict" };
+        if parent == base {
+            own.retain(|option| !shared.contains(option));
+        }
+        class(name, parent, &about, &own);
     }
     text
 }
 
-fn write_option(text: &mut String, command: &Command, flag: &Arg) {
+/// An option with its type, and what the program's help says of it.
+fn option(command: &Command, flag: &Arg) -> String {
     let name = flag.get_long().unwrap().replace('-', "_");
     let placeholder = flag.get_value_names().and_then(|names| names.first()).map(|name| name.as_str());
     let is_switch = matches!(flag.get_action(), ArgAction::SetTrue)
@@ -59,7 +79,7 @@ fn write_option(text: &mut String, command: &Command, flag: &Arg) {
         .map_or_else(|| help.split_whitespace().collect::<Vec<_>>().join(" "), str::to_string)
         .replace('\\', "\\\\")
         .replace('"', "\\\"");
-    writeln!(text, "    {name}: {python_type}\n    \"\"\"{help}\"\"\"").unwrap();
+    format!("    {name}: {python_type}\n    \"\"\"{help}\"\"\"\n")
 }
 
 #[test]

@@ -123,6 +123,7 @@ fn the_page_shows_the_run() {
         "120 steps in 42 s",
         "The capital of France is Paris.",
         "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &quot;quotes&quot;",
+        "<th scope=\"row\">pairs.jsonl</th><td>640</td><td>631</td>",
         "dropped: empty response",
         "learning_rate = ",
         "saturated weight in the last epoch",

@@ -86,6 +86,8 @@ pub(crate) struct Columns<'a> {
     start: Start,
     /// The columns whose names mean something, but those that are null.
     members: Map<String, Value>,
+    /// The names of those that were taken out, for messages.
+    taken: Vec<String>,
     /// All other columns.
     unread: Vec<(String, Kind)>,
     pub(super) notes: Vec<Note>,
@@ -130,6 +132,7 @@ impl<'a> Columns<'a> {
             place,
             start,
             members: Map::new(),
+            taken: Vec::new(),
             unread: Vec::new(),
             notes: Vec::new(),
             scores: Scores::default(),
@@ -260,14 +263,15 @@ impl<'a> Columns<'a> {
             return Fault::new(format!("column `{name}` is null"), FORMATS_HELP);
         }
         let others = || {
-            let unread = self.unread.iter().map(|(name, _)| name.as_str());
-            self.members.keys().map(String::as_str).chain(unread).filter(|key| *key != name)
+            let known = self.taken.iter().chain(self.members.keys()).map(String::as_str);
+            known.chain(self.unread.iter().map(|(name, _)| name.as_str())).filter(|key| *key != name)
         };
-        let message = match nearest(name, others()) {
+        // A better response is no slip of the pen for what is missing beside it.
+        let message = match nearest(name, others().filter(|key| !is_chosen(key))) {
             Some(near) => {
                 format!("no column `{name}`; the nearest present column is `{}`", excerpt(near))
             }
-            None if self.members.is_empty() && self.unread.is_empty() => {
+            None if others().next().is_none() => {
                 format!("no column `{name}`: the record is empty")
             }
             None => {
@@ -279,7 +283,9 @@ impl<'a> Columns<'a> {
     }
 
     pub fn take(&mut self, name: &str) -> Parsed<Value> {
-        self.members.shift_remove(name).ok_or_else(|| self.missing(name))
+        let (name, value) = self.members.shift_remove_entry(name).ok_or_else(|| self.missing(name))?;
+        self.taken.push(name);
+        Ok(value)
     }
 
     pub fn take_text(&mut self, name: &str) -> Parsed<String> {
