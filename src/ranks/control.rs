@@ -115,6 +115,8 @@ struct Peer {
 #[derive(Default)]
 struct State {
     verdict: Option<Verdict>,
+    /// Rank 0 is sending the verdict to the others.
+    is_telling: bool,
     /// What came from each peer and was not asked for yet: tags and values, oldest first.
     inbox: Vec<VecDeque<(String, Value)>>,
     seen: Vec<Seen>,
@@ -166,11 +168,14 @@ impl Shared {
                 return;
             }
             state.verdict = Some(verdict.clone());
+            state.is_telling = self.rank == 0;
             state.abort.clone()
         };
         self.changed.notify_all();
         if self.rank == 0 {
             self.send_to_all(&Message::Verdict(verdict.clone()));
+            self.lock().is_telling = false;
+            self.changed.notify_all();
         }
         if let What::Stopped(number) = verdict.what
             && let Some(signal) = Signal::of(number)
@@ -439,6 +444,9 @@ impl Control {
     /// and rank 0 may still be writing.
     pub fn close(self) {
         let shared = &self.shared;
+        let is_telling = |state: &mut State| state.is_telling;
+        // A verdict that came after the goodbye would be lost, and this rank would be taken for dead.
+        drop(shared.changed.wait_while(shared.lock(), is_telling));
         shared.send_to_all(&Message::Goodbye);
         let started = Instant::now();
         let mut state = shared.lock();

@@ -292,9 +292,9 @@ impl Team {
                 }
                 Err(error)
             }
-            // A collective that was ended from outside is no error of the device.
+            // A collective that was ended from outside is no error of the device. What this rank itself told is its own error.
             (Err(Error::Device { .. } | Error::Rank { .. }), Some(verdict))
-                if verdict.rank != self.ranks.place.rank =>
+                if verdict.rank != self.ranks.place.rank || !verdict.is_told_by_itself() =>
             {
                 Err(verdict.error())
             }

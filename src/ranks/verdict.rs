@@ -66,6 +66,11 @@ impl Verdict {
         }
     }
 
+    /// Whether the rank said it of itself. The others are what rank 0 found, or saw when a connection ended.
+    pub fn is_told_by_itself(&self) -> bool {
+        matches!(self.what, What::Failed { .. } | What::Stopped(_))
+    }
+
     /// The error with which another rank ends.
     pub fn error(&self) -> Error {
         if let What::Stopped(number) = self.what

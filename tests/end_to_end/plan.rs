@@ -243,7 +243,8 @@ fn a_plan_for_several_ranks_shows_what_they_send() {
     assert!(text.contains("a step on 8 ranks") && text.contains("as asked"), "{text}");
 
     // States that are offloaded are not sharded, so that there is one way alone.
-    let offloaded = planned("--gpu H100 --ranks 8 --offload states");
+    workplace.bring("tied");
+    let offloaded = planned("--gpu H100 --ranks 8 --offload states").replace("--model base", "--model tied");
     let ways = self::account(&workplace, &offloaded)["ranks"]["shardings"].clone();
     let ways: Vec<_> = ways.as_array().unwrap().iter().map(|way| way["shard"].clone()).collect();
     assert_eq!(ways, ["none"]);

@@ -215,8 +215,10 @@ path_tests! {
         check_backward_input(device, [8450, 16, 8, 0, 8, 0, 16, 0], bounds);
         check_backward_weight(device, [8, 16, 8456, 0, 8456, 0, 16, 0]);
         check_input_add(device, (1410, 1544, 8), bounds);
-        check_inner(device, (8450, 8, 16), bounds);
-        check_gradient_of_a(device, LinearShape { rows: 8, inputs: 8456, outputs: 16 });
+        for (long, rank) in [(16_904, 72), (8456, 16)] {
+            check_inner(device, (long, 8, rank), bounds);
+            check_gradient_of_a(device, LinearShape { rows: 8, inputs: long, outputs: rank });
+        }
     }
 
     /// `dinner` is assigned in the module's columns alone; `db` accumulates in the module's rows alone.
