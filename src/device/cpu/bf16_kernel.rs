@@ -26,8 +26,8 @@ const VECTORS: usize = 2;
 pub(super) const DOT_ROWS: usize = 4;
 /// Rows of the weight that [`dots`] takes at once.
 pub(super) const DOT_OUTPUTS: usize = 4;
-/// How many groups of [`DOT_OUTPUTS`] rows before their use the weights are asked for: at 2, two threads read the weights of
-/// SmolLM2-135M a fifth faster than without, and farther ahead gains nothing.
+/// How many groups of [`DOT_OUTPUTS`] rows before their use the weights are asked for, because the processor's own prefetching
+/// is too late for rows as short as those of SmolLM2-135M. Farther ahead gains nothing.
 const PREFETCH_GROUPS: usize = 2;
 
 /// Whether this processor has what the functions of this file are compiled for.
