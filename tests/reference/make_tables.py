@@ -38,6 +38,14 @@ def ultrafeedback_binarized():
         }
 
 
+def leaves_of_text(table):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    schema = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    columns = [schema.column(place) for place in range(len(schema))]
+    return [column for column in columns if column.physical_type == "BYTE_ARRAY"]
+
+
 def main():
     shutil.rmtree(TABLES, ignore_errors=True)
     TABLES.mkdir()
@@ -53,6 +61,19 @@ def main():
         now = pa.array([1_700_000_000_000_000_000] * len(table), type=pa.timestamp("ns"))
         table = table.append_column("embedding", embedding).append_column("time", now)
         pq.write_table(table, TABLES / f"{name}.parquet", compression=codec, row_group_size=2)
+    # Texts whose lengths are stored as differences, in pages of both versions.
+    for name, version, codec in [("conversational", "2.0", "snappy"), ("text", "1.0", "zstd")]:
+        table = pa.Table.from_pylist(rows(name))
+        leaves = [column.path for column in leaves_of_text(table)]
+        kinds = ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]
+        pq.write_table(
+            table,
+            TABLES / f"{name}.delta.parquet",
+            compression=codec,
+            data_page_version=version,
+            use_dictionary=False,
+            column_encoding={path: kinds[place % 2] for place, path in enumerate(leaves)},
+        )
     for name in ["orca", "text"]:
         pandas.DataFrame(rows(name)).to_csv(TABLES / f"{name}.csv", index=False)
     # A table has no lists: conversations are JSON in its cells.

@@ -3,6 +3,9 @@
 //! The crate's reader of rows is used, without Arrow: it is small, and a pair is text. Columns that could not matter to
 //! a pair (numbers, embeddings) are not read at all.
 
+mod claims;
+mod pages;
+
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,9 +13,12 @@ use std::sync::Arc;
 use parquet::basic::Type as PhysicalType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::TreeBuilder;
 use parquet::record::{Field, Row};
-use parquet::schema::types::Type;
+use parquet::schema::types::{SchemaDescriptor, Type};
 use serde_json::Value;
+
+use pages::CheckedRowGroup;
 
 use super::columns::is_known;
 use super::source::{Chunks, Start};
@@ -23,26 +29,34 @@ use crate::{Error, Result};
 const HELP: &str = "fetch or write the file again; `python -c \"import pyarrow.parquet as p; p.read_table('FILE')\"` \
                     checks it";
 
+/// Rows that the crate decodes at a time: few, since each may hold [`claims::MAX_ITEMS`] items.
+const BATCH_ROWS: usize = 16;
+
 /// Reads the rows of a Parquet file.
 pub(super) fn read(path: &Path, columns: &ColumnNames, chunks: &mut Chunks) -> Result<()> {
-    let file = File::open(path).map_err(|error| Error::io(path, "read", error))?;
+    let file = Arc::new(File::open(path).map_err(|error| Error::io(path, "read", error))?);
+    let handle = file.try_clone().map_err(|error| Error::io(path, "read", error))?;
     // A damaged file may run into an assertion of the crate.
-    let reader = caught(path, None, || SerializedFileReader::new(file))?;
+    let reader = caught(path, None, || SerializedFileReader::new(handle))?;
     let schema = reader.metadata().file_metadata().schema();
     let wanted: Vec<Arc<Type>> =
         schema.get_fields().iter().filter(|field| matters(field, columns)).cloned().collect();
     let projection = Type::group_type_builder(schema.name()).with_fields(wanted).build();
     let projection = projection.map_err(|error| broken(path, None, &error))?;
-    let mut rows = caught(path, None, || reader.get_row_iter(Some(projection)))?;
+    let wanted = Arc::new(SchemaDescriptor::new(Arc::new(projection)));
     let mut place = 0;
-    loop {
-        place += 1;
-        let row = caught(path, Some(place), || rows.next().transpose())?;
-        let Some(row) = row else { return Ok(()) };
-        let mut text = Vec::new();
-        write_row(&row, &mut text);
-        chunks.push(Start { line: 0, byte: None, is_line: false }, text)?;
+    for metadata in reader.metadata().row_groups() {
+        let group = CheckedRowGroup { file: file.clone(), metadata };
+        let tree = TreeBuilder::new().with_batch_size(BATCH_ROWS);
+        let mut rows = caught(path, Some(place + 1), || tree.as_iter(wanted.clone(), &group))?;
+        while let Some(row) = caught(path, Some(place + 1), || rows.next().transpose())? {
+            place += 1;
+            let mut text = Vec::new();
+            write_row(&row, &mut text);
+            chunks.push(Start { line: 0, byte: None, is_line: false }, text)?;
+        }
     }
+    Ok(())
 }
 
 /// Runs a step of the crate, whose panics are faults of the file.
