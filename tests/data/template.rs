@@ -266,6 +266,36 @@ fn a_template_that_asks_for_too_much_is_at_fault_and_not_the_conversation() {
     }
 }
 
+/// Words of the template itself cost one step each, however long they are.
+#[test]
+fn the_text_of_a_conversation_is_bounded_by_the_conversation() {
+    let render = |source: &str, content: &str| {
+        let template = ChatTemplate::from_source(Path::new("t"), source, Default::default()).unwrap();
+        let messages = [Message::new("user", content), Message::new("assistant", content)];
+        template.render(&messages.each_ref(), &Map::new(), false)
+    };
+    // Found by fuzzing: it would have written 500 MB within its steps.
+    let found = std::fs::read_to_string(file("hostile/gigabytes.jinja")).unwrap();
+    let loops = format!(
+        "{{% for a in range(2000) %}}{{% for b in range(100) %}}{}{{% endfor %}}{{% endfor %}}",
+        "x".repeat(900)
+    );
+    for source in [&found, &loops] {
+        let refusal = render(source, "a few words").unwrap_err();
+        assert!(refusal.exceeded, "{refusal}");
+        assert!(
+            refusal.to_string().contains("makes more than 2 MiB of text out of one conversation"),
+            "{refusal}"
+        );
+    }
+    // What is long because the conversation is long is no fault.
+    let long = "a long story ".repeat(100_000);
+    let repeated =
+        |times: usize| format!("{{% for m in messages %}}{}{{% endfor %}}", "{{ m.content }}".repeat(times));
+    assert_eq!(render(&repeated(16), &long).unwrap().len(), 2 * 16 * long.len());
+    assert!(render(&repeated(17), &long).unwrap_err().exceeded);
+}
+
 #[test]
 fn long_conversations_stay_far_below_the_limits() {
     let text = "All work and no play makes a long text. ".repeat(13);

@@ -15,6 +15,11 @@ use super::scan::Prepared;
 /// turns and 100 thousand characters takes under 200 thousand with the longest published templates.
 pub(super) const STEPS: u64 = 8_000_000;
 pub(super) const BYTES_PER_STEP: u64 = 64;
+/// Bytes of text that a conversation may become, beside [`BYTES_PER_BYTE`] for each of its own: room for the words of the
+/// longest templates.
+const TEXT_BYTES: usize = 1 << 20;
+/// Bytes of text for each byte of the conversation: content that is repeated, or written with escapes.
+const BYTES_PER_BYTE: usize = 16;
 /// Levels of lists and mappings in a value that is kept, printed or written as JSON.
 pub(super) const LEVELS: usize = 200;
 /// minijinja's count of nested calls, of which a macro's call takes 4.
@@ -54,6 +59,72 @@ pub(super) fn pay_for_bytes(state: &State, bytes: usize) -> Result<(), Error> {
         0 => Ok(()),
         steps => state.consume_fuel(steps),
     }
+}
+
+/// The text of a conversation as a template writes it, up to what the conversation may become. Pieces of the template itself cost
+/// one step each, however long they are, so that steps alone would allow gigabytes.
+pub(super) struct BoundedText {
+    text: Vec<u8>,
+    limit: usize,
+}
+
+impl BoundedText {
+    /// For a conversation of so many bytes.
+    pub fn of_conversation(bytes: usize) -> Self {
+        let limit = bytes.saturating_mul(BYTES_PER_BYTE).saturating_add(TEXT_BYTES);
+        BoundedText { text: Vec::new(), limit }
+    }
+
+    /// What was written.
+    pub fn into_text(self) -> Result<String, Error> {
+        String::from_utf8(self.text)
+            .map_err(|error| Error::new(ErrorKind::WriteFailure, "the text is not UTF-8").with_source(error))
+    }
+}
+
+impl std::io::Write for BoundedText {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.text.len().saturating_add(bytes.len()) > self.limit {
+            return Err(std::io::Error::other(TooLong { limit: self.limit }));
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A template that writes more than a conversation may become.
+#[derive(Debug)]
+pub(super) struct TooLong {
+    limit: usize,
+}
+
+impl std::fmt::Display for TooLong {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let mebibytes = self.limit.div_ceil(1 << 20);
+        write!(formatter, "makes more than {mebibytes} MiB of text out of one conversation")
+    }
+}
+
+impl std::error::Error for TooLong {}
+
+/// Bytes of the texts of a value.
+pub(super) fn text_bytes(value: &serde_json::Value) -> usize {
+    match value {
+        serde_json::Value::String(text) => text.len(),
+        serde_json::Value::Array(values) => values.iter().map(text_bytes).sum(),
+        serde_json::Value::Object(members) => members_bytes(members),
+        // A number or a word.
+        _ => 8,
+    }
+}
+
+/// As [`text_bytes`], of all members of an object.
+pub(super) fn members_bytes(members: &serde_json::Map<String, serde_json::Value>) -> usize {
+    members.iter().map(|(name, value)| name.len() + text_bytes(value)).sum()
 }
 
 /// The renderings of one thread.

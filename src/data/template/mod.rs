@@ -28,6 +28,7 @@ use serde_json::{Map, Value as Json};
 use super::Message;
 use crate::{Error, Result};
 
+use limits::BoundedText;
 pub use limits::Watch;
 pub(crate) use limits::too_deep;
 pub use refusal::TemplateRefusal;
@@ -182,8 +183,10 @@ impl ChatTemplate {
         variables: &Map<String, Json>,
         add_generation_prompt: bool,
     ) -> std::result::Result<String, TemplateRefusal> {
+        let bytes = |message: &&Message| message.content.len() + limits::members_bytes(&message.other);
+        let bytes = messages.iter().map(bytes).sum();
         let messages: Value = messages.iter().map(|message| message_value(message)).collect();
-        self.render_value(messages, variables, add_generation_prompt)
+        self.render_value((messages, bytes), variables, add_generation_prompt)
     }
 
     /// As [`Self::render`], for messages with content of any kind.
@@ -196,12 +199,14 @@ impl ChatTemplate {
         variables: &Map<String, Json>,
         add_generation_prompt: bool,
     ) -> std::result::Result<String, TemplateRefusal> {
-        self.render_value(Value::from(Serde(messages)), variables, add_generation_prompt)
+        let bytes = messages.iter().map(limits::text_bytes).sum();
+        self.render_value((Value::from(Serde(messages)), bytes), variables, add_generation_prompt)
     }
 
+    /// `bytes` are those of the messages' texts.
     fn render_value(
         &self,
-        messages: Value,
+        (messages, bytes): (Value, usize),
         variables: &Map<String, Json>,
         add_generation_prompt: bool,
     ) -> std::result::Result<String, TemplateRefusal> {
@@ -219,8 +224,12 @@ impl ChatTemplate {
         let with_tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
         let name = if self.has_tool_use && with_tools { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|error| refusal::refusal(&error))?;
-        limits::watched(&self.path, || limits::with_stack(self.stack, || template.render(context)))
-            .map_err(|error| refusal::refusal(&error))
+        let mut text = BoundedText::of_conversation(bytes + limits::members_bytes(variables));
+        limits::watched(&self.path, || {
+            limits::with_stack(self.stack, || template.render_captured_to(context, &mut text).map(drop))
+        })
+        .and_then(|()| text.into_text())
+        .map_err(|error| refusal::refusal(&error))
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 
 use minijinja::ErrorKind;
 
-use super::limits::STEPS;
+use super::limits::{STEPS, TooLong};
 
 /// Why a template gave no text for a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +61,10 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
             let message = format!("takes more than {STEPS} steps for one conversation{line}");
             return TemplateRefusal { message, raised: false, exceeded: true, line: None };
         }
+        if let Some(too_long) = current.downcast_ref::<std::io::Error>().and_then(too_long) {
+            let message = format!("{too_long}{line}");
+            return TemplateRefusal { message, raised: false, exceeded: true, line: None };
+        }
         cause = current.source();
     }
     let description = describe(error);
@@ -73,6 +77,10 @@ pub(super) fn refusal(error: &minijinja::Error) -> TemplateRefusal {
         },
         false => TemplateRefusal { message: description + &line, raised: false, exceeded: false, line: None },
     }
+}
+
+fn too_long(error: &std::io::Error) -> Option<&TooLong> {
+    error.get_ref()?.downcast_ref()
 }
 
 /// How minijinja and the checks of this module say that a limit was met; these errors have no kind of their own.
