@@ -2,9 +2,10 @@
 // rounding of the states and of the weight in one pass, in which every byte moves once.
 //
 // Moments are f32, bf16, or 8-bit by blocks of 256 values (common/dynamic_map.cuh). The weight is bf16(master) with an
-// f32 master copy, or its own master copy, rounded stochastically (common/stochastic.cuh). All of them are updated in
-// place. The moments of this update move the weight before they are rounded themselves. Clipping costs nothing: every
-// gradient is multiplied by the factor that grad_norm.cu left in norm[1]. Gradients are f32 or bf16.
+// f32 master copy, whole or as the 16 bits that the weight lacks of it, or is its own master copy, rounded
+// stochastically (common/stochastic.cuh). All of them are updated in place. The moments of this update move the weight
+// before they are rounded themselves. Clipping costs nothing: every gradient is multiplied by the factor that
+// grad_norm.cu left in norm[1]. Gradients are f32 or bf16.
 //
 // A warp works on whole vectors of its own: 128 values, or the 256 of a quantised block, so that 8-bit moments need no
 // barrier but that of the table of decades.
@@ -234,6 +235,78 @@ struct MasterWeights {
     }
 };
 
+// The master copy is the weight and 16 bits more: src/optimizer/master.rs explains it.
+struct SplitWeights {
+    static constexpr uint32_t kMiddle = 0x8000u;
+
+    bf16* weight;
+    uint16_t* remainder;
+
+    explicit SplitWeights(const mmpo_adamw_tensor& tensor) : weight(tensor.weight), remainder(tensor.remainder) {}
+    SplitWeights() = default;
+
+    DEVICE bool aligned() const { return vector_aligned(weight, remainder); }
+
+    template <bool kVectorized>
+    DEVICE void load(float (&values)[kVectorF32], int64_t at, int count) const {
+        load4<kVectorized>(values, weight + at, 0, count);
+        uint32_t lower[kVectorF32];
+        load_remainders<kVectorized>(lower, at, count);
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) values[i] = joined(values[i], lower[i]);
+    }
+
+    template <bool kVectorized>
+    DEVICE void store(const float (&values)[kVectorF32], int64_t at, int count, const mmpo_adamw_step&) const {
+        store4<kVectorized>(weight + at, 0, count, values);
+        uint32_t lower[kVectorF32];
+#pragma unroll
+        for (int i = 0; i < kVectorF32; ++i) lower[i] = remainder_of(values[i]);
+        store_remainders<kVectorized>(lower, at, count);
+    }
+
+    // The value whose nearest bf16 value is `weight` and whose lower half is `lower`: above the middle it was rounded
+    // up.
+    DEVICE static float joined(float weight, uint32_t lower) {
+        const uint32_t upper = __float_as_uint(weight) - (lower > kMiddle ? 0x10000u : 0u);
+        return __uint_as_float(upper | lower);
+    }
+
+    // The middle would not tell which way it was rounded: away from it, to the side of the even upper half.
+    DEVICE static uint32_t remainder_of(float value) {
+        const uint32_t bits = __float_as_uint(value), lower = bits & 0xffffu;
+        const uint32_t beside = (bits >> 16 & 1u) != 0u ? kMiddle + 1 : kMiddle - 1;
+        return lower == kMiddle ? beside : lower;
+    }
+
+    template <bool kVectorized>
+    DEVICE void load_remainders(uint32_t (&lower)[kVectorF32], int64_t at, int count) const {
+        if constexpr (kVectorized) {
+            const uint2 packed = *reinterpret_cast<const uint2*>(remainder + at);
+            lower[0] = packed.x & 0xffffu;
+            lower[1] = packed.x >> 16;
+            lower[2] = packed.y & 0xffffu;
+            lower[3] = packed.y >> 16;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVectorF32; ++i) lower[i] = i < count ? remainder[at + i] : 0u;
+        }
+    }
+
+    template <bool kVectorized>
+    DEVICE void store_remainders(const uint32_t (&lower)[kVectorF32], int64_t at, int count) const {
+        if constexpr (kVectorized) {
+            *reinterpret_cast<uint2*>(remainder + at) =
+                make_uint2(lower[0] | lower[1] << 16, lower[2] | lower[3] << 16);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVectorF32; ++i) {
+                if (i < count) remainder[at + i] = uint16_t(lower[i]);
+            }
+        }
+    }
+};
+
 // Values of the blocks that mmpo_adamw_tensor::first_block counts.
 constexpr int kBlockOfPart = 256;
 
@@ -356,9 +429,13 @@ mmpo_status launch_kernel(const mmpo_adamw_tensor* tensors, int32_t count, const
 template <class Moments, class Gradient>
 mmpo_status launch_moments(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                            mmpo_stream stream) {
-    return tensors[0].master != nullptr
-               ? launch_kernel<Moments, MasterWeights, Gradient>(tensors, count, norm, step, stream)
-               : launch_kernel<Moments, StochasticWeights, Gradient>(tensors, count, norm, step, stream);
+    if (tensors[0].master != nullptr) {
+        return launch_kernel<Moments, MasterWeights, Gradient>(tensors, count, norm, step, stream);
+    }
+    if (tensors[0].remainder != nullptr) {
+        return launch_kernel<Moments, SplitWeights, Gradient>(tensors, count, norm, step, stream);
+    }
+    return launch_kernel<Moments, StochasticWeights, Gradient>(tensors, count, norm, step, stream);
 }
 
 template <class Gradient>

@@ -537,13 +537,14 @@ typedef struct mmpo_adamw_step {
     uint32_t seed_high;
 } mmpo_adamw_step;
 
-/* A tensor to update, or a part of one: arrays of `length` values in device memory. `master` is NULL if the weight is
- * its own master copy. Moments are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the
- * largest absolute value, for every 256 of them; both scales are NULL for the other formats. The gradient is
- * float[length] or mmpo_bf16[length]. */
+/* A tensor to update, or a part of one: arrays of `length` values in device memory. The f32 master copy is `master`, or
+ * the weight with `remainder`, the 16 bits that it lacks of the copy; both are NULL if the weight is its own. Moments
+ * are float[length], mmpo_bf16[length], or 8-bit codes uint8_t[length] with a scale, the largest absolute value, for
+ * every 256 of them; both scales are NULL for the other formats. The gradient is float[length] or mmpo_bf16[length]. */
 typedef struct mmpo_adamw_tensor {
     mmpo_bf16* weight;
     float* master;
+    uint16_t* remainder;
     void* first_moment;
     void* second_moment;
     float* first_scales;
@@ -554,15 +555,16 @@ typedef struct mmpo_adamw_tensor {
     uint32_t first_block; /* blocks of 256 values that the tensor has before this part, which those bits count */
 } mmpo_adamw_tensor;
 
-/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w = master, or weight where there is none:
+/* Decoupled weight decay, as PyTorch's, with g = gradient * norm[1] and w the master copy, or weight without one:
  *   first  = beta1 * first + rest1 * g
  *   second = beta2 * second + rest2 * g^2
  *   w      = decay * w - step_size * first / (sqrt(second) * root_correction + epsilon)
- * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(master); without one the new
- * weight is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4, tensor, step) and the
- * key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of the format `moments`
- * and gradients of the type `gradients`, f32 or bf16, and either all or none have a master copy. `tensors` is in host
- * memory and is read during the call only. */
+ * Updates all arrays of each tensor but the gradient. With a master copy weight = bf16(w), and a
+ * `remainder` is the lower half of w, in which 0x8000 becomes 0x8001 or 0x7fff, so that it tells how w was rounded.
+ * Without one the new weight is rounded up or down by 16 random bits of Philox4x32-10 at the counter (element / 4,
+ * tensor, step) and the key `seed`. Then the moments are rounded to their format. All tensors of a call have moments of
+ * the format `moments` and gradients of the type `gradients`, f32 or bf16, and master copies of the same kind.
+ * `tensors` is in host memory and is read during the call only. */
 mmpo_status MMPO_EXPORT(adamw)(const mmpo_adamw_tensor* tensors, int32_t count, const float* norm, mmpo_adamw_step step,
                                int32_t moments, int32_t gradients, mmpo_stream stream);
 

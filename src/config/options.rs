@@ -397,8 +397,9 @@ options! {
         /// Format of AdamW's moments: f32 takes 8 bytes per parameter, bf16 4, 8bit 2 by bitsandbytes' block-wise dynamic map;
         /// tensors of fewer than 4096 values stay f32 with 8bit.
         optimizer_states: MomentFormat, Always<MomentFormat> = Always(MomentFormat::F32), ALL, check::anything;
-        /// Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; none rounds the
-        /// updated bf16 weight up or down at random, with the seed. f32 weights need no copy.
+        /// Copy of the weights that updates are added to: f32 takes 4 bytes per parameter beside bf16 weights; split takes 2, the
+        /// bits that the weights lack of the f32 copy; none rounds the updated bf16 weight up or down at random, with the seed.
+        /// f32 weights need no copy.
         master_weights: MasterWeights, Always<MasterWeights> = Always(MasterWeights::F32), ALL, check::anything;
         /// What the backward computes again instead of keeping it, to the same bits: none, selective (gate and up of the MLP, the
         /// largest activations), or layer (all between the residual streams of two layers).

@@ -186,7 +186,7 @@ impl Word for MomentFormat {
 
 impl Word for MasterWeights {
     fn words() -> Vec<(&'static str, Self)> {
-        vec![("f32", MasterWeights::F32), ("none", MasterWeights::None)]
+        vec![("f32", MasterWeights::F32), ("split", MasterWeights::Split), ("none", MasterWeights::None)]
     }
 }
 
@@ -260,7 +260,7 @@ word_option!(ObjectiveKind, "NAME");
 word_option!(Schedule, "cosine|linear|constant");
 word_option!(HeadChoice, "auto|main|recompute");
 word_option!(MomentFormat, "f32|bf16|8bit");
-word_option!(MasterWeights, "f32|none");
+word_option!(MasterWeights, "f32|split|none");
 word_option!(Recompute, "none|selective|layer");
 word_option!(GradientConfig, "f32|bf16|layer");
 word_option!(OffloadConfig, "none|states");

@@ -12,6 +12,7 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + Debug {}
 impl Element for f32 {}
 impl Element for u32 {}
 impl Element for half::bf16 {}
+impl Element for u16 {}
 impl Element for u8 {}
 
 /// Buffer of weights or activations.

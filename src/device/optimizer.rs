@@ -7,7 +7,7 @@ use half::bf16;
 use super::check::check_sizes;
 use super::{Checked, ComputeBuffer, Floats, Memory};
 use crate::error::{Error, Result};
-use crate::optimizer::{AdamWFactors, AdamWStep, BLOCK, Moments, StochasticRounding};
+use crate::optimizer::{AdamWFactors, AdamWStep, BLOCK, Master, Moments, StochasticRounding};
 
 /// The gradient of a tensor, in the type in which it was summed over micro-batches.
 #[derive(Debug)]
@@ -41,9 +41,9 @@ impl<D: Memory> Gradient<'_, D> {
 pub struct AdamWUpdate<'a, D: Memory> {
     /// Updated.
     pub weight: &'a mut ComputeBuffer<D>,
-    /// Updated: the weights in f32, beside weights of a narrower type. Without it such a weight is its own master copy and is
+    /// Updated: the weights' f32 copy, beside weights of a narrower type. Without it such a weight is its own master copy and is
     /// rounded stochastically.
-    pub master: Option<&'a mut Floats<D>>,
+    pub master: Option<&'a mut Master<D>>,
     /// Updated: running means of the gradient and of its square.
     pub moments: &'a mut Moments<D>,
     /// How a weight without a master copy is rounded.
@@ -155,7 +155,7 @@ pub trait Optimizer: Memory {
                 "adamw: the part {part:?} does not begin at a block of {BLOCK} values"
             )));
         }
-        let master = update.master.as_ref().map_or(len, |master| self.len(master));
+        let master = update.master.as_ref().map_or(len, |master| master.len(self));
         let (moments, scales) = match &*update.moments {
             Moments::F32(pair) => ([self.len(&pair.first), self.len(&pair.second)], None),
             Moments::Bf16(pair) => ([self.len(&pair.first), self.len(&pair.second)], None),

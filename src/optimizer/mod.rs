@@ -6,6 +6,7 @@
 
 mod adamw;
 mod dynamic_map;
+mod master;
 mod moments;
 mod offload;
 mod rounding;
@@ -14,6 +15,7 @@ mod state;
 
 pub use adamw::{AdamWFactors, AdamWSettings, AdamWStep};
 pub use dynamic_map::{BLOCK, DynamicMap, LEAST_VALUES, block_scale, inverse_scale, quantize_block};
+pub use master::{Master, join, joined, remainder};
 pub use moments::{MasterWeights, MomentFormat, MomentPair, Moments, StateOptions};
 pub use offload::{OffloadPlan, OffloadedStates, PIECE_VALUES, is_offloaded};
 pub use rounding::StochasticRounding;

@@ -37,15 +37,27 @@ impl MomentFormat {
     }
 }
 
-/// Whether an f32 copy of the weights is kept beside bf16 ones.
+/// How an f32 copy of the weights is kept beside bf16 ones. Where weights are f32, as on the CPU by default, nothing is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MasterWeights {
     /// 4 bytes per parameter: the weight is the copy's value, rounded to the nearest bf16.
     #[default]
     F32,
-    /// No copy: the weight is its own master copy and is rounded stochastically. Where weights are f32, as on the CPU, nothing is
-    /// rounded.
+    /// 2 bytes per parameter: the bits of the copy that the weight lacks ([`super::Master`]).
+    Split,
+    /// No copy: the weight is its own master copy and is rounded stochastically. A weight that is f32 is not rounded.
     None,
+}
+
+impl MasterWeights {
+    /// Bytes of the copy for each value.
+    pub fn bytes(self) -> usize {
+        match self {
+            MasterWeights::F32 => 4,
+            MasterWeights::Split => 2,
+            MasterWeights::None => 0,
+        }
+    }
 }
 
 /// What AdamW keeps of a trained tensor.

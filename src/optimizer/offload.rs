@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::AdamWStep;
 use super::dynamic_map::{BLOCK, LEAST_VALUES};
-use super::moments::{MasterWeights, StateOptions};
+use super::moments::StateOptions;
 use super::rounding::StochasticRounding;
 use super::state::{OptimizerState, StateBuffer, StateMut, StateRef, StateType};
 use crate::device::{ComputeBuffer, Floats, Gradient, Offload, Optimizer, Queue};
@@ -49,10 +49,6 @@ pub struct OffloadPlan {
 }
 
 impl OffloadPlan {
-    fn has_master(&self) -> bool {
-        self.needs_master && self.options.master == MasterWeights::F32
-    }
-
     /// Values of the largest piece.
     fn slot_values(&self) -> usize {
         let largest = self.tensors.iter().map(|&(_, len)| len).max().unwrap_or(0);
@@ -78,7 +74,7 @@ impl OffloadPlan {
     /// Bytes of the slots on the device.
     pub fn device_bytes(&self) -> usize {
         let values = self.slot_values();
-        let master = if self.has_master() { 4 * values } else { 0 };
+        let master = if self.needs_master { self.options.master.bytes() * values } else { 0 };
         self.slots() * (master + self.options.moments.bytes(values))
     }
 
@@ -91,8 +87,8 @@ impl OffloadPlan {
 /// Where the buffers of a tensor's state lie in its host memory.
 #[derive(Clone, Debug)]
 struct HostLayout {
-    /// With the offset of the first byte.
-    buffers: Vec<(StateBuffer, usize)>,
+    /// With the type of its values and the offset of its first byte.
+    buffers: Vec<(StateBuffer, StateType, usize)>,
     bytes: usize,
 }
 
@@ -100,11 +96,9 @@ impl HostLayout {
     fn new(plan: &OffloadPlan, len: usize) -> Self {
         let (mut buffers, mut bytes) = (Vec::new(), 0);
         for buffer in StateBuffer::ALL {
-            if buffer == StateBuffer::Weight && !plan.has_master() {
-                continue;
-            }
-            let Some((kind, values)) = buffer.stored(len, plan.options.moments) else { continue };
-            buffers.push((buffer, bytes));
+            let kept = buffer.kept(len, plan.options, plan.needs_master);
+            let Some((kind, values)) = kept else { continue };
+            buffers.push((buffer, kind, bytes));
             bytes = (bytes + values * kind.size()).next_multiple_of(BOUNDARY);
         }
         HostLayout { buffers, bytes }
@@ -206,7 +200,7 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
         self.find(number).is_some()
     }
 
-    /// Whether a tensor's state has this buffer here; [`StateBuffer::Weight`] is only where there is a master copy.
+    /// Whether a tensor's state has this buffer here; [`StateBuffer::Weight`] is only where there is a whole master copy.
     pub fn has(&self, number: usize, buffer: StateBuffer) -> bool {
         self.place(number, buffer, 0).is_ok()
     }
@@ -304,10 +298,8 @@ impl<D: Offload + Optimizer> OffloadedStates<D> {
     /// Place of the tensor, and the byte of its memory where value `offset` of `buffer` lies.
     fn place(&self, number: usize, buffer: StateBuffer, offset: usize) -> Result<(usize, usize)> {
         let tensor = self.find(number).ok_or_else(|| unknown(number))?;
-        let HostState { len, layout, .. } = &self.tensors[tensor];
-        let format = self.slots.first().map(|slot| slot.state.moments.format()).unwrap_or_default();
-        let start = layout.buffers.iter().find(|(other, _)| *other == buffer).map(|&(_, start)| start);
-        let (Some(start), Some((kind, _))) = (start, buffer.stored(*len, format)) else {
+        let found = self.tensors[tensor].layout.buffers.iter().find(|(other, ..)| *other == buffer);
+        let Some(&(_, kind, start)) = found else {
             return Err(Error::bug(format!("tensor {number} has no {} in host memory", buffer.name())));
         };
         Ok((tensor, start + offset * kind.size()))
@@ -336,21 +328,13 @@ fn fetch<D: Offload + Optimizer>(
     tensor: &HostState<D::HostBuffer>,
     piece: Piece,
 ) -> Result<()> {
-    for &(buffer, start) in &tensor.layout.buffers {
-        let at = |kind| of_piece(buffer, start, kind, piece);
+    for &(buffer, kind, start) in &tensor.layout.buffers {
+        let (byte, len) = of_piece(buffer, start, kind, piece);
         match slot.state.get_mut(buffer) {
-            Some(StateMut::<D>::F32(out)) => {
-                let (byte, len) = at(StateType::F32);
-                device.fetch::<f32>(out, &tensor.memory, byte, len)?;
-            }
-            Some(StateMut::<D>::Bf16(out)) => {
-                let (byte, len) = at(StateType::Bf16);
-                device.fetch::<bf16>(out, &tensor.memory, byte, len)?;
-            }
-            Some(StateMut::<D>::U8(out)) => {
-                let (byte, len) = at(StateType::U8);
-                device.fetch::<u8>(out, &tensor.memory, byte, len)?;
-            }
+            Some(StateMut::<D>::F32(out)) => device.fetch::<f32>(out, &tensor.memory, byte, len)?,
+            Some(StateMut::<D>::Bf16(out)) => device.fetch::<bf16>(out, &tensor.memory, byte, len)?,
+            Some(StateMut::<D>::U16(out)) => device.fetch::<u16>(out, &tensor.memory, byte, len)?,
+            Some(StateMut::<D>::U8(out)) => device.fetch::<u8>(out, &tensor.memory, byte, len)?,
             None => {}
         }
     }
@@ -364,21 +348,15 @@ fn store<D: Offload + Optimizer>(
     slot: &Slot<D>,
     piece: Piece,
 ) -> Result<()> {
-    for &(buffer, start) in &tensor.layout.buffers {
-        let at = |kind| of_piece(buffer, start, kind, piece);
+    for &(buffer, kind, start) in &tensor.layout.buffers {
+        let (byte, len) = of_piece(buffer, start, kind, piece);
         match slot.state.get(buffer) {
-            Some(StateRef::<D>::F32(values)) => {
-                let (byte, len) = at(StateType::F32);
-                device.store::<f32>(&mut tensor.memory, byte, values, len)?;
-            }
+            Some(StateRef::<D>::F32(values)) => device.store::<f32>(&mut tensor.memory, byte, values, len)?,
             Some(StateRef::<D>::Bf16(values)) => {
-                let (byte, len) = at(StateType::Bf16);
-                device.store::<bf16>(&mut tensor.memory, byte, values, len)?;
+                device.store::<bf16>(&mut tensor.memory, byte, values, len)?
             }
-            Some(StateRef::<D>::U8(values)) => {
-                let (byte, len) = at(StateType::U8);
-                device.store::<u8>(&mut tensor.memory, byte, values, len)?;
-            }
+            Some(StateRef::<D>::U16(values)) => device.store::<u16>(&mut tensor.memory, byte, values, len)?,
+            Some(StateRef::<D>::U8(values)) => device.store::<u8>(&mut tensor.memory, byte, values, len)?,
             None => {}
         }
     }

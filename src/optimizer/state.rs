@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::dynamic_map::BLOCK;
+use super::master::Master;
 use super::moments::{MasterWeights, MomentFormat, Moments, StateOptions};
 use super::rounding::StochasticRounding;
 use crate::device::{AdamWUpdate, ComputeBuffer, Floats, Gradient, Memory, MemoryPart, Optimizer};
@@ -15,6 +16,9 @@ use crate::error::Result;
 pub enum StateBuffer {
     /// The weight in f32: the master copy, or the weight itself where there is no copy.
     Weight,
+    /// What the weight lacks of a master copy that is split between the two. Checkpoints hold the copy instead, as
+    /// [`StateBuffer::Weight`].
+    Remainder,
     /// Running mean of the gradient.
     FirstMoment,
     /// Running mean of the squared gradient.
@@ -32,6 +36,8 @@ pub enum StateType {
     F32,
     /// bf16 moments.
     Bf16,
+    /// Remainders of master copies.
+    U16,
     /// Codes of 8-bit moments.
     U8,
 }
@@ -41,7 +47,7 @@ impl StateType {
     pub fn size(self) -> usize {
         match self {
             StateType::F32 => 4,
-            StateType::Bf16 => 2,
+            StateType::Bf16 | StateType::U16 => 2,
             StateType::U8 => 1,
         }
     }
@@ -49,8 +55,9 @@ impl StateType {
 
 impl StateBuffer {
     /// All buffers that a trained tensor may have.
-    pub const ALL: [StateBuffer; 5] = [
+    pub const ALL: [StateBuffer; 6] = [
         StateBuffer::Weight,
+        StateBuffer::Remainder,
         StateBuffer::FirstMoment,
         StateBuffer::SecondMoment,
         StateBuffer::FirstScales,
@@ -61,6 +68,7 @@ impl StateBuffer {
     pub fn name(self) -> &'static str {
         match self {
             StateBuffer::Weight => "weight",
+            StateBuffer::Remainder => "remainder",
             StateBuffer::FirstMoment => "first_moment",
             StateBuffer::SecondMoment => "second_moment",
             StateBuffer::FirstScales => "first_scales",
@@ -78,10 +86,11 @@ impl StateBuffer {
         }
     }
 
-    /// Type and length of the buffer of a tensor of `len` values; `None` where moments of this format have none.
+    /// Type and length of the buffer of a tensor of `len` values in a checkpoint; `None` where moments of this format have none.
     pub fn stored(self, len: usize, moments: MomentFormat) -> Option<(StateType, usize)> {
         match (self, moments.of_tensor(len)) {
             (StateBuffer::Weight, _) => Some((StateType::F32, len)),
+            (StateBuffer::Remainder, _) => None,
             (StateBuffer::FirstMoment | StateBuffer::SecondMoment, format) => Some(match format {
                 MomentFormat::F32 => (StateType::F32, len),
                 MomentFormat::Bf16 => (StateType::Bf16, len),
@@ -93,31 +102,52 @@ impl StateBuffer {
             (StateBuffer::FirstScales | StateBuffer::SecondScales, _) => None,
         }
     }
+
+    /// Type and length of the buffer that AdamW keeps of a tensor of `len` values beside the weight, which is narrower than f32 where
+    /// `needs_master`.
+    pub fn kept(self, len: usize, options: StateOptions, needs_master: bool) -> Option<(StateType, usize)> {
+        let is_kept = |kind| needs_master && options.master == kind;
+        match self {
+            StateBuffer::Weight => is_kept(MasterWeights::F32).then_some((StateType::F32, len)),
+            StateBuffer::Remainder => is_kept(MasterWeights::Split).then_some((StateType::U16, len)),
+            _ => self.stored(len, options.moments),
+        }
+    }
 }
 
 /// A buffer on the device, by the type of its values.
 #[derive(Debug)]
-pub enum StateValues<F, B, C> {
+pub enum StateValues<F, B, R, C> {
     /// f32.
     F32(F),
     /// bf16.
     Bf16(B),
+    /// Remainders.
+    U16(R),
     /// Codes.
     U8(C),
 }
 
 /// A buffer that is read.
-pub type StateRef<'a, D> =
-    StateValues<&'a Floats<D>, &'a <D as Memory>::Buffer<bf16>, &'a <D as Memory>::Buffer<u8>>;
+pub type StateRef<'a, D> = StateValues<
+    &'a Floats<D>,
+    &'a <D as Memory>::Buffer<bf16>,
+    &'a <D as Memory>::Buffer<u16>,
+    &'a <D as Memory>::Buffer<u8>,
+>;
 /// A buffer that is written.
-pub type StateMut<'a, D> =
-    StateValues<&'a mut Floats<D>, &'a mut <D as Memory>::Buffer<bf16>, &'a mut <D as Memory>::Buffer<u8>>;
+pub type StateMut<'a, D> = StateValues<
+    &'a mut Floats<D>,
+    &'a mut <D as Memory>::Buffer<bf16>,
+    &'a mut <D as Memory>::Buffer<u16>,
+    &'a mut <D as Memory>::Buffer<u8>,
+>;
 
 /// AdamW's state of one trained tensor.
 #[derive(Debug)]
 pub struct OptimizerState<D: Memory> {
-    /// The weights in f32, where [`Memory::Compute`] is narrower and they are asked for.
-    pub master: Option<Floats<D>>,
+    /// The weights' f32 copy, where [`Memory::Compute`] is narrower and one is asked for.
+    pub master: Option<Master<D>>,
     /// Both moments.
     pub moments: Moments<D>,
     /// How a weight without a master copy is rounded.
@@ -135,8 +165,7 @@ impl<D: Optimizer> OptimizerState<D> {
         Self::with_options(device, len, StateOptions::default(), StochasticRounding::default())
     }
 
-    /// Zero moments for `len` weights. The f32 master copy, where there is one, starts as zero too: upload the weights to it
-    /// before the first update.
+    /// Zero moments for `len` weights. A whole master copy starts as zero too: upload the weights to it before the first update.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the device has no memory for them.
@@ -157,10 +186,9 @@ impl<D: Optimizer> OptimizerState<D> {
         options: StateOptions,
         rounding: StochasticRounding,
     ) -> Result<Self> {
-        let has_master = device.needs_master() && options.master == MasterWeights::F32;
         Ok(OptimizerState {
-            master: match has_master {
-                true => Some(device.as_part(MemoryPart::MasterWeights, || device.alloc(len))?),
+            master: match device.needs_master() {
+                true => Master::new(device, len, options.master)?,
                 false => None,
             },
             moments: device
@@ -185,7 +213,7 @@ impl<D: Optimizer> OptimizerState<D> {
         let format = StateOptions { moments: options.moments.of_tensor(whole), ..options };
         let mut state = Self::of_values(device, part.len(), format, rounding)?;
         let first = if device.len(weight) == whole { part.start } else { 0 };
-        if let Some(master) = &mut state.master {
+        if let Some(Master::Whole(master)) = &mut state.master {
             let mut values = vec![0.0; part.len()];
             device.download_compute(&mut values, weight, first)?;
             device.upload(master, 0, &values)?;
@@ -213,7 +241,7 @@ impl<D: Optimizer> OptimizerState<D> {
         rounding: StochasticRounding,
     ) -> Result<Self> {
         let mut state = OptimizerState::with_options(device, device.len(weight), options, rounding)?;
-        if let Some(master) = &mut state.master {
+        if let Some(Master::Whole(master)) = &mut state.master {
             let mut values = vec![0.0; device.len(weight)];
             device.download_compute(&mut values, weight, 0)?;
             device.upload(master, 0, &values)?;
@@ -226,9 +254,16 @@ impl<D: Memory> OptimizerState<D> {
     /// The buffer of this kind; `None` for one that the state does not have, such as [`StateBuffer::Weight`] where the weight
     /// is its own master copy.
     pub fn get(&self, buffer: StateBuffer) -> Option<StateRef<'_, D>> {
-        use StateBuffer::{FirstMoment, FirstScales, SecondMoment, SecondScales, Weight};
+        use StateBuffer::{FirstMoment, FirstScales, Remainder, SecondMoment, SecondScales, Weight};
         match (buffer, &self.moments) {
-            (Weight, _) => self.master.as_ref().map(StateValues::F32),
+            (Weight, _) => match &self.master {
+                Some(Master::Whole(values)) => Some(StateValues::F32(values)),
+                _ => None,
+            },
+            (Remainder, _) => match &self.master {
+                Some(Master::Remainders(values)) => Some(StateValues::U16(values)),
+                _ => None,
+            },
             (FirstMoment, Moments::F32(moments)) => Some(StateValues::F32(&moments.first)),
             (SecondMoment, Moments::F32(moments)) => Some(StateValues::F32(&moments.second)),
             (FirstMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&moments.first)),
@@ -243,9 +278,16 @@ impl<D: Memory> OptimizerState<D> {
 
     /// As [`OptimizerState::get`].
     pub fn get_mut(&mut self, buffer: StateBuffer) -> Option<StateMut<'_, D>> {
-        use StateBuffer::{FirstMoment, FirstScales, SecondMoment, SecondScales, Weight};
+        use StateBuffer::{FirstMoment, FirstScales, Remainder, SecondMoment, SecondScales, Weight};
         match (buffer, &mut self.moments) {
-            (Weight, _) => self.master.as_mut().map(StateValues::F32),
+            (Weight, _) => match &mut self.master {
+                Some(Master::Whole(values)) => Some(StateValues::F32(values)),
+                _ => None,
+            },
+            (Remainder, _) => match &mut self.master {
+                Some(Master::Remainders(values)) => Some(StateValues::U16(values)),
+                _ => None,
+            },
             (FirstMoment, Moments::F32(moments)) => Some(StateValues::F32(&mut moments.first)),
             (SecondMoment, Moments::F32(moments)) => Some(StateValues::F32(&mut moments.second)),
             (FirstMoment, Moments::Bf16(moments)) => Some(StateValues::Bf16(&mut moments.first)),

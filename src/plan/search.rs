@@ -93,7 +93,11 @@ impl Values {
         Values {
             // Moments in bf16 take twice the memory of 8-bit ones and are no more exact: see docs/memory.md.
             moments: at_least(asked.states.moments, &[MomentFormat::EightBit]),
-            masters: at_least(asked.states.master, &[MasterWeights::None]),
+            masters: match asked.states.master {
+                MasterWeights::F32 => vec![MasterWeights::F32, MasterWeights::Split, MasterWeights::None],
+                MasterWeights::Split => vec![MasterWeights::Split, MasterWeights::None],
+                MasterWeights::None => vec![MasterWeights::None],
+            },
             recomputes: match asked.recompute {
                 Recompute::None => vec![Recompute::None, Recompute::Selective, Recompute::Layer],
                 Recompute::Selective => vec![Recompute::Selective, Recompute::Layer],
@@ -159,11 +163,14 @@ fn numerical_changes(asked: &Choice, choice: &Choice) -> usize {
     let sums =
         asked.memory.gradients != choice.memory.gradients && choice.memory.gradients == GradientConfig::Bf16;
     let (asked, choice) = (asked.memory.states, choice.memory.states);
-    // A bf16 sum is off by a 512th at most with each micro-batch, an 8-bit moment by some hundredths; stochastic rounding moves
-    // weights further from f32's than either.
-    usize::from(sums)
-        + 2 * usize::from(asked.moments != choice.moments)
-        + 4 * usize::from(asked.master != choice.master)
+    // A split master copy differs from a whole one in the last bit of one in 65,536 values. A bf16 sum is off by a 512th at most with
+    // each micro-batch, an 8-bit moment by some hundredths; stochastic rounding moves weights further from f32's than either.
+    let master = match choice.master {
+        master if master == asked.master => 0,
+        MasterWeights::Split => 1,
+        _ => 8,
+    };
+    master + 2 * usize::from(sums) + 4 * usize::from(asked.moments != choice.moments)
 }
 
 /// How many options differ.
@@ -242,7 +249,7 @@ fn least(candidates: &[Candidate], gradients: GradientConfig) -> Option<Candidat
             Recompute::Selective => 1,
             Recompute::Layer => 0,
         };
-        let master = memory.states.master == MasterWeights::F32;
+        let master = memory.states.master.bytes();
         let resident = memory.offload == OffloadConfig::None;
         (resident, master, moments, recompute, token_budget)
     };
@@ -287,11 +294,11 @@ mod tests {
             [
                 "",
                 "--gradients layer",
+                "--master-weights split",
+                "--master-weights split --gradients layer",
                 "--gradients bf16",
-                "--optimizer-states 8bit",
-                "--optimizer-states 8bit --gradients layer",
-                "--optimizer-states 8bit --gradients bf16",
-                "--master-weights none"
+                "--master-weights split --gradients bf16",
+                "--optimizer-states 8bit"
             ]
         );
         assert!(all.windows(2).all(|two| two[0].time <= two[1].time + 0.01), "{all:?}");

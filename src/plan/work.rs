@@ -158,8 +158,12 @@ impl Trained {
     fn update_bytes(&self, memory: &MemoryConfig, size: f64) -> f64 {
         const VALUES: usize = 1 << 20;
         let moments = memory.states.moments.bytes(VALUES) as f64 / VALUES as f64;
-        let has_master = memory.states.master == MasterWeights::F32 && size < 4.0;
-        let weight = if has_master { size + 8.0 } else { 2.0 * size };
+        // What an update comes from is read, and it and the weight are written.
+        let weight = match memory.states.master {
+            MasterWeights::F32 if size < 4.0 => size + 8.0,
+            MasterWeights::Split if size < 4.0 => 2.0 * (size + 2.0),
+            _ => 2.0 * size,
+        };
         let gradient = match memory.gradients {
             GradientConfig::F32 | GradientConfig::Layer => 4.0,
             GradientConfig::Bf16 => 2.0,
@@ -279,6 +283,7 @@ mod tests {
         for (moments, master, bytes) in [
             (MomentFormat::F32, MasterWeights::F32, 30.0),
             (MomentFormat::EightBit, MasterWeights::F32, 18.0),
+            (MomentFormat::F32, MasterWeights::Split, 28.0),
             (MomentFormat::EightBit, MasterWeights::None, 12.0),
         ] {
             let memory = MemoryConfig { states: StateOptions { moments, master }, ..MemoryConfig::default() };

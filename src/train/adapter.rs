@@ -85,13 +85,9 @@ impl StartingAdapter {
     pub fn set_masters<D: Device>(&self, trainer: &mut Trainer<D>) -> Result<()> {
         let Trainer { model, states, offloaded, .. } = trainer;
         for (number, (fused, state)) in model.layout.iter().zip(states.iter_mut()).enumerate() {
-            if let Some(offloaded) = offloaded
-                && offloaded.states.has(number, StateBuffer::Weight)
-            {
+            if let Some(offloaded) = offloaded {
                 for (offset, tensor) in fused.offsets() {
-                    let values = self.values(tensor)?;
-                    let place = (StateBuffer::Weight, offset);
-                    offloaded.states.write(&model.device, number, place, bytemuck::cast_slice(&values))?;
+                    offloaded.write_master(&model.device, number, offset, &self.values(tensor)?)?;
                 }
             }
             let Some(state) = state else { continue };
@@ -101,7 +97,7 @@ impl StartingAdapter {
                 let here = offset.max(part.start)..(offset + tensor.values()).min(part.end);
                 if !here.is_empty() {
                     let values = &self.values(tensor)?[here.start - offset..here.end - offset];
-                    model.device.upload(master, here.start - part.start, values)?;
+                    master.upload(&model.device, here.start - part.start, values)?;
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! A trainer's state on disk, to the bit: f32 weights, both moments, and where the run stands.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::checkpoint::{
 use crate::device::{ComputeBuffer, Device, GroupPlace, RawValues, StorageType};
 use crate::error::{Error, Result};
 use crate::model::{FusedTensor, LlamaTensors};
-use crate::optimizer::{StateBuffer, StateMut, StateOptions, StateType, StateValues};
+use crate::optimizer::{StateBuffer, StateMut, StateOptions, StateType, StateValues, join, remainder};
 
 /// Options that may differ between the parts of a run: they say where things are and when, not what is computed. Model,
 /// reference and pairs are compared by what they hold, so that another spelling of a path is no other run.
@@ -199,8 +200,10 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
             continue;
         }
         for buffer in StateBuffer::ALL {
-            let Some((kind, len)) = buffer.stored(tensor.values(), options.moments) else { continue };
-            let (name, kind) = (stored_name(tensor, buffer), dtype(kind));
+            // A master copy that is split lies whole in the file.
+            let source = if buffer == StateBuffer::Remainder { StateBuffer::Weight } else { buffer };
+            let Some((kind, len)) = source.stored(tensor.values(), options.moments) else { continue };
+            let (name, kind) = (stored_name(tensor, source), dtype(kind));
             let pieces = |range| checkpoint.pieces(&name, kind, &[len], range);
             if buffer == StateBuffer::Weight {
                 let held = held(device, tensor, weight, place);
@@ -213,20 +216,29 @@ pub fn restore<D: Device>(checkpoint: &Checkpoint, trainer: &mut Trainer<D>) -> 
                 && offloaded.states.has(number, buffer)
             {
                 for StoredPiece { first, bytes } in pieces(0..len)? {
-                    offloaded.states.write(device, number, (buffer, first), bytes)?;
+                    offloaded.states.write(device, number, (buffer, first), &as_kept(buffer, bytes))?;
                 }
             }
             let own =
                 buffer.part(place.map_or(0..tensor.values(), |place| Cut::new(tensor.values(), place).own()));
             if let Some(mut kept) = state.as_mut().and_then(|state| state.get_mut(buffer)) {
                 for StoredPiece { first, bytes } in pieces(own.clone())? {
-                    upload(device, &mut kept, first - own.start, bytes, &name)?;
+                    upload(device, &mut kept, first - own.start, &as_kept(buffer, bytes), &name)?;
                 }
             }
             checkpoint.release(&name);
         }
     }
     Ok(())
+}
+
+/// The bytes of a buffer from those of the file.
+fn as_kept(buffer: StateBuffer, bytes: &[u8]) -> Cow<'_, [u8]> {
+    if buffer != StateBuffer::Remainder {
+        return Cow::Borrowed(bytes);
+    }
+    let values = bytes.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value));
+    Cow::Owned(values.flat_map(|value| remainder(value).to_ne_bytes()).collect())
 }
 
 /// The values of a tensor that `weight` holds: all, or this rank's where weights are sharded.
@@ -257,6 +269,10 @@ fn upload<D: Device>(
         }
         StateValues::Bf16(kept) => {
             device.upload::<bf16>(kept, offset, bytemuck::try_cast_slice(bytes).map_err(not_aligned)?)
+        }
+        StateValues::U16(kept) => {
+            let values = bytes.as_chunks().0.iter().map(|&value| u16::from_ne_bytes(value));
+            device.upload::<u16>(kept, offset, &values.collect::<Vec<_>>())
         }
         StateValues::U8(kept) => device.upload(kept, offset, bytes),
     }
@@ -355,6 +371,7 @@ fn dtype(kind: StateType) -> Dtype {
     match kind {
         StateType::F32 => Dtype::F32,
         StateType::Bf16 => Dtype::BF16,
+        StateType::U16 => Dtype::U16,
         StateType::U8 => Dtype::U8,
     }
 }
@@ -389,6 +406,9 @@ pub(super) fn download<D: Device>(
             (Some(StateValues::Bf16(kept)), _) => {
                 device.download::<bf16>(bytemuck::cast_slice_mut(bytes), kept, offset)?;
             }
+            (Some(StateValues::U16(kept)), _) => {
+                device.download::<u16>(bytemuck::cast_slice_mut(bytes), kept, offset)?;
+            }
             (Some(StateValues::U8(kept)), _) => device.download(bytes, kept, offset)?,
             (None, Some(offloaded)) if offloaded.states.has(number, buffer) => {
                 offloaded.states.read(device, number, (buffer, offset), bytes)?;
@@ -396,12 +416,38 @@ pub(super) fn download<D: Device>(
             (None, _) => {
                 let held = held(device, tensor, weight, trainer.shard_place());
                 let first = trainer.own(tensor.values()).start + offset - held.start;
-                device.download_compute(bytemuck::cast_slice_mut(bytes), weight, first)?;
+                let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                device.download_compute(values, weight, first)?;
+                if let Some(remainders) = remainders(trainer, number, offset, values.len())? {
+                    join(values, &remainders);
+                }
             }
         }
         return check_finite(name, offset, kind, bytes);
     }
     Err(unknown(name))
+}
+
+/// What `len` weights of a tensor lack of their master copies, from value `offset` of its state on; `None` where master copies are
+/// whole, or there are none.
+fn remainders<D: Device>(
+    trainer: &Trainer<D>,
+    number: usize,
+    offset: usize,
+    len: usize,
+) -> Result<Option<Vec<u16>>> {
+    let (device, buffer) = (trainer.device(), StateBuffer::Remainder);
+    let mut found = vec![0; len];
+    let state = trainer.states.iter().nth(number).and_then(|state| state.as_ref()?.get(buffer));
+    match (state, &trainer.offloaded) {
+        (Some(StateValues::U16(kept)), _) => device.download::<u16>(&mut found, kept, offset)?,
+        (None, Some(offloaded)) if offloaded.states.has(number, buffer) => {
+            let bytes = bytemuck::cast_slice_mut(&mut found);
+            offloaded.states.read(device, number, (buffer, offset), bytes)?;
+        }
+        _ => return Ok(None),
+    }
+    Ok(Some(found))
 }
 
 /// Fails where `bytes`, values of this type from index `offset` of `name` on, are not all finite.
@@ -413,8 +459,8 @@ fn check_finite(name: &str, offset: usize, kind: Option<StateType>, bytes: &[u8]
             let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
             guard::check_saved(name, offset, &wide)
         }
-        // Every code is a number; what is not finite shows in a scale.
-        Some(StateType::U8) | None => Ok(()),
+        // Every code is a number; what is not finite shows in a scale, or in a weight.
+        Some(StateType::U8 | StateType::U16) | None => Ok(()),
     }
 }
 

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::model::{FusedTensor, Llama, LlamaTensors};
 use crate::optimizer::{
     AdamWStep, OffloadPlan, OffloadedStates, PIECE_VALUES, StateBuffer, StochasticRounding, is_offloaded,
+    remainder,
 };
 
 /// Values of a master copy that pass from the device to the host at a time.
@@ -112,6 +113,24 @@ impl<D: Device> Offloaded<D> {
             }
         }
         Ok(Some(Offloaded { states, rounding_seed }))
+    }
+
+    /// Assigns the master copy of a tensor from value `first` on, if it is here. The weights must be these values, rounded to the
+    /// nearest.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn write_master(&mut self, device: &D, number: usize, first: usize, values: &[f32]) -> Result<()> {
+        if self.states.has(number, StateBuffer::Weight) {
+            let place = (StateBuffer::Weight, first);
+            return self.states.write(device, number, place, bytemuck::cast_slice(values));
+        }
+        if self.states.has(number, StateBuffer::Remainder) {
+            let remainders: Vec<u16> = values.iter().copied().map(remainder).collect();
+            let place = (StateBuffer::Remainder, first);
+            return self.states.write(device, number, place, bytemuck::cast_slice(&remainders));
+        }
+        Ok(())
     }
 
     /// Updates a tensor from its gradient if its state is here.

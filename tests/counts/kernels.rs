@@ -186,6 +186,8 @@ fn the_optimiser_moves_every_byte_once() {
         for (master, is_bf16) in [
             (MasterWeights::F32, false),
             (MasterWeights::F32, true),
+            (MasterWeights::Split, false),
+            (MasterWeights::Split, true),
             (MasterWeights::None, false),
             (MasterWeights::None, true),
         ] {
@@ -204,9 +206,10 @@ fn the_optimiser_moves_every_byte_once() {
             variant.reset_counters();
             device.adamw(&mut [state.update_from(&mut weight, gradient)], &norm, step).unwrap();
             let counters = variant.counters();
-            // What the new weight comes from: the master copy, or the weight.
+            // What the new weight comes from: the master copy, the weight and what it lacks of one, or the weight.
             let (read, written) = match master {
                 MasterWeights::F32 => (F32 * VALUES, (F32 + BF16) * VALUES),
+                MasterWeights::Split => (2 * BF16 * VALUES, 2 * BF16 * VALUES),
                 MasterWeights::None => (BF16 * VALUES, BF16 * VALUES),
             };
             let factors = VALUES / thread_values * F32;

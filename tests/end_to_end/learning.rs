@@ -208,6 +208,7 @@ fn every_choice_of_memory_learns_and_resumes() {
     for flags in [
         "--optimizer-states bf16",
         "--optimizer-states 8bit --master-weights none",
+        "--precision bf16 --master-weights split",
         "--recompute layer",
         "--recompute selective",
         "--gradients layer --max-grad-norm 0",

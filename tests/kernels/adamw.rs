@@ -15,7 +15,7 @@ const STEP: AdamWStep =
 /// Every kind of state that a tensor may have.
 fn all_options() -> Vec<StateOptions> {
     let moments = [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit];
-    let masters = [MasterWeights::F32, MasterWeights::None];
+    let masters = [MasterWeights::F32, MasterWeights::Split, MasterWeights::None];
     moments.into_iter().flat_map(|moments| masters.map(|master| StateOptions { moments, master })).collect()
 }
 
@@ -35,6 +35,11 @@ fn read_state<D: Device>(device: &D, state: &OptimizerState<D>, buffer: StateBuf
             device.download(&mut found, values, 0).unwrap();
             found.into_iter().map(bf16::to_f32).collect()
         }
+        Some(StateValues::U16(values)) => {
+            let mut found = vec![0u16; device.len(values)];
+            device.download(&mut found, values, 0).unwrap();
+            found.into_iter().map(f32::from).collect()
+        }
         Some(StateValues::U8(codes)) => read_codes(device, codes).into_iter().map(f32::from).collect(),
         None => Vec::new(),
     }
@@ -44,6 +49,14 @@ fn read_codes<D: Device>(device: &D, codes: &D::Buffer<u8>) -> Vec<u8> {
     let mut found = vec![0; device.len(codes)];
     device.download(&mut found, codes, 0).unwrap();
     found
+}
+
+/// The master copy of a weight; the weight where there is none.
+fn read_master<D: Device>(device: &D, weight: &ComputeBuffer<D>, state: &OptimizerState<D>) -> Vec<f32> {
+    let Some(master) = &state.master else { return read_compute(device, weight) };
+    let mut values = vec![0.0; device.len(weight)];
+    master.download(device, (weight, 0), 0, &mut values).unwrap();
+    values
 }
 
 /// An update of one tensor.
@@ -246,11 +259,49 @@ device_tests! {
                 assert_mostly_close("first moment", &first, &firsts, Tolerance::F32);
                 assert_mostly_close("second moment", &second, &seconds, Tolerance::F32);
                 assert_mostly_close("weight", &read_compute(device, &weight), &weights, bounds);
-                if let Some(master) = &state.master {
-                    assert_mostly_close("master", &read(device, master), &weights, Tolerance::F32);
+                if state.master.is_some() {
+                    let master = read_master(device, &weight, &state);
+                    assert_mostly_close("master", &master, &weights, Tolerance::F32);
                 }
             }
         }
+    }
+
+    /// A master copy that is split between the weight and its remainder has the bits of a whole one, but that it lies beside the middle
+    /// between two weights where a whole one lies on it.
+    fn split_master_copy(device, bounds) {
+        let mut middles = 0;
+        for (format, len) in [(MomentFormat::F32, 40_001), (MomentFormat::Bf16, 4097), (MomentFormat::EightBit, 40_000)] {
+            trying("format and values", (format, len));
+            let (mut weight, values) = random_compute(device, 1, len, 1.0);
+            let (mut twin, _) = compute(device, &values.iter().map(|&value| value as f32).collect::<Vec<_>>());
+            let options = |master| StateOptions { moments: format, master };
+            let mut state = state_of(device, &weight, options(MasterWeights::Split));
+            let mut twins = state_of(device, &twin, options(MasterWeights::F32));
+            let norm = floats(device, &[8.0, 0.125]);
+            for number in 1..=5 {
+                let (gradient, step) = (floats(device, &random(10 + u64::from(number), len, 3.0)), AdamWStep { step: number, ..STEP });
+                update(device, &mut weight, &mut state, &gradient, &norm, step).unwrap();
+                update(device, &mut twin, &mut twins, &gradient, &norm, step).unwrap();
+                assert_same_bits("weight", &read_compute(device, &weight), &read_compute(device, &twin));
+                let mut wanted = read_master(device, &twin, &twins);
+                if let Some(master) = &mut twins.master {
+                    let on_middle = |value: &&mut f32| value.to_bits() & 0xffff == 0x8000;
+                    for value in wanted.iter_mut().filter(on_middle) {
+                        let is_odd = value.to_bits() >> 16 & 1 == 1;
+                        *value = f32::from_bits(if is_odd { value.to_bits() + 1 } else { value.to_bits() - 1 });
+                        middles += 1;
+                    }
+                    master.upload(device, 0, &wanted).unwrap();
+                }
+                assert_same_bits("master", &read_master(device, &weight, &state), &wanted);
+                for buffer in [StateBuffer::FirstMoment, StateBuffer::SecondMoment, StateBuffer::SecondScales] {
+                    let wanted = read_state(device, &twins, buffer);
+                    assert_same_bits(buffer.name(), &read_state(device, &state, buffer), &wanted);
+                }
+            }
+        }
+        assert!(middles > 0 || !device.needs_master(), "no value lay in the middle");
     }
 
     /// Without a master copy the weight is what a master copy with its values would become, rounded by the known random bits;
@@ -269,13 +320,12 @@ device_tests! {
                 let step = AdamWStep { step: 7, ..STEP };
                 update(device, &mut weight, &mut state, &gradient, &norm, step).unwrap();
                 update(device, &mut twin, &mut twins, &gradient, &norm, step).unwrap();
-                let wanted: Vec<f32> = match &twins.master {
-                    Some(master) => {
-                        let values = read(device, master).into_iter().zip(0..);
-                        values.map(|(value, element)| ROUNDING.round(value, 7, element).to_f32()).collect()
+                let mut wanted = read_master(device, &twin, &twins);
+                if twins.master.is_some() {
+                    for (value, element) in wanted.iter_mut().zip(0..) {
+                        *value = ROUNDING.round(*value, 7, element).to_f32();
                     }
-                    None => read_compute(device, &twin),
-                };
+                }
                 assert_same_bits("weight", &read_compute(device, &weight), &wanted);
                 for buffer in [StateBuffer::FirstMoment, StateBuffer::SecondMoment, StateBuffer::SecondScales] {
                     let wanted = read_state(device, &twins, buffer);
@@ -316,11 +366,11 @@ device_tests! {
     fn five_updates(device, bounds) {
         for len in [1, 50, 4095, 40_000] {
             trying("values", len);
-            let (mut weight, weight64) = random_compute(device, 1, len, 1.0);
+            let (mut weight_buffer, weight64) = random_compute(device, 1, len, 1.0);
             let mut state = OptimizerState::new(device, len).unwrap();
             if let Some(master) = &mut state.master {
                 let values: Vec<f32> = weight64.iter().map(|&value| value as f32).collect();
-                device.upload(master, 0, &values).unwrap();
+                master.upload(device, 0, &values).unwrap();
             }
             let mut wanted: Vec<_> = weight64.iter().map(|&weight| (weight, 0.0, 0.0)).collect();
             let mut eager = wanted.clone();
@@ -328,7 +378,7 @@ device_tests! {
             for number in 1..=5 {
                 let gradient = random(10 + u64::from(number), len, 3.0);
                 let step = AdamWStep { step: number, ..STEP };
-                update(device, &mut weight, &mut state, &floats(device, &gradient), &norm, step).unwrap();
+                update(device, &mut weight_buffer, &mut state, &floats(device, &gradient), &norm, step).unwrap();
                 for (precision, values) in [(Precision::Exact, &mut wanted), (Precision::Bf16, &mut eager)] {
                     for (values, gradient) in values.iter_mut().zip(&gradient) {
                         let gradient = 0.125 * f64::from(*gradient);
@@ -339,12 +389,13 @@ device_tests! {
             let column = |pick: fn(&(f64, f64, f64)) -> f64| wanted.iter().map(pick).collect::<Vec<f64>>();
             assert_close("first moment", &read_state(device, &state, StateBuffer::FirstMoment), &column(|v| v.1), Tolerance::F32);
             assert_close("second moment", &read_state(device, &state, StateBuffer::SecondMoment), &column(|v| v.2), Tolerance::F32);
-            let weight = read_compute(device, &weight);
+            let weight = read_compute(device, &weight_buffer);
             assert_close("weight", &weight, &column(|v| v.0), bounds);
             let eager: Vec<f64> = eager.iter().map(|values| values.0).collect();
             assert_no_worse("weight", &weight, Stored::Bf16, &column(|v| v.0), &eager);
-            if let Some(master) = &state.master {
-                assert_close("master", &read(device, master), &column(|v| v.0), Tolerance::F32);
+            if state.master.is_some() {
+                let master = read_master(device, &weight_buffer, &state);
+                assert_close("master", &master, &column(|v| v.0), Tolerance::F32);
             }
         }
     }

@@ -9,7 +9,7 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Gradient, Sum};
 use mmpo_fast::model::{FusedTensor, LlamaTensors};
-use mmpo_fast::optimizer::AdamWStep;
+use mmpo_fast::optimizer::{AdamWStep, Master};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
 use crate::golden::{self, Golden, OBJECTIVE, STEP};
@@ -138,8 +138,8 @@ fn steps_are_near_those_of_f32<D: Device>(name: &str, device: impl Fn() -> D) {
                 let weights = trainer.model.weights.iter().zip(trainer.states.iter());
                 let values = weights.flat_map(|(weight, state)| {
                     match state.as_ref().and_then(|state| state.master.as_ref()) {
-                        Some(master) => download::<D, f32>(&device, master),
-                        None => download::<D, D::Compute>(&device, weight),
+                        Some(Master::Whole(master)) => download::<D, f32>(&device, master),
+                        _ => download::<D, D::Compute>(&device, weight),
                     }
                 });
                 values.collect::<Vec<f32>>()

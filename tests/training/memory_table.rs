@@ -42,12 +42,14 @@ fn the_document_states_the_bytes_of_each_choice() {
         ("none", MomentFormat::F32, MasterWeights::F32),
         ("`--optimizer-states bf16`", MomentFormat::Bf16, MasterWeights::F32),
         ("`--optimizer-states 8bit`", MomentFormat::EightBit, MasterWeights::F32),
+        ("`--master-weights split`", MomentFormat::F32, MasterWeights::Split),
+        ("`--optimizer-states 8bit` `--master-weights split`", MomentFormat::EightBit, MasterWeights::Split),
         ("`--master-weights none`", MomentFormat::F32, MasterWeights::None),
         ("`--optimizer-states bf16` `--master-weights none`", MomentFormat::Bf16, MasterWeights::None),
         ("`--optimizer-states 8bit` `--master-weights none`", MomentFormat::EightBit, MasterWeights::None),
     ] {
         let moments = moments.bytes(VALUES);
-        let master = if master == MasterWeights::F32 { 4 } else { 0 };
+        let master = master.bytes();
         let (cuda, cpu) = (VALUES * (2 + master + 4) + moments, VALUES * (4 + 4) + moments);
         let (moments, cuda, cpu) = (per_value(moments), per_value(cuda), per_value(cpu));
         let row = format!("| {options} | 2 | {master} | {moments} | 4 | {cuda} | {cpu} |");

@@ -66,7 +66,7 @@ fn loras() -> [Option<LoraSettings>; 3] {
 fn memories() -> Vec<MemoryConfig> {
     let mut all = Vec::new();
     for moments in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
-        for master in [MasterWeights::F32, MasterWeights::None] {
+        for master in [MasterWeights::F32, MasterWeights::Split, MasterWeights::None] {
             for recompute in [Recompute::None, Recompute::Selective, Recompute::Layer] {
                 for gradients in [GradientConfig::F32, GradientConfig::Bf16, GradientConfig::Layer] {
                     let states = StateOptions { moments, master };

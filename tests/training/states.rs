@@ -122,7 +122,7 @@ fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
     let mut state = OptimizerState::before_first(device, &weight, options, rounding).expect("state");
     if let Some(master) = &mut state.master {
         // Not the weight's bf16.
-        device.upload(master, 0, &start).expect("upload");
+        master.upload(device, 0, &start).expect("upload");
     }
     let norm = floats(device, &[0.0, 1.0]);
     for (gradient, number) in gradients.chunks(start.len()).zip(1..) {

@@ -7,7 +7,9 @@ use crate::bench::inputs::{compute, filled, floats, normal};
 use crate::bench::shapes::{self, Shape};
 use crate::device::{Device, Floats, Gradient};
 use crate::error::Result;
-use crate::optimizer::{MasterWeights, MomentFormat, OptimizerState, StateOptions, StochasticRounding};
+use crate::optimizer::{
+    Master, MasterWeights, MomentFormat, OptimizerState, StateOptions, StochasticRounding,
+};
 
 /// Gate, up and down: these operations take many tensors at once.
 const TENSORS: usize = 3;
@@ -22,6 +24,8 @@ pub(super) fn makers<D: Device>() -> Vec<Maker<D>> {
         adamw_f32,
         adamw_bf16,
         adamw_8bit,
+        adamw_split,
+        adamw_8bit_split,
         adamw_no_master,
         adamw_bf16_no_master,
         adamw_8bit_no_master,
@@ -141,14 +145,17 @@ fn adamw_from<D: Device>(
         tensors(|tensor| OptimizerState::with_options(device, values, options, rounding(tensor)))?;
     for (tensor, state) in states.iter_mut().enumerate() {
         if let Some(master) = &mut state.master {
-            device.upload(master, 0, &normal(tensor as u64, values, 0.02))?;
+            master.upload(device, 0, &normal(tensor as u64, values, 0.02))?;
         }
     }
     let (norm, gradient_size) = (filled(device, &[1.0f32, 1.0])?, gradients.size());
     let settings = shapes::settings()?;
     // What the weight comes from is read: a master copy, which is written too, or the weight itself.
-    let has_master = states.iter().any(|state| state.master.is_some());
-    let masters = if has_master { 2 * WORD } else { compute_size::<D>() };
+    let masters = match states[0].master.as_ref().map(Master::kind) {
+        Some(MasterWeights::F32) => 2 * WORD,
+        Some(MasterWeights::Split) => WORD + compute_size::<D>(),
+        _ => compute_size::<D>(),
+    };
     let weights = tensors(|tensor| compute(device, tensor as u64, values, 0.02))?;
     let out = Outputs { compute: weights, floats: Vec::new() };
     let case = Case::new("adamw", out, move |device: &D, out| {
@@ -161,7 +168,7 @@ fn adamw_from<D: Device>(
     // Both moments are read and written, the gradient is read, the weight is written.
     let bytes = 2 * options.moments.bytes(values) + (gradient_size + compute_size::<D>() + masters) * values;
     // A weight that is its own master copy is another case where there could be one alone.
-    let redundant = options.master == MasterWeights::None && !device.needs_master();
+    let redundant = options.master != MasterWeights::F32 && !device.needs_master();
     Ok(case.updates().part(part).redundant(redundant).bytes(bytes * TENSORS))
 }
 
@@ -177,6 +184,16 @@ fn adamw_bf16<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
 fn adamw_8bit<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
     let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::F32 };
     adamw(device, shape, "8-bit moments", options)
+}
+
+fn adamw_split<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::F32, master: MasterWeights::Split };
+    adamw(device, shape, "split master", options)
+}
+
+fn adamw_8bit_split<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {
+    let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::Split };
+    adamw(device, shape, "8-bit moments, split master", options)
 }
 
 fn adamw_no_master<D: Device>(device: &D, shape: &Shape) -> Result<Case<D>> {

@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter 2019) as PyTorch computes it: decoupled decay, bias-corrected moments, epsilon outside
 //! the corrected square root. Moments are f32, bf16, or 8-bit by blocks.
 //!
-//! An f32 weight is its own master copy. A bf16 weight has one beside it, or is rounded stochastically.
+//! An f32 weight is its own master copy. A bf16 weight has one beside it, whole or in part, or is rounded stochastically.
 
 use std::ops::Range;
 
@@ -9,11 +9,11 @@ use half::bf16;
 use rayon::iter::Either;
 use rayon::prelude::*;
 
-use super::storage::Storage;
+use super::storage::{MasterSlice, Storage};
 use super::{BLOCK_ELEMENTS, CpuDevice};
 use crate::device::{AdamWUpdate, Gradient};
 use crate::optimizer::{
-    AdamWFactors, BLOCK, DynamicMap, MomentPair, Moments, StochasticRounding, quantize_block,
+    AdamWFactors, BLOCK, DynamicMap, Master, MomentPair, Moments, StochasticRounding, quantize_block,
 };
 
 /// Blocks of quantised values in a block of parallel work.
@@ -52,8 +52,13 @@ fn update_from<C: Storage, G: Storage>(
     let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
     let weights = update.weight[in_weight].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
-        Some(master) => Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(Some)),
-        None => Either::Right((0..weights.len()).into_par_iter().map(|_| None)),
+        Some(Master::Whole(master)) => {
+            Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(MasterSlice::Whole))
+        }
+        Some(Master::Remainders(master)) => {
+            Either::Right(Either::Left(master.par_chunks_mut(BLOCK_ELEMENTS).map(MasterSlice::Remainders)))
+        }
+        None => Either::Right(Either::Right((0..weights.len()).into_par_iter().map(|_| MasterSlice::None))),
     };
     let gradients = gradient.par_chunks(BLOCK_ELEMENTS);
     let (rounding, step) = (update.rounding, numbers.factors.step);
@@ -122,7 +127,7 @@ impl Weights {
     #[inline(always)]
     fn update<C: Storage>(
         &self,
-        (weight, master): (&mut [C], Option<&mut [f32]>),
+        (weight, master): (&mut [C], MasterSlice<'_>),
         change: impl FnOnce(&mut [f32]),
     ) {
         C::update(

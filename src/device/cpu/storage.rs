@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::products::Products;
 use crate::device::{Element, StorageType};
+use crate::optimizer::join;
 
 /// A type of stored weights and activations: f32, or bf16. Arithmetic is f32 with either: values are widened as they
 /// are read and rounded to the nearest as they are written.
@@ -38,10 +39,20 @@ pub trait Storage: Element + Products {
     /// `round_at` turns back into what is stored; the number that it gets is the value's place.
     fn update(
         weight: &mut [Self],
-        master: Option<&mut [f32]>,
+        master: MasterSlice<'_>,
         update: impl FnOnce(&mut [f32]),
         round_at: impl Fn(f32, usize) -> bf16,
     );
+}
+
+/// A block of a master copy.
+pub enum MasterSlice<'a> {
+    /// Its values.
+    Whole(&'a mut [f32]),
+    /// What its values have beyond the weights.
+    Remainders(&'a mut [u16]),
+    /// There is none.
+    None,
 }
 
 impl Storage for f32 {
@@ -79,7 +90,7 @@ impl Storage for f32 {
     #[inline(always)]
     fn update(
         weight: &mut [f32],
-        _: Option<&mut [f32]>,
+        _: MasterSlice<'_>,
         update: impl FnOnce(&mut [f32]),
         _: impl Fn(f32, usize) -> bf16,
     ) {
@@ -131,17 +142,25 @@ impl Storage for bf16 {
     #[inline(always)]
     fn update(
         weight: &mut [bf16],
-        master: Option<&mut [f32]>,
+        master: MasterSlice<'_>,
         update: impl FnOnce(&mut [f32]),
         round_at: impl Fn(f32, usize) -> bf16,
     ) {
-        if let Some(master) = master {
+        if let MasterSlice::Whole(master) = master {
             update(master);
             return round(weight, master);
         }
         let mut values = [0.0; super::BLOCK_ELEMENTS];
         let values = &mut values[..weight.len()];
         widen(values, weight);
+        if let MasterSlice::Remainders(remainders) = master {
+            join(values, remainders);
+            update(values);
+            for (remainder, value) in remainders.iter_mut().zip(&*values) {
+                *remainder = crate::optimizer::remainder(*value);
+            }
+            return round(weight, values);
+        }
         update(values);
         for (index, (weight, value)) in weight.iter_mut().zip(values).enumerate() {
             *weight = round_at(*value, index);

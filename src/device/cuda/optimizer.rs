@@ -10,7 +10,7 @@ use super::bindings::{
 use super::{CudaBuffer, CudaDevice, launch_sizes};
 use crate::device::{AdamWUpdate, Checked, Gradient, GradientPart, Optimizer};
 use crate::error::Result;
-use crate::optimizer::{AdamWFactors, BLOCK, MomentFormat, Moments};
+use crate::optimizer::{AdamWFactors, BLOCK, Master, MasterWeights, MomentFormat, Moments};
 
 impl Optimizer for CudaDevice {
     fn needs_master(&self) -> bool {
@@ -61,8 +61,7 @@ impl Optimizer for CudaDevice {
         })
     }
 
-    /// One call of the launcher for each format of moments and type of gradients, with and without master copies: a run has a
-    /// few of them.
+    /// One call of the launcher for each format of moments, type of gradients and kind of master copy: a run has a few of them.
     fn run_adamw(
         &self,
         updates: &mut [AdamWUpdate<'_, Self>],
@@ -71,11 +70,11 @@ impl Optimizer for CudaDevice {
         _: Checked,
     ) -> Result<()> {
         for format in [MMPO_MOMENTS_F32, MMPO_MOMENTS_BF16, MMPO_MOMENTS_8BIT] {
-            for has_master in [true, false] {
+            for kind in [MasterWeights::F32, MasterWeights::Split, MasterWeights::None] {
                 for storage in [MMPO_STORAGE_F32, MMPO_STORAGE_BF16] {
                     let of_kind = updates.iter_mut().filter(|update| {
                         moments_format(update) == format
-                            && update.master.is_some() == has_master
+                            && master_kind(update) == kind
                             && storage_of(update.gradient) == storage
                     });
                     let mut seed = 0;
@@ -121,6 +120,10 @@ fn entry(gradient: Gradient<'_, CudaDevice>, part: &Range<usize>) -> mmpo_gradie
     mmpo_gradient { values, length: part.len() as i64, storage: storage_of(gradient) as i32 }
 }
 
+fn master_kind(update: &AdamWUpdate<'_, CudaDevice>) -> MasterWeights {
+    update.master.as_ref().map_or(MasterWeights::None, |master| master.kind())
+}
+
 /// The format of a tensor's moments, as the launcher numbers them.
 fn moments_format(update: &AdamWUpdate<'_, CudaDevice>) -> mmpo_moments {
     match update.moments.format() {
@@ -137,7 +140,8 @@ fn tensor(device: &CudaDevice, update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo
     let AdamWUpdate { weight, master, moments, rounding, gradient, .. } = update;
     let mut tensor = mmpo_adamw_tensor {
         weight: weight.at_mut(in_weight.start),
-        master: master.as_mut().map_or(ptr::null_mut(), |master| master.start_mut()),
+        master: ptr::null_mut(),
+        remainder: ptr::null_mut(),
         first_moment: ptr::null_mut(),
         second_moment: ptr::null_mut(),
         first_scales: ptr::null_mut(),
@@ -150,6 +154,11 @@ fn tensor(device: &CudaDevice, update: &mut AdamWUpdate<'_, CudaDevice>) -> mmpo
         tensor: rounding.tensor,
         first_block: (part.start / BLOCK) as u32,
     };
+    match master {
+        Some(Master::Whole(values)) => tensor.master = values.start_mut(),
+        Some(Master::Remainders(values)) => tensor.remainder = values.start_mut(),
+        None => {}
+    }
     (tensor.first_moment, tensor.second_moment) = match moments {
         Moments::F32(pair) => (pair.first.start_mut().cast(), pair.second.start_mut().cast()),
         Moments::Bf16(pair) => (pair.first.start_mut().cast(), pair.second.start_mut().cast()),

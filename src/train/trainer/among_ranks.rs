@@ -277,7 +277,10 @@ impl<D: Device> Trainer<D> {
                 state.as_ref().and_then(|state| Some((state, state.master.as_ref()?)))
             {
                 let first = state.part.as_ref().map_or(0, |part| part.start);
-                device.copy(&mut gathered, first, master, 0, device.len(master))?;
+                let in_weight = if device.len(weight) == values.len() { first } else { 0 };
+                let own = &mut values[first..first + master.len(device)];
+                master.download(device, (weight, in_weight), 0, own)?;
+                device.upload(&mut gathered, first, own)?;
             }
             ranks.gather(&mut [&mut gathered])?;
             ranks.finish()?;

@@ -239,6 +239,7 @@ const _: () = {
 pub struct mmpo_adamw_tensor {
     pub weight: *mut mmpo_bf16,
     pub master: *mut f32,
+    pub remainder: *mut u16,
     pub first_moment: *mut ::core::ffi::c_void,
     pub second_moment: *mut ::core::ffi::c_void,
     pub first_scales: *mut f32,
@@ -250,7 +251,7 @@ pub struct mmpo_adamw_tensor {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of mmpo_adamw_tensor"][::core::mem::size_of::<mmpo_adamw_tensor>() - 72usize];
+    ["Size of mmpo_adamw_tensor"][::core::mem::size_of::<mmpo_adamw_tensor>() - 80usize];
     [
         "Alignment of mmpo_adamw_tensor",
     ][::core::mem::align_of::<mmpo_adamw_tensor>() - 8usize];
@@ -261,29 +262,32 @@ const _: () = {
         "Offset of field: mmpo_adamw_tensor::master",
     ][::core::mem::offset_of!(mmpo_adamw_tensor, master) - 8usize];
     [
+        "Offset of field: mmpo_adamw_tensor::remainder",
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, remainder) - 16usize];
+    [
         "Offset of field: mmpo_adamw_tensor::first_moment",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_moment) - 16usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_moment) - 24usize];
     [
         "Offset of field: mmpo_adamw_tensor::second_moment",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_moment) - 24usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_moment) - 32usize];
     [
         "Offset of field: mmpo_adamw_tensor::first_scales",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_scales) - 32usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_scales) - 40usize];
     [
         "Offset of field: mmpo_adamw_tensor::second_scales",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_scales) - 40usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, second_scales) - 48usize];
     [
         "Offset of field: mmpo_adamw_tensor::gradient",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, gradient) - 48usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, gradient) - 56usize];
     [
         "Offset of field: mmpo_adamw_tensor::length",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, length) - 56usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, length) - 64usize];
     [
         "Offset of field: mmpo_adamw_tensor::tensor",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, tensor) - 64usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, tensor) - 72usize];
     [
         "Offset of field: mmpo_adamw_tensor::first_block",
-    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_block) - 68usize];
+    ][::core::mem::offset_of!(mmpo_adamw_tensor, first_block) - 76usize];
 };
 pub const MMPO_EMULATOR_ASYNC_LATE: mmpo_emulator_async = 0;
 pub const MMPO_EMULATOR_ASYNC_EARLY: mmpo_emulator_async = 1;
