@@ -289,17 +289,7 @@ impl DeviceTask for Training<'_> {
         let planned = crate::plan::check(device.as_ref(), &account)?;
         progress::enter(Stage::Model, 0);
         let group = join_group(team, &device)?;
-        let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
-        let sharded = LoadedModel::cut_among(group.as_ref(), &config.memory);
-        // An adapter's base is only read.
-        let is_frozen = inputs.adapter.is_some();
-        let mut model = LoadedModel::load(&device, &inputs.folder, (positions, is_frozen), sharded)?;
-        // The samples end where the answers of the saved model do.
-        model.end_with(inputs.encoder.end_tokens()?);
-        interrupt::check()?;
-        // Before the adapters are there: the reference is the model without them.
-        progress::enter(Stage::References, 0);
-        let references = References::compute(config, &inputs, &mut model, (team, group.as_ref()))?;
+        let (model, references) = load_model(config, &inputs, &device, (team, group.as_ref()))?;
         progress::enter(Stage::Before, 0);
         let has_parts = model.has_parts();
         let mut model = model.into_model();
@@ -353,6 +343,27 @@ impl DeviceTask for Training<'_> {
         // Nobody ends before rank 0 has written everything: who watches the processes would end it too.
         team.barrier("end")
     }
+}
+
+/// Loads the model and scores every pair with the reference, which without a model of its own is this one before any adapter is
+/// attached.
+fn load_model<D: Device>(
+    config: &RunConfig,
+    inputs: &Inputs,
+    device: &Arc<D>,
+    (team, group): (&Team, Option<&Arc<RankGroup<D>>>),
+) -> Result<(LoadedModel<D>, References)> {
+    let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
+    let sharded = LoadedModel::cut_among(group, &config.memory);
+    // An adapter's base is only read.
+    let is_frozen = inputs.adapter.is_some();
+    let mut model = LoadedModel::load(device, &inputs.folder, (positions, is_frozen), sharded)?;
+    // The samples end where the answers of the saved model do.
+    model.end_with(inputs.encoder.end_tokens()?);
+    interrupt::check()?;
+    progress::enter(Stage::References, 0);
+    let references = References::compute(config, inputs, &mut model, (team, group))?;
+    Ok((model, references))
 }
 
 /// Opens the run's record, after `resumed` steps of an earlier part or with the evaluation `before` the first step.

@@ -104,12 +104,10 @@ fn floats<D: Device>(device: &D, values: &[f32]) -> Floats<D> {
     buffer
 }
 
-/// Three updates with 8-bit moments: weights and moments are as near to exact AdamW as those of bitsandbytes' AdamW8bit are, which
-/// gets the same weights and gradients.
-fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
-    let file = goldens();
-    let start: Vec<f32> = tensor(&file, "weight");
-    let gradients: Vec<f32> = tensor(&file, "gradients");
+/// The weights and both moments after the updates of the goldens, with 8-bit moments.
+fn eight_bit_updates<D: Device>(device: &D, file: &[u8]) -> [Vec<f32>; 3] {
+    let start: Vec<f32> = tensor(file, "weight");
+    let gradients: Vec<f32> = tensor(file, "gradients");
     let mut weight = device.alloc(start.len()).expect("buffer");
     device.upload_values(&mut weight, 0, RawValues::from_f32(&start)).expect("upload");
     let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::F32 };
@@ -152,6 +150,14 @@ fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
         &read(StateBuffer::SecondScales),
         DynamicMap::Unsigned,
     );
+    [weights, first, second]
+}
+
+/// Three updates with 8-bit moments: weights and moments are as near to exact AdamW as those of bitsandbytes' AdamW8bit are, which
+/// gets the same weights and gradients.
+fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
+    let file = goldens();
+    let [weights, first, second] = eight_bit_updates(device, &file);
     let theirs = |codes: &str, scales: &str, map| {
         dequantized(&tensor::<u8>(&file, codes), &tensor::<f32>(&file, scales), map)
     };
