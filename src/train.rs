@@ -54,6 +54,7 @@ use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_o
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt::{self, Keeper};
+use crate::model::Llama;
 use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
@@ -183,13 +184,13 @@ fn with_chosen_memory(
     let chooses = config.memory_limit == Some(MemoryLimit::Auto);
     let before = if chooses { crate::plan::chosen_before(config)? } else { None };
     if !chooses || before.is_some() {
-        // Ranks with other options come here too, and it is told later in what they differ.
+        // Ranks whose options differ from these take part too: `check_fingerprints` tells the difference later.
         least_free_memory(team, None)?;
     }
     if !chooses {
         return Ok(config.clone());
     }
-    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    // The last rank holds the most, because it keeps what the cut into equal pieces leaves over.
     let ranks = team.ranks().place.ranks;
     let account = account(config, inputs, plan).among(GroupPlace { rank: ranks - 1, ranks });
     let choice = match before {
@@ -297,11 +298,7 @@ impl DeviceTask for Training<'_> {
             adapter.attach(&mut model)?;
         }
         let samples = Samples::choose(&inputs)?;
-        // Where weights are sharded no rank has a model that could answer: the report shows no answers.
-        let answers_before = match has_parts {
-            true => Vec::new(),
-            false => samples.answers(&model, &inputs)?,
-        };
+        let answers_before = answers(&samples, &model, &inputs, has_parts)?;
 
         let mut run = Run::new((config, team), &inputs, &references, (plan, identity), (model, group))?;
         self_test::check_policy(&mut run.trainer, config, &inputs, &references)?;
@@ -322,10 +319,8 @@ impl DeviceTask for Training<'_> {
         recorder.check_place()?;
         let keeper = save_trained(&mut run, &output)?;
         drop(steps);
-        let answers_after = match run.trainer.has_weight_parts() {
-            true => Vec::new(),
-            false => samples.answers(&run.trainer.model, &inputs)?,
-        };
+        let has_parts = run.trainer.has_weight_parts();
+        let answers_after = answers(&samples, &run.trainer.model, &inputs, has_parts)?;
         let notes = run.finish(&output, last)?;
         let peak = run.trainer.device().memory().peak;
         tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
@@ -340,7 +335,7 @@ impl DeviceTask for Training<'_> {
             notes,
         })?;
         drop(keeper);
-        // Nobody ends before rank 0 has written everything: who watches the processes would end it too.
+        // No rank ends before rank 0 has written everything, because a launcher may end them all when one has ended.
         team.barrier("end")
     }
 }
@@ -366,6 +361,19 @@ fn load_model<D: Device>(
     Ok((model, references))
 }
 
+/// The model's answers for the report; none where weights are sharded, because then no rank has a whole model.
+fn answers<D: Device>(
+    samples: &Samples,
+    model: &Llama<D>,
+    inputs: &Inputs,
+    has_parts: bool,
+) -> Result<Vec<String>> {
+    if has_parts {
+        return Ok(Vec::new());
+    }
+    samples.answers(model, inputs)
+}
+
 /// Opens the run's record, after `resumed` steps of an earlier part or with the evaluation `before` the first step.
 fn begin_record<D: Device>(
     run: &mut Run<'_, D>,
@@ -389,7 +397,8 @@ fn begin_record<D: Device>(
     Ok((recorder, facts))
 }
 
-/// Writes what was trained, after a look at all of its values. As long as the result lives, a signal says where it is.
+/// Writes what was trained, after a look at all of its values. Until the returned value is dropped, a signal's message says where
+/// that is.
 fn save_trained<D: Device>(run: &mut Run<'_, D>, output: &Output) -> Result<Keeper> {
     // The checkpoints are written, and the metrics whole, on rank 0.
     run.team.barrier("trained")?;
