@@ -1,5 +1,6 @@
-// What runs before and after the head's gemm. Before it: the rows' references. After it: from the statistics of a row's
-// tiles (logp_epilogue.cuh) to the row's lse, log-prob and entropy.
+// The kernels before and after the head's gemm. target_references_kernel forms the rows' references before it, and
+// merge_tiles_kernel turns the statistics of a row's tiles (logp_epilogue.cuh) into the row's lse, log-prob and entropy
+// after it.
 #pragma once
 
 #include "logp_epilogue.cuh"
