@@ -406,7 +406,7 @@ fn a_cache_that_is_something_else_costs_time_alone() {
     assert!(run("in_fifo").0);
 }
 
-/// Texts of numbers that no option takes, or few do.
+/// Values that hardly any option of numbers takes.
 const ABSURD: &[&str] = &[
     "-1",
     "0",
