@@ -99,8 +99,8 @@ fn leading_number(text: &str) -> u32 {
 fn kernel_name(mangled: &str) -> String {
     let Some(mut rest) = mangled.strip_prefix("_ZN") else { return mangled.to_owned() };
     let mut name = "";
-    while let Some((identifier, behind)) = identifier(rest) {
-        (name, rest) = (identifier, behind);
+    while let Some((identifier, after)) = identifier(rest) {
+        (name, rest) = (identifier, after);
     }
     match rest.strip_prefix('I') {
         Some(arguments) => match template_arguments(arguments) {
@@ -183,12 +183,12 @@ fn nested_name(text: &str) -> Option<(String, &str)> {
         None => text,
     };
     let mut name = String::new();
-    while let Some((identifier, behind)) = identifier(rest) {
-        (name, rest) = (identifier.to_owned(), behind);
+    while let Some((identifier, after)) = identifier(rest) {
+        (name, rest) = (identifier.to_owned(), after);
     }
     if let Some(arguments) = rest.strip_prefix('I') {
-        let (arguments, behind) = template_arguments(arguments)?;
-        (name, rest) = (format!("{name}<{arguments}>"), behind);
+        let (arguments, after) = template_arguments(arguments)?;
+        (name, rest) = (format!("{name}<{arguments}>"), after);
     }
     Some((name, rest.strip_prefix('E')?))
 }

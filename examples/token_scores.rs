@@ -1,4 +1,4 @@
-//! What a model says of every token of every response: log-probs, and the logits behind the last token, as JSON.
+//! What a model says of every token of every response: log-probs, and the logits after the last token, as JSON.
 //!
 //!     cargo run --release --example token_scores -- MODEL PAIRS.jsonl > scores.json
 //!

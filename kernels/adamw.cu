@@ -51,16 +51,18 @@ using Values = float[kVectors][kVectorF32];
 
 // ---- moments
 
-struct F32Moments {
+// Moments that are kept as they are, in f32 or bf16.
+template <class Value>
+struct PlainMoments {
     static constexpr int kVectors = 1;
     static constexpr bool kNeedsDecades = false;
 
-    float* first;
-    float* second;
+    Value* first;
+    Value* second;
 
-    explicit F32Moments(const mmpo_adamw_tensor& tensor)
-        : first(static_cast<float*>(tensor.first_moment)), second(static_cast<float*>(tensor.second_moment)) {}
-    F32Moments() = default;
+    explicit PlainMoments(const mmpo_adamw_tensor& tensor)
+        : first(static_cast<Value*>(tensor.first_moment)), second(static_cast<Value*>(tensor.second_moment)) {}
+    PlainMoments() = default;
 
     DEVICE bool aligned() const { return vector_aligned(first, second); }
 
@@ -79,32 +81,12 @@ struct F32Moments {
     }
 };
 
-struct Bf16Moments {
-    static constexpr int kVectors = 1;
-    static constexpr bool kNeedsDecades = false;
+struct F32Moments : PlainMoments<float> {
+    using PlainMoments::PlainMoments;
+};
 
-    bf16* first;
-    bf16* second;
-
-    explicit Bf16Moments(const mmpo_adamw_tensor& tensor)
-        : first(static_cast<bf16*>(tensor.first_moment)), second(static_cast<bf16*>(tensor.second_moment)) {}
-    Bf16Moments() = default;
-
-    DEVICE bool aligned() const { return vector_aligned(first, second); }
-
-    template <bool kVectorized>
-    DEVICE void load(Values<kVectors>& firsts, Values<kVectors>& seconds, WarpPart<kVectors> part,
-                     const DecadeTable&) const {
-        load4<kVectorized>(firsts[0], first + part.at(0), 0, part.count(0));
-        load4<kVectorized>(seconds[0], second + part.at(0), 0, part.count(0));
-    }
-
-    template <bool kVectorized>
-    DEVICE void store(const Values<kVectors>& firsts, const Values<kVectors>& seconds, WarpPart<kVectors> part,
-                      const DecadeTable&) const {
-        store4<kVectorized>(first + part.at(0), 0, part.count(0), firsts[0]);
-        store4<kVectorized>(second + part.at(0), 0, part.count(0), seconds[0]);
-    }
+struct Bf16Moments : PlainMoments<bf16> {
+    using PlainMoments::PlainMoments;
 };
 
 // Loads four codes; those that are not there are `zero`.

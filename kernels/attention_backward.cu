@@ -99,8 +99,8 @@ struct Shared {
 
 // ---- loads
 
-// Starts copying the rows of a tile of queries, of a matrix with `stride` values per token: the tokens from `first` on,
-// of each the packed heads that start at `source`. Rows without a query become zeros.
+// Starts copying a tile of queries from a matrix with `stride` values per token: tokens from `first` on, and of each
+// token the packed heads that start at `source`. Rows without a query become zeros.
 template <int E>
 DEVICE void load_packed_async(typename Config<E>::Queries tile, const bf16* source, int64_t stride,
                               const BackwardProblem& problem, int first) {
@@ -253,7 +253,7 @@ DEVICE void add_in_turn(float* dq_tile, const uint32_t* counter, uint32_t turn, 
     }
 }
 
-// Adds as many f32 at once as sm_80 has an instruction for, which is one.
+// Adds value by value, because sm_80 has no atomic addition of several f32 at once.
 template <int E>
 DEVICE void add_in_any_order(float* dq_tile, const float (&dq)[4][4], int row_group, int column_part) {
     // Without this the compiler forms addresses while the gemm runs, and there are not enough registers for both.
@@ -327,8 +327,9 @@ __global__ void __launch_bounds__(Config<E>::kThreads)
     typename C::KeySums dk, dv;
     clear(dk);
     clear(dv);
-    int entry = 0;      // of the workspace, which the step before added to,
-    uint32_t turn = 0;  // and the block's turn there
+    // The workspace entry that the step before added to, and this block's turn there.
+    int entry = 0;
+    uint32_t turn = 0;
     const int steps = walk.steps * problem.packs();
     while (step.number < steps) {
         const QueryTile tile = walk.tile(step.index);
@@ -347,8 +348,8 @@ __global__ void __launch_bounds__(Config<E>::kThreads)
 
         typename C::Scores dp;
         clear(dp);
-        // Whether any of this warp's 16 keys is. (Their first number is formed anew at each use: kept in a register, it
-        // makes E = 128 spill.)
+        // Whether a query of the step sees any of this warp's 16 keys. (The number of the first one is computed anew at
+        // each use, because E = 128 spills if it is kept in a register.)
         const bool seen = warp * kMmaRows < tile.keys;
         if (seen) form_scores<E>(dv, dp, shared, walk, tile, step.number, warp * kMmaRows, scale_log2);
         __syncthreads();  // After this, all of dS is there, and all warps are done with dO.

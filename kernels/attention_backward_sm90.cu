@@ -27,9 +27,9 @@ struct BackwardTiles {
     int producer_registers, consumer_registers;
 };
 
-// Two consumers with 240 registers per thread and a producer with 24 are just what a block of 384 threads is launched
-// with, 168 each. A consumer's dV and dK take E registers. S and dP take BLOCK_M; in their place there are later P^T
-// and dS^T as operands, with half as many, and dQ's 32.
+// A block of 384 threads is launched with 168 registers each. That is exactly enough for two consumers with 240 per
+// thread and a producer with 24. A consumer's dV and dK take E registers. S and dP take BLOCK_M; later P^T and dS^T
+// take their place as operands, with half as many, and dQ takes 32.
 //
 //   E = 64   registers       64 + 128, then 64 + 64 + 32
 //            shared memory   K and V 32, Q and dO 2 x 32, dS 2 x 32, dQ 32: 192 KiB
@@ -119,8 +119,8 @@ struct TensorMaps {
 
 #if MMPO_SM90
 
-// Zeros the rows of the stages that no load fills, because packed tokens leave them over, so that gemms do not read NaN
-// there. The __syncthreads of take_keys must follow.
+// Zeros the rows of the stages that no load ever fills, so that gemms read no NaN there. (Whole tokens of packed heads
+// may leave a few rows of a tile over.) The __syncthreads of take_keys must follow.
 template <int E>
 DEVICE void clear_idle_rows(const Shared<E>& shared, int used) {
     using C = Config<E>;
@@ -135,6 +135,7 @@ DEVICE void clear_idle_rows(const Shared<E>& shared, int used) {
 
 // ---- loads, by one thread
 
+// Loads the block's keys and values once, then Q, dO and their statistics for each step into the ring of stages.
 template <int E>
 DEVICE void produce(const Shared<E>& shared, const TensorMaps& maps, const BackwardProblem& problem,
                     const BackwardWorkspace& workspace, const OwnedKeys& owned, const typename Config<E>::Walk& walk) {
@@ -171,6 +172,8 @@ DEVICE void produce(const Shared<E>& shared, const TensorMaps& maps, const Backw
 
 // ---- dQ's sums, by one thread
 
+// Moves each step's term of dQ, which the consumers leave in shared memory, to the workspace: adds it there when it is
+// this block's turn, or assigns it if the turn is the first.
 template <int E, class Order>
 DEVICE void add_terms(const Shared<E>& shared, const BackwardProblem& problem, const BackwardWorkspace& workspace,
                       const OwnedKeys& owned, const typename Config<E>::Walk& walk) {
@@ -216,26 +219,26 @@ DEVICE void mask_probabilities(float (&p)[kCount], const Walk& walk, const Query
         if (i / 4 * 8 + i % 2 < (i % 4 < 2 ? top : bottom)) p[i] = 0.0f;
 }
 
-// Turns scores into P. `lse` is the address of the queries' lse, from this lane's first column on.
+// Turns scores into P. `lse_address` is that of the queries' lse, from this lane's first column on.
 template <int kCount>
-DEVICE void form_p(float (&scores)[kCount], float scale_log2, uint32_t lse) {
+DEVICE void form_p(float (&scores)[kCount], float scale_log2, uint32_t lse_address) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-        const float2 of = load_shared_f32x2(lse + uint32_t(j * 8) * 4);
+        const float2 lse = load_shared_f32x2(lse_address + uint32_t(j * 8) * 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            scores[4 * j + i] = exp2_approx(scores[4 * j + i] * scale_log2 - (i % 2 == 0 ? of.x : of.y));
+            scores[4 * j + i] = exp2_approx(scores[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
     }
 }
 
-// Turns dP into dS. `delta` is the address of the queries' delta, from this lane's first column on.
+// Turns dP into dS. `delta_address` is that of the queries' delta, from this lane's first column on.
 template <int kCount>
-DEVICE void form_ds(float (&dp)[kCount], const float (&p)[kCount], uint32_t delta) {
+DEVICE void form_ds(float (&dp)[kCount], const float (&p)[kCount], uint32_t delta_address) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-        const float2 of = load_shared_f32x2(delta + uint32_t(j * 8) * 4);
+        const float2 delta = load_shared_f32x2(delta_address + uint32_t(j * 8) * 4);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? of.x : of.y));
+        for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
     }
 }
 
@@ -297,6 +300,7 @@ struct Consumer {
                                      shared.keys().depth_in_rows(kColumns ? index * 64 : 0, k), k != 0);
     }
 
+    // Writes this consumer's part of dQ to the shared buffer, in the order of dq_fragment.
     DEVICE void stage_dq(const float (&dq)[32]) const {
         const int row_group = warp() + (E == 128 ? 0 : index * 4), column_group = E == 128 ? index * 8 : 0;
 #pragma unroll
@@ -426,6 +430,7 @@ struct Consumer {
         __syncwarp();
     }
 
+    // Runs the step in the form that fits the number of keys that its queries see.
     DEVICE void any_step(const Walk& walk, const QueryTile& tile, int number, const Cursor& cursor) {
         if (tile.keys > kConsumerKeys)
             step<C::BLOCK_N>(walk, tile, number, cursor);

@@ -1,8 +1,8 @@
 // Attention of one new token over the cache, for generation: out[1, H * E], the query in the cache's last row over rows
 // 0 .. length. A row of the cache is a row of qkv: H query heads, K key heads, K value heads.
 //
-// Assigns out. With one query, keys and values are read once and cannot be reused, so the kernel is about reading them
-// fast. The rows are split into chunks that blocks read side by side (flash decoding, Dao et al. 2023). Each block
+// Assigns out. With one query, keys and values are read once and cannot be reused, so the time is that of reading
+// them. The rows are split into chunks that blocks read side by side (flash decoding, Dao et al. 2023). Each block
 // leaves its softmax statistics and its weighted sum of values in f32; a second kernel merges the chunks in order.
 
 #include "common/reduce.cuh"

@@ -70,7 +70,7 @@ struct ForwardEpilogue {
             const int row = origin.m + part.m + 16 * i;
             pick_targets<COLUMNS>(statistics, RowTargets(statistics, row), logits[i], row, origin.n + part.n);
             raise_largest<COLUMNS>(largest, logits[i]);
-            join_largest(largest);
+            reduce_largest(largest);
             share(exchange.largest[warp_column], part.m + 16 * i, largest);
         }
         __syncthreads();
@@ -82,8 +82,8 @@ struct ForwardEpilogue {
                 reference[h] = block_reference<C>(exchange, origin, part.m + 16 * i + int(lane_id()) / 4 + 8 * h);
             }
             RowSums sums;
-            sums.take_in<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
-            sums.join<true>();
+            sums.exponentiate<COLUMNS>(logits[i], reference, statistics.weighted != nullptr);
+            sums.reduce<true>();
             share(exchange.sum[warp_column], part.m + 16 * i, sums.sum);
             share(exchange.weighted[warp_column], part.m + 16 * i, sums.weighted);
         }

@@ -77,7 +77,8 @@ struct ForwardEpilogue {
             Pairs pairs;
             float reference[2];
             RowSums sums;
-            if (!take_by_row(pairs, sums, reference, logits, row)) take_by_tile(pairs, sums, reference, logits, row);
+            if (!exponentiate_by_row(pairs, sums, reference, logits, row))
+                exponentiate_by_tile(pairs, sums, reference, logits, row);
             if constexpr (kExponentials) {
 #pragma unroll
                 for (int panel = 0; panel < 2; ++panel) {
@@ -90,15 +91,16 @@ struct ForwardEpilogue {
     }
 
 private:
-    // Takes exponentials relative to the rows' references, and their sums. False if rows have no references, or if the
+    // Forms exponentials relative to the rows' references, and their sums. False if rows have no references, or if the
     // reference of one is too far below the tile's logits. The sums show that, so no search for the largest logit is
     // needed.
-    DEVICE bool take_by_row(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
+    DEVICE bool exponentiate_by_row(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits,
+                                    int row) const {
         if constexpr (kExponentials) {
             if (statistics.row_reference == nullptr) return false;
 #pragma unroll
             for (int h = 0; h < 2; ++h) reference[h] = statistics.reference_of_row(row + int(lane_id()) / 4 + 8 * h);
-            take_in<false>(pairs, sums, reference, logits);
+            exponentiate<false>(pairs, sums, reference, logits);
             return !__any_sync(0xffffffffu, sums.sum[0] > kMostSum || sums.sum[1] > kMostSum);
         } else {
             return false;
@@ -106,34 +108,35 @@ private:
     }
 
     // The same relative to references that depend on the tile's largest logits.
-    DEVICE void take_by_tile(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits, int row) const {
+    DEVICE void exponentiate_by_tile(Pairs& pairs, RowSums& sums, float (&reference)[2], const Logits& logits,
+                                     int row) const {
         float largest[2] = {kNoLogit, kNoLogit};
         raise_largest<kStatisticsColumns>(largest, logits);
-        join_largest(largest);
+        reduce_largest(largest);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             reference[h] = statistics.reference_of(row + int(lane_id()) / 4 + 8 * h, largest[h]);
         }
         if (statistics.weighted != nullptr)
-            take_in<true>(pairs, sums, reference, logits);
+            exponentiate<true>(pairs, sums, reference, logits);
         else
-            take_in<false>(pairs, sums, reference, logits);
+            exponentiate<false>(pairs, sums, reference, logits);
     }
 
     // Leaves the logits as they are: their exponentials take half as many registers.
     template <bool kEntropy>
-    static DEVICE void take_in(Pairs& pairs, RowSums& sums, const float (&reference)[2], const Logits& logits) {
+    static DEVICE void exponentiate(Pairs& pairs, RowSums& sums, const float (&reference)[2], const Logits& logits) {
         sums = RowSums();
 #pragma unroll
         for (int j = 0; j < kTileValues / 4; ++j) {
             float values[4] = {logits[4 * j], logits[4 * j + 1], logits[4 * j + 2], logits[4 * j + 3]};
-            sums.take_in<8, kEntropy>(values, reference);
+            sums.exponentiate<8, kEntropy>(values, reference);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 pairs[4 * j / kValues][2 * j % (kValues / 2) + h] = pack_bf16x2(values[2 * h], values[2 * h + 1]);
             }
         }
-        sums.join<kEntropy>();
+        sums.reduce<kEntropy>();
     }
 
     DEVICE void write_statistics(const float (&reference)[2], const RowSums& sums, int row, int column) const {

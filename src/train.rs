@@ -54,6 +54,7 @@ use crate::device::{Device, DeviceChoice, DeviceTask, GroupId, GroupPlace, ask_o
 use crate::error::{Error, Result};
 use crate::foreign::hub;
 use crate::interrupt::{self, Keeper};
+use crate::model::Llama;
 use crate::plan::{Account, Choice, FreeMemory, Models};
 use crate::ranks::progress::{self, Stage};
 use crate::ranks::{self, Fingerprints, LauncherKind, RankGroup, Ranks, Team};
@@ -183,13 +184,13 @@ fn with_chosen_memory(
     let chooses = config.memory_limit == Some(MemoryLimit::Auto);
     let before = if chooses { crate::plan::chosen_before(config)? } else { None };
     if !chooses || before.is_some() {
-        // Ranks with other options come here too, and it is told later in what they differ.
+        // Ranks whose options differ from these take part too: `check_fingerprints` tells the difference later.
         least_free_memory(team, None)?;
     }
     if !chooses {
         return Ok(config.clone());
     }
-    // The last rank has the most: what cannot be cut into as many pieces is its own.
+    // The last rank holds the most, because it keeps what the cut into equal pieces leaves over.
     let ranks = team.ranks().place.ranks;
     let account = account(config, inputs, plan).among(GroupPlace { rank: ranks - 1, ranks });
     let choice = match before {
@@ -289,17 +290,7 @@ impl DeviceTask for Training<'_> {
         let planned = crate::plan::check(device.as_ref(), &account)?;
         progress::enter(Stage::Model, 0);
         let group = join_group(team, &device)?;
-        let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
-        let sharded = LoadedModel::cut_among(group.as_ref(), &config.memory);
-        // An adapter's base is only read.
-        let is_frozen = inputs.adapter.is_some();
-        let mut model = LoadedModel::load(&device, &inputs.folder, (positions, is_frozen), sharded)?;
-        // The samples end where the answers of the saved model do.
-        model.end_with(inputs.encoder.end_tokens()?);
-        interrupt::check()?;
-        // Before the adapters are there: the reference is the model without them.
-        progress::enter(Stage::References, 0);
-        let references = References::compute(config, &inputs, &mut model, (team, group.as_ref()))?;
+        let (model, references) = load_model(config, &inputs, &device, (team, group.as_ref()))?;
         progress::enter(Stage::Before, 0);
         let has_parts = model.has_parts();
         let mut model = model.into_model();
@@ -307,11 +298,7 @@ impl DeviceTask for Training<'_> {
             adapter.attach(&mut model)?;
         }
         let samples = Samples::choose(&inputs)?;
-        // Where weights are sharded no rank has a model that could answer: the report shows no answers.
-        let answers_before = match has_parts {
-            true => Vec::new(),
-            false => samples.answers(&model, &inputs)?,
-        };
+        let answers_before = answers(&samples, &model, &inputs, has_parts)?;
 
         let mut run = Run::new((config, team), &inputs, &references, (plan, identity), (model, group))?;
         self_test::check_policy(&mut run.trainer, config, &inputs, &references)?;
@@ -332,10 +319,8 @@ impl DeviceTask for Training<'_> {
         recorder.check_place()?;
         let keeper = save_trained(&mut run, &output)?;
         drop(steps);
-        let answers_after = match run.trainer.has_weight_parts() {
-            true => Vec::new(),
-            false => samples.answers(&run.trainer.model, &inputs)?,
-        };
+        let has_parts = run.trainer.has_weight_parts();
+        let answers_after = answers(&samples, &run.trainer.model, &inputs, has_parts)?;
         let notes = run.finish(&output, last)?;
         let peak = run.trainer.device().memory().peak;
         tracing::debug!("memory: {peak} bytes of device memory at the peak, {} planned", planned.peak);
@@ -350,9 +335,43 @@ impl DeviceTask for Training<'_> {
             notes,
         })?;
         drop(keeper);
-        // Nobody ends before rank 0 has written everything: who watches the processes would end it too.
+        // No rank ends before rank 0 has written everything, because a launcher may end them all when one has ended.
         team.barrier("end")
     }
+}
+
+/// Loads the model and scores every pair with the reference, which without a model of its own is this one before any adapter is
+/// attached.
+fn load_model<D: Device>(
+    config: &RunConfig,
+    inputs: &Inputs,
+    device: &Arc<D>,
+    (team, group): (&Team, Option<&Arc<RankGroup<D>>>),
+) -> Result<(LoadedModel<D>, References)> {
+    let positions = inputs.positions() + samples::MAX_NEW_TOKENS;
+    let sharded = LoadedModel::cut_among(group, &config.memory);
+    // An adapter's base is only read.
+    let is_frozen = inputs.adapter.is_some();
+    let mut model = LoadedModel::load(device, &inputs.folder, (positions, is_frozen), sharded)?;
+    // The samples end where the answers of the saved model do.
+    model.end_with(inputs.encoder.end_tokens()?);
+    interrupt::check()?;
+    progress::enter(Stage::References, 0);
+    let references = References::compute(config, inputs, &mut model, (team, group))?;
+    Ok((model, references))
+}
+
+/// The model's answers for the report; none where weights are sharded, because then no rank has a whole model.
+fn answers<D: Device>(
+    samples: &Samples,
+    model: &Llama<D>,
+    inputs: &Inputs,
+    has_parts: bool,
+) -> Result<Vec<String>> {
+    if has_parts {
+        return Ok(Vec::new());
+    }
+    samples.answers(model, inputs)
 }
 
 /// Opens the run's record, after `resumed` steps of an earlier part or with the evaluation `before` the first step.
@@ -378,7 +397,8 @@ fn begin_record<D: Device>(
     Ok((recorder, facts))
 }
 
-/// Writes what was trained, after a look at all of its values. As long as the result lives, a signal says where it is.
+/// Writes what was trained, after a look at all of its values. Until the returned value is dropped, a signal's message says where
+/// that is.
 fn save_trained<D: Device>(run: &mut Run<'_, D>, output: &Output) -> Result<Keeper> {
     // The checkpoints are written, and the metrics whole, on rank 0.
     run.team.barrier("trained")?;

@@ -4,8 +4,8 @@ The second stage runs word for word in a folder of its own, with chroot: its COP
 and as another one, with the image's environment, volume and working folder. This machine's bash, useradd and install stand in for those
 of the base image. PROGRAM is a built `mmpo-fast`, which stands in for what the first stage makes.
 
-Of the first stage, the names of Debian's packages are looked up, every COPY is done into a plain folder without what .dockerignore leaves
-out, and what follows the build is run there. With `--build` its nvcc is fetched and its program built there too, in some minutes; PROGRAM
+The first stage is checked in part: the names of Debian's packages are looked up, every COPY is done into a plain folder without what
+.dockerignore leaves out, and what follows the build is run there. With `--build` its nvcc is fetched and its program built there too, in some minutes; PROGRAM
 is not needed then. Needs root, as a container's builder does. Exit code 3: not root, or no chroot here.
 """
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 
 CHUNK = 1024
-# Of the kernel that is in question; the products are cuBLAS's either way.
+# Chooses the implementation of the cross-entropy kernel; the products are cuBLAS's either way.
 LIGER_CHOICE = "LIGER_KERNEL_IMPL_CROSS_ENTROPY_LOSS_AND_GRAD"
 
 

@@ -1,4 +1,4 @@
-// From the arguments of the launchers of adapted_linear.cu and adapted_linear_sm90.cu to the operands of their gemms.
+// Turns the arguments of the launchers in adapted_linear.cu and adapted_linear_sm90.cu into their gemms' operands.
 #pragma once
 
 #include "low_rank_operands.cuh"

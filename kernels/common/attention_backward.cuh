@@ -149,7 +149,7 @@ struct QueryTile {
     // Some query sees each of the block's first `keys` keys, and none sees a later one. Gemms leave those out.
     int keys;
     // Whether these are rejected queries on the prompt's keys. Such queries see all of the first `keys` keys.
-    bool other;
+    bool rejected_on_prompt;
     // Whether a boundary of the mask runs through keys x queries.
     bool crosses;
 };
@@ -163,7 +163,7 @@ struct QueryWalk {
     int first_key, keys;  // of the tile of keys
     int prompt_keys;      // how many of its keys are the prompt's
     int own_first, own_number, own_steps, own_last;
-    int other_first, other_number, other_last;
+    int rejected_first, rejected_number, rejected_last;
     int key_tile, prompt_tiles;  // the tile's place in its sequence, and tiles that hold prompt keys
 
     DEVICE QueryWalk(const Span& span, int pair, const RowTile& tile, int tile_tokens, int packed_heads) {
@@ -179,22 +179,22 @@ struct QueryWalk {
         own_last = tile.sequence_last;
         own_number = tile_number(tile.sequence_first, pair, tile.rejected, tokens) + diagonal;
         own_steps = (own_last - own_first + tokens - 1) / tokens;
-        other_first = span.start + span.prompt + span.chosen;
-        other_last = other_first + span.rejected;
-        other_number = tile_number(other_first, pair, true, tokens);
+        rejected_first = span.start + span.prompt + span.chosen;
+        rejected_last = rejected_first + span.rejected;
+        rejected_number = tile_number(rejected_first, pair, true, tokens);
         steps = own_steps + (prompt_keys > 0 ? (span.rejected + tokens - 1) / tokens : 0);
     }
 
     DEVICE QueryTile tile(int step) const {
         if (step < own_steps) return own_tile(step);
-        return other_tile(step - own_steps);
+        return rejected_tile(step - own_steps);
     }
 
     // The first row of a tile that sees the `key`-th key of the block; all rows after it do too. (Rows past the
     // sequence's end also count as seeing the key; their infinite lse zeroes their weights.)
     DEVICE int first_seeing(const QueryTile& tile, int key) const {
         if (key >= tile.keys) return tokens * packed;
-        return tile.other ? 0 : (first_key + key - tile.first) * packed;
+        return tile.rejected_on_prompt ? 0 : (first_key + key - tile.first) * packed;
     }
 
 private:
@@ -206,21 +206,21 @@ private:
         tile.number = own_number + index;
         tile.turn = uint32_t((last - 1 - first_key) / BLOCK_N);
         tile.keys = min(keys, last - first_key);
-        tile.other = false;
+        tile.rejected_on_prompt = false;
         tile.crosses = first < first_key + BLOCK_N - 1;
         return tile;
     }
 
     // Tile number `index` of the rejected response, for keys of the prompt.
-    DEVICE QueryTile other_tile(int index) const {
-        const int first = other_first + index * tokens, last = min(first + tokens, other_last);
-        const int own_terms = (last - 1 - other_first) / BLOCK_N + 1;
+    DEVICE QueryTile rejected_tile(int index) const {
+        const int first = rejected_first + index * tokens, last = min(first + tokens, rejected_last);
+        const int own_terms = (last - 1 - rejected_first) / BLOCK_N + 1;
         QueryTile tile;
         tile.first = first;
-        tile.number = other_number + index;
+        tile.number = rejected_number + index;
         tile.turn = uint32_t(own_terms + prompt_tiles - 1 - key_tile);
         tile.keys = prompt_keys;
-        tile.other = true;
+        tile.rejected_on_prompt = true;
         tile.crosses = prompt_keys < BLOCK_N;
         return tile;
     }

@@ -133,13 +133,13 @@ DEVICE void pick_targets(const TileStatistics& statistics, const RowTargets& tar
     }
 }
 
-// Joins a value of each of a lane's two rows with those of the quad's other lanes. All four lanes get the same bits.
-template <class Join>
-DEVICE void join_quad(float (&values)[2], Join join) {
+// Reduces a value of each of a lane's two rows over the four lanes of the quad, which all get the same bits.
+template <class Combine>
+DEVICE void reduce_quad(float (&values)[2], Combine combine) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        values[h] = join(values[h], __shfl_xor_sync(0xffffffffu, values[h], 1));
-        values[h] = join(values[h], __shfl_xor_sync(0xffffffffu, values[h], 2));
+        values[h] = combine(values[h], __shfl_xor_sync(0xffffffffu, values[h], 1));
+        values[h] = combine(values[h], __shfl_xor_sync(0xffffffffu, values[h], 2));
     }
 }
 
@@ -151,20 +151,20 @@ DEVICE void raise_largest(float (&largest)[2], const float (&d)[COLUMNS / 2]) {
 }
 
 // Turns the lanes' largest logits into those of the rows, times log2(e).
-DEVICE void join_largest(float (&largest)[2]) {
-    join_quad(largest, [](float a, float b) { return fmaxf(a, b); });
+DEVICE void reduce_largest(float (&largest)[2]) {
+    reduce_quad(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int h = 0; h < 2; ++h) largest[h] *= kLog2E;
 }
 
-// A lane's part of the sums of its two rows; `join` adds up the parts of the quad.
+// A lane's part of the sums of its two rows; `reduce` adds up the parts of the quad.
 struct RowSums {
     float sum[2] = {0.0f, 0.0f};
     float weighted[2] = {0.0f, 0.0f};
 
     // Replaces logits by their exponentials, and adds these to the sums.
     template <int COLUMNS, bool kEntropy>
-    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2]) {
+    DEVICE void exponentiate(float (&d)[COLUMNS / 2], const float (&reference)[2]) {
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) {
             const int h = i / 2 % 2;
@@ -175,18 +175,18 @@ struct RowSums {
         }
     }
     template <int COLUMNS>
-    DEVICE void take_in(float (&d)[COLUMNS / 2], const float (&reference)[2], bool entropy) {
+    DEVICE void exponentiate(float (&d)[COLUMNS / 2], const float (&reference)[2], bool entropy) {
         if (entropy)
-            take_in<COLUMNS, true>(d, reference);
+            exponentiate<COLUMNS, true>(d, reference);
         else
-            take_in<COLUMNS, false>(d, reference);
+            exponentiate<COLUMNS, false>(d, reference);
     }
 
     template <bool kEntropy>
-    DEVICE void join() {
+    DEVICE void reduce() {
         const auto add = [](float a, float b) { return a + b; };
-        join_quad(sum, add);
-        if constexpr (kEntropy) join_quad(weighted, add);
+        reduce_quad(sum, add);
+        if constexpr (kEntropy) reduce_quad(weighted, add);
     }
 };
 

@@ -1,5 +1,6 @@
-// What runs before and after the head's gemm. Before it: the rows' references. After it: from the statistics of a row's
-// tiles (logp_epilogue.cuh) to the row's lse, log-prob and entropy.
+// The kernels before and after the head's gemm. target_references_kernel forms the rows' references before it, and
+// merge_tiles_kernel turns the statistics of a row's tiles (logp_epilogue.cuh) into the row's lse, log-prob and entropy
+// after it.
 #pragma once
 
 #include "logp_epilogue.cuh"
@@ -116,8 +117,8 @@ DEVICE MergedSums sum_tiles(const TileStatistics& statistics, const MergedRow& a
     return merged;
 }
 
-// Makes the exponentials of one tile relative to the rows' references. A warp calls it; a lane's `shift` is what the
-// tile's reference is above that of the lane's row.
+// Makes the exponentials of one tile relative to the rows' references. A warp calls it; a lane's `shift` is the tile's
+// reference less that of the lane's row.
 DEVICE void rebase_tile(bf16* exponentials, const TileStatistics& statistics, int first_row, int tile, float shift) {
     const int first = tile * kStatisticsColumns, end = min(first + kStatisticsColumns, statistics.vocab);
 #pragma unroll 1
@@ -132,7 +133,8 @@ DEVICE void rebase_tile(bf16* exponentials, const TileStatistics& statistics, in
     }
 }
 
-// Rebases the warp's tiles where they need it. This walk is slow, each tile waiting for the one before, but seldom.
+// Rebases the warp's tiles where they need it. The loop is slow, because each tile waits for the one before it, but it
+// seldom runs.
 DEVICE void rebase_tiles(bf16* exponentials, const TileStatistics& statistics, const MergedRow& at, float reference) {
 #pragma unroll 1
     for (int tile = at.warp; tile < at.tiles; tile += kBlockWarps) {

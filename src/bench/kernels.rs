@@ -1,4 +1,4 @@
-//! `mmpo-fast bench kernels`.
+//! `mmpo-fast bench kernels`: the time of each kernel, beside a copy and a large gemm in the same run.
 
 use serde::Serialize;
 use serde_json::json;

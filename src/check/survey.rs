@@ -45,6 +45,7 @@ pub struct TokenCounts {
 }
 
 impl<'a> Survey<'a> {
+    /// A survey of no records yet, which shows at most `most_shown` pairs.
     pub fn new(encoder: &'a TextEncoder, most_shown: usize) -> Result<Self> {
         Ok(Survey {
             encoder,

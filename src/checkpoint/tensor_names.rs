@@ -6,7 +6,9 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::model::{LlamaConfig, TensorSpec};
 
+/// The vocabulary matrix of the head.
 pub const HEAD: &str = "lm_head.weight";
+/// The embedding table.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The prefix of the base model (`LlamaModel`) inside `LlamaForCausalLM`.
 const BASE: &str = "model.";

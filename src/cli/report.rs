@@ -9,8 +9,8 @@ use crate::error::Result;
 
 const ABOUT: &str = "Write the report of a run again, or compare several.
 
-Of one run, the report is made from what its folder holds: metrics.jsonl, resolved.toml and report.json. This works while a \
-run goes on too, and after it was killed. Of several runs, one page has their last metrics side by side with the best marked, \
+The report of one run is made from what its folder holds: metrics.jsonl, resolved.toml and report.json. This also works while \
+the run goes on, and after it was killed. The page of several runs has their last metrics side by side with the best marked, \
 the options in which they differ, and their charts laid over each other.";
 
 /// The subcommand and its flags.

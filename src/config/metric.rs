@@ -1,4 +1,4 @@
-//! The metric of an evaluation that a checkpoint is chosen by, and which of its directions is the better one.
+//! The metric of an evaluation by which a checkpoint is chosen, and whether a larger or a smaller value is better.
 
 use super::suggest;
 use super::value::OptionValue;

@@ -58,7 +58,7 @@ pub struct TokenScores<D: Memory> {
     pub entropy: Floats<D>,
 }
 
-/// Per-token coefficients of the objective, `[N]` each: `a = dL/dlogp`, `b = dL/dentropy`.
+/// Per-token coefficients of the objective, `[N]` each, f32: `a = dL/dlogp`, `b = dL/dentropy`.
 #[derive(Debug)]
 pub struct TokenCoefficients<D: Memory> {
     /// `a`
@@ -68,7 +68,7 @@ pub struct TokenCoefficients<D: Memory> {
 }
 
 impl<D: Memory> TokenScores<D> {
-    /// Room for `scored` tokens.
+    /// Buffers of `[scored]` values each, whose contents the head's forward assigns.
     ///
     /// # Errors
     /// [`Error::Device`] where the device has no memory for them.
@@ -82,7 +82,7 @@ impl<D: Memory> TokenScores<D> {
 }
 
 impl<D: Memory> TokenCoefficients<D> {
-    /// Room for `scored` tokens.
+    /// Buffers of `[scored]` values each, which the objective assigns.
     ///
     /// # Errors
     /// [`Error::Device`] where the device has no memory for them.

@@ -108,7 +108,8 @@ pub trait Norm: Memory {
         self.run_add(sum, x, delta, len, checked)
     }
 
-    /// Accumulates `dx[rows, width] += ..` and, where it is given, `dweight[width] += ..`.
+    /// Accumulates the gradient of [`Norm::rms_norm_forward`]: `dx[rows, width] += r (dout w) - x r^3 mean(dout w x)` with
+    /// `r = rstd`, and, where it is given, `dweight[width] +=` the sum over the rows of `dout x r`, in f32.
     fn rms_norm_backward(&self, operands: RmsNormBackward<'_, Self>) -> Result<()> {
         let shape = operands.shape;
         let values = shape.rows * shape.width;

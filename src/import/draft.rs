@@ -70,6 +70,7 @@ pub(super) struct Draft {
 }
 
 impl Draft {
+    /// A draft in which nothing is accounted for yet; `without` are the keys that the user leaves out.
     pub fn new(members: Vec<(String, Node)>, without: &[String]) -> Self {
         Draft { members, without: without.to_vec(), rows: Vec::new(), lines: Vec::new() }
     }
@@ -182,10 +183,12 @@ impl Draft {
         true
     }
 
+    /// Accounts for a key that cannot change what is trained.
     pub fn no_effect(&mut self, key: &str, node: &Node, why: &str) {
         self.row(key, Some(node), Fate::NoEffect, why);
     }
 
+    /// Accounts for a key that stands for something that is not done here: refused, unless the user leaves it out.
     pub fn refuse(&mut self, key: &str, node: &Node, why: impl Into<String>) {
         let fate = if self.without.iter().any(|name| name == key) { Fate::LeftOut } else { Fate::Refused };
         self.row(key, Some(node), fate, why);

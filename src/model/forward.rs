@@ -56,7 +56,7 @@ impl<D: Device> Llama<D> {
         for layer in 0..self.config.layers {
             self.layer_forward(layer, activations, batch, tokens, &mut context)?;
         }
-        self.close_last(activations, tokens)
+        self.last_residual_sum(activations, tokens)
     }
 
     /// As [`Llama::forward`] over packed pairs, with the layers' weights from `source`.
@@ -76,7 +76,7 @@ impl<D: Device> Llama<D> {
             self.layer_forward(layer, activations, batch, tokens, &mut Context::Packed)?;
             source.after_layer(layer, &mut self.weights.layers)?;
         }
-        self.close_last(activations, tokens)
+        self.last_residual_sum(activations, tokens)
     }
 
     /// The residual stream that enters the first layer.
@@ -91,7 +91,7 @@ impl<D: Device> Llama<D> {
     }
 
     /// The residual sum that ends the last layer.
-    fn close_last(&self, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+    fn last_residual_sum(&self, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
         let width = self.config.hidden_size;
         let last = activations.slot(self.config.layers - 1);
         let end = activations.residual_slot(self.config.layers);
@@ -112,7 +112,7 @@ impl<D: Device> Llama<D> {
         match layer.checked_sub(1) {
             // The first layer has its residual stream from the embedding.
             None => self.input_norm(layer, activations, tokens)?,
-            Some(before) => self.close_and_open(before, activations, tokens)?,
+            Some(before) => self.residual_sum_and_input_norm(before, activations, tokens)?,
         }
         self.attention_block(layer, activations, batch, tokens, context)?;
         self.gate_up_block(layer, activations, tokens)?;
@@ -189,7 +189,12 @@ impl<D: Device> Llama<D> {
 
     /// Computes the residual sum that ends layer `before`, fused with the input norm of the layer after it, into that
     /// layer's `residual` and into `normed`.
-    fn close_and_open(&self, before: usize, activations: &mut Activations<D>, tokens: usize) -> Result<()> {
+    fn residual_sum_and_input_norm(
+        &self,
+        before: usize,
+        activations: &mut Activations<D>,
+        tokens: usize,
+    ) -> Result<()> {
         let layer = before + 1;
         let (slot, residual) = (activations.slot(layer), activations.residual_slot(layer));
         let middle = activations.slot(before);

@@ -1,7 +1,7 @@
 //! Adapters whose rank or scale differs between modules, as PEFT's `rank_pattern` and `alpha_pattern` make them.
 //!
 //! On the device all adapters of a model have the rank of the largest: the rows of `A` and columns of `B` beyond a module's own rank
-//! are zero. Each is the other's input, so their gradients are zero too, and an optimiser leaves them at zero: the numbers are
+//! are zero. The gradient of each is a product with the other, so it is zero too, and an optimiser leaves them at zero: the numbers are
 //! those of the module's own rank. Files hold the matrices without them.
 
 use super::LoraSettings;

@@ -185,7 +185,8 @@ impl Objective {
             .collect()
     }
 
-    /// Loss and coefficients of one pair.
+    /// The loss of one pair, with its rewards, and into `out` the coefficients `a` and `b` of its `C` and `R` tokens, times the
+    /// pair's share of the batch's loss.
     pub fn evaluate(&self, pair: &PairScores, out: &mut PairCoefficients) -> PairOutcome {
         let sums = PairSums::of(pair);
         let terms = self.formula().terms(&sums);

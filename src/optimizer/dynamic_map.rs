@@ -20,7 +20,7 @@ pub const LEAST_VALUES: usize = 4096;
 const SCALES: [f32; 9] = [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0];
 const INVERSES: [f32; 9] = [0.0, 1e6, 1e5, 1e4, 1e3, 1e2, 1e1, 1.0, 0.1];
 
-/// Which of the two maps.
+/// The two maps, of 256 entries each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DynamicMap {
     /// For the first moment: 127 negative entries, 0, 127 positive ones and 1. There is no -1.

@@ -2,7 +2,7 @@
 //!
 //! The device has a few slots, each with room for the states of one piece of a tensor. Pieces are updated in a fixed order,
 //! and slots are taken in turn: while one piece is updated, the states of the next ones are on their way to the device and
-//! those of the last ones on their way back. What is computed are the bits that states on the device give.
+//! those of the last ones on their way back. The results have the bits that states on the device give.
 //!
 //! Three events order the queues for each slot: an update waits for `fetched`, the copy back waits for `updated`, and the
 //! next fetch into the slot waits for `stored`. As pieces return in the order in which they are fetched, a piece is

@@ -203,8 +203,8 @@ pub fn choose<D: Device>(device: &D, account: &Account<'_>, free: FreeMemory) ->
     }
 }
 
-/// What an earlier part of this run chose, where `--resume` goes on with one: of each option the one that keeps less, of what it had and
-/// of what `config` asks for.
+/// What `--memory auto` chose in an earlier part of this run, where `--resume` continues one. An option with which `config` keeps less
+/// memory than the earlier part did takes the place of that part's choice.
 ///
 /// # Errors
 /// Those of the recipe that it left.

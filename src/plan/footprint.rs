@@ -40,7 +40,7 @@ impl Job {
     }
 }
 
-/// What may be chosen by memory.
+/// The options that `--memory auto` may choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// States, recomputation and gradients.

@@ -24,6 +24,7 @@ const ADAPTER_FOLDER: &str = "adapter";
 /// The model or adapter of the best checkpoint, where that is not the last one.
 const BEST_FOLDER: &str = "best";
 
+/// The output folder of a run.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
@@ -158,6 +159,7 @@ impl Output {
         }
     }
 
+    /// The folder's path.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -8,6 +8,7 @@ use crate::report::{
     EvalMetrics, EventWriter, History, LivePage, METRICS_FILE, MetricsWriter, Progress, StepMetrics,
 };
 
+/// The metrics of a run under way: its files, the progress shown, and the live page.
 #[derive(Debug)]
 pub struct Recorder {
     /// `None` on a rank that is not the first.
@@ -35,6 +36,7 @@ impl Recorder {
         Ok(Recorder { files, progress, live: None })
     }
 
+    /// Writes a step's metrics and shows them.
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.check_place()?;
         if let Some(files) = &mut self.files {
@@ -46,6 +48,7 @@ impl Recorder {
         Ok(())
     }
 
+    /// Writes an evaluation's metrics.
     pub fn evaluation(&mut self, metrics: &EvalMetrics) -> Result<()> {
         self.check_place()?;
         let Some(files) = &mut self.files else { return Ok(()) };

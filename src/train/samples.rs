@@ -8,6 +8,7 @@ use crate::generate::{Sampling, generate};
 use crate::model::Llama;
 use crate::report::Sample;
 
+/// Prompts that are answered.
 const COUNT: usize = 3;
 /// Most tokens of an answer.
 pub const MAX_NEW_TOKENS: usize = 64;
@@ -20,6 +21,7 @@ pub struct Samples {
 }
 
 impl Samples {
+    /// The first few prompts, with their text for the report.
     pub fn choose(inputs: &Inputs) -> Result<Self> {
         let (source, pairs) = match (&inputs.evaluation_source, &inputs.evaluation) {
             (Some(source), Some(dataset)) => (source, &dataset.pairs),

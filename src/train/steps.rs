@@ -40,9 +40,10 @@ pub struct Run<'a, D: Device> {
     pub trainer: Trainer<D>,
     pub chooser: Chooser,
     record: RunRecord,
-    /// How the run was made longer, where this part of it does that.
+    /// How this part of the run made the whole longer, if it did.
     lengthened: Option<Lengthened>,
-    /// What a step's operations follow from, and the device's peak rate in 10^12 per second, where that is known.
+    /// What the number of a step's operations follows from, and the device's peak rate in 10^12 operations per second; `None`
+    /// where the rate is not known.
     peak: Option<(Trained, f64)>,
     /// What each rank did so far.
     pub shares: RankShares,
@@ -51,6 +52,7 @@ pub struct Run<'a, D: Device> {
 }
 
 impl<'a, D: Device> Run<'a, D> {
+    /// A trainer for `model` with buffers for all pairs of the run, before its first step.
     pub fn new(
         (config, team): (&'a RunConfig, &'a Team),
         inputs: &'a Inputs,
@@ -137,7 +139,7 @@ impl<'a, D: Device> Run<'a, D> {
     ) -> Result<(usize, Option<EvalMetrics>)> {
         let mut saves = BackgroundSaves::of_ranks(self.team.ranks().local_ranks);
         let trained = self.take_steps(output, recorder, &mut saves, first);
-        // The folder is another run's then, or gone.
+        // A file that cannot be written may mean that the folder is gone or another run's: leave no record in it.
         if matches!(trained, Err(Error::Io { .. })) {
             return trained;
         }
@@ -145,13 +147,15 @@ impl<'a, D: Device> Run<'a, D> {
         match (trained, recorded) {
             (Ok(_), Err(error)) => Err(error),
             (trained, recorded) => {
-                // What ended the run is what is returned.
+                // The error that ended the run is the one to return.
                 recorded.unwrap_or_else(|error| tracing::error!("{error}"));
                 trained
             }
         }
     }
 
+    /// Takes the steps; see [`Run::train`]. A checkpoint is saved where one is due, where a signal asks for it, and where an evaluation
+    /// was the best so far.
     fn take_steps(
         &mut self,
         output: &Output,
@@ -210,7 +214,8 @@ impl<'a, D: Device> Run<'a, D> {
         Ok((last, evaluation))
     }
 
-    /// What signals ask of the run after this step. That of several ranks asks them all only where one said so in the step.
+    /// What signals ask of the run after this step. Several ranks tell each other their requests only if the step's result said
+    /// that one of them has any.
     fn requests(&self) -> Result<Requests> {
         match self.team.is_alone() || self.is_asked {
             true => self.team.requests(Requests::take()),
@@ -230,7 +235,7 @@ impl<'a, D: Device> Run<'a, D> {
         self.probe(output, batch)?;
         recorder.sync()?;
         let state = self.plan.state(done, &self.identity);
-        // The one that `run.json` names stays until another one is named.
+        // The checkpoint that `run.json` names is kept until `run.json` names another one.
         let named = self.record.best.as_ref().map(|best| best.step);
         let best: Vec<usize> = self.chooser.best().map(|(step, _)| step).into_iter().chain(named).collect();
         let kept = (self.config.keep_checkpoints, best.as_slice());
@@ -289,6 +294,7 @@ impl<'a, D: Device> Run<'a, D> {
         Ok(None)
     }
 
+    /// One optimiser step over the pairs of `batch`, with its metrics.
     pub fn step(&mut self, batch: &StepBatch) -> Result<StepMetrics> {
         progress::enter(Stage::Step, batch.step + 1);
         let started = Instant::now();
@@ -389,6 +395,7 @@ pub fn save_result<D: Device>(target: &Path, trainer: &mut Trainer<D>, inputs: &
     }
 }
 
+/// The pairs at `indices` with what the reference says of them.
 pub fn training_pairs<'a>(
     dataset: &'a PairDataset,
     references: &[ReferencePair],

@@ -114,8 +114,8 @@ fn count(instructions: &[String], name: &str) -> usize {
 /// cores. Both compilers would rather have them after the second wait.
 fn overlapped(instructions: &[String]) -> usize {
     let wait = "WARPGROUP.DEPBAR.LE gsb0";
-    let behind = instructions.iter().skip_while(|code| !code.starts_with(&format!("{wait}, 0x1"))).skip(1);
-    behind.take_while(|code| !code.starts_with(wait)).filter(|code| code.starts_with("MUFU.EX2")).count()
+    let after = instructions.iter().skip_while(|code| !code.starts_with(&format!("{wait}, 0x1"))).skip(1);
+    after.take_while(|code| !code.starts_with(wait)).filter(|code| code.starts_with("MUFU.EX2")).count()
 }
 
 #[test]

@@ -254,7 +254,7 @@ impl Projection {
         })
     }
 
-    /// Of all tokens at the projection's own sizes.
+    /// The work over all tokens, at the projection's own sizes.
     fn continued_gradients(&self, path: KernelPath, dropout: Option<Dropout>) -> Work {
         let wanted = [TOKENS, self.inputs, self.outputs];
         continued([256, 256, 512 * self.shares()], wanted, |sizes| self.gradients(path, sizes, dropout))

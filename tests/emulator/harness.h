@@ -70,7 +70,7 @@ class DeviceArray {
 #if MMPO_EMULATED
         MMPO_EXPORT(download)(values.data(), data_, count_ * sizeof(T));
 #else
-        check("a kernel, or the download behind it", cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+        check("a kernel, or the download after it", cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
 #endif
         return values;
     }

@@ -93,23 +93,23 @@ fn cache(workplace: &Workplace) {
     write("README.md", "---\nlicense: mit\n---\n".into());
 }
 
+/// Runs the program where the environment's `variable` alone says where the Hub's cache is.
+fn run_with_cache(workplace: &Workplace, arguments: &str, variable: &str, value: &str) -> Finished {
+    let mut command = workplace.command(arguments);
+    for name in ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"] {
+        command.env_remove(name);
+    }
+    command.env(variable, workplace.path(value));
+    finish(command)
+}
+
 #[test]
 fn names_of_the_hub_stand_for_what_its_cache_on_this_disk_holds() {
     let workplace = Workplace::new();
     cache(&workplace);
-    let run = |arguments: &str, variable: &str, value: &str| {
-        let mut command = workplace.command(arguments);
-        for name in ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"] {
-            command.env_remove(name);
-        }
-        let value = workplace.path(value);
-        finish({
-            command.env(variable, value);
-            command
-        })
-    };
     let train = TRAIN.replace("--model base --data pairs.jsonl", "--model org/base --data org/pairs");
-    let named = run(
+    let named = run_with_cache(
+        &workplace,
         &format!("{train} --output named --max-steps 2 --eval-data org/pairs:test"),
         "HF_HUB_CACHE",
         "hub",
@@ -127,9 +127,15 @@ fn names_of_the_hub_stand_for_what_its_cache_on_this_disk_holds() {
         assert!(resolved.contains(part), "{resolved}");
     }
     // HF_HOME holds the cache in its folder `hub`.
-    let check = run("check --model org/base@0a1b --data org/pairs --json", "HF_HOME", ".");
+    let check =
+        run_with_cache(&workplace, "check --model org/base@0a1b --data org/pairs --json", "HF_HOME", ".");
     assert_eq!(check.code, Some(0), "{}", check.stderr);
+}
 
+#[test]
+fn names_that_the_cache_of_the_hub_lacks_are_refused_with_the_way_to_get_them() {
+    let workplace = Workplace::new();
+    cache(&workplace);
     for (arguments, code, message, fetch) in [
         ("check --model org/none --data org/pairs", 4, "has no model of this name", "hf download org/none`"),
         (
@@ -152,7 +158,7 @@ fn names_of_the_hub_stand_for_what_its_cache_on_this_disk_holds() {
         ),
         ("check --model org/base --data base/none.jsonl", 5, "base/none.jsonl", "check the path"),
     ] {
-        let refused = run(arguments, "HF_HUB_CACHE", "hub");
+        let refused = run_with_cache(&workplace, arguments, "HF_HUB_CACHE", "hub");
         assert_eq!(refused.code, Some(code), "{arguments}: {}", refused.stderr);
         for part in [message, fetch] {
             assert!(refused.stderr.contains(part), "{arguments}: no {part:?} in {}", refused.stderr);

@@ -232,45 +232,15 @@ path_tests! {
     }
 }
 
-/// Every tile shape of Hopper's kernels with adapters, by single blocks and by clusters.
-mod every_tile_of_hopper {
-    use mmpo_fast::device::cuda::CudaDevice;
-
-    use super::*;
-
-    #[cfg(mmpo_emulated)]
-    #[test]
-    fn emulated_hopper() {
-        body(emulated().with_path(KernelPath::Hopper));
-    }
-
-    #[cfg(mmpo_emulated)]
-    #[test]
-    fn checked_hopper() {
-        body(checked().with_path(KernelPath::Hopper));
-    }
-
-    #[test]
-    fn gpu() {
-        if let Some(device) = crate::harness::gpu().filter(|device| device.path() == KernelPath::Hopper) {
-            body(device);
-        }
-    }
-
-    fn body(mut device: CudaDevice) {
-        const WANTED: [(i32, i32, i32); 4] = [(128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 256, 2)];
-        for (number, tile) in device.gemm_tiles().unwrap().into_iter().enumerate() {
-            if !WANTED.contains(&(tile.block_m, tile.block_n, tile.cluster)) {
-                continue;
-            }
-            device = device.with_gemm_choice(GemmChoice::Tile(number.try_into().unwrap()));
-            let layer =
-                Layer { rows: 300, inputs: 136, modules: &[(200, true), (40, true), (280, true)], rank: 64 };
-            check_forward(&device, &layer, Tolerance::BF16);
-            let layer = Layer { rows: 300, inputs: 280, modules: &[(136, true), (40, true)], rank: 64 };
-            check_backward(&device, &layer, Tolerance::BF16);
-            let layer = Layer { rows: 300, inputs: 264, modules: &[(280, true), (280, true)], rank: 64 };
-            check_swiglu(&device, &layer);
-        }
+tile_tests! {
+    /// Every tile shape of Hopper's kernels with adapters, by single blocks and by clusters.
+    fn every_tile_of_hopper(device, tiles: [(128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 256, 2)]) {
+        let layer =
+            Layer { rows: 300, inputs: 136, modules: &[(200, true), (40, true), (280, true)], rank: 64 };
+        check_forward(device, &layer, Tolerance::BF16);
+        let layer = Layer { rows: 300, inputs: 280, modules: &[(136, true), (40, true)], rank: 64 };
+        check_backward(device, &layer, Tolerance::BF16);
+        let layer = Layer { rows: 300, inputs: 264, modules: &[(280, true), (280, true)], rank: 64 };
+        check_swiglu(device, &layer);
     }
 }

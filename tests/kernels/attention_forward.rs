@@ -188,7 +188,7 @@ path_tests! {
     }
 
     /// Rows after the batch, which copies of whole blocks reach, are as good as absent, NaN or not.
-    fn rows_behind_the_batch(device, bounds) {
+    fn rows_after_the_batch(device, bounds) {
         let case = Case::new((3, 1, 64), vec![(20, 33, 41)]);
         let qkv = case.qkv();
         let mut longer = qkv.clone();

@@ -41,7 +41,7 @@ path_tests! {
                 let out = read_compute(device, &out);
                 assert_close("out", &out[..rows * outputs], &wanted, bounds);
                 assert_no_worse("out", &out[..rows * outputs], Stored::Bf16, &wanted, &eager);
-                assert!(out[rows * outputs..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
+                assert!(out[rows * outputs..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
             }
         }
     }

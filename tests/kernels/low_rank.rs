@@ -256,42 +256,10 @@ device_tests! {
     }
 }
 
-/// The gradient of `a` in every tile shape of Hopper's kernel, by single blocks and by clusters.
-mod every_tile_of_hopper {
-    use mmpo_fast::device::cuda::{CudaDevice, GemmChoice, KernelPath};
-
-    use super::*;
-
-    #[cfg(mmpo_emulated)]
-    #[test]
-    fn emulated_hopper() {
-        body(emulated().with_path(KernelPath::Hopper));
-    }
-
-    #[cfg(mmpo_emulated)]
-    #[test]
-    fn checked_hopper() {
-        body(checked().with_path(KernelPath::Hopper));
-    }
-
-    #[test]
-    fn gpu() {
-        if let Some(device) = crate::harness::gpu().filter(|device| device.path() == KernelPath::Hopper) {
-            body(device);
-        }
-    }
-
-    fn body(mut device: CudaDevice) {
-        let mut tried = 0;
-        for (number, tile) in device.gemm_tiles().unwrap().into_iter().enumerate() {
-            if tile.block_n != 128 {
-                continue;
-            }
-            device = device.with_gemm_choice(GemmChoice::Tile(number.try_into().unwrap()));
-            check_gradient_of_a(&device, LinearShape { rows: 300, inputs: 264, outputs: 192 });
-            check_mask(&device, (200, 136));
-            tried += 1;
-        }
-        assert_eq!(tried, 3);
+tile_tests! {
+    /// The gradient of `a` in every tile shape of Hopper's kernel, by single blocks and by clusters.
+    fn every_tile_of_hopper(device, tiles: [(128, 128, 1), (128, 128, 2), (64, 128, 1)]) {
+        check_gradient_of_a(device, LinearShape { rows: 300, inputs: 264, outputs: 192 });
+        check_mask(device, (200, 136));
     }
 }

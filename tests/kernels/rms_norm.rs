@@ -36,8 +36,8 @@ device_tests! {
             assert_close("out", &out[..rows * width], &wanted, bounds);
             assert_no_worse("out", &out[..rows * width], Stored::Bf16, &wanted, &eager);
             assert_close("rstd", &rstd[..rows], &wanted_rstd, Tolerance::F32);
-            assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote behind {shape:?}");
-            assert!(rstd[rows].is_nan(), "wrote behind {shape:?}");
+            assert!(out[rows * width..].iter().all(|value| value.is_nan()), "wrote past {shape:?}");
+            assert!(rstd[rows].is_nan(), "wrote past {shape:?}");
         }
     }
 

@@ -3,7 +3,7 @@
 use mmpo_fast::device::cuda::CudaDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{
-    HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
+    ComputeBuffer, HeadForward, HeadMode, HeadShape, LinearShape, NormShape, RmsNormBackward, TokenScores,
 };
 
 use crate::harness::*;
@@ -50,24 +50,7 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     let mut gradient_norm = unset_floats(device, 2);
     device.gradient_norm(&mut gradient_norm, &[&dlinear, &dbias, &dweight], Some(1.0)).unwrap();
 
-    let (vocab, scored) = (501, 3);
-    let (table, _) = random_compute(device, 4, vocab * WIDTH, 0.3);
-    let targets = indices(device, &[1, 0, 500]);
-    let mut scores = TokenScores::new(device, scored).unwrap();
-    let head = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true, mode: HeadMode::Main };
-    let mut workspace =
-        unset_compute(device, device.logp_head_workspace(head.mode, scored, WIDTH, vocab).unwrap());
-    device
-        .logp_head_forward(HeadForward {
-            scores: &mut scores,
-            workspace: &mut workspace,
-            hidden: &x,
-            weight: &table,
-            targets: &targets,
-            shape: &head,
-        })
-        .unwrap();
-
+    let (scores, workspace) = head(device, &x);
     [
         &rstd,
         &dweight,
@@ -85,6 +68,31 @@ fn bits(device: &CudaDevice) -> Vec<u32> {
     .chain([&dx, &out, &workspace].into_iter().flat_map(|buffer| read_compute(device, buffer)))
     .map(f32::to_bits)
     .collect()
+}
+
+/// What the log-prob head's forward leaves of the first rows of `hidden`.
+fn head(
+    device: &CudaDevice,
+    hidden: &ComputeBuffer<CudaDevice>,
+) -> (TokenScores<CudaDevice>, ComputeBuffer<CudaDevice>) {
+    let (vocab, scored) = (501, 3);
+    let (weight, _) = random_compute(device, 4, vocab * WIDTH, 0.3);
+    let targets = indices(device, &[1, 0, 500]);
+    let mut scores = TokenScores::new(device, scored).unwrap();
+    let shape = HeadShape { rows: 0..scored, width: WIDTH, vocab, entropy: true, mode: HeadMode::Main };
+    let mut workspace =
+        unset_compute(device, device.logp_head_workspace(shape.mode, scored, WIDTH, vocab).unwrap());
+    device
+        .logp_head_forward(HeadForward {
+            scores: &mut scores,
+            workspace: &mut workspace,
+            hidden,
+            weight: &weight,
+            targets: &targets,
+            shape: &shape,
+        })
+        .unwrap();
+    (scores, workspace)
 }
 
 /// A real GPU runs blocks as it likes: the same launches again and again give the same bits on both sets of kernels.

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
-# Of a response's log-prob; of a step's largest change of a matrix.
+# Relative to a response's log-prob, and to a step's largest change of a matrix.
 TOLERANCE, STEP_TOLERANCE = 2e-5, 2e-4
 # Half a unit in the last place of bf16, and a little for the f32 sum before it.
 BF16 = 2.0**-8 * 1.01

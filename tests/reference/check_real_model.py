@@ -29,7 +29,7 @@ PROMPTS = (
     "Q: When was one of the members of the band born?\nA:",
 )
 NEW_TOKENS = 24
-# Of the sum of a response's log-probs, relative to it, or to 1 where it is smaller.
+# Error of the sum of a response's log-probs, relative to that sum, or to 1 where the sum is smaller.
 LOGP_TOLERANCE = 1e-5
 # Before and after an optimiser step: five digits of each number, and five places of a reward, which is a small difference of
 # large numbers. TRL's gradient norm is taken in f64: see `clip_in_f64`.

@@ -17,7 +17,7 @@ import check_tokens as tokens
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-# Of the sum of a response's log-probs, relative to it.
+# Error of the sum of a response's log-probs, relative to that sum.
 TOLERANCE = 1e-5
 TEMPLATES = ("own/vicuna", "own/inst", "own/zephyr", "own/space at the end")
 

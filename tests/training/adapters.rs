@@ -1,7 +1,6 @@
 //! Low-rank adapters in the model: what they add, their gradients by finite differences, dropout, and what a step changes.
 //! On the CPU device, in f32.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use mmpo_fast::config::{GradientConfig, MemoryConfig};
@@ -17,7 +16,7 @@ use mmpo_fast::optimizer::AdamWStep;
 use mmpo_fast::score::PairScore;
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
-use crate::golden::{self, Golden, STEP};
+use crate::golden::{self, Golden, STEP, cpu, training_pairs};
 
 // The entropy term is a surrogate: its gradient is not that of its value.
 const OBJECTIVE: Objective = Objective::Mmpo(Mmpo { entropy_weight: 0.0, ..golden::MMPO });
@@ -33,13 +32,7 @@ fn settings(modules: &[AdaptedModule]) -> LoraSettings {
 }
 
 fn golden(name: &str) -> Golden {
-    let mut golden = Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name));
-    golden.pairs.truncate(PAIRS);
-    golden
-}
-
-fn cpu() -> Arc<CpuDevice> {
-    Arc::new(CpuDevice::new(Some(2)).expect("the CPU device starts"))
+    Golden::named(name, PAIRS)
 }
 
 /// Values like those of a trained adapter: neither matrix is zero.
@@ -81,9 +74,7 @@ fn with_memory(
 ) {
     let device = cpu();
     let references = golden::score(&golden.load(&device), &golden.pairs);
-    let pairs = golden.pairs.iter().zip(&references);
-    let pairs: Vec<TrainingPair> =
-        pairs.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect();
+    let pairs = training_pairs(&golden.pairs, &references);
     let workload = Workload { memory, ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, token_budget) };
     let model = adapted(golden, &device, settings);
     body(&mut Trainer::new(model, OBJECTIVE, workload).expect("trainer"), &pairs);
@@ -431,12 +422,7 @@ fn modules_may_have_ranks_and_scales_of_their_own() {
     }
 
     let references = golden::score(&golden.load(&device), &golden.pairs);
-    let pairs: Vec<TrainingPair> = golden
-        .pairs
-        .iter()
-        .zip(&references)
-        .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
-        .collect();
+    let pairs = training_pairs(&golden.pairs, &references);
     let workload = Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, TOKEN_BUDGET);
     let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
     for step in 1..=3 {

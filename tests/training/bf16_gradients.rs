@@ -1,6 +1,5 @@
 //! Gradients that are summed over micro-batches in bf16, beside f32 sums: on the CPU device and on the emulated GPU.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use half::bf16;
@@ -12,7 +11,7 @@ use mmpo_fast::model::{FusedTensor, LlamaTensors};
 use mmpo_fast::optimizer::{AdamWStep, Master};
 use mmpo_fast::train::{Trainer, TrainingPair, Workload};
 
-use crate::golden::{self, Golden, OBJECTIVE, STEP};
+use crate::golden::{self, Golden, OBJECTIVE, STEP, training_pairs};
 
 /// Pairs of a step.
 const PAIRS: usize = 4;
@@ -20,9 +19,7 @@ const PAIRS: usize = 4;
 const BUDGETS: [usize; 2] = [usize::MAX, 1];
 
 fn golden(name: &str) -> Golden {
-    let mut golden = Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name));
-    golden.pairs.truncate(PAIRS);
-    golden
+    Golden::named(name, PAIRS)
 }
 
 fn cpu() -> CpuDevice {
@@ -43,13 +40,7 @@ fn with_trainer<D: Device, R>(
     let memory = MemoryConfig { gradients, ..MemoryConfig::default() };
     let workload = Workload { memory, ..Workload::plan(&golden.pairs, &OBJECTIVE, PAIRS, budget) };
     let mut trainer = Trainer::new(model, OBJECTIVE, workload).expect("trainer");
-    let pairs: Vec<_> = golden
-        .pairs
-        .iter()
-        .zip(&scores)
-        .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
-        .collect();
-    work(&mut trainer, &pairs)
+    work(&mut trainer, &training_pairs(&golden.pairs, &scores))
 }
 
 fn download<D: Device, T: Sum>(device: &D, buffer: &D::Buffer<T>) -> Vec<f32> {

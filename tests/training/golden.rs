@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mmpo_fast::checkpoint::ModelFolder;
 use mmpo_fast::data::TokenizedPair;
 use mmpo_fast::device::Device;
+use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::model::{HeadOptions, Llama};
 use mmpo_fast::objective::{Mmpo, Objective, ObjectiveKind, Settings};
 use mmpo_fast::optimizer::AdamWStep;
@@ -52,6 +53,15 @@ impl Golden {
             })
             .collect();
         Golden { folder: folder.to_path_buf(), json, pairs }
+    }
+
+    /// The golden of this name, with the first `pairs` of its pairs.
+    pub fn named(name: &str, pairs: usize) -> Golden {
+        let mut golden =
+            Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name));
+        golden.pairs.truncate(pairs);
+        assert_eq!(golden.pairs.len(), pairs, "pairs of {name}");
+        golden
     }
 
     /// The folders of `tests/goldens` that have a `golden.json`.
@@ -118,13 +128,8 @@ impl Golden {
         body: impl FnOnce(&mut Trainer<D>, &[TrainingPair]),
     ) {
         let model = self.load(device);
-        let references = score(&model, &self.pairs);
-        let pairs: Vec<TrainingPair> = self
-            .pairs
-            .iter()
-            .zip(references)
-            .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
-            .collect();
+        let scores = score(&model, &self.pairs);
+        let pairs = training_pairs(&self.pairs, &scores);
         let workload = adjust(Workload::plan(&self.pairs, &objective, pairs.len(), 700));
         let mut trainer = Trainer::new(model, objective, workload).expect("trainer");
         body(&mut trainer, &pairs);
@@ -145,6 +150,17 @@ pub fn ids(value: &Value) -> Vec<u32> {
 
 pub fn score<D: Device>(model: &Llama<D>, pairs: &[TokenizedPair]) -> Vec<PairScore> {
     Scorer::new(model, pairs, 700).expect("scorer").run(true, |_| ()).expect("scores")
+}
+
+/// The CPU device, on two threads.
+pub fn cpu() -> Arc<CpuDevice> {
+    Arc::new(CpuDevice::new(Some(2)).expect("the CPU device starts"))
+}
+
+/// The pairs with what a reference of these scores says of them.
+pub fn training_pairs<'a>(pairs: &'a [TokenizedPair], scores: &[PairScore]) -> Vec<TrainingPair<'a>> {
+    let pairs = pairs.iter().zip(scores);
+    pairs.map(|(pair, score)| TrainingPair { pair, reference: score.reference() }).collect()
 }
 
 pub fn adamw(settings: &Value, learning_rate: Option<f64>, step: u32) -> AdamWStep {

@@ -9,6 +9,7 @@ mod golden;
 mod goldens;
 mod layers;
 mod mapped;
+mod memory_options;
 mod memory_table;
 mod objective;
 mod plan;

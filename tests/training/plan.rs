@@ -26,10 +26,7 @@ const PAIRS: usize = 6;
 const STEP_PAIRS: usize = 4;
 
 fn golden(name: &str) -> Golden {
-    let mut golden = Golden::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name));
-    golden.pairs.truncate(PAIRS);
-    assert!(golden.pairs.len() > STEP_PAIRS, "{} pairs", golden.pairs.len());
-    golden
+    Golden::named(name, PAIRS)
 }
 
 fn objectives() -> Vec<Objective> {

@@ -5,17 +5,16 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use mmpo_fast::config::MemoryConfig;
-use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::prelude::*;
 use mmpo_fast::device::{Floats, RawValues};
 use mmpo_fast::optimizer::{
     AdamWStep, BLOCK, DynamicMap, MasterWeights, MomentFormat, OptimizerState, StateBuffer, StateOptions,
     StateValues, StochasticRounding, quantize_block,
 };
-use mmpo_fast::train::{Trainer, TrainingPair, Workload};
+use mmpo_fast::train::{Trainer, Workload};
 use safetensors::SafeTensors;
 
-use crate::golden::{self, Golden, OBJECTIVE};
+use crate::golden::{self, Golden, OBJECTIVE, cpu, training_pairs};
 
 /// The settings of `make_state_goldens.py`.
 const STEP: AdamWStep =
@@ -31,10 +30,6 @@ fn tensor<T: Pod>(file: &[u8], name: &str) -> Vec<T> {
     let tensors = SafeTensors::deserialize(file).expect("a safetensors file");
     let tensor = tensors.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
     tensor.data().chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
-}
-
-fn cpu() -> Arc<CpuDevice> {
-    Arc::new(CpuDevice::new(Some(2)).expect("the CPU device starts"))
 }
 
 #[test]
@@ -109,12 +104,10 @@ fn floats<D: Device>(device: &D, values: &[f32]) -> Floats<D> {
     buffer
 }
 
-/// Three updates with 8-bit moments: weights and moments are as near to exact AdamW as those of bitsandbytes' AdamW8bit are, which
-/// gets the same weights and gradients.
-fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
-    let file = goldens();
-    let start: Vec<f32> = tensor(&file, "weight");
-    let gradients: Vec<f32> = tensor(&file, "gradients");
+/// The weights and both moments after the updates of the goldens, with 8-bit moments.
+fn eight_bit_updates<D: Device>(device: &D, file: &[u8]) -> [Vec<f32>; 3] {
+    let start: Vec<f32> = tensor(file, "weight");
+    let gradients: Vec<f32> = tensor(file, "gradients");
     let mut weight = device.alloc(start.len()).expect("buffer");
     device.upload_values(&mut weight, 0, RawValues::from_f32(&start)).expect("upload");
     let options = StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::F32 };
@@ -157,6 +150,14 @@ fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
         &read(StateBuffer::SecondScales),
         DynamicMap::Unsigned,
     );
+    [weights, first, second]
+}
+
+/// Three updates with 8-bit moments: weights and moments are as near to exact AdamW as those of bitsandbytes' AdamW8bit are, which
+/// gets the same weights and gradients.
+fn updates_are_as_good_as_those_of_bitsandbytes<D: Device>(device: &D) {
+    let file = goldens();
+    let [weights, first, second] = eight_bit_updates(device, &file);
     let theirs = |codes: &str, scales: &str, map| {
         dequantized(&tensor::<u8>(&file, codes), &tensor::<f32>(&file, scales), map)
     };
@@ -189,12 +190,7 @@ fn eight_bit_updates_are_as_good_on_the_emulated_gpu() {
 fn losses<D: Device>(golden: &Golden, device: &Arc<D>, states: StateOptions, steps: u32) -> Vec<f64> {
     let model = golden.load(device);
     let scores = golden::score(&model, &golden.pairs);
-    let pairs: Vec<TrainingPair<'_>> = golden
-        .pairs
-        .iter()
-        .zip(&scores)
-        .map(|(pair, score)| TrainingPair { pair, reference: score.reference() })
-        .collect();
+    let pairs = training_pairs(&golden.pairs, &scores);
     let workload = Workload {
         memory: MemoryConfig { states, ..MemoryConfig::default() },
         rounding_seed: 42,

@@ -44,7 +44,7 @@ MORE_ATTENTION += ["llama-3.2-1b:hh-rlhf", "llama-3-8b:hh-rlhf"]
 MORE_HEADS = ["llama-3-8b:256/256/256:8", "llama-3.2-1b:256/256/256:16", "smollm2-135m:256/256/256:16"]
 # Whose step is timed, and of whose time the order of dQ takes a share.
 STEP = "smollm2-135m", "ultrafeedback"
-# Of the CPU, which only queues.
+# Threads of the CPU, which only queues work.
 PEER_THREADS = "8"
 # As many as ours.
 STEPS = ["--warmups", "10", "--calls", "20"]

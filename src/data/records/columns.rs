@@ -69,6 +69,7 @@ pub(super) struct Fault {
 }
 
 impl Fault {
+    /// A fault with what is wrong and how to mend it.
     pub fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
         Fault { message: message.into(), help: help.into() }
     }
@@ -212,6 +213,7 @@ impl<'a> Columns<'a> {
         if self.start.is_line { String::new() } else { format!(" (in record {})", self.place) }
     }
 
+    /// The error of a fault in this record, with the record's place.
     pub fn error(&self, fault: Fault) -> Error {
         let place = if self.start.is_line {
             String::new()
@@ -248,10 +250,12 @@ impl<'a> Columns<'a> {
         self.unread.iter().map(|(name, kind)| (name.as_str(), *kind))
     }
 
+    /// Adds a note for the report of the data.
     pub fn note(&mut self, cause: Cause, example: impl Into<String>) {
         self.notes.push(Note::new(cause, example));
     }
 
+    /// The fault of a column that the record lacks, with the nearest name that it has.
     pub fn missing(&self, name: &str) -> Fault {
         if let Some(theirs) = self.renamed.of(name) {
             return Fault::new(
@@ -282,12 +286,14 @@ impl<'a> Columns<'a> {
         Fault::new(message, FORMATS_HELP)
     }
 
+    /// Takes a column's value, which must be there.
     pub fn take(&mut self, name: &str) -> Parsed<Value> {
         let (name, value) = self.members.shift_remove_entry(name).ok_or_else(|| self.missing(name))?;
         self.taken.push(name);
         Ok(value)
     }
 
+    /// As [`Columns::take`], of a column that must be a string.
     pub fn take_text(&mut self, name: &str) -> Parsed<String> {
         match self.take(name)? {
             Value::String(text) => Ok(text),

@@ -1,8 +1,8 @@
 //! Everything of a record that may be its prompt, and how the parts are put together.
 //!
 //! A prompt is the system message, earlier turns (`history`), and then messages or one text of the user. Two columns
-//! that say the same are one; of two where one contains the other, the longer counts; where neither does, the record
-//! is refused with both names, since their order and their joint are the author's to choose.
+//! that say the same are one. Where one contains the other, the longer one counts. Where neither does, the record is
+//! refused with both names, because only its author knows in which order they belong together.
 
 use serde_json::{Map, Value};
 

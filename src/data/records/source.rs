@@ -2,7 +2,7 @@
 //!
 //! What a file is follows from its bytes and not from its name: gzip and Parquet by their magic numbers, a JSON array by
 //! `[`, a CSV table by the names in its first line. A `{` begins JSON Lines where the first line is a whole object and more lines follow; otherwise one object over the
-//! whole file ([`super::table`]), or objects that each take several lines. Whatever else it is, is named.
+//! whole file ([`super::table`]), or objects that each take several lines. Any other kind of file is refused by name.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};

@@ -35,6 +35,7 @@ impl Pattern {
         (!regex.is_match("")).then_some(Pattern { regex, keeps_gaps })
     }
 
+    /// Memory for searches, which a thread keeps from one text to the next.
     pub fn cache(&self) -> Cache {
         self.regex.create_cache()
     }

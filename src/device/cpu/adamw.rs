@@ -47,9 +47,8 @@ fn update_from<C: Storage, G: Storage>(
     (gradient, part): (&[G], Range<usize>),
     numbers: Numbers,
 ) {
-    let start = part.start;
     let in_weight = update.in_weight(device);
-    let first_of = |block: usize| start + block * BLOCK_ELEMENTS;
+    let blocks = Blocks { device, start: part.start, rounding: update.rounding, step: numbers.factors.step };
     let weights = update.weight[in_weight].par_chunks_mut(BLOCK_ELEMENTS);
     let masters = match &mut update.master {
         Some(Master::Whole(master)) => {
@@ -61,36 +60,25 @@ fn update_from<C: Storage, G: Storage>(
         None => Either::Right(Either::Right((0..weights.len()).into_par_iter().map(|_| MasterSlice::None))),
     };
     let gradients = gradient.par_chunks(BLOCK_ELEMENTS);
-    let (rounding, step) = (update.rounding, numbers.factors.step);
     let values = weights.zip(masters).zip(gradients).enumerate();
     match &mut *update.moments {
         Moments::F32(MomentPair { first, second }) => {
             let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
             values.zip(moments).for_each(|((block, (weights, gradient)), (first, second))| {
-                device.vectorized(
+                blocks.update(
+                    (block, weights),
                     #[inline(always)]
-                    || {
-                        Weights { first: first_of(block), rounding, step }.update(
-                            weights,
-                            #[inline(always)]
-                            |weight| update_f32(weight, gradient, first, second, numbers),
-                        )
-                    },
+                    |weight| update_f32(weight, gradient, first, second, numbers),
                 );
             });
         }
         Moments::Bf16(MomentPair { first, second }) => {
             let moments = first.par_chunks_mut(BLOCK_ELEMENTS).zip(second.par_chunks_mut(BLOCK_ELEMENTS));
             values.zip(moments).for_each(|((block, (weights, gradient)), (first, second))| {
-                device.vectorized(
+                blocks.update(
+                    (block, weights),
                     #[inline(always)]
-                    || {
-                        Weights { first: first_of(block), rounding, step }.update(
-                            weights,
-                            #[inline(always)]
-                            |weight| update_bf16(weight, gradient, first, second, numbers),
-                        )
-                    },
+                    |weight| update_bf16(weight, gradient, first, second, numbers),
                 );
             });
         }
@@ -99,43 +87,45 @@ fn update_from<C: Storage, G: Storage>(
                 codes.first.par_chunks_mut(BLOCK_ELEMENTS).zip(codes.second.par_chunks_mut(BLOCK_ELEMENTS));
             let scales = scales.first.par_chunks_mut(SCALES).zip(scales.second.par_chunks_mut(SCALES));
             values.zip(codes).zip(scales).for_each(|(((block, (weights, gradient)), codes), scales)| {
-                device.vectorized(
+                blocks.update(
+                    (block, weights),
                     #[inline(always)]
-                    || {
-                        Weights { first: first_of(block), rounding, step }.update(
-                            weights,
-                            #[inline(always)]
-                            |weight| update_8bit((weight, gradient), codes, scales, numbers),
-                        )
-                    },
+                    |weight| update_8bit((weight, gradient), codes, scales, numbers),
                 );
             });
         }
     }
 }
 
-/// What the rounding of a block of weights depends on, where there is no master copy.
-struct Weights {
-    /// Place of the block's first value in its tensor.
-    first: usize,
+/// The blocks of a part of a tensor, and what the rounding of weights without a master copy depends on.
+struct Blocks<'a, C: Storage> {
+    device: &'a CpuDevice<C>,
+    /// Place of the first block's first value in the tensor.
+    start: usize,
     rounding: StochasticRounding,
     step: u32,
 }
 
-impl Weights {
-    /// Lets `change` update the f32 values of a block, and stores them.
+impl<C: Storage> Blocks<'_, C> {
+    /// Lets `change` update the f32 values of block number `block`, in vector instructions, and stores them.
     #[inline(always)]
-    fn update<C: Storage>(
+    fn update(
         &self,
-        (weight, master): (&mut [C], MasterSlice<'_>),
+        (block, (weight, master)): (usize, (&mut [C], MasterSlice<'_>)),
         change: impl FnOnce(&mut [f32]),
     ) {
-        C::update(
-            weight,
-            master,
-            change,
+        let first = self.start + block * BLOCK_ELEMENTS;
+        self.device.vectorized(
             #[inline(always)]
-            |value, index| self.rounding.round(value, self.step, (self.first + index) as u64),
+            || {
+                C::update(
+                    weight,
+                    master,
+                    change,
+                    #[inline(always)]
+                    |value, index| self.rounding.round(value, self.step, (first + index) as u64),
+                );
+            },
         );
     }
 }

@@ -1,5 +1,5 @@
-//! NCCL's collectives over the host's memory, each over when its call returns. No NCCL of NVIDIA's does that: it is for tests of runs
-//! of several ranks, which load a library of their own in its place.
+//! NCCL's collectives over the host's memory, each done when its call returns. NVIDIA's NCCL cannot do that: tests of runs of several
+//! ranks load a library of their own in its place.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Rows by index: the embedding table and its gradient, and the gather of scored rows in front of the head.
+//! Rows by index: the embedding table and its gradient, and the gather of scored rows before the head.
 
 use rayon::prelude::*;
 

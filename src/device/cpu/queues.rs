@@ -1,4 +1,4 @@
-//! Every operation of the CPU is over when its call returns, so that its events are always over too.
+//! Every operation of the CPU is done when its call returns, so its events have always happened already.
 
 use super::CpuDevice;
 use super::storage::Storage;

@@ -1,4 +1,4 @@
-//! RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual addition in front of it.
+//! RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual addition before it.
 //!
 //! With `r = 1 / sqrt(mean(x^2) + epsilon)`: `out = x r w`, and backward
 //! `dx += r (dout w) - x r^3 mean(dout w x)`, `dw += sum over rows of dout x r`.

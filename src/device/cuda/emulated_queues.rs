@@ -3,8 +3,9 @@
 //! Work stays in its lane until something waits for it. Work that is not ordered after every launch that came before it
 //! could meet those launches in their middle on a GPU: it moves bytes that mean nothing ([`RACED`]).
 //!
-//! A collective waits for the other ranks when it is done, and those do theirs when something of theirs waits. So a rank must not wait
-//! for another one by other means while it has collectives that nothing waited for: on a GPU they would run by themselves.
+//! A collective is done when something on its rank waits for it, and waits itself until the other ranks do theirs. So, on the emulated
+//! device, a rank must not wait for another one in any other way while it has collectives that nothing has waited for. (On a GPU they
+//! would run by themselves.)
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
@@ -88,30 +89,36 @@ impl Queues {
         self.launches += 1;
     }
 
+    /// Queues a copy of `bytes` bytes, which is done when something waits for it.
     pub fn copy(&mut self, lane: Lane, out: *mut c_void, source: *const c_void, bytes: usize) {
         let races = self.races(lane as usize);
         self.give(lane as usize, Entry::Work(Pending::Copy(PendingCopy { lane, out, source, bytes, races })));
     }
 
+    /// Queues a collective, likewise.
     pub fn collective(&mut self, run: Run, argument: *mut c_void) {
         let races = self.races(COLLECTIVES);
         let pending = Pending::Collective(PendingCollective { run, argument, races });
         self.give(COLLECTIVES, Entry::Work(pending));
     }
 
+    /// Whether work given to `lane` now is not ordered after all launches so far.
     fn races(&self, lane: usize) -> bool {
         self.seen[lane] < self.launches
     }
 
+    /// A new event, which is recorded nowhere.
     pub fn new_event(&mut self) -> EventHandle {
         self.next_event += 1;
         EventHandle(self.next_event)
     }
 
+    /// Forgets an event.
     pub fn free_event(&mut self, event: EventHandle) {
         self.events.remove(&event.0);
     }
 
+    /// Records an event after all work that `queue` was given so far.
     pub fn record(&mut self, event: EventHandle, queue: Queue) {
         let mut moment = Moment::default();
         match lane_of(queue) {
