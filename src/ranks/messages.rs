@@ -131,7 +131,32 @@ pub fn receive(reader: &mut BufReader<TcpStream>) -> std::io::Result<Option<Mess
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
     use super::*;
+
+    /// What `receive` makes of these bytes, after which the sender closes the line.
+    fn received(bytes: Vec<u8>) -> std::io::Result<Option<Message>> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        // The reader may have left before the end of a line that is too long.
+        let sender = std::thread::spawn(move || _ = sender.write_all(&bytes));
+        let found = receive(&mut BufReader::new(listener.accept().unwrap().0));
+        sender.join().unwrap();
+        found
+    }
+
+    /// A sender that dies in the middle of a line has not said it, and one whose line has no end is none of ours.
+    #[test]
+    fn a_line_counts_when_it_ends() {
+        assert_eq!(received(b"\"Goodbye\"\n".to_vec()).unwrap(), Some(Message::Goodbye));
+        assert_eq!(received(Vec::new()).unwrap(), None);
+        let part = |bytes: usize| format!("{{\"Welcome\":\"{}\"}}\n", "a".repeat(bytes)).into_bytes();
+        assert!(received(part(100_000)).unwrap().is_some());
+        for wrong in [b"\"Goodbye\"".to_vec(), b"Goodbye\n".to_vec(), part(LONGEST as usize)] {
+            assert_eq!(received(wrong).unwrap_err().kind(), ErrorKind::InvalidData);
+        }
+    }
 
     #[test]
     fn the_first_difference_is_named_with_both_values() {

@@ -9,7 +9,7 @@ use crate::optimizer::{
     remainder,
 };
 
-/// Values of a master copy that pass from the device to the host at a time.
+/// Values of a master copy that pass from the device to the host at a time, where pieces are not smaller.
 const STAGED_VALUES: usize = 4 << 20;
 
 /// The states of a model that are in host memory.
@@ -99,14 +99,14 @@ impl<D: Device> Offloaded<D> {
         device.check_offload()?;
         let plan = plan_with(&model.layout, memory, device.needs_master(), piece_values);
         let mut states = OffloadedStates::new(device, &plan)?;
-        let mut staged = Vec::new();
+        let (mut staged, most) = (Vec::new(), STAGED_VALUES.min(piece_values));
         for (number, weight) in model.weights.iter().enumerate() {
             if !states.has(number, StateBuffer::Weight) {
                 continue;
             }
             let len = device.len(weight);
-            for first in (0..len).step_by(STAGED_VALUES) {
-                staged.resize(STAGED_VALUES.min(len - first), 0.0);
+            for first in (0..len).step_by(most) {
+                staged.resize(most.min(len - first), 0.0);
                 device.download_compute(&mut staged, weight, first)?;
                 let place = (StateBuffer::Weight, first);
                 states.write(device, number, place, bytemuck::cast_slice(&staged))?;

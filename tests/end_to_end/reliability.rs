@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
-use crate::harness::{CommandLine, TRAIN, Workplace};
+use crate::harness::{CommandLine, TRAIN, Workplace, ignores_hangup};
 use crate::resume::wait_for_lines;
 
 const SCORE: &str =
@@ -206,13 +206,6 @@ fn a_run_killed_at_any_moment_of_its_saves_goes_on() {
     work.assert_same_bits("whole", "cut", steps);
     let damaged = work.contents("cut").into_keys().find(|path| path.to_string_lossy().contains(".damaged"));
     assert_eq!(damaged, None, "every checkpoint was whole");
-}
-
-/// Whether this process, and so the ones that it starts, ignores SIGHUP.
-fn ignores_hangup() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }
 
 #[test]

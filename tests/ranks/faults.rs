@@ -1,13 +1,17 @@
 //! Ranks that die, hang or fail: the run ends, says which, and goes on from its last checkpoint.
 
-use std::time::Duration;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::harness::{Finished, TRAIN, Workplace};
-use crate::processes::{LONG, Run, SOON, command, is_there, send, succeed};
+use crate::joining;
+use crate::processes::{LONG, Run, SOON, command, free_port, is_there, send, succeed};
 use crate::support::nccl;
 
 /// `MMPO_FAST_HANG_SECONDS` of the runs in which a rank hangs.
 const HANG: Duration = Duration::from_secs(15);
+/// Of the run that is frozen: a rank that is alive gives signs of life several times as often, on a busy machine too.
+const SHORT_HANG: Duration = Duration::from_secs(5);
 /// After the first rank has ended, those that are still there are ended by force within this time, as the page on several GPUs says.
 const FORCE: Duration = Duration::from_secs(30);
 /// What a busy machine may take longer.
@@ -85,6 +89,8 @@ fn stop(rank: usize) {
     let finished = running.finish(HANG + FORCE + BUSY);
     assert_eq!(finished.code, Some(9), "{}", finished.stderr);
     assert_names(&work, &finished, (rank, "no sign of life"), 5);
+    // The launcher ends it by force at the end, which is not what happened to it.
+    assert!(!finished.stderr.contains("killed by signal"), "{}", finished.stderr);
     assert_goes_on(&work, &run);
 }
 
@@ -93,6 +99,32 @@ fn a_rank_that_is_stopped_ends_the_run_within_the_stated_time() {
     std::thread::scope(|scope| {
         [0, 1].map(|rank| scope.spawn(move || stop(rank))).map(|thread| thread.join().unwrap())
     });
+}
+
+/// A whole job that is frozen for longer than a rank may hang, as schedulers and laptops do it, goes on as if nothing had happened.
+/// Its processes do not wake at the same moment: the first one finds that nothing was heard of the other, and must not judge it.
+#[test]
+fn a_job_that_is_frozen_as_a_whole_goes_on() {
+    let (work, steps) = (Workplace::new(), 100);
+    let run = format!("{TRAIN} --max-steps {steps} --shard states --gpus 2");
+    succeed(&work, &format!("{run} --output whole"));
+    let mut frozen = command(&work, &format!("{run} --output cut"));
+    frozen.env("MMPO_FAST_HANG_SECONDS", SHORT_HANG.as_secs().to_string());
+    let mut running = Run::start(&work, frozen, "cut");
+    running.wait_for_lines(1);
+    let processes = [running.launcher.id(), running.rank(0), running.rank(1)];
+    running.wait_for_lines(5);
+    processes.iter().for_each(|&process| send("-STOP", process));
+    std::thread::sleep(SHORT_HANG + Duration::from_secs(2));
+    assert!(running.lines() < steps, "the run ended before it could be frozen");
+    for process in processes {
+        send("-CONT", process);
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let finished = running.finish(SOON);
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert!(work.read("whole/model/model.safetensors") == work.read("cut/model/model.safetensors"));
+    assert_eq!(work.series("whole", "loss"), work.series("cut", "loss"));
 }
 
 /// A collective that never ends, as where a GPU or a link hangs: every rank gives signs of life, and none does anything.
@@ -113,6 +145,29 @@ fn a_collective_that_never_ends_ends_the_run_within_the_stated_time() {
     let done = work.series("cut", "loss").len();
     assert!(done > 2 && text.contains(&format!("step {}", done + 1)), "{done} steps: {text}");
     assert_goes_on(&work, &run);
+}
+
+/// A rank that gives signs of life and gets nowhere, as on a file system that hangs, while the other waits for it. Files may take
+/// six times as long as other work. Its own process ends too, although nothing brings its main thread back.
+#[test]
+fn a_rank_that_hangs_alone_is_named_and_ended() {
+    let (places, port) = ([Workplace::new(), Workplace::new()], free_port());
+    // Whoever reads it waits for a writer.
+    let file = places[1].path("base/generation_config.json");
+    std::fs::remove_file(&file).unwrap();
+    assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
+    let limit = Duration::from_secs(3);
+    let started = [0, 1].map(|number| {
+        let mut rank = joining::rank(&places[number], number, port, &format!("{TRAIN} --output run"));
+        rank.env("MMPO_FAST_HANG_SECONDS", limit.as_secs().to_string()).spawn().unwrap()
+    });
+    let since = Instant::now();
+    let finished = joining::ended(started);
+    assert!(since.elapsed() <= 6 * limit + FORCE + BUSY, "{:?}", since.elapsed());
+    assert_eq!([finished[0].code, finished[1].code], [Some(9), Some(9)], "{}", finished[0].stderr);
+    let text = &finished[0].stderr;
+    assert!(text.contains(&format!("rank 1 on {} hangs", mmpo_fast::ranks::host())), "{text}");
+    assert!(text.contains("while model and pairs were read, while others wait for it"), "{text}");
 }
 
 /// One rank gets numbers that mean nothing, as from memory that fails: from then on its pairs have no loss, or its part of the
@@ -167,7 +222,7 @@ fn ranks_end_with_their_launcher() {
     assert_eq!(ranks.len(), 2);
     running.launcher.kill().unwrap();
     running.launcher.wait().unwrap();
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     // They become children of another process, which waits for them.
     while ranks.iter().any(|&rank| is_there(rank) && !is_zombie(rank)) {
         assert!(started.elapsed() < SOON, "{ranks:?} are left");

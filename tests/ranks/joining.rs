@@ -1,12 +1,12 @@
 //! Ranks that do not fit together, or that are not all there.
 
-use std::process::Command;
+use std::process::{Child, Command};
 
 use crate::harness::{Finished, TRAIN, Workplace};
 use crate::processes::{command, free_port};
 
 /// One rank of two, as a launcher that is not ours starts it.
-fn rank(work: &Workplace, rank: usize, port: u16, arguments: &str) -> Command {
+pub fn rank(work: &Workplace, rank: usize, port: u16, arguments: &str) -> Command {
     let mut command = command(work, arguments);
     command
         .env("RANK", rank.to_string())
@@ -22,7 +22,11 @@ fn rank(work: &Workplace, rank: usize, port: u16, arguments: &str) -> Command {
 /// Runs two ranks with these arguments.
 fn both(work: &Workplace, arguments: [&str; 2]) -> [Finished; 2] {
     let port = free_port();
-    let started = [0, 1].map(|number| rank(work, number, port, arguments[number]).spawn().unwrap());
+    ended([0, 1].map(|number| rank(work, number, port, arguments[number]).spawn().unwrap()))
+}
+
+/// Waits for both ends.
+pub fn ended(started: [Child; 2]) -> [Finished; 2] {
     started.map(|child| {
         let output = child.wait_with_output().unwrap();
         Finished {

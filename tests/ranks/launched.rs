@@ -144,3 +144,18 @@ fn a_mistake_of_the_user_is_told_once() {
     assert_eq!(finished.stderr.matches("broken.jsonl:1").count(), 1, "{}", finished.stderr);
     assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
 }
+
+/// A rank that begins when its launcher is gone would run without anybody who ends it.
+#[test]
+fn a_rank_whose_launcher_has_ended_does_not_begin() {
+    let work = Workplace::new();
+    let mut late = command(&work, &format!("{TRAIN} --output run"));
+    let other = std::process::id() + 1;
+    late.env("MMPO_FAST_RANK", "0").env("MMPO_FAST_RANKS", "2").env("MMPO_FAST_PORT", "1");
+    late.env("MMPO_FAST_LAUNCHER", other.to_string()).env("MMPO_FAST_JOIN_SECONDS", "1");
+    let finished = crate::harness::finish(late);
+    assert_eq!(finished.code, Some(9), "{}", finished.stderr);
+    let expected = format!("the launcher of this rank, process {other}, has ended");
+    assert!(finished.stderr.contains(&expected), "{}", finished.stderr);
+    assert!(!work.path("run").exists());
+}

@@ -55,14 +55,16 @@ impl Run {
         Run { launcher: command.spawn().unwrap(), metrics: work.path(&format!("{output}/metrics.jsonl")) }
     }
 
+    /// The lines of metrics that the run has written.
+    pub fn lines(&self) -> usize {
+        let bytes = std::fs::read(&self.metrics).unwrap_or_default();
+        bytes.iter().filter(|&&byte| byte == b'\n').count()
+    }
+
     /// Returns when the run has written `lines` lines of metrics.
     pub fn wait_for_lines(&mut self, lines: usize) {
-        let written = |run: &Run| {
-            let bytes = std::fs::read(&run.metrics).unwrap_or_default();
-            bytes.iter().filter(|&&byte| byte == b'\n').count()
-        };
         let started = Instant::now();
-        while written(self) < lines {
+        while self.lines() < lines {
             if let Some(status) = self.launcher.try_wait().unwrap() {
                 panic!("the run ended with {status} before it could be disturbed: {}", self.rest());
             }

@@ -16,7 +16,7 @@ use crate::ranks::verdict::{Verdict, What};
 use crate::ranks::{Ranks, host, variable};
 
 /// How long a process that connects may take for its first words, and a connection for its making.
-const FIRST_WORDS: Duration = Duration::from_secs(5);
+pub(super) const FIRST_WORDS: Duration = Duration::from_secs(5);
 /// How long a write may take; what is written is small.
 const WRITE: Duration = Duration::from_secs(5);
 /// How long rank 0 tries to get its port: a rank 0 that was just killed may still have it.
@@ -52,7 +52,6 @@ pub fn gather(
         let verdict = Verdict { rank: 0, host: host(), position: Position::default(), what };
         for connected in present.values_mut() {
             let _ = messages::send(&mut connected.stream, &Message::Verdict(verdict.clone()));
-            let _ = messages::send(&mut connected.stream, &Message::Goodbye);
         }
     }
     result.map(|()| present.into_values().collect())
@@ -288,7 +287,7 @@ fn read_first(stream: &TcpStream) -> std::io::Result<Option<Message>> {
     Ok(message)
 }
 
-fn listen(ranks: &Ranks) -> Result<TcpListener> {
+pub(super) fn listen(ranks: &Ranks) -> Result<TcpListener> {
     let port = ranks.address.port;
     // Where all ranks are on this machine, nothing from outside may connect.
     let bind = || match ranks.is_one_machine() {

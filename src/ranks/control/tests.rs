@@ -1,6 +1,6 @@
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
@@ -73,6 +73,74 @@ fn ranks_exchange_what_they_have_in_the_order_of_ranks() {
     got[1..].iter().for_each(|answer| assert_eq!(answer, &[Value::from("done")]));
 }
 
+/// What came and was not asked for yet stays in its order, and a rank that is somewhere else is named with both places.
+#[test]
+fn what_came_early_is_given_in_its_order() {
+    let (ranks, listener) = ranks(2);
+    together(&ranks, LIMITS, listener, |rank, control| {
+        let control = control.unwrap();
+        if rank == 1 {
+            ["a", "b"].iter().for_each(|&tag| control.send(tag, tag.into()));
+        } else {
+            while control.shared.lock().inbox[0].len() < 2 {
+                thread::sleep(LOOK);
+            }
+            assert_eq!(control.receive("a").unwrap(), ["a"]);
+            let text = control.receive("c").unwrap_err().to_string();
+            assert!(text.contains("rank 1 is at `b`, and this one at `c`"), "{text}");
+        }
+        control.close();
+    });
+}
+
+/// Rank 0 waits for a port that another program is about to leave. Where all ranks are on one machine, no other one reaches it.
+#[test]
+fn rank_0_takes_its_port_and_no_more() {
+    let (mut ranks, taken) = ranks(2);
+    let port = ranks[0].address.port;
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(300));
+        drop(taken);
+    });
+    let here = join::listen(&ranks[0]).unwrap().local_addr().unwrap();
+    assert_eq!((here.ip().is_loopback(), here.port()), (true, port));
+    ranks[0].local_ranks = 1;
+    assert!(join::listen(&ranks[0]).unwrap().local_addr().unwrap().ip().is_unspecified());
+}
+
+/// Who has said goodbye sends nothing more: whoever waits for it is told so.
+#[test]
+fn a_rank_that_has_ended_is_not_waited_for() {
+    let (ranks, listener) = ranks(2);
+    together(&ranks, LIMITS, listener, |rank, control| {
+        let control = control.unwrap();
+        if rank == 0 {
+            let text = control.receive("never").unwrap_err().to_string();
+            assert!(text.contains("rank 1 on"), "{text}");
+        }
+        control.close();
+    });
+}
+
+/// The others wait for the goodbye of rank 0, and rank 0 until they have closed their lines, which they do at once.
+#[test]
+fn ranks_end_together() {
+    for late in [0, 1] {
+        let (ranks, listener) = ranks(2);
+        let (is_ending, started) = (AtomicBool::new(false), Instant::now());
+        together(&ranks, LIMITS, listener, |rank, control| {
+            let control = control.unwrap();
+            if rank == late {
+                thread::sleep(Duration::from_millis(300));
+                is_ending.store(true, Ordering::SeqCst);
+            }
+            control.close();
+            assert!(is_ending.load(Ordering::SeqCst), "rank {rank} did not wait for rank {late}");
+        });
+        assert!(started.elapsed() < FAREWELL, "{:?}", started.elapsed());
+    }
+}
+
 #[test]
 fn who_is_missing_is_named_to_all_who_are_there() {
     let (ranks, listener) = ranks(4);
@@ -101,8 +169,9 @@ fn a_rank_that_finds_nobody_says_where_it_looked() {
 #[test]
 fn a_rank_that_does_not_fit_is_told_to_both() {
     type Spoil = fn(&mut Ranks);
-    let cases: [(Spoil, &str); 2] = [
+    let cases: [(Spoil, &str); 3] = [
         (|ranks| ranks.place.ranks = 3, "is one of 2 ranks, and rank 1 on"),
+        (|ranks| ranks.place.rank = 2, "is beyond the number of ranks"),
         (|ranks| ranks.place = GroupPlace { rank: 0, ranks: 2 }, "two processes of rank 0"),
     ];
     for (spoil, expected) in cases {
@@ -118,6 +187,39 @@ fn a_rank_that_does_not_fit_is_told_to_both() {
             assert!(refused.to_string().contains(expected), "{refused}");
         });
     }
+}
+
+/// The second process of a rank takes nobody's place: it is refused, and so is the run.
+#[test]
+fn two_processes_of_one_rank_are_told_so() {
+    let (ranks, listener) = ranks(3);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| Control::join(&ranks[0], LIMITS, Some(listener)).err().unwrap());
+        let there = Control::join(&ranks[1], LIMITS, None).unwrap();
+        let deadline = Instant::now() + LIMITS.join;
+        let again = join::connect(&ranks[1], LIMITS, deadline).err().unwrap();
+        let (first, there) = (first.join().unwrap(), there.receive("anything").err().unwrap());
+        for (error, code) in [(first, 2), (there, 9), (again, 9)] {
+            let text = error.to_string();
+            assert!(text.contains("there are two processes of rank 1"), "{text}");
+            assert_eq!(error.exit_code(), code, "{text}");
+        }
+    });
+}
+
+/// Who connects and says nothing, as a port scanner does, keeps nobody out.
+#[test]
+fn a_stranger_who_says_nothing_keeps_no_rank_waiting() {
+    let (ranks, listener) = ranks(2);
+    let silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    // It goes after the time within which ranks must be there.
+    thread::spawn(move || {
+        thread::sleep(2 * LIMITS.join);
+        drop(silent);
+    });
+    let started = Instant::now();
+    together(&ranks, LIMITS, listener, |_, control| control.unwrap().close());
+    assert!(started.elapsed() < LIMITS.join, "{:?}", started.elapsed());
 }
 
 /// All are told, also a rank that fits and was there before.
@@ -182,6 +284,50 @@ fn a_rank_that_came_twice_is_there_once() {
         got
     });
     assert_eq!(got[0], [Value::from(7)]);
+}
+
+/// Whoever waits for rank 0 hears what happened before it hears that rank 0 ends: else it would take that for the loss.
+#[test]
+fn a_verdict_goes_out_before_the_goodbye() {
+    let (ranks, listener) = ranks(2);
+    let errors = together(&ranks, LIMITS, listener, |rank, control| {
+        let control = control.unwrap();
+        if rank == 1 {
+            let error = control.receive("never").err();
+            control.begin_end();
+            control.close();
+            return error;
+        }
+        let shared = Arc::clone(&control.shared);
+        // As while `judge` sends a verdict.
+        shared.lock().is_telling = true;
+        thread::scope(|scope| {
+            scope.spawn(move || control.close());
+            thread::sleep(Duration::from_millis(300));
+            shared.send_to_all(&Message::Verdict(shared.verdict_of(0, What::Silent(61))));
+            shared.lock().is_telling = false;
+            shared.changed.notify_all();
+        });
+        None
+    });
+    let text = errors[1].as_ref().unwrap().to_string();
+    assert!(text.contains("no sign of life for 61 s"), "{text}");
+}
+
+/// The time that a process has for its first words is no limit on the words of a rank that is there: a machine may be busy.
+#[test]
+fn a_rank_that_is_silent_for_some_seconds_is_not_lost() {
+    let (ranks, listener) = ranks(2);
+    let address = listener.local_addr().unwrap();
+    thread::scope(|scope| {
+        let first =
+            scope.spawn(|| Control::join(&ranks[0], LIMITS, Some(listener)).unwrap().receive("number"));
+        let mut second = TcpStream::connect(address).unwrap();
+        messages::send(&mut second, &Message::Hello(join::hello(&ranks[1]))).unwrap();
+        thread::sleep(join::FIRST_WORDS + Duration::from_secs(1));
+        messages::send(&mut second, &Message::Part { tag: "number".into(), value: 7.into() }).unwrap();
+        assert_eq!(first.join().unwrap().unwrap(), [Value::from(7)]);
+    });
 }
 
 /// Rank 0 may vanish without a word, for instance with its machine's power, while another rank waits for it to tell an error.

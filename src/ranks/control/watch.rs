@@ -120,6 +120,11 @@ mod tests {
 
     /// As `judged`, where the rank's own state is this one.
     fn judged_in(state: State, rank: usize, own: Known, others: &[Known]) -> Option<Verdict> {
+        judged_on(Line::Open, state, rank, own, others)
+    }
+
+    /// As `judged_in`, where the connections with the others are in this state.
+    fn judged_on(line: Line, state: State, rank: usize, own: Known, others: &[Known]) -> Option<Verdict> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let now = Instant::now() + Duration::from_secs(10_000);
@@ -134,7 +139,7 @@ mod tests {
             heard: ago(silent),
             progress: progress(position),
             advanced: ago(idle),
-            line: Line::Open,
+            line,
         };
         let state = State {
             inbox: others.iter().map(|_| VecDeque::new()).collect(),
@@ -201,6 +206,16 @@ mod tests {
         assert_eq!(judged_in(State { is_ending: true, ..State::default() }, 0, well, &[silent]), None);
         let known = State { verdict: Some(found), ..State::default() };
         assert_eq!(judged_in(known, 0, well, &[silent]), None);
+    }
+
+    /// Some ranks end before others.
+    #[test]
+    fn who_has_said_goodbye_is_not_judged() {
+        let (well, ended) = ((in_step(5), 0, 0), (in_step(3), 700, 700));
+        for line in [Line::Farewell, Line::Closed] {
+            assert_eq!(judged_on(line, State::default(), 0, well, &[ended]), None, "{line:?}");
+            assert_eq!(judged_on(line, State::default(), 1, well, &[ended]), None, "{line:?}");
+        }
     }
 
     #[test]

@@ -1,16 +1,21 @@
 //! Optimiser states in host memory give the bits of states on the device, on the emulated GPU, whose copies land as late as they
 //! may.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::restore;
-use super::state_tests::{all_options, saved, train_clipped, trainer_with};
+use super::state_tests::{all_options, run_state, saved, train_clipped, trainer_freezing, trainer_with};
+use super::{StoredTensor, download, restore, stored_parts};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::shared_save::{self, Writer};
 use crate::config::{GradientConfig, MemoryConfig, OffloadConfig};
+use crate::device::GroupPlace;
 use crate::device::cpu::CpuDevice;
 use crate::device::cuda::{CudaDevice, EmulatorVariant};
 use crate::device::prelude::*;
 use crate::optimizer::{MomentFormat, StateOptions};
 use crate::train::Trainer;
+use crate::train::cut::Cut;
 use crate::train::offload::{self, Offloaded};
 
 /// Values of a piece: queries, keys and values of 12288 make two full pieces and a smaller one, and no tensor is a multiple of it.
@@ -80,6 +85,72 @@ fn a_checkpoint_is_restored_over_states_of_another_step() {
     assert!(saved(&trainer).2 == wanted, "restored");
     train_clipped(&mut trainer, 1..=3, Some(1.0));
     assert!(saved(&trainer).2 == after, "the same steps again");
+}
+
+/// Copies that are still on their way back from the last step do not land over what is restored.
+#[test]
+fn a_checkpoint_is_restored_while_states_are_on_their_way() {
+    let (device, memory) = (device(), MemoryConfig::default());
+    let mut trainer = offloaded(&device, memory);
+    let (_run, start, wanted) = saved(&trainer);
+    // Nothing here waits for the copies of the last update.
+    train_clipped(&mut trainer, 1..=3, Some(1.0));
+    restore(&start, &mut trainer).unwrap();
+    assert!(saved(&trainer).2 == wanted);
+}
+
+/// Saves `trainer` as two ranks do, each one part of every tensor.
+fn saved_by_two(trainer: &Trainer<CudaDevice>) -> (tempfile::TempDir, Checkpoint) {
+    let (run, state) = (tempfile::tempdir().unwrap(), run_state());
+    let parts = [0, 1].map(|rank| {
+        let own = move |len| Cut::new(len, GroupPlace { rank, ranks: 2 }).own();
+        stored_parts(&trainer.model.layout, trainer.state_options(), own)
+    });
+    let of_first: HashMap<&str, usize> =
+        parts[0].iter().map(|tensor| (tensor.name.as_str(), tensor.values())).collect();
+    let first = |tensor: &StoredTensor, offset: usize, bytes: &mut [u8]| {
+        download(trainer, &tensor.name, offset, bytes)
+    };
+    let second = |tensor: &StoredTensor, offset: usize, bytes: &mut [u8]| {
+        download(trainer, &tensor.name, of_first[tensor.name.as_str()] + offset, bytes)
+    };
+    let begun = shared_save::begin(run.path(), &state).unwrap();
+    let writer = (Writer { number: 1, count: 2 }, std::process::id());
+    shared_save::write_part(run.path(), &state, writer, &parts[1], second).unwrap();
+    let path = begun.finish(&state, 2, &parts[0], first).unwrap();
+    (run, Checkpoint::open(&path).unwrap())
+}
+
+/// Ranks that share the states among them cannot offload them, but one process goes on from their checkpoint with offload: each
+/// part lands where it belongs.
+#[test]
+fn a_checkpoint_in_parts_is_restored_to_host_memory() {
+    let device = device();
+    for states in all_options() {
+        let memory = MemoryConfig { states, ..MemoryConfig::default() };
+        let (mut trainer, mut other) = (offloaded(&device, memory), offloaded(&device, memory));
+        train_clipped(&mut trainer, 1..=2, Some(1.0));
+        let (_run, parts) = saved_by_two(&trainer);
+        restore(&parts, &mut other).unwrap();
+        assert!(saved(&other).2 == saved(&trainer).2, "{memory:?}");
+    }
+}
+
+/// A frozen tensor has no state in host memory either, and no turn among the updates.
+#[test]
+fn frozen_tensors_have_no_states_to_offload() {
+    let device = device();
+    for gradients in [GradientConfig::F32, GradientConfig::Layer] {
+        let clip = (gradients != GradientConfig::Layer).then_some(1.0);
+        let trained = [OffloadConfig::None, OffloadConfig::States].map(|offload| {
+            let memory = MemoryConfig { gradients, offload, ..MemoryConfig::default() };
+            let mut trainer =
+                trainer_freezing(&device, memory, |tensor| tensor.name().contains("mlp")).unwrap();
+            train_clipped(&mut trainer, 1..=2, clip);
+            saved(&trainer).2
+        });
+        assert!(trained[0] == trained[1], "{gradients:?}");
+    }
 }
 
 /// The plan says the bytes that are taken, on the device and on the host.

@@ -13,7 +13,7 @@ use crate::data::TokenizedPair;
 use crate::device::cpu::CpuDevice;
 use crate::device::prelude::*;
 use crate::error::Result;
-use crate::model::{Llama, LlamaConfig, TensorSpec};
+use crate::model::{FusedTensor, Llama, LlamaConfig, TensorSpec};
 use crate::objective::{Objective, ReferencePair};
 use crate::optimizer::{AdamWStep, MasterWeights, MomentFormat, StateOptions};
 use crate::train::{Trainer, TrainingPair, Workload};
@@ -39,12 +39,21 @@ fn trainer<D: Device>(device: &Arc<D>, states: StateOptions) -> Trainer<D> {
 }
 
 pub(super) fn trainer_with<D: Device>(device: &Arc<D>, memory: MemoryConfig) -> Result<Trainer<D>> {
+    trainer_freezing(device, memory, |_| false)
+}
+
+pub(super) fn trainer_freezing<D: Device>(
+    device: &Arc<D>,
+    memory: MemoryConfig,
+    is_frozen: impl Fn(&FusedTensor) -> bool,
+) -> Result<Trainer<D>> {
     let config = LlamaConfig::parse(Path::new("config.json"), CONFIG).unwrap();
     let values = |tensor: &TensorSpec| -> Vec<f32> {
         let salt = tensor.name.len() as f32;
         (0..tensor.values()).map(|index| 0.1 * (salt + 0.37 * index as f32).sin()).collect()
     };
-    let model = Llama::from_values(Arc::clone(device), config, 16, values).unwrap();
+    let mut model = Llama::from_values(Arc::clone(device), config, 16, values).unwrap();
+    model.freeze(is_frozen);
     let workload = Workload { memory, rounding_seed: 9, ..Workload::plan(&pairs(), &Objective::Sft, 2, 64) };
     Trainer::new(model, Objective::Sft, workload)
 }
