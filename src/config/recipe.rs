@@ -83,10 +83,11 @@ fn parse_with(text: &str, path: &str, origin: impl Fn(usize) -> Origin) -> Resul
     let line_of = |offset: usize| 1 + text.bytes().take(offset).filter(|&byte| byte == b'\n').count();
     let table = DeTable::parse(text).map_err(|error| {
         let line = line_of(error.span().map_or(0, |span| span.start));
-        Error::config(
-            format!("{path}:{line}: not TOML: {}", error.message()),
-            "a recipe is lines of `name = value`; text and paths stand in quotes",
-        )
+        let help = match path.ends_with(".yaml") || path.ends_with(".yml") {
+            true => "a recipe is TOML; `mmpo-fast import FILE` makes one of another trainer's YAML",
+            false => "a recipe is lines of `name = value`; text and paths stand in quotes",
+        };
+        Error::config(format!("{path}:{line}: not TOML: {}", error.message()), help)
     })?;
     let rows = rows();
     let mut options = Options::default();
