@@ -39,10 +39,29 @@ pub fn run(config: &ReportConfig) -> Result<()> {
     }
     let html = match folders.as_slice() {
         [folder] => read(folder)?.to_html()?,
-        folders => comparison_page(&named(folders)?)?,
+        folders => {
+            check_distinct(folders)?;
+            comparison_page(&named(folders)?)?
+        }
     };
     atomic::write_file(&page, html.as_bytes())?;
     print_result(&format!("report  {}\n", page.display()))?;
+    Ok(())
+}
+
+/// Refuses a run that is named twice: its lines would lie over each other under one name.
+fn check_distinct(folders: &[PathBuf]) -> Result<()> {
+    let real = |folder: &PathBuf| std::fs::canonicalize(folder).unwrap_or_else(|_| folder.clone());
+    let reals: Vec<PathBuf> = folders.iter().map(real).collect();
+    for (at, folder) in folders.iter().enumerate() {
+        if let Some(first) = reals[..at].iter().position(|other| *other == reals[at]) {
+            let (first, second) = (folders[first].display(), folder.display());
+            return Err(Error::config(
+                format!("{first} and {second} are one run, which cannot be compared with itself"),
+                "name each run once",
+            ));
+        }
+    }
     Ok(())
 }
 
@@ -72,4 +91,28 @@ fn named(folders: &[PathBuf]) -> Result<Vec<NamedRun>> {
         Ok(NamedRun { name, report: read(folder)? })
     };
     folders.iter().zip(&names).map(run).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_is_named_twice_is_refused_under_whatever_spelling() {
+        let place = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| place.path().join(name));
+        for folder in [&one, &other] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        let link = place.path().join("link");
+        std::os::unix::fs::symlink(&one, &link).unwrap();
+        assert!(check_distinct(&[one.clone(), other.clone()]).is_ok());
+        for spelling in [one.clone(), link, other.join("../one/")] {
+            let error = check_distinct(&[one.clone(), other.clone(), spelling.clone()]).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(&spelling.display().to_string()), "{error}");
+        }
+        // A folder that is not there is named when it is read.
+        assert!(check_distinct(&[place.path().join("absent"), one]).is_ok());
+    }
 }

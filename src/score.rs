@@ -272,7 +272,12 @@ fn summary(lines: &[ScoreLine]) -> String {
     ];
     if lines.iter().any(|line| line.rewards.is_some()) {
         let reward = |value: fn(&Rewards) -> f64| mean(&|line| line.rewards.as_ref().map_or(0.0, value));
-        let accuracy = share(&|line| line.rewards.is_some_and(|rewards| rewards.margin > 0.0));
+        // A model beside itself gains nothing anywhere: each pair is a tie, and counts as half.
+        let won = |rewards: Rewards| match rewards.margin == 0.0 {
+            true => 0.5,
+            false => f64::from(u8::from(rewards.margin > 0.0)),
+        };
+        let accuracy = 100.0 * mean(&|line| line.rewards.map_or(0.0, won));
         rows.push(("reward", number(reward(|r| r.reward_chosen)), number(reward(|r| r.reward_rejected))));
         rows.push(("reward margin", number(reward(|r| r.margin)), String::new()));
         rows.push(("reward accuracy", format!("{accuracy:.1} %"), String::new()));

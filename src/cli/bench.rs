@@ -31,6 +31,11 @@ pub fn command() -> Command {
     Command::new("bench")
         .about("Measure kernels and training steps on this machine")
         .long_about(ABOUT)
+        .after_help(
+            "Examples:\n  mmpo-fast bench\n      kernels and a training step of SmolLM2-135M\n  \
+             mmpo-fast bench step --shape llama-3.2-1b --profile ultrafeedback --csv steps.csv\n      a step of a larger model, \
+             also as rows of a table\n  mmpo-fast bench kernels --only attention --json",
+        )
         .arg(
             Arg::new("part")
                 .value_parser(PossibleValuesParser::new(["kernels", "step", "products", "load", "counts"]))

@@ -251,3 +251,43 @@ fn explain(error: clap::Error, command: &Command) -> Stop {
         _ => Stop::Clap(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The words of an example up to a pipe or a redirection, as a shell splits them.
+    fn words(line: &str) -> Vec<String> {
+        let line = line.split(['|', '>']).next().unwrap_or_default();
+        let mut words = vec![String::new()];
+        let mut quote = None;
+        for letter in line.chars() {
+            match (quote, letter) {
+                (None, '"' | '\'') => quote = Some(letter),
+                (Some(open), _) if open == letter => quote = None,
+                (None, ' ') => words.push(String::new()),
+                _ => words.last_mut().unwrap().push(letter),
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
+    #[test]
+    fn each_command_has_an_example_and_takes_it() {
+        let all = command();
+        for sub in all.get_subcommands() {
+            let name = sub.get_name();
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples: Vec<&str> =
+                help.lines().map(str::trim).filter(|line| line.starts_with("mmpo-fast ")).collect();
+            assert!(!examples.is_empty(), "no example of {name}: {help}");
+            for example in examples {
+                assert_eq!(words(example)[1], name, "{example}");
+                if let Err(error) = all.clone().try_get_matches_from(words(example)) {
+                    panic!("{example}: {error}");
+                }
+            }
+        }
+    }
+}

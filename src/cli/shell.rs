@@ -63,9 +63,19 @@ pub fn man(matches: &ArgMatches) -> ManConfig {
 /// # Errors
 /// [`Error::Io`] where standard output takes no more.
 pub fn print_completions(shell: Shell, mut command: Command) -> Result<()> {
+    print_result(&completions(shell, &mut command)).map(|_| ())
+}
+
+fn completions(shell: Shell, command: &mut Command) -> String {
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut command, "mmpo-fast", &mut text);
-    print_result(&String::from_utf8_lossy(&text)).map(|_| ())
+    clap_complete::generate(shell, command, "mmpo-fast", &mut text);
+    let text = String::from_utf8_lossy(&text).into_owned();
+    match shell {
+        // clap_complete 4.6 sets names such as `mmpo__fast__subcmd__train` and looks for `mmpo__subcmd__fast__subcmd__train`,
+        // because it takes the hyphen of the program's name for the beginning of a command.
+        Shell::Bash => text.replace("mmpo__subcmd__fast", "mmpo__fast"),
+        _ => text,
+    }
 }
 
 /// Writes a page for `command` and one for each of its commands.
@@ -86,4 +96,33 @@ pub fn write_man(config: &ManConfig, mut command: Command) -> Result<()> {
         atomic::write_file(&path, &text)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What bash offers for the last of `words`.
+    fn offered(words: &[&str]) -> Vec<String> {
+        let script = completions(Shell::Bash, &mut crate::cli::command());
+        let call = r#"
+            COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+            _mmpo__fast "$1" "${@: -1}" "${COMP_WORDS[COMP_CWORD - 1]}"
+            printf '%s\n' "${COMPREPLY[@]}"
+        "#;
+        let output = std::process::Command::new("bash")
+            .args(["--norc", "-c", &format!("{script}\n{call}"), "bash"])
+            .args(words)
+            .output()
+            .expect("bash");
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_string).collect()
+    }
+
+    #[test]
+    fn bash_completes_commands_their_flags_and_their_words() {
+        assert_eq!(offered(&["mmpo-fast", "ver"]), ["verify"]);
+        assert_eq!(offered(&["mmpo-fast", "train", "--eval-s"]), ["--eval-split", "--eval-steps"]);
+        let dialects = ["trl", "alignment-handbook", "llama-factory", "axolotl"];
+        assert_eq!(offered(&["mmpo-fast", "import", "--from", ""]), dialects);
+    }
 }

@@ -1,5 +1,7 @@
 //! Recipes: TOML files whose keys are the options of [`super::options`], read with lines for messages and written back.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use toml::de::{DeTable, DeValue};
@@ -17,6 +19,9 @@ pub const RESOLVED_FILE: &str = "resolved.toml";
 pub const DEMO_PATH: &str = "recipes/demo.toml";
 const DEMO: &str = include_str!("../../recipes/demo.toml");
 
+/// Bytes of a recipe.
+const MOST_BYTES: usize = 1 << 20;
+
 /// Options that only a command line can have.
 const FLAGS_ONLY: [&str; 4] = ["recipe", "resume", "live", "replay"];
 
@@ -25,8 +30,37 @@ const FLAGS_ONLY: [&str; 4] = ["recipe", "resume", "live", "replay"];
 /// # Errors
 /// [`Error::Io`] if it cannot be read; [`Error::Config`] naming line and key of what is wrong in it.
 pub fn read(path: &Path) -> Result<Options> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, "read", source))?;
-    parse(&text, path)
+    parse(&read_text(path, MOST_BYTES)?, path)
+}
+
+/// Reads a configuration's file as text of at most `limit` bytes.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read; [`Error::Config`] for a larger file and for one that is not UTF-8.
+pub(crate) fn read_text(path: &Path, limit: usize) -> Result<String> {
+    let failed = |source| Error::io(path, "read", source);
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() > limit {
+        return Err(Error::config(
+            format!("{}: more than {limit} bytes are too many for a configuration", path.display()),
+            "check the path: a configuration is a short file of names and values",
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let place = error.utf8_error().valid_up_to();
+        let found = match error.as_bytes() {
+            [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "UTF-16",
+            _ => "LATIN1",
+        };
+        Error::config(
+            format!("{}: not UTF-8 text, from byte {place} on", path.display()),
+            format!(
+                "check the path; a text that may be {found} becomes UTF-8 with `iconv -f {found} -t UTF-8 FILE > NEW`"
+            ),
+        )
+    })
 }
 
 /// Reads a recipe's text; `path` is for messages.
@@ -49,10 +83,11 @@ fn parse_with(text: &str, path: &str, origin: impl Fn(usize) -> Origin) -> Resul
     let line_of = |offset: usize| 1 + text.bytes().take(offset).filter(|&byte| byte == b'\n').count();
     let table = DeTable::parse(text).map_err(|error| {
         let line = line_of(error.span().map_or(0, |span| span.start));
-        Error::config(
-            format!("{path}:{line}: not TOML: {}", error.message()),
-            "a recipe is lines of `name = value`; text and paths stand in quotes",
-        )
+        let help = match path.ends_with(".yaml") || path.ends_with(".yml") {
+            true => "a recipe is TOML; `mmpo-fast import FILE` makes one of another trainer's YAML",
+            false => "a recipe is lines of `name = value`; text and paths stand in quotes",
+        };
+        Error::config(format!("{path}:{line}: not TOML: {}", error.message()), help)
     })?;
     let rows = rows();
     let mut options = Options::default();

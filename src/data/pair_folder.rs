@@ -62,13 +62,18 @@ fn choose(
         named.collect::<Vec<_>>().join(", ")
     };
     if let Some(wanted) = wanted {
+        // `datasets` calls files without a split `train`, so that configurations of other programs ask for it.
+        let has_no_splits = splits.len() == 1 && splits.contains_key("");
+        if has_no_splits && wanted == "train" {
+            return Ok(splits.remove("").unwrap_or_default());
+        }
+        let help = match has_no_splits {
+            true => format!("leave `:{wanted}` out, or name a file: these files belong to no split"),
+            false => "name one of these after the colon, or a file".to_string(),
+        };
         return splits.remove(wanted).ok_or_else(|| {
-            Error::data(
-                folder,
-                None,
-                format!("no files of a split `{wanted}`; there are: {}", names(&splits)),
-                "name one of these after the colon, or a file",
-            )
+            let message = format!("no files of a split `{wanted}`; there are: {}", names(&splits));
+            Error::data(folder, None, message, help)
         });
     }
     if splits.len() == 1 {
@@ -218,6 +223,15 @@ mod tests {
         );
         assert_eq!(found(&ultrafeedback, ":train_prefs").unwrap(), [ultrafeedback[0]]);
         assert!(found(&ultrafeedback, ":train").unwrap_err().contains("no files of a split `train`"));
+    }
+
+    /// As `datasets` has it: Intel's Orca pairs are one file, whose split is called `train` there.
+    #[test]
+    fn files_without_a_split_are_those_of_training() {
+        assert_eq!(found(&["README.md", "orca_rlhf.jsonl"], ":train").unwrap(), ["orca_rlhf.jsonl"]);
+        assert!(found(&["orca_rlhf.jsonl"], ":test").unwrap_err().contains("no files of a split `test`"));
+        let both = ["more.jsonl", "test.jsonl"];
+        assert!(found(&both, ":train").unwrap_err().contains("there are: (no split), test"));
     }
 
     #[test]

@@ -28,7 +28,12 @@ const CHECKPOINT_BYTES: f64 = 12.0;
 /// The cache of reference log-probs, or the folder that was asked for, with its disk's speed; and the Hugging Face cache.
 pub(super) fn findings(folder: Option<&Path>) -> Vec<Finding> {
     let disk = match (folder.map(Path::to_path_buf), cache_folder()) {
-        (Some(folder), _) => disk("disk", &folder),
+        // A folder that is named is not made: one that is not there is a mistake in the path, or a disk that is not mounted.
+        (Some(folder), _) => match fs::read_dir(&folder) {
+            Ok(_) => disk("disk", &folder),
+            Err(cause) => Finding::from_error("disk", &Error::io(&folder, "read", cause))
+                .with("folder", folder.display().to_string()),
+        },
         (None, Some(cache)) => disk("cache", &cache),
         (None, None) => Finding::lack(
             "cache",
@@ -181,6 +186,10 @@ mod tests {
         fs::write(folder.path().join("file"), "").unwrap();
         let finding = disk("disk", &folder.path().join("file/cache"));
         assert!(finding.found.contains("cannot create") && finding.advice.is_some(), "{finding:?}");
+        let mistyped = folder.path().join("scrach");
+        let finding = findings(Some(&mistyped)).remove(0);
+        assert!(finding.found.contains("cannot read") && finding.advice.is_some(), "{finding:?}");
+        assert!(!mistyped.exists(), "a folder that was only asked about is made");
     }
 
     #[test]

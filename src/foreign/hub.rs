@@ -78,12 +78,20 @@ pub fn cache() -> PathBuf {
 }
 
 fn cache_of(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
-    if let Some(hub) = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")) {
-        return PathBuf::from(hub);
-    }
     let home = || variable("HOME").map(PathBuf::from).unwrap_or_default();
-    let hugging_face = variable("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
-        let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    // A `~` is left to the programs where no shell read the variable, as in a container's or a service's settings.
+    let folder = |name: &str| {
+        let folder = PathBuf::from(variable(name)?);
+        Some(match folder.strip_prefix("~") {
+            Ok(inside) => home().join(inside),
+            Err(_) => folder,
+        })
+    };
+    if let Some(hub) = folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE")) {
+        return hub;
+    }
+    let hugging_face = folder("HF_HOME").unwrap_or_else(|| {
+        let caches = folder("XDG_CACHE_HOME");
         caches.unwrap_or_else(|| home().join(".cache")).join("huggingface")
     });
     hugging_face.join("hub")
@@ -227,6 +235,8 @@ mod tests {
         assert_eq!(cache_with(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), "/x/huggingface/hub");
         assert_eq!(cache_with(&[("HOME", "/h"), ("HF_HOME", "/f")]), "/f/hub");
         assert_eq!(cache_with(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), "/c");
+        assert_eq!(cache_with(&[("HOME", "/h"), ("HF_HOME", "~/f")]), "/h/f/hub");
+        assert_eq!(cache_with(&[("HOME", "/h"), ("HF_HUB_CACHE", "~/c")]), "/h/c");
         assert_eq!(cache_with(&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/old")]), "/old");
     }
 

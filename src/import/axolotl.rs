@@ -376,6 +376,7 @@ fn refused(draft: &mut Draft) {
         ("tokens", &[], "the vocabulary stays as it is here"),
         ("added_tokens_overrides", &[], "the vocabulary stays as it is here"),
         ("sequence_parallel_degree", &["1"], "a sequence lies on one device here"),
+        ("context_parallel_size", &["1"], "a sequence lies on one device here"),
     ]);
 }
 
@@ -406,10 +407,6 @@ fn idle(draft: &mut Draft) {
             "gradient_checkpointing_kwargs",
             "early_stopping",
             "local_rank",
-            "deepspeed",
-            "fsdp",
-            "fsdp_config",
-            "fsdp_version",
             "plugins",
             "liger_rope",
             "liger_rms_norm",

@@ -7,6 +7,7 @@
 mod axolotl;
 mod draft;
 mod llama_factory;
+mod machines;
 mod pairs;
 mod table;
 mod training;
@@ -19,7 +20,7 @@ pub use draft::{Fate, Row};
 
 use crate::checkpoint::atomic;
 use crate::config::value::OptionValue;
-use crate::config::{PairData, options, resolve_text};
+use crate::config::{PairData, options, recipe, resolve_text};
 use crate::error::{Error, Result};
 use crate::report::{print_notice, print_result};
 use draft::Draft;
@@ -102,7 +103,7 @@ pub struct Imported {
 /// [`Error::Io`] where the file cannot be read or the recipe written; [`Error::Config`] for what is no YAML, for a file of
 /// an unknown program, and where a key is refused.
 pub fn run(config: &ImportConfig) -> Result<()> {
-    let text = read(&config.file)?;
+    let text = recipe::read_text(&config.file, yaml::MOST_BYTES)?;
     if let Some(output) = &config.output {
         let real = |path: &Path| std::fs::canonicalize(path).ok();
         if real(output).is_some() && real(output) == real(&config.file) {
@@ -138,24 +139,6 @@ pub fn run(config: &ImportConfig) -> Result<()> {
             print_result(&format!("recipe  {}\n", path.display())).map(drop)
         }
     }
-}
-
-fn read(path: &Path) -> Result<String> {
-    let length = path.metadata().map_err(|error| Error::io(path, "read", error))?.len();
-    if length > yaml::MOST_BYTES as u64 {
-        return Err(Error::config(
-            format!("{}: {length} bytes are too many for a configuration", path.display()),
-            "name the YAML file that the other program was started with",
-        ));
-    }
-    let bytes = std::fs::read(path).map_err(|error| Error::io(path, "read", error))?;
-    String::from_utf8(bytes).map_err(|error| {
-        let place = error.utf8_error().valid_up_to();
-        Error::config(
-            format!("{}: not UTF-8 text, from byte {place} on", path.display()),
-            "name the YAML file that the other program was started with",
-        )
-    })
 }
 
 /// The recipe that `text` becomes, without reading or writing anything but LLaMA-Factory's list of data sets.

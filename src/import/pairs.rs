@@ -16,6 +16,21 @@ pub(super) struct Listed {
     pub weight: f64,
 }
 
+impl Listed {
+    /// Whether the name is that of one file, which has no splits.
+    pub fn is_file(&self) -> bool {
+        is_file(&self.path)
+    }
+}
+
+/// Whether a name has the ending of a file of pairs.
+pub(super) fn is_file(name: &str) -> bool {
+    const ENDINGS: [&str; 6] = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"];
+    let name = name.to_ascii_lowercase();
+    let name = name.strip_suffix(".gz").unwrap_or(&name);
+    ENDINGS.iter().any(|ending| name.ends_with(ending))
+}
+
 /// Writes the recipe's `data` or `eval_data`.
 pub(super) fn put(draft: &mut Draft, key: &str, node: &Node, name: &'static str, listed: Vec<Listed>) {
     if draft.lines.iter().any(|(other, _)| *other == name) {
@@ -34,10 +49,19 @@ pub(super) fn put(draft: &mut Draft, key: &str, node: &Node, name: &'static str,
         );
         return;
     }
+    let is_other_split =
+        |entry: &&Listed| entry.is_file() && entry.split.as_ref().is_some_and(|split| split != "train");
+    if let Some(entry) = listed.iter().find(is_other_split) {
+        let why =
+            format!("{} is one file, which has no splits: name the files of both kinds of pairs", entry.path);
+        draft.refuse(key, node, why);
+        return;
+    }
     let texts: Vec<String> = listed
         .iter()
         .map(|entry| {
-            let split = entry.split.as_ref().map_or_else(String::new, |split| format!(":{split}"));
+            let split = entry.split.as_ref().filter(|_| !entry.is_file());
+            let split = split.map_or_else(String::new, |split| format!(":{split}"));
             match entry.weight == 1.0 {
                 true => format!("{}{split}", entry.path),
                 false => format!("{}{split}={}", entry.path, entry.weight),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::draft::Draft;
+use super::machines;
 use super::yaml::Node;
 use crate::model::AdaptedModules;
 use crate::optimizer::{MomentFormat, Schedule};
@@ -65,7 +66,7 @@ pub(super) fn read(draft: &mut Draft, defaults: &Defaults, devices: usize) {
 
 /// Accounts for what only logs, saves, publishes or spreads a run over machines. Called last.
 pub(super) fn read_idle(draft: &mut Draft) {
-    const IDLE: [&str; 62] = [
+    const IDLE: [&str; 59] = [
         "overwrite_output_dir",
         "do_train",
         "do_eval",
@@ -89,9 +90,6 @@ pub(super) fn read_idle(draft: &mut Draft) {
         "save_only_model",
         "disable_tqdm",
         "local_rank",
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
         "accelerator_config",
         "bf16_full_eval",
         "fp16_full_eval",
@@ -132,6 +130,7 @@ pub(super) fn read_idle(draft: &mut Draft) {
     const PREFIXES: [&str; 9] =
         ["hub_", "wandb_", "swanlab_", "trackio_", "ddp_", "logging_", "mlflow_", "comet_", "dataloader_"];
     const WHY: &str = "it concerns logs, files, speed or machines";
+    machines::read(draft);
     draft.idle(&IDLE, WHY);
     for (key, node) in draft.take_rest() {
         match (node.says_nothing(), PREFIXES.iter().any(|prefix| key.starts_with(prefix))) {

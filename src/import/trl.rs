@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use super::draft::Draft;
-use super::pairs::{Listed, put};
+use super::pairs::{self, Listed, put};
 use super::training::{self, Defaults, Evaluation};
 use super::yaml::{Node, Value};
 use crate::config::ObjectiveKind;
@@ -107,6 +107,12 @@ fn data(draft: &mut Draft, evaluates: bool) -> bool {
     match (evaluates, test) {
         (true, Some(test)) => {
             put(draft, "dataset_test_split", &test, "eval_data", vec![of(Some(&test), "test")])
+        }
+        (true, None) if pairs::is_file(&name) => {
+            let why =
+                "one file has no split to evaluate on: give `train` --eval-data FILE or --eval-split SHARE";
+            draft.no_effect("dataset_test_split", &node, why);
+            return false;
         }
         (true, None) => put(draft, "dataset_name", &node, "eval_data", vec![of(None, "test")]),
         (false, Some(test)) => draft.no_effect("dataset_test_split", &test, "nothing is evaluated"),

@@ -228,16 +228,32 @@ fn average(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
     points.chunks(run).map(mean).collect()
 }
 
-/// Means over a window around each point, about a twelfth of the line wide. Towards the ends it shrinks on both sides,
-/// so that no part of the line is shifted.
+/// The values at each point of straight lines that are fitted to a window around it, about a twelfth of the line wide. In
+/// the middle this is the mean. Towards the ends the window stays as wide and lies to one side, so that the last value is
+/// not a single step's; the fit keeps it from lagging.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = (points.len() / 24).max(2);
+    let width = (2 * reach + 1).min(points.len());
     let smoothed = |(index, &(step, _)): (usize, &(f64, f64))| {
-        let reach = reach.min(index).min(points.len() - 1 - index);
-        let window = &points[index - reach..=index + reach];
-        (step, window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64)
+        let start = index.saturating_sub(reach).min(points.len() - width);
+        (step, fitted(&points[start..start + width], step))
     };
     points.iter().enumerate().map(smoothed).collect()
+}
+
+/// The value at `step` of the line with the least squares to `window`, within the values that are there.
+fn fitted(window: &[(f64, f64)], step: f64) -> f64 {
+    let count = window.len() as f64;
+    let mean = |of: &dyn Fn(&(f64, f64)) -> f64| window.iter().map(of).sum::<f64>() / count;
+    let (middle, level) = (mean(&|point| point.0), mean(&|point| point.1));
+    let spread = mean(&|point| (point.0 - middle).powi(2));
+    let slope = match spread > 0.0 {
+        true => mean(&|point| (point.0 - middle) * (point.1 - level)) / spread,
+        false => 0.0,
+    };
+    let least = window.iter().map(|point| point.1).fold(f64::INFINITY, f64::min);
+    let most = window.iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
+    (level + slope * (step - middle)).max(least).min(most)
 }
 
 /// Maps values to places on the drawing.
@@ -471,6 +487,12 @@ mod tests {
             assert!((smoothed.1 - point.1).abs() <= 1e-9, "{smoothed:?} for {point:?}");
         }
         let alternating: Vec<(f64, f64)> = (0..100).map(|step| (step as f64, (step % 2) as f64)).collect();
-        assert!((smooth(&alternating)[50].1 - 0.5).abs() <= 0.1, "noise stays");
+        for at in [0, 50, 99] {
+            let value = smooth(&alternating)[at].1;
+            assert!((value - 0.5).abs() <= 0.1, "noise stays at {at}: {value}");
+        }
+        // A share stays one.
+        let full: Vec<(f64, f64)> = (0..40).map(|step| (step as f64, f64::from(step > 30))).collect();
+        assert!(smooth(&full).iter().all(|point| (0.0..=1.0).contains(&point.1)));
     }
 }

@@ -8,7 +8,7 @@ const SATURATED: f64 = 0.99;
 
 /// Two margins are a tie where they differ by no more than this share of the log-probs that they are differences of: the
 /// rounding of f32 sums of log-probs, formed in other batches by the reference than by the policy.
-const ROUNDING: f64 = 1e-6;
+pub(super) const ROUNDING: f64 = 1e-6;
 
 /// Means over pairs. Log-probs are sums over a response's tokens, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

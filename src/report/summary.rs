@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::metrics::{EvalMetrics, ImplicitMetrics, PreferenceMetrics, WeightMetrics};
+use super::metrics::{EvalMetrics, ImplicitMetrics, PreferenceMetrics, ROUNDING, WeightMetrics};
 
 /// What the model answers before and after training.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +52,9 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
         implicit(|i| i.margin).map(|pair| row("gain of chosen over rejected", pair, false, Some(1.0))),
         preference(|p| p.likelier).map(|pair| row("chosen is the likelier", pair, true, Some(1.0))),
         margins.map(|pair| row("log-prob margin", pair, false, Some(1.0))),
-        preference(|p| p.accuracy).map(|pair| row("reward accuracy", pair, true, Some(1.0))),
+        reward_accuracy(before)
+            .zip(reward_accuracy(after))
+            .map(|pair| row("reward accuracy", pair, true, Some(1.0))),
         preference(PreferenceMetrics::margin).map(|pair| row("reward margin", pair, false, Some(1.0))),
         Some(row("loss", (before.pairs.loss, after.pairs.loss), false, Some(-1.0))),
         Some(row(
@@ -68,6 +70,16 @@ pub fn compare(before: &EvalMetrics, after: &EvalMetrics) -> Vec<ComparisonRow> 
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// The share of pairs with a higher reward for the chosen response. Where both rewards are 0 but for rounding, as those of
+/// DPO before training, every pair is a tie, and which reward is the higher is chance.
+fn reward_accuracy(metrics: &EvalMetrics) -> Option<f64> {
+    let preference = metrics.pairs.preference?;
+    let is_rounding = |reward: f64, logp: f64| reward.abs() <= ROUNDING * logp.abs();
+    let is_tied = is_rounding(preference.rewards_chosen, metrics.pairs.logps_chosen)
+        && is_rounding(preference.rewards_rejected, preference.logps_rejected);
+    Some(if is_tied { 0.5 } else { preference.accuracy })
 }
 
 /// Makes a row. `sign` is 1 where more is better, -1 where less is.
@@ -150,6 +162,23 @@ mod tests {
         let chosen = find("log-prob of chosen");
         assert_eq!(chosen.better, None, "no change is neither");
         assert_eq!(rows.len(), 9, "no weights without MMPO");
+    }
+
+    #[test]
+    fn rewards_that_are_rounding_are_ties() {
+        let mut before = evaluation(0.8, 0.7);
+        let rewards = |evaluation: &mut EvalMetrics, reward: f64| {
+            let preference = evaluation.pairs.preference.as_mut().unwrap();
+            (preference.rewards_chosen, preference.rewards_rejected) = (reward, -reward);
+        };
+        let shown = |before: &EvalMetrics| {
+            let rows = compare(before, &evaluation(0.9, 0.6));
+            rows.iter().find(|row| row.label == "reward accuracy").unwrap().before.clone()
+        };
+        rewards(&mut before, 1e-6);
+        assert_eq!(shown(&before), "50.0 %");
+        rewards(&mut before, 1e-4);
+        assert_eq!(shown(&before), "80.0 %");
     }
 
     #[test]

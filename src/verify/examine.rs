@@ -25,6 +25,7 @@ pub fn examine(folder: &Path, kind: Kind) -> Result<Account> {
     walk.add_sums_of_run(folder)?;
     walk.folder(folder, "", 0)?;
     walk.add_missing();
+    walk.add_what_a_whole_folder_has(kind);
     let files: Vec<Finding> = walk.found.into_values().collect();
     let is_damaged = files.iter().any(|finding| finding.status.is_bad());
     Ok(Account { folder: folder.to_path_buf(), kind, is_damaged, files, notes: walk.notes })
@@ -166,6 +167,24 @@ impl Walk<'_> {
             Err(reason) => self.add(&shown, Status::Damaged, Some(reason)),
         }
         Ok(())
+    }
+
+    /// What a folder of this kind has when it is whole: a download that broke off has no weights, and nothing else tells.
+    fn add_what_a_whole_folder_has(&mut self, kind: Kind) {
+        const WEIGHTS: [&str; 8] =
+            [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX_END];
+        let has_weights = self.found.keys().any(|path| WEIGHTS.iter().any(|end| path.ends_with(end)));
+        if kind == Kind::Model && !has_weights {
+            let reason = "no weights are in the folder".to_string();
+            self.add("model.safetensors", Status::Missing, Some(reason));
+        }
+        let is_run_with_results = kind == Kind::Run
+            && self.found.keys().any(|path| path.starts_with("model/") || path.starts_with("adapter/"));
+        if is_run_with_results && !self.root.join(CHECKSUMS_FILE).exists() {
+            self.notes.push(format!(
+                "there is no {CHECKSUMS_FILE}, which a run writes at its end: flipped values in its model cannot be found"
+            ));
+        }
     }
 
     /// The files that have a checksum and are not there.

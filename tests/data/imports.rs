@@ -319,6 +319,84 @@ fn no_key_is_passed_over_in_silence() {
     }
 }
 
+/// A file has no splits; what a recipe names must be what `train` finds.
+#[test]
+fn a_file_of_pairs_is_named_without_a_split() {
+    let least = "model_name_or_path: m\noutput_dir: o\n";
+    let imported = inline(&format!("{least}dataset_name: mine/pairs.jsonl\n")).expect("a recipe");
+    assert_lines(&imported, &["data = \"mine/pairs.jsonl\""]);
+    let evaluated =
+        inline(&format!("{least}dataset_name: pairs.parquet\neval_strategy: steps\neval_steps: 5\n"));
+    let evaluated = evaluated.expect("a recipe");
+    assert_lines(&evaluated, &["data = \"pairs.parquet\""]);
+    assert!(!lines(&evaluated).iter().any(|line| line.starts_with("eval")), "{:?}", lines(&evaluated));
+    let why =
+        evaluated.rows.iter().find(|row| row.key == "dataset_test_split").map(|row| row.outcome.as_str());
+    assert!(why.is_some_and(|why| why.contains("--eval-data FILE")), "{why:?}");
+    loaded(&evaluated);
+    let mixer = format!(
+        "{least}dataset_mixer: {{pairs.csv.gz: 1.0}}\ndataset_splits: [train, test]\neval_strategy: epoch\n"
+    );
+    assert_eq!(refused(&inline(&mixer).expect("an account")), ["dataset_mixer"]);
+    let folder = inline(&format!("{least}dataset_name: org/pairs\n")).expect("a recipe");
+    assert_lines(&folder, &["data = \"org/pairs:train\""]);
+}
+
+/// How a model is cut among devices changes nothing of what is trained; the account names the flags that do the same.
+#[test]
+fn keys_of_deepspeed_and_fsdp_point_to_the_flags_that_do_the_same() {
+    let axolotl = "base_model: m\ndatasets: [{path: d}]\nrl: dpo\n";
+    for (more, key, expected) in [
+        (
+            "deepspeed: examples/deepspeed/ds_z3_config.json\n",
+            "deepspeed",
+            "ZeRO stage 3 is `--gpus N --shard weights`",
+        ),
+        (
+            "deepspeed: deepspeed_configs/zero2.json\n",
+            "deepspeed",
+            "ZeRO stage 2 is `--gpus N --shard gradients`",
+        ),
+        (
+            "deepspeed: conf/zero_stage1_config.json\n",
+            "deepspeed",
+            "ZeRO stage 1 is `--gpus N --shard states`",
+        ),
+        (
+            "deepspeed:\n  zero_optimization:\n    stage: 1\n",
+            "deepspeed",
+            "ZeRO stage 1 is `--gpus N --shard states`",
+        ),
+        ("deepspeed: ds.json\n", "deepspeed", "see `--gpus` and `--shard`"),
+        ("deepspeed: {zero_optimization: {stage: 7}}\n", "deepspeed", "see `--gpus` and `--shard`"),
+        ("fsdp: full_shard auto_wrap\n", "fsdp", "FULL_SHARD is `--gpus N --shard weights`"),
+        ("fsdp: [shard_grad_op, auto_wrap]\n", "fsdp", "SHARD_GRAD_OP is `--gpus N --shard gradients`"),
+        ("fsdp: [no_shard]\n", "fsdp", "NO_SHARD is `--gpus N --shard none`"),
+        ("fsdp: true\n", "fsdp", "see `--gpus` and `--shard`"),
+        ("fsdp_version: 2\n", "fsdp_version", "see `--gpus` and `--shard`"),
+        (
+            "fsdp_config: {fsdp_sharding_strategy: 2}\n",
+            "fsdp_config",
+            "SHARD_GRAD_OP is `--gpus N --shard gradients`",
+        ),
+        (
+            "fsdp_config:\n  reshard_after_forward: true\n",
+            "fsdp_config",
+            "FULL_SHARD is `--gpus N --shard weights`",
+        ),
+        ("dp_shard_size: 4\n", "dp_shard_size", "see `--gpus` and `--shard`"),
+        ("fsdp_config: {min_num_params: 0}\n", "fsdp_config", "see `--gpus` and `--shard`"),
+    ] {
+        for least in [LEAST, axolotl] {
+            let imported = inline(&format!("{least}{more}")).expect("an account");
+            let row = imported.rows.iter().find(|row| row.key == key).expect(key);
+            assert_eq!(row.fate, Fate::NoEffect, "{more}");
+            assert!(row.outcome.contains(expected), "{more}{}", row.outcome);
+            assert!(imported.recipe.is_some(), "{more}");
+        }
+    }
+}
+
 /// What `train` says of a recipe with these lines, without the place in it.
 #[track_caller]
 fn refusal_by_train(lines: &str) -> String {

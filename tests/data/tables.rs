@@ -92,6 +92,18 @@ fn a_page_that_claims_more_than_it_holds_is_refused_before_room_is_made_for_it()
     assert_eq!(error.exit_code(), 3);
 }
 
+/// Bytes in a column that nothing reads (`digest`) are passed over; those of a response are never replaced by other words.
+#[test]
+fn bytes_of_a_response_that_are_no_text_are_refused_by_column_and_row() {
+    let error = read_records(&file("tables/latin.parquet")).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("latin.parquet:2: column `chosen` holds bytes that are no UTF-8 text"),
+        "{message}"
+    );
+    assert_eq!(error.exit_code(), 3);
+}
+
 #[test]
 fn what_is_wrong_in_a_table_is_named_with_its_row() {
     let named = |name: &str, text: &str, line: usize, words: &str| {

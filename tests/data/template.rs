@@ -97,6 +97,16 @@ fn now_is_asked_for_once() {
     assert_eq!(template.render(&[], &Map::new(), false).unwrap(), first);
 }
 
+/// transformers formats `datetime.now()`, which has no time zone.
+#[test]
+fn dates_are_written_as_pythons_strftime_writes_them() {
+    let source = "{{ strftime_now('%Y%%f|%f|%z%Z|%-d \u{e9}') }}";
+    let template = ChatTemplate::from_source(Path::new("t"), source, Default::default()).unwrap();
+    // Noon in the middle of a month, which is the same day in every time zone but those of 12 hours and more.
+    template.fix_time(1_718_452_800).unwrap();
+    assert_eq!(template.render(&[], &Map::new(), false).unwrap(), "2024%f|000000||15 \u{e9}");
+}
+
 #[test]
 fn a_template_that_does_not_compile_or_fails_says_where() {
     let error =

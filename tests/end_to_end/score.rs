@@ -47,7 +47,9 @@ fn scores_agree_with_transformers_in_the_order_of_the_file() {
 fn rewards_are_against_the_reference() {
     let work = Workplace::new();
     work.bring("tied");
-    work.succeed(&format!("{SCORE} --model base --reference base --output same.jsonl"));
+    let same = work.succeed(&format!("{SCORE} --model base --reference base --output same.jsonl")).stdout;
+    let tied = same.lines().find(|line| line.starts_with("reward accuracy"));
+    assert!(tied.is_some_and(|line| line.ends_with(" 50.0 %")), "ties count as half: {same}");
     for line in work.lines("same.jsonl") {
         for name in ["reward_chosen", "reward_rejected", "margin"] {
             assert_eq!(line[name].as_f64(), Some(0.0), "{line:?}");

@@ -94,6 +94,12 @@ fn a_run_is_compared_with_its_checksums() {
     assert!(text.contains("note       folder model/around is left out\n"), "{text}");
     assert!(!text.contains("around/"), "{text}");
     std::fs::remove_file(work.path("run/model/around")).unwrap();
+    // The checksums of the whole run may be gone too.
+    let sums = work.read("run/B3SUMS");
+    std::fs::remove_file(work.path("run/B3SUMS")).unwrap();
+    let text = work.succeed("verify run").stdout;
+    assert!(text.contains("note       there is no B3SUMS, which a run writes at its end"), "{text}");
+    work.write("run/B3SUMS", sums);
     // What is half written is left out too.
     for name in ["run/checkpoints/step-000003.partial-1/state.json", "run/model/model.safetensors.partial-2"]
     {
@@ -155,6 +161,10 @@ fn a_folder_from_elsewhere_is_checked_in_its_structure() {
     flip(&mut bytes);
     work.write("base/model.safetensors", bytes);
     assert_eq!(work.status("base", "model.safetensors"), "sound");
+    // A download that broke off before the weights.
+    std::fs::remove_file(work.path("base/model.safetensors")).unwrap();
+    assert_eq!(work.status("base", "model.safetensors"), "missing");
+    work.refuse("verify base", DAMAGED, &["model.safetensors is missing"]);
 }
 
 #[test]

@@ -74,6 +74,14 @@ def main():
             use_dictionary=False,
             column_encoding={path: kinds[place % 2] for place, path in enumerate(leaves)},
         )
+    # Text without the word that it is text, in Latin-1 in the second row; and bytes that nothing reads.
+    columns = {
+        "prompt": [b"Hi", b"Yes?"],
+        "chosen": [b" Hello.", b" caf\xe9"],
+        "rejected": [b" No.", b" tea"],
+        "digest": [b"\xff\x00", b"\xfe"],
+    }
+    pq.write_table(pa.table(columns), TABLES / "latin.parquet", store_schema=False)
     for name in ["orca", "text"]:
         pandas.DataFrame(rows(name)).to_csv(TABLES / f"{name}.csv", index=False)
     # A table has no lists: conversations are JSON in its cells.

@@ -556,3 +556,27 @@ fn recipe_parsing_keeps_lines() {
     assert_eq!(origin, Origin::Recipe { path: PathBuf::from("r.toml"), line: 2 });
     assert_eq!(origin.name("beta"), "r.toml:2: `beta`");
 }
+
+/// PowerShell's `>` and old Notepads write UTF-16, others a byte order mark and `\r\n`.
+#[test]
+fn recipes_from_windows_are_read_or_told_their_encoding() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    let read = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        resolve(Options::default(), Some(&path), false)
+    };
+    let text = format!("{FILES}seed = 7\n").replace('\n', "\r\n");
+    assert_eq!(read(text.as_bytes()).unwrap().seed, 7);
+    assert_eq!(read(format!("\u{feff}{text}").as_bytes()).unwrap().seed, 7);
+    let wide: Vec<u8> = [0xfeff].into_iter().chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect();
+    match read(&wide) {
+        Err(Error::Config { message, help }) => {
+            assert!(message.contains("run.toml: not UTF-8 text, from byte 0 on"), "{message}");
+            assert!(help.contains("iconv -f UTF-16"), "{help}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let message = refusal(read(&vec![b'#'; 2 << 20]));
+    assert!(message.contains("too many for a configuration"), "{message}");
+}

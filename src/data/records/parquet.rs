@@ -51,6 +51,17 @@ pub(super) fn read(path: &Path, columns: &ColumnNames, chunks: &mut Chunks) -> R
         let mut rows = caught(path, Some(place + 1), || tree.as_iter(wanted.clone(), &group))?;
         while let Some(row) = caught(path, Some(place + 1), || rows.next().transpose())? {
             place += 1;
+            let is_read = |name: &str| columns.read_as(name).is_some_and(is_known);
+            if let Some((name, _)) =
+                row.get_column_iter().find(|(name, field)| is_read(name) && holds_other_bytes(field))
+            {
+                return Err(Error::data(
+                    path,
+                    Some(place),
+                    format!("column `{name}` holds bytes that are no UTF-8 text"),
+                    "write the column as text in UTF-8 (a string column), or leave such rows out",
+                ));
+            }
             let mut text = Vec::new();
             write_row(&row, &mut text);
             chunks.push(Start { line: 0, byte: None, is_line: false }, text)?;
@@ -94,6 +105,17 @@ fn holds_text(field: &Type) -> bool {
     match field {
         Type::PrimitiveType { physical_type, .. } => *physical_type == PhysicalType::BYTE_ARRAY,
         Type::GroupType { fields, .. } => fields.iter().any(|field| holds_text(field)),
+    }
+}
+
+/// Whether there are bytes in a value that are no text. Where nothing reads them, a few words stand for them.
+fn holds_other_bytes(field: &Field) -> bool {
+    match field {
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).is_err(),
+        Field::Group(row) => row.get_column_iter().any(|(_, field)| holds_other_bytes(field)),
+        Field::ListInternal(list) => list.elements().iter().any(holds_other_bytes),
+        Field::MapInternal(map) => map.entries().iter().any(|(_, value)| holds_other_bytes(value)),
+        _ => false,
     }
 }
 

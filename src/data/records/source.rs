@@ -41,7 +41,7 @@ pub(crate) struct RawRecord {
 /// Where a record's text begins in its file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Start {
-    /// 1-based.
+    /// 1-based; 0 where the file has no lines, as a Parquet table.
     pub line: usize,
     /// 0-based byte of the unpacked file; `None` for a record put together from columns.
     pub byte: Option<u64>,
@@ -300,7 +300,11 @@ pub(super) fn read_error(path: &Path, error: io::Error) -> Error {
 
 /// The error of a record that is larger than any pair of texts.
 pub(super) fn too_long(path: &Path, place: usize, start: Start) -> Error {
-    let line = if start.is_line { String::new() } else { format!(", which begins in line {},", start.line) };
+    let line = if start.is_line || start.line == 0 {
+        String::new()
+    } else {
+        format!(", which begins in line {},", start.line)
+    };
     Error::data(
         path,
         Some(place),

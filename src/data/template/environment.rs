@@ -44,8 +44,8 @@ pub(super) fn environment(time: Arc<OnceLock<Timestamp>>) -> Result<Environment<
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
     environment.add_function("strftime_now", move |format: &str| {
-        let now = time.get_or_init(Timestamp::now).to_zoned(TimeZone::system());
-        jiff::fmt::strtime::format(format, &now).map_err(|error| {
+        let now = time.get_or_init(whole_second).to_zoned(TimeZone::system());
+        jiff::fmt::strtime::format(of_python(format), &now).map_err(|error| {
             Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {error}"))
         })
     });
@@ -65,6 +65,31 @@ pub(super) fn environment(time: Arc<OnceLock<Timestamp>>) -> Result<Environment<
         Ok(value)
     });
     Ok(environment)
+}
+
+/// Now, without the part of a second: a resumed run is given whole seconds.
+fn whole_second() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+/// A format of Python's `strftime` in jiff's words. transformers gives templates a time without a time zone, which writes
+/// nothing for `%z` and `%Z`; and `%f` has six digits there, here of a whole second.
+fn of_python(format: &str) -> String {
+    let mut ours = String::with_capacity(format.len());
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        ours.push_str(&rest[..at]);
+        let directive = &rest[at..];
+        let length = 1 + directive[1..].chars().next().map_or(0, char::len_utf8);
+        ours.push_str(match &directive[..length] {
+            "%f" => "000000",
+            "%z" | "%Z" => "",
+            other => other,
+        });
+        rest = &directive[length..];
+    }
+    ours + rest
 }
 
 /// A value as `str` writes it, within what the fuel pays for.
