@@ -301,12 +301,18 @@ fn no_key_is_passed_over_in_silence() {
         ("neftune_noise_alpha: 5\n", "neftune_noise_alpha"),
         ("loss_type: [sigmoid, ipo]\n", "loss_type"),
         ("use_peft: true\n", "lora_target_modules"),
+        ("use_peft: true\nlora_target_modules: [wings]\n", "lora_target_modules"),
+        ("use_peft: perhaps\n", "use_peft"),
+        ("max_steps: 1.5\n", "max_steps"),
+        ("eval_strategy: sometimes\n", "eval_strategy"),
         ("dataset_train_split: 'train[:10%]'\n", "dataset_name"),
     ] {
         let imported = account(more);
         assert_eq!(refused(&imported), [key], "{more}");
         assert_eq!(imported.recipe, None);
     }
+    let no_folder = LEAST.replace("output_dir: o", "output_dir: [o]");
+    assert_eq!(refused(&inline(&no_folder).expect("an account")), ["output_dir"]);
     for more in
         ["truncation_mode: keep_start\n", "neftune_noise_alpha:\n", "label_smoothing: 0\n", "hub_token: x\n"]
     {
