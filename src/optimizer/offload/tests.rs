@@ -34,7 +34,7 @@ mod on_the_emulated_gpu {
     use crate::device::cuda::{CudaBuffer, CudaDevice, EmulatorVariant};
     use crate::device::prelude::*;
     use crate::device::{Element, Sum};
-    use crate::optimizer::MomentFormat;
+    use crate::optimizer::{MasterWeights, MomentFormat};
 
     fn step(step: u32) -> AdamWStep {
         AdamWStep { learning_rate: 1e-2, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step }
@@ -61,6 +61,7 @@ mod on_the_emulated_gpu {
         match buffer {
             StateRef::<CudaDevice>::F32(buffer) => download(device, buffer),
             StateRef::<CudaDevice>::Bf16(buffer) => download(device, buffer),
+            StateRef::<CudaDevice>::U16(buffer) => download(device, buffer),
             StateRef::<CudaDevice>::U8(buffer) => download(device, buffer),
         }
     }
@@ -126,7 +127,7 @@ mod on_the_emulated_gpu {
     fn pieces_of_any_number_and_length_have_the_bits_of_resident_states() {
         let device = CudaDevice::emulated(EmulatorVariant::Plain);
         for moments in [MomentFormat::F32, MomentFormat::Bf16, MomentFormat::EightBit] {
-            for master in [MasterWeights::F32, MasterWeights::None] {
+            for master in [MasterWeights::F32, MasterWeights::Split, MasterWeights::None] {
                 for lens in [&[LEAST_VALUES][..], &[PIECE + 1], &[2 * PIECE + 300, LEAST_VALUES + 7]] {
                     compare(&device, lens, StateOptions { moments, master });
                 }
