@@ -351,7 +351,7 @@ fn a_file_of_pairs_is_named_without_a_split() {
 /// How a model is cut among devices changes nothing of what is trained; the account names the flags that do the same.
 #[test]
 fn keys_of_deepspeed_and_fsdp_point_to_the_flags_that_do_the_same() {
-    let axolotl = "base_model: m\ndatasets: [{path: d}]\nrl: dpo\n";
+    let axolotl = "base_model: m\ndatasets: [{path: d}]\nrl: dpo\nlearning_rate: 1e-6\n";
     for (more, key, expected) in [
         (
             "deepspeed: examples/deepspeed/ds_z3_config.json\n",
