@@ -1,7 +1,7 @@
 //! Records: what a pairs file says, before any tokenizer has seen it.
 //!
 //! A file is JSON Lines, a JSON array, one JSON object or a CSV table, plain or gzip, or a Parquet table ([`source`]). Each record is read by its own
-//! columns ([`format`]): every column that may hold a prompt or a part of one is read, or the record is refused by
+//! columns ([`mod@format`]): every column that may hold a prompt or a part of one is read, or the record is refused by
 //! that column's name. `docs/data.md` lists the formats.
 
 mod columns;
