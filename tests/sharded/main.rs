@@ -23,7 +23,7 @@ use mmpo_fast::device::cpu::CpuDevice;
 use mmpo_fast::device::cuda::{CudaDevice, EmulatorVariant};
 
 use ranks::On;
-use work::{Case, CheckpointUse, Goal, Results};
+use work::{Case, CheckpointUse, Goal, Results, STATES};
 
 const CASE: &str = "TEST_SHARDED_CASE";
 const RESULTS: &str = "TEST_SHARDED_RESULTS";
@@ -140,10 +140,14 @@ fn ranks_drop_other_values() {
 }
 
 #[test]
-fn bf16_with_master_weights_and_eight_bit_moments() {
-    for shard in [States, Gradients, Weights] {
-        compare(On::CpuBf16, &Case { small_states: true, ..Case::new(shard, Goal::Dpo) }, 2);
+fn bf16_with_eight_bit_moments_and_split_master_copies_or_none() {
+    for states in [STATES[1], STATES[2]] {
+        for shard in [States, Gradients, Weights] {
+            compare(On::CpuBf16, &Case { states, ..Case::new(shard, Goal::Dpo) }, 2);
+        }
     }
+    let case = Case { lora: true, states: STATES[2], ..Case::new(States, Goal::Dpo) };
+    compare(On::CpuBf16, &case, 2);
 }
 
 #[cfg(mmpo_emulated)]

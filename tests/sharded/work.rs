@@ -30,14 +30,21 @@ pub enum Goal {
     Sft,
 }
 
+/// The states that are tried: those of the default, and smaller ones in bf16.
+pub const STATES: [StateOptions; 3] = [
+    StateOptions { moments: MomentFormat::F32, master: MasterWeights::F32 },
+    StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None },
+    StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::Split },
+];
+
 /// What is trained.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     pub shard: ShardConfig,
     pub goal: Goal,
     pub lora: bool,
-    /// 8-bit moments, in bf16 without master weights.
-    pub small_states: bool,
+    /// What AdamW keeps: one of [`STATES`].
+    pub states: StateOptions,
     pub pairs: usize,
     /// Adapters drop values, and all pairs are the first one.
     pub dropout: bool,
@@ -45,25 +52,26 @@ pub struct Case {
 
 impl Case {
     pub fn new(shard: ShardConfig, goal: Goal) -> Self {
-        Case { shard, goal, lora: false, small_states: false, pairs: 6, dropout: false }
+        Case { shard, goal, lora: false, states: StateOptions::default(), pairs: 6, dropout: false }
     }
 
     pub fn text(&self) -> String {
-        let Case { shard, goal, lora, small_states, pairs, dropout } = self;
-        format!("{shard:?} {goal:?} {lora} {small_states} {pairs} {dropout}")
+        let Case { shard, goal, lora, states, pairs, dropout } = self;
+        let states = STATES.iter().position(|one| one == states).unwrap();
+        format!("{shard:?} {goal:?} {lora} {states} {pairs} {dropout}")
     }
 
     pub fn parse(text: &str) -> Self {
         use ShardConfig::{Gradients, None as Whole, States, Weights};
         let words: Vec<&str> = text.split(' ').collect();
-        let [shard, goal, lora, small_states, pairs, dropout] = words[..] else { panic!("{text}") };
+        let [shard, goal, lora, states, pairs, dropout] = words[..] else { panic!("{text}") };
         let shards = [Whole, States, Gradients, Weights];
         let goals = [Goal::Mmpo, Goal::Dpo, Goal::Sft];
         Case {
             shard: *shards.iter().find(|one| format!("{one:?}") == shard).unwrap(),
             goal: *goals.iter().find(|one| format!("{one:?}") == goal).unwrap(),
             lora: lora.parse().unwrap(),
-            small_states: small_states.parse().unwrap(),
+            states: STATES[states.parse::<usize>().unwrap()],
             pairs: pairs.parse().unwrap(),
             dropout: dropout.parse().unwrap(),
         }
@@ -251,11 +259,7 @@ pub fn train<D: Device>(
         .collect();
     let objective = case.objective();
     let workload = Workload::plan(&golden.pairs, &objective, pairs.len(), TOKEN_BUDGET);
-    let states = match case.small_states {
-        true => StateOptions { moments: MomentFormat::EightBit, master: MasterWeights::None },
-        false => StateOptions::default(),
-    };
-    let memory = MemoryConfig { shard: case.shard, states, ..MemoryConfig::default() };
+    let memory = MemoryConfig { shard: case.shard, states: case.states, ..MemoryConfig::default() };
     let workload = Workload { memory, ..workload };
     let group = rank.map(|rank| group_of(rank, device));
     let mut trainer = Trainer::with_group(model, objective, workload, group).unwrap();
