@@ -164,7 +164,10 @@ fn a_folder_from_elsewhere_is_checked_in_its_structure() {
     // A download that broke off before the weights.
     std::fs::remove_file(work.path("base/model.safetensors")).unwrap();
     assert_eq!(work.status("base", "model.safetensors"), "missing");
-    work.refuse("verify base", DAMAGED, &["model.safetensors is missing"]);
+    let finished = work.run("verify base");
+    assert_eq!(finished.code, Some(DAMAGED), "{}", finished.stdout);
+    assert!(finished.stdout.contains("MISSING    model.safetensors: no weights"), "{}", finished.stdout);
+    assert!(finished.stderr.contains("model.safetensors is missing"), "{}", finished.stderr);
 }
 
 #[test]
