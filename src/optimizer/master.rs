@@ -10,7 +10,7 @@ use super::moments::MasterWeights;
 use crate::device::{ComputeBuffer, Floats, Memory, MemoryPart};
 use crate::error::Result;
 
-/// What distinguishes a remainder that was rounded up from one that was rounded down.
+/// The remainder of a value in the middle between two bf16 values. A value with a larger one is rounded up, with a smaller one down.
 const MIDDLE: u16 = 0x8000;
 
 /// The remainder of an f32 value, which is moved away from the middle between two bf16 values.
