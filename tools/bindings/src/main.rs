@@ -32,7 +32,9 @@ fn run(check: bool) -> Result<String, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let root = root.canonicalize().map_err(|error| format!("{}: {error}", root.display()))?;
     let headers = output::Headers::split(&parse_headers(&root)?)?;
-    for (name, wanted) in [("types.rs", headers.types()?), ("functions.rs", headers.functions()?)] {
+    let api = root.join("kernels/api.h");
+    let api = std::fs::read_to_string(&api).map_err(|error| format!("{}: {error}", api.display()))?;
+    for (name, wanted) in [("types.rs", headers.types()?), ("functions.rs", headers.functions(&api)?)] {
         let path = root.join(FOLDER).join(name);
         let failed = |error| format!("{FOLDER}/{name}: {error}");
         if !check {

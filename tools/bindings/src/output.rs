@@ -71,9 +71,10 @@ impl Headers {
         Ok(format!("{HEAD}{file}"))
     }
 
-    /// One call of the macro `functions!`.
-    pub fn functions(&self) -> Result<String, String> {
-        let (kernels, emulator) = (list(&self.kernels)?, list(&self.emulator)?);
+    /// One call of the macro `functions!`. The launchers stand in the order and under the sections of `api`, the text of
+    /// kernels/api.h.
+    pub fn functions(&self, api: &str) -> Result<String, String> {
+        let (kernels, emulator) = (in_sections(&list(&self.kernels)?, api), list(&self.emulator)?);
         Ok(format!(
             "{HEAD}use super::*;\n\nfunctions! {{\nkernels {{\n{kernels}}}\nemulator {{\n{emulator}}}\n}}\n"
         ))
@@ -88,6 +89,32 @@ fn list(functions: &[ForeignItemFn]) -> Result<String, String> {
         [_, lines @ .., _] => Ok(lines.iter().map(|line| format!("{line}\n")).collect()),
         _ => Err("kernels/*.h declare no function".into()),
     }
+}
+
+/// Puts the name of each section's source files before the first of its declarations.
+fn in_sections(declarations: &str, api: &str) -> String {
+    let mut sections = Vec::new();
+    let mut section = String::new();
+    for line in api.lines() {
+        if let Some(title) = line.strip_prefix("/* ---- ") {
+            let words = title.split([' ', ',', ':']).filter(|word| word.ends_with(".cu"));
+            section = words.collect::<Vec<_>>().join(", ");
+        }
+        let name = line.split_once("MMPO_EXPORT(").and_then(|(_, rest)| rest.split_once(')'));
+        sections.extend(name.map(|(name, _)| (name, section.clone())));
+    }
+    let mut text = String::new();
+    let mut current = String::new();
+    for line in declarations.lines() {
+        let name = line.trim_start().strip_prefix("fn ").and_then(|rest| rest.split_once('('));
+        let found = name.and_then(|(name, _)| sections.iter().find(|(known, _)| *known == name));
+        if let Some((_, section)) = found.filter(|(_, section)| *section != current) {
+            current.clone_from(section);
+            text += &format!("\n    // ---- {section}\n");
+        }
+        text += &format!("{line}\n");
+    }
+    text
 }
 
 fn pretty(tokens: TokenStream) -> Result<String, String> {

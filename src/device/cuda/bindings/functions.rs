@@ -4,6 +4,8 @@ use super::*;
 functions! {
 kernels {
     fn error_text(status: mmpo_status) -> *const ::core::ffi::c_char;
+
+    // ---- memory.cu
     fn zero(
         out: *mut ::core::ffi::c_void,
         bytes: i64,
@@ -21,6 +23,8 @@ kernels {
         length: i64,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- accumulate.cu
     fn accumulate(
         out: *mut ::core::ffi::c_void,
         source: *const f32,
@@ -28,6 +32,8 @@ kernels {
         length: i64,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- embedding.cu
     fn embedding_forward(
         out: *mut mmpo_bf16,
         table: *const mmpo_bf16,
@@ -45,6 +51,8 @@ kernels {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- rms_norm.cu
     fn rms_norm_forward(
         out: *mut mmpo_bf16,
         rstd: *mut f32,
@@ -87,6 +95,8 @@ kernels {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- rope.cu
     fn rope(
         qkv: *mut mmpo_bf16,
         table: *const f32,
@@ -98,6 +108,8 @@ kernels {
         direction: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- swiglu.cu
     fn swiglu_forward(
         out: *mut mmpo_bf16,
         gate_up: *const mmpo_bf16,
@@ -113,6 +125,8 @@ kernels {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- linear.cu
     fn linear_forward(
         out: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -150,6 +164,8 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- linear_sm90.cu
     fn gemm_tiles_sm90() -> i32;
     fn linear_forward_sm90(
         out: *mut mmpo_bf16,
@@ -224,6 +240,8 @@ kernels {
         may_split: i32,
         tile: i32,
     ) -> mmpo_gemm_plan;
+
+    // ---- linear_bias.cu
     fn linear_bias_backward_workspace(rows: i32, outputs: i32) -> i64;
     fn linear_bias_backward(
         dbias: *mut f32,
@@ -233,6 +251,8 @@ kernels {
         outputs: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- low_rank.cu
     fn low_rank_inner(
         inner: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -305,6 +325,8 @@ kernels {
         keep_scale: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- low_rank_sm90.cu
     fn low_rank_inner_sm90(
         inner: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -367,6 +389,8 @@ kernels {
         scale: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- adapted_linear.cu, adapted_linear_sm90.cu
     fn adapted_linear_forward(
         out: *mut mmpo_bf16,
         x: *const mmpo_bf16,
@@ -437,6 +461,8 @@ kernels {
         tile: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- attention_forward.cu, attention_backward.cu, attention_decode.cu
     fn attention_forward(
         out: *mut mmpo_bf16,
         lse: *mut f32,
@@ -532,6 +558,8 @@ kernels {
         scale: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- gather_rows.cu
     fn gather_rows(
         out: *mut mmpo_bf16,
         hidden: *const mmpo_bf16,
@@ -548,6 +576,8 @@ kernels {
         width: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- logp_head.cu
     fn logp_head_workspace(rows: i32, vocab: i32) -> i64;
     fn logp_head_forward(
         lse: *mut f32,
@@ -614,6 +644,8 @@ kernels {
         columns: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- logp_head_sm90.cu
     fn logp_head_forward_sm90(
         lse: *mut f32,
         logp: *mut f32,
@@ -644,6 +676,8 @@ kernels {
         columns: i32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- pair_objective.cu
     fn pair_objective(
         outcomes: *mut f32,
         dlogp: *mut f32,
@@ -657,6 +691,8 @@ kernels {
         objective: mmpo_objective,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- grad_norm.cu
     fn gradient_norm_workspace(gradients: *const mmpo_gradient, count: i32) -> i64;
     fn gradient_norm(
         out: *mut f32,
@@ -666,6 +702,8 @@ kernels {
         max_norm: f32,
         stream: mmpo_stream,
     ) -> mmpo_status;
+
+    // ---- adamw.cu
     fn adamw(
         tensors: *const mmpo_adamw_tensor,
         count: i32,
